@@ -1,0 +1,78 @@
+"""spu: train PyTorch models that do not fit the card you own, exactly and fast.
+
+Every part can be imported alone: ``spu.ops`` (fused linear layers whose backward knows the loss scale, wire codecs,
+AdamW over main gradients), ``spu.precision`` (loss scaler, main gradients), ``spu.nn`` (drop-in modules),
+``spu.schedules`` and ``spu.plan`` (pipeline schedules, simulator, placement), ``spu.checkpoint``, and the trainer over
+all of them, :class:`spu.ModelParallelTrainer`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from spu.devices import Device as Device
+    from spu.devices import DeviceManager as DeviceManager
+    from spu.engine.local import StageError as StageError
+    from spu.engine.randomness import LayerRandomness as LayerRandomness
+    from spu.nn import accelerate as accelerate
+    from spu.nn import restore as restore
+    from spu.ops import backends as backends
+    from spu.ops import use_backend as use_backend
+    from spu.precision import LossScaler as LossScaler
+    from spu.precision import MainGrads as MainGrads
+    from spu.trainer import ModelParallelTrainer as ModelParallelTrainer
+    from spu.trainer import StepResult as StepResult
+
+# Public names and where they live. Loaded at first use, so that `import spu` costs little and one broken optional
+# dependency does not take the rest of the library with it.
+_EXPORTS = {
+    "Device": "spu.devices",
+    "DeviceManager": "spu.devices",
+    "LayerRandomness": "spu.engine.randomness",
+    "LossScaler": "spu.precision",
+    "MainGrads": "spu.precision",
+    "ModelParallelTrainer": "spu.trainer",
+    "StageError": "spu.engine.local",
+    "StepResult": "spu.trainer",
+    "accelerate": "spu.nn",
+    "backends": "spu.ops",
+    "restore": "spu.nn",
+    "use_backend": "spu.ops",
+}
+_SUBMODULES = {
+    "checkpoint",
+    "devices",
+    "doctor",
+    "engine",
+    "integrations",
+    "kernels",
+    "nn",
+    "ops",
+    "optim",
+    "plan",
+    "precision",
+    "profile",
+    "schedules",
+    "trainer",
+    "transfer",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"spu.{name}")
+    raise AttributeError(f"module 'spu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_SUBMODULES})

@@ -1,0 +1,82 @@
+"""Cut a batch into microbatches and say how much each counts in the batch's mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["count_targets", "move", "split_batch", "target_weights"]
+
+
+def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
+    """Split every tensor of a pytree along dimension 0 into ``parts`` microbatches of nearly equal size.
+
+    Sizes differ by at most one row, the larger ones first, as in ``torch.tensor_split``. Leaves that are no tensors,
+    and 0-dimensional tensors, go to every microbatch as they are.
+
+    Raises:
+        ValueError: no tensor in it, tensors that disagree on the batch size, or fewer rows than microbatches.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
+    if not rows:
+        raise ValueError(f"{what} hold no tensor with a batch dimension; pass a tensor, or a tuple or dict of tensors")
+    if len(rows) > 1:
+        raise ValueError(
+            f"tensors of the {what} disagree on the batch size (dimension 0): {sorted(rows)}; make them equal"
+        )
+    size = rows.pop()
+    if size < parts:
+        raise ValueError(
+            f"a batch of {size} rows cannot be split into {parts} microbatches (microbatches x accumulate); "
+            f"pass at least {parts} rows, or lower microbatches or accumulate"
+        )
+
+    def pieces(leaf: Any) -> tuple[Any, ...]:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return torch.tensor_split(leaf, parts)
+        return (leaf,) * parts
+
+    columns = [pieces(leaf) for leaf in leaves]
+    return [pytree.tree_unflatten([column[i] for column in columns], spec) for i in range(parts)]
+
+
+def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:
+    """How many targets count in a mean loss: integers other than ``ignore_index``, or all elements of floating ones."""
+    counts: list[Any] = []
+    for leaf in pytree.tree_leaves(targets):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.is_floating_point() or leaf.dtype == torch.bool:
+            counts.append(leaf.numel())
+        else:
+            counts.append((leaf != ignore_index).sum())
+    return sum(counts)
+
+
+def target_weights(
+    targets: list[Any], loss_weight: Callable[[Any], Any] | None = None, ignore_index: int = -100
+) -> list[torch.Tensor]:
+    """Each microbatch's share of the batch's mean loss, as 0-dimensional fp32 tensors that add up to 1.
+
+    The mean over a batch is the sum over its microbatches of ``share * mean over the microbatch``, whatever their
+    sizes and however many of their targets are masked.
+
+    Raises:
+        ValueError: no target counts at all (checked only where the counts are on the host).
+    """
+    weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
+    counts = [torch.as_tensor(weigh(part), dtype=torch.float64) for part in targets]
+    device = counts[0].device
+    total = torch.stack([count.to(device).reshape(()) for count in counts]).sum()
+    if total.device.type == "cpu" and not total > 0:
+        raise ValueError(f"no target of the batch counts in the loss (all equal ignore_index {ignore_index})")
+    return [(count / total).to(torch.float32).reshape(()) for count in counts]
+
+
+def move(tree: Any, device: torch.device) -> Any:
+    """The pytree with every tensor on ``device``."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), tree)

@@ -1,0 +1,43 @@
+"""One thread for each device, bound to the device's cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from spu.devices import Device
+
+__all__ = ["Worker"]
+
+T = TypeVar("T")
+
+
+def _bind(device: Device) -> None:
+    """Runs once at the start of a worker thread."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.set_device(device.torch_device)
+        return
+    # The OpenMP pool of this thread is made at its first parallel region and inherits the affinity set here.
+    if device.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, device.cores)
+    torch.set_num_threads(device.threads)
+
+
+class Worker:
+    """A thread that runs one task at a time, with the cores, the thread count and the CUDA device of ``device``."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {device.name}", initializer=_bind, initargs=(device,))
+
+    def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
+        return self._pool.submit(task, *args)
+
+    def close(self) -> None:
+        """Wait for the running task and end the thread; harmless when called twice."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
