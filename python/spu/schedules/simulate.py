@@ -1,0 +1,169 @@
+"""When every action of a schedule would run, given how long each takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from spu.schedules.actions import KINDS, Action, Actions
+from spu.schedules.timeline import Span, Timeline
+from spu.schedules.validate import find_deadlock, marked_error
+
+Durations = Mapping[Any, float] | Sequence[tuple[float, float]]
+"""Seconds by ``(stage, kind)`` or by ``Action``, or one (F, B) pair per stage."""
+
+
+class FlatSchedule(NamedTuple):
+    """A schedule as arrays, the one form that both simulators read. Entry k is the k-th action, stage by stage."""
+
+    first: list[int]  # [stages + 1] index of each stage's first action, then the number of actions
+    kinds: list[int]  # [actions] index into KINDS
+    microbatches: list[int]  # [actions]
+    seconds: list[float]  # [actions]
+    transfers: list[float]  # [stages - 1] seconds over each boundary, either direction
+
+
+def simulate(
+    actions: Actions,
+    durations: Durations,
+    transfers: float | Sequence[float] = 0.0,
+    *,
+    backend: str = "auto",
+) -> Timeline:
+    """Runs a schedule on a clock: every action starts as soon as its stage is free and its inputs have arrived.
+
+    An input arrives ``transfers[b]`` seconds after the action that made it ended; transfers over boundary ``b``
+    (between stages b and b + 1) keep neither stage busy and do not delay one another.
+
+    Args:
+        actions: one list of actions per stage, as `validate` accepts it.
+        durations: seconds per ``(stage, kind)``, or per ``Action`` where single actions differ (looked up first), or
+            one ``(F, B)`` pair per stage.
+        transfers: seconds per boundary, one number for all or one each.
+        backend: "python", "cpp" (`spu._host`), or "auto": cpp if it was built. Both give the same bits.
+
+    Returns:
+        The timeline; its clock starts at 0.
+
+    Raises:
+        ScheduleError: if the schedule deadlocks.
+        ValueError: for a missing, negative or non-finite duration or transfer, or an unknown backend.
+        RuntimeError: for backend "cpp" where `spu._host` is not built.
+    """
+    flat = flatten(actions, durations, transfers)
+    starts, ends = _runner(backend)(*flat)
+    if any(math.isnan(end) for end in ends):
+        fault = find_deadlock(actions)
+        assert fault is not None, "the simulator stopped in a schedule without deadlock"
+        raise marked_error(actions, *fault)
+    order = [action for row in actions for action in row]
+    return Timeline.from_spans(map(_span, order, starts, ends), len(actions))
+
+
+def _span(action: Action, start: float, end: float) -> Span:
+    return Span(action.stage, action.kind, action.microbatch, start, end)
+
+
+def _runner(backend: str) -> Callable[..., tuple[list[float], list[float]]]:
+    if backend not in ("auto", "python", "cpp"):
+        raise ValueError(f"backend must be 'auto', 'python' or 'cpp', got {backend!r}")
+    if backend == "python":
+        return run_flat
+    try:
+        from spu import _host
+    except ImportError as error:
+        if backend == "cpp":
+            raise RuntimeError("spu._host is not built: install with a C++ compiler, or use 'python'") from error
+        return run_flat
+    run: Callable[..., tuple[list[float], list[float]]] = _host.simulate
+    return run
+
+
+def flatten(actions: Actions, durations: Durations, transfers: float | Sequence[float]) -> FlatSchedule:
+    """The schedule, its durations and transfers as checked arrays."""
+    stages = len(actions)
+    first, kinds, microbatches, seconds = [0], [], [], []
+    for row_index, row in enumerate(actions):
+        for position, action in enumerate(row):
+            if action.stage != row_index or action.kind not in KINDS or action.microbatch < 0:
+                raise marked_error(actions, row_index, position, f"{action} is no action of stage {row_index}")
+            kinds.append(KINDS.index(action.kind))
+            microbatches.append(action.microbatch)
+            seconds.append(_seconds(durations, action))
+        first.append(len(kinds))
+    if isinstance(transfers, Sequence):
+        links = [float(value) for value in transfers]
+    else:
+        links = [float(transfers)] * max(stages - 1, 0)
+    if len(links) != max(stages - 1, 0):
+        raise ValueError(f"{stages} stages have {max(stages - 1, 0)} boundaries, but transfers has {len(links)} values")
+    for index, value in enumerate(links):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"transfers[{index}] must be a finite number of seconds, 0 or more, got {value}")
+    return FlatSchedule(first, kinds, microbatches, seconds, links)
+
+
+def _seconds(durations: Durations, action: Action) -> float:
+    try:
+        if isinstance(durations, Mapping):
+            value = durations[action] if action in durations else durations[action.stage, action.kind]
+        else:
+            value = durations[action.stage]["FB".index(action.kind)]
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(
+            f"no duration for {action}: give durations[{action.stage}, {action.kind!r}] in seconds"
+        ) from None
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"the duration of {action} must be a finite number of seconds, 0 or more, got {value}")
+    return float(value)
+
+
+def run_flat(
+    first: list[int], kinds: list[int], microbatches: list[int], seconds: list[float], transfers: list[float]
+) -> tuple[list[float], list[float]]:
+    """The simulator itself: (starts, ends) of every action, NaN for those that can never start.
+
+    The definition of what ``csrc/host/simulate.cpp`` computes: the same sums and maxima in the same order.
+    """
+    stages = len(first) - 1
+    columns = max(microbatches, default=-1) + 1
+    count = len(kinds)
+    starts, ends = [math.nan] * count, [math.nan] * count
+    # When the forward, the input gradient and the whole backward of [stage, microbatch] ended.
+    forward = [math.nan] * (stages * columns)
+    gradient = [math.nan] * (stages * columns)
+    head, clock = list(first[:-1]), [0.0] * stages
+    moved = True
+    while moved:
+        moved = False
+        for stage in range(stages):
+            while head[stage] < first[stage + 1]:
+                k = head[stage]
+                cell = stage * columns + microbatches[k]
+                kind = KINDS[kinds[k]]
+                ready = clock[stage]
+                if kind == "F" and stage > 0:
+                    ready = _later(ready, forward[cell - columns] + transfers[stage - 1])
+                elif kind == "W":
+                    ready = _later(ready, gradient[cell])
+                elif kind in ("B", "I"):
+                    ready = _later(ready, forward[cell])
+                    if stage < stages - 1:
+                        ready = _later(ready, gradient[cell + columns] + transfers[stage])
+                if math.isnan(ready):
+                    break
+                end = ready + seconds[k]
+                starts[k], ends[k], clock[stage] = ready, end, end
+                if kind == "F":
+                    forward[cell] = end
+                elif kind != "W":
+                    gradient[cell] = end
+                head[stage] += 1
+                moved = True
+    return starts, ends
+
+
+def _later(a: float, b: float) -> float:
+    """The later of two times; NaN, which stands for never, wins."""
+    return b if math.isnan(b) or b > a else a
