@@ -1,0 +1,405 @@
+"""Checkpoints that survive a crash at any moment: a directory of tensors and metadata, replaced as one.
+
+A checkpoint is a directory with three files: ``tensors.safetensors``, ``meta.json``, and ``manifest.json``, which holds
+the size and SHA-256 of the other two, and its own. It is written beside its place and moved there:
+
+1. everything is written to ``.NAME.spu-new`` and synced, the manifest last: a directory with a valid one is complete;
+2. the checkpoint in place, if any, is renamed to ``.NAME.spu-old``;
+3. ``.NAME.spu-new`` is renamed to ``NAME``, and ``.NAME.spu-old`` is deleted.
+
+After a crash in 1 the old one is in place; between 2 and 3 nothing is, and :func:`load` takes ``.NAME.spu-new``, which
+is complete; after 3 the new one is in place. The next :func:`save` puts back or deletes what a crash left. Saves into one
+parent directory wait for each other (a lock on that directory, which dies with its process). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["CheckpointError", "load", "save"]
+
+FORMAT, VERSION = "spu-checkpoint", 1
+_TENSORS, _META, _MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
+_CHUNK_BYTES = 1 << 24
+_MAX_HEADER_BYTES = 1 << 28
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message names the file and what to do."""
+
+
+def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes a checkpoint at ``path``, replacing the one there only once the new one is complete and on the disk.
+
+    Args:
+        path: the checkpoint's directory; its parents are made. A checkpoint there is replaced, all else is refused.
+        tensors: by name; any strides, sizes and devices. Tensors that share storage are saved once for each name.
+        meta: what JSON can hold: dicts with text keys, lists (tuples come back as lists), text, numbers, bools, None.
+
+    Raises:
+        CheckpointError: ``path`` holds something else, or writing failed; what was there before is untouched.
+        TypeError: a tensor or a piece of metadata that cannot be saved; nothing was written.
+    """
+    place = Path(os.path.realpath(path))
+    _check_tensors(tensors)
+    meta_bytes = _meta_bytes(meta)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(place.parent, exclusive=True):
+            _tidy(place)
+            _write(_leftovers(place)[0], tensors, meta_bytes)
+            _swap(place)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: writing failed: {error}; the previous checkpoint, if any, is untouched. "
+            "Make room or choose another path"
+        ) from error
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads the checkpoint at ``path``, or the one a crashed :func:`save` left beside it.
+
+    Sizes and checksums are verified before anything is returned.
+
+    Returns:
+        The tensors by name, on the CPU, contiguous, in the order they were saved in; and the metadata.
+
+    Raises:
+        CheckpointError: missing, foreign, of a newer version, truncated or changed since it was written.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        with _lock(place.parent, exclusive=False):
+            if place.exists():
+                return _read(place)
+            # A crash between the two renames leaves nothing in place, but one or two good ones beside it.
+            for left in filter(_is_complete, _leftovers(place)):
+                with contextlib.suppress(CheckpointError):
+                    return _read(left)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: reading failed: {error}; check its permissions") from error
+    raise CheckpointError(_missing(path, place))
+
+
+# Placing: which directory is the checkpoint, and how a new one takes its place.
+
+
+def _leftovers(place: Path) -> tuple[Path, Path]:
+    """Where the new checkpoint is written, and where the old one waits to be deleted."""
+    return place.with_name(f".{place.name}.spu-new"), place.with_name(f".{place.name}.spu-old")
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether ``directory`` holds a manifest that is whole and files of the sizes it says."""
+    try:
+        manifest = _read_manifest(directory)
+        return all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+    except (OSError, CheckpointError):
+        return False
+
+
+def _tidy(place: Path) -> None:
+    """Puts back what a crashed save left if nothing is in place, deletes it otherwise; refuses foreign things."""
+    if not place.exists():
+        left = next(filter(_is_complete, _leftovers(place)), None)
+        if left is not None:
+            os.replace(left, place)
+            _sync_directory(place.parent)
+    elif not place.is_dir() or (any(place.iterdir()) and not (place / _MANIFEST).exists()):
+        raise CheckpointError(f"{place} exists and is not a spu checkpoint; it was left as it is. Choose another path")
+    for directory in _leftovers(place):
+        if directory.exists():
+            shutil.rmtree(directory)
+
+
+def _swap(place: Path) -> None:
+    new, old = _leftovers(place)
+    had_one = place.exists()
+    if had_one:
+        os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except OSError:
+        if had_one:
+            os.replace(old, place)
+        raise
+    _sync_directory(place.parent)
+    # The new one is in place and on the disk: failing to delete the old one is no failure, the next save tries again.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, *, exclusive: bool) -> Iterator[None]:
+    """Holds the advisory lock of ``directory``, where the file system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:  # missing: the caller's own access says so better
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes renames and new names in ``directory`` durable; some systems cannot open directories, and need it not."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except (PermissionError, IsADirectoryError):
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Writing.
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise TypeError(f"tensor name {name!r} cannot be saved; use text other than '__metadata__'")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor; put it in meta")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
+            raise TypeError(
+                f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be saved; "
+                f"convert it to a dense tensor with data, of one of {', '.join(map(str, _NAMES))}"
+            )
+
+
+def _meta_bytes(meta: Mapping[str, Any]) -> bytes:
+    _check_meta(meta, "meta")
+    return json.dumps(meta, indent=1).encode()
+
+
+def _check_meta(value: Any, where: str) -> None:
+    """JSON would turn other keys into text without a word, and say nothing of where a value it cannot hold is."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}, a {type(key).__name__}; keys are text")
+            _check_meta(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            _check_meta(item, f"{where}[{i}]")
+    elif not (value is None or isinstance(value, (str, int, float, bool))):
+        raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold; convert it, or save a tensor")
+
+
+def _write(directory: Path, tensors: Mapping[str, torch.Tensor], meta_bytes: bytes) -> None:
+    """Writes and syncs a complete checkpoint in ``directory``; removes it again if that fails."""
+    directory.mkdir()
+    try:
+        files = {
+            _TENSORS: _write_tensors(directory / _TENSORS, tensors),
+            _META: _write_bytes(directory / _META, meta_bytes),
+        }
+        manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": files}
+        manifest["sha256"] = _digest_of(manifest)
+        _write_bytes(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_directory(directory)
+        _sync_directory(directory.parent)
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        file.write(content)
+        _sync_file(file)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _sync_file(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """A safetensors file, written and hashed in one pass with no second copy of contiguous tensors."""
+    # Wide elements first keep every tensor aligned for readers that map the file.
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    spans, offset = {}, 0
+    for name in order:
+        end = offset + tensors[name].numel() * tensors[name].element_size()
+        spans[name], offset = [offset, end], end
+    header = json.dumps(
+        {n: {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": spans[n]} for n, t in tensors.items()}
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def put(piece: bytes | memoryview) -> None:
+            file.write(piece)
+            digest.update(piece)
+
+        put(struct.pack("<Q", len(header)) + header)
+        for name in order:
+            tensor = tensors[name].detach().resolve_neg().cpu().contiguous()
+            data = _memory(tensor)
+            for start in range(0, len(data), _CHUNK_BYTES):
+                put(data[start : start + _CHUNK_BYTES])
+        _sync_file(file)
+    return {"bytes": 8 + len(header) + offset, "sha256": digest.hexdigest()}
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied; valid while the tensor lives."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return memoryview(b"")
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+# Reading.
+
+
+def _read(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    manifest = _read_manifest(directory)
+    meta = json.loads(_read_checked(directory / _META, manifest))
+    return _read_tensors(directory / _TENSORS, manifest), meta
+
+
+def _missing(path: str | os.PathLike[str], place: Path) -> str:
+    if not place.parent.is_dir():
+        return f"no checkpoint at {path}: the folder {place.parent} does not exist; check the path"
+    return f"no checkpoint at {path}; check the path, or train without --resume to make one"
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    if not directory.is_dir() or not path.exists():
+        raise CheckpointError(f"{directory} is not a spu checkpoint: it has no {_MANIFEST}; give one that spu saved")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError:
+        raise CheckpointError(_damaged(path, "it is not valid JSON")) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of a spu checkpoint; give a folder that spu saved")
+    if manifest.get("sha256") != _digest_of(manifest):
+        raise CheckpointError(_damaged(path, "its checksum does not match"))
+    if manifest["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} is of version {manifest['version']}, this spu reads {VERSION}; install the spu that wrote it"
+        )
+    return manifest
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, what: str) -> str:
+    return f"{path} is damaged: {what}; use another checkpoint, or restore this one from a copy"
+
+
+def _check_size(path: Path, manifest: Mapping[str, Any]) -> int:
+    expected = int(manifest["files"][path.name]["bytes"])
+    if not path.exists():
+        raise CheckpointError(_damaged(path, "the file is missing"))
+    size = path.stat().st_size
+    if size != expected:
+        raise CheckpointError(_damaged(path, f"it has {size} bytes, {expected} were written"))
+    return expected
+
+
+def _check_digest(path: Path, manifest: Mapping[str, Any], digest: str) -> None:
+    if digest != manifest["files"][path.name]["sha256"]:
+        raise CheckpointError(_damaged(path, "its checksum does not match"))
+
+
+def _read_checked(path: Path, manifest: Mapping[str, Any]) -> bytes:
+    _check_size(path, manifest)
+    content = path.read_bytes()
+    _check_digest(path, manifest, hashlib.sha256(content).hexdigest())
+    return content
+
+
+def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Reads and verifies a safetensors file in one pass, straight into the tensors."""
+    size = _check_size(path, manifest)
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        header = _read_header(path, file, digest, size)
+        tensors = {}
+        # Allocation comes before the checksum is known; sizes were checked against the file's, so it is bounded.
+        for name in sorted(header, key=lambda key: header[key]["data_offsets"]):
+            entry = header[name]
+            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+            data = _memory(tensor)
+            for start in range(0, len(data), _CHUNK_BYTES):
+                piece = data[start : start + _CHUNK_BYTES]
+                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    raise CheckpointError(_damaged(path, f"it ends within tensor {name!r}"))
+                digest.update(piece)
+            tensors[name] = tensor
+    _check_digest(path, manifest, digest.hexdigest())
+    return {name: tensors[name] for name in header}
+
+
+def _read_header(path: Path, file: IO[bytes], digest: Any, size: int) -> dict[str, Any]:
+    """The header, checked far enough that reading by it is safe even if it was damaged."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if length > min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(_damaged(path, "its header does not fit in it"))
+    text = file.read(length)
+    digest.update(start + text)
+    try:
+        header = json.loads(text)
+        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        sizes = {n: _DTYPES[e["dtype"]].itemsize * torch.Size(e["shape"]).numel() for n, e in header.items()}
+        offset = 0
+        for begin, end, name in spans:
+            if begin != offset or end - begin != sizes[name] or min(header[name]["shape"], default=0) < 0:
+                raise ValueError(name)
+            offset = end
+        if offset != size - 8 - length:
+            raise ValueError("end")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise CheckpointError(_damaged(path, "its header makes no sense")) from None
+    return header
