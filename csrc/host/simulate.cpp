@@ -1,0 +1,113 @@
+#include "simulate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace spu::host {
+namespace {
+
+constexpr double kNever = std::numeric_limits<double>::quiet_NaN();
+
+// The later of two times; NaN, which stands for never, wins. (std::max would lose it.)
+double later(double a, double b) { return std::isnan(b) || b > a ? b : a; }
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument("simulate: " + message);
+}
+
+void check(const FlatSchedule& s) {
+  const std::size_t actions = s.kinds.size();
+  require(!s.first.empty(), "first must hold at least one index");
+  require(s.microbatches.size() == actions && s.seconds.size() == actions,
+          "kinds, microbatches and seconds must be equally long, got " + std::to_string(actions) + ", " +
+              std::to_string(s.microbatches.size()) + " and " + std::to_string(s.seconds.size()));
+  require(s.first.front() == 0 && s.first.back() == static_cast<std::int64_t>(actions) &&
+              std::is_sorted(s.first.begin(), s.first.end()),
+          "first must ascend from 0 to the number of actions");
+  const std::size_t boundaries = s.first.size() >= 2 ? s.first.size() - 2 : 0;
+  require(s.transfers.size() == boundaries, "expected " + std::to_string(boundaries) + " transfers, got " +
+                                                std::to_string(s.transfers.size()));
+  for (std::size_t k = 0; k < actions; ++k) {
+    require(s.kinds[k] >= kForward && s.kinds[k] <= kWeightGradient,
+            "kinds[" + std::to_string(k) + "] is " + std::to_string(s.kinds[k]) + ", not 0 to 3");
+    require(s.microbatches[k] >= 0, "microbatches[" + std::to_string(k) + "] is negative");
+  }
+}
+
+class Simulator {
+ public:
+  explicit Simulator(const FlatSchedule& schedule)
+      : s_(schedule), stages_(static_cast<std::int64_t>(schedule.first.size()) - 1) {
+    for (const std::int64_t microbatch : s_.microbatches) columns_ = std::max(columns_, microbatch + 1);
+    forward_.assign(static_cast<std::size_t>(stages_ * columns_), kNever);
+    gradient_ = forward_;
+    times_.starts.assign(s_.kinds.size(), kNever);
+    times_.ends = times_.starts;
+    head_.assign(s_.first.begin(), s_.first.end() - 1);
+    clock_.assign(static_cast<std::size_t>(stages_), 0.0);
+  }
+
+  Times run() {
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (std::int64_t stage = 0; stage < stages_; ++stage) {
+        while (head_[stage] < s_.first[stage + 1] && start(stage)) moved = true;
+      }
+    }
+    return std::move(times_);
+  }
+
+ private:
+  // Runs the stage's next action; false if its inputs have not been made yet.
+  bool start(std::int64_t stage) {
+    const std::int64_t k = head_[stage];
+    const std::int64_t cell = stage * columns_ + s_.microbatches[k];
+    const std::int64_t kind = s_.kinds[k];
+    const double ready = input_time(stage, cell, kind);
+    if (std::isnan(ready)) return false;
+    const double end = ready + s_.seconds[k];
+    times_.starts[k] = ready;
+    times_.ends[k] = clock_[stage] = end;
+    if (kind == kForward) {
+      forward_[cell] = end;
+    } else if (kind != kWeightGradient) {
+      gradient_[cell] = end;
+    }
+    ++head_[stage];
+    return true;
+  }
+
+  double input_time(std::int64_t stage, std::int64_t cell, std::int64_t kind) const {
+    const double ready = clock_[stage];
+    if (kind == kForward) {
+      return stage == 0 ? ready : later(ready, forward_[cell - columns_] + s_.transfers[stage - 1]);
+    }
+    if (kind == kWeightGradient) return later(ready, gradient_[cell]);
+    const double own = later(ready, forward_[cell]);
+    if (std::isnan(own) || stage == stages_ - 1) return own;
+    return later(own, gradient_[cell + columns_] + s_.transfers[stage]);
+  }
+
+  const FlatSchedule& s_;
+  std::int64_t stages_;
+  std::int64_t columns_ = 0;      // microbatches
+  std::vector<double> forward_;   // [stages, microbatches] when the forward ended
+  std::vector<double> gradient_;  // [stages, microbatches] when the gradient of the stage's input was there
+  std::vector<std::int64_t> head_;
+  std::vector<double> clock_;
+  Times times_;
+};
+
+}  // namespace
+
+Times simulate(const FlatSchedule& schedule) {
+  check(schedule);
+  return Simulator(schedule).run();
+}
+
+}  // namespace spu::host

@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+
+def simulate(
+    first: Sequence[int],
+    kinds: Sequence[int],
+    microbatches: Sequence[int],
+    seconds: Sequence[float],
+    transfers: Sequence[float],
+) -> tuple[list[float], list[float]]: ...
