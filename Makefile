@@ -1,0 +1,73 @@
+# make train   fresh machine: environment, torch, build, install, then the main training job
+# make test    the same set-up with what the tests need, then the whole suite, against the installed package
+# make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
+#
+# PYTHON=...     the interpreter to build the environment from (3.10 or later; by default the first one found)
+# ARGS="..."     more arguments for `spu train` or pytest
+# SPU_BUILD=0    install without compiling anything
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: train test lint bench wheel setup clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 python3.10; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+# Where there is a compiler a failing build must not pass unseen; where there is none the package runs without.
+SPU_BUILD ?= $(if $(shell command -v $(CXX) g++ clang++ c++),1,0)
+export SPU_BUILD
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# torch is there first and pinned, so the package builds against it without an isolated second copy.
+PIP := $(BIN)/python -m pip install --quiet
+INSTALL := $(PIP) --no-build-isolation
+SOURCES := setup.py pyproject.toml MANIFEST.in README.md $(shell find build_backend csrc kernels python -type f \
+    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
+
+train: $(VENV)/.train
+	$(BIN)/spu train $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/pytest benchmarks $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p spu
+	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+wheel: $(VENV)/.torch
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+setup: $(VENV)/.train
+
+clean:
+	rm -rf $(VENV) build dist python/*.egg-info python/spu/*.so
+
+$(VENV)/.torch: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or later found: install one or say PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 'setuptools>=77' wheel 'pybind11>=3.0,<4' 'ninja>=1.11'
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) '.[train]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) '.[test]'
+	@touch $(VENV)/.train $@
+
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) '.[bench]'
+	@touch $(VENV)/.train $@
+
+$(VENV)/.lint: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) '.[train,lint]'
+	@touch $(VENV)/.train $@

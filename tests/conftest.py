@@ -1,0 +1,58 @@
+"""What all tests share: the gpu marker, fixed seeds, few threads, and a check that no thread outlives its test."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare at equal thread counts
+SETTLE_SECONDS = 2.0  # a worker that was told to stop may still be on its way out when the test returns
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    config.addinivalue_line("markers", "leaks_threads: exempt from the check that no thread outlives its test")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    reason = f"needs a CUDA device; torch {torch.__version__} sees none here"
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whichever tests ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def thread_count() -> Iterator[None]:
+    """A test that changes torch's thread count does not change the next test's."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a Python thread running: a pipeline worker must end with its trainer."""
+    before = set(threading.enumerate())
+    yield
+    if request.node.get_closest_marker("leaks_threads") is not None:
+        return
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while leaked := [t for t in threading.enumerate() if t not in before and t.is_alive()]:
+        if time.monotonic() > deadline:
+            pytest.fail("threads outlive the test: " + ", ".join(t.name for t in leaked))
+        time.sleep(0.02)
