@@ -1,0 +1,38 @@
+"""The ops: one schema each, several backends, one derivative. Knows nothing of stages, plans or trainers."""
+
+from __future__ import annotations
+
+from .codec import pack, unpack, wire_bytes
+from .dispatch import BackendStatus, backends, choose_backend, forced_backend, use_backend
+from .linear import linear_act, linear_db_, linear_dw_
+from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
+from .reference import ACTIVATIONS
+from .sink import BackwardScope, GradSink, attach_sink, current_scope, detach_sink, open_scope, sink_of
+from .wire import CODECS
+
+__all__ = [
+    "ACTIVATIONS",
+    "CODECS",
+    "BackendStatus",
+    "BackwardScope",
+    "GradSink",
+    "adamw_",
+    "attach_sink",
+    "backends",
+    "choose_backend",
+    "current_scope",
+    "detach_sink",
+    "forced_backend",
+    "grad_norm",
+    "grad_sqnorm",
+    "linear_act",
+    "linear_db_",
+    "linear_dw_",
+    "open_scope",
+    "pack",
+    "sink_of",
+    "unpack",
+    "unscale_",
+    "use_backend",
+    "wire_bytes",
+]

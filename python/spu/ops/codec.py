@@ -1,0 +1,79 @@
+"""``pack`` and ``unpack``: tensors as one uint8 buffer for links, saved activations and files. Layout: ``wire.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import schema, wire
+from .dispatch import choose_backend
+from .wire import wire_bytes
+
+__all__ = ["pack", "unpack", "wire_bytes"]
+
+
+def pack(x: Tensor, codec: str) -> Tensor:
+    """Encodes a tensor.
+
+    "fp16" and "bf16" convert the values. "int8" stores blocks of 64 values (in contiguous order) with one fp32 scale
+    absmax / 127 each, rounded half to even: the error of a value is at most half its block's scale. A block with a
+    non-finite value decodes to NaN as a whole: an overflow is still seen on the other side.
+
+    Args:
+        x: fp16, bf16 or fp32 of any strides and at most 5 dimensions; no gradient flows through.
+        codec: "fp16", "bf16" or "int8".
+
+    Returns:
+        uint8 [wire_bytes(x.shape, x.dtype, codec)], on the same device.
+
+    Raises:
+        ValueError: unknown codec, or too many dimensions.
+        TypeError: another dtype.
+    """
+    wire.codec_of(codec)
+    wire.check_source(x.shape, x.dtype)
+    return schema.overload("pack", choose_backend(x))(x.detach(), codec)
+
+
+def _check_header(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> str:
+    if buffer.device.type != "cpu":
+        raise ValueError(
+            f"unpack: reading the header of a wire on {buffer.device} would wait for the device: pass codec=, or move "
+            "the wire to the CPU"
+        )
+    found = wire.parse_header(bytes(buffer[: wire.HEADER_BYTES].tolist()))
+    if found.shape != tuple(shape):
+        raise ValueError(f"unpack: the wire holds a tensor of shape {found.shape}, not {tuple(shape)}")
+    if found.dtype != dtype:
+        raise ValueError(f"unpack: the wire was packed from {found.dtype}, not {dtype}: pass dtype={found.dtype}")
+    return found.codec
+
+
+def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str | None = None) -> Tensor:
+    """Decodes what ``pack`` made.
+
+    Args:
+        buffer: uint8 [wire_bytes(shape, dtype, codec)].
+        shape: of the packed tensor.
+        dtype: of the result: fp16, bf16 or fp32. With codec=None it must be the packed tensor's own.
+        codec: what it was packed with: then no value of the header is read or checked. None: the header is read and
+            must agree with ``shape`` and ``dtype``; for buffers on the CPU only.
+
+    Raises:
+        ValueError: wrong size, unknown codec, or (codec=None) a header that is corrupt or disagrees.
+        TypeError: a buffer that is not uint8, or another dtype.
+    """
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        raise TypeError(f"unpack: a wire is a flat uint8 tensor, got {buffer.dtype} of shape {tuple(buffer.shape)}")
+    wire.check_source(shape, dtype)
+    if codec is None:
+        codec = _check_header(buffer, shape, dtype)
+    expected = wire_bytes(shape, dtype, codec)
+    if buffer.shape[0] != expected:
+        raise ValueError(
+            f"unpack: the wire has {buffer.shape[0]} bytes, but {tuple(shape)} {dtype} in codec {codec!r} takes {expected}"
+        )
+    return schema.overload("unpack", choose_backend(buffer, dtype))(buffer, tuple(shape), dtype, codec)
+

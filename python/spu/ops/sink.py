@@ -1,0 +1,146 @@
+"""How the loss scale reaches an op's backward, and who takes the weight gradient there.
+
+A *scope* (scale, inv_scale, found_inf) belongs to one run of the autograd engine: an identity node near the loss
+registers it under the engine's graph-task id as soon as its backward runs, and the engine's own end-of-backward callback
+removes it. So concurrent backwards each see their own scope, and a backward that was started any other way sees none.
+
+A backward that is started inside another one (``out.backward(g)`` in a hook) is a task of its own: open the scope again
+on its root.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_T = TypeVar("_T")
+_KEPT_SCOPES = 256  # entries of backwards that failed (their callback never ran) are dropped beyond this many
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardScope:
+    """The loss scale of one backward: fp32 tensors of one element, all on one device.
+
+    Attributes:
+        scale: the factor the loss was multiplied by.
+        inv_scale: 1 / scale.
+        found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
+    """
+
+    scale: Tensor
+    inv_scale: Tensor
+    found_inf: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "inv_scale", "found_inf"):
+            value = getattr(self, name)
+            if value.dtype != torch.float32 or value.shape != (1,) or value.device != self.scale.device:
+                raise ValueError(
+                    f"BackwardScope.{name} must be float32 of shape (1,) on {self.scale.device}, got {value.dtype} "
+                    f"{tuple(value.shape)} on {value.device}"
+                )
+
+
+_SCOPES: OrderedDict[int, BackwardScope] = OrderedDict()
+
+
+def graph_task_id() -> int:
+    """The id of the autograd engine's run on this thread, -1 outside a backward."""
+    return torch._C._current_graph_task_id()
+
+
+def current_scope() -> BackwardScope | None:
+    """The scope of the backward that is running on this thread; None outside one, or without a scope."""
+    return _SCOPES.get(graph_task_id())
+
+
+def _register(scope: BackwardScope) -> None:
+    task = graph_task_id()
+    if task in _SCOPES:
+        _SCOPES[task] = scope
+        return
+    while len(_SCOPES) >= _KEPT_SCOPES:
+        _SCOPES.popitem(last=False)
+    _SCOPES[task] = scope
+    torch.autograd.Variable._execution_engine.queue_callback(lambda: _SCOPES.pop(task, None))
+
+
+class _OpenScope(torch.autograd.Function):
+    """Identity; the first node that a backward from its outputs runs."""
+
+    @staticmethod
+    def forward(ctx: Any, scope: BackwardScope, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.scope = scope
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        _register(ctx.scope)
+        return (None, *grads)
+
+
+def open_scope(value: _T, scope: BackwardScope) -> _T:
+    """Returns ``value`` unchanged, but a backward from it runs in ``scope``.
+
+    It does not multiply: seed the backward with gradients that already carry the scale, or use
+    ``LossScaler.scale``.
+
+    Args:
+        value: a tensor, or a tuple or list of anything; tensors that need no gradient pass through.
+        scope: what ops and hooks of that backward will find.
+    """
+    if isinstance(value, Tensor):
+        return _OpenScope.apply(scope, value)[0] if value.requires_grad else value
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"open_scope takes a tensor or a tuple of them, got {type(value).__name__}")
+    items: list[Any] = list(value)
+    places = [i for i, item in enumerate(items) if isinstance(item, Tensor) and item.requires_grad]
+    if places:
+        for i, tensor in zip(places, _OpenScope.apply(scope, *(items[i] for i in places)), strict=True):
+            items[i] = tensor
+    if hasattr(value, "_fields"):
+        return type(value)(*items)  # type: ignore[return-value]  # a named tuple
+    return type(value)(items)  # type: ignore[return-value,call-arg]
+
+
+class GradSink(Protocol):
+    """Takes the gradient of one parameter in the backward of a fused op, inside a scope.
+
+    Called in the backward's thread, with ``current_scope()`` set. Tensors may be kept (a deferred weight gradient), with
+    the scope and the backend's name: ``spu.ops.linear_dw_`` and ``linear_db_`` do the work.
+    """
+
+    def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
+        """dw = dz.T @ x, dz [..., N] and x [..., K] in the storage dtype, dz still scaled."""
+
+    def linear_bias(self, dz: Tensor, backend: str) -> None:
+        """db = sum over rows of dz, still scaled."""
+
+
+_SINKS = WeakTensorKeyDictionary()
+
+
+def attach_sink(param: Tensor, sink: GradSink) -> None:
+    """From now on fused ops hand this parameter's gradient to ``sink`` (inside a scope). Replaces an earlier one.
+
+    Hold the parameter weakly in the sink (``torch.utils.weak.TensorWeakRef``), or neither is ever freed.
+    """
+    if not param.is_leaf:
+        raise ValueError("a sink belongs to a leaf tensor (a parameter), not to the result of an operation")
+    _SINKS[param] = sink
+
+
+def detach_sink(param: Tensor) -> None:
+    """Removes the parameter's sink, if it has one."""
+    _SINKS.pop(param, None)
+
+
+def sink_of(param: Tensor) -> GradSink | None:
+    """The parameter's sink, or None."""
+    return _SINKS.get(param)

@@ -1,0 +1,132 @@
+"""Layout of a packed tensor ("wire"), version 1: pure arithmetic on sizes and bytes, no tensor work.
+
+One uint8 buffer, little endian: a 64-byte header, then the scales (fp32, one per block, padded to 64 bytes), then the
+payload (padded to 64 bytes). Header: magic ``SPUW``, u8 version, u8 codec, u8 source dtype, u8 ndim, u32 block, 4 zero
+bytes, i64 numel, i64 dims[5].
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+MAGIC = b"SPUW"
+VERSION = 1
+ALIGN_BYTES = 64
+HEADER_BYTES = 64
+MAX_NDIM = 5
+_HEADER = struct.Struct("<4sBBBBI4xq5q")
+assert _HEADER.size == HEADER_BYTES
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How values are stored. ``block`` is the number of values that share a scale, 0 where there are none."""
+
+    name: str
+    code: int
+    item_bytes: int
+    block: int
+
+
+CODECS = {codec.name: codec for codec in (Codec("fp16", 0, 2, 0), Codec("bf16", 1, 2, 0), Codec("int8", 2, 1, 64))}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_CODEC_NAMES = {codec.code: codec.name for codec in CODECS.values()}
+_DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.items()}
+
+
+def codec_of(name: str) -> Codec:
+    """Looks a codec up by name.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}: use one of {', '.join(map(repr, CODECS))}")
+    return CODECS[name]
+
+
+def check_source(shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raises unless a tensor of this shape and dtype can be packed."""
+    if dtype not in DTYPES:
+        raise TypeError(f"cannot pack {dtype}: a wire holds float16, bfloat16 or float32; convert with .to() first")
+    if len(shape) > MAX_NDIM:
+        raise ValueError(
+            f"cannot pack a tensor of {len(shape)} dimensions {tuple(shape)}: a wire header has room for {MAX_NDIM}; "
+            "flatten some of them first"
+        )
+
+
+def _padded(size_bytes: int) -> int:
+    return (size_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
+
+
+def numel_of(shape: Sequence[int]) -> int:
+    """Product of the dimensions; also right for symbolic ones."""
+    numel = 1
+    for size in shape:
+        numel = numel * size
+    return numel
+
+
+def block_count(numel: int, codec: Codec) -> int:
+    """Number of scales on the wire."""
+    return (numel + codec.block - 1) // codec.block if codec.block else 0
+
+
+def scales_bytes(numel: int, codec: Codec) -> int:
+    """Size of the scales section, padded."""
+    return _padded(4 * block_count(numel, codec))
+
+
+def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
+    """Size of the wire in bytes: static, from shape, source dtype and codec alone.
+
+    Raises:
+        ValueError: for an unknown codec or more than five dimensions.
+        TypeError: for a dtype that no wire can hold.
+    """
+    check_source(shape, dtype)
+    found, numel = codec_of(codec), numel_of(shape)
+    return HEADER_BYTES + scales_bytes(numel, found) + _padded(found.item_bytes * numel)
+
+
+def header(shape: Sequence[int], dtype: torch.dtype, codec: str) -> bytes:
+    """The 64 header bytes."""
+    found, dims = codec_of(codec), [*shape, *([0] * (MAX_NDIM - len(shape)))]
+    return _HEADER.pack(
+        MAGIC, VERSION, found.code, DTYPES[dtype], len(shape), found.block, numel_of(shape), *map(int, dims)
+    )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    codec: str
+
+
+def parse_header(data: bytes) -> Header:
+    """Reads and validates a header.
+
+    Raises:
+        ValueError: if the bytes are not a header of this version; the message names the field and its value.
+    """
+    if len(data) < HEADER_BYTES:
+        raise ValueError(f"not a wire: {len(data)} bytes, but a header alone has {HEADER_BYTES}")
+    magic, version, code, dtype_code, ndim, block, numel, *dims = _HEADER.unpack(data[:HEADER_BYTES])
+    if magic != MAGIC:
+        raise ValueError(f"not a wire: it starts with {magic!r} instead of {MAGIC!r}; was it made by spu.ops.pack?")
+    if version != VERSION:
+        raise ValueError(f"wire version {version}: this spu reads version {VERSION}; use the spu that wrote it")
+    if code not in _CODEC_NAMES or dtype_code not in _DTYPE_OF_CODE or ndim > MAX_NDIM:
+        raise ValueError(f"corrupt wire header: codec {code}, dtype {dtype_code}, ndim {ndim}")
+    codec, shape = CODECS[_CODEC_NAMES[code]], tuple(dims[:ndim])
+    if block != codec.block or any(size < 0 for size in shape) or numel != numel_of(shape):
+        raise ValueError(f"corrupt wire header: codec {codec.name}, block {block}, numel {numel}, shape {shape}")
+    return Header(shape, _DTYPE_OF_CODE[dtype_code], codec.name)
