@@ -76,4 +76,3 @@ def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str 
             f"unpack: the wire has {buffer.shape[0]} bytes, but {tuple(shape)} {dtype} in codec {codec!r} takes {expected}"
         )
     return schema.overload("unpack", choose_backend(buffer, dtype))(buffer, tuple(shape), dtype, codec)
-

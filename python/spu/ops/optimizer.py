@@ -11,7 +11,9 @@ from . import schema
 from .dispatch import DTYPES, choose_backend
 
 
-def _check_adamw(i: int, param: Tensor, grad: Tensor, master: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def _check_adamw(
+    i: int, param: Tensor, grad: Tensor, master: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> None:
     if master is None and param.dtype != torch.float32:
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: give it an fp32 master")
     if param.dtype not in DTYPES["cpu"]:

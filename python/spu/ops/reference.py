@@ -56,9 +56,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 @_exact
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool
-) -> tuple[Tensor, Tensor]:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> tuple[Tensor, Tensor]:
     """y = act(x @ weight.T + bias), and z in the storage dtype if ``keep_preact``, else an empty tensor."""
     z = F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias))
     y = activate(z, activation).to(x.dtype).contiguous()

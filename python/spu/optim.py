@@ -1,0 +1,286 @@
+"""Optimizers over fp32 main gradients: fp16 and bf16 parameters have fp32 masters, a step may be skipped on device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ops import adamw_
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_, on the device.
+
+    Args:
+        sqnorm_total: fp32 [1], the squared norm of all gradients (``spu.ops.grad_sqnorm``).
+        max_norm: positive.
+
+    Returns:
+        fp32 [1].
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}; pass None to the trainer to clip nothing")
+    return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0)
+
+
+class _Constants:
+    """fp32 [1] zeros and ones, one of each per device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.device, float], Tensor] = {}
+
+    def get(self, value: float, device: torch.device) -> Tensor:
+        if (device, value) not in self._made:
+            self._made[device, value] = torch.full((1,), value, device=device)
+        return self._made[device, value]
+
+
+def _control(name: str, value: Tensor | None) -> Tensor | None:
+    if value is not None and (value.dtype != torch.float32 or value.numel() != 1):
+        raise TypeError(f"step: {name} must be float32 of one element, got {value.dtype} {tuple(value.shape)}")
+    return None if value is None else value.detach().reshape(1)
+
+
+def _check_grad(param: Tensor) -> Tensor:
+    grad = param.grad
+    assert grad is not None
+    if grad.dtype != torch.float32:
+        raise TypeError(
+            f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient: optimizers here need "
+            "fp32 main gradients; use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 before backward"
+        )
+    return grad
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's update (decoupled weight decay, arXiv:1711.05101) in one pass per parameter.
+
+    fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 ``master`` in the state, whose value they
+    receive rounded to nearest even. Nothing in ``step`` waits for a device. Gradients are fp32 and are not changed.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+
+    Raises:
+        ValueError: for hyperparameters out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+        self._constants = _Constants()
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def set_master(self, param: nn.Parameter, value: Tensor) -> None:
+        """Gives a 16-bit parameter its exact fp32 value (default: the parameter's own, widened). Copies it."""
+        if param.dtype not in _HALVES:
+            raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
+        if value.shape != param.shape:
+            raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+        master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+        self.state[param]["master"] = master.contiguous()
+
+    def _prepare(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if "exp_avg" not in state:
+            like = {"dtype": torch.float32, "memory_format": torch.preserve_format}
+            state["step"] = torch.zeros(1, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, **like)
+            state["exp_avg_sq"] = torch.zeros_like(param, **like)
+            if param.dtype in _HALVES and "master" not in state:
+                state["master"] = param.detach().to(torch.float32, copy=True)
+        return state
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, with gradients enabled.
+            found_inf: fp32 [1]; if 1, nothing changes (neither values, moments nor step numbers).
+            grad_scale: fp32 [1], multiplies every gradient (the clip coefficient).
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            TypeError: for a gradient that is not fp32.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf, grad_scale = _control("found_inf", found_inf), _control("grad_scale", grad_scale)
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    by_device.setdefault(param.device, []).append(param)
+            for device, params in by_device.items():
+                self._step_device(group, device, params, found_inf, grad_scale)
+        return loss
+
+    def _step_device(
+        self,
+        group: dict[str, Any],
+        device: torch.device,
+        params: list[Tensor],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        found = self._constants.get(0.0, device) if found_inf is None else found_inf.to(device, non_blocking=True)
+        scale = self._constants.get(1.0, device) if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        grads = [_check_grad(param) for param in params]
+        states = [self._prepare(param) for param in params]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, (found == 0).float())
+        beta1, beta2 = group["betas"]
+        adamw_(
+            params,
+            grads,
+            [state.get("master") for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            steps,
+            grad_scale=scale,
+            found_inf=found,
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores groups and state exactly: moments and masters stay fp32 (torch would narrow them to fp16).
+
+        Also takes a state of torch.optim.AdamW for the same parameters.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved_ids, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    value = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+                    self.state[param][key] = value.reshape(1) if key == "step" else value
+
+
+class MasterOptimizer:
+    """Any torch optimizer, run on fp32 parameters and on the fp32 masters of 16-bit ones.
+
+    Args:
+        factory: makes the optimizer from a list of fp32 tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
+        params: fp32, fp16 or bf16 parameters.
+        masters: exact fp32 values of the 16-bit parameters (None where there is none), in the order of ``params``;
+            default: the parameters' own values. They are copied.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[list[Tensor]], torch.optim.Optimizer],
+        params: Iterable[nn.Parameter],
+        masters: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self._params = list(params)
+        given = [None] * len(self._params) if masters is None else list(masters)
+        if len(given) != len(self._params):
+            raise ValueError(f"{len(given)} masters for {len(self._params)} parameters: give one each (or None)")
+        self._targets = [self._target(param, master) for param, master in zip(self._params, given, strict=True)]
+        self.optimizer = factory(self._targets)
+
+    @staticmethod
+    def _target(param: nn.Parameter, master: Tensor | None) -> Tensor:
+        if param.dtype not in _HALVES:
+            return param
+        value = param if master is None else master
+        if value.shape != param.shape:
+            raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+        return nn.Parameter(value.detach().to(device=param.device, dtype=torch.float32, copy=True))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's groups (learning rates are set here)."""
+        return self.optimizer.param_groups
+
+    def masters(self) -> list[Tensor | None]:
+        """The fp32 master of each parameter, None for those that are fp32 themselves."""
+        pairs = zip(self._params, self._targets, strict=True)
+        return [None if target is param else target.detach() for param, target in pairs]
+
+    @torch.no_grad()
+    def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """One update, or none if found_inf is set (read on the host: one wait for the device).
+
+        Args:
+            found_inf: fp32 [1].
+            grad_scale: fp32 [1]; multiplies the gradients in place, as torch.nn.utils.clip_grad_norm_ does.
+        """
+        found_inf, grad_scale = _control("found_inf", found_inf), _control("grad_scale", grad_scale)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        for param, target in zip(self._params, self._targets, strict=True):
+            if param.grad is None:
+                target.grad = None
+                continue
+            grad = _check_grad(param)
+            if grad_scale is not None:
+                grad.mul_(grad_scale.to(grad.device, non_blocking=True))
+            target.grad = grad
+        with torch.enable_grad():
+            self.optimizer.step()
+        for param, target in zip(self._params, self._targets, strict=True):
+            if target is not param:
+                target.grad = None
+                if param.grad is not None:
+                    param.copy_(target)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets (or zeroes) the parameters' gradients."""
+        for param in self._params:
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state and the masters."""
+        return {"optimizer": self.optimizer.state_dict(), "masters": self.masters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores both; 16-bit parameters receive their masters' values."""
+        masters = state_dict["masters"]
+        if len(masters) != len(self._params):
+            raise ValueError(f"the state has {len(masters)} masters, this optimizer {len(self._params)} parameters")
+        for i, (param, target, master) in enumerate(zip(self._params, self._targets, masters, strict=True)):
+            if (master is None) != (target is param) or (master is not None and master.shape != param.shape):
+                raise ValueError(f"the state's master {i} does not fit a {param.dtype} parameter {tuple(param.shape)}")
+            if master is not None:
+                target.copy_(master)
+                param.copy_(target)
+        self.optimizer.load_state_dict(state_dict["optimizer"])

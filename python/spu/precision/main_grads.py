@@ -1,0 +1,156 @@
+"""fp32 main gradients: after backward every ``p.grad`` is fp32, at true scale, summed, and checked.
+
+Parameters of fused ops get theirs from a sink that accumulates straight into the buffer; all others through a leaf hook
+that unscales into fp32 before torch accumulates. A parameter with both kinds of uses gets the sum in one buffer,
+whichever came first. A buffer is never zeroed: the first contribution of a step is a store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from ..ops import linear_db_, linear_dw_, unscale_
+from ..ops.sink import attach_sink, current_scope, detach_sink, sink_of
+
+
+def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
+    """Whether a fused op can write into this tensor."""
+    return (
+        grad is not None
+        and grad.dtype == torch.float32
+        and grad.layout == torch.strided
+        and grad.is_contiguous()
+        and grad.shape == param.shape
+        and grad.device == param.device
+    )
+
+
+class _ParameterSink:
+    """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
+        self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
+
+    def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
+        self._add(linear_dw_, (dz, x), backend)
+
+    def linear_bias(self, dz: Tensor, backend: str) -> None:
+        self._add(linear_db_, (dz,), backend)
+
+    def _add(self, op: Any, operands: tuple[Tensor, ...], backend: str) -> None:
+        scope, param = current_scope(), self._param()
+        assert scope is not None and param is not None
+        grad = param.grad
+        if grad is not None and not _is_main_grad(grad, param):
+            # Someone else's gradient (of another layout): replace it by a main gradient of the same value.
+            grad = param.grad = grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        accumulate = grad is not None
+        if grad is None:
+            grad = self._take_buffer(param)
+        op(*operands, grad, scope.inv_scale, scope.found_inf, accumulate=accumulate, backend=backend)
+        if not accumulate:
+            param.grad = grad
+
+    def _take_buffer(self, param: Tensor) -> Tensor:
+        buffer, self._buffer = self._buffer, None
+        if buffer is None or not _is_main_grad(buffer, param):
+            return torch.empty(param.shape, dtype=torch.float32, device=param.device)
+        return buffer
+
+    def begin_step(self) -> None:
+        param = self._param()
+        assert param is not None
+        if param.grad is not None:
+            self._buffer = param.grad
+        param.grad = None
+        param.grad_dtype = torch.float32
+
+    def unscale(self, grad: Tensor | None) -> Tensor | None:
+        """Leaf hook: inside a scope, the gradient unscaled to fp32 and checked; outside, the gradient as it is."""
+        scope, param = current_scope(), self._param()
+        if grad is None or scope is None or param is None:  # None: all uses were fused and went to the sink
+            return grad
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"MainGrads: a gradient of layout {grad.layout} cannot be unscaled: build the layer with dense "
+                "gradients (nn.Embedding(..., sparse=False))"
+            )
+        # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
+        value = (
+            self._take_buffer(param)
+            if param.grad is None
+            else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        )
+        unscale_(grad, value, scope.inv_scale, scope.found_inf, accumulate=False)
+        return value
+
+
+class MainGrads:
+    """Keeps the gradient contract for a set of parameters.
+
+    Call ``begin_step()`` before the first backward of every step. After the backwards, each parameter that was used has
+    ``p.grad``: fp32, at true scale, summed over all of them; the others have None. Every value has been seen by the
+    scope's found_inf. Backwards outside a scope add plain gradients (in fp32, unchecked).
+
+    The tensor in ``p.grad`` may be written again after the next ``begin_step()``: clone it to keep it.
+
+    Args:
+        params: fp16, bf16 or fp32 leaf parameters; duplicates count once; those without requires_grad are skipped.
+
+    Raises:
+        TypeError: for a parameter of another dtype.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self._params: list[nn.Parameter] = []
+        for param in dict.fromkeys(params):
+            if not param.requires_grad:
+                continue
+            if param.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+                raise TypeError(
+                    f"MainGrads: a parameter of shape {tuple(param.shape)} is {param.dtype}: fp32 main gradients serve "
+                    "float16, bfloat16 and float32"
+                )
+            self._params.append(param)
+        self._sinks: list[_ParameterSink] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters served, each once."""
+        return list(self._params)
+
+    def begin_step(self) -> None:
+        """Empties every ``p.grad`` (buffers are kept for reuse) and makes sure that the contract's machinery is there.
+
+        ``grad_dtype`` is set again each time: load_state_dict(assign=True), ``to("meta")`` and others lose it.
+        """
+        if not self._sinks:
+            for param in self._params:
+                self._sinks.append(_ParameterSink(param))
+                self._hooks.append(param.register_hook(self._sinks[-1].unscale))
+        for param, sink in zip(self._params, self._sinks, strict=True):
+            if sink_of(param) is not sink:
+                attach_sink(param, sink)
+            sink.begin_step()
+
+    def close(self) -> None:
+        """Removes hooks and sinks and frees kept buffers; gradients stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        for param, sink in zip(self._params, self._sinks, strict=False):
+            if sink_of(param) is sink:
+                detach_sink(param)
+        self._sinks, self._hooks = [], []
+
+    def __enter__(self) -> MainGrads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
