@@ -8,8 +8,8 @@ the size and SHA-256 of the other two, and its own. It is written beside its pla
 3. ``.NAME.spu-new`` is renamed to ``NAME``, and ``.NAME.spu-old`` is deleted.
 
 After a crash in 1 the old one is in place; between 2 and 3 nothing is, and :func:`load` takes ``.NAME.spu-new``, which
-is complete; after 3 the new one is in place. The next :func:`save` puts back or deletes what a crash left. Saves into one
-parent directory wait for each other (a lock on that directory, which dies with its process). Nothing is pickled.
+is complete; after 3 the new one is in place. The next :func:`save` puts back or deletes what a crash left. Saves into
+one parent directory wait for each other (a lock on that directory, which dies with its process). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -290,7 +290,8 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(b"")
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
 
 

@@ -3,13 +3,15 @@
 A CPU device (``cpu:0``, ``cpu:1``, ...) is our name for a set of cores: torch itself knows one CPU. Devices of one list
 own disjoint cores, so that their stages run side by side. All of them share the host's memory, and so one budget.
 
-The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB, at most half of
-what is available) for the system and the interpreter; a twentieth of a card's memory (at least 256 MiB) for the driver's
-context and the allocator's fragments. The memory limit and the CPU quota of a container (cgroup v1 and v2) are respected.
+The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB, at most half
+of what is available) for the system and the interpreter; a twentieth of a card's memory (at least 256 MiB, at most half of
+what is available) for the driver's context and the allocator's fragments. The memory limit and the CPU quota of a
+container (cgroup v1 and v2) are respected.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -25,7 +27,6 @@ import torch
 
 __all__ = ["Device", "DeviceManager", "call_pinned", "cpu_model", "format_bytes", "parse_bytes", "pin_current_thread"]
 
-Spec = "str | torch.device | Device | Sequence[str | torch.device | Device]"
 T = TypeVar("T")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
@@ -41,14 +42,14 @@ _NO_LIMIT = 1 << 60
 def parse_bytes(text: str | int, total: int | None = None) -> int:
     """Bytes of a size such as ``"8GB"``, ``"8 GiB"``, ``"512mb"`` or, when ``total`` is given, ``"80%"``.
 
-    Units are case-insensitive: B, kB, MB, GB, TB, PB are powers of 1000, KiB, MiB, ... powers of 1024. An int is bytes already.
+    Units in any case: B, kB, MB, GB, TB, PB are powers of 1000, KiB, MiB, ... powers of 1024. An int is bytes already.
 
     Raises:
         ValueError: not a size, no unit, negative, or a percentage without a total.
         TypeError: neither text nor an int.
     """
     if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise TypeError(f"a size is text or a whole number of bytes, not {type(text).__name__} {text!r}; valid: {_SIZE_FORMS}")
+        raise TypeError(f"{text!r} is no size: text or a whole number of bytes is; valid: {_SIZE_FORMS}")
     if isinstance(text, int):
         if text < 0:
             raise ValueError(f"size {text} is negative; valid: {_SIZE_FORMS}")
@@ -105,12 +106,16 @@ class Device:
         return self.name
 
 
+Spec = str | torch.device | Device | Sequence[str | torch.device | Device]
+
+
 class DeviceManager:
     """Finds devices and gives each its cores and its budget.
 
     Args:
-        budget: ``"cuda:0=8GB,cpu=24GB"`` or a mapping of the same. Keys: ``cpu`` (split evenly among all ``cpu:k``), ``cpu:K``,
-            ``cuda:K``. Values: :func:`parse_bytes`; ``%`` is of the device's whole memory. Devices not named get the default.
+        budget: ``"cuda:0=8GB,cpu=24GB"`` or a mapping of the same. Keys: ``cpu`` (split evenly among all ``cpu:k``),
+            ``cpu:K``, ``cuda:K``. Values: see :func:`parse_bytes`; ``%`` is of the device's whole memory. Devices not named
+            get the default.
 
     Raises:
         ValueError: a budget that is no size, is zero, is given twice, or is for a device that does not exist.
@@ -121,15 +126,15 @@ class DeviceManager:
         self._host_total, self._host_available = _host_memory()
         self._budgets = self._parse_budgets(budget)
 
-    def get_devices(self, spec: str | torch.device | Device | Sequence[str | torch.device | Device] = "auto") -> list[Device]:
+    def get_devices(self, spec: Spec = "auto") -> list[Device]:
         """The devices named by ``spec``, in its order.
 
         Args:
-            spec: ``"auto"`` (every card and one CPU device where there are cards, else the CPU in two halves, or one device if
-                it has one core), a name (``"cpu"``: all cores), a comma-separated text, or a sequence of names,
-                ``torch.device`` and :class:`Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the lowest index not
-                named otherwise, so ``["cpu", "cpu"]`` is ``["cpu:0", "cpu:1"]``. With more ``cpu:k`` than cores they share
-                cores in turn, one thread each.
+            spec: ``"auto"`` (every card and one CPU device where there are cards, else the CPU in two halves, or one
+                device if it has one core), a name (``"cpu"``: all cores), a comma-separated text, or a sequence of names,
+                ``torch.device`` and :class:`Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the lowest
+                index not named otherwise, so ``["cpu", "cpu"]`` is ``["cpu:0", "cpu:1"]``. With more ``cpu:k`` than cores
+                they share cores in turn, one thread each.
 
         Raises:
             ValueError: an unknown device, one named twice, an empty list, or a budget that the devices cannot share.
@@ -156,7 +161,7 @@ class DeviceManager:
         cpu = f"cpu or cpu:0, cpu:1, ... ({len(usable_cores())} cores)"
         return ", ".join([*cards, cpu]) + ("" if cards else "; torch sees no CUDA device")
 
-    def _items(self, spec: str | torch.device | Device | Sequence[str | torch.device | Device]) -> list[str | Device]:
+    def _items(self, spec: Spec) -> list[str | Device]:
         if isinstance(spec, str) and spec.strip().lower() == "auto":
             if self._cuda:
                 return [*(f"cuda:{i}" for i in range(len(self._cuda))), "cpu"]
@@ -200,7 +205,9 @@ class DeviceManager:
             if name == "cuda":
                 raise ValueError(f"budget {key}={value}: name the card, for example cuda:0={value}")
             if name in budgets:
-                raise ValueError(f"budget {key}={value}: {name} already has the budget {format_bytes(budgets[name])}; give one")
+                raise ValueError(
+                    f"budget {key}={value}: {name} has one already, {format_bytes(budgets[name])}; give one"
+                )
             total = self._cuda[_index(name)][1] if name.startswith("cuda") else self._host_total
             try:
                 budgets[name] = parse_bytes(value, total)
@@ -210,7 +217,8 @@ class DeviceManager:
                 raise ValueError(f"budget {key}={value} is zero; leave {key} out of the devices, or give it memory")
             if budgets[name] > total:
                 warnings.warn(
-                    f"budget {key}={value} is more than the {format_bytes(total)} there is; a plan under it may not fit", stacklevel=4
+                    f"budget {key}={value} is more than the {format_bytes(total)} there is; a plan under it may not fit",
+                    stacklevel=4,
                 )
         return budgets
 
@@ -219,7 +227,8 @@ class DeviceManager:
         unused = [n for n in self._budgets if n.startswith("cpu:") and n not in names]
         if unused and names:
             raise ValueError(
-                f"budget for unknown device {unused[0]!r}; the CPU devices here are {', '.join(names)} (key 'cpu' is split among them)"
+                f"budget for unknown device {unused[0]!r}; the CPU devices here are {', '.join(names)} "
+                "(the key 'cpu' is split among them)"
             )
         own = {n: self._budgets[n] for n in names if n in self._budgets}
         rest = [n for n in names if n not in own]
@@ -236,9 +245,10 @@ class DeviceManager:
             how += f", shared by {len(names)}" if len(names) > 1 else ""
         left = pool - sum(own.values())
         if left < len(rest):
+            given = ", ".join(f"{n}={format_bytes(size)}" for n, size in own.items())
             raise ValueError(
-                f"budget {', '.join(f'{n}={format_bytes(s)}' for n, s in own.items())} leaves nothing of the cpu budget "
-                f"{format_bytes(pool)} for {', '.join(rest)}; lower it, or give each CPU device its own budget"
+                f"budget {given} leaves nothing of the cpu budget {format_bytes(pool)} for {', '.join(rest)}; "
+                "lower it, or give each CPU device its own budget"
             )
         return result | {n: (left // len(rest), reserve // len(rest), how) for n in rest}
 
@@ -260,7 +270,7 @@ class DeviceManager:
 
 
 def pin_current_thread(device: Device) -> None:
-    """Binds the calling thread to the device's cores and thread count; no effect for a card or where the system cannot."""
+    """Binds the calling thread to the device's cores and thread count; does nothing for a card."""
     if not device.cores:
         return
     if hasattr(os, "sched_setaffinity"):
@@ -281,7 +291,7 @@ def call_pinned(device: Device, function: Callable[[], T]) -> T:
         try:
             pin_current_thread(device)
             results.append(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller whatever it is
+        except BaseException as error:  # handed to the caller, whatever it is
             errors.append(error)
 
     thread = threading.Thread(target=body, name=f"spu-{device.name}")
@@ -313,7 +323,7 @@ def cpu_model() -> str:
 
 
 def _physical_core(core: int) -> tuple[int, int]:
-    """(package, core in it); hyperthreads of one core agree. Each logical core is its own where the system does not say."""
+    """(package, core in it); hyperthreads of one core agree. Where the system does not say, each is its own."""
     topology = _CPUS / f"cpu{core}" / "topology"
     package, inner = _read_int(topology / "physical_package_id"), _read_int(topology / "core_id")
     return (package, inner) if package is not None and inner is not None else (0, core)
@@ -342,11 +352,11 @@ def _effective_cores() -> int:
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
-    """``parts`` disjoint runs of ``cores``, as even as can be; single cores in turn when there are fewer cores than parts."""
+    """``parts`` disjoint runs of ``cores``, as even as can be; single cores in turn when there are fewer than parts."""
     if parts > len(cores):
         return [(cores[i % len(cores)],) for i in range(parts)]
     bounds = [len(cores) * i // parts for i in range(parts + 1)] if parts else []
-    return [tuple(sorted(cores[start:end])) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [tuple(sorted(cores[start:end])) for start, end in itertools.pairwise(bounds)]
 
 
 def _assign_names(names: list[str], known: str) -> list[str]:
@@ -368,7 +378,7 @@ def _assign_names(names: list[str], known: str) -> list[str]:
 def _split_pair(piece: str, budget: str) -> tuple[str, str]:
     key, sign, value = piece.partition("=")
     if not sign or not key.strip() or not value.strip():
-        raise ValueError(f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write for example cuda:0=8GB,cpu=24GB")
+        raise ValueError(f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write e.g. cuda:0=8GB,cpu=24GB")
     return key.strip(), value.strip()
 
 
@@ -442,7 +452,7 @@ def _cgroup_dirs(controller: str) -> list[Path]:
     except OSError:
         return found
     for line in lines:
-        _, names, path = (line.split(":", 2) + ["", "", ""])[:3]
+        _, names, path = [*line.split(":", 2), "", "", ""][:3]
         if names and controller not in names.split(","):
             continue
         root = _CGROUP / names if names else _CGROUP

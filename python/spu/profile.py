@@ -1,0 +1,348 @@
+"""What layers cost and how fast devices are: the numbers that placing a model rests on.
+
+Layers are costed on fake tensors (:func:`estimate_layers`: no weights are read, copied or needed, so a 20B model is
+costed on a laptop) or by running them (:func:`measure_layers`). Devices and the links between them are measured once
+(:func:`measure_device`, :func:`measure_link`) and remembered under ``$SPU_CACHE`` or ``~/.cache/spu``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from spu.devices import Device, call_pinned
+from spu.speed import DeviceSpeed, cache_directory, measure_device, measure_link
+
+__all__ = [
+    "DeviceSpeed",
+    "LayerCost",
+    "cache_directory",
+    "estimate_layers",
+    "measure_device",
+    "measure_layers",
+    "measure_link",
+]
+
+Call = Callable[[nn.Module, Any], Any]
+Layers = Iterable["nn.Module | tuple[str, nn.Module]"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs for one microbatch.
+
+    Attributes:
+        name: the layer's.
+        forward_flops: of matrix products, convolutions and attention (2 per multiply-add); no elementwise work.
+        param_bytes: of its parameters in their own dtype, one shared within the layer once. Buffers are not counted.
+        param_count: elements of the same.
+        saved_bytes: what forward keeps for backward: distinct storages saved by autograd, parameters and buffers left
+            out, the layer's own input included if it is saved.
+        output_bytes: of what it hands to the next layer.
+        forward_s: measured seconds; None if not measured.
+        backward_s: measured seconds of the gradients of inputs and parameters; None if not measured.
+        shared_bytes: the part of ``saved_bytes`` that an earlier layer of the same list has counted already (its output
+            is saved by both): subtract it where both run in one stage.
+    """
+
+    name: str
+    forward_flops: int
+    param_bytes: int
+    param_count: int
+    saved_bytes: int
+    output_bytes: int
+    forward_s: float | None = None
+    backward_s: float | None = None
+    shared_bytes: int = 0
+
+
+def estimate_layers(layers: Layers, example_inputs: Any, call: Call | None = None) -> list[LayerCost]:
+    """Costs of ``layers`` run one after the other on fake tensors: shapes and dtypes are computed, values never.
+
+    Args:
+        layers: modules, or (name, module) pairs; on any device, ``meta`` too.
+        example_inputs: one microbatch's input to the first layer: a tensor or a structure of them, real, meta or fake.
+        call: how to call a layer: ``call(layer, x)``; default ``layer(x)``. Real tensors that it brings become fake ones.
+
+    Raises:
+        ValueError: there are no layers, or a layer cannot run without values; the message names it.
+    """
+    named = _named(layers)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    x = _to_fake(mode, example_inputs, _device_of(named, example_inputs))
+    seen: set[int] = set()
+    keep_alive: list[Any] = []
+    costs = []
+    with _frozen_rng(), torch.enable_grad():
+        for name, layer in named:
+            try:
+                cost, x = _estimate_one(mode, name, layer, x, call, seen, keep_alive)
+            except Exception as error:
+                raise ValueError(
+                    f"layer {name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
+                    "check example_inputs, and that its forward does not read values (.item(), if on a tensor)"
+                ) from error
+            costs.append(cost)
+    return costs
+
+
+def measure_layers(
+    layers: Layers,
+    example_inputs: Any,
+    *,
+    call: Call | None = None,
+    repeats: int = 3,
+    device: Device | torch.device | str | None = None,
+) -> list[LayerCost]:
+    """:func:`estimate_layers` with measured seconds: medians of ``repeats`` forwards and backwards after an unmeasured one.
+
+    Leaves parameters' ``.grad``, buffers, random number generators and training modes as they were.
+
+    Args:
+        layers: modules or (name, module) pairs.
+        example_inputs: one microbatch's input to the first layer, real.
+        call: as in :func:`estimate_layers`; its tensors must be where the layers run.
+        repeats: at least 1.
+        device: where to run: a CPU :class:`Device` runs in a thread with its cores and thread count; layers that are
+            elsewhere are copied there one at a time. Default: where they are, in the calling thread.
+
+    Raises:
+        ValueError: as :func:`estimate_layers`; or ``repeats`` below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; measure at least once")
+    named = _named(layers)
+    costs = estimate_layers(named, example_inputs, call)
+    target = device.torch_device if isinstance(device, Device) else torch.device(device) if device is not None else None
+
+    def body() -> list[LayerCost]:
+        x = example_inputs if target is None else _map_tensors(lambda t: t.to(target), example_inputs)
+        result = []
+        with torch.enable_grad():
+            for cost, (_, layer) in zip(costs, named, strict=True):
+                forward_s, backward_s, x = _measure_one(_on(layer, target), x, call, repeats)
+                result.append(dataclasses.replace(cost, forward_s=forward_s, backward_s=backward_s))
+        return result
+
+    with _frozen_rng(target):
+        return call_pinned(device, body) if isinstance(device, Device) else body()
+
+
+def _named(layers: Layers) -> list[tuple[str, nn.Module]]:
+    named = [pair if isinstance(pair, tuple) else (f"{i}.{type(pair).__name__}", pair) for i, pair in enumerate(layers)]
+    if not named:
+        raise ValueError("there are no layers to cost; give at least one")
+    return named
+
+
+# Estimating.
+
+
+class _Called(nn.Module):
+    """A layer with its way of being called: what functional_call can run with other parameters in place."""
+
+    def __init__(self, layer: nn.Module, call: Call | None) -> None:
+        super().__init__()
+        self.layer = layer
+        # Not a submodule, should it be one: its parameters are not the layer's.
+        object.__setattr__(self, "call", call)
+
+    def forward(self, x: Any) -> Any:
+        return self.layer(x) if self.call is None else self.call(self.layer, x)
+
+
+def _estimate_one(
+    mode: FakeTensorMode,
+    name: str,
+    layer: nn.Module,
+    x: Any,
+    call: Call | None,
+    seen: set[int],
+    keep_alive: list[Any],
+) -> tuple[LayerCost, Any]:
+    """The cost of one layer, and the next one's fake input. ``seen``: storages that earlier layers keep for backward."""
+    tensors = _fake_state(mode, layer, _first_device(x))
+    state = {_storage_key(t) for t in tensors.values()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage_key(tensor) not in state:
+            saved[_storage_key(tensor)] = tensor
+        return tensor
+
+    counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with mode, counter, hooks:
+        out = torch.func.functional_call(_Called(layer, call), tensors, (x,), strict=False)
+    parameters = list({id(p): p for p in layer.parameters()}.values())
+    cost = LayerCost(
+        name=name,
+        forward_flops=counter.get_total_flops(),
+        param_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        param_count=sum(p.numel() for p in parameters),
+        saved_bytes=sum(t.untyped_storage().nbytes() for t in saved.values()),
+        output_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)),
+        shared_bytes=sum(t.untyped_storage().nbytes() for key, t in saved.items() if key in seen),
+    )
+    seen.update(saved)
+    # Storages are told apart by address, which must not be used again while the list is walked.
+    keep_alive.append((saved, out))
+    return cost, _next_input(out)
+
+
+def _fake_state(mode: FakeTensorMode, layer: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Fake stand-ins for a layer's parameters and buffers; a shared one gets one stand-in under each of its names."""
+    made: dict[int, torch.Tensor] = {}
+    result = {}
+    named = itertools.chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if id(tensor) not in made:
+            fake = _fake_tensor(mode, tensor.detach(), device)
+            made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
+        result[f"layer.{name}"] = made[id(tensor)]
+    return result
+
+
+def _fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor without data of this one's shape, strides and dtype, on ``device``."""
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return fake
+
+
+def _to_fake(mode: FakeTensorMode, value: Any, device: torch.device) -> Any:
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        return _fake_tensor(mode, tensor, device).requires_grad_(tensor.requires_grad)
+
+    return _map_tensors(one, value)
+
+
+def _device_of(named: Sequence[tuple[str, nn.Module]], example_inputs: Any) -> torch.device:
+    """Where the fake run pretends to be: the first real device among inputs and parameters; the CPU if all is meta."""
+    inputs = (t for t in tree_leaves(example_inputs) if isinstance(t, torch.Tensor))
+    parameters = (p for _, layer in named for p in layer.parameters())
+    devices = (t.device for t in itertools.chain(inputs, parameters))
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+
+
+def _first_device(x: Any) -> torch.device:
+    return next((t.device for t in tree_leaves(x) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _flop_formulas() -> dict[Any, Any]:
+    """FLOPs of the ops that torch's counter does not know: ours, where they are registered, and CPU attention."""
+
+    def input_gradient(dz: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * _rows(dz) * weight[0] * weight[1]
+
+    def weight_gradient(dz: Sequence[int], x: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * _rows(dz) * dz[-1] * x[-1]
+
+    def linear(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * _rows(x) * weight[0] * weight[1]
+
+    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    formulas: dict[Any, Any] = {}
+    cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if cpu_attention is not None:
+        formulas[cpu_attention] = attention
+    ours = {"linear": linear, "linear_dx": input_gradient, "linear_dw": weight_gradient, "linear_dw_": weight_gradient}
+    for name, formula in ours.items():
+        if hasattr(torch.ops.spu, name):
+            formulas[getattr(torch.ops.spu, name)] = formula
+    return formulas
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Elements of all dimensions but the last."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+# Measuring.
+
+
+def _measure_one(layer: nn.Module, x: Any, call: Call | None, repeats: int) -> tuple[float, float, Any]:
+    """Median seconds of forward and of backward, and the input of the next layer."""
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    leaves = [t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad]
+    device = _first_device([x, *parameters])
+    forward_s, backward_s = [], []
+    out: Any = None
+    with _kept_buffers(layer):
+        for _ in range(repeats + 1):
+            start = _now(device)
+            out = layer(x) if call is None else call(layer, x)
+            middle = _now(device)
+            outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+            if outs and (parameters or leaves):
+                # Not .backward(): parameters' .grad and their accumulation hooks stay out of it.
+                torch.autograd.grad(outs, [*parameters, *leaves], [torch.ones_like(t) for t in outs], allow_unused=True)
+            forward_s.append(middle - start)
+            backward_s.append(_now(device) - middle)
+    return statistics.median(forward_s[1:]), statistics.median(backward_s[1:]), _next_input(out)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _on(layer: nn.Module, target: torch.device | None) -> nn.Module:
+    """The layer itself if it is on ``target`` (or has no parameters), else a copy there."""
+    if target is None or all(t.device == target for t in itertools.chain(layer.parameters(), layer.buffers())):
+        return layer
+    return copy.deepcopy(layer).to(target)
+
+
+@contextlib.contextmanager
+def _kept_buffers(layer: nn.Module) -> Iterator[None]:
+    """Puts buffers back that a forward changes (running statistics)."""
+    before = [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _frozen_rng(device: torch.device | None = None) -> Iterator[None]:
+    cards: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    if device is not None and device.type == "cuda" and not cards:
+        cards = [device]
+    with torch.random.fork_rng(devices=cards):
+        yield
+
+
+def _next_input(out: Any) -> Any:
+    """``out`` as a new leaf: cut from its graph, same storage, wanting a gradient where it had one to give."""
+    return _map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
+
+
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    return tree_map(lambda t: function(t) if isinstance(t, torch.Tensor) else t, value)
