@@ -51,8 +51,8 @@ def _check_grad(param: Tensor) -> Tensor:
     assert grad is not None
     if grad.dtype != torch.float32:
         raise TypeError(
-            f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient: optimizers here need "
-            "fp32 main gradients; use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 before backward"
+            f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient, but optimizers here "
+            "take fp32 main gradients: use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 first"
         )
     return grad
 
@@ -151,8 +151,16 @@ class AdamW(torch.optim.Optimizer):
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
-        found = self._constants.get(0.0, device) if found_inf is None else found_inf.to(device, non_blocking=True)
-        scale = self._constants.get(1.0, device) if grad_scale is None else grad_scale.to(device, non_blocking=True)
+        found = (
+            self._constants.get(0.0, device)
+            if found_inf is None
+            else found_inf.to(device, non_blocking=device.type != "cpu")
+        )
+        scale = (
+            self._constants.get(1.0, device)
+            if grad_scale is None
+            else grad_scale.to(device, non_blocking=device.type != "cpu")
+        )
         grads = [_check_grad(param) for param in params]
         states = [self._prepare(param) for param in params]
         steps = [state["step"] for state in states]
@@ -232,6 +240,10 @@ class MasterOptimizer:
         pairs = zip(self._params, self._targets, strict=True)
         return [None if target is param else target.detach() for param, target in pairs]
 
+    def target(self, param: nn.Parameter) -> Tensor:
+        """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself."""
+        return next(target for own, target in zip(self._params, self._targets, strict=True) if own is param)
+
     @torch.no_grad()
     def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One update, or none if found_inf is set (read on the host: one wait for the device).
@@ -249,10 +261,9 @@ class MasterOptimizer:
                 continue
             grad = _check_grad(param)
             if grad_scale is not None:
-                grad.mul_(grad_scale.to(grad.device, non_blocking=True))
+                grad.mul_(grad_scale.to(grad.device, non_blocking=grad.device.type != "cpu"))
             target.grad = grad
-        with torch.enable_grad():
-            self.optimizer.step()
+        self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):
             if target is not param:
                 target.grad = None

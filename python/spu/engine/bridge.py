@@ -1,0 +1,165 @@
+"""Gradients across a ``detach`` between hand-run stages.
+
+The loop ::
+
+    for module in trainer.modules():
+        x = x.detach().requires_grad_(True).to(module.device)
+        x = module(x)
+    loss_fn(x).backward()
+
+cuts the graph at every stage in plain PyTorch: only the last one gets gradients. The modules that the trainer yields
+recognise their input as an earlier module's output, because the detached tensor still shares its storage, and hang a
+hook on it that continues the backward into the graph that made it.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spu.ops.sink import current_scope, open_scope
+
+__all__ = ["Bridge", "StageModule"]
+
+_Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+_MAX_PENDING = 256  # outputs per stage whose consumer has not come yet
+
+
+def _key(tensor: torch.Tensor) -> _Key:
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _has_alias(tensor: torch.Tensor) -> bool:
+    """Whether anything besides this tensor still uses its storage; True where that cannot be told."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the storage object made here
+
+
+class _Crossing:
+    """One output that a later stage consumes after a detach."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        self.output = output
+        self.running = False
+        self.done = False
+        output.register_hook(self._check_source)
+
+    def attach(self, leaf: torch.Tensor) -> None:
+        leaf.register_hook(self.carry)
+
+    def carry(self, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
+        # A nested backward is a graph task of its own: the loss scale's scope has to be opened for it again.
+        scope = current_scope()
+        gradient = gradient.to(self.output.device, self.output.dtype)
+        self.running = True
+        try:
+            output = open_scope(self.output, scope) if scope is not None else self.output
+            output.backward(gradient)
+        finally:
+            self.running = False
+            self.done = True
+
+    def _check_source(self, gradient: torch.Tensor) -> None:
+        if self.done and not self.running:
+            raise RuntimeError(
+                "this output's gradient was already carried into its stage by the bridge of trainer.modules(), at "
+                "loss.backward(); continuing it by hand would count it twice: remove the manual "
+                "output.backward(next_input.grad)"
+            )
+
+
+class Bridge:
+    """Matches the inputs of stages with the outputs of the stages before them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pending: dict[_Key, torch.Tensor] = {}
+
+    def produced(self, outputs: Any) -> None:
+        """Remember a stage's outputs until the next stage takes them."""
+        with self._lock:
+            for key in [key for key, output in self._pending.items() if not _has_alias(output)]:
+                del self._pending[key]
+            for output in pytree.tree_leaves(outputs):
+                if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+                    self._pending[_key(output)] = output
+            while len(self._pending) > _MAX_PENDING:
+                del self._pending[next(iter(self._pending))]
+
+    def consumed(self, inputs: Any, stage: int) -> None:
+        """Connect a stage's inputs, if they were detached from an output of an earlier stage."""
+        for tensor in pytree.tree_leaves(inputs):
+            if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad:
+                continue
+            with self._lock:
+                leaf = self._source_leaf(tensor)
+                if leaf is None:
+                    continue
+                output = self._pending.pop(_key(leaf), None)
+                waiting = any(out.shape == leaf.shape for out in self._pending.values())
+            if output is not None and output is not leaf:
+                _Crossing(output).attach(leaf)
+            elif waiting:
+                warnings.warn(
+                    f"the input of part {stage} requires a gradient but shares no storage with an output of an "
+                    "earlier part, so that part gets no gradient; detach with "
+                    "`out.detach().requires_grad_(True).to(module.device)`, without a clone before requires_grad_",
+                    stacklevel=4,
+                )
+
+    def _source_leaf(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The leaf a tensor was made from by a chain of one-input operations (``.to``, ``.contiguous``).
+
+        None if there is none, or if the chain meets a pending output: then nothing was detached, and autograd carries
+        the gradient by itself.
+        """
+        if tensor.is_leaf:
+            return tensor
+        made = {output.grad_fn: key for key, output in self._pending.items()}
+        node = tensor.grad_fn
+        for _ in range(8):
+            if node in made:
+                del self._pending[made[node]]
+                return None
+            if node is None or hasattr(node, "variable"):
+                return getattr(node, "variable", None)
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            if len(parents) != 1:
+                return None
+            node = parents[0]
+        return None
+
+
+class StageModule(nn.Module):
+    """One part of the model on its device, callable by hand, bridged to its neighbours.
+
+    Attributes:
+        device: the ``torch.device`` to move inputs to.
+        part: the wrapped module.
+    """
+
+    def __init__(self, part: nn.Module, index: int, device: torch.device, bridge: Bridge) -> None:
+        super().__init__()
+        self.part = part
+        self.index = index
+        self.device = device
+        self._bridge = bridge
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self.index > 0:
+            self._bridge.consumed((args, kwargs), self.index)
+        output = self.part(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._bridge.produced(output)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}, device={self.device}"

@@ -1,0 +1,224 @@
+"""The engine for devices of one process: a worker thread for each stage runs its list of actions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from spu import ops
+from spu.engine.channel import Aborted, Exchange
+from spu.engine.layers import Moment
+from spu.engine.microbatch import move
+from spu.engine.stage import Stage
+from spu.engine.worker import Worker
+from spu.ops.sink import BackwardScope
+from spu.schedules import Action, Span, Timeline
+from spu.transfer import Link
+
+__all__ = ["LocalEngine", "Round", "StageError"]
+
+
+class StageError(RuntimeError):
+    """A stage failed; ``__cause__`` is what it raised.
+
+    Attributes:
+        stage: index of the stage.
+        action: what it was doing, e.g. ``1B3`` for stage 1, backward, microbatch 3; None outside the schedule.
+    """
+
+    def __init__(self, stage: int, device: str, action: Action | None, cause: BaseException) -> None:
+        self.stage = stage
+        self.action = action
+        doing = "" if action is None else f", action {action}, microbatch {action.microbatch}"
+        super().__init__(f"stage {stage} ({device}){doing}: {type(cause).__name__}: {cause}")
+
+
+@dataclass
+class Round:
+    """One run of a schedule over microbatches, and what came out of it.
+
+    Attributes:
+        actions: one list for each stage.
+        inputs, targets, weights: one of each for each microbatch; no targets means no loss.
+        first_microbatch: the number of the first one in the whole step, for its random draws.
+        run_seed, step: likewise.
+        scopes: the loss scale on each stage; None for a pass without backward.
+        keep_outputs: collect the last stage's outputs.
+        losses, outputs: results by microbatch.
+        spans: what ran when, in seconds of ``time.perf_counter``.
+    """
+
+    actions: Sequence[Sequence[Action]]
+    inputs: Sequence[Any]
+    targets: Sequence[Any] | None
+    weights: Sequence[torch.Tensor] | None
+    run_seed: int
+    step: int
+    first_microbatch: int = 0
+    scopes: Sequence[BackwardScope] | None = None
+    keep_outputs: bool = False
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def train(self) -> bool:
+        return self.scopes is not None
+
+
+class LocalEngine:
+    """Runs schedules over stages, each in its worker thread, with links between neighbours.
+
+    Args:
+        stages: in pipeline order.
+        codec: how tensors are packed between stages, None for not at all.
+        backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
+            variables do not reach other threads.
+    """
+
+    def __init__(self, stages: Sequence[Stage], *, codec: str | None = None, backend: str | None = None) -> None:
+        self.stages = list(stages)
+        self.backend = backend
+        self._workers = [Worker(stage.device) for stage in self.stages]
+        pairs = list(zip(self.stages, self.stages[1:]))
+        self._forward_links = [Link(after.device.torch_device, codec) for _, after in pairs]
+        self._backward_links = [Link(before.device.torch_device, codec) for before, _ in pairs]
+
+    def run(self, work: Round) -> Timeline:
+        """Run one schedule to its end and return the measured timeline.
+
+        Raises:
+            StageError: a stage failed; every other one has stopped, and nothing of the round is kept.
+            KeyboardInterrupt: likewise.
+        """
+        exchange = Exchange()
+        spans: list[list[Span]] = [[] for _ in self.stages]
+        start = time.perf_counter()
+
+        def task(stage: Stage) -> Callable[[], None]:
+            return lambda: self._run_actions(stage, work, exchange, spans[stage.index])
+
+        try:
+            self._all([worker.submit(task(stage)) for stage, worker in self._pairs()], exchange)
+        except BaseException:
+            for stage in self.stages:
+                stage.clear()
+            raise
+        assert len(exchange) == 0, f"{len(exchange)} messages were never received"
+        return Timeline.from_spans(
+            [span._replace(start=span.start - start, end=span.end - start) for own in spans for span in own],
+            stages=len(self.stages),
+        )
+
+    def each(self, task: Callable[[Stage], Any]) -> list[Any]:
+        """Run ``task`` for every stage in its worker, side by side, and return the results in stage order.
+
+        Raises:
+            StageError: a task failed; the others have ended.
+        """
+
+        def guarded(stage: Stage) -> Any:
+            try:
+                with ops.use_backend(self.backend):
+                    return task(stage)
+            except Exception as error:
+                raise StageError(stage.index, stage.device.name, None, error) from error
+
+        return self._all([worker.submit(guarded, stage) for stage, worker in self._pairs()], None)
+
+    def sent_bytes(self) -> int:
+        """Bytes that have crossed the stage boundaries so far, both directions."""
+        return sum(link.sent_bytes for link in (*self._forward_links, *self._backward_links))
+
+    def close(self) -> None:
+        """End the worker threads; harmless when called twice."""
+        for worker in self._workers:
+            worker.close()
+
+    def _pairs(self) -> list[tuple[Stage, Worker]]:
+        return list(zip(self.stages, self._workers))
+
+    @staticmethod
+    def _all(futures: list[Future[Any]], exchange: Exchange | None) -> list[Any]:
+        """Wait for all; at the first failure stop the others, wait for them, and raise that failure."""
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            # Reached by a worker's failure and by Ctrl-C alike. A worker ends after the action it is in.
+            if exchange is not None and not all(future.done() for future in futures):
+                exchange.abort()
+            wait(futures)
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, Aborted):
+                raise error
+        assert not errors, "a run was aborted without a cause"
+        return [future.result() for future in futures]
+
+    def _run_actions(self, stage: Stage, work: Round, exchange: Exchange, spans: list[Span]) -> None:
+        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
+            for action in work.actions[stage.index]:
+                if exchange.aborted:
+                    raise Aborted
+                try:
+                    begin = self._perform(stage, action, work, exchange)
+                except Aborted:
+                    raise
+                except BaseException as error:
+                    exchange.abort()
+                    raise StageError(stage.index, stage.device.name, action, error) from error
+                spans.append(Span(stage.index, action.kind, action.microbatch, begin, time.perf_counter()))
+
+    def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> float:
+        """Run one action and return when its inputs had arrived, so that waiting counts as idle."""
+        moment = Moment(work.run_seed, work.step, work.first_microbatch + action.microbatch)
+        if action.kind == "F":
+            return self._forward(stage, action.microbatch, moment, work, exchange)
+        assert action.kind == "B", f"the local engine does not run {action.kind} actions"
+        return self._backward(stage, action.microbatch, moment, work, exchange)
+
+    def _forward(self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange) -> float:
+        device = stage.device.torch_device
+        message = work.inputs[index] if stage.is_first else exchange.take(("F", stage.index, index))
+        begin = time.perf_counter()
+        if stage.is_first:
+            x = move(message, device)
+        else:
+            x = self._forward_links[stage.index - 1].receive(message)
+        inputs = None
+        if stage.wants_inputs:
+            inputs = x if stage.is_first else move(work.inputs[index], device)
+        output = stage.forward(x, inputs, moment, train=work.train)
+        if not stage.is_last:
+            exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
+            return begin
+        if work.keep_outputs:
+            work.outputs[index] = _detached(output)
+        if work.targets is not None:
+            assert work.weights is not None
+            scope = work.scopes[stage.index] if work.scopes is not None else None
+            work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], moment, scope)
+        return begin
+
+    def _backward(self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange) -> float:
+        assert work.scopes is not None
+        gradients = None
+        if stage.is_last:
+            begin = time.perf_counter()
+        else:
+            message = exchange.take(("B", stage.index, index))
+            begin = time.perf_counter()
+            gradients = self._backward_links[stage.index].receive(message)
+        gradients = stage.backward(gradients, moment, work.scopes[stage.index])
+        if not stage.is_first:
+            exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
+        return begin
+
+
+def _detached(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, tree)

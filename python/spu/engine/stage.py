@@ -1,0 +1,151 @@
+"""A stage: consecutive layers on one device, and the forward and backward of one microbatch through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from spu.engine.layers import Layer, Moment
+from spu.engine.microbatch import move
+from spu.ops.sink import BackwardScope, open_scope
+
+if TYPE_CHECKING:
+    from spu.devices import Device
+
+__all__ = ["Stage"]
+
+
+@dataclass
+class _InFlight:
+    """What one microbatch leaves behind between its forward and its backward."""
+
+    leaves: list[Any]  # the stage's inputs, cut off from the stage before
+    outputs: list[Any]  # the stage's outputs, or its scaled loss
+
+
+class Stage:
+    """Runs microbatches through consecutive layers; used by one worker thread at a time.
+
+    Args:
+        index: position in the pipeline.
+        layers: the stage's layers, already on the device.
+        device: where they are.
+        is_last: the stage computes the loss.
+        loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
+        recompute: keep only each layer's input for the backward.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layers: list[Layer],
+        device: Device,
+        *,
+        is_last: bool,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        recompute: bool = False,
+    ) -> None:
+        self.index = index
+        self.layers = layers
+        self.device = device
+        self.is_first = index == 0
+        self.is_last = is_last
+        self.loss_fn = loss_fn
+        self.recompute = recompute
+        self.wants_inputs = any(layer.wants_inputs for layer in layers)
+        self._in_flight: dict[int, _InFlight] = {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The stage's parameters, each once, in order of first use."""
+        found = {id(p): p for layer in self.layers for _, p in layer.named_parameters()}
+        return list(found.values())
+
+    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool) -> Any:
+        """Run one microbatch and remember what its backward needs.
+
+        Args:
+            x: the previous stage's outputs, or the microbatch's inputs for the first stage, on this device.
+            inputs: the microbatch's inputs, on this device, if ``wants_inputs``.
+            moment: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
+            train: keep the graph.
+
+        Returns:
+            The stage's outputs, attached to their graph.
+        """
+        leaves: list[Any] = []
+        if train and not self.is_first:
+            x = pytree.tree_map_only(torch.Tensor, _as_leaf, x)
+            leaves = pytree.tree_leaves(x)
+        for layer in self.layers:
+            step = layer.run_checkpointed if self.recompute and train else layer.run
+            x = step(x, inputs, moment)
+        if train and not self.is_last:
+            self._in_flight[moment.microbatch] = _InFlight(leaves, pytree.tree_leaves(x))
+        elif train:
+            self._in_flight[moment.microbatch] = _InFlight(leaves, [])
+        return x
+
+    def loss(
+        self, outputs: Any, targets: Any, weight: torch.Tensor, moment: Moment, scope: BackwardScope | None
+    ) -> torch.Tensor:
+        """The microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar.
+
+        Args:
+            outputs: what :meth:`forward` returned on the last stage.
+            targets: the microbatch's targets, on any device.
+            weight: the microbatch's share, 0-dimensional fp32.
+            moment: as given to :meth:`forward`.
+            scope: the scale of the backward to come; None when there is none.
+        """
+        value = self.loss_fn(outputs, move(targets, self.device.torch_device))
+        if not isinstance(value, torch.Tensor) or value.dim() != 0:
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        weight = weight.to(value.device, value.dtype)
+        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN.
+        share = torch.where(weight > 0, value * weight, torch.zeros_like(value))
+        if scope is not None:
+            self._in_flight[moment.microbatch].outputs.append(share)
+        return share.detach()
+
+    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope) -> Any:
+        """Run the backward of one microbatch.
+
+        Args:
+            gradients: flat list, one scaled gradient (or None) for each output tensor; ignored by the last stage.
+            moment: as given to :meth:`forward`.
+            scope: the loss scale, its inverse, and where to note a non-finite gradient.
+
+        Returns:
+            Flat list of the scaled gradients of the stage's inputs, None where there is none.
+        """
+        flight = self._in_flight.pop(moment.microbatch)
+        if self.is_last:
+            (loss,) = flight.outputs
+            roots, gradients = [loss], [scope.scale.reshape(()).to(loss.dtype)]
+        else:
+            roots = flight.outputs
+        pairs = [
+            (root, gradient)
+            for root, gradient in zip(roots, gradients, strict=True)
+            if isinstance(root, torch.Tensor) and root.requires_grad and gradient is not None
+        ]
+        if pairs:
+            opened = open_scope(tuple(root for root, _ in pairs), scope)
+            torch.autograd.backward(opened, [gradient for _, gradient in pairs])
+        return [leaf.grad if isinstance(leaf, torch.Tensor) else None for leaf in flight.leaves]
+
+    def clear(self) -> None:
+        """Forget unfinished microbatches, after a failure."""
+        self._in_flight.clear()
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor

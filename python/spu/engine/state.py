@@ -1,0 +1,127 @@
+"""A trainer's state as named tensors, whatever its stages are: what checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.checkpoint import CheckpointError
+from spu.engine.build import Built
+from spu.optim import AdamW, MasterOptimizer
+
+__all__ = ["model_state", "optimizer_state", "restore_model", "restore_optimizer"]
+
+_Optimizers = list[AdamW | MasterOptimizer | None]
+
+
+def _named(built: Built, optimizers: _Optimizers) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
+    """Every parameter by each of its names, an alias standing for its owner, with the optimizer that updates it."""
+    owner = {id(use.alias): (use.owner, use.owner_stage) for use in built.tied}
+    found = {}
+    for stage in built.stages:
+        for layer in stage.layers:
+            for name, parameter in layer.named_parameters():
+                parameter, index = owner.get(id(parameter), (parameter, stage.index))
+                found[name] = (parameter, optimizers[index])
+    return found
+
+
+def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
+    """Parameters in full precision (the fp32 master where there is one) and persistent buffers, by model name."""
+    state = {}
+    for name, (parameter, optimizer) in _named(built, optimizers).items():
+        state[name] = _master(parameter, optimizer)
+    for stage in built.stages:
+        for layer in stage.layers:
+            state.update((name, buffer.detach()) for name, buffer in layer.named_buffers())
+    return state
+
+
+def restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+    """Put :func:`model_state` back, into a model cut into any number of stages.
+
+    Raises:
+        CheckpointError: names or shapes that do not belong to this model; nothing was changed.
+    """
+    current = model_state(built, optimizers)
+    missing = sorted(current.keys() - state.keys())
+    foreign = sorted(state.keys() - current.keys())
+    if missing or foreign:
+        raise CheckpointError(
+            f"the checkpoint is of another model: it lacks {_some(missing)} and has {_some(foreign)} in excess; "
+            "build the model that it was saved from"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != current[name].shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name} has shape {tuple(tensor.shape)} there and "
+                f"{tuple(current[name].shape)} here; build the model that it was saved from"
+            )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(state[name])
+        for parameter, optimizer in _named(built, optimizers).values():
+            master = _master(parameter, optimizer)
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.copy_(master)
+        for use in built.tied:
+            if use.alias.data_ptr() != use.owner.data_ptr():
+                use.alias.copy_(use.owner)
+
+
+def optimizer_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
+    """``NAME/KEY`` -> state tensor of each parameter; numbers become 0-dimensional fp64 tensors."""
+    state = {}
+    for owned, optimizer in zip(built.owned, optimizers):
+        for name, parameter in owned.items():
+            for key, value in _entries(parameter, optimizer).items():
+                if key == "master":
+                    continue  # part of the model's state
+                if isinstance(value, torch.Tensor):
+                    state[f"{name}/{key}"] = value
+                elif isinstance(value, (int, float)):
+                    state[f"{name}/{key}"] = torch.tensor(value, dtype=torch.float64)
+    return state
+
+
+def restore_optimizer(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+    """Put :func:`optimizer_state` back; parameters that it does not name start afresh."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in state.items():
+        name, _, key = full.rpartition("/")
+        by_name.setdefault(name, {})[key] = tensor
+    for owned, optimizer in zip(built.owned, optimizers):
+        for name, parameter in owned.items():
+            entries = _entries(parameter, optimizer)
+            for key in [key for key in entries if key != "master"]:
+                del entries[key]
+            for key, tensor in by_name.get(name, {}).items():
+                entries[key] = tensor.to(parameter.device if tensor.dim() else tensor.device, copy=True)
+
+
+def _entries(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> dict[str, Any]:
+    """The optimizer's own state of a parameter, to read or to change."""
+    if optimizer is None:
+        return {}
+    if isinstance(optimizer, AdamW):
+        return optimizer.state[parameter]
+    return optimizer.optimizer.state[optimizer.target(parameter)]
+
+
+def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
+    """The fp32 value that a parameter's was rounded from; the parameter itself where there is none."""
+    if optimizer is None or not parameter.requires_grad:
+        return parameter.detach()
+    if isinstance(optimizer, AdamW):
+        return optimizer.state[parameter].get("master", parameter.detach())
+    return optimizer.target(parameter).detach()
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,158 @@
+"""The end of a step: one gradient norm and one found_inf over all stages, then every stage's optimizer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu import ops
+from spu.engine.build import Built, TiedUse
+from spu.engine.local import LocalEngine
+from spu.engine.stage import Stage
+from spu.optim import AdamW, MasterOptimizer, clip_coefficient
+from spu.precision import LossScaler, MainGrads
+
+__all__ = ["OptimizerFactory", "Update", "Updater"]
+
+OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+
+
+@dataclass
+class Update:
+    """What an update did; fp32 tensors of one element, on the scaler's device."""
+
+    grad_norm: torch.Tensor
+    found_inf: torch.Tensor
+
+
+class Updater:
+    """Owns the main gradients and the optimizers of all stages.
+
+    Args:
+        built: the stages and their parameters.
+        engine: whose workers run the updates.
+        scaler: the loss scaler.
+        optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; None for our
+            AdamW, which a ``functools.partial`` of it also makes.
+        lr: learning rate, for a class and for our AdamW.
+        max_grad_norm: clip the global gradient norm to this; None for not at all.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        engine: LocalEngine,
+        scaler: LossScaler,
+        *,
+        optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
+        lr: float | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        self._built = built
+        self._engine = engine
+        self._scaler = scaler
+        self._max_grad_norm = max_grad_norm
+        self._main_grads = [MainGrads(stage.parameters()) for stage in built.stages]
+        self.scopes = [scaler.scope(stage.device.torch_device, f"stage {stage.index}") for stage in built.stages]
+        self.optimizers: list[AdamW | MasterOptimizer | None] = [
+            _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
+            for owned in built.owned
+        ]
+        self._base_lr = [[group["lr"] for group in _groups(opt)] for opt in self.optimizers]
+
+    def begin_step(self) -> None:
+        """Forget the last step's gradients and take the current loss scale."""
+        self._scaler.begin_step()
+        for grads in self._main_grads:
+            grads.begin_step()
+
+    def reduce(self) -> Update:
+        """Add up the gradients of tied parameters; then the norm over all of them and whether any was not finite."""
+        for use in self._built.tied:
+            _add_tied(use)
+        norms = self._engine.each(lambda stage: ops.grad_norm(self._gradients(stage)))
+        device = self._scaler.device
+        total = torch.stack([norm.to(device, torch.float64).reshape(()) for norm in norms]).square().sum().sqrt()
+        return Update(total.to(torch.float32).reshape(1), self._scaler.found_inf())
+
+    def apply(self, update: Update, lr_factor: float) -> None:
+        """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""
+        for optimizer, bases in zip(self.optimizers, self._base_lr):
+            for group, base in zip(_groups(optimizer), bases):
+                group["lr"] = base * lr_factor
+        clip = None
+        if self._max_grad_norm is not None:
+            clip = clip_coefficient(update.grad_norm.square(), self._max_grad_norm)
+
+        def step(stage: Stage) -> None:
+            optimizer = self.optimizers[stage.index]
+            if optimizer is None:
+                return
+            device = stage.device.torch_device
+            scale = clip.to(device) if clip is not None else None
+            optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
+
+        self._engine.each(step)
+        for use in self._built.tied:
+            if use.alias.data_ptr() != use.owner.data_ptr():
+                use.alias.data.copy_(use.owner.data)
+        self._scaler.update()
+
+    def clear_gradients(self) -> None:
+        """Drop every gradient, after a step that failed half-way."""
+        for stage in self._built.stages:
+            for parameter in stage.parameters():
+                parameter.grad = None
+
+    def close(self) -> None:
+        """Take hooks and sinks off the parameters."""
+        for grads in self._main_grads:
+            grads.close()
+
+    def _gradients(self, stage: Stage) -> list[torch.Tensor]:
+        owned = self._built.owned[stage.index].values()
+        return [parameter.grad for parameter in owned if parameter.grad is not None]
+
+
+def _add_tied(use: TiedUse) -> None:
+    gradient, use.alias.grad = use.alias.grad, None
+    if gradient is None:
+        return
+    gradient = gradient.to(use.owner.device)
+    if use.owner.grad is None:
+        use.owner.grad = gradient
+    else:
+        use.owner.grad.add_(gradient)
+
+
+def _make_optimizer(
+    parameters: Sequence[nn.Parameter],
+    masters: dict[int, torch.Tensor],
+    optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
+    lr: float | None,
+) -> AdamW | MasterOptimizer:
+    factory: Any = AdamW if optimizer is None else optimizer
+    if isinstance(factory, type) and lr is not None:
+        factory = partial(factory, lr=lr)
+    if not _is_ours(factory):
+        return MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
+    made: AdamW = factory(list(parameters))
+    for parameter in parameters:
+        if id(parameter) in masters:
+            made.set_master(parameter, masters[id(parameter)])
+    return made
+
+
+def _is_ours(factory: Any) -> bool:
+    """Whether a class, or a ``functools.partial`` of one, makes our AdamW, which keeps masters by itself."""
+    made = factory.func if isinstance(factory, partial) else factory
+    return isinstance(made, type) and issubclass(made, AdamW)
+
+
+def _groups(optimizer: AdamW | MasterOptimizer | None) -> list[dict[str, Any]]:
+    return [] if optimizer is None else optimizer.param_groups

@@ -1,0 +1,240 @@
+"""A pipelined run equals the plain model: losses, gradients and updates, bit for bit on the reference backend.
+
+The plain model runs the same microbatches, one after the other, with the stages' thread count, every layer in the same
+random context, and one leaf for each stage that uses a parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_close_to_truth, assert_equal
+from torch import nn
+
+import spu
+from spu import DeviceManager, LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
+
+VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(F.silu(self.up(self.norm(x)))))
+
+
+class Unembed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def make_model(*, tied: bool = False, dropout: float = 0.2, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), Block(dropout), Block(0.0), Block(dropout), Unembed())
+    if tied:
+        model[4].weight = model[0].weight
+    return model
+
+
+def make_batch(seed: int = 1, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(VOCAB, (rows, LENGTH), generator=generator)
+    y = torch.randint(VOCAB, (rows, LENGTH), generator=generator)
+    y[torch.rand(rows, LENGTH, generator=generator) < 0.3] = -100  # uneven counts of masked targets
+    return x, y
+
+
+def devices(stages: int) -> list[spu.Device]:
+    """CPU devices with one thread each, as the plain run has."""
+    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_reference() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with spu.use_backend("reference"):
+        yield
+    torch.set_num_threads(threads)
+
+
+def plain_pass(
+    model: nn.Sequential, x: torch.Tensor, y: torch.Tensor, parts: int, *, step: int = 0, scaler: LossScaler | None = None
+) -> torch.Tensor:
+    """Forward and backward of every microbatch in turn; the mean loss of the whole batch."""
+    total = (y != -100).sum()
+    losses = []
+    for index, (part_x, part_y) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)):
+        hidden = part_x
+        for name, layer in model.named_children():
+            with LayerRandomness(0, step, index, name):
+                hidden = layer(hidden)
+        mean = F.cross_entropy(hidden.flatten(0, -2).float(), part_y.flatten())
+        share = mean * ((part_y != -100).sum().double() / total).float()
+        (share if scaler is None else scaler.scale(share)).backward()
+        losses.append(share.detach())
+    return torch.stack(losses).cumsum(0)[-1]
+
+
+def untie(model: nn.Sequential, stages: int, plan: spu.plan.Plan) -> bool:
+    """Give the plain model one leaf for each stage that uses the tied weight; whether there are two."""
+    first, last = plan.stages[0].layers[1], plan.stages[-1].layers[0]
+    if stages == 1 or first > 4 or last == 0:
+        return False
+    model[4].weight = nn.Parameter(model[4].weight.detach().clone())
+    return True
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 8])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_loss_and_gradients_equal_the_plain_models(
+    stages: int, schedule: str, microbatches: int, accumulate: int, tied: bool, recompute: bool
+) -> None:
+    model = make_model(tied=tied)
+    plain = copy.deepcopy(model)
+    x, y = make_batch()
+    with ModelParallelTrainer(
+        model,
+        devices(stages),
+        precision="fp32",
+        schedule=schedule,
+        microbatches=microbatches,
+        accumulate=accumulate,
+        recompute=recompute,
+    ) as trainer:
+        loss, outputs = trainer.forward_backward(x, y)
+        assert len(trainer.plan.stages) == stages
+        split = tied and untie(plain, stages, trainer.plan)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+    expected = plain_pass(plain, x, y, microbatches * accumulate)
+    assert_equal(loss, expected)
+    assert outputs.shape == (ROWS, LENGTH, VOCAB)
+    if split:
+        plain[0].weight.grad += plain[4].weight.grad
+    for name, parameter in plain.named_parameters():
+        if not (split and name == "4.weight"):
+            assert_equal(gradients[name], parameter.grad, name)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_scaled_16_bit_gradients_equal_the_plain_models(precision: str, stages: int, schedule: str) -> None:
+    model = make_model()
+    truth = copy.deepcopy(model)
+    plain = spu.accelerate(copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.bfloat16))
+    x, y = make_batch()
+    with ModelParallelTrainer(model, devices(stages), precision=precision, schedule=schedule, microbatches=4) as trainer:
+        loss, _ = trainer.forward_backward(x, y)
+    scaler = LossScaler(enabled=precision == "fp16")
+    grads = MainGrads(plain.parameters())
+    scaler.begin_step()
+    grads.begin_step()
+    assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler))
+    plain_pass(truth, x, y, 4)
+    for (name, ours), theirs, true in zip(model.named_parameters(), plain.parameters(), truth.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32
+        assert_equal(ours.grad, theirs.grad, name)
+        relative = (ours.grad - true.grad).norm() / true.grad.norm()
+        assert relative < (0.02 if precision == "fp16" else 0.1), f"{name}: {relative}"
+    grads.close()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_updates_equal_the_plain_models_with_torch_adamw(stages: int, tied: bool) -> None:
+    """Several steps, fresh dropout in each; with a tie only within fp32 rounding, which the plain model adds otherwise."""
+    model = make_model(tied=tied)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, foreach=False)
+    with ModelParallelTrainer(model, devices(stages), precision="fp32", microbatches=4, lr=3e-3) as trainer:
+        for step in range(4):
+            x, y = make_batch(step)
+            result = trainer.step(x, y)
+            optimizer.zero_grad()
+            expected = plain_pass(plain, x, y, 4, step=step)
+            optimizer.step()
+            assert not result.skipped
+            if tied and stages > 1:
+                assert result.loss == pytest.approx(expected.item(), rel=1e-5)
+            else:
+                assert result.loss == expected.item()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if tied and stages > 1:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert_equal(ours.detach(), theirs.detach(), name)
+    assert not tied or model[0].weight is model[4].weight
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_kernels_stay_within_the_bound(stages: int) -> None:
+    """With the automatic backend: twice plain torch's own fp16 error, against fp64."""
+    threads_backend = spu.ops.backends()["cpu"]
+    if not threads_backend.available:
+        pytest.skip(f"no C++ backend: {threads_backend.reason}")
+    model = make_model(dropout=0.0)
+    truth, plain = copy.deepcopy(model).double(), copy.deepcopy(model).half()
+    x, y = make_batch()
+    with spu.use_backend("cpu"), ModelParallelTrainer(model, devices(stages), microbatches=4) as trainer:
+        loss, outputs = trainer.forward_backward(x, y)
+    true_outputs, plain_outputs = truth(x), plain(x)
+    assert_close_to_truth(outputs, plain_outputs, true_outputs)
+    F.cross_entropy(true_outputs.flatten(0, 1), y.flatten()).backward()
+    scale = 1024.0
+    (F.cross_entropy(plain_outputs.flatten(0, 1).float(), y.flatten()) * scale).backward()
+    for ours, theirs, true in zip(model.parameters(), plain.parameters(), truth.parameters(), strict=True):
+        assert_close_to_truth(ours.grad, theirs.grad.float() / scale, true.grad)
+
+
+def test_uneven_batches_and_fully_masked_microbatches() -> None:
+    model = make_model(dropout=0.0)
+    plain = copy.deepcopy(model)
+    x, y = make_batch(rows=7)
+    y[:3] = -100
+    with ModelParallelTrainer(model, devices(2), precision="fp32", microbatches=3) as trainer:
+        loss, _ = trainer.forward_backward(x, y)
+    whole = F.cross_entropy(plain(x).flatten(0, 1), y.flatten())
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.isfinite(ours.grad).all(), name
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_packed_transfer_changes_little_and_only_between_stages() -> None:
+    x, y = make_batch()
+    losses = {}
+    for transfer in ("none", "fp16", "int8"):
+        model = make_model(dropout=0.0)
+        with ModelParallelTrainer(model, devices(2), precision="fp32", microbatches=4, transfer=transfer) as trainer:
+            loss, _ = trainer.forward_backward(x, y)
+        losses[transfer] = loss.item()
+        gradient = model[0].weight.grad
+        if transfer == "none":
+            exact = gradient
+        else:
+            relative = ((gradient - exact).norm() / exact.norm()).item()
+            assert 0.0 < relative < (1e-3 if transfer == "fp16" else 0.03), f"{transfer}: {relative}"
+    assert losses["fp16"] == pytest.approx(losses["none"], rel=1e-3)
+    assert losses["int8"] == pytest.approx(losses["none"], rel=1e-2)
+    assert losses["int8"] != losses["none"]
