@@ -3,40 +3,34 @@
 A CPU device (``cpu:0``, ``cpu:1``, ...) is our name for a set of cores: torch itself knows one CPU. Devices of one list
 own disjoint cores, so that their stages run side by side. All of them share the host's memory, and so one budget.
 
-The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB, at most half
-of what is available) for the system and the interpreter; a twentieth of a card's memory (at least 256 MiB, at most half of
-what is available) for the driver's context and the allocator's fragments. The memory limit and the CPU quota of a
-container (cgroup v1 and v2) are respected.
+The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB) for the
+system and Python; a twentieth of a card's memory (at least 256 MiB) for the driver's context and the allocator's
+fragments; never more than half of what is available. A container's memory limit and CPU quota are respected.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import platform
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Device", "DeviceManager", "call_pinned", "cpu_model", "format_bytes", "parse_bytes", "pin_current_thread"]
+from spu.hostinfo import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
+
+__all__ = ["Device", "DeviceManager", "call_pinned", "format_bytes", "parse_bytes", "pin_current_thread"]
 
 T = TypeVar("T")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgtp]?)(i?)b)", re.IGNORECASE)
 _SIZE_FORMS = "8GB, 7.5GB, 512MB (powers of 1000), 8GiB (powers of 1024), 1000000B or 80%"
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
-_CPUS = Path("/sys/devices/system/cpu")
-# A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
-_NO_LIMIT = 1 << 60
 
 
 def parse_bytes(text: str | int, total: int | None = None) -> int:
@@ -114,7 +108,7 @@ class DeviceManager:
 
     Args:
         budget: ``"cuda:0=8GB,cpu=24GB"`` or a mapping of the same. Keys: ``cpu`` (split evenly among all ``cpu:k``),
-            ``cpu:K``, ``cuda:K``. Values: see :func:`parse_bytes`; ``%`` is of the device's whole memory. Devices not named
+            ``cpu:K``, ``cuda:K``. Values: see :func:`parse_bytes`; ``%`` is of the device's whole memory. Other devices
             get the default.
 
     Raises:
@@ -123,7 +117,7 @@ class DeviceManager:
 
     def __init__(self, budget: str | Mapping[str, str | int] | None = None) -> None:
         self._cuda = _cuda_memory()
-        self._host_total, self._host_available = _host_memory()
+        self._host_total, self._host_available = host_memory()
         self._budgets = self._parse_budgets(budget)
 
     def get_devices(self, spec: Spec = "auto") -> list[Device]:
@@ -131,10 +125,10 @@ class DeviceManager:
 
         Args:
             spec: ``"auto"`` (every card and one CPU device where there are cards, else the CPU in two halves, or one
-                device if it has one core), a name (``"cpu"``: all cores), a comma-separated text, or a sequence of names,
-                ``torch.device`` and :class:`Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the lowest
-                index not named otherwise, so ``["cpu", "cpu"]`` is ``["cpu:0", "cpu:1"]``. With more ``cpu:k`` than cores
-                they share cores in turn, one thread each.
+                device if it has one core), a name (``"cpu"``: all cores), a comma-separated text, or a sequence of
+                names, ``torch.device`` and :class:`Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the
+                lowest index not named otherwise: ``["cpu", "cpu"]`` is ``["cpu:0", "cpu:1"]``. With more ``cpu:k`` than
+                cores they share cores in turn, one thread each.
 
         Raises:
             ValueError: an unknown device, one named twice, an empty list, or a budget that the devices cannot share.
@@ -165,7 +159,7 @@ class DeviceManager:
         if isinstance(spec, str) and spec.strip().lower() == "auto":
             if self._cuda:
                 return [*(f"cuda:{i}" for i in range(len(self._cuda))), "cpu"]
-            return ["cpu"] * min(2, _effective_cores())
+            return ["cpu"] * min(2, effective_cores())
         parts: list[str | torch.device | Device]
         if isinstance(spec, str):
             parts = list(spec.split(","))
@@ -217,7 +211,7 @@ class DeviceManager:
                 raise ValueError(f"budget {key}={value} is zero; leave {key} out of the devices, or give it memory")
             if budgets[name] > total:
                 warnings.warn(
-                    f"budget {key}={value} is more than the {format_bytes(total)} there is; a plan under it may not fit",
+                    f"budget {key}={value} is more than the {format_bytes(total)} there is: a plan may not fit",
                     stacklevel=4,
                 )
         return budgets
@@ -253,7 +247,7 @@ class DeviceManager:
         return result | {n: (left // len(rest), reserve // len(rest), how) for n in rest}
 
     def _cpu_device(self, name: str, cores: tuple[int, ...], count: int, budget: int, reserve: int, how: str) -> Device:
-        threads = max(1, min(_physical_cores(cores), _effective_cores() // count))
+        threads = max(1, min(physical_cores(cores), effective_cores() // count))
         which = f"core {cores[0]}" if len(cores) == 1 else f"cores {_ranges(cores)}"
         text = f"{cpu_model()}, {which}; budget {format_bytes(budget)}: {how}"
         return Device(name, torch.device("cpu"), cores, threads, self._host_total, budget, text, reserve)
@@ -300,55 +294,6 @@ def call_pinned(device: Device, function: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
-
-
-def usable_cores() -> list[int]:
-    """Logical cores this process may use, those of one physical core side by side."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    else:
-        cores = list(range(os.cpu_count() or 1))
-    return sorted(cores, key=lambda core: (*_physical_core(core), core))
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    try:
-        for line in (_PROC / "cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "CPU"
-
-
-def _physical_core(core: int) -> tuple[int, int]:
-    """(package, core in it); hyperthreads of one core agree. Where the system does not say, each is its own."""
-    topology = _CPUS / f"cpu{core}" / "topology"
-    package, inner = _read_int(topology / "physical_package_id"), _read_int(topology / "core_id")
-    return (package, inner) if package is not None and inner is not None else (0, core)
-
-
-def _physical_cores(cores: Iterable[int]) -> int:
-    return len({_physical_core(core) for core in cores})
-
-
-def _effective_cores() -> int:
-    """Cores this process may use, less what a container's CPU quota takes away."""
-    count = len(usable_cores())
-    quota = None
-    for directory in _cgroup_dirs("cpu"):
-        try:
-            if (directory / "cpu.max").exists():
-                limit, period = (directory / "cpu.max").read_text().split()
-            else:
-                limit, period = ((directory / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-            if limit not in ("max", "-1"):
-                share = float(limit) / float(period)
-                quota = share if quota is None else min(quota, share)
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return count if quota is None else max(1, min(count, int(quota)))
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
@@ -414,68 +359,3 @@ def _cuda_memory() -> list[tuple[str, int, int]]:
 
 def _host_reserve(total: int, available: int) -> int:
     return min(max(total // 10, 10**9), available // 2)
-
-
-def _host_memory() -> tuple[int, int]:
-    """(total, available) bytes of the host, or of the container this process runs in."""
-    total, available = _system_memory()
-    for directory in _cgroup_dirs("memory"):
-        v2 = (directory / "memory.max").exists()
-        limit = _read_int(directory / ("memory.max" if v2 else "memory.limit_in_bytes"))
-        if limit is None or limit >= _NO_LIMIT:
-            continue
-        used = _read_int(directory / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
-        # The page cache counts as used and is given back on demand.
-        cache = _stat(directory / "memory.stat", "inactive_file" if v2 else "total_inactive_file")
-        total = min(total, limit)
-        available = min(available, max(0, limit - max(0, used - cache)))
-    return total, min(available, total)
-
-
-def _system_memory() -> tuple[int, int]:
-    total, available = _stat(_PROC / "meminfo", "MemTotal:") * 1024, _stat(_PROC / "meminfo", "MemAvailable:") * 1024
-    if not total:
-        try:
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            total = 8 * 10**9
-            warnings.warn("the host's memory is unknown, 8 GB assumed; say --budget cpu=SIZE", stacklevel=2)
-    # Without MemAvailable (macOS) three quarters are taken as free.
-    return total, available or total * 3 // 4
-
-
-def _cgroup_dirs(controller: str) -> list[Path]:
-    """Directories of this process's cgroup for ``controller`` and of its parents: a limit at any level binds."""
-    found: list[Path] = []
-    try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, names, path = [*line.split(":", 2), "", "", ""][:3]
-        if names and controller not in names.split(","):
-            continue
-        root = _CGROUP / names if names else _CGROUP
-        here = root / path.strip("/")
-        # Inside a container the path may be the host's, and not exist: then the root is this process's own group.
-        found += [d for d in (here, *here.parents) if d.is_relative_to(root) and d.is_dir()]
-    return found
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text().strip())
-    except (OSError, ValueError):
-        return None
-
-
-def _stat(path: Path, key: str) -> int:
-    """The number after ``key`` in a file of "key number" lines; 0 when there is none."""
-    try:
-        for line in path.read_text().splitlines():
-            fields = line.split()
-            if fields and fields[0] == key:
-                return int(fields[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0

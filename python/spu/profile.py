@@ -75,7 +75,7 @@ def estimate_layers(layers: Layers, example_inputs: Any, call: Call | None = Non
     Args:
         layers: modules, or (name, module) pairs; on any device, ``meta`` too.
         example_inputs: one microbatch's input to the first layer: a tensor or a structure of them, real, meta or fake.
-        call: how to call a layer: ``call(layer, x)``; default ``layer(x)``. Real tensors that it brings become fake ones.
+        call: how to call a layer: ``call(layer, x)``; default ``layer(x)``. Real tensors it brings become fake.
 
     Raises:
         ValueError: there are no layers, or a layer cannot run without values; the message names it.
@@ -107,7 +107,7 @@ def measure_layers(
     repeats: int = 3,
     device: Device | torch.device | str | None = None,
 ) -> list[LayerCost]:
-    """:func:`estimate_layers` with measured seconds: medians of ``repeats`` forwards and backwards after an unmeasured one.
+    """:func:`estimate_layers` with seconds: medians of ``repeats`` forwards and backwards after an unmeasured one.
 
     Leaves parameters' ``.grad``, buffers, random number generators and training modes as they were.
 
@@ -157,11 +157,12 @@ class _Called(nn.Module):
     def __init__(self, layer: nn.Module, call: Call | None) -> None:
         super().__init__()
         self.layer = layer
-        # Not a submodule, should it be one: its parameters are not the layer's.
-        object.__setattr__(self, "call", call)
+        # In a tuple, lest it become a submodule, should it be a module.
+        self.how = (call,)
 
     def forward(self, x: Any) -> Any:
-        return self.layer(x) if self.call is None else self.call(self.layer, x)
+        (call,) = self.how
+        return self.layer(x) if call is None else call(self.layer, x)
 
 
 def _estimate_one(
@@ -173,7 +174,7 @@ def _estimate_one(
     seen: set[int],
     keep_alive: list[Any],
 ) -> tuple[LayerCost, Any]:
-    """The cost of one layer, and the next one's fake input. ``seen``: storages that earlier layers keep for backward."""
+    """The cost of one layer, and the next one's input. ``seen``: storages that earlier layers keep for backward."""
     tensors = _fake_state(mode, layer, _first_device(x))
     state = {_storage_key(t) for t in tensors.values()}
     saved: dict[int, torch.Tensor] = {}

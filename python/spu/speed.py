@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from spu import __version__
-from spu.devices import Device, call_pinned, cpu_model
+from spu.devices import Device, call_pinned
+from spu.hostinfo import cpu_model
 
 __all__ = ["DeviceSpeed", "cache_directory", "measure_device", "measure_link"]
 

@@ -1,0 +1,132 @@
+"""The machine under us: its cores, its memory, and what a container leaves of them (cgroup v1 and v2).
+
+Everything is read from files of the system, each of which may be missing: the answer is then the plainer one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
+# A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
+_NO_LIMIT = 1 << 60
+
+
+def usable_cores() -> list[int]:
+    """Logical cores this process may use, those of one physical core side by side."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    else:
+        cores = list(range(os.cpu_count() or 1))
+    return sorted(cores, key=lambda core: (*_physical_core(core), core))
+
+
+def effective_cores() -> int:
+    """Cores this process may use, less what a container's CPU quota takes away."""
+    count = len(usable_cores())
+    quota = None
+    for directory in _cgroup_dirs("cpu"):
+        try:
+            if (directory / "cpu.max").exists():
+                limit, period = (directory / "cpu.max").read_text().split()
+            else:
+                limit, period = ((directory / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            if limit not in ("max", "-1"):
+                share = float(limit) / float(period)
+                quota = share if quota is None else min(quota, share)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return count if quota is None else max(1, min(count, int(quota)))
+
+
+def physical_cores(cores: Iterable[int]) -> int:
+    return len({_physical_core(core) for core in cores})
+
+
+def _physical_core(core: int) -> tuple[int, int]:
+    """(package, core in it); hyperthreads of one core agree. Where the system does not say, each is its own."""
+    topology = _CPUS / f"cpu{core}" / "topology"
+    package, inner = _read_int(topology / "physical_package_id"), _read_int(topology / "core_id")
+    return (package, inner) if package is not None and inner is not None else (0, core)
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in (_PROC / "cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "CPU"
+
+
+def host_memory() -> tuple[int, int]:
+    """(total, available) bytes of the host, or of the container this process runs in."""
+    total, available = _system_memory()
+    for directory in _cgroup_dirs("memory"):
+        v2 = (directory / "memory.max").exists()
+        limit = _read_int(directory / ("memory.max" if v2 else "memory.limit_in_bytes"))
+        if limit is None or limit >= _NO_LIMIT:
+            continue
+        used = _read_int(directory / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
+        # The page cache counts as used and is given back on demand.
+        cache = _stat(directory / "memory.stat", "inactive_file" if v2 else "total_inactive_file")
+        total = min(total, limit)
+        available = min(available, max(0, limit - max(0, used - cache)))
+    return total, min(available, total)
+
+
+def _system_memory() -> tuple[int, int]:
+    total, available = _stat(_PROC / "meminfo", "MemTotal:") * 1024, _stat(_PROC / "meminfo", "MemAvailable:") * 1024
+    if not total:
+        try:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            total = 8 * 10**9
+            warnings.warn("the host's memory is unknown, 8 GB assumed; say --budget cpu=SIZE", stacklevel=2)
+    # Without MemAvailable (macOS) three quarters are taken as free.
+    return total, available or total * 3 // 4
+
+
+def _cgroup_dirs(controller: str) -> list[Path]:
+    """Directories of this process's cgroup for ``controller`` and of its parents: a limit at any level binds."""
+    found: list[Path] = []
+    try:
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, names, path = [*line.split(":", 2), "", "", ""][:3]
+        if names and controller not in names.split(","):
+            continue
+        root = _CGROUP / names if names else _CGROUP
+        here = root / path.strip("/")
+        # Inside a container the path may be the host's, and not exist: then the root is this process's own group.
+        found += [d for d in (here, *here.parents) if d.is_relative_to(root) and d.is_dir()]
+    return found
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
+def _stat(path: Path, key: str) -> int:
+    """The number after ``key`` in a file of "key number" lines; 0 when there is none."""
+    try:
+        for line in path.read_text().splitlines():
+            fields = line.split()
+            if fields and fields[0] == key:
+                return int(fields[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
