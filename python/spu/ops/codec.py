@@ -73,6 +73,7 @@ def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str 
     expected = wire_bytes(shape, dtype, codec)
     if buffer.shape[0] != expected:
         raise ValueError(
-            f"unpack: the wire has {buffer.shape[0]} bytes, but {tuple(shape)} {dtype} in codec {codec!r} takes {expected}"
+            f"unpack: the wire has {buffer.shape[0]} bytes, but {tuple(shape)} {dtype} in codec {codec!r} takes "
+            f"{expected}"
         )
     return schema.overload("unpack", choose_backend(buffer, dtype))(buffer, tuple(shape), dtype, codec)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import schema
 from .dispatch import DTYPES, choose_backend
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, autocast_enabled
 from .sink import current_scope, sink_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
@@ -49,7 +49,8 @@ def _backward_of(backend: str) -> Callable[..., Any]:
             return (None,) * 5
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "spu.ops.linear_act has no second derivative: do not pass create_graph=True, or use torch's linear there"
+                "spu.ops.linear_act has no second derivative: do not pass create_graph=True, or use "
+                "torch.nn.functional.linear there"
             )
         x, weight, saved = ctx.saved_tensors
         dz = dy if ctx.activation == "none" else linear_dz(dy, saved, ctx.activation)
@@ -133,7 +134,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         TypeError: dtypes that differ or are not supported.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         x, weight, bias = _autocast(torch.get_autocast_dtype(device_type), x, weight, bias)
     _check(x, weight, bias, activation)
     keep_preact = (

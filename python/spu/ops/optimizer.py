@@ -78,7 +78,7 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
         if grad.dtype != torch.float32:
             raise TypeError(f"grad_sqnorm: a gradient is {grad.dtype}: main gradients are float32")
         value = schema.overload("grad_sqnorm", choose_backend(grad))(grad)
-        total = value if total is None else total + value.to(total.device, non_blocking=True)
+        total = value if total is None else total + value.to(total.device)
     return torch.zeros(1) if total is None else total
 
 

@@ -21,12 +21,17 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """torch.is_autocast_enabled, which refuses to be asked about meta tensors."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _exact(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps autocast out: it would narrow the fp32 products again."""
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
-        if torch.is_autocast_enabled(first.device.type):
+        if autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
                 return function(first, *args)
         return function(first, *args)

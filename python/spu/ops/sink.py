@@ -1,17 +1,18 @@
 """How the loss scale reaches an op's backward, and who takes the weight gradient there.
 
 A *scope* (scale, inv_scale, found_inf) belongs to one run of the autograd engine: an identity node near the loss
-registers it under the engine's graph-task id as soon as its backward runs, and the engine's own end-of-backward callback
+registers it under the engine's graph-task id as soon as its backward runs, and the engine's own callback at the end
 removes it. So concurrent backwards each see their own scope, and a backward that was started any other way sees none.
 
-A backward that is started inside another one (``out.backward(g)`` in a hook) is a task of its own: open the scope again
-on its root.
+A backward that is started inside another one (``out.backward(g)`` in a hook, a checkpoint with use_reentrant=True) is a
+task of its own and does not inherit: open the scope again on its root, and checkpoint with use_reentrant=False.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -67,7 +68,11 @@ def _register(scope: BackwardScope) -> None:
     while len(_SCOPES) >= _KEPT_SCOPES:
         _SCOPES.popitem(last=False)
     _SCOPES[task] = scope
-    torch.autograd.Variable._execution_engine.queue_callback(lambda: _SCOPES.pop(task, None))
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
+
+
+def _forget(task: int) -> None:
+    _SCOPES.pop(task, None)
 
 
 class _OpenScope(torch.autograd.Function):
@@ -112,8 +117,8 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
 class GradSink(Protocol):
     """Takes the gradient of one parameter in the backward of a fused op, inside a scope.
 
-    Called in the backward's thread, with ``current_scope()`` set. Tensors may be kept (a deferred weight gradient), with
-    the scope and the backend's name: ``spu.ops.linear_dw_`` and ``linear_db_`` do the work.
+    Called in the backward's thread, with ``current_scope()`` set. To defer the work, keep the tensors, the scope and
+    the backend's name; ``spu.ops.linear_dw_`` and ``linear_db_`` do it.
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
