@@ -1,0 +1,307 @@
+"""What of spu works on this machine, what does not, why, and the one command that adds it.
+
+:func:`report` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or of spu
+is imported before the probe that is about it, so that an installation that is broken anywhere can be reported on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Row", "report"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that spu can use.
+
+    Attributes:
+        name: what it is.
+        works: whether it can be used here.
+        detail: the version or place of what works, the reason why something does not.
+        fix: the one command that adds it; empty where it works, and where no command would help.
+    """
+
+    name: str
+    works: bool
+    detail: str
+    fix: str = ""
+
+
+def report() -> list[Row]:
+    """Probes everything; takes a few seconds, since it imports what it reports on. Never raises for a broken part."""
+    probes: list[tuple[str, Callable[[], Row | list[Row]]]] = [
+        ("python", _python),
+        ("torch", _torch),
+        ("backends", _backends),
+        ("spu._C", lambda: _extension("spu._C", "C++ kernels", _instruction_set)),
+        ("spu._host", lambda: _extension("spu._host", "schedule simulator in C++", lambda: "")),
+        ("C++ compiler", _compiler),
+        ("triton", _triton),
+        ("CUDA device", _cuda),
+        ("nvcc", _nvcc),
+    ]
+    probes += [(name, _package_probe(name)) for name in _PACKAGES]
+    rows: list[Row] = []
+    for name, probe in probes:
+        try:
+            found = probe()
+        except Exception as error:
+            found = Row(name, False, f"the check itself failed: {_text(error)}")
+        rows += found if isinstance(found, list) else [found]
+    return rows
+
+
+# Packages that some part of spu needs: for what, the first version that works, the first that may not.
+_PACKAGES: dict[str, tuple[str, str, str]] = {
+    "numpy": ("arrays", "1.26", ""),
+    "safetensors": ("reading models", "0.5", ""),
+    "transformers": ("Hugging Face models, spu train", "5.0", ""),
+    "rich": ("the progress display of spu train", "13", ""),
+    "typer": ("the spu command", "0.12", ""),
+    "matplotlib": ("pictures of runs and plans", "3.8", ""),
+}
+_TRITON = ("kernels on CUDA devices", "3.6", "3.10")
+
+
+def _python() -> Row:
+    return Row("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _torch() -> Row:
+    try:
+        import torch
+    except Exception as error:
+        return Row(
+            "torch", False, f"cannot be imported: {_text(error)}", f"{_pip()} install --force-reinstall 'torch>=2.11'"
+        )
+    version = str(torch.__version__)
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    if _numbers(version) < (2, 11):
+        return Row(
+            "torch", False, f"{version} ({build}); spu needs 2.11 or later", f"{_pip()} install --upgrade 'torch>=2.11'"
+        )
+    return Row("torch", True, f"{version} ({build}), {torch.get_num_threads()} threads")
+
+
+def _backends() -> list[Row]:
+    try:
+        from spu.ops import backends
+
+        found = backends()
+    except Exception as error:
+        return [Row("backends", False, f"spu.ops cannot be imported: {_text(error)}", _reinstall())]
+    rows = []
+    for name, status in found.items():
+        # The dispatcher's fix explains; a row's is a command to paste.
+        fix = "" if status.available else _rebuild() if name == "cpu" else status.fix
+        rows.append(Row(f"backend {name}", status.available, status.reason or "available", fix))
+    return rows
+
+
+def _extension(module: str, what: str, more: Callable[[], str]) -> Row:
+    """A compiled module of ours: not there, there but not loadable, or working."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception as error:
+        return Row(module, False, f"{what}: cannot be looked for: {_text(error)}", _reinstall())
+    if spec is None:
+        return Row(module, False, f"{what}: not built; spu works without, slower", _rebuild())
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return Row(module, False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild())
+    extra = more()
+    return Row(module, True, f"{what}{', ' + extra if extra else ''}")
+
+
+def _instruction_set() -> str:
+    """Which kernels the C++ library chose, if it says, and what the processor has."""
+    flags = _cpu_flags()
+    have = "processor has " + (", ".join(flags) or "no vector instructions that the kernels know")
+    try:
+        import torch
+
+        return f"runs {torch.ops.spu.cpu_isa()} ({have})"
+    except Exception:
+        return have
+
+
+def _cpu_flags() -> list[str]:
+    """Those of the processor's instruction sets that kernels are compiled for."""
+    known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    return [name for name in known if name in flags]
+
+
+def _compiler() -> Row:
+    named = os.environ.get("CXX", "").split()
+    candidates = named[:1] or ["g++", "clang++", "c++"]
+    path = next((found for name in candidates if (found := shutil.which(name))), None)
+    if path is not None:
+        return Row("C++ compiler", True, path)
+    why = f"$CXX is {named[0]!r}, which is not there" if named else f"none of {', '.join(candidates)} is on the PATH"
+    return Row("C++ compiler", False, f"{why}; needed to build spu._C and spu._host only", _install_compiler())
+
+
+def _triton() -> Row:
+    if sys.platform != "linux":
+        return Row("triton", False, "there is no triton for this system; spu works without")
+    row = _package("triton", *_TRITON)
+    if row.works and not _has_cuda():
+        return Row("triton", True, f"{row.detail}; without a CUDA device its kernels run only under TRITON_INTERPRET=1")
+    return row
+
+
+def _cuda() -> Row:
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        text = ", ".join(
+            f"cuda:{i} {card.name} {card.total_memory / 1e9:.1f} GB (sm_{card.major}{card.minor})"
+            for i, card in enumerate(cards)
+        )
+        return Row("CUDA device", True, text)
+    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
+    if not driver:
+        return Row("CUDA device", False, "no NVIDIA driver is installed, so no card can be used; spu runs on the CPU")
+    if torch.version.cuda is None:
+        why = "there is an NVIDIA driver, but this torch is built for the CPU only"
+        return Row("CUDA device", False, why, f"{_pip()} install --force-reinstall torch")
+    why = f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no card it can use"
+    return Row("CUDA device", False, f"{why}; see which driver and cards there are", "nvidia-smi")
+
+
+def _nvcc() -> Row:
+    path = _find_nvcc()
+    if path is not None:
+        return Row("nvcc", True, path)
+    why = "not on the PATH, in $CUDA_HOME or /usr/local/cuda, nor installed by pip; only compiling CUDA code needs it"
+    return Row("nvcc", False, why, f"{_pip()} install nvidia-cuda-nvcc")
+
+
+def _find_nvcc() -> str | None:
+    found = shutil.which("nvcc")
+    if found:
+        return found
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    for folder in filter(None, sys.path):
+        candidates += sorted((Path(folder) / "nvidia").glob("*/bin/nvcc"))
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def _package_probe(name: str) -> Callable[[], Row]:
+    return lambda: _package(name, *_PACKAGES[name])
+
+
+def _package(name: str, purpose: str, first: str, before: str) -> Row:
+    wanted = f"{name}>={first}" + (f",<{before}" if before else "")
+    install = f"{_pip()} install '{wanted}'"
+    if importlib.util.find_spec(name) is None:
+        return Row(name, False, f"not installed; needed for {purpose}", install)
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        return Row(name, False, f"cannot be imported: {_text(error)}", f"{install} --force-reinstall")
+    version = getattr(module, "__version__", None) or _metadata_version(name)
+    if version and (_numbers(version) < _numbers(first) or (before and _numbers(version) >= _numbers(before))):
+        return Row(name, False, f"{version}; {purpose} needs {wanted}", install)
+    return Row(name, True, version or "installed")
+
+
+def _metadata_version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+
+        return torch.cuda.is_available()
+    except Exception:
+        return False
+
+
+# Commands.
+
+
+def _python_command() -> str:
+    return shlex.quote(sys.executable or "python")
+
+
+def _pip() -> str:
+    """pip of the Python that is running: a bare pip may be another's."""
+    return f"{_python_command()} -m pip"
+
+
+def _source_tree() -> Path | None:
+    """The checkout that spu is run from, if it is."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "setup.py").exists() and (root / "csrc").is_dir() else None
+
+
+def _rebuild() -> str:
+    """The command that builds the extensions (a compiler has its own row)."""
+    root = _source_tree()
+    if root is not None:
+        return f"cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
+    return f"SPU_BUILD=1 {_pip()} install --force-reinstall --no-deps --no-cache-dir spu-torch"
+
+
+def _reinstall() -> str:
+    root = _source_tree()
+    return f"{_pip()} install --force-reinstall {shlex.quote(str(root)) if root is not None else 'spu-torch'}"
+
+
+def _install_compiler() -> str:
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    sudo = "" if hasattr(os, "geteuid") and os.geteuid() == 0 else "sudo "
+    managers: Iterable[tuple[str, str]] = (
+        ("apt-get", "apt-get install -y g++"),
+        ("dnf", "dnf install -y gcc-c++"),
+        ("yum", "yum install -y gcc-c++"),
+        ("zypper", "zypper install -y gcc-c++"),
+        ("pacman", "pacman -S --noconfirm gcc"),
+        ("apk", "apk add g++"),
+    )
+    for program, command in managers:
+        if shutil.which(program):
+            return sudo + command
+    return "conda install -c conda-forge cxx-compiler"
+
+
+def _text(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, without trailing zeros: "2.13.0+cpu" is (2, 13)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    parts = [int(part) for part in match[0].split(".")] if match else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
