@@ -47,7 +47,7 @@ def test_mean_durations_give_the_simulator_its_bound():
 
 def test_json_round_trip():
     timeline = measured()
-    assert Timeline.from_json(json.loads(json.dumps(timeline.to_json()))) == timeline
+    assert Timeline.from_dict(json.loads(json.dumps(timeline.to_dict()))) == timeline
 
 
 @pytest.mark.parametrize(

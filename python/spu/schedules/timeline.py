@@ -110,11 +110,11 @@ class Timeline:
         moved = (span._replace(start=span.start - origin, end=span.end - origin) for span in self.spans)
         return Timeline(self.stages, tuple(moved))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for a JSON file."""
         return {"stages": self.stages, "spans": [list(span) for span in self.spans]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Timeline:
-        """The inverse of `to_json`."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Timeline:
+        """The inverse of `to_dict`."""
         return cls.from_spans((Span(*span) for span in data["spans"]), int(data["stages"]))

@@ -1,0 +1,24 @@
+"""Where everything goes: partition under budgets, prediction, the plan as a file, the pipeline as a picture."""
+
+from __future__ import annotations
+
+from spu.plan.make import make_plan
+from spu.plan.memory import StageBytes, StageMemory, wire_bytes
+from spu.plan.partition import BudgetError, partition
+from spu.plan.picture import draw_timeline
+from spu.plan.plan import Plan, Predicted, StagePlan
+from spu.plan.trace import write_trace
+
+__all__ = [
+    "BudgetError",
+    "Plan",
+    "Predicted",
+    "StageBytes",
+    "StageMemory",
+    "StagePlan",
+    "draw_timeline",
+    "make_plan",
+    "partition",
+    "wire_bytes",
+    "write_trace",
+]

@@ -1,0 +1,257 @@
+"""A plan: which layers go where, in which order they run, what that takes. Written as JSON, by hand too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from spu import schedules
+from spu.plan.memory import ITEM_BYTES, StageBytes
+from spu.plan.table import plan_table
+
+VERSION = 1
+CODECS = ("none", "fp16", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class StagePlan(StageBytes):
+    """One stage: its layers, its device, its peak bytes by category, its time for one microbatch.
+
+    Attributes:
+        device: the device's name, such as ``cpu:0``.
+        layers: (first, last + 1), indices into the model's layers.
+        layer_names: their names.
+        budget_bytes: what the device may use.
+        forward_s: predicted seconds of one forward.
+        backward_s: predicted seconds of one backward, recomputation included.
+    """
+
+    device: str
+    layers: tuple[int, int]
+    layer_names: tuple[str, ...]
+    budget_bytes: int
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What the simulator says of a step.
+
+    Attributes:
+        step_s: seconds of forward and backward of all microbatches; the update of the weights is not in it.
+        idle_share: share of the stages' time in which nothing runs: the bubble.
+        transfer_s: seconds of one transfer over each boundary.
+        basis: what the times rest on: "measured" layer times, "estimated" from FLOPs and device speeds, or "nominal":
+            FLOPs at one made-up speed, so that shares are right and seconds are not.
+    """
+
+    step_s: float
+    idle_share: float
+    transfer_s: tuple[float, ...]
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained on several devices. `save` and `load` round-trip exactly.
+
+    Attributes:
+        model: the model's name.
+        schedule: name of the schedule, see `spu.schedules.get`.
+        microbatches: per run of the schedule.
+        accumulate: runs of the schedule per step.
+        precision: "fp16", "bf16" or "fp32".
+        transfer: codec per boundary.
+        recompute: whether stages keep only layer inputs and run forwards again in the backward.
+        stages: one entry per stage.
+        predicted: time and idle share.
+        version: of the file format.
+    """
+
+    model: str
+    schedule: str
+    microbatches: int
+    accumulate: int
+    precision: str
+    transfer: tuple[str, ...]
+    recompute: bool
+    stages: tuple[StagePlan, ...]
+    predicted: Predicted
+    version: int = field(default=VERSION)
+
+    def timeline(self) -> schedules.Timeline:
+        """The predicted timeline of one run of the schedule."""
+        actions = schedules.get(self.schedule)(len(self.stages), self.microbatches)
+        durations = [(stage.forward_s, stage.backward_s) for stage in self.stages]
+        return schedules.simulate(actions, durations, self.predicted.transfer_s)
+
+    def table(self) -> str:
+        """The plan as a table of plain text."""
+        return plan_table(self)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        data = dataclasses.asdict(self)
+        stages = [{**stage, "total_bytes": self.stages[k].total_bytes} for k, stage in enumerate(data["stages"])]
+        return json.dumps({"format": "spu plan", **data, "stages": stages}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any], source: str = "the plan") -> Plan:
+        """The plan that ``text``, or what a JSON parser made of it, describes.
+
+        Args:
+            text: what `to_json` returned, perhaps edited.
+            source: what to call it in errors, such as its file name.
+
+        Raises:
+            ValueError: if it is not a plan of this version or does not hold together; names the entry and the fix.
+        """
+        if isinstance(text, str):
+            try:
+                data = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source} is not JSON: {error}") from None
+        else:
+            data = dict(text)
+        try:
+            plan = _read_plan(data)
+            _check(plan)
+        except _BadEntry as error:
+            raise ValueError(f"{source}: {error}") from None
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as a JSON file; an existing file is replaced only once the new one is complete."""
+        target = Path(path)
+        part = target.with_name(target.name + ".part")
+        part.write_text(self.to_json(), encoding="utf-8")
+        part.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file is missing or not a plan; names the file and the entry.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read the plan {os.fspath(path)}: {error}") from None
+        return cls.from_json(text, source=os.fspath(path))
+
+
+class _BadEntry(Exception):
+    """An entry that cannot be read; its text says where and why."""
+
+
+def _read_plan(data: Any) -> Plan:
+    if not isinstance(data, dict) or data.get("format") != "spu plan":
+        raise _BadEntry('not an spu plan (no "format": "spu plan"); `spu plan` writes one')
+    if data.get("version") != VERSION:
+        raise _BadEntry(f"version is {data.get('version')!r}, this spu reads {VERSION}; make the plan again")
+    content = {key: value for key, value in data.items() if key != "format"}
+    stages = content.get("stages")
+    if isinstance(stages, list):
+        for k, stage in enumerate(stages):
+            _check_total(stage, f"stages[{k}]")
+        content["stages"] = [{key: value for key, value in stage.items() if key != "total_bytes"} for stage in stages]
+    return cast(Plan, _read(Plan, content, ""))
+
+
+def _check_total(stage: Any, where: str) -> None:
+    if not isinstance(stage, dict):
+        raise _BadEntry(f"{where} must be an object, got {stage!r}")
+    parts = [stage.get(entry.name) for entry in dataclasses.fields(StageBytes)]
+    total = stage.get("total_bytes")
+    if total is not None and all(isinstance(part, int) for part in parts) and total != sum(cast("list[int]", parts)):
+        raise _BadEntry(
+            f"{where}.total_bytes is {total!r}, but its parts add up to {sum(cast('list[int]', parts))}; "
+            "correct it or leave it out"
+        )
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as JSON gave it, turned into ``kind``: a dataclass, a tuple, or a plain type."""
+    if dataclasses.is_dataclass(kind):
+        return _read_object(kind, value, where)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, list) or (items[-1] is not ... and len(value) != len(items)):
+            raise _BadEntry(f"{where} must be a list{'' if items[-1] is ... else f' of {len(items)}'}, got {value!r}")
+        return tuple(_read(items[0], entry, f"{where}[{k}]") for k, entry in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise _BadEntry(f"{where} must be {_TYPE_WORDS[kind]}, got {value!r}")
+    if kind in (int, float) and not 0 <= value < math.inf:
+        raise _BadEntry(f"{where} must be finite and not negative, got {value!r}")
+    return value
+
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _read_object(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _BadEntry(f"{where or 'the plan'} must be an object, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = [entry.name for entry in dataclasses.fields(kind)]
+    prefix = f"{where}." if where else ""
+    missing = [name for name in names if name not in value]
+    if missing:
+        raise _BadEntry(f"{prefix}{missing[0]} is missing")
+    unknown = [name for name in value if name not in names]
+    if unknown:
+        raise _BadEntry(f"{prefix}{unknown[0]} is not an entry of a plan; there are {', '.join(names)}")
+    return kind(**{name: _read(hints[name], value[name], prefix + name) for name in names})
+
+
+def _check(plan: Plan) -> None:
+    """Raises _BadEntry where entries do not fit together."""
+    if plan.schedule not in schedules.names():
+        raise _BadEntry(f"schedule is {plan.schedule!r}; there are {', '.join(map(repr, schedules.names()))}")
+    if plan.precision not in ITEM_BYTES:
+        raise _BadEntry(f"precision is {plan.precision!r}; there are {', '.join(map(repr, ITEM_BYTES))}")
+    for name in ("microbatches", "accumulate"):
+        if getattr(plan, name) < 1:
+            raise _BadEntry(f"{name} must be at least 1, got {getattr(plan, name)}")
+    if not plan.stages:
+        raise _BadEntry("stages is empty; a plan has at least one stage")
+    boundaries = len(plan.stages) - 1
+    for name, values in (("transfer", plan.transfer), ("predicted.transfer_s", plan.predicted.transfer_s)):
+        if len(values) != boundaries:
+            raise _BadEntry(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
+    for k, codec in enumerate(plan.transfer):
+        if codec not in CODECS:
+            raise _BadEntry(f"transfer[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
+    _check_layers(plan)
+
+
+def _check_layers(plan: Plan) -> None:
+    expected = 0
+    devices: dict[str, int] = {}
+    for k, stage in enumerate(plan.stages):
+        first, stop = stage.layers
+        if first != expected or stop <= first:
+            raise _BadEntry(
+                f"stages[{k}].layers is [{first}, {stop}], but must start at {expected} and hold at least one layer: "
+                "stages take consecutive layers, [first, last + 1]"
+            )
+        if len(stage.layer_names) != stop - first:
+            raise _BadEntry(
+                f"stages[{k}].layers [{first}, {stop}] are {stop - first} layers, but layer_names has "
+                f"{len(stage.layer_names)}; move the names together with the layers"
+            )
+        if stage.device in devices:
+            raise _BadEntry(f"stages[{k}].device is {stage.device!r}, which stage {devices[stage.device]} has already")
+        devices[stage.device] = k
+        expected = stop

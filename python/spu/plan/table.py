@@ -1,0 +1,63 @@
+"""A plan as a table of plain text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spu.plan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from spu.plan.plan import Plan, StagePlan
+
+_HEADS = (
+    ("stage", "device", "layers", "weights", "main grads", "masters", "moments", "activations", "wires")
+    + ("total", "budget", "forward", "backward")
+)  # fmt: skip
+
+
+def plan_table(plan: Plan) -> str:
+    """What runs where and what it takes: a line above, a row per stage, a line below."""
+    how = [
+        f"{plan.schedule}, {plan.microbatches} microbatches",
+        *([f"{plan.accumulate} times per step"] if plan.accumulate > 1 else []),
+        plan.precision,
+        "recompute" if plan.recompute else "activations kept",
+        *([f"transfer {' '.join(plan.transfer)}"] if plan.transfer else []),
+    ]
+    rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+    lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    guess = " at a made-up speed; measure the layers for real seconds" if plan.predicted.basis == "nominal" else ""
+    return "\n".join(
+        [
+            f"{plan.model or 'model'}: {'; '.join(how)}",
+            lines[0],
+            rule,
+            *lines[1:],
+            f"predicted: {format_seconds(plan.predicted.step_s)} per step without the update, "
+            f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
+        ]
+    )
+
+
+def _pad(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    left = 3  # stage, device and layers are words, the rest are numbers
+    return [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))]
+
+
+def _row(index: int, stage: StagePlan) -> tuple[str, ...]:
+    names = stage.layer_names
+    layers = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+    sizes = (
+        stage.param_bytes,
+        stage.main_grad_bytes,
+        stage.master_bytes,
+        stage.moment_bytes,
+        stage.saved_bytes,
+        stage.wire_bytes,
+        stage.total_bytes,
+        stage.budget_bytes,
+    )
+    times = (stage.forward_s, stage.backward_s)
+    return (str(index), stage.device, layers, *map(format_bytes, sizes), *map(format_seconds, times))
