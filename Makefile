@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # torch is there first and pinned, so the package builds against it without an isolated second copy.
 PIP := $(BIN)/python -m pip install --quiet
 INSTALL := $(PIP) --no-build-isolation
-SOURCES := setup.py pyproject.toml MANIFEST.in README.md $(shell find build_backend csrc kernels python -type f \
+SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell find build_backend csrc kernels python -type f \
     \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
 
 train: $(VENV)/.train

@@ -67,15 +67,11 @@ def get_requires_for_build_sdist(config_settings: dict[str, Any] | None = None) 
     return list(build_meta.get_requires_for_build_sdist(config_settings))
 
 
-def prepare_metadata_for_build_wheel(
-    metadata_directory: str, config_settings: dict[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: dict[str, Any] | None = None) -> str:
     return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
-def prepare_metadata_for_build_editable(
-    metadata_directory: str, config_settings: dict[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: dict[str, Any] | None = None) -> str:
     return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 

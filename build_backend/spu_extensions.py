@@ -1,8 +1,8 @@
 """What is compiled and how: the two extensions, their flags, and a build_ext command that runs ninja.
 
-``spu._C``     csrc/cpu/*.cpp. Tensor kernels over LibTorch's stable ABI and Python's limited API (abi3): one binary for
-               torch 2.11 and later and CPython 3.10 and later. Files named ``*_avx2.cpp`` and ``*_avx512.cpp`` get their
-               instruction set, all others the baseline, so that the choice is made at run time by cpuid.
+``spu._C``     csrc/cpu/*.cpp. Tensor kernels over LibTorch's stable ABI and Python's limited API (abi3): one binary
+               for torch 2.11 and later and CPython 3.10 and later. Files named ``*_avx2.cpp`` and ``*_avx512.cpp``
+               get their instruction set, all others the baseline, so that the choice is made at run time by cpuid.
 ``spu._host``  csrc/host/*.cpp. pybind11 module over plain C++, one binary per CPython version.
 """
 

@@ -9,9 +9,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import register_random
 
 THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare at equal thread counts
 SETTLE_SECONDS = 2.0  # a worker that was told to stop may still be on its way out when the test returns
+
+
+class TorchRandom:
+    """torch's default generator in the shape hypothesis wants, so that a failing example replays with its tensors."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+register_random(TORCH_RANDOM)
 
 
 def pytest_configure(config: pytest.Config) -> None:
