@@ -69,7 +69,9 @@ class LayerCost:
     shared_bytes: int = 0
 
 
-def estimate_layers(layers: Layers, example_inputs: Any, call: Call | None = None) -> list[LayerCost]:
+def estimate_layers(
+    layers: Layers, example_inputs: Any, call: Call | None = None, *, dtype: torch.dtype | None = None
+) -> list[LayerCost]:
     """Costs of ``layers`` run one after the other on fake tensors: shapes and dtypes are computed, values never.
 
     Args:
@@ -89,7 +91,7 @@ def estimate_layers(layers: Layers, example_inputs: Any, call: Call | None = Non
     with _frozen_rng(), torch.enable_grad():
         for name, layer in named:
             try:
-                cost, x = _estimate_one(mode, name, layer, x, call, seen, keep_alive)
+                cost, x = _estimate_one(mode, name, layer, x, call, dtype, seen, keep_alive)
             except Exception as error:
                 raise ValueError(
                     f"layer {name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
@@ -171,11 +173,12 @@ def _estimate_one(
     layer: nn.Module,
     x: Any,
     call: Call | None,
+    dtype: torch.dtype | None,
     seen: set[int],
     keep_alive: list[Any],
 ) -> tuple[LayerCost, Any]:
     """The cost of one layer, and the next one's input. ``seen``: storages that earlier layers keep for backward."""
-    tensors = _fake_state(mode, layer, _first_device(x))
+    tensors = _fake_state(mode, layer, _first_device(x), dtype)
     state = {_storage_key(t) for t in tensors.values()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -189,10 +192,11 @@ def _estimate_one(
     with mode, counter, hooks:
         out = torch.func.functional_call(_Called(layer, call), tensors, (x,), strict=False)
     parameters = list({id(p): p for p in layer.parameters()}.values())
+    width = {id(p): (dtype or p.dtype).itemsize if p.is_floating_point() else p.element_size() for p in parameters}
     cost = LayerCost(
         name=name,
         forward_flops=counter.get_total_flops(),
-        param_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        param_bytes=sum(p.numel() * width[id(p)] for p in parameters),
         param_count=sum(p.numel() for p in parameters),
         saved_bytes=sum(t.untyped_storage().nbytes() for t in saved.values()),
         output_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)),
@@ -204,29 +208,32 @@ def _estimate_one(
     return cost, _next_input(out)
 
 
-def _fake_state(mode: FakeTensorMode, layer: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+def _fake_state(
+    mode: FakeTensorMode, layer: nn.Module, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """Fake stand-ins for a layer's parameters and buffers; a shared one gets one stand-in under each of its names."""
     made: dict[int, torch.Tensor] = {}
     result = {}
     named = itertools.chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
     for name, tensor in named:
         if id(tensor) not in made:
-            fake = _fake_tensor(mode, tensor.detach(), device)
+            as_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            fake = _fake_tensor(mode, tensor.detach(), device, as_dtype)
             made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
         result[f"layer.{name}"] = made[id(tensor)]
     return result
 
 
-def _fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor without data of this one's shape, strides and dtype, on ``device``."""
+def _fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without data of this one's shape and strides, on ``device``."""
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
     return fake
 
 
 def _to_fake(mode: FakeTensorMode, value: Any, device: torch.device) -> Any:
     def one(tensor: torch.Tensor) -> torch.Tensor:
-        return _fake_tensor(mode, tensor, device).requires_grad_(tensor.requires_grad)
+        return _fake_tensor(mode, tensor, device, tensor.dtype).requires_grad_(tensor.requires_grad)
 
     return _map_tensors(one, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class ModelParallelTrainer:
         loss_weight: ``loss_weight(targets)`` -> how much a microbatch counts; default: its targets that are not
             ``loss_fn.ignore_index`` (-100).
         scaler: a LossScaler of your own, for fp16.
+        measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
 
     Raises:
         ValueError: an unknown device, precision, schedule or codec, or a number below 1; the message lists what there is.
@@ -127,6 +129,7 @@ class ModelParallelTrainer:
         seed: int = 0,
         loss_weight: Callable[[Any], Any] | None = None,
         scaler: LossScaler | None = None,
+        measure: bool = False,
     ) -> None:
         self.devices = DeviceManager().get_devices(devices)
         self.precision = _one_of("precision", precision, DTYPES)
@@ -134,13 +137,16 @@ class ModelParallelTrainer:
         self.accumulate = _at_least_one("accumulate", accumulate)
         schedules.get(schedule)
         self.schedule = schedule
-        self.codec = None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
+        self.codec = (
+            None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
+        )
         self.recompute = _one_of("recompute", recompute, ["auto", True, False])
         self.loss_fn = loss_fn or cross_entropy
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.loss_weight = loss_weight
+        self.measure = measure
         self.scaler = scaler or LossScaler(enabled=precision == "fp16")
         self.steps_done = 0
         self._optimizer, self._lr = optimizer, lr
@@ -219,6 +225,8 @@ class ModelParallelTrainer:
         )
         placement.check_plan(plan, layers, self.devices)
         masters = to_precision(layers, self.precision)
+        if self.measure:
+            plan = placement.measure_plan(plan, layers, sample, self.devices)
         built = build_stages(
             layers,
             [range(*stage.layers) for stage in plan.stages],
@@ -353,13 +361,14 @@ class ModelParallelTrainer:
         return self._timeline
 
     def predicted_timeline(self) -> Timeline:
-        """The simulator's timeline for the plan's measured layer times, or the last step's mean times without them."""
-        assert self._built is not None, "prepare() first"
-        stages = len(self._built.stages)
-        durations = placement.predicted_durations(self._require_plan())
-        if durations is None:
-            durations = self.timeline().mean_durations()
-        return schedules.simulate(schedules.get(self.schedule)(stages, self.microbatches), durations)
+        """The simulator's timeline for the plan's layer times.
+
+        Raises:
+            RuntimeError: before :meth:`prepare` or the first step.
+        """
+        if self._plan is None:
+            raise RuntimeError("there is no plan yet: call prepare() or step() first")
+        return self._plan.timeline()
 
     # State
 
@@ -392,7 +401,7 @@ class ModelParallelTrainer:
             "seed": self.seed,
             "precision": self.precision,
             "scaler": self.scaler.state_dict(),
-            "plan": self._require_plan().to_json(),
+            "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
         checkpoint.save(path, tensors=tensors, meta=meta)
@@ -454,10 +463,6 @@ class ModelParallelTrainer:
         assert self._updater is not None
         return self._updater
 
-    def _require_plan(self) -> Plan:
-        assert self._plan is not None
-        return self._plan
-
 
 def _one_of(what: str, value: Any, known: Any) -> Any:
     if value not in known:
@@ -493,4 +498,3 @@ def _concatenated(outputs: list[Any]) -> Any:
 
 def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-

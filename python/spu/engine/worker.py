@@ -33,7 +33,9 @@ class Worker:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {device.name}", initializer=_bind, initargs=(device,))
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix=f"spu {device.name}", initializer=_bind, initargs=(device,)
+        )
 
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
         return self._pool.submit(task, *args)
