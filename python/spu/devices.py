@@ -29,7 +29,7 @@ __all__ = ["Device", "DeviceManager", "call_pinned", "format_bytes", "parse_byte
 T = TypeVar("T")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|([kmgtp]?)(i?)b)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
 _SIZE_FORMS = "8GB, 7.5GB, 512MB (powers of 1000), 8GiB (powers of 1024), 1000000B or 80%"
 
 
@@ -57,7 +57,7 @@ def parse_bytes(text: str | int, total: int | None = None) -> int:
         if total is None:
             raise ValueError(f"{text!r}: a share needs a total to be a share of; valid here: 8GB, 8GiB, 1000000B")
         return int(number * total / 100)
-    return int(number * (1024 if match[4] else 1000) ** _UNITS[match[3].lower()])
+    return int(number * (1024 if match[4] else 1000) ** _UNITS[(match[3] or "").lower()])
 
 
 def format_bytes(n: int | float) -> str:
@@ -143,7 +143,7 @@ class DeviceManager:
         budgets = self._cpu_budgets(cpu_names)
         made = dict(ready)
         for name, cores in zip(cpu_names, core_sets, strict=True):
-            made[name] = self._cpu_device(name, cores, len(cpu_names), *budgets[name])
+            made[name] = self._cpu_device(name, cores, *budgets[name])
         for name in names:
             if name not in made:
                 made[name] = self._cuda_device(name)
@@ -212,7 +212,7 @@ class DeviceManager:
             if budgets[name] > total:
                 warnings.warn(
                     f"budget {key}={value} is more than the {format_bytes(total)} there is: a plan may not fit",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
         return budgets
 
@@ -246,8 +246,9 @@ class DeviceManager:
             )
         return result | {n: (left // len(rest), reserve // len(rest), how) for n in rest}
 
-    def _cpu_device(self, name: str, cores: tuple[int, ...], count: int, budget: int, reserve: int, how: str) -> Device:
-        threads = max(1, min(physical_cores(cores), effective_cores() // count))
+    def _cpu_device(self, name: str, cores: tuple[int, ...], budget: int, reserve: int, how: str) -> Device:
+        # A CPU quota below the number of cores is shared in proportion.
+        threads = max(1, min(physical_cores(cores), effective_cores() * len(cores) // len(usable_cores())))
         which = f"core {cores[0]}" if len(cores) == 1 else f"cores {_ranges(cores)}"
         text = f"{cpu_model()}, {which}; budget {format_bytes(budget)}: {how}"
         return Device(name, torch.device("cpu"), cores, threads, self._host_total, budget, text, reserve)

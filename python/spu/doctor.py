@@ -1,6 +1,6 @@
 """What of spu works on this machine, what does not, why, and the one command that adds it.
 
-:func:`report` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or of spu
+:func:`report` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or spu
 is imported before the probe that is about it, so that an installation that is broken anywhere can be reported on.
 """
 
