@@ -1,0 +1,162 @@
+"""The `spu` command: train, devices, doctor. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:  # the library works without its command line
+    sys.exit("spu: the command line needs a few more packages: pip install 'spu-torch[train]'")
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="spu",
+    help="Train PyTorch models that do not fit the card you own, exactly and fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command; a user's mistake becomes one message and exit code 2, Ctrl-C 130. SPU_TRACEBACK=1 shows all."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        from spu.job.stop import Stopped
+
+        if isinstance(error, Stopped):
+            _fail(str(error), error.code)
+        if os.environ.get("SPU_TRACEBACK"):
+            raise
+        if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
+            _fail(f"the package {error.name} is missing: pip install 'spu-torch[train]'", BAD_INPUT)
+        if isinstance(error, ValueError):
+            _fail(f"error: {error}", BAD_INPUT)
+        if isinstance(error, OSError):
+            _fail(f"error: {error.filename or ''}: {error.strerror or error}: check the path and the room on it", 1)
+        raise
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"spu: {text}", file=sys.stderr, flush=True)
+    raise typer.Exit(code)
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text file. Default: Python's language reference.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new run. Default: the time.")] = None,
+    out: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
+    resume: Annotated[str | None, typer.Option(help="Go on with a run: its name or folder; alone: the latest.")] = None,
+    devices: Annotated[str | None, typer.Option(help="auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...  (auto)")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=24GB.  (what is free)")] = None,
+    schedule: Annotated[str | None, typer.Option(help="1f1b or gpipe.  (1f1b)")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches of a pipeline round.  (8)")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Pipeline rounds for one update.  (1)")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
+    transfer: Annotated[
+        str | None, typer.Option(help="Between stages: int8, fp16, bf16, none or auto.  (int8)")
+    ] = None,
+    recompute: Annotated[str | None, typer.Option(help="Recompute activations: auto, on or off.  (auto)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Or: tokens to train on.  (786432)")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Or: minutes to fill.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  (0.003)")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps that warm up.  (0.05)")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's.  (0.1)")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient norm to this.  (1.0)")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence.  (128)")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a step.  (8)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.  (0)")] = None,
+    init_scale: Annotated[float | None, typer.Option(help="First loss scale (fp16).  (65536)")] = None,
+    growth_interval: Annotated[int | None, typer.Option(help="Good steps before the scale doubles.  (200)")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.  (100)")] = None,
+    evals: Annotated[int | None, typer.Option(help="Points of the validation curve.  (10)")] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
+) -> None:
+    """Train a decoder on a text, in a pipeline over the devices, into runs/NAME."""
+    options = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
+
+    def command() -> None:
+        from spu.job.command import train_command
+
+        train_command(_named(options), out=out, name=name, resume=resume, only_reference=reference, compare=compare)
+
+    guarded(command)
+
+
+_NOT_SETTINGS = ("name", "out", "resume", "reference", "compare")
+
+
+@app.command()
+def devices(
+    devices: Annotated[str, typer.Option(help="As in train.")] = "auto",
+    budget: Annotated[str | None, typer.Option(help="As in train.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of remembering.")] = False,
+) -> None:
+    """Show the devices: memory, budget, measured speeds and link bandwidths."""
+
+    def command() -> None:
+        from spu.job.hardware import device_lines
+
+        print("\n".join(device_lines(devices, budget, refresh)))
+
+    guarded(command)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what works on this machine, what does not, why, and the command that adds it."""
+
+    def command() -> None:
+        from spu.job.hardware import doctor_lines
+
+        print("\n".join(doctor_lines()))
+
+    guarded(command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from spu import __version__
+
+        print(f"spu {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `spu`; ends the process with the command's exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for index, argument in enumerate(arguments):
+        bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
+        if argument == "--resume" and bare:
+            arguments[index] = "--resume=latest"
+    app(args=arguments, prog_name="spu")
+
+
+if __name__ == "__main__":
+    main()

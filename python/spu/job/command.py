@@ -1,0 +1,109 @@
+"""What `spu train` does with its options: a new run or an old one, through the pipeline, the reference, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from spu.job import reference, report
+from spu.job.config import PLACEMENT, TrainConfig, resume_config
+from spu.job.folder import find_folder, new_folder
+from spu.job.run import Job, draw_losses, train
+from spu.job.stop import Stopped, StopSignals
+
+
+def train_command(
+    given: dict[str, Any],
+    *,
+    out: str = "runs",
+    name: str | None = None,
+    resume: str | None = None,
+    only_reference: bool = False,
+    compare: bool = False,
+) -> Path:
+    """Start or go on with a run and print what came of it.
+
+    Args:
+        given: settings of `TrainConfig` named by the user.
+        out: folder of all runs.
+        name: of a new run; None for one made from the time.
+        resume: name or folder of a run to go on with, or "latest".
+        only_reference: train the plain fp32 reference alone.
+        compare: train both and print how they differ.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: bad input; the text names the value and the fix, and nothing was written over.
+        Stopped: Ctrl-C or SIGTERM; what could be saved is saved.
+    """
+    job = _make_job(given, out, name, resume)
+    job.read()
+    if only_reference and not compare and job.config.planned_steps() is None:
+        raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
+    try:
+        with StopSignals() as signals:
+            if compare or not only_reference:
+                summary = _pipeline(job, signals)
+            if compare or only_reference:
+                _stop_if_asked(signals)
+                result = _reference(job, signals)
+                print(f"plain fp32: validation loss {result['val_loss']:.4f}, {result['tokens_per_s']:,.0f} tokens/s")
+            if compare:
+                draw_losses(job, summary)
+                print("\n".join(report.comparison_lines(summary, result)))
+    finally:
+        job.folder.unlock()
+    return job.folder.path
+
+
+def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | None) -> Job:
+    if resume is None:
+        for key in ("model", "data"):  # a run is resumed from any folder
+            if given.get(key) is not None:
+                given = {**given, key: str(Path(given[key]).resolve())}
+        return Job(dataclasses.replace(TrainConfig(), **given), new_folder(out, name), new=True)
+    if name is not None:
+        raise ValueError(f"--name {name} and --resume {resume}: a resumed run keeps its name, leave --name out")
+    folder = find_folder(out, resume)
+    saved, corpus = folder.read_config()
+    config = resume_config(saved, given)
+    replaced = any(getattr(config, key) != getattr(saved, key) for key in PLACEMENT)
+    return Job(config, folder, new=False, replaced=replaced, saved_corpus=corpus)
+
+
+def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:
+    """Train, or take the summary of a run that is complete."""
+    finished = None if job.new else _load(job.folder / "summary.json")
+    if finished is not None and finished.get("steps") == job.config.planned_steps():
+        print(f"run {job.folder.name} is complete")
+    else:
+        finished = train(job, signals)
+    print("\n".join(report.summary_lines(finished, job.folder.path)), flush=True)
+    return finished
+
+
+def _reference(job: Job, signals: StopSignals) -> dict[str, Any]:
+    """Train the reference, or take its result if it is there."""
+    known = _load(job.folder / reference.RESULT)
+    if known is not None and known.get("key") == reference.reference_key(job.config, job.corpus):
+        print(f"the reference of {job.folder.name} is there already")
+        return known
+    job.open_folder()
+    return reference.train_reference(job.config, job.corpus, job.folder, signals)
+
+
+def _stop_if_asked(signals: StopSignals) -> None:
+    if signals.asked is not None:
+        raise Stopped(signals.asked, "stopped before the reference; --resume with --compare goes on")
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,197 @@
+"""What one training run is: every setting, its default, and the checks that need neither model nor data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spu import schedules
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+TRANSFERS = ("auto", "none", "fp16", "bf16", "int8")
+RECOMPUTE = ("auto", "on", "off")
+BYTE_VOCABULARY = 256
+
+# The default model: 3.08M parameters over bytes. Its settings below were chosen by plain fp32 runs of 800k tokens on
+# the default corpus: 8 x 128 tokens a step reached 1.37 nats a byte on the held-out tail, 8 x 256 (half as many steps)
+# 1.62. docs/performance.md has the table.
+DEFAULT_MODEL: dict[str, Any] = {
+    "vocab_size": BYTE_VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+
+# Where a run is placed may change between its parts; everything else makes it another run.
+PLACEMENT = ("devices", "budget")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. Saved in its folder, so that it can be resumed and its reference be trained.
+
+    Attributes:
+        model: a folder or file of a Hugging Face model; None for `DEFAULT_MODEL`.
+        data: a text file; None for Python's own language reference.
+        devices: names for `DeviceManager.get_devices`.
+        budget: memory budgets for `DeviceManager`, or None for what is available.
+        schedule: "gpipe" or "1f1b".
+        microbatches: microbatches of one round of the schedule.
+        accumulate: rounds for one update.
+        precision: "fp16", "bf16" or "fp32".
+        transfer: codec between the stages, "auto" or "none".
+        recompute: "auto", "on" or "off".
+        steps: updates in all; None until `minutes` or `tokens` have been turned into it.
+        minutes: training time to fill, measured at the start of the run.
+        tokens: training tokens to fill.
+        lr: peak learning rate; warmed up linearly, then a cosine down to `final_lr` of it.
+        warmup: share of the steps that warm up.
+        final_lr: share of `lr` at the last step.
+        beta2: AdamW's second moment decay (the first is 0.9).
+        weight_decay: AdamW's.
+        max_grad_norm: global gradient norm to clip to.
+        seq: tokens of a sequence.
+        batch: sequences of a step.
+        seed: of weights, batches and everything random.
+        init_scale: loss scale to start from (fp16).
+        growth_interval: good steps before the loss scale doubles.
+        save_every: steps between checkpoints.
+        evals: validation points on the curve (the last one is on the whole validation set).
+    """
+
+    model: str | None = None
+    data: str | None = None
+    devices: str = "auto"
+    budget: str | None = None
+    schedule: str = "1f1b"
+    microbatches: int = 8
+    accumulate: int = 1
+    precision: str = "fp16"
+    transfer: str = "int8"
+    recompute: str = "auto"
+    steps: int | None = None
+    minutes: float | None = None
+    tokens: int | None = None
+    lr: float = 3e-3
+    warmup: float = 0.05
+    final_lr: float = 0.05
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    seq: int = 128
+    batch: int = 8
+    seed: int = 0
+    init_scale: float = 2.0**16
+    growth_interval: int = 200
+    save_every: int = 100
+    evals: int = 10
+
+    def check(self) -> None:
+        """Raises ValueError naming the first setting that makes no sense, its value and what to give instead."""
+        schedules.get(self.schedule)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("transfer", self.transfer, TRANSFERS)
+        _one_of("recompute", self.recompute, RECOMPUTE)
+        for name in ("microbatches", "accumulate", "seq", "batch", "save_every", "growth_interval", "evals"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("steps", "tokens"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        for name in ("lr", "max_grad_norm", "init_scale", *(["minutes"] if self.minutes is not None else [])):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{_option(name)} {value} must be a positive number")
+        given = [_option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1 and self.minutes is not None:
+            raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
+        parts = self.microbatches * self.accumulate
+        if self.batch < parts:
+            raise ValueError(
+                f"--batch {self.batch} has fewer sequences than --microbatches {self.microbatches} x --accumulate "
+                f"{self.accumulate}: give --batch {parts} or more, or fewer microbatches"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq
+
+    def planned_steps(self) -> int | None:
+        """Updates in all, from `steps`, `tokens` or the default; None if `minutes` have to be measured first."""
+        if self.steps is not None:
+            return self.steps
+        if self.minutes is not None:
+            return None
+        tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
+        return max(1, tokens // self.tokens_per_step)
+
+    def lr_factor(self, step: int) -> float:
+        """Share of `lr` for the update after `step` updates: linear warm-up, then a cosine down to `final_lr`."""
+        steps = self.planned_steps()
+        if steps is None:
+            raise ValueError("the number of steps is not known yet")
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, steps - warm))
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> TrainConfig:
+        """Raises ValueError for settings that this version does not have."""
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown settings {', '.join(unknown)}: the run was made by another version of spu")
+        return TrainConfig(**values)
+
+
+DEFAULT_TOKENS = 786_432  # about five minutes on two cores
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {_option(name)} {value!r}: give one of {', '.join(known)}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{_option(name)} {value} must be a whole number of at least {least}")
+
+
+def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The configuration to go on with: the saved one, placed anew if asked.
+
+    Args:
+        saved: of the run.
+        given: settings named on the command line.
+
+    Raises:
+        ValueError: a given setting that differs from the run's and would make it another run.
+    """
+    for name, value in given.items():
+        old = getattr(saved, name)
+        same = Path(value).resolve() == Path(old).resolve() if name in ("model", "data") and old else value == old
+        if name not in PLACEMENT and not same:
+            raise ValueError(
+                f"{_option(name)} {value} differs from the run's {old}: leave it out to go on, or start a new run"
+            )
+    return dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})

@@ -1,0 +1,65 @@
+"""metrics.jsonl: one line for each step and for each validation, appended as they happen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from spu.job.folder import write_json
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a skipped step's gradient norm becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """Appends rows; every row has "step", the number of steps done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop what was written after `step` (a killed run is ahead of its checkpoint), and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.new")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def append(self, **row: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out. A missing file has none."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
+    return rows
+
+
+def train_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of training steps."""
+    return [row for row in rows if "loss" in row]
+
+
+def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of validations."""
+    return [row for row in rows if "val_loss" in row]
+
+
+def save_result(path: Path, values: dict[str, Any]) -> None:
+    """Write a result's numbers, infinities as null."""
+    write_json(path, {key: _finite(value) for key, value in values.items()})

@@ -1,0 +1,313 @@
+"""A run of `spu train`: from settings to a trained model, its checkpoint and its records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.devices import DeviceManager
+from spu.job import console, reference, report
+from spu.job.config import TrainConfig
+from spu.job.data import Corpus, make_corpus
+from spu.job.folder import RunFolder
+from spu.job.metrics import MetricsFile, read_metrics, save_result, train_rows
+from spu.job.model import Tokenizer, load_config, make_model, make_tokenizer
+from spu.job.sample import sample_text
+from spu.job.stop import Stopped, StopSignals
+from spu.optim import AdamW
+from spu.plan import Plan, draw_timeline, write_trace
+from spu.precision import LossScaler
+from spu.trainer import ModelParallelTrainer, StepResult
+
+MAX_BAD_LOSSES = 5  # in a row; a skipped step leaves the weights alone, so that the next batch has its chance
+MAX_SKIPPED = 40  # in a row: a loss scale of 2**16 has been halved to nothing by then
+SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
+
+
+@dataclass
+class Job:
+    """One run and what has become of it so far."""
+
+    config: TrainConfig
+    folder: RunFolder
+    new: bool
+    replaced: bool = False  # placed on other devices than before
+    saved_corpus: dict[str, Any] | None = None
+    corpus: Corpus = field(init=False)
+    tokenizer: Tokenizer = field(init=False)
+
+    def read(self) -> None:
+        """Read the text and check that it and the model fit together.
+
+        Raises:
+            ValueError: bad settings, data or model; nothing was written.
+        """
+        self.config.check()
+        model_config = load_config(self.config.model)
+        self.tokenizer = make_tokenizer(self.config.model, model_config)
+        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.config.seq > longest:
+            raise ValueError(
+                f"--seq {self.config.seq} is longer than the model's {longest} positions: give {longest} or less"
+            )
+        self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq)
+        top = int(torch.cat((self.corpus.train, self.corpus.validation)).max())
+        if top >= model_config.get_text_config().vocab_size:
+            raise ValueError(
+                f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has "
+                f"{model_config.get_text_config().vocab_size}; give files that belong together"
+            )
+        saved = self.saved_corpus
+        if saved is not None and saved["sha256"] != self.corpus.sha256:
+            raise ValueError(
+                f"--data {self.corpus.name} has changed since the run began: put it back, or start a new run"
+            )
+
+    @property
+    def corpus_record(self) -> dict[str, Any]:
+        return {"name": self.corpus.name, "sha256": self.corpus.sha256}
+
+    @property
+    def unit(self) -> str:
+        return "byte" if self.tokenizer.name == "bytes" else "token"
+
+    def plan(self) -> Plan | None:
+        """The plan a run was begun with, so that going on changes no bit; None for a new one or another placement."""
+        file = self.folder / "plan.json"
+        return None if self.new or self.replaced or not file.exists() else Plan.load(file)
+
+    def open_folder(self) -> None:
+        if self.new:
+            self.folder.create(self.config, self.corpus_record)
+            self.new = False
+        else:
+            self.folder.lock()
+
+
+def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
+    """The pipeline for a run, planned and placed.
+
+    Raises:
+        ValueError: unknown device, more stages than layers, no placement under the budgets, unknown settings.
+    """
+    config = job.config
+    trainer = ModelParallelTrainer(
+        model,
+        DeviceManager(config.budget).get_devices(config.devices),
+        optimizer=partial(AdamW, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay),
+        lr_schedule=lambda step: job.config.lr_factor(step),
+        precision=config.precision,
+        microbatches=config.microbatches,
+        accumulate=config.accumulate,
+        schedule=config.schedule,
+        plan=job.plan(),
+        transfer=config.transfer,
+        recompute={"auto": "auto", "on": True, "off": False}[config.recompute],
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        scaler=LossScaler(
+            init_scale=config.init_scale, growth_interval=config.growth_interval, enabled=config.precision == "fp16"
+        ),
+    )
+    try:
+        trainer.prepare(*job.corpus.batch(config.seed, 0, config.batch, config.seq))
+    except BaseException:
+        trainer.close()
+        raise
+    return trainer
+
+
+def settle_steps(job: Job, trainer: ModelParallelTrainer) -> None:
+    """Turn `minutes` into a number of steps by timing a few that update nothing; afterwards it is fixed for good."""
+    config = job.config
+    if config.planned_steps() is not None:
+        return
+    assert config.minutes is not None
+    batch = job.corpus.batch(config.seed, 0, config.batch, config.seq)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        trainer.forward_backward(*batch)
+        times.append(time.perf_counter() - begin)
+    steps = max(1, int(config.minutes * 60 / (1.05 * statistics.median(times[1:]))))  # 5% for the update
+    job.config = dataclasses.replace(config, steps=steps, minutes=None)
+
+
+def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean loss over all targets of `batches`, on the pipeline."""
+    total = sum(trainer.evaluate(x, y) * y.numel() for x, y in batches)
+    return total / sum(y.numel() for _, y in batches)
+
+
+class Guard:
+    """Ends a run that cannot get anywhere.
+
+    Raises (from `check`):
+        ValueError: the loss is not finite from the start or for some steps in a row, or every step is skipped.
+    """
+
+    def __init__(self) -> None:
+        self._bad = self._skipped = 0
+        self._good = False
+
+    def check(self, step: int, result: StepResult, config: TrainConfig) -> None:
+        self._bad = 0 if math.isfinite(result.loss) else self._bad + 1
+        self._skipped = self._skipped + 1 if result.skipped else 0
+        what = f"check the weights, --lr {config.lr:g} and --precision {config.precision}"
+        if self._bad and (not self._good or self._bad >= MAX_BAD_LOSSES):
+            when = "from the start" if not self._good else f"for {self._bad} steps"
+            raise ValueError(f"the loss is {result.loss} {when} (step {step}): {what}, or train with --precision fp32")
+        if self._skipped >= MAX_SKIPPED:
+            raise ValueError(
+                f"{self._skipped} steps in a row were skipped, down to a loss scale of {result.loss_scale:g} (step "
+                f"{step}): {what}, or give a smaller --init-scale"
+            )
+        self._good = self._good or not self._bad
+
+
+def train(job: Job, signals: StopSignals) -> dict[str, Any]:
+    """Train a run through the pipeline, from its start or its checkpoint, to its end.
+
+    Returns:
+        The summary, which is also in summary.json.
+
+    Raises:
+        Stopped: a signal asked for it; the checkpoint is of the last step done.
+        ValueError: see `make_trainer`, `Guard` and `CheckpointError`; an existing checkpoint is left as it was.
+    """
+    model = make_model(job.config.model, job.config.seed).train()
+    parameters = sum(p.numel() for p in model.parameters())
+    with make_trainer(job, model) as trainer:
+        done = 0
+        if not job.new and job.folder.checkpoint.exists():
+            trainer.load(job.folder.checkpoint)
+            done = trainer.steps_done
+        settle_steps(job, trainer)
+        fresh = job.new
+        job.open_folder()
+        if fresh or done == 0:
+            job.folder.write_config(job.config, job.corpus_record)  # `minutes` have become steps
+        assert trainer.plan is not None
+        trainer.plan.save(job.folder / "plan.json")
+        print(trainer.plan.table(), flush=True)
+        _train_steps(job, trainer, done, signals)
+        return _finish(job, trainer, parameters)
+
+
+def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: StopSignals) -> None:
+    config, folder = job.config, job.folder
+    steps = config.planned_steps()
+    assert steps is not None
+    metrics, guard = MetricsFile(folder.metrics), Guard()
+    metrics.keep_up_to(done)
+    curve = job.corpus.validation_batches(config.batch, config.seq, reference.curve_windows(config))
+    shown = val_loss = None
+    skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
+    with console.open_view(f"train {folder.name}", steps, done) as view:
+        for step in range(done, steps):
+            result = trainer.step(*job.corpus.batch(config.seed, step, config.batch, config.seq))
+            metrics.append(**_row(step + 1, result, config))
+            guard.check(step + 1, result, config)
+            skipped += result.skipped
+            shown = console.smooth(shown, result.loss) if math.isfinite(result.loss) else shown
+            if reference.is_eval_step(config, step + 1, steps):
+                val_loss = evaluate(trainer, curve)
+                metrics.append(step=step + 1, val_loss=val_loss)
+            view.update(
+                console.Progress(
+                    step + 1, shown or result.loss, result.tokens_per_s, result.loss_scale, skipped, val_loss
+                )
+            )
+            stop = signals.asked
+            if stop is not None or (step + 1) % config.save_every == 0 or step + 1 == steps:
+                trainer.save(folder.checkpoint)
+            if stop is not None and step + 1 < steps:
+                raise Stopped(
+                    stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.name}"
+                )
+
+
+def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": step * config.tokens_per_step,
+        "loss": result.loss,
+        "lr": config.lr * config.lr_factor(step - 1),
+        "grad_norm": result.grad_norm,
+        "loss_scale": result.loss_scale,
+        "skipped": result.skipped,
+        "tokens_per_s": result.tokens_per_s,
+    }
+
+
+def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[str, Any]:
+    config, folder = job.config, job.folder
+    steps = trainer.steps_done
+    rows = train_rows(read_metrics(folder.metrics))
+    val_loss = evaluate(trainer, job.corpus.validation_batches(config.batch, config.seq))
+    seconds = sum(config.tokens_per_step / row["tokens_per_s"] for row in rows)
+    summary: dict[str, Any] = {
+        "run": folder.name,
+        "corpus": job.corpus.name,
+        "unit": job.unit,
+        "parameters": parameters,
+        "steps": steps,
+        "tokens": steps * config.tokens_per_step,
+        "seconds": seconds,
+        "tokens_per_s": len(rows) * config.tokens_per_step / seconds,
+        "val_loss": val_loss,
+        "skipped": sum(bool(row["skipped"]) for row in rows),
+        "loss_scale": rows[-1]["loss_scale"],
+        "precision": config.precision,
+        "transfer": config.transfer,
+    }
+    summary |= _pictures_of_pipeline(job, trainer)
+    model = make_model(config.model, config.seed)
+    model.load_state_dict(trainer.state_dict_for_model(), strict=False)
+    model.save_pretrained(folder / "model")
+    prompt = job.corpus.validation[:PROMPT_TOKENS]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
+    tokens = min(SAMPLE_TOKENS, room - len(prompt))
+    summary["prompt"], summary["sample"] = sample_text(model, job.tokenizer, prompt, tokens=tokens, seed=config.seed)
+    save_result(folder / "summary.json", summary)
+    draw_losses(job, summary)
+    return summary
+
+
+def _pictures_of_pipeline(job: Job, trainer: ModelParallelTrainer) -> dict[str, Any]:
+    """timeline.png and trace.json of the last step, if one ran in this process; its idle share."""
+    try:
+        timeline = trainer.timeline()
+    except RuntimeError:
+        return {}
+    predicted = trainer.predicted_timeline()
+    title = (
+        f"{job.folder.name}: the last step's pipeline, {job.config.schedule}, {job.config.microbatches} microbatches"
+    )
+    draw_timeline(timeline, job.folder / "timeline.png", title, predicted)
+    write_trace(timeline, job.folder / "trace.json")
+    return {"idle_share": timeline.idle_share, "predicted_idle_share": predicted.idle_share}
+
+
+def draw_losses(job: Job, summary: dict[str, Any]) -> None:
+    """loss.png from what the folder holds, with the reference's curve if there is one."""
+    config = job.config
+    report.draw_loss(
+        job.folder / "loss.png",
+        f"{summary['parameters'] / 1e6:.1f}M parameters, {config.precision}, {summary['corpus']}",
+        read_metrics(job.folder.metrics),
+        unit=job.unit,
+        final_val=summary["val_loss"],
+        reference=read_metrics(job.folder / reference.METRICS),
+    )
+
+
+__all__ = ["Guard", "Job", "draw_losses", "make_trainer", "train"]

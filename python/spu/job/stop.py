@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM as a wish to stop after the step at hand, so that a checkpoint can be written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has ended cleanly; `code` is the shell's exit code for the signal."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(text)
+        self.code = 128 + signum
+
+
+class StopSignals:
+    """Within `with`: the first signal is noted in `asked`, a second SIGINT interrupts at once as always."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = signum
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
