@@ -172,7 +172,7 @@ def test_scaled_16_bit_gradients_equal_the_plain_models(precision: str, stages: 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_updates_equal_the_plain_models_with_torch_adamw(stages: int, tied: bool) -> None:
-    """Several steps, fresh dropout in each; with a tie only within fp32 rounding, which the plain model adds otherwise."""
+    """Several steps, fresh dropout in each; with a tie within fp32 rounding, as the plain model adds in another order."""
     model = make_model(tied=tied)
     plain = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, foreach=False)
@@ -199,14 +199,14 @@ def test_updates_equal_the_plain_models_with_torch_adamw(stages: int, tied: bool
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_kernels_stay_within_the_bound(stages: int) -> None:
     """With the automatic backend: twice plain torch's own fp16 error, against fp64."""
-    threads_backend = spu.ops.backends()["cpu"]
-    if not threads_backend.available:
-        pytest.skip(f"no C++ backend: {threads_backend.reason}")
+    kernels = spu.ops.backends()["cpu"]
+    if not kernels.available:
+        pytest.skip(f"no C++ backend: {kernels.reason}")
     model = make_model(dropout=0.0)
     truth, plain = copy.deepcopy(model).double(), copy.deepcopy(model).half()
     x, y = make_batch()
     with spu.use_backend("cpu"), ModelParallelTrainer(model, devices(stages), microbatches=4) as trainer:
-        loss, outputs = trainer.forward_backward(x, y)
+        _, outputs = trainer.forward_backward(x, y)
     true_outputs, plain_outputs = truth(x), plain(x)
     assert_close_to_truth(outputs, plain_outputs, true_outputs)
     F.cross_entropy(true_outputs.flatten(0, 1), y.flatten()).backward()

@@ -45,7 +45,8 @@ def plan_model(
     """
     if len(devices) > len(layers):
         raise ValueError(
-            f"{len(devices)} devices for {len(layers)} layers: every stage needs a layer; pass at most {len(layers)} devices"
+            f"{len(devices)} devices for {len(layers)} layers: every stage needs a layer; "
+            f"pass at most {len(layers)} devices"
         )
     costs = profile.estimate_layers(
         [(layer.name, layer.module) for layer in layers],
@@ -123,7 +124,7 @@ def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device]) -
 
 
 def place_parts(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Device]:
-    """A device for each part of a hand-run model: one each where there are enough, else runs of equal parameter bytes."""
+    """A device for each part of a hand-run model: one each where there are enough, else runs of equal bytes."""
     if len(layers) <= len(devices):
         return list(devices[: len(layers)])
     sizes = [1.0 + sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers]

@@ -20,7 +20,7 @@ from spu.engine.bridge import Bridge, StageModule
 from spu.engine.build import DTYPES, Built, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 from spu.engine.local import LocalEngine, Round
-from spu.engine.microbatch import count_targets, split_batch, target_weights
+from spu.engine.microbatch import cast, count_targets, split_batch, target_weights
 from spu.engine.state import model_state, optimizer_state, restore_model, restore_optimizer
 from spu.engine.update import OptimizerFactory, Updater
 from spu.plan import Plan
@@ -86,7 +86,8 @@ class ModelParallelTrainer:
             It is trained in place: after the first step it holds the precision's dtype.
         devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
         loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets; default: :func:`cross_entropy`.
-        optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our AdamW.
+        optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our
+            AdamW.
         lr: learning rate, for the default optimizer or a class.
         lr_schedule: step index -> factor on the learning rate. Skipped steps count.
         precision: "fp16", "bf16" or "fp32": weights and activations of :meth:`step`, :meth:`forward_backward` and
@@ -106,7 +107,7 @@ class ModelParallelTrainer:
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
 
     Raises:
-        ValueError: an unknown device, precision, schedule or codec, or a number below 1; the message lists what there is.
+        ValueError: an unknown device, precision, schedule or codec, or a number below 1; lists what there is.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class ModelParallelTrainer:
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        sample = split_batch(inputs, self.microbatches * self.accumulate)[0]
+        sample = self._split(inputs, self.microbatches * self.accumulate)[0]
         plan = self._given_plan or placement.plan_model(
             layers,
             sample,
@@ -290,14 +291,14 @@ class ModelParallelTrainer:
     def evaluate(self, inputs: Any, targets: Any) -> float:
         """Mean loss of a batch, in evaluation mode and without gradients."""
         self.prepare(inputs, targets)
-        assert self._built is not None and self._engine is not None
+        built, engine = self._require_engine()
         modules = [module for layer in self._require_layers() for module in layer.module.modules()]
         training = [module for module in modules if module.training]
         parts = min(self.microbatches, _batch_rows(inputs))
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
-            schedules.forward_only(len(self._built.stages), parts),
-            split_batch(inputs, parts),
+            schedules.forward_only(len(built.stages), parts),
+            self._split(inputs, parts),
             targets_by_part,
             self._weights(targets_by_part),
             self.seed,
@@ -306,20 +307,20 @@ class ModelParallelTrainer:
         try:
             for module in training:
                 module.training = False
-            self._engine.run(work)
+            engine.run(work)
         finally:
             for module in training:
                 module.training = True
         return _sum_losses(work.losses).item()
 
     def _accumulate_gradients(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[torch.Tensor, Any, Any]:
-        assert self._built is not None and self._engine is not None
+        built, engine = self._require_engine()
         updater = self._require_updater()
         parts = self.microbatches * self.accumulate
-        inputs_by_part = split_batch(inputs, parts)
+        inputs_by_part = self._split(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
         weights = self._weights(targets_by_part)
-        actions = schedules.get(self.schedule)(len(self._built.stages), self.microbatches)
+        actions = schedules.get(self.schedule)(len(built.stages), self.microbatches)
         losses: dict[int, torch.Tensor] = {}
         outputs: list[Any] = []
         timelines = []
@@ -338,7 +339,7 @@ class ModelParallelTrainer:
                     updater.scopes,
                     keep_outputs,
                 )
-                timelines.append(self._engine.run(work))
+                timelines.append(engine.run(work))
                 losses.update({first + index: loss for index, loss in work.losses.items()})
                 outputs.extend(work.outputs[index] for index in sorted(work.outputs))
         except BaseException:
@@ -451,6 +452,9 @@ class ModelParallelTrainer:
     def _ignore_index(self) -> int:
         return getattr(self.loss_fn, "ignore_index", -100)
 
+    def _split(self, inputs: Any, parts: int) -> list[Any]:
+        return [cast(part, DTYPES[self.precision]) for part in split_batch(inputs, parts)]
+
     def _weights(self, targets: list[Any]) -> list[torch.Tensor]:
         return target_weights(targets, self.loss_weight, self._ignore_index)
 
@@ -458,6 +462,11 @@ class ModelParallelTrainer:
         if self._layers is None:
             raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
         return self._layers
+
+    def _require_engine(self) -> tuple[Built, LocalEngine]:
+        assert self._built is not None
+        assert self._engine is not None
+        return self._built, self._engine
 
     def _require_updater(self) -> Updater:
         assert self._updater is not None

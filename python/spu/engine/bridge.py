@@ -61,7 +61,8 @@ class _Crossing:
         gradient = gradient.to(self.output.device, self.output.dtype)
         self.running = True
         try:
-            output = open_scope(self.output, scope) if scope is not None else self.output
+            with torch.enable_grad():  # hooks run without
+                output = open_scope(self.output, scope) if scope is not None else self.output
             output.backward(gradient)
         finally:
             self.running = False

@@ -108,7 +108,7 @@ def build_stages(
 
 
 def _untie(placed: list[list[Layer]], devices: Sequence[Device]) -> list[TiedUse]:
-    """Replace a parameter in every stage but its first by an alias: the same storage on the same device, else a copy."""
+    """Replace a parameter in every stage but its first by an alias: same storage on the same device, else a copy."""
     owner_stage: dict[int, int] = {}
     tied: dict[tuple[int, int], TiedUse] = {}
     for stage, own in enumerate(placed):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["count_targets", "move", "split_batch", "target_weights"]
+__all__ = ["cast", "count_targets", "move", "split_batch", "target_weights"]
 
 
 def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
@@ -80,3 +80,8 @@ def target_weights(
 def move(tree: Any, device: torch.device) -> Any:
     """The pytree with every tensor on ``device``."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), tree)
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """The pytree with every floating-point tensor in ``dtype``."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

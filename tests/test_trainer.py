@@ -1,0 +1,470 @@
+"""The trainer's own promises: the hand-run loop, the scaled step, optimizers, checkpoints, failures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_equal
+from torch import nn
+
+import spu
+from spu import DeviceManager, LossScaler, ModelParallelTrainer, StageError
+from spu.checkpoint import CheckpointError
+from spu.plan import BudgetError
+
+
+def layers(seed: int = 0) -> list[nn.Module]:
+    torch.manual_seed(seed)
+    return [nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 4)]
+
+
+def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
+
+
+def devices(stages: int) -> list[spu.Device]:
+    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads, alive = torch.get_num_threads(), set(threading.enumerate())
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    left = [t.name for t in threading.enumerate() if t not in alive and t.name.startswith("spu")]
+    assert not left, f"leaked worker threads: {left}"
+
+
+# The hand-run loop
+
+
+def run_by_hand(trainer: ModelParallelTrainer, x: torch.Tensor, *, detach: bool) -> torch.Tensor:
+    for i, module in enumerate(trainer.modules()):
+        if i and detach:
+            x = x.detach().requires_grad_(True).to(module.device)
+        else:
+            x = x.to(module.device)
+        x = module(x)
+    return x
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("spec", ["auto", ["cpu:0", "cpu:1"], ["cpu"] * 4])
+def test_the_idiom_gives_every_part_its_true_gradient(spec: object, detach: bool) -> None:
+    parts = layers()
+    plain = nn.Sequential(*copy.deepcopy(parts))
+    trainer = ModelParallelTrainer(devices=DeviceManager().get_devices(spec))
+    for part in parts:
+        trainer.add_module(part)
+    batches = [batch(seed) for seed in range(3)]
+    losses = [F.cross_entropy(run_by_hand(trainer, x, detach=detach), y) for x, y in batches]
+    for loss in losses:  # all forwards first: each backward must find its own way
+        loss.backward()
+    for x, y in batches:
+        F.cross_entropy(plain(x), y).backward()
+    ours = [p for part in parts for p in part.parameters()]
+    for mine, theirs in zip(ours, plain.parameters(), strict=True):
+        assert_equal(mine.grad, theirs.grad)
+    assert [id(p) for p in trainer.parameters()] == [id(p) for p in ours]
+    trainer.close()
+
+
+def test_the_bridge_carries_the_loss_scale() -> None:
+    parts = layers()
+    plain = nn.Sequential(*copy.deepcopy(parts))
+    scaler = LossScaler(init_scale=2.0**10)
+    trainer = ModelParallelTrainer(devices=["cpu:0", "cpu:1"])
+    for part in parts:
+        trainer.add_module(part)
+    grads = spu.MainGrads(trainer.parameters())
+    x, y = batch()
+    scaler.scope("cpu")
+    scaler.begin_step()
+    grads.begin_step()
+    scaler.scale(F.cross_entropy(run_by_hand(trainer, x, detach=True), y)).backward()
+    F.cross_entropy(plain(x), y).backward()
+    for mine, theirs in zip(trainer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+    grads.close()
+
+
+def test_a_manual_continuation_is_refused_by_name() -> None:
+    trainer = ModelParallelTrainer(devices=["cpu:0", "cpu:1"])
+    first, second = layers()[:2]
+    trainer.add_module(first)
+    trainer.add_module(second)
+    one, two = trainer.modules()
+    out = one(batch()[0])
+    middle = out.detach().requires_grad_(True)
+    two(middle).sum().backward()
+    assert middle.grad is not None
+    with pytest.raises(RuntimeError, match="bridge"):
+        out.backward(middle.grad)
+
+
+def test_a_clone_before_requires_grad_is_warned_about() -> None:
+    trainer = ModelParallelTrainer(devices=["cpu:0", "cpu:1"])
+    for part in layers()[:2]:
+        trainer.add_module(part)
+    one, two = trainer.modules()
+    out = one(batch()[0])
+    with pytest.warns(UserWarning, match="shares no storage"):
+        two(out.detach().clone().requires_grad_(True))
+
+
+def test_the_bridge_keeps_no_graph_that_nobody_can_continue() -> None:
+    trainer = ModelParallelTrainer(devices=["cpu:0", "cpu:1"])
+    for part in layers()[:2]:
+        trainer.add_module(part)
+    one, _ = trainer.modules()
+    for _ in range(20):
+        one(batch()[0])  # dropped at once
+    assert len(one._bridge._pending) <= 2
+
+
+# The step
+
+
+@pytest.mark.parametrize("bad_layer", [0, 1, 3])
+def test_an_overflow_at_any_stage_skips_everywhere_and_halves_the_scale(bad_layer: int) -> None:
+    model = nn.Sequential(*layers())
+    x, y = batch()
+    with ModelParallelTrainer(model, devices(3), microbatches=4, lr=0.1) as trainer:
+        before = trainer.step(x, y)
+        assert not before.skipped
+        assert before.loss_scale == 2.0**16
+        state = {name: value.clone() for name, value in trainer.state_dict_for_model().items()}
+        linear = model[bad_layer] if bad_layer != 1 else model[1][1]
+        hook = linear.register_forward_hook(lambda module, inputs, out: _Overflow.apply(out))
+        result = trainer.step(x, y)
+        hook.remove()
+        assert result.skipped
+        assert not torch.isfinite(torch.tensor(result.grad_norm))
+        assert trainer.scaler.get_scale() == 2.0**15
+        for name, value in trainer.state_dict_for_model().items():
+            assert_equal(value, state[name], name)
+        after = trainer.step(x, y)
+        assert not after.skipped
+        assert after.loss_scale == 2.0**15
+        assert after.loss < before.loss
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, torch.inf)
+
+
+def test_the_scale_grows_after_the_interval() -> None:
+    scaler = LossScaler(init_scale=8.0, growth_interval=3)
+    with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=2, scaler=scaler) as trainer:
+        scales = [trainer.step(*batch(step)).loss_scale for step in range(7)]
+    assert scales == [8, 8, 8, 16, 16, 16, 32]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_clipping_uses_one_norm_over_all_stages(stages: int) -> None:
+    model = nn.Sequential(*layers())
+    plain = copy.deepcopy(model)
+    x, y = batch()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    with ModelParallelTrainer(
+        model,
+        devices(stages),
+        precision="fp32",
+        microbatches=2,
+        optimizer=torch.optim.SGD,
+        lr=0.5,
+        max_grad_norm=0.05,
+    ) as trainer:
+        result = trainer.step(x, y)
+    F.cross_entropy(plain(x), y).backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+    optimizer.step()
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        torch.optim.Adagrad,
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        functools.partial(spu.optim.AdamW, lr=0.01, weight_decay=0.0),
+    ],
+    ids=["ours", "class", "callable", "partial of ours"],
+)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_any_optimizer_trains(optimizer: object, precision: str) -> None:
+    with ModelParallelTrainer(
+        nn.Sequential(*layers()), devices(2), precision=precision, microbatches=2, optimizer=optimizer, lr=0.01
+    ) as trainer:
+        losses = [trainer.step(*batch(0)).loss for _ in range(15)]
+    assert losses[-1] < losses[0] - 0.05
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    assert all(p.dtype == dtype for p in trainer.parameters())
+
+
+def test_the_lr_schedule_multiplies_the_rate() -> None:
+    model = nn.Sequential(*layers())
+    start = copy.deepcopy(model.state_dict())
+    with ModelParallelTrainer(
+        model, devices(2), precision="fp32", microbatches=2, lr=0.1, lr_schedule=lambda step: float(step > 0)
+    ) as trainer:
+        trainer.step(*batch())
+        for name, value in model.state_dict().items():
+            assert_equal(value, start[name], name)
+        trainer.step(*batch())
+    assert not torch.equal(model[0].weight, start["0.weight"])
+
+
+def test_frozen_parameters_stay() -> None:
+    model = nn.Sequential(*layers())
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    with ModelParallelTrainer(model, devices(2), precision="fp32", microbatches=2, lr=0.1) as trainer:
+        losses = [trainer.step(*batch()).loss for _ in range(5)]
+    assert_equal(model[0].weight, before)
+    assert losses[-1] < losses[0]
+
+
+def test_evaluate_is_the_plain_mean_loss_and_changes_nothing() -> None:
+    model = nn.Sequential(*layers(), nn.Dropout(0.5))
+    x, y = batch(rows=7)
+    with ModelParallelTrainer(model, devices(2), precision="fp32", microbatches=4) as trainer:
+        loss = trainer.evaluate(x, y)
+        assert trainer.evaluate(x[:2], y[:2]) > 0  # fewer rows than microbatches
+        assert all(module.training for module in model.modules())
+    model.eval()
+    assert loss == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_pytrees_cross_the_stages() -> None:
+    class Split(nn.Module):
+        def forward(self, x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return x["a"] * 2, {"mask": x["a"] > 0, "skip": x["a"] + 1}
+
+    class Join(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
+            return self.linear((x[0] + x[1]["skip"]) * x[1]["mask"])
+
+    torch.manual_seed(0)
+    embed, join = nn.Linear(6, 6), Join()
+
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = embed
+
+        def forward(self, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"a": self.linear(x["a"])}
+
+    model = [Embed(), Split(), join]
+    plain = copy.deepcopy(nn.Sequential(*model))
+    x, y = batch()
+    with ModelParallelTrainer(model, devices(3), precision="fp32", microbatches=1) as trainer:
+        trainer.forward_backward({"a": x}, y)
+    F.cross_entropy(plain({"a": x}), y).backward()
+    assert_equal(embed.weight.grad, plain[0].linear.weight.grad)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Adam], ids=["ours", "torch"])
+def test_a_checkpoint_resumes_bit_identically_on_another_number_of_stages(
+    tmp_path: Path, precision: str, optimizer: object
+) -> None:
+    def make(stages: int) -> ModelParallelTrainer:
+        return ModelParallelTrainer(
+            nn.Sequential(*layers(), nn.Dropout(0.3)),
+            devices(stages),
+            precision=precision,
+            microbatches=2,
+            optimizer=optimizer,
+            lr=0.02,
+        )
+
+    with make(2) as trainer:
+        for step in range(3):
+            trainer.step(*batch(step))
+        trainer.save(tmp_path / "checkpoint", extra={"note": [1, "two"]})
+        expected = [trainer.step(*batch(step)).loss for step in range(3, 6)]
+        final = trainer.state_dict_for_model()
+    with make(3) as trainer:
+        trainer.prepare(*batch())
+        assert trainer.load(tmp_path / "checkpoint") == {"note": [1, "two"]}
+        assert trainer.steps_done == 3
+        assert [trainer.step(*batch(step)).loss for step in range(3, 6)] == expected
+        for name, value in trainer.state_dict_for_model().items():
+            assert_equal(value, final[name], name)
+
+
+def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=2) as trainer:
+        trainer.step(*batch())
+        trainer.save(tmp_path / "checkpoint")
+    for other in (layers()[:3] + [nn.Linear(16, 5)], layers() + [nn.Linear(4, 4)]):
+        with ModelParallelTrainer(nn.Sequential(*other), devices(2), microbatches=2) as trainer:
+            trainer.prepare(*batch())
+            before = trainer.state_dict_for_model()
+            with pytest.raises(CheckpointError, match="another model"):
+                trainer.load(tmp_path / "checkpoint")
+            for name, value in trainer.state_dict_for_model().items():
+                assert_equal(value, before[name], name)
+    with pytest.raises(CheckpointError, match="missing|no checkpoint|not"), trainer:
+        trainer.load(tmp_path / "nothing")
+
+
+# Failures
+
+
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.at = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise ArithmeticError("the third call fails")
+        return x * 1.0
+
+
+def test_a_failure_names_stage_action_and_microbatch_and_the_trainer_goes_on() -> None:
+    parts = layers()
+    failing = Fails()
+    with ModelParallelTrainer([*parts[:2], failing, parts[3]], devices(3), microbatches=4) as trainer:
+        trainer.prepare(*batch())
+        failing.calls, failing.at = 0, 3
+        stage = next(i for i, s in enumerate(trainer.plan.stages) if s.layers[0] <= 2 < s.layers[1])
+        with pytest.raises(
+            StageError, match=rf"stage {stage} \(cpu:{stage}\), action {stage}F2, microbatch 2.*third call"
+        ) as error:
+            trainer.step(*batch())
+        assert isinstance(error.value.__cause__, ArithmeticError)
+        assert error.value.stage == stage
+        assert str(error.value.action) == f"{stage}F2"
+        assert all(p.grad is None for p in trainer.parameters())
+        assert trainer.steps_done == 0
+        assert not trainer.step(*batch()).skipped
+
+
+def test_a_failure_in_backward_stops_everybody() -> None:
+    parts = layers()
+
+    class BadBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            raise ArithmeticError("no gradient today")
+
+    class Bad(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return BadBackward.apply(x)
+
+    with (
+        ModelParallelTrainer([*parts[:3], Bad(), parts[3]], devices(4), microbatches=4) as trainer,
+        pytest.raises(StageError, match="B0.*no gradient today"),
+    ):
+        trainer.step(*batch())
+
+
+# Bad input
+
+
+def test_bad_arguments_name_the_value_and_what_there_is() -> None:
+    model = nn.Sequential(*layers())
+    with pytest.raises(ValueError, match="fp8.*fp32"):
+        ModelParallelTrainer(model, devices(2), precision="fp8")
+    with pytest.raises(ValueError, match="dualpipe.*1f1b"):
+        ModelParallelTrainer(model, devices(2), schedule="dualpipe")
+    with pytest.raises(ValueError, match="int3.*int8"):
+        ModelParallelTrainer(model, devices(2), transfer="int3")
+    with pytest.raises(ValueError, match="microbatches.*0"):
+        ModelParallelTrainer(model, devices(2), microbatches=0)
+    with pytest.raises(ValueError, match="tpu:0"):
+        ModelParallelTrainer(model, ["tpu:0"])
+    with pytest.raises(TypeError, match="Transformer"):
+        ModelParallelTrainer(nn.Transformer(8, 1, 1, 1, 8), devices(2))
+    with pytest.raises(ValueError, match="no layers"):
+        ModelParallelTrainer([], devices(2))
+
+
+def test_bad_batches_are_refused_before_anything_runs() -> None:
+    x, y = batch()
+    with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=4) as trainer:
+        with pytest.raises(ValueError, match="3 rows.*4 microbatches"):
+            trainer.step(x[:3], y[:3])
+        with pytest.raises(ValueError, match="no target"):
+            trainer.step(x, torch.full_like(y, -100))
+        with pytest.raises(ValueError, match="disagree"):
+            trainer.step({"a": x, "b": x[:5]}, y)
+        assert trainer.steps_done == 0
+    with (
+        ModelParallelTrainer(nn.Sequential(*layers()), devices(5), microbatches=2) as trainer,
+        pytest.raises(ValueError, match="5 devices for 4 layers"),
+    ):
+        trainer.step(x, y)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_model_is_touched() -> None:
+    model = nn.Sequential(*layers())
+    small = [dataclasses.replace(d, budget_bytes=2000) for d in devices(2)]
+    with (
+        ModelParallelTrainer(model, small, microbatches=2) as trainer,
+        pytest.raises(BudgetError, match="cpu:0.*short|short"),
+    ):
+        trainer.step(*batch())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_loss_that_is_no_mean_is_refused() -> None:
+    with (
+        ModelParallelTrainer(
+            nn.Sequential(*layers()), devices(2), microbatches=2, loss_fn=lambda out, y: out
+        ) as trainer,
+        pytest.raises(StageError, match="scalar"),
+    ):
+        trainer.step(*batch())
+
+
+def test_a_forced_backend_reaches_the_workers() -> None:
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(spu.ops.forced_backend())
+            return x * 1.0
+
+    with spu.use_backend("reference"):
+        trainer = ModelParallelTrainer([nn.Linear(6, 4), Spy()], devices(2), microbatches=2)
+    with trainer:
+        trainer.step(*batch())
+    assert set(seen[-2:]) == {"reference"}
