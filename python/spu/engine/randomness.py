@@ -54,7 +54,7 @@ class LayerRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
             return func(*args, **kwargs)
         self.draws += 1
         device = _device_of(args, kwargs)
@@ -87,6 +87,15 @@ class LayerRandomness(TorchDispatchMode):
         generator = torch.cuda.default_generators[device.index or 0]
         generator.manual_seed((self._seed + self.draws) % 2**63)
         return func(*args, **kwargs)
+
+
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is a fused attention that is called with dropout 0: marked as random, it draws nothing then."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return given == 0.0
+    return False
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device:
