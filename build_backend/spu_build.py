@@ -11,9 +11,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import build_meta
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Without build isolation nobody else checks, and setuptools' own words would be "project.license must be valid".
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise RuntimeError(
+        f"building spu needs setuptools >= 77, this is {setuptools.__version__}: pip install -U setuptools"
+    )
 
 # Pinned: an unpinned torch in an isolated build could resolve to another version than the tested one, and is 200 MB to
 # 3 GB to get wrong. The extension built with it runs on torch 2.11 and later (stable ABI).
