@@ -69,7 +69,8 @@ def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], m
         meta: what JSON can hold: dicts with text keys, lists (tuples come back as lists), text, numbers, bools, None.
 
     Raises:
-        CheckpointError: ``path`` holds something else, or writing failed; what was there before is untouched.
+        CheckpointError: ``path`` holds something else, which is left alone, or writing failed; the last complete
+            checkpoint there still loads.
         TypeError: a tensor or a piece of metadata that cannot be saved; nothing was written.
     """
     place = Path(os.path.realpath(path))
@@ -83,8 +84,8 @@ def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], m
             _swap(place)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {path}: writing failed: {error}; the previous checkpoint, if any, is untouched. "
-            "Make room or choose another path"
+            f"checkpoint {path}: writing failed: {error}; make room or choose another path. "
+            "The last complete checkpoint there, if any, still loads"
         ) from error
 
 
