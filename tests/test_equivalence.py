@@ -172,7 +172,7 @@ def test_scaled_16_bit_gradients_equal_the_plain_models(precision: str, stages: 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_updates_equal_the_plain_models_with_torch_adamw(stages: int, tied: bool) -> None:
-    """Several steps, fresh dropout in each; with a tie within fp32 rounding, as the plain model adds in another order."""
+    """Several steps, fresh dropout in each; with a tie within fp32 rounding: the plain model adds in another order."""
     model = make_model(tied=tied)
     plain = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, foreach=False)

@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
     with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=2) as trainer:
         trainer.step(*batch())
         trainer.save(tmp_path / "checkpoint")
-    for other in (layers()[:3] + [nn.Linear(16, 5)], layers() + [nn.Linear(4, 4)]):
+    for other in ([*layers()[:3], nn.Linear(16, 5)], [*layers(), nn.Linear(4, 4)]):
         with ModelParallelTrainer(nn.Sequential(*other), devices(2), microbatches=2) as trainer:
             trainer.prepare(*batch())
             before = trainer.state_dict_for_model()
@@ -334,7 +334,7 @@ def test_a_checkpoint_of_another_model_changes_nothing(tmp_path: Path) -> None:
                 trainer.load(tmp_path / "checkpoint")
             for name, value in trainer.state_dict_for_model().items():
                 assert_equal(value, before[name], name)
-    with pytest.raises(CheckpointError, match="missing|no checkpoint|not"), trainer:
+    with pytest.raises(CheckpointError, match="nothing"), trainer:
         trainer.load(tmp_path / "nothing")
 
 
@@ -391,7 +391,7 @@ def test_a_failure_in_backward_stops_everybody() -> None:
 
     with (
         ModelParallelTrainer([*parts[:3], Bad(), parts[3]], devices(4), microbatches=4) as trainer,
-        pytest.raises(StageError, match="B0.*no gradient today"),
+        pytest.raises(StageError, match=r"B0.*no gradient today"),
     ):
         trainer.step(*batch())
 
@@ -401,13 +401,13 @@ def test_a_failure_in_backward_stops_everybody() -> None:
 
 def test_bad_arguments_name_the_value_and_what_there_is() -> None:
     model = nn.Sequential(*layers())
-    with pytest.raises(ValueError, match="fp8.*fp32"):
+    with pytest.raises(ValueError, match=r"fp8.*fp32"):
         ModelParallelTrainer(model, devices(2), precision="fp8")
-    with pytest.raises(ValueError, match="dualpipe.*1f1b"):
+    with pytest.raises(ValueError, match=r"dualpipe.*1f1b"):
         ModelParallelTrainer(model, devices(2), schedule="dualpipe")
-    with pytest.raises(ValueError, match="int3.*int8"):
+    with pytest.raises(ValueError, match=r"int3.*int8"):
         ModelParallelTrainer(model, devices(2), transfer="int3")
-    with pytest.raises(ValueError, match="microbatches.*0"):
+    with pytest.raises(ValueError, match=r"microbatches.*0"):
         ModelParallelTrainer(model, devices(2), microbatches=0)
     with pytest.raises(ValueError, match="tpu:0"):
         ModelParallelTrainer(model, ["tpu:0"])
@@ -420,7 +420,7 @@ def test_bad_arguments_name_the_value_and_what_there_is() -> None:
 def test_bad_batches_are_refused_before_anything_runs() -> None:
     x, y = batch()
     with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=4) as trainer:
-        with pytest.raises(ValueError, match="3 rows.*4 microbatches"):
+        with pytest.raises(ValueError, match=r"3 rows.*4 microbatches"):
             trainer.step(x[:3], y[:3])
         with pytest.raises(ValueError, match="no target"):
             trainer.step(x, torch.full_like(y, -100))
@@ -439,7 +439,7 @@ def test_a_budget_that_is_too_small_is_refused_before_the_model_is_touched() -> 
     small = [dataclasses.replace(d, budget_bytes=2000) for d in devices(2)]
     with (
         ModelParallelTrainer(model, small, microbatches=2) as trainer,
-        pytest.raises(BudgetError, match="cpu:0.*short|short"),
+        pytest.raises(BudgetError, match="short"),
     ):
         trainer.step(*batch())
     assert all(p.dtype == torch.float32 for p in model.parameters())

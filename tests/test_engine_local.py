@@ -1,0 +1,156 @@
+"""The local engine: side by side workers, exchange, interruption, timelines."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from spu import DeviceManager, ModelParallelTrainer, schedules
+from spu.engine.channel import Aborted, Exchange
+from spu.engine.worker import Worker
+
+
+class Sleep(nn.Module):
+    """Takes a fixed time forward and twice that backward, without using a core."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return _SleepBackward.apply(x * self.scale, 2 * self.seconds)
+
+
+class _SleepBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        ctx.seconds = seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_stages_run_side_by_side_in_the_schedules_order(schedule: str) -> None:
+    with ModelParallelTrainer(
+        [Sleep(0.02), Sleep(0.02)],
+        DeviceManager().get_devices(["cpu", "cpu"]),
+        precision="fp32",
+        microbatches=4,
+        schedule=schedule,
+        loss_fn=lambda out, y: out.mean(),
+        loss_weight=lambda y: len(y),
+        recompute=False,
+    ) as trainer:
+        trainer.step(torch.randn(4, 3), torch.zeros(4, 3))
+        timeline = trainer.timeline()
+    ran = [[(span.kind, span.microbatch) for span in timeline.of(stage)] for stage in range(2)]
+    planned = schedules.get(schedule)(2, 4)
+    assert ran == [[(action.kind, action.microbatch) for action in own] for own in planned]
+    # 8 actions of 0.02 or 0.04 s on each stage: one after the other they would take 0.48 s, side by side 0.3 s.
+    overlap = sum(max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in timeline.of(0) for b in timeline.of(1))
+    assert overlap > 0.1
+    for before, after in zip(range(4), range(4)):
+        sent = next(s for s in timeline.of(0) if (s.kind, s.microbatch) == ("F", before))
+        received = next(s for s in timeline.of(1) if (s.kind, s.microbatch) == ("F", after))
+        assert received.start >= sent.end - 1e-4
+
+
+def test_a_worker_has_its_devices_cores_and_threads() -> None:
+    device = dataclasses.replace(DeviceManager().get_devices(["cpu", "cpu"])[0], threads=1)
+    worker = Worker(device)
+    try:
+        assert worker.submit(torch.get_num_threads).result() == 1
+        if hasattr(os, "sched_getaffinity"):
+            assert worker.submit(os.sched_getaffinity, 0).result() == set(device.cores)
+            assert os.sched_getaffinity(0) >= set(device.cores)
+    finally:
+        worker.close()
+        worker.close()
+    assert not any(t.name.startswith("spu") for t in threading.enumerate())
+
+
+def test_an_abort_wakes_a_waiting_worker() -> None:
+    exchange = Exchange()
+    outcome: list[object] = []
+
+    def wait() -> None:
+        try:
+            outcome.append(exchange.take("never"))
+        except Aborted as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    exchange.put("other", 1)
+    assert len(exchange) == 1
+    exchange.abort()
+    thread.join(5)
+    assert isinstance(outcome[0], Aborted)
+    with pytest.raises(Aborted):
+        exchange.take("other")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_ends_cleanly() -> None:
+    script = textwrap.dedent(
+        """
+        import sys, threading, time, torch
+        from torch import nn
+        from spu import ModelParallelTrainer
+
+        class Slow(nn.Linear):
+            def forward(self, x):
+                time.sleep(0.05)
+                return super().forward(x)
+
+        trainer = ModelParallelTrainer([Slow(4, 4), Slow(4, 4)], ["cpu:0", "cpu:1"], precision="fp32", microbatches=8)
+        x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+        trainer.prepare(x, y)
+        print("ready", flush=True)
+        try:
+            while True:
+                trainer.step(x, y)
+        except KeyboardInterrupt:
+            assert all(p.grad is None for p in trainer.parameters())
+            trainer.step(x, y)  # it can go on
+            trainer.close()
+            print("clean", [t.name for t in threading.enumerate()], flush=True)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert out.strip() == "clean ['MainThread']"
+    assert process.returncode == 0
+
+
+def test_a_dropped_trainer_leaves_no_thread() -> None:
+    trainer = ModelParallelTrainer([nn.Linear(4, 4), nn.Linear(4, 4)], ["cpu:0", "cpu:1"], microbatches=2)
+    trainer.step(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))
+    del trainer
+    import gc
+
+    gc.collect()
+    deadline = time.time() + 5
+    while time.time() < deadline and any(t.name.startswith("spu") for t in threading.enumerate()):
+        time.sleep(0.02)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("spu")]

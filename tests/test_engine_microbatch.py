@@ -1,0 +1,59 @@
+"""Splitting batches and weighing their parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numeric import assert_equal
+
+from spu.engine.microbatch import count_targets, split_batch, target_weights
+
+
+@given(rows=st.integers(1, 40), parts=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_parts_join_to_the_whole_and_differ_by_one_row_at_most(rows: int, parts: int) -> None:
+    batch = {"a": torch.arange(rows), "b": (torch.randn(rows, 2), "text")}
+    if rows < parts:
+        with pytest.raises(ValueError, match=f"{rows} rows.*{parts} microbatches"):
+            split_batch(batch, parts)
+        return
+    pieces = split_batch(batch, parts)
+    assert len(pieces) == parts
+    assert_equal(torch.cat([p["a"] for p in pieces]), batch["a"])
+    assert_equal(torch.cat([p["b"][0] for p in pieces]), batch["b"][0])
+    assert all(p["b"][1] == "text" for p in pieces)
+    sizes = [len(p["a"]) for p in pieces]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_weighted_means_add_up_to_the_mean_of_the_whole(counts: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets, logits = [], []
+    for count in counts:
+        target = torch.full((6,), -100)
+        target[:count] = torch.randint(5, (count,), generator=generator)
+        targets.append(target)
+        logits.append(torch.randn(6, 5, generator=generator))
+    weights = target_weights(targets)
+    assert sum(weights).item() == pytest.approx(1.0)
+    total = sum(w * F.cross_entropy(x, y) for w, x, y, count in zip(weights, logits, targets, counts) if count)
+    whole = F.cross_entropy(torch.cat(logits), torch.cat(targets))
+    assert total.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_what_counts() -> None:
+    assert count_targets(torch.tensor([1, -100, 3])) == 2
+    assert count_targets(torch.tensor([1, 0, 3]), ignore_index=0) == 2
+    assert count_targets(torch.randn(3, 4)) == 12
+    assert count_targets({"a": torch.tensor([1]), "b": torch.randn(2)}) == 3
+    with pytest.raises(ValueError, match="no target"):
+        target_weights([torch.tensor([-100])])
+    with pytest.raises(ValueError, match="no tensor"):
+        split_batch("text", 2)
+    custom = target_weights([torch.zeros(2), torch.zeros(2)], loss_weight=lambda part: 3.0)
+    assert [w.item() for w in custom] == [0.5, 0.5]
