@@ -13,7 +13,9 @@ namespace {
 constexpr double kNever = std::numeric_limits<double>::quiet_NaN();
 
 // The later of two times; NaN, which stands for never, wins. (std::max would lose it.)
-double later(double a, double b) { return std::isnan(b) || b > a ? b : a; }
+double later(double a, double b) {
+  return std::isnan(b) || b > a ? b : a;
+}
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("simulate: " + message);
@@ -29,8 +31,8 @@ void check(const FlatSchedule& s) {
               std::is_sorted(s.first.begin(), s.first.end()),
           "first must ascend from 0 to the number of actions");
   const std::size_t boundaries = s.first.size() >= 2 ? s.first.size() - 2 : 0;
-  require(s.transfers.size() == boundaries, "expected " + std::to_string(boundaries) + " transfers, got " +
-                                                std::to_string(s.transfers.size()));
+  require(s.transfers.size() == boundaries,
+          "expected " + std::to_string(boundaries) + " transfers, got " + std::to_string(s.transfers.size()));
   for (std::size_t k = 0; k < actions; ++k) {
     require(s.kinds[k] >= kForward && s.kinds[k] <= kWeightGradient,
             "kinds[" + std::to_string(k) + "] is " + std::to_string(s.kinds[k]) + ", not 0 to 3");

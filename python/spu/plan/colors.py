@@ -6,5 +6,5 @@ WORDS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gr
 FILL = {"F": "#2f6fb3", "B": "#f0a030", "I": "#f6c66f", "W": "#4aa58d"}
 INK = {"F": "#ffffff", "B": "#3a2600", "I": "#3a2600", "W": "#ffffff"}
 OTHER_FILL, OTHER_INK = "#9a8fb8", "#ffffff"
-IDLE = "#e9edf2"
+IDLE = "#e2e8ef"
 TEXT, FAINT = "#1f2933", "#66727f"

@@ -192,19 +192,23 @@ def _refusal(request: _Request, max_microbatches: int | None) -> BudgetError:
     else:
         base = shortage_of(request.fixed, memory.total, request.budgets(), names)
     fixes = [_describe(label, changed, parts) for label, changed, parts in _working_fixes(request, max_microbatches)]
-    return base.error(names, fixes)
+    how = f"{request.schedule}, {request.microbatches} microbatches, {request.precision}"
+    how += ", recompute" if request.recompute else ", activations kept"
+    if request.fixed is None:
+        return base.error(names, fixes, f"no plan fits the budgets ({how}); the nearest one is short:")
+    return base.error(names, fixes, f"the given layers do not fit the budgets ({how}):")
 
 
 def _describe(label: str, request: _Request, parts: Sequence[range]) -> str:
     memory, budgets = request.memory(), request.budgets()
     totals = [memory.total(stage, part.start, part.stop) for stage, part in enumerate(parts)]
     fullest = max(range(len(parts)), key=lambda stage: totals[stage] / max(budgets[stage], 1))
-    device = request.devices[fullest].name
-    return f"{label}: the fullest device is then {device}, {format_bytes(totals[fullest])} of {format_bytes(budgets[fullest])}"
+    peak, budget = format_bytes(totals[fullest]), format_bytes(budgets[fullest])
+    return f"{label}: the fullest device is then {request.devices[fullest].name}, {peak} of {budget}"
 
 
 def _working_fixes(request: _Request, max_microbatches: int | None) -> Iterator[tuple[str, _Request, list[range]]]:
-    """Changes that fit, smallest first: each single one that does, and both together only where neither does."""
+    """Changes that fit: each single one that does, or the first combination where no single one is enough."""
     found = False
     singles = [*_other_schedules(request), *_recomputed(request)]
     groups = [[change] for change in singles] + [list(_finer(request, "", max_microbatches))]
@@ -216,13 +220,20 @@ def _working_fixes(request: _Request, max_microbatches: int | None) -> Iterator[
                 found = True
                 yield label, changed, parts
                 break
-    if not found:
-        for label, changed in singles:
-            for both, finer in _finer(changed, f"{label} and ", max_microbatches):
-                parts = _place(finer)
-                if parts is not None:
-                    yield both, finer, parts
-                    return
+    if found:
+        return
+    pairs = [
+        (f"{label} and {more}", twice)
+        for label, changed in _other_schedules(request)
+        for more, twice in _recomputed(changed)
+    ]
+    for label, changed in [*singles, *pairs]:
+        pairs += _finer(changed, f"{label} and ", max_microbatches)
+    for label, changed in pairs:
+        parts = _place(changed)
+        if parts is not None:
+            yield label, changed, parts
+            return
 
 
 def _other_schedules(request: _Request) -> Iterator[tuple[str, _Request]]:
@@ -332,7 +343,6 @@ def _fixed(layers: Sequence[Sequence[int]], count: int, stages: int) -> tuple[ra
     parts = tuple(range(first, stop) for first, stop in layers)
     ends = [0, *(part.stop for part in parts)]
     if len(parts) != stages or not all(parts) or ends[:-1] != [p.start for p in parts] or ends[-1] != count:
-        raise ValueError(
-            f"layers must be {stages} consecutive (first, last + 1) pairs from 0 to {count}, got {list(map(tuple, layers))}"
-        )
+        pairs = [(part.start, part.stop) for part in parts]
+        raise ValueError(f"layers must be {stages} consecutive (first, last + 1) pairs from 0 to {count}, got {pairs}")
     return parts

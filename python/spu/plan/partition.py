@@ -184,13 +184,17 @@ class Shortage:
     lines: tuple[str, ...]
     enough: str
 
-    def error(self, names: Sequence[str] = (), fixes: Sequence[str] = ()) -> BudgetError:
+    def error(
+        self,
+        names: Sequence[str] = (),
+        fixes: Sequence[str] = (),
+        headline: str = "the budgets are too small for any partition; the nearest one is short:",
+    ) -> BudgetError:
         """The error that says so, with ``fixes`` that were tried beside larger budgets."""
         worst = max(range(len(self.needed)), key=lambda stage: self.needed[stage] - self.budgets[stage])
         fixes = [*fixes, f"budgets of {self.enough}"]
         return BudgetError(
-            "\n  ".join(["the budgets are too small for any partition; the nearest one is short:", *self.lines])
-            + "\n  ".join(["\nwhat would fit:", *fixes]),
+            "\n  ".join([headline, *self.lines]) + "\n  ".join(["\nwhat would fit:", *fixes]),
             stage=worst,
             device=names[worst] if names else "",
             needed_bytes=self.needed[worst],

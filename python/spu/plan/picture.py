@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from spu.plan.colors import FAINT, FILL, IDLE, INK, OTHER_FILL, OTHER_INK, TEXT, WORDS
 from spu.plan.units import format_seconds
-from spu.schedules import Timeline
+from spu.schedules import Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH_INCHES, DPI = 12.0, 150
-_ROW, _HEAD, _FOOT, _GAP = 0.46, 0.86, 0.62, 0.62  # inches
+_ROW, _HEAD, _FOOT, _GAP = 0.46, 0.86, 0.62, 0.54  # inches
 _LEFT, _RIGHT = 0.85, 0.95  # inches beside the rows
 _BAR = 0.80  # share of a row that its bars fill
-_FONT = 8.0  # points, of the microbatch numbers
+_FONT, _SMALLEST_FONT = 8.0, 5.5  # points, of the microbatch numbers
+_DIGIT = 0.64  # width of a digit, as a share of the font's size
 
 
 def draw_timeline(
@@ -94,20 +96,23 @@ def _draw_panel(axis: Any, timeline: Timeline, scale: float, longest: float, nam
             linewidth=0.6,
             zorder=2,
         )
-    for span in moved.spans:
-        text = str(span.microbatch)
-        if span.seconds * points_per_second > 0.62 * _FONT * len(text) + 3:  # a digit is 0.62 of the font size wide
-            axis.text(
-                (span.start + span.end) / 2 * scale,
-                span.stage,
-                text,
-                ha="center",
-                va="center_baseline",
-                fontsize=_FONT,
-                color=INK.get(span.kind, OTHER_INK),
-                zorder=3,
-            )
+        _draw_numbers(axis, spans, scale, points_per_second, INK.get(kind, OTHER_INK))
     _dress(axis, moved, scale, longest, name)
+
+
+def _draw_numbers(axis: Any, spans: list[Span], scale: float, points_per_second: float, ink: str) -> None:
+    """The microbatch in each bar of one kind, as large as fits most of them; none where that is too small to read."""
+    letters = max(len(str(span.microbatch)) for span in spans)
+    typical = statistics.median(span.seconds for span in spans) * points_per_second
+    size = min(_FONT, (typical - 2.0) / (_DIGIT * letters))
+    if size < _SMALLEST_FONT:
+        return
+    for span in spans:
+        text = str(span.microbatch)
+        if span.seconds * points_per_second < size * _DIGIT * len(text) + 1.0:
+            continue
+        middle = (span.start + span.end) / 2 * scale
+        axis.text(middle, span.stage, text, ha="center", va="center_baseline", fontsize=size, color=ink, zorder=3)
 
 
 def _dress(axis: Any, timeline: Timeline, scale: float, longest: float, name: str) -> None:

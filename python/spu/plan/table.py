@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan
 
 _HEADS = (
-    ("stage", "device", "layers", "weights", "main grads", "masters", "moments", "activations", "wires")
-    + ("total", "budget", "forward", "backward")
-)  # fmt: skip
+    *("stage", "device", "layers"),
+    *("weights", "main grads", "masters", "moments", "activations", "wires", "total", "budget"),
+    *("forward", "backward"),
+)
 
 
 def plan_table(plan: Plan) -> str:

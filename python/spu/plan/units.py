@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def format_bytes(count: int | float) -> str:
     """``count`` bytes in powers of 1000 with three digits: "0 B", "64 B", "1.50 GB"; rounded to nearest."""
-    return _in_units(count, round)
+    return _in_units(round(count), lambda a, b: (2 * a + b) // (2 * b))
 
 
 def format_bytes_up(count: int | float) -> str:
     """As `format_bytes`, rounded up: a budget written so is never smaller than ``count``."""
-    return _in_units(count, math.ceil)
+    return _in_units(math.ceil(count), lambda a, b: -(-a // b))
 
 
-def _in_units(count: int | float, rounding: object) -> str:
-    assert callable(rounding)
+def _in_units(count: int, divide: Callable[[int, int], int]) -> str:
+    """``divide`` rounds as asked, in whole numbers: a float would lose the last bytes of a large count."""
     if count < 0:
-        return "-" + _in_units(-count, rounding)
+        return "-" + _in_units(-count, divide)
     if count < 1000:
-        return f"{rounding(count)} B"
+        return f"{count} B"
     for power, unit in enumerate(("kB", "MB", "GB", "TB", "PB"), start=1):
-        scale = 1000**power
         for digits in (2, 1, 0):
-            steps = rounding(count * 10**digits / scale)
+            steps = divide(count * 10**digits, 1000**power)
             if steps < 1000 or (digits == 0 and unit == "PB"):
                 return f"{steps / 10**digits:.{digits}f} {unit}"
     raise AssertionError("unreachable: PB takes any number")

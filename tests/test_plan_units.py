@@ -1,0 +1,41 @@
+"""Bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spu.devices import parse_bytes
+from spu.plan.units import format_bytes, format_bytes_up, format_seconds
+
+
+@pytest.mark.parametrize(
+    ("count", "nearest", "up"),
+    [
+        (0, "0 B", "0 B"),
+        (999, "999 B", "999 B"),
+        (1000, "1.00 kB", "1.00 kB"),
+        (1_234_567, "1.23 MB", "1.24 MB"),
+        (99_990_000, "100 MB", "100 MB"),
+        (999_999_999, "1.00 GB", "1.00 GB"),
+        (335_200_000_000, "335 GB", "336 GB"),
+        (-1500, "-1.50 kB", "-1.50 kB"),
+    ],
+)
+def test_bytes_with_three_digits(count, nearest, up):
+    assert (format_bytes(count), format_bytes_up(count)) == (nearest, up)
+
+
+@given(st.integers(0, 10**16))
+def test_rounded_up_is_never_less_and_close(count):
+    back = parse_bytes(format_bytes_up(count))
+    assert count <= back <= count * 1.01 + 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0, "0 us"), (2.5e-4, "250 us"), (0.0123, "12.3 ms"), (0.9999, "1 s"), (1.5, "1.5 s"), (1234.0, "1234 s")],
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text
