@@ -53,6 +53,7 @@ clean:
 $(VENV)/.torch: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or later found: install one or say PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and build tools into $(VENV) (once; the big download)"
 	$(PIP) torch==2.13.0 'setuptools>=77' wheel 'pybind11>=3.0,<4' 'ninja>=1.11'
 	@touch $@
 
