@@ -1,0 +1,121 @@
+// spu::pack and spu::unpack: wire format version 1 (math/wire.h).
+#include "cpu/codec.h"
+
+#include <cstring>
+
+#include "cpu/tensors.h"
+#include "math/codec.h"
+#include "math/wire.h"
+
+namespace spu {
+namespace cpu {
+namespace {
+
+wire::Codec codec_of(const char* op, const std::string& name) {
+  if (name == "fp16") return wire::Codec::fp16;
+  if (name == "bf16") return wire::Codec::bf16;
+  if (name == "int8") return wire::Codec::int8;
+  checks::fail("spu::", op, ": unknown codec '", name, "'; choose fp16, bf16 or int8");
+}
+
+wire::Header header_of(const Tensor& x, Type type, wire::Codec codec) {
+  wire::Header h;
+  std::memset(&h, 0, sizeof h);
+  std::memcpy(h.magic, "SPUW", 4);
+  h.version = 1;
+  h.codec = static_cast<uint8_t>(codec);
+  h.source = static_cast<uint8_t>(type);  // Type and wire::Source share their numbers
+  h.ndim = static_cast<uint8_t>(x.dim());
+  h.block = codec == wire::Codec::int8 ? math::kInt8Block : 0;
+  h.numel = x.numel();
+  for (int64_t i = 0; i < x.dim(); ++i) h.dims[i] = x.size(i);
+  return h;
+}
+
+Type payload_type(wire::Codec codec) {
+  return codec == wire::Codec::fp16 ? Type::fp16 : Type::bf16;
+}
+
+int64_t blocks(int64_t numel) {
+  return (numel + math::kInt8Block - 1) / math::kInt8Block;
+}
+
+// The parts of a wire buffer for numel values.
+struct Parts {
+  int64_t scales = sizeof(wire::Header), payload, end;
+  Parts(int64_t numel, wire::Codec codec)
+      : payload(scales + wire::scale_bytes(numel, codec, math::kInt8Block)),
+        end(wire::wire_bytes(numel, codec, math::kInt8Block)) {}
+};
+
+}  // namespace
+
+Tensor pack(Tensor x, std::string codec_name) {
+  checks::expect_cpu("pack", "x", x);
+  const wire::Codec codec = codec_of("pack", codec_name);
+  const Type type = storage_type("pack", "x", x);
+  if (x.dim() > wire::kMaxDims) {
+    checks::fail("spu::pack: x ", checks::shape(x), " has ", x.dim(), " dimensions; the wire holds up to ",
+                 wire::kMaxDims, ", flatten some");
+  }
+  const int64_t numel = x.numel();
+  const Parts parts(numel, codec);
+  const Tensor values = dense(x);
+  Tensor out = new_empty(x, {parts.end}, ScalarType::Byte);
+  uint8_t* bytes = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const wire::Header h = header_of(x, type, codec);
+  std::memcpy(bytes, &h, sizeof h);
+  const KernelTable& k = kernels();
+  if (codec == wire::Codec::int8) {
+    const int64_t scale_end = parts.scales + 4 * blocks(numel);
+    std::memset(bytes + scale_end, 0, static_cast<size_t>(parts.payload - scale_end));
+    float* scales = reinterpret_cast<float*>(bytes + parts.scales);
+    int8_t* codes = reinterpret_cast<int8_t*>(bytes + parts.payload);
+    for_ranges(blocks(numel), kGrain / math::kInt8Block, [&](int64_t begin, int64_t end) {
+      k.int8_encode(type, values.const_data_ptr(), numel, scales, codes, begin, end);
+    });
+  } else {
+    for_ranges(numel, kGrain, [&](int64_t begin, int64_t end) {
+      k.convert(type, values.const_data_ptr(), payload_type(codec), bytes + parts.payload, begin, end);
+    });
+  }
+  const int64_t payload_end = parts.payload + wire::payload_bytes(numel, codec);
+  std::memset(bytes + payload_end, 0, static_cast<size_t>(parts.end - payload_end));
+  return out;
+}
+
+Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
+  checks::expect_cpu("unpack", "wire", wire_tensor);
+  checks::expect_dtype("unpack", "wire", wire_tensor, ScalarType::Byte);
+  const wire::Codec codec = codec_of("unpack", codec_name);
+  int64_t numel = 1;
+  for (int64_t size : shape) {
+    if (size < 0) checks::fail("spu::unpack: negative size ", size, " in shape");
+    numel *= size;
+  }
+  const Parts parts(numel, codec);
+  if (wire_tensor.numel() != parts.end) {
+    checks::fail("spu::unpack: a wire of ", numel, " values in codec ", codec_name, " has ", parts.end, " bytes, got ",
+                 wire_tensor.numel(), "; pass the shape and codec that were packed");
+  }
+  Tensor out = new_empty(wire_tensor, shape, dtype);
+  const Type type = storage_type("unpack", "dtype", out);
+  const Tensor buffer = dense(wire_tensor);
+  const uint8_t* bytes = static_cast<const uint8_t*>(buffer.const_data_ptr());
+  void* values = out.mutable_data_ptr();
+  const KernelTable& k = kernels();
+  if (codec == wire::Codec::int8) {
+    const float* scales = reinterpret_cast<const float*>(bytes + parts.scales);
+    const int8_t* codes = reinterpret_cast<const int8_t*>(bytes + parts.payload);
+    for_ranges(blocks(numel), kGrain / math::kInt8Block,
+               [&](int64_t begin, int64_t end) { k.int8_decode(type, values, numel, scales, codes, begin, end); });
+  } else {
+    for_ranges(numel, kGrain, [&](int64_t begin, int64_t end) {
+      k.convert(payload_type(codec), bytes + parts.payload, type, values, begin, end);
+    });
+  }
+  return out;
+}
+
+}  // namespace cpu
+}  // namespace spu

@@ -1,0 +1,74 @@
+// Which kernels run here: the widest instructions that the CPU and the operating system offer, or a narrower set
+// named by SPU_CPU_ISA (scalar, avx2, avx512).
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+#if !defined(SPU_X86)
+#if defined(__x86_64__)
+#define SPU_X86 1
+#else
+#define SPU_X86 0
+#endif
+#endif
+
+namespace spu {
+namespace cpu {
+namespace {
+
+bool has_avx2() {
+#if SPU_X86
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if SPU_X86 && defined(SPU_EMULATE_AVX512)
+  return true;
+#elif SPU_X86
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+[[noreturn]] void cannot(const std::string& asked, const char* why) {
+  throw std::invalid_argument("SPU_CPU_ISA=" + asked + ": " + why + "; unset it to let spu choose");
+}
+
+const KernelTable& choose() {
+  const char* variable = std::getenv("SPU_CPU_ISA");
+  const std::string asked = variable ? variable : "";
+  if (asked == "scalar") return generic_kernels();
+#if SPU_X86
+  if (asked == "avx2") {
+    if (!has_avx2()) cannot(asked, "this CPU lacks AVX2, FMA or F16C");
+    return avx2_kernels();
+  }
+  if (asked == "avx512") {
+    if (!has_avx512()) cannot(asked, "this CPU lacks AVX-512 F, BW, VL or DQ");
+    return avx512_kernels();
+  }
+#endif
+  if (!asked.empty()) cannot(asked, "known here are scalar, avx2 and avx512 (the last two on x86-64 only)");
+#if SPU_X86
+  if (has_avx512()) return avx512_kernels();
+  if (has_avx2()) return avx2_kernels();
+#endif
+  return generic_kernels();
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable& chosen = choose();
+  return chosen;
+}
+
+}  // namespace cpu
+}  // namespace spu

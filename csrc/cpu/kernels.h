@@ -1,0 +1,84 @@
+// What each instruction set provides: a table of functions on raw pointers. No torch header and no standard library
+// container is visible to the files compiled with wider instructions, see math/hd.h.
+#pragma once
+
+#include <stdint.h>
+
+#include "math/activation.h"
+#include "math/adamw.h"
+
+namespace spu {
+namespace cpu {
+
+enum class Type : int { fp16 = 0, bf16 = 1, fp32 = 2 };
+
+// Runs body(context, begin, end) over a partition of [0, count) on the calling thread's torch threads.
+using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
+void parallel(int64_t count, RangeBody body, void* context);
+int64_t threads();
+
+// Scratch memory of the calling thread, 64-byte aligned, at least `floats` long, kept for the next call (up to a
+// bound). Slots are independent buffers.
+constexpr int kSharedA = 0, kLocalB = 1, kLocalC = 2, kSharedC = 3, kSlots = 4;
+float* workspace(int slot, int64_t floats);
+
+// A matrix operand: element (i, j) of the product's A or B lies at data[i * row + j * col].
+struct Operand {
+  const void* data;
+  Type type;
+  int64_t row, col;
+};
+
+// What happens to an fp32 accumulator tile of C [M, N]. One of two kinds:
+// - out = act(acc + bias) in out_type, and z = acc + bias into preact (both leading dimension N);
+// - main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN.
+struct Epilogue {
+  const void* bias;  // [N] or null
+  void* out;         // null for the main_grad kind
+  void* preact;      // or null
+  Type out_type;
+  math::Act act;
+
+  float* main_grad;
+  float inv_scale;
+  bool accumulate;
+  int32_t* nonfinite;  // shared by the threads of this call, written atomically
+};
+
+struct KernelTable {
+  // C [m, n] = A [m, k] B [k, n]. k = 0 gives zero accumulators.
+  void (*gemm)(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, const Epilogue& e);
+
+  // dz[i] = dy[i] * act'(saved[i])
+  void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
+                       int64_t end);
+  // out[j] = sum over rows of a [rows, cols] row-major matrix, columns [begin, end), fp32
+  void (*column_sums)(Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end, float* out);
+  // main_grad (+)= inv_scale * grad; true if a value of grad is not finite
+  bool (*unscale)(Type type, const void* grad, float* main_grad, float inv_scale, bool accumulate, int64_t begin,
+                  int64_t end);
+  // dst = src converted
+  void (*convert)(Type from, const void* src, Type to, void* dst, int64_t begin, int64_t end);
+
+  // Blocks [begin, end) of 64 values of x [numel].
+  void (*int8_encode)(Type type, const void* x, int64_t numel, float* scales, int8_t* codes, int64_t begin,
+                      int64_t end);
+  void (*int8_decode)(Type type, void* x, int64_t numel, const float* scales, const int8_t* codes, int64_t begin,
+                      int64_t end);
+
+  // master is the fp32 parameter; param its 16-bit copy (null when the parameter itself is fp32).
+  void (*adamw)(Type param_type, void* param, float* master, const float* grad, float* m, float* v, float grad_scale,
+                const math::AdamWStep& step, int64_t begin, int64_t end);
+  double (*square_sum)(const float* x, int64_t begin, int64_t end);
+  const char* name;
+};
+
+const KernelTable& kernels();  // the one chosen for this machine, once
+
+// Defined where compiled.
+const KernelTable& generic_kernels();
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+
+}  // namespace cpu
+}  // namespace spu

@@ -1,0 +1,17 @@
+// The kernels of one instruction set and their table. The including .cpp file defines SPU_ISA_NS, SPU_ISA_NAME,
+// SPU_LANES, SPU_MR, SPU_NV and, with wider instructions, SPU_VEC_AVX2 or SPU_VEC_AVX512.
+#pragma once
+
+#include "cpu/codec_kernels.h"
+#include "cpu/gemm.h"
+#include "cpu/optim_kernels.h"
+#include "cpu/pointwise.h"
+
+namespace spu {
+namespace SPU_ISA_NS {
+
+static const cpu::KernelTable kTable = {gemm,        act_backward, column_sums, unscale,    convert,
+                                        int8_encode, int8_decode,  adamw,       square_sum, SPU_ISA_NAME};
+
+}  // namespace SPU_ISA_NS
+}  // namespace spu

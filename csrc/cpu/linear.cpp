@@ -1,0 +1,200 @@
+// spu::linear* and unscale_: the torch side of the fused linear layer. See kernels.h for the arithmetic's contract.
+#include "cpu/linear.h"
+
+#include <tuple>
+
+#include "cpu/tensors.h"
+
+namespace spu {
+namespace cpu {
+namespace {
+
+std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes.push_back(t.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
+Matrix as_weight(const char* op, const Tensor& weight) {
+  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
+  return as_matrix(op, "weight", weight);
+}
+
+void expect_rows(const char* op, const Tensor& dz, const Matrix& g, const Tensor& x, const Matrix& in) {
+  if (g.rows != in.rows) {
+    checks::fail("spu::", op, ": dz ", checks::shape(dz), " and x ", checks::shape(x), " have different row counts");
+  }
+}
+
+Epilogue store_only(Type type, void* out) {
+  Epilogue e = {};
+  e.out = out;
+  e.out_type = type;
+  e.act = math::Act::none;
+  return e;
+}
+
+float* main_grad_data(const char* op, const Tensor& main_grad, int64_t numel) {
+  checks::expect_cpu(op, "main_grad", main_grad);
+  checks::expect_dtype(op, "main_grad", main_grad, ScalarType::Float);
+  if (!main_grad.is_contiguous() || main_grad.numel() != numel) {
+    checks::fail("spu::", op, ": main_grad must be contiguous with ", numel, " values, got shape ",
+                 checks::shape(main_grad));
+  }
+  return static_cast<float*>(main_grad.mutable_data_ptr());
+}
+
+std::vector<float> row_sums(const Matrix& dz, const Tensor& rows) {
+  std::vector<float> sums(static_cast<size_t>(dz.cols));
+  const KernelTable& k = kernels();
+  // Columns are split in whole cache lines; a column's order of additions never depends on the split.
+  const int64_t groups = (dz.cols + 63) / 64;
+  const int64_t grain = dz.rows > 0 ? kGrain / (64 * dz.rows) + 1 : groups;
+  for_ranges(groups, grain, [&](int64_t begin, int64_t end) {
+    const int64_t stop = end * 64 < dz.cols ? end * 64 : dz.cols;
+    k.column_sums(dz.type, rows.const_data_ptr(), dz.rows, dz.cols, begin * 64, stop, sums.data());
+  });
+  return sums;
+}
+
+// Adds values to main_grad under the sink's contract.
+void sink(Type type, const void* values, int64_t count, float* main_grad, const Tensor& inv_scale,
+          const Tensor& found_inf, bool accumulate) {
+  int32_t bad = 0;
+  const float scale = value(inv_scale);
+  const KernelTable& k = kernels();
+  for_ranges(count, kGrain, [&](int64_t begin, int64_t end) {
+    if (k.unscale(type, values, main_grad, scale, accumulate, begin, end)) {
+      __atomic_store_n(&bad, 1, __ATOMIC_RELAXED);
+    }
+  });
+  if (bad) raise_found_inf(found_inf);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
+                                  bool keep_preact) {
+  const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
+  checks::expect_same_dtype("linear", "x", x, "weight", weight);
+  if (in.cols != w.cols) {
+    checks::fail("spu::linear: x ", checks::shape(x), " has ", in.cols, " features but weight ", checks::shape(weight),
+                 " takes ", w.cols);
+  }
+  Tensor dense_bias;
+  if (bias.has_value()) {
+    checks::expect_cpu("linear", "bias", *bias);
+    checks::expect_same_dtype("linear", "bias", *bias, "weight", weight);
+    if (bias->dim() != 1 || bias->size(0) != w.rows) {
+      checks::fail("spu::linear: bias ", checks::shape(*bias), " does not fit weight ", checks::shape(weight));
+    }
+    dense_bias = dense(*bias);
+  }
+  Epilogue e = {};
+  e.act = act_of("linear", activation);
+  Tensor y = new_empty(x, with_last(x, w.rows), x.scalar_type());
+  Tensor preact = new_empty(x, keep_preact ? with_last(x, w.rows) : std::vector<int64_t>{0}, x.scalar_type());
+  e.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
+  e.out = y.mutable_data_ptr();
+  e.preact = keep_preact ? preact.mutable_data_ptr() : nullptr;
+  e.out_type = in.type;
+  if (y.numel() > 0) kernels().gemm(in.rows, w.rows, in.cols, in.operand(), w.transposed(), e);
+  return {y, preact};
+}
+
+Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
+  const math::Act act = act_of("linear_dz", activation);
+  checks::expect_cpu("linear_dz", "dy", dy);
+  checks::expect_cpu("linear_dz", "saved", saved);
+  checks::expect_same_dtype("linear_dz", "dy", dy, "saved", saved);
+  checks::expect_same_shape("linear_dz", "dy", dy, "saved", saved);
+  const Type type = storage_type("linear_dz", "dy", dy);
+  const Tensor g = dense(dy), s = dense(saved);
+  Tensor dz = empty_as(dy);
+  const KernelTable& k = kernels();
+  for_ranges(dz.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    k.act_backward(type, act, g.const_data_ptr(), s.const_data_ptr(), dz.mutable_data_ptr(), begin, end);
+  });
+  return dz;
+}
+
+Tensor linear_dx(Tensor dz, Tensor weight) {
+  const Matrix g = as_matrix("linear_dx", "dz", dz), w = as_weight("linear_dx", weight);
+  checks::expect_same_dtype("linear_dx", "dz", dz, "weight", weight);
+  if (g.cols != w.rows) {
+    checks::fail("spu::linear_dx: dz ", checks::shape(dz), " does not fit weight ", checks::shape(weight));
+  }
+  Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
+  if (dx.numel() > 0) {
+    kernels().gemm(g.rows, w.cols, g.cols, g.operand(), w.operand(), store_only(g.type, dx.mutable_data_ptr()));
+  }
+  return dx;
+}
+
+Tensor linear_dw(Tensor dz, Tensor x) {
+  const Matrix g = as_matrix("linear_dw", "dz", dz), in = as_matrix("linear_dw", "x", x);
+  checks::expect_same_dtype("linear_dw", "dz", dz, "x", x);
+  expect_rows("linear_dw", dz, g, x, in);
+  Tensor dw = new_empty(dz, {g.cols, in.cols}, dz.scalar_type());
+  if (dw.numel() > 0) {
+    kernels().gemm(g.cols, in.cols, g.rows, g.transposed(), in.operand(), store_only(g.type, dw.mutable_data_ptr()));
+  }
+  return dw;
+}
+
+void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate) {
+  const char* op = "linear_dw_";
+  const Matrix g = as_matrix(op, "dz", dz), in = as_matrix(op, "x", x);
+  checks::expect_same_dtype(op, "dz", dz, "x", x);
+  expect_rows(op, dz, g, x, in);
+  checks::expect_scalar(op, "inv_scale", inv_scale);
+  checks::expect_scalar(op, "found_inf", found_inf);
+  int32_t nonfinite = 0;
+  Epilogue e = {};
+  e.main_grad = main_grad_data(op, main_grad, g.cols * in.cols);
+  e.inv_scale = value(inv_scale);
+  e.accumulate = accumulate;
+  e.nonfinite = &nonfinite;
+  kernels().gemm(g.cols, in.cols, g.rows, g.transposed(), in.operand(), e);
+  if (nonfinite) raise_found_inf(found_inf);
+}
+
+Tensor linear_db(Tensor dz) {
+  const Tensor rows = dense(dz);
+  const Matrix g = as_matrix("linear_db", "dz", rows);
+  Tensor db = new_empty(dz, {g.cols}, dz.scalar_type());
+  const std::vector<float> sums = row_sums(g, rows);
+  kernels().convert(Type::fp32, sums.data(), g.type, db.mutable_data_ptr(), 0, g.cols);
+  return db;
+}
+
+void linear_db_sink(Tensor dz, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate) {
+  const Tensor rows = dense(dz);
+  const Matrix g = as_matrix("linear_db_", "dz", rows);
+  checks::expect_scalar("linear_db_", "inv_scale", inv_scale);
+  checks::expect_scalar("linear_db_", "found_inf", found_inf);
+  float* out = main_grad_data("linear_db_", main_grad, g.cols);
+  const std::vector<float> sums = row_sums(g, rows);
+  sink(Type::fp32, sums.data(), g.cols, out, inv_scale, found_inf, accumulate);
+}
+
+void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate) {
+  const char* op = "unscale_";
+  checks::expect_cpu(op, "grad", grad);
+  checks::expect_cpu(op, "main_grad", main_grad);
+  checks::expect_dtype(op, "main_grad", main_grad, ScalarType::Float);
+  checks::expect_same_shape(op, "grad", grad, "main_grad", main_grad);
+  checks::expect_scalar(op, "inv_scale", inv_scale);
+  checks::expect_scalar(op, "found_inf", found_inf);
+  // fp64 gradients exist only in tests of the reference; they are rounded to the fp32 of the main gradient first.
+  const Tensor typed = grad.scalar_type() == ScalarType::Double ? torch::stable::to(grad, ScalarType::Float) : grad;
+  const Tensor values = dense(typed);
+  Writable out(main_grad);
+  sink(storage_type(op, "grad", values), values.const_data_ptr(), values.numel(), out.data<float>(), inv_scale,
+       found_inf, accumulate);
+  out.finish();
+}
+
+}  // namespace cpu
+}  // namespace spu

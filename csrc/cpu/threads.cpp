@@ -1,0 +1,54 @@
+// torch's threads and each thread's scratch memory.
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "cpu/kernels.h"
+
+namespace spu {
+namespace cpu {
+
+int64_t threads() {
+  return static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+void parallel(int64_t count, RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+namespace {
+
+// Buffers up to this size are kept for the thread's next call; larger ones go back when a smaller one is asked for.
+constexpr int64_t kKeptFloats = int64_t{1} << 23;  // 32 MB
+
+struct Buffer {
+  float* data = nullptr;
+  int64_t floats = 0;
+
+  ~Buffer() { std::free(data); }
+
+  float* at_least(int64_t wanted) {
+    const bool shrink = floats > kKeptFloats && wanted <= kKeptFloats;
+    if (wanted > floats || shrink) {
+      std::free(data);
+      data = nullptr;
+      floats = 0;
+      const int64_t rounded = (wanted + 1023) / 1024 * 1024;
+      data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded) * sizeof(float)));
+      if (!data) throw std::bad_alloc();
+      floats = rounded;
+    }
+    return data;
+  }
+};
+
+}  // namespace
+
+float* workspace(int slot, int64_t floats) {
+  thread_local Buffer buffers[kSlots];
+  return buffers[slot].at_least(floats);
+}
+
+}  // namespace cpu
+}  // namespace spu

@@ -1,0 +1,190 @@
+// One vector type per instruction set, with the few operations that GCC's vector extensions lack.
+//
+// The including file defines SPU_ISA_NS (its namespace), SPU_LANES (floats per vector) and one of
+// SPU_VEC_AVX512, SPU_VEC_AVX2 or neither. Everything but fma, sqrt and the fp16
+// conversions is plain vector arithmetic, so that the same kernels compile for any lane count on any target: the
+// AVX-512 kernels are tested on machines without it by building them with SPU_LANES 16 and no SPU_VEC_AVX512.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+// Full-mask forms of the AVX-512 intrinsics are used because the plain ones warn under GCC 12.
+#if defined(SPU_VEC_AVX512) && defined(SPU_USE_SIMDE)
+#include <simde/x86/avx512.h>  // the same intrinsics in portable C, for the tests
+#elif defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+#include <immintrin.h>
+#endif
+
+#include "math/half.h"
+#include "math/hd.h"
+
+#define SPU_INLINE static inline __attribute__((always_inline))
+
+namespace spu {
+namespace SPU_ISA_NS {
+
+constexpr int kLanes = SPU_LANES;
+typedef float vf __attribute__((vector_size(SPU_LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(SPU_LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(SPU_LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(SPU_LANES * 2)));
+typedef int8_t vb __attribute__((vector_size(SPU_LANES)));
+typedef float vf_half __attribute__((vector_size(SPU_LANES * 2)));
+typedef double vd __attribute__((vector_size(SPU_LANES * 4)));
+
+}  // namespace SPU_ISA_NS
+
+namespace math {
+template <>
+struct Ops<SPU_ISA_NS::vf> {
+  using vf = SPU_ISA_NS::vf;
+  using UInt = SPU_ISA_NS::vu;
+  using Int = SPU_ISA_NS::vi;
+  SPU_HD_MEMBER vf splat(float x) { return x - vf{}; }  // x - 0: GCC turns it into one broadcast
+  SPU_HD_MEMBER UInt bits(vf x) { return (UInt)x; }
+  SPU_HD_MEMBER vf from_bits(UInt u) { return (vf)u; }
+  SPU_HD_MEMBER vf fma(vf a, vf b, vf c) {
+#if defined(SPU_VEC_AVX512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(SPU_VEC_AVX2)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+  }
+  SPU_HD_MEMBER vf sqrt(vf x) {
+#if defined(SPU_VEC_AVX512)
+    return (vf)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(SPU_VEC_AVX2)
+    return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < SPU_LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+  }
+};
+}  // namespace math
+
+namespace SPU_ISA_NS {
+
+using O = math::Ops<vf>;
+
+// Storage types, tagged: a 16-bit pattern does not say which format it is.
+struct Fp16 {
+  uint16_t u;
+};
+struct Bf16 {
+  uint16_t u;
+};
+
+template <class V, class P>
+SPU_INLINE V load_raw(const P* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class P>
+SPU_INLINE void store_raw(P* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+SPU_INLINE vf load(const float* p) {
+  return load_raw<vf>(p);
+}
+SPU_INLINE vf load(const Bf16* p) {
+  return math::bf16_to_float<vf>(__builtin_convertvector(load_raw<vh>(p), vu));
+}
+SPU_INLINE vf load(const Fp16* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vf)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_raw<vh>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vf)_mm256_cvtph_ps((__m128i)load_raw<vh>(p));
+#else
+  return math::fp16_to_float<vf>(__builtin_convertvector(load_raw<vh>(p), vu));
+#endif
+}
+
+SPU_INLINE void store(float* p, vf v) {
+  store_raw(p, v);
+}
+SPU_INLINE void store(Bf16* p, vf v) {
+  store_raw(p, __builtin_convertvector(math::float_to_bf16<vf>(v), vh));
+}
+SPU_INLINE void store(Fp16* p, vf v) {
+#if defined(SPU_VEC_AVX512)
+  store_raw(p, (vh)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));  // 0: round to nearest even
+#elif defined(SPU_VEC_AVX2)
+  store_raw(p, (vh)_mm256_cvtps_ph((__m256)v, 0));
+#else
+  store_raw(p, __builtin_convertvector(math::float_to_fp16<vf>(v), vh));
+#endif
+}
+
+// The first n <= kLanes elements only; the other lanes are zero. GCC 12 loses n's bound when it threads jumps.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Warray-bounds"
+#pragma GCC diagnostic ignored "-Wstringop-overflow"
+template <class T>
+SPU_INLINE vf load_some(const T* p, int64_t n) {
+  T tmp[kLanes];
+  memset(tmp, 0, sizeof tmp);
+  memcpy(tmp, p, sizeof(T) * static_cast<size_t>(n));
+  return load(tmp);
+}
+
+template <class T>
+SPU_INLINE void store_some(T* p, vf v, int64_t n) {
+  T tmp[kLanes];
+  store(tmp, v);
+  memcpy(p, tmp, sizeof(T) * static_cast<size_t>(n));
+}
+
+#pragma GCC diagnostic pop
+
+SPU_INLINE vu max_u(vu a, vu b) {
+  return a > b ? a : b;
+}
+SPU_INLINE bool any(vi mask) {
+  int32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= mask[i];
+  return r != 0;
+}
+
+// Transposes a kLanes x kLanes block in registers: at distance d = kLanes/2 ... 1 rows i and i + d exchange the
+// off-diagonal d x d blocks. log2(kLanes) rounds of two-input shuffles.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+template <int D, int... I>
+SPU_INLINE void exchange(vf& a, vf& b, Lanes<I...>) {
+  const vi low = {((I & D) ? kLanes + I - D : I)...};
+  const vi high = {((I & D) ? kLanes + I : I + D)...};
+  const vf x = a, y = b;
+  a = __builtin_shuffle(x, y, low);
+  b = __builtin_shuffle(x, y, high);
+}
+
+template <int D>
+SPU_INLINE void transpose_round(vf (&r)[kLanes]) {
+  using All = typename MakeLanes<kLanes>::type;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & D) == 0) exchange<D>(r[i], r[i + D], All{});
+  }
+  if constexpr (D > 1) transpose_round<D / 2>(r);
+}
+
+SPU_INLINE void transpose(vf (&r)[kLanes]) {
+  transpose_round<kLanes / 2>(r);
+}
+
+}  // namespace SPU_ISA_NS
+}  // namespace spu

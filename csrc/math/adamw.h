@@ -1,0 +1,37 @@
+// One AdamW step on one element: decoupled weight decay (Loshchilov and Hutter), torch.optim.AdamW's sequence.
+#pragma once
+
+#include "math/hd.h"
+
+namespace spu {
+namespace math {
+
+// What is the same for every element, computed once in fp64 from the 1-based step number.
+struct AdamWStep {
+  float decay;         // 1 - lr * weight_decay
+  float one_minus_b1;  // 1 - beta1
+  float b2, one_minus_b2;
+  float step_size;   // lr / (1 - beta1^step)
+  float bias2_sqrt;  // sqrt(1 - beta2^step)
+  float eps;
+};
+
+template <class F>
+struct AdamWState {
+  F param, m, v;
+};
+
+// g is the true-scale gradient, already clipped.
+template <class F>
+SPU_HD AdamWState<F> adamw_step(AdamWState<F> s, F g, const AdamWStep& k) {
+  using O = Ops<F>;
+  F p = s.param * k.decay;
+  const F m = O::fma(O::splat(k.one_minus_b1), g - s.m, s.m);
+  const F v = O::fma(g * k.one_minus_b2, g, s.v * k.b2);
+  const F denom = O::sqrt(v) / k.bias2_sqrt + k.eps;
+  p = p - (m / denom) * k.step_size;
+  return {p, m, v};
+}
+
+}  // namespace math
+}  // namespace spu

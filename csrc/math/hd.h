@@ -1,0 +1,74 @@
+// SPU_HD marks arithmetic that is compiled for the host and, under nvcc, for the device too.
+//
+// On the host it is `static` and always inlined: these headers are included by translation units compiled for
+// different instruction sets, and a shared inline function would let the linker keep the AVX-512 copy for every
+// caller. Internal linkage makes that impossible.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define SPU_HD static __host__ __device__ __forceinline__
+#define SPU_HD_MEMBER static __host__ __device__ __forceinline__
+#else
+#define SPU_HD static inline __attribute__((always_inline))
+#define SPU_HD_MEMBER static inline __attribute__((always_inline))
+#endif
+
+namespace spu {
+namespace math {
+
+// The primitive operations of a value type F. Formulas in this folder are templates over F, written once with
+// operators, ternaries and Ops<F>; F is float here and a GCC vector of floats in csrc/cpu/vec.h (where a ternary
+// on a comparison selects lane by lane).
+template <class F>
+struct Ops;
+
+template <>
+struct Ops<float> {
+  using Int = int32_t;
+  using UInt = uint32_t;
+
+  SPU_HD_MEMBER float splat(float x) { return x; }
+  SPU_HD_MEMBER UInt bits(float x) {
+    UInt u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+  }
+  SPU_HD_MEMBER float from_bits(UInt u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+  }
+  // a * b + c. Fused where the target has the instruction; the bounds of the tests hold either way.
+  SPU_HD_MEMBER float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
+  SPU_HD_MEMBER float sqrt(float x) { return __builtin_sqrtf(x); }
+};
+
+// Rounds |x| < 2^22 to the nearest integer, ties to even, with the addition 1.5 * 2^23 (needs the default rounding
+// mode and no -ffast-math). The low bits of the sum's pattern are the integer in two's complement.
+SPU_HD float round_magic() {
+  return 12582912.0f;
+}
+
+template <class F>
+SPU_HD F abs(F x) {
+  using O = Ops<F>;
+  return O::from_bits(O::bits(x) & 0x7fffffffu);
+}
+
+// True (or an all-ones lane) where x is infinite or NaN.
+template <class F>
+SPU_HD auto is_nonfinite(F x) -> decltype(x == x) {
+  return !(abs(x) <= 3.402823466e+38f);
+}
+
+}  // namespace math
+}  // namespace spu
