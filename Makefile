@@ -22,7 +22,8 @@ export SPU_BUILD
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # torch is there first and pinned, so the package builds against it without an isolated second copy.
-PIP := $(BIN)/python -m pip install --quiet
+# --no-compile: bytecode is written by the first import, for the modules that are imported, not for all of them.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 INSTALL := $(PIP) --no-build-isolation
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell find build_backend csrc kernels python -type f \
     \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
