@@ -28,16 +28,23 @@ def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0)
 
 
+def _to(value: Tensor, device: torch.device) -> Tensor:
+    """On a device, without waiting where that is safe (a copy to the host must have arrived when it is read)."""
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 class _Constants:
-    """fp32 [1] zeros and ones, one of each per device."""
+    """fp32 [1] constants, made once per device."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[torch.device, float], Tensor] = {}
 
-    def get(self, value: float, device: torch.device) -> Tensor:
-        if (device, value) not in self._made:
-            self._made[device, value] = torch.full((1,), value, device=device)
-        return self._made[device, value]
+    def unless(self, given: Tensor | None, default: float, device: torch.device) -> Tensor:
+        if given is not None:
+            return _to(given, device)
+        if (device, default) not in self._made:
+            self._made[device, default] = torch.full((1,), default, device=device)
+        return self._made[device, default]
 
 
 def _control(name: str, value: Tensor | None) -> Tensor | None:
@@ -88,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
         self._constants = _Constants()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def set_master(self, param: nn.Parameter, value: Tensor) -> None:
+    def set_master(self, param: Tensor, value: Tensor) -> None:
         """Gives a 16-bit parameter its exact fp32 value (default: the parameter's own, widened). Copies it."""
         if param.dtype not in _HALVES:
             raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
@@ -100,12 +107,11 @@ class AdamW(torch.optim.Optimizer):
     def _prepare(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if "exp_avg" not in state:
-            like = {"dtype": torch.float32, "memory_format": torch.preserve_format}
             state["step"] = torch.zeros(1, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, **like)
-            state["exp_avg_sq"] = torch.zeros_like(param, **like)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
             if param.dtype in _HALVES and "master" not in state:
-                state["master"] = param.detach().to(torch.float32, copy=True)
+                self.set_master(param, param)
         return state
 
     @torch.no_grad()
@@ -151,20 +157,12 @@ class AdamW(torch.optim.Optimizer):
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
-        found = (
-            self._constants.get(0.0, device)
-            if found_inf is None
-            else found_inf.to(device, non_blocking=device.type != "cpu")
-        )
-        scale = (
-            self._constants.get(1.0, device)
-            if grad_scale is None
-            else grad_scale.to(device, non_blocking=device.type != "cpu")
-        )
+        found = self._constants.unless(found_inf, 0.0, device)
+        scale = self._constants.unless(grad_scale, 1.0, device)
         grads = [_check_grad(param) for param in params]
         states = [self._prepare(param) for param in params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, (found == 0).float())
+        torch._foreach_add_(steps, (found == 0).float().squeeze(0))
         beta1, beta2 = group["betas"]
         adamw_(
             params,
@@ -261,7 +259,7 @@ class MasterOptimizer:
                 continue
             grad = _check_grad(param)
             if grad_scale is not None:
-                grad.mul_(grad_scale.to(grad.device, non_blocking=grad.device.type != "cpu"))
+                grad.mul_(_to(grad_scale, grad.device))
             target.grad = grad
         self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):

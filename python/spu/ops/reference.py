@@ -211,7 +211,7 @@ def adamw_(
             return
         count = step.item()
         target.mul_(1 - lr * weight_decay)
-        g = grad * grad_scale
+        g = grad * grad_scale.squeeze()
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         step_size = lr / (1 - beta1**count)
@@ -240,11 +240,11 @@ def adamw_on_device(
     weight_decay: float,
 ) -> None:
     """The same update without a host sync: the step number and found_inf are read on the device only."""
-    keep = found_inf == 0
-    count = step.double()
-    step_size = (lr / (1 - beta1**count)).float()
-    root_correction = (1 - beta2**count).sqrt().float()
-    g = grad * grad_scale
+    keep = found_inf.squeeze() == 0  # zero-dimensional, like all scalars here: a parameter may be that too
+    count = step.squeeze().double()
+    step_size = (lr / (1 - beta1**count)).to(target.dtype)
+    root_correction = (1 - beta2**count).sqrt().to(target.dtype)
+    g = grad * grad_scale.squeeze()
     average = exp_avg.lerp(g, 1 - beta1)
     square = (exp_avg_sq * beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (square.sqrt() / root_correction).add_(eps)

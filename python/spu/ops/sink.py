@@ -90,6 +90,11 @@ class _OpenScope(torch.autograd.Function):
         return (None, *grads)
 
 
+def _identity(scope: BackwardScope, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():  # hooks run without it, and may have to open a scope for a backward of their own
+        return _OpenScope.apply(scope, *tensors)
+
+
 def open_scope(value: _T, scope: BackwardScope) -> _T:
     """Returns ``value`` unchanged, but a backward from it runs in ``scope``.
 
@@ -101,13 +106,13 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
         scope: what ops and hooks of that backward will find.
     """
     if isinstance(value, Tensor):
-        return _OpenScope.apply(scope, value)[0] if value.requires_grad else value
+        return _identity(scope, [value])[0] if value.requires_grad else value
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"open_scope takes a tensor or a tuple of them, got {type(value).__name__}")
     items: list[Any] = list(value)
     places = [i for i, item in enumerate(items) if isinstance(item, Tensor) and item.requires_grad]
     if places:
-        for i, tensor in zip(places, _OpenScope.apply(scope, *(items[i] for i in places)), strict=True):
+        for i, tensor in zip(places, _identity(scope, [items[i] for i in places]), strict=True):
             items[i] = tensor
     if hasattr(value, "_fields"):
         return type(value)(*items)  # type: ignore[return-value]  # a named tuple

@@ -45,7 +45,8 @@ class _ParameterSink:
 
     def _add(self, op: Any, operands: tuple[Tensor, ...], backend: str) -> None:
         scope, param = current_scope(), self._param()
-        assert scope is not None and param is not None
+        assert scope is not None
+        assert param is not None
         grad = param.grad
         if grad is not None and not _is_main_grad(grad, param):
             # Someone else's gradient (of another layout): replace it by a main gradient of the same value.
@@ -82,11 +83,10 @@ class _ParameterSink:
                 "gradients (nn.Embedding(..., sparse=False))"
             )
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
-        value = (
-            self._take_buffer(param)
-            if param.grad is None
-            else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        )
+        if param.grad is None:
+            value = self._take_buffer(param)
+        else:
+            value = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         unscale_(grad, value, scope.inv_scale, scope.found_inf, accumulate=False)
         return value
 

@@ -17,6 +17,14 @@ def _reciprocal(scale: Tensor) -> Tensor:
     return scale.double().reciprocal().float()
 
 
+def _indexed(device: str | torch.device) -> torch.device:
+    """The device as tensors on it name it: "cuda" becomes "cuda:0", "cpu:1" becomes "cpu"."""
+    found = torch.device(device)
+    if found.type == "cpu":
+        return torch.device("cpu")
+    return found if found.index is not None else torch.empty(0, device=found).device
+
+
 class LossScaler:
     """Scales losses so that fp16 gradients neither underflow nor overflow; torch.amp.GradScaler's arithmetic.
 
@@ -65,21 +73,19 @@ class LossScaler:
         self._scopes: dict[tuple[torch.device, str], BackwardScope] = {}
 
     def scope(self, device: str | torch.device | None = None, owner: str = "") -> BackwardScope:
-        """The scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step.
-
-        Create it before the workers start: their first calls would otherwise race to make it.
-        """
-        key = (torch.device(self.device if device is None else device), owner)
+        """The scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""
+        key = (_indexed(self.device if device is None else device), owner)
         found = self._scopes.get(key)
         if found is None:
             scale = self._scale.to(key[0], copy=True)
-            found = self._scopes[key] = BackwardScope(scale, _reciprocal(scale), torch.zeros_like(scale))
+            made = BackwardScope(scale, _reciprocal(scale), torch.zeros_like(scale))
+            found = self._scopes.setdefault(key, made)  # one thread wins
         return found
 
     def begin_step(self) -> None:
         """Copies the present scale into every scope and clears every found_inf, in place and on the devices."""
-        for scope in self._scopes.values():
-            scope.scale.copy_(self._scale, non_blocking=True)
+        for scope in list(self._scopes.values()):
+            scope.scale.copy_(self._scale, non_blocking=scope.scale.device.type != "cpu")
             scope.inv_scale.copy_(_reciprocal(scope.scale))
             scope.found_inf.zero_()
 
@@ -91,7 +97,8 @@ class LossScaler:
 
     def found_inf(self) -> Tensor:
         """fp32 [1] on the scaler's device: 1 if any scope met a non-finite gradient in this step."""
-        flags = [scope.found_inf.to(self.device, non_blocking=True) for scope in self._scopes.values()]
+        asynchronous = self.device.type != "cpu"  # a copy to the host must have arrived when it is read
+        flags = [scope.found_inf.to(self.device, non_blocking=asynchronous) for scope in list(self._scopes.values())]
         if not flags:
             return torch.zeros(1, device=self.device)
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0].clone()

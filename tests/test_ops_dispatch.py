@@ -1,0 +1,158 @@
+"""Choice of the backend: forced works or raises, automatic falls back and says so once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from numeric import assert_equal
+from torch import nn
+
+from spu import ops
+from spu.ops import dispatch, schema
+
+CPU_WORKS = ops.backends()["cpu"].available
+needs_cpu_backend = pytest.mark.skipif(not CPU_WORKS, reason=ops.backends()["cpu"].reason)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+@pytest.fixture
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where spu._C was not built."""
+    missing = dispatch._Extension()
+    missing._status = ops.BackendStatus("cpu", False, "spu._C cannot be imported: not built", "build it")
+    monkeypatch.setattr(dispatch, "_EXTENSION", missing)
+    monkeypatch.setattr(dispatch, "_AUTOMATIC", {})
+
+
+def test_reference_is_always_there_and_the_rest_explains_itself() -> None:
+    found = ops.backends()
+    assert set(found) == {"reference", "cpu"}
+    assert found["reference"].available
+    for name, status in found.items():
+        assert status.name == name
+        assert status.available or (status.reason and status.fix)
+
+
+def test_automatic_choice_without_the_extension_falls_back_and_says_so_once(without_extension: None) -> None:
+    x = torch.ones(2, 3)
+    with pytest.warns(RuntimeWarning, match=r"not built.*build it") as caught:
+        ops.linear_act(x, torch.ones(4, 3))
+        ops.linear_act(x, torch.ones(4, 3))
+    assert len(caught) == 1
+
+
+def test_a_forced_backend_that_is_missing_raises_with_reason_and_fix(without_extension: None) -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"'cpu' was asked for but is unavailable: .*not built.*Fix: build it"),
+        ops.use_backend("cpu"),
+    ):
+        pass
+
+
+def test_an_unknown_name_is_listed_against_the_known_ones() -> None:
+    with (
+        pytest.raises(ValueError, match="unknown backend 'gpu': use one of 'reference', 'cpu'"),
+        ops.use_backend("gpu"),
+    ):
+        pass
+
+
+@needs_cpu_backend
+def test_automatic_choice_by_device_and_dtype() -> None:
+    assert ops.choose_backend(torch.ones(1)) == "cpu"
+    assert ops.choose_backend(torch.ones(1).half()) == "cpu"
+    assert ops.choose_backend(torch.ones(1).double()) == "reference"
+    assert ops.choose_backend(torch.ones(1, device="meta")) == "reference"
+
+
+@needs_cpu_backend
+def test_a_forced_backend_refuses_what_it_cannot_do() -> None:
+    with ops.use_backend("cpu"):
+        with pytest.raises(TypeError, match=r"'cpu' was forced but does not compute in torch.float64"):
+            ops.linear_act(torch.ones(2, 3).double(), torch.ones(4, 3).double())
+        with pytest.raises(ValueError, match=r"'cpu' was forced but the tensor is on 'meta'"):
+            ops.linear_act(torch.ones(2, 3, device="meta"), torch.ones(4, 3, device="meta"))
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = ops.forced_backend()
+    with ops.use_backend("reference"):
+        with ops.use_backend(None):
+            assert ops.forced_backend() == "reference"
+        assert ops.forced_backend() == "reference"
+    assert ops.forced_backend() == before
+
+
+def test_an_override_belongs_to_its_thread() -> None:
+    seen: list[str | None] = []
+    with ops.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch._FORCED.name))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+@needs_cpu_backend
+def test_a_backward_uses_the_backend_of_its_forward() -> None:
+    def nodes(y: torch.Tensor) -> str:
+        return type(y.grad_fn).__name__ + str([type(f[0]).__name__ for f in y.grad_fn.next_functions])
+
+    weight = nn.Parameter(torch.randn(4, 3))
+    for name in ("reference", "cpu"):
+        with ops.use_backend(name):
+            y = ops.linear_act(torch.ones(2, 3), weight)
+        assert name in nodes(y + 0) + nodes(y)
+
+
+def test_the_environment_forces_a_backend() -> None:
+    code = "import torch; from spu import ops; print(ops.choose_backend(torch.ones(1)))"
+    assert python(code, SPU_BACKEND="reference").stdout.strip() == "reference"
+    wrong = python(code, SPU_BACKEND="tpu")
+    assert wrong.returncode != 0
+    assert "SPU_BACKEND names an unknown backend 'tpu': use one of 'reference', 'cpu'" in wrong.stderr
+
+
+@needs_cpu_backend
+def test_kernels_may_be_loaded_before_or_after_the_schemas() -> None:
+    for order in ("import spu._C; from spu import ops", "from spu import ops; import spu._C"):
+        code = f"import torch; {order}; print(ops.choose_backend(torch.ones(1)), ops.linear_act(torch.ones(1, 2), torch.ones(1, 2)).item())"  # noqa: E501
+        done = python(code)
+        assert done.stdout.strip() == "cpu 2.0", done.stderr
+
+
+def test_every_op_has_every_overload_with_one_schema() -> None:
+    for name, text in schema.SCHEMAS.items():
+        for backend in schema.BACKENDS:
+            found = str(schema.overload(name, backend)._schema)
+            assert found.startswith(f"spu::{name}.{backend}(")
+            assert found.count("Tensor") == text.count("Tensor"), found
+
+
+@pytest.mark.leaks_threads  # Dynamo's progress monitor
+def test_compiled_code_follows_use_backend() -> None:
+    """The override is guarded on: a graph made under one backend is not used under another."""
+    chosen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        chosen.extend(str(node.target) for node in graph.graph.nodes if "spu" in str(node.target))
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w: ops.linear_act(x, w), fullgraph=True, backend=backend)
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    with ops.use_backend("reference"):
+        first = compiled(x, w)
+    second = compiled(x, w)
+    assert chosen[0] == "spu.linear.reference"
+    assert chosen[-1] == f"spu.linear.{ops.choose_backend(x)}"
+    torch.testing.assert_close(first, second)
+    assert_equal(first, torch.nn.functional.linear(x, w), "y")

@@ -1,0 +1,145 @@
+"""adamw_, grad_sqnorm and grad_norm on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backend_params import every_backend
+from numeric import assert_close_to_truth, assert_equal
+from torch import Tensor
+
+from spu import ops
+from spu.ops import reference, schema
+
+HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def one_state(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor | None]:
+    master = torch.randn(shape)
+    param = master.to(dtype)
+    return {
+        "param": param,
+        "grad": torch.randn(shape),
+        "master": None if dtype == torch.float32 else master,
+        "exp_avg": torch.randn(shape) / 10,
+        "exp_avg_sq": torch.rand(shape) / 10,
+        "step": torch.tensor([3.0]),
+    }
+
+
+def apply(state: dict[str, Tensor | None], *, clip: float = 1.0, found_inf: float = 0.0, **hyper: float) -> None:
+    ops.adamw_(
+        *([state[key]] for key in ("param", "grad", "master", "exp_avg", "exp_avg_sq", "step")),
+        grad_scale=torch.tensor([clip]), found_inf=torch.tensor([found_inf]), **{**HYPER, **hyper},
+    )  # fmt: skip
+
+
+def copied(state: dict[str, Tensor | None], dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+    return {k: None if v is None else v.to(dtype or v.dtype, copy=True) for k, v in state.items()}
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(33, 17), (1,), (0,), (), (1000,)])
+def test_against_the_formula_in_fp64(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    state = one_state(shape, dtype)
+    plain, truth = copied(state), copied(state, torch.float64)
+    for each in (plain, truth):
+        target, kind = each["master"] if each["master"] is not None else each["param"], each["grad"].dtype
+        clip = torch.tensor([0.5], dtype=kind)
+        arguments = (each["grad"], each["exp_avg"], each["exp_avg_sq"], each["step"], clip, torch.zeros(1, dtype=kind))
+        reference.adamw_on_device(target, *arguments, *HYPER.values())
+        each["target"] = target
+    with ops.use_backend(backend):
+        apply(state, clip=0.5)
+    state["target"] = state["param"] if state["master"] is None else state["master"]
+    for name in ("target", "exp_avg", "exp_avg_sq"):
+        assert_close_to_truth(state[name], plain[name], truth[name], eps=4e-7, name=name)
+    assert_equal(state["param"], state["target"].to(dtype), "16-bit copy")
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("grad", [1.0, float("nan"), float("inf")])
+def test_nothing_moves_when_found_inf_is_set(backend: str, dtype: torch.dtype, grad: float) -> None:
+    state = one_state((50,), dtype)
+    state["grad"].fill_(grad)
+    before = copied(state)
+    with ops.use_backend(backend):
+        apply(state, found_inf=1.0)
+    for name, value in state.items():
+        if value is not None:
+            assert_equal(value, before[name], name)
+
+
+@every_backend
+def test_strided_parameters(backend: str) -> None:
+    strided = one_state((6, 5), torch.float32)
+    plain = copied(strided)
+    for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
+        strided[name] = strided[name].t().contiguous().t()
+    with ops.use_backend(backend):
+        apply(strided)
+        apply(plain)
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(strided[name], plain[name])
+
+
+def test_the_two_reference_paths_agree() -> None:
+    """The one for the CPU reads found_inf and the step on the host, the one for other devices does not."""
+    state = one_state((40,), torch.float32)
+    other = copied(state)
+    with ops.use_backend("reference"):
+        apply(state, clip=0.7)
+    reference.adamw_on_device(
+        other["param"], other["grad"], other["exp_avg"], other["exp_avg_sq"], other["step"],
+        torch.tensor([0.7]), torch.zeros(1), *HYPER.values(),
+    )  # fmt: skip
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(state[name], other[name], rtol=1e-6, atol=1e-7)
+
+
+@every_backend
+def test_norms(backend: str) -> None:
+    grads = [torch.randn(300, 20), torch.randn(7), torch.zeros(0), torch.tensor(2.0), torch.randn(8, 6).t()]
+    truth = torch.cat([g.double().flatten() for g in grads]).norm()
+    with ops.use_backend(backend):
+        norm, square = ops.grad_norm(grads), ops.grad_sqnorm(iter(grads))
+    assert norm.shape == square.shape == (1,)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm.double()[0], truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(square.double()[0], truth**2, rtol=1e-6, atol=0)
+    with ops.use_backend(backend):
+        assert ops.grad_norm([torch.tensor([float("nan"), 1.0])]).isnan()
+        assert ops.grad_norm([torch.tensor([float("-inf"), 1.0])]).isinf()
+        many = torch.full((1 << 20,), 1e-3)
+        torch.testing.assert_close(ops.grad_sqnorm([many]).item(), 1.048576, rtol=1e-6, atol=0)
+    assert ops.grad_norm([]).item() == 0
+    with pytest.raises(TypeError, match=r"torch.float16: main gradients are float32"):
+        ops.grad_norm([torch.ones(3).half()])
+
+
+def test_what_does_not_fit_is_named() -> None:
+    state = one_state((3,), torch.float16)
+    with pytest.raises(TypeError, match=r"parameter 0 is torch.float16: give it an fp32 master"):
+        apply({**state, "master": None})
+    with pytest.raises(TypeError, match=r"grad 0 is torch.float16"):
+        apply({**state, "grad": torch.ones(3).half()})
+    with pytest.raises(ValueError, match=r"exp_avg 0 is \(4,\) on cpu, but its parameter is \(3,\) on cpu"):
+        apply({**state, "exp_avg": torch.ones(4)})
+    with pytest.raises(TypeError, match=r"parameter 0 is torch.float64"):
+        apply({**state, "param": torch.ones(3).double()})
+
+
+@every_backend
+def test_opcheck(backend: str) -> None:
+    state = one_state((5, 3), torch.float16)
+    control = torch.ones(1), torch.zeros(1)
+    cases = {
+        "adamw_": (*state.values(), *control, *HYPER.values()),
+        "grad_sqnorm": (torch.randn(5, 3),),
+        "unscale_": (torch.randn(5).half(), torch.zeros(5), *control, True),
+    }
+    for name, arguments in cases.items():
+        results = torch.library.opcheck(schema.overload(name, backend), arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)

@@ -1,0 +1,327 @@
+"""Scopes reach the backward they were opened for, and no other; sinks get what belongs to their parameter."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+import weakref
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend_params import every_backend
+from numeric import assert_close_to_truth, assert_equal
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spu import ops
+from spu.ops import sink as sink_module
+
+
+def scope_of(scale: float = 1024.0) -> ops.BackwardScope:
+    return ops.BackwardScope(torch.tensor([scale]), torch.tensor([1 / scale]), torch.zeros(1))
+
+
+class Recorder:
+    """A sink that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[Tensor, Tensor, str]] = []
+        self.biases: list[tuple[Tensor, str]] = []
+        self.scopes: list[ops.BackwardScope | None] = []
+
+    def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
+        self.weights.append((dz, x, backend))
+        self.scopes.append(ops.current_scope())
+
+    def linear_bias(self, dz: Tensor, backend: str) -> None:
+        self.biases.append((dz, backend))
+        self.scopes.append(ops.current_scope())
+
+
+def record_scope(x: Tensor, seen: list[ops.BackwardScope | None]) -> Tensor:
+    """x, whose gradient's arrival notes the current scope."""
+    y = x * 1
+    y.register_hook(lambda _: seen.append(ops.current_scope()))
+    return y
+
+
+def test_the_private_parts_of_torch_that_scopes_stand_on() -> None:
+    """Canary: if a new torch fails here, ops/sink.py needs another way to know its backward."""
+    assert torch._C._current_graph_task_id() == -1
+    seen: list[object] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+
+    def hook(_: Tensor) -> None:
+        seen.append(torch._C._current_graph_task_id())
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: seen.append("end"))
+
+    y.register_hook(hook)
+    x.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    first, again, end, second, third, last = seen
+    assert first == again != -1
+    assert second == third != first
+    assert end == last == "end"
+    assert torch._C._current_graph_task_id() == -1
+
+
+def test_a_scope_lives_for_its_backward_only() -> None:
+    seen: list[ops.BackwardScope | None] = []
+    x, scope = torch.ones(3, requires_grad=True), scope_of()
+    ops.open_scope(record_scope(x, seen).sum(), scope).backward()
+    record_scope(x, seen).sum().backward()
+    assert seen == [scope, None]
+    assert ops.current_scope() is None
+    assert not sink_module._SCOPES
+
+
+def test_open_scope_is_the_identity() -> None:
+    x = torch.randn(3, requires_grad=True)
+    y = ops.open_scope(x * 3, scope_of())
+    assert_equal(y.detach(), x.detach() * 3)
+    y.backward(torch.ones(3))
+    assert_equal(x.grad, torch.full((3,), 3.0))
+
+
+class Pair(NamedTuple):
+    hidden: Tensor
+    rest: object
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_open_scope_keeps_structure_and_serves_every_output(used: int) -> None:
+    seen: list[ops.BackwardScope | None] = []
+    x, scope = torch.ones(3, requires_grad=True), scope_of()
+    mask = torch.ones(3, dtype=torch.bool)
+    outputs = ops.open_scope((record_scope(x, seen), record_scope(x, seen) * 2, mask, None, "text"), scope)
+    assert isinstance(outputs, tuple)
+    assert outputs[2] is mask
+    assert outputs[3:] == (None, "text")
+    outputs[used].sum().backward()
+    assert seen == [scope] * len(seen)  # the hook of the unused output may be called too, with None
+    assert seen
+    pair = ops.open_scope(Pair(x * 1, None), scope)
+    assert isinstance(pair, Pair)
+    assert isinstance(ops.open_scope([x * 1], scope), list)
+    with pytest.raises(TypeError, match="dict"):
+        ops.open_scope({"x": x}, scope)
+
+
+def test_open_scope_of_what_needs_no_gradient_is_the_thing_itself() -> None:
+    x = torch.ones(3)
+    assert ops.open_scope(x, scope_of()) is x
+
+
+def test_several_roots_of_one_backward_share_the_scope() -> None:
+    seen: list[ops.BackwardScope | None] = []
+    x, scope = torch.ones(3, requires_grad=True), scope_of()
+    outputs = ops.open_scope((record_scope(x, seen), record_scope(x, seen)), scope)
+    torch.autograd.backward(outputs, (torch.ones(3), torch.ones(3)))
+    assert seen == [scope, scope]
+
+
+def test_concurrent_backwards_keep_their_own_scopes() -> None:
+    weight = torch.randn(8, 8)
+    failures: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def work(i: int) -> None:
+        parameter, recorder = nn.Parameter(weight.clone()), Recorder()
+        ops.attach_sink(parameter, recorder)
+        scope = scope_of(2.0**i)
+        barrier.wait()
+        for turn in range(40):
+            with ops.use_backend("reference"):
+                y = ops.linear_act(ops.linear_act(torch.ones(2, 8), parameter), parameter).sum()
+            scoped = turn % 2 == 0
+            (ops.open_scope(y, scope) if scoped else y).backward()
+            if scoped and parameter.grad is not None:
+                failures.append(f"thread {i}, turn {turn}: a gradient beside the sink")
+            if not scoped and parameter.grad is None:
+                failures.append(f"thread {i}, turn {turn}: no plain gradient")
+            parameter.grad = None
+        if recorder.scopes != [scope] * 40:
+            failures.append(f"thread {i}: {len(recorder.scopes)} scopes, foreign ones among them")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    assert not sink_module._SCOPES
+
+
+def test_a_nested_backward_has_no_scope_until_it_is_opened_again() -> None:
+    seen: list[ops.BackwardScope | None] = []
+    scope, x = scope_of(), torch.ones(3, requires_grad=True)
+    for reopened in (False, True):
+        inner = record_scope(x, seen).sum()
+        leaf = inner.detach().requires_grad_()
+
+        def continue_backward(grad: Tensor, inner: Tensor = inner, reopened: bool = reopened) -> None:
+            (ops.open_scope(inner, scope) if reopened else inner).backward(grad)
+
+        leaf.register_hook(continue_backward)
+        ops.open_scope(record_scope(leaf, seen) * 2, scope).backward()
+    assert seen == [scope, None, scope, scope]
+    assert not sink_module._SCOPES
+
+
+def test_a_backward_that_fails_leaves_no_scope_to_others() -> None:
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("boom")
+
+    for _ in range(sink_module._KEPT_SCOPES + 5):
+        y = torch.ones(3, requires_grad=True) * 2
+        y.register_hook(fail)
+        with pytest.raises(RuntimeError, match="boom"):
+            ops.open_scope(y.sum(), scope_of()).backward()
+    assert len(sink_module._SCOPES) <= sink_module._KEPT_SCOPES
+    seen: list[ops.BackwardScope | None] = []
+    record_scope(torch.ones(3, requires_grad=True), seen).sum().backward()
+    assert seen == [None]
+    sink_module._SCOPES.clear()
+
+
+@every_backend
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_sink_gets_the_parameters_own_gradient(backend: str, checkpointed: bool) -> None:
+    """Also under activation checkpointing, where saved tensors come back as other objects."""
+    weight, bias = nn.Parameter(torch.randn(5, 8).half()), nn.Parameter(torch.randn(5).half())
+    recorder = Recorder()
+    ops.attach_sink(weight, recorder)
+    ops.attach_sink(bias, recorder)
+    x, scope = torch.randn(2, 3, 8).half().requires_grad_(), scope_of()
+
+    def layer(x: Tensor) -> Tensor:
+        return ops.linear_act(x, weight, bias, "gelu")
+
+    with ops.use_backend(backend):
+        y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+        ops.open_scope(y.sum(), scope).backward()
+    assert weight.grad is None
+    assert bias.grad is None
+    assert x.grad is not None
+    (dz, saved_x, name), (bias_dz, bias_name) = recorder.weights[0], recorder.biases[0]
+    assert len(recorder.weights) == len(recorder.biases) == 1
+    assert recorder.scopes == [scope, scope]
+    assert name == bias_name == backend
+    assert_equal(saved_x.detach(), x.detach(), "x")
+    assert_equal(bias_dz, dz, "dz")
+    with ops.use_backend(backend):
+        layer(x).sum().backward()  # without a scope: ordinary gradients
+    assert weight.grad is not None
+    assert len(recorder.weights) == 1
+
+
+def test_derived_weights_and_detached_sinks_take_the_plain_way() -> None:
+    weight, recorder = nn.Parameter(torch.randn(5, 8)), Recorder()
+    ops.attach_sink(weight, recorder)
+    ops.open_scope(ops.linear_act(torch.randn(2, 8), weight * 2).sum(), scope_of()).backward()
+    assert weight.grad is not None
+    ops.detach_sink(weight)
+    ops.detach_sink(weight)
+    assert ops.sink_of(weight) is None
+    ops.open_scope(ops.linear_act(torch.randn(2, 8), weight).sum(), scope_of()).backward()
+    assert not recorder.weights
+    with pytest.raises(ValueError, match="leaf"):
+        ops.attach_sink(weight * 2, recorder)
+
+
+def test_sinks_keep_no_parameter_alive_and_do_not_travel() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    ops.attach_sink(parameter, Recorder())
+    assert ops.sink_of(nn.Parameter(parameter.detach())) is None
+    gone = weakref.ref(parameter)
+    del parameter
+    gc.collect()
+    assert gone() is None
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(40, 30, 20), (1, 7, 5), (3, 1, 1), (0, 4, 3), (65, 129, 33)])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_main_gradients_of_a_linear(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int, int], accumulate: bool
+) -> None:
+    rows, k, n = shape
+    dz, x = (torch.randn(rows, n) * 64).to(dtype), torch.randn(rows, k).to(dtype)
+    inv_scale, found_inf = torch.tensor([1 / 1024]), torch.zeros(1)
+    start = torch.randn(n, k) if accumulate else torch.full((n, k), float("nan"))  # a store must not load
+    main_grad, bias_grad = start.clone(), start[:, 0].clone()
+    ops.linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate=accumulate, backend=backend)
+    ops.linear_db_(dz, bias_grad, inv_scale, found_inf, accumulate=accumulate, backend=backend)
+
+    def expected(kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        dw = dz.to(kind).t() @ x.to(kind) * inv_scale.to(kind)
+        db = dz.to(kind).sum(0) * inv_scale.to(kind)
+        return (dw + start.to(kind), db + start[:, 0].to(kind)) if accumulate else (dw, db)
+
+    eps = 4 * torch.finfo(torch.float32).eps * max(1.0, float(rows) / 8)
+    for name, actual, plain, truth in zip(
+        ("dw", "db"), (main_grad, bias_grad), expected(torch.float32), expected(torch.float64)
+    ):
+        assert_close_to_truth(actual, plain, truth, eps=eps, name=name)
+    assert found_inf.item() == 0
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["dz", "x"])
+def test_found_inf_sees_every_value(backend: str, bad: float, where: str) -> None:
+    for row, column in ((0, 0), (12, 6), (5, 3)):
+        dz, x = torch.randn(13, 7).half(), torch.randn(13, 7).half()
+        (dz if where == "dz" else x)[row, column] = bad
+        found = torch.zeros(1)
+        ops.linear_dw_(dz, x, torch.zeros(7, 7), torch.ones(1), found, accumulate=True, backend=backend)
+        assert found.item() == 1, (row, column)
+        ops.linear_dw_(x.clone().fill_(1), x.clone().fill_(1), torch.zeros(7, 7), torch.ones(1), found,
+                       accumulate=True, backend=backend)  # fmt: skip
+        assert found.item() == 1  # never reset
+        if where == "dz":
+            found.zero_()
+            ops.linear_db_(dz, torch.zeros(7), torch.ones(1), found, accumulate=False, backend=backend)
+            assert found.item() == 1, (row, column)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_unscale(backend: str, dtype: torch.dtype) -> None:
+    grad = torch.randn(9, 14).to(dtype).t()
+    main_grad, inv_scale, found = torch.full((14, 9), float("inf")), torch.tensor([0.3]), torch.zeros(1)
+    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=False, backend=backend)
+    assert_equal(main_grad, grad.float() * 0.3, "stored")
+    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=True, backend=backend)
+    torch.testing.assert_close(main_grad, grad.float() * 0.6)
+    assert found.item() == 0
+    grad[13, 8] = float("nan")
+    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=True, backend=backend)
+    assert found.item() == 1
+    with pytest.raises(ValueError, match=r"must be float32 of shape \(14, 9\)"):
+        ops.unscale_(grad, torch.zeros(9, 14), inv_scale, found, accumulate=False)
+
+
+@pytest.mark.leaks_threads  # Dynamo's progress monitor
+def test_a_compiled_region_inside_a_scope_gives_plain_gradients() -> None:
+    weight, recorder = nn.Parameter(torch.randn(5, 8)), Recorder()
+    ops.attach_sink(weight, recorder)
+    x = torch.randn(2, 8)
+    compiled = torch.compile(lambda x: ops.linear_act(x, weight, None, "silu"), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ops.open_scope(compiled(x).sum(), scope_of()).backward()
+    assert not recorder.weights
+    expected = torch.autograd.grad(F.silu(F.linear(x, weight)).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_a_scope_of_the_wrong_kind_is_named() -> None:
+    with pytest.raises(ValueError, match=r"found_inf must be float32 of shape \(1,\) on cpu, got torch.bool \(1,\)"):
+        ops.BackwardScope(torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool))
