@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spu.devices import DeviceManager as DeviceManager
     from spu.engine.local import StageError as StageError
     from spu.engine.randomness import LayerRandomness as LayerRandomness
+    from spu.engine.result import StepResult as StepResult
     from spu.nn import accelerate as accelerate
     from spu.nn import restore as restore
     from spu.ops import backends as backends
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from spu.precision import LossScaler as LossScaler
     from spu.precision import MainGrads as MainGrads
     from spu.trainer import ModelParallelTrainer as ModelParallelTrainer
-    from spu.trainer import StepResult as StepResult
 
 # Public names and where they live. Loaded at first use, so that `import spu` costs little and one broken optional
 # dependency does not take the rest of the library with it.
@@ -37,7 +37,7 @@ _EXPORTS = {
     "MainGrads": "spu.precision",
     "ModelParallelTrainer": "spu.trainer",
     "StageError": "spu.engine.local",
-    "StepResult": "spu.trainer",
+    "StepResult": "spu.engine.result",
     "accelerate": "spu.nn",
     "backends": "spu.ops",
     "restore": "spu.nn",

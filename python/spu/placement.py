@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from spu import profile
 from spu.devices import Device
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
+from spu.engine.microbatch import batch_rows
 from spu.plan import Plan, make_plan, partition
 
 __all__ = ["check_plan", "measure_plan", "peak_bytes", "place_parts", "plan_model"]
@@ -63,7 +63,7 @@ def plan_model(
         precision=precision,
         codec=codec or "none",
         recompute=recompute,
-        max_microbatches=microbatches * _rows(sample),
+        max_microbatches=microbatches * batch_rows(sample),
     )
 
 
@@ -87,11 +87,6 @@ def measure_plan(plan: Plan, layers: Sequence[Layer], sample: Any, devices: Sequ
         model=plan.model,
         layers=[stage.layers for stage in plan.stages],
     )
-
-
-def _rows(sample: Any) -> int:
-    leaves = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    return leaves[0].shape[0] if leaves else 1
 
 
 def _caller(layers: Sequence[Layer], inputs: Any) -> Any:

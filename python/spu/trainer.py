@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from spu import checkpoint, ops, placement, schedules
+from spu import ops, placement, schedules
 from spu.devices import Device, DeviceManager
 from spu.engine.bridge import Bridge, StageModule
 from spu.engine.build import DTYPES, Built, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 from spu.engine.local import LocalEngine, Round
-from spu.engine.microbatch import cast, count_targets, split_batch, target_weights
-from spu.engine.state import model_state, optimizer_state, restore_model, restore_optimizer
+from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights
+from spu.engine.result import StepResult, join_outputs, sum_losses
+from spu.engine.state import load_training, model_state, save_training
 from spu.engine.update import OptimizerFactory, Updater
 from spu.plan import Plan
 from spu.precision import LossScaler
@@ -38,44 +37,6 @@ def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets: class indices int64 [...]; -100 is not counted.
     """
     return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did. Values stay on their device until an attribute is read, which waits for it."""
-
-    loss_tensor: torch.Tensor
-    grad_norm_tensor: torch.Tensor
-    loss_scale_tensor: torch.Tensor
-    found_inf_tensor: torch.Tensor
-    targets: int | torch.Tensor
-    seconds: float
-    peak_bytes: dict[str, int]
-
-    @property
-    def loss(self) -> float:
-        """Mean loss over the batch's counted targets, unscaled."""
-        return self.loss_tensor.item()
-
-    @property
-    def grad_norm(self) -> float:
-        """Global L2 norm of the true gradients, before clipping; not finite for a skipped step."""
-        return self.grad_norm_tensor.item()
-
-    @property
-    def loss_scale(self) -> float:
-        """The scale that this step's loss was multiplied by."""
-        return self.loss_scale_tensor.item()
-
-    @property
-    def skipped(self) -> bool:
-        """Whether a gradient was not finite, so that nothing was updated."""
-        return bool(self.found_inf_tensor.item())
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Counted targets a second, the whole step included."""
-        return float(self.targets) / self.seconds
 
 
 class ModelParallelTrainer:
@@ -294,7 +255,7 @@ class ModelParallelTrainer:
         built, engine = self._require_engine()
         modules = [module for layer in self._require_layers() for module in layer.module.modules()]
         training = [module for module in modules if module.training]
-        parts = min(self.microbatches, _batch_rows(inputs))
+        parts = min(self.microbatches, batch_rows(inputs))
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
             schedules.forward_only(len(built.stages), parts),
@@ -311,7 +272,7 @@ class ModelParallelTrainer:
         finally:
             for module in training:
                 module.training = True
-        return _sum_losses(work.losses).item()
+        return sum_losses(work.losses).item()
 
     def _accumulate_gradients(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[torch.Tensor, Any, Any]:
         built, engine = self._require_engine()
@@ -347,7 +308,7 @@ class ModelParallelTrainer:
             raise
         self._timeline = timelines[-1]
         counted = sum(count_targets(part, self._ignore_index) for part in targets_by_part)
-        return _sum_losses(losses), _concatenated(outputs) if keep_outputs else None, counted
+        return sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted
 
     # What happened
 
@@ -394,10 +355,7 @@ class ModelParallelTrainer:
         if self._built is None:
             raise RuntimeError("nothing to save yet: call prepare() or step() first")
         optimizers = self._require_updater().optimizers
-        tensors = {f"model:{name}": tensor for name, tensor in model_state(self._built, optimizers).items()}
-        tensors |= {f"optimizer:{name}": tensor for name, tensor in optimizer_state(self._built, optimizers).items()}
         meta = {
-            "format": "spu-trainer",
             "step": self.steps_done,
             "seed": self.seed,
             "precision": self.precision,
@@ -405,7 +363,7 @@ class ModelParallelTrainer:
             "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
-        checkpoint.save(path, tensors=tensors, meta=meta)
+        save_training(path, self._built, optimizers, meta)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint: weights, optimizer, loss scale and step. Call :meth:`prepare` first.
@@ -419,12 +377,7 @@ class ModelParallelTrainer:
         """
         if self._built is None:
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
-        tensors, meta = checkpoint.load(path)
-        if meta.get("format") != "spu-trainer":
-            raise checkpoint.CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose another one")
-        optimizers = self._require_updater().optimizers
-        restore_model(self._built, optimizers, _with_prefix(tensors, "model:"))
-        restore_optimizer(self._built, optimizers, _with_prefix(tensors, "optimizer:"))
+        meta = load_training(path, self._built, self._require_updater().optimizers)
         self.scaler.load_state_dict(meta["scaler"])
         self.steps_done = meta["step"]
         self.seed = meta["seed"]
@@ -483,27 +436,3 @@ def _at_least_one(what: str, value: int) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
     return value
-
-
-def _batch_rows(inputs: Any) -> int:
-    return next(leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim())
-
-
-def _sum_losses(losses: dict[int, torch.Tensor]) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float32)
-    for index in sorted(losses):
-        total = total.to(losses[index].device) + losses[index]
-    return total
-
-
-def _concatenated(outputs: list[Any]) -> Any:
-    """The microbatches' outputs joined along dimension 0; outputs without a batch dimension are listed."""
-    columns = [pytree.tree_flatten(output) for output in outputs]
-    spec = columns[0][1]
-    leaves = [list(column) for column in zip(*(leaves for leaves, _ in columns))]
-    joined = [torch.cat(c) if isinstance(c[0], torch.Tensor) and c[0].dim() else c for c in leaves]
-    return pytree.tree_unflatten(joined, spec)
-
-
-def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

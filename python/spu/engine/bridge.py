@@ -32,7 +32,12 @@ _MAX_PENDING = 256  # outputs per stage whose consumer has not come yet
 
 
 def _key(tensor: torch.Tensor) -> _Key:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+    return (
+        tensor.untyped_storage().data_ptr(),
+        int(tensor.storage_offset()),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+    )
 
 
 def _has_alias(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["cast", "count_targets", "move", "split_batch", "target_weights"]
+__all__ = ["batch_rows", "cast", "count_targets", "move", "split_batch", "target_weights"]
 
 
 def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
@@ -42,6 +42,12 @@ def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
 
     columns = [pieces(leaf) for leaf in leaves]
     return [pytree.tree_unflatten([column[i] for column in columns], spec) for i in range(parts)]
+
+
+def batch_rows(batch: Any) -> int:
+    """The batch size: dimension 0 of the first tensor that has one; 1 without any."""
+    leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((leaf.shape[0] for leaf in leaves), 1)
 
 
 def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:

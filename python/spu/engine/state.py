@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from spu import checkpoint
 from spu.checkpoint import CheckpointError
 from spu.engine.build import Built
 from spu.optim import AdamW, MasterOptimizer
 
-__all__ = ["model_state", "optimizer_state", "restore_model", "restore_optimizer"]
+__all__ = ["load_training", "model_state", "save_training"]
+
+_FORMAT = "spu-trainer"
 
 _Optimizers = list[AdamW | MasterOptimizer | None]
 
@@ -29,6 +33,27 @@ def _named(built: Built, optimizers: _Optimizers) -> dict[str, tuple[nn.Paramete
     return found
 
 
+def save_training(path: str | Path, built: Built, optimizers: _Optimizers, meta: dict[str, Any]) -> None:
+    """Write a checkpoint of a whole training run, ``meta`` with it."""
+    tensors = {f"model:{name}": tensor for name, tensor in model_state(built, optimizers).items()}
+    tensors |= {f"optimizer:{name}": tensor for name, tensor in _optimizer_state(built, optimizers).items()}
+    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, **meta})
+
+
+def load_training(path: str | Path, built: Built, optimizers: _Optimizers) -> dict[str, Any]:
+    """Put a checkpoint of :func:`save_training` back, into a model cut into any number of stages, and return its meta.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model; nothing was changed.
+    """
+    tensors, meta = checkpoint.load(path)
+    if meta.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
+    _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
+    _restore_optimizer(built, optimizers, _with_prefix(tensors, "optimizer:"))
+    return meta
+
+
 def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
     """Parameters in full precision (the fp32 master where there is one) and persistent buffers, by model name."""
     state = {}
@@ -40,7 +65,7 @@ def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor
     return state
 
 
-def restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+def _restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
     """Put :func:`model_state` back, into a model cut into any number of stages.
 
     Raises:
@@ -72,7 +97,7 @@ def restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, tor
                 use.alias.copy_(use.owner)
 
 
-def optimizer_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
+def _optimizer_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
     """``NAME/KEY`` -> state tensor of each parameter; numbers become 0-dimensional fp64 tensors."""
     state = {}
     for owned, optimizer in zip(built.owned, optimizers):
@@ -87,8 +112,8 @@ def optimizer_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Te
     return state
 
 
-def restore_optimizer(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
-    """Put :func:`optimizer_state` back; parameters that it does not name start afresh."""
+def _restore_optimizer(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+    """Put :func:`_optimizer_state` back; parameters that it does not name start afresh."""
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in state.items():
         name, _, key = full.rpartition("/")
@@ -125,3 +150,7 @@ def _some(names: list[str]) -> str:
         return "nothing"
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

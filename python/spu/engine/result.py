@@ -1,0 +1,66 @@
+"""What came out of a step: the result a user reads, and microbatches' results as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["StepResult", "join_outputs", "sum_losses"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. Values stay on their device until an attribute is read, which waits for it."""
+
+    loss_tensor: torch.Tensor
+    grad_norm_tensor: torch.Tensor
+    loss_scale_tensor: torch.Tensor
+    found_inf_tensor: torch.Tensor
+    targets: int | torch.Tensor
+    seconds: float
+    peak_bytes: dict[str, int]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the batch's counted targets, unscaled."""
+        return self.loss_tensor.item()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the true gradients, before clipping; not finite for a skipped step."""
+        return self.grad_norm_tensor.item()
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale that this step's loss was multiplied by."""
+        return self.loss_scale_tensor.item()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a gradient was not finite, so that nothing was updated."""
+        return bool(self.found_inf_tensor.item())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Counted targets a second, the whole step included."""
+        return float(self.targets) / self.seconds
+
+
+def sum_losses(losses: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The batch's loss from its microbatches' shares, added in microbatch order."""
+    total = torch.zeros((), dtype=torch.float32)
+    for index in sorted(losses):
+        total = total.to(losses[index].device) + losses[index]
+    return total
+
+
+def join_outputs(outputs: list[Any]) -> Any:
+    """The microbatches' outputs joined along dimension 0; outputs without a batch dimension are listed."""
+    columns = [pytree.tree_flatten(output) for output in outputs]
+    spec = columns[0][1]
+    leaves = [list(column) for column in zip(*(leaves for leaves, _ in columns))]
+    joined = [torch.cat(c) if isinstance(c[0], torch.Tensor) and c[0].dim() else c for c in leaves]
+    return pytree.tree_unflatten(joined, spec)
