@@ -300,15 +300,17 @@ def _measure_one(layer: nn.Module, x: Any, call: Call | None, repeats: int) -> t
     out: Any = None
     with _kept_buffers(layer):
         for _ in range(repeats + 1):
+            out = None  # lets go of the last run's activations first
             start = _now(device)
             out = layer(x) if call is None else call(layer, x)
-            middle = _now(device)
+            forward_s.append(_now(device) - start)
             outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+            gradients = [torch.ones_like(t) for t in outs]
+            start = _now(device)
             if outs and (parameters or leaves):
                 # Not .backward(): parameters' .grad and their accumulation hooks stay out of it.
-                torch.autograd.grad(outs, [*parameters, *leaves], [torch.ones_like(t) for t in outs], allow_unused=True)
-            forward_s.append(middle - start)
-            backward_s.append(_now(device) - middle)
+                torch.autograd.grad(outs, [*parameters, *leaves], gradients, allow_unused=True)
+            backward_s.append(_now(device) - start)
     return statistics.median(forward_s[1:]), statistics.median(backward_s[1:]), _next_input(out)
 
 
