@@ -103,15 +103,18 @@ class Head(_Part):
         super().__init__({"norm": norm_name, "lm_head": head_name})
         self.norm = norm
         self.lm_head = lm_head
-        shell = copy_without_children(model)
         # Not a child: the shell has no weights, and must not show up in state_dict, .to() or .half().
-        object.__setattr__(self, "_shell", shell)
+        object.__setattr__(self, "_shell", copy_without_children(model))
         self._head_name = head_name
-        self._base_name = model.base_model_prefix  # type: ignore[assignment]
+        self._base_name = str(model.base_model_prefix)
+
+    @property
+    def _whole(self) -> nn.Module:
+        return self.__dict__["_shell"]
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Hidden states [batch, tokens, hidden] -> logits [batch, tokens, vocabulary]."""
-        shell = copy_without_children(self._shell)  # private to this call: stages run in threads
+        shell = copy_without_children(self._whole)  # private to this call: stages run in threads
         shell.add_module(self._base_name, _Stub(self.norm(x)))
         shell.add_module(self._head_name, self.lm_head)
         return shell(input_ids=split_inputs(inputs)["input_ids"], use_cache=False, return_dict=True).logits

@@ -114,8 +114,13 @@ class TrainConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{_option(name)} {value} must be a positive number")
+        for name in ("warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{_option(name)} {getattr(self, name)} must be from 0 to 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"--weight-decay {self.weight_decay} must be 0 or a positive number")
         given = [_option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
-        if len(given) > 1 and self.minutes is not None:
+        if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
         parts = self.microbatches * self.accumulate
         if self.batch < parts:
@@ -191,7 +196,8 @@ def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         old = getattr(saved, name)
         same = Path(value).resolve() == Path(old).resolve() if name in ("model", "data") and old else value == old
         if name not in PLACEMENT and not same:
+            was = "default" if old is None else old
             raise ValueError(
-                f"{_option(name)} {value} differs from the run's {old}: leave it out to go on, or start a new run"
+                f"{_option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
             )
     return dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})

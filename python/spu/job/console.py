@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -31,9 +32,18 @@ class View(Protocol):
     def say(self, text: str) -> None: ...
 
 
-def smooth(old: float | None, new: float) -> float:
-    """A running mean of the loss, as it is shown."""
-    return new if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * new
+class RunningMean:
+    """Exponential mean of the loss, without the bias towards its first value."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with one more value, which is left out if it is not finite."""
+        if math.isfinite(value):
+            self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
+            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        return self._sum / self._weight if self._weight else value
 
 
 class PlainView:

@@ -16,7 +16,7 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
         ValueError: an unknown device or budget.
     """
     found = DeviceManager(budget).get_devices(spec)
-    rows = [("device", "memory", "budget", "fp32", "bf16", "fp16", "memory speed", "what")]
+    rows: list[tuple[str, ...]] = [("device", "memory", "budget", "fp32", "bf16", "fp16", "memory speed", "what")]
     for device in found:
         speed = measure_device(device, refresh=refresh)
         flops = (_flops(value) for value in (speed.fp32, speed.bf16, speed.fp16))

@@ -56,7 +56,7 @@ class FileTokenizer:
         return torch.tensor(ids, dtype=torch.int32)
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return str(self._tokenizer.decode(ids))
 
 
 def quiet_transformers() -> None:
@@ -134,7 +134,7 @@ def make_model(source: str | None, seed: int) -> nn.Module:
 
     config = load_config(source)
     if has_weights(source):
-        return _load(source, config)
+        return _load(str(source), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -145,12 +145,12 @@ def make_model(source: str | None, seed: int) -> nn.Module:
             ) from error
 
 
-def _load(source: str | None, config: Any) -> nn.Module:
+def _load(source: str, config: Any) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=torch.float32,
@@ -161,6 +161,7 @@ def _load(source: str | None, config: Any) -> nn.Module:
         )
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"--model {source}: its weights cannot be read: {_first_line(error)}") from error
+    model, info = loaded
     for what in ("missing_keys", "mismatched_keys"):
         if info.get(what):
             some = ", ".join(str(key) for key in sorted(info[what], key=str)[:3])

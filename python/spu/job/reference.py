@@ -91,14 +91,13 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
     metrics = MetricsFile(folder / METRICS)
     metrics.keep_up_to(-1)
     curve = corpus.validation_batches(config.batch, config.seq, curve_windows(config))
-    seconds, shown = 0.0, None
+    seconds, shown = 0.0, console.RunningMean()
     with console.open_view("fp32 reference", steps) as view:
         for step in range(steps):
             row = train_step(model, optimizer, config, corpus, step)
             seconds += config.tokens_per_step / row["tokens_per_s"]
             metrics.append(step=step + 1, tokens=(step + 1) * config.tokens_per_step, **row)
-            shown = console.smooth(shown, row["loss"])
-            view.update(console.Progress(step + 1, shown, row["tokens_per_s"]))
+            view.update(console.Progress(step + 1, shown.add(row["loss"]), row["tokens_per_s"]))
             if is_eval_step(config, step + 1, steps):
                 metrics.append(step=step + 1, val_loss=evaluate(model, curve))
             if signals.asked is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spu.job.console import smooth
+from spu.job.console import RunningMean
 from spu.job.metrics import train_rows, validation_rows
 
 _TRAIN, _VALIDATION, _REFERENCE = "#4c78a8", "#d1495b", "#8d8d8d"
@@ -47,18 +47,9 @@ def draw_loss(
                 *points, color=_REFERENCE, linestyle="--", marker="x", markersize=5, label="validation, plain fp32"
             )
         axes.plot(*_points(rows, tokens), color=_VALIDATION, marker="o", markersize=4, label="validation")
-        if final_val is not None and steps:
-            last = steps[-1]["tokens"]
-            axes.axhline(final_val, color=_VALIDATION, linewidth=0.6, linestyle=":")
-            axes.annotate(
-                f"{final_val:.3f} on the whole validation set",
-                (last, final_val),
-                xytext=(0, -14),
-                textcoords="offset points",
-                ha="right",
-                color=_VALIDATION,
-                fontsize=9,
-            )
+        if final_val is not None:
+            label = f"whole validation set: {final_val:.3f}"
+            axes.axhline(final_val, color=_VALIDATION, linewidth=0.8, linestyle=":", label=label)
         skipped = [row["tokens"] for row in steps if row.get("skipped")]
         if skipped:
             base = axes.get_ylim()[0]
@@ -77,12 +68,8 @@ def draw_loss(
 
 
 def _smoothed(rows: list[dict[str, Any]]) -> list[float]:
-    shown: float | None = None
-    out = []
-    for row in rows:
-        shown = smooth(shown, row["loss"])
-        out.append(shown)
-    return out
+    mean = RunningMean()
+    return [mean.add(row["loss"]) for row in rows]
 
 
 def _points(rows: list[dict[str, Any]], tokens: dict[int, int]) -> tuple[list[int], list[float]]:
@@ -100,7 +87,7 @@ def comparison_lines(summary: dict[str, Any], reference: dict[str, Any]) -> list
     ours, theirs = summary["val_loss"], reference["val_loss"]
     return [
         f"spu        validation {ours:.4f}  {summary['tokens_per_s']:,.0f} tokens/s",
-        f"plain fp32 validation {theirs:.4f}  {reference['tokens_per_s']:,.0f} tokens/s, {reference['threads']} threads",
+        f"plain fp32 validation {theirs:.4f}  {reference['tokens_per_s']:,.0f} tokens/s",
         f"difference {difference_percent(ours, theirs):+.2f}% in validation loss, "
         f"{summary['tokens_per_s'] / reference['tokens_per_s']:.2f}x the speed",
     ]

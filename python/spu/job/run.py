@@ -110,7 +110,7 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         schedule=config.schedule,
         plan=job.plan(),
         transfer=config.transfer,
-        recompute={"auto": "auto", "on": True, "off": False}[config.recompute],
+        recompute="auto" if config.recompute == "auto" else config.recompute == "on",
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         scaler=LossScaler(
@@ -209,7 +209,7 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
     metrics, guard = MetricsFile(folder.metrics), Guard()
     metrics.keep_up_to(done)
     curve = job.corpus.validation_batches(config.batch, config.seq, reference.curve_windows(config))
-    shown = val_loss = None
+    shown, val_loss = console.RunningMean(), None
     skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
     with console.open_view(f"train {folder.name}", steps, done) as view:
         for step in range(done, steps):
@@ -217,13 +217,12 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
             metrics.append(**_row(step + 1, result, config))
             guard.check(step + 1, result, config)
             skipped += result.skipped
-            shown = console.smooth(shown, result.loss) if math.isfinite(result.loss) else shown
             if reference.is_eval_step(config, step + 1, steps):
                 val_loss = evaluate(trainer, curve)
                 metrics.append(step=step + 1, val_loss=val_loss)
             view.update(
                 console.Progress(
-                    step + 1, shown or result.loss, result.tokens_per_s, result.loss_scale, skipped, val_loss
+                    step + 1, shown.add(result.loss), result.tokens_per_s, result.loss_scale, skipped, val_loss
                 )
             )
             stop = signals.asked
@@ -270,7 +269,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[st
         "transfer": config.transfer,
     }
     summary |= _pictures_of_pipeline(job, trainer)
-    model = make_model(config.model, config.seed)
+    model: Any = make_model(config.model, config.seed)
     model.load_state_dict(trainer.state_dict_for_model(), strict=False)
     model.save_pretrained(folder / "model")
     prompt = job.corpus.validation[:PROMPT_TOKENS]
