@@ -126,13 +126,11 @@ def _extension(module: str, what: str, more: Callable[[], str]) -> Row:
 
 
 def _instruction_set() -> str:
-    """Which kernels the C++ library chose, if it says, and what the processor has."""
+    """Which kernels the C++ library chose, and what the processor has."""
     flags = _cpu_flags()
     have = "processor has " + (", ".join(flags) or "no vector instructions that the kernels know")
     try:
-        import torch
-
-        return f"runs {torch.ops.spu.cpu_isa()} ({have})"
+        return f"runs its {importlib.import_module('spu._C').isa()} ones ({have})"
     except Exception:
         return have
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -172,14 +172,13 @@ def _identity(device: Device) -> dict[str, Any]:
 
 
 def _linear_identity() -> list[Any]:
-    """What decides which linear kernel runs: a forced backend, and the build of the C++ one."""
+    """What decides which linear kernel runs: a forced backend, the build of the C++ one and its instruction set."""
     build = None
     try:
-        spec = importlib.util.find_spec("spu._C")
-        if spec is not None and spec.origin:
-            status = os.stat(spec.origin)
-            build = [status.st_size, status.st_mtime_ns]
-    except (ImportError, OSError, ValueError):
+        module = importlib.import_module("spu._C")
+        status = os.stat(str(module.__file__))
+        build = [status.st_size, status.st_mtime_ns, module.isa()]
+    except (ImportError, OSError, AttributeError):
         pass
     return [os.environ.get("SPU_BACKEND", ""), build, _linear() is not torch.nn.functional.linear]
 
