@@ -144,7 +144,8 @@ def test_what_is_wrong_with_the_numbers_is_named():
         (([0, 1], [0], [], [1.0], []), "equally long, got 1, 0 and 1"),
         (([0, 2], [0], [0], [1.0], []), "first must ascend from 0 to the number of actions"),
         (([0, 1], [4], [0], [1.0], []), r"kinds\[0\] is 4, not 0 to 3"),
-        (([0, 1], [0], [-1], [1.0], []), r"microbatches\[0\] is negative"),
+        (([0, 1], [0], [-1], [1.0], []), r"microbatches\[0\] is -1, not 0 to 2\^24 - 1"),
+        (([0, 1], [0], [2**62], [1.0], []), r"microbatches\[0\] is 4611686018427387904, not 0 to"),
         (([0, 1], [0], [0], [1.0], [0.0]), "expected 0 transfers, got 1"),
     ],
 )

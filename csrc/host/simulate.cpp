@@ -10,6 +10,9 @@
 namespace spu::host {
 namespace {
 
+// The tables are dense in the microbatch: a wild number must not become a wild allocation.
+constexpr std::int64_t kMostMicrobatches = std::int64_t{1} << 24;
+
 constexpr double kNever = std::numeric_limits<double>::quiet_NaN();
 
 // The later of two times; NaN, which stands for never, wins. (std::max would lose it.)
@@ -36,7 +39,8 @@ void check(const FlatSchedule& s) {
   for (std::size_t k = 0; k < actions; ++k) {
     require(s.kinds[k] >= kForward && s.kinds[k] <= kWeightGradient,
             "kinds[" + std::to_string(k) + "] is " + std::to_string(s.kinds[k]) + ", not 0 to 3");
-    require(s.microbatches[k] >= 0, "microbatches[" + std::to_string(k) + "] is negative");
+    require(s.microbatches[k] >= 0 && s.microbatches[k] < kMostMicrobatches,
+            "microbatches[" + std::to_string(k) + "] is " + std::to_string(s.microbatches[k]) + ", not 0 to 2^24 - 1");
   }
 }
 

@@ -159,7 +159,7 @@ def _draw_legend(figure: Any, timelines: list[Timeline]) -> None:
     figure.legend(
         handles=[Patch(facecolor=color, label=word) for word, color in [*entries, ("idle", IDLE)]],
         loc="upper right",
-        bbox_to_anchor=(1 - _RIGHT / WIDTH_INCHES, 1 - 0.16 / figure.get_figheight()),
+        bbox_to_anchor=(1 - _RIGHT / WIDTH_INCHES, 1 - 0.47 / figure.get_figheight()),
         ncols=len(entries) + 1,
         frameon=False,
         fontsize=9,
