@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spu
 from spu.schedules import Action, ScheduleError, Span, Timeline, forward_only, gpipe, one_f_one_b, parse_grid, simulate
 from spu.schedules.simulate import flatten, run_flat
 
@@ -154,6 +156,14 @@ def test_the_cpp_simulator_refuses_arrays_that_do_not_fit(arrays, reason):
 
     with pytest.raises(ValueError, match=reason):
         _host.simulate(*arrays)
+
+
+def test_without_the_host_module_auto_is_python_and_cpp_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spu._host", None)  # importing it fails, as where no compiler was found
+    monkeypatch.delattr(spu, "_host", raising=False)
+    assert simulate(gpipe(2, 2), [(1.0, 2.0)] * 2) == simulate(gpipe(2, 2), [(1.0, 2.0)] * 2, backend="python")
+    with pytest.raises(RuntimeError, match=r"spu\._host is not built: install with a C\+\+ compiler"):
+        simulate(gpipe(2, 2), [(1.0, 2.0)] * 2, backend="cpp")
 
 
 def test_an_empty_schedule_takes_no_time():
