@@ -175,7 +175,7 @@ def test_wrong_wires_are_named() -> None:
         ops.unpack(newer, (5, 7), torch.float32)
     corrupt = wire.clone()
     corrupt[8] = 3
-    with pytest.raises(ValueError, match="corrupt wire header.*block 3"):
+    with pytest.raises(ValueError, match=r"corrupt wire header.*block 3"):
         ops.unpack(corrupt, (5, 7), torch.float32)
     with pytest.raises(TypeError, match=r"flat uint8 tensor, got torch.float32 of shape \(3,\)"):
         ops.unpack(torch.zeros(3), (3,), torch.float32, "int8")
@@ -186,7 +186,7 @@ def test_wrong_wires_are_named() -> None:
 def test_what_cannot_be_packed_is_named() -> None:
     with pytest.raises(ValueError, match="unknown codec 'zip': use one of 'fp16', 'bf16', 'int8'"):
         ops.pack(torch.zeros(3), "zip")
-    with pytest.raises(TypeError, match="cannot pack torch.float64"):
+    with pytest.raises(TypeError, match=r"cannot pack torch\.float64"):
         ops.pack(torch.zeros(3, dtype=torch.float64), "fp16")
     with pytest.raises(ValueError, match="6 dimensions"):
         ops.pack(torch.zeros(1, 1, 1, 1, 1, 1), "fp16")

@@ -259,7 +259,7 @@ class MasterOptimizer:
                 continue
             grad = _check_grad(param)
             if grad_scale is not None:
-                grad.mul_(_to(grad_scale, grad.device))
+                grad.mul_(_to(grad_scale, grad.device).squeeze(0))
             target.grad = grad
         self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):

@@ -1,0 +1,322 @@
+"""AdamW and MasterOptimizer against torch's optimizers, alone and in a whole loss-scaled step."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from backend_params import every_backend
+from numeric import assert_equal
+from torch import Tensor, nn
+
+from spu import ops
+from spu.optim import AdamW, MasterOptimizer, clip_coefficient
+from spu.precision import LossScaler, MainGrads
+
+HYPER = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
+SHAPES = [(17, 33), (33,), (), (1, 1)]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+
+
+def twins(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().float()) for p in params]
+
+
+def set_grads(params: list[nn.Parameter], grads: list[Tensor]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad_dtype = torch.float32
+        param.grad = grad.clone()
+
+
+def random_grads() -> list[Tensor]:
+    return [torch.randn(shape) for shape in SHAPES]
+
+
+def test_twenty_steps_in_fp32_are_torchs_bit_for_bit() -> None:
+    params = parameters()
+    others = twins(params)
+    ours, theirs = AdamW(params, **HYPER), torch.optim.AdamW(others, **HYPER, foreach=False, fused=False)
+    with ops.use_backend("reference"):
+        for turn in range(20):
+            for group in (*ours.param_groups, *theirs.param_groups):
+                group["lr"] = 3e-3 / (1 + turn)  # a schedule
+            grads = random_grads()
+            set_grads(params, grads)
+            set_grads(others, grads)
+            ours.step()
+            theirs.step()
+            for i, (a, b) in enumerate(zip(params, others)):
+                assert_equal(a.detach(), b.detach(), f"step {turn}, parameter {i}")
+                for key in ("exp_avg", "exp_avg_sq"):
+                    assert_equal(ours.state[a][key], theirs.state[b][key], f"step {turn}, {key} {i}")
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_masters_follow_torch_in_fp32_and_parameters_follow_masters(backend: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    others = twins(params)
+    ours, theirs = AdamW(params, **HYPER), torch.optim.AdamW(others, **HYPER, foreach=False, fused=False)
+    with ops.use_backend(backend):
+        for _ in range(20):
+            grads = random_grads()
+            set_grads(params, grads)
+            set_grads(others, grads)
+            ours.step()
+            theirs.step()
+    for i, (a, b) in enumerate(zip(params, others)):
+        master = ours.state[a].get("master", a).detach()
+        assert ("master" in ours.state[a]) == (dtype != torch.float32)
+        if backend == "reference":
+            assert_equal(master, b.detach(), f"master {i}")
+        # Twenty updates of at most about 3e-3, each good to a few units in the last place, on values of order 1.
+        torch.testing.assert_close(master, b.detach(), rtol=2e-6, atol=2e-6)
+        assert_equal(a.detach(), master.to(dtype), f"parameter {i}")
+
+
+class Amp:
+    """The same step in plain torch: GradScaler, clip_grad_norm_, torch.optim.AdamW, on fp32 masters."""
+
+    def __init__(self, params: list[nn.Parameter], **scaler: float) -> None:
+        self.params = params
+        self.optimizer = torch.optim.AdamW(params, **HYPER, foreach=False, fused=False)
+        self.scaler = torch.amp.GradScaler("cpu", **scaler)
+        self.scaler.scale(torch.ones(1))
+
+    def step(self, scaled_sums: list[list[Tensor]], max_norm: float | None) -> Tensor | None:
+        for param, scaled in zip(self.params, scaled_sums, strict=True):
+            param.grad = sum(grad.float() for grad in scaled)
+        self.scaler.unscale_(self.optimizer)
+        norm = None
+        if max_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.params, max_norm, foreach=False)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_the_loss_scaled_step_is_torch_amps(backend: str, dtype: torch.dtype, max_norm: float | None) -> None:
+    """Overflows injected on some steps; the gradients come from plain uses, so that both see the same 16-bit values.
+
+    Without clipping the reference backend has torch's bits: scales are powers of two, so unscaling before or after the
+    fp32 sum rounds the same. With clipping the norm is summed in another order (one fp64 sum of squares instead of
+    an fp32 norm of norms), which moves the coefficient by a unit or two in the last place: values are then compared
+    within a few units.
+    """
+    params = parameters(dtype)
+    masters = twins(params)
+    scaler_arguments = {"init_scale": 2.0**12, "growth_interval": 3}
+    amp, scaler = Amp(masters, **scaler_arguments), LossScaler(**scaler_arguments)
+    optimizer, main_grads = AdamW(params, **HYPER), MainGrads(params)
+    skipped = []
+    with ops.use_backend(backend):
+        for turn in range(20):
+            main_grads.begin_step()
+            scaler.begin_step()
+            scaled: list[list[Tensor]] = [[] for _ in params]
+            for microbatch in range(2):
+                grads = random_grads()
+                if turn in (2, 3, 9) and microbatch == turn % 2:
+                    grads[turn % len(grads)].view(-1)[0] = float("inf")
+                # The loss is a dot product with given values: each gradient is scale * value, rounded to dtype.
+                loss = sum((p.float() * g).sum() for p, g in zip(params, grads))
+                for store, grad in zip(scaled, grads, strict=True):
+                    store.append((grad * scaler.get_scale()).to(dtype))
+                scaler.scale(loss).backward()
+            found_inf, coefficient = scaler.found_inf(), None
+            if max_norm is not None:
+                square = ops.grad_sqnorm(p.grad for p in params)
+                coefficient = clip_coefficient(square, max_norm)
+            optimizer.step(found_inf=found_inf, grad_scale=coefficient)
+            scaler.update()
+            norm = amp.step(scaled, max_norm)
+            skipped.append(bool(found_inf.item()))
+            if norm is not None and not skipped[-1]:
+                torch.testing.assert_close(square.sqrt()[0], norm, rtol=1e-6, atol=0)
+            assert scaler.state_dict() == amp.scaler.state_dict(), f"step {turn}"
+            for i, (param, master) in enumerate(zip(params, masters)):
+                ours = optimizer.state[param].get("master", param).detach()
+                name = f"step {turn}, parameter {i}"
+                if backend == "reference" and max_norm is None:
+                    assert_equal(ours, master.detach(), name)
+                torch.testing.assert_close(
+                    ours, master.detach(), rtol=3e-6, atol=3e-6, msg=lambda t, n=name: f"{n}: {t}"
+                )
+                assert_equal(param.detach(), ours.to(dtype), name)
+    assert [i for i, s in enumerate(skipped) if s] == [2, 3, 9]
+    assert {int(optimizer.state[p]["step"].item()) for p in params} == {17}
+
+
+def test_clip_coefficient_is_torchs_formula() -> None:
+    for norm in (0.0, 0.3, 1.0, 7.0, 1e6):
+        gradient = nn.Parameter(torch.zeros(1))
+        gradient.grad = torch.tensor([norm])
+        torch.nn.utils.clip_grad_norm_([gradient], 1.0)
+        coefficient = clip_coefficient(torch.tensor([norm]).square(), 1.0)
+        assert coefficient.shape == (1,)
+        torch.testing.assert_close(torch.tensor([norm]) * coefficient, gradient.grad, rtol=2e-7, atol=0)
+    with pytest.raises(ValueError, match=r"max_norm must be positive, got 0"):
+        clip_coefficient(torch.ones(1), 0)
+
+
+def test_parameters_without_a_gradient_are_skipped() -> None:
+    params = parameters()
+    before = [p.detach().clone() for p in params]
+    optimizer = AdamW(params)
+    set_grads(params[:1], random_grads()[:1])
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+    assert all(torch.equal(p, b) for p, b in zip(params[1:], before[1:]))
+    assert set(optimizer.state) == {params[0]}
+
+
+def test_set_master_gives_the_exact_start() -> None:
+    exact = torch.randn(5)
+    param = nn.Parameter(exact.half())
+    optimizer = AdamW([param], lr=0.0)
+    optimizer.set_master(param, exact)
+    set_grads([param], [torch.ones(5)])
+    optimizer.step()
+    assert_equal(optimizer.state[param]["master"], exact, "master")
+    with pytest.raises(ValueError, match=r"master has shape \(4,\), its parameter \(5,\)"):
+        optimizer.set_master(param, torch.zeros(4))
+    with pytest.raises(TypeError, match=r"torch.float32 parameter has no master"):
+        optimizer.set_master(nn.Parameter(torch.zeros(5)), torch.zeros(5))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_saved_state_continues_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    optimizer = AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], **HYPER)
+    with ops.use_backend(backend):
+        for _ in range(3):
+            set_grads(params, random_grads())
+            optimizer.step()
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        others = [nn.Parameter(p.detach().clone()) for p in params]
+        loaded = AdamW([{"params": others[:2]}, {"params": others[2:]}])
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        for a, b in zip(params, others):
+            assert set(optimizer.state[a]) == set(loaded.state[b])
+            for key, value in optimizer.state[a].items():
+                assert_equal(loaded.state[b][key], value, key)
+                assert loaded.state[b][key].data_ptr() != value.data_ptr()
+        for _ in range(3):
+            grads = random_grads()
+            set_grads(params, grads)
+            set_grads(others, grads)
+            optimizer.step()
+            loaded.step()
+    for i, (a, b) in enumerate(zip(params, others)):
+        assert_equal(b.detach(), a.detach(), f"parameter {i}")
+
+
+def test_torchs_adamw_state_can_be_loaded() -> None:
+    params = parameters()
+    others = twins(params)
+    theirs, ours = torch.optim.AdamW(others, **HYPER, foreach=False), AdamW(params, **HYPER)
+    with ops.use_backend("reference"):
+        for turn in range(4):
+            grads = random_grads()
+            set_grads(params, grads)
+            set_grads(others, grads)
+            theirs.step()
+            if turn == 1:
+                ours.load_state_dict(theirs.state_dict())
+                for a, b in zip(params, others):
+                    a.data.copy_(b)
+            elif turn > 1:
+                ours.step()
+    for a, b in zip(params, others):
+        assert_equal(a.detach(), b.detach())
+
+
+def test_a_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([param])
+
+    def closure() -> Tensor:
+        loss = (param**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert param.grad is not None
+
+
+def test_wrong_arguments_are_named() -> None:
+    param = nn.Parameter(torch.ones(3).half())
+    param.grad = torch.ones(3).half()
+    with pytest.raises(
+        TypeError, match=r"torch.float16 parameter of shape \(3,\) has a torch.float16 gradient.*MainGrads"
+    ):
+        AdamW([param]).step()
+    with pytest.raises(TypeError, match=r"found_inf must be float32 of one element, got torch.bool"):
+        AdamW([param]).step(found_inf=torch.zeros(1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"lr must be at least 0, got -1"):
+        AdamW([param], lr=-1)
+    with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
+        AdamW([param], betas=(0.9, 1.0))
+
+
+def sgd(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_master_optimizer_runs_any_optimizer_in_fp32(dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    others = twins(params)
+    ours, theirs = MasterOptimizer(sgd, params), sgd(others)
+    for turn in range(6):
+        grads = random_grads()
+        set_grads(params, grads)
+        ours.step(found_inf=torch.tensor([float(turn == 3)]), grad_scale=torch.tensor([0.5]))
+        if turn != 3:
+            set_grads(others, [g * 0.5 for g in grads])
+            theirs.step()
+        for i, (a, b) in enumerate(zip(params, others)):
+            assert_equal(a.detach(), b.detach().to(dtype), f"step {turn}, parameter {i}")
+    assert [m is None for m in ours.masters()] == [dtype == torch.float32] * len(params)
+    for param_group in ours.param_groups:
+        param_group["lr"] = 0.0
+    before = copy.deepcopy([p.detach() for p in params])
+    set_grads(params, random_grads())
+    ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before))
+
+
+def test_master_optimizer_state_continues_bit_for_bit() -> None:
+    params = parameters(torch.float16)
+    masters = [torch.randn(shape) for shape in SHAPES]
+    optimizer = MasterOptimizer(sgd, params, masters)
+    set_grads(params, random_grads())
+    optimizer.step()
+    others = parameters(torch.float16)
+    loaded = MasterOptimizer(sgd, others)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        grads = random_grads()
+        set_grads(params, grads)
+        set_grads(others, grads)
+        optimizer.step()
+        loaded.step()
+    for a, b in zip([*params, *optimizer.masters()], [*others, *loaded.masters()]):
+        assert_equal(b.detach(), a.detach())
+    with pytest.raises(ValueError, match=r"1 masters for 4 parameters"):
+        MasterOptimizer(sgd, params, masters[:1])
+    with pytest.raises(ValueError, match=r"state has 4 masters, this optimizer 1 parameters"):
+        MasterOptimizer(sgd, params[:1]).load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
