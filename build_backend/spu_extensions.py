@@ -103,7 +103,7 @@ def wanted_extensions() -> list[Extension]:
     """The extensions to build here; an empty list makes a pure-Python wheel.
 
     Raises:
-        CompileError: SPU_BUILD=1 and something needed is missing.
+        CompileError: SPU_BUILD=1 and a tool or the sources are missing.
     """
     mode = build_mode()
     if mode == "0":
@@ -116,10 +116,11 @@ def wanted_extensions() -> list[Extension]:
         say("installing without compiled extensions; compiling needs " + "; ".join(lacks))
         return []
     extensions = []
-    if cpu := _sources("cpu"):
-        extensions.append(Extension("spu._C", cpu, py_limited_api=True))
-    if host := _sources("host"):
-        extensions.append(Extension("spu._host", host))
+    for name, folder, limited in (("spu._C", "cpu", True), ("spu._host", "host", False)):
+        if sources := _sources(folder):
+            extensions.append(Extension(name, sources, py_limited_api=limited))
+        elif mode == "1":
+            raise CompileError(f"SPU_BUILD=1, but csrc/{folder} has no *.cpp: the source tree is incomplete")
     return extensions
 
 
