@@ -106,7 +106,7 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
         scope: what ops and hooks of that backward will find.
     """
     if isinstance(value, Tensor):
-        return _identity(scope, [value])[0] if value.requires_grad else value
+        return _identity(scope, [value])[0] if value.requires_grad else value  # type: ignore[return-value]
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"open_scope takes a tensor or a tuple of them, got {type(value).__name__}")
     items: list[Any] = list(value)
