@@ -10,10 +10,10 @@ namespace SPU_ISA_NS {
 template <math::Act A, class T>
 static void act_backward_range(const T* dy, const T* saved, T* dz, int64_t begin, int64_t end) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) store(dz + i, load(dy + i) * math::activate_grad<A, vf>(load(saved + i)));
+  for (; i + kLanes <= end; i += kLanes) store(dz + i, math::activate_backward<A, vf>(load(dy + i), load(saved + i)));
   if (i < end) {
     const int64_t n = end - i;
-    store_some(dz + i, load_some(dy + i, n) * math::activate_grad<A, vf>(load_some(saved + i, n)), n);
+    store_some(dz + i, math::activate_backward<A, vf>(load_some(dy + i, n), load_some(saved + i, n)), n);
   }
 }
 

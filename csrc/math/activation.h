@@ -40,13 +40,14 @@ SPU_HD F gelu_tanh(F z) {
 template <class F>
 SPU_HD F gelu_tanh_grad(F z) {
   using O = Ops<F>;
-  // Beyond |z| = 20 the derivative is 0 or 1 to the last bit; the clamp keeps inf * 0 out.
+  // Beyond |z| = 20 the derivative is 0 or 1 to the last bit; the clamp keeps an overflowing z^2 out. z - z is 0, or
+  // NaN for the infinite z whose derivative torch calls NaN.
   const F top = O::splat(20.0f);
   F c = z > top ? top : z;
   c = c < -top ? -top : c;
   const F s = logistic<F>(gelu_tanh_2u<F>(c));
   const F du = O::fma(c * c, O::splat(3.0f * 0.07135481283f), O::splat(1.595769122f));
-  return O::fma(c * s * (1.0f - s), du, s);
+  return O::fma(c * s * (1.0f - s), du, s) + (z - z);
 }
 
 template <class F>
@@ -61,12 +62,6 @@ SPU_HD F silu_grad(F z) {
   return s * Ops<F>::fma(z, 1.0f - s, Ops<F>::splat(1.0f));
 }
 
-// Derivative of relu from its *output* y: 1 where y > 0. NaN outputs give 0 times dy as torch's threshold_backward.
-template <class F>
-SPU_HD F relu_grad_from_output(F y) {
-  return y > 0.0f ? Ops<F>::splat(1.0f) : Ops<F>::splat(0.0f);
-}
-
 template <Act A, class F>
 SPU_HD F activate(F z) {
   if constexpr (A == Act::relu) return relu<F>(z);
@@ -76,14 +71,15 @@ SPU_HD F activate(F z) {
   return z;
 }
 
-// act'(saved): saved is the pre-activation, or the output for relu.
+// dy * act'(saved): saved is the pre-activation, or the output for relu. Where relu was flat the result is 0 whatever
+// dy is (0 * inf would be NaN), and a NaN output passes dy on: torch's threshold_backward.
 template <Act A, class F>
-SPU_HD F activate_grad(F saved) {
-  if constexpr (A == Act::relu) return relu_grad_from_output<F>(saved);
-  if constexpr (A == Act::gelu) return gelu_grad<F>(saved);
-  if constexpr (A == Act::gelu_tanh) return gelu_tanh_grad<F>(saved);
-  if constexpr (A == Act::silu) return silu_grad<F>(saved);
-  return Ops<F>::splat(1.0f);
+SPU_HD F activate_backward(F dy, F saved) {
+  if constexpr (A == Act::relu) return saved <= 0.0f ? Ops<F>::splat(0.0f) : dy;
+  if constexpr (A == Act::gelu) return dy * gelu_grad<F>(saved);
+  if constexpr (A == Act::gelu_tanh) return dy * gelu_tanh_grad<F>(saved);
+  if constexpr (A == Act::silu) return dy * silu_grad<F>(saved);
+  return dy;
 }
 
 }  // namespace math
