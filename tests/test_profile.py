@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_our_linear_op_is_counted_like_torchs(dtype: torch.dtype) -> None:
     assert ours == theirs
     assert ours.forward_flops == 2 * 21 * 16 * 24
     assert ours.param_bytes == (16 * 24 + 24) * dtype.itemsize
+
+
+def test_costs_in_another_dtype_are_those_of_the_converted_layers() -> None:
+    x = torch.randn(2, 10, 16, requires_grad=True)
+    costs = estimate_layers(SAVING, x, dtype=torch.float16)
+    converted = [copy.deepcopy(layer).half() for layer in SAVING]
+    assert costs == estimate_layers(converted, x.detach().half().requires_grad_())
+    assert costs[0].param_bytes == 2 * (16 * 32 + 32)
+    assert all(p.dtype == torch.float32 for layer in SAVING for p in layer.parameters())
 
 
 def test_attention_and_convolution_are_counted() -> None:
@@ -255,6 +265,14 @@ def test_a_layer_without_gradients_has_no_backward() -> None:
     (cost,) = measure_layers([nn.Linear(4, 4).requires_grad_(False)], torch.randn(2, 4))
     assert cost.backward_s is not None
     assert cost.backward_s < 1e-3
+
+
+def test_a_layer_that_is_elsewhere_is_copied_there() -> None:
+    layer = nn.Linear(4, 4)
+    assert profile._on(layer, None) is profile._on(layer, torch.device("cpu")) is layer
+    moved = profile._on(layer, torch.device("meta"))
+    assert moved is not layer
+    assert (moved.weight.device.type, layer.weight.device.type) == ("meta", "cpu")
 
 
 def test_no_repeats_are_refused() -> None:

@@ -47,7 +47,7 @@ class LayerCost:
     Attributes:
         name: the layer's.
         forward_flops: of matrix products, convolutions and attention (2 per multiply-add); no elementwise work.
-        param_bytes: of its parameters in their own dtype, one shared within the layer once. Buffers are not counted.
+        param_bytes: of its parameters in the dtype it is costed in, a shared one once; buffers are not counted.
         param_count: elements of the same.
         saved_bytes: what forward keeps for backward: distinct storages saved by autograd, parameters and buffers left
             out, the layer's own input included if it is saved.
@@ -78,13 +78,14 @@ def estimate_layers(
         layers: modules, or (name, module) pairs; on any device, ``meta`` too.
         example_inputs: one microbatch's input to the first layer: a tensor or a structure of them, real, meta or fake.
         call: how to call a layer: ``call(layer, x)``; default ``layer(x)``. Real tensors it brings become fake.
+        dtype: costs are those of the layers and inputs converted to it (their floating-point tensors); default: as is.
 
     Raises:
         ValueError: there are no layers, or a layer cannot run without values; the message names it.
     """
     named = _named(layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    x = _to_fake(mode, example_inputs, _device_of(named, example_inputs))
+    x = _to_fake(mode, example_inputs, _device_of(named, example_inputs), dtype)
     seen: set[int] = set()
     keep_alive: list[Any] = []
     costs = []
@@ -191,12 +192,12 @@ def _estimate_one(
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with mode, counter, hooks:
         out = torch.func.functional_call(_Called(layer, call), tensors, (x,), strict=False)
-    parameters = list({id(p): p for p in layer.parameters()}.values())
-    width = {id(p): (dtype or p.dtype).itemsize if p.is_floating_point() else p.element_size() for p in parameters}
+    names = [f"layer.{n}" for n, _ in layer.named_parameters(remove_duplicate=False)]
+    parameters = list({id(tensors[n]): tensors[n] for n in names}.values())
     cost = LayerCost(
         name=name,
         forward_flops=counter.get_total_flops(),
-        param_bytes=sum(p.numel() * width[id(p)] for p in parameters),
+        param_bytes=sum(p.numel() * p.element_size() for p in parameters),
         param_count=sum(p.numel() for p in parameters),
         saved_bytes=sum(t.untyped_storage().nbytes() for t in saved.values()),
         output_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)),
@@ -217,23 +218,25 @@ def _fake_state(
     named = itertools.chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
     for name, tensor in named:
         if id(tensor) not in made:
-            as_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            fake = _fake_tensor(mode, tensor.detach(), device, as_dtype)
+            fake = _fake_tensor(mode, tensor, device, dtype)
             made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
         result[f"layer.{name}"] = made[id(tensor)]
     return result
 
 
-def _fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without data of this one's shape and strides, on ``device``."""
+def _fake_tensor(
+    mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """A tensor without data of this one's shape and strides, on ``device``; in ``dtype`` if it is a floating one."""
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
     with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
-    return fake
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
 
 
-def _to_fake(mode: FakeTensorMode, value: Any, device: torch.device) -> Any:
+def _to_fake(mode: FakeTensorMode, value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     def one(tensor: torch.Tensor) -> torch.Tensor:
-        return _fake_tensor(mode, tensor, device, tensor.dtype).requires_grad_(tensor.requires_grad)
+        return _fake_tensor(mode, tensor, device, dtype).requires_grad_(tensor.requires_grad)
 
     return _map_tensors(one, value)
 
