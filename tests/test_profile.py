@@ -220,8 +220,8 @@ def test_forward_and_backward_seconds_are_real_medians(monkeypatch: pytest.Monke
     for (forward_s, backward_s), (least_f, least_b) in zip(measured, [(0.01, 0.03), (0.04, 0.0)], strict=True):
         assert forward_s is not None
         assert backward_s is not None
-        assert least_f <= forward_s < least_f + 0.2
-        assert least_b <= backward_s < least_b + 0.2
+        assert least_f <= forward_s < least_f + 0.5
+        assert least_b <= backward_s < least_b + 0.5
 
 
 def test_measuring_leaves_gradients_buffers_randomness_and_modes_alone() -> None:
@@ -247,8 +247,8 @@ def test_measuring_leaves_gradients_buffers_randomness_and_modes_alone() -> None
 
 
 def test_measured_costs_keep_the_estimates_and_follow_the_work() -> None:
-    layers = [nn.Linear(512, 512), nn.Linear(512, 32)]
-    x = torch.randn(256, 512)
+    layers = [nn.Linear(1024, 1024), nn.Linear(1024, 8)]  # 128 to 1: no load turns that round
+    x = torch.randn(512, 1024)
     estimated, measured = estimate_layers(layers, x), measure_layers(layers, x, repeats=5)
     for plain, timed in zip(estimated, measured, strict=True):
         assert (timed.name, timed.forward_flops, timed.saved_bytes) == (
