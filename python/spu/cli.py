@@ -17,7 +17,6 @@ BAD_INPUT, INTERRUPTED = 2, 130
 app = typer.Typer(
     name="spu",
     help="Train PyTorch models that do not fit the card you own, exactly and fast.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -149,13 +148,29 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `spu`; ends the process with the command's exit code."""
+    """Entry point of `spu`: runs the command and ends the process with the command's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for index, argument in enumerate(arguments):
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
         if argument == "--resume" and bare:
             arguments[index] = "--resume=latest"
-    app(args=arguments, prog_name="spu")
+    try:
+        code = app(args=arguments or ["--help"], prog_name="spu", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the base class of usage errors moved between typer's versions
+            raise
+        print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
+        code = BAD_INPUT
+    sys.exit(code or 0)
+
+
+def _given(error: Any, arguments: list[str]) -> str:
+    """The value that a usage error complains about, which its own text may lack."""
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        places = [index for index, argument in enumerate(arguments[:-1]) if argument == name]
+        if places:
+            return f" (given: {arguments[places[-1] + 1]!r})"
+    return ""
 
 
 if __name__ == "__main__":
