@@ -221,6 +221,27 @@ def test_autocast_computes_in_its_dtype_like_torchs_linear() -> None:
     assert_equal(weight.grad, dw, "dw")
 
 
+@every_backend
+def test_the_registered_derivative_equals_the_eager_one(backend: str) -> None:
+    x, weight, bias = torch.randn(4, 5), torch.randn(3, 5), torch.randn(3)
+    dy = torch.randn(4, 3)
+    for activation in ops.ACTIVATIONS:
+        keep = activation in ("gelu", "gelu_tanh", "silu")
+
+        def registered(x: Tensor, w: Tensor, b: Tensor, activation: str = activation, keep: bool = keep) -> Tensor:
+            return schema.overload("linear", backend)(x, w, b, activation, keep)[0]
+
+        with ops.use_backend(backend):
+            eager = run(lambda x, w, b, a=activation: ops.linear_act(x, w, b, a), [x, weight, bias], dy)
+        for name, ours, other in zip(["y", "dx", "dw", "db"], eager, run(registered, [x, weight, bias], dy)):
+            assert_equal(ours, other, f"{name} ({activation})")
+
+
+def test_differentiating_without_the_kept_preactivation_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs keep_preact=True to be differentiated with activation 'gelu'"):
+        torch.ops.spu.linear.reference(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3), None, "gelu", False)
+
+
 def test_meta_and_inference_mode() -> None:
     meta = ops.linear_act(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta"), None, "gelu")
     assert meta.shape == (2, 4)
