@@ -6,6 +6,7 @@
 // Included in the namespace of an instruction set, which defines SPU_MR and SPU_NV (the micro-tile: rows, vectors).
 #pragma once
 
+#include "cpu/codec_kernels.h"
 #include "cpu/gemm_epilogue.h"
 #include "cpu/gemm_pack.h"
 
@@ -147,6 +148,55 @@ static void run_tasks(void* context, int64_t begin, int64_t end) {
   }
 }
 
+// Few rows, both operands contiguous along k: dot products straight from storage. Packing would cost as much as the
+// product, and four times kLanes partial sums round less than one long chain does.
+constexpr int64_t kDotRows = 4;
+
+template <class T>
+static float dot(const float* a, const T* b, int64_t k) {
+  vf sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = O::fma(load(a + i + j * kLanes), load(b + i + j * kLanes), sum[j]);
+  }
+  for (; i + kLanes <= k; i += kLanes) sum[0] = O::fma(load(a + i), load(b + i), sum[0]);
+  if (i < k) sum[1] = O::fma(load_some(a + i, k - i), load_some(b + i, k - i), sum[1]);
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Columns [64 begin, 64 end) of all rows; packed_a holds A as fp32 [m, k].
+template <class T>
+static void dot_columns(const Gemm& g, int64_t begin, int64_t end) {
+  const T* b = static_cast<const T*>(g.b->data);
+  alignas(64) float c[kDotRows * 64];
+  for (int64_t j0 = begin * 64; j0 < end * 64; j0 += 64) {
+    const int64_t columns = least(64, g.n - j0);
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = 0; i < g.m; ++i) c[i * 64 + j] = dot(g.packed_a + i * g.k, b + (j0 + j) * g.b->col, g.k);
+    }
+    g.epilogue(*g.e, {c, 64, 0, j0, g.m, columns, g.n});
+  }
+}
+
+static void dot_task(void* context, int64_t begin, int64_t end) {
+  const Gemm& g = *static_cast<Gemm*>(context);
+  if (g.b->type == cpu::Type::fp16) return dot_columns<Fp16>(g, begin, end);
+  if (g.b->type == cpu::Type::bf16) return dot_columns<Bf16>(g, begin, end);
+  return dot_columns<float>(g, begin, end);
+}
+
+static void few_rows(Gemm& g, int64_t threads) {
+  g.packed_a = cpu::workspace(cpu::kSharedA, g.m * g.k);
+  const char* a = static_cast<const char*>(g.a->data);
+  const int64_t size = g.a->type == cpu::Type::fp32 ? 4 : 2;
+  for (int64_t i = 0; i < g.m; ++i) {
+    convert(g.a->type, a + i * g.a->row * size, cpu::Type::fp32, g.packed_a + i * g.k, 0, g.k);
+  }
+  if (threads == 1) return dot_task(&g, 0, ceil_div(g.n, 64));
+  cpu::parallel(ceil_div(g.n, 64), dot_task, &g);
+}
+
 // k = 0: every accumulator is zero.
 static void empty_sums(const Gemm& g) {
   alignas(64) float zeros[kMR * kNR] = {};
@@ -175,6 +225,7 @@ static void gemm(int64_t m, int64_t n, int64_t k, const cpu::Operand& a, const c
   if (k == 0) return empty_sums(g);
 
   const int64_t threads = m * n >= kParallelWork / k ? cpu::threads() : 1;
+  if (m <= kDotRows && a.col == 1 && b.row == 1) return few_rows(g, threads);
   const int64_t most_k = least(k, kKS);
   const int64_t most_m = least(m, ceil_div(kSharedFloats / most_k, kMR) * kMR);
   if (k > kKS) {

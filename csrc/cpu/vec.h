@@ -146,6 +146,16 @@ SPU_INLINE void store_some(T* p, vf v, int64_t n) {
 SPU_INLINE vu max_u(vu a, vu b) {
   return a > b ? a : b;
 }
+// Lanes are added in pairs, which rounds less than a chain.
+SPU_INLINE float sum_of(vf v) {
+  float x[kLanes];
+  store(x, v);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
 SPU_INLINE bool any(vi mask) {
   int32_t r = 0;
   for (int i = 0; i < kLanes; ++i) r |= mask[i];
