@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from spu.devices import Device
+from spu.devices import Device, pin_current_thread
 
 __all__ = ["Worker"]
 
@@ -21,11 +19,7 @@ def _bind(device: Device) -> None:
     """Runs once at the start of a worker thread."""
     if device.torch_device.type == "cuda":
         torch.cuda.set_device(device.torch_device)
-        return
-    # The OpenMP pool of this thread is made at its first parallel region and inherits the affinity set here.
-    if device.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, device.cores)
-    torch.set_num_threads(device.threads)
+    pin_current_thread(device)
 
 
 class Worker:
