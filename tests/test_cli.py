@@ -143,7 +143,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(place):
     assert process.returncode == 130, output
     done = len(losses(place, name))
     assert 2 <= done < STEPS
-    assert f"stopped after step {done} of {STEPS}, saved; go on with --resume {name}" in output
+    assert f"stopped after step {done} of {STEPS}, saved; go on with --resume {place / 'runs' / name}" in output
     assert "Traceback" not in output
     assert run_here(place, "train", "--resume", str(place / "runs" / name)) == 0
     assert losses(place, name) == losses(place, "whole")
@@ -299,7 +299,7 @@ def test_corrupt_and_foreign_checkpoints_are_refused_and_kept(place, capsys):
 
 def test_a_run_is_not_resumed_as_another_one(place, capsys):
     run = copy_run(place, "other")
-    expect_refusal(place, capsys, run, "--lr 0.5 differs from the run's 0.003", more=("--lr", "0.5"))
+    expect_refusal(place, capsys, run, "--lr 0.5 differs from the run's 0.002", more=("--lr", "0.5"))
     (place / "text2.txt").write_text((place / "text.txt").read_text() + "!")
     config = json.loads((run / "config.json").read_text())
     config["settings"]["data"] = str(place / "text2.txt")

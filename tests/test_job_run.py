@@ -19,7 +19,7 @@ def result(loss: float = 1.0, skipped: bool = False):
 
 def test_a_loss_that_is_not_finite_from_the_start_ends_the_run():
     for loss in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"from the start \(step 1\): check the weights, --lr 0.003"):
+        with pytest.raises(ValueError, match=r"from the start \(step 1\): check the weights, --lr 0.002"):
             Guard().check(1, result(loss), TrainConfig())
 
 

@@ -76,7 +76,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Or: tokens to train on.  (786432)")] = None,
     minutes: Annotated[float | None, typer.Option(help="Or: minutes to fill.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  (0.003)")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  (0.002)")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps that warm up.  (0.05)")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's.  (0.1)")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient norm to this.  (1.0)")] = None,

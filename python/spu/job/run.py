@@ -98,7 +98,7 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
     Raises:
         ValueError: unknown device, more stages than layers, no placement under the budgets, unknown settings.
     """
-    config = job.config
+    config, plan = job.config, job.plan()
     trainer = ModelParallelTrainer(
         model,
         DeviceManager(config.budget).get_devices(config.devices),
@@ -108,7 +108,8 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         microbatches=config.microbatches,
         accumulate=config.accumulate,
         schedule=config.schedule,
-        plan=job.plan(),
+        plan=plan,
+        measure=plan is None,  # so that the predicted times are of these layers on this machine
         transfer=config.transfer,
         recompute="auto" if config.recompute == "auto" else config.recompute == "on",
         max_grad_norm=config.max_grad_norm,
@@ -230,7 +231,7 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
                 trainer.save(folder.checkpoint)
             if stop is not None and step + 1 < steps:
                 raise Stopped(
-                    stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.name}"
+                    stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.path}"
                 )
 
 
