@@ -23,7 +23,10 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "cpu": (torch.float16, torch.bfloat16, torch.float32),
 }
-_FIX = "build the extensions with a C++17 compiler: pip install --no-build-isolation --force-reinstall spu-torch"
+_FIX = (
+    "build the extensions in a checkout of spu, with a C++17 compiler: "
+    "SPU_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+)
 
 
 @dataclass(frozen=True)
