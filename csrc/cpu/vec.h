@@ -10,9 +10,7 @@
 #include <string.h>
 
 // Full-mask forms of the AVX-512 intrinsics are used because the plain ones warn under GCC 12.
-#if defined(SPU_VEC_AVX512) && defined(SPU_USE_SIMDE)
-#include <simde/x86/avx512.h>  // the same intrinsics in portable C, for the tests
-#elif defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+#if defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
 #include <immintrin.h>
 #endif
 

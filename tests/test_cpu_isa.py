@@ -1,0 +1,119 @@
+"""Every instruction set of spu._C, also those that this machine would not choose or cannot run.
+
+The narrower ones are forced by SPU_CPU_ISA in a subprocess that runs test_cpu_kernels.py. The AVX-512 kernels are
+compiled from the same sources with 64-byte vectors but without the AVX-512 instructions, and run that way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+TORCH = Path(torch.__file__).parent
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", f"-I{CSRC}"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+
+_C = pytest.importorskip("spu._C", reason="spu._C is not built here")
+LEVELS = ["scalar", "avx2", "avx512"]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not (CSRC / "cpu").is_dir(), reason="needs g++ and the sources in csrc/"
+)
+
+
+def run_kernel_tests(env: dict[str, str], *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cpu_kernels.py"]
+    result = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def chosen(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    code = "import torch, spu.ops, spu._C; print(spu._C.isa())"
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_isa_is_the_widest_unless_forced() -> None:
+    if "SPU_CPU_ISA" not in os.environ:
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+        if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}:
+            assert _C.isa() == "avx512"
+        elif flags >= {"avx2", "fma", "f16c"}:
+            assert _C.isa() == "avx2"
+    assert _C.isa() in LEVELS
+    assert chosen({"SPU_CPU_ISA": "scalar"}).stdout.strip() == "scalar"
+    wrong = chosen({"SPU_CPU_ISA": "sse9"})
+    assert wrong.returncode != 0
+    assert "ValueError: SPU_CPU_ISA=sse9" in wrong.stderr
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2"])
+def test_narrower_instruction_sets(level: str) -> None:
+    if LEVELS.index(level) >= LEVELS.index(_C.isa()):
+        pytest.skip(f"this machine runs {_C.isa()}, which test_cpu_kernels.py has tested")
+    run_kernel_tests({"SPU_CPU_ISA": level})
+
+
+@needs_compiler
+def test_avx512_kernels_without_avx512(tmp_path: Path) -> None:
+    if not (TORCH / "include/torch/csrc/stable/library.h").exists():
+        pytest.skip("needs torch's stable ABI headers")
+    build_emulated(tmp_path)
+    run_kernel_tests({"SPU_CPU_ISA": "avx512", "SPU_TEST_LIBRARY": str(tmp_path / "_C.so")})
+
+
+def build_emulated(folder: Path) -> None:
+    """The op library with 16-lane kernels in plain vector arithmetic, on AVX2 registers where the CPU has them."""
+    narrow = AVX2 if _C.isa() != "scalar" else []
+    defines = ["-DSPU_EMULATE_AVX512", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    includes = [f"-isystem{TORCH / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
+    running = []
+    objects = []
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.stem.startswith("kernels_") and source.stem != "kernels_avx512":
+            continue
+        extra = narrow if source.stem == "kernels_avx512" else []
+        objects.append(folder / f"{source.stem}.o")
+        command = ["g++", *FLAGS, *defines, *includes, *extra, "-c", str(source), "-o", str(objects[-1])]
+        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        if len(running) >= 2:
+            finish(running.pop(0))
+    for process in running:
+        finish(process)
+    link = ["g++", "-shared", *map(str, objects), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(folder / "_C.so")]
+    subprocess.run(link, check=True, capture_output=True, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.parametrize(("source", "flags"), [("kernels_avx2", AVX2), ("kernels_avx512", AVX512)])
+def test_wide_objects_share_no_inline_function(source: str, flags: list[str], tmp_path: Path) -> None:
+    """A weak symbol compiled with AVX-512 could be the copy that the linker keeps for every caller."""
+    made = tmp_path / "kernels.o"
+    # -O0 keeps every function that inlining would hide
+    command = ["g++", *FLAGS, "-O0", *flags, "-c", str(CSRC / f"cpu/{source}.cpp"), "-o", str(made)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    listed = subprocess.run(["nm", "-C", str(made)], check=True, capture_output=True, text=True).stdout
+    weak = [line for line in listed.splitlines() if any(f" {kind} " in line for kind in "WVu")]
+    # names that hold this instruction set's namespace, or its vector type, exist in this object alone
+    shared = [line for line in weak if "spu::isa_" not in line and "__vector(" not in line]
+    assert not shared, shared
