@@ -187,6 +187,21 @@ def test_fp32_pipeline_equals_plain_pytorch_on_the_same_batches(place):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), f"step {a['step']}"
 
 
+def test_the_saved_model_is_the_trained_one_with_tied_embeddings_too(place):
+    from spu.job.data import make_corpus
+    from spu.job.model import ByteTokenizer, make_model
+    from spu.job.reference import evaluate
+
+    (place / "tied.json").write_text(json.dumps({**TINY, "tie_word_embeddings": True}))
+    assert run_here(place, *new_run(place, "tied", "--model", str(place / "tied.json"), "--steps", "4")) == 0
+    corpus = make_corpus(str(place / "text.txt"), ByteTokenizer(), 16)
+    for name in ("whole", "tied"):
+        run = place / "runs" / name
+        model = make_model(str(run / "model"), 5)
+        val_loss = json.loads((run / "summary.json").read_text())["val_loss"]
+        assert evaluate(model, corpus.validation_batches(2, 16)) == pytest.approx(val_loss, rel=2e-3), name
+
+
 def test_reference_alone(place, capsys):
     assert run_here(place, *new_run(place, "alone", "--steps", "3", "--reference")) == 0
     assert "plain fp32: validation loss" in capsys.readouterr().out

@@ -99,6 +99,22 @@ def test_plain_view_prints_about_twenty_lines(capsys):
     assert lines[-1].startswith("train x 200/200 loss 2.500 val 2.400 scale 65536 skipped 1 1,234 tokens/s left")
 
 
+def test_rich_view_shows_the_numbers():
+    import io
+
+    from rich.console import Console
+
+    from spu.job.console import RichView
+
+    text = io.StringIO()
+    view = RichView("train x", 10, 0, Console(file=text, force_terminal=True, width=140))
+    view.update(Progress(5, 2.5, 1234.5, 65536.0, 1))
+    view.say("a note [with brackets]")
+    view.stop()
+    for expected in ("train x", "5/10", "loss 2.500 scale 65536 skipped 1 1,234 tokens/s", "a note [with brackets]"):
+        assert expected in text.getvalue()
+
+
 def test_folders_are_never_reused(tmp_path):
     from spu.job.config import TrainConfig
 

@@ -71,7 +71,7 @@ def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | N
     folder = find_folder(out, resume)
     saved, corpus = folder.read_config()
     config = resume_config(saved, given)
-    replaced = any(getattr(config, key) != getattr(saved, key) for key in PLACEMENT)
+    replaced = any(key in given for key in PLACEMENT)  # naming them asks for a new plan, as on another machine
     return Job(config, folder, new=False, replaced=replaced, saved_corpus=corpus)
 
 

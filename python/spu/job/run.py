@@ -271,7 +271,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[st
     }
     summary |= _pictures_of_pipeline(job, trainer)
     model: Any = make_model(config.model, config.seed)
-    model.load_state_dict(trainer.state_dict_for_model(), strict=False)
+    model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
     prompt = job.corpus.validation[:PROMPT_TOKENS]
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
