@@ -32,7 +32,7 @@ def _load() -> object:
 
 
 C = _load()
-import spu.ops  # noqa: E402  (defines the schemas; must not load another spu._C first)
+import spu.ops  # noqa: E402, F401  (defines the schemas; must not load another spu._C first)
 
 OPS = torch.ops.spu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +57,10 @@ EXPORT void narrow(int bf16, const float* x, uint16_t* h, long n) {
   for (long i = 0; i < n; ++i) h[i] = (uint16_t)(bf16 ? float_to_bf16<float>(x[i]) : float_to_fp16<float>(x[i]));
 }
 EXPORT void widen(int bf16, const uint16_t* h, float* x, long n) {
-  for (long i = 0; i < n; ++i) x[i] = bf16 ? bf16_to_float<float>((uint32_t)h[i]) : fp16_to_float<float>((uint32_t)h[i]);
+  for (long i = 0; i < n; ++i) {
+    const uint32_t u = h[i];
+    x[i] = bf16 ? bf16_to_float<float>(u) : fp16_to_float<float>(u);
+  }
 }
 EXPORT void encode(const float* x, float* scales, int8_t* codes, long blocks) {
   for (long b = 0; b < blocks; ++b) {
@@ -97,7 +100,7 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
 
 
 @pytest.fixture(scope="module", params=["plain", "fused"])
-def math(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+def math(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The functions above, without and with fused multiply-add."""
     folder = tmp_path_factory.mktemp("math")
     (folder / "math.cpp").write_text(SOURCE)
@@ -110,7 +113,7 @@ def math(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(str(folder / "m.so"))
     library.wire_size.restype = ctypes.c_long
-    yield library
+    return library
 
 
 def at(t: Tensor) -> ctypes.c_void_p:

@@ -42,9 +42,7 @@ SPU_INLINE float encode_block(const T* x, int8_t* codes) {
     v[i] = load(x + i * kLanes);
     top = max_u(top, O::bits(v[i]) & 0x7fffffffu);
   }
-  uint32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
-  const float scale = math::int8_scale(math::Ops<float>::from_bits(most));
+  const float scale = math::int8_scale(math::Ops<float>::from_bits(max_lane(top)));
   if (!math::int8_scale_codes(scale)) {
     memset(codes, 0, kBlock);
     return scale;
@@ -52,7 +50,7 @@ SPU_INLINE float encode_block(const T* x, int8_t* codes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kBlockVectors; ++i) {
     const vf q = math::int8_code<vf>(v[i], O::splat(scale));
-    store_raw(codes + i * kLanes, __builtin_convertvector(__builtin_convertvector(q, vi), vb));
+    store_codes(codes + i * kLanes, __builtin_convertvector(q, vi));
   }
   return scale;
 }
@@ -79,7 +77,7 @@ template <class T>
 SPU_INLINE void decode_block(T* x, float scale, const int8_t* codes) {
 #pragma GCC unroll 16
   for (int i = 0; i < kBlockVectors; ++i) {
-    const vi q = __builtin_convertvector(load_raw<vb>(codes + i * kLanes), vi);
+    const vi q = load_codes(codes + i * kLanes);
     store(x + i * kLanes, math::int8_value<vf>(__builtin_convertvector(q, vf), O::splat(scale)));
   }
 }

@@ -144,6 +144,53 @@ SPU_INLINE void store_some(T* p, vf v, int64_t n) {
 SPU_INLINE vu max_u(vu a, vu b) {
   return a > b ? a : b;
 }
+// The lane numbers 0, 1, ... as template arguments, for constant shuffles.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+// kLanes int8 codes to and from 32-bit lanes. GCC 12 converts such short byte vectors element by element.
+SPU_INLINE vi load_codes(const int8_t* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vi)_mm512_maskz_cvtepi8_epi32(0xffff, (__m128i)load_raw<vb>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(load_raw<vb>(p), vi);
+#endif
+}
+SPU_INLINE void store_codes(int8_t* p, vi codes) {
+#if defined(SPU_VEC_AVX512)
+  store_raw(p, (vb)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)codes));
+#elif defined(SPU_VEC_AVX2)
+  const __m256i c = (__m256i)codes;
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  store_raw(p, __builtin_convertvector(codes, vb));
+#endif
+}
+
+// The lanes of v rotated by D; __builtin_shuffle wraps its indices.
+template <int D, int... I>
+SPU_INLINE vu rotated(vu v, Lanes<I...>) {
+  return __builtin_shuffle(v, (vu){uint32_t(I + D)...});
+}
+template <int D = kLanes / 2>
+SPU_INLINE uint32_t max_lane(vu v) {
+  v = max_u(v, rotated<D>(v, typename MakeLanes<kLanes>::type{}));
+  if constexpr (D > 1) {
+    return max_lane<D / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
 // Lanes are added in pairs, which rounds less than a chain.
 SPU_INLINE float sum_of(vf v) {
   float x[kLanes];
@@ -162,15 +209,6 @@ SPU_INLINE bool any(vi mask) {
 
 // Transposes a kLanes x kLanes block in registers: at distance d = kLanes/2 ... 1 rows i and i + d exchange the
 // off-diagonal d x d blocks. log2(kLanes) rounds of two-input shuffles.
-template <int... I>
-struct Lanes {};
-template <int N, int... I>
-struct MakeLanes : MakeLanes<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeLanes<0, I...> {
-  using type = Lanes<I...>;
-};
-
 template <int D, int... I>
 SPU_INLINE void exchange(vf& a, vf& b, Lanes<I...>) {
   const vi low = {((I & D) ? kLanes + I - D : I)...};
