@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 _LINES = 20  # plain lines of a whole run
-_SMOOTHING = 0.95  # of the shown training loss
+_SMOOTHING = 0.9  # of the shown training loss
 
 
 @dataclass

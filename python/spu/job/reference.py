@@ -121,5 +121,5 @@ def curve_windows(config: TrainConfig) -> int:
 
 
 def is_eval_step(config: TrainConfig, done: int, steps: int) -> bool:
-    """Whether a point of the validation curve follows after `done` of `steps` steps."""
-    return done == steps or done % max(1, steps // config.evals) == 0
+    """Whether a point of the validation curve follows after `done` of `steps` steps; it always does after the last."""
+    return done * config.evals // steps > (done - 1) * config.evals // steps

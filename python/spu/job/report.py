@@ -8,7 +8,7 @@ from typing import Any
 from spu.job.console import RunningMean
 from spu.job.metrics import train_rows, validation_rows
 
-_TRAIN, _VALIDATION, _REFERENCE = "#4c78a8", "#d1495b", "#8d8d8d"
+_TRAIN, _VALIDATION, _REFERENCE, _SKIPPED = "#4c78a8", "#d1495b", "#8d8d8d", "#f2a541"
 
 
 def draw_loss(
@@ -52,8 +52,9 @@ def draw_loss(
             axes.axhline(final_val, color=_VALIDATION, linewidth=0.8, linestyle=":", label=label)
         skipped = [row["tokens"] for row in steps if row.get("skipped")]
         if skipped:
-            base = axes.get_ylim()[0]
-            axes.plot(skipped, [base] * len(skipped), "^", color="#f2a541", markersize=5, label="skipped step")
+            bottom = axes.get_xaxis_transform()  # x in tokens, y as a share of the axis
+            marker = {"color": _SKIPPED, "marker": "^", "linestyle": "", "markersize": 6}
+            axes.plot(skipped, [0.02] * len(skipped), transform=bottom, label="skipped step", **marker)
         axes.set_xlabel("training tokens")
         axes.set_ylabel(f"loss, nats a {unit}")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k" if value >= 1000 else f"{value:.0f}")

@@ -20,7 +20,7 @@ from spu.job.data import Corpus, make_corpus
 from spu.job.folder import RunFolder
 from spu.job.metrics import MetricsFile, read_metrics, save_result, train_rows
 from spu.job.model import Tokenizer, load_config, make_model, make_tokenizer
-from spu.job.sample import sample_text
+from spu.job.sample import choose_prompt, sample_text
 from spu.job.stop import Stopped, StopSignals
 from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
@@ -273,7 +273,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[st
     model: Any = make_model(config.model, config.seed)
     model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
-    prompt = job.corpus.validation[:PROMPT_TOKENS]
+    prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
     tokens = min(SAMPLE_TOKENS, room - len(prompt))
     summary["prompt"], summary["sample"] = sample_text(model, job.tokenizer, prompt, tokens=tokens, seed=config.seed)

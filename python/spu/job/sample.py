@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from spu.job.model import Tokenizer
 
 TEMPERATURE = 0.7
+_SEARCHED = 20_000  # tokens
+_PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")
+
+
+def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch.Tensor:
+    """Up to `tokens` token ids that open a paragraph of prose in a text's `ids` [tokens], or the first ones."""
+    text = tokenizer.decode(ids[:_SEARCHED].tolist())
+    found = _PARAGRAPH.search(text)
+    if found is None:
+        return ids[:tokens]
+    return tokenizer.encode(found[1].encode())[:tokens]
 
 
 def sample_text(
