@@ -53,8 +53,8 @@ def draw_loss(
         skipped = [row["tokens"] for row in steps if row.get("skipped")]
         if skipped:
             bottom = axes.get_xaxis_transform()  # x in tokens, y as a share of the axis
-            marker = {"color": _SKIPPED, "marker": "^", "linestyle": "", "markersize": 6}
-            axes.plot(skipped, [0.02] * len(skipped), transform=bottom, label="skipped step", **marker)
+            heights = [0.02] * len(skipped)
+            axes.plot(skipped, heights, "^", transform=bottom, color=_SKIPPED, markersize=6, label="skipped step")
         axes.set_xlabel("training tokens")
         axes.set_ylabel(f"loss, nats a {unit}")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k" if value >= 1000 else f"{value:.0f}")
