@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ def _load() -> object:
     if path is None:
         return pytest.importorskip("spu._C", reason="spu._C is not built here")
     loader = importlib.machinery.ExtensionFileLoader("spu._C", path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("spu._C", loader))
+    spec = importlib.util.spec_from_loader("spu._C", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules["spu._C"] = module
     loader.exec_module(module)
     return module
@@ -340,7 +343,7 @@ def test_int8_special_blocks() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adamw_follows_torch(dtype: torch.dtype) -> None:
     start = torch.randn(257, 67)
-    hyper = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    hyper: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     truth_p, plain_p = start.double().requires_grad_(), start.clone().requires_grad_()
     truth, plain = torch.optim.AdamW([truth_p], foreach=False, **hyper), torch.optim.AdamW([plain_p], **hyper)
     master = start.clone()
