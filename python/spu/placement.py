@@ -98,8 +98,11 @@ def _caller(layers: Sequence[Layer], inputs: Any) -> Any:
     return call
 
 
-def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device]) -> None:
-    """Whether a plan made elsewhere, or by hand, is one for this model and these devices.
+def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], **settings: Any) -> None:
+    """Whether a plan made elsewhere, or by hand, is one for this model, these devices and the trainer's settings.
+
+    Args:
+        settings: what the plan must have been made for, by the plan's names for them.
 
     Raises:
         ValueError: it is not; the message says where.
@@ -116,6 +119,12 @@ def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device]) -
             f"the plan is for another model: it has {len(planned)} layers and this one {len(names)}, "
             f"and they differ at layer {at}; plan again"
         )
+    for name, given in settings.items():
+        planned_for = getattr(plan, name)
+        if planned_for != given:
+            raise ValueError(
+                f"the plan is for {name}={planned_for!r}, but the trainer has {given!r}; make them equal, or plan again"
+            )
 
 
 def place_parts(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Device]:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from spu.devices import Device, call_pinned
+from spu.ops.cut import cut
 from spu.speed import DeviceSpeed, cache_directory, measure_device, measure_link
 
 __all__ = [
@@ -297,15 +298,16 @@ def _rows(shape: Sequence[int]) -> int:
 def _measure_one(layer: nn.Module, x: Any, call: Call | None, repeats: int) -> tuple[float, float, Any]:
     """Median seconds of forward and of backward, and the input of the next layer."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
-    leaves = [t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad]
     device = _first_device([x, *parameters])
     forward_s, backward_s = [], []
     out: Any = None
     with _kept_buffers(layer):
         for _ in range(repeats + 1):
             out = None  # lets go of the last run's activations first
+            own = _next_input(_map_tensors(torch.clone, x))  # the layer may change its input in place
+            leaves = [t for t in tree_leaves(own) if isinstance(t, torch.Tensor) and t.requires_grad]
             start = _now(device)
-            out = layer(x) if call is None else call(layer, x)
+            out = layer(own) if call is None else call(layer, own)
             forward_s.append(_now(device) - start)
             outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
             gradients = [torch.ones_like(t) for t in outs]
@@ -353,8 +355,8 @@ def _frozen_rng(device: torch.device | None = None) -> Iterator[None]:
 
 
 def _next_input(out: Any) -> Any:
-    """``out`` as a new leaf: cut from its graph, same storage, wanting a gradient where it had one to give."""
-    return _map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), out)
+    """``out`` cut from its graph: same storage, wanting a gradient where it had one to give."""
+    return _map_tensors(lambda t: cut(t)[0] if t.requires_grad else t.detach(), out)
 
 
 def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

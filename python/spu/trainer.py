@@ -18,10 +18,10 @@ from spu.engine.bridge import Bridge, StageModule
 from spu.engine.build import DTYPES, Built, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 from spu.engine.local import LocalEngine, Round
-from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights
+from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
 from spu.engine.result import StepResult, join_outputs, sum_losses
 from spu.engine.state import load_training, model_state, save_training
-from spu.engine.update import OptimizerFactory, Updater
+from spu.engine.update import OptimizerFactory, Updater, release
 from spu.plan import Plan
 from spu.precision import LossScaler
 from spu.schedules import Timeline
@@ -185,7 +185,8 @@ class ModelParallelTrainer:
             codec=self.codec,
             recompute=self.recompute,
         )
-        placement.check_plan(plan, layers, self.devices)
+        self._check_plan(plan)
+        release(layers)
         masters = to_precision(layers, self.precision)
         if self.measure:
             plan = placement.measure_plan(plan, layers, sample, self.devices)
@@ -199,14 +200,18 @@ class ModelParallelTrainer:
         built.masters.update(masters)
         self._built = built
         self._engine = LocalEngine(built.stages, codec=self.codec, backend=self._backend)
-        self._updater = Updater(
-            built,
-            self._engine,
-            self.scaler,
-            optimizer=self._optimizer,
-            lr=self._lr,
-            max_grad_norm=self.max_grad_norm,
-        )
+        try:
+            self._updater = Updater(
+                built,
+                self._engine,
+                self.scaler,
+                optimizer=self._optimizer,
+                lr=self._lr,
+                max_grad_norm=self.max_grad_norm,
+            )
+        except BaseException:
+            built.restore()
+            raise
         built.masters.clear()  # the optimizers own them now
         self._plan = plan
         return plan
@@ -378,7 +383,8 @@ class ModelParallelTrainer:
         if self._built is None:
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
         meta = load_training(path, self._built, self._require_updater().optimizers)
-        self.scaler.load_state_dict(meta["scaler"])
+        if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
+            self.scaler.load_state_dict(meta["scaler"])
         self.steps_done = meta["step"]
         self.seed = meta["seed"]
         return meta["extra"]
@@ -391,9 +397,6 @@ class ModelParallelTrainer:
             self._engine.close()
         if self._updater is not None:
             self._updater.close()
-        if self._built is not None:
-            for use in self._built.tied:
-                use.restore()
 
     def __enter__(self) -> ModelParallelTrainer:
         return self
@@ -406,7 +409,19 @@ class ModelParallelTrainer:
         return getattr(self.loss_fn, "ignore_index", -100)
 
     def _split(self, inputs: Any, parts: int) -> list[Any]:
-        return [cast(part, DTYPES[self.precision]) for part in split_batch(inputs, parts)]
+        return [cast(unscaled_leaves(part), DTYPES[self.precision]) for part in split_batch(inputs, parts)]
+
+    def _check_plan(self, plan: Plan) -> None:
+        settings: dict[str, Any] = {
+            "schedule": self.schedule,
+            "microbatches": self.microbatches,
+            "accumulate": self.accumulate,
+            "precision": self.precision,
+            "transfer": (self.codec or "none",) * (len(self.devices) - 1),
+        }
+        if self.recompute != "auto":
+            settings["recompute"] = self.recompute
+        placement.check_plan(plan, self._require_layers(), self.devices, **settings)
 
     def _weights(self, targets: list[Any]) -> list[torch.Tensor]:
         return target_weights(targets, self.loss_weight, self._ignore_index)

@@ -46,14 +46,29 @@ def _has_alias(tensor: torch.Tensor) -> bool:
     return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the storage object made here
 
 
+class _Passage:
+    """Whether a crossing has run. The output's hook holds this alone: holding the output would keep both for ever."""
+
+    def __init__(self) -> None:
+        self.running = False
+        self.done = False
+
+    def check_source(self, gradient: torch.Tensor) -> None:
+        if self.done and not self.running:
+            raise RuntimeError(
+                "this output's gradient was already carried into its stage by the bridge of trainer.modules(), at "
+                "loss.backward(); continuing it by hand would count it twice: remove the manual "
+                "output.backward(next_input.grad)"
+            )
+
+
 class _Crossing:
     """One output that a later stage consumes after a detach."""
 
     def __init__(self, output: torch.Tensor) -> None:
         self.output = output
-        self.running = False
-        self.done = False
-        output.register_hook(self._check_source)
+        self.passage = _Passage()
+        output.register_hook(self.passage.check_source)
 
     def attach(self, leaf: torch.Tensor) -> None:
         leaf.register_hook(self.carry)
@@ -64,22 +79,14 @@ class _Crossing:
         # A nested backward is a graph task of its own: the loss scale's scope has to be opened for it again.
         scope = current_scope()
         gradient = gradient.to(self.output.device, self.output.dtype)
-        self.running = True
+        self.passage.running = True
         try:
             with torch.enable_grad():  # hooks run without
                 output = open_scope(self.output, scope) if scope is not None else self.output
             output.backward(gradient)
         finally:
-            self.running = False
-            self.done = True
-
-    def _check_source(self, gradient: torch.Tensor) -> None:
-        if self.done and not self.running:
-            raise RuntimeError(
-                "this output's gradient was already carried into its stage by the bridge of trainer.modules(), at "
-                "loss.backward(); continuing it by hand would count it twice: remove the manual "
-                "output.backward(next_input.grad)"
-            )
+            self.passage.running = False
+            self.passage.done = True
 
 
 class Bridge:

@@ -53,6 +53,11 @@ class Built:
     tied: list[TiedUse]
     masters: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def restore(self) -> None:
+        """Give the model its ties back; harmless when called twice."""
+        for use in self.tied:
+            use.restore()
+
 
 def to_precision(layers: Sequence[Layer], precision: str) -> dict[int, torch.Tensor]:
     """Convert floating parameters and buffers in place, and return the fp32 values that rounding lost.
@@ -60,14 +65,14 @@ def to_precision(layers: Sequence[Layer], precision: str) -> dict[int, torch.Ten
     In a 16-bit precision, linear layers also become :class:`spu.nn.Linear`, whose backward knows the loss scale.
 
     Returns:
-        parameter id -> fp32 master, for trainable parameters that are 16-bit now and were wider before.
+        parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
     """
     dtype = DTYPES[precision]
     masters: dict[int, torch.Tensor] = {}
     for layer in layers:
         for parameter in layer.module.parameters():
-            wider = parameter.is_floating_point() and parameter.dtype != dtype and parameter.dtype.itemsize > 2
-            if dtype.itemsize == 2 and parameter.requires_grad and wider and id(parameter) not in masters:
+            rounded = parameter.is_floating_point() and parameter.dtype != dtype
+            if dtype.itemsize == 2 and parameter.requires_grad and rounded and id(parameter) not in masters:
                 masters[id(parameter)] = parameter.detach().to(torch.float32, copy=True)
     for layer in layers:
         layer.module.to(dtype)
@@ -86,6 +91,7 @@ def build_stages(
 ) -> Built:
     """Move layers to their devices and give every stage leaves of its own."""
     placed = [[layers[i] for i in indices] for indices in ranges]
+    _separate(placed)
     tied = _untie(placed, devices)
     stages = []
     for index, (own, device) in enumerate(zip(placed, devices)):
@@ -105,6 +111,32 @@ def build_stages(
                     parameters[name] = parameter
         owned.append(parameters)
     return Built(stages, owned, tied)
+
+
+def _separate(placed: list[list[Layer]]) -> None:
+    """Give every stage module objects of its own, where layers of several stages share one; parameters stay shared.
+
+    Otherwise those stages' threads would use one leaf, and one gradient buffer, at a time.
+    """
+    stage_of: dict[int, int] = {}
+    for stage, own in enumerate(placed):
+        for layer in own:
+            modules = list(layer.module.modules())
+            if any(stage_of.get(id(m), stage) != stage and (m._parameters or m._buffers) for m in modules):
+                layer.module = _replica(layer.module, {})
+            stage_of.update((id(m), stage) for m in modules if id(m) not in stage_of)
+
+
+def _replica(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """The module and its children as new objects around the same parameters and buffers."""
+    if id(module) not in made:
+        copy = made[id(module)] = module.__new__(type(module))
+        copy.__dict__ = dict(module.__dict__)
+        copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+        copy._modules = {
+            name: None if child is None else _replica(child, made) for name, child in module._modules.items()
+        }
+    return made[id(module)]
 
 
 def _untie(placed: list[list[Layer]], devices: Sequence[Device]) -> list[TiedUse]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from spu.engine.randomness import LayerRandomness
@@ -44,17 +46,42 @@ class Layer:
     def run(self, x: Any, inputs: Any, moment: Moment) -> Any:
         """Call the module, with random draws that depend on ``moment`` and the layer's name alone."""
         training = self.module.training
-        if self._stochastic.get(training, True):
+        if moment.microbatch == 0 or self._stochastic.get(training, True):
             with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name) as context:
                 output = self._call(x, inputs)
-            # Most layers never draw; they skip the context, and its cost, from their second call on.
+            # Most layers never draw; they skip the context, and its cost, but in each step's first microbatch: a
+            # dropout may be switched on later.
             self._stochastic[training] = context.draws > 0 or self._stochastic.get(training, False)
             return output
         return self._call(x, inputs)
 
     def run_checkpointed(self, x: Any, inputs: Any, moment: Moment) -> Any:
-        """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again."""
-        return checkpoint(self.run, x, inputs, moment, use_reentrant=False, preserve_rng_state=False)
+        """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
+
+        Raises:
+            RuntimeError: the layer changes its input in place, other than by modules that say so (``inplace=True``).
+        """
+        in_place = any(getattr(module, "inplace", False) for module in self.module.modules())
+        tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        output = checkpoint(
+            self._run_on_copy if in_place else self.run,
+            x,
+            inputs,
+            moment,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), _buffers_set_aside(self.module)),
+        )
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError(
+                f"layer {self.name!r} changes its input in place, so that running it again would not repeat it: "
+                "change a copy there, or train with recompute=False"
+            )
+        return output
+
+    def _run_on_copy(self, x: Any, inputs: Any, moment: Moment) -> Any:
+        return self.run(pytree.tree_map_only(torch.Tensor, torch.clone, x), inputs, moment)
 
     def _call(self, x: Any, inputs: Any) -> Any:
         return self.module(x, inputs) if self.wants_inputs else self.module(x)
@@ -72,6 +99,19 @@ class Layer:
                 yield self.parameter_names.get(local, f"{self.name}.{local}"), buffer
 
 
+@contextlib.contextmanager
+def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
+    """Run on copies of the buffers: a recomputation must not count a batch twice in running statistics."""
+    own = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    for holder, name, buffer in own:
+        holder._buffers[name] = buffer.clone()
+    try:
+        yield
+    finally:
+        for holder, name, buffer in own:
+            holder._buffers[name] = buffer
+
+
 def model_layers(model: Any) -> list[Layer]:
     """The layers of an ``nn.Sequential``, a list of modules, or a Hugging Face decoder.
 
@@ -80,7 +120,7 @@ def model_layers(model: Any) -> list[Layer]:
         TypeError: a model that has no known order of layers.
     """
     if isinstance(model, nn.Sequential):
-        return _named((name, module) for name, module in model.named_children())
+        return _named(model._modules.items())  # named_children() leaves out the second use of a shared module
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return parts_as_layers(list(model))
     if isinstance(model, nn.Module) and _is_hugging_face(model):

@@ -103,9 +103,14 @@ class LocalEngine:
         def task(stage: Stage) -> Callable[[], None]:
             return lambda: self._run_actions(stage, work, exchange, spans[stage.index])
 
+        futures: list[Future[None]] = []
         try:
-            self._all([worker.submit(task(stage)) for stage, worker in self._pairs()], exchange)
+            for stage, worker in self._pairs():
+                futures.append(worker.submit(task(stage)))
+            self._all(futures, exchange)
         except BaseException:
+            exchange.abort()  # Ctrl-C may come while only some of the workers have begun
+            wait(futures)
             for stage in self.stages:
                 stage.clear()
             raise

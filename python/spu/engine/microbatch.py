@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["batch_rows", "cast", "count_targets", "move", "split_batch", "target_weights"]
+from spu.ops.sink import current_scope
+
+__all__ = ["batch_rows", "cast", "count_targets", "move", "split_batch", "target_weights", "unscaled_leaves"]
 
 
 def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
@@ -86,6 +88,23 @@ def target_weights(
 def move(tree: Any, device: torch.device) -> Any:
     """The pytree with every tensor on ``device``."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), tree)
+
+
+def unscaled_leaves(tree: Any) -> Any:
+    """The pytree with tensors whose gradients, where the user wants some, leave the step at their true scale."""
+
+    def unscaled(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            tensor = tensor.view_as(tensor)
+            tensor.register_hook(_unscale)
+        return tensor
+
+    return pytree.tree_map_only(torch.Tensor, unscaled, tree)
+
+
+def _unscale(gradient: torch.Tensor) -> torch.Tensor:
+    scope = current_scope()
+    return gradient if scope is None else gradient * scope.inv_scale.reshape(()).to(gradient.device)
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
+from spu.ops.cut import Cut, cut
 from spu.ops.sink import BackwardScope, open_scope
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["Stage"]
 class _InFlight:
     """What one microbatch leaves behind between its forward and its backward."""
 
-    leaves: list[Any]  # the stage's inputs, cut off from the stage before
+    cuts: list[Cut | None]  # where the gradients of the stage's inputs arrive; None for what has none
     outputs: list[Any]  # the stage's outputs, or its scaled loss
 
 
@@ -77,17 +78,19 @@ class Stage:
         Returns:
             The stage's outputs, attached to their graph.
         """
-        leaves: list[Any] = []
+        cuts: list[Cut | None] = []
         if train and not self.is_first:
-            x = pytree.tree_map_only(torch.Tensor, _as_leaf, x)
-            leaves = pytree.tree_leaves(x)
+            leaves, spec = pytree.tree_flatten(x)
+            pairs = [_cut(leaf) for leaf in leaves]
+            cuts = [end for _, end in pairs]
+            x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
         for layer in self.layers:
             step = layer.run_checkpointed if self.recompute and train else layer.run
             x = step(x, inputs, moment)
         if train and not self.is_last:
-            self._in_flight[moment.microbatch] = _InFlight(leaves, pytree.tree_leaves(x))
+            self._in_flight[moment.microbatch] = _InFlight(cuts, pytree.tree_leaves(x))
         elif train:
-            self._in_flight[moment.microbatch] = _InFlight(leaves, [])
+            self._in_flight[moment.microbatch] = _InFlight(cuts, [])
         return x
 
     def loss(
@@ -107,9 +110,14 @@ class Stage:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
         value = value.to(torch.promote_types(value.dtype, torch.float32))
+        on_host = weight.device.type == "cpu"
         weight = weight.to(value.device, value.dtype)
-        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN.
-        share = torch.where(weight > 0, value * weight, torch.zeros_like(value))
+        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
+        # knows it, there is no backward either, in which some losses make 0 * NaN.
+        if on_host and not weight > 0:
+            share = torch.zeros_like(value)
+        else:
+            share = torch.where(weight > 0, value * weight, torch.zeros_like(value))
         if scope is not None:
             self._in_flight[moment.microbatch].outputs.append(share)
         return share.detach()
@@ -139,13 +147,14 @@ class Stage:
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             torch.autograd.backward(opened, [gradient for _, gradient in pairs])
-        return [leaf.grad if isinstance(leaf, torch.Tensor) else None for leaf in flight.leaves]
+        return [None if end is None else end.gradient for end in flight.cuts]
 
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
 
 
-def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.requires_grad_() if tensor.is_floating_point() or tensor.is_complex() else tensor
+def _cut(leaf: Any) -> tuple[Any, Cut | None]:
+    if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+        return cut(leaf)
+    return leaf, None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from spu import ops
 from spu.engine.build import Built, TiedUse
+from spu.engine.layers import Layer
 from spu.engine.local import LocalEngine
 from spu.engine.stage import Stage
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
 from spu.precision import LossScaler, MainGrads
 
-__all__ = ["OptimizerFactory", "Update", "Updater"]
+__all__ = ["OptimizerFactory", "Update", "Updater", "release"]
 
 OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
@@ -53,6 +56,7 @@ class Updater:
         lr: float | None,
         max_grad_norm: float | None,
     ) -> None:
+        self._closed = True  # until there is something to close
         self._built = built
         self._engine = engine
         self._scaler = scaler
@@ -63,16 +67,27 @@ class Updater:
             _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
         ]
+        self._closed = False
+        for module in _modules(built):
+            _UPDATERS[module] = weakref.ref(self)
         self._base_lr = [[group["lr"] for group in _groups(opt)] for opt in self.optimizers]
 
     def begin_step(self) -> None:
-        """Forget the last step's gradients and take the current loss scale."""
+        """Forget the last step's gradients and take the current loss scale.
+
+        Raises:
+            RuntimeError: the trainer was closed.
+        """
+        if self._closed:
+            raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
         self._scaler.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
+            grads.require_scope(self._scaler.enabled)
 
     def reduce(self) -> Update:
         """Add up the gradients of tied parameters; then the norm over all of them and whether any was not finite."""
+        self._end_backward()
         for use in self._built.tied:
             _add_tied(use)
         norms = self._engine.each(lambda stage: ops.grad_norm(self._gradients(stage)))
@@ -105,18 +120,47 @@ class Updater:
 
     def clear_gradients(self) -> None:
         """Drop every gradient, after a step that failed half-way."""
+        self._end_backward()
         for stage in self._built.stages:
             for parameter in stage.parameters():
                 parameter.grad = None
 
     def close(self) -> None:
-        """Take hooks and sinks off the parameters."""
+        """Take hooks and sinks off the parameters and give the model its ties back; harmless when called twice."""
+        if self._closed:
+            return
+        self._closed = True
         for grads in self._main_grads:
             grads.close()
+        self._built.restore()
+
+    def __del__(self) -> None:
+        self.close()  # a trainer that is dropped gives the model back too
+
+    def _end_backward(self) -> None:
+        for grads in self._main_grads:
+            grads.require_scope(False)
 
     def _gradients(self, stage: Stage) -> list[torch.Tensor]:
         owned = self._built.owned[stage.index].values()
         return [parameter.grad for parameter in owned if parameter.grad is not None]
+
+
+# Which updater has put hooks and ties of its own into a module. A notebook makes one trainer after another.
+_UPDATERS: WeakKeyDictionary[nn.Module, weakref.ref[Updater]] = WeakKeyDictionary()
+
+
+def release(layers: Sequence[Layer]) -> None:
+    """Close what another trainer that was not closed has left in these layers."""
+    for layer in layers:
+        for module in layer.module.modules():
+            updater = _UPDATERS[module]() if module in _UPDATERS else None
+            if updater is not None:
+                updater.close()
+
+
+def _modules(built: Built) -> Iterator[nn.Module]:
+    return (module for stage in built.stages for layer in stage.layers for module in layer.module.modules())
 
 
 def _add_tied(use: TiedUse) -> None:
@@ -143,8 +187,8 @@ def _make_optimizer(
         return MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
     made: AdamW = factory(list(parameters))
     for parameter in parameters:
-        if id(parameter) in masters:
-            made.set_master(parameter, masters[id(parameter)])
+        if parameter.dtype.itemsize == 2:  # now, not at the first step: a checkpoint may be loaded before it
+            made.set_master(parameter, masters.get(id(parameter), parameter))
     return made
 
 

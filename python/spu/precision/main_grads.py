@@ -35,6 +35,7 @@ class _ParameterSink:
 
     def __init__(self, param: nn.Parameter) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
+        self.needs_scope = False
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -75,7 +76,16 @@ class _ParameterSink:
     def unscale(self, grad: Tensor | None) -> Tensor | None:
         """Leaf hook: inside a scope, the gradient unscaled to fp32 and checked; outside, the gradient as it is."""
         scope, param = current_scope(), self._param()
-        if grad is None or scope is None or param is None:  # None: all uses were fused and went to the sink
+        if grad is None or param is None:  # None: all uses were fused and went to the sink
+            return grad
+        if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
+            return grad
+        if scope is None:
+            if self.needs_scope:
+                raise RuntimeError(
+                    "a gradient came from a backward inside the backward, which does not know the loss scale: use "
+                    "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
+                )
             return grad
         if grad.layout != torch.strided:
             raise TypeError(
@@ -139,6 +149,11 @@ class MainGrads:
             if sink_of(param) is not sink:
                 attach_sink(param, sink)
             sink.begin_step()
+
+    def require_scope(self, required: bool) -> None:
+        """While required, a gradient from a backward outside a scope raises; by default it is added as it is."""
+        for sink in self._sinks:
+            sink.needs_scope = required
 
     def close(self) -> None:
         """Removes hooks and sinks and frees kept buffers; gradients stay as they are."""

@@ -1,0 +1,44 @@
+"""Cutting a graph: the same values and memory, with the graph that made them left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Cut:
+    """Where the gradient of a cut tensor arrives.
+
+    Attributes:
+        gradient: set by the backward that reaches the cut; None until then, or if it never does.
+    """
+
+    def __init__(self) -> None:
+        self.gradient: Tensor | None = None
+
+
+class _Start(torch.autograd.Function):
+    """First node of the new graph; ``token`` is there because a function needs an input that wants a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, cut: Cut, token: Tensor, tensor: Tensor) -> Tensor:
+        ctx.cut = cut
+        ctx.set_materialize_grads(False)
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:
+        ctx.cut.gradient = gradient
+        return None, None, None
+
+
+def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
+    """The tensor at the start of a graph of its own, and where its gradient will arrive.
+
+    Unlike ``detach().requires_grad_()`` it is no leaf, so that a layer may change it in place (``ReLU(inplace=True)``),
+    as it may in a graph that was never cut.
+    """
+    end = Cut()
+    return _Start.apply(end, torch.empty((), device=tensor.device, requires_grad=True), tensor), end
