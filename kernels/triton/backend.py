@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from . import linear
 from .arith import INTERPRET
 
@@ -16,8 +14,13 @@ def interpreted() -> bool:
     return bool(INTERPRET.value)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> Any:
-    return linear.linear_fwd(x, weight, bias, activation, keep_preact)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"linear": _linear, "linear_dw_": linear.linear_dw_}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear": linear.linear_fwd,
+    "linear_dz": linear.linear_dz,
+    "linear_dx": linear.linear_dx,
+    "linear_dw": linear.linear_dw,
+    "linear_db": linear.linear_db,
+    "linear_dw_": linear.linear_dw_,
+    "linear_db_": linear.linear_db_,
+    "unscale_": linear.unscale_,
+}
