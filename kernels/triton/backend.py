@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import linear
+from . import codec, cross_entropy, gated, linear, optim
 from .arith import INTERPRET
 
 
@@ -23,4 +23,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_dw_": linear.linear_dw_,
     "linear_db_": linear.linear_db_,
     "unscale_": linear.unscale_,
+    "pack": codec.pack,  # takes the header as well: it belongs to spu.ops, which adds it
+    "unpack": codec.unpack,
+    "adamw_": optim.adamw_,
+    "grad_sqnorm": optim.grad_sqnorm,
+    "gated_linear": gated.gated_linear,
+    "gated_dz": gated.gated_dz,
+    "gated_dx": gated.gated_dx,
+    "linear_ce": cross_entropy.linear_ce,
+    "linear_ce_dz": cross_entropy.linear_ce_dz,
 }

@@ -89,7 +89,7 @@ def linear_dz_dx(
 ) -> tuple[Tensor, Tensor]:
     """(dz, dx) in one pass over dy: the derivative is applied as the product loads it.
 
-    Both equal, to the bit, ``dz = linear_dz(dy, saved, activation)`` and, for one configuration, ``linear_dx(dz, weight)``.
+    To the bit, dz is ``linear_dz(dy, saved, activation)`` and dx, for one configuration, ``linear_dx(dz, weight)``.
     """
     check_activation(activation)
     if dy.shape != saved.shape:
@@ -183,6 +183,6 @@ def linear_db_(dz: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tens
 
 
 def unscale_(grad: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad (+)= inv_scale * grad in fp32, grad of any strides and floating dtype; found_inf as in ``linear_dw_``."""
+    """main_grad (+)= inv_scale * grad in fp32; any strides and floating dtype; found_inf: see ``linear_dw_``."""
     check_sink(main_grad, inv_scale, found_inf, tuple(grad.shape), grad)
     finish_main_grad(grad.contiguous(), main_grad, inv_scale, found_inf, accumulate)

@@ -12,26 +12,51 @@ import triton.language as tl
 from .arith import dot
 from .tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
 
+_WHOLE_EPILOGUE_COLUMNS = tl.constexpr(128)
+
 
 @triton.jit
-def _write(
-    acc, m, n, part, a, bias, saved, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+def _write_columns(
+    acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
-    ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    rows, cols = m * BM + tl.arange(0, BM), first_col + tl.arange(0, COLUMNS)
     offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
     inside = (rows < M)[:, None] & (cols < N)[None, :]
     if EPILOGUE == "partial":  # out [parts, M, N] fp32
         tl.store(out + part.to(tl.int64) * M * N + offsets, acc, mask=inside)
     elif EPILOGUE == "main_grad":
         write_main_grad(acc, out, inv_scale, found_inf, offsets, inside, ACCUMULATE)
-        if EXTRA:
-            if n == 0:  # the bias gradient [M]: one program of each row of tiles reads its rows again, from the cache
-                sums = sum_rows_of_a(start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM, K, BM, BK, WIDE)
-                write_main_grad(sums, extra, inv_scale, found_inf, rows, rows < M, ACCUMULATE)
     else:
         write_output(acc, bias, out, extra, offsets, inside, cols, cols < N, ACTIVATION, HAS_BIAS, EXTRA)
+
+
+@triton.jit
+def _write(
+    acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    if BN > _WHOLE_EPILOGUE_COLUMNS:  # in two halves: a whole wide tile and its epilogue do not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        _write_columns(
+            left, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN // 2,
+        )  # fmt: skip
+        _write_columns(
+            right, m, n * BN + BN // 2, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN // 2,
+        )  # fmt: skip
+    else:
+        _write_columns(
+            acc, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN,
+        )  # fmt: skip
+    if EPILOGUE == "main_grad" and EXTRA and n == 0:  # the bias gradient [M]: these programs read their rows again
+        rows = m * BM + tl.arange(0, BM)
+        sums = sum_rows_of_a(start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM, K, BM, BK, WIDE)
+        write_main_grad(sums, extra, inv_scale, found_inf, rows, rows < M, ACCUMULATE)
 
 
 @triton.jit
@@ -53,7 +78,7 @@ def _tile(
         DERIVATIVE, BM, BN, BK, EVEN_K, WIDE,
     )  # fmt: skip
     _write(
-        acc, m, n, part, a, bias, saved, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+        acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
         EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,
     )  # fmt: skip
 
@@ -118,6 +143,6 @@ def descriptor_kernel(
                 right = from_b.load([n * BN, k]).T
             acc = dot(left, right, acc)
         _write(
-            acc, m, n, 0, a, bias, saved, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+            acc, m, n, 0, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
             EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import schema
+from . import schema, wire
 from .schema import BACKENDS, SCHEMAS
 
 _STORAGE = (torch.float16, torch.bfloat16, torch.float32)
@@ -101,7 +101,12 @@ def _load_triton() -> BackendStatus:
         return unavailable(f"spu.kernels cannot be imported: {error}", "pip install --upgrade 'triton>=3.6,<3.10'")
     interpreted = backend.interpreted()
     device_types = ("cuda", "cpu") if interpreted else ("cuda",)
-    composed = schema.register_backend("triton", backend.IMPLEMENTATIONS, *(name.upper() for name in device_types))
+
+    def pack(x: Tensor, codec: str) -> Tensor:
+        return backend.IMPLEMENTATIONS["pack"](x, codec, wire.header(x.shape, x.dtype, codec))  # type: ignore[no-any-return]
+
+    kernels = {**backend.IMPLEMENTATIONS, "pack": pack}
+    composed = schema.register_backend("triton", kernels, *(name.upper() for name in device_types))
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
 
 
