@@ -1,7 +1,7 @@
 """Compiles every kernel in every configuration of the tables, without a device, and refuses what would run badly.
 
-``python -m spu.kernels.gate --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule: no spills
-(but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit products,
+``python -m spu.kernels.gate --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule: no
+spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit products,
 contraction as asked for. ``--markdown FILE`` writes the table; ``--sample`` takes one shape class and dtype of each.
 """
 
@@ -49,7 +49,7 @@ def _linear(dtype: torch.dtype, configs: dict[str, Config]) -> None:
         linear.linear_fwd(x, w, b, "gelu", True, config=forward)
         linear.linear_fwd(x, w, None, "none", False, config=forward)
         linear.linear_dx(dz, w, config=dx)
-        linear.linear_dz_dx(dz, dz, w, "gelu", config=dx)
+        linear.linear_dz_dx(dz, dz, w, "gelu", config=configs["linear_dz_dx"])
         linear.linear_dw(dz, x, config=dw)
         for accumulate in (False, True):
             linear.linear_dw_(dz, x, main, one, one, accumulate, bias, config=dw)
@@ -90,7 +90,7 @@ def _pointwise(dtype: torch.dtype) -> None:
 
 
 def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
-    """Every launch of an architecture with a label; ``sample``: large shapes in fp16, and the pointwise kernels of it."""
+    """Every launch of an architecture with a label; ``sample``: fp16 alone, in small and large shapes."""
     found: dict[Launch, str] = {}
     capability = divmod(arch, 10)
     for dtype in _HALVES[:1] if sample else _DTYPES:

@@ -107,7 +107,8 @@ def _input_gradient(dz: Tensor, weight: Tensor, derivative: Derivative | None, c
     if weight.dim() != 2 or dz.dim() == 0 or dz.shape[-1] != weight.shape[0]:
         raise ValueError(f"dz {tuple(dz.shape)} and weight {tuple(weight.shape)} do not fit: need [..., N] and [N, K]")
     dx = torch.empty((*dz.shape[:-1], weight.shape[1]), dtype=dz.dtype, device=dz.device)
-    multiply("linear_dx", rows_of(dz), weight, dx, derivative=derivative, config=config)
+    op = "linear_dx" if derivative is None else "linear_dz_dx"
+    multiply(op, rows_of(dz), weight, dx, derivative=derivative, config=config)
     return dx
 
 

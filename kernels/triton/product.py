@@ -12,7 +12,7 @@ import triton.language as tl
 from .arith import dot
 from .tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
 
-_WHOLE_EPILOGUE_COLUMNS = tl.constexpr(128)
+_WHOLE_EPILOGUE_COLUMNS = tl.constexpr(64)
 
 
 @triton.jit
@@ -33,26 +33,38 @@ def _write_columns(
 
 
 @triton.jit
+def _write_halves(
+    acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if COLUMNS > _WHOLE_EPILOGUE_COLUMNS:  # a wide tile and its whole epilogue at once do not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
+        _write_halves(
+            left, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS // 2,
+        )  # fmt: skip
+        _write_halves(
+            right, m, first_col + COLUMNS // 2, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS // 2,
+        )  # fmt: skip
+    else:
+        _write_columns(
+            acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
 def _write(
     acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    if BN > _WHOLE_EPILOGUE_COLUMNS:  # in two halves: a whole wide tile and its epilogue do not fit the registers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-        _write_columns(
-            left, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
-            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN // 2,
-        )  # fmt: skip
-        _write_columns(
-            right, m, n * BN + BN // 2, part, bias, out, extra, inv_scale, found_inf, M, N,
-            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN // 2,
-        )  # fmt: skip
-    else:
-        _write_columns(
-            acc, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
-            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN,
-        )  # fmt: skip
+    _write_halves(
+        acc, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
+        EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN,
+    )  # fmt: skip
     if EPILOGUE == "main_grad" and EXTRA and n == 0:  # the bias gradient [M]: these programs read their rows again
         rows = m * BM + tl.arange(0, BM)
         sums = sum_rows_of_a(start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM, K, BM, BK, WIDE)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import schema, wire
-from .schema import BACKENDS, SCHEMAS
+from .schema import BACKENDS, COMPOSED, SCHEMAS
 
 _STORAGE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -42,8 +42,8 @@ _BUILD = (
 class BackendStatus:
     """Whether a backend can be used here; if not, the ``reason`` and a ``fix``.
 
-    ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for,
-    which run the reference's code under its name.
+    ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for:
+    they are built from its smaller ops.
     """
 
     name: str
@@ -76,7 +76,8 @@ def _load_cpu() -> BackendStatus:
     except ImportError as error:
         return BackendStatus("cpu", False, f"spu._C cannot be imported: {error}", _BUILD, ("cpu",))
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cpu", "CPU")]
+    needed = [name for name in SCHEMAS if name not in COMPOSED]
+    missing = [name for name in needed if not has_kernel(f"spu::{name}.cpu", "CPU")]
     if missing:
         reason = f"spu._C lacks {', '.join(missing)}: it is of another version"
         return BackendStatus("cpu", False, reason, _BUILD, ("cpu",))
@@ -106,7 +107,8 @@ def _load_triton() -> BackendStatus:
         return backend.IMPLEMENTATIONS["pack"](x, codec, wire.header(x.shape, x.dtype, codec))  # type: ignore[no-any-return]
 
     kernels = {**backend.IMPLEMENTATIONS, "pack": pack}
-    composed = schema.register_backend("triton", kernels, *(name.upper() for name in device_types))
+    schema.register_backend("triton", kernels, *(name.upper() for name in device_types))
+    composed = tuple(sorted(name for name in COMPOSED if name not in kernels))
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
 
 
