@@ -40,7 +40,8 @@ def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
     if dtype == "fp32":  # multiplied as fp32, on the ordinary units
-        return _split(Config("tile", 64, 64, 32, 8, 8, 2), op, shape_class)
+        inner = 16 if op == "linear_dz_dx" else 32
+        return _split(Config("tile", 64, 64, inner, 8, 8, 2), op, shape_class)
     rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
     if op == "gated_linear":  # two accumulators and two weight tiles
         columns, stages = min(columns, 64), min(stages, 3)

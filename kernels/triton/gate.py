@@ -1,8 +1,8 @@
 """Compiles every kernel in every configuration of the tables, without a device, and refuses what would run badly.
 
 ``python -m spu.kernels.gate --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule: no
-spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit products,
-contraction as asked for. ``--markdown FILE`` writes the table; ``--sample`` takes one shape class and dtype of each.
+spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
+products, contraction as asked for. ``--markdown FILE`` writes the table; ``--sample`` compiles a few of each.
 """
 
 from __future__ import annotations
