@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import narrow, nonfinite, widen
-from .launch import POINTWISE
+from .launch import POINTWISE, ceil_div
 
 HEADER_BYTES = 64
 ALIGN_BYTES = 64
@@ -207,13 +207,13 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
         slots, block_bytes = scales.numel(), found.block // 2 if codec == "int4" else found.block
         blocks = payload_bytes // block_bytes
-        grid = (triton.cdiv(max(slots, blocks), found.blocks_per_program),)
+        grid = (ceil_div(max(slots, blocks), found.blocks_per_program),)
         quantize_kernel[grid](
             flat, head, wire, scales, payload, numel, blocks, slots,
             codec, found.largest, found.block, found.blocks_per_program, HEADER_BYTES, **POINTWISE,
         )  # fmt: skip
     else:
-        grid = (triton.cdiv(payload.numel(), CONVERT_SIZE),)
+        grid = (ceil_div(payload.numel(), CONVERT_SIZE),)
         convert_kernel[grid](
             flat, head, wire, payload, numel, payload.numel(), True, CONVERT_SIZE, HEADER_BYTES, **POINTWISE
         )
@@ -247,7 +247,7 @@ def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -
     if wire.storage_offset() % 4 or not wire.is_contiguous():
         wire = wire.clone(memory_format=torch.contiguous_format)  # views of wider types need aligned bytes
     payload = wire[HEADER_BYTES + scales_bytes :].view(found.payload)
-    grid = (triton.cdiv(numel, CONVERT_SIZE),)
+    grid = (ceil_div(numel, CONVERT_SIZE),)
     if found.block:
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
         dequantize_kernel[grid](scales, payload, out, numel, codec, found.block, CONVERT_SIZE, **POINTWISE)

@@ -9,6 +9,8 @@ is done on its logits for a bounded number of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import narrow, widen
-from .launch import POINTWISE, check_operands, config_for, options, programs_at_once
+from .launch import POINTWISE, ceil_div, check_operands, config_for, options, programs_at_once
 from .table import Config
 from .tiles import add_product, start_of, tile_at
 
@@ -164,12 +166,36 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(hidden, weight.t())
 
 
-def _constants(config: Config, hidden: Tensor, weight: Tensor) -> dict[str, object]:
-    reach = max(config.block_m, config.block_n, config.block_k)
-    furthest = 2 * reach * (max(map(abs, (*hidden.stride(), *weight.stride()))) + 1)
-    sizes = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
-    even = hidden.shape[1] % config.block_k == 0
-    return {**sizes, "EVEN_K": even, "WIDE": furthest > _INT32, **options(config, hidden.dtype)}
+class Plan(NamedTuple):
+    """What does not change between calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles."""
+
+    by_torch: bool
+    row_tiles: int
+    column_tiles: int
+    tiles_each: int
+    shares: int
+    group_m: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    strides: tuple[int, ...],
+    override: Config | None,
+) -> Plan:
+    rows, v, k = shape
+    config = override or config_for("linear_ce", dtype, device, shape)
+    row_tiles, column_tiles = ceil_div(rows, config.block_m), ceil_div(v, config.block_n)
+    wanted = ceil_div(_SHARES_PER_PROCESSOR * programs_at_once(device), row_tiles)
+    tiles_each = max(1, ceil_div(column_tiles, wanted))
+    furthest = 2 * max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1)
+    constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
+    constants |= {"EVEN_K": k % config.block_k == 0, "WIDE": furthest > _INT32, **options(config, dtype)}
+    shares = max(1, ceil_div(column_tiles, tiles_each))
+    return Plan(config.kind == "torch", row_tiles, column_tiles, tiles_each, shares, config.group_m, constants)
 
 
 def linear_ce(
@@ -192,25 +218,21 @@ def linear_ce(
     if rows == 0:
         return loss, lse
     target = target.contiguous()
-    config = config or config_for("linear_ce", hidden.dtype, hidden.device, (rows, v, k))
-    if config.kind == "torch":
+    strides = (*hidden.stride(), *weight.stride())
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
+    if plan.by_torch:
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight)
             logits_ce_kernel[(logits.shape[0],)](
                 logits, target[part], loss[part], lse[part], v, ignore_index, _COLUMNS, **POINTWISE
             )
         return loss, lse
-    row_tiles, column_tiles = triton.cdiv(rows, config.block_m), triton.cdiv(v, config.block_n)
-    wanted = triton.cdiv(_SHARES_PER_PROCESSOR * programs_at_once(hidden.device), row_tiles)
-    tiles_each = max(1, triton.cdiv(column_tiles, wanted))
-    shares = max(1, triton.cdiv(column_tiles, tiles_each))
-    parts = torch.empty(3, shares, rows, dtype=torch.float32, device=hidden.device)
-    linear_ce_kernel[(row_tiles, shares)](
-        hidden, weight, target, parts, rows, v, k, *hidden.stride(), *weight.stride(), tiles_each,
-        **_constants(config, hidden, weight),
+    parts = torch.empty(3, plan.shares, rows, dtype=torch.float32, device=hidden.device)
+    linear_ce_kernel[(plan.row_tiles, plan.shares)](
+        hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
     )  # fmt: skip
-    combine_ce_kernel[(triton.cdiv(rows, _ROWS),)](
-        parts, target, loss, lse, rows, shares, ignore_index, _ROWS, **POINTWISE
+    combine_ce_kernel[(ceil_div(rows, _ROWS),)](
+        parts, target, loss, lse, rows, plan.shares, ignore_index, _ROWS, **POINTWISE
     )
     return loss, lse
 
@@ -234,18 +256,18 @@ def linear_ce_dz(
     _check(hidden, weight, target)
     (rows, k), v = hidden.shape, weight.shape[0]
     target, lse, grad_rows = target.contiguous(), lse.contiguous(), grad_rows.contiguous()
-    config = config or config_for("linear_ce", hidden.dtype, hidden.device, (rows, v, k))
     if rows == 0 or v == 0:
         return torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
-    if config.kind == "torch":
+    strides = (*hidden.stride(), *weight.stride())
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
+    if plan.by_torch:
         dz = _logits(hidden, weight)
-        grid = (rows, triton.cdiv(v, _COLUMNS))
+        grid = (rows, ceil_div(v, _COLUMNS))
         logits_dz_kernel[grid](dz, target, lse, grad_rows, v, ignore_index, _COLUMNS, **POINTWISE)
         return dz
     dz = torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
-    grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(v, config.block_n),)
-    linear_ce_dz_kernel[grid](
-        hidden, weight, target, lse, grad_rows, dz, rows, v, k, *hidden.stride(), *weight.stride(), ignore_index,
-        GROUP_M=config.group_m, **_constants(config, hidden, weight),
+    linear_ce_dz_kernel[(plan.row_tiles * plan.column_tiles,)](
+        hidden, weight, target, lse, grad_rows, dz, rows, v, k, *strides, ignore_index,
+        GROUP_M=plan.group_m, **plan.constants,
     )  # fmt: skip
     return dz

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import backprop, narrow, widen
-from .launch import POINTWISE
+from .launch import POINTWISE, ceil_div
 from .tiles import write_main_grad, write_output
 
 SIZE = 1024
@@ -75,7 +75,7 @@ def finish(
     """out = act(z) and preact = z with z = parts.sum(0) + bias, each rounded once; parts [count, *out.shape]."""
     numel = out.numel()
     if numel:
-        finish_kernel[(triton.cdiv(numel, SIZE),)](
+        finish_kernel[(ceil_div(numel, SIZE),)](
             parts, out if bias is None else bias, out, out if preact is None else preact, out, out,
             numel, out.shape[-1], count, "output", activation, bias is not None, preact is not None, False,
             SIZE, **POINTWISE,
@@ -88,7 +88,7 @@ def finish_main_grad(
     """main_grad (+)= inv_scale * parts.sum(0), found_inf |= not finite; parts [count, *main_grad.shape], contiguous."""
     numel = main_grad.numel()
     if numel:
-        finish_kernel[(triton.cdiv(numel, SIZE),)](
+        finish_kernel[(ceil_div(numel, SIZE),)](
             parts, main_grad, main_grad, main_grad, inv_scale, found_inf, numel, 1, count,
             "main_grad", "none", False, False, accumulate, SIZE, **POINTWISE,
         )  # fmt: skip
@@ -99,7 +99,7 @@ def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     numel = dz.numel()
     if numel:
-        grid = (triton.cdiv(numel, SIZE),)
+        grid = (ceil_div(numel, SIZE),)
         dz_kernel[grid](dy.contiguous(), saved.contiguous(), dz, numel, activation, SIZE, **POINTWISE)
     return dz
 
@@ -107,11 +107,11 @@ def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
 def column_sums(x: Tensor) -> tuple[Tensor, int]:
     """(parts [P, N] fp32, P): sums over equal shares of the rows of x [M, N], M > 0; their sum is the column sum."""
     m, n = x.shape
-    count = min(_MOST_PARTS, triton.cdiv(m, _ROWS_A_PART))
-    chunk = triton.cdiv(triton.cdiv(m, count), SUM_ROWS) * SUM_ROWS
+    count = min(_MOST_PARTS, ceil_div(m, _ROWS_A_PART))
+    chunk = ceil_div(ceil_div(m, count), SUM_ROWS) * SUM_ROWS
     parts = torch.empty(count, n, dtype=torch.float32, device=x.device)
     if n:
-        column_sum_kernel[(triton.cdiv(n, SUM_COLUMNS), count)](
+        column_sum_kernel[(ceil_div(n, SUM_COLUMNS), count)](
             x, parts, m, n, *x.stride(), chunk, SUM_ROWS, SUM_COLUMNS, **POINTWISE
         )
     return parts, count

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arith import activate, backprop, dot, narrow, widen
 from .finish import SIZE
-from .launch import POINTWISE, check_activation, check_operands, config_for, options, rows_of
+from .launch import POINTWISE, ceil_div, check_activation, check_operands, config_for, options, rows_of
 from .table import Config
 from .tiles import add_product, start_of, tile_at
 
@@ -105,7 +105,7 @@ def _plan(
     config = override or config_for(op, dtype, device, shape)
     m, n, _ = shape
     constants = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),)
     return config.kind == "torch", grid, constants | options(config, dtype)
 
 
@@ -149,7 +149,7 @@ def gated_linear(
     if by_torch:
         with torch.autocast(x.device.type, enabled=False):
             made = torch.mm(rows, w_gate.t()).view(h.shape), torch.mm(rows, w_up.t()).view(h.shape)
-        grid = (triton.cdiv(h.numel(), SIZE),)  # h of the rounded products
+        grid = (ceil_div(h.numel(), SIZE),)  # h of the rounded products
         gated_dz_kernel[grid](h, *made, h, h, h, h.numel(), activation, False, SIZE, **POINTWISE)
         return (h, *made) if keep else (h, gate, up)
     gated_linear_kernel[grid](
@@ -171,7 +171,7 @@ def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
     dh, gate, up = dh.contiguous(), gate.contiguous(), up.contiguous()
     dgate, dup, h = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
     if dh.numel():
-        grid = (triton.cdiv(dh.numel(), SIZE),)
+        grid = (ceil_div(dh.numel(), SIZE),)
         gated_dz_kernel[grid](dh, gate, up, dgate, dup, h, dh.numel(), activation, True, SIZE, **POINTWISE)
     return dgate, dup, h
 

@@ -6,11 +6,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .finish import column_sums, dz_of, finish, finish_main_grad
-from .launch import allow_descriptors, config_for, options, programs_at_once
+from .launch import allow_descriptors, ceil_div, config_for, options, programs_at_once
 from .product import descriptor_kernel, product_kernel
 from .table import Config
 
@@ -79,13 +78,13 @@ def plan(
     kind = config.kind
     if kind == "descriptor" and (derivative or k == 0 or not _can_describe(dtype, strides, aligned)):
         kind = "persistent"
-    parts = min(config.split_k, triton.cdiv(k, config.block_k)) if kind == "split" else 1
+    parts = min(config.split_k, ceil_div(k, config.block_k)) if kind == "split" else 1
     if kind == "split" and (parts < 2 or derivative):
         kind, parts = "tile", 1
-    chunk = triton.cdiv(triton.cdiv(k, parts), config.block_k) * config.block_k if parts > 1 else max(k, 1)
+    chunk = ceil_div(ceil_div(k, parts), config.block_k) * config.block_k if parts > 1 else max(k, 1)
     if parts > 1:
-        parts = triton.cdiv(k, chunk)
-    programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+        parts = ceil_div(k, chunk)
+    programs = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
     if kind in ("persistent", "descriptor"):
         programs = min(programs, programs_at_once(device))
     constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}

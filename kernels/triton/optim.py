@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import narrow
-from .launch import POINTWISE
+from .launch import POINTWISE, ceil_div
 
 SIZE = 1024
 TILES = 8  # of SIZE elements a program: the step's scalars are worked out once for them
@@ -112,7 +112,7 @@ class _Tables:
     """Addresses int64 [tensors, fields], sizes int64 [tensors], (tensor, block) int32 [programs, 2], on the device."""
 
     def __init__(self, addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> None:
-        work = [(i, block) for i, size in enumerate(sizes) for block in range(triton.cdiv(size, SIZE * TILES))]
+        work = [(i, block) for i, size in enumerate(sizes) for block in range(ceil_div(size, SIZE * TILES))]
         self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
         self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
         self.programs = len(work)

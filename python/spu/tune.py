@@ -128,7 +128,8 @@ def _call(op: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torc
         main, one, found = torch.zeros(m, n, device=device), torch.ones(1, device=device), torch.zeros(1, device=device)
         return lambda config: kernels.linear_dw_(dz, x, main, one, found, True, config=config)
     if op == "gated_linear":
-        return lambda config: kernels.gated_linear(left, right, right.flip(0), "silu", config=config)
+        up = right.flip(0)
+        return lambda config: kernels.gated_linear(left, right, up, "silu", config=config)
     if op == "gated_dx":
         weight = right.t().contiguous()
         return lambda config: kernels.gated_dx(left, left, weight, weight, config=config)
