@@ -49,6 +49,7 @@ def report() -> list[Row]:
         ("C++ compiler", _compiler),
         ("triton", _triton),
         ("CUDA device", _cuda),
+        ("kernel choice", _choice),
         ("nvcc", _nvcc),
     ]
     probes += [(name, _package_probe(name)) for name in _PACKAGES]
@@ -184,6 +185,36 @@ def _cuda() -> Row:
         return Row("CUDA device", False, why, f"{_pip()} install --force-reinstall torch")
     why = f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no card it can use"
     return Row("CUDA device", False, f"{why}; see which driver and cards there are", "nvidia-smi")
+
+
+def _choice() -> list[Row]:
+    """What the tables choose for the products of a card, one row a card; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from spu.kernels import table
+    from spu.ops import choose_backend
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        used = table.tables(capability)[0]
+        probe = torch.empty(1, dtype=torch.float16, device=f"cuda:{index}")
+        parts = []
+        for name, shape in (
+            ("skinny", (16, 4096, 4096)),
+            ("medium", (2048, 4096, 4096)),
+            ("large", (8192, 8192, 8192)),
+        ):
+            config = table.config_of(capability, "linear", torch.float16, shape)
+            backend = choose_backend(probe, op="linear", shape=shape)
+            parts.append(f"{name} {backend} ({config.kind} {config.block_m}x{config.block_n}x{config.block_k})")
+        origin = ", ".join(f"{key} {value}" for key, value in used.facts.items() if key in ("device", "date"))
+        text = f"linear fp16: {'; '.join(parts)}; table {used.arch} {used.origin} {origin}".rstrip()
+        advice = "" if used.origin == "measured" else "; `spu tune` measures this card"
+        rows.append(Row(f"kernels on cuda:{index}", True, text + advice))
+    return rows
 
 
 def _nvcc() -> Row:

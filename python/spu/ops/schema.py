@@ -9,14 +9,14 @@ that are defined here, so that an installation without a compiler has the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from . import composed, reference, reference_codec, reference_fused, reference_optimizer, wire
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 _LIBRARY = torch.library.Library("spu", "DEF")  # kept alive: the ops vanish with it
 
@@ -139,6 +139,21 @@ def _define() -> None:
         for backend in BACKENDS[1:]:
             # A device's key comes before this one: the backend's own kernel wins where it has one.
             _LIBRARY.impl(f"{name}.{backend}", composed.implementation(name, backend), "CompositeExplicitAutograd")
+
+
+def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> None:
+    """Gives a backend that is written in Python its kernels, for the dispatch keys named ("CUDA", "CPU").
+
+    Raises:
+        ValueError: for an op that does not exist, and where one is missing that a backend may not lack.
+    """
+    unknown = [name for name in implementations if name not in SCHEMAS]
+    missing = [name for name in SCHEMAS if name not in implementations and name not in COMPOSED]
+    if unknown or missing:
+        raise ValueError(f"backend {backend!r}: unknown ops {unknown}, missing ops {missing}")
+    for name, implementation in implementations.items():
+        for key in keys:
+            _LIBRARY.impl(f"{name}.{backend}", implementation, key)
 
 
 def register_autograd(name: str, backend: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:

@@ -1,0 +1,35 @@
+"""The ``triton`` backend of spu's ops: an implementation by op name, in the signatures of ``spu.ops.schema``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import codec, cross_entropy, gated, linear, optim
+from .arith import INTERPRET
+
+
+def interpreted() -> bool:
+    """Whether kernels run interpreted (TRITON_INTERPRET=1): then on CPU tensors too."""
+    return bool(INTERPRET.value)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear": linear.linear_fwd,
+    "linear_dz": linear.linear_dz,
+    "linear_dx": linear.linear_dx,
+    "linear_dw": linear.linear_dw,
+    "linear_db": linear.linear_db,
+    "linear_dw_": linear.linear_dw_,
+    "linear_db_": linear.linear_db_,
+    "unscale_": linear.unscale_,
+    "pack": codec.pack,  # takes the header as well: it belongs to spu.ops, which adds it
+    "unpack": codec.unpack,
+    "adamw_": optim.adamw_,
+    "grad_sqnorm": optim.grad_sqnorm,
+    "gated_linear": gated.gated_linear,
+    "gated_dz": gated.gated_dz,
+    "gated_dx": gated.gated_dx,
+    "linear_ce": cross_entropy.linear_ce,
+    "linear_ce_dz": cross_entropy.linear_ce_dz,
+}
