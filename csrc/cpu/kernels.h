@@ -29,13 +29,33 @@ struct Operand {
   int64_t row, col;
 };
 
-// What happens to an fp32 accumulator tile of C [M, N]. One of two kinds:
-// - out = act(acc + bias) in out_type, and z = acc + bias into preact (both leading dimension N);
-// - main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN.
+// C [m, n] = A [m, k] B [k, n]. With b2 alone a twin C2 = A B2 is made beside C; with a2 and b2 the second product,
+// of the same sizes, is added to the first: C = A B + A2 B2.
+struct Product {
+  int64_t m, n, k;
+  Operand a, b;
+  const Operand *a2, *b2;
+};
+
+// Softmax statistics are kept per group of this many columns, whatever the threads are.
+constexpr int64_t kStatColumns = 256;
+
+// What happens to an fp32 accumulator block of C.
 struct Epilogue {
-  const void* bias;  // [N] or null
-  void* out;         // null for the main_grad kind
-  void* preact;      // or null
+  enum Kind {
+    store,          // out = act(acc + bias) in out_type, z = acc + bias into preact
+    main_grad_add,  // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
+    gated,          // out = act(acc) * twin, preact = acc and up = twin
+    softmax_stats,  // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
+    softmax_grad,   // out = (exp(acc - lse) - onehot(target)) * grad
+  };
+  Kind kind;
+
+  // Matrices have leading dimension n.
+  const void* bias;  // [n] or null
+  void* out;
+  void* preact;  // or null
+  void* up;      // or null
   Type out_type;
   math::Act act;
 
@@ -43,11 +63,18 @@ struct Epilogue {
   float inv_scale;
   bool accumulate;
   int32_t* nonfinite;  // shared by the threads of this call, written atomically
+
+  const int64_t* target;  // [m], the column of each row's target; none if outside [0, n)
+  float* stats;           // [groups, m, 2]: maximum and sum
+  float* target_value;    // [m]
+  const float* lse;       // [m]
+  const float* grad;      // [m]
+  int64_t rows;           // m
 };
 
 struct KernelTable {
-  // C [m, n] = A [m, k] B [k, n]. k = 0 gives zero accumulators.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, const Epilogue& e);
+  // k = 0 gives zero accumulators.
+  void (*gemm)(const Product& p, const Epilogue& e);
 
   // dz[i] = dy[i] * act'(saved[i])
   void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
@@ -79,6 +106,7 @@ const KernelTable& kernels();  // the one chosen for this machine, once
 const KernelTable& generic_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+const KernelTable& avx512bf16_kernels();
 
 }  // namespace cpu
 }  // namespace spu

@@ -6,6 +6,7 @@
 // AVX-512 kernels are tested on machines without it by building them with SPU_LANES 16 and no SPU_VEC_AVX512.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@
 #include "math/hd.h"
 
 #define SPU_INLINE static inline __attribute__((always_inline))
+#define SPU_LAMBDA __attribute__((always_inline))
 
 namespace spu {
 namespace SPU_ISA_NS {
@@ -70,9 +72,11 @@ using O = math::Ops<vf>;
 
 // Storage types, tagged: a 16-bit pattern does not say which format it is.
 struct Fp16 {
+  static constexpr bool is_fp16 = true;
   uint16_t u;
 };
 struct Bf16 {
+  static constexpr bool is_fp16 = false;
   uint16_t u;
 };
 
@@ -207,29 +211,21 @@ SPU_INLINE bool any(vi mask) {
   return r != 0;
 }
 
-// Transposes a kLanes x kLanes block in registers: at distance d = kLanes/2 ... 1 rows i and i + d exchange the
-// off-diagonal d x d blocks. log2(kLanes) rounds of two-input shuffles.
-template <int D, int... I>
-SPU_INLINE void exchange(vf& a, vf& b, Lanes<I...>) {
-  const vi low = {((I & D) ? kLanes + I - D : I)...};
-  const vi high = {((I & D) ? kLanes + I : I + D)...};
-  const vf x = a, y = b;
-  a = __builtin_shuffle(x, y, low);
-  b = __builtin_shuffle(x, y, high);
+SPU_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+SPU_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
-template <int D>
-SPU_INLINE void transpose_round(vf (&r)[kLanes]) {
-  using All = typename MakeLanes<kLanes>::type;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & D) == 0) exchange<D>(r[i], r[i + D], All{});
-  }
-  if constexpr (D > 1) transpose_round<D / 2>(r);
-}
-
-SPU_INLINE void transpose(vf (&r)[kLanes]) {
-  transpose_round<kLanes / 2>(r);
+// c + a0 b0 + a1 b1 for lanes that hold two bf16 values each.
+SPU_INLINE vf dot_bf16(vf a, vf b, vf c) {
+#if defined(SPU_BF16_DOT) && defined(SPU_VEC_AVX512)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  const vf high = O::fma(O::from_bits(O::bits(a) & 0xffff0000u), O::from_bits(O::bits(b) & 0xffff0000u), c);
+  return O::fma(O::from_bits(O::bits(a) << 16), O::from_bits(O::bits(b) << 16), high);
+#endif
 }
 
 }  // namespace SPU_ISA_NS
