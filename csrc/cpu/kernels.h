@@ -45,7 +45,7 @@ struct Epilogue {
   enum Kind {
     store,          // out = act(acc + bias) in out_type, z = acc + bias into preact
     main_grad_add,  // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
-    gated,          // out = act(acc) * twin, preact = acc and up = twin
+    gated,          // out = act(acc) * twin; preact = acc and up = twin, unless null
     softmax_stats,  // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
     softmax_grad,   // out = (exp(acc - lse) - onehot(target)) * grad
   };
@@ -70,6 +70,13 @@ struct Epilogue {
   const float* lse;       // [m]
   const float* grad;      // [m]
   int64_t rows;           // m
+  int64_t ignore_index;   // rows with this target have no gradient, whatever their grad is
+};
+
+// Pointers of gated_backward, all of one storage type and length.
+struct GatedBackward {
+  const void *dh, *gate, *up;
+  void *dgate, *dup, *h;
 };
 
 struct KernelTable {
@@ -79,6 +86,8 @@ struct KernelTable {
   // dz[i] = dy[i] * act'(saved[i])
   void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
                        int64_t end);
+  // dgate = dh * up * act'(gate), dup = dh * act(gate), h = act(gate) * up
+  void (*gated_backward)(Type type, math::Act act, const GatedBackward& g, int64_t begin, int64_t end);
   // out[j] = sum over rows of a [rows, cols] row-major matrix, columns [begin, end), fp32
   void (*column_sums)(Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end, float* out);
   // main_grad (+)= inv_scale * grad; true if a value of grad is not finite

@@ -9,18 +9,6 @@ namespace spu {
 namespace cpu {
 namespace {
 
-std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes.push_back(t.size(i));
-  sizes.push_back(last);
-  return sizes;
-}
-
-Matrix as_weight(const char* op, const Tensor& weight) {
-  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
-  return as_matrix(op, "weight", weight);
-}
-
 void expect_rows(const char* op, const Tensor& dz, const Matrix& g, const Tensor& x, const Matrix& in) {
   if (g.rows != in.rows) {
     checks::fail("spu::", op, ": dz ", checks::shape(dz), " and x ", checks::shape(x), " have different row counts");

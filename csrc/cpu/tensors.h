@@ -78,6 +78,19 @@ inline Matrix as_matrix(const char* op, const char* what, const Tensor& t) {
   return m;
 }
 
+inline Matrix as_weight(const char* op, const Tensor& weight) {
+  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
+  return as_matrix(op, "weight", weight);
+}
+
+// t's sizes with another last one.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes.push_back(t.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
 // A tensor to write, contiguous: itself, or a copy that finish() writes back.
 class Writable {
  public:
