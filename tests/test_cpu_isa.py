@@ -33,7 +33,17 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run_kernel_tests(env: dict[str, str], only: str = "") -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cpu_kernels.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_cpu_kernels.py",
+        "tests/test_cpu_fused.py",
+    ]
     same_code = "not direct_callers and not python_threads"  # at every level
     command += ["-k", f"{same_code} and {only}" if only else same_code]
     # one thread: on a busy machine the waiting of a second one is most of the time
