@@ -23,6 +23,10 @@ int64_t threads();
 constexpr int kSharedA = 0, kLocalB = 1, kLocalC = 2, kSharedC = 3, kSlots = 4;
 float* workspace(int slot, int64_t floats);
 
+// A hint before the first write to `bytes` of new memory at data; worth a system call from kLargeBytes on.
+constexpr int64_t kLargeBytes = int64_t{1} << 22;
+void advise_large_pages(void* data, int64_t bytes);
+
 // A matrix operand: element (i, j) of the product's A or B lies at data[i * row + j * col].
 struct Operand {
   const void* data;

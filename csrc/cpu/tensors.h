@@ -112,7 +112,11 @@ inline Tensor dense(const Tensor& t) {
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  Tensor out =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  const int64_t bytes = out.numel() * out.element_size();
+  if (bytes >= kLargeBytes) advise_large_pages(out.mutable_data_ptr(), bytes);
+  return out;
 }
 
 inline Tensor empty_as(const Tensor& like) {

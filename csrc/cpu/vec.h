@@ -21,6 +21,13 @@
 #define SPU_INLINE static inline __attribute__((always_inline))
 #define SPU_LAMBDA __attribute__((always_inline))
 
+// Whether O::fma rounds once.
+#if defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+#define SPU_EXACT_FMA true
+#else
+#define SPU_EXACT_FMA false
+#endif
+
 namespace spu {
 namespace SPU_ISA_NS {
 
@@ -177,6 +184,43 @@ SPU_INLINE void store_codes(int8_t* p, vi codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 #else
   store_raw(p, __builtin_convertvector(codes, vb));
+#endif
+}
+
+// The same for unsigned bytes.
+SPU_INLINE vu load_bytes(const uint8_t* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vu)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)load_raw<vb>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return (vu) __builtin_convertvector(load_raw<vb>(p), vi) & 0xffu;
+#endif
+}
+SPU_INLINE void store_bytes(uint8_t* p, vu codes) {
+#if defined(SPU_VEC_AVX2)
+  const __m256i c = (__m256i)codes;
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#else
+  store_codes(reinterpret_cast<int8_t*>(p), (vi)codes);
+#endif
+}
+
+// 4 kLanes values in [-127.5, 127.5] rounded to the nearest int8, ties to even.
+SPU_INLINE void store_rounded(int8_t* p, const vf* v) {
+#if defined(SPU_VEC_AVX512)
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) store_codes(p + i * kLanes, (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v[i]));
+#elif defined(SPU_VEC_AVX2)
+  const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[0]), _mm256_cvtps_epi32((__m256)v[1]));
+  const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[2]), _mm256_cvtps_epi32((__m256)v[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work in halves of a register
+  store_raw(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
+#else
+  for (int i = 0; i < 4; ++i) {
+    store_codes(p + i * kLanes, __builtin_convertvector((v[i] + math::round_magic()) - math::round_magic(), vi));
+  }
 #endif
 }
 
