@@ -25,11 +25,12 @@ OPS = torch.ops.spu
 LARGE = (2048, 1024, 4096)
 SHAPES = [
     LARGE, (128, 192, 512), (256, 256, 704), (16, 1024, 4096), (64, 1024, 4096), (256, 1024, 4096),
-    (64, 512, 92544), (64, 92544, 512), (1, 1024, 1024),
+    (64, 512, 92544), (64, 92544, 512),
 ]  # fmt: skip
+SINGLE = (1, 1024, 1024)  # a row of inference
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = [f"{library} {dtype}" for library in ("spu", "torch") for dtype in DTYPES]
-PEER_SECONDS = 0.7  # plain torch's 16-bit products run at 1 GFLOP/s on many CPUs: fewer rows where that takes longer
+PEER_SECONDS = 0.25  # plain torch's 16-bit products run at 1 GFLOP/s on many CPUs: fewer rows where that takes longer
 # Rows of a result that are compared with fp64. Plain is torch's fp32 product, rounded: its 16-bit ones take seconds.
 SAMPLE = 8
 
@@ -83,7 +84,7 @@ def check(ours: Tensor, plain: Tensor, truth: Tensor, name: str) -> None:
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, SINGLE], ids=str)
 def test_forward_gelu(measure: Measure, shape: tuple[int, int, int], peer: str) -> None:
     c = Case(shape, peer, "forward")
     bias = torch.randn(shape[2]).to(c.x.dtype)

@@ -16,8 +16,9 @@ namespace spu {
 namespace SPU_ISA_NS {
 
 // A k-block of a B panel (kKC slots x kNR) stays in L1, an A block (kMC x kKC) and the C block that it makes
-// (kMC x kTaskColumns) in L2.
-constexpr int64_t kKC = 384;
+// (kMC x kTaskColumns) in L2. With 32 columns 256 slots are 32 KB: that and a panel of A fit the 48 KB of L1 that CPUs
+// with AVX-512 have.
+constexpr int64_t kKC = kNR >= 32 ? 256 : 384;
 constexpr int64_t kMC = 120 / kMR * kMR;
 constexpr int64_t kTaskColumns = cpu::kStatColumns;
 // Bounds of what is packed at a time: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
