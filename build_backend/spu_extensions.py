@@ -29,19 +29,13 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest one whose 
 PY_LIMITED_API = "0x030a0000"  # CPython 3.10
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# gcc 12 warns about its own AVX-512 headers, which use an uninitialised register on purpose
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    # gcc 12 warns about its own AVX-512 headers, which use an uninitialised register on purpose
-    "_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
+    "_avx512": AVX512,
+    "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 # Contraction is off everywhere: a kernel that wants a fused multiply-add says so, and all builds round alike.
 COMMON_FLAGS = [
