@@ -147,7 +147,7 @@ class _Footprint:
             after = _next(out)  # the same shapes, of storages that are not counted here
             backward = self._backward(out, base)
         keeps, peak, traffic = forward
-        backward_peak, backward_traffic, deferred = backward
+        backward_peak, backward_work = backward
         input_bytes, output_bytes = _bytes(x), _bytes(after)
         inputs, outputs = _storages(x), _storages(out)
         input_saved = sum(t.untyped_storage().nbytes() for key, t in self.saved.items() if key in inputs)
@@ -175,8 +175,9 @@ class _Footprint:
             backward_extra_bytes=max(backward_peak - keeps, 0),
             backward_flops=counter.get_total_flops() - forward_flops,
             forward_traffic_bytes=traffic,
-            backward_traffic_bytes=backward_traffic,
-            deferred_bytes=deferred,
+            backward_traffic_bytes=backward_work.moved_bytes,
+            deferred_bytes=backward_work.deferred_bytes,
+            deferred_flops=backward_work.deferred_flops,
         ), after
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
@@ -199,19 +200,18 @@ class _Footprint:
             out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
         return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
 
-    def _backward(self, out: Any, base: int) -> tuple[int, int, int]:
-        """(Most bytes, bytes moved, bytes of the operands that a deferred weight gradient would keep)."""
+    def _backward(self, out: Any, base: int) -> tuple[int, _Traffic]:
+        """The most bytes, and what was computed."""
         roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
         if not roots:
-            return 0, 0, 0
+            return 0, _Traffic()
         one = [torch.ones(1) for _ in range(3)]
         work = _Traffic()
-        self.saved_now = None
         self.tally.restart()
         with MemoryTracker(self.tally), work:
             gradients = [torch.empty_like(root) for root in roots]
             torch.autograd.backward(open_scope(roots, BackwardScope(*one)), gradients)
-        return self.tally.peak - base, work.moved_bytes, work.deferred_bytes
+        return self.tally.peak - base, work
 
 
 class _Traffic(TorchDispatchMode):
@@ -221,6 +221,7 @@ class _Traffic(TorchDispatchMode):
         super().__init__()
         self.moved_bytes = 0
         self.deferred_bytes = 0
+        self.deferred_flops = 0
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _PRODUCTS}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,6 +231,7 @@ class _Traffic(TorchDispatchMode):
         packet = getattr(func, "_overloadpacket", None)
         if packet is not None and packet.__name__ == "linear_dw_":
             self.deferred_bytes += _bytes(args[0])
+            self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
         if packet in self._products:
             return result
         storages = {t.untyped_storage()._cdata for t in given}

@@ -80,6 +80,7 @@ class LayerCost:
     forward_traffic_bytes: int = 0
     backward_traffic_bytes: int = 0
     deferred_bytes: int = 0
+    deferred_flops: int = 0
 
 
 def estimate_layers(

@@ -210,4 +210,4 @@ def _solve(p: Problem, table: list[list[float]], join: Callable[[float, float], 
     cuts = [count]
     for stage in range(stages - 1, 0, -1):
         cuts.append(cut[stage][cuts[-1]])
-    return best[-1][count], [*reversed(cuts), 0][-1:] + list(reversed(cuts))
+    return best[-1][count], [0, *reversed(cuts)]

@@ -28,9 +28,7 @@ class LayerNeeds:
         forward_extra: the most that the forward takes beyond what it leaves behind.
         backward_extra: the most that the backward takes beyond what the forward has left.
         deferred_bytes: what weight gradients that are put off keep, beside what the forward left.
-        forward_s: seconds of the forward on a device of relative speed 1.
-        backward_s: seconds of the backward, recomputation not included.
-        weight_share: the share of the backward that weight gradients take, where they can be put off.
+        weight_share: the share of the backward's time that weight gradients take, where they can be put off.
     """
 
     name: str
@@ -43,9 +41,7 @@ class LayerNeeds:
     output_saved: bool
     forward_extra: int
     backward_extra: int
-    deferred_bytes: int
-    forward_s: float
-    backward_s: float
+    deferred_bytes: int = 0
     weight_share: float = 0.5
 
 
@@ -121,6 +117,10 @@ class Boundary:
     before_on_card: bool = False
     after_on_card: bool = False
 
+    def s_per_microbatch(self, tensor_bytes: int, rate: float) -> float:
+        """Seconds that packing one tensor and unpacking another of this size take a device that packs at ``rate``."""
+        return 0.0 if self.codec == "none" else 2.0 * tensor_bytes / rate
+
     def wires(self, tensor_bytes: int, precision: str) -> tuple[int, int]:
         """Bytes of the wire buffers on the (sending, receiving) side of activations of ``tensor_bytes``.
 
@@ -150,7 +150,7 @@ class StageMemory:
         in_flight: the most microbatches that each stage holds.
         boundaries: one per boundary.
         precision: "fp16", "bf16" or "fp32".
-        deferred: microbatches of each stage whose weight gradients are put off; default none.
+        deferred: the schedule puts weight gradients off.
     """
 
     def __init__(
