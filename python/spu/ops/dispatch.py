@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schema import BACKENDS, SCHEMAS
+from .schema import BACKENDS, COMPOSED, SCHEMAS
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
@@ -60,7 +60,8 @@ class _Extension:
         except ImportError as error:
             return BackendStatus("cpu", False, f"spu._C cannot be imported: {error}", _FIX)
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        missing = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cpu", "CPU")]
+        needed = [name for name in SCHEMAS if name not in COMPOSED]
+        missing = [name for name in needed if not has_kernel(f"spu::{name}.cpu", "CPU")]
         if missing:
             return BackendStatus("cpu", False, f"spu._C lacks {', '.join(missing)}: it is of another version", _FIX)
         return BackendStatus("cpu", True)
