@@ -41,8 +41,8 @@ def problems(draw, most_layers=7):
 
 
 def choices(p, cuts):
-    sums = core.sums_of(p)
-    return [core.weigh(p, sums, core.order_of(p, s), s, cuts[s], cuts[s + 1]) for s in range(p.stages)]
+    scale = core.Scale(p)
+    return [scale.weigh(s, cuts[s], cuts[s + 1]) for s in range(p.stages)]
 
 
 def every_cuts(p):

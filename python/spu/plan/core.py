@@ -52,66 +52,61 @@ class Choice(NamedTuple):
     again: list[int]
 
 
-class _Sums(NamedTuple):
-    """Running sums, from which a stage's own are differences."""
+class Scale:
+    """Weighs runs of layers on the stages of one problem."""
 
-    seconds: list[list[float]]  # [S][L + 1]
-    again_s: list[list[float]]  # [S][L + 1] forward seconds
-    fixed: list[int]
-    own: list[int]
-    inner: list[int]
-    inner_again: list[int]
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        count = problem.layers
+        rows = [range(s * count, (s + 1) * count) for s in range(problem.stages)]
+        self._seconds = [[0.0, *accumulate(problem.forward[k] + problem.backward[k] for k in row)] for row in rows]
+        self._fixed = [0, *accumulate(problem.fixed)]
+        self._own = [0, *accumulate(problem.own)]
+        self._inner = [0, *accumulate(problem.inner)]
+        self._orders: dict[int, list[int]] = {}
 
-
-def sums_of(problem: Problem) -> _Sums:
-    """The running sums of a problem."""
-    count = problem.layers
-    rows = [range(s * count, (s + 1) * count) for s in range(problem.stages)]
-    return _Sums(
-        [[0.0, *accumulate(problem.forward[k] + problem.backward[k] for k in row)] for row in rows],
-        [[0.0, *accumulate(problem.forward[k] for k in row)] for row in rows],
-        *([0, *accumulate(values)] for values in (problem.fixed, problem.own, problem.inner, problem.inner_again)),
-    )
-
-
-def order_of(problem: Problem, stage: int) -> list[int]:
-    """Layers by what running them again saves, dearest bytes for the cheapest seconds first; ties by index."""
-
-    def worth(k: int) -> float:
-        saved = float(problem.own[k] + problem.inner[k] - problem.inner_again[k])
-        seconds = problem.forward[stage * problem.layers + k]
-        return saved / seconds if seconds > 0.0 else (math.inf if saved > 0 else 0.0)
-
-    return sorted(range(problem.layers), key=lambda k: (-worth(k), k))
-
-
-def weigh(p: Problem, sums: _Sums, order: Sequence[int], stage: int, first: int, last: int) -> Choice:
-    """A stage with layers ``first`` to ``last - 1``: as few layers run again as fit, where the problem says AUTO."""
-    enter, leave = stage * (p.layers + 1) + first, stage * (p.layers + 1) + last
-    seconds = sums.seconds[stage][last] - sums.seconds[stage][first] + p.enter_s[enter] + p.leave_s[leave]
-    fixed = sums.fixed[last] - sums.fixed[first] + p.enter_fixed[enter] + p.leave_fixed[leave]
-    each = sums.own[last] - sums.own[first] + sums.inner[last] - sums.inner[first + 1]
-    each += p.enter_each[enter] + p.leave_each[leave]
-    extra = max(p.leave_extra[leave], *p.extra[first:last])
-    flying, budget = p.in_flight[stage], p.budgets[stage]
-    needed = fixed + flying * each + extra
-    if p.recompute == KEEP or (p.recompute == AUTO and needed <= budget):
-        return Choice(seconds, needed, [])
-    again: list[int] = []
-    for k in order:
-        if not first <= k < last:
-            continue
-        saved = p.own[k] + (p.enter_each[enter] - p.enter_again[enter] if k == first else p.inner[k] - p.inner_again[k])
-        if p.recompute == AUTO and saved <= 0:
-            continue
-        again.append(k)
-        each -= saved
-        extra = max(extra, p.extra_again[k])
-        seconds += p.forward[stage * p.layers + k]
+    def weigh(self, stage: int, first: int, last: int) -> Choice:
+        """A stage with layers ``first`` to ``last - 1``: as few run again as fit, where the problem says AUTO."""
+        p = self.problem
+        enter, leave = stage * (p.layers + 1) + first, stage * (p.layers + 1) + last
+        seconds = self._seconds[stage][last] - self._seconds[stage][first] + p.enter_s[enter] + p.leave_s[leave]
+        fixed = self._fixed[last] - self._fixed[first] + p.enter_fixed[enter] + p.leave_fixed[leave]
+        each = self._own[last] - self._own[first] + self._inner[last] - self._inner[first + 1]
+        each += p.enter_each[enter] + p.leave_each[leave]
+        extra = max(p.leave_extra[leave], *p.extra[first:last])
+        flying, budget = p.in_flight[stage], p.budgets[stage]
         needed = fixed + flying * each + extra
-        if p.recompute == AUTO and needed <= budget:
-            break
-    return Choice(seconds, needed, again)
+        if p.recompute == KEEP or (p.recompute == AUTO and needed <= budget):
+            return Choice(seconds, needed, [])
+        again: list[int] = []
+        for k in self._order(stage):
+            if not first <= k < last:
+                continue
+            at_end = p.enter_each[enter] - p.enter_again[enter]
+            saved = p.own[k] + (at_end if k == first else p.inner[k] - p.inner_again[k])
+            if p.recompute == AUTO and saved <= 0:
+                continue
+            again.append(k)
+            each -= saved
+            extra = max(extra, p.extra_again[k])
+            seconds += p.forward[stage * p.layers + k]
+            needed = fixed + flying * each + extra
+            if p.recompute == AUTO and needed <= budget:
+                break
+        return Choice(seconds, needed, again)
+
+    def _order(self, stage: int) -> list[int]:
+        """Layers by what running them again saves, most bytes for a second first; ties by index."""
+        if stage not in self._orders:
+            p = self.problem
+
+            def worth(k: int) -> float:
+                saved = float(p.own[k] + p.inner[k] - p.inner_again[k])
+                seconds = p.forward[stage * p.layers + k]
+                return saved / seconds if seconds > 0.0 else (math.inf if saved > 0 else 0.0)
+
+            self._orders[stage] = sorted(range(p.layers), key=lambda k: (-worth(k), k))
+        return self._orders[stage]
 
 
 def place(problem: Problem, slacks: Sequence[float], backend: str = "auto") -> list[list[int]]:
@@ -179,15 +174,14 @@ def _add(a: float, b: float) -> float:
 
 def _table(p: Problem, value: Callable[[Choice, int], float]) -> list[list[float]]:
     """[S][first * (L + 1) + last] the value of every run of layers on every stage that can have it."""
-    sums = sums_of(p)
+    scale = Scale(p)
     table = []
     for stage in range(p.stages):
-        order = order_of(p, stage)
         row = [math.inf] * (p.layers + 1) ** 2
         for first in range(stage, p.layers - p.stages + stage + 1) if stage else (0,):
             lasts = range(first + 1, p.layers - p.stages + stage + 2) if stage < p.stages - 1 else (p.layers,)
             for last in lasts:
-                row[first * (p.layers + 1) + last] = value(weigh(p, sums, order, stage, first, last), stage)
+                row[first * (p.layers + 1) + last] = value(scale.weigh(stage, first, last), stage)
         table.append(row)
     return table
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan import core
 from spu.plan.memory import Boundary, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
+from spu.schedules.simulate import FlatSchedule, _runner, flatten
 
 if TYPE_CHECKING:
     from spu.devices import Device
@@ -84,7 +85,7 @@ class Request:
     @cached_property
     def actions(self) -> list[list[Action]]:
         """One run of the schedule."""
-        return schedules.get(self.schedule)(len(self.devices), self.microbatches, virtual=self.virtual)
+        return _actions(*self._schedule)
 
     @cached_property
     def boundaries(self) -> list[Boundary]:
@@ -102,7 +103,7 @@ class Request:
         return StageMemory(
             self.layers,
             self.loss,
-            in_flight=schedules.peak_in_flight(self.actions),
+            in_flight=_in_flight(*self._schedule),
             boundaries=self.boundaries,
             precision=self.precision,
             deferred=schedules.splits_backward(self.schedule),
@@ -123,9 +124,9 @@ class Request:
         ends: dict[str, list] = {name: [0] * (stages * width) for name in _END_BYTES}
         ends |= {name: [0.0] * (stages * width) for name in ("enter_s", "leave_s")}
         for s in range(stages):
-            for cut in range(width):
-                for name, value in self._ends(s, cut, last).items():
-                    ends[name][s * width + cut] = value
+            at = slice(s * width, (s + 1) * width)
+            for name, values in {**self._entering(s), **self._leaving(s, last)}.items():
+                ends[name][at] = values
         if budgets is None:
             budgets = [self.devices[home].budget_bytes // self.virtual for home in self.homes]
         return core.Problem(
@@ -145,28 +146,37 @@ class Request:
             *(ends[name] for name in (*_END_BYTES, "enter_s", "leave_s")),
         )
 
-    def _ends(self, stage: int, cut: int, last: int) -> dict[str, float]:
-        """What it adds to a stage to begin, or to end, at a cut between layers."""
-        result: dict[str, float] = {}
-        speed = self.speeds[self.homes[stage]]
-        if stage > 0 and cut < len(self.layers):
-            layer, boundary = self.layers[cut], self.boundaries[stage - 1]
-            result["enter_fixed"] = boundary.wires(layer.input_bytes, self.precision)[1]
-            result["enter_each"] = layer.input_bytes if boundary.copied and layer.input_saved else 0
-            result["enter_again"] = layer.input_bytes if boundary.copied else 0
-            result["enter_s"] = boundary.s_per_microbatch(layer.input_bytes, speed.pack_rate)
-        if stage < last and cut > 0:
-            layer, boundary = self.layers[cut - 1], self.boundaries[stage]
-            result["leave_fixed"] = boundary.wires(layer.output_bytes, self.precision)[0]
-            result["leave_each"] = layer.output_bytes
-            result["leave_s"] = boundary.s_per_microbatch(layer.output_bytes, speed.pack_rate)
-        elif stage == last and cut == len(self.layers):
-            loss, layer = self.loss, self.layers[-1]
-            kept = loss.input_saved or layer.output_saved
-            result["leave_each"] = loss.own_bytes + (loss.input_bytes if kept else 0)
-            result["leave_extra"] = max(loss.forward_extra + loss.input_bytes, loss.backward_extra)
-            result["leave_s"] = sum(self.times[self.homes[stage]][len(self.layers)])
-        return result
+    def _entering(self, stage: int) -> dict[str, list]:
+        """What it adds to a stage to begin at each cut between layers: [L + 1] each."""
+        if stage == 0:
+            return {}
+        boundary, rate = self.boundaries[stage - 1], self.speeds[self.homes[stage]].pack_rate
+        copied = boundary.copied
+        wires = {size: boundary.wires(size, self.precision)[1] for size in {x.input_bytes for x in self.layers}}
+        return {
+            "enter_fixed": [*(wires[layer.input_bytes] for layer in self.layers), 0],
+            "enter_each": [*(x.input_bytes if copied and x.input_saved else 0 for x in self.layers), 0],
+            "enter_again": [*(layer.input_bytes if copied else 0 for layer in self.layers), 0],
+            "enter_s": [*(boundary.s_per_microbatch(layer.input_bytes, rate) for layer in self.layers), 0.0],
+        }
+
+    def _leaving(self, stage: int, last: int) -> dict[str, list]:
+        """What it adds to a stage to end at each cut between layers: [L + 1] each."""
+        if stage < last:
+            boundary, rate = self.boundaries[stage], self.speeds[self.homes[stage]].pack_rate
+            wires = {size: boundary.wires(size, self.precision)[0] for size in {x.output_bytes for x in self.layers}}
+            return {
+                "leave_fixed": [0, *(wires[layer.output_bytes] for layer in self.layers)],
+                "leave_each": [0, *(layer.output_bytes for layer in self.layers)],
+                "leave_s": [0.0, *(boundary.s_per_microbatch(layer.output_bytes, rate) for layer in self.layers)],
+            }
+        loss, count = self.loss, len(self.layers)
+        kept = loss.input_saved or self.layers[-1].output_saved
+        return {
+            "leave_each": [0] * count + [loss.own_bytes + (loss.input_bytes if kept else 0)],
+            "leave_extra": [0] * count + [max(loss.forward_extra + loss.input_bytes, loss.backward_extra)],
+            "leave_s": [0.0] * count + [sum(self.times[self.homes[stage]][count])],
+        }
 
     def candidates(self, slacks: Sequence[float] = ()) -> list[Placed]:
         """Partitions within the budgets, the one with the fastest slowest stage first; none if nothing fits."""
@@ -185,13 +195,10 @@ class Request:
 
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
-        problem = self.problem() if problem is None else problem
-        sums = core.sums_of(problem)
-        again = []
-        for stage, (first, last) in enumerate(zip(cuts, cuts[1:])):
-            choice = core.weigh(problem, sums, core.order_of(problem, stage), stage, first, last)
-            again.append(tuple(sorted(choice.again)))
-        return Placed(tuple(range(a, b) for a, b in zip(cuts, cuts[1:])), tuple(again))
+        scale = core.Scale(self.problem() if problem is None else problem)
+        pairs = list(zip(cuts, cuts[1:]))
+        again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
+        return Placed(tuple(range(a, b) for a, b in pairs), tuple(again))
 
     def fits(self, placed: Placed) -> bool:
         """Whether every device's peak is within its budget."""
@@ -206,10 +213,10 @@ class Request:
         """The most bytes of every device: over its stages what they hold, and the largest workspace of one."""
         parts = list(zip(placed.parts, placed.again, strict=True))
         each = [self.memory.each(s, part.start, part.stop, again) for s, (part, again) in enumerate(parts)]
-        held = schedules.peak_on_ranks(self.actions, each)
+        held = [max(sum(each[s] * n for s, n in counts) for counts in row) for row in held_together(*self._schedule)]
         totals = self.stage_bytes(placed)
         return [
-            int(held[rank])
+            held[rank]
             + sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
             + max(b.workspace_bytes for b, home in zip(totals, self.homes) if home == rank)
             for rank in range(len(self.devices))
@@ -253,8 +260,55 @@ class Request:
         updates = [0.0] * len(self.devices)
         for seconds, home in zip(self.updates(placed), self.homes):
             updates[home] += seconds
-        timeline = schedules.simulate(self.actions, self.durations(placed), self.transfers(placed))
-        return self.accumulate * timeline.makespan + max(updates)
+        skeleton = _skeleton(*self._schedule)
+        seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
+        own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
+        _, ends = _runner("auto")(*skeleton._replace(seconds=own, transfers=self.transfers(placed)))
+        return self.accumulate * max(ends) + max(updates)
+
+    @property
+    def _schedule(self) -> tuple[str, int, int, int]:
+        return self.schedule, len(self.devices), self.microbatches, self.virtual
+
+
+@lru_cache(maxsize=256)
+def _actions(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[Action]]:
+    return schedules.get(schedule)(ranks, microbatches, virtual=virtual)
+
+
+@lru_cache(maxsize=256)
+def _in_flight(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[int]:
+    return schedules.peak_in_flight(_actions(schedule, ranks, microbatches, virtual))
+
+
+@lru_cache(maxsize=256)
+def _skeleton(schedule: str, ranks: int, microbatches: int, virtual: int) -> FlatSchedule:
+    """The schedule as the simulator's arrays, without seconds."""
+    actions = _actions(schedule, ranks, microbatches, virtual)
+    durations = [(0.0, 0.0, 0.0)] * (ranks * virtual)
+    return flatten(actions, durations, [0.0] * (ranks * virtual - 1))
+
+
+@lru_cache(maxsize=256)
+def held_together(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[tuple[tuple[int, int], ...]]]:
+    """Per rank, the sets of (stage, microbatches in flight) that occur at one time, less those within another."""
+    result = []
+    for row in _actions(schedule, ranks, microbatches, virtual):
+        last = {(a.stage, a.microbatch): a.kind for a in row}
+        stages = sorted({a.stage for a in row})
+        counts, opened = dict.fromkeys(stages, 0), set()
+        seen: set[tuple[int, ...]] = set()
+        for action in row:
+            key = action.stage, action.microbatch
+            if key not in opened:
+                opened.add(key)
+                counts[action.stage] += 1
+                seen.add(tuple(counts.values()))
+            if action.kind == last[key]:
+                counts[action.stage] -= 1
+        most = [a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)]
+        result.append([tuple(zip(stages, counts_)) for counts_ in most])
+    return result
 
 
 _END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")

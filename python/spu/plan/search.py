@@ -35,7 +35,7 @@ CostsOf = Callable[[int], "tuple[Sequence[LayerCost], LayerCost]"]
 SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
 """How much slower than the best a slowest stage may be if all stages together are faster: few microbatches want that."""
 
-_ORDERS, _IMPROVED, _ROUNDS = 4, 3, 12
+_ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ class _Search:
         budget = [device.budget_bytes for device in self.machine.devices]
         yield tuple(ranks)
         fastest_first = sorted(ranks, key=lambda k: -rate[k])
-        for size in range(count, 0, -1):
+        smallest = 1 if max(rate) > 1.5 * min(rate) else count  # leaving one out of many equal ones does not pay
+        for size in range(count, smallest - 1, -1):
             for order in (
                 fastest_first[:size],
                 fastest_first[:size][::-1],
@@ -196,7 +197,9 @@ class _Search:
                 yield tuple(order)
 
     def _requests(self, order: Sequence[int]) -> Iterator[Request]:
-        for microbatches in self.wanted.microbatch_counts():
+        counts = self.wanted.microbatch_counts()
+        # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
+        for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
             for name in self.wanted.schedule_names():
                 request = self._request(order, name, microbatches)
                 if request is not None:
