@@ -55,7 +55,9 @@ def every_cuts(p):
 def test_partitions_equal_brute_force(p):
     weighed = [(cuts, choices(p, cuts)) for cuts in every_cuts(p)]
     fitting = [
-        [c.seconds for c in own] for _, own in weighed if all(c.needed <= b for c, b in zip(own, p.budgets, strict=True))
+        [c.seconds for c in own]
+        for _, own in weighed
+        if all(c.needed <= b for c, b in zip(own, p.budgets, strict=True))
     ]
     found = core.place(p, [1.0, 1.5, math.inf], "python")
     if not fitting:

@@ -295,6 +295,19 @@ def flop_formulas() -> dict[Any, Any]:
     def linear(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
         return 2 * _rows(x) * weight[0] * weight[1]
 
+    def gated(x: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * linear(x, w_gate)
+
+    def gated_mlp(
+        x: Sequence[int], w_gate: Sequence[int], w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return 2 * linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
+
+    def gated_gradient(
+        dgate: Sequence[int], dup: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return 2 * input_gradient(dgate, w_gate)
+
     def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
@@ -302,7 +315,17 @@ def flop_formulas() -> dict[Any, Any]:
     cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if cpu_attention is not None:
         formulas[cpu_attention] = attention
-    ours = {"linear": linear, "linear_dx": input_gradient, "linear_dw": weight_gradient, "linear_dw_": weight_gradient}
+    ours = {
+        "linear": linear,
+        "linear_dx": input_gradient,
+        "linear_dw": weight_gradient,
+        "linear_dw_": weight_gradient,
+        "gated_linear": gated,
+        "gated_dx": gated_gradient,
+        "gated_mlp": gated_mlp,
+        "linear_ce": linear,
+        "linear_ce_dz": linear,
+    }
     for name, formula in ours.items():
         if hasattr(torch.ops.spu, name):
             formulas[getattr(torch.ops.spu, name)] = formula

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from spu import schedules
@@ -31,9 +31,10 @@ def make_plan(
     accumulate: int = 1,
     precision: str = "fp16",
     codec: str | Sequence[str] = "none",
-    recompute: bool | str = "auto",
+    recompute: bool | str | Collection[int] = "auto",
     max_stages: int | None = None,
     model: str = "",
+    times: Sequence[Sequence[tuple[float, float]]] | None = None,
     speeds: Sequence[float] | None = None,
     bandwidths: Sequence[float] | None = None,
     update_rates: Sequence[float] | None = None,
@@ -44,6 +45,7 @@ def make_plan(
     virtual: int | None = None,
     rows: int = 0,
     tokens: int = 0,
+    basis: str = "",
 ) -> Plan:
     """Places layers on devices, in order, so that the slowest stage is as fast as the budgets allow.
 
@@ -56,9 +58,10 @@ def make_plan(
         accumulate: runs of the schedule per step.
         precision: "fp16", "bf16" or "fp32".
         codec: "none", "fp16", "bf16" or "int8", for all boundaries or one for each.
-        recompute: True, False, or "auto": as few layers as fit the budgets.
+        recompute: True, False, "auto": as few layers as fit the budgets; or, with ``layers``, the layers themselves.
         max_stages: use no more than this many of the devices (where each has one stage).
         model: a name for the plan.
+        times: measured (forward, backward) seconds of every layer, and last of the loss, on every device.
         speeds: FLOP/s of each device. Layer times measured on the first device are scaled by the ratio; layers that
             were not measured take their counted FLOPs at this speed. By default all devices are alike.
         bandwidths: bytes/s of each device's memory, at which counted traffic of unmeasured layers moves; default: free.
@@ -69,6 +72,7 @@ def make_plan(
         max_microbatches: the batch cannot be cut into more; limits what a refusal proposes.
         virtual: stages on each device; None for the schedule's own number.
         rows, tokens: of a microbatch, to be noted in the plan.
+        basis: what the times rest on, to be noted in the plan; default: what the arguments say.
 
     Returns:
         The plan, every device of which is within its budget.
@@ -82,13 +86,16 @@ def make_plan(
     ranks = len(devices) if max_stages is None else min(len(devices), max_stages)
     stages = ranks * each
     check_stages(len(layer_costs), stages)
-    times, basis = _times(layer_costs, loss_cost, len(devices), speeds, bandwidths)
+    if times is None:
+        every, own_basis = _times(layer_costs, loss_cost, len(devices), speeds, bandwidths)
+    else:
+        every, own_basis = [tuple(row) for row in times], "measured"
     needs = [layer_needs(cost, before) for cost, before in zip(layer_costs, [None, *layer_costs])]
     last = layer_costs[-1]
     request = Request(
         layers=tuple(needs),
         loss=plain_loss(last, ITEM_BYTES[precision]) if loss_cost is None else layer_needs(loss_cost, last),
-        times=tuple(times[:ranks]),
+        times=tuple(every[:ranks]),
         devices=tuple(devices[:ranks]),
         speeds=tuple(_speeds(update_rates, pack_rates, len(devices))[:ranks]),
         schedule=schedule,
@@ -98,13 +105,14 @@ def make_plan(
         precision=precision,
         codecs=_codecs(codec, stages),
         links=_links(links, stages),
-        recompute=RECOMPUTE[recompute],
+        recompute=RECOMPUTE[recompute] if isinstance(recompute, bool | str) else core.KEEP,
         fixed=None if layers is None else _fixed(layers, len(layer_costs), stages),
+        given_again=None if isinstance(recompute, bool | str) else frozenset(recompute),
     )
     found = request.candidates()
     if not found:
         raise refusal(request, max_microbatches)
-    return write_plan(request, found[0], model=model, basis=basis, rows=rows, tokens=tokens)
+    return write_plan(request, found[0], model=model, basis=basis or own_basis, rows=rows, tokens=tokens)
 
 
 def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows: int = 0, tokens: int = 0) -> Plan:
@@ -196,14 +204,14 @@ def _speeds(updates: Sequence[float] | None, packs: Sequence[float] | None, rank
     ]
 
 
-def _check_settings(schedule: str, microbatches: int, accumulate: int, precision: str, recompute: bool | str) -> None:
+def _check_settings(schedule: str, microbatches: int, accumulate: int, precision: str, recompute: object) -> None:
     schedules.get(schedule)
     for name, value in (("microbatches", microbatches), ("accumulate", accumulate)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if precision not in ITEM_BYTES:
         raise ValueError(f"precision must be one of {', '.join(map(repr, ITEM_BYTES))}, got {precision!r}")
-    if recompute not in RECOMPUTE:
+    if isinstance(recompute, bool | str) and recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be True, False or 'auto', got {recompute!r}")
 
 

@@ -44,9 +44,7 @@ def layer_needs(cost: LayerCost, before: LayerCost | None) -> LayerNeeds:
     shared = min(cost.shared_bytes, cost.saved_bytes)
     # What is saved by both is this layer's input; it is counted as saved by the layer before.
     own = cost.saved_bytes - shared
-    return LayerNeeds(
-        cost.name, cost.param_count, trained, own, given, cost.output_bytes, False, False, 0, 0, 0, 0.5
-    )
+    return LayerNeeds(cost.name, cost.param_count, trained, own, given, cost.output_bytes, False, False, 0, 0, 0, 0.5)
 
 
 def plain_loss(last: LayerCost, item_bytes: int) -> LayerNeeds:

@@ -300,7 +300,9 @@ def _check_layers(plan: Plan) -> None:
             )
         outside = [index for index in stage.recompute if not first <= index < stop]
         if outside:
-            raise _BadEntry(f"stages[{k}].recompute names layer {outside[0]}, which is not one of its [{first}, {stop}]")
+            raise _BadEntry(
+                f"stages[{k}].recompute names layer {outside[0]}, which is not one of its [{first}, {stop}]"
+            )
         expected = stop
     _check_devices(plan)
 

@@ -60,6 +60,7 @@ class Request:
         links: bytes per second over each boundary.
         recompute: `core.KEEP`, `core.AGAIN` or `core.AUTO`.
         fixed: boundaries that are given.
+        given_again: layers to run again that are given, with ``fixed``.
     """
 
     layers: tuple[LayerNeeds, ...]
@@ -76,6 +77,7 @@ class Request:
     links: tuple[float, ...]
     recompute: int
     fixed: tuple[range, ...] | None = None
+    given_again: frozenset[int] | None = None
 
     @cached_property
     def homes(self) -> list[int]:
@@ -195,6 +197,9 @@ class Request:
 
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
+        if self.given_again is not None:
+            parts = tuple(range(a, b) for a, b in zip(cuts, cuts[1:]))
+            return Placed(parts, tuple(tuple(k for k in part if k in self.given_again) for part in parts))
         scale = core.Scale(self.problem() if problem is None else problem)
         pairs = list(zip(cuts, cuts[1:]))
         again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
@@ -290,7 +295,9 @@ def _skeleton(schedule: str, ranks: int, microbatches: int, virtual: int) -> Fla
 
 
 @lru_cache(maxsize=256)
-def held_together(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[tuple[tuple[int, int], ...]]]:
+def held_together(
+    schedule: str, ranks: int, microbatches: int, virtual: int
+) -> list[list[tuple[tuple[int, int], ...]]]:
     """Per rank, the sets of (stage, microbatches in flight) that occur at one time, less those within another."""
     result = []
     for row in _actions(schedule, ranks, microbatches, virtual):

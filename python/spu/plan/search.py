@@ -106,9 +106,7 @@ def search_plan(costs_of: CostsOf, machine: Machine, wanted: Wanted) -> Plan:
         raise search.refusal()
     request, placed = best
     rows = wanted.batch // (wanted.accumulate * request.microbatches)
-    return write_plan(
-        request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens
-    )
+    return write_plan(request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens)
 
 
 def _check(wanted: Wanted) -> None:
