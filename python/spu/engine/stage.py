@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ class Stage:
         device: where they are.
         is_last: the stage computes the loss.
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
-        recompute: keep only each layer's input for the backward.
+        recompute: for each layer, whether it keeps only its input for the backward; none does by default.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Stage:
         *,
         is_last: bool,
         loss_fn: Callable[[Any, Any], torch.Tensor],
-        recompute: bool = False,
+        recompute: Sequence[bool] = (),
     ) -> None:
         self.index = index
         self.layers = layers
@@ -57,9 +57,10 @@ class Stage:
         self.is_first = index == 0
         self.is_last = is_last
         self.loss_fn = loss_fn
-        self.recompute = recompute
+        self.recompute = list(recompute) or [False] * len(layers)
         self.wants_inputs = any(layer.wants_inputs for layer in layers)
         self._in_flight: dict[int, _InFlight] = {}
+        self._deferred: dict[int, list[Callable[[], None]]] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """The stage's parameters, each once, in order of first use."""
@@ -84,8 +85,8 @@ class Stage:
             pairs = [_cut(leaf) for leaf in leaves]
             cuts = [end for _, end in pairs]
             x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
-        for layer in self.layers:
-            step = layer.run_checkpointed if self.recompute and train else layer.run
+        for layer, again in zip(self.layers, self.recompute, strict=True):
+            step = layer.run_checkpointed if again and train else layer.run
             x = step(x, inputs, moment)
         if train and not self.is_last:
             self._in_flight[moment.microbatch] = _InFlight(cuts, pytree.tree_leaves(x))
@@ -122,18 +123,22 @@ class Stage:
             self._in_flight[moment.microbatch].outputs.append(share)
         return share.detach()
 
-    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope) -> Any:
+    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.
 
         Args:
             gradients: flat list, one scaled gradient (or None) for each output tensor; ignored by the last stage.
             moment: as given to :meth:`forward`.
             scope: the loss scale, its inverse, and where to note a non-finite gradient.
+            defer: leave the weight gradients of fused ops to :meth:`weight_backward`; those of other parameters are
+                computed here either way.
 
         Returns:
             Flat list of the scaled gradients of the stage's inputs, None where there is none.
         """
         flight = self._in_flight.pop(moment.microbatch)
+        if defer:
+            scope = replace(scope, deferred=self._deferred.setdefault(moment.microbatch, []))
         if self.is_last:
             (loss,) = flight.outputs
             roots, gradients = [loss], [scope.scale.reshape(()).to(loss.dtype)]
@@ -149,9 +154,15 @@ class Stage:
             torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         return [None if end is None else end.gradient for end in flight.cuts]
 
+    def weight_backward(self, moment: Moment) -> None:
+        """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
+        for compute in self._deferred.pop(moment.microbatch):
+            compute()
+
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
+        self._deferred.clear()
 
 
 def _cut(leaf: Any) -> tuple[Any, Cut | None]:
