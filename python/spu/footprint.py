@@ -124,7 +124,7 @@ class _Footprint:
     """One layer's run. Local names are dropped as a stage would drop them: what is still referenced is counted."""
 
     def __init__(self, mode: FakeTensorMode, tally: Tally, run: Run, x: Any, dtype: torch.dtype, fused: bool) -> None:
-        self.mode, self.tally, self.run, self.dtype = mode, tally, run, dtype
+        self.mode, self.tally, self.run, self.fused = mode, tally, run, fused
         self.x = x
         self.module = _fake_module(run.module, mode, dtype)
         if fused:
@@ -146,6 +146,8 @@ class _Footprint:
             forward_flops = counter.get_total_flops()
             after = _next(out)  # the same shapes, of storages that are not counted here
             backward = self._backward(out, base)
+            if self.fused:
+                backward[1].deferred_bytes = self._deferred_bytes(_next(self.x))
         keeps, peak, traffic = forward
         backward_peak, backward_work = backward
         input_bytes, output_bytes = _bytes(x), _bytes(after)
@@ -173,10 +175,10 @@ class _Footprint:
             output_saved=output_saved > 0,
             forward_extra_bytes=max(peak - keeps, 0),
             backward_extra_bytes=max(backward_peak - keeps, 0),
-            backward_flops=counter.get_total_flops() - forward_flops,
+            backward_flops=None if backward_work.failed else counter.get_total_flops() - forward_flops,
             forward_traffic_bytes=traffic,
             backward_traffic_bytes=backward_work.moved_bytes,
-            deferred_bytes=backward_work.deferred_bytes,
+            deferred_bytes=max(backward_work.deferred_bytes - max(keeps - own_output, 0), 0),
             deferred_flops=backward_work.deferred_flops,
         ), after
 
@@ -208,20 +210,48 @@ class _Footprint:
         one = [torch.ones(1) for _ in range(3)]
         work = _Traffic()
         self.tally.restart()
-        with MemoryTracker(self.tally), work:
-            gradients = [torch.empty_like(root) for root in roots]
-            torch.autograd.backward(open_scope(roots, BackwardScope(*one)), gradients)
+        try:
+            with MemoryTracker(self.tally), work:
+                gradients = [torch.empty_like(root) for root in roots]
+                torch.autograd.backward(open_scope(roots, BackwardScope(*one)), gradients)
+        except Exception:  # a hook that reads values, an op without a fake kernel: what a gradient of each would take
+            fallback = _Traffic()
+            fallback.failed = True
+            return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * _bytes(out), fallback
         return self.tally.peak - base, work
 
 
+    def _deferred_bytes(self, x: Any) -> int:
+        """Bytes that are held between a backward that puts weight gradients off and those."""
+        deferred: list[Callable[[], None]] = []
+        one = [torch.ones(1) for _ in range(3)]
+        base = self.tally.live
+        with MemoryTracker(self.tally):
+            out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
+            roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+            if not roots:
+                return 0
+            scope = BackwardScope(*one, deferred=deferred)
+            try:
+                torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
+            except Exception:  # as in `_backward`
+                return 0
+            finally:
+                del out, roots
+            left = self.tally.live - base
+            deferred.clear()
+        return left
+
+
 class _Traffic(TorchDispatchMode):
-    """Bytes that operators other than products read and write, and the operands of weight gradients."""
+    """Bytes that operators other than products read and write, and the work of weight gradients."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moved_bytes = 0
         self.deferred_bytes = 0
         self.deferred_flops = 0
+        self.failed = False
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _PRODUCTS}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,7 +260,6 @@ class _Traffic(TorchDispatchMode):
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         packet = getattr(func, "_overloadpacket", None)
         if packet is not None and packet.__name__ == "linear_dw_":
-            self.deferred_bytes += _bytes(args[0])
             self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
         if packet in self._products:
             return result
@@ -252,7 +281,7 @@ def _fake_module(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) ->
         if tensor is None:
             return None
         if id(tensor) not in tensors:
-            made = fake_copy(mode, tensor.detach(), torch.device("cpu"), dtype)
+            made = fake_copy(mode, tensor, torch.device("cpu"), dtype)
             tensors[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if parameter else made
         return tensors[id(tensor)]
 

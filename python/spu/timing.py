@@ -148,8 +148,9 @@ def _time_layer(
             grads.begin_step()
 
             def once() -> Seconds:
+                fresh = pytree.tree_map_only(torch.Tensor, torch.clone, here)  # a layer may change its input in place
                 begin = _now(device)
-                out = stage.forward(here, whole if own.wants_inputs else None, _MOMENT, train=True)
+                out = stage.forward(fresh, whole if own.wants_inputs else None, _MOMENT, train=True)
                 middle = _now(device)
                 leaves = pytree.tree_leaves(out)
                 made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in leaves]

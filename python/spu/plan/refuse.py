@@ -117,7 +117,8 @@ def working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, 
     found = False
     singles = [*_other_schedules(request), *_recomputed(request), *_packed(request)]
     groups: list[list[Change]] = [[change] for change in singles]
-    groups += [list(_finer(request, "", limit)), list(_more_devices(request)), list(_larger(request))]
+    groups += [list(_finer(request, "", limit)), list(_more_devices(request))]
+    groups += [[change] for change in _larger(request)]
     for group in groups:
         for label, changed in group:
             if placed := changed.candidates():
