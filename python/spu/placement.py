@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from spu import schedules
 from spu.devices import Device
@@ -17,7 +18,8 @@ from spu.engine.microbatch import batch_rows
 from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
 from spu.profile import LayerCost, measure_device
-from spu.timing import time_layers, time_update
+from spu.skips import carried_by
+from spu.timing import Detached, time_layers, time_update
 
 __all__ = ["check_plan", "counted_speeds", "measure_plan", "model_costs", "peak_bytes", "place_parts", "plan_model"]
 
@@ -96,12 +98,18 @@ def model_costs(
         ValueError: a layer cannot be run on fake tensors.
     """
 
+    rehearsal = Detached()
+
     def run(layer: Layer) -> Run:
-        return Run(
-            layer.name, layer.module, lambda module, x: replace(layer, module=module).run(x, sample, _ANY), kind(layer)
-        )
+        def call(module: nn.Module, x: Any) -> Any:
+            with carried_by(rehearsal):
+                return replace(layer, module=module).run(x, sample, _ANY)
+
+        return Run(layer.name, layer.module, call, kind(layer))
 
     def kind(layer: Layer) -> Any:
+        if not layer.wants_inputs:  # only of decoders' layers is it known that nothing else tells them apart
+            return None
         try:
             hash(made := alike(layer.module))
         except TypeError:

@@ -23,12 +23,14 @@ from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
 from spu.footprint import alike
+from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope
 from spu.optim import AdamW
 from spu.plan.request import UPDATE_BYTES
 from spu.precision import MainGrads
+from spu.skips import Rehearsal, carried_by
 
-__all__ = ["side_by_side", "time_layers", "time_update"]
+__all__ = ["Detached", "side_by_side", "time_layers", "time_update"]
 
 Seconds = tuple[float, float]
 _UPDATED = 1 << 20  # parameters of the update that is timed
@@ -55,12 +57,13 @@ def time_layers(
         repeats: medians of so many, after an unmeasured one.
     """
     known: dict[Any, tuple[list[Seconds], Any]] = {}
+    stashed: dict[str, torch.Tensor] = {}
     rows: list[list[Seconds]] = []
     x = sample
     for index, layer in enumerate(layers):
         key = _kind(layer, x)
         if key not in known:
-            known[key] = _time_layer(layer, x, sample, devices, loss_fn, index > 0, repeats)
+            known[key] = _time_layer(layer, x, sample, devices, loss_fn, index > 0, repeats, stashed)
         seconds, x = known[key]
         rows.append(seconds)
     if targets is None:
@@ -68,6 +71,26 @@ def time_layers(
     else:
         rows.append(_time_loss(x, targets, devices, loss_fn, repeats))
     return [[row[d] for row in rows] for d in range(len(devices))]
+
+
+class Detached(Rehearsal):
+    """Skips between layers that are run one by one: what is popped starts a graph of its own.
+
+    Args:
+        device: where to pop; default where it was stashed.
+        tensors: what was stashed, shared with others.
+    """
+
+    def __init__(self, device: torch.device | None = None, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.tensors = self.tensors if tensors is None else tensors
+
+    def pop(self, name: str) -> torch.Tensor:
+        tensor = super().pop(name)
+        if self.device is not None and tensor.device != self.device:
+            tensor = tensor.to(self.device)
+        return cut(tensor.detach())[0] if tensor.requires_grad else tensor
 
 
 def time_update(devices: Sequence[Device], dtype: torch.dtype, repeats: int = 5) -> list[float]:
@@ -116,6 +139,8 @@ def side_by_side(devices: Sequence[Device], body: Callable[[Device, Callable[[],
 
 
 def _kind(layer: Layer, x: Any) -> Any:
+    if not layer.wants_inputs:  # only of decoders' layers is it known that nothing else tells them apart
+        return id(layer)
     state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.module.parameters())
     given = tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
     try:
@@ -133,6 +158,7 @@ def _time_layer(
     loss_fn: Callable[[Any, Any], torch.Tensor],
     wants_gradient: bool,
     repeats: int,
+    stashed: dict[str, torch.Tensor],
 ) -> tuple[list[Seconds], Any]:
     """Seconds on each device, and the layer's output."""
     outputs: list[Any] = []
@@ -144,7 +170,8 @@ def _time_layer(
         stage = Stage(int(wants_gradient), [own], device, is_last=False, loss_fn=loss_fn)
         here, whole = move(x, device.torch_device), move(inputs, device.torch_device)
         scope = _scope(device)
-        with MainGrads(stage.parameters()) as grads, torch.enable_grad():
+        carrier = Detached(device.torch_device, stashed)
+        with MainGrads(stage.parameters()) as grads, torch.enable_grad(), carried_by(carrier):
             grads.begin_step()
 
             def once() -> Seconds:

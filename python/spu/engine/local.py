@@ -14,6 +14,7 @@ from spu import ops
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.layers import Moment
 from spu.engine.microbatch import move
+from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.engine.worker import Worker
 from spu.ops.sink import BackwardScope
@@ -125,6 +126,7 @@ class LocalEngine:
             for stage in self.stages:
                 stage.clear()
             raise
+        check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Timeline.from_spans(
             [span._replace(start=span.start - start, end=span.end - start) for own in spans for span in own],
@@ -210,7 +212,9 @@ class LocalEngine:
         inputs = None
         if stage.wants_inputs:
             inputs = x if stage.is_first else move(work.inputs[index], device)
-        output = stage.forward(x, inputs, moment, train=work.train)
+        skips = StageSkips(exchange, index, device, train=work.train)
+        output = stage.forward(x, inputs, moment, train=work.train, skips=skips)
+        skips.send()
         if not stage.is_last:
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
             return begin

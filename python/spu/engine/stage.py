@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
+from spu.engine.skips import StageSkips
 from spu.ops.cut import Cut, cut
 from spu.ops.sink import BackwardScope, open_scope
+from spu.skips import carried_by, current_carrier
 
 if TYPE_CHECKING:
     from spu.devices import Device
@@ -27,6 +29,7 @@ class _InFlight:
 
     cuts: list[Cut | None]  # where the gradients of the stage's inputs arrive; None for what has none
     outputs: list[Any]  # the stage's outputs, or its scaled loss
+    skips: StageSkips | None
 
 
 class Stage:
@@ -67,7 +70,7 @@ class Stage:
         found = {id(p): p for layer in self.layers for _, p in layer.named_parameters()}
         return list(found.values())
 
-    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool) -> Any:
+    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool, skips: StageSkips | None = None) -> Any:
         """Run one microbatch and remember what its backward needs.
 
         Args:
@@ -75,6 +78,7 @@ class Stage:
             inputs: the microbatch's inputs, on this device, if ``wants_inputs``.
             moment: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
             train: keep the graph.
+            skips: carries what layers stash for other stages.
 
         Returns:
             The stage's outputs, attached to their graph.
@@ -85,13 +89,13 @@ class Stage:
             pairs = [_cut(leaf) for leaf in leaves]
             cuts = [end for _, end in pairs]
             x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
-        for layer, again in zip(self.layers, self.recompute, strict=True):
-            step = layer.run_checkpointed if again and train else layer.run
-            x = step(x, inputs, moment)
-        if train and not self.is_last:
-            self._in_flight[moment.microbatch] = _InFlight(cuts, pytree.tree_leaves(x))
-        elif train:
-            self._in_flight[moment.microbatch] = _InFlight(cuts, [])
+        with carried_by(skips or current_carrier()):
+            for layer, again in zip(self.layers, self.recompute, strict=True):
+                step = layer.run_checkpointed if again and train else layer.run
+                x = step(x, inputs, moment)
+        if train:
+            outputs = [] if self.is_last else pytree.tree_leaves(x)
+            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips)
         return x
 
     def loss(
@@ -149,9 +153,13 @@ class Stage:
             for root, gradient in zip(roots, gradients, strict=True)
             if isinstance(root, torch.Tensor) and root.requires_grad and gradient is not None
         ]
+        if flight.skips is not None:
+            pairs += flight.skips.gradients()
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             torch.autograd.backward(opened, [gradient for _, gradient in pairs])
+        if flight.skips is not None:
+            flight.skips.send_gradients()
         return [None if end is None else end.gradient for end in flight.cuts]
 
     def weight_backward(self, moment: Moment) -> None:

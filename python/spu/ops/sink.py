@@ -33,12 +33,15 @@ class BackwardScope:
         inv_scale: 1 / scale.
         found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
         deferred: where sinks leave their work for later, in order; None if they are to do it at once.
+        plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
+            be added as it is, without a pass over it.
     """
 
     scale: Tensor
     inv_scale: Tensor
     found_inf: Tensor
     deferred: list[Callable[[], None]] | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         for name in ("scale", "inv_scale", "found_inf"):

@@ -100,6 +100,9 @@ class _ParameterSink:
                 f"MainGrads: a gradient of layout {grad.layout} cannot be unscaled: build the layer with dense "
                 "gradients (nn.Embedding(..., sparse=False))"
             )
+        if scope.plain and grad.dtype == torch.float32:
+            self._buffer = None  # autograd moves the first gradient into place
+            return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         if param.grad is None:
             value = self._take_buffer(param)
