@@ -17,6 +17,7 @@ from spu.engine.bridge import Bridge, StageModule
 from spu.engine.build import DTYPES, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import split_batch
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner, split_inputs
 from spu.engine.state import load_training, model_state, save_training
@@ -162,7 +163,9 @@ class ModelParallelTrainer:
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        sample = split_inputs(inputs, self.microbatches * self.accumulate, self.precision)[0]
+        parts = self.microbatches * self.accumulate
+        sample = split_inputs(inputs, parts, self.precision)[0]
+        loss = {"loss_fn": self.loss_fn, "targets": None if targets is None else split_batch(targets, parts)[0]}
         plan = self._given_plan or placement.plan_model(
             layers,
             sample,
@@ -174,12 +177,13 @@ class ModelParallelTrainer:
             precision=self.precision,
             codec=self.codec,
             recompute=self.recompute,
+            **loss,
         )
         self._check_plan(plan)
         release(layers)
         masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
         if self.measure:
-            plan = placement.measure_plan(plan, layers, sample, self.devices)
+            plan = placement.measure_plan(plan, layers, sample, self.devices, **loss)
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
             layers,
