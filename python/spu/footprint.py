@@ -220,7 +220,6 @@ class _Footprint:
             return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * _bytes(out), fallback
         return self.tally.peak - base, work
 
-
     def _deferred_bytes(self, x: Any) -> int:
         """Bytes that are held between a backward that puts weight gradients off and those."""
         deferred: list[Callable[[], None]] = []

@@ -69,7 +69,9 @@ def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Devi
             found[device.name] = device
     result, rest = [], iter(found.values())
     for name in names:
-        result.append(_absent(_full(name), budgets) if _full(name) in absent and name.startswith("cuda") else next(rest))
+        result.append(
+            _absent(_full(name), budgets) if _full(name) in absent and name.startswith("cuda") else next(rest)
+        )
     return result, absent
 
 
@@ -83,7 +85,9 @@ def _split_budget(budget: str | None) -> dict[str, str]:
         if piece.strip():
             name, sign, value = piece.partition("=")
             if not sign or not name.strip() or not value.strip():
-                raise ValueError(f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write cuda:0=8GB,cpu=64GB")
+                raise ValueError(
+                    f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write cuda:0=8GB,cpu=64GB"
+                )
             result[name.strip().lower()] = value.strip()
     return result
 
@@ -137,9 +141,7 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     layers = blueprint(options.model)
     parameters = sum(p.numel() for layer in layers for p in layer.module.parameters())
     name = Path(options.model).name.removesuffix(".json")
-    plan = search_plan(
-        costs_by_rows(layers, options.seq, options.precision), machine, _wanted(options, name)
-    )
+    plan = search_plan(costs_by_rows(layers, options.seq, options.precision), machine, _wanted(options, name))
     print("\n".join(explain(plan, machine, parameters, time.perf_counter() - began)), flush=True)
     if out is not None:
         plan.save(out)

@@ -21,7 +21,9 @@ _SCHEDULES = {
 }
 
 
-def explain(plan: Plan, machine: Machine | None = None, parameters: int = 0, planned_s: float | None = None) -> list[str]:
+def explain(
+    plan: Plan, machine: Machine | None = None, parameters: int = 0, planned_s: float | None = None
+) -> list[str]:
     """The plan's table with what is above and below it: lines of text."""
     size = f" ({parameters / 1e9:.2f}B parameters)" if parameters else ""
     shape = f"{plan.rows} x {plan.tokens} tokens" if plan.tokens else f"{plan.rows} rows"
