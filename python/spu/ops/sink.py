@@ -11,7 +11,7 @@ task of its own and does not inherit: open the scope again on its root, and chec
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -32,11 +32,13 @@ class BackwardScope:
         scale: the factor the loss was multiplied by.
         inv_scale: 1 / scale.
         found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
+        adopt: called with a parameter of a fused op that has no sink yet; may give it one.
     """
 
     scale: Tensor
     inv_scale: Tensor
     found_inf: Tensor
+    adopt: Callable[[Tensor], GradSink | None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "inv_scale", "found_inf"):
@@ -160,4 +162,6 @@ def sink_of(param: Tensor) -> GradSink | None:
 def sinks_of(parameters: Iterable[Tensor | None]) -> list[GradSink | None]:
     """For the backward of a fused op: the sink of each parameter, None for None and outside a scope."""
     scope = current_scope()
-    return [None if scope is None or param is None else sink_of(param) for param in parameters]
+    if scope is None:
+        return [None for _ in parameters]
+    return [None if param is None else _SINKS.get(param) or (scope.adopt and scope.adopt(param)) for param in parameters]
