@@ -6,7 +6,7 @@ quantised layers) or watched by hooks are run one by one, as they were.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -132,7 +132,7 @@ class FusedSequential(FusedBlock):
         return input
 
 
-@lru_cache(maxsize=None)
+@cache
 def fused_class(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> type[FusedBlock]:
     """The subclass of a module's class that runs it fused; one for each class."""
     members = {"spu_plain": plain, "spu_block": block, "__module__": plain.__module__, "__doc__": plain.__doc__}

@@ -110,9 +110,7 @@ class _GatedMLP(torch.autograd.Function):
         return (*(None if g is None else g.to(dtype) for g, dtype in gradients), None, None, None)
 
 
-def _check(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None
-) -> None:
+def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None) -> None:
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(
             f"gated_mlp: unknown activation {activation!r}: use one of {', '.join(map(repr, GATED_ACTIVATIONS))}"

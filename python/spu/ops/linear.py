@@ -36,7 +36,7 @@ def _save(
     ``parameters``: the weight (``transposed``: [K, N]) and bias as the caller gave them, from which autocast may have
     made those of ``inputs``.
     """
-    x, weight, bias, activation, keep_preact = inputs
+    x, weight, _, activation, keep_preact = inputs
     if activation in _NEEDS_PREACT and not keep_preact:
         raise ValueError(f"spu::linear needs keep_preact=True to be differentiated with activation {activation!r}")
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -70,10 +70,11 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     weight_sink, bias_sink = sinks_of(ctx.parameters)
     dx = schema.overload("linear_dx", backend)(dz, weight) if needs_x else None
     dw = db = None
+    left, right = (x, dz) if ctx.transposed else (dz, x)  # dw = left.T @ right
     if weight_sink is not None:
-        weight_sink.linear_weight(*((x, dz) if ctx.transposed else (dz, x)), backend)
+        weight_sink.linear_weight(left, right, backend)
     elif needs_weight:
-        dw = schema.overload("linear_dw", backend)(*((x, dz) if ctx.transposed else (dz, x)))
+        dw = schema.overload("linear_dw", backend)(left, right)
     if bias_sink is not None:
         bias_sink.linear_bias(dz, backend)
     elif needs_bias:
@@ -187,8 +188,8 @@ def linear_act(
 
     Returns:
         y [..., N], contiguous, in the dtype of the computation. Differentiable once in x, weight and bias, whose
-        gradients have their own dtypes; works under ``torch.compile``, where (as in any backward outside a scope) weight
-        and bias get ordinary gradients. (torch.func transforms do not work: no custom op of torch has them.)
+        gradients have their own dtypes; works under ``torch.compile``, where (as in any backward outside a scope)
+        weight and bias get ordinary gradients. (torch.func transforms do not work: no custom op of torch has them.)
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.

@@ -164,4 +164,6 @@ def sinks_of(parameters: Iterable[Tensor | None]) -> list[GradSink | None]:
     scope = current_scope()
     if scope is None:
         return [None for _ in parameters]
-    return [None if param is None else _SINKS.get(param) or (scope.adopt and scope.adopt(param)) for param in parameters]
+    return [
+        None if param is None else _SINKS.get(param) or (scope.adopt and scope.adopt(param)) for param in parameters
+    ]

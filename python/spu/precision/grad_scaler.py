@@ -122,10 +122,10 @@ class GradScaler(torch.amp.GradScaler):
         With an optimizer that skips on its own (``spu.optim.AdamW``, torch's with ``fused=True``) nothing waits for
         the device.
         """
-        if self._enabled and "closure" not in kwargs:
-            # Here, and not in an optimizer that unscales by itself: it cannot know which gradients are unscaled.
-            if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
-                self.unscale_(optimizer)
+        # Not left to an optimizer that unscales by itself: it cannot know which gradients are unscaled already.
+        ready = self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
+        if ready and "closure" not in kwargs:
+            self.unscale_(optimizer)
         return super().step(optimizer, *args, **kwargs)
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
