@@ -6,7 +6,6 @@ quantised layers) or watched by hooks are run one by one, as they were.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +92,8 @@ class FusedGated(FusedBlock):
         fits = all(_is_linear(layer) and layer.bias is None for layer in layers)
         if not fits or activation not in GATED_ACTIVATIONS or _watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
-        y = gated_mlp(x, *(layer.weight for layer in layers), activation, dtype=self.spu_dtype)
+        gate, up, down = (layer.weight for layer in layers)
+        y = gated_mlp(x, gate, up, down, str(activation), dtype=self.spu_dtype)
         return y if self.spu_dtype is None else y.to(x.dtype)
 
 
@@ -132,11 +132,16 @@ class FusedSequential(FusedBlock):
         return input
 
 
-@cache
+_CLASSES: dict[tuple[type, type, Block | None], type[FusedBlock]] = {}
+
+
 def fused_class(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> type[FusedBlock]:
     """The subclass of a module's class that runs it fused; one for each class."""
+    found = _CLASSES.get((mixin, plain, block))
+    if found is not None:
+        return found
     members = {"spu_plain": plain, "spu_block": block, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (mixin, plain), members)
+    return _CLASSES.setdefault((mixin, plain, block), type(plain.__name__, (mixin, plain), members))
 
 
 def _remake(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> FusedBlock:
