@@ -64,7 +64,7 @@ class GradScaler(torch.amp.GradScaler):
         if found is None:
             scale = cast(Tensor, self._scale).detach().to(device, copy=True).reshape(1)
             flag = torch.zeros_like(scale)
-            found = BackwardScope(scale, scale.double().reciprocal().float(), flag, self._adopt)
+            found = BackwardScope(scale, scale.double().reciprocal().float(), flag, adopt=self._adopt)
             self._scopes[device] = found
         return found
 
