@@ -24,6 +24,7 @@ NAMES = [
     "torch",
     "backend reference",
     "backend cpu",
+    "backend triton",
     "spu._C",
     "spu._host",
     "C++ compiler",

@@ -29,15 +29,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where spu._C was not built."""
-    missing = dispatch._Extension()
-    missing._status = ops.BackendStatus("cpu", False, "spu._C cannot be imported: not built", "build it")
-    monkeypatch.setattr(dispatch, "_EXTENSION", missing)
+    status = ops.BackendStatus("cpu", False, "spu._C cannot be imported: not built", "build it")
+    monkeypatch.setitem(dispatch._LOADERS, "cpu", dispatch.Loader(lambda: status))
     monkeypatch.setattr(dispatch, "_AUTOMATIC", {})
 
 
 def test_reference_is_always_there_and_the_rest_explains_itself() -> None:
     found = ops.backends()
-    assert set(found) == {"reference", "cpu"}
+    assert set(found) == set(schema.BACKENDS)
     assert found["reference"].available
     for name, status in found.items():
         assert status.name == name
@@ -63,7 +62,7 @@ def test_a_forced_backend_that_is_missing_raises_with_reason_and_fix(without_ext
 
 def test_an_unknown_name_is_listed_against_the_known_ones() -> None:
     with (
-        pytest.raises(ValueError, match="unknown backend 'gpu': use one of 'reference', 'cpu'"),
+        pytest.raises(ValueError, match="unknown backend 'gpu': use one of 'reference', 'cpu', 'triton'"),
         ops.use_backend("gpu"),
     ):
         pass
@@ -84,6 +83,44 @@ def test_a_forced_backend_refuses_what_it_cannot_do() -> None:
             ops.linear_act(torch.ones(2, 3).double(), torch.ones(4, 3).double())
         with pytest.raises(ValueError, match=r"'cpu' was forced but the tensor is on 'meta'"):
             ops.linear_act(torch.ones(2, 3, device="meta"), torch.ones(4, 3, device="meta"))
+
+
+def as_if_working(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """These backends of CUDA devices work here."""
+    for name in names:
+        status = ops.BackendStatus(name, True, device_types=("cuda",))
+        monkeypatch.setitem(dispatch._LOADERS, name, dispatch.Loader(lambda status=status: status))
+    monkeypatch.setattr(dispatch, "_AUTOMATIC", {})
+    dispatch.select_cuda.cache_clear()
+
+
+def test_cuda_tensors_get_the_first_backend_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if_working(monkeypatch, "triton")
+    assert dispatch._automatic("cuda", torch.float16) == dispatch.cuda_candidates(torch.float16)[0]
+    assert dispatch._automatic("cuda", torch.float64) == "reference"
+
+
+def test_without_a_cuda_backend_the_reason_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in dispatch.CUDA_BACKENDS:
+        status = ops.BackendStatus(name, False, f"no {name}", "install it", ("cuda",))
+        monkeypatch.setitem(dispatch._LOADERS, name, dispatch.Loader(lambda status=status: status))
+    with pytest.warns(RuntimeWarning, match=r"no .*install it"):
+        assert dispatch._automatic("cuda", torch.float16) == "reference"
+
+
+def test_a_table_names_the_backend_by_op_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pytest.importorskip("spu.kernels.table")  # absent where spu runs in place, without being installed
+
+    as_if_working(monkeypatch, *dispatch.CUDA_BACKENDS)
+    rows = {
+        "linear/fp16/large": table.Entry(table.Config(), "triton"),
+        "linear/fp16/skinny": table.Entry(table.Config()),
+    }
+    monkeypatch.setattr(table, "tables", lambda capability: (table.Table("sm_90", "measured", rows, {}),))
+    assert dispatch.select_cuda("linear", torch.float16, (9, 0), (8192, 8192, 8192)) == "triton"
+    assert dispatch.select_cuda("linear", torch.float16, (9, 0), (16, 8192, 8192)) is None
+    assert dispatch.select_cuda("linear", torch.float64, (9, 0), (8192, 8192, 8192)) is None
+    dispatch.select_cuda.cache_clear()
 
 
 def test_use_backend_nests_and_restores() -> None:
@@ -130,7 +167,9 @@ def test_the_environment_forces_a_backend() -> None:
 
 def test_an_unknown_name_in_the_environment_is_refused_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_FROM_ENVIRONMENT", "tpu")
-    with pytest.raises(ValueError, match="SPU_BACKEND names an unknown backend 'tpu': use one of 'reference', 'cpu'"):
+    with pytest.raises(
+        ValueError, match="SPU_BACKEND names an unknown backend 'tpu': use one of 'reference', 'cpu', 'triton'"
+    ):
         ops.linear_act(torch.ones(2, 3), torch.ones(4, 3))
 
 

@@ -1,29 +1,38 @@
-"""Which backend serves an op: automatic by device and dtype, or forced by name.
+"""Which backend serves an op: automatic by device, dtype and shape, or forced by name.
 
 A forced backend (``SPU_BACKEND`` or ``use_backend``) works or raises; only the automatic choice falls back, and says so
 once. The choice is made when an op runs forward; its backward uses the same backend on whatever thread it runs.
+
+On a CUDA device the automatic choice follows the measured tables of ``spu.kernels.table`` (by architecture, op, dtype
+and shape class) among the backends that work there; where nothing was measured it takes the first of ``CUDA_BACKENDS``.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from . import schema
 from .schema import BACKENDS, SCHEMAS
 
+_STORAGE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "reference": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    "cpu": (torch.float16, torch.bfloat16, torch.float32),
+    "reference": (*_STORAGE, torch.float64),
+    "cpu": _STORAGE,
+    "triton": _STORAGE,
 }
-_FIX = (
+CUDA_BACKENDS = ("triton",)  # those that serve CUDA tensors, the preferred one first
+_BUILD = (
     "build the extensions in a checkout of spu, with a C++17 compiler: "
     "SPU_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall ."
 )
@@ -31,18 +40,25 @@ _FIX = (
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can be used here; if not, the ``reason`` and a ``fix``."""
+    """Whether a backend can be used here; if not, the ``reason`` and a ``fix``.
+
+    ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for,
+    which run the reference's code under its name.
+    """
 
     name: str
     available: bool
     reason: str = ""
     fix: str = ""
+    device_types: tuple[str, ...] = ()
+    composed: tuple[str, ...] = ()
 
 
-class _Extension:
-    """The C++ library, loaded at first need and at most once."""
+class Loader:
+    """A backend's library, loaded at first need and at most once."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Callable[[], BackendStatus]) -> None:
+        self._load = load
         self._lock = threading.Lock()
         self._status: BackendStatus | None = None
 
@@ -53,17 +69,40 @@ class _Extension:
                     self._status = self._load()
         return self._status
 
-    @staticmethod
-    def _load() -> BackendStatus:
-        try:
-            importlib.import_module("spu._C")  # importing it registers the kernels
-        except ImportError as error:
-            return BackendStatus("cpu", False, f"spu._C cannot be imported: {error}", _FIX)
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        missing = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cpu", "CPU")]
-        if missing:
-            return BackendStatus("cpu", False, f"spu._C lacks {', '.join(missing)}: it is of another version", _FIX)
-        return BackendStatus("cpu", True)
+
+def _load_cpu() -> BackendStatus:
+    try:
+        importlib.import_module("spu._C")  # importing it registers the kernels
+    except ImportError as error:
+        return BackendStatus("cpu", False, f"spu._C cannot be imported: {error}", _BUILD, ("cpu",))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cpu", "CPU")]
+    if missing:
+        reason = f"spu._C lacks {', '.join(missing)}: it is of another version"
+        return BackendStatus("cpu", False, reason, _BUILD, ("cpu",))
+    return BackendStatus("cpu", True, device_types=("cpu",))
+
+
+def _load_triton() -> BackendStatus:
+    def unavailable(reason: str, fix: str) -> BackendStatus:
+        return BackendStatus("triton", False, reason, fix, ("cuda",))
+
+    if importlib.util.find_spec("triton") is None:
+        return unavailable("triton is not installed", "pip install 'triton>=3.6,<3.10'")
+    cuda = torch.cuda.is_available()
+    if not cuda and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return unavailable(
+            "torch sees no CUDA device",
+            "set TRITON_INTERPRET=1 before the start to run its kernels, slowly, on the CPU",
+        )
+    try:
+        backend = importlib.import_module("spu.kernels.backend")
+    except ImportError as error:
+        return unavailable(f"spu.kernels cannot be imported: {error}", "pip install --upgrade 'triton>=3.6,<3.10'")
+    interpreted = backend.interpreted()
+    device_types = ("cuda", "cpu") if interpreted else ("cuda",)
+    composed = schema.register_backend("triton", backend.IMPLEMENTATIONS, *(name.upper() for name in device_types))
+    return BackendStatus("triton", True, device_types=device_types, composed=composed)
 
 
 class _Forced(threading.local):
@@ -72,7 +111,7 @@ class _Forced(threading.local):
     name: str | None = None
 
 
-_EXTENSION = _Extension()
+_LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton)}
 _FORCED = _Forced()
 _FROM_ENVIRONMENT = os.environ.get("SPU_BACKEND") or None
 _AUTOMATIC: dict[tuple[str, torch.dtype], str] = {}
@@ -80,7 +119,12 @@ _AUTOMATIC: dict[tuple[str, torch.dtype], str] = {}
 
 def backends() -> dict[str, BackendStatus]:
     """All backends by name, each with the reason and the fix when it is unavailable."""
-    return {"reference": BackendStatus("reference", True), "cpu": _EXTENSION.status()}
+    return {"reference": BackendStatus("reference", True)} | {name: one.status() for name, one in _LOADERS.items()}
+
+
+def status_of(name: str) -> BackendStatus:
+    """One backend's status; loads no other."""
+    return BackendStatus("reference", True) if name == "reference" else _LOADERS[name].status()
 
 
 def _check_name(name: str, origin: str) -> None:
@@ -116,35 +160,48 @@ def use_backend(name: str | None) -> Iterator[None]:
         _FORCED.name = previous
 
 
-def _require(name: str) -> None:
-    status = backends()[name]
+def _require(name: str) -> BackendStatus:
+    status = status_of(name)
     if not status.available:
         raise RuntimeError(f"backend {name!r} was asked for but is unavailable: {status.reason}. Fix: {status.fix}")
+    return status
 
 
 def _checked(name: str, device_type: str, dtype: torch.dtype) -> str:
     _check_name(name, "SPU_BACKEND")
-    _require(name)
-    if name == "cpu" and device_type != "cpu":
-        raise ValueError(f"backend 'cpu' was forced but the tensor is on {device_type!r}: move it with .to('cpu')")
+    status = _require(name)
+    if status.device_types and device_type not in status.device_types:
+        where = status.device_types[0]
+        raise ValueError(
+            f"backend {name!r} was forced but the tensor is on {device_type!r}: move it with .to({where!r})"
+        )
     if dtype not in DTYPES[name]:
         known = ", ".join(map(str, DTYPES[name]))
         raise TypeError(f"backend {name!r} was forced but does not compute in {dtype}: it knows {known}")
     return name
 
 
-def _automatic(device_type: str, dtype: torch.dtype) -> str:
-    if device_type != "cpu" or dtype not in DTYPES["cpu"]:
-        return "reference"
-    status = _EXTENSION.status()
-    if status.available:
-        return "cpu"
+def _fall_back(reason: str, fix: str) -> str:
     warnings.warn(
-        f"spu computes with plain torch (backend 'reference'), which is slow in 16 bits on a CPU: {status.reason}. "
-        f"To make it fast, {status.fix}",
+        f"spu computes with plain torch (backend 'reference'), which is slow in 16 bits: {reason}. To make it fast, "
+        f"{fix}",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
+    return "reference"
+
+
+def _automatic(device_type: str, dtype: torch.dtype) -> str:
+    if device_type == "cpu" and dtype in DTYPES["cpu"]:
+        status = status_of("cpu")
+        return "cpu" if status.available else _fall_back(status.reason, status.fix)
+    if device_type == "cuda":
+        works = cuda_candidates(dtype)
+        if works:
+            return works[0]
+        if dtype in _STORAGE:
+            first = status_of(CUDA_BACKENDS[0])
+            return _fall_back(first.reason, first.fix)
     return "reference"
 
 
@@ -153,11 +210,32 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
 _automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_backend(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+def cuda_candidates(dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that can serve CUDA tensors of a dtype here, the preferred one first."""
+    return tuple(name for name in CUDA_BACKENDS if dtype in DTYPES[name] and status_of(name).available)
+
+
+@lru_cache(maxsize=4096)
+def select_cuda(op: str, dtype: torch.dtype, capability: tuple[int, int], shape: tuple[int, ...]) -> str | None:
+    """The backend that the tables prefer for an op of a shape (rows, columns, inner) on an architecture.
+
+    None where they say nothing, or name a backend that does not work here.
+    """
+    from spu.kernels import table
+
+    preferred = table.preferred_backend(capability, op, dtype, shape)
+    return preferred if preferred in cuda_candidates(dtype) else None
+
+
+def choose_backend(
+    tensor: Tensor, dtype: torch.dtype | None = None, *, op: str = "", shape: tuple[int, ...] = ()
+) -> str:
     """The backend that will serve ``tensor``: the forced one, else the fastest that supports its device and dtype.
 
     Args:
         dtype: of the computation; default: the tensor's.
+        op: the op's name and ``shape`` its (rows, columns, inner) for the measured choice on CUDA devices; without
+            them, and while torch.compile traces, the choice is by device and dtype alone.
 
     Raises:
         RuntimeError, ValueError, TypeError: if a forced backend cannot serve it.
@@ -166,6 +244,10 @@ def choose_backend(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
     name = _FORCED.name or _FROM_ENVIRONMENT
     if name is not None:
         return _checked(name, device_type, dtype)
+    if device_type == "cuda" and op and not torch.compiler.is_compiling():
+        selected = select_cuda(op, dtype, torch.cuda.get_device_capability(tensor.device), shape)
+        if selected is not None:
+            return selected
     found = _AUTOMATIC.get((device_type, dtype))
     if found is None:
         found = _AUTOMATIC[device_type, dtype] = _automatic(device_type, dtype)

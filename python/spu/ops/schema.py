@@ -8,14 +8,14 @@ that are defined here, so that an installation without a compiler has the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from . import reference, wire
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 _LIBRARY = torch.library.Library("spu", "DEF")  # kept alive: the ops vanish with it
 
@@ -82,6 +82,26 @@ def _define() -> None:
             torch.library.register_fake(f"spu::{name}.{backend}", FAKES[name], lib=_LIBRARY)
         # CompositeExplicitAutograd: one function for every device, below autograd.
         _LIBRARY.impl(f"{name}.reference", reference.IMPLEMENTATIONS[name], "CompositeExplicitAutograd")
+
+
+def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> tuple[str, ...]:
+    """Gives a backend that is written in Python its kernels, for the dispatch keys named ("CUDA", "CPU").
+
+    An op that it has no kernel for is served by the reference's code under the backend's name.
+
+    Returns:
+        The names of those ops.
+
+    Raises:
+        ValueError: for an implementation of an op that does not exist.
+    """
+    unknown = [name for name in implementations if name not in SCHEMAS]
+    if unknown:
+        raise ValueError(f"backend {backend!r} implements unknown ops: {', '.join(unknown)}")
+    for name in SCHEMAS:
+        for key in keys:
+            _LIBRARY.impl(f"{name}.{backend}", implementations.get(name, reference.IMPLEMENTATIONS[name]), key)
+    return tuple(name for name in SCHEMAS if name not in implementations)
 
 
 def register_autograd(name: str, backend: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:

@@ -1,0 +1,77 @@
+"""Configurations for architectures that nobody has measured yet, reckoned from their limits. Imports no triton.
+
+A tile must fit the shared memory (stages x (rows + columns) x inner x 2 bytes), its accumulators the registers
+(rows x columns / threads <= 128 a thread, 64 for the two accumulators of a gated product), and there should be more
+tiles than multiprocessors. ``python -m spu.kernels.derive FOLDER`` writes them as tables marked "derived".
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from .table import CLASSES, PRODUCTS, Config, Entry, Table, write
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Shared memory that a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+_DESCRIPTORS_FROM = 90
+
+# rows, columns, inner, warps, stages by class: for cards with 99 KB a block, and for those with more.
+_NARROW = {
+    "skinny": (32, 64, 128, 4, 3),
+    "deep": (128, 128, 32, 8, 4),
+    "small": (64, 64, 64, 4, 4),
+    "medium": (128, 64, 64, 4, 3),
+    "large": (128, 128, 32, 8, 4),
+}
+_WIDE = {
+    "skinny": (32, 64, 128, 4, 4),
+    "deep": (128, 128, 64, 8, 4),
+    "small": (64, 64, 64, 4, 4),
+    "medium": (128, 128, 64, 8, 3),
+    "large": (128, 256, 64, 8, 3),
+}
+_SPLITS = {"skinny": 4, "deep": 8}
+
+
+def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
+    """The derived configuration of one product."""
+    if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
+        return Config("torch")
+    if dtype == "fp32":  # multiplied as fp32, on the ordinary units
+        return _split(Config("tile", 64, 64, 32, 8, 4, 2), op, shape_class)
+    rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
+    if op == "gated_linear":  # two accumulators and two weight tiles
+        columns, stages = min(columns, 64), min(stages, 3)
+    if op == "linear_dw" and columns > 128:  # the epilogue holds main_grad beside the accumulators
+        columns = 128
+    if op in ("gated_linear", "linear_ce") or shape_class in ("skinny", "deep"):
+        return _split(Config("tile", rows, columns, inner, 8, warps, stages), op, shape_class)
+    if op == "gated_dx":
+        return Config("tile", rows, min(columns, 128), inner, 8, warps, stages)
+    kind = "descriptor" if arch in (90, 100) and shape_class in ("medium", "large") else "tile"
+    return Config(kind, rows, columns, inner, 8, warps, stages)
+
+
+def _split(tile: Config, op: str, shape_class: str) -> Config:
+    if shape_class not in _SPLITS or op not in ("linear", "linear_dx", "linear_dw"):
+        return tile
+    sizes = (tile.block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages)
+    return Config("split", *sizes, split_k=_SPLITS[shape_class])
+
+
+def table(arch: int) -> Table:
+    """The whole derived table of an architecture."""
+    entries = {
+        f"{op}/{dtype}/{shape_class}": Entry(config(arch, op, dtype, shape_class))
+        for op in PRODUCTS
+        for dtype in ("fp16", "bf16", "fp32")
+        for shape_class in CLASSES
+    }
+    return Table(f"sm_{arch}", "derived", entries, {"note": "reckoned, never measured: run `spu tune`"})
+
+
+if __name__ == "__main__":
+    for one in ARCHITECTURES:
+        write(table(one), Path(sys.argv[1]) / f"sm_{one}.json")
