@@ -21,9 +21,10 @@ def test_adamw_fp16(measure: Measure) -> None:
     param, grad = master.half(), torch.randn(PARAMETERS)
     m, v, one = torch.zeros_like(grad), torch.zeros_like(grad), torch.ones(1)
     found = torch.zeros(1)
+    lists = [[tensor] for tensor in (param, grad, master, m, v, one)]
 
     def step() -> None:
-        OPS.adamw_.cpu(param, grad, master, m, v, one, one, found, 1e-3, 0.9, 0.999, 1e-8, 0.01)
+        OPS.adamw_.cpu(*lists, one, found, 1e-3, 0.9, 0.999, 1e-8, 0.01)
 
     measure("AdamW step", f"{PARAMETERS} fp16", "spu fp16", step, bytes_=30 * PARAMETERS)
 
@@ -51,7 +52,7 @@ def test_grad_sqnorm(measure: Measure, peer: str) -> None:
     grad = torch.randn(PARAMETERS)
 
     def ours() -> object:
-        return OPS.grad_sqnorm.cpu(grad)
+        return OPS.grad_sqnorm.cpu([grad])
 
     def plain() -> object:
         return torch.linalg.vector_norm(grad)

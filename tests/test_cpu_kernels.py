@@ -38,6 +38,7 @@ C = _load()
 import spu.ops  # noqa: E402, F401  (defines the schemas; must not load another spu._C first)
 
 OPS = torch.ops.spu
+CODECS = ("fp16", "bf16", "int8", "int4", "fp8_e4m3", "fp8_e5m2")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z.clone(),
@@ -309,7 +310,7 @@ def test_conversions_of_every_fp16_and_bf16_value() -> None:
             assert_equal(back, values.to(dtype), f"fp32 to {codec}")
 
 
-@pytest.mark.parametrize("codec", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_wire_is_the_references_byte_for_byte(codec: str, dtype: torch.dtype) -> None:
     for shape in ((), (0,), (1,), (63,), (64,), (65,), (3, 0, 2), (2, 3, 4, 5, 6), (300, 129)):
@@ -354,9 +355,9 @@ def test_adamw_follows_torch(dtype: torch.dtype) -> None:
         truth_p.grad, plain_p.grad = g.double() * clip, g * clip
         truth.step()
         plain.step()
-        held = None if dtype == torch.float32 else master
+        held = [] if dtype == torch.float32 else [master]
         OPS.adamw_.cpu(
-            param, g, held, m, v, scalar(step), scalar(clip), scalar(0.0), 1e-2, 0.9, 0.99, 1e-8, 0.1
+            [param], [g], held, [m], [v], [scalar(step)], scalar(clip), scalar(0.0), 1e-2, 0.9, 0.99, 1e-8, 0.1
         )  # fmt: skip
         state, plain_state = truth.state[truth_p], plain.state[plain_p]
         assert_close_to_truth(master, plain_p.detach(), truth_p.detach(), name=f"parameter after step {step}")
@@ -370,15 +371,18 @@ def test_adamw_skips_on_found_inf_and_takes_strided_state() -> None:
         torch.manual_seed(5)
         return [torch.randn(6, 9).half(), torch.randn(6, 9), torch.randn(6, 9), torch.randn(6, 9), torch.rand(6, 9)]
 
-    rest = (scalar(3.0), scalar(1.0))
+    def lists(tensors: list[Tensor]) -> list[list[Tensor]]:
+        return [[tensor] for tensor in tensors]
+
+    rest = ([scalar(3.0)], scalar(1.0))
     hyper = (1e-2, 0.9, 0.99, 1e-8, 0.1)
     before, after = state(), state()
-    OPS.adamw_.cpu(*after, *rest, scalar(1.0), *hyper)
+    OPS.adamw_.cpu(*lists(after), *rest, scalar(1.0), *hyper)
     for name, a, b in zip(("param", "grad", "master", "exp_avg", "exp_avg_sq"), after, before):
         assert_equal(a, b, f"{name} of a skipped step")
-    OPS.adamw_.cpu(*after, *rest, scalar(0.0), *hyper)
+    OPS.adamw_.cpu(*lists(after), *rest, scalar(0.0), *hyper)
     strided = [t.t().contiguous().t() for t in before]
-    OPS.adamw_.cpu(*strided, *rest, scalar(0.0), *hyper)
+    OPS.adamw_.cpu(*lists(strided), *rest, scalar(0.0), *hyper)
     for name, a, b in zip(("param", "grad", "master", "exp_avg", "exp_avg_sq"), strided, after):
         assert_equal(a, b, f"{name}, strided")
     assert not torch.equal(after[2], before[2])
@@ -388,11 +392,11 @@ def test_grad_sqnorm() -> None:
     for shape in ((0,), (1,), (7, 13), (200_001,)):
         g = torch.randn(shape)
         truth = g.double().square().sum().view(1)
-        assert_close_to_truth(OPS.grad_sqnorm.cpu(g), g.square().sum().view(1), truth)
+        assert_close_to_truth(OPS.grad_sqnorm.cpu([g]), g.square().sum().view(1), truth)
     big = torch.full((3,), 1e15)
-    assert OPS.grad_sqnorm.cpu(big).item() == pytest.approx(3e30)
-    assert OPS.grad_sqnorm.cpu(torch.tensor([1.0, float("nan")])).isnan().item()
-    assert_equal(OPS.grad_sqnorm.cpu(torch.arange(12.0).view(3, 4).t()), scalar(506.0), "strided")
+    assert OPS.grad_sqnorm.cpu([big]).item() == pytest.approx(3e30)
+    assert OPS.grad_sqnorm.cpu([big, torch.tensor([1.0, float("nan")])]).isnan().item()
+    assert_equal(OPS.grad_sqnorm.cpu([torch.arange(12.0).view(3, 4).t()]), scalar(506.0), "strided")
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -402,7 +406,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         main, found = torch.zeros(300, 200), scalar(0.0)
         OPS.linear_dw_.cpu(dz, x, main, scalar(1.0), found, False)
         return [*OPS.linear.cpu(x, w, None, "gelu", True), OPS.linear_dx.cpu(dz, w), main, OPS.linear_db.cpu(dz),
-                OPS.grad_sqnorm.cpu(main), OPS.pack.cpu(x, "int8")]  # fmt: skip
+                OPS.grad_sqnorm.cpu([main, main]), OPS.pack.cpu(x, "int8")]  # fmt: skip
 
     torch.set_num_threads(1)
     single = run()
@@ -457,7 +461,7 @@ def test_two_python_threads_at_once() -> None:
         (lambda: OPS.pack.cpu(torch.ones(2), "fp4"), "unknown codec 'fp4'"),
         (lambda: OPS.pack.cpu(torch.ones(1, 1, 1, 1, 1, 1), "int8"), "6 dimensions"),
         (lambda: OPS.unpack.cpu(torch.zeros(10, dtype=torch.uint8), [2], torch.float32, "int8"), "got 10"),
-        (lambda: OPS.grad_sqnorm.cpu(torch.ones(2).half()), "must be float32"),
+        (lambda: OPS.grad_sqnorm.cpu([torch.ones(2).half()]), "must be float32"),
     ],
 )
 def test_direct_callers_get_the_values_in_the_message(call: Callable[[], object], message: str) -> None:

@@ -85,8 +85,16 @@ EXPORT void adamw(float* p, const float* g, float* m, float* v, long n, float de
     p[i] = s.param, m[i] = s.m, v[i] = s.v;
   }
 }
+EXPORT void fp8(const float* x, uint8_t* codes, float* values, long n, int e4m3) {
+  for (long i = 0; i < n; ++i) {
+    const uint32_t code = e4m3 ? fp8_code<3, 7, float>(x[i], 1.0f, kE4m3Largest)
+                               : fp8_code<2, 15, float>(x[i], 1.0f, kE5m2Largest);
+    codes[i] = (uint8_t)code;
+    values[i] = e4m3 ? fp8_value<3, 7, float>(code) : fp8_value<2, 15, float>(code);
+  }
+}
 EXPORT long wire_size(long numel, int codec) {
-  return spu::wire::wire_bytes(numel, static_cast<spu::wire::Codec>(codec), kInt8Block);
+  return spu::wire::wire_bytes(numel, static_cast<spu::wire::Codec>(codec));
 }
 """
 
@@ -218,6 +226,19 @@ def test_int8_blocks(math: ctypes.CDLL) -> None:
     assert not codes[~usable].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_codes_and_values(math: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Every finite fp16 value, what lies beside a tie, and values far outside."""
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    x = x[torch.isfinite(x)]
+    x = torch.cat([x, x * (1 + 2.0**-20), x * (1 - 2.0**-20), torch.tensor([1e-30, -1e-42, 3e38, -3e38])])
+    codes, values = torch.empty(x.shape, dtype=torch.uint8), torch.empty_like(x)
+    math.fp8(at(x), at(codes), at(values), ctypes.c_long(x.numel()), int(dtype == torch.float8_e4m3fn))
+    wanted = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    assert_equal(codes, wanted.view(torch.uint8), "codes")
+    assert_equal(values, wanted.float(), "values")
+
+
 @pytest.mark.parametrize("step", [1, 2, 1000])
 def test_adamw(math: ctypes.CDLL, step: int) -> None:
     lr, b1, b2, eps, decay = 3e-3, 0.9, 0.999, 1e-8, 0.1
@@ -243,5 +264,5 @@ def test_wire_size_is_pythons(math: ctypes.CDLL) -> None:
     from spu import ops
 
     for numel in (0, 1, 63, 64, 65, 1000, 4096):
-        for code, name in enumerate(("fp16", "bf16", "int8")):
+        for code, name in enumerate(ops.CODECS):
             assert math.wire_size(ctypes.c_long(numel), code) == ops.wire_bytes((numel,), torch.float16, name)

@@ -23,22 +23,34 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.float().flatten()
 
 
-def int8_by_hand(x: torch.Tensor) -> torch.Tensor:
+BLOCKS = {"int8": (64, 127), "int4": (32, 7), "fp8_e4m3": (64, 448), "fp8_e5m2": (64, 57344)}  # size, largest code
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+def nearest_code(ratio: torch.Tensor, codec: str) -> float:
+    largest = BLOCKS[codec][1]
+    ratio = ratio.clamp(-largest, largest)
+    return float(ratio.to(FP8[codec])) if codec in FP8 else float(round(ratio.item()))  # Python rounds half to even
+
+
+def by_hand(x: torch.Tensor, codec: str) -> torch.Tensor:
     """The format's own words, value by value: another program than the one under test."""
+    if codec not in BLOCKS:
+        return x.to({"fp16": torch.float16, "bf16": torch.bfloat16}[codec]).to(x.dtype)
     flat, out = wide(x).tolist(), []
-    for start in range(0, len(flat), 64):
-        block = flat[start : start + 64]
+    size, largest_code = BLOCKS[codec]
+    for start in range(0, len(flat), size):
+        block = flat[start : start + size]
         largest = torch.tensor(block).abs().amax()
         if not torch.isfinite(largest):
             out += [float("nan")] * len(block)
             continue
-        scale = largest / 127
+        scale = largest / largest_code
         if scale < torch.finfo(torch.float32).tiny:
             out += [0.0] * len(block)
             continue
         for value in block:
-            code = max(-127, min(127, round((torch.tensor(value) / scale).item())))  # Python rounds half to even
-            out.append((torch.tensor(float(code)) * scale).item())
+            out.append((torch.tensor(nearest_code(torch.tensor(value) / scale, codec)) * scale).item())
     return torch.tensor(out).to(x.dtype).reshape(x.shape)
 
 
@@ -54,8 +66,7 @@ def test_round_trip(backend: str, dtype: torch.dtype, codec: str, shape: tuple[i
     assert wire.dtype == torch.uint8
     assert wire.shape == (ops.wire_bytes(shape, dtype, codec),)
     assert wire.shape[0] % 64 == 0
-    expected = int8_by_hand(x) if codec == "int8" else x.to({"fp16": torch.float16, "bf16": torch.bfloat16}[codec])
-    assert_equal(back, expected.to(dtype), f"{codec} of {shape}")
+    assert_equal(back, by_hand(x, codec), f"{codec} of {shape}")
     assert_equal(by_header, back, "decoded by its header")
 
 
@@ -69,10 +80,7 @@ def test_any_fp32_values(backend: str, values: list[float], codec: str) -> None:
     x = torch.tensor(values)
     with ops.use_backend(backend):
         back = ops.unpack(ops.pack(x, codec), x.shape, x.dtype, codec)
-    if codec == "int8":
-        assert_equal(back, int8_by_hand(x), "int8")
-    else:
-        assert_equal(back, x.to(torch.float16 if codec == "fp16" else torch.bfloat16).float(), codec)
+    assert_equal(back, by_hand(x, codec), codec)
 
 
 @every_backend
@@ -88,15 +96,31 @@ def test_int8_error_is_at_most_half_a_step(backend: str, dtype: torch.dtype) -> 
 
 
 @every_backend
+@pytest.mark.parametrize("codec", ["int8", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_non_finite_value_makes_its_int8_block_nan(backend: str, bad: float) -> None:
+def test_a_non_finite_value_makes_its_block_nan(backend: str, codec: str, bad: float) -> None:
     x = torch.randn(200)
     x[70] = bad
     with ops.use_backend(backend):
-        back = ops.unpack(ops.pack(x, "int8"), x.shape, x.dtype, "int8")
+        back = ops.unpack(ops.pack(x, codec), x.shape, x.dtype, codec)
     assert back[64:128].isnan().all()
     assert torch.isfinite(back[:64]).all()
     assert torch.isfinite(back[128:]).all()
+
+
+@every_backend
+def test_int4_layout(backend: str) -> None:
+    """Two values a byte, the first in the low bits, two's complement; 32 values a scale; an odd end is padded."""
+    x = torch.tensor([7.0, -7.0, 1.0, -1.0, 3.4] + [0.0] * 27 + [14.0, float("nan"), 2.0])
+    with ops.use_backend(backend):
+        wire = ops.pack(x, "int4")
+        back = ops.unpack(wire, (35,), torch.float32, "int4")
+    assert wire[64:72].view(torch.float32)[0] == 1.0
+    assert wire[64:72].view(torch.float32)[1].isnan()
+    assert wire[128:131].tolist() == [0x97, 0xF1, 0x03]
+    assert not wire[128 + 18 :].any()
+    assert back[:5].tolist() == [7, -7, 1, -1, 3]
+    assert back[32:].isnan().all()
 
 
 @every_backend
@@ -129,13 +153,13 @@ def test_header_and_padding_bytes(backend: str, codec: str) -> None:
     x = torch.randn(3, 23).bfloat16()
     with ops.use_backend(backend):
         data = bytes(ops.pack(x, codec).tolist())
-    block = 64 if codec == "int8" else 0
-    code = CODECS.index(codec)
+    block, code = BLOCKS.get(codec, (0, 0))[0], CODECS.index(codec)
     assert data[:64] == struct.pack("<4sBBBBIIqqqqqq", b"SPUW", 1, code, 1, 2, block, 0, 69, 3, 23, 0, 0, 0)
-    if codec == "int8":
-        assert len(data) == 64 + 64 + 128
-        assert not any(data[64 + 8 : 128])
-        assert not any(data[128 + 69 :])
+    if codec in BLOCKS:
+        payload, scales = (35, 3) if codec == "int4" else (69, 2)
+        assert len(data) == 64 + 64 + (payload + 63) // 64 * 64
+        assert not any(data[64 + 4 * scales : 128])
+        assert not any(data[128 + payload :])
     else:
         assert len(data) == 64 + 192
         assert not any(data[64 + 138 :])
@@ -184,7 +208,7 @@ def test_wrong_wires_are_named() -> None:
 
 
 def test_what_cannot_be_packed_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown codec 'zip': use one of 'fp16', 'bf16', 'int8'"):
+    with pytest.raises(ValueError, match="unknown codec 'zip': use one of 'fp16', 'bf16', 'int8', 'int4'"):
         ops.pack(torch.zeros(3), "zip")
     with pytest.raises(TypeError, match=r"cannot pack torch\.float64"):
         ops.pack(torch.zeros(3, dtype=torch.float64), "fp16")
@@ -197,6 +221,8 @@ def test_opcheck(backend: str) -> None:
     for name, arguments in (
         ("pack", (torch.randn(3, 50), "int8")),
         ("pack", (torch.randn(3, 5).half(), "bf16")),
+        ("pack", (torch.randn(3, 5).half(), "int4")),
+        ("unpack", (ops.pack(torch.randn(3, 50), "fp8_e5m2"), (3, 50), torch.float16, "fp8_e5m2")),
         ("unpack", (ops.pack(torch.randn(3, 50), "int8"), (3, 50), torch.float32, "int8")),
     ):
         results = torch.library.opcheck(schema.overload(name, backend), arguments)

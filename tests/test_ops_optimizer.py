@@ -9,7 +9,7 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import ops
-from spu.ops import reference, schema
+from spu.ops import reference_optimizer, schema
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -48,7 +48,7 @@ def test_against_the_formula_in_fp64(backend: str, dtype: torch.dtype, shape: tu
         target, kind = each["master"] if each["master"] is not None else each["param"], each["grad"].dtype
         clip = torch.tensor([0.5], dtype=kind)
         arguments = (each["grad"], each["exp_avg"], each["exp_avg_sq"], each["step"], clip, torch.zeros(1, dtype=kind))
-        reference.adamw_on_device(target, *arguments, *HYPER.values())
+        reference_optimizer.adamw_on_device(target, *arguments, *HYPER.values())
         each["target"] = target
     with ops.use_backend(backend):
         apply(state, clip=0.5)
@@ -91,7 +91,7 @@ def test_the_two_reference_paths_agree() -> None:
     other = copied(state)
     with ops.use_backend("reference"):
         apply(state, clip=0.7)
-    reference.adamw_on_device(
+    reference_optimizer.adamw_on_device(
         other["param"], other["grad"], other["exp_avg"], other["exp_avg_sq"], other["step"],
         torch.tensor([0.7]), torch.zeros(1), *HYPER.values(),
     )  # fmt: skip
@@ -136,8 +136,8 @@ def test_opcheck(backend: str) -> None:
     state = one_state((5, 3), torch.float16)
     control = torch.ones(1), torch.zeros(1)
     cases = {
-        "adamw_": (*state.values(), *control, *HYPER.values()),
-        "grad_sqnorm": (torch.randn(5, 3),),
+        "adamw_": (*([value] for value in state.values()), *control, *HYPER.values()),
+        "grad_sqnorm": ([torch.randn(5, 3), torch.randn(4)],),
         "unscale_": (torch.randn(5).half(), torch.zeros(5), *control, True),
     }
     for name, arguments in cases.items():

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "cpu/tensors.h"
-#include "math/codec.h"
 #include "math/wire.h"
 
 namespace spu {
@@ -15,7 +14,10 @@ wire::Codec codec_of(const char* op, const std::string& name) {
   if (name == "fp16") return wire::Codec::fp16;
   if (name == "bf16") return wire::Codec::bf16;
   if (name == "int8") return wire::Codec::int8;
-  checks::fail("spu::", op, ": unknown codec '", name, "'; choose fp16, bf16 or int8");
+  if (name == "int4") return wire::Codec::int4;
+  if (name == "fp8_e4m3") return wire::Codec::fp8_e4m3;
+  if (name == "fp8_e5m2") return wire::Codec::fp8_e5m2;
+  checks::fail("spu::", op, ": unknown codec '", name, "'; choose fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2");
 }
 
 wire::Header header_of(const Tensor& x, Type type, wire::Codec codec) {
@@ -26,7 +28,7 @@ wire::Header header_of(const Tensor& x, Type type, wire::Codec codec) {
   h.codec = static_cast<uint8_t>(codec);
   h.source = static_cast<uint8_t>(type);  // Type and wire::Source share their numbers
   h.ndim = static_cast<uint8_t>(x.dim());
-  h.block = codec == wire::Codec::int8 ? math::kInt8Block : 0;
+  h.block = static_cast<uint32_t>(wire::block_of(codec));
   h.numel = x.numel();
   for (int64_t i = 0; i < x.dim(); ++i) h.dims[i] = x.size(i);
   return h;
@@ -36,16 +38,11 @@ Type payload_type(wire::Codec codec) {
   return codec == wire::Codec::fp16 ? Type::fp16 : Type::bf16;
 }
 
-int64_t blocks(int64_t numel) {
-  return (numel + math::kInt8Block - 1) / math::kInt8Block;
-}
-
 // The parts of a wire buffer for numel values.
 struct Parts {
   int64_t scales = sizeof(wire::Header), payload, end;
   Parts(int64_t numel, wire::Codec codec)
-      : payload(scales + wire::scale_bytes(numel, codec, math::kInt8Block)),
-        end(wire::wire_bytes(numel, codec, math::kInt8Block)) {}
+      : payload(scales + wire::scale_bytes(numel, codec)), end(wire::wire_bytes(numel, codec)) {}
 };
 
 }  // namespace
@@ -66,13 +63,18 @@ Tensor pack(Tensor x, std::string codec_name) {
   const wire::Header h = header_of(x, type, codec);
   std::memcpy(bytes, &h, sizeof h);
   const KernelTable& k = kernels();
-  if (codec == wire::Codec::int8) {
-    const int64_t scale_end = parts.scales + 4 * blocks(numel);
+  if (!wire::is_plain(codec)) {
+    const int64_t blocks = wire::block_count(numel, codec), scale_end = parts.scales + 4 * blocks;
     std::memset(bytes + scale_end, 0, static_cast<size_t>(parts.payload - scale_end));
     float* scales = reinterpret_cast<float*>(bytes + parts.scales);
-    int8_t* codes = reinterpret_cast<int8_t*>(bytes + parts.payload);
-    for_ranges(blocks(numel), kGrain / math::kInt8Block, [&](int64_t begin, int64_t end) {
-      k.int8_encode(type, values.const_data_ptr(), numel, scales, codes, begin, end);
+    uint8_t* codes = bytes + parts.payload;
+    for_ranges(blocks, kGrain / wire::block_of(codec), [&](int64_t begin, int64_t end) {
+      if (codec == wire::Codec::int8) {
+        int8_t* integers = reinterpret_cast<int8_t*>(codes);
+        k.int8_encode(type, values.const_data_ptr(), numel, scales, integers, begin, end);
+      } else {
+        k.small_encode(codec, type, values.const_data_ptr(), numel, scales, codes, begin, end);
+      }
     });
   } else {
     for_ranges(numel, kGrain, [&](int64_t begin, int64_t end) {
@@ -104,11 +106,17 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
   const uint8_t* bytes = static_cast<const uint8_t*>(buffer.const_data_ptr());
   void* values = out.mutable_data_ptr();
   const KernelTable& k = kernels();
-  if (codec == wire::Codec::int8) {
+  if (!wire::is_plain(codec)) {
     const float* scales = reinterpret_cast<const float*>(bytes + parts.scales);
-    const int8_t* codes = reinterpret_cast<const int8_t*>(bytes + parts.payload);
-    for_ranges(blocks(numel), kGrain / math::kInt8Block,
-               [&](int64_t begin, int64_t end) { k.int8_decode(type, values, numel, scales, codes, begin, end); });
+    const uint8_t* codes = bytes + parts.payload;
+    for_ranges(wire::block_count(numel, codec), kGrain / wire::block_of(codec), [&](int64_t begin, int64_t end) {
+      if (codec == wire::Codec::int8) {
+        const int8_t* integers = reinterpret_cast<const int8_t*>(codes);
+        k.int8_decode(type, values, numel, scales, integers, begin, end);
+      } else {
+        k.small_decode(codec, type, values, numel, scales, codes, begin, end);
+      }
+    });
   } else {
     for_ranges(numel, kGrain, [&](int64_t begin, int64_t end) {
       k.convert(payload_type(codec), bytes + parts.payload, type, values, begin, end);

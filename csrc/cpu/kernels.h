@@ -6,6 +6,7 @@
 
 #include "math/activation.h"
 #include "math/adamw.h"
+#include "math/wire.h"
 
 namespace spu {
 namespace cpu {
@@ -65,6 +66,11 @@ struct KernelTable {
                       int64_t end);
   void (*int8_decode)(Type type, void* x, int64_t numel, const float* scales, const int8_t* codes, int64_t begin,
                       int64_t end);
+  // The same for int4 (blocks of 32 values, 16 bytes) and fp8.
+  void (*small_encode)(wire::Codec codec, Type type, const void* x, int64_t numel, float* scales, uint8_t* codes,
+                       int64_t begin, int64_t end);
+  void (*small_decode)(wire::Codec codec, Type type, void* x, int64_t numel, const float* scales, const uint8_t* codes,
+                       int64_t begin, int64_t end);
 
   // master is the fp32 parameter; param its 16-bit copy (null when the parameter itself is fp32).
   void (*adamw)(Type param_type, void* param, float* master, const float* grad, float* m, float* v, float grad_scale,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/codec_kernels.h"
+#include "cpu/codec_small.h"
 #include "cpu/gemm.h"
 #include "cpu/optim_kernels.h"
 #include "cpu/pointwise.h"
@@ -10,8 +11,8 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-static const cpu::KernelTable kTable = {gemm,        act_backward, column_sums, unscale,    convert,
-                                        int8_encode, int8_decode,  adamw,       square_sum, SPU_ISA_NAME};
+static const cpu::KernelTable kTable = {gemm,        act_backward, column_sums,  unscale, convert,    int8_encode,
+                                        int8_decode, small_encode, small_decode, adamw,   square_sum, SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

@@ -3,16 +3,18 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <optional>
+#include <vector>
 
 namespace spu {
 namespace cpu {
 
 using torch::stable::Tensor;
 
-void adamw(Tensor param, Tensor grad, std::optional<Tensor> master, Tensor exp_avg, Tensor exp_avg_sq, Tensor step,
-           Tensor grad_scale, Tensor found_inf, double lr, double beta1, double beta2, double eps, double weight_decay);
-Tensor grad_sqnorm(Tensor grad);
+// Lists of one length, but masters: empty for fp32 parameters. All parameters have one dtype.
+void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> masters,
+           std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, Tensor grad_scale,
+           Tensor found_inf, double lr, double beta1, double beta2, double eps, double weight_decay);
+Tensor grad_sqnorm(std::vector<Tensor> grads);
 
 }  // namespace cpu
 }  // namespace spu

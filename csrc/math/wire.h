@@ -6,7 +6,7 @@
 namespace spu {
 namespace wire {
 
-enum class Codec : uint8_t { fp16 = 0, bf16 = 1, int8 = 2 };
+enum class Codec : uint8_t { fp16 = 0, bf16 = 1, int8 = 2, int4 = 3, fp8_e4m3 = 4, fp8_e5m2 = 5 };
 enum class Source : uint8_t { fp16 = 0, bf16 = 1, fp32 = 2 };
 
 constexpr int kMaxDims = 5;
@@ -28,14 +28,25 @@ static_assert(sizeof(Header) == 64, "the wire header is 64 bytes");
 constexpr int64_t padded(int64_t bytes) {
   return (bytes + kAlign - 1) / kAlign * kAlign;
 }
-constexpr int64_t scale_bytes(int64_t numel, Codec codec, int64_t block) {
-  return codec == Codec::int8 ? padded((numel + block - 1) / block * 4) : 0;
+constexpr bool is_plain(Codec codec) {
+  return codec == Codec::fp16 || codec == Codec::bf16;
 }
+// Values that share a scale, 0 without scales.
+constexpr int64_t block_of(Codec codec) {
+  return is_plain(codec) ? 0 : codec == Codec::int4 ? 32 : 64;
+}
+constexpr int64_t block_count(int64_t numel, Codec codec) {
+  return is_plain(codec) ? 0 : (numel + block_of(codec) - 1) / block_of(codec);
+}
+constexpr int64_t scale_bytes(int64_t numel, Codec codec) {
+  return padded(4 * block_count(numel, codec));
+}
+// int4: two values a byte, the first of each pair in the low four bits.
 constexpr int64_t payload_bytes(int64_t numel, Codec codec) {
-  return codec == Codec::int8 ? numel : 2 * numel;
+  return is_plain(codec) ? 2 * numel : codec == Codec::int4 ? (numel + 1) / 2 : numel;
 }
-constexpr int64_t wire_bytes(int64_t numel, Codec codec, int64_t block) {
-  return static_cast<int64_t>(sizeof(Header)) + scale_bytes(numel, codec, block) + padded(payload_bytes(numel, codec));
+constexpr int64_t wire_bytes(int64_t numel, Codec codec) {
+  return static_cast<int64_t>(sizeof(Header)) + scale_bytes(numel, codec) + padded(payload_bytes(numel, codec));
 }
 
 }  // namespace wire

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .codec import pack, unpack, wire_bytes
+from .cross_entropy import linear_cross_entropy
 from .dispatch import BackendStatus, backends, choose_backend, forced_backend, use_backend
+from .gated import GATED_ACTIVATIONS, gated_mlp
 from .linear import linear_act, linear_db_, linear_dw_
 from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from .reference import ACTIVATIONS
@@ -13,6 +15,7 @@ from .wire import CODECS
 __all__ = [
     "ACTIVATIONS",
     "CODECS",
+    "GATED_ACTIVATIONS",
     "BackendStatus",
     "BackwardScope",
     "GradSink",
@@ -23,9 +26,11 @@ __all__ = [
     "current_scope",
     "detach_sink",
     "forced_backend",
+    "gated_mlp",
     "grad_norm",
     "grad_sqnorm",
     "linear_act",
+    "linear_cross_entropy",
     "linear_db_",
     "linear_dw_",
     "open_scope",

@@ -17,13 +17,23 @@ __all__ = ["pack", "unpack", "wire_bytes"]
 def pack(x: Tensor, codec: str) -> Tensor:
     """Encodes a tensor.
 
-    "fp16" and "bf16" convert the values. "int8" stores blocks of 64 values (in contiguous order) with one fp32 scale
-    absmax / 127 each, rounded half to even: the error of a value is at most half its block's scale. A block with a
-    non-finite value decodes to NaN as a whole: an overflow is still seen on the other side.
+    "fp16" and "bf16" convert the values. The others store blocks of values (in contiguous order) with one fp32 scale
+    each, absmax / largest code, and round half to even:
+
+    ========  ======  ============  ===========================================
+    codec     block   largest code  error of a value, at most
+    ========  ======  ============  ===========================================
+    int8      64      127           half the block's scale
+    int4      32      7             half the block's scale
+    fp8_e4m3  64      448           2^-4 of it, or 2^-10 scales if that is more
+    fp8_e5m2  64      57344         2^-3 of it, or 2^-17 scales if that is more
+    ========  ======  ============  ===========================================
+
+    A block with a non-finite value decodes to NaN as a whole: an overflow is still seen on the other side.
 
     Args:
         x: fp16, bf16 or fp32 of any strides and at most 5 dimensions; no gradient flows through.
-        codec: "fp16", "bf16" or "int8".
+        codec: "fp16", "bf16", "int8", "int4", "fp8_e4m3" or "fp8_e5m2".
 
     Returns:
         uint8 [wire_bytes(x.shape, x.dtype, codec)], on the same device.

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import schema
 from .dispatch import DTYPES, choose_backend
 from .reference import ACTIVATIONS, autocast_enabled
-from .sink import current_scope, sink_of
+from .sink import sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
@@ -52,10 +52,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     if ctx.activation != "none":
         dz = schema.overload("linear_dz", backend)(dy, saved, ctx.activation)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    scope = current_scope()
-    weight_sink, bias_sink = (
-        None if scope is None or parameter is None else sink_of(parameter) for parameter in ctx.parameters
-    )
+    weight_sink, bias_sink = sinks_of(ctx.parameters)
     dx = schema.overload("linear_dx", backend)(dz, weight) if needs_x else None
     dw = db = None
     if weight_sink is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update of every parameter, in one pass each; nothing happens where found_inf is set.
+    """One AdamW update of every parameter, one op call for each dtype and device; nothing where found_inf is set.
 
     Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch.optim.AdamW's formula.
 
@@ -61,23 +62,29 @@ def adamw_(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; the message names the parameter's position.
     """
-    rows = zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)
-    for i, (param, grad, master, exp_avg, exp_avg_sq, step) in enumerate(rows):
-        _check_adamw(i, param, grad, master, exp_avg, exp_avg_sq)
-        op = schema.overload("adamw_", choose_backend(param))
-        op(
-            param, grad, master, exp_avg, exp_avg_sq, step, grad_scale, found_inf, lr, beta1, beta2, eps, weight_decay
-        )  # fmt: skip
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[Any, ...]]] = {}
+    for i, row in enumerate(zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        _check_adamw(i, *row[:5])
+        groups.setdefault((row[0].dtype, row[0].device), []).append(row)
+    for (dtype, _), rows in groups.items():
+        lists = [list(column) for column in zip(*rows, strict=True)]
+        if dtype == torch.float32:
+            lists[2] = []
+        op = schema.overload("adamw_", choose_backend(rows[0][0]))
+        op(*lists, grad_scale, found_inf, lr, beta1, beta2, eps, weight_decay)
 
 
 @torch.no_grad()
 def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements of all (fp32) gradients -> fp32 [1] on the first one's device; 0 for none."""
-    total: Tensor | None = None
+    groups: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         if grad.dtype != torch.float32:
             raise TypeError(f"grad_sqnorm: a gradient is {grad.dtype}: main gradients are float32")
-        value = schema.overload("grad_sqnorm", choose_backend(grad))(grad)
+        groups.setdefault(grad.device, []).append(grad)
+    total: Tensor | None = None
+    for group in groups.values():
+        value = schema.overload("grad_sqnorm", choose_backend(group[0]))(group)
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(1) if total is None else total
 

@@ -2,8 +2,9 @@
 
 A backend is an *overload*: ``spu::linear.reference`` and ``spu::linear.cpu`` share one schema and one fake kernel.
 A choice of backend is therefore visible in a graph, survives ``torch.compile``, and needs no state in other threads.
-The reference implementations are in ``reference.py``; the C++ library only registers implementations for the overloads
-that are defined here, so that an installation without a compiler has the same ops.
+The reference implementations are in ``reference*.py``; the C++ library only registers implementations for the overloads
+that are defined here, so that an installation without a compiler has the same ops. A backend may lack the kernels of
+``COMPOSED``: there a composition of its own smaller ops serves (``composed.py``), until it registers one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 
 import torch
 
-from . import reference, wire
+from . import composed, reference, reference_codec, reference_fused, reference_optimizer, wire
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("spu", "DEF")  # kept alive: the ops vanish with it
 
@@ -33,10 +34,33 @@ SCHEMAS: dict[str, str] = {
     "pack": "(Tensor x, str codec) -> Tensor",
     "unpack": "(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor",
     "adamw_": (
-        "(Tensor(a!) param, Tensor grad, Tensor(b!)? master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor step, "
-        "Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()"
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+        "Tensor[] steps, Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, "
+        "float weight_decay) -> ()"
     ),
-    "grad_sqnorm": "(Tensor grad) -> Tensor",
+    "grad_sqnorm": "(Tensor[] grads) -> Tensor",
+    "gated_linear": (
+        "(Tensor x, Tensor w_gate, Tensor w_up, str activation, bool keep) -> (Tensor h, Tensor gate, Tensor up)"
+    ),
+    "gated_dz": ("(Tensor dh, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup, Tensor h)"),
+    "gated_dx": "(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) -> Tensor",
+    "gated_mlp": (
+        "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
+        "(Tensor y, Tensor gate, Tensor up)"
+    ),
+    "linear_ce": ("(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor loss_rows, Tensor lse)"),
+    "linear_ce_dz": (
+        "(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int ignore_index) -> Tensor"
+    ),
+}
+COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    **reference.IMPLEMENTATIONS,
+    **reference_codec.IMPLEMENTATIONS,
+    **reference_optimizer.IMPLEMENTATIONS,
+    **reference_fused.IMPLEMENTATIONS,
+    "gated_mlp": composed.implementation("gated_mlp", "reference"),
 }
 
 
@@ -55,6 +79,29 @@ def _fake_pack(x: torch.Tensor, codec: str) -> torch.Tensor:
     return torch.empty(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8, device=x.device)
 
 
+def _fake_gated(x: torch.Tensor, w_gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (*x.shape[:-1], w_gate.shape[0]) if keep else (0,)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+def _fake_gated_linear(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, activation: str, keep: bool
+) -> tuple[torch.Tensor, ...]:
+    return x.new_empty((*x.shape[:-1], w_gate.shape[0])), *_fake_gated(x, w_gate, keep)
+
+
+def _fake_gated_mlp(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, activation: str, keep: bool
+) -> tuple[torch.Tensor, ...]:
+    return x.new_empty((*x.shape[:-1], w_down.shape[0])), *_fake_gated(x, w_gate, keep)
+
+
+def _fake_linear_ce(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = hidden.new_empty((hidden.shape[0],), dtype=dtype)
+    return rows, torch.empty_like(rows)
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -71,7 +118,13 @@ FAKES: dict[str, Callable[..., Any]] = {
     "pack": _fake_pack,
     "unpack": _fake_unpack,
     "adamw_": _fake_nothing,
-    "grad_sqnorm": lambda grad: grad.new_empty((1,), dtype=torch.float32),
+    "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float32),
+    "gated_linear": _fake_gated_linear,
+    "gated_dz": lambda dh, gate, up, activation: tuple(dh.new_empty(dh.shape) for _ in range(3)),
+    "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
+    "gated_mlp": _fake_gated_mlp,
+    "linear_ce": _fake_linear_ce,
+    "linear_ce_dz": lambda hidden, weight, *_: hidden.new_empty((hidden.shape[0], weight.shape[0])),
 }
 
 
@@ -81,13 +134,17 @@ def _define() -> None:
             _LIBRARY.define(f"{name}.{backend}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"spu::{name}.{backend}", FAKES[name], lib=_LIBRARY)
         # CompositeExplicitAutograd: one function for every device, below autograd.
-        _LIBRARY.impl(f"{name}.reference", reference.IMPLEMENTATIONS[name], "CompositeExplicitAutograd")
+        _LIBRARY.impl(f"{name}.reference", _REFERENCE[name], "CompositeExplicitAutograd")
+    for name in COMPOSED:
+        for backend in BACKENDS[1:]:
+            # A device's key comes before this one: the backend's own kernel wins where it has one.
+            _LIBRARY.impl(f"{name}.{backend}", composed.implementation(name, backend), "CompositeExplicitAutograd")
 
 
 def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> tuple[str, ...]:
     """Gives a backend that is written in Python its kernels, for the dispatch keys named ("CUDA", "CPU").
 
-    An op that it has no kernel for is served by the reference's code under the backend's name.
+    An op that it has no kernel for is served under the backend's name by its composition, else by the reference's code.
 
     Returns:
         The names of those ops.
@@ -99,8 +156,10 @@ def register_backend(backend: str, implementations: Mapping[str, Callable[..., A
     if unknown:
         raise ValueError(f"backend {backend!r} implements unknown ops: {', '.join(unknown)}")
     for name in SCHEMAS:
+        if name not in implementations and name in COMPOSED:
+            continue
         for key in keys:
-            _LIBRARY.impl(f"{name}.{backend}", implementations.get(name, reference.IMPLEMENTATIONS[name]), key)
+            _LIBRARY.impl(f"{name}.{backend}", implementations.get(name, _REFERENCE[name]), key)
     return tuple(name for name in SCHEMAS if name not in implementations)
 
 

@@ -11,6 +11,7 @@ task of its own and does not inherit: open the scope again on its root, and chec
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -154,3 +155,9 @@ def detach_sink(param: Tensor) -> None:
 def sink_of(param: Tensor) -> GradSink | None:
     """The parameter's sink, or None."""
     return _SINKS.get(param)
+
+
+def sinks_of(parameters: Iterable[Tensor | None]) -> list[GradSink | None]:
+    """For the backward of a fused op: the sink of each parameter, None for None and outside a scope."""
+    scope = current_scope()
+    return [None if scope is None or param is None else sink_of(param) for param in parameters]

@@ -1,8 +1,9 @@
 """Layout of a packed tensor ("wire"), version 1: pure arithmetic on sizes and bytes, no tensor work.
 
 One uint8 buffer, little endian: a 64-byte header, then the scales (fp32, one per block, padded to 64 bytes), then the
-payload (padded to 64 bytes). Header: magic ``SPUW``, u8 version, u8 codec, u8 source dtype, u8 ndim, u32 block, 4 zero
-bytes, i64 numel, i64 dims[5].
+payload (padded to 64 bytes). int4 holds two values a byte, the first of each pair in the low four bits, in two's
+complement; after an odd last value the high bits are zero. Header: magic ``SPUW``, u8 version, u8 codec, u8 source
+dtype, u8 ndim, u32 block, 4 zero bytes, i64 numel, i64 dims[5].
 """
 
 from __future__ import annotations
@@ -24,15 +25,34 @@ assert _HEADER.size == HEADER_BYTES
 
 @dataclass(frozen=True)
 class Codec:
-    """How values are stored. ``block`` is the number of values that share a scale, 0 where there are none."""
+    """How values are stored.
+
+    Attributes:
+        name: as users write it.
+        code: as the header holds it.
+        item_bits: payload bits of one value.
+        block: number of values (in contiguous order) that share a scale, 0 where there are none.
+        largest: magnitude of the largest code; a block's scale is its absmax / largest. 0 without scales.
+    """
 
     name: str
     code: int
-    item_bytes: int
+    item_bits: int
     block: int
+    largest: float
 
 
-CODECS = {codec.name: codec for codec in (Codec("fp16", 0, 2, 0), Codec("bf16", 1, 2, 0), Codec("int8", 2, 1, 64))}
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec("fp16", 0, 16, 0, 0),
+        Codec("bf16", 1, 16, 0, 0),
+        Codec("int8", 2, 8, 64, 127),
+        Codec("int4", 3, 4, 32, 7),
+        Codec("fp8_e4m3", 4, 8, 64, 448),
+        Codec("fp8_e5m2", 5, 8, 64, 57344),
+    )
+}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _CODEC_NAMES = {codec.code: codec.name for codec in CODECS.values()}
 _DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.items()}
@@ -82,6 +102,11 @@ def scales_bytes(numel: int, codec: Codec) -> int:
     return _padded(4 * block_count(numel, codec))
 
 
+def payload_bytes(numel: int, codec: Codec) -> int:
+    """Size of the payload, before padding."""
+    return (numel * codec.item_bits + 7) // 8
+
+
 def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
     """Size of the wire in bytes: static, from shape, source dtype and codec alone.
 
@@ -91,7 +116,7 @@ def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
     """
     check_source(shape, dtype)
     found, numel = codec_of(codec), numel_of(shape)
-    return HEADER_BYTES + scales_bytes(numel, found) + _padded(found.item_bytes * numel)
+    return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))
 
 
 def header(shape: Sequence[int], dtype: torch.dtype, codec: str) -> bytes:

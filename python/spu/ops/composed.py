@@ -1,0 +1,83 @@
+"""Ops built from a backend's own smaller ops: what serves where the backend has no kernel of its own.
+
+They are registered below the backend's device key, so a kernel that the backend does register takes their place. They
+round where the smaller ops round (gate, up and the logits to the storage dtype), as plain torch does, and so keep the
+error bound, but not the speed or the single rounding of a fused kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference_fused as fused
+from .reference import wide
+
+
+def _op(name: str, backend: str) -> Any:
+    return getattr(getattr(torch.ops.spu, name), backend)
+
+
+def gated_linear(
+    backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two products and plain torch's activation."""
+    linear = _op("linear", backend)
+    gate, up = (linear(x, weight, None, "none", False)[0] for weight in (w_gate, w_up))
+    h = fused.gate_up(wide(gate), wide(up), activation, x.dtype)
+    return (h, gate, up) if keep else (h, x.new_empty(0), x.new_empty(0))
+
+
+def gated_dz(backend: str, dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference: pointwise."""
+    return fused.gated_dz(dh, gate, up, activation)  # type: ignore[no-any-return]
+
+
+def gated_dx(backend: str, dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
+    """Two products, added in fp32."""
+    linear_dx = _op("linear_dx", backend)
+    return (wide(linear_dx(dgate, w_gate)) + wide(linear_dx(dup, w_up))).to(dgate.dtype)
+
+
+def gated_mlp(
+    backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole block, of every backend: ``gated_linear`` and the down projection."""
+    h, gate, up = _op("gated_linear", backend)(x, w_gate, w_up, activation, keep)
+    return _op("linear", backend)(h, w_down, None, "none", False)[0], gate, up
+
+
+def _logits(backend: str, hidden: Tensor, weight: Tensor) -> Tensor:
+    return wide(_op("linear", backend)(hidden, weight, None, "none", False)[0])
+
+
+def linear_ce(backend: str, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The reference's loop around the backend's product."""
+    return fused.cross_entropy_rows(hidden, weight, target, ignore_index, partial(_logits, backend))
+
+
+def linear_ce_dz(
+    backend: str, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_rows: Tensor, ignore_index: int
+) -> Tensor:
+    """The reference's formula on the backend's product."""
+    logits = _logits(backend, hidden, weight)
+    return fused.cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "gated_linear": gated_linear,
+    "gated_dz": gated_dz,
+    "gated_dx": gated_dx,
+    "gated_mlp": gated_mlp,
+    "linear_ce": linear_ce,
+    "linear_ce_dz": linear_ce_dz,
+}
+
+
+def implementation(name: str, backend: str) -> Callable[..., Any]:
+    """The composition of op ``name`` from the overloads of ``backend``."""
+    return partial(IMPLEMENTATIONS[name], backend)

@@ -1,0 +1,198 @@
+"""``linear_cross_entropy``: the loss of a vocabulary projection whose logits never exist whole.
+
+The forward keeps one number a row, the log-sum-exp. The gradient of the logits is made in the backward, from the scaled
+gradient of the loss: unscaled (about 1 / (rows * vocabulary)) it would underflow in fp16. It is made for some rows at a
+time, which the input gradient and the weight's sink take at once:
+
+    dz = (softmax(hidden @ weight.T) - onehot(target)) * dloss      fp32, rounded once
+    dhidden = dz @ weight,  main_grad (+)= inv_scale * dz.T @ hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schema, wire
+from .dispatch import DTYPES, choose_backend
+from .reference import autocast_enabled
+from .sink import sinks_of
+
+_CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
+_CHUNK_BYTES_DEVICE = 512 << 20
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor) -> None:
+    hidden, weight, target, ignore_index = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, lse)
+    ctx.parameter = weight if ctx.needs_input_grad[1] and weight.is_leaf else None
+    ctx.ignore_index = ignore_index
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Ranges of rows whose logit gradients take a bounded number of bytes."""
+    limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_DEVICE)
+    rows, step = hidden.shape[0], max(1, limit // max(1, hidden.element_size() * weight.shape[0]))
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+class _PlainWeightGradient:
+    """The sum of dz.T @ x over chunks, rounded to the storage dtype once."""
+
+    def __init__(self, weight: Tensor, backend: str) -> None:
+        self._weight, self._backend = weight, backend
+        self._total: Tensor | None = None
+
+    def add(self, dz: Tensor, x: Tensor) -> None:
+        if self._weight.dtype == torch.float64:
+            part = schema.overload("linear_dw", self._backend)(dz, x)
+            self._total = part if self._total is None else self._total + part
+            return
+        accumulate = self._total is not None
+        if self._total is None:
+            self._total = torch.empty(self._weight.shape, dtype=torch.float32, device=dz.device)
+        one, flag = torch.ones(1, device=dz.device), torch.zeros(1, device=dz.device)
+        schema.overload("linear_dw_", self._backend)(dz, x, self._total, one, flag, accumulate)
+
+    def result(self) -> Tensor:
+        total = torch.zeros_like(self._weight) if self._total is None else self._total
+        return total.to(self._weight.dtype)
+
+
+def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of hidden and weight; the latter None where a sink has taken it."""
+    if dloss is None:
+        return None, None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("spu.ops.linear_cross_entropy has no second derivative: do not pass create_graph=True")
+    hidden, weight, target, lse = ctx.saved_tensors
+    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    (sink,) = sinks_of((ctx.parameter,))
+    grad_rows = dloss.to(lse.dtype).contiguous()
+    plain = _PlainWeightGradient(weight, backend) if needs_weight and sink is None else None
+    pieces: list[Tensor] = []
+    for part in _chunks(hidden, weight):
+        x = hidden[part]
+        dz = schema.overload("linear_ce_dz", backend)(
+            x, weight, target[part], lse[part], grad_rows[part], ctx.ignore_index
+        )
+        if needs_hidden:
+            pieces.append(schema.overload("linear_dx", backend)(dz, weight))
+        if sink is not None:
+            sink.linear_weight(dz, x, backend)
+        elif plain is not None:
+            plain.add(dz, x)
+    dhidden = None
+    if needs_hidden:
+        dhidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(hidden)
+    return dhidden, None if plain is None else plain.result()
+
+
+def _register(backend: str) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, inputs, output[1])
+
+    def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
+        return (*_gradients(ctx, dloss, backend), None, None)
+
+    schema.register_autograd("linear_ce", backend, backward, setup)
+
+
+for _backend in schema.BACKENDS:
+    _register(_backend)
+
+
+class _LinearCE(torch.autograd.Function):
+    """The same derivative for eager code, where it costs less than a registered one."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, backend = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, lse = schema.overload("linear_ce", backend)(*inputs)
+        _save(ctx, tuple(inputs), lse)
+        ctx.backend = backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Any, ...]:
+        return (*_gradients(ctx, dloss, ctx.backend), None, None, None)
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> None:
+    if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}: hidden "
+            "must be [..., in] and weight [vocabulary, in]"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: target {tuple(target.shape)} must have the leading dimensions of hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"linear_cross_entropy: target is {target.dtype}: convert it with .long()")
+    if hidden.dtype not in DTYPES["reference"] or weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"linear_cross_entropy: hidden is {hidden.dtype} and weight {weight.dtype}: both must be one of float16, "
+            "bfloat16 and float32; convert one with .to(), or use torch.autocast"
+        )
+    if not hidden.device == weight.device == target.device:
+        raise ValueError(
+            f"linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, target on "
+            f"{target.device}: move them with .to()"
+        )
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        _check_range(target, weight.shape[0], ignore_index)
+
+
+def _check_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """On the host only: elsewhere it would wait for the device."""
+    low, high = (int(value) for value in torch.aminmax(target))
+    if low >= 0 and high < vocabulary:
+        return
+    outside = target[((target < 0) | (target >= vocabulary)) & (target != ignore_index)]
+    if outside.numel():
+        raise ValueError(
+            f"linear_cross_entropy: target {int(outside[0])} is neither in [0, {vocabulary}) nor ignore_index "
+            f"{ignore_index}"
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """The mean cross-entropy of ``hidden @ weight.T`` over the targets that are not ``ignore_index``.
+
+    ``F.cross_entropy(F.linear(hidden, weight).float(), target)`` in much less memory: logits and their gradients exist
+    for a bounded number of rows at a time.
+
+    Args:
+        hidden: [..., K]; fp16, bf16, fp32 (fp64 on the reference backend).
+        weight: [V, K], same dtype and device.
+        target: int64 [...], each in [0, V) or ignore_index.
+        ignore_index: the target of rows that do not count.
+
+    Returns:
+        The loss, zero-dimensional, fp32 (fp64 for fp64); NaN if no target counts, as in torch. Differentiable once in
+        hidden and weight. Works under ``torch.compile``; follows ``torch.autocast`` like ``F.linear``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; on the CPU also a target outside the vocabulary.
+        TypeError: dtypes that differ or are not supported.
+    """
+    device_type = hidden.device.type
+    if autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    _check(hidden, weight, target, ignore_index)
+    rows, targets = hidden.reshape(wire.numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
+    backend = choose_backend(hidden)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        losses = schema.overload("linear_ce", backend)(rows, weight, targets, ignore_index)[0]
+    else:
+        losses = _LinearCE.apply(rows, weight, targets, ignore_index, backend)
+    return losses.sum() / (targets != ignore_index).sum()

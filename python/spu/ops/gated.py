@@ -1,0 +1,165 @@
+"""``gated_mlp``: (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T, with a backward that knows the loss scale.
+
+The backward keeps x, gate and up alone (the two pre-products, in the storage dtype): h = act(gate) * up is made again
+where the down projection's weight gradient needs it. With dy the scaled gradient of the result:
+
+    dh = dy @ w_down
+    dgate = dh * up * act'(gate), dup = dh * act(gate)        fp32, rounded once
+    dx = dgate @ w_gate + dup @ w_up                          one fp32 accumulation, rounded once, still scaled
+    weights: dgate.T @ x, dup.T @ x, dy.T @ h                 by the parameters' sinks, inside a scope; else plain
+
+SwiGLU and its relatives: Shazeer, arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schema
+from .dispatch import DTYPES, choose_backend
+from .reference import autocast_enabled
+from .sink import GradSink, sinks_of
+
+GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], gate: Tensor, up: Tensor) -> None:
+    x, w_gate, w_up, w_down, activation, keep = inputs
+    if not keep:
+        raise ValueError("spu::gated_mlp needs keep=True to be differentiated")
+    needs_x, *needs_weights = ctx.needs_input_grad[:4]
+    needs_gate_or_up = needs_weights[0] or needs_weights[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if needs_gate_or_up else None,
+        w_gate if needs_x else None,
+        w_up if needs_x else None,
+        w_down if needs_x or needs_gate_or_up else None,
+        gate,
+        up,
+    )
+    weights = zip((w_gate, w_up, w_down), needs_weights, strict=True)
+    ctx.parameters = tuple(w if needed and w.is_leaf else None for w, needed in weights)
+    ctx.activation = activation
+
+
+def _weight_gradient(sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor, backend: str) -> Tensor | None:
+    """dz.T @ x: handed to the sink, or returned, or not needed."""
+    if sink is not None:
+        sink.linear_weight(dz, x, backend)
+        return None
+    return schema.overload("linear_dw", backend)(dz, x) if needed else None
+
+
+def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w_gate, w_up and w_down; None for those that a sink has taken."""
+    if dy is None:
+        return None, None, None, None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("spu.ops.gated_mlp has no second derivative: do not pass create_graph=True")
+    x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
+    needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
+    gate_sink, up_sink, down_sink = sinks_of(ctx.parameters)
+    # Where only w_down learns, dh is not needed; gate stands in, and of the result only h is used.
+    dh = gate if w_down is None else schema.overload("linear_dx", backend)(dy, w_down)
+    dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, ctx.activation)
+    d_down = _weight_gradient(down_sink, needs_down, dy, h, backend)
+    del h, dh
+    dx = schema.overload("gated_dx", backend)(dgate, dup, w_gate, w_up) if needs_x else None
+    d_gate = _weight_gradient(gate_sink, needs_gate, dgate, x, backend)
+    d_up = _weight_gradient(up_sink, needs_up, dup, x, backend)
+    return dx, d_gate, d_up, d_down
+
+
+def _register(backend: str) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _save(ctx, inputs, *output[1:])
+
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        return (*_gradients(ctx, dy, backend), None, None)
+
+    schema.register_autograd("gated_mlp", backend, backward, setup)
+
+
+for _backend in schema.BACKENDS:
+    _register(_backend)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """The same derivative for eager code, where it costs less than a registered one."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, backend = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            y, gate, up = schema.overload("gated_mlp", backend)(*inputs)
+        _save(ctx, tuple(inputs), gate, up)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return (*_gradients(ctx, dy, ctx.backend), None, None, None)
+
+
+def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str) -> None:
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(
+            f"gated_mlp: unknown activation {activation!r}: use one of {', '.join(map(repr, GATED_ACTIVATIONS))}"
+        )
+    fits = (
+        x.dim() >= 1
+        and w_gate.dim() == w_up.dim() == w_down.dim() == 2
+        and w_gate.shape == w_up.shape
+        and x.shape[-1] == w_gate.shape[1]
+        and w_down.shape[1] == w_gate.shape[0]
+    )
+    if not fits:
+        raise ValueError(
+            f"gated_mlp: x {tuple(x.shape)}, w_gate {tuple(w_gate.shape)}, w_up {tuple(w_up.shape)} and w_down "
+            f"{tuple(w_down.shape)} do not fit: they must be [..., in], [hidden, in], [hidden, in] and [out, hidden]"
+        )
+    if x.dtype not in DTYPES["reference"]:
+        raise TypeError(f"gated_mlp: x is {x.dtype}: convert it to float16, bfloat16 or float32")
+    for name, weight in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"gated_mlp: x is {x.dtype} but {name} is {weight.dtype}: convert one of them with .to(), or use "
+                "torch.autocast"
+            )
+        if weight.device != x.device:
+            raise ValueError(f"gated_mlp: x is on {x.device} but {name} is on {weight.device}: move one with .to()")
+
+
+def gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu") -> Tensor:
+    """y = (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T: SwiGLU for "silu", GEGLU for the gelus.
+
+    Args:
+        x: [..., K] of any strides; fp16, bf16, fp32 (fp64 on the reference backend).
+        w_gate, w_up: [N, K], same dtype and device.
+        w_down: [M, N].
+        activation: "silu", "gelu" (exact) or "gelu_tanh".
+
+    Returns:
+        y [..., M], contiguous. Differentiable once in all four; keeps x and two [..., N] tensors for the backward.
+        Works under ``torch.compile`` and follows ``torch.autocast`` like three ``F.linear``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an unknown activation.
+        TypeError: dtypes that differ or are not supported.
+    """
+    device_type = x.device.type
+    if autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, w_gate, w_up, w_down = x.to(dtype), w_gate.to(dtype), w_up.to(dtype), w_down.to(dtype)
+    _check(x, w_gate, w_up, w_down, activation)
+    operands = (x, w_gate, w_up, w_down)
+    backend = choose_backend(x)
+    needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+    if needs_grad and not torch.compiler.is_compiling():
+        return _GatedMLP.apply(*operands, activation, True, backend)
+    return schema.overload("gated_mlp", backend)(*operands, activation, needs_grad)[0]

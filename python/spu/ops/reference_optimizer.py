@@ -1,0 +1,103 @@
+"""The definition of the optimizer's ops, in plain torch, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update of every parameter (Loshchilov and Hutter, arXiv:1711.05101), torch's order of operations.
+
+    Bit-equal in fp32 to ``torch.optim.AdamW(foreach=False, fused=False)`` on the CPU. ``masters`` is empty for fp32
+    parameters; all parameters of a call share one dtype and device.
+    """
+    hyper = (lr, beta1, beta2, eps, weight_decay)
+    targets = masters or params
+    if params and params[0].device.type == "cpu":
+        if found_inf.item() != 0:
+            return
+        for row in zip(targets, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+            _adamw_on_host(*row, grad_scale, *hyper)
+    else:
+        for row in zip(targets, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+            adamw_on_device(*row, grad_scale, found_inf, *hyper)
+    for param, master in zip(params, masters, strict=False):
+        param.copy_(master)
+
+
+def _adamw_on_host(
+    target: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    count = step.item()
+    target.mul_(1 - lr * weight_decay)
+    g = grad * grad_scale.squeeze()
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    step_size = lr / (1 - beta1**count)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**count) ** 0.5).add_(eps)
+    target.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def adamw_on_device(
+    target: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The same update without a host sync: the step number and found_inf are read on the device only."""
+    keep = found_inf.squeeze() == 0  # zero-dimensional, like all scalars here: a parameter may be that too
+    count = step.squeeze().double()
+    step_size = (lr / (1 - beta1**count)).to(target.dtype)
+    root_correction = (1 - beta2**count).sqrt().to(target.dtype)
+    g = grad * grad_scale.squeeze()
+    average = exp_avg.lerp(g, 1 - beta1)
+    square = (exp_avg_sq * beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (square.sqrt() / root_correction).add_(eps)
+    moved = (target * (1 - lr * weight_decay)).sub_(average.div(denominator).mul_(step_size))
+    for old, new in ((exp_avg, average), (exp_avg_sq, square), (target, moved)):
+        old.copy_(torch.where(keep, new, old))
+
+
+def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements of all gradients, accumulated in fp64 -> fp32 [1]."""
+    squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
+    return torch.stack(squares).sum().float().reshape(1)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"adamw_": adamw_, "grad_sqnorm": grad_sqnorm}

@@ -1,0 +1,201 @@
+"""linear_cross_entropy: loss and gradients against truth on every backend, chunks, sinks, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend_params import every_backend
+from numeric import assert_close_to_truth, assert_equal
+from torch import Tensor, nn
+
+from spu import ops
+from spu.ops import cross_entropy, reference_fused, schema
+from spu.precision import LossScaler, MainGrads
+
+
+def plain(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """In the precision of the operands, but for the loss itself: what a model's head does."""
+    logits = F.linear(hidden, weight)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide.flatten(0, -2), target.flatten(), ignore_index=ignore_index)
+
+
+def operands(rows: int = 37, k: int = 24, v: int = 101, ignored: int = 5, **options: Any) -> tuple[Tensor, ...]:
+    target = torch.randint(v, (rows,))
+    target[torch.randperm(rows)[:ignored]] = -100
+    return torch.randn(rows, k).to(**options), (2 * torch.randn(v, k) / k**0.5).to(**options), target
+
+
+def with_grads(function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    loss = function(hidden, weight, target)
+    loss.backward()
+    return [loss.detach(), hidden.grad, weight.grad]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 4000)
+    monkeypatch.setattr(reference_fused, "_CHUNK_BYTES", 4000)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_error_bound(backend: str, dtype: torch.dtype, small_chunks: None) -> None:
+    given = operands(70, 64, 333, dtype=dtype)
+    with ops.use_backend(backend):
+        ours = with_grads(ops.linear_cross_entropy, *given)
+    torchs = with_grads(plain, *given)
+    truth = with_grads(plain, given[0].double(), given[1].double(), given[2])
+    for name, *three in zip(("loss", "hidden", "weight"), ours, torchs, truth):
+        assert_close_to_truth(*three, name=name)
+    assert ours[0].dtype == torch.float32
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 700)  # two rows
+    hidden, weight, target = operands(5, 3, 40, 1, dtype=torch.float64)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: ops.linear_cross_entropy(h, w, target), leaves)
+
+
+@every_backend
+def test_leading_dimensions_and_strides(backend: str) -> None:
+    hidden, weight, target = operands(36)
+    with ops.use_backend(backend):
+        flat = with_grads(ops.linear_cross_entropy, hidden, weight, target)
+        cube = with_grads(ops.linear_cross_entropy, hidden.view(4, 9, -1), weight, target.view(4, 9))
+        strided = with_grads(ops.linear_cross_entropy, hidden.t().contiguous().t(), weight.t().contiguous().t(), target)
+    assert_equal(cube[1].view_as(flat[1]), flat[1], "hidden")
+    for a, b in zip(strided, flat):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+def test_no_target_counts(backend: str) -> None:
+    hidden, weight, target = operands(8, ignored=8)
+    with ops.use_backend(backend):
+        loss, *grads = with_grads(ops.linear_cross_entropy, hidden, weight, target)
+        empty = with_grads(ops.linear_cross_entropy, hidden[:0], weight, target[:0])
+    assert loss.isnan()
+    assert empty[0].isnan()
+    for grad in (*grads, *empty[1:]):
+        assert_equal(grad, torch.zeros_like(grad), "gradient of nothing")
+
+
+@every_backend
+def test_another_ignored_index_and_extreme_logits(backend: str) -> None:
+    hidden, weight, target = operands(ignored=0)
+    target[::3] = 7
+    with ops.use_backend(backend):
+        loss = ops.linear_cross_entropy(hidden * 1000, weight, target, ignore_index=7)
+    torch.testing.assert_close(loss, plain(hidden * 1000, weight, target, 7), rtol=1e-5, atol=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_non_finite_hidden(backend: str, bad: float) -> None:
+    hidden, weight, target = operands(ignored=0)
+    hidden[2, 3] = bad
+    with ops.use_backend(backend):
+        loss, dhidden, dweight = with_grads(ops.linear_cross_entropy, hidden, weight, target)
+    assert loss.isnan()
+    assert dhidden[2].isnan().all()
+    assert torch.isfinite(dhidden[[0, 1, 3]]).all()
+    assert dweight.isnan().any()
+
+
+@every_backend
+@pytest.mark.parametrize("scale", [1.0, 2.0**15])
+def test_the_gradient_is_made_at_the_loss_scale(backend: str, scale: float, small_chunks: None) -> None:
+    """With 4,096 rows and 1,024 words a word that is nobody's target gets 2e-7 a row: fp16's last bits, unscaled."""
+    hidden, weight, target = operands(4096, 8, 1024, 0, dtype=torch.float16)
+    weight, target = nn.Parameter(weight / 8), target % 16
+    truth = with_grads(plain, hidden.double(), weight.detach().double(), target)[2][16:]
+    scaler = LossScaler(init_scale=scale)
+    cross_entropy._CHUNK_BYTES["cpu"] = 1 << 22  # four chunks into one buffer
+    with MainGrads([weight]) as grads, ops.use_backend(backend):
+        scaler.begin_step()
+        grads.begin_step()
+        scaler.scale(ops.linear_cross_entropy(hidden, weight, target)).backward()
+    assert scaler.found_inf().item() == 0
+    assert weight.grad.dtype == torch.float32
+    error = (weight.grad[16:].double() - truth).norm() / truth.norm()
+    assert (error < 2e-3) == (scale > 1), float(error)
+
+
+@every_backend
+def test_an_overflow_is_found(backend: str) -> None:
+    hidden, weight, target = operands(dtype=torch.float16)
+    weight, scaler = nn.Parameter(weight), LossScaler(init_scale=2.0**30)
+    with MainGrads([weight]) as grads, ops.use_backend(backend):
+        scaler.begin_step()
+        grads.begin_step()
+        scaler.scale(ops.linear_cross_entropy(hidden, weight, target)).backward()
+    assert scaler.found_inf().item() == 1
+
+
+def test_logits_never_exist_whole(small_chunks: None) -> None:
+    hidden, weight, target = operands(64, 8, 500)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for value in torch.utils._pytree.tree_leaves(out):
+                if isinstance(value, Tensor):
+                    largest = max(largest, value.numel())
+            return out
+
+    with ops.use_backend("reference"), Watch():
+        with_grads(ops.linear_cross_entropy, hidden, weight, target)
+    assert largest == 8 * 500  # the weight's own gradient; the logits would be 64 * 500
+
+
+def test_autocast() -> None:
+    hidden, weight, target = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, dhidden, dweight = with_grads(ops.linear_cross_entropy, hidden, weight, target)
+    assert (loss.dtype, dhidden.dtype, dweight.dtype) == (torch.float32,) * 3
+    assert_equal(loss, ops.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), target), "loss")
+
+
+@every_backend
+def test_opcheck(backend: str) -> None:
+    hidden, weight, target = operands(6, 4, 11, 2)
+    lse = torch.logsumexp(hidden @ weight.t(), 1)
+    for name, arguments in (
+        ("linear_ce", (hidden.requires_grad_(), weight.requires_grad_(), target, -100)),
+        ("linear_ce_dz", (hidden.detach(), weight.detach(), target, lse.detach(), torch.rand(6), -100)),
+    ):
+        results = torch.library.opcheck(schema.overload(name, backend), arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+@pytest.mark.leaks_threads  # the compiler's
+def test_compiles_whole(small_chunks: None) -> None:
+    given = operands()
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_grads(compiled, *given), with_grads(ops.linear_cross_entropy, *given)):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    hidden, weight, target = operands()
+    with pytest.raises(ValueError, match=r"target 101 is neither in \[0, 101\) nor ignore_index -100"):
+        ops.linear_cross_entropy(hidden, weight, torch.full_like(target, 101))
+    with pytest.raises(ValueError, match="target -1 is neither"):
+        ops.linear_cross_entropy(hidden, weight, torch.full_like(target, -1))
+    with pytest.raises(TypeError, match=r"target is torch.int32: convert it with .long"):
+        ops.linear_cross_entropy(hidden, weight, target.int())
+    with pytest.raises(ValueError, match=r"target \(36,\) must have the leading dimensions"):
+        ops.linear_cross_entropy(hidden, weight, target[1:])
+    with pytest.raises(ValueError, match=r"does not fit weight \(24, 101\)"):
+        ops.linear_cross_entropy(hidden, weight.t(), target)
+    with pytest.raises(TypeError, match=r"hidden is torch.float16 and weight torch.float32"):
+        ops.linear_cross_entropy(hidden.half(), weight, target)

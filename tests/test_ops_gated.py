@@ -1,0 +1,244 @@
+"""gated_mlp: values and gradients against truth on every backend, sinks, autocast, compile, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend_params import every_backend
+from numeric import assert_close_to_truth, assert_equal
+from torch import Tensor, nn
+
+from spu import ops
+from spu.ops import schema
+from spu.precision import LossScaler, MainGrads
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+NAMES = ("x", "w_gate", "w_up", "w_down")
+
+
+def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu") -> Tensor:
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
+def operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
+    shapes = ((rows, k), (n, k), (n, k), (out, n))
+    return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
+
+
+def with_grads(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, *args: Any) -> list[Tensor]:
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    y = function(*leaves, *args)
+    y.backward(dy.to(y.dtype))
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_error_bound(backend: str, dtype: torch.dtype, activation: str, rows: int) -> None:
+    tensors = operands(rows, 65, 130, 31, dtype=dtype)
+    dy = torch.randn(rows, 31).to(dtype)
+    with ops.use_backend(backend):
+        ours = with_grads(ops.gated_mlp, tensors, dy, activation)
+    torchs = with_grads(plain, tensors, dy, activation)
+    truth = with_grads(plain, [t.double() for t in tensors], dy.double(), activation)
+    for name, *three in zip(("y", *NAMES), ours, torchs, truth):
+        assert_close_to_truth(*three, name=name)
+
+
+def test_fp32_reference_is_bit_equal_to_plain_torch() -> None:
+    tensors, dy = operands(), torch.randn(17, 19)
+    with ops.use_backend("reference"):
+        ours = with_grads(ops.gated_mlp, tensors, dy)
+    for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, tensors, dy)):
+        assert_equal(a, b, name)
+
+
+@pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
+def test_gradcheck(activation: str) -> None:
+    tensors = [t.requires_grad_() for t in operands(3, 4, 5, 2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: ops.gated_mlp(*t, activation), tensors)
+
+
+@every_backend
+def test_one_rounding_of_h(backend: str) -> None:
+    """The composed op may round gate and up first, as plain torch does; h is never worse than that."""
+    x, w_gate, w_up, _ = operands(40, 64, 96, dtype=torch.float16)
+    h, gate, up = schema.overload("gated_linear", backend)(x, w_gate, w_up, "silu", True)
+    truth = F.silu(x.double() @ w_gate.double().t()) * (x.double() @ w_up.double().t())
+    assert_close_to_truth(h, F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), truth)
+    for value, weight in ((gate, w_gate), (up, w_up)):
+        assert_close_to_truth(value, F.linear(x, weight), x.double() @ weight.double().t())
+    assert [t.numel() for t in schema.overload("gated_linear", backend)(x, w_gate, w_up, "silu", False)[1:]] == [0, 0]
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(4, 5, 24), (24,), (0, 24), (2, 0, 24)])
+def test_any_leading_dimensions(backend: str, shape: tuple[int, ...]) -> None:
+    _, *weights = operands()
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 19)
+    with ops.use_backend(backend):
+        ours = with_grads(ops.gated_mlp, [x, *weights], dy)
+    for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, [x, *weights], dy)):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+def test_strides_do_not_matter(backend: str) -> None:
+    tensors = operands(dtype=torch.bfloat16)
+    strided = [t.t().contiguous().t() for t in tensors]
+    dy = torch.randn(19, 17).bfloat16().t()
+    with ops.use_backend(backend):
+        for name, a, b in zip(
+            ("y", *NAMES), with_grads(ops.gated_mlp, strided, dy), with_grads(ops.gated_mlp, tensors, dy.contiguous())
+        ):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", rtol=1e-2, atol=1e-3)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_non_finite_values_reach_all_that_they_should(backend: str, bad: float) -> None:
+    tensors, dy = operands(), torch.randn(17, 19)
+    tensors[0][3, 5] = bad
+    with ops.use_backend(backend):
+        y, dx, dgate, dup, ddown = with_grads(ops.gated_mlp, tensors, dy)
+    assert not torch.isfinite(y[3]).any()
+    assert torch.isfinite(y[[0, 1, 2, 4]]).all()
+    assert not torch.isfinite(dgate[:, 5]).any()
+    assert not torch.isfinite(dup[:, 5]).any()
+    assert not torch.isfinite(ddown).all()
+    assert torch.isfinite(dx[[0, 1, 2, 4]]).all()
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1, 2, 3)])
+def test_only_what_is_needed(needed: tuple[int, ...]) -> None:
+    tensors, dy = operands(), torch.randn(17, 19)
+    expected = with_grads(plain, tensors, dy)[1:]
+    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
+    ops.gated_mlp(*leaves).backward(dy)
+    for i, leaf in enumerate(leaves):
+        if i in needed:
+            torch.testing.assert_close(leaf.grad, expected[i], rtol=1e-4, atol=1e-5)
+        else:
+            assert leaf.grad is None
+
+
+def test_saves_three_tensors_for_the_backward() -> None:
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tensors = operands()
+    weights = [nn.Parameter(w) for w in tensors[1:]]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ops.gated_mlp(tensors[0].requires_grad_(), *weights)
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    assert sorted(tuple(t.shape) for p, t in saved.items() if p not in own) == [(17, 24), (17, 40), (17, 40)]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
+    x, *values = operands(64, 32, 48, 32, dtype=dtype)
+    weights = [nn.Parameter(v) for v in values]
+    truth = [v.double().requires_grad_() for v in values]
+    scaler = LossScaler(init_scale=2.0**13)
+    with MainGrads(weights) as grads, ops.use_backend(backend):
+        for _ in range(2):
+            scaler.begin_step()
+            grads.begin_step()
+            for scale in (1.0, 0.5):  # two microbatches into one buffer
+                loss = ops.gated_mlp(x, *weights).float().mean() * scale
+                scaler.scale(loss).backward()
+            assert scaler.found_inf().item() == 0
+        plain(x.double(), *truth).mean().mul(1.5).backward()
+        for name, weight, true in zip(NAMES[1:], weights, truth):
+            assert weight.grad.dtype == torch.float32
+            error = (weight.grad.double() - true.grad).abs().max() / true.grad.abs().max()
+            assert error < (5e-3 if dtype == torch.float16 else 1e-5), (name, float(error))
+        scaler.begin_step()
+        grads.begin_step()
+        scaler.scale(ops.gated_mlp(x * 30000, *weights).float().sum()).backward()
+        assert scaler.found_inf().item() == (1 if dtype == torch.float16 else 0)
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    tensors = operands()
+    leaves = [t.requires_grad_() for t in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.gated_mlp(*leaves)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    assert_equal(y.detach(), ops.gated_mlp(*(t.detach().bfloat16() for t in tensors)), "y")
+
+
+@every_backend
+def test_opcheck(backend: str) -> None:
+    x, w_gate, w_up, w_down = operands(5, 4, 6, 3)
+    dh = torch.randn(5, 6)
+    cases: dict[str, tuple[Any, ...]] = {
+        "gated_linear": (x, w_gate, w_up, "silu", True),
+        "gated_dz": (dh, torch.randn(5, 6), torch.randn(5, 6), "gelu"),
+        "gated_dx": (dh, torch.randn(5, 6), w_gate, w_up),
+        "gated_mlp": (*(t.clone().requires_grad_() for t in (x, w_gate, w_up, w_down)), "silu", True),
+    }
+    for name, arguments in cases.items():
+        results = torch.library.opcheck(schema.overload(name, backend), arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+@pytest.mark.leaks_threads  # the compiler's
+def test_compiles_whole() -> None:
+    tensors, dy = operands(), torch.randn(17, 19)
+    compiled = torch.compile(ops.gated_mlp, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_grads(compiled, tensors, dy), with_grads(ops.gated_mlp, tensors, dy)):
+        assert_equal(a, b)
+
+
+def test_checkpointing_keeps_sinks() -> None:
+    x, *values = operands(dtype=torch.float16)
+    results = []
+    for checkpointed in (False, True):
+        weights = [nn.Parameter(v.clone()) for v in values]
+        scaler = LossScaler(init_scale=1024.0)
+        with MainGrads(weights) as grads:
+            scaler.begin_step()
+            grads.begin_step()
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(ops.gated_mlp, x, *weights, use_reentrant=False)
+            else:
+                y = ops.gated_mlp(x, *weights)
+            scaler.scale(y.float().mean()).backward()
+            results.append([w.grad.clone() for w in weights])
+    for a, b in zip(*results):
+        assert_equal(a, b)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x, w_gate, w_up, w_down = operands()
+    with pytest.raises(ValueError, match="unknown activation 'tanh': use one of 'silu'"):
+        ops.gated_mlp(x, w_gate, w_up, w_down, "tanh")
+    with pytest.raises(ValueError, match=r"w_down \(40, 19\) do not fit"):
+        ops.gated_mlp(x, w_gate, w_up, w_down.t())
+    with pytest.raises(TypeError, match=r"x is torch.float32 but w_up is torch.float16"):
+        ops.gated_mlp(x, w_gate, w_up.half(), w_down)
+    with pytest.raises(TypeError, match=r"x is torch.int64"):
+        ops.gated_mlp(x.long(), w_gate, w_up, w_down)
+    with pytest.raises(ValueError, match="needs keep=True"):
+        torch.ops.spu.gated_mlp.reference(x, w_gate.requires_grad_(), w_up, w_down, "silu", False)
+    (grad,) = torch.autograd.grad(ops.gated_mlp(x, w_gate, w_up, w_down).sum(), w_gate)
+    assert grad.shape == w_gate.shape
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(ops.gated_mlp(x, w_gate, w_up, w_down).sum(), w_gate, create_graph=True)
