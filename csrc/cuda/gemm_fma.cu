@@ -67,12 +67,17 @@ __global__ void __launch_bounds__(kThreads) gemm_fma_kernel(Gemm g) {
     fill<T>(a, g.a.data, g.a.col, g.a.row, depth, g.k, row, g.m);
     fill<T>(b, g.b.data, g.b.row, g.b.col, depth, g.k, column, g.n);
     __syncthreads();
+    // A tile is summed by itself: rounding then grows with k / kDepth, not with k.
+    float part[kMine][kMine] = {};
     for (int d = 0; d < kDepth; ++d) {
       for (int i = 0; i < kMine; ++i) {
         for (int j = 0; j < kMine; ++j) {
-          sum[i][j] = math::Ops<float>::fma(a[d][y + i * kSide], b[d][x + j * kSide], sum[i][j]);
+          part[i][j] = math::Ops<float>::fma(a[d][y + i * kSide], b[d][x + j * kSide], part[i][j]);
         }
       }
+    }
+    for (int i = 0; i < kMine; ++i) {
+      for (int j = 0; j < kMine; ++j) sum[i][j] += part[i][j];
     }
     __syncthreads();
   }

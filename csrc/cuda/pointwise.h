@@ -30,11 +30,11 @@ struct RowSums {
   Type type;
   const void* dz;
   int64_t rows, cols;
-  void* out;  // of `type`, or null
-  float* main_grad;
-  const float* inv_scale;
-  float* found_inf;
-  bool accumulate;
+  void* out = nullptr;  // of `type`, or null
+  float* main_grad = nullptr;
+  const float* inv_scale = nullptr;
+  float* found_inf = nullptr;
+  bool accumulate = false;
 };
 void launch_row_sums(const RowSums& sums, cudaStream_t stream);
 
