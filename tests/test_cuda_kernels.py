@@ -70,7 +70,7 @@ def test_gated_dz(activation: str, dtype: torch.dtype) -> None:
     act = suite.ACTIVATIONS[activation]
 
     def derivative(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        g, u = gate.to(dtype).requires_grad_(), up.to(dtype).requires_grad_()
+        g, u = (t.detach().clone().to(dtype).requires_grad_() for t in (gate, up))
         h = act(g) * u
         h.backward(dh.to(dtype))
         assert g.grad is not None
