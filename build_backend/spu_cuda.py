@@ -184,9 +184,9 @@ def generations(archs: list[str]) -> list[str]:
     return [*(["90"] if "90a" in archs else []), *(["80"] if some_mma else []), *(["75"] if "75" in archs else [])]
 
 
-def device_objects(archs: list[str]) -> list[Object]:
-    """The objects that nvcc compiles, those that take longest first."""
-    products = [one for arch in generations(archs) for one in _products(arch, archs)]
+def device_objects(archs: list[str], *, products: bool = True) -> list[Object]:
+    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones."""
+    large = [one for arch in generations(archs) for one in _products(arch, archs)] if products else []
     code = (*map(_code, archs), _code(archs[-1], ptx=True))
     # A multiply-add is fused where the arithmetic says so, as on the CPU.
     plain = [
@@ -194,7 +194,7 @@ def device_objects(archs: list[str]) -> list[Object]:
         for path in sorted(CUDA.glob("*.cu"))
         if path.name not in ("gemm_mma.cu", "gemm_wgmma.cu")
     ]
-    return [*products, *plain]
+    return [*large, *plain]
 
 
 def nvcc_command(nvcc: Path, one: Object) -> list[str]:
@@ -205,11 +205,11 @@ def nvcc_command(nvcc: Path, one: Object) -> list[str]:
     return [*command, "-c", str(one.source)]
 
 
-def host_command(home: Path, archs: list[str]) -> list[str]:
-    """The command that compiles the files without device code."""
+def host_command(home: Path, archs: list[str], products: list[str]) -> list[str]:
+    """The command that compiles the files without device code; ``products`` are the generations that are linked."""
     compiler = find_compiler()
     assert compiler is not None
-    have = [f"-DSPU_SM{arch}={int(arch in generations(archs))}" for arch in ("75", "80", "90")]
+    have = [f"-DSPU_SM{arch}={int(arch in products)}" for arch in ("75", "80", "90")]
     include = next(path for path in (home / "include", *home.glob("targets/*/include")) if path.exists())
     return [*compiler, *COMMON_FLAGS, *stable_flags(), *have, f'-DSPU_CUDA_ARCHS="{";".join(archs)}"',
             f"-isystem{include}"]  # fmt: skip
@@ -230,8 +230,13 @@ def heavy_jobs() -> int:
     return max(1, min(most, int(memory_gigabytes() // 4)))
 
 
-def write_cuda_ninja(folder: Path) -> Path:
-    """Writes the ninja file of spu._cuda into ``folder``; returns the path of the library it makes."""
+def write_cuda_ninja(folder: Path, *, products: bool = True, extra: tuple[str, ...] = ()) -> Path:
+    """Writes the ninja file of spu._cuda into ``folder``; returns the path of the library it makes.
+
+    Args:
+        products: False leaves out the matrix products on tensor cores, nearly all of the work (for tests).
+        extra: more flags for nvcc.
+    """
     nvcc, archs = find_nvcc(), architectures()
     assert nvcc is not None
     compiler, home = find_compiler(), toolkit(nvcc)
@@ -245,13 +250,15 @@ def write_cuda_ninja(folder: Path) -> Path:
     lines = ["ninja_required_version = 1.5", "pool heavy", f"  depth = {heavy_jobs()}"]
     lines += ["rule device", "  command = $compile -MD -MF $out.d -o $out", "  depfile = $out.d", "  deps = gcc"]
     lines += ["  description = compile $out", "rule host"]
-    lines += [f"  command = {shell(host_command(home, archs))} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
+    host = shell(host_command(home, archs, generations(archs) if products else []))
+    lines += [f"  command = {host} -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d"]
     lines += ["  deps = gcc", "  description = compile $in", "rule link"]
     lines += [f"  command = {shell(link)} $in {shell(after)} -o $out", "  description = link $out"]
     outputs = []
-    for one in device_objects(archs):
+    for one in device_objects(archs, products=products):
         outputs.append(escape(folder / f"{one.name}.o"))
-        lines += [f"build {outputs[-1]}: device {escape(one.source)}", f"  compile = {shell(nvcc_command(nvcc, one))}"]
+        command = shell([*nvcc_command(nvcc, one), *extra])
+        lines += [f"build {outputs[-1]}: device {escape(one.source)}", f"  compile = {command}"]
         lines += ["  pool = heavy"] if one.gigabytes > 2 else []
     for source in sorted(CUDA.glob("*.cpp")):
         outputs.append(escape(folder / f"{source.stem}_host.o"))
