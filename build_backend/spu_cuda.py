@@ -1,4 +1,4 @@
-"""``spu._cuda``: csrc/cuda by nvcc, one object for each kernel file or tensor-core product, linked with a static cudart.
+"""``spu._cuda``: csrc/cuda by nvcc, an object for each kernel file or tensor-core product, linked with a static cudart.
 
 Needs nvcc, CUTLASS's headers (PyPI: nvidia-cutlass) and torch's headers; neither a GPU nor a CUDA build of torch.
 
@@ -24,7 +24,15 @@ from spu_build import ROOT, cuda_mode, find_compiler
 from spu_tools import COMMON_FLAGS, cores, escape, module_folder, say, shell, stable_flags, torch_link_flags
 
 OLDEST_NVCC = (12, 4)
-KNOWN_ARCHS = {"75": (12, 4), "80": (12, 4), "86": (12, 4), "89": (12, 4), "90a": (12, 4), "100": (12, 8), "120": (12, 8)}
+KNOWN_ARCHS = {
+    "75": (12, 4),
+    "80": (12, 4),
+    "86": (12, 4),
+    "89": (12, 4),
+    "90a": (12, 4),
+    "100": (12, 8),
+    "120": (12, 8),
+}
 DEFAULT_ARCHS = "75;80;90a"
 FORMS = ("forward", "dx", "dw")
 CUDA = ROOT / "csrc/cuda"

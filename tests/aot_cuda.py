@@ -49,7 +49,9 @@ def main(folder: Path) -> int:
     for one, output in zip(objects, outputs):
         kernels = cuda_gate.parse(output)
         failures += cuda_gate.broken_limits(kernels) if kernels else [f"{one.name}: ptxas told of no kernel"]
-        name = next((wanted for arch, wanted in cuda_gate.TENSOR_CORE.items() if one.name.startswith(f"gemm_sm{arch}")), "")
+        name = next(
+            (wanted for arch, wanted in cuda_gate.TENSOR_CORE.items() if one.name.startswith(f"gemm_sm{arch}")), ""
+        )
         count = cuda_gate.count_instruction(tool, folder / f"{one.name}.o", name) if tool and name else None
         if count == 0:
             failures.append(f"{one.name}: no {name} instruction")

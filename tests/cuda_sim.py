@@ -1,9 +1,9 @@
 """The CUDA backend without a GPU: csrc/cuda, but for the tensor-core products, compiled for the CPU and run there.
 
 ``cuda_host/host_sim.h`` stands for the CUDA runtime: a fiber for each thread of a block. The library registers the
-``cuda`` overloads for CPU tensors, so the op files (checks, launches, lists of tensors) run as well as the kernels. What
-stays unexecuted: ``gemm_mma.cu``, ``gemm_wgmma.cu`` and ``gemm_fusion.h``, the choice between them in ``gemm.cpp``,
-``runtime.cpp``, and the device's own half conversions in ``vector.h`` (two lines of assembly).
+``cuda`` overloads for CPU tensors, so the op files (checks, launches, lists of tensors) run as well as the kernels.
+What stays unexecuted: ``gemm_mma.cu``, ``gemm_wgmma.cu`` and ``gemm_fusion.h``, the choice between them in
+``gemm.cpp``, ``runtime.cpp``, and the device's own half conversions in ``vector.h`` (two lines of assembly).
 """
 
 from __future__ import annotations

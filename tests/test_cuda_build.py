@@ -33,7 +33,9 @@ def spu_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def play_machine(monkeypatch: pytest.MonkeyPatch, spu_cuda: ModuleType, nvcc: tuple[int, int] | None, gpu: bool) -> None:
+def play_machine(
+    monkeypatch: pytest.MonkeyPatch, spu_cuda: ModuleType, nvcc: tuple[int, int] | None, gpu: bool
+) -> None:
     """A machine with this nvcc, or none, and everything else that the build needs."""
     monkeypatch.setattr(spu_cuda, "find_nvcc", lambda: None if nvcc is None else Path("/cuda/bin/nvcc"))
     monkeypatch.setattr(spu_cuda, "nvcc_version", lambda path: nvcc)
@@ -210,7 +212,9 @@ def test_the_gate_sees_what_it_should() -> None:
         "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 40 registers, used 1 barriers, 8192 bytes smem, 400 bytes cmem[0]\n"
     )
-    bad = good.replace("_Z1a", "_Z1b").replace("0 bytes stack frame, 0 bytes spill stores", "8 bytes stack frame, 4 bytes spill stores")
+    bad = good.replace("_Z1a", "_Z1b").replace(
+        "0 bytes stack frame, 0 bytes spill stores", "8 bytes stack frame, 4 bytes spill stores"
+    )
     kernels = cuda_gate.parse(good + bad)
     assert [kernel.registers for kernel in kernels] == [40, 40]
     assert kernels[0] == cuda_gate.Kernel("_Z1a", "sm_80", 40, 0, 0, 8192)

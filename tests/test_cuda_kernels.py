@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import cuda_sim
 import pytest
@@ -60,10 +59,10 @@ def on_cuda_kernels(library: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(suite, "OPS", cuda_sim.AsCpu(DEVICE))
     status = dispatch.cuda_library_status(library)
     monkeypatch.setitem(dispatch._LOADERS, "cuda", dispatch.Loader(lambda: status))
-    yield
+    return
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_dz(activation: str, dtype: torch.dtype) -> None:
     dh, gate, up = (torch.randn(7, 45).to(dtype) for _ in range(3))

@@ -62,7 +62,8 @@ Wire wire_of(Codec codec, uint8_t* bytes, int64_t numel) {
   return w;
 }
 
-// The first block writes the header and the padding: at most 64 bytes each, one a thread.
+// The first block writes the header and the padding: at most 64 bytes each, one a thread. (The header must be a
+// __grid_constant__ parameter: reading one byte of another would copy it to local memory first.)
 SPU_DEVICE void write_frame(const Wire& w, const wire::Header& header, int64_t scales_end) {
   if (blockIdx.x != 0) return;
   const int t = static_cast<int>(threadIdx.x);
@@ -72,7 +73,8 @@ SPU_DEVICE void write_frame(const Wire& w, const wire::Header& header, int64_t s
 }
 
 template <Type From, Type To>
-__global__ void __launch_bounds__(kThreads) pack_plain_kernel(const void* x, wire::Header header, Wire w, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    pack_plain_kernel(const void* x, const __grid_constant__ wire::Header header, Wire w, bool wide) {
   write_frame(w, header, w.scales);
   void* payload = w.bytes + w.payload;
   for (int64_t i = first_value(); i < w.numel; i += grid_values()) {
@@ -132,7 +134,8 @@ SPU_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
 // The largest magnitude is taken over bit patterns: as unsigned integers they order like the magnitudes, with infinity
 // and then NaN on top, so that no comparison loses a NaN. All threads run the loop equally often, for the shuffles.
 template <Codec C, Type T>
-__global__ void __launch_bounds__(kThreads) pack_blocks_kernel(const void* x, wire::Header header, Wire w, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    pack_blocks_kernel(const void* x, const __grid_constant__ wire::Header header, Wire w, bool wide) {
   using F = Format<C>;
   constexpr int kLanes = F::kBlock / kVector;
   const int64_t blocks = (w.numel + F::kBlock - 1) / F::kBlock;

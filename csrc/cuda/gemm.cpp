@@ -23,8 +23,8 @@ bool laid_out(const Gemm& g) {
   constexpr int64_t most = std::numeric_limits<int>::max();
   return a_inner == 1 && b_inner == 1 && a_length % 8 == 0 && b_length % 8 == 0 && g.n % 8 == 0 &&
          rows_aligned(g.a.data, a_outer) && rows_aligned(g.b.data, b_outer) && rows_aligned(g.bias, 0) &&
-         rows_aligned(g.out, 0) && rows_aligned(g.preact, 0) && rows_aligned(g.main_grad, 0) && g.k > 0 && g.m <= most &&
-         g.n <= most && g.k <= most;
+         rows_aligned(g.out, 0) && rows_aligned(g.preact, 0) && rows_aligned(g.main_grad, 0) && g.k > 0 &&
+         g.m <= most && g.n <= most && g.k <= most;
 }
 
 #if SPU_SM75

@@ -9,10 +9,10 @@ namespace {
 
 using math::Act;
 
-constexpr int kTile = 64;                       // rows and columns of C that a block makes
-constexpr int kDepth = 16;                      // of A and B in shared memory at once
-constexpr int kMine = 4;                        // rows and columns of C that a thread makes
-constexpr int kSide = kTile / kMine;            // threads along a side of the tile
+constexpr int kTile = 64;             // rows and columns of C that a block makes
+constexpr int kDepth = 16;            // of A and B in shared memory at once
+constexpr int kMine = 4;              // rows and columns of C that a thread makes
+constexpr int kSide = kTile / kMine;  // threads along a side of the tile
 static_assert(kSide * kSide == kThreads, "a block has kThreads threads");
 
 SPU_DEVICE float activate(Act act, float z) {

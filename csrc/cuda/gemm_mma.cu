@@ -140,9 +140,9 @@ struct Fusion<Form::dw, Out> {
 using Epilogue = Fusion<kForm, Output>;
 using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
     Element, LayoutA, cutlass::ComplexTransform::kNone, 8, Element, LayoutB, cutlass::ComplexTransform::kNone, 8,
-    Output, Row, kAccess, float, float, cutlass::arch::OpClassTensorOp, Arch, Block, Warp, Instruction,
-    Epilogue::Tree, cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, kStages,
-    cutlass::arch::OpMultiplyAdd, 1>::GemmKernel;
+    Output, Row, kAccess, float, float, cutlass::arch::OpClassTensorOp, Arch, Block, Warp, Instruction, Epilogue::Tree,
+    cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, kStages, cutlass::arch::OpMultiplyAdd,
+    1>::GemmKernel;
 using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
 }  // namespace
@@ -151,9 +151,8 @@ bool SPU_GEMM_NAME(const Gemm& g, int, cudaStream_t stream) {
   const int64_t lda = kWeight ? g.a.col : g.a.row;
   const int64_t ldb = kForm == Form::forward ? g.b.col : g.b.row;
   typename Adapter::Arguments arguments(
-      cutlass::gemm::GemmUniversalMode::kGemm,
-      {static_cast<int>(g.m), static_cast<int>(g.n), static_cast<int>(g.k)}, 1, Epilogue::arguments(g), g.a.data,
-      g.b.data, nullptr, nullptr, 0, 0, 0, 0, lda, ldb, g.n, g.n);
+      cutlass::gemm::GemmUniversalMode::kGemm, {static_cast<int>(g.m), static_cast<int>(g.n), static_cast<int>(g.k)}, 1,
+      Epilogue::arguments(g), g.a.data, g.b.data, nullptr, nullptr, 0, 0, 0, 0, lda, ldb, g.n, g.n);
   Adapter gemm;
   return gemm.initialize(arguments, nullptr, stream) == cutlass::Status::kSuccess &&
          gemm.run(stream) == cutlass::Status::kSuccess;

@@ -13,7 +13,7 @@ namespace cuda {
 
 using TensorCoreGemm = bool (*)(const Gemm& g, int multiprocessors, cudaStream_t stream);
 
-#define SPU_DECLARE(arch, type)                                   \
+#define SPU_DECLARE(arch, type)                                        \
   bool gemm_sm##arch##_forward_##type(const Gemm&, int, cudaStream_t); \
   bool gemm_sm##arch##_dx_##type(const Gemm&, int, cudaStream_t);      \
   bool gemm_sm##arch##_dw_##type(const Gemm&, int, cudaStream_t)

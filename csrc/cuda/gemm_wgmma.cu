@@ -3,8 +3,8 @@
 #include "cuda/gemm_fusion.h"
 #include "cuda/gemm_tensor_core.h"
 
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -119,8 +119,8 @@ struct Fusion<Form::forward, Out> {
 // the accumulator
 template <class Out>
 struct Fusion<Form::dx, Out> {
-  using Tree = evt::Sm90EVT<evt::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, fusion::kNearest>,
-                            Accumulator>;
+  using Tree =
+      evt::Sm90EVT<evt::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, fusion::kNearest>, Accumulator>;
 
   static typename Tree::Arguments arguments(const Gemm&) { return {}; }
 };
@@ -143,10 +143,9 @@ struct Fusion<Form::dw, Out> {
 };
 
 using Fused = Fusion<kForm, Output>;
-using Epilogue =
-    typename epi::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-                                    epi::EpilogueTileAuto, float, float, Source, Row, kAccess, Output, Row, kAccess,
-                                    Schedule, typename Fused::Tree>::CollectiveOp;
+using Epilogue = typename epi::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+                                                 epi::EpilogueTileAuto, float, float, Source, Row, kAccess, Output, Row,
+                                                 kAccess, Schedule, typename Fused::Tree>::CollectiveOp;
 using Mainloop = typename gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, 8, Element, LayoutB, 8, float, Tile, Cluster,
     gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,

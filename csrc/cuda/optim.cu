@@ -66,13 +66,15 @@ SPU_DEVICE math::AdamWStep step_of(double step, const AdamWSettings& s) {
 }
 
 SPU_DEVICE bool aligned(const void* a, const void* b, const void* c, const void* d, const void* e) {
-  const uintptr_t all = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c) |
-                        reinterpret_cast<uintptr_t>(d) | reinterpret_cast<uintptr_t>(e);
+  const uintptr_t all = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) |
+                        reinterpret_cast<uintptr_t>(c) | reinterpret_cast<uintptr_t>(d) |
+                        reinterpret_cast<uintptr_t>(e);
   return all % 16 == 0;
 }
 
 template <Type T>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(Group<AdamWTensor> group, AdamWSettings settings) {
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(const __grid_constant__ Group<AdamWTensor> group, AdamWSettings settings) {
   __shared__ math::AdamWStep shared;
   if (*settings.found_inf != 0.0f) return;
   const int index = tensor_of_block(group);
@@ -114,7 +116,8 @@ SPU_DEVICE double block_sum(double mine) {
 }
 
 // Squares are taken in fp64: those of fp32 gradients above 1.8e19 or below 1e-19 leave fp32's range.
-__global__ void __launch_bounds__(kThreads) square_sum_kernel(Group<Values1d> group, double* partial) {
+__global__ void __launch_bounds__(kThreads)
+    square_sum_kernel(const __grid_constant__ Group<Values1d> group, double* partial) {
   const int index = tensor_of_block(group);
   const Values1d t = group.item[index];
   const bool wide = aligned(t.data, t.data, t.data, t.data, t.data);

@@ -11,8 +11,8 @@
 namespace spu {
 namespace cuda {
 
-constexpr int kGroup = 48;              // tensors of a launch: what fits into the 4 KB of a kernel's parameters
-constexpr int64_t kPiece = 16384;       // values that one block updates or sums
+constexpr int kGroup = 48;         // tensors of a launch: what fits into the 4 KB of a kernel's parameters
+constexpr int64_t kPiece = 16384;  // values that one block updates or sums
 
 // One parameter: `master` is the fp32 value, `param` its 16-bit copy (null where the parameter itself is fp32).
 struct AdamWTensor {

@@ -31,7 +31,8 @@ void with_act(Act act, F f) {
 }
 
 template <Type T, Act A>
-__global__ void __launch_bounds__(kThreads) dz_kernel(const void* dy, const void* saved, void* dz, int64_t n, bool wide) {
+__global__ void __launch_bounds__(kThreads)
+    dz_kernel(const void* dy, const void* saved, void* dz, int64_t n, bool wide) {
   for (int64_t i = first_value(); i < n; i += grid_values()) {
     Values g = load<T>(dy, i, n, wide);
     const Values s = load<T>(saved, i, n, wide);
@@ -97,10 +98,10 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const void* src, void
   for (int64_t i = first_value(); i < n; i += grid_values()) store<To>(dst, i, n, wide, load<From>(src, i, n, wide));
 }
 
-constexpr int kLanes = 4;                       // threads side by side in one row
-constexpr int kColumns = kLanes * kVector;      // columns of a block
-constexpr int kStrips = kThreads / kLanes;      // rows read at once
-constexpr int kRun = 16;                        // rows of a strip that are added before the total
+constexpr int kLanes = 4;                   // threads side by side in one row
+constexpr int kColumns = kLanes * kVector;  // columns of a block
+constexpr int kStrips = kThreads / kLanes;  // rows read at once
+constexpr int kRun = 16;                    // rows of a strip that are added before the total
 
 // A block sums kColumns columns: strip s adds rows s, s + kStrips, ... in runs, whose sums are then added, so that
 // rounding grows with the sum of the lengths and not with their product. The order depends on no launch setting.
@@ -194,9 +195,8 @@ void launch_row_sums(const RowSums& sums, cudaStream_t stream) {
   if (sums.cols == 0) return;
   const bool wide = aligned16(sums.dz) && sums.cols * size_of(sums.type) % 16 == 0;
   const unsigned blocks = static_cast<unsigned>((sums.cols + kColumns - 1) / kColumns);
-  with_type(sums.type, [&](auto t) {
-    launch(row_sums_kernel<decltype(t)::value>, blocks, kThreads, stream, sums, wide);
-  });
+  with_type(sums.type,
+            [&](auto t) { launch(row_sums_kernel<decltype(t)::value>, blocks, kThreads, stream, sums, wide); });
 }
 
 void launch_convert(Type from, const void* src, Type to, void* dst, int64_t n, cudaStream_t stream) {

@@ -22,7 +22,8 @@ inline void expect_device(const char* op, const char* what, const Tensor& t, con
   const bool here = t.is_cuda() && t.get_device_index() == like.get_device_index();
 #endif
   (void)like;
-  if (!here) checks::fail("spu::", op, ": ", what, " must be on the CUDA device of the first tensor; move it with .to()");
+  if (!here)
+    checks::fail("spu::", op, ": ", what, " must be on the CUDA device of the first tensor; move it with .to()");
 }
 
 inline Type storage_type(const char* op, const char* what, const Tensor& t) {

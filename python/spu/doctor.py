@@ -213,7 +213,7 @@ def _cuda_library_not_built(what: str) -> Row:
         toolkit = f"{_pip()} install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
         return Row("spu._cuda", False, why, f"{toolkit} && {_rebuild_cuda()}")
     if nvcc:
-        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use (SPU_CUDA=1 builds them)"
+        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
         return Row("spu._cuda", False, why)
     return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
 

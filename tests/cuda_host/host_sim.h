@@ -21,6 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static thread_local  // one block at a time
 
 struct dim3 {
@@ -44,8 +45,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool done;
   Wait wait;
-  int exchanges;           // shuffles so far
-  uint32_t posted[2];      // this lane's value in the last two of them
+  int exchanges;       // shuffles so far
+  uint32_t posted[2];  // this lane's value in the last two of them
 };
 
 constexpr size_t kStack = 64 << 10;
