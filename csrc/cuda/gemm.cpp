@@ -9,9 +9,13 @@ namespace spu {
 namespace cuda {
 namespace {
 
-// Rows of 16-bit values that start at multiples of 16 bytes: what the tensor-core kernels read.
-bool rows_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Rows of 16-bit values that start at multiples of 16 bytes, one after another: what the tensor-core kernels read.
+bool rows_aligned(const void* data, int64_t length, int64_t stride) {
+  return aligned(data) && length % 8 == 0 && stride % 8 == 0 && stride >= length;
 }
 
 // The layouts that the kernels of a form are compiled for: those of torch's linear layer.
@@ -21,10 +25,9 @@ bool laid_out(const Gemm& g) {
   const int64_t b_inner = b_by_rows ? g.b.col : g.b.row, b_outer = b_by_rows ? g.b.row : g.b.col;
   const int64_t a_length = a_by_rows ? g.k : g.m, b_length = b_by_rows ? g.n : g.k;
   constexpr int64_t most = std::numeric_limits<int>::max();
-  return a_inner == 1 && b_inner == 1 && a_length % 8 == 0 && b_length % 8 == 0 && g.n % 8 == 0 &&
-         rows_aligned(g.a.data, a_outer) && rows_aligned(g.b.data, b_outer) && rows_aligned(g.bias, 0) &&
-         rows_aligned(g.out, 0) && rows_aligned(g.preact, 0) && rows_aligned(g.main_grad, 0) && g.k > 0 &&
-         g.m <= most && g.n <= most && g.k <= most;
+  return a_inner == 1 && b_inner == 1 && rows_aligned(g.a.data, a_length, a_outer) &&
+         rows_aligned(g.b.data, b_length, b_outer) && g.n % 8 == 0 && aligned(g.bias) && aligned(g.out) &&
+         aligned(g.preact) && aligned(g.main_grad) && g.k > 0 && g.m <= most && g.n <= most && g.k <= most;
 }
 
 #if SPU_SM75

@@ -67,11 +67,12 @@ struct AddIf {
   }
 };
 
-// Folds values into a flag that is 1 after the first one that is not finite.
+// Folds values into a flag that is 0, or infinity after the first one that is not finite. So flags fold like values.
 template <class T>
 struct AnyNonFinite {
   CUTLASS_HOST_DEVICE T operator()(T flag, T value) const {
-    return flag != T(0) || math::is_nonfinite<float>(value) ? T(1) : T(0);
+    const bool bad = math::is_nonfinite<float>(flag) || math::is_nonfinite<float>(value);
+    return bad ? math::Ops<float>::from_bits(0x7f800000u) : T(0);
   }
 };
 

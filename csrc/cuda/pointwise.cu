@@ -63,19 +63,6 @@ __global__ void __launch_bounds__(kThreads) gated_dz_kernel(Gated p, int64_t n, 
   }
 }
 
-template <Type T, Act A>
-__global__ void __launch_bounds__(kThreads)
-    gate_kernel(const float* gate, const float* up, void* h, void* gate_out, void* up_out, int64_t n, bool wide) {
-  for (int64_t i = first_value(); i < n; i += grid_values()) {
-    const Values g = load<Type::fp32>(gate, i, n, wide), u = load<Type::fp32>(up, i, n, wide);
-    Values product;
-    for (int j = 0; j < kVector; ++j) product.v[j] = math::activate<A, float>(g.v[j]) * u.v[j];
-    store<T>(h, i, n, wide, product);
-    store<T>(gate_out, i, n, wide, g);
-    store<T>(up_out, i, n, wide, u);
-  }
-}
-
 template <Type T, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads)
     unscale_kernel(const void* grad, float* main_grad, const float* inv_scale, float* found_inf, int64_t n, bool wide) {
@@ -164,18 +151,6 @@ void launch_gated_dz(Type type, Act act, const void* dh, const void* gate, const
   with_type(type, [&](auto t) {
     with_act(act, [&](auto a) {
       launch(gated_dz_kernel<decltype(t)::value, decltype(a)::value>, grid_for(n), kThreads, stream, p, n, wide);
-    });
-  });
-}
-
-void launch_gate(Type type, Act act, const float* gate, const float* up, void* h, void* gate_out, void* up_out,
-                 int64_t n, cudaStream_t stream) {
-  if (n == 0) return;
-  const bool wide = all_aligned(gate, up, h, gate_out, up_out);
-  with_type(type, [&](auto t) {
-    with_act(act, [&](auto a) {
-      launch(gate_kernel<decltype(t)::value, decltype(a)::value>, grid_for(n), kThreads, stream, gate, up, h, gate_out,
-             up_out, n, wide);
     });
   });
 }

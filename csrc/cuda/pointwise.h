@@ -17,10 +17,6 @@ void launch_dz(Type type, math::Act act, const void* dy, const void* saved, void
 void launch_gated_dz(Type type, math::Act act, const void* dh, const void* gate, const void* up, void* dgate, void* dup,
                      void* h, int64_t n, cudaStream_t stream);
 
-// h = act(gate) * up over n fp32 values; h, and gate and up themselves, are rounded to `type`.
-void launch_gate(Type type, math::Act act, const float* gate, const float* up, void* h, void* gate_out, void* up_out,
-                 int64_t n, cudaStream_t stream);
-
 // main_grad (+)= *inv_scale * grad; *found_inf = 1 if a value of grad is not finite.
 void launch_unscale(Type type, const void* grad, float* main_grad, const float* inv_scale, float* found_inf,
                     bool accumulate, int64_t n, cudaStream_t stream);

@@ -29,17 +29,18 @@ CurrentStream current_stream() {
 
 }  // namespace
 
-OnDevice::OnDevice(const torch::stable::Tensor& t) : index_(t.get_device_index()) {
-  check(cudaGetDevice(&previous_), "cudaGetDevice");
-  if (previous_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
+// torch's guard, not our runtime, restores the device: the runtimes share a thread's current context, and only torch's
+// must know which device it had.
+OnDevice::OnDevice(const torch::stable::Tensor& t)
+    : guard_(std::make_unique<torch::stable::accelerator::DeviceGuard>(t.get_device_index())),
+      index_(t.get_device_index()) {
+  check(cudaSetDevice(index_), "cudaSetDevice");
   void* stream = nullptr;
   if (current_stream()(index_, &stream) != 0) throw std::runtime_error("spu._cuda: torch has no current CUDA stream");
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
-OnDevice::~OnDevice() {
-  if (previous_ != index_) cudaSetDevice(previous_);
-}
+OnDevice::~OnDevice() = default;
 
 int OnDevice::capability() const {
   int major = 0, minor = 0;

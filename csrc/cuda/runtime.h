@@ -1,7 +1,10 @@
 // The device that an op runs on: torch's current stream there, and the facts that choose kernels.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <memory>
 
 #include "cuda/device.h"
 
@@ -20,7 +23,8 @@ class OnDevice {
   int capability() const;  // 10 * major + minor
 
  private:
-  int index_, previous_ = 0;
+  std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard_;
+  int index_;
   cudaStream_t stream_ = nullptr;
 };
 
