@@ -97,6 +97,11 @@ class Plan:
         """How many stages each device has."""
         return len(self.stages) // len(self.devices)
 
+    @property
+    def recomputed_layers(self) -> frozenset[int]:
+        """Indices of the layers that keep only their input for the backward."""
+        return frozenset(range(self.stages[-1].layers[1])) if self.recompute else frozenset()
+
     def actions(self) -> list[list[schedules.Action]]:
         """One run of the schedule: what each device does."""
         return schedules.get(self.schedule)(len(self.devices), self.microbatches, virtual=self.virtual)
