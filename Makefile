@@ -30,7 +30,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 INSTALL := $(PIP) --no-build-isolation
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell find build_backend csrc kernels python -type f \
-    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.json' -o -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
+    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.json' -o -name '*.cpp' -o -name '*.h' \
+    -o -name '*.cu' \) 2>/dev/null)
 
 train: $(VENV)/.train
 	$(BIN)/spu train $(ARGS)
@@ -45,7 +46,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p spu
-	find csrc -name '*.cpp' -o -name '*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 # One phase after another, each with its own time limit; a failed one does not keep the next from leaving its results.
 gpu:
@@ -88,3 +89,19 @@ $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 $(VENV)/.lint: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) '.[train,lint]'
 	@touch $(VENV)/.train $@
+
+# Every CUDA C++ kernel for every architecture, without a GPU: a table of registers, spills and tensor-core
+# instructions, and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
+.PHONY: aot-cuda
+aot-cuda: $(VENV)/.test $(VENV)/.cutlass
+	$(BIN)/python tests/aot_cuda.py
+
+# Headers only; what else the package requires is for its code generator.
+$(VENV)/.cutlass: $(VENV)/.torch
+	$(PIP) --no-deps nvidia-cutlass==4.2.0.0
+	@touch $@
+
+# With nvcc here, the tests compile one of the matrix products.
+ifneq ($(shell command -v nvcc),)
+$(VENV)/.test: $(VENV)/.cutlass
+endif

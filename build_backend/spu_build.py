@@ -25,6 +25,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 # Pinned: an unpinned torch in an isolated build could resolve to another version than the tested one, and is 200 MB to
 # 3 GB to get wrong. The extension built with it runs on torch 2.11 and later (stable ABI).
 COMPILE_REQUIREMENTS = ["torch==2.13.0", "pybind11>=3.0,<4", "ninja>=1.11"]
+CUDA_REQUIREMENTS = ["nvidia-cutlass==4.2.0.0"]  # headers of the matrix products, when spu._cuda is going to be built
 
 
 def build_mode() -> str:
@@ -36,6 +37,18 @@ def build_mode() -> str:
     mode = os.environ.get("SPU_BUILD", "").strip().lower() or "auto"
     if mode not in ("auto", "0", "1"):
         raise ValueError(f"SPU_BUILD={mode!r}: use 0 (never compile), 1 (compile or fail) or auto (the default)")
+    return mode
+
+
+def cuda_mode() -> str:
+    """The value of SPU_CUDA: ``"auto"`` (default: where nvcc and a GPU are), ``"0"`` (no) or ``"1"`` (build or fail).
+
+    Raises:
+        ValueError: on any other value.
+    """
+    mode = os.environ.get("SPU_CUDA", "").strip().lower() or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise ValueError(f"SPU_CUDA={mode!r}: use 0 (no CUDA kernels), 1 (build them or fail) or auto (the default)")
     return mode
 
 
@@ -53,7 +66,11 @@ def find_compiler() -> list[str] | None:
 
 def _compile_requirements() -> list[str]:
     wanted = build_mode() == "1" or (build_mode() == "auto" and find_compiler() is not None)
-    return list(COMPILE_REQUIREMENTS) if wanted else []
+    if not wanted:
+        return []
+    from spu_cuda import wants_cuda
+
+    return [*COMPILE_REQUIREMENTS, *(CUDA_REQUIREMENTS if wants_cuda() else [])]
 
 
 def _drop_stale_library() -> None:

@@ -25,12 +25,14 @@ NAMES = [
     "backend reference",
     "backend cpu",
     "backend triton",
+    "backend cuda",
     "spu._C",
     "spu._host",
     "C++ compiler",
     "triton",
     "CUDA device",
     "nvcc",
+    "spu._cuda",
     "numpy",
     "safetensors",
     "transformers",
@@ -95,7 +97,7 @@ def test_every_probe_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("a\nbroken\n  installation")
 
     probes = [name for name in vars(doctor) if name in ("_python", "_torch", "_backends", "_extension", "_compiler")]
-    for name in [*probes, "_triton", "_cuda", "_nvcc", "_package"]:
+    for name in [*probes, "_triton", "_cuda", "_nvcc", "_cuda_library", "_package"]:
         monkeypatch.setattr(doctor, name, fail)
     rows = report()
     assert_sound(rows)
@@ -240,6 +242,54 @@ def test_nvcc_is_found_on_the_path_in_cuda_home_and_in_pips_package(
     assert doctor._nvcc().detail == str(tmp_path / "site/nvidia/cu13/bin/nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     assert doctor._nvcc().detail == str(tmp_path / "home/bin/nvcc")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "device", "detail", "fix"),
+    [
+        (None, False, "without a CUDA device they would have no use", ""),
+        ("/bin/nvcc", False, "nvcc is here, but without a CUDA device", ""),
+        (None, True, "no nvcc to build them with", "SPU_CUDA=1"),
+        ("/bin/nvcc", True, "though nvcc is here", "SPU_CUDA=1"),
+    ],
+)
+def test_cuda_kernels_that_are_not_built(
+    monkeypatch: pytest.MonkeyPatch, nvcc: str | None, device: bool, detail: str, fix: str
+) -> None:
+    hide(monkeypatch, "spu._cuda")
+    monkeypatch.setattr(doctor, "_find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: device)
+    row = doctor._cuda_library()
+    assert not row.works
+    assert detail in row.detail
+    assert fix in row.fix
+    assert bool(fix) == bool(row.fix)
+    assert ("install nvidia-cuda-nvcc" in row.fix) == (device and nvcc is None)
+    status = SimpleNamespace(available=False, reason="spu._cuda is not built", fix="advice, not a command")
+    monkeypatch.setattr(ops, "backends", lambda: {"cuda": status})
+    (backend,) = doctor._backends()
+    assert backend == Row("backend cuda", False, "spu._cuda is not built", row.fix)
+
+
+@pytest.mark.parametrize("device", [False, True])
+def test_cuda_kernels_that_are_built(monkeypatch: pytest.MonkeyPatch, device: bool) -> None:
+    load, find = importlib.import_module, importlib.util.find_spec
+    module = SimpleNamespace(architectures=lambda: "75;80;90a")
+    monkeypatch.setattr(importlib, "import_module", lambda n, *a: module if n == "spu._cuda" else load(n, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: module if n == "spu._cuda" else find(n, *a))
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: device)
+    row = doctor._cuda_library()
+    assert row.works
+    assert "sm_75, sm_80, sm_90a" in row.detail
+    assert ("idle" in row.detail) != device
+
+
+def test_cuda_kernels_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_import(monkeypatch, "spu._cuda", ImportError("undefined symbol: aoti_torch_x"))
+    row = doctor._cuda_library()
+    assert not row.works
+    assert "undefined symbol: aoti_torch_x" in row.detail
+    assert "SPU_CUDA=1" in row.fix
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_a_forced_backend_that_is_missing_raises_with_reason_and_fix(without_ext
 
 def test_an_unknown_name_is_listed_against_the_known_ones() -> None:
     with (
-        pytest.raises(ValueError, match="unknown backend 'gpu': use one of 'reference', 'cpu', 'triton'"),
+        pytest.raises(ValueError, match="unknown backend 'gpu': use one of 'reference', 'cpu', 'triton', 'cuda'"),
         ops.use_backend("gpu"),
     ):
         pass
@@ -168,7 +168,7 @@ def test_the_environment_forces_a_backend() -> None:
 def test_an_unknown_name_in_the_environment_is_refused_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_FROM_ENVIRONMENT", "tpu")
     with pytest.raises(
-        ValueError, match="SPU_BACKEND names an unknown backend 'tpu': use one of 'reference', 'cpu', 'triton'"
+        ValueError, match="SPU_BACKEND names an unknown backend 'tpu': use one of 'reference', 'cpu', 'triton', 'cuda'"
     ):
         ops.linear_act(torch.ones(2, 3), torch.ones(4, 3))
 

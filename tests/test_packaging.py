@@ -57,7 +57,7 @@ def build_wheel(folder: Path, source: Path = ROOT, **environment: str | None) ->
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built here as it was installed here: compiled (from the objects already built) or not."""
     compiled = importlib.util.find_spec("spu._C") is not None
-    return build_wheel(tmp_path_factory.mktemp("wheel"), SPU_BUILD="1" if compiled else "0")
+    return build_wheel(tmp_path_factory.mktemp("wheel"), SPU_BUILD="1" if compiled else "0", SPU_CUDA="0")
 
 
 @pytest.fixture(scope="session")

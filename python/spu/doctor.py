@@ -51,6 +51,7 @@ def report() -> list[Row]:
         ("CUDA device", _cuda),
         ("kernel choice", _choice),
         ("nvcc", _nvcc),
+        ("spu._cuda", _cuda_library),
     ]
     probes += [(name, _package_probe(name)) for name in _PACKAGES]
     rows: list[Row] = []
@@ -106,6 +107,8 @@ def _backends() -> list[Row]:
     for name, status in found.items():
         # The dispatcher's fix explains; a row's is a command to paste.
         fix = "" if status.available else _rebuild() if name == "cpu" else status.fix
+        if name == "cuda" and not status.available:
+            fix = _cuda_library().fix  # what would make it work, if anything would on this machine
         rows.append(Row(f"backend {name}", status.available, status.reason or "available", fix))
     return rows
 
@@ -217,6 +220,35 @@ def _choice() -> list[Row]:
     return rows
 
 
+def _cuda_library() -> Row:
+    """The CUDA C++ kernels: whether they are built, and whether this machine could build or use them."""
+    what = "CUDA C++ kernels"
+    if importlib.util.find_spec("spu._cuda") is None:
+        return _cuda_library_not_built(what)
+    try:
+        import torch  # noqa: F401  (the library needs torch's symbols)
+
+        architectures = importlib.import_module("spu._cuda").architectures()
+    except Exception as error:
+        return Row("spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild_cuda())
+    built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
+    return Row("spu._cuda", True, built if _has_cuda() else f"{built}; idle, since torch sees no CUDA device")
+
+
+def _cuda_library_not_built(what: str) -> Row:
+    nvcc, device = _find_nvcc() is not None, _has_cuda()
+    if device and nvcc:
+        return Row("spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", _rebuild_cuda())
+    if device:
+        why = f"{what}: not built, and there is no nvcc to build them with; Triton's serve"
+        toolkit = f"{_pip()} install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
+        return Row("spu._cuda", False, why, f"{toolkit} && {_rebuild_cuda()}")
+    if nvcc:
+        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
+        return Row("spu._cuda", False, why)
+    return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
+
+
 def _nvcc() -> Row:
     path = _find_nvcc()
     if path is not None:
@@ -297,6 +329,16 @@ def _rebuild() -> str:
     if root is not None:
         return f"cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
     return f"SPU_BUILD=1 {_pip()} install --force-reinstall --no-deps --no-cache-dir spu-torch"
+
+
+def _rebuild_cuda() -> str:
+    """The command that builds the CUDA library too, with its headers."""
+    headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
+    root = _source_tree()
+    if root is not None:
+        build = f"SPU_CUDA=1 {_python_command()} setup.py build_ext --inplace"
+        return f"{headers} && cd {shlex.quote(str(root))} && {build}"
+    return f"SPU_CUDA=1 {_rebuild()}"
 
 
 def _reinstall() -> str:

@@ -30,11 +30,16 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (*_STORAGE, torch.float64),
     "cpu": _STORAGE,
     "triton": _STORAGE,
+    "cuda": _STORAGE,
 }
-CUDA_BACKENDS = ("triton",)  # those that serve CUDA tensors, the preferred one first
+CUDA_BACKENDS = ("triton", "cuda")  # those that serve CUDA tensors, the preferred one first
 _BUILD = (
     "build the extensions in a checkout of spu, with a C++17 compiler: "
     "SPU_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall ."
+)
+_BUILD_CUDA = (
+    "build it in a checkout of spu, with nvcc 12.4 or later: "
+    "SPU_BUILD=1 SPU_CUDA=1 pip install --no-build-isolation --no-deps --force-reinstall ."
 )
 
 
@@ -112,13 +117,40 @@ def _load_triton() -> BackendStatus:
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
 
 
+def _load_cuda() -> BackendStatus:
+    def unavailable(reason: str, fix: str) -> BackendStatus:
+        return BackendStatus("cuda", False, reason, fix, ("cuda",))
+
+    if importlib.util.find_spec("spu._cuda") is None:
+        return unavailable("spu._cuda is not built", _BUILD_CUDA)
+    if not torch.cuda.is_available():
+        return unavailable("torch sees no CUDA device", "see the row 'CUDA device' of `spu doctor`")
+    try:
+        importlib.import_module("spu._cuda")  # importing it registers the kernels
+    except ImportError as error:
+        return unavailable(f"spu._cuda cannot be imported: {error}", _BUILD_CUDA)
+    return cuda_library_status("CUDA")
+
+
+def cuda_library_status(key: str) -> BackendStatus:
+    """Status of the loaded library, whose kernels are registered for a dispatch key ("CUDA")."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    lacks = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cuda", key)]
+    missing = [name for name in lacks if name not in COMPOSED]
+    device_types = (key.lower(),)
+    if missing:
+        reason = f"spu._cuda lacks {', '.join(missing)}: it is of another version"
+        return BackendStatus("cuda", False, reason, _BUILD_CUDA, device_types)
+    return BackendStatus("cuda", True, device_types=device_types, composed=tuple(lacks))
+
+
 class _Forced(threading.local):
     """The override of each thread. (Not a ContextVar: torch.compile cannot trace one, but guards on this.)"""
 
     name: str | None = None
 
 
-_LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton)}
+_LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton), "cuda": Loader(_load_cuda)}
 _FORCED = _Forced()
 _FROM_ENVIRONMENT = os.environ.get("SPU_BACKEND") or None
 _AUTOMATIC: dict[tuple[str, torch.dtype], str] = {}

@@ -16,7 +16,7 @@ import torch
 
 from . import composed, reference, reference_codec, reference_fused, reference_optimizer, wire
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("spu", "DEF")  # kept alive: the ops vanish with it
 

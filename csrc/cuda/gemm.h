@@ -1,0 +1,52 @@
+// One matrix product with its epilogue, as the ops describe it and the kernels receive it.
+//
+//   forward  C = act(A B + bias), A and B rounded products of 16-bit values accumulated in fp32; preact = A B + bias
+//   dx       C = A B
+//   dw       main_grad (+)= inv_scale * A B in fp32, found_inf |= any non-finite element of A B
+//
+// Three sources of kernels: wgmma (sm_90a), mma (sm_75, sm_80 and later) and plain FMA (any strides, fp32, any device).
+#pragma once
+
+#include <stdint.h>
+
+#include "cuda/device.h"
+#include "cuda/types.h"
+#include "math/activation.h"
+
+namespace spu {
+namespace cuda {
+
+enum class Form : int { forward = 0, dx = 1, dw = 2 };
+
+// Element (i, j) of a matrix is at data[i * row + j * col], in elements of the product's type.
+struct Operand {
+  const void* data;
+  int64_t row, col;
+};
+
+struct Gemm {
+  Form form;
+  Type type;        // of A, B, and (forward, dx) bias, out and preact
+  int64_t m, n, k;  // A [m, k], B [k, n]
+  Operand a, b;
+  // forward, dx
+  void* out = nullptr;         // [m, n], dense
+  const void* bias = nullptr;  // [n]
+  void* preact = nullptr;      // [m, n], dense, or null
+  math::Act act = math::Act::none;
+  // dw; the scalars are in device memory
+  float* main_grad = nullptr;  // [m, n], dense
+  const float* inv_scale = nullptr;
+  float* found_inf = nullptr;  // null: not wanted
+  bool accumulate = false;     // false: main_grad is stored without being read
+};
+
+// Launches the product on the stream. Tensor cores where the device has them and a kernel for the type, and where A
+// and B are laid out as torch's linear layer has them with 16-byte aligned rows; plain FMA otherwise.
+void launch_gemm(const Gemm& g, int capability, cudaStream_t stream);
+
+// gemm_fma.cu: any strides, any type.
+void launch_gemm_fma(const Gemm& g, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace spu

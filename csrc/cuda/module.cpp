@@ -1,0 +1,59 @@
+// spu._cuda: registers the CUDA implementations of the ops that spu.ops.schema defines. Loaded by `import spu._cuda` or
+// by torch.ops.load_library, with or without a GPU: nothing of CUDA is called before the first op.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/ops.h"
+
+#ifdef SPU_HOST_SIM
+#define SPU_KEY CPU
+#else
+#define SPU_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(spu, SPU_KEY, m) {
+  m.impl("linear.cuda", TORCH_BOX(&spu::cuda::linear));
+  m.impl("linear_dz.cuda", TORCH_BOX(&spu::cuda::linear_dz));
+  m.impl("linear_dx.cuda", TORCH_BOX(&spu::cuda::linear_dx));
+  m.impl("linear_dw.cuda", TORCH_BOX(&spu::cuda::linear_dw));
+  m.impl("linear_db.cuda", TORCH_BOX(&spu::cuda::linear_db));
+  m.impl("linear_dw_.cuda", TORCH_BOX(&spu::cuda::linear_dw_sink));
+  m.impl("linear_db_.cuda", TORCH_BOX(&spu::cuda::linear_db_sink));
+  m.impl("unscale_.cuda", TORCH_BOX(&spu::cuda::unscale));
+  m.impl("gated_dz.cuda", TORCH_BOX(&spu::cuda::gated_dz));
+  m.impl("pack.cuda", TORCH_BOX(&spu::cuda::pack));
+  m.impl("unpack.cuda", TORCH_BOX(&spu::cuda::unpack));
+  m.impl("adamw_.cuda", TORCH_BOX(&spu::cuda::adamw));
+  m.impl("grad_sqnorm.cuda", TORCH_BOX(&spu::cuda::grad_sqnorm));
+}
+
+namespace {
+
+#ifndef SPU_CUDA_ARCHS
+#define SPU_CUDA_ARCHS "simulated"
+#endif
+
+PyObject* architectures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(SPU_CUDA_ARCHS);
+}
+
+PyMethodDef methods[] = {{"architectures", architectures, METH_NOARGS,
+                          "architectures() -> str: what the kernels were compiled for, as SPU_CUDA_ARCHS named it."},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_cuda",
+                          "The CUDA kernels of spu, registered with torch.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda(void) {
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,47 @@
+// AdamW and squared norms over lists of tensors: one launch serves up to kGroup of them. All arrays are dense.
+#pragma once
+
+#include <stdint.h>
+
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/types.h"
+
+namespace spu {
+namespace cuda {
+
+constexpr int kGroup = 48;         // tensors of a launch: what fits into the 4 KB of a kernel's parameters
+constexpr int64_t kPiece = 16384;  // values that one block updates or sums
+
+// One parameter: `master` is the fp32 value, `param` its 16-bit copy (null where the parameter itself is fp32).
+struct AdamWTensor {
+  void* param;
+  float* master;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
+  const float* step;  // the number of this update, from 1, in device memory
+  int64_t numel;
+};
+
+struct AdamWSettings {
+  double lr, beta1, beta2, eps, weight_decay;
+  const float *grad_scale, *found_inf;  // in device memory; nothing happens where found_inf is set
+};
+
+void launch_adamw(Type param_type, const std::vector<AdamWTensor>& tensors, const AdamWSettings& settings,
+                  cudaStream_t stream);
+
+struct Values1d {
+  const float* data;
+  int64_t numel;
+};
+
+// Partial sums that launch_square_sum needs room for, in doubles.
+int64_t square_sum_pieces(const std::vector<Values1d>& tensors);
+
+// *out = the sum of the squares of all values, accumulated in fp64 in an order that depends on the sizes alone.
+void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, float* out, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace spu

@@ -1,0 +1,14 @@
+// The simulated device: no stream, no tensor cores.
+#include "cuda/runtime.h"
+
+namespace spu {
+namespace cuda {
+
+OnDevice::OnDevice(const torch::stable::Tensor&) : index_(0) {}
+OnDevice::~OnDevice() = default;
+int OnDevice::capability() const {
+  return 0;
+}
+
+}  // namespace cuda
+}  // namespace spu

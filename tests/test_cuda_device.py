@@ -1,0 +1,88 @@
+"""What only a GPU can run: the matrix products on tensor cores, their epilogues, and streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numeric import assert_close_to_truth, assert_equal
+from test_cpu_kernels import ACTIVATIONS
+
+from spu import ops
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.spu
+# rows, out, in: less than a tile, one tile, several with ragged edges; out and in are multiples of 8, as TMA needs
+SHAPES = [(1, 8, 8), (128, 128, 64), (200, 264, 136), (1000, 512, 384), (17, 1032, 72)]
+
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    status = ops.backends()["cuda"]
+    if not status.available:
+        pytest.skip(f"backend cuda: {status.reason}")
+
+
+def make(rows: int, out: int, inner: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("bf16 has no tensor cores below sm_80")
+    x, w = torch.randn(rows, inner), torch.randn(out, inner) / inner**0.5
+    return x.cuda().to(dtype), w.cuda().to(dtype), torch.randn(rows, out).cuda().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, w, _ = make(*shape, dtype)
+    b = torch.randn(shape[1]).cuda().to(dtype)
+    for bias in (b, None):
+        truth_z = x.double() @ w.double().t() + (0 if bias is None else bias.double())
+        plain_z = torch.nn.functional.linear(x, w, bias)
+        for name, act in ACTIVATIONS.items():
+            y, z = OPS.linear.cuda(x, w, bias, name, True)
+            assert_close_to_truth(z, plain_z, truth_z, name=f"z ({name})")
+            assert_close_to_truth(y, act(plain_z), act(truth_z), name=f"y ({name})")
+            assert_equal(OPS.linear.cuda(x, w, bias, name, False)[0], y, "y without preact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, w, dz = make(*shape, dtype)
+    assert_close_to_truth(OPS.linear_dx.cuda(dz, w), dz @ w, dz.double() @ w.double(), name="dx")
+    truth = dz.double().t() @ x.double()
+    assert_close_to_truth(OPS.linear_dw.cuda(dz, x), dz.t() @ x, truth, name="dw")
+    inv_scale, found_inf = torch.full((1,), 0.125).cuda(), torch.zeros(1).cuda()
+    main_grad = torch.full(truth.shape, float("nan")).cuda()  # a store must not read it
+    OPS.linear_dw_.cuda(dz, x, main_grad, inv_scale, found_inf, False)
+    plain = (dz.float().t() @ x.float()) * 0.125
+    assert_close_to_truth(main_grad, plain, truth * 0.125, eps=1e-4, name="main_grad, stored")
+    OPS.linear_dw_.cuda(dz, x, main_grad, inv_scale, found_inf, True)
+    assert_close_to_truth(main_grad, 2 * plain, truth * 0.25, eps=1e-4, name="main_grad, added to")
+    assert found_inf.item() == 0
+
+
+@pytest.mark.parametrize("at", [(0, 0), (199, 263), (77, 130)])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_found_inf_sees_any_element_and_is_never_reset(bad: float, at: tuple[int, int]) -> None:
+    x, _, dz = make(200, 264, 136, torch.float16)
+    main_grad, one, found_inf = torch.zeros(264, 136).cuda(), torch.ones(1).cuda(), torch.zeros(1).cuda()
+    good = dz.clone()
+    dz[at] = bad
+    OPS.linear_dw_.cuda(dz, x, main_grad, one, found_inf, False)
+    assert found_inf.item() == 1
+    OPS.linear_dw_.cuda(good, x, main_grad, one, found_inf, False)
+    assert found_inf.item() == 1, "a later product must not clear the flag"
+
+
+def test_products_follow_torchs_current_stream() -> None:
+    x, w, _ = make(1000, 512, 384, torch.float16)
+    expected = OPS.linear.cuda(x, w, None, "gelu", False)[0]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)  # still waiting when the product is launched
+        y = OPS.linear.cuda(late, w, None, "gelu", False)[0]
+    stream.synchronize()
+    assert_equal(y, expected)

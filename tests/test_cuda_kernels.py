@@ -1,0 +1,146 @@
+"""The CUDA kernels against fp64 truth, plain torch and the reference: the tests of the CPU kernels, run on them.
+
+Without a GPU they run simulated (cuda_sim.py); with one, the same tests run on the device, on the installed spu._cuda.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+
+import cuda_sim
+import pytest
+import test_cpu_kernels as suite
+import torch
+from numeric import assert_close_to_truth, assert_equal
+from test_cpu_kernels import (  # noqa: F401  (collected here again)
+    test_a_sum_that_overflows_is_found,
+    test_adamw_follows_torch,
+    test_adamw_skips_on_found_inf_and_takes_strided_state,
+    test_conversions_of_every_fp16_and_bf16_value,
+    test_derivative_at_every_fp16_value,
+    test_dz,
+    test_found_inf_sees_any_element_and_is_never_reset,
+    test_grad_sqnorm,
+    test_gradients,
+    test_int8_special_blocks,
+    test_linear,
+    test_linear_of_any_strides_is_bit_equal_to_contiguous,
+    test_linear_of_leading_dimensions_and_expanded_tensors,
+    test_no_rows_store_zeros_or_leave_alone,
+    test_non_finite_values_stand_where_torch_has_them,
+    test_padding_of_ragged_tiles_raises_no_alarm,
+    test_unscale,
+    test_wire_is_the_references_byte_for_byte,
+)
+
+from spu import ops
+from spu.ops import dispatch
+
+REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
+DEVICE = "cuda" if REAL else "cpu"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Registers the cuda overloads; returns the dispatch key that they have."""
+    if REAL:
+        assert ops.backends()["cuda"].available, ops.backends()["cuda"]
+        return "CUDA"
+    if reason := cuda_sim.missing():
+        pytest.skip(reason)
+    ctypes.CDLL(str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
+    return "CPU"
+
+
+@pytest.fixture(autouse=True)
+def on_cuda_kernels(library: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(suite, "OPS", cuda_sim.AsCpu(DEVICE))
+    status = dispatch.cuda_library_status(library)
+    monkeypatch.setitem(dispatch._LOADERS, "cuda", dispatch.Loader(lambda: status))
+    return
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_dz(activation: str, dtype: torch.dtype) -> None:
+    dh, gate, up = (torch.randn(7, 45).to(dtype) for _ in range(3))
+    act = suite.ACTIVATIONS[activation]
+
+    def derivative(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        g, u = (t.detach().clone().to(dtype).requires_grad_() for t in (gate, up))
+        h = act(g) * u
+        h.backward(dh.to(dtype))
+        assert g.grad is not None
+        assert u.grad is not None
+        return g.grad, u.grad, h.detach()
+
+    made = suite.OPS.gated_dz.cpu(dh, gate, up, activation)
+    for name, ours, plain, truth in zip(("dgate", "dup", "h"), made, derivative(dtype), derivative(torch.float64)):
+        assert_close_to_truth(ours, plain, truth, name=name)
+
+
+def test_adamw_over_more_tensors_than_one_launch_takes() -> None:
+    # 48 tensors fit a launch; pieces of 16384 values, empty tensors among them
+    sizes = [1, 0, 20_000, 16_384, *[3] * 60, 0, 33_000]
+    hyper = (1e-2, 0.9, 0.99, 1e-8, 0.1)
+
+    def state() -> list[list[torch.Tensor]]:
+        torch.manual_seed(1)
+        return [[torch.rand(n).to(t) for n in sizes] for t in (torch.half, *[torch.float] * 4)]
+
+    steps = [suite.scalar(1.0 + i % 3) for i in range(len(sizes))]
+    ours, expected = state(), state()
+    for lists in (ours, expected):
+        lists[0] = [master.half() for master in lists[2]]
+    suite.OPS.adamw_.cpu(*ours, steps, suite.scalar(0.5), suite.scalar(0.0), *hyper)
+    suite.OPS.adamw_.reference(*expected, steps, suite.scalar(0.5), suite.scalar(0.0), *hyper)
+    for name, mine, theirs in zip(("param", "grad", "master", "exp_avg", "exp_avg_sq"), ours, expected):
+        for i, (a, b) in enumerate(zip(mine, theirs)):
+            assert torch.allclose(a.float(), b.float(), rtol=1e-3 if name == "param" else 2e-6, atol=1e-7), (name, i)
+    square = suite.OPS.grad_sqnorm.cpu(ours[1])
+    assert square.item() == pytest.approx(float(sum(g.double().square().sum() for g in ours[1])), rel=1e-6)
+
+
+def test_unaligned_tensors_take_the_narrow_path() -> None:
+    whole = torch.randn(2049).half()
+    view = whole[1:]  # two bytes off
+    for codec in suite.CODECS:
+        assert_equal(suite.OPS.pack.cpu(view, codec), suite.OPS.pack.cpu(view.clone(), codec), codec)
+        wire = suite.OPS.pack.cpu(view, codec)
+        shifted = torch.empty(len(wire) + 1, dtype=torch.uint8)[1:].copy_(wire)
+        back = suite.OPS.unpack.cpu(shifted, [2048], torch.float16, codec)
+        assert_equal(back, suite.OPS.unpack.cpu(wire, [2048], torch.float16, codec), codec)
+
+
+def test_the_backend_serves_the_public_ops(library: str) -> None:
+    x = torch.randn(6, 8, device=DEVICE).half().requires_grad_()
+    w = torch.randn(4, 8, device=DEVICE).half().requires_grad_()
+    with ops.use_backend("cuda"):
+        y = ops.linear_act(x, w, None, "gelu")
+    y.float().sum().backward()
+    with ops.use_backend("reference"):
+        expected = ops.linear_act(x.detach(), w.detach(), None, "gelu")
+    assert_close_to_truth(y.detach(), expected, expected.double())
+    assert x.grad is not None
+    assert w.grad is not None
+    assert w.grad.shape == w.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: torch.ops.spu.linear.cuda(torch.ones(2, 3), torch.ones(4, 5), None, "none", False), "3 features"),
+        (lambda: torch.ops.spu.linear_dz.cuda(torch.ones(2), torch.ones(3), "gelu"), r"\[2\].*\[3\]"),
+        (lambda: torch.ops.spu.linear_dz.cuda(torch.ones(2), torch.ones(2), "tanh"), "unknown activation 'tanh'"),
+        (lambda: torch.ops.spu.pack.cuda(torch.ones(2), "int3"), "unknown codec 'int3'"),
+        (lambda: torch.ops.spu.unpack.cuda(torch.ones(5).byte(), [2], torch.half, "fp16"), "has 128 bytes, got 5"),
+        (lambda: torch.ops.spu.pack.cuda(torch.ones(2).double(), "fp16"), "got float64"),
+    ],
+)
+def test_direct_callers_get_the_values_in_the_message(call: object, message: str) -> None:
+    if REAL:
+        pytest.skip("the tensors of this test are on the CPU, which the real library refuses first")
+    with pytest.raises(Exception, match=message):
+        call()  # type: ignore[operator]
