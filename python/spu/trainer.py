@@ -23,6 +23,7 @@ from spu.engine.runner import Pass, Runner, split_inputs
 from spu.engine.state import load_training, model_state, save_training
 from spu.engine.update import OptimizerFactory, release
 from spu.plan import Plan
+from spu.plan.compare import comparison
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 
@@ -112,6 +113,7 @@ class ModelParallelTrainer:
         self._plan: Plan | None = None
         self._runner: Runner | None = None
         self._timeline: Timeline | None = None
+        self._step_s: float | None = None
         self._stage_modules: list[StageModule] = []
 
     # The model by hand
@@ -230,6 +232,7 @@ class ModelParallelTrainer:
         updater.apply(update, factor)
         self.steps_done += 1
         seconds = time.perf_counter() - begin
+        self._step_s = seconds
         peaks = placement.peak_bytes(self.devices)
         return StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
 
@@ -277,6 +280,16 @@ class ModelParallelTrainer:
         if self._plan is None:
             raise RuntimeError("there is no plan yet: call prepare() or step() first")
         return self._plan.timeline()
+
+    def compare(self) -> str:
+        """Predicted beside measured of the last step, as a table: time, idle share, each device's work and peak bytes.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._plan is None or self._timeline is None or self._step_s is None:
+            raise RuntimeError("no step has run yet: call step() first")
+        return "\n".join(comparison(self._plan, self._timeline, self._step_s, placement.peak_bytes(self.devices)))
 
     # State
 
