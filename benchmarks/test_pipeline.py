@@ -23,7 +23,6 @@ from typing import Any
 
 import pipeline_model as lm
 import pytest
-import torch
 from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, schedules
