@@ -32,12 +32,11 @@ def counted_actions() -> Iterator[dict[str, Tally]]:
 
 
 def state_bytes(trainer: Any) -> dict[str, int]:
-    """Weights, gradient buffers and optimizer state by device name, from the tensors themselves, after a step."""
+    """Weights and optimizer state by device name, from the tensors themselves, after a step."""
     runner = trainer._runner
     counts: dict[str, int] = {}
     for stage, optimizer in zip(runner.built.stages, runner.updater.optimizers):
         tensors: list[torch.Tensor] = list(stage.parameters())
-        tensors += [p.grad for p in stage.parameters() if p.grad is not None]
         if optimizer is not None:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -46,9 +45,11 @@ def state_bytes(trainer: Any) -> dict[str, int]:
 
 
 def measured_peaks(trainer: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, int]:
-    """Peak bytes of each device in the second of two steps: the first one makes what is kept."""
-    trainer.step(*batch)
+    """Peak bytes of each device in the second of two steps: the first one makes what is kept, such as gradients."""
     with counted_actions() as tallies:
+        trainer.step(*batch)
+        for tally in tallies.values():
+            tally.restart()
         trainer.step(*batch)
     state = state_bytes(trainer)
     return {name: state[name] + tallies[name].peak for name in state}

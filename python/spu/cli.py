@@ -65,7 +65,9 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Go on with a run: its name or folder; alone: the latest.")] = None,
     devices: Annotated[str | None, typer.Option(help="auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...  (auto)")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=24GB.  (what is free)")] = None,
-    schedule: Annotated[str | None, typer.Option(help="1f1b or gpipe.  (1f1b)")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer.  (1f1b)")
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches of a pipeline round.  (8)")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Pipeline rounds for one update.  (1)")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
@@ -87,6 +89,9 @@ def train(
     growth_interval: Annotated[int | None, typer.Option(help="Good steps before the scale doubles.  (200)")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.  (100)")] = None,
     evals: Annotated[int | None, typer.Option(help="Points of the validation curve.  (10)")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="A plan.json of spu plan: devices, schedule, stages as it says.")
+    ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
 ) -> None:
@@ -96,7 +101,9 @@ def train(
     def command() -> None:
         from spu.job.command import train_command
 
-        train_command(_named(options), out=out, name=name, resume=resume, only_reference=reference, compare=compare)
+        train_command(
+            _named(options), out=out, name=name, resume=resume, plan=plan, only_reference=reference, compare=compare
+        )
 
     guarded(command)
 
@@ -137,7 +144,7 @@ def plan(
     guarded(command)
 
 
-_NOT_SETTINGS = ("name", "out", "resume", "reference", "compare")
+_NOT_SETTINGS = ("name", "out", "resume", "plan", "reference", "compare")
 
 
 @app.command()

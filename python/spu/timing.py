@@ -225,7 +225,8 @@ def _median(once: Callable[[], Seconds], start: Callable[[], None], repeats: int
 
 
 def _scope(device: Device) -> BackwardScope:
-    return BackwardScope(*(torch.full((1,), value, device=device.torch_device) for value in (1.0, 1.0, 0.0)))
+    one = (torch.full((1,), value, device=device.torch_device) for value in (1.0, 1.0, 0.0))
+    return BackwardScope(*one, plain=True)  # matters for fp32 alone, which is trained without a loss scale
 
 
 def _now(device: Device) -> float:

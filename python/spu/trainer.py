@@ -92,6 +92,7 @@ class ModelParallelTrainer:
         self.accumulate = _at_least_one("accumulate", accumulate)
         self.schedule = schedule
         self.virtual = schedules.stages_per_rank(schedule, virtual)
+        self.auto_transfer = transfer == "auto"
         self.codec = (
             None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
         )
@@ -364,10 +365,11 @@ class ModelParallelTrainer:
         }
         if self.recompute != "auto":
             settings["recompute"] = self.recompute
-        settings["transfer"] = tuple(
-            (self.codec or "none") if before.device != after.device else codec
-            for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
-        )
+        if not self.auto_transfer:  # else each boundary as the plan says
+            settings["transfer"] = tuple(
+                (self.codec or "none") if before.device != after.device else codec
+                for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
+            )
         placement.check_plan(plan, self._require_layers(), self.devices, **settings)
 
     def _require_layers(self) -> list[Layer]:

@@ -1,12 +1,10 @@
-"""Predicted beside measured: what a plan promised and what a step was, and the plan that the step itself suggests."""
+"""Predicted beside measured: what a plan promised and what a step was."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spu.plan.partition import fastest
 from spu.plan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -67,61 +65,3 @@ def _memory_rows(plan: Plan, measured: Mapping[str, int]) -> list[tuple[str, str
 
 def _difference(predicted: float, measured: float) -> str:
     return f"{100 * (measured / predicted - 1):+.1f}%" if predicted > 0 else ""
-
-
-def replan_layers(plan: Plan, timeline: Timeline) -> list[tuple[int, int]] | None:
-    """Better boundaries for the same devices and schedule, from how long the stages really took.
-
-    Every layer's share of its stage's predicted time is scaled by measured over predicted of that stage; devices are
-    taken to be as fast on other layers as they were on theirs.
-
-    Args:
-        plan: whose stages ran; its layers must all be known by their stage's mean (see below).
-        timeline: one measured run.
-
-    Returns:
-        (first, last + 1) per stage; None if the boundaries are as good as they can be, or if a device has several
-        stages.
-    """
-    if plan.virtual != 1:
-        return None
-    seconds = [0.0] * len(plan.stages)
-    for span in timeline.spans:
-        seconds[span.stage] += span.seconds
-    count = plan.stages[-1].layers[1]
-    per_layer: list[float] = [0.0] * count
-    room = [stage.budget_bytes for stage in plan.stages]
-    held: list[float] = [0.0] * count
-    for stage, total in zip(plan.stages, seconds):
-        first, last = stage.layers
-        for k in range(first, last):
-            per_layer[k] = total / (last - first)
-            held[k] = stage.total_bytes / (last - first)
-
-    def time_of(stage: int, first: int, last: int) -> float:
-        return sum(per_layer[first:last])
-
-    def fits(stage: int, first: int, last: int) -> bool:
-        return sum(held[first:last]) <= room[stage]
-
-    parts = fastest(count, len(plan.stages), time_of, fits)
-    if parts is None:
-        return None
-    before = max(seconds)
-    after = max(time_of(s, part.start, part.stop) for s, part in enumerate(parts))
-    cuts = [(part.start, part.stop) for part in parts]
-    return cuts if after < 0.98 * before and cuts != [stage.layers for stage in plan.stages] else None
-
-
-def with_measured(plan: Plan, timeline: Timeline, step_s: float) -> Plan:
-    """The plan with its stages' times and its step replaced by measured ones, for the record."""
-    means = timeline.mean_durations()
-    stages = []
-    for k, stage in enumerate(plan.stages):
-        weight = means.get((k, "W"), 0.0)
-        backward = means.get((k, "B"), means.get((k, "I"), 0.0) + weight)
-        stages.append(
-            dataclasses.replace(stage, forward_s=means.get((k, "F"), 0.0), backward_s=backward, weight_s=weight)
-        )
-    predicted = dataclasses.replace(plan.predicted, step_s=step_s, idle_share=timeline.idle_share, basis="measured")
-    return dataclasses.replace(plan, stages=tuple(stages), predicted=predicted)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from spu import schedules
-from spu.plan.memory import ITEM_BYTES, StageBytes
 from spu.plan.curve import memory_curve
+from spu.plan.memory import ITEM_BYTES, StageBytes
 from spu.plan.table import plan_table
 
 VERSION = 2

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from spu import schedules
@@ -198,10 +199,10 @@ class Request:
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
         if self.given_again is not None:
-            parts = tuple(range(a, b) for a, b in zip(cuts, cuts[1:]))
+            parts = tuple(range(a, b) for a, b in pairwise(cuts))
             return Placed(parts, tuple(tuple(k for k in part if k in self.given_again) for part in parts))
         scale = core.Scale(self.problem() if problem is None else problem)
-        pairs = list(zip(cuts, cuts[1:]))
+        pairs = list(pairwise(cuts))
         again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
         return Placed(tuple(range(a, b) for a, b in pairs), tuple(again))
 

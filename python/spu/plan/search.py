@@ -1,4 +1,4 @@
-"""The search for the fastest plan: device order, schedule, microbatches, boundaries, recompute and codecs, by simulation.
+"""The search for the fastest plan: devices, schedule, microbatches, boundaries, recompute and codecs, by simulation.
 
 For every order of devices, schedule and number of microbatches the exact programme (`spu.plan.core`) gives a handful of
 partitions; each is simulated, the fastest are improved by moving boundaries one layer at a time, and the plan with the
@@ -33,7 +33,7 @@ CostsOf = Callable[[int], "tuple[Sequence[LayerCost], LayerCost]"]
 """Rows of a microbatch -> costs of the layers, and of the loss."""
 
 SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
-"""How much slower than the best a slowest stage may be if all stages together are faster: few microbatches want that."""
+"""How much slower than the best a slowest stage may be where all together are faster: few microbatches want that."""
 
 _ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
 
@@ -123,8 +123,8 @@ def _check(wanted: Wanted) -> None:
     count = wanted.accumulate * wanted.microbatch_counts()[-1]
     if wanted.batch < count or wanted.batch % count:
         raise ValueError(
-            f"a batch of {wanted.batch} rows cannot be cut into {count} equal microbatches (microbatches x accumulate): "
-            "make it a multiple"
+            f"a batch of {wanted.batch} rows cannot be cut into {count} equal microbatches "
+            "(microbatches x accumulate): make it a multiple"
         )
 
 
@@ -211,7 +211,7 @@ class _Search:
         if virtual * len(order) > len(layers):
             return None
         homes = schedules.stage_ranks(schedule, len(order), virtual)
-        pairs = [(order[a], order[b]) for a, b in zip(homes, homes[1:])]
+        pairs = [(order[a], order[b]) for a, b in itertools.pairwise(homes)]
         codecs = tuple(self._codec(a, b, layers[len(layers) // 2].input_bytes) for a, b in pairs)
         try:
             request = Request(

@@ -36,8 +36,9 @@ def plan_table(plan: Plan) -> str:
             lines[0],
             rule,
             *lines[1:],
-            f"predicted: {format_seconds(plan.predicted.step_s)} per step, {format_seconds(plan.predicted.update_s)} of "
-            f"it the update; idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
+            f"predicted: {format_seconds(plan.predicted.step_s)} per step, "
+            + f"{format_seconds(plan.predicted.update_s)} of it the update; "
+            + f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
         ]
     )
 
