@@ -160,7 +160,9 @@ def measure_plan(
     """
     fused = fused_for(plan.schedule, plan.precision)
     costs, loss = model_costs(layers, sample, plan.precision, loss_fn, targets, fused=fused)
-    times = time_layers(layers, sample, targets if loss_fn is not None else None, devices, loss_fn or _no_loss)
+    wanted = targets if loss_fn is not None else None
+    again = plan.recomputed_layers
+    times = time_layers(layers, sample, wanted, devices, loss_fn or _no_loss, recompute=again)
     return make_plan(
         costs,
         devices,

@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def time_layers(
     devices: Sequence[Device],
     loss_fn: Callable[[Any, Any], torch.Tensor],
     *,
+    recompute: Collection[int] = (),
     repeats: int = 5,
 ) -> list[list[Seconds]]:
     """(forward, backward) seconds of one microbatch of every layer, and last of the loss, on every device.
@@ -54,6 +55,8 @@ def time_layers(
         sample, targets: one microbatch's; without targets the loss counts nothing.
         devices: where.
         loss_fn: as in the trainer.
+        recompute: layers that are run again in their backward; their backward seconds are without that forward, which
+            planning adds.
         repeats: medians of so many, after an unmeasured one.
     """
     known: dict[Any, tuple[list[Seconds], Any]] = {}
@@ -61,9 +64,10 @@ def time_layers(
     rows: list[list[Seconds]] = []
     x = sample
     for index, layer in enumerate(layers):
-        key = _kind(layer, x)
+        again = index in recompute
+        key = (_kind(layer, x), again)
         if key not in known:
-            known[key] = _time_layer(layer, x, sample, devices, loss_fn, index > 0, repeats, stashed)
+            known[key] = _time_layer(layer, x, sample, devices, loss_fn, index > 0, again, repeats, stashed)
         seconds, x = known[key]
         rows.append(seconds)
     if targets is None:
@@ -157,6 +161,7 @@ def _time_layer(
     devices: Sequence[Device],
     loss_fn: Callable[[Any, Any], torch.Tensor],
     wants_gradient: bool,
+    again: bool,
     repeats: int,
     stashed: dict[str, torch.Tensor],
 ) -> tuple[list[Seconds], Any]:
@@ -167,7 +172,7 @@ def _time_layer(
     def body(device: Device, start: Callable[[], None]) -> Seconds:
         own = copies[devices.index(device)]
         own.module.to(device.torch_device)
-        stage = Stage(int(wants_gradient), [own], device, is_last=False, loss_fn=loss_fn)
+        stage = Stage(int(wants_gradient), [own], device, is_last=False, loss_fn=loss_fn, recompute=[again])
         here, whole = move(x, device.torch_device), move(inputs, device.torch_device)
         scope = _scope(device)
         carrier = Detached(device.torch_device, stashed)
@@ -187,7 +192,8 @@ def _time_layer(
                     outputs.append(pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, out))
                 return middle - begin, _now(device) - ready
 
-            return _median(once, start, repeats)
+            forward_s, backward_s = _median(once, start, repeats)
+            return forward_s, max(backward_s - forward_s, 0.0) if again else backward_s
 
     return side_by_side(devices, body), outputs[0]
 

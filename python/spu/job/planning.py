@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spu.devices import Device, DeviceManager, format_bytes, parse_bytes
+from spu.devices import Device, DeviceManager, parse_bytes
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import Wanted, search_plan
@@ -181,4 +181,4 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
     )
 
 
-__all__ = ["PlanOptions", "declared_devices", "describe_machine", "format_bytes", "plan_command"]
+__all__ = ["PlanOptions", "declared_devices", "describe_machine", "plan_command"]

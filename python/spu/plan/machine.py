@@ -39,7 +39,7 @@ DEFAULT_CARD, DEFAULT_CPU = "rtx3070", "desktop-cpu"
 REACHED = 0.5
 """Share of a published peak that training is taken to reach."""
 
-PCIE, HOST, NETWORK = 12e9, 10e9, 1e9
+PCIE, HOST = 12e9, 10e9
 """Nominal bytes/s between a card and the host (pinned), and between two CPU devices."""
 
 _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([GT])FLOPS?(?:/S)?", re.IGNORECASE)

@@ -174,8 +174,12 @@ class StageMemory:
         """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and runs those in ``recompute`` again."""
         here = self.layers[first:last]
         states = [state_bytes(layer, self.precision) for layer in here]
+        param, main_grad, master, moment = (sum(state[k] for state in states) for k in range(4))
         return StageBytes(
-            *(sum(state[k] for state in states) for k in range(4)),
+            param_bytes=param,
+            main_grad_bytes=main_grad,
+            master_bytes=master,
+            moment_bytes=moment,
             saved_bytes=self.in_flight[stage] * self.each(stage, first, last, recompute),
             wire_bytes=self._wire_bytes(stage, first, last),
             workspace_bytes=self._workspace(stage, first, last, recompute),
