@@ -36,7 +36,7 @@ def one_process(dtype: torch.dtype, steps: int, threads: int) -> list[float]:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     model = nn.Sequential(*lm.make_layers()).to(dtype)
     optimizer = adamw(model)
-    x, y = lm.make_batch(dtype)
+    x, y = lm.make_batch()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def torchgpipe(dtype: torch.dtype, steps: int) -> list[float]:
         balance=[5, 5], devices=["cpu", "cpu"], chunks=lm.MICROBATCHES, checkpoint="never",
     )  # fmt: skip
     optimizer = adamw(model)
-    x, y = lm.make_batch(dtype)
+    x, y = lm.make_batch()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -76,13 +76,12 @@ def torch_pipelining(rank: int, dtype: torch.dtype, steps: int, port: int) -> li
     layers = lm.make_layers()
     part = nn.Sequential(*(layers[:5] if rank == 0 else layers[5:])).to(dtype)
     rows = lm.ROWS // lm.MICROBATCHES
-    length = lm.sequence_length(dtype)
-    tokens = torch.zeros(rows, length, dtype=torch.long)
-    hidden = torch.zeros(rows, length, lm.WIDTH, dtype=dtype, requires_grad=True)
+    tokens = torch.zeros(rows, lm.LENGTH, dtype=torch.long)
+    hidden = torch.zeros(rows, lm.LENGTH, lm.WIDTH, dtype=dtype, requires_grad=True)
     stage = PipelineStage(part, rank, 2, torch.device("cpu"), input_args=(tokens if rank == 0 else hidden,))
     schedule = Schedule1F1B(stage, lm.MICROBATCHES, loss_fn=lm.loss_fn)
     optimizer = adamw(part)
-    x, y = lm.make_batch(dtype)
+    x, y = lm.make_batch()
 
     def step() -> None:
         optimizer.zero_grad()

@@ -320,3 +320,54 @@ def test_packed_transfer_changes_little_and_only_between_stages() -> None:
     assert losses["fp16"] == pytest.approx(losses["none"], rel=1e-3)
     assert losses["int8"] == pytest.approx(losses["none"], rel=1e-2)
     assert losses["int8"] != losses["none"]
+
+
+class Branches(nn.Module):
+    """Hands on a dict with a nested tuple, an integer tensor and a number; has running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, tree: dict) -> dict:
+        x, (shift, ids) = tree["x"], tree["rest"]
+        x = torch.tanh(self.linear(self.norm(x))) + shift
+        return {"x": x, "rest": (shift * 0.5, ids + 1), "depth": tree["depth"] + 1}
+
+
+class Join(nn.Module):
+    def forward(self, tree: dict) -> torch.Tensor:
+        shift, ids = tree["rest"]
+        return tree["x"] * tree["depth"] + shift + ids.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("interleaved", 2, 2), ("zb", 3, 1), ("zbv", 2, 2)])
+def test_pytrees_and_buffers_under_every_kind_of_schedule(
+    schedule: str, ranks: int, virtual: int, recompute: bool
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Branches(), Branches(), Branches(), Branches(), Join())
+    plain = copy.deepcopy(model)
+    rows, parts = 12, 3
+    batch = {"x": torch.randn(rows, WIDTH), "rest": (torch.randn(rows, WIDTH), torch.arange(rows)), "depth": 0}
+    y = torch.randn(rows, WIDTH)
+    with ModelParallelTrainer(
+        model, devices(ranks), precision="fp32", schedule=schedule, virtual=virtual, microbatches=parts,
+        recompute=recompute, loss_fn=F.mse_loss,
+    ) as trainer:  # fmt: skip
+        loss, _ = trainer.forward_backward(batch, y)
+    expected = torch.zeros(())
+    for k in range(parts):
+        own = slice(k * rows // parts, (k + 1) * rows // parts)
+        x, (shift, ids) = batch["x"], batch["rest"]
+        out = plain({"x": x[own], "rest": (shift[own], ids[own]), "depth": 0})
+        share = F.mse_loss(out, y[own]) * torch.tensor(1 / parts)
+        share.backward()
+        expected += share.detach()
+    assert_equal(loss, expected)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert_equal(ours.grad, theirs.grad, name)
+    for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert_equal(ours, theirs, name)
