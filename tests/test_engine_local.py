@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from spu import DeviceManager, ModelParallelTrainer, schedules
+from spu import DeviceManager, ModelParallelTrainer, StageError, schedules
 from spu.engine.channel import Aborted, Exchange
+from spu.engine.layers import Moment
+from spu.engine.stage import Stage
 from spu.engine.worker import Worker
+from spu.precision import main_grads
 
 
 class Sleep(nn.Module):
@@ -71,6 +74,115 @@ def test_stages_run_side_by_side_in_the_schedules_order(schedule: str) -> None:
         assert received.start >= sent.end - 1e-4
 
 
+class Fails(nn.Module):
+    """A linear layer that raises where it is told to, at its fourth call."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.where = where
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.where == "forward":
+            self.maybe_fail()
+        return _FailsBackward.apply(self.linear(x), self)
+
+    def maybe_fail(self) -> None:
+        self.calls += 1
+        if self.calls == 4:
+            self.failed_at = time.perf_counter()
+            raise ArithmeticError("seeded failure")
+
+
+class _FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: Fails) -> torch.Tensor:
+        ctx.layer = layer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.layer.where == "backward":
+            ctx.layer.maybe_fail()
+        return gradient, None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "where"),
+    [
+        ("1f1b", "F", "forward"),
+        ("1f1b", "B", "backward"),
+        ("zb", "I", "backward"),
+        ("zb", "W", "weight"),
+        ("zbv", "F", "forward"),
+        ("zbv", "I", "backward"),
+        ("interleaved", "B", "backward"),
+        ("layer_outer", "F", "forward"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_in_any_action_stops_everything_at_once(
+    schedule: str, kind: str, where: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = schedules.stages_per_rank(schedule)
+    layers: list[nn.Module] = [nn.Linear(4, 4) for _ in range(2 * each)]
+    stage = schedules.stage_ranks(schedule, 2).index(rank)
+    failing = layers[stage] = Fails(where)
+    if where == "weight":
+        real = main_grads.linear_dw_
+
+        def linear_dw_(dz: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor, *rest, **how) -> None:
+            if threading.current_thread().name.startswith(f"spu cpu:{rank}"):
+                failing.maybe_fail()
+            real(dz, x, main_grad, *rest, **how)
+
+        monkeypatch.setattr(main_grads, "linear_dw_", linear_dw_)
+    x, y = torch.randn(8, 4), torch.randint(4, (8,))
+    with ModelParallelTrainer(
+        layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=8, schedule=schedule
+    ) as trainer:
+        trainer.prepare(x, y)
+        failing.calls = 0  # planning has called it
+        with pytest.raises(StageError) as caught:
+            trainer.step(x, y)
+        assert time.perf_counter() - failing.failed_at < 1.0
+        action = schedules.Action(stage, kind, 3)
+        assert caught.value.action == action
+        assert str(caught.value) == (
+            f"stage {stage} (cpu:{rank}), action {action}, microbatch 3: ArithmeticError: seeded failure"
+        )
+        assert all(p.grad is None for p in trainer.parameters())
+        failing.calls = 100
+        assert trainer.step(x, y).loss > 0.0  # it can go on
+
+
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+def test_weight_gradients_of_linear_layers_are_computed_in_w(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In W and nowhere else, once for each linear layer and microbatch."""
+    real_product, real_action = main_grads.linear_dw_, Stage.weight_backward
+    running = threading.local()
+    places: list[bool] = []
+
+    def linear_dw_(*operands, **how) -> None:
+        places.append(getattr(running, "w", False))
+        real_product(*operands, **how)
+
+    def weight_backward(self: Stage, moment: Moment) -> None:
+        running.w = True
+        real_action(self, moment)
+        running.w = False
+
+    monkeypatch.setattr(main_grads, "linear_dw_", linear_dw_)
+    monkeypatch.setattr(Stage, "weight_backward", weight_backward)
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    with ModelParallelTrainer(
+        layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=3, schedule=schedule
+    ) as trainer:
+        trainer.forward_backward(torch.randn(6, 4), torch.randint(4, (6,)))
+    assert places == [True] * (3 * 4)
+
+
 def test_a_worker_has_its_devices_cores_and_threads() -> None:
     device = dataclasses.replace(DeviceManager().get_devices(["cpu", "cpu"])[0], threads=1)
     worker = Worker(device)
@@ -119,7 +231,9 @@ def test_ctrl_c_ends_cleanly() -> None:
                 time.sleep(0.05)
                 return super().forward(x)
 
-        trainer = ModelParallelTrainer([Slow(4, 4), Slow(4, 4)], ["cpu:0", "cpu:1"], precision="fp32", microbatches=8)
+        trainer = ModelParallelTrainer(
+            [Slow(4, 4) for _ in range(4)], ["cpu:0", "cpu:1"], precision="fp32", microbatches=8, schedule="zbv"
+        )
         x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
         trainer.prepare(x, y)
         print("ready", flush=True)

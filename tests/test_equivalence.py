@@ -59,9 +59,23 @@ def make_batch(seed: int = 1, rows: int = ROWS) -> tuple[torch.Tensor, torch.Ten
     return x, y
 
 
-def devices(stages: int) -> list[spu.Device]:
+def devices(count: int) -> list[spu.Device]:
     """CPU devices with one thread each, as the plain run has."""
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
+    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
+
+
+# (schedule, devices, stages on each), all but the two that test_loss_and_gradients_equal_the_plain_models has
+PIPELINES = [
+    ("interleaved", 1, 3),
+    ("interleaved", 2, 2),
+    ("zb", 1, 1),
+    ("zb", 2, 1),
+    ("zb", 4, 1),
+    ("zbv", 1, 2),
+    ("zbv", 2, 2),
+    ("layer_outer", 1, 4),
+    ("layer_outer", 2, 2),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +153,64 @@ def test_loss_and_gradients_equal_the_plain_models(
     for name, parameter in plain.named_parameters():
         if not (split and name == "4.weight"):
             assert_equal(gradients[name], parameter.grad, name)
+
+
+@pytest.mark.parametrize(("tied", "recompute", "accumulate"), [(False, False, 1), (True, False, 2), (True, True, 1)])
+@pytest.mark.parametrize("microbatches", [1, 3, 8])
+@pytest.mark.parametrize(("schedule", "ranks", "virtual"), PIPELINES)
+def test_every_schedule_equals_the_plain_model(
+    schedule: str, ranks: int, virtual: int, microbatches: int, tied: bool, recompute: bool, accumulate: int
+) -> None:
+    """Bit for bit: W in its own action, and several stages on a device, change no sum's order."""
+    model = make_model(tied=tied)
+    plain = copy.deepcopy(model)
+    x, y = make_batch()
+    with ModelParallelTrainer(
+        model,
+        devices(ranks),
+        precision="fp32",
+        schedule=schedule,
+        virtual=virtual,
+        microbatches=microbatches,
+        accumulate=accumulate,
+        recompute=recompute,
+    ) as trainer:
+        loss, outputs = trainer.forward_backward(x, y)
+        assert (len(trainer.plan.stages), trainer.timeline().rank_count) == (ranks * virtual, ranks)
+        assert {span.kind for span in trainer.timeline().spans} == set("FIW" if schedule[:2] == "zb" else "FB")
+        split = tied and untie(plain, ranks * virtual, trainer.plan)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        evaluated = trainer.evaluate(x, y)
+    assert_equal(loss, plain_pass(plain, x, y, microbatches * accumulate))
+    assert outputs.shape == (ROWS, LENGTH, VOCAB)
+    if split:
+        plain[0].weight.grad += plain[4].weight.grad
+    for name, parameter in plain.named_parameters():
+        if not (split and name == "4.weight"):
+            assert_equal(gradients[name], parameter.grad, name)
+    mean = F.cross_entropy(plain.eval()(x).flatten(0, 1), y.flatten()).item()
+    assert evaluated == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "virtual"), PIPELINES)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_schedule_equals_the_plain_model_in_16_bits(
+    precision: str, schedule: str, ranks: int, virtual: int
+) -> None:
+    model = make_model()
+    plain = spu.accelerate(copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.bfloat16))
+    x, y = make_batch()
+    with ModelParallelTrainer(
+        model, devices(ranks), precision=precision, schedule=schedule, virtual=virtual, microbatches=4
+    ) as trainer:
+        loss, _ = trainer.forward_backward(x, y)
+    scaler = LossScaler(enabled=precision == "fp16")
+    with MainGrads(plain.parameters()) as grads:
+        scaler.begin_step()
+        grads.begin_step()
+        assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler))
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert_equal(ours.grad, theirs.grad, name)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

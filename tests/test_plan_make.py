@@ -206,7 +206,8 @@ def test_plans_equal_brute_force_under_budgets(data, stages, schedule, precision
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"schedule": "zb"}, "unknown schedule 'zb'; there are 'gpipe', '1f1b'"),
+        ({"schedule": "2f2b"}, "unknown schedule '2f2b'; there are 'gpipe', '1f1b'"),
+        ({"schedule": "gpipe", "virtual": 2}, "schedule 'gpipe' has 1 stage on each rank"),
         ({"microbatches": 0}, "microbatches must be at least 1, got 0"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"precision": "fp8"}, "precision must be one of 'fp16', 'bf16', 'fp32', got 'fp8'"),

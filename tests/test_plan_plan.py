@@ -89,7 +89,7 @@ def test_a_plan_can_be_edited_by_hand():
         ("stages", [], "stages is empty; a plan has at least one stage"),
         ("stages", {}, "stages must be a list, got {}"),
         ("stages", ["x"], "stages[0] must be an object, got 'x'"),
-        ("stages.1.device", "cpu:0", "stages[1].device is 'cpu:0', which stage 0 has already"),
+        ("stages.1.device", "cpu:0", "2 stages on each of 1 devices: schedule '1f1b' has 1 stage on each rank"),
         ("stages.0.layers", [0, 3], "stages[0].layers [0, 3] are 3 layers, but layer_names has 2; move the names"),
         ("stages.0.layers", [0], "stages[0].layers must be a list of 2, got [0]"),
         ("stages.1.layers", [3, 6], "stages[1].layers is [3, 6], but must start at 2"),

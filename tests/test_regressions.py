@@ -87,6 +87,14 @@ def test_measuring_leaves_the_batch_as_it_was() -> None:
     assert_equal(x, before)
 
 
+def test_measuring_tied_layers_runs_each_backward_once() -> None:
+    """A layer's measured backward went on into the graph of the layer before, by way of their tied weight."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    with make(model, measure=True) as trainer:
+        trainer.prepare(*batch())
+
+
 def test_an_unannounced_change_in_place_is_refused_under_recompute() -> None:
     """The recomputation doubled the doubled input: wrong gradients."""
 

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spu import schedules
-from spu.schedules import Action, format_grid, parse_grid, peak_in_flight
+from spu.schedules import (
+    Action,
+    ScheduleError,
+    format_grid,
+    parse_grid,
+    peak_in_flight,
+    peak_on_ranks,
+    ranks_of,
+)
 
 
 @given(st.integers(0, 10**6), st.sampled_from("FBIW"), st.integers(0, 10**6))
@@ -28,21 +35,21 @@ def test_a_text_that_is_no_action_is_refused_by_name(text):
     assert repr(text) in str(error.value)
 
 
-def test_the_grid_has_a_column_per_stage_and_a_line_per_position():
+def test_the_grid_has_a_column_per_rank_and_a_line_per_position():
     grid = format_grid(parse_grid("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"))
     assert grid == (
-        "  stage 0 stage 1\n"
-        "0  0F0     1F0\n"
-        "1  0F1     1B0\n"
-        "2  0B0     1F1\n"
-        "3  0B1     1B1"
+        "  rank 0 rank 1\n"
+        "0  0F0    1F0\n"
+        "1  0F1    1B0\n"
+        "2  0B0    1F1\n"
+        "3  0B1    1B1"
     )  # fmt: skip
 
 
 def test_the_grid_marks_an_action_and_a_missing_one():
     rows = parse_grid("0F0 0B0\n1F0")
     assert format_grid(rows, mark=(0, 1), note="why").splitlines()[2] == "1 [0B0]  <-- ERROR HERE: why"
-    assert format_grid(rows, mark=(1, 1)).splitlines()[2] == "1  0B0    []  <-- ERROR HERE"
+    assert format_grid(rows, mark=(1, 1)).splitlines()[2] == "1  0B0   []  <-- ERROR HERE"
 
 
 def test_peak_in_flight_counts_until_the_last_action_of_a_microbatch():
@@ -52,11 +59,19 @@ def test_peak_in_flight_counts_until_the_last_action_of_a_microbatch():
     assert peak_in_flight([[]]) == [0]
 
 
-def test_get_finds_by_name_and_lists_what_there_is():
-    assert schedules.get("gpipe") is schedules.gpipe
-    assert schedules.get("1f1b") is schedules.one_f_one_b
-    with pytest.raises(ValueError, match="unknown schedule '1F1B'; there are 'gpipe', '1f1b'"):
-        schedules.get("1F1B")
+def test_peaks_of_ranks_with_several_stages():
+    rows = parse_grid("0F0 0F1 2F0 2B0 2F1 2B1 0B0 0B1\n1F0 1F1 1B0 1B1")
+    assert peak_in_flight(rows) == [2, 2, 1]
+    assert peak_on_ranks(rows) == [3, 2]
+    assert peak_on_ranks(rows, [10, 1, 100]) == [120, 2]
+    assert peak_on_ranks([[], []]) == [0, 0]
+
+
+def test_the_rank_of_a_stage_is_where_its_actions_are():
+    assert ranks_of(parse_grid("0F0 3F0\n1F0 2F0")) == [0, 1, 1, 0]
+    assert ranks_of([[], [], []]) == [0, 1, 2]
+    with pytest.raises(ScheduleError, match="stage 0 is on rank 0, but 0B0 is in the list of rank 1"):
+        ranks_of(parse_grid("0F0\n0B0"))
 
 
 def test_schedules_import_no_torch():

@@ -38,7 +38,7 @@ def test_every_f_and_b_once_valid_and_all_in_flight(stages, microbatches):
 
 @pytest.mark.parametrize("make", [gpipe, forward_only])
 def test_counts_must_be_positive_integers(make):
-    with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         make(0, 4)
     with pytest.raises(ValueError, match="microbatches must be at least 1, got -2"):
         make(2, -2)

@@ -41,7 +41,7 @@ def test_every_f_and_b_once_valid_and_in_flight_is_bounded(stages, microbatches)
 
 
 def test_counts_must_be_positive_integers():
-    with pytest.raises(ValueError, match="stages must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="ranks must be at least 1, got 0"):
         one_f_one_b(0, 4)
-    with pytest.raises(TypeError, match="stages must be an int, got True"):
+    with pytest.raises(TypeError, match="ranks must be an int, got True"):
         one_f_one_b(True, 4)

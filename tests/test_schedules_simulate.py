@@ -134,21 +134,23 @@ def test_what_is_wrong_with_the_numbers_is_named():
         simulate(actions, [(1.0, 1.0)] * 2, math.inf)
     with pytest.raises(ValueError, match="backend must be 'auto', 'python' or 'cpp', got 'rust'"):
         simulate(actions, [(1.0, 1.0)] * 2, backend="rust")
-    with pytest.raises(ScheduleError, match="1F0 is no action of stage 0"):
-        simulate([[Action(1, "F", 0)]], [(1.0, 1.0)] * 2)
+    with pytest.raises(ScheduleError, match="-1F0 is no action"):
+        simulate([[Action(-1, "F", 0)]], [(1.0, 1.0)] * 2)
 
 
 @needs_host
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        (([], [], [], [], []), "first must hold at least one index"),
-        (([0, 1], [0], [], [1.0], []), "equally long, got 1, 0 and 1"),
-        (([0, 2], [0], [0], [1.0], []), "first must ascend from 0 to the number of actions"),
-        (([0, 1], [4], [0], [1.0], []), r"kinds\[0\] is 4, not 0 to 3"),
-        (([0, 1], [0], [-1], [1.0], []), r"microbatches\[0\] is -1, not 0 to 2\^24 - 1"),
-        (([0, 1], [0], [2**62], [1.0], []), r"microbatches\[0\] is 4611686018427387904, not 0 to"),
-        (([0, 1], [0], [0], [1.0], [0.0]), "expected 0 transfers, got 1"),
+        (([], [], [], [], [], []), "first must hold at least one index"),
+        (([0, 1], [0], [0], [], [1.0], []), "equally long, got 1, 1, 0 and 1"),
+        (([0, 1], [], [0], [0], [1.0], []), "equally long, got 1, 0, 1 and 1"),
+        (([0, 2], [0], [0], [0], [1.0], []), "first must ascend from 0 to the number of actions"),
+        (([0, 1], [0], [4], [0], [1.0], []), r"kinds\[0\] is 4, not 0 to 3"),
+        (([0, 1], [0], [0], [-1], [1.0], []), r"microbatches\[0\] is -1, not 0 to 2\^24 - 1"),
+        (([0, 1], [0], [0], [2**62], [1.0], []), r"microbatches\[0\] is 4611686018427387904, not 0 to"),
+        (([0, 1], [1], [0], [0], [1.0], []), r"stages\[0\] is 1, not 0 to 0, the number of transfers"),
+        (([0, 1], [-1], [0], [0], [1.0], [0.0]), r"stages\[0\] is -1, not 0 to 1"),
     ],
 )
 def test_the_cpp_simulator_refuses_arrays_that_do_not_fit(arrays, reason):

@@ -53,7 +53,7 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ("spans", "reason"),
     [
-        ([(0, "F", 0, 0.0, 2.0), (0, "F", 1, 1.0, 3.0)], "overlap: a stage does one action at a time"),
+        ([(0, "F", 0, 0.0, 2.0), (0, "F", 1, 1.0, 3.0)], "overlap: a rank does one action at a time"),
         ([(0, "F", 0, 2.0, 1.0)], "is no span"),
         ([(-1, "F", 0, 0.0, 1.0)], "is no span"),
         ([(0, "F", 0, 0.0, float("nan"))], "is no span"),
@@ -67,3 +67,24 @@ def test_impossible_spans_are_refused(spans, reason):
 def test_an_empty_timeline():
     timeline = Timeline.from_spans([])
     assert (timeline.makespan, timeline.idle_share, timeline.busy, timeline.peak_in_flight) == (0.0, 0.0, [], [])
+
+
+def test_ranks_with_several_stages():
+    """Busy and idle are those of ranks; only spans of one rank must not overlap."""
+    timeline = Timeline.from_spans(
+        [(0, "F", 0, 0.0, 1.0), (1, "F", 0, 1.0, 2.0), (2, "F", 0, 2.0, 5.0)], 3, ranks=[0, 1, 0]
+    )
+    assert (timeline.rank_count, timeline.busy, timeline.makespan) == (2, [4.0, 1.0], 5.0)
+    assert timeline.idle_share == pytest.approx(0.5)
+    assert [span.stage for span in timeline.of_rank(0)] == [0, 2]
+    assert Timeline.from_dict(json.loads(json.dumps(timeline.to_dict()))) == timeline
+    assert timeline.shifted().ranks == (0, 1, 0)
+    with pytest.raises(ValueError, match="overlap: a rank does one action at a time"):
+        Timeline.from_spans([(0, "F", 0, 0.0, 2.0), (1, "F", 0, 1.0, 3.0)], ranks=[0, 0])
+    with pytest.raises(ValueError, match="there are 3 stages, but ranks has 2 entries"):
+        Timeline.from_spans([(2, "F", 0, 0.0, 2.0)], ranks=[0, 1])
+
+
+def test_a_file_without_ranks_is_read_as_one_stage_each():
+    old = {"stages": 2, "spans": [[0, "F", 0, 0.0, 1.0]]}
+    assert Timeline.from_dict(old).ranks == (0, 1)

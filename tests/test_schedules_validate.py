@@ -48,7 +48,7 @@ def test_a_dropped_action_is_found(data, stages, microbatches, make):
     gone = actions[row].pop(data.draw(st.integers(0, len(actions[row]) - 1)))
     with pytest.raises(ScheduleError) as error:
         validate(actions, stages, microbatches)
-    assert str(error.value).startswith(f"invalid schedule, stage {row}, ")
+    assert str(error.value).startswith(f"invalid schedule, rank {row}, ")
     assert str(gone) in str(error.value)
 
 
@@ -104,9 +104,9 @@ def test_the_first_bad_action_is_the_one_marked():
         0F0 0F1 0B1 0B0
         1F0 1B0 1B1 1F1
     """)
-    assert marked(actions, 2, 2) == "2  0B1    [1B1]  <-- ERROR HERE: 1B1 comes before 1F1"
+    assert marked(actions, 2, 2) == "2  0B1   [1B1]  <-- ERROR HERE: 1B1 comes before 1F1"
     actions[1] = parse_grid("1F0 1B0 1F1 1B1")[0]
-    assert "[0B0]    1B1  <-- ERROR HERE: 0B0 comes after microbatch 1" in marked(actions, 2, 2)
+    assert "[0B0]   1B1  <-- ERROR HERE: 0B0 comes after microbatch 1" in marked(actions, 2, 2)
 
 
 def test_a_deadlock_says_who_waits_for_whom():
@@ -144,6 +144,6 @@ def test_forward_only_schedules_are_checked_as_such():
     assert "0B0 is not a forward" in marked(gpipe(1, 1), 1, 1, forward_only=True)
 
 
-def test_the_number_of_lists_is_the_number_of_stages():
-    with pytest.raises(ScheduleError, match="2 lists of actions for 3 stages"):
+def test_the_number_of_lists_is_the_number_of_ranks():
+    with pytest.raises(ScheduleError, match="2 lists of actions for 3 ranks"):
         validate(gpipe(2, 2), 3, 2)

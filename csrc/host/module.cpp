@@ -13,10 +13,10 @@ namespace {
 using Integers = std::vector<std::int64_t>;
 using Seconds = std::vector<double>;
 
-std::pair<Seconds, Seconds> simulate(Integers first, Integers kinds, Integers microbatches, Seconds seconds,
-                                     Seconds transfers) {
-  const spu::host::FlatSchedule schedule{std::move(first), std::move(kinds), std::move(microbatches),
-                                         std::move(seconds), std::move(transfers)};
+std::pair<Seconds, Seconds> simulate(Integers first, Integers stages, Integers kinds, Integers microbatches,
+                                     Seconds seconds, Seconds transfers) {
+  const spu::host::FlatSchedule schedule{std::move(first),        std::move(stages),  std::move(kinds),
+                                         std::move(microbatches), std::move(seconds), std::move(transfers)};
   spu::host::Times times;
   {
     py::gil_scoped_release release;
@@ -29,8 +29,8 @@ std::pair<Seconds, Seconds> simulate(Integers first, Integers kinds, Integers mi
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "C++ core of spu.schedules: the simulator.";
-  m.def("simulate", &simulate, py::arg("first"), py::arg("kinds"), py::arg("microbatches"), py::arg("seconds"),
-        py::arg("transfers"),
+  m.def("simulate", &simulate, py::arg("first"), py::arg("stages"), py::arg("kinds"), py::arg("microbatches"),
+        py::arg("seconds"), py::arg("transfers"),
         "(starts, ends) in seconds of every action of a flat schedule, NaN for those that can never start; the same "
         "bits as spu.schedules.simulate.run_flat. Raises ValueError for arrays that do not fit together.");
 }

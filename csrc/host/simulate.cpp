@@ -27,16 +27,18 @@ void require(bool condition, const std::string& message) {
 void check(const FlatSchedule& s) {
   const std::size_t actions = s.kinds.size();
   require(!s.first.empty(), "first must hold at least one index");
-  require(s.microbatches.size() == actions && s.seconds.size() == actions,
-          "kinds, microbatches and seconds must be equally long, got " + std::to_string(actions) + ", " +
-              std::to_string(s.microbatches.size()) + " and " + std::to_string(s.seconds.size()));
+  require(s.stages.size() == actions && s.microbatches.size() == actions && s.seconds.size() == actions,
+          "kinds, stages, microbatches and seconds must be equally long, got " + std::to_string(actions) + ", " +
+              std::to_string(s.stages.size()) + ", " + std::to_string(s.microbatches.size()) + " and " +
+              std::to_string(s.seconds.size()));
   require(s.first.front() == 0 && s.first.back() == static_cast<std::int64_t>(actions) &&
               std::is_sorted(s.first.begin(), s.first.end()),
           "first must ascend from 0 to the number of actions");
-  const std::size_t boundaries = s.first.size() >= 2 ? s.first.size() - 2 : 0;
-  require(s.transfers.size() == boundaries,
-          "expected " + std::to_string(boundaries) + " transfers, got " + std::to_string(s.transfers.size()));
+  const auto stages = static_cast<std::int64_t>(s.transfers.size()) + 1;
   for (std::size_t k = 0; k < actions; ++k) {
+    require(s.stages[k] >= 0 && s.stages[k] < stages, "stages[" + std::to_string(k) + "] is " +
+                                                          std::to_string(s.stages[k]) + ", not 0 to " +
+                                                          std::to_string(stages - 1) + ", the number of transfers");
     require(s.kinds[k] >= kForward && s.kinds[k] <= kWeightGradient,
             "kinds[" + std::to_string(k) + "] is " + std::to_string(s.kinds[k]) + ", not 0 to 3");
     require(s.microbatches[k] >= 0 && s.microbatches[k] < kMostMicrobatches,
@@ -47,60 +49,63 @@ void check(const FlatSchedule& s) {
 class Simulator {
  public:
   explicit Simulator(const FlatSchedule& schedule)
-      : s_(schedule), stages_(static_cast<std::int64_t>(schedule.first.size()) - 1) {
+      : s_(schedule),
+        ranks_(static_cast<std::int64_t>(schedule.first.size()) - 1),
+        last_(static_cast<std::int64_t>(schedule.transfers.size())) {
     for (const std::int64_t microbatch : s_.microbatches) columns_ = std::max(columns_, microbatch + 1);
-    forward_.assign(static_cast<std::size_t>(stages_ * columns_), kNever);
+    forward_.assign(static_cast<std::size_t>((last_ + 1) * columns_), kNever);
     gradient_ = forward_;
     times_.starts.assign(s_.kinds.size(), kNever);
     times_.ends = times_.starts;
     head_.assign(s_.first.begin(), s_.first.end() - 1);
-    clock_.assign(static_cast<std::size_t>(stages_), 0.0);
+    clock_.assign(static_cast<std::size_t>(ranks_), 0.0);
   }
 
   Times run() {
     bool moved = true;
     while (moved) {
       moved = false;
-      for (std::int64_t stage = 0; stage < stages_; ++stage) {
-        while (head_[stage] < s_.first[stage + 1] && start(stage)) moved = true;
+      for (std::int64_t rank = 0; rank < ranks_; ++rank) {
+        while (head_[rank] < s_.first[rank + 1] && start(rank)) moved = true;
       }
     }
     return std::move(times_);
   }
 
  private:
-  // Runs the stage's next action; false if its inputs have not been made yet.
-  bool start(std::int64_t stage) {
-    const std::int64_t k = head_[stage];
+  // Runs the rank's next action; false if its inputs have not been made yet.
+  bool start(std::int64_t rank) {
+    const std::int64_t k = head_[rank];
+    const std::int64_t stage = s_.stages[k];
     const std::int64_t cell = stage * columns_ + s_.microbatches[k];
     const std::int64_t kind = s_.kinds[k];
-    const double ready = input_time(stage, cell, kind);
+    const double ready = input_time(clock_[rank], stage, cell, kind);
     if (std::isnan(ready)) return false;
     const double end = ready + s_.seconds[k];
     times_.starts[k] = ready;
-    times_.ends[k] = clock_[stage] = end;
+    times_.ends[k] = clock_[rank] = end;
     if (kind == kForward) {
       forward_[cell] = end;
     } else if (kind != kWeightGradient) {
       gradient_[cell] = end;
     }
-    ++head_[stage];
+    ++head_[rank];
     return true;
   }
 
-  double input_time(std::int64_t stage, std::int64_t cell, std::int64_t kind) const {
-    const double ready = clock_[stage];
+  double input_time(double ready, std::int64_t stage, std::int64_t cell, std::int64_t kind) const {
     if (kind == kForward) {
       return stage == 0 ? ready : later(ready, forward_[cell - columns_] + s_.transfers[stage - 1]);
     }
     if (kind == kWeightGradient) return later(ready, gradient_[cell]);
     const double own = later(ready, forward_[cell]);
-    if (std::isnan(own) || stage == stages_ - 1) return own;
+    if (std::isnan(own) || stage == last_) return own;
     return later(own, gradient_[cell + columns_] + s_.transfers[stage]);
   }
 
   const FlatSchedule& s_;
-  std::int64_t stages_;
+  std::int64_t ranks_;
+  std::int64_t last_;             // the last stage
   std::int64_t columns_ = 0;      // microbatches
   std::vector<double> forward_;   // [stages, microbatches] when the forward ended
   std::vector<double> gradient_;  // [stages, microbatches] when the gradient of the stage's input was there

@@ -9,9 +9,10 @@ namespace spu::host {
 // Index into spu.schedules.actions.KINDS.
 enum Kind : std::int64_t { kForward = 0, kBackward = 1, kInputGradient = 2, kWeightGradient = 3 };
 
-// A schedule as arrays; entry k is the k-th action, stage by stage. See FlatSchedule in schedules/simulate.py.
+// A schedule as arrays; entry k is the k-th action, rank by rank. See FlatSchedule in schedules/simulate.py.
 struct FlatSchedule {
-  std::vector<std::int64_t> first;         // [stages + 1] index of each stage's first action, then their number
+  std::vector<std::int64_t> first;         // [ranks + 1] index of each rank's first action, then their number
+  std::vector<std::int64_t> stages;        // [actions]
   std::vector<std::int64_t> kinds;         // [actions]
   std::vector<std::int64_t> microbatches;  // [actions]
   std::vector<double> seconds;             // [actions]
@@ -24,7 +25,7 @@ struct Times {
   std::vector<double> ends;    // [actions]
 };
 
-// Every action starts as soon as its stage is free and its inputs have arrived: the same sums and maxima, in the same
+// Every action starts as soon as its rank is free and its inputs have arrived: the same sums and maxima, in the same
 // order, as run_flat in schedules/simulate.py, and so the same bits.
 // Throws std::invalid_argument for arrays that do not fit together.
 Times simulate(const FlatSchedule& schedule);

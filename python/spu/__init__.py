@@ -57,6 +57,7 @@ _SUBMODULES = {
     "precision",
     "profile",
     "schedules",
+    "skips",
     "trainer",
     "transfer",
 }

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu import profile
+from spu import profile, schedules
 from spu.devices import Device
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
 from spu.plan import Plan, make_plan, partition
+from spu.skips import Rehearsal, carried_by
 
 __all__ = ["check_plan", "measure_plan", "peak_bytes", "place_parts", "plan_model"]
 
@@ -30,6 +31,7 @@ def plan_model(
     precision: str,
     codec: str | None,
     recompute: str | bool,
+    virtual: int | None = None,
 ) -> Plan:
     """Balance the layers' estimated costs over the devices, under every device's budget.
 
@@ -40,13 +42,15 @@ def plan_model(
         sample: one microbatch of inputs.
 
     Raises:
-        ValueError: more devices than layers, or a layer that cannot be run on fake tensors.
+        ValueError: more stages than layers, or a layer that cannot be run on fake tensors.
         BudgetError: no placement fits.
     """
-    if len(devices) > len(layers):
+    each = schedules.stages_per_rank(schedule, virtual)
+    if len(devices) * each > len(layers):
+        on_each = f" with {each} stages on each" if each > 1 else ""
         raise ValueError(
-            f"{len(devices)} devices for {len(layers)} layers: every stage needs a layer; "
-            f"pass at most {len(layers)} devices"
+            f"{len(devices)} devices{on_each} for {len(layers)} layers: every stage needs a layer; "
+            f"pass at most {len(layers) // each} devices"
         )
     costs = profile.estimate_layers(
         [(layer.name, layer.module) for layer in layers],
@@ -64,6 +68,7 @@ def plan_model(
         codec=codec or "none",
         recompute=recompute,
         max_microbatches=microbatches * batch_rows(sample),
+        virtual=virtual,
     )
 
 
@@ -86,14 +91,17 @@ def measure_plan(plan: Plan, layers: Sequence[Layer], sample: Any, devices: Sequ
         recompute=plan.recompute,
         model=plan.model,
         layers=[stage.layers for stage in plan.stages],
+        virtual=plan.virtual,
     )
 
 
 def _caller(layers: Sequence[Layer], inputs: Any) -> Any:
     by_module = {id(layer.module): layer for layer in layers}
+    rehearsal = Rehearsal()
 
     def call(module: nn.Module, x: Any) -> Any:
-        return by_module[id(module)].run(x, inputs, Moment(0, 0, 0))
+        with carried_by(rehearsal):
+            return by_module[id(module)].run(x, inputs, Moment(0, 0, 0))
 
     return call
 
@@ -108,9 +116,9 @@ def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], *
         ValueError: it is not; the message says where.
     """
     names = [layer.name for layer in layers]
-    if len(plan.stages) != len(devices):
+    if len(plan.devices) != len(devices):
         raise ValueError(
-            f"the plan has {len(plan.stages)} stages, but there are {len(devices)} devices; make them equal"
+            f"the plan is for {len(plan.devices)} devices, but there are {len(devices)} devices; make them equal"
         )
     planned = [name for stage in plan.stages for name in stage.layer_names]
     if planned != names:

@@ -9,34 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from spu import ops, placement, schedules
 from spu.devices import Device, DeviceManager
 from spu.engine.bridge import Bridge, StageModule
-from spu.engine.build import DTYPES, Built, build_stages, to_precision
+from spu.engine.build import DTYPES, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
-from spu.engine.local import LocalEngine, Round
-from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
-from spu.engine.result import StepResult, join_outputs, sum_losses
+from spu.engine.loss import cross_entropy
+from spu.engine.result import StepResult
+from spu.engine.runner import Pass, Runner, split_inputs
 from spu.engine.state import load_training, model_state, save_training
-from spu.engine.update import OptimizerFactory, Updater, release
+from spu.engine.update import OptimizerFactory, release
 from spu.plan import Plan
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
-
-
-def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The default loss: mean cross entropy in fp32.
-
-    Args:
-        outputs: logits [..., classes].
-        targets: class indices int64 [...]; -100 is not counted.
-    """
-    return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
 
 
 class ModelParallelTrainer:
@@ -55,7 +44,8 @@ class ModelParallelTrainer:
             :meth:`evaluate`. Main gradients, master weights and moments are fp32. fp16 scales the loss.
         microbatches: how many the schedule runs at a time.
         accumulate: how many times the schedule runs for one update; a batch is cut into microbatches * accumulate.
-        schedule: "1f1b" or "gpipe".
+        schedule: "1f1b", "gpipe", "interleaved", "zb", "zbv" or "layer_outer"; see ``spu.schedules``.
+        virtual: stages on each device; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
         plan: a Plan made earlier, instead of planning at the first step.
         transfer: how tensors cross between stages: "none", a codec of ``spu.ops.pack``, or "auto" (nothing is packed
             between devices of one process: their links are faster than packing).
@@ -84,6 +74,7 @@ class ModelParallelTrainer:
         microbatches: int = 8,
         accumulate: int = 1,
         schedule: str = "1f1b",
+        virtual: int | None = None,
         plan: Plan | None = None,
         transfer: str = "auto",
         recompute: str | bool = "auto",
@@ -97,8 +88,8 @@ class ModelParallelTrainer:
         self.precision = _one_of("precision", precision, DTYPES)
         self.microbatches = _at_least_one("microbatches", microbatches)
         self.accumulate = _at_least_one("accumulate", accumulate)
-        schedules.get(schedule)
         self.schedule = schedule
+        self.virtual = schedules.stages_per_rank(schedule, virtual)
         self.codec = (
             None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
         )
@@ -117,9 +108,7 @@ class ModelParallelTrainer:
         self._parts: list[nn.Module] = []
         self._given_plan = plan
         self._plan: Plan | None = None
-        self._built: Built | None = None
-        self._engine: LocalEngine | None = None
-        self._updater: Updater | None = None
+        self._runner: Runner | None = None
         self._timeline: Timeline | None = None
         self._stage_modules: list[StageModule] = []
 
@@ -136,7 +125,7 @@ class ModelParallelTrainer:
             raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
         if self._layers is not None and not self._parts:
             raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
-        if self._engine is not None or self._stage_modules:
+        if self._runner is not None or self._stage_modules:
             raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")
         self._parts.append(part)
         self._layers = parts_as_layers(self._parts)
@@ -168,17 +157,18 @@ class ModelParallelTrainer:
         """Plan on a sample batch and set the stages up; the first step does it by itself.
 
         Raises:
-            ValueError: more devices than layers, or no placement under the budgets; nothing was moved or converted.
+            ValueError: more stages than layers, or no placement under the budgets; nothing was moved or converted.
         """
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        sample = self._split(inputs, self.microbatches * self.accumulate)[0]
+        sample = split_inputs(inputs, self.microbatches * self.accumulate, self.precision)[0]
         plan = self._given_plan or placement.plan_model(
             layers,
             sample,
             self.devices,
             schedule=self.schedule,
+            virtual=self.virtual,
             microbatches=self.microbatches,
             accumulate=self.accumulate,
             precision=self.precision,
@@ -187,32 +177,29 @@ class ModelParallelTrainer:
         )
         self._check_plan(plan)
         release(layers)
-        masters = to_precision(layers, self.precision)
+        masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
         if self.measure:
             plan = placement.measure_plan(plan, layers, sample, self.devices)
+        device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
             layers,
             [range(*stage.layers) for stage in plan.stages],
-            self.devices,
+            [device_of[stage.device] for stage in plan.stages],
             loss_fn=self.loss_fn,
-            recompute=plan.recompute,
+            recompute=plan.recomputed_layers,
         )
         built.masters.update(masters)
-        self._built = built
-        self._engine = LocalEngine(built.stages, codec=self.codec, backend=self._backend)
-        try:
-            self._updater = Updater(
-                built,
-                self._engine,
-                self.scaler,
-                optimizer=self._optimizer,
-                lr=self._lr,
-                max_grad_norm=self.max_grad_norm,
-            )
-        except BaseException:
-            built.restore()
-            raise
-        built.masters.clear()  # the optimizers own them now
+        self._runner = Runner(
+            built,
+            plan,
+            self.scaler,
+            backend=self._backend,
+            loss_weight=self.loss_weight,
+            ignore_index=getattr(self.loss_fn, "ignore_index", -100),
+            optimizer=self._optimizer,
+            lr=self._lr,
+            max_grad_norm=self.max_grad_norm,
+        )
         self._plan = plan
         return plan
 
@@ -230,18 +217,16 @@ class ModelParallelTrainer:
             StageError: a stage failed; the update did not happen and the gradients are gone.
         """
         begin = time.perf_counter()
-        self.prepare(inputs, targets)
-        loss, _, counted = self._accumulate_gradients(inputs, targets, keep_outputs=False)
-        updater = self._require_updater()
+        done = self._accumulate(inputs, targets, keep_outputs=False)
+        updater = self._prepared().updater
         scale = updater.scopes[-1].scale.clone()
         update = updater.reduce()
         factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
         updater.apply(update, factor)
         self.steps_done += 1
         seconds = time.perf_counter() - begin
-        return StepResult(
-            loss, update.grad_norm, scale, update.found_inf, counted, seconds, placement.peak_bytes(self.devices)
-        )
+        peaks = placement.peak_bytes(self.devices)
+        return StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
 
     def forward_backward(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, Any]:
         """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
@@ -249,71 +234,22 @@ class ModelParallelTrainer:
         Returns:
             The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one.
         """
-        self.prepare(inputs, targets)
-        loss, outputs, _ = self._accumulate_gradients(inputs, targets, keep_outputs=True)
-        self._require_updater().reduce()
-        return loss, outputs
+        done = self._accumulate(inputs, targets, keep_outputs=True)
+        self._prepared().updater.reduce()
+        return done.loss, done.outputs
 
     def evaluate(self, inputs: Any, targets: Any) -> float:
         """Mean loss of a batch, in evaluation mode and without gradients."""
         self.prepare(inputs, targets)
-        built, engine = self._require_engine()
-        modules = [module for layer in self._require_layers() for module in layer.module.modules()]
-        training = [module for module in modules if module.training]
-        parts = min(self.microbatches, batch_rows(inputs))
-        targets_by_part = split_batch(targets, parts, "targets")
-        work = Round(
-            schedules.forward_only(len(built.stages), parts),
-            self._split(inputs, parts),
-            targets_by_part,
-            self._weights(targets_by_part),
-            self.seed,
-            self.steps_done,
-        )
-        try:
-            for module in training:
-                module.training = False
-            engine.run(work)
-        finally:
-            for module in training:
-                module.training = True
-        return sum_losses(work.losses).item()
+        return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.steps_done).item()
 
-    def _accumulate_gradients(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[torch.Tensor, Any, Any]:
-        built, engine = self._require_engine()
-        updater = self._require_updater()
-        parts = self.microbatches * self.accumulate
-        inputs_by_part = self._split(inputs, parts)
-        targets_by_part = split_batch(targets, parts, "targets")
-        weights = self._weights(targets_by_part)
-        actions = schedules.get(self.schedule)(len(built.stages), self.microbatches)
-        losses: dict[int, torch.Tensor] = {}
-        outputs: list[Any] = []
-        timelines = []
-        updater.begin_step()
-        try:
-            for first in range(0, parts, self.microbatches):
-                own = slice(first, first + self.microbatches)
-                work = Round(
-                    actions,
-                    inputs_by_part[own],
-                    targets_by_part[own],
-                    weights[own],
-                    self.seed,
-                    self.steps_done,
-                    first,
-                    updater.scopes,
-                    keep_outputs,
-                )
-                timelines.append(engine.run(work))
-                losses.update({first + index: loss for index, loss in work.losses.items()})
-                outputs.extend(work.outputs[index] for index in sorted(work.outputs))
-        except BaseException:
-            updater.clear_gradients()
-            raise
-        self._timeline = timelines[-1]
-        counted = sum(count_targets(part, self._ignore_index) for part in targets_by_part)
-        return sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted
+    def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
+        self.prepare(inputs, targets)
+        done = self._prepared().accumulate(
+            inputs, targets, seed=self.seed, step=self.steps_done, keep_outputs=keep_outputs
+        )
+        self._timeline = done.timeline
+        return done
 
     # What happened
 
@@ -345,9 +281,9 @@ class ModelParallelTrainer:
         Raises:
             RuntimeError: before :meth:`prepare` or the first step.
         """
-        if self._built is None:
+        if self._runner is None:
             raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
-        state = model_state(self._built, self._require_updater().optimizers)
+        state = model_state(self._runner.built, self._runner.updater.optimizers)
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -357,9 +293,8 @@ class ModelParallelTrainer:
             path: the checkpoint's directory; replaced atomically if it is one.
             extra: JSON of your own, returned by :meth:`load`.
         """
-        if self._built is None:
+        if self._runner is None:
             raise RuntimeError("nothing to save yet: call prepare() or step() first")
-        optimizers = self._require_updater().optimizers
         meta = {
             "step": self.steps_done,
             "seed": self.seed,
@@ -368,7 +303,7 @@ class ModelParallelTrainer:
             "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
-        save_training(path, self._built, optimizers, meta)
+        save_training(path, self._runner.built, self._runner.updater.optimizers, meta)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint: weights, optimizer, loss scale and step. Call :meth:`prepare` first.
@@ -380,9 +315,9 @@ class ModelParallelTrainer:
             CheckpointError: missing, damaged, or of another model; nothing was changed.
             RuntimeError: before :meth:`prepare`.
         """
-        if self._built is None:
+        if self._runner is None:
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
-        meta = load_training(path, self._built, self._require_updater().optimizers)
+        meta = load_training(path, self._runner.built, self._runner.updater.optimizers)
         if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
             self.scaler.load_state_dict(meta["scaler"])
         self.steps_done = meta["step"]
@@ -393,10 +328,8 @@ class ModelParallelTrainer:
 
     def close(self) -> None:
         """End the worker threads and give the model back with its ties; harmless when called twice."""
-        if self._engine is not None:
-            self._engine.close()
-        if self._updater is not None:
-            self._updater.close()
+        if self._runner is not None:
+            self._runner.close()
 
     def __enter__(self) -> ModelParallelTrainer:
         return self
@@ -404,41 +337,30 @@ class ModelParallelTrainer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
-    def _ignore_index(self) -> int:
-        return getattr(self.loss_fn, "ignore_index", -100)
-
-    def _split(self, inputs: Any, parts: int) -> list[Any]:
-        return [cast(unscaled_leaves(part), DTYPES[self.precision]) for part in split_batch(inputs, parts)]
-
     def _check_plan(self, plan: Plan) -> None:
         settings: dict[str, Any] = {
             "schedule": self.schedule,
             "microbatches": self.microbatches,
             "accumulate": self.accumulate,
             "precision": self.precision,
-            "transfer": (self.codec or "none",) * (len(self.devices) - 1),
+            "virtual": self.virtual,
         }
         if self.recompute != "auto":
             settings["recompute"] = self.recompute
+        settings["transfer"] = tuple(
+            (self.codec or "none") if before.device != after.device else codec
+            for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
+        )
         placement.check_plan(plan, self._require_layers(), self.devices, **settings)
-
-    def _weights(self, targets: list[Any]) -> list[torch.Tensor]:
-        return target_weights(targets, self.loss_weight, self._ignore_index)
 
     def _require_layers(self) -> list[Layer]:
         if self._layers is None:
             raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
         return self._layers
 
-    def _require_engine(self) -> tuple[Built, LocalEngine]:
-        assert self._built is not None
-        assert self._engine is not None
-        return self._built, self._engine
-
-    def _require_updater(self) -> Updater:
-        assert self._updater is not None
-        return self._updater
+    def _prepared(self) -> Runner:
+        assert self._runner is not None
+        return self._runner
 
 
 def _one_of(what: str, value: Any, known: Any) -> Any:

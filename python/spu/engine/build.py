@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +59,16 @@ class Built:
             use.restore()
 
 
-def to_precision(layers: Sequence[Layer], precision: str) -> dict[int, torch.Tensor]:
+def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False) -> dict[int, torch.Tensor]:
     """Convert floating parameters and buffers in place, and return the fp32 values that rounding lost.
 
     In a 16-bit precision, linear layers also become :class:`spu.nn.Linear`, whose backward knows the loss scale.
+
+    Args:
+        layers: the model.
+        precision: "fp16", "bf16" or "fp32".
+        fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that put weight gradients off
+            need it, since plain autograd computes both gradients of a layer at once.
 
     Returns:
         parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
@@ -76,7 +82,7 @@ def to_precision(layers: Sequence[Layer], precision: str) -> dict[int, torch.Ten
                 masters[id(parameter)] = parameter.detach().to(torch.float32, copy=True)
     for layer in layers:
         layer.module.to(dtype)
-        if dtype.itemsize == 2:
+        if dtype.itemsize == 2 or fused:
             spu_nn.accelerate(layer.module)
     return masters
 
@@ -87,9 +93,17 @@ def build_stages(
     devices: Sequence[Device],
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor],
-    recompute: bool,
+    recompute: Collection[int] = (),
 ) -> Built:
-    """Move layers to their devices and give every stage leaves of its own."""
+    """Move layers to their devices and give every stage leaves of its own.
+
+    Args:
+        layers: the whole model.
+        ranges: the layers of each stage.
+        devices: the device of each stage; several stages may have the same one.
+        loss_fn: what the last stage computes.
+        recompute: indices of the layers that keep only their input for the backward.
+    """
     placed = [[layers[i] for i in indices] for indices in ranges]
     _separate(placed)
     tied = _untie(placed, devices)
@@ -98,7 +112,8 @@ def build_stages(
         for layer in own:
             layer.module.to(device.torch_device)
         is_last = index == len(placed) - 1
-        stages.append(Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=recompute))
+        again = [i in recompute for i in ranges[index]]
+        stages.append(Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=again))
     aliases = {id(use.alias) for use in tied}
     owned: list[dict[str, nn.Parameter]] = []
     for own in placed:

@@ -43,6 +43,16 @@ class Exchange:
                 raise Aborted
             return self._messages.pop(key)
 
+    def has(self, key: Hashable) -> bool:
+        """Whether a message is there to be taken without waiting."""
+        with self._condition:
+            return key in self._messages
+
+    def untaken(self) -> list[Any]:
+        """The keys of all messages sent and not yet taken."""
+        with self._condition:
+            return list(self._messages)
+
     def abort(self) -> None:
         with self._condition:
             self._aborted = True

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from spu.engine.randomness import LayerRandomness
+from spu.skips import Recorded, carried_by, current_carrier
 
 __all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
 
@@ -64,6 +65,7 @@ class Layer:
         in_place = any(getattr(module, "inplace", False) for module in self.module.modules())
         tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)]
         versions = [tensor._version for tensor in tensors]
+        skips = Recorded(current_carrier())
         output = checkpoint(
             self._run_on_copy if in_place else self.run,
             x,
@@ -71,7 +73,7 @@ class Layer:
             moment,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (contextlib.nullcontext(), _buffers_set_aside(self.module)),
+            context_fn=lambda: (carried_by(skips), _again(self.module, skips)),
         )
         if versions != [tensor._version for tensor in tensors]:
             raise RuntimeError(
@@ -97,6 +99,13 @@ class Layer:
         for local, buffer in self.module.named_buffers():
             if local in persistent:
                 yield self.parameter_names.get(local, f"{self.name}.{local}"), buffer
+
+
+@contextlib.contextmanager
+def _again(module: nn.Module, skips: Recorded) -> Iterator[None]:
+    """Around a recomputation, which must change nothing and find what the first run found."""
+    with skips.again(), _buffers_set_aside(module):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The engine for devices of one process: a worker thread for each stage runs its list of actions."""
+"""The engine for devices of one process: a worker thread for each rank runs the actions of its stages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from spu import ops
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.layers import Moment
 from spu.engine.microbatch import move
+from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.engine.worker import Worker
 from spu.ops.sink import BackwardScope
@@ -43,7 +44,7 @@ class Round:
     """One run of a schedule over microbatches, and what came out of it.
 
     Attributes:
-        actions: one list for each stage.
+        actions: one list for each rank.
         inputs, targets, weights: one of each for each microbatch; no targets means no loss.
         first_microbatch: the number of the first one in the whole step, for its random draws.
         run_seed, step: likewise.
@@ -72,22 +73,37 @@ class Round:
 
 
 class LocalEngine:
-    """Runs schedules over stages, each in its worker thread, with links between neighbours.
+    """Runs schedules over stages, those of a rank in one worker thread, with links between neighbours.
 
     Args:
         stages: in pipeline order.
-        codec: how tensors are packed between stages, None for not at all.
+        ranks: the rank of each stage, by default one each; stages of one rank are on one device.
+        codecs: how tensors are packed over each boundary, None or "none" for not at all; one name for all. Between two
+            stages of one rank nothing is packed or copied.
         backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
             variables do not reach other threads.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, codec: str | None = None, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        ranks: Sequence[int] | None = None,
+        *,
+        codecs: Sequence[str | None] | str | None = None,
+        backend: str | None = None,
+    ) -> None:
         self.stages = list(stages)
+        self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
-        self._workers = [Worker(stage.device) for stage in self.stages]
-        pairs = list(zip(self.stages, self.stages[1:]))
-        self._forward_links = [Link(after.device.torch_device, codec) for _, after in pairs]
-        self._backward_links = [Link(before.device.torch_device, codec) for before, _ in pairs]
+        homes = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
+        self._workers = [Worker(homes[rank]) for rank in range(len(homes))]
+        self._forward_links, self._backward_links = [], []
+        boundaries = len(self.stages) - 1
+        each = [codecs] * boundaries if codecs is None or isinstance(codecs, str) else list(codecs)
+        for before, codec in zip(range(boundaries), each, strict=True):
+            packed = None if codec == "none" or self.ranks[before] == self.ranks[before + 1] else codec
+            self._forward_links.append(Link(self.stages[before + 1].device.torch_device, packed))
+            self._backward_links.append(Link(self.stages[before].device.torch_device, packed))
 
     def run(self, work: Round) -> Timeline:
         """Run one schedule to its end and return the measured timeline.
@@ -97,16 +113,12 @@ class LocalEngine:
             KeyboardInterrupt: likewise.
         """
         exchange = Exchange()
-        spans: list[list[Span]] = [[] for _ in self.stages]
+        spans: list[list[Span]] = [[] for _ in self._workers]
         start = time.perf_counter()
-
-        def task(stage: Stage) -> Callable[[], None]:
-            return lambda: self._run_actions(stage, work, exchange, spans[stage.index])
-
         futures: list[Future[None]] = []
         try:
-            for stage, worker in self._pairs():
-                futures.append(worker.submit(task(stage)))
+            for rank, worker in enumerate(self._workers):
+                futures.append(worker.submit(self._run_actions, work.actions[rank], work, exchange, spans[rank]))
             self._all(futures, exchange)
         except BaseException:
             exchange.abort()  # Ctrl-C may come while only some of the workers have begun
@@ -114,14 +126,15 @@ class LocalEngine:
             for stage in self.stages:
                 stage.clear()
             raise
+        check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Timeline.from_spans(
             [span._replace(start=span.start - start, end=span.end - start) for own in spans for span in own],
-            stages=len(self.stages),
+            ranks=self.ranks,
         )
 
     def each(self, task: Callable[[Stage], Any]) -> list[Any]:
-        """Run ``task`` for every stage in its worker, side by side, and return the results in stage order.
+        """Run ``task`` for every stage in its rank's worker, ranks side by side; the results are in stage order.
 
         Raises:
             StageError: a task failed; the others have ended.
@@ -134,7 +147,7 @@ class LocalEngine:
             except Exception as error:
                 raise StageError(stage.index, stage.device.name, None, error) from error
 
-        return self._all([worker.submit(guarded, stage) for stage, worker in self._pairs()], None)
+        return self._all([self._workers[r].submit(guarded, s) for s, r in zip(self.stages, self.ranks)], None)
 
     def sent_bytes(self) -> int:
         """Bytes that have crossed the stage boundaries so far, both directions."""
@@ -144,9 +157,6 @@ class LocalEngine:
         """End the worker threads; harmless when called twice."""
         for worker in self._workers:
             worker.close()
-
-    def _pairs(self) -> list[tuple[Stage, Worker]]:
-        return list(zip(self.stages, self._workers))
 
     @staticmethod
     def _all(futures: list[Future[Any]], exchange: Exchange | None) -> list[Any]:
@@ -165,11 +175,12 @@ class LocalEngine:
         assert not errors, "a run was aborted without a cause"
         return [future.result() for future in futures]
 
-    def _run_actions(self, stage: Stage, work: Round, exchange: Exchange, spans: list[Span]) -> None:
+    def _run_actions(self, actions: Sequence[Action], work: Round, exchange: Exchange, spans: list[Span]) -> None:
         with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
-            for action in work.actions[stage.index]:
+            for action in actions:
                 if exchange.aborted:
                     raise Aborted
+                stage = self.stages[action.stage]
                 try:
                     begin = self._perform(stage, action, work, exchange)
                 except Aborted:
@@ -184,8 +195,11 @@ class LocalEngine:
         moment = Moment(work.run_seed, work.step, work.first_microbatch + action.microbatch)
         if action.kind == "F":
             return self._forward(stage, action.microbatch, moment, work, exchange)
-        assert action.kind == "B", f"the local engine does not run {action.kind} actions"
-        return self._backward(stage, action.microbatch, moment, work, exchange)
+        if action.kind == "W":
+            begin = time.perf_counter()
+            stage.weight_backward(moment)
+            return begin
+        return self._backward(stage, action.microbatch, moment, work, exchange, defer=action.kind == "I")
 
     def _forward(self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange) -> float:
         device = stage.device.torch_device
@@ -198,7 +212,9 @@ class LocalEngine:
         inputs = None
         if stage.wants_inputs:
             inputs = x if stage.is_first else move(work.inputs[index], device)
-        output = stage.forward(x, inputs, moment, train=work.train)
+        skips = StageSkips(exchange, index, device, train=work.train)
+        output = stage.forward(x, inputs, moment, train=work.train, skips=skips)
+        skips.send()
         if not stage.is_last:
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
             return begin
@@ -210,7 +226,9 @@ class LocalEngine:
             work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], moment, scope)
         return begin
 
-    def _backward(self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange) -> float:
+    def _backward(
+        self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange, *, defer: bool
+    ) -> float:
         assert work.scopes is not None
         gradients = None
         if stage.is_last:
@@ -219,7 +237,7 @@ class LocalEngine:
             message = exchange.take(("B", stage.index, index))
             begin = time.perf_counter()
             gradients = self._backward_links[stage.index].receive(message)
-        gradients = stage.backward(gradients, moment, work.scopes[stage.index])
+        gradients = stage.backward(gradients, moment, work.scopes[stage.index], defer=defer)
         if not stage.is_first:
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
         return begin

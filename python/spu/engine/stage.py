@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,10 @@ from torch.utils import _pytree as pytree
 
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
+from spu.engine.skips import StageSkips
 from spu.ops.cut import Cut, cut
 from spu.ops.sink import BackwardScope, open_scope
+from spu.skips import carried_by, current_carrier
 
 if TYPE_CHECKING:
     from spu.devices import Device
@@ -27,6 +29,7 @@ class _InFlight:
 
     cuts: list[Cut | None]  # where the gradients of the stage's inputs arrive; None for what has none
     outputs: list[Any]  # the stage's outputs, or its scaled loss
+    skips: StageSkips | None
 
 
 class Stage:
@@ -38,7 +41,7 @@ class Stage:
         device: where they are.
         is_last: the stage computes the loss.
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
-        recompute: keep only each layer's input for the backward.
+        recompute: for each layer, whether it keeps only its input for the backward; none does by default.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Stage:
         *,
         is_last: bool,
         loss_fn: Callable[[Any, Any], torch.Tensor],
-        recompute: bool = False,
+        recompute: Sequence[bool] = (),
     ) -> None:
         self.index = index
         self.layers = layers
@@ -57,16 +60,17 @@ class Stage:
         self.is_first = index == 0
         self.is_last = is_last
         self.loss_fn = loss_fn
-        self.recompute = recompute
+        self.recompute = list(recompute) or [False] * len(layers)
         self.wants_inputs = any(layer.wants_inputs for layer in layers)
         self._in_flight: dict[int, _InFlight] = {}
+        self._deferred: dict[int, list[Callable[[], None]]] = {}
 
     def parameters(self) -> list[nn.Parameter]:
         """The stage's parameters, each once, in order of first use."""
         found = {id(p): p for layer in self.layers for _, p in layer.named_parameters()}
         return list(found.values())
 
-    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool) -> Any:
+    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool, skips: StageSkips | None = None) -> Any:
         """Run one microbatch and remember what its backward needs.
 
         Args:
@@ -74,6 +78,7 @@ class Stage:
             inputs: the microbatch's inputs, on this device, if ``wants_inputs``.
             moment: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
             train: keep the graph.
+            skips: carries what layers stash for other stages.
 
         Returns:
             The stage's outputs, attached to their graph.
@@ -84,13 +89,13 @@ class Stage:
             pairs = [_cut(leaf) for leaf in leaves]
             cuts = [end for _, end in pairs]
             x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
-        for layer in self.layers:
-            step = layer.run_checkpointed if self.recompute and train else layer.run
-            x = step(x, inputs, moment)
-        if train and not self.is_last:
-            self._in_flight[moment.microbatch] = _InFlight(cuts, pytree.tree_leaves(x))
-        elif train:
-            self._in_flight[moment.microbatch] = _InFlight(cuts, [])
+        with carried_by(skips or current_carrier()):
+            for layer, again in zip(self.layers, self.recompute, strict=True):
+                step = layer.run_checkpointed if again and train else layer.run
+                x = step(x, inputs, moment)
+        if train:
+            outputs = [] if self.is_last else pytree.tree_leaves(x)
+            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips)
         return x
 
     def loss(
@@ -122,18 +127,22 @@ class Stage:
             self._in_flight[moment.microbatch].outputs.append(share)
         return share.detach()
 
-    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope) -> Any:
+    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.
 
         Args:
             gradients: flat list, one scaled gradient (or None) for each output tensor; ignored by the last stage.
             moment: as given to :meth:`forward`.
             scope: the loss scale, its inverse, and where to note a non-finite gradient.
+            defer: leave the weight gradients of fused ops to :meth:`weight_backward`; those of other parameters are
+                computed here either way.
 
         Returns:
             Flat list of the scaled gradients of the stage's inputs, None where there is none.
         """
         flight = self._in_flight.pop(moment.microbatch)
+        if defer:
+            scope = replace(scope, deferred=self._deferred.setdefault(moment.microbatch, []))
         if self.is_last:
             (loss,) = flight.outputs
             roots, gradients = [loss], [scope.scale.reshape(()).to(loss.dtype)]
@@ -144,14 +153,24 @@ class Stage:
             for root, gradient in zip(roots, gradients, strict=True)
             if isinstance(root, torch.Tensor) and root.requires_grad and gradient is not None
         ]
+        if flight.skips is not None:
+            pairs += flight.skips.gradients()
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             torch.autograd.backward(opened, [gradient for _, gradient in pairs])
+        if flight.skips is not None:
+            flight.skips.send_gradients()
         return [None if end is None else end.gradient for end in flight.cuts]
+
+    def weight_backward(self, moment: Moment) -> None:
+        """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
+        for compute in self._deferred.pop(moment.microbatch):
+            compute()
 
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
+        self._deferred.clear()
 
 
 def _cut(leaf: Any) -> tuple[Any, Cut | None]:

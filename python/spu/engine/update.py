@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,7 +62,10 @@ class Updater:
         self._scaler = scaler
         self._max_grad_norm = max_grad_norm
         self._main_grads = [MainGrads(stage.parameters()) for stage in built.stages]
-        self.scopes = [scaler.scope(stage.device.torch_device, f"stage {stage.index}") for stage in built.stages]
+        self.scopes = [
+            replace(scaler.scope(stage.device.torch_device, f"stage {stage.index}"), plain=not scaler.enabled)
+            for stage in built.stages
+        ]
         self.optimizers: list[AdamW | MasterOptimizer | None] = [
             _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
@@ -93,7 +96,9 @@ class Updater:
         norms = self._engine.each(lambda stage: ops.grad_norm(self._gradients(stage)))
         device = self._scaler.device
         total = torch.stack([norm.to(device, torch.float64).reshape(()) for norm in norms]).square().sum().sqrt()
-        return Update(total.to(torch.float32).reshape(1), self._scaler.found_inf())
+        norm = total.to(torch.float32).reshape(1)
+        # What is not finite in one microbatch is not finite in the sum: without a scale this is the only look at it.
+        return Update(norm, torch.maximum(self._scaler.found_inf(), (~norm.isfinite()).to(torch.float32)))
 
     def apply(self, update: Update, lr_factor: float) -> None:
         """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""

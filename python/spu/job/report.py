@@ -104,7 +104,7 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     ]
     if summary.get("idle_share") is not None:
         lines.append(
-            f"pipeline idle {summary['idle_share']:.1%} of the last step; the simulator predicts "
+            f"pipeline idle {summary['idle_share']:.1%} of a step (median of the last steps); the simulator predicts "
             f"{summary['predicted_idle_share']:.1%}"
         )
     if summary.get("sample"):

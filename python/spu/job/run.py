@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,11 +26,13 @@ from spu.job.stop import Stopped, StopSignals
 from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
 from spu.precision import LossScaler
+from spu.schedules import Timeline
 from spu.trainer import ModelParallelTrainer, StepResult
 
 MAX_BAD_LOSSES = 5  # in a row; a skipped step leaves the weights alone, so that the next batch has its chance
 MAX_SKIPPED = 40  # in a row: a loss scale of 2**16 has been halved to nothing by then
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
+TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
 
 @dataclass
@@ -199,11 +202,12 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         assert trainer.plan is not None
         trainer.plan.save(job.folder / "plan.json")
         print(trainer.plan.table(), flush=True)
-        _train_steps(job, trainer, done, signals)
-        return _finish(job, trainer, parameters)
+        timelines = _train_steps(job, trainer, done, signals)
+        return _finish(job, trainer, parameters, timelines)
 
 
-def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: StopSignals) -> None:
+def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: StopSignals) -> deque[Timeline]:
+    """Run the steps that are left; returns the timelines of the last `TIMELINES` of them."""
     config, folder = job.config, job.folder
     steps = config.planned_steps()
     assert steps is not None
@@ -211,11 +215,13 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
     metrics.keep_up_to(done)
     curve = job.corpus.validation_batches(config.batch, config.seq, reference.curve_windows(config))
     shown, val_loss = console.RunningMean(), None
+    timelines: deque[Timeline] = deque(maxlen=TIMELINES)
     skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
     with console.open_view(f"train {folder.name}", steps, done) as view:
         for step in range(done, steps):
             result = trainer.step(*job.corpus.batch(config.seed, step, config.batch, config.seq))
             metrics.append(**_row(step + 1, result, config))
+            timelines.append(trainer.timeline())
             guard.check(step + 1, result, config)
             skipped += result.skipped
             if reference.is_eval_step(config, step + 1, steps):
@@ -233,6 +239,7 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
                 raise Stopped(
                     stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.path}"
                 )
+    return timelines
 
 
 def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
@@ -248,7 +255,7 @@ def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[str, Any]:
+def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines: deque[Timeline]) -> dict[str, Any]:
     config, folder = job.config, job.folder
     steps = trainer.steps_done
     rows = train_rows(read_metrics(folder.metrics))
@@ -269,7 +276,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[st
         "precision": config.precision,
         "transfer": config.transfer,
     }
-    summary |= _pictures_of_pipeline(job, trainer)
+    summary |= _pictures_of_pipeline(job, trainer, timelines)
     model: Any = make_model(config.model, config.seed)
     model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
@@ -282,19 +289,18 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int) -> dict[st
     return summary
 
 
-def _pictures_of_pipeline(job: Job, trainer: ModelParallelTrainer) -> dict[str, Any]:
-    """timeline.png and trace.json of the last step, if one ran in this process; its idle share."""
-    try:
-        timeline = trainer.timeline()
-    except RuntimeError:
+def _pictures_of_pipeline(job: Job, trainer: ModelParallelTrainer, timelines: deque[Timeline]) -> dict[str, Any]:
+    """timeline.png and trace.json of the step of median duration, if steps ran in this process; median idle share."""
+    if not timelines:
         return {}
+    typical = sorted(timelines, key=lambda timeline: timeline.makespan)[len(timelines) // 2]
     predicted = trainer.predicted_timeline()
-    title = (
-        f"{job.folder.name}: the last step's pipeline, {job.config.schedule}, {job.config.microbatches} microbatches"
-    )
-    draw_timeline(timeline, job.folder / "timeline.png", title, predicted)
-    write_trace(timeline, job.folder / "trace.json")
-    return {"idle_share": timeline.idle_share, "predicted_idle_share": predicted.idle_share}
+    config = job.config
+    title = f"{job.folder.name}: a typical step's pipeline, {config.schedule}, {config.microbatches} microbatches"
+    draw_timeline(typical, job.folder / "timeline.png", title, predicted)
+    write_trace(typical, job.folder / "trace.json")
+    idle_share = statistics.median(timeline.idle_share for timeline in timelines)
+    return {"idle_share": idle_share, "predicted_idle_share": predicted.idle_share}
 
 
 def draw_losses(job: Job, summary: dict[str, Any]) -> None:

@@ -41,4 +41,6 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
     as it may in a graph that was never cut.
     """
     end = Cut()
-    return _Start.apply(end, torch.empty((), device=tensor.device, requires_grad=True), tensor), end
+    token = torch.empty((), device=tensor.device, requires_grad=True)
+    # Detached before the function as well, or the old graph would hang on the new one and run with absent gradients.
+    return _Start.apply(end, token, tensor.detach()), end

@@ -11,7 +11,7 @@ task of its own and does not inherit: open the scope again on its root, and chec
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -32,11 +32,16 @@ class BackwardScope:
         scale: the factor the loss was multiplied by.
         inv_scale: 1 / scale.
         found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
+        deferred: where sinks leave their work for later, in order; None if they are to do it at once.
+        plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
+            be added as it is, without a pass over it.
     """
 
     scale: Tensor
     inv_scale: Tensor
     found_inf: Tensor
+    deferred: list[Callable[[], None]] | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         for name in ("scale", "inv_scale", "found_inf"):
@@ -123,8 +128,9 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
 class GradSink(Protocol):
     """Takes the gradient of one parameter in the backward of a fused op, inside a scope.
 
-    Called in the backward's thread, with ``current_scope()`` set. To defer the work, keep the tensors, the scope and
-    the backend's name; ``spu.ops.linear_dw_`` and ``linear_db_`` do it.
+    Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_`` and ``linear_db_`` do the
+    work; where ``current_scope().deferred`` is a list, append a call to it instead, which keeps the tensors, the scope
+    and the backend's name.
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:

@@ -35,6 +35,7 @@ class _Request:
     codecs: tuple[str, ...]  # [stages - 1]
     recompute: bool
     fixed: tuple[range, ...] | None  # boundaries given by the user
+    virtual: int = 1  # stages on each device
 
     def memory(self) -> StageMemory:
         return StageMemory(
@@ -45,6 +46,7 @@ class _Request:
             precision=self.precision,
             codecs=self.codecs,
             recompute=self.recompute,
+            virtual=self.virtual,
         )
 
     def budgets(self) -> list[int]:
@@ -67,25 +69,27 @@ def make_plan(
     links: Sequence[float] | None = None,
     layers: Sequence[Sequence[int]] | None = None,
     max_microbatches: int | None = None,
+    virtual: int | None = None,
 ) -> Plan:
     """Places layers on devices, in order, so that the slowest stage is as fast as the budgets allow.
 
     Args:
         layer_costs: one entry per layer, for one microbatch, in the precision of the training.
-        devices: one per stage, in pipeline order.
-        schedule: "gpipe" or "1f1b".
+        devices: in pipeline order; how many stages each has is the schedule's and ``virtual``'s to say.
+        schedule: a name that `spu.schedules.get` takes.
         microbatches: per run of the schedule.
         accumulate: runs of the schedule per step.
         precision: "fp16", "bf16" or "fp32".
         codec: "none", "fp16", "bf16" or "int8", for all boundaries or one for each.
         recompute: True, False, or "auto": only if nothing fits without.
-        max_stages: use no more than this many of the devices.
+        max_stages: use no more than this many of the devices (where each has one stage).
         model: a name for the plan.
         speeds: FLOP/s of each device. Layer times measured on the first device are scaled by the ratio; layers that
             were not measured take ``FLOPs / speed``, and twice that backward. By default all devices are alike.
         links: bytes per second over each boundary; by default transfers take no time.
         layers: (first, last + 1) per stage, if the boundaries are given and only to be checked and predicted.
         max_microbatches: the batch cannot be cut into more; limits what a refusal proposes.
+        virtual: stages on each device; None for the schedule's own number. They share the device's budget equally.
 
     Returns:
         The plan, every stage of which is within its budget.
@@ -94,20 +98,24 @@ def make_plan(
         BudgetError: no partition fits; says which budget is short by how many bytes, and what was tried and fits.
         ValueError: for more stages than layers, or arguments that make no sense.
     """
-    stages = len(devices) if max_stages is None else min(len(devices), max_stages)
-    check_stages(len(layer_costs), stages)
     _check_settings(schedule, microbatches, accumulate, precision, recompute)
+    each = schedules.stages_per_rank(schedule, virtual)
+    ranks = len(devices) if max_stages is None else min(len(devices), max_stages)
+    stages = ranks * each
+    check_stages(len(layer_costs), stages)
     needs, basis, slowness = _needs(layer_costs, len(devices), speeds)
+    homes = schedules.stage_ranks(schedule, ranks, virtual) if ranks else []
     request = _Request(
         layers=needs,
-        devices=tuple(devices[:stages]),
-        slowness=slowness[:stages],
+        devices=tuple(_share(devices[home], each) for home in homes),
+        slowness=tuple(slowness[home] for home in homes),
         schedule=schedule,
         microbatches=microbatches,
         precision=precision,
         codecs=_codecs(codec, stages),
         recompute=recompute is True,
         fixed=None if layers is None else _fixed(layers, len(layer_costs), stages),
+        virtual=each,
     )
     parts = _place(request)
     if parts is None and recompute == "auto":
@@ -116,6 +124,10 @@ def make_plan(
     if parts is None:
         raise _refusal(request, max_microbatches)
     return _plan(request, parts, model, accumulate, basis, _links(links, stages))
+
+
+def _share(device: Device, stages: int) -> Device:
+    return device if stages == 1 else dataclasses.replace(device, budget_bytes=device.budget_bytes // stages)
 
 
 def _place(request: _Request) -> list[range] | None:
@@ -238,7 +250,7 @@ def _working_fixes(request: _Request, max_microbatches: int | None) -> Iterator[
 
 def _other_schedules(request: _Request) -> Iterator[tuple[str, _Request]]:
     for name in schedules.names():
-        if name != request.schedule:
+        if name != request.schedule and schedules.stages_per_rank(name) == request.virtual:
             yield f'schedule="{name}"', dataclasses.replace(request, schedule=name)
 
 
@@ -269,7 +281,7 @@ def _finer(request: _Request, prefix: str, limit: int | None) -> Iterator[tuple[
 def _more_devices(request: _Request) -> Iterator[tuple[str, _Request]]:
     """Up to four more devices like the last; not of CPUs, whose budgets are shares of one memory."""
     last = request.devices[-1]
-    if last.name.startswith("cpu") or request.fixed is not None:
+    if last.name.startswith("cpu") or request.fixed is not None or request.virtual > 1:
         return
     for more in range(1, 5):
         if len(request.devices) + more > len(request.layers):

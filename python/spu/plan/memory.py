@@ -99,6 +99,7 @@ class StageMemory:
         precision: "fp16", "bf16" or "fp32".
         codecs: one per boundary.
         recompute: run each layer's forward again in its backward.
+        virtual: stages on each device; None for the schedule's own number.
     """
 
     def __init__(
@@ -111,12 +112,13 @@ class StageMemory:
         precision: str,
         codecs: Sequence[str],
         recompute: bool,
+        virtual: int | None = None,
     ) -> None:
         self.layers = layers
         self.precision = precision
         self.codecs = codecs
         self.recompute = recompute
-        self.in_flight = schedules.peak_in_flight(schedules.get(schedule)(stages, microbatches))
+        self.in_flight = _in_flight(schedule, stages, microbatches, virtual)
         self._params = [0, *accumulate(layer.params for layer in layers)]
         self._saved = [0, *accumulate(layer.saved_bytes for layer in layers)]
         self._shared = [0, *accumulate(layer.shared_bytes for layer in layers)]
@@ -158,3 +160,8 @@ class StageMemory:
         if stage < len(self.in_flight) - 1:
             total += wire_bytes(self.layers[last - 1].output_bytes, self.precision, self.codecs[stage])
         return 2 * WIRE_BUFFERS * total
+
+
+def _in_flight(schedule: str, stages: int, microbatches: int, virtual: int | None) -> list[int]:
+    each = schedules.stages_per_rank(schedule, virtual)
+    return schedules.peak_in_flight(schedules.get(schedule)(stages // each, microbatches, virtual=each))

@@ -87,9 +87,28 @@ class Plan:
     predicted: Predicted
     version: int = field(default=VERSION)
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, each once, in the order of ranks."""
+        return tuple(dict.fromkeys(stage.device for stage in self.stages))
+
+    @property
+    def virtual(self) -> int:
+        """How many stages each device has."""
+        return len(self.stages) // len(self.devices)
+
+    @property
+    def recomputed_layers(self) -> frozenset[int]:
+        """Indices of the layers that keep only their input for the backward."""
+        return frozenset(range(self.stages[-1].layers[1])) if self.recompute else frozenset()
+
+    def actions(self) -> list[list[schedules.Action]]:
+        """One run of the schedule: what each device does."""
+        return schedules.get(self.schedule)(len(self.devices), self.microbatches, virtual=self.virtual)
+
     def timeline(self) -> schedules.Timeline:
         """The predicted timeline of one run of the schedule."""
-        actions = schedules.get(self.schedule)(len(self.stages), self.microbatches)
+        actions = self.actions()
         durations = [(stage.forward_s, stage.backward_s) for stage in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)
 
@@ -238,7 +257,6 @@ def _check(plan: Plan) -> None:
 
 def _check_layers(plan: Plan) -> None:
     expected = 0
-    devices: dict[str, int] = {}
     for k, stage in enumerate(plan.stages):
         first, stop = stage.layers
         if first != expected or stop <= first:
@@ -251,7 +269,22 @@ def _check_layers(plan: Plan) -> None:
                 f"stages[{k}].layers [{first}, {stop}] are {stop - first} layers, but layer_names has "
                 f"{len(stage.layer_names)}; move the names together with the layers"
             )
-        if stage.device in devices:
-            raise _BadEntry(f"stages[{k}].device is {stage.device!r}, which stage {devices[stage.device]} has already")
-        devices[stage.device] = k
         expected = stop
+    _check_devices(plan)
+
+
+def _check_devices(plan: Plan) -> None:
+    """The schedule says which device has which of the stages."""
+    names = plan.devices
+    if len(plan.stages) % len(names):
+        raise _BadEntry(f"{len(plan.stages)} stages cannot be spread evenly over {len(names)} devices; change either")
+    try:
+        homes = schedules.stage_ranks(plan.schedule, len(names), plan.virtual)
+    except ValueError as error:
+        raise _BadEntry(f"{plan.virtual} stages on each of {len(names)} devices: {error}") from None
+    for k, (stage, home) in enumerate(zip(plan.stages, homes, strict=True)):
+        if stage.device != names[home]:
+            raise _BadEntry(
+                f"stages[{k}].device is {stage.device!r}, but {plan.schedule} has that stage on {names[home]!r}; "
+                "change it, or the schedule"
+            )

@@ -8,6 +8,7 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from ..ops import linear_db_, linear_dw_, unscale_
-from ..ops.sink import attach_sink, current_scope, detach_sink, sink_of
+from ..ops.sink import BackwardScope, attach_sink, current_scope, detach_sink, sink_of
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -45,8 +46,15 @@ class _ParameterSink:
         self._add(linear_db_, (dz,), backend)
 
     def _add(self, op: Any, operands: tuple[Tensor, ...], backend: str) -> None:
-        scope, param = current_scope(), self._param()
+        scope = current_scope()
         assert scope is not None
+        if scope.deferred is not None:
+            scope.deferred.append(partial(self._accumulate, op, operands, backend, scope))
+        else:
+            self._accumulate(op, operands, backend, scope)
+
+    def _accumulate(self, op: Any, operands: tuple[Tensor, ...], backend: str, scope: BackwardScope) -> None:
+        param = self._param()
         assert param is not None
         grad = param.grad
         if grad is not None and not _is_main_grad(grad, param):
@@ -92,6 +100,9 @@ class _ParameterSink:
                 f"MainGrads: a gradient of layout {grad.layout} cannot be unscaled: build the layer with dense "
                 "gradients (nn.Embedding(..., sparse=False))"
             )
+        if scope.plain and grad.dtype == torch.float32:
+            self._buffer = None  # autograd moves the first gradient into place
+            return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         if param.grad is None:
             value = self._take_buffer(param)

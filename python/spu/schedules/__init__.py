@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from spu.schedules.actions import Action, Actions, ScheduleError, format_grid, parse_grid, peak_in_flight
+from spu.schedules.actions import (
+    Action,
+    Actions,
+    ScheduleError,
+    format_grid,
+    parse_grid,
+    peak_in_flight,
+    peak_on_ranks,
+    ranks_of,
+    stage_count,
+)
+from spu.schedules.catalog import get, in_flight_bound, names, splits_backward, stage_ranks, stages_per_rank
 from spu.schedules.gpipe import forward_only, gpipe
+from spu.schedules.interleaved import interleaved
+from spu.schedules.layer_outer import layer_outer
 from spu.schedules.one_f_one_b import one_f_one_b
 from spu.schedules.simulate import simulate
 from spu.schedules.timeline import Span, Timeline
 from spu.schedules.validate import validate
+from spu.schedules.zero_bubble import zb, zbv
 
 __all__ = [
     "Action",
@@ -21,28 +33,21 @@ __all__ = [
     "forward_only",
     "get",
     "gpipe",
+    "in_flight_bound",
+    "interleaved",
+    "layer_outer",
     "names",
     "one_f_one_b",
     "parse_grid",
     "peak_in_flight",
+    "peak_on_ranks",
+    "ranks_of",
     "simulate",
+    "splits_backward",
+    "stage_count",
+    "stage_ranks",
+    "stages_per_rank",
     "validate",
+    "zb",
+    "zbv",
 ]
-
-_SCHEDULES: dict[str, Callable[[int, int], list[list[Action]]]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
-
-
-def names() -> list[str]:
-    """The names that `get` takes."""
-    return list(_SCHEDULES)
-
-
-def get(name: str) -> Callable[[int, int], list[list[Action]]]:
-    """The schedule function ``f(stages, microbatches) -> actions`` of this name.
-
-    Raises:
-        ValueError: for an unknown name; lists those there are.
-    """
-    if name not in _SCHEDULES:
-        raise ValueError(f"unknown schedule {name!r}; there are {', '.join(map(repr, _SCHEDULES))}")
-    return _SCHEDULES[name]

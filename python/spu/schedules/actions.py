@@ -1,9 +1,9 @@
-"""What a stage does, one action at a time, and how a schedule of them is printed."""
+"""What a rank does, one action at a time, and how a schedule of them is printed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 KINDS = ("F", "B", "I", "W")
@@ -40,25 +40,26 @@ class Action(NamedTuple):
 
 
 Actions = Sequence[Sequence[Action]]
-"""A schedule: one list of actions per stage, each in the order in which the stage runs it."""
+"""A schedule: one list of actions per rank, each in the order in which the rank runs it. A rank may have several
+stages; ``Action.stage`` counts over all of them, in the order in which a microbatch passes them."""
 
 
 def parse_grid(text: str) -> list[list[Action]]:
-    """One list of actions per non-empty line of ``text``: the actions of a stage, separated by blanks."""
+    """One list of actions per non-empty line of ``text``: the actions of a rank, separated by blanks."""
     return [[Action.parse(word) for word in line.split()] for line in text.splitlines() if line.strip()]
 
 
 def format_grid(actions: Actions, *, mark: tuple[int, int] | None = None, note: str = "") -> str:
-    """The schedule as text: a column per stage, a line per position in the stages' lists.
+    """The schedule as text: a column per rank, a line per position in the ranks' lists.
 
     Args:
-        actions: one list per stage.
-        mark: (stage row, position) of a cell to put in brackets; a position past the end of its list marks the
+        actions: one list per rank.
+        mark: (rank, position) of a cell to put in brackets; a position past the end of its list marks the
             place where an action is missing.
         note: what to write behind the arrow on the marked line.
     """
     steps = max([len(row) for row in actions] + ([mark[1] + 1] if mark else [0]))
-    heads = [f"stage {index}" for index in range(len(actions))]
+    heads = [f"rank {index}" for index in range(len(actions))]
     width = max([len(head) for head in heads] + [len(str(a)) + 2 for row in actions for a in row])
     margin = len(str(max(steps - 1, 0)))
     lines = [" ".join([" " * margin, *(head.ljust(width) for head in heads)]).rstrip()]
@@ -74,30 +75,93 @@ def format_grid(actions: Actions, *, mark: tuple[int, int] | None = None, note: 
     return "\n".join(lines)
 
 
+def stage_count(actions: Actions) -> int:
+    """How many stages a schedule has: one more than the highest it names, and one for each rank at least."""
+    return max([len(actions), *(action.stage + 1 for row in actions for action in row)])
+
+
+def ranks_of(actions: Actions) -> list[int]:
+    """The rank of each stage, taken from where its actions are; a stage without any is counted round the ranks.
+
+    Raises:
+        ScheduleError: if two ranks have actions of one stage.
+    """
+    homes: dict[int, int] = {}
+    for rank, row in enumerate(actions):
+        for action in row:
+            if homes.setdefault(action.stage, rank) != rank:
+                raise ScheduleError(
+                    f"stage {action.stage} is on rank {homes[action.stage]}, but {action} is in the list of rank {rank}"
+                )
+    return [homes.get(stage, stage % len(actions)) for stage in range(stage_count(actions))]
+
+
 def peak_in_flight(actions: Actions) -> list[int]:
     """Per stage, the most microbatches whose forward has begun and whose backward has not yet ended.
 
     This is what the saved activations of a stage are multiplied by. With a split backward the weight gradient (W)
     is what ends it. A microbatch that has no backward in the schedule is let go when its forward ends.
     """
-    peaks = []
+    peaks = [0] * stage_count(actions)
     for row in actions:
-        last = {a.microbatch: a.kind for a in row}  # the kind of the last action of each microbatch
-        held: set[int] = set()
-        peak = 0
-        for action in row:
-            held.add(action.microbatch)
-            peak = max(peak, len(held))
-            if action.kind == last[action.microbatch]:
-                held.discard(action.microbatch)
-        peaks.append(peak)
+        for held in _held(row):
+            for stage, count in held.items():
+                peaks[stage] = max(peaks[stage], count)
     return peaks
 
 
-def check_counts(stages: int, microbatches: int) -> None:
-    """Raises ValueError unless both are positive integers."""
-    for name, value in (("stages", stages), ("microbatches", microbatches)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+def peak_on_ranks(actions: Actions, sizes: Sequence[float] | None = None) -> list[float]:
+    """Per rank, the most that is held at one time: microbatches in flight, as in `peak_in_flight`, over its stages.
+
+    Args:
+        actions: one list per rank.
+        sizes: what one microbatch in flight at each stage counts, such as the bytes that it saves; 1 by default.
+    """
+    weights = [1] * stage_count(actions) if sizes is None else sizes
+    return [
+        max((sum(weights[stage] * count for stage, count in held.items()) for held in _held(row)), default=0)
+        for row in actions
+    ]
+
+
+def _held(row: Sequence[Action]) -> Iterator[dict[int, int]]:
+    """After the beginning of each action of a rank: stage -> microbatches in flight there."""
+    last = {(a.stage, a.microbatch): a.kind for a in row}  # the kind of the last action of each microbatch
+    open_: set[tuple[int, int]] = set()
+    count: dict[int, int] = {}
+    for action in row:
+        key = action.stage, action.microbatch
+        if key not in open_:
+            open_.add(key)
+            count[action.stage] = count.get(action.stage, 0) + 1
+        yield count
+        if action.kind == last[key]:
+            open_.discard(key)
+            count[action.stage] -= 1
+
+
+def check_counts(ranks: int, microbatches: int) -> None:
+    """Raises TypeError or ValueError unless both are positive integers."""
+    _check_positive("ranks", ranks)
+    _check_positive("microbatches", microbatches)
+
+
+def check_virtual(virtual: int) -> None:
+    """Raises TypeError or ValueError unless the number of stages on each rank is a positive integer."""
+    _check_positive("virtual", virtual)
+
+
+def one_stage_each(name: str, virtual: int) -> None:
+    """Raises ValueError where a schedule of one stage on each rank is asked for more."""
+    if virtual != 1:
+        raise ValueError(
+            f"schedule {name!r} has one stage on each rank, so virtual must be 1, got {virtual!r}; "
+            "'interleaved' and 'layer_outer' take more"
+        )
+
+
+def _check_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

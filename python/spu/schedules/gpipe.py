@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from spu.schedules.actions import Action, check_counts
+from collections.abc import Sequence
+
+from spu.schedules.actions import Action, check_counts, one_stage_each
 
 
-def gpipe(stages: int, microbatches: int) -> list[list[Action]]:
+def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The GPipe schedule: every stage runs all its forwards, then all its backwards.
 
     Backwards run in ascending microbatch order, not in GPipe's descending one, so that weight gradients are summed in
@@ -13,13 +15,38 @@ def gpipe(stages: int, microbatches: int) -> list[list[Action]]:
     microbatches at its peak. With equal stages the idle share is ``(p - 1) / (m + p - 1)``.
 
     Returns:
-        One list of actions per stage.
+        One list of actions per rank; each rank is one stage.
+
+    Raises:
+        ValueError: for counts below 1, or ``virtual`` other than 1.
     """
-    check_counts(stages, microbatches)
-    return [[Action(stage, kind, i) for kind in "FB" for i in range(microbatches)] for stage in range(stages)]
+    check_counts(ranks, microbatches)
+    one_stage_each("gpipe", virtual)
+    return [[Action(rank, kind, i) for kind in "FB" for i in range(microbatches)] for rank in range(ranks)]
 
 
-def forward_only(stages: int, microbatches: int) -> list[list[Action]]:
-    """Only the forwards, in ascending microbatch order: evaluation."""
-    check_counts(stages, microbatches)
-    return [[Action(stage, "F", i) for i in range(microbatches)] for stage in range(stages)]
+def gpipe_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
+    """Microbatches that each rank holds at most."""
+    return [microbatches] * ranks
+
+
+def forward_only(ranks: int, microbatches: int, *, stage_ranks: Sequence[int] | None = None) -> list[list[Action]]:
+    """Only the forwards: evaluation.
+
+    Args:
+        ranks: how many devices work side by side.
+        microbatches: how many microbatches each stage runs, in ascending order.
+        stage_ranks: the rank of each stage, by default one stage for each rank. Where a rank has several, it takes
+            ``ranks`` microbatches through one of them before it turns to its next, so that all ranks stay busy and
+            few outputs wait.
+
+    Returns:
+        One list of actions per rank.
+    """
+    check_counts(ranks, microbatches)
+    homes = list(range(ranks)) if stage_ranks is None else list(stage_ranks)
+    groups = [range(first, min(first + ranks, microbatches)) for first in range(0, microbatches, ranks)]
+    return [
+        [Action(stage, "F", i) for group in groups for stage, home in enumerate(homes) if home == rank for i in group]
+        for rank in range(ranks)
+    ]

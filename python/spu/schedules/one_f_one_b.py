@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from spu.schedules.actions import Action, check_counts
+from spu.schedules.actions import Action, check_counts, one_stage_each
 
 
-def one_f_one_b(stages: int, microbatches: int) -> list[list[Action]]:
+def one_f_one_b(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The 1F1B schedule: a few forwards to fill the pipeline, then forward and backward in turn, then what is left.
 
-    Stage ``s`` of ``p`` holds the activations of at most ``min(m, p - s)`` microbatches, whereas GPipe holds ``m``;
+    Rank ``r`` of ``p`` holds the activations of at most ``min(m, p - r)`` microbatches, whereas GPipe holds ``m``;
     with equal stages the idle share is GPipe's, ``(p - 1) / (m + p - 1)``. Backwards run in ascending order.
 
     Returns:
-        One list of actions per stage.
+        One list of actions per rank; each rank is one stage.
+
+    Raises:
+        ValueError: for counts below 1, or ``virtual`` other than 1.
     """
-    check_counts(stages, microbatches)
-    return [_stage_actions(stage, stages, microbatches) for stage in range(stages)]
+    check_counts(ranks, microbatches)
+    one_stage_each("1f1b", virtual)
+    return [_rank_actions(rank, ranks, microbatches) for rank in range(ranks)]
 
 
-def _stage_actions(stage: int, stages: int, microbatches: int) -> list[Action]:
-    warmup = min(microbatches, stages - 1 - stage)
+def _rank_actions(stage: int, ranks: int, microbatches: int) -> list[Action]:
+    warmup = min(microbatches, ranks - 1 - stage)
     row = [Action(stage, "F", i) for i in range(warmup)]
     for i in range(microbatches - warmup):
         row += [Action(stage, "F", warmup + i), Action(stage, "B", i)]
     row += [Action(stage, "B", i) for i in range(microbatches - warmup, microbatches)]
     return row
+
+
+def one_f_one_b_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
+    """Microbatches that each rank holds at most."""
+    return [min(microbatches, ranks - rank) for rank in range(ranks)]

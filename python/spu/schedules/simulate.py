@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from spu.schedules.actions import KINDS, Action, Actions
+from spu.schedules.actions import KINDS, Action, Actions, ranks_of
 from spu.schedules.timeline import Span, Timeline
 from spu.schedules.validate import find_deadlock, marked_error
 
-Durations = Mapping[Any, float] | Sequence[tuple[float, float]]
-"""Seconds by ``(stage, kind)`` or by ``Action``, or one (F, B) pair per stage."""
+Durations = Mapping[Any, float] | Sequence[tuple[float, ...]]
+"""Seconds by ``(stage, kind)`` or by ``Action``, or per stage a pair (F, B) or a triple (F, I, W)."""
 
 
 class FlatSchedule(NamedTuple):
-    """A schedule as arrays, the one form that both simulators read. Entry k is the k-th action, stage by stage."""
+    """A schedule as arrays, the one form that both simulators read. Entry k is the k-th action, rank by rank."""
 
-    first: list[int]  # [stages + 1] index of each stage's first action, then the number of actions
+    first: list[int]  # [ranks + 1] index of each rank's first action, then the number of actions
+    stages: list[int]  # [actions]
     kinds: list[int]  # [actions] index into KINDS
     microbatches: list[int]  # [actions]
     seconds: list[float]  # [actions]
@@ -31,16 +33,18 @@ def simulate(
     *,
     backend: str = "auto",
 ) -> Timeline:
-    """Runs a schedule on a clock: every action starts as soon as its stage is free and its inputs have arrived.
+    """Runs a schedule on a clock: every action starts as soon as its rank is free and its inputs have arrived.
 
     An input arrives ``transfers[b]`` seconds after the action that made it ended; transfers over boundary ``b``
-    (between stages b and b + 1) keep neither stage busy and do not delay one another.
+    (between stages b and b + 1) keep neither rank busy and do not delay one another.
 
     Args:
-        actions: one list of actions per stage, as `validate` accepts it.
-        durations: seconds per ``(stage, kind)``, or per ``Action`` where single actions differ (looked up first), or
-            one ``(F, B)`` pair per stage.
-        transfers: seconds per boundary, one number for all or one each.
+        actions: one list of actions per rank, as `validate` accepts it.
+        durations: seconds per ``(stage, kind)``, or per ``Action`` where single actions differ (looked up first); or
+            for each stage a pair (F, B), of which I and W take half of B each, or a triple (F, I, W), of which B takes
+            I + W.
+        transfers: seconds per boundary: one each, or one number for all that lie between two ranks (a boundary inside
+            a rank then takes no time).
         backend: "python", "cpp" (`spu._host`), or "auto": cpp if it was built. Both give the same bits.
 
     Returns:
@@ -58,7 +62,7 @@ def simulate(
         assert fault is not None, "the simulator stopped in a schedule without deadlock"
         raise marked_error(actions, *fault)
     order = [action for row in actions for action in row]
-    return Timeline.from_spans(map(_span, order, starts, ends), len(actions))
+    return Timeline.from_spans(map(_span, order, starts, ends), ranks=ranks_of(actions))
 
 
 def _span(action: Action, start: float, end: float) -> Span:
@@ -82,26 +86,32 @@ def _runner(backend: str) -> Callable[..., tuple[list[float], list[float]]]:
 
 def flatten(actions: Actions, durations: Durations, transfers: float | Sequence[float]) -> FlatSchedule:
     """The schedule, its durations and transfers as checked arrays."""
-    stages = len(actions)
-    first, kinds, microbatches, seconds = [0], [], [], []
+    first, stages, kinds, microbatches, seconds = [0], [], [], [], []
     for row_index, row in enumerate(actions):
         for position, action in enumerate(row):
-            if action.stage != row_index or action.kind not in KINDS or action.microbatch < 0:
-                raise marked_error(actions, row_index, position, f"{action} is no action of stage {row_index}")
+            if action.stage < 0 or action.kind not in KINDS or action.microbatch < 0:
+                raise marked_error(actions, row_index, position, f"{action} is no action")
+            stages.append(action.stage)
             kinds.append(KINDS.index(action.kind))
             microbatches.append(action.microbatch)
             seconds.append(_seconds(durations, action))
         first.append(len(kinds))
+    links = _links(ranks_of(actions), transfers)
+    return FlatSchedule(first, stages, kinds, microbatches, seconds, links)
+
+
+def _links(ranks: Sequence[int], transfers: float | Sequence[float]) -> list[float]:
     if isinstance(transfers, Sequence):
         links = [float(value) for value in transfers]
     else:
-        links = [float(transfers)] * max(stages - 1, 0)
-    if len(links) != max(stages - 1, 0):
-        raise ValueError(f"{stages} stages have {max(stages - 1, 0)} boundaries, but transfers has {len(links)} values")
+        links = [float(transfers) if before != after else 0.0 for before, after in itertools.pairwise(ranks)]
+    boundaries = max(len(ranks) - 1, 0)
+    if len(links) != boundaries:
+        raise ValueError(f"{len(ranks)} stages have {boundaries} boundaries, but transfers has {len(links)} values")
     for index, value in enumerate(links):
         if not 0.0 <= value < math.inf:
             raise ValueError(f"transfers[{index}] must be a finite number of seconds, 0 or more, got {value}")
-    return FlatSchedule(first, kinds, microbatches, seconds, links)
+    return links
 
 
 def _seconds(durations: Durations, action: Action) -> float:
@@ -109,7 +119,7 @@ def _seconds(durations: Durations, action: Action) -> float:
         if isinstance(durations, Mapping):
             value = durations[action] if action in durations else durations[action.stage, action.kind]
         else:
-            value = durations[action.stage]["FB".index(action.kind)]
+            value = _of_stage(durations[action.stage], action.kind)
     except (KeyError, IndexError, ValueError):
         raise ValueError(
             f"no duration for {action}: give durations[{action.stage}, {action.kind!r}] in seconds"
@@ -119,47 +129,60 @@ def _seconds(durations: Durations, action: Action) -> float:
     return float(value)
 
 
+def _of_stage(seconds: Sequence[float], kind: str) -> float:
+    if len(seconds) == 2:
+        forward, backward = seconds
+        return forward if kind == "F" else backward if kind == "B" else backward / 2
+    forward, inputs, weights = seconds
+    return {"F": forward, "B": inputs + weights, "I": inputs, "W": weights}[kind]
+
+
 def run_flat(
-    first: list[int], kinds: list[int], microbatches: list[int], seconds: list[float], transfers: list[float]
+    first: list[int],
+    stages: list[int],
+    kinds: list[int],
+    microbatches: list[int],
+    seconds: list[float],
+    transfers: list[float],
 ) -> tuple[list[float], list[float]]:
     """The simulator itself: (starts, ends) of every action, NaN for those that can never start.
 
     The definition of what ``csrc/host/simulate.cpp`` computes: the same sums and maxima in the same order.
     """
-    stages = len(first) - 1
+    ranks, last = len(first) - 1, len(transfers)
     columns = max(microbatches, default=-1) + 1
     count = len(kinds)
     starts, ends = [math.nan] * count, [math.nan] * count
-    # When the forward, the input gradient and the whole backward of [stage, microbatch] ended.
-    forward = [math.nan] * (stages * columns)
-    gradient = [math.nan] * (stages * columns)
-    head, clock = list(first[:-1]), [0.0] * stages
+    # When the forward and the gradient of the input of [stage, microbatch] ended.
+    forward = [math.nan] * ((last + 1) * columns)
+    gradient = [math.nan] * ((last + 1) * columns)
+    head, clock = list(first[:-1]), [0.0] * ranks
     moved = True
     while moved:
         moved = False
-        for stage in range(stages):
-            while head[stage] < first[stage + 1]:
-                k = head[stage]
+        for rank in range(ranks):
+            while head[rank] < first[rank + 1]:
+                k = head[rank]
+                stage, kind = stages[k], KINDS[kinds[k]]
                 cell = stage * columns + microbatches[k]
-                kind = KINDS[kinds[k]]
-                ready = clock[stage]
+                ready = clock[rank]
                 if kind == "F" and stage > 0:
                     ready = _later(ready, forward[cell - columns] + transfers[stage - 1])
                 elif kind == "W":
                     ready = _later(ready, gradient[cell])
                 elif kind in ("B", "I"):
                     ready = _later(ready, forward[cell])
-                    if stage < stages - 1:
+                    if stage < last:
                         ready = _later(ready, gradient[cell + columns] + transfers[stage])
                 if math.isnan(ready):
                     break
                 end = ready + seconds[k]
-                starts[k], ends[k], clock[stage] = ready, end, end
+                starts[k], ends[k], clock[rank] = ready, end, end
                 if kind == "F":
                     forward[cell] = end
                 elif kind != "W":
                     gradient[cell] = end
-                head[stage] += 1
+                head[rank] += 1
                 moved = True
     return starts, ends
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,32 +31,51 @@ class Timeline:
 
     Attributes:
         stages: number of stages, those without a span included.
-        spans: ordered by stage, then by start; spans of one stage do not overlap.
+        spans: ordered by stage, then by start; spans of one rank do not overlap.
+        ranks: the rank of each stage; stage ``s`` on rank ``s`` where nothing else is said.
     """
 
     stages: int
     spans: tuple[Span, ...]
+    ranks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            object.__setattr__(self, "ranks", tuple(range(self.stages)))
 
     @classmethod
-    def from_spans(cls, spans: Iterable[Span | tuple[int, str, int, float, float]], stages: int = 0) -> Timeline:
+    def from_spans(
+        cls,
+        spans: Iterable[Span | tuple[int, str, int, float, float]],
+        stages: int = 0,
+        *,
+        ranks: Sequence[int] | None = None,
+    ) -> Timeline:
         """A timeline of spans in any order.
 
         Args:
             spans: ``Span``s or equal tuples; times on any one clock.
             stages: number of stages, if more than the spans name.
+            ranks: the rank of each stage; by default each has one of its own.
 
         Raises:
-            ValueError: if a span has a negative stage, ends before it starts, is not finite, or overlaps another of
-                its stage.
+            ValueError: if a span has a negative stage or one without a rank, ends before it starts, is not finite, or
+                overlaps another of its rank.
         """
         ordered = sorted((Span(*span) for span in spans), key=lambda s: (s.stage, s.start, s.end))
         for span in ordered:
             if span.stage < 0 or not (math.isfinite(span.start) and math.isfinite(span.end)) or span.end < span.start:
                 raise ValueError(f"{span} is no span: the stage is at least 0 and the end not before the start")
-        for before, after in itertools.pairwise(ordered):
-            if before.stage == after.stage and after.start < before.end:
-                raise ValueError(f"{before} and {after} overlap: a stage does one action at a time")
-        return cls(max([stages, *(span.stage + 1 for span in ordered)]), tuple(ordered))
+        count = max([stages, *(span.stage + 1 for span in ordered)])
+        homes = tuple(range(count)) if ranks is None else tuple(ranks)
+        if len(homes) < count:
+            raise ValueError(f"there are {count} stages, but ranks has {len(homes)} entries; give one for each stage")
+        timeline = cls(len(homes), tuple(ordered), homes)
+        for rank in range(timeline.rank_count):
+            for before, after in itertools.pairwise(timeline.of_rank(rank)):
+                if after.start < before.end:
+                    raise ValueError(f"{before} and {after} overlap: a rank does one action at a time")
+        return timeline
 
     @property
     def start(self) -> float:
@@ -74,28 +93,35 @@ class Timeline:
         return self.end - self.start
 
     @property
+    def rank_count(self) -> int:
+        """Number of ranks: the rows of a picture."""
+        return max(self.ranks, default=-1) + 1
+
+    @property
     def busy(self) -> list[float]:
-        """Seconds of work of each stage."""
-        seconds: list[list[float]] = [[] for _ in range(self.stages)]
-        for span in self.spans:
-            seconds[span.stage].append(span.seconds)
-        return [math.fsum(parts) for parts in seconds]
+        """Seconds of work of each rank."""
+        return [math.fsum(span.seconds for span in self.of_rank(rank)) for rank in range(self.rank_count)]
 
     @property
     def idle_share(self) -> float:
-        """Share of the stages' time in which nothing ran: ``1 - sum(busy) / (stages * makespan)``; the bubble."""
+        """Share of the ranks' time in which nothing ran: ``1 - sum(busy) / (ranks * makespan)``; the bubble."""
         if self.makespan <= 0.0:
             return 0.0
-        return max(0.0, 1.0 - math.fsum(self.busy) / (self.stages * self.makespan))
+        return max(0.0, 1.0 - math.fsum(self.busy) / (self.rank_count * self.makespan))
 
     @property
     def peak_in_flight(self) -> list[int]:
         """Per stage, the most microbatches that were between the start of their forward and the end of backward."""
-        return peak_in_flight([[Action(s.stage, s.kind, s.microbatch) for s in self.of(k)] for k in range(self.stages)])
+        peaks = peak_in_flight([[Action(*span[:3]) for span in self.of_rank(r)] for r in range(self.rank_count)])
+        return [*peaks, *[0] * (self.stages - len(peaks))][: self.stages]
 
     def of(self, stage: int) -> list[Span]:
         """The spans of one stage, by start."""
         return [span for span in self.spans if span.stage == stage]
+
+    def of_rank(self, rank: int) -> list[Span]:
+        """The spans of all stages of one rank, by start."""
+        return sorted((s for s in self.spans if self.ranks[s.stage] == rank), key=lambda s: (s.start, s.end))
 
     def mean_durations(self) -> dict[tuple[int, str], float]:
         """Mean seconds per (stage, kind): what `simulate` takes to ask how well these times could have been packed."""
@@ -108,13 +134,17 @@ class Timeline:
         """The same timeline with its first action at 0."""
         origin = self.start
         moved = (span._replace(start=span.start - origin, end=span.end - origin) for span in self.spans)
-        return Timeline(self.stages, tuple(moved))
+        return Timeline(self.stages, tuple(moved), self.ranks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for a JSON file."""
-        return {"stages": self.stages, "spans": [list(span) for span in self.spans]}
+        return {
+            "stages": self.stages,
+            "ranks": list(self.ranks),
+            "spans": [list(span) for span in self.spans],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timeline:
-        """The inverse of `to_dict`."""
-        return cls.from_spans((Span(*span) for span in data["spans"]), int(data["stages"]))
+        """The inverse of `to_dict`; also reads files without ranks, in which every stage has its own."""
+        return cls.from_spans((Span(*span) for span in data["spans"]), int(data["stages"]), ranks=data.get("ranks"))

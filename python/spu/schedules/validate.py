@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from spu.schedules.actions import KINDS, Action, Actions, ScheduleError, check_counts, format_grid
+from spu.schedules.actions import KINDS, Action, Actions, ScheduleError, check_counts, format_grid, stage_count
 
 
-def validate(actions: Actions, stages: int, microbatches: int, *, forward_only: bool = False) -> None:
-    """Checks that every stage does all of its work, in an order that all stages together can run.
+def validate(
+    actions: Actions,
+    ranks: int,
+    microbatches: int,
+    *,
+    stage_ranks: Sequence[int] | None = None,
+    forward_only: bool = False,
+) -> None:
+    """Checks that every rank does all of its stages' work, in an order that all ranks together can run.
 
-    On each stage every microbatch has one F, and then either one B or one I followed by one W. Forwards, and the
-    actions that add weight gradients (B and W), are in ascending microbatch order: the sums are then those of one
-    device, bit for bit, and channels between stages need no reordering. No action waits for one that cannot come.
+    On each stage every microbatch has one F, and then either one B or one I followed by one W. A stage's forwards, and
+    its actions that add weight gradients (B and W), are in ascending microbatch order: the sums are then those of one
+    device, bit for bit. No action waits for one that cannot come.
 
     Args:
-        actions: one list of actions per stage.
-        stages: how many stages there must be.
-        microbatches: how many microbatches each must process.
+        actions: one list of actions per rank.
+        ranks: how many ranks there must be.
+        microbatches: how many microbatches each stage must process.
+        stage_ranks: the rank of each stage, as `stage_ranks` gives it; by default one stage for each rank.
         forward_only: expect forwards alone, as for evaluation.
 
     Raises:
         ScheduleError: whose text is the reason and the grid with the first bad action marked. "First" is by position
-            in the stages' lists, then by stage.
+            in the ranks' lists, then by rank.
     """
-    check_counts(stages, microbatches)
-    if len(actions) != stages:
-        raise ScheduleError(f"the schedule has {len(actions)} lists of actions for {stages} stages")
-    bad = min((found for row in range(stages) for found in _row_faults(actions, row, microbatches, forward_only)),
+    check_counts(ranks, microbatches)
+    homes = range(ranks) if stage_ranks is None else stage_ranks
+    if len(actions) != ranks:
+        raise ScheduleError(f"the schedule has {len(actions)} lists of actions for {ranks} ranks")
+    bad = min((found for row in range(ranks) for found in _row_faults(actions, row, homes, microbatches, forward_only)),
               key=lambda found: (found[1], found[0]), default=None)  # fmt: skip
     if bad is None:
         bad = find_deadlock(actions)
@@ -38,7 +47,7 @@ def validate(actions: Actions, stages: int, microbatches: int, *, forward_only: 
 def marked_error(actions: Actions, row: int, position: int, reason: str) -> ScheduleError:
     """The error that shows the grid with one action marked."""
     grid = format_grid(actions, mark=(row, position), note=reason)
-    return ScheduleError(f"invalid schedule, stage {row}, position {position}: {reason}\n{grid}")
+    return ScheduleError(f"invalid schedule, rank {row}, position {position}: {reason}\n{grid}")
 
 
 def needs(action: Action, stages: int) -> list[tuple[Action, ...]]:
@@ -58,11 +67,12 @@ def find_deadlock(actions: Actions) -> tuple[int, int, str] | None:
     """Runs the schedule without a clock; (row, position, reason) of the first action that can never start."""
     done: set[Action] = set()
     heads = [0] * len(actions)
+    stages = stage_count(actions)
     moved = True
     while moved:
         moved = False
         for index, row in enumerate(actions):
-            while heads[index] < len(row) and not _missing(row[heads[index]], len(actions), done):
+            while heads[index] < len(row) and not _missing(row[heads[index]], stages, done):
                 done.add(row[heads[index]])
                 heads[index] += 1
                 moved = True
@@ -72,7 +82,7 @@ def find_deadlock(actions: Actions) -> tuple[int, int, str] | None:
     waits = []
     for index in stuck:
         action = actions[index][heads[index]]
-        waits.append(f"{action} waits for {_missing(action, len(actions), done)}")
+        waits.append(f"{action} waits for {_missing(action, stages, done)}")
     first = min(stuck, key=lambda index: (heads[index], index))
     return first, heads[first], "deadlock: " + ", ".join(waits)
 
@@ -84,60 +94,68 @@ def _missing(action: Action, stages: int, done: set[Action]) -> str:
     return ""
 
 
-def _row_faults(actions: Actions, row: int, microbatches: int, forward_only: bool) -> Iterator[tuple[int, int, str]]:
-    """The first fault that one stage's list shows by itself, as (row, position, reason)."""
-    seen: dict[tuple[str, int], int] = {}
-    newest = {"F": -1, "gradient": -1}
+class _Seen:
+    """What one stage has done before an action."""
+
+    def __init__(self) -> None:
+        self.positions: dict[tuple[str, int], int] = {}  # (kind, microbatch) -> where
+        self.newest = {"F": -1, "gradient": -1}  # microbatch of the last forward, and of the last B or W
+
+    def add(self, action: Action, position: int) -> None:
+        self.positions[action.kind, action.microbatch] = position
+        if action.kind != "I":
+            self.newest["F" if action.kind == "F" else "gradient"] = action.microbatch
+
+    def unfinished(self, i: int, forward_only: bool) -> str:
+        """The kind of action that microbatch ``i`` still lacks, or the empty string."""
+        if ("F", i) not in self.positions:
+            return "F"
+        if forward_only or ("B", i) in self.positions or ("W", i) in self.positions:
+            return ""
+        return "W" if ("I", i) in self.positions else "B"
+
+
+def _row_faults(
+    actions: Actions, row: int, homes: Sequence[int], microbatches: int, forward_only: bool
+) -> Iterator[tuple[int, int, str]]:
+    """The first fault that one rank's list shows by itself, as (row, position, reason)."""
+    seen = {stage: _Seen() for stage, home in enumerate(homes) if home == row}
     for position, action in enumerate(actions[row]):
-        reason = _fault(action, row, microbatches, seen, newest, forward_only)
+        if action.stage not in seen:
+            own = ", ".join(map(str, seen)) or "none"
+            yield row, position, f"{action} is no action of rank {row}, whose stages are: {own}"
+            return
+        reason = _fault(action, microbatches, seen[action.stage], forward_only)
         if reason:
             yield row, position, reason
             return
-        seen[action.kind, action.microbatch] = position
-        if action.kind != "I":
-            newest["F" if action.kind == "F" else "gradient"] = action.microbatch
-    for i in range(microbatches):
-        missing = _unfinished(i, seen, forward_only)
-        if missing:
-            yield row, len(actions[row]), f"{row}{missing}{i} is missing"
-            return
+        seen[action.stage].add(action, position)
+    for stage, done in seen.items():
+        for i in range(microbatches):
+            missing = done.unfinished(i, forward_only)
+            if missing:
+                yield row, len(actions[row]), f"{stage}{missing}{i} is missing"
+                return
 
 
-def _fault(
-    action: Action,
-    row: int,
-    microbatches: int,
-    seen: dict[tuple[str, int], int],
-    newest: dict[str, int],
-    forward_only: bool,
-) -> str:
+def _fault(action: Action, microbatches: int, seen: _Seen, forward_only: bool) -> str:
     stage, kind, i = action
+    positions = seen.positions
     if kind not in KINDS:
         return f"{kind!r} is no kind of action; the kinds are {' '.join(KINDS)}"
-    if stage != row:
-        return f"{action} is an action of stage {stage} in the list of stage {row}"
     if not 0 <= i < microbatches:
         return f"{action} names microbatch {i}, but there are {microbatches} (0 to {microbatches - 1})"
     if forward_only and kind != "F":
         return f"{action} is not a forward, and the schedule is to be forward only"
-    if (kind, i) in seen:
-        return f"{action} is done twice, first at position {seen[kind, i]}"
-    if kind in "BI" and ("F", i) not in seen:
+    if (kind, i) in positions:
+        return f"{action} is done twice, first at position {positions[kind, i]}"
+    if kind in "BI" and ("F", i) not in positions:
         return f"{action} comes before {stage}F{i}"
-    if kind in "BI" and ("I" if kind == "B" else "B", i) in seen:
+    if kind in "BI" and ("I" if kind == "B" else "B", i) in positions:
         return f"{action} repeats a backward that {stage}{'I' if kind == 'B' else 'B'}{i} has done"
-    if kind == "W" and ("I", i) not in seen:
+    if kind == "W" and ("I", i) not in positions:
         return f"{action} comes before {stage}I{i}"
     order = "F" if kind == "F" else "gradient"
-    if kind != "I" and i < newest[order]:
-        return f"{action} comes after microbatch {newest[order]}; microbatches go in ascending order"
+    if kind != "I" and i < seen.newest[order]:
+        return f"{action} comes after microbatch {seen.newest[order]}; microbatches go in ascending order"
     return ""
-
-
-def _unfinished(i: int, seen: dict[tuple[str, int], int], forward_only: bool) -> str:
-    """The kind of action that microbatch ``i`` still lacks, or the empty string."""
-    if ("F", i) not in seen:
-        return "F"
-    if forward_only or ("B", i) in seen or ("W", i) in seen:
-        return ""
-    return "W" if ("I", i) in seen else "B"

@@ -1,0 +1,158 @@
+"""Whole batches through the stages: cut into microbatches, run by the plan's schedule, gradients added up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spu import schedules
+from spu.engine.build import DTYPES, Built
+from spu.engine.local import LocalEngine, Round
+from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
+from spu.engine.result import join_outputs, sum_losses
+from spu.engine.update import OptimizerFactory, Updater
+from spu.precision import LossScaler
+from spu.schedules import Timeline
+
+if TYPE_CHECKING:
+    from spu.plan import Plan
+
+__all__ = ["Pass", "Runner", "split_inputs"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward of a whole batch left behind, but for the gradients.
+
+    Attributes:
+        loss: mean over the batch's counted targets, fp32, 0-dimensional.
+        outputs: the last stage's, the whole batch in one; None if they were not to be kept.
+        counted: how many targets counted.
+        timeline: of the last run of the schedule, in seconds from its start.
+    """
+
+    loss: torch.Tensor
+    outputs: Any
+    counted: int | torch.Tensor
+    timeline: Timeline
+
+
+def split_inputs(inputs: Any, parts: int, precision: str) -> list[Any]:
+    """A batch of inputs as microbatches in the precision's dtype. Raises ValueError as `split_batch`."""
+    return [cast(unscaled_leaves(part), DTYPES[precision]) for part in split_batch(inputs, parts)]
+
+
+class Runner:
+    """Runs batches through stages as a plan says.
+
+    Args:
+        built: the stages.
+        plan: what they were built by.
+        scaler: the loss scaler.
+        backend: a forced kernel backend, or None.
+        loss_weight: ``loss_weight(targets)`` -> how much a microbatch counts; None for its counted targets.
+        ignore_index: the target that does not count.
+        optimizer, lr, max_grad_norm: as `Updater` takes them.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        plan: Plan,
+        scaler: LossScaler,
+        *,
+        backend: str | None,
+        loss_weight: Callable[[Any], Any] | None,
+        ignore_index: int,
+        optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
+        lr: float | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.built = built
+        self._plan = plan
+        self._actions = plan.actions()
+        self._ranks = [plan.devices.index(stage.device) for stage in plan.stages]
+        self._loss_weight = loss_weight
+        self._ignore_index = ignore_index
+        self.engine = LocalEngine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
+        try:
+            self.updater = Updater(built, self.engine, scaler, optimizer=optimizer, lr=lr, max_grad_norm=max_grad_norm)
+        except BaseException:
+            built.restore()
+            raise
+        built.masters.clear()  # the optimizers own them now
+
+    def accumulate(self, inputs: Any, targets: Any, *, seed: int, step: int, keep_outputs: bool = False) -> Pass:
+        """Forward and backward of a whole batch; gradients are left where `Updater.reduce` finds them.
+
+        Args:
+            inputs, targets: pytrees of tensors, [batch, ...] each.
+            seed, step: with the microbatch's number, they decide the random draws.
+            keep_outputs: join the last stage's outputs.
+
+        Raises:
+            ValueError: a batch that cannot be split as planned, or without a counted target.
+            StageError: a stage failed; the gradients are gone.
+        """
+        size = self._plan.microbatches
+        parts = size * self._plan.accumulate
+        inputs_by_part = split_inputs(inputs, parts, self._plan.precision)
+        targets_by_part = split_batch(targets, parts, "targets")
+        weights = target_weights(targets_by_part, self._loss_weight, self._ignore_index)
+        losses: dict[int, torch.Tensor] = {}
+        outputs: list[Any] = []
+        timelines = []
+        self.updater.begin_step()
+        try:
+            for first in range(0, parts, size):
+                own = slice(first, first + size)
+                work = Round(
+                    self._actions,
+                    inputs_by_part[own],
+                    targets_by_part[own],
+                    weights[own],
+                    seed,
+                    step,
+                    first,
+                    self.updater.scopes,
+                    keep_outputs,
+                )
+                timelines.append(self.engine.run(work))
+                losses.update({first + index: loss for index, loss in work.losses.items()})
+                outputs.extend(work.outputs[index] for index in sorted(work.outputs))
+        except BaseException:
+            self.updater.clear_gradients()
+            raise
+        counted = sum(count_targets(part, self._ignore_index) for part in targets_by_part)
+        return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
+
+    def evaluate(self, inputs: Any, targets: Any, *, seed: int, step: int) -> torch.Tensor:
+        """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional."""
+        modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
+        training = [module for module in modules if module.training]
+        parts = min(self._plan.microbatches, batch_rows(inputs))
+        targets_by_part = split_batch(targets, parts, "targets")
+        work = Round(
+            schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks),
+            split_inputs(inputs, parts, self._plan.precision),
+            targets_by_part,
+            target_weights(targets_by_part, self._loss_weight, self._ignore_index),
+            seed,
+            step,
+        )
+        try:
+            for module in training:
+                module.training = False
+            self.engine.run(work)
+        finally:
+            for module in training:
+                module.training = True
+        return sum_losses(work.losses)
+
+    def close(self) -> None:
+        """End the worker threads and give the model back with its ties; harmless when called twice."""
+        self.engine.close()
+        self.updater.close()

@@ -1,0 +1,112 @@
+"""The schedules by name, and which rank runs which of their stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from spu.schedules.actions import Action, check_counts, check_virtual
+from spu.schedules.gpipe import gpipe, gpipe_bound
+from spu.schedules.interleaved import interleaved, interleaved_bound
+from spu.schedules.layer_outer import layer_outer, layer_outer_bound
+from spu.schedules.one_f_one_b import one_f_one_b, one_f_one_b_bound
+from spu.schedules.zero_bubble import zb, zb_bound, zbv, zbv_bound
+
+
+class ScheduleFunction(Protocol):
+    """What `get` returns."""
+
+    def __call__(self, ranks: int, microbatches: int, *, virtual: int = ...) -> list[list[Action]]:
+        """One list of actions per rank."""
+        ...
+
+
+class _Entry(NamedTuple):
+    make: ScheduleFunction
+    bound: Callable[[int, int, int], list[int]]
+    virtual: int  # stages on each rank where nothing else is asked for
+    any_virtual: bool = False
+    splits_backward: bool = False
+    turns_back: bool = False  # stages go down the ranks and up again, instead of round and round
+
+
+_SCHEDULES = {
+    "gpipe": _Entry(gpipe, gpipe_bound, 1),
+    "1f1b": _Entry(one_f_one_b, one_f_one_b_bound, 1),
+    "interleaved": _Entry(interleaved, interleaved_bound, 2, any_virtual=True),
+    "zb": _Entry(zb, zb_bound, 1, splits_backward=True),
+    "zbv": _Entry(zbv, zbv_bound, 2, splits_backward=True, turns_back=True),
+    "layer_outer": _Entry(layer_outer, layer_outer_bound, 1, any_virtual=True),
+}
+
+
+def names() -> list[str]:
+    """The names that `get` takes."""
+    return list(_SCHEDULES)
+
+
+def get(name: str) -> ScheduleFunction:
+    """The schedule function ``f(ranks, microbatches, *, virtual) -> actions`` of this name.
+
+    Raises:
+        ValueError: for an unknown name; lists those there are.
+    """
+    return _entry(name).make
+
+
+def stages_per_rank(name: str, virtual: int | None = None) -> int:
+    """How many stages each rank has under a schedule.
+
+    Args:
+        name: of the schedule.
+        virtual: what is asked for; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
+
+    Raises:
+        ValueError: the schedule cannot have that many, or its name is unknown.
+    """
+    entry = _entry(name)
+    if virtual is None:
+        return entry.virtual
+    check_virtual(virtual)
+    if virtual != entry.virtual and not entry.any_virtual:
+        others = ", ".join(repr(other) for other, it in _SCHEDULES.items() if it.any_virtual)
+        raise ValueError(
+            f"schedule {name!r} has {entry.virtual} stage{'s' * (entry.virtual > 1)} on each rank, so virtual must be "
+            f"{entry.virtual}, got {virtual}; any number goes with {others}"
+        )
+    return virtual
+
+
+def stage_ranks(name: str, ranks: int, virtual: int | None = None) -> list[int]:
+    """The rank of each stage under a schedule, in the order in which a microbatch passes the stages.
+
+    Args:
+        name: of the schedule.
+        ranks: how many devices.
+        virtual: stages on each rank; None for the schedule's own number.
+
+    Raises:
+        ValueError: as `stages_per_rank`.
+    """
+    check_counts(ranks, 1)
+    count = stages_per_rank(name, virtual)
+    if _entry(name).turns_back:
+        return [*range(ranks), *reversed(range(ranks))]
+    return [stage % ranks for stage in range(ranks * count)]
+
+
+def splits_backward(name: str) -> bool:
+    """Whether a schedule has I and W in place of B."""
+    return _entry(name).splits_backward
+
+
+def in_flight_bound(name: str, ranks: int, microbatches: int, virtual: int | None = None) -> list[int]:
+    """Per rank, what a schedule's `peak_on_ranks` never exceeds: microbatches of a stage held at one time."""
+    check_counts(ranks, microbatches)
+    return _entry(name).bound(ranks, microbatches, stages_per_rank(name, virtual))
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; there are {', '.join(map(repr, _SCHEDULES))}")
+    return _SCHEDULES[name]

@@ -1,0 +1,34 @@
+"""All microbatches through one layer before the next (Lamy-Poirier, "Breadth-First Pipeline Parallelism", 2022)."""
+
+from __future__ import annotations
+
+from spu.schedules.actions import Action, check_counts, check_virtual
+
+
+def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
+    """The layer-outer schedule: stage ``s`` is on rank ``s % ranks``; a rank finishes a stage before its next one.
+
+    A rank runs the forwards of all microbatches through its first stage, then all through its second, and so on;
+    then all backwards in the reverse order of stages. A stage's weights are then needed twice a step, however many
+    microbatches there are, which is what streaming weights from the host asks for. Every stage holds the activations
+    of all microbatches at its peak. The idle share of equal stages is ``(p - 1) / (v * m + p - 1)`` for ``m >= p``.
+
+    Returns:
+        One list of actions per rank.
+
+    Raises:
+        ValueError: for counts below 1.
+    """
+    check_counts(ranks, microbatches)
+    check_virtual(virtual)
+    rows = []
+    for rank in range(ranks):
+        stages = range(rank, ranks * virtual, ranks)
+        forwards = [Action(stage, "F", i) for stage in stages for i in range(microbatches)]
+        rows.append(forwards + [Action(stage, "B", i) for stage in reversed(stages) for i in range(microbatches)])
+    return rows
+
+
+def layer_outer_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
+    """Microbatches of a stage that each rank holds at most, over all of its stages."""
+    return [microbatches * virtual] * ranks
