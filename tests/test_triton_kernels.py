@@ -88,12 +88,9 @@ def test_the_op_layer_runs_on_interpreted_kernels() -> None:
 
 @needs_triton
 def test_compiles_ahead_of_time(tmp_path: Path) -> None:
-    """Two architectures of the matrix that `make aot` compiles whole."""
-    output = run(["-m", "spu.kernels.gate", "--sample", "--arch", "80", "90"], TRITON_CACHE_DIR=str(tmp_path))
+    """A sample of one architecture; `make aot` compiles the whole matrix."""
+    output = run(["-m", "spu.kernels.gate", "--sample", "--arch", "90"], TRITON_CACHE_DIR=str(tmp_path))
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert {row["arch"] for row in rows} == {80, 90}
+    assert len(rows) >= 25, output
     assert not [row for row in rows if row["faults"]], output
-    instructions = {(row["arch"], row["tensor_core"]) for row in rows}
-    assert (80, "mma.sync") in instructions
-    assert (90, "wgmma.mma_async") in instructions
-    assert any(row["uses_tma"] for row in rows if row["arch"] == 90)
+    assert any(row["tensor_core"] == "wgmma.mma_async" and row["uses_tma"] for row in rows), output
