@@ -83,8 +83,7 @@ def _python(*arguments: str) -> list[str]:
 def build(phase: Phase) -> None:
     """The package in SITE: by pip without isolation, and where that cannot be, the Python part by copying."""
     shutil.rmtree(SITE, ignore_errors=True)
-    if phase.dry:
-        os.environ["SPU_BUILD"] = "0"
+    os.environ["SPU_BUILD"] = "0" if phase.dry else "auto"
     pip = _python("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     if not phase.run([*pip, "--target", str(SITE), "."], may_fail=True):
         phase.say("pip cannot build here: copying the Python part; CPU and CUDA C++ kernels are left out")
@@ -92,9 +91,7 @@ def build(phase: Phase) -> None:
         shutil.copytree(ROOT / "python" / "spu", SITE / "spu", ignore=ignore, dirs_exist_ok=True)
         shutil.copytree(ROOT / "kernels" / "triton", SITE / "spu" / "kernels", dirs_exist_ok=True)
     phase.run(_python("-c", "import spu, spu.kernels; print(spu.__version__, spu.__file__)"))
-    rows = (
-        "from spu.doctor import report\nfor row in report(): print('ok' if row.works else '--', row.name, row.detail)"
-    )
+    rows = "from spu.doctor import report\nfor row in report(): print('-+'[row.works], row.name, row.detail)"
     phase.run(_python("-c", rows))
 
 

@@ -53,7 +53,7 @@ def linear_ce_kernel(
             tl.zeros((BM, BN), tl.float32),
             start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
             start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
-            0, K, hidden, hidden, False, "none", BM, BN, BK, EVEN_K, WIDE,
+            0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
         )  # fmt: skip
         cols = n * BN + tl.arange(0, BN)
         found += tl.sum(tl.where(cols[None, :] == wanted[:, None], z, 0.0), 1)
@@ -101,7 +101,7 @@ def linear_ce_dz_kernel(
         tl.zeros((BM, BN), tl.float32),
         start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
         start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
-        0, K, hidden, hidden, False, "none", BM, BN, BK, EVEN_K, WIDE,
+        0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
     )  # fmt: skip
     rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     wanted = tl.load(target + rows, mask=rows < R, other=0)

@@ -83,13 +83,13 @@ def gated_dx_kernel(
         tl.zeros((BM, BN), tl.float32),
         start_of(dgate, m * BM, stride_gm), stride_gm, stride_gk, M - m * BM,
         start_of(w_gate, n * BN, stride_wn), stride_wk, stride_wn, N - n * BN,
-        0, K, dgate, dgate, False, "none", BM, BN, BK, EVEN_K, WIDE,
+        0, K, dgate, dgate, 0, "none", BM, BN, BK, EVEN_K, WIDE,
     )  # fmt: skip
     acc = add_product(
         acc,
         start_of(dup, m * BM, stride_um), stride_um, stride_uk, M - m * BM,
         start_of(w_up, n * BN, stride_vn), stride_vk, stride_vn, N - n * BN,
-        0, K, dup, dup, False, "none", BM, BN, BK, EVEN_K, WIDE,
+        0, K, dup, dup, 0, "none", BM, BN, BK, EVEN_K, WIDE,
     )  # fmt: skip
     rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     inside = (rows < M)[:, None] & (cols < N)[None, :]

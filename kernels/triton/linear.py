@@ -94,7 +94,7 @@ def linear_dz_dx(
     check_activation(activation)
     if dy.shape != saved.shape:
         raise ValueError(f"dy {tuple(dy.shape)} and saved {tuple(saved.shape)} differ in shape")
-    if weight.shape[1] == 0:  # no tile would write dz
+    if weight.shape[1] == 0 or activation == "none":  # no tile would write dz, or there is nothing to apply
         return dz_of(dy, saved, activation), _input_gradient(dy, weight, None, config)
     rows = rows_of(dy).contiguous()
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)

@@ -86,7 +86,7 @@ def _tile(
         start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM,
         start_of(b, n * BN, stride_bn), stride_bk, stride_bn, N - n * BN,
         k_first, tl.minimum(K, k_first + chunk),
-        start_of(saved, m * BM, stride_am), start_of(dz, m * BM, stride_am), n == 0,
+        start_of(saved, m * BM, stride_am), start_of(dz, m * BM, stride_am), n,
         DERIVATIVE, BM, BN, BK, EVEN_K, WIDE,
     )  # fmt: skip
     _write(

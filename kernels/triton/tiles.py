@@ -26,14 +26,14 @@ def start_of(pointer, index, stride):
 
 @triton.jit
 def add_product(
-    acc, a, stride_ar, stride_ak, rows_left, b, stride_bk, stride_bc, cols_left, k_first, k_last, saved, dz, keep_dz,
+    acc, a, stride_ar, stride_ak, rows_left, b, stride_bk, stride_bc, cols_left, k_first, k_last, saved, dz, column,
     DERIVATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ b over k_first <= k < k_last; a and b point at row 0 of the tile and at k = 0.
 
     With DERIVATIVE, a holds dy: what is multiplied is dz = dy * act'(saved), rounded to the storage dtype as if it had
-    been stored; it is stored (to ``dz``, laid out like a) where ``keep_dz``.
+    been stored; it is stored (to ``dz``, laid out like a) by the tiles of ``column`` 0.
     """
     r, c, inner = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     if WIDE:  # strides so large that offsets within a tile leave 32 bits
@@ -56,7 +56,8 @@ def add_product(
         if DERIVATIVE != "none":
             kept = tl.load(saved + from_a, mask=in_a, other=0.0)
             left = narrow(backprop(widen(left), widen(kept), DERIVATIVE), left.dtype)
-            tl.store(dz + from_a, left, mask=in_a & keep_dz)
+            first_column = (tl.zeros((BM, BK), tl.int32) + column) == 0
+            tl.store(dz + from_a, left, mask=in_a & first_column)
             saved += step_a
             dz += step_a
         right = tl.load(b + from_b, mask=in_b, other=0.0)

@@ -192,10 +192,10 @@ def _cuda() -> Row:
 
 def _choice() -> list[Row]:
     """What the tables choose for the products of a card, one row a card; nothing without one."""
+    if not _has_cuda():  # the rows above say why
+        return []
     import torch
 
-    if not torch.cuda.is_available():
-        return []
     from spu.kernels import table
     from spu.ops import choose_backend
 
