@@ -1,5 +1,8 @@
 # make train   fresh machine: environment, torch, build, install, then the main training job
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
+# make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
+#              downloaded; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
+# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
 # PYTHON=...     the interpreter to build the environment from (3.10 or later; by default the first one found)
@@ -9,7 +12,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: train test lint bench wheel setup clean
+GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
+.PHONY: train test lint bench wheel setup clean aot gpu $(GPU_PHASES)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 INSTALL := $(PIP) --no-build-isolation
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell find build_backend csrc kernels python -type f \
-    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) 2>/dev/null)
+    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.json' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) 2>/dev/null)
 
 train: $(VENV)/.train
 	$(BIN)/spu train $(ARGS)
@@ -42,6 +46,17 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p spu
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+# One phase after another, each with its own time limit; a failed one does not keep the next from leaving its results.
+gpu:
+	@failed=""; for phase in $(GPU_PHASES); do $(MAKE) --no-print-directory $$phase || failed="$$failed $$phase"; done; \
+	    test -z "$$failed" || { echo "failed:$$failed (logs in build/gpu-logs)"; exit 1; }
+
+$(GPU_PHASES):
+	$(PYTHON) benchmarks/gpu/phases.py $(@:gpu-%=%) $(if $(DRY),--dry)
+
+aot: $(VENV)/.test
+	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) --markdown docs/kernels-aot.md > build/aot.jsonl
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -215,7 +215,7 @@ def test_bad_input_names_value_and_fix() -> None:
         kernels.linear_fwd(x.double(), w.double())
     with pytest.raises(ValueError, match="main_grad"):
         kernels.linear_dw_(x, x, torch.empty(4, 4).half(), torch.ones(1).half(), torch.zeros(1).half(), False)
-    with pytest.raises(ValueError, match="unknown codec 'int4'"):
-        kernels.pack(x, "int4", HEADER)
+    with pytest.raises(ValueError, match="unknown codec 'int3'"):
+        kernels.pack(x, "int3", HEADER)
     with pytest.raises(ValueError, match=r"uint8 \[192\]"):
         kernels.unpack(torch.zeros(65, dtype=torch.uint8), (2, 4), torch.float32, "int8")

@@ -13,12 +13,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spu.kernels.codec import pack as pack
     from spu.kernels.codec import unpack as unpack
+    from spu.kernels.cross_entropy import linear_ce as linear_ce
+    from spu.kernels.cross_entropy import linear_ce_dz as linear_ce_dz
+    from spu.kernels.gated import gated_dx as gated_dx
+    from spu.kernels.gated import gated_dz as gated_dz
+    from spu.kernels.gated import gated_linear as gated_linear
+    from spu.kernels.linear import linear_db as linear_db
+    from spu.kernels.linear import linear_db_ as linear_db_
+    from spu.kernels.linear import linear_dw as linear_dw
     from spu.kernels.linear import linear_dw_ as linear_dw_
+    from spu.kernels.linear import linear_dx as linear_dx
+    from spu.kernels.linear import linear_dz as linear_dz
+    from spu.kernels.linear import linear_dz_dx as linear_dz_dx
     from spu.kernels.linear import linear_fwd as linear_fwd
+    from spu.kernels.linear import unscale_ as unscale_
+    from spu.kernels.optim import adamw_ as adamw_
+    from spu.kernels.optim import grad_sqnorm as grad_sqnorm
 
-__all__ = ["available", "linear_dw_", "linear_fwd", "pack", "unpack"]
+_NAMES = {
+    "codec": ("pack", "unpack"),
+    "cross_entropy": ("linear_ce", "linear_ce_dz"),
+    "gated": ("gated_dx", "gated_dz", "gated_linear"),
+    "linear": (
+        "linear_db",
+        "linear_db_",
+        "linear_dw",
+        "linear_dw_",
+        "linear_dx",
+        "linear_dz",
+        "linear_dz_dx",
+        "linear_fwd",
+        "unscale_",
+    ),
+    "optim": ("adamw_", "grad_sqnorm"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-_HOME = {"linear_fwd": "linear", "linear_dw_": "linear", "pack": "codec", "unpack": "codec"}
+__all__ = ["available", *_HOME]
 
 
 def available() -> bool:

@@ -65,3 +65,28 @@ def activate(z, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
         return z
+
+
+@triton.jit
+def backprop(dy, saved, ACTIVATION: tl.constexpr):
+    """dy * act'(saved) of fp32 tensors; saved is z, except for relu: y.
+
+    With s the logistic function: silu' = s(z) (1 + z (1 - s(z))); gelu' = Phi(z) + z phi(z); gelu_tanh' = s + 2 z s
+    (1 - s) u'(z) at s = s(2u), u = sqrt(2/pi) (z + 0.044715 z^3).
+    """
+    if ACTIVATION == "relu":
+        return tl.where(saved <= 0.0, 0.0, dy)
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.math.erf(saved * 0.7071067811865476))
+        return dy * (below + saved * tl.exp(-0.5 * saved * saved) * 0.3989422804014327)
+    elif ACTIVATION == "gelu_tanh":
+        square = saved * saved
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * saved * (1.0 + 0.044715 * square)))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
+        return dy * (s + saved * s * (1.0 - s) * slope)
+    elif ACTIVATION == "silu":
+        s = 1.0 / (1.0 + tl.exp(-saved))
+        return dy * (s * (1.0 + saved * (1.0 - s)))
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        return dy

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from . import linear
+from . import codec, cross_entropy, gated, linear, optim
 from .arith import INTERPRET
 
 
@@ -16,8 +14,22 @@ def interpreted() -> bool:
     return bool(INTERPRET.value)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> Any:
-    return linear.linear_fwd(x, weight, bias, activation, keep_preact)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"linear": _linear, "linear_dw_": linear.linear_dw_}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear": linear.linear_fwd,
+    "linear_dz": linear.linear_dz,
+    "linear_dx": linear.linear_dx,
+    "linear_dw": linear.linear_dw,
+    "linear_db": linear.linear_db,
+    "linear_dw_": linear.linear_dw_,
+    "linear_db_": linear.linear_db_,
+    "unscale_": linear.unscale_,
+    "pack": codec.pack,  # takes the header as well: it belongs to spu.ops, which adds it
+    "unpack": codec.unpack,
+    "adamw_": optim.adamw_,
+    "grad_sqnorm": optim.grad_sqnorm,
+    "gated_linear": gated.gated_linear,
+    "gated_dz": gated.gated_dz,
+    "gated_dx": gated.gated_dx,
+    "linear_ce": cross_entropy.linear_ce,
+    "linear_ce_dz": cross_entropy.linear_ce_dz,
+}

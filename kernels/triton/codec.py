@@ -1,14 +1,17 @@
 """Packing and unpacking of the sections of a wire: fp32 scales, then payload, each padded with zeros to 64 bytes.
 
 The 64-byte header belongs to the format's owner (``spu.ops.wire``) and is passed in: it is made of static facts, and
-no kernel reads it. int8 stores blocks of 64 values in contiguous order with scale = absmax / 127; a scale below fp32's
-normal range counts as 0; a block with a non-finite value stores a NaN scale and so decodes to NaN.
+no kernel reads it. A block's scale is absmax / (largest code); a scale below fp32's normal range counts as 0; a block
+with a non-finite value stores a NaN scale and so decodes to NaN. fp8 is coded by integer arithmetic, so that every
+architecture and the interpreter give the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,60 +19,157 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import narrow, nonfinite, widen
+from .launch import POINTWISE, ceil_div
 
 HEADER_BYTES = 64
 ALIGN_BYTES = 64
-BLOCK = tl.constexpr(64)  # values that share an int8 scale
-BLOCKS_PER_PROGRAM = 16  # 64 bytes of scales, so that whole programs cover the padding
 CONVERT_SIZE = 1024
-PAYLOAD_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+class Format(NamedTuple):
+    """A codec: the payload's dtype, values a block (0: no scales), magnitude of the largest code, blocks a program."""
+
+    payload: torch.dtype
+    block: int = 0
+    largest: float = 0.0
+    blocks_per_program: int = 16
+
+
+FORMATS = {
+    "fp16": Format(torch.float16),
+    "bf16": Format(torch.bfloat16),
+    "int8": Format(torch.int8, 64, 127.0),
+    "int4": Format(torch.uint8, 32, 7.0, 32),
+    "fp8_e4m3": Format(torch.uint8, 64, 448.0),
+    "fp8_e5m2": Format(torch.uint8, 64, 57344.0),
+}
 
 
 @triton.jit
-def _quantize_int8_kernel(x, scales, payload, numel, blocks, PER: tl.constexpr):
-    # x [numel]; scales fp32 [blocks rounded up to 16]; payload int8 [blocks * 64]
+def _fp8_code(value, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """The 8 bits of fp32 ``value`` to nearest even, saturating. Subnormals: adding a power of two whose last place is
+    theirs rounds to it."""
+    bits = value.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), LARGEST)
+    bits = size.to(tl.uint32, bitcast=True)
+    drop: tl.constexpr = 23 - MANTISSA
+    rounded = (bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)) >> drop
+    normal = rounded - ((127 - BIAS) << MANTISSA)
+    magic: tl.constexpr = (127 + 24 - BIAS - MANTISSA) << 23
+    pushed = size + tl.full(size.shape, magic, tl.uint32).to(tl.float32, bitcast=True)
+    tiny = pushed.to(tl.uint32, bitcast=True) - magic
+    return (sign | tl.where(bits < ((128 - BIAS) << 23), tiny, normal)).to(tl.uint8)
+
+
+@triton.jit
+def _fp8_value(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+    """The fp32 value of finite fp8 codes."""
+    code = code.to(tl.uint32)
+    sign = (code & 0x80) << 24
+    size = (code & 0x7F) << (23 - MANTISSA)
+    smallest: tl.constexpr = (128 - BIAS) << 23
+    least = tl.full(size.shape, smallest, tl.uint32).to(tl.float32, bitcast=True)
+    tiny = (size + smallest).to(tl.float32, bitcast=True) - least
+    bits = tl.where(size < (1 << 23), tiny.to(tl.uint32, bitcast=True), size + ((127 - BIAS) << 23))
+    return (bits | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_kernel(
+    x, header, wire, scales, payload, numel, blocks, slots,
+    CODEC: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr, HEADER: tl.constexpr,
+):  # fmt: skip
+    """x [numel] -> scales fp32 [slots] and codes for ``blocks`` blocks of the padded payload."""
+    if tl.program_id(0) == 0:
+        lanes = tl.arange(0, HEADER)
+        tl.store(wire + lanes, tl.load(header + lanes))
     block = tl.program_id(0).to(tl.int64) * PER + tl.arange(0, PER)
-    offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [PER, 64]
+    offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [PER, BLOCK]
     values = widen(tl.load(x + offsets, mask=offsets < numel, other=0.0))
     bad = tl.max(nonfinite(values).to(tl.int32), 1) > 0
-    scale = tl.math.div_rn(tl.max(tl.abs(values), 1), tl.full((PER,), 127.0, tl.float32))
+    scale = tl.math.div_rn(tl.max(tl.abs(values), 1), tl.full((PER,), LARGEST, tl.float32))
     scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
     usable = (scale > 0.0) & (bad == 0)
     divisor = tl.where(usable, scale, 1.0)[:, None] + tl.zeros((PER, BLOCK), tl.float32)
     quotient = tl.math.div_rn(tl.where(usable[:, None], values, 0.0), divisor)
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even, in one rounding mode everywhere.
-    code = (quotient + 12582912.0) - 12582912.0
-    code = tl.minimum(tl.maximum(code, -127.0), 127.0)
-    tl.store(payload + offsets, code.to(tl.int8), mask=(block < blocks)[:, None])
-    tl.store(scales + block, tl.where(bad, float("nan"), scale))
+    tl.store(scales + block, tl.where(bad, float("nan"), scale), mask=block < slots)
+    inside = (block < blocks)[:, None]
+    if CODEC == "fp8_e4m3":
+        tl.store(payload + offsets, _fp8_code(quotient, LARGEST, 3, 7), mask=inside)
+    elif CODEC == "fp8_e5m2":
+        tl.store(payload + offsets, _fp8_code(quotient, LARGEST, 2, 15), mask=inside)
+    else:
+        # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even, on every machine.
+        code = (quotient + 12582912.0) - 12582912.0
+        code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
+        if CODEC == "int8":
+            tl.store(payload + offsets, code.to(tl.int8), mask=inside)
+        else:
+            low, high = tl.split(tl.reshape(code.to(tl.int32), (PER, BLOCK // 2, 2)))
+            pair = (low & 15) | ((high & 15) << 4)
+            at = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+            tl.store(payload + at, pair.to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def _dequantize_int8_kernel(scales, payload, out, numel, SIZE: tl.constexpr):
+def dequantize_kernel(
+    scales, payload, out, numel, CODEC: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """out [numel] = codes times their block's scale."""
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < numel
     scale = tl.load(scales + offsets // BLOCK, mask=inside, other=0.0)
-    code = tl.load(payload + offsets, mask=inside, other=0).to(tl.float32)
+    if CODEC == "int4":
+        at = tl.program_id(0).to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)
+        pair = tl.load(payload + at, mask=2 * at < numel, other=0).to(tl.int32)
+        nibble = tl.interleave(pair & 15, pair >> 4)
+        code = ((nibble ^ 8) - 8).to(tl.float32)
+    else:
+        stored = tl.load(payload + offsets, mask=inside, other=0)
+        if CODEC == "fp8_e4m3":
+            code = _fp8_value(stored, 3, 7)
+        elif CODEC == "fp8_e5m2":
+            code = _fp8_value(stored, 2, 15)
+        else:
+            code = stored.to(tl.float32)
     tl.store(out + offsets, narrow(code * scale, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _convert_kernel(source, target, numel, target_numel, SIZE: tl.constexpr):
-    # target[i] = source[i] in target's dtype; 0 in the padding numel <= i < target_numel
+def convert_kernel(
+    source, header, wire, target, numel, target_numel, WITH_HEADER: tl.constexpr, SIZE: tl.constexpr,
+    HEADER: tl.constexpr,
+):  # fmt: skip
+    """target[i] = source[i] in target's dtype; 0 in the padding numel <= i < target_numel."""
+    if WITH_HEADER and tl.program_id(0) == 0:
+        lanes = tl.arange(0, HEADER)
+        tl.store(wire + lanes, tl.load(header + lanes))
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     values = widen(tl.load(source + offsets, mask=offsets < numel, other=0.0))
     tl.store(target + offsets, narrow(values, target.dtype.element_ty), mask=offsets < target_numel)
 
 
-def _sections(numel: int, codec: str) -> tuple[int, int]:
-    """(bytes of scales, bytes of payload), both padded."""
-    if codec not in PAYLOAD_DTYPES:
-        raise ValueError(f"unknown codec {codec!r}: use one of {', '.join(PAYLOAD_DTYPES)}")
-    scales = 4 * triton.cdiv(numel, BLOCK.value) if codec == "int8" else 0
-    payload = PAYLOAD_DTYPES[codec].itemsize * numel
-    return triton.cdiv(scales, ALIGN_BYTES) * ALIGN_BYTES, triton.cdiv(payload, ALIGN_BYTES) * ALIGN_BYTES
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+@lru_cache(maxsize=4096)
+def _sections(numel: int, codec: str) -> tuple[Format, int, int]:
+    """(format, bytes of scales, bytes of payload), both padded."""
+    if codec not in FORMATS:
+        raise ValueError(f"unknown codec {codec!r}: use one of {', '.join(FORMATS)}")
+    found = FORMATS[codec]
+    scales = 4 * -(-numel // found.block) if found.block else 0
+    payload = (numel + 1) // 2 if codec == "int4" else found.payload.itemsize * numel
+    return found, _padded(scales), _padded(payload)
+
+
+@lru_cache(maxsize=1024)
+def _header_on(header: bytes, device: torch.device) -> Tensor:
+    """The header on a device: copied there once, since a copy from the host costs more than a small pack."""
+    return torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -78,11 +178,11 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
-    """Encodes a tensor of any shape and strides.
+    """Encodes a tensor of any shape and strides, in one launch.
 
     Args:
         x: fp16, bf16 or fp32.
-        codec: fp16, bf16 or int8.
+        codec: one of ``FORMATS``.
         header: the wire's first 64 bytes, stored as they are.
 
     Returns:
@@ -96,21 +196,27 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
     if len(header) != HEADER_BYTES:
         raise ValueError(f"a wire header has {HEADER_BYTES} bytes, this one has {len(header)}")
     numel = x.numel()
-    scales_bytes, payload_bytes = _sections(numel, codec)
+    found, scales_bytes, payload_bytes = _sections(numel, codec)
     wire = torch.empty(HEADER_BYTES + scales_bytes + payload_bytes, dtype=torch.uint8, device=x.device)
-    wire[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+    head = _header_on(header, x.device)
     if numel == 0:
-        return wire
+        return wire.copy_(head)
     flat = x.contiguous().view(-1)
-    payload = wire[HEADER_BYTES + scales_bytes :].view(PAYLOAD_DTYPES[codec])
-    if codec == "int8":
+    payload = wire[HEADER_BYTES + scales_bytes :].view(found.payload)
+    if found.block:
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
-        grid = (scales.numel() // BLOCKS_PER_PROGRAM,)
-        blocks = triton.cdiv(numel, BLOCK.value)
-        _quantize_int8_kernel[grid](flat, scales, payload, numel, blocks, BLOCKS_PER_PROGRAM, **LAUNCH)
+        slots, block_bytes = scales.numel(), found.block // 2 if codec == "int4" else found.block
+        blocks = payload_bytes // block_bytes
+        grid = (ceil_div(max(slots, blocks), found.blocks_per_program),)
+        quantize_kernel[grid](
+            flat, head, wire, scales, payload, numel, blocks, slots,
+            codec, found.largest, found.block, found.blocks_per_program, HEADER_BYTES, **POINTWISE,
+        )  # fmt: skip
     else:
-        grid = (triton.cdiv(payload.numel(), CONVERT_SIZE),)
-        _convert_kernel[grid](flat, payload, numel, payload.numel(), CONVERT_SIZE, **LAUNCH)
+        grid = (ceil_div(payload.numel(), CONVERT_SIZE),)
+        convert_kernel[grid](
+            flat, head, wire, payload, numel, payload.numel(), True, CONVERT_SIZE, HEADER_BYTES, **POINTWISE
+        )
     return wire
 
 
@@ -129,22 +235,22 @@ def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -
     """
     _check_dtype(dtype)
     numel = math.prod(shape)
-    scales_bytes, payload_bytes = _sections(numel, codec)
-    if wire.dtype != torch.uint8 or wire.shape != (HEADER_BYTES + scales_bytes + payload_bytes,):
+    found, scales_bytes, payload_bytes = _sections(numel, codec)
+    expected = HEADER_BYTES + scales_bytes + payload_bytes
+    if wire.dtype != torch.uint8 or wire.shape != (expected,):
         raise ValueError(
-            f"a {codec} wire of shape {tuple(shape)} is uint8 [{HEADER_BYTES + scales_bytes + payload_bytes}], "
-            f"this is {wire.dtype} {list(wire.shape)}"
+            f"a {codec} wire of shape {tuple(shape)} is uint8 [{expected}], this is {wire.dtype} {list(wire.shape)}"
         )
     out = torch.empty(tuple(shape), dtype=dtype, device=wire.device)
     if numel == 0:
         return out
     if wire.storage_offset() % 4 or not wire.is_contiguous():
         wire = wire.clone(memory_format=torch.contiguous_format)  # views of wider types need aligned bytes
-    payload = wire[HEADER_BYTES + scales_bytes :].view(PAYLOAD_DTYPES[codec])
-    grid = (triton.cdiv(numel, CONVERT_SIZE),)
-    if codec == "int8":
+    payload = wire[HEADER_BYTES + scales_bytes :].view(found.payload)
+    grid = (ceil_div(numel, CONVERT_SIZE),)
+    if found.block:
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
-        _dequantize_int8_kernel[grid](scales, payload, out, numel, CONVERT_SIZE, **LAUNCH)
+        dequantize_kernel[grid](scales, payload, out, numel, codec, found.block, CONVERT_SIZE, **POINTWISE)
     else:
-        _convert_kernel[grid](payload, out, numel, numel, CONVERT_SIZE, **LAUNCH)
+        convert_kernel[grid](payload, wire, wire, out, numel, numel, False, CONVERT_SIZE, HEADER_BYTES, **POINTWISE)
     return out

@@ -30,7 +30,7 @@ _WIDE = {
     "deep": (128, 128, 64, 8, 4),
     "small": (64, 64, 64, 4, 4),
     "medium": (128, 128, 64, 8, 3),
-    "large": (128, 256, 64, 8, 3),
+    "large": (128, 256, 64, 8, 4),
 }
 _SPLITS = {"skinny": 4, "deep": 8}
 
@@ -40,12 +40,15 @@ def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
     if dtype == "fp32":  # multiplied as fp32, on the ordinary units
-        return _split(Config("tile", 64, 64, 32, 8, 4, 2), op, shape_class)
+        inner = 16 if op == "linear_dz_dx" else 32
+        return _split(Config("tile", 64, 64, inner, 8, 8, 2), op, shape_class)
     rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
     if op == "gated_linear":  # two accumulators and two weight tiles
         columns, stages = min(columns, 64), min(stages, 3)
-    if op == "linear_dw" and columns > 128:  # the epilogue holds main_grad beside the accumulators
-        columns = 128
+    if op == "linear_dz_dx":  # the left operand's derivative is worked out in registers
+        return Config("tile", min(rows, 64), min(columns, 128), 32, 8, 8, 3)
+    if op == "linear_ce":  # exponentials beside the accumulators
+        columns = min(columns, 128)
     if op in ("gated_linear", "linear_ce") or shape_class in ("skinny", "deep"):
         return _split(Config("tile", rows, columns, inner, 8, warps, stages), op, shape_class)
     if op == "gated_dx":

@@ -1,4 +1,4 @@
-"""The `spu` command: train, devices, doctor. Heavy modules are imported by the command that needs them."""
+"""The `spu` command: train, devices, doctor, tune. Heavy modules are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -128,6 +128,35 @@ def doctor() -> None:
         from spu.job.hardware import doctor_lines
 
         print("\n".join(doctor_lines()))
+
+    guarded(command)
+
+
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="Which card.")] = "cuda:0",
+    ops: Annotated[str | None, typer.Option(help="Comma-separated products.  (all)")] = None,
+    dtypes: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, fp32.")] = "fp16,bf16",
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time; a later run goes on.")] = None,
+    out: Annotated[str | None, typer.Option(help="Another file than the user's table.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Show what would be measured on sm_90; measure nothing.")] = False,
+) -> None:
+    """Measure the kernels' configurations on this card and keep the fastest."""
+
+    def command() -> None:
+        from pathlib import Path
+
+        from spu import tune as tuning
+        from spu.kernels.table import PRODUCTS
+
+        names = tuple(ops.split(",")) if ops else PRODUCTS
+        kinds = tuple(dtypes.split(","))
+        if dry:
+            print("\n".join(tuning.plan_lines(90, names, kinds)))
+            return
+        seconds = None if minutes is None else 60 * minutes
+        path = tuning.tune(device, names, kinds, out=None if out is None else Path(out), seconds=seconds)
+        print(f"written to {path}")
 
     guarded(command)
 

@@ -49,6 +49,7 @@ def report() -> list[Row]:
         ("C++ compiler", _compiler),
         ("triton", _triton),
         ("CUDA device", _cuda),
+        ("kernel choice", _choice),
         ("nvcc", _nvcc),
         ("spu._cuda", _cuda_library),
     ]
@@ -216,6 +217,36 @@ def _cuda_library_not_built(what: str) -> Row:
         why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
         return Row("spu._cuda", False, why)
     return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
+
+
+def _choice() -> list[Row]:
+    """What the tables choose for the products of a card, one row a card; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from spu.kernels import table
+    from spu.ops import choose_backend
+
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        used = table.tables(capability)[0]
+        probe = torch.empty(1, dtype=torch.float16, device=f"cuda:{index}")
+        parts = []
+        for name, shape in (
+            ("skinny", (16, 4096, 4096)),
+            ("medium", (2048, 4096, 4096)),
+            ("large", (8192, 8192, 8192)),
+        ):
+            config = table.config_of(capability, "linear", torch.float16, shape)
+            backend = choose_backend(probe, op="linear", shape=shape)
+            parts.append(f"{name} {backend} ({config.kind} {config.block_m}x{config.block_n}x{config.block_k})")
+        origin = ", ".join(f"{key} {value}" for key, value in used.facts.items() if key in ("device", "date"))
+        text = f"linear fp16: {'; '.join(parts)}; table {used.arch} {used.origin} {origin}".rstrip()
+        advice = "" if used.origin == "measured" else "; `spu tune` measures this card"
+        rows.append(Row(f"kernels on cuda:{index}", True, text + advice))
+    return rows
 
 
 def _nvcc() -> Row:

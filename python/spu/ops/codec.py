@@ -44,7 +44,7 @@ def pack(x: Tensor, codec: str) -> Tensor:
     """
     wire.codec_of(codec)
     wire.check_source(x.shape, x.dtype)
-    return schema.overload("pack", choose_backend(x))(x.detach(), codec)
+    return schema.overload("pack", choose_backend(x, op="pack"))(x.detach(), codec)
 
 
 def _check_header(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -86,4 +86,5 @@ def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str 
             f"unpack: the wire has {buffer.shape[0]} bytes, but {tuple(shape)} {dtype} in codec {codec!r} takes "
             f"{expected}"
         )
-    return schema.overload("unpack", choose_backend(buffer, dtype))(buffer, tuple(shape), dtype, codec)
+    backend = choose_backend(buffer, dtype, op="unpack")
+    return schema.overload("unpack", backend)(buffer, tuple(shape), dtype, codec)

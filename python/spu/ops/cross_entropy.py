@@ -190,7 +190,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, target, ignore_index)
     rows, targets = hidden.reshape(wire.numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
-    backend = choose_backend(hidden)
+    backend = choose_backend(hidden, op="linear_ce", shape=(rows.shape[0], *weight.shape))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         losses = schema.overload("linear_ce", backend)(rows, weight, targets, ignore_index)[0]
     else:

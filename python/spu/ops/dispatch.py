@@ -22,7 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import schema
+from . import schema, wire
 from .schema import BACKENDS, COMPOSED, SCHEMAS
 
 _STORAGE = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,8 +47,8 @@ _BUILD_CUDA = (
 class BackendStatus:
     """Whether a backend can be used here; if not, the ``reason`` and a ``fix``.
 
-    ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for,
-    which run the reference's code under its name.
+    ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for:
+    they are built from its smaller ops.
     """
 
     name: str
@@ -107,7 +107,13 @@ def _load_triton() -> BackendStatus:
         return unavailable(f"spu.kernels cannot be imported: {error}", "pip install --upgrade 'triton>=3.6,<3.10'")
     interpreted = backend.interpreted()
     device_types = ("cuda", "cpu") if interpreted else ("cuda",)
-    composed = schema.register_backend("triton", backend.IMPLEMENTATIONS, *(name.upper() for name in device_types))
+
+    def pack(x: Tensor, codec: str) -> Tensor:
+        return backend.IMPLEMENTATIONS["pack"](x, codec, wire.header(x.shape, x.dtype, codec))  # type: ignore[no-any-return]
+
+    kernels = {**backend.IMPLEMENTATIONS, "pack": pack}
+    schema.register_backend("triton", kernels, *(name.upper() for name in device_types))
+    composed = tuple(sorted(name for name in COMPOSED if name not in kernels))
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
 
 

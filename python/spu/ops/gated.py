@@ -158,7 +158,7 @@ def gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activatio
         x, w_gate, w_up, w_down = x.to(dtype), w_gate.to(dtype), w_up.to(dtype), w_down.to(dtype)
     _check(x, w_gate, w_up, w_down, activation)
     operands = (x, w_gate, w_up, w_down)
-    backend = choose_backend(x)
+    backend = choose_backend(x, op="gated_linear", shape=(x.shape[:-1].numel(), *w_gate.shape))
     needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     if needs_grad and not torch.compiler.is_compiling():
         return _GatedMLP.apply(*operands, activation, True, backend)

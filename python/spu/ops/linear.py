@@ -160,7 +160,8 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    backend, keep_preact = choose_backend(x), needs_grad and activation in _NEEDS_PREACT
+    backend = choose_backend(x, op="linear", shape=(x.shape[:-1].numel(), *weight.shape))
+    keep_preact = needs_grad and activation in _NEEDS_PREACT
     if needs_grad and not torch.compiler.is_compiling():
         return _LinearAct.apply(x, weight, bias, activation, keep_preact, backend)
     return schema.overload("linear", backend)(x, weight, bias, activation, keep_preact)[0]

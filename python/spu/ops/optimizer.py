@@ -70,7 +70,7 @@ def adamw_(
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:
             lists[2] = []
-        op = schema.overload("adamw_", choose_backend(rows[0][0]))
+        op = schema.overload("adamw_", choose_backend(rows[0][0], op="adamw_"))
         op(*lists, grad_scale, found_inf, lr, beta1, beta2, eps, weight_decay)
 
 
@@ -84,7 +84,7 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
         groups.setdefault(grad.device, []).append(grad)
     total: Tensor | None = None
     for group in groups.values():
-        value = schema.overload("grad_sqnorm", choose_backend(group[0]))(group)
+        value = schema.overload("grad_sqnorm", choose_backend(group[0], op="grad_sqnorm"))(group)
         total = value if total is None else total + value.to(total.device)
     return torch.zeros(1) if total is None else total
 

@@ -141,26 +141,19 @@ def _define() -> None:
             _LIBRARY.impl(f"{name}.{backend}", composed.implementation(name, backend), "CompositeExplicitAutograd")
 
 
-def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> tuple[str, ...]:
+def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> None:
     """Gives a backend that is written in Python its kernels, for the dispatch keys named ("CUDA", "CPU").
 
-    An op that it has no kernel for is served under the backend's name by its composition, else by the reference's code.
-
-    Returns:
-        The names of those ops.
-
     Raises:
-        ValueError: for an implementation of an op that does not exist.
+        ValueError: for an op that does not exist, and where one is missing that a backend may not lack.
     """
     unknown = [name for name in implementations if name not in SCHEMAS]
-    if unknown:
-        raise ValueError(f"backend {backend!r} implements unknown ops: {', '.join(unknown)}")
-    for name in SCHEMAS:
-        if name not in implementations and name in COMPOSED:
-            continue
+    missing = [name for name in SCHEMAS if name not in implementations and name not in COMPOSED]
+    if unknown or missing:
+        raise ValueError(f"backend {backend!r}: unknown ops {unknown}, missing ops {missing}")
+    for name, implementation in implementations.items():
         for key in keys:
-            _LIBRARY.impl(f"{name}.{backend}", implementations.get(name, _REFERENCE[name]), key)
-    return tuple(name for name in SCHEMAS if name not in implementations)
+            _LIBRARY.impl(f"{name}.{backend}", implementation, key)
 
 
 def register_autograd(name: str, backend: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:

@@ -1,0 +1,158 @@
+"""Compiles launches ahead of time, for architectures that are not here, and reads what came out.
+
+``recording()`` keeps launches instead of running them: the real launchers are called with CPU tensors, so what is
+compiled is what they would launch, with the specialisations (alignment, unit strides) that Triton would give it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_ELEMENT = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+_ALIGN = 16
+_REGISTERS, _THREADS, _BLOCKS = 65536, {75: 1024, 86: 1536, 89: 1536, 120: 1536}, 32
+_SHARED_OF_A_MULTIPROCESSOR = {
+    75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10,
+}  # fmt: skip
+_TENSOR_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialised launch. ``arguments`` are (name, Triton type, divisible by 16); the rest are compile-time."""
+
+    kernel: Any
+    arguments: tuple[tuple[str, str, bool], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the compiler made of a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction."""
+
+    name: str
+    arch: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    threads: int
+    tensor_core: str
+    uses_tma: bool
+    contracted: bool
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's threads that fit, by registers and shared memory: an estimate."""
+        most = _THREADS.get(self.arch, 2048)
+        shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // (self.shared_bytes + 1024)  # 1 KB is the system's
+        registers = _REGISTERS // (max(self.registers, 1) * self.threads)
+        return min(min(shared, registers, most // self.threads, _BLOCKS) * self.threads / most, 1.0)
+
+
+def _specialised(name: str, value: Any) -> tuple[tuple[str, str, bool] | None, Any]:
+    """(argument, None), or (None, value) for what becomes a constant."""
+    if isinstance(value, torch.Tensor):
+        return (name, f"*{_ELEMENT[value.dtype]}", value.data_ptr() % _ALIGN == 0), None
+    if isinstance(value, float):
+        return (name, "fp32", False), None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"argument {name} is {value!r}: Triton takes tensors, ints and floats")
+    if value == 1:
+        return None, 1
+    return (name, "i32" if -(2**31) <= value < 2**31 else "i64", value % _ALIGN == 0), None
+
+
+def specialise(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """The launch that Triton would compile for a call's arguments."""
+    named = dict(zip(kernel.arg_names, args)) | {key: kwargs[key] for key in kwargs if key in kernel.arg_names}
+    declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    arguments, constants = [], []
+    for name in kernel.arg_names:
+        if name in declared:
+            constants.append((name, named[name]))
+            continue
+        argument, constant = _specialised(name, named[name])
+        if argument is None:
+            constants.append((name, constant))
+        else:
+            arguments.append(argument)
+    options = tuple(sorted((key, value) for key, value in kwargs.items() if key not in kernel.arg_names))
+    return Launch(kernel, tuple(arguments), tuple(constants), options)
+
+
+@contextmanager
+def recording() -> Iterator[dict[Launch, None]]:
+    """Inside, launches are kept (each once, in order) and not run; not for several threads."""
+    kept: dict[Launch, None] = {}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kept[specialise(self, args, kwargs)] = None
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield kept
+    finally:
+        JITFunction.run = original
+
+
+def build(launch: Launch, arch: int) -> Built:
+    """Compiles for an architecture (80 is sm_80); no device is needed.
+
+    Raises:
+        whatever Triton raises when a kernel does not compile, or does not fit.
+    """
+    constants = dict(launch.constants)
+    types = {name: kind for name, kind, _ in launch.arguments} | dict.fromkeys(constants, "constexpr")
+    names = launch.kernel.arg_names
+    signature = {name: types[name] for name in names}
+    divisible = {
+        (names.index(name),): [["tt.divisibility", _ALIGN]] for name, _, aligned in launch.arguments if aligned
+    }
+    source = ASTSource(launch.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, divisible)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    ptx = made.asm["ptx"]
+    registers, stack = _resources(made.asm["cubin"])
+    return Built(
+        name=launch.name,
+        arch=arch,
+        registers=registers,
+        spilled_bytes=stack,
+        shared_bytes=made.metadata.shared,
+        threads=32 * made.metadata.num_warps,
+        tensor_core=next((name for name in _TENSOR_INSTRUCTIONS if name in ptx), ""),
+        uses_tma="cp.async.bulk.tensor" in ptx,
+        contracted="fma.rn.f32" in ptx,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread, by the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)

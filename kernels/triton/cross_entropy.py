@@ -1,0 +1,273 @@
+"""Cross-entropy of a vocabulary projection whose logits never exist whole.
+
+Forward: every program walks over a share of the vocabulary's tiles with an online log-sum-exp (Milakov and Gimelshein,
+arXiv:1805.02867) and leaves (maximum, sum, target's logit) for each of its rows; a second kernel combines the shares in
+order. Backward: the logits' gradient, tile by tile from the kept log-sum-exp. Where cuBLAS makes the product, the same
+is done on its logits for a bounded number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arith import narrow, widen
+from .launch import POINTWISE, ceil_div, check_operands, config_for, options, programs_at_once
+from .table import Config
+from .tiles import add_product, start_of, tile_at
+
+_ROWS = 64  # of the combining kernel
+_COLUMNS = 1024  # of the kernels on whole rows of logits
+_CHUNK_BYTES = 256 << 20  # of logits at a time, where cuBLAS makes them
+_SHARES_PER_PROCESSOR = 4
+_INT32 = 2**31 - 1
+
+
+@triton.jit
+def _take(top, total, z):
+    """The running maximum and sum of exp(. - maximum) [BM] after the logits z [BM, BN]; masked ones are -inf."""
+    new = tl.maximum(top, tl.max(z, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    return new, total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+
+
+@triton.jit
+def linear_ce_kernel(
+    hidden, weight, target, parts, R, V, K, stride_hr, stride_hk, stride_wv, stride_wk, tiles_each,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """hidden [R, K], weight [V, K], target [R] -> parts [3, shares, R] fp32. Grid (row tiles, shares)."""
+    m, share = tl.program_id(0), tl.program_id(1)
+    rows = m * BM + tl.arange(0, BM)
+    wanted = tl.load(target + rows, mask=rows < R, other=-1)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total, found = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    for n in range(share * tiles_each, tl.minimum(tl.cdiv(V, BN), (share + 1) * tiles_each)):
+        z = add_product(
+            tl.zeros((BM, BN), tl.float32),
+            start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
+            start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
+            0, K, hidden, hidden, False, "none", BM, BN, BK, EVEN_K, WIDE,
+        )  # fmt: skip
+        cols = n * BN + tl.arange(0, BN)
+        found += tl.sum(tl.where(cols[None, :] == wanted[:, None], z, 0.0), 1)
+        top, total = _take(top, total, tl.where((cols < V)[None, :], z, float("-inf")))
+    at = parts + share.to(tl.int64) * R + rows
+    plane = tl.num_programs(1).to(tl.int64) * R
+    tl.store(at, top, mask=rows < R)
+    tl.store(at + plane, total, mask=rows < R)
+    tl.store(at + 2 * plane, found, mask=rows < R)
+
+
+@triton.jit
+def combine_ce_kernel(parts, target, loss, lse, R, shares, ignore_index, ROWS: tl.constexpr):
+    """loss and lse [R] fp32 from the shares, in order."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < R
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, found = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    plane = tl.cast(shares, tl.int64) * R
+    at = parts + rows
+    for _ in range(0, shares):
+        part_top = tl.load(at, mask=inside, other=0.0)
+        new = tl.maximum(top, part_top)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        part = tl.load(at + plane, mask=inside, other=0.0)
+        total = total * tl.exp(top - shift) + part * tl.exp(part_top - shift)
+        top = new
+        found += tl.load(at + 2 * plane, mask=inside, other=0.0)
+        at += R
+    value = top + tl.log(total)
+    kept = tl.load(target + rows, mask=inside, other=0) != ignore_index
+    tl.store(lse + rows, value, mask=inside)
+    tl.store(loss + rows, tl.where(kept, value - found, 0.0), mask=inside)
+
+
+@triton.jit
+def linear_ce_dz_kernel(
+    hidden, weight, target, lse, grad_rows, dz, R, V, K, stride_hr, stride_hk, stride_wv, stride_wk, ignore_index,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """dz [R, V] = (softmax(logits) - onehot(target)) * grad_rows, rounded once; 0 in ignored rows."""
+    m, n = tile_at(tl.program_id(0), tl.cdiv(R, BM), tl.cdiv(V, BN), GROUP_M)
+    z = add_product(
+        tl.zeros((BM, BN), tl.float32),
+        start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
+        start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
+        0, K, hidden, hidden, False, "none", BM, BN, BK, EVEN_K, WIDE,
+    )  # fmt: skip
+    rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    wanted = tl.load(target + rows, mask=rows < R, other=0)
+    level = tl.load(lse + rows, mask=rows < R, other=0.0)
+    grad = tl.load(grad_rows + rows, mask=rows < R, other=0.0)
+    value = tl.exp(z - level[:, None]) - tl.where(cols[None, :] == wanted[:, None], 1.0, 0.0)
+    value = tl.where((wanted != ignore_index)[:, None], value * grad[:, None], 0.0)
+    at = rows[:, None].to(tl.int64) * V + cols[None, :]
+    tl.store(dz + at, narrow(value, dz.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V)[None, :])
+
+
+@triton.jit
+def logits_ce_kernel(logits, target, loss, lse, V, ignore_index, SIZE: tl.constexpr):
+    """loss and lse of one row of stored logits [R, V] a program."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * V
+    wanted = tl.load(target + row)
+    top, total, found = float("-inf"), 0.0, 0.0
+    for start in range(0, V, SIZE):
+        cols = start + tl.arange(0, SIZE)
+        z = widen(tl.load(logits + cols, mask=cols < V, other=0.0))
+        found += tl.sum(tl.where((cols == wanted) & (cols < V), z, 0.0))
+        z = tl.where(cols < V, z, float("-inf"))
+        new = tl.maximum(top, tl.max(z))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift))
+        top = new
+    value = top + tl.log(total)
+    tl.store(lse + row, value)
+    tl.store(loss + row, tl.where(wanted != ignore_index, value - found, 0.0))
+
+
+@triton.jit
+def logits_dz_kernel(logits, target, lse, grad_rows, V, ignore_index, SIZE: tl.constexpr):
+    """Stored logits [R, V] -> their gradient, in place. Grid (rows, column tiles)."""
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    at = logits + row.to(tl.int64) * V + cols
+    wanted = tl.load(target + row)
+    z = widen(tl.load(at, mask=cols < V, other=0.0))
+    value = (tl.exp(z - tl.load(lse + row)) - tl.where(cols == wanted, 1.0, 0.0)) * tl.load(grad_rows + row)
+    value = tl.where(wanted != ignore_index, value, 0.0)
+    tl.store(at, narrow(value, logits.dtype.element_ty), mask=cols < V)
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    check_operands("hidden and weight", hidden, weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [R, K] and [V, K]")
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 [{hidden.shape[0]}], got {target.dtype} {tuple(target.shape)}")
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    rows, row_bytes = hidden.shape[0], max(1, weight.shape[0] * hidden.element_size())
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.mm(hidden, weight.t())
+
+
+class Plan(NamedTuple):
+    """What does not change between calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles."""
+
+    by_torch: bool
+    row_tiles: int
+    column_tiles: int
+    tiles_each: int
+    shares: int
+    group_m: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    strides: tuple[int, ...],
+    override: Config | None,
+) -> Plan:
+    rows, v, k = shape
+    config = override or config_for("linear_ce", dtype, device, shape)
+    row_tiles, column_tiles = ceil_div(rows, config.block_m), ceil_div(v, config.block_n)
+    wanted = ceil_div(_SHARES_PER_PROCESSOR * programs_at_once(device), row_tiles)
+    tiles_each = max(1, ceil_div(column_tiles, wanted))
+    furthest = 2 * max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1)
+    constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
+    constants |= {"EVEN_K": k % config.block_k == 0, "WIDE": furthest > _INT32, **options(config, dtype)}
+    shares = max(1, ceil_div(column_tiles, tiles_each))
+    return Plan(config.kind == "torch", row_tiles, column_tiles, tiles_each, shares, config.group_m, constants)
+
+
+def linear_ce(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, config: Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse) of every row, fp32 [R]: lse = log sum exp(hidden @ weight.T), loss = lse - logit of the target.
+
+    Args:
+        hidden: [R, K]; fp16, bf16 or fp32, any strides.
+        weight: [V, K], same dtype, any strides.
+        target: int64 [R]; the loss of rows whose target is ``ignore_index`` is 0.
+        config: instead of the table's.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    _check(hidden, weight, target)
+    (rows, k), v = hidden.shape, weight.shape[0]
+    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    if rows == 0:
+        return loss, lse
+    target = target.contiguous()
+    strides = (*hidden.stride(), *weight.stride())
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
+    if plan.by_torch:
+        for part in _chunks(hidden, weight):
+            logits = _logits(hidden[part], weight)
+            logits_ce_kernel[(logits.shape[0],)](
+                logits, target[part], loss[part], lse[part], v, ignore_index, _COLUMNS, **POINTWISE
+            )
+        return loss, lse
+    parts = torch.empty(3, plan.shares, rows, dtype=torch.float32, device=hidden.device)
+    linear_ce_kernel[(plan.row_tiles, plan.shares)](
+        hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
+    )  # fmt: skip
+    combine_ce_kernel[(ceil_div(rows, _ROWS),)](
+        parts, target, loss, lse, rows, plan.shares, ignore_index, _ROWS, **POINTWISE
+    )
+    return loss, lse
+
+
+def linear_ce_dz(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    grad_rows: Tensor,
+    ignore_index: int,
+    config: Config | None = None,
+) -> Tensor:
+    """dz = (softmax(logits) - onehot(target)) * grad_rows -> [R, V] in the storage dtype, rounded once.
+
+    Args:
+        hidden, weight, target, ignore_index: as in ``linear_ce``.
+        lse: fp32 [R], from ``linear_ce``.
+        grad_rows: fp32 [R], the scaled gradient of each row's loss; not looked at in ignored rows.
+    """
+    _check(hidden, weight, target)
+    (rows, k), v = hidden.shape, weight.shape[0]
+    target, lse, grad_rows = target.contiguous(), lse.contiguous(), grad_rows.contiguous()
+    if rows == 0 or v == 0:
+        return torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
+    strides = (*hidden.stride(), *weight.stride())
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
+    if plan.by_torch:
+        dz = _logits(hidden, weight)
+        grid = (rows, ceil_div(v, _COLUMNS))
+        logits_dz_kernel[grid](dz, target, lse, grad_rows, v, ignore_index, _COLUMNS, **POINTWISE)
+        return dz
+    dz = torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
+    linear_ce_dz_kernel[(plan.row_tiles * plan.column_tiles,)](
+        hidden, weight, target, lse, grad_rows, dz, rows, v, k, *strides, ignore_index,
+        GROUP_M=plan.group_m, **plan.constants,
+    )  # fmt: skip
+    return dz

@@ -1,0 +1,220 @@
+"""Compiles every kernel in every configuration of the tables, without a device, and refuses what would run badly.
+
+``python -m spu.kernels.gate --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule: no
+spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
+products, contraction as asked for. ``--markdown FILE`` writes the table; ``--sample`` compiles a few of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ahead, codec, cross_entropy, finish, gated, linear, optim, table
+from .ahead import Built, Launch
+from .derive import ARCHITECTURES, SHARED_BYTES
+from .launch import ACTIVATIONS
+from .table import CLASSES, Config
+
+_M, _N, _K = 512, 768, 1024  # multiples of every tile; kernels do not depend on sizes beyond their divisibility
+_HALVES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALVES, torch.float32)
+_PRODUCTS = ("product_kernel", "descriptor_kernel", "gated_linear_kernel", "gated_dx_kernel", "linear_ce_kernel",
+             "linear_ce_dz_kernel")  # fmt: skip
+# (kernel, architecture or 0 for all): why a few bytes of stack are accepted there.
+EXCEPTIONS: dict[tuple[str, int], str] = {}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _linear(dtype: torch.dtype, configs: dict[str, Config]) -> None:
+    x, w, b, dz = (
+        _empty(_M, _K, dtype=dtype), _empty(_N, _K, dtype=dtype), _empty(_N, dtype=dtype), _empty(_M, _N, dtype=dtype)
+    )  # fmt: skip
+    main, bias, one = _empty(_N, _K), _empty(_N), _empty(1)
+    forward, dx, dw = configs["linear"], configs["linear_dx"], configs["linear_dw"]
+    if forward.kind != "torch":
+        linear.linear_fwd(x, w, b, "gelu", True, config=forward)
+        linear.linear_fwd(x, w, None, "none", False, config=forward)
+        linear.linear_dx(dz, w, config=dx)
+        linear.linear_dz_dx(dz, dz, w, "gelu", config=configs["linear_dz_dx"])
+        linear.linear_dw(dz, x, config=dw)
+        for accumulate in (False, True):
+            linear.linear_dw_(dz, x, main, one, one, accumulate, bias, config=dw)
+    if configs["gated_linear"].kind != "torch":
+        gated.gated_linear(x, w, w, "silu", config=configs["gated_linear"])
+        gated.gated_dx(dz, dz, w, w, config=configs["gated_dx"])
+        target, rows = torch.empty(_M, dtype=torch.int64), _empty(_M)
+        cross_entropy.linear_ce(x, w, target, -100, config=configs["linear_ce"])
+        cross_entropy.linear_ce_dz(x, w, target, rows, rows, -100, config=configs["linear_ce"])
+
+
+def _pointwise(dtype: torch.dtype) -> None:
+    x, one = _empty(_M, _N, dtype=dtype), _empty(1)
+    for activation in ACTIVATIONS[1:]:
+        linear.linear_dz(x, x, activation)
+        finish.finish(x, x, activation=activation, preact=x)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        gated.gated_dz(x, x, x, activation)
+    linear.linear_db(x)
+    linear.linear_db_(x, _empty(_N), one, one, True)
+    linear.unscale_(x, _empty(_M, _N), one, one, False)
+    target = torch.empty(_M, dtype=torch.int64)
+    as_torch = Config("torch")
+    cross_entropy.linear_ce(_empty(_M, 16, dtype=dtype), _empty(_N, 16, dtype=dtype), target, -100, as_torch)
+    rows = _empty(_M)
+    operands = _empty(_M, 16, dtype=dtype), _empty(_N, 16, dtype=dtype)
+    cross_entropy.linear_ce_dz(*operands, target, rows, rows, -100, as_torch)
+    for name in codec.FORMATS:
+        codec.pack(x, name, bytes(codec.HEADER_BYTES))
+        _, scales, payload = codec._sections(x.numel(), name)
+        wire = torch.empty(codec.HEADER_BYTES + scales + payload, dtype=torch.uint8)
+        codec.unpack(wire, x.shape, dtype, name)
+    wide = _empty(_M, _N)
+    masters = [wide] if dtype in _HALVES else []
+    params = [x] if masters else [wide]
+    optim.adamw_(params, [wide], masters, [wide], [wide], [one], one, one, 1e-3, 0.9, 0.999, 1e-8, 0.1)
+    optim.grad_sqnorm([wide])
+
+
+def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
+    """Every launch of an architecture with a label; ``sample``: fp16 alone, in small and large shapes."""
+    found: dict[Launch, str] = {}
+    capability = divmod(arch, 10)
+    for dtype in _HALVES[:1] if sample else _DTYPES:
+        with ahead.recording() as kept:
+            _pointwise(dtype)
+        found |= {launch: table.DTYPE_NAMES[dtype] for launch in kept if launch not in found}
+        for shape_class in ("small", "large") if sample else CLASSES:
+            configs = {op: _row(capability, op, dtype, shape_class) for op in table.PRODUCTS}
+            with ahead.recording() as kept:
+                _linear(dtype, configs)
+            label = f"{table.DTYPE_NAMES[dtype]} {shape_class}"
+            found |= {launch: label for launch in kept if launch not in found}
+    return found
+
+
+def _row(capability: tuple[int, int], op: str, dtype: torch.dtype, shape_class: str) -> Config:
+    entry = table.entry_of(capability, f"{op}/{table.DTYPE_NAMES[dtype]}/{shape_class}")
+    return Config() if entry is None else entry.config
+
+
+def faults(built: Built, label: str) -> list[str]:
+    """Which rules a compiled kernel breaks."""
+    found = []
+    excused = (built.name, built.arch) in EXCEPTIONS or (built.name, 0) in EXCEPTIONS
+    if built.spilled_bytes and not excused:
+        found.append(f"spills {built.spilled_bytes} bytes a thread")
+    if built.shared_bytes > SHARED_BYTES[built.arch]:
+        found.append(f"{built.shared_bytes} bytes of shared memory, a block may have {SHARED_BYTES[built.arch]}")
+    wide = label.startswith("fp32")
+    if built.name in _PRODUCTS and not wide and not built.tensor_core:
+        found.append("a 16-bit product without tensor-core instructions")
+    if built.contracted and not (built.name in _PRODUCTS and wide):
+        found.append("multiplications and additions were fused")
+    return found
+
+
+def _build(task: tuple[int, int, bool]) -> dict[str, Any]:
+    """Compiles launch number ``task[1]`` of an architecture; in a process of its own, which lists them again."""
+    arch, index, sample = task
+    launch, label = _listed(arch, sample)[index]
+    options = dict(launch.options)
+    flags = {key: value for key, value in launch.constants if isinstance(value, (str, bool))}
+    row: dict[str, Any] = {"label": label, "flags": {k: str(v) for k, v in flags.items() if v not in (False, "none")}}
+    row["stages"] = options.get("num_stages", 0)
+    row["tile"] = [value for key, value in launch.constants if key in ("BM", "BN", "BK")]
+    try:
+        built = ahead.build(launch, arch)
+    except Exception as error:  # the compiler's own: reported, and the gate fails
+        return row | {"name": launch.name, "arch": arch, "faults": [f"{type(error).__name__}: {error}"]}
+    return row | asdict(built) | {"occupancy": round(built.occupancy, 2), "faults": faults(built, label)}
+
+
+_LISTS: dict[tuple[int, bool], list[tuple[Launch, str]]] = {}
+
+
+def _listed(arch: int, sample: bool) -> list[tuple[Launch, str]]:
+    if (arch, sample) not in _LISTS:
+        _LISTS[arch, sample] = list(launches(arch, sample).items())
+    return _LISTS[arch, sample]
+
+
+def rows_of(archs: list[int], sample: bool, jobs: int) -> Iterator[dict[str, Any]]:
+    """One row a kernel and architecture, as they are compiled."""
+    tasks = [(arch, index, sample) for arch in archs for index in range(len(_listed(arch, sample)))]
+    if jobs == 1:
+        yield from map(_build, tasks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_build, tasks, chunksize=4)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/kernels-aot.md."""
+    import triton
+
+    lines = [
+        "# Kernels, compiled ahead of time",
+        "",
+        "Every Triton kernel in every configuration of the tables, compiled without a device. Written by `make aot`; "
+        f"Triton {triton.__version__}.",
+        "",
+        "Registers and spilled bytes are a thread's, shared memory (bytes) a block's. Occupancy is an estimate from "
+        "registers and shared memory; products live from few, large blocks. Tables that nobody has measured are "
+        "derived: see `kernels/triton/derive.py`.",
+        "",
+    ]
+    for (name, arch), reason in EXCEPTIONS.items():
+        lines.append(f"Exception: {name} on {f'sm_{arch}' if arch else 'every architecture'} may spill: {reason}")
+    for arch in sorted({row["arch"] for row in rows}):
+        lines += ["", f"## sm_{arch}", ""]
+        lines.append("| kernel | case | tile | registers | spilled | shared | warps | occupancy | instruction |")
+        lines.append("|---|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            if row["arch"] == arch and "registers" in row:
+                flags = " ".join(value if value != "True" else key.lower() for key, value in row["flags"].items())
+                instruction = row["tensor_core"] + (" + TMA" if row["uses_tma"] else "")
+                tile = "x".join(map(str, row["tile"])) + (f", {row['stages']} stages" if row["stages"] else "")
+                lines.append(
+                    f"| {row['name']} | {row['label']} {flags} | {tile} | {row['registers']} | {row['spilled_bytes']} "
+                    f"| {row['shared_bytes']} | {row['threads'] // 32} | {row['occupancy']:.2f} | {instruction} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument("--sample", action="store_true", help="one dtype and two shape classes")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    options = parser.parse_args(arguments)
+    rows = []
+    for row in rows_of(options.arch, options.sample, options.jobs):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    bad = [row for row in rows if row["faults"]]
+    for row in bad:
+        print(f"sm_{row['arch']} {row['name']} ({row['label']}): {'; '.join(row['faults'])}", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled for {len(options.arch)} architectures, {len(bad)} refused", file=sys.stderr)
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(rows))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What launchers share: the device's facts, each looked up once, and the compiler options of a configuration."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import table
+from .table import Config
+
+STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+_INTERPRETED_PROGRAMS = 3  # of a persistent kernel on the CPU: more than one, so that programs share the tiles
+_INTERPRETED = Config()
+
+# Contraction of a * b + c is pinned, since the compiler's default changes in 3.10: off in kernels that promise the bits
+# of their reference (codecs, AdamW) and in the 16-bit products, whose multiplications are the tensor cores' own; on for
+# fp32 products, which run on fused multiply-adds or at half the speed.
+POINTWISE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Triton's compile options of a product."""
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": dtype == torch.float32,
+    }
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. (triton.cdiv takes 2 us on the host.)"""
+    return -(-a // b)
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache(maxsize=64)
+def programs_at_once(device: torch.device) -> int:
+    """The number of multiprocessors, which is what a persistent grid fills."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> Config:
+    """The table's configuration of a product (rows, columns, inner) on a device."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    return table.config_of(capability(device), op, dtype, shape)
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def allow_descriptors() -> None:
+    """Gives kernels that make tensor descriptors their memory: Triton keeps the allocator per thread."""
+    triton.set_allocator(_workspace)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] -> [rows, K]; also for K = 0, where reshape(-1, 0) is ambiguous."""
+    if x.dim() == 2:
+        return x
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return x.reshape(rows, x.shape[-1])
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError for an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
+
+
+def check_operands(names: str, *tensors: Tensor) -> None:
+    """Raises unless all share a storage dtype and a device."""
+    first = tensors[0]
+    if first.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{names}: dtype {first.dtype} is not supported: use float16, bfloat16 or float32")
+    for other in tensors[1:]:
+        if other.dtype != first.dtype or other.device != first.device:
+            raise ValueError(
+                f"{names} must share dtype and device, but are "
+                + ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+                + ": convert them with .to() first"
+            )
+
+
+def check_sink(main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises unless main_grad is contiguous fp32 of ``shape`` beside ``like``, and the scalars fp32."""
+    check_operands("main_grad, inv_scale and found_inf", main_grad, inv_scale, found_inf)
+    if main_grad.shape != shape:
+        raise ValueError(f"main_grad {tuple(main_grad.shape)} does not fit the gradient: need {shape}")
+    if main_grad.dtype != torch.float32 or not main_grad.is_contiguous() or main_grad.device != like.device:
+        raise ValueError(
+            f"main_grad must be a contiguous float32 tensor on {like.device}, not {main_grad.dtype} "
+            f"with strides {main_grad.stride()} on {main_grad.device}"
+        )

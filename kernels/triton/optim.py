@@ -1,0 +1,206 @@
+"""AdamW and the gradient norm over lists of tensors, one launch for all of them.
+
+The kernels find their tensors through a table of addresses on the device, and their share of work through a table of
+(tensor, block). Both are made once for a list of tensors and kept: in training the same tensors come at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arith import narrow
+from .launch import POINTWISE, ceil_div
+
+SIZE = 1024
+TILES = 8  # of SIZE elements a program: the step's scalars are worked out once for them
+_ALIGN_BYTES = 16
+_SUM_SIZE = 1024
+_FIELDS = 6  # target, grad, exp_avg, exp_avg_sq, step, 16-bit copy
+
+
+@triton.jit
+def _one_minus_power(count, log_beta):
+    """1 - beta^count to fp32 accuracy: by its series where the power is near 1 and the difference would cancel."""
+    x = count * log_beta
+    series = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * (1 / 8))))
+    series = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * series)))
+    return tl.where(x > -0.25, series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _address(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def adamw_kernel(
+    addresses, numels, blocks, grad_scale, found_inf, lr, keep, beta1_left, beta2, beta2_left, eps,
+    log_beta1, log_beta2, COPY: tl.constexpr, COPIES: tl.constexpr, ALIGNED: tl.constexpr, FIELDS: tl.constexpr,
+    SIZE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """One AdamW step (arXiv:1711.05101) in torch's order of operations; nothing where found_inf is set.
+
+    keep = 1 - lr * weight_decay, beta_left = 1 - beta. addresses int64 [tensors, FIELDS], numels int64 [tensors],
+    blocks int32 [programs, 2]. With COPIES the result is also stored as COPY, the parameters' 16-bit type.
+    """
+    if tl.load(found_inf) == 0.0:
+        which = tl.load(blocks + 2 * tl.program_id(0))
+        first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
+        row = addresses + which * FIELDS
+        target, grad = _address(row, tl.float32, ALIGNED), _address(row + 1, tl.float32, ALIGNED)
+        average, square = _address(row + 2, tl.float32, ALIGNED), _address(row + 3, tl.float32, ALIGNED)
+        count = tl.load(_address(row + 4, tl.float32, False))
+        copy = _address(row + 5, COPY, ALIGNED)
+        numel = tl.load(numels + which)
+        step_size = tl.math.div_rn(lr, _one_minus_power(count, log_beta1))
+        root = tl.math.sqrt_rn(_one_minus_power(count, log_beta2))
+        scale = tl.load(grad_scale)
+        for tile in range(TILES):
+            at = first + tile * SIZE + tl.arange(0, SIZE)
+            inside = at < numel
+            g = tl.load(grad + at, mask=inside, other=0.0) * scale
+            m = tl.load(average + at, mask=inside, other=0.0)
+            v = tl.load(square + at, mask=inside, other=0.0)
+            w = tl.load(target + at, mask=inside, other=0.0) * keep
+            m = m + beta1_left * (g - m)
+            v = v * beta2 + beta2_left * (g * g)
+            below = tl.math.div_rn(tl.math.sqrt_rn(v), root + tl.zeros((SIZE,), tl.float32)) + eps
+            w = w - step_size * tl.math.div_rn(m, below)
+            tl.store(average + at, m, mask=inside)
+            tl.store(square + at, v, mask=inside)
+            tl.store(target + at, w, mask=inside)
+            if COPIES:
+                tl.store(copy + at, narrow(w, COPY), mask=inside)
+
+
+@triton.jit
+def square_sums_kernel(
+    addresses, numels, blocks, parts, ALIGNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """parts fp32 [programs]: the sum of the squares of each program's share."""
+    which = tl.load(blocks + 2 * tl.program_id(0))
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
+    grad, numel = _address(addresses + which, tl.float32, ALIGNED), tl.load(numels + which)
+    total = tl.zeros((SIZE,), tl.float32)
+    for tile in range(TILES):
+        at = first + tile * SIZE + tl.arange(0, SIZE)
+        g = tl.load(grad + at, mask=at < numel, other=0.0)
+        total += g * g
+    tl.store(parts + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def sum_kernel(parts, out, count, SIZE: tl.constexpr):
+    """out [1] = the sum of parts [count], accumulated in fp64 by one program: always in the same order."""
+    total = tl.zeros((SIZE,), tl.float64)
+    for start in range(0, count, SIZE):
+        at = start + tl.arange(0, SIZE)
+        total += tl.load(parts + at, mask=at < count, other=0.0).to(tl.float64)
+    tl.store(out, tl.sum(total).to(tl.float32))
+
+
+class _Tables:
+    """Addresses int64 [tensors, fields], sizes int64 [tensors], (tensor, block) int32 [programs, 2], on the device."""
+
+    def __init__(self, addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> None:
+        work = [(i, block) for i, size in enumerate(sizes) for block in range(ceil_div(size, SIZE * TILES))]
+        self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
+        self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
+        self.programs = len(work)
+        self.blocks = torch.tensor(work, dtype=torch.int32).to(device)
+
+
+@lru_cache(maxsize=64)
+def _tables(addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> _Tables:
+    return _Tables(addresses, sizes, device)
+
+
+def _aligned(addresses: tuple[tuple[int, ...], ...], fields: Sequence[int]) -> bool:
+    return all(row[field] % _ALIGN_BYTES == 0 for row in addresses for field in fields)
+
+
+def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _copy_back(tensors: Sequence[Tensor], dense: Sequence[Tensor]) -> None:
+    for tensor, made in zip(tensors, dense, strict=True):
+        if tensor is not made:
+            tensor.copy_(made)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update of every parameter in one launch, on the device alone.
+
+    Args:
+        params: of one dtype and device; fp16 or bf16 with ``masters``, fp32 without.
+        grads, masters, exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes; ``masters`` is empty for fp32 ones.
+        steps: fp32 [1] each: the number of this update, from 1.
+        grad_scale: fp32 [1], multiplies the gradients.
+        found_inf: fp32 [1]; nothing changes where it is not 0.
+    """
+    if not params:
+        return
+    targets, averages, squares = _dense(masters or params), _dense(exp_avgs), _dense(exp_avg_sqs)
+    gradients, copies = _dense(grads), _dense(params)
+    rows = zip(targets, gradients, averages, squares, steps, copies, strict=True)
+    addresses = tuple(tuple(tensor.data_ptr() for tensor in row) for row in rows)
+    sizes = tuple(param.numel() for param in params)
+    if not any(sizes):
+        return
+    tables = _tables(addresses, sizes, params[0].device)
+    copy: Any = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(params[0].dtype, tl.float32)
+    adamw_kernel[(tables.programs,)](
+        tables.addresses, tables.sizes, tables.blocks, grad_scale, found_inf, lr, 1 - lr * weight_decay, 1 - beta1,
+        beta2, 1 - beta2, eps, _log(beta1), _log(beta2), copy, bool(masters), _aligned(addresses, (0, 1, 2, 3, 5)),
+        _FIELDS, SIZE, TILES, **POINTWISE,
+    )  # fmt: skip
+    _copy_back(exp_avgs, averages)
+    _copy_back(exp_avg_sqs, squares)
+    _copy_back(masters or params, targets)
+    if masters:
+        _copy_back(params, copies)
+
+
+def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all elements -> fp32 [1]; deterministic. grads: fp32, on one device, at least one."""
+    dense = _dense(grads)
+    sizes = tuple(grad.numel() for grad in dense)
+    out = torch.empty(1, dtype=torch.float32, device=dense[0].device)
+    if not any(sizes):
+        return out.zero_()
+    addresses = tuple((grad.data_ptr(),) for grad in dense)
+    tables = _tables(addresses, sizes, out.device)
+    parts = torch.empty(tables.programs, dtype=torch.float32, device=out.device)
+    square_sums_kernel[(tables.programs,)](
+        tables.addresses, tables.sizes, tables.blocks, parts, _aligned(addresses, (0,)), SIZE, TILES, **POINTWISE
+    )
+    sum_kernel[(1,)](parts, out, tables.programs, _SUM_SIZE, **POINTWISE)
+    return out

@@ -1,0 +1,160 @@
+"""One matrix product with spu's epilogues: ``a [M, K] @ b [K, N]`` of any strides, in every kind of launch.
+
+The epilogue is "output" (bias, activation, pre-activation; the forward, the input gradient, a plain weight gradient) or
+"main_grad" (inv_scale, accumulation, found_inf, bias gradient). Kinds of launch are explained in ``table.Config``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arith import dot
+from .tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
+
+_WHOLE_EPILOGUE_COLUMNS = tl.constexpr(64)
+
+
+@triton.jit
+def _write_columns(
+    acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, cols = m * BM + tl.arange(0, BM), first_col + tl.arange(0, COLUMNS)
+    offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    if EPILOGUE == "partial":  # out [parts, M, N] fp32
+        tl.store(out + part.to(tl.int64) * M * N + offsets, acc, mask=inside)
+    elif EPILOGUE == "main_grad":
+        write_main_grad(acc, out, inv_scale, found_inf, offsets, inside, ACCUMULATE)
+    else:
+        write_output(acc, bias, out, extra, offsets, inside, cols, cols < N, ACTIVATION, HAS_BIAS, EXTRA)
+
+
+@triton.jit
+def _write_halves(
+    acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if COLUMNS > _WHOLE_EPILOGUE_COLUMNS:  # a wide tile and its whole epilogue at once do not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
+        _write_halves(
+            left, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS // 2,
+        )  # fmt: skip
+        _write_halves(
+            right, m, first_col + COLUMNS // 2, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS // 2,
+        )  # fmt: skip
+    else:
+        _write_columns(
+            acc, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write(
+    acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    _write_halves(
+        acc, m, n * BN, part, bias, out, extra, inv_scale, found_inf, M, N,
+        EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN,
+    )  # fmt: skip
+    if EPILOGUE == "main_grad" and EXTRA and n == 0:  # the bias gradient [M]: these programs read their rows again
+        rows = m * BM + tl.arange(0, BM)
+        sums = sum_rows_of_a(start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM, K, BM, BK, WIDE)
+        write_main_grad(sums, extra, inv_scale, found_inf, rows, rows < M, ACCUMULATE)
+
+
+@triton.jit
+def _tile(
+    index, part, a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, chunk,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXTRA: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    m, n = tile_at(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    k_first = part * chunk
+    acc = add_product(
+        tl.zeros((BM, BN), tl.float32),
+        start_of(a, m * BM, stride_am), stride_am, stride_ak, M - m * BM,
+        start_of(b, n * BN, stride_bn), stride_bk, stride_bn, N - n * BN,
+        k_first, tl.minimum(K, k_first + chunk),
+        start_of(saved, m * BM, stride_am), start_of(dz, m * BM, stride_am), n == 0,
+        DERIVATIVE, BM, BN, BK, EVEN_K, WIDE,
+    )  # fmt: skip
+    _write(
+        acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+        EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_kernel(
+    a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, chunk,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EXTRA: tl.constexpr, ACCUMULATE: tl.constexpr, PERSISTENT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles or fewer if PERSISTENT, parts of the inner dimension of ``chunk`` each)."""
+    if PERSISTENT:
+        for index in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
+            _tile(
+                index, tl.program_id(1), a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
+                stride_am, stride_ak, stride_bk, stride_bn, chunk,
+                EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), tl.program_id(1), a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
+            stride_am, stride_ak, stride_bk, stride_bn, chunk,
+            EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def descriptor_kernel(
+    a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, chunk,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ACCUMULATE: tl.constexpr, A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The persistent product with tensor descriptors (TMA). BY_ROWS: the operand's second stride is 1, else its first.
+
+    Loads beyond the edges give zeros. (The arguments are product_kernel's; saved, dz and chunk are not used.)
+    """
+    if A_BY_ROWS:
+        from_a = tl.make_tensor_descriptor(a, shape=[M, K], strides=[stride_am, 1], block_shape=[BM, BK])
+    else:
+        from_a = tl.make_tensor_descriptor(a, shape=[K, M], strides=[stride_ak, 1], block_shape=[BK, BM])
+    if B_BY_ROWS:
+        from_b = tl.make_tensor_descriptor(b, shape=[K, N], strides=[stride_bk, 1], block_shape=[BK, BN])
+    else:
+        from_b = tl.make_tensor_descriptor(b, shape=[N, K], strides=[stride_bn, 1], block_shape=[BN, BK])
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            if A_BY_ROWS:
+                left = from_a.load([m * BM, k])
+            else:
+                left = from_a.load([k, m * BM]).T
+            if B_BY_ROWS:
+                right = from_b.load([k, n * BN])
+            else:
+                right = from_b.load([n * BN, k]).T
+            acc = dot(left, right, acc)
+        _write(
+            acc, m, n, 0, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
+            EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,
+        )  # fmt: skip

@@ -1,0 +1,198 @@
+"""Every Triton kernel on a real device, against fp64 on the host; and the training job there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_close_to_truth, assert_equal
+from torch import Tensor, nn
+
+from spu import kernels, ops
+from spu.ops import reference, reference_codec, reference_fused, reference_optimizer, wire
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SHAPES = [(16, 512, 1024), (300, 257, 130), (1024, 1024, 512), (2048, 4096, 1024)]  # rows, out, in
+
+
+def device_of(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.cuda() for tensor in tensors]
+
+
+def close(actual: Tensor, plain: Tensor, truth: Tensor, name: str) -> None:
+    eps = 2 * torch.finfo(actual.dtype).eps * float(truth[truth.isfinite()].abs().max())
+    assert_close_to_truth(actual, plain, truth, eps=eps, name=name)
+
+
+def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    rows, out, inner = shape
+    made = (torch.randn(rows, inner), torch.randn(out, inner) / inner**0.5, torch.randn(out), torch.randn(rows, out))
+    return [value.to(dtype) for value in made]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_as_the_tables_launch_them(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    x, w, b, dz = operands(shape, dtype)
+    dx_, dw_, db_, ddz = device_of(x, w, b, dz)
+    y, z = kernels.linear_fwd(dx_, dw_, db_, "gelu", True)
+    truth = F.linear(x.double(), w.double(), b.double())
+    plain = F.linear(dx_, dw_, db_)
+    close(z, plain, truth, "z")
+    close(y, F.gelu(plain), F.gelu(truth), "y")
+    close(kernels.linear_dx(ddz, dw_), ddz @ dw_, dz.double() @ w.double(), "dx")
+    main, bias = torch.full(w.shape, float("nan"), device="cuda"), torch.full(b.shape, float("nan"), device="cuda")
+    inv, found = torch.full((1,), 2.0**-10, device="cuda"), torch.zeros(1, device="cuda")
+    for times, accumulate in ((1, False), (2, True)):
+        kernels.linear_dw_(ddz, dx_, main, inv, found, accumulate, bias)
+        truth_w = times * (dz.double().t() @ x.double()) / 1024
+        close(main, times * (ddz.float().t() @ dx_.float()) / 1024, truth_w, f"main_grad x{times}")
+        close(bias, times * ddz.float().sum(0) / 1024, times * dz.double().sum(0) / 1024, f"bias_grad x{times}")
+    assert found.item() == 0
+
+
+@pytest.mark.parametrize("kind", ["tile", "persistent", "descriptor", "split", "torch"])
+def test_every_kind_of_launch(kind: str) -> None:
+    from spu.kernels.table import Config
+
+    if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":
+        pytest.skip("Triton has no tensor-core product before sm_80")
+    if torch.cuda.get_device_capability() < (9, 0) and kind == "descriptor":
+        pytest.skip("tensor descriptors need sm_90")
+    one = Config(kind, 64, 128, 64, 8, 4, 3, 4 if kind == "split" else 1)
+    x, w, b, dz = operands((520, 392, 1024), torch.float16)
+    on = device_of(x, w, b, dz)
+    y, _ = kernels.linear_fwd(*on[:3], "none", config=one)
+    close(y, F.linear(*on[:3]), F.linear(x.double(), w.double(), b.double()), f"y by {kind}")
+    results = []
+    for _ in range(2):
+        main, found = torch.empty(w.shape, device="cuda"), torch.zeros(1, device="cuda")
+        one_f = torch.ones(1, device="cuda")
+        kernels.linear_dw_(on[3], on[0], main, one_f, found, False, torch.empty(392, device="cuda"), config=one)
+        results.append(main)
+    assert_equal(results[0], results[1], f"main_grad by {kind}, twice")
+    close(results[0], on[3].float().t() @ on[0].float(), dz.double().t() @ x.double(), f"main_grad by {kind}")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_overflow_is_found(value: float) -> None:
+    x, _, _, dz = operands((512, 256, 256), torch.float16)
+    dz[500, 255] = value
+    x, dz = device_of(x, dz)
+    main, found = torch.empty(256, 256, device="cuda"), torch.zeros(1, device="cuda")
+    kernels.linear_dw_(dz, x, main, torch.ones(1, device="cuda"), found, False)
+    assert found.item() == 1
+    assert main[:255].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_derivatives(dtype: torch.dtype, activation: str) -> None:
+    _, w, _, dy = operands((200, 130, 96), dtype)
+    saved = torch.randn(dy.shape).to(dtype)
+    on = device_of(dy, saved, w)
+    expected = kernels.linear_dz(on[0], on[1], activation)
+    truth = reference.linear_dz(dy.double(), saved.double(), activation)
+    close(expected, reference.linear_dz(on[0], on[1], activation), truth, "dz")
+    dz, dx = kernels.linear_dz_dx(on[0], on[1], on[2], activation)
+    assert_equal(dz, expected, "dz on load")
+    close(dx, expected @ on[2], expected.double() @ on[2].double(), "dx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_kernels(dtype: torch.dtype) -> None:
+    x, gate_w, _, dh = operands((260, 390, 130), dtype)
+    up_w = gate_w.flip(0)
+    on = device_of(x, gate_w, up_w, dh)
+    made = kernels.gated_linear(*on[:3], "silu")
+    truth = reference_fused.gated_linear(x.double(), gate_w.double(), up_w.double(), "silu", True)
+    plain = reference_fused.gated_linear(*on[:3], "silu", True)
+    for name, a, p, t in zip(("h", "gate", "up"), made, plain, truth):
+        close(a, p, t, name)
+    grads = kernels.gated_dz(on[3], plain[1], plain[2], "silu")
+    truth = reference_fused.gated_dz(dh.double(), plain[1].double().cpu(), plain[2].double().cpu(), "silu")
+    for name, a, p, t in zip(("dgate", "dup", "h"), grads, reference_fused.gated_dz(on[3], *plain[1:], "silu"), truth):
+        close(a, p, t, name)
+    dx = kernels.gated_dx(grads[0], grads[1], on[1], on[2])
+    wide = [value.double() for value in (grads[0], grads[1], on[1], on[2])]
+    close(dx, reference_fused.gated_dx(grads[0], grads[1], on[1], on[2]), reference_fused.gated_dx(*wide), "dx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype: torch.dtype) -> None:
+    hidden, weight = (torch.randn(n, 128).to(dtype) for n in (300, 5003))
+    target, grad = torch.randint(0, 5003, (300,)), torch.randn(300) * 100
+    target[7] = -100
+    on = device_of(hidden, weight, target, grad)
+    loss, lse = kernels.linear_ce(*on[:3], -100)
+    expected = reference_fused.linear_ce(hidden.double(), weight.double(), target, -100)
+    bound = 1e-4 if dtype == torch.float32 else 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(loss.cpu().double(), expected[0], rtol=1e-4, atol=bound)
+    dz = kernels.linear_ce_dz(*on[:3], lse, on[3], -100)
+    truth = reference_fused.linear_ce_dz(hidden.double(), weight.double(), target, expected[1], grad.double(), -100)
+    plain = reference_fused.linear_ce_dz(*on[:3], lse, on[3], -100)
+    assert_close_to_truth(dz, plain, truth, eps=400 * bound, name="dz")
+
+
+@pytest.mark.parametrize("codec", wire.CODECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wires_have_the_reference_bits(dtype: torch.dtype, codec: str) -> None:
+    x = (torch.randn(100_003) * torch.logspace(-6, 4, 100_003)).to(dtype)
+    expected = reference_codec.pack(x, codec)
+    made = kernels.pack(x.cuda(), codec, wire.header(x.shape, dtype, codec))
+    assert_equal(made.cpu(), expected, codec)
+    for out in DTYPES:
+        value = kernels.unpack(made, x.shape, out, codec)
+        assert_equal(value.cpu(), reference_codec.unpack(expected, x.shape, out, codec), f"{codec} to {out}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_optimizer_kernels(dtype: torch.dtype) -> None:
+    shapes = [(1000, 33), (7,), (65, 129), (0,), (8193,)]
+    params = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    masters = [param.float() + 1e-5 for param in params] if dtype != torch.float32 else []
+    state = [params, [torch.randn(s, device="cuda") for s in shapes], masters]
+    state += [[torch.rand(s, device="cuda") for s in shapes] for _ in range(2)]
+    state.append([torch.full((1,), 3.0, device="cuda") for _ in shapes])
+    theirs = [[value.clone() for value in column] for column in state]
+    hyper = (torch.full((1,), 0.7, device="cuda"), torch.zeros(1, device="cuda"), 1e-3, 0.9, 0.999, 1e-8, 0.1)
+    kernels.adamw_(*state, *hyper)
+    reference_optimizer.adamw_(*theirs, *hyper)
+    for made, expected in zip(state, theirs):
+        for a, e in zip(made, expected):
+            bound = 2e-6 if a.dtype == torch.float32 else torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, e, rtol=bound, atol=1e-6)
+    total = sum(float(grad.double().square().sum()) for grad in state[1])
+    assert abs(kernels.grad_sqnorm(state[1]).item() - total) <= 1e-5 * total
+
+
+def test_ops_choose_these_kernels_and_train_a_layer() -> None:
+    """linear_act on CUDA tensors: chosen automatically, forward and backward, on autograd's own device thread."""
+    layer, x = nn.Linear(256, 192).cuda().half(), torch.randn(128, 256, device="cuda", dtype=torch.float16)
+    assert ops.choose_backend(x, op="linear", shape=(128, 192, 256)) != "reference"
+    with ops.use_backend("triton"):
+        y = ops.linear_act(x.requires_grad_(), layer.weight, layer.bias, "gelu")
+    y.float().square().mean().backward()
+    plain = F.gelu(F.linear(x.detach().float(), layer.weight.float(), layer.bias.float()))
+    torch.testing.assert_close(y.float(), plain, rtol=4e-3, atol=4e-3)
+    for value in (x, layer.weight, layer.bias):
+        assert value.grad is not None
+        assert value.grad.isfinite().all()
+
+
+@pytest.mark.timeout(500)
+def test_the_training_job_learns(tmp_path: Path) -> None:
+    code = (
+        "from spu.job.command import train_command\n"
+        f"train_command(dict(devices='cuda:0', steps=60, evals=2), out={str(tmp_path)!r}, name='gpu', resume=None, "
+        "only_reference=False, compare=False)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=480)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (tmp_path / "gpu").is_dir()
