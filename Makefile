@@ -30,7 +30,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 INSTALL := $(PIP) --no-build-isolation
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell find build_backend csrc kernels python -type f \
-    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.json' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) 2>/dev/null)
+    \( -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name '*.json' -o -name '*.cpp' -o -name '*.h' \
+    -o -name '*.cu' \) 2>/dev/null)
 
 train: $(VENV)/.train
 	$(BIN)/spu train $(ARGS)

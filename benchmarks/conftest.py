@@ -2,7 +2,9 @@
 
 Rules: each figure is the median of repeated calls after a warm-up; threads are torch's own (--threads, default 1, so
 that the figures are those of one core); inputs are allocated once and outputs as the op does it; peers run in the same
-process and order, on the same values. The table prints each figure as a share of its ceiling and beside its peers.
+process and order, on the same values. A core's clock drifts by a third and more on shared machines, so a ceiling is
+measured again beside every figure, and a figure's share is of that one. report.py writes the table, with the targets
+that a benchmark names beside what was measured, and draws the roofline.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the benchmarks use the tests' error bound
 
 # Twelve independent chains: two units times the latency of four or five cycles need ten. Named variables, because an
 # array of accumulators may be kept in memory.
@@ -48,15 +54,27 @@ FMA_CHAINS = 12
 
 @dataclass(frozen=True)
 class Ceilings:
-    """fp32 multiply-adds in FLOP/s and a large copy in bytes read + written a second, both on ``threads`` threads."""
+    """fp32 multiply-adds in FLOP/s and a large copy in bytes read + written a second, both on ``threads`` threads.
+
+    ``burn`` measures the first again, ``source`` and ``target`` serve the second.
+    """
 
     threads: int
     fma: float | None
     copy: float
+    burn: Callable[[int, int], float] | None
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def now(self, flops: bool) -> float | None:
+        """The ceiling at this moment, in 30 ms."""
+        if not flops:
+            return measure_copy(self.source, self.target, 2)
+        return None if self.burn is None else max(self.burn(self.threads, 1_000_000) for _ in range(4))
 
 
-def measure_fma(threads: int, folder: Path) -> float | None:
-    """Independent chains of fused multiply-adds in registers; None without a compiler."""
+def build_fma(folder: Path) -> Callable[[int, int], float] | None:
+    """(threads, rounds) -> FLOP/s of independent multiply-add chains in registers; None without a compiler."""
     if shutil.which("gcc") is None or platform.machine() != "x86_64":
         return None
     wide = "avx512f" in Path("/proc/cpuinfo").read_text()
@@ -69,24 +87,22 @@ def measure_fma(threads: int, folder: Path) -> float | None:
     )  # fmt: skip
     burn = ctypes.CDLL(str(folder / "fma.so")).burn
     burn.restype = ctypes.c_float
-    rounds = 20_000_000
-    best = 0.0
-    for _ in range(15):
+
+    def rate(threads: int, rounds: int) -> float:
         workers = [threading.Thread(target=burn, args=(ctypes.c_long(rounds),)) for _ in range(threads)]
         start = time.perf_counter()
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
-        best = max(best, threads * rounds * FMA_CHAINS * (bytes_ / 4) * 2 / (time.perf_counter() - start))
-    return best
+        return threads * rounds * FMA_CHAINS * (bytes_ / 4) * 2 / (time.perf_counter() - start)
+
+    return rate
 
 
-def measure_copy() -> float:
-    source = torch.ones(1 << 26)  # 256 MB: past every cache
-    target = torch.empty_like(source)
+def measure_copy(source: torch.Tensor, target: torch.Tensor, rounds: int) -> float:
     best = float("inf")
-    for _ in range(8):
+    for _ in range(rounds):
         start = time.perf_counter()
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
@@ -95,13 +111,18 @@ def measure_copy() -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads to benchmark with (default 1)")
+    parser.addoption("--report", type=Path, default=None, help="folder for the table and the roofline picture")
 
 
 @pytest.fixture(scope="session")
 def ceilings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ceilings:
     threads = request.config.getoption("--threads")
     torch.set_num_threads(threads)
-    found = Ceilings(threads, measure_fma(threads, tmp_path_factory.mktemp("fma")), measure_copy())
+    burn = build_fma(tmp_path_factory.mktemp("fma"))
+    fma = None if burn is None else max(burn(threads, 20_000_000) for _ in range(8))
+    source = torch.ones(1 << 25)  # 128 MB: past every cache
+    target = torch.empty_like(source)
+    found = Ceilings(threads, fma, measure_copy(source, target, 8), burn, source, target)
     request.config.stash[CEILINGS] = found
     return found
 
@@ -112,20 +133,42 @@ Measure = Callable[..., None]
 
 @pytest.fixture
 def measure(benchmark: Any, ceilings: Ceilings) -> Measure:
-    """measure(what, shape, peer, function, flops=, bytes_=): times ``function`` for one figure of the closing table."""
+    """measure(what, shape, peer, function, flops=, bytes_=): times ``function`` for one figure of the closing table.
+
+    A product gives both flops and bytes_ and is held against the multiply-adds; a pass over memory gives bytes_, and
+    the operations it does a byte as intensity. targets: what the figure has to reach, as {"ceiling": share} and {peer:
+    ratio of rates}. slow: a peer that takes seconds a call and needs no warm-up to be known as slow.
+    """
 
     def run(
-        what: str, shape: str, peer: str, function: Callable[[], object], *, flops: float = 0, bytes_: float = 0
+        what: str,
+        shape: str,
+        peer: str,
+        function: Callable[[], object],
+        *,
+        flops: float = 0,
+        bytes_: float = 0,
+        intensity: float = 0,
+        targets: dict[str, float] | None = None,
+        slow: bool = False,
     ) -> None:
         torch.set_num_threads(ceilings.threads)
-        function()
-        start = time.perf_counter()
-        function()
-        once = time.perf_counter() - start
-        rounds = 1 if once > 1 else max(5, min(200, int(0.4 / max(once, 1e-6))))
+        rounds = 1
+        if not slow:
+            function()
+            start = time.perf_counter()
+            function()
+            once = time.perf_counter() - start
+            rounds = max(3, min(100, int(0.25 / max(once, 1e-6)))) if once < 1 else 1
+        before = ceilings.now(flops > 0)
         benchmark.group = f"{what} {shape}"
-        benchmark.extra_info.update(what=what, shape=shape, peer=peer, flops=flops, bytes=bytes_)
         benchmark.pedantic(function, rounds=rounds, iterations=1)
+        after = ceilings.now(flops > 0)
+        benchmark.extra_info.update(
+            what=what, shape=shape, peer=peer, flops=flops, bytes=bytes_, targets=targets or {},
+            intensity=intensity or (flops / bytes_ if bytes_ else 0),
+            ceiling=None if before is None or after is None else (before + after) / 2,
+        )  # fmt: skip
 
     return run
 
@@ -154,24 +197,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     found = config.stash.get(CEILINGS, None)
     if session is None or found is None:
         return
-    rows: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
-    for entry in session.benchmarks:
-        info = entry.extra_info
-        if entry.stats is not None and "what" in info:
-            key = (info["what"], info["shape"])
-            rows.setdefault(key, {})[info["peer"]] = (entry.stats.median, info["flops"], info["bytes"])
-    write = terminalreporter.write_line
-    write("")
+    entries = [e for e in session.benchmarks if e.stats is not None and "what" in e.extra_info]
+    figures = [report.Figure(median=e.stats.median, **e.extra_info) for e in entries]
     fma = f"{found.fma / 1e9:.1f} GFLOP/s fp32 FMA" if found.fma else "FMA unknown (no gcc)"
-    write(f"{cpu_name()}, {os.cpu_count()} CPUs, torch {torch.__version__}, {found.threads} thread(s)")
-    write(f"ceilings: {fma}; copy {found.copy / 1e9:.1f} GB/s read + written")
-    for (what, shape), peers in rows.items():
-        others = {name: value[0] for name, value in peers.items() if not name.startswith("spu")}
-        for name, (median, flops, bytes_) in peers.items():
-            ceiling = found.fma if flops else found.copy
-            rate = (flops or bytes_) / median
-            share = f"{100 * rate / ceiling:4.0f}%" if ceiling else "   -"
-            unit = "GFLOP/s" if flops else "GB/s   "
-            ratios = "  ".join(f"{other / median:.2f}x {peer}" for peer, other in others.items())
-            beside = ratios if name.startswith("spu") else ""
-            write(f"{what:22} {shape:24} {name:14} {1e3 * median:9.3f} ms {rate / 1e9:7.1f} {unit} {share}  {beside}")
+    head = [
+        f"{cpu_name()}, {os.cpu_count()} CPUs, torch {torch.__version__}, {found.threads} thread(s)",
+        f"ceilings: {fma}; copy {found.copy / 1e9:.1f} GB/s read + written (each measured again beside its figures)",
+    ]
+    lines = [*head, *report.table(figures)]
+    for line in ("", *lines):
+        terminalreporter.write_line(line)
+    folder = config.getoption("--report")
+    if folder is not None and found.fma is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.txt").write_text("\n".join(lines) + "\n")
+        report.roofline(figures, found.fma, found.copy, folder / "roofline.svg")

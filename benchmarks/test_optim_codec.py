@@ -13,6 +13,7 @@ pytest.importorskip("spu._C", reason="spu._C is not built here")
 OPS = torch.ops.spu
 PARAMETERS = 1 << 23
 VALUES = 1 << 25  # 64 MB of fp16
+INT8 = {"ceiling": 0.6, "torch": 50.0}
 
 
 def test_adamw_fp16(measure: Measure) -> None:
@@ -26,12 +27,15 @@ def test_adamw_fp16(measure: Measure) -> None:
     def step() -> None:
         OPS.adamw_.cpu(*lists, one, found, 1e-3, 0.9, 0.999, 1e-8, 0.01)
 
-    measure("AdamW step", f"{PARAMETERS} fp16", "spu fp16", step, bytes_=30 * PARAMETERS)
+    measure(
+        "AdamW step", f"{PARAMETERS} fp16", "spu fp16", step, bytes_=30 * PARAMETERS, intensity=16 / 30,
+        targets={"ceiling": 0.85, "torch fused": 1.5},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["fused", "foreach"])
 def test_adamw_torch(measure: Measure, kind: str) -> None:
-    """The same work on fp32 masters: GradScaler's unscale, clip_grad_norm_'s multiplication, the step, the copy."""
+    """The same work on fp32 masters: GradScaler's unscaling and check, clip_grad_norm_, the step, the copy."""
     master = torch.nn.Parameter(torch.randn(PARAMETERS))
     param = master.detach().half()
     master.grad = torch.randn(PARAMETERS)
@@ -40,7 +44,7 @@ def test_adamw_torch(measure: Measure, kind: str) -> None:
 
     def step() -> None:
         torch._amp_foreach_non_finite_check_and_unscale_([master.grad], found, one)
-        master.grad.mul_(one)
+        torch.nn.utils.clip_grad_norm_([master], 1e9)
         optimizer.step()
         param.copy_(master.detach())
 
@@ -58,20 +62,23 @@ def test_grad_sqnorm(measure: Measure, peer: str) -> None:
         return torch.linalg.vector_norm(grad)
 
     function = ours if peer == "spu" else plain
-    measure("gradient norm", f"{PARAMETERS}", peer, function, bytes_=4 * PARAMETERS)
+    measure("gradient norm", f"{PARAMETERS}", peer, function, bytes_=4 * PARAMETERS, intensity=0.5)
 
 
 @pytest.mark.parametrize("peer", ["spu", "torch"])
-@pytest.mark.parametrize("codec", ["int8", "bf16"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3", "bf16"])
 def test_pack(measure: Measure, codec: str, peer: str) -> None:
     x = torch.randn(VALUES).half()
     op = OPS.pack.cpu if peer == "spu" else OPS.pack.reference
     wire = OPS.pack.cpu(x, codec)
-    measure(f"pack {codec}", f"{VALUES} fp16", peer, lambda: op(x, codec), bytes_=2 * VALUES + wire.numel())
+    measure(
+        f"pack {codec}", f"{VALUES} fp16", peer, lambda: op(x, codec), bytes_=2 * VALUES + wire.numel(), intensity=1,
+        targets=INT8 if codec == "int8" else None, slow=peer == "torch",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("peer", ["spu", "torch"])
-@pytest.mark.parametrize("codec", ["int8", "bf16"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8_e4m3", "bf16"])
 def test_unpack(measure: Measure, codec: str, peer: str) -> None:
     wire = OPS.pack.cpu(torch.randn(VALUES).half(), codec)
     op = OPS.unpack.cpu if peer == "spu" else OPS.unpack.reference
@@ -79,4 +86,7 @@ def test_unpack(measure: Measure, codec: str, peer: str) -> None:
     def run() -> object:
         return op(wire, [VALUES], torch.float16, codec)
 
-    measure(f"unpack {codec}", f"{VALUES} fp16", peer, run, bytes_=2 * VALUES + wire.numel())
+    measure(
+        f"unpack {codec}", f"{VALUES} fp16", peer, run, bytes_=2 * VALUES + wire.numel(), intensity=0.5,
+        targets=INT8 if codec == "int8" else None, slow=peer == "torch",
+    )  # fmt: skip

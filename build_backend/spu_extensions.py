@@ -36,19 +36,13 @@ from spu_tools import (
     torch_link_flags,
 )
 
+# gcc 12 warns about its own AVX-512 headers, which use an uninitialised register on purpose
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    # gcc 12 warns about its own AVX-512 headers, which use an uninitialised register on purpose
-    "_avx512": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
-        "-mf16c",
-        "-Wno-uninitialized",
-        "-Wno-maybe-uninitialized",
-    ],
+    "_avx512": AVX512,
+    "_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

@@ -23,19 +23,32 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
+WIDE = [("kernels_avx2", AVX2), ("kernels_avx512", AVX512), ("kernels_avx512bf16", [*AVX512, "-mavx512bf16"])]
+
 _C = pytest.importorskip("spu._C", reason="spu._C is not built here")
-LEVELS = ["scalar", "avx2", "avx512"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512bf16"]
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not (CSRC / "cpu").is_dir(), reason="needs g++ and the sources in csrc/"
 )
 
 
-def run_kernel_tests(env: dict[str, str], *arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cpu_kernels.py"]
-    command += ["-k", "not direct_callers and not python_threads"]  # the same code at every level
+def run_kernel_tests(env: dict[str, str], only: str = "") -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_cpu_kernels.py",
+        "tests/test_cpu_fused.py",
+    ]
+    same_code = "not direct_callers and not python_threads"  # at every level
+    command += ["-k", f"{same_code} and {only}" if only else same_code]
     # one thread: on a busy machine the waiting of a second one is most of the time
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    result = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
@@ -52,7 +65,7 @@ def test_isa_is_the_widest_unless_forced() -> None:
         cpuinfo = Path("/proc/cpuinfo")
         flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
         if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}:
-            assert _C.isa() == "avx512"
+            assert _C.isa() == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
         elif flags >= {"avx2", "fma", "f16c"}:
             assert _C.isa() == "avx2"
     assert _C.isa() in LEVELS
@@ -62,7 +75,7 @@ def test_isa_is_the_widest_unless_forced() -> None:
     assert "ValueError: SPU_CPU_ISA=sse9" in wrong.stderr
 
 
-@pytest.mark.parametrize("level", ["scalar", "avx2"])
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
 def test_narrower_instruction_sets(level: str) -> None:
     if LEVELS.index(level) >= LEVELS.index(_C.isa()):
         pytest.skip(f"this machine runs {_C.isa()}, which test_cpu_kernels.py has tested")
@@ -75,6 +88,8 @@ def test_avx512_kernels_without_avx512(tmp_path: Path) -> None:
         pytest.skip("needs torch's stable ABI headers")
     build_emulated(tmp_path)
     run_kernel_tests({"SPU_CPU_ISA": "avx512", "SPU_TEST_LIBRARY": str(tmp_path / "_C.so")})
+    # pairs of bf16 in a panel's slots: what differs with AVX512_BF16
+    run_kernel_tests({"SPU_CPU_ISA": "avx512bf16", "SPU_TEST_LIBRARY": str(tmp_path / "_C.so")}, "bfloat16")
 
 
 def build_emulated(folder: Path) -> None:
@@ -87,7 +102,8 @@ def build_emulated(folder: Path) -> None:
     unity = folder / "ops.cpp"
     unity.write_text("#include <Python.h>\n" + "".join(f'#include "{path}"\n' for path in others))
     objects, running = [], []
-    for source, extra in ((CSRC / "cpu/kernels_avx512.cpp", narrow), (unity, [])):
+    wide = [(CSRC / f"cpu/kernels_{level}.cpp", narrow) for level in ("avx512", "avx512bf16")]
+    for source, extra in [*wide, (unity, [])]:
         objects.append(folder / f"{source.stem}.o")
         command = ["g++", *FLAGS, *defines, *includes, *extra, "-c", str(source), "-o", str(objects[-1])]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -104,7 +120,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
-@pytest.mark.parametrize(("source", "flags"), [("kernels_avx2", AVX2), ("kernels_avx512", AVX512)])
+@pytest.mark.parametrize(("source", "flags"), WIDE)
 def test_wide_objects_share_no_inline_function(source: str, flags: list[str], tmp_path: Path) -> None:
     """A weak symbol compiled with AVX-512 could be the copy that the linker keeps for every caller."""
     made = tmp_path / "kernels.o"

@@ -124,7 +124,10 @@ def test_a_refusal_names_the_budget_and_only_fixes_that_fit():
     assert "short by" in text
     assert error.value.short_bytes == error.value.needed_bytes - error.value.budget_bytes > 0
     labels = [fix.split(":")[0].split(" (")[0] for fix in error.value.fixes]
-    assert labels == ["recompute=True", "microbatches=16", "1 more device like cuda", "budgets of 133 MB for cuda"]
+    assert labels == [
+        *("recompute=True", "microbatches=16", "1 more device like cuda", "a budget of 134 MB for cuda"),
+        "budgets of 133 MB for cuda",
+    ]
     # What it says would fit, does.
     make_plan(costs, tight, recompute=True)
     finer = [dataclasses.replace(cost, saved_bytes=6 * MB, output_bytes=50_000) for cost in costs]
@@ -153,7 +156,7 @@ def test_a_refusal_combines_fixes_where_no_single_one_is_enough():
 def test_where_nothing_helps_only_larger_budgets_are_named():
     with pytest.raises(BudgetError) as error:
         make_plan(layers(4, params=10**9), CPUS)
-    assert [fix.split()[0] for fix in error.value.fixes] == ["budgets"]
+    assert all("budget" in fix for fix in error.value.fixes)
 
 
 @given(

@@ -11,8 +11,9 @@ from spu.plan import Plan, Predicted, StagePlan
 
 
 def stage(device, first, last, **changes):
-    numbers = {"param_bytes": 10, "main_grad_bytes": 20, "master_bytes": 20, "moment_bytes": 40, "saved_bytes": 7}
-    numbers |= {"wire_bytes": 3, "budget_bytes": 1000, "forward_s": 0.1, "backward_s": 1 / 3}
+    numbers = {"param_bytes": 10, "main_grad_bytes": 20, "master_bytes": 20, "moment_bytes": 40, "saved_bytes": 6}
+    numbers |= {"wire_bytes": 3, "workspace_bytes": 1, "budget_bytes": 1000, "each_bytes": 3}
+    numbers |= {"recompute": (), "forward_s": 0.1, "backward_s": 1 / 3, "weight_s": 0.0, "update_s": 0.25}
     names = tuple(f"layers.{k}" for k in range(first, last))
     return StagePlan(device=device, layers=(first, last), layer_names=names, **{**numbers, **changes})
 
@@ -22,11 +23,12 @@ PLAN = Plan(
     schedule="1f1b",
     microbatches=8,
     accumulate=2,
+    rows=2,
+    tokens=128,
     precision="fp16",
     transfer=("int8",),
-    recompute=False,
-    stages=(stage("cpu:0", 0, 2), stage("cpu:1", 2, 5, saved_bytes=9)),
-    predicted=Predicted(step_s=7.8, idle_share=1 / 9, transfer_s=(1e-5,), basis="measured"),
+    stages=(stage("cpu:0", 0, 2), stage("cpu:1", 2, 5, saved_bytes=8, recompute=(3,))),
+    predicted=Predicted(7.8, 0.25, 1 / 9, (1e-5,), (2000,), (100, 102), "measured"),
 )
 DATA = json.loads(PLAN.to_json())
 
@@ -55,7 +57,7 @@ def test_json_round_trips_exactly(tmp_path):
 
 def test_the_file_shows_totals_and_the_version():
     assert [entry["total_bytes"] for entry in DATA["stages"]] == [100, 102]
-    assert (DATA["format"], DATA["version"]) == ("spu plan", 1)
+    assert (DATA["format"], DATA["version"]) == ("spu plan", 2)
 
 
 def test_a_plan_can_be_edited_by_hand():
@@ -72,8 +74,8 @@ def test_a_plan_can_be_edited_by_hand():
     ("path", "value", "reason"),
     [
         ("format", ..., 'not an spu plan (no "format": "spu plan")'),
-        ("version", 2, "version is 2, this spu reads 1; make the plan again"),
-        ("version", ..., "version is None, this spu reads 1"),
+        ("version", 1, "version is 1, this spu reads 2; make the plan again"),
+        ("version", ..., "version is None, this spu reads 2"),
         ("schedule", ..., "schedule is missing"),
         ("schedule", "zigzag", "schedule is 'zigzag'; there are 'gpipe', '1f1b'"),
         ("precision", "fp8", "precision is 'fp8'; there are 'fp16', 'bf16', 'fp32'"),
@@ -81,7 +83,10 @@ def test_a_plan_can_be_edited_by_hand():
         ("microbatches", 8.5, "microbatches must be a whole number, got 8.5"),
         ("microbatches", True, "microbatches must be a whole number, got True"),
         ("microbatches", 0, "microbatches must be at least 1, got 0"),
-        ("recompute", "no", "recompute must be true or false, got 'no'"),
+        ("stages.1.recompute", [1], "stages[1].recompute names layer 1, which is not one of its [2, 5]"),
+        ("stages.0.recompute", True, "stages[0].recompute must be a list, got True"),
+        ("predicted.peak_bytes", [1], "predicted.peak_bytes must have one entry per device, 2, got 1"),
+        ("predicted.link_bytes", [], "predicted.link_bytes must have one entry per boundary, 1, got 0"),
         ("transfer", ["zip"], "transfer[0] is 'zip'; there are 'none', 'fp16', 'bf16', 'int8'"),
         ("transfer", [], "transfer must have one entry per boundary, 1, got 0"),
         ("transfer", "int8", "transfer must be a list, got 'int8'"),
@@ -96,7 +101,7 @@ def test_a_plan_can_be_edited_by_hand():
         ("stages.1.layers", [2, 2], "stages[1].layers is [2, 2], but must start at 2 and hold at least one layer"),
         (
             "stages.0.saved_bytes",
-            8,
+            7,
             "stages[0].total_bytes is 100, but its parts add up to 101; correct it or leave it out",
         ),
         ("stages.0.budget_bytes", -1, "stages[0].budget_bytes must be finite and not negative, got -1"),
@@ -134,9 +139,9 @@ def test_the_timeline_is_that_of_the_schedule():
 
 def test_the_table_is_aligned_and_says_everything():
     lines = PLAN.table().splitlines()
-    assert lines[0] == "tiny: 1f1b, 8 microbatches; 2 times per step; fp16; activations kept; transfer int8"
+    assert lines[0] == "tiny: 1f1b, 8 microbatches; 2 times per step; fp16; recompute of 1 of 5 layers; transfer int8"
     assert lines[3].startswith("0      cpu:0   layers.0 .. layers.1 (2)")
     assert lines[4].startswith("1      cpu:1   layers.2 .. layers.4 (3)")
-    assert lines[3].endswith("100 B  1.00 kB   100 ms    333 ms")
+    assert lines[3].endswith("100 B  1.00 kB   100 ms    333 ms  250 ms")
     assert len(lines[1]) == len(lines[2]) == len(lines[3])
-    assert lines[5] == "predicted: 7.8 s per step without the update, idle share 11.1% (measured)"
+    assert lines[5] == "predicted: 7.8 s per step, 250 ms of it the update; idle share 11.1% (measured)"

@@ -55,6 +55,8 @@ def test_a_linear_layer_is_counted_as_by_hand() -> None:
         param_count=64 * 128 + 128,
         saved_bytes=20 * 64 * 4,
         output_bytes=20 * 128 * 4,
+        saved_by_dtype=(("float32", 20 * 64 * 4),),
+        input_bytes=20 * 64 * 4,
     )
 
 

@@ -468,3 +468,20 @@ def test_a_forced_backend_reaches_the_workers() -> None:
     with trainer:
         trainer.step(*batch())
     assert set(seen[-2:]) == {"reference"}
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_compare_sets_the_measured_step_beside_the_predicted_one(schedule: str) -> None:
+    layers = [nn.Linear(8, 8) for _ in range(4)]
+    x, y = torch.randn(4, 8), torch.randint(8, (4,))
+    with ModelParallelTrainer(
+        layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=2, schedule=schedule
+    ) as trainer:
+        with pytest.raises(RuntimeError, match="no step has run yet"):
+            trainer.compare()
+        trainer.step(x, y)
+        rows = {line.split("  ")[0].strip(): line for line in trainer.compare().splitlines()}
+    assert "predicted" in rows[""]
+    assert "measured" in rows[""]
+    assert f"{100 * trainer.timeline().idle_share:.1f}%" in rows["idle share"]
+    assert {"step", "pipeline", "cpu:0 works", "cpu:1 works"} <= rows.keys()

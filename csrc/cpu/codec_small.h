@@ -1,6 +1,7 @@
-// Block-wise int4 and fp8, one value at a time. Included in the namespace of an instruction set.
+// Block-wise int4 and fp8. Included in the namespace of an instruction set.
 #pragma once
 
+#include "cpu/codec_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 #include "math/codec.h"
@@ -8,71 +9,120 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-// A format codes one value under a scale: code() gives 8 or 4 bits, value() the number they stand for.
-struct Int4 {
-  static constexpr int kBlock = math::kInt4Block;
-  static constexpr float kLargest = math::kInt4Largest;
-  SPU_HD_MEMBER uint8_t code(float x, float scale) {
-    return static_cast<uint8_t>(static_cast<int>(math::int4_code<float>(x, scale)) & 15);
+// 32 codes in [-7, 7] to 16 bytes, the first of each pair in the low four bits, and back.
+SPU_INLINE void join_nibbles(const int8_t* codes, uint8_t* bytes) {
+#if defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+  const __m256i low = _mm256_and_si256(load_raw<__m256i>(codes), _mm256_set1_epi8(15));
+  const __m256i pairs = _mm256_maddubs_epi16(low, _mm256_set1_epi16(0x1001));  // first + 16 * second
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+  store_raw(bytes, _mm256_castsi256_si128(packed));
+#else
+  for (int i = 0; i < 16; ++i) {
+    bytes[i] = static_cast<uint8_t>((codes[2 * i] & 15) | (static_cast<uint8_t>(codes[2 * i + 1]) << 4));
   }
-  SPU_HD_MEMBER float value(uint8_t code) { return static_cast<float>((code ^ 8) - 8); }
+#endif
+}
+SPU_INLINE void split_nibbles(const uint8_t* bytes, int8_t* codes) {
+#if defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+  const __m256i pairs = _mm256_cvtepu8_epi16(load_raw<__m128i>(bytes));
+  const __m256i high = _mm256_slli_epi16(_mm256_and_si256(pairs, _mm256_set1_epi16(0xf0)), 4);
+  const __m256i both = _mm256_or_si256(_mm256_and_si256(pairs, _mm256_set1_epi16(15)), high);
+  const __m256i eight = _mm256_set1_epi8(8);
+  store_raw(codes, _mm256_sub_epi8(_mm256_xor_si256(both, eight), eight));  // sign extension
+#else
+  for (int i = 0; i < 16; ++i) {
+    codes[2 * i] = static_cast<int8_t>(static_cast<int8_t>(bytes[i] << 4) >> 4);
+    codes[2 * i + 1] = static_cast<int8_t>(static_cast<int8_t>(bytes[i]) >> 4);
+  }
+#endif
+}
+
+// A format codes a block of values that were divided by its scale, in vectors, to bytes, and back.
+struct Int4 {
+  static constexpr int kBlock = math::kInt4Block, kBytes = kBlock / 2;
+  static constexpr float kLargest = math::kInt4Largest;
+
+  // Two codes a byte, the first in the low four bits.
+  SPU_HD_MEMBER void encode(const vf* v, uint8_t* bytes) {
+    int8_t codes[kBlock < 4 * kLanes ? 4 * kLanes : kBlock];
+    if constexpr (kBlock >= 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlock / kLanes; i += 4) store_rounded(codes + i * kLanes, v + i);
+    } else {
+      const vf padded[4] = {v[0], v[1], vf{}, vf{}};
+      store_rounded(codes, padded);
+    }
+    join_nibbles(codes, bytes);
+  }
+  SPU_HD_MEMBER void decode(const uint8_t* bytes, vf* v) {
+    int8_t codes[kBlock];
+    split_nibbles(bytes, codes);
+    for (int i = 0; i < kBlock / kLanes; ++i) v[i] = __builtin_convertvector(load_codes(codes + i * kLanes), vf);
+  }
 };
 
 template <int Mantissa, int Bias>
 struct Fp8 {
-  static constexpr int kBlock = math::kFp8Block;
+  static constexpr int kBlock = math::kFp8Block, kBytes = kBlock;
   static constexpr float kLargest = Mantissa == 3 ? math::kE4m3Largest : math::kE5m2Largest;
-  SPU_HD_MEMBER uint8_t code(float x, float scale) {
-    return static_cast<uint8_t>(math::fp8_code<Mantissa, Bias, float>(x, scale, kLargest));
+
+  SPU_HD_MEMBER void encode(const vf* v, uint8_t* bytes) {
+    for (int i = 0; i < kBlock / kLanes; ++i) {
+      store_bytes(bytes + i * kLanes, math::fp8_code<Mantissa, Bias, vf>(v[i], O::splat(1.0f), kLargest));
+    }
   }
-  SPU_HD_MEMBER float value(uint8_t code) { return math::fp8_value<Mantissa, Bias, float>(code); }
+  SPU_HD_MEMBER void decode(const uint8_t* bytes, vf* v) {
+    for (int i = 0; i < kBlock / kLanes; ++i) {
+      v[i] = math::fp8_value<Mantissa, Bias, vf>(load_bytes(bytes + i * kLanes));
+    }
+  }
 };
 
-template <class Format>
-SPU_INLINE void put_code(uint8_t* codes, int64_t i, uint8_t code) {
-  if constexpr (Format::kBlock == math::kInt4Block) {
-    if (i % 2 == 0) {
-      codes[i / 2] = code;  // the first of a pair clears the other's bits
-    } else {
-      codes[i / 2] |= static_cast<uint8_t>(code << 4);
-    }
+template <class Format, class T>
+SPU_INLINE float small_encode_block(const T* x, uint8_t* bytes) {
+  vf v[Format::kBlock / kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < Format::kBlock / kLanes; ++i) v[i] = load(x + i * kLanes);
+  const float scale = math::block_scale(block_absmax(v), Format::kLargest);
+  if (math::int8_scale_codes(scale)) {
+    divide_block(v, scale);
+    Format::encode(v, bytes);
   } else {
-    codes[i] = code;
+    memset(bytes, 0, Format::kBytes);
   }
+  return scale;
 }
 
+template <class Format, class T>
+SPU_INLINE void small_decode_block(T* x, float scale, const uint8_t* bytes) {
+  vf v[Format::kBlock / kLanes];
+  Format::decode(bytes, v);
+#pragma GCC unroll 16
+  for (int i = 0; i < Format::kBlock / kLanes; ++i) store(x + i * kLanes, v[i] * scale);
+}
+
+// Bytes that n < kBlock values of the last block take.
 template <class Format>
-SPU_INLINE uint8_t get_code(const uint8_t* codes, int64_t i) {
-  if constexpr (Format::kBlock == math::kInt4Block) return (codes[i / 2] >> (i % 2 * 4)) & 15;
-  return codes[i];
-}
-
-// A block's values, widened; returns how many there are.
-template <class T>
-SPU_INLINE int64_t widen_block(const T* x, int64_t numel, int64_t at, int64_t block, float* out) {
-  const int64_t n = numel - at < block ? numel - at : block;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    store_some(out + i, load_some(x + at + i, n - i < kLanes ? n - i : kLanes), n - i < kLanes ? n - i : kLanes);
-  }
-  return n;
+SPU_INLINE size_t tail_bytes(int64_t n) {
+  return static_cast<size_t>(Format::kBytes == Format::kBlock ? n : (n + 1) / 2);
 }
 
 template <class Format, class T>
 static void small_encode_typed(const void* data, int64_t numel, float* scales, uint8_t* codes, int64_t begin,
                                int64_t end) {
+  const T* x = static_cast<const T*>(data);
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t at = b * Format::kBlock;
-    float v[Format::kBlock];
-    const int64_t n = widen_block(static_cast<const T*>(data), numel, at, Format::kBlock, v);
-    uint32_t top = 0;  // over bit patterns, as in codec_kernels.h
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t a = math::Ops<float>::bits(v[i]) & 0x7fffffffu;
-      top = a > top ? a : top;
+    const int64_t at = b * Format::kBlock, n = numel - at;
+    if (n >= Format::kBlock) {
+      scales[b] = small_encode_block<Format>(x + at, codes + b * Format::kBytes);
+    } else {
+      T tmp[Format::kBlock];
+      uint8_t bytes[Format::kBytes];
+      memset(tmp, 0, sizeof tmp);
+      memcpy(tmp, x + at, sizeof(T) * static_cast<size_t>(n));
+      scales[b] = small_encode_block<Format>(tmp, bytes);
+      memcpy(codes + b * Format::kBytes, bytes, tail_bytes<Format>(n));
     }
-    const float scale = math::block_scale(math::Ops<float>::from_bits(top), Format::kLargest);
-    scales[b] = scale;
-    const bool coded = math::int8_scale_codes(scale);
-    for (int64_t i = 0; i < n; ++i) put_code<Format>(codes, at + i, coded ? Format::code(v[i], scale) : uint8_t{0});
   }
 }
 
@@ -81,12 +131,15 @@ static void small_decode_typed(void* data, int64_t numel, const float* scales, c
                                int64_t end) {
   T* x = static_cast<T*>(data);
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t at = b * Format::kBlock, n = numel - at < Format::kBlock ? numel - at : Format::kBlock;
-    float v[Format::kBlock];
-    for (int64_t i = 0; i < n; ++i) v[i] = Format::value(get_code<Format>(codes, at + i)) * scales[b];
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t some = n - i < kLanes ? n - i : kLanes;
-      store_some(x + at + i, load_some(v + i, some), some);
+    const int64_t at = b * Format::kBlock, n = numel - at;
+    if (n >= Format::kBlock) {
+      small_decode_block<Format>(x + at, scales[b], codes + b * Format::kBytes);
+    } else {
+      T out[Format::kBlock];
+      uint8_t bytes[Format::kBytes] = {};
+      memcpy(bytes, codes + b * Format::kBytes, tail_bytes<Format>(n));
+      small_decode_block<Format>(out, scales[b], bytes);
+      memcpy(x + at, out, sizeof(T) * static_cast<size_t>(n));
     }
   }
 }

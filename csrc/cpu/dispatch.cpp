@@ -1,5 +1,5 @@
 // Which kernels run here: the widest instructions that the CPU and the operating system offer, or a narrower set
-// named by SPU_CPU_ISA (scalar, avx2, avx512).
+// named by SPU_CPU_ISA (scalar, avx2, avx512, avx512bf16).
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -36,6 +36,14 @@ bool has_avx512() {
 #endif
 }
 
+bool has_avx512bf16() {
+#if SPU_X86
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 [[noreturn]] void cannot(const std::string& asked, const char* why) {
   throw std::invalid_argument("SPU_CPU_ISA=" + asked + ": " + why + "; unset it to let spu choose");
 }
@@ -53,18 +61,24 @@ const KernelTable& choose() {
     if (!has_avx512()) cannot(asked, "this CPU lacks AVX-512 F, BW, VL or DQ");
     return avx512_kernels();
   }
+  if (asked == "avx512bf16") {
+    if (!has_avx512bf16()) cannot(asked, "this CPU lacks AVX512_BF16");
+    return avx512bf16_kernels();
+  }
 #endif
-  if (!asked.empty()) cannot(asked, "known here are scalar, avx2 and avx512 (the last two on x86-64 only)");
+  if (!asked.empty()) cannot(asked, "known here are scalar, avx2, avx512 and avx512bf16 (all but the first on x86-64)");
 #if SPU_X86
+  if (has_avx512bf16()) return avx512bf16_kernels();
   if (has_avx512()) return avx512_kernels();
   if (has_avx2()) return avx2_kernels();
 #endif
   return generic_kernels();
 }
 #else
-const KernelTable& choose() {
-  return avx512_kernels();
-}  // a test's build, which has no others
+const KernelTable& choose() {  // a test's build, which has no others
+  const char* variable = std::getenv("SPU_CPU_ISA");
+  return variable && std::string(variable) == "avx512bf16" ? avx512bf16_kernels() : avx512_kernels();
+}
 #endif
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The matrix product: panels packed to fp32, cache blocking, a register-blocked micro-kernel, epilogues on hot tiles.
+// The matrix product: panels packed to fp32 (or to pairs of bf16), cache blocking, a register-blocked micro-kernel,
+// epilogues on blocks that are still in the cache.
 //
 // Blocking after Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008). A is packed once
 // and shared by the threads; each task packs its own columns of B once. The order of additions into an element of C
@@ -6,249 +7,231 @@
 // Included in the namespace of an instruction set, which defines SPU_MR and SPU_NV (the micro-tile: rows, vectors).
 #pragma once
 
-#include "cpu/codec_kernels.h"
+#include "cpu/gemm_dot.h"
 #include "cpu/gemm_epilogue.h"
+#include "cpu/gemm_micro.h"
 #include "cpu/gemm_pack.h"
 
 namespace spu {
 namespace SPU_ISA_NS {
 
-constexpr int kMR = SPU_MR, kNV = SPU_NV, kNR = SPU_NV * kLanes;
-// A k-block of a B panel (kKC x kNR floats) stays in L1, an A block (kMC x kKC) in L2.
-constexpr int64_t kKC = 384;
+// A k-block of a B panel (kKC slots x kNR) stays in L1, an A block (kMC x kKC) and the C block that it makes
+// (kMC x kTaskColumns) in L2. With 32 columns 256 slots are 32 KB: that and a panel of A fit the 48 KB of L1 that CPUs
+// with AVX-512 have.
+constexpr int64_t kKC = kNR >= 32 ? 256 : 384;
 constexpr int64_t kMC = 120 / kMR * kMR;
-constexpr int64_t kTaskColumns = 256;
-// Bounds of what is packed at a time: kKS along k, and 2M floats (8 MB) of A in all.
+constexpr int64_t kTaskColumns = cpu::kStatColumns;
+// Bounds of what is packed at a time: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
+// ranges, C waits in fp32 between them, kNS of its columns at a time.
 constexpr int64_t kKS = 2048;
+constexpr int64_t kNS = 4096;
 constexpr int64_t kSharedFloats = int64_t{1} << 21;
 // Below this many multiply-adds waking other threads costs more than it saves.
 constexpr int64_t kParallelWork = int64_t{1} << 18;
 
-SPU_INLINE int64_t least(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-SPU_INLINE int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// c [kMR, kNR] (+)= a panel (kMR x kc) times b panel (kc x kNR); `add` loads c first.
-__attribute__((noinline)) static void micro_kernel(int64_t kc, const float* a, const float* b, float* c, int64_t ldc,
-                                                   bool add) {
-  vf acc[kMR][kNV];
-#pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) acc[i][j] = vf{};
-  }
-  for (int64_t k = 0; k < kc; ++k) {
-    vf bv[kNV];
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) bv[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kMR; ++i) {
-      const vf av = O::splat(a[i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kNV; ++j) acc[i][j] = O::fma(av, bv[j], acc[i][j]);
-    }
-    a += kMR;
-    b += kNR;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) {
-      float* p = c + i * ldc + j * kLanes;
-      store(p, add ? load(p) + acc[i][j] : acc[i][j]);
-    }
-  }
-}
-
-// One product, and the super-block of it that is being worked on.
+// One product, and the super-block of it that is being worked on. Lengths along k are in slots.
 struct Gemm {
-  int64_t m, n, k;
-  const cpu::Operand *a, *b;
+  const cpu::Product* p;
   const cpu::Epilogue* e;
   TileEpilogue epilogue;
+  const char* target;  // the matrix that the epilogue reads or writes, or null
+  int64_t target_size;
+  int64_t k, per;  // slots of the whole product; values in a slot
 
-  int64_t m0, ms;  // rows of the super-block
+  int64_t n0, ns;  // columns of the super-block
+  int64_t m0, ms;  // its rows
   int64_t k0, ks;  // its k range
   int64_t kc;      // k-block
   float* packed_a;
-  float* shared_c;  // [ms rounded up, ldc] when k takes several super-blocks, else null
+  float* shared_c;  // [ms rounded up, shared_ldc] when k takes several super-blocks, else null
   int64_t shared_ldc;
   int64_t task_columns, column_tasks, task_rows;  // the grid of tasks
 
+  int64_t products() const { return p->b2 && !p->a2 ? 2 : 1; }  // C and its twin, side by side
   int64_t k_blocks() const { return ceil_div(ks, kc); }
   int64_t a_panels() const { return ceil_div(ms, kMR); }
   bool last() const { return k0 + ks == k; }
 };
 
+SPU_INLINE cpu::Operand transposed(const cpu::Operand& x) {
+  return {x.data, x.type, x.col, x.row};
+}
+
+// Slots [k, k + kc) of W rows of an operand, or of two that follow each other along k (the second from values[split]).
+template <int W, bool Pairs>
+static void pack_slots(const Gemm& g, float* out, const cpu::Operand& one, const cpu::Operand* two, int64_t r0,
+                       int64_t rows, int64_t k, int64_t kc) {
+  const int64_t split = g.p->k, begin = k * g.per;
+  const int64_t end = least(begin + kc * g.per, two ? 2 * split : split), middle = least(split, end);
+  if (begin < split) pack<W, Pairs>(out, one, r0, rows, begin, middle - begin);
+  if (end > split) {
+    const int64_t from = begin > split ? begin : split;
+    pack<W, Pairs>(out + (from - begin) / g.per * W, *two, r0, rows, from - split, end - from);
+  }
+}
+
+template <bool Pairs>
 static void pack_a(void* context, int64_t begin, int64_t end) {
   const Gemm& g = *static_cast<Gemm*>(context);
   const int64_t stride = panel_stride<kMR>(g.kc);
   for (int64_t p = begin; p < end; ++p) {
     for (int64_t q = 0; q < g.k_blocks(); ++q) {
       const int64_t k = q * g.kc;
-      pack<kMR>(g.packed_a + (q * g.a_panels() + p) * stride, g.a->type, g.a->data, g.a->row, g.a->col, g.m0 + p * kMR,
-                g.m0 + g.ms, g.k0 + k, least(g.kc, g.ks - k));
+      pack_slots<kMR, Pairs>(g, g.packed_a + (q * g.a_panels() + p) * stride, g.p->a, g.p->a2, g.m0 + p * kMR,
+                             g.m0 + g.ms, g.k0 + k, least(g.kc, g.ks - k));
     }
+  }
+}
+
+// One task's columns [j0, j0 + columns) of the super-block, packed: `panels` of each product and k-block.
+struct TaskColumns {
+  const float* packed;
+  float* c;  // kMC rows, unless C is shared
+  int64_t j0, columns, panels;
+};
+
+template <bool Pairs>
+static const float* pack_b(const Gemm& g, const TaskColumns& t) {
+  const int64_t stride = panel_stride<kNR>(g.kc), products = g.products();
+  float* packed = cpu::workspace(cpu::kLocalB, g.k_blocks() * products * t.panels * stride);
+  float* out = packed;
+  for (int64_t q = 0; q < g.k_blocks(); ++q) {
+    const int64_t k = g.k0 + q * g.kc, kc = least(g.kc, g.ks - q * g.kc);
+    for (int64_t s = 0; s < products; ++s) {
+      const cpu::Operand b = transposed(s ? *g.p->b2 : g.p->b), next = transposed(g.p->a2 ? *g.p->b2 : g.p->b);
+      for (int64_t p = 0; p < t.panels; ++p, out += stride) {
+        const int64_t column = g.n0 + t.j0;
+        pack_slots<kNR, Pairs>(g, out, b, g.p->a2 ? &next : nullptr, column + p * kNR, column + t.columns, k, kc);
+      }
+    }
+  }
+  return packed;
+}
+
+// The lines that the epilogue of a micro-tile will touch, asked for before they are needed.
+SPU_INLINE void prefetch_target(const Gemm& g, int64_t row, int64_t column, int64_t rows) {
+  const char* at = g.target + (row * g.p->n + column) * g.target_size;
+  const int64_t bytes = kNR * g.target_size, stride = g.p->n * g.target_size;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + i * stride + b, 0, 2);
   }
 }
 
 // Rows [i0, i1) of the super-block (multiples of kMR) by one task's packed columns, all k-blocks.
-static void row_block(const Gemm& g, const float* packed_b, float* local_c, int64_t i0, int64_t i1, int64_t j0,
-                      int64_t columns) {
+template <bool Pairs>
+static void row_block(const Gemm& g, const TaskColumns& t, int64_t i0, int64_t i1) {
   const int64_t a_stride = panel_stride<kMR>(g.kc), b_stride = panel_stride<kNR>(g.kc);
-  const int64_t b_panels = ceil_div(columns, kNR), blocks = g.k_blocks();
-  alignas(64) float hot[kMR * kNR];
+  const int64_t panels = g.products() * t.panels, blocks = g.k_blocks();
+  const int64_t ldc = g.shared_c ? g.shared_ldc : panels * kNR;
+  float* c = g.shared_c ? g.shared_c + i0 * ldc + g.products() * t.j0 : t.c;
   for (int64_t q = 0; q < blocks; ++q) {
     const int64_t kc = least(g.kc, g.ks - q * g.kc);
-    const bool add = q > 0 || g.k0 > 0, finish = q + 1 == blocks && g.last();
-    for (int64_t jp = 0; jp < b_panels; ++jp) {
-      const float* b = packed_b + (q * b_panels + jp) * b_stride;
+    const bool add = q > 0 || g.k0 > 0, prefetch = q + 1 == blocks && g.last() && g.target;
+    for (int64_t jp = 0; jp < panels; ++jp) {
+      const float* b = t.packed + (q * panels + jp) * b_stride;
       for (int64_t i = i0; i < i1; i += kMR) {
+        if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(kMR, g.ms - i));
         const float* a = g.packed_a + (q * g.a_panels() + i / kMR) * a_stride;
-        float* c = hot;
-        int64_t ldc = kNR;
-        if (g.shared_c) {
-          ldc = g.shared_ldc;
-          c = g.shared_c + i * ldc + j0 + jp * kNR;
-        } else if (blocks > 1) {
-          ldc = b_panels * kNR;
-          c = local_c + (i - i0) * ldc + jp * kNR;
-        }
-        micro_kernel(kc, a, b, c, ldc, add);
-        if (finish) {
-          g.epilogue(*g.e,
-                     {c, ldc, g.m0 + i, j0 + jp * kNR, least(kMR, g.ms - i), least(kNR, columns - jp * kNR), g.n});
-        }
+        micro_kernel<Pairs>(kc, a, b, c + (i - i0) * ldc + jp * kNR, ldc, add);
       }
     }
   }
+  if (g.last()) {
+    g.epilogue(*g.e, {c, c + t.panels * kNR, ldc, g.m0 + i0, g.n0 + t.j0, least(i1, g.ms) - i0, t.columns, g.p->n});
+  }
 }
 
+template <bool Pairs>
 static void run_tasks(void* context, int64_t begin, int64_t end) {
   const Gemm& g = *static_cast<Gemm*>(context);
-  const int64_t b_stride = panel_stride<kNR>(g.kc);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t j0 = t % g.column_tasks * g.task_columns, columns = least(g.task_columns, g.n - j0);
-    const int64_t r0 = t / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.ms);
-    const int64_t b_panels = ceil_div(columns, kNR), blocks = g.k_blocks();
-    float* packed_b = cpu::workspace(cpu::kLocalB, blocks * b_panels * b_stride);
-    for (int64_t q = 0; q < blocks; ++q) {
-      const int64_t kc = least(g.kc, g.ks - q * g.kc);
-      for (int64_t p = 0; p < b_panels; ++p) {
-        pack<kNR>(packed_b + (q * b_panels + p) * b_stride, g.b->type, g.b->data, g.b->col, g.b->row, j0 + p * kNR,
-                  j0 + columns, g.k0 + q * g.kc, kc);
-      }
-    }
-    float* local_c = nullptr;
-    if (blocks > 1 && !g.shared_c) local_c = cpu::workspace(cpu::kLocalC, kMC * b_panels * kNR);
-    for (int64_t i = r0; i < r1; i += kMC) row_block(g, packed_b, local_c, i, least(i + kMC, r1), j0, columns);
+  for (int64_t task = begin; task < end; ++task) {
+    TaskColumns t = {};
+    t.j0 = task % g.column_tasks * g.task_columns;
+    t.columns = least(g.task_columns, g.ns - t.j0);
+    t.panels = ceil_div(t.columns, kNR);
+    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.ms);
+    t.packed = pack_b<Pairs>(g, t);
+    if (!g.shared_c) t.c = cpu::workspace(cpu::kLocalC, kMC * g.products() * t.panels * kNR);
+    for (int64_t i = r0; i < r1; i += kMC) row_block<Pairs>(g, t, i, least(i + kMC, r1));
   }
-}
-
-// Few rows, both operands contiguous along k: dot products straight from storage. Packing would cost as much as the
-// product, and four times kLanes partial sums round less than one long chain does.
-constexpr int64_t kDotRows = 4;
-
-template <class T>
-static float dot(const float* a, const T* b, int64_t k) {
-  vf sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] = O::fma(load(a + i + j * kLanes), load(b + i + j * kLanes), sum[j]);
-  }
-  for (; i + kLanes <= k; i += kLanes) sum[0] = O::fma(load(a + i), load(b + i), sum[0]);
-  if (i < k) sum[1] = O::fma(load_some(a + i, k - i), load_some(b + i, k - i), sum[1]);
-  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// Columns [64 begin, 64 end) of all rows; packed_a holds A as fp32 [m, k].
-template <class T>
-static void dot_columns(const Gemm& g, int64_t begin, int64_t end) {
-  const T* b = static_cast<const T*>(g.b->data);
-  alignas(64) float c[kDotRows * 64];
-  for (int64_t j0 = begin * 64; j0 < end * 64; j0 += 64) {
-    const int64_t columns = least(64, g.n - j0);
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = 0; i < g.m; ++i) c[i * 64 + j] = dot(g.packed_a + i * g.k, b + (j0 + j) * g.b->col, g.k);
-    }
-    g.epilogue(*g.e, {c, 64, 0, j0, g.m, columns, g.n});
-  }
-}
-
-static void dot_task(void* context, int64_t begin, int64_t end) {
-  const Gemm& g = *static_cast<Gemm*>(context);
-  if (g.b->type == cpu::Type::fp16) return dot_columns<Fp16>(g, begin, end);
-  if (g.b->type == cpu::Type::bf16) return dot_columns<Bf16>(g, begin, end);
-  return dot_columns<float>(g, begin, end);
-}
-
-static void few_rows(Gemm& g, int64_t threads) {
-  g.packed_a = cpu::workspace(cpu::kSharedA, g.m * g.k);
-  const char* a = static_cast<const char*>(g.a->data);
-  const int64_t size = g.a->type == cpu::Type::fp32 ? 4 : 2;
-  for (int64_t i = 0; i < g.m; ++i) {
-    convert(g.a->type, a + i * g.a->row * size, cpu::Type::fp32, g.packed_a + i * g.k, 0, g.k);
-  }
-  if (threads == 1) return dot_task(&g, 0, ceil_div(g.n, 64));
-  cpu::parallel(ceil_div(g.n, 64), dot_task, &g);
 }
 
 // k = 0: every accumulator is zero.
-static void empty_sums(const Gemm& g) {
-  alignas(64) float zeros[kMR * kNR] = {};
-  for (int64_t i = 0; i < g.m; i += kMR) {
-    for (int64_t j = 0; j < g.n; j += kNR) {
-      g.epilogue(*g.e, {zeros, kNR, i, j, least(kMR, g.m - i), least(kNR, g.n - j), g.n});
+static void empty_sums(const cpu::Product& p, const cpu::Epilogue& e) {
+  alignas(64) float zeros[kTaskColumns] = {};
+  const TileEpilogue epilogue = choose_epilogue(e);
+  for (int64_t i = 0; i < p.m; ++i) {
+    for (int64_t j = 0; j < p.n; j += kTaskColumns) {
+      epilogue(e, {zeros, zeros, kTaskColumns, i, j, 1, least(kTaskColumns, p.n - j), p.n});
     }
   }
 }
 
 // Splits the columns, and the rows only when there are fewer column tasks than threads.
 static void plan_tasks(Gemm& g, int64_t threads) {
-  int64_t tasks = ceil_div(ceil_div(g.n, kTaskColumns), threads) * threads;
-  g.task_columns = ceil_div(ceil_div(g.n, tasks), kNR) * kNR;
-  g.column_tasks = ceil_div(g.n, g.task_columns);
+  const int64_t most = kTaskColumns / g.products();
+  const int64_t tasks = ceil_div(ceil_div(g.ns, most), threads) * threads;
+  g.task_columns = g.e->kind == cpu::Epilogue::softmax_stats ? most : ceil_div(ceil_div(g.ns, tasks), kNR) * kNR;
+  g.column_tasks = ceil_div(g.ns, g.task_columns);
   const int64_t row_tasks = g.column_tasks >= threads ? 1 : least(ceil_div(threads, g.column_tasks), g.a_panels());
   g.task_rows = ceil_div(g.a_panels(), row_tasks) * kMR;
 }
 
-static void gemm(int64_t m, int64_t n, int64_t k, const cpu::Operand& a, const cpu::Operand& b,
-                 const cpu::Epilogue& e) {
-  if (m == 0 || n == 0) return;
-  Gemm g = {};
-  g.m = m, g.n = n, g.k = k, g.a = &a, g.b = &b, g.e = &e;
-  g.epilogue = choose_epilogue(e);
-  if (k == 0) return empty_sums(g);
+template <bool Pairs>
+static void super_block(Gemm& g, int64_t threads) {
+  g.kc = ceil_div(ceil_div(g.ks, ceil_div(g.ks, kKC)), kLanes) * kLanes;
+  g.packed_a = cpu::workspace(cpu::kSharedA, g.k_blocks() * g.a_panels() * panel_stride<kMR>(g.kc));
+  plan_tasks(g, threads);
+  const int64_t tasks = g.column_tasks * ceil_div(g.ms, g.task_rows);
+  if (threads == 1) {
+    pack_a<Pairs>(&g, 0, g.a_panels());
+    run_tasks<Pairs>(&g, 0, tasks);
+  } else {
+    cpu::parallel(g.a_panels(), pack_a<Pairs>, &g);
+    cpu::parallel(tasks, run_tasks<Pairs>, &g);
+  }
+}
 
-  const int64_t threads = m * n >= kParallelWork / k ? cpu::threads() : 1;
-  if (m <= kDotRows && a.col == 1 && b.row == 1) return few_rows(g, threads);
-  const int64_t most_k = least(k, kKS);
-  const int64_t most_m = least(m, ceil_div(kSharedFloats / most_k, kMR) * kMR);
-  if (k > kKS) {
-    g.shared_ldc = ceil_div(n, kNR) * kNR;
+template <bool Pairs>
+static void multiply(const cpu::Product& p, const cpu::Epilogue& e, int64_t threads) {
+  Gemm g = {};
+  g.p = &p, g.e = &e, g.epilogue = choose_epilogue(e);
+  if (e.kind == cpu::Epilogue::main_grad_add) {
+    g.target = reinterpret_cast<const char*>(e.main_grad), g.target_size = 4;
+  } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
+    g.target = static_cast<const char*>(e.out), g.target_size = e.out_type == cpu::Type::fp32 ? 4 : 2;
+  }
+  g.per = Pairs ? 2 : 1;
+  g.k = ceil_div(p.a2 ? 2 * p.k : p.k, g.per);
+  const int64_t most_k = least(g.k, kKS);
+  const int64_t most_m = least(p.m, ceil_div(kSharedFloats / most_k, kMR) * kMR);
+  const int64_t most_n = g.k > kKS ? least(p.n, kNS) : p.n;
+  if (g.k > kKS) {
+    g.shared_ldc = g.products() * ceil_div(most_n, kNR) * kNR;
     g.shared_c = cpu::workspace(cpu::kSharedC, ceil_div(most_m, kMR) * kMR * g.shared_ldc);
   }
-  for (g.m0 = 0; g.m0 < m; g.m0 += most_m) {
-    g.ms = least(most_m, m - g.m0);
-    for (g.k0 = 0; g.k0 < k; g.k0 += kKS) {
-      g.ks = least(kKS, k - g.k0);
-      g.kc = ceil_div(ceil_div(g.ks, ceil_div(g.ks, kKC)), kLanes) * kLanes;
-      g.packed_a = cpu::workspace(cpu::kSharedA, g.k_blocks() * g.a_panels() * panel_stride<kMR>(g.kc));
-      plan_tasks(g, threads);
-      const int64_t tasks = g.column_tasks * ceil_div(g.ms, g.task_rows);
-      if (threads == 1) {
-        pack_a(&g, 0, g.a_panels());
-        run_tasks(&g, 0, tasks);
-      } else {
-        cpu::parallel(g.a_panels(), pack_a, &g);
-        cpu::parallel(tasks, run_tasks, &g);
+  for (g.n0 = 0; g.n0 < p.n; g.n0 += most_n) {
+    g.ns = least(most_n, p.n - g.n0);
+    for (g.m0 = 0; g.m0 < p.m; g.m0 += most_m) {
+      g.ms = least(most_m, p.m - g.m0);
+      for (g.k0 = 0; g.k0 < g.k; g.k0 += kKS) {
+        g.ks = least(kKS, g.k - g.k0);
+        super_block<Pairs>(g, threads);
       }
     }
   }
+}
+
+static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.k == 0) return empty_sums(p, e);
+  const int64_t threads = p.m * p.n >= kParallelWork / p.k ? cpu::threads() : 1;
+  if (wants_dots(p, e)) return few_rows(p, e, threads);
+#if defined(SPU_BF16_DOT)
+  // A chained product needs its second half to begin at a whole slot.
+  if (p.a.type == cpu::Type::bf16 && (!p.a2 || p.k % 2 == 0)) return multiply<true>(p, e, threads);
+#endif
+  multiply<false>(p, e, threads);
 }
 
 }  // namespace SPU_ISA_NS

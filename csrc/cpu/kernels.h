@@ -23,6 +23,10 @@ int64_t threads();
 constexpr int kSharedA = 0, kLocalB = 1, kLocalC = 2, kSharedC = 3, kSlots = 4;
 float* workspace(int slot, int64_t floats);
 
+// A hint before the first write to `bytes` of new memory at data; worth a system call from kLargeBytes on.
+constexpr int64_t kLargeBytes = int64_t{1} << 22;
+void advise_large_pages(void* data, int64_t bytes);
+
 // A matrix operand: element (i, j) of the product's A or B lies at data[i * row + j * col].
 struct Operand {
   const void* data;
@@ -30,13 +34,33 @@ struct Operand {
   int64_t row, col;
 };
 
-// What happens to an fp32 accumulator tile of C [M, N]. One of two kinds:
-// - out = act(acc + bias) in out_type, and z = acc + bias into preact (both leading dimension N);
-// - main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN.
+// C [m, n] = A [m, k] B [k, n]. With b2 alone a twin C2 = A B2 is made beside C; with a2 and b2 the second product,
+// of the same sizes, is added to the first: C = A B + A2 B2.
+struct Product {
+  int64_t m, n, k;
+  Operand a, b;
+  const Operand *a2, *b2;
+};
+
+// Softmax statistics are kept per group of this many columns, whatever the threads are.
+constexpr int64_t kStatColumns = 256;
+
+// What happens to an fp32 accumulator block of C.
 struct Epilogue {
-  const void* bias;  // [N] or null
-  void* out;         // null for the main_grad kind
-  void* preact;      // or null
+  enum Kind {
+    store,          // out = act(acc + bias) in out_type, z = acc + bias into preact
+    main_grad_add,  // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
+    gated,          // out = act(acc) * twin; preact = acc and up = twin, unless null
+    softmax_stats,  // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
+    softmax_grad,   // out = (exp(acc - lse) - onehot(target)) * grad
+  };
+  Kind kind;
+
+  // Matrices have leading dimension n.
+  const void* bias;  // [n] or null
+  void* out;
+  void* preact;  // or null
+  void* up;      // or null
   Type out_type;
   math::Act act;
 
@@ -44,15 +68,31 @@ struct Epilogue {
   float inv_scale;
   bool accumulate;
   int32_t* nonfinite;  // shared by the threads of this call, written atomically
+
+  const int64_t* target;  // [m], the column of each row's target; none if outside [0, n)
+  float* stats;           // [groups, m, 2]: maximum and sum
+  float* target_value;    // [m]
+  const float* lse;       // [m]
+  const float* grad;      // [m]
+  int64_t rows;           // m
+  int64_t ignore_index;   // rows with this target have no gradient, whatever their grad is
+};
+
+// Pointers of gated_backward, all of one storage type and length.
+struct GatedBackward {
+  const void *dh, *gate, *up;
+  void *dgate, *dup, *h;
 };
 
 struct KernelTable {
-  // C [m, n] = A [m, k] B [k, n]. k = 0 gives zero accumulators.
-  void (*gemm)(int64_t m, int64_t n, int64_t k, const Operand& a, const Operand& b, const Epilogue& e);
+  // k = 0 gives zero accumulators.
+  void (*gemm)(const Product& p, const Epilogue& e);
 
   // dz[i] = dy[i] * act'(saved[i])
   void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
                        int64_t end);
+  // dgate = dh * up * act'(gate), dup = dh * act(gate), h = act(gate) * up
+  void (*gated_backward)(Type type, math::Act act, const GatedBackward& g, int64_t begin, int64_t end);
   // out[j] = sum over rows of a [rows, cols] row-major matrix, columns [begin, end), fp32
   void (*column_sums)(Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end, float* out);
   // main_grad (+)= inv_scale * grad; true if a value of grad is not finite
@@ -85,6 +125,7 @@ const KernelTable& kernels();  // the one chosen for this machine, once
 const KernelTable& generic_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
+const KernelTable& avx512bf16_kernels();
 
 }  // namespace cpu
 }  // namespace spu

@@ -4,6 +4,7 @@
 
 #include "cpu/codec_kernels.h"
 #include "cpu/codec_small.h"
+#include "cpu/gated_kernels.h"
 #include "cpu/gemm.h"
 #include "cpu/optim_kernels.h"
 #include "cpu/pointwise.h"
@@ -11,8 +12,9 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-static const cpu::KernelTable kTable = {gemm,        act_backward, column_sums,  unscale, convert,    int8_encode,
-                                        int8_decode, small_encode, small_decode, adamw,   square_sum, SPU_ISA_NAME};
+static const cpu::KernelTable kTable = {gemm,    act_backward, gated_backward, column_sums,  unscale,
+                                        convert, int8_encode,  int8_decode,    small_encode, small_decode,
+                                        adamw,   square_sum,   SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

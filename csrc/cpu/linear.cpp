@@ -9,18 +9,6 @@ namespace spu {
 namespace cpu {
 namespace {
 
-std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes.push_back(t.size(i));
-  sizes.push_back(last);
-  return sizes;
-}
-
-Matrix as_weight(const char* op, const Tensor& weight) {
-  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
-  return as_matrix(op, "weight", weight);
-}
-
 void expect_rows(const char* op, const Tensor& dz, const Matrix& g, const Tensor& x, const Matrix& in) {
   if (g.rows != in.rows) {
     checks::fail("spu::", op, ": dz ", checks::shape(dz), " and x ", checks::shape(x), " have different row counts");
@@ -99,7 +87,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
   e.out = y.mutable_data_ptr();
   e.preact = keep_preact ? preact.mutable_data_ptr() : nullptr;
   e.out_type = in.type;
-  if (y.numel() > 0) kernels().gemm(in.rows, w.rows, in.cols, in.operand(), w.transposed(), e);
+  if (y.numel() > 0) kernels().gemm({in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr}, e);
   return {y, preact};
 }
 
@@ -127,7 +115,8 @@ Tensor linear_dx(Tensor dz, Tensor weight) {
   }
   Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
   if (dx.numel() > 0) {
-    kernels().gemm(g.rows, w.cols, g.cols, g.operand(), w.operand(), store_only(g.type, dx.mutable_data_ptr()));
+    kernels().gemm({g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr},
+                   store_only(g.type, dx.mutable_data_ptr()));
   }
   return dx;
 }
@@ -138,7 +127,8 @@ Tensor linear_dw(Tensor dz, Tensor x) {
   expect_rows("linear_dw", dz, g, x, in);
   Tensor dw = new_empty(dz, {g.cols, in.cols}, dz.scalar_type());
   if (dw.numel() > 0) {
-    kernels().gemm(g.cols, in.cols, g.rows, g.transposed(), in.operand(), store_only(g.type, dw.mutable_data_ptr()));
+    kernels().gemm({g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr},
+                   store_only(g.type, dw.mutable_data_ptr()));
   }
   return dw;
 }
@@ -152,11 +142,12 @@ void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Ten
   checks::expect_scalar(op, "found_inf", found_inf);
   int32_t nonfinite = 0;
   Epilogue e = {};
+  e.kind = Epilogue::main_grad_add;
   e.main_grad = main_grad_data(op, main_grad, g.cols * in.cols);
   e.inv_scale = value(inv_scale);
   e.accumulate = accumulate;
   e.nonfinite = &nonfinite;
-  kernels().gemm(g.cols, in.cols, g.rows, g.transposed(), in.operand(), e);
+  kernels().gemm({g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr}, e);
   if (nonfinite) raise_found_inf(found_inf);
 }
 

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/codec.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/gated.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
 #include "cpu/optim.h"
@@ -18,6 +20,11 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   m.impl("linear_dw_.cpu", TORCH_BOX(&spu::cpu::linear_dw_sink));
   m.impl("linear_db_.cpu", TORCH_BOX(&spu::cpu::linear_db_sink));
   m.impl("unscale_.cpu", TORCH_BOX(&spu::cpu::unscale));
+  m.impl("gated_linear.cpu", TORCH_BOX(&spu::cpu::gated_linear));
+  m.impl("gated_dz.cpu", TORCH_BOX(&spu::cpu::gated_dz));
+  m.impl("gated_dx.cpu", TORCH_BOX(&spu::cpu::gated_dx));
+  m.impl("linear_ce.cpu", TORCH_BOX(&spu::cpu::linear_ce));
+  m.impl("linear_ce_dz.cpu", TORCH_BOX(&spu::cpu::linear_ce_dz));
   m.impl("pack.cpu", TORCH_BOX(&spu::cpu::pack));
   m.impl("unpack.cpu", TORCH_BOX(&spu::cpu::unpack));
   m.impl("adamw_.cpu", TORCH_BOX(&spu::cpu::adamw));

@@ -78,6 +78,19 @@ inline Matrix as_matrix(const char* op, const char* what, const Tensor& t) {
   return m;
 }
 
+inline Matrix as_weight(const char* op, const Tensor& weight) {
+  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
+  return as_matrix(op, "weight", weight);
+}
+
+// t's sizes with another last one.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes.push_back(t.size(i));
+  sizes.push_back(last);
+  return sizes;
+}
+
 // A tensor to write, contiguous: itself, or a copy that finish() writes back.
 class Writable {
  public:
@@ -99,7 +112,11 @@ inline Tensor dense(const Tensor& t) {
 }
 
 inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  Tensor out =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  const int64_t bytes = out.numel() * out.element_size();
+  if (bytes >= kLargeBytes) advise_large_pages(out.mutable_data_ptr(), bytes);
+  return out;
 }
 
 inline Tensor empty_as(const Tensor& like) {

@@ -37,6 +37,7 @@ struct Buffer {
       const int64_t rounded = (wanted + 1023) / 1024 * 1024;
       data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded) * sizeof(float)));
       if (!data) throw std::bad_alloc();
+      if (rounded * 4 >= kLargeBytes) advise_large_pages(data, rounded * 4);
       floats = rounded;
     }
     return data;

@@ -6,6 +6,7 @@
 // AVX-512 kernels are tested on machines without it by building them with SPU_LANES 16 and no SPU_VEC_AVX512.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -18,6 +19,14 @@
 #include "math/hd.h"
 
 #define SPU_INLINE static inline __attribute__((always_inline))
+#define SPU_LAMBDA __attribute__((always_inline))
+
+// Whether O::fma rounds once.
+#if defined(SPU_VEC_AVX512) || defined(SPU_VEC_AVX2)
+#define SPU_EXACT_FMA true
+#else
+#define SPU_EXACT_FMA false
+#endif
 
 namespace spu {
 namespace SPU_ISA_NS {
@@ -70,9 +79,11 @@ using O = math::Ops<vf>;
 
 // Storage types, tagged: a 16-bit pattern does not say which format it is.
 struct Fp16 {
+  static constexpr bool is_fp16 = true;
   uint16_t u;
 };
 struct Bf16 {
+  static constexpr bool is_fp16 = false;
   uint16_t u;
 };
 
@@ -176,6 +187,43 @@ SPU_INLINE void store_codes(int8_t* p, vi codes) {
 #endif
 }
 
+// The same for unsigned bytes.
+SPU_INLINE vu load_bytes(const uint8_t* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vu)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)load_raw<vb>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return (vu) __builtin_convertvector(load_raw<vb>(p), vi) & 0xffu;
+#endif
+}
+SPU_INLINE void store_bytes(uint8_t* p, vu codes) {
+#if defined(SPU_VEC_AVX2)
+  const __m256i c = (__m256i)codes;
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+#else
+  store_codes(reinterpret_cast<int8_t*>(p), (vi)codes);
+#endif
+}
+
+// 4 kLanes values in [-127.5, 127.5] rounded to the nearest int8, ties to even.
+SPU_INLINE void store_rounded(int8_t* p, const vf* v) {
+#if defined(SPU_VEC_AVX512)
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) store_codes(p + i * kLanes, (vi)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v[i]));
+#elif defined(SPU_VEC_AVX2)
+  const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[0]), _mm256_cvtps_epi32((__m256)v[1]));
+  const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[2]), _mm256_cvtps_epi32((__m256)v[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work in halves of a register
+  store_raw(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
+#else
+  for (int i = 0; i < 4; ++i) {
+    store_codes(p + i * kLanes, __builtin_convertvector((v[i] + math::round_magic()) - math::round_magic(), vi));
+  }
+#endif
+}
+
 // The lanes of v rotated by D; __builtin_shuffle wraps its indices.
 template <int D, int... I>
 SPU_INLINE vu rotated(vu v, Lanes<I...>) {
@@ -207,29 +255,21 @@ SPU_INLINE bool any(vi mask) {
   return r != 0;
 }
 
-// Transposes a kLanes x kLanes block in registers: at distance d = kLanes/2 ... 1 rows i and i + d exchange the
-// off-diagonal d x d blocks. log2(kLanes) rounds of two-input shuffles.
-template <int D, int... I>
-SPU_INLINE void exchange(vf& a, vf& b, Lanes<I...>) {
-  const vi low = {((I & D) ? kLanes + I - D : I)...};
-  const vi high = {((I & D) ? kLanes + I : I + D)...};
-  const vf x = a, y = b;
-  a = __builtin_shuffle(x, y, low);
-  b = __builtin_shuffle(x, y, high);
+SPU_INLINE int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+SPU_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
-template <int D>
-SPU_INLINE void transpose_round(vf (&r)[kLanes]) {
-  using All = typename MakeLanes<kLanes>::type;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & D) == 0) exchange<D>(r[i], r[i + D], All{});
-  }
-  if constexpr (D > 1) transpose_round<D / 2>(r);
-}
-
-SPU_INLINE void transpose(vf (&r)[kLanes]) {
-  transpose_round<kLanes / 2>(r);
+// c + a0 b0 + a1 b1 for lanes that hold two bf16 values each.
+SPU_INLINE vf dot_bf16(vf a, vf b, vf c) {
+#if defined(SPU_BF16_DOT) && defined(SPU_VEC_AVX512)
+  return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  const vf high = O::fma(O::from_bits(O::bits(a) & 0xffff0000u), O::from_bits(O::bits(b) & 0xffff0000u), c);
+  return O::fma(O::from_bits(O::bits(a) << 16), O::from_bits(O::bits(b) << 16), high);
+#endif
 }
 
 }  // namespace SPU_ISA_NS

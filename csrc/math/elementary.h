@@ -19,13 +19,13 @@ SPU_HD F exp(F x) {
   const F n = t - round_magic();
   F r = O::fma(n, O::splat(-0.693359375f), x);
   r = O::fma(n, O::splat(2.12194440e-4f), r);
-  F p = O::splat(1.0f / 5040.0f);
-  p = O::fma(p, r, O::splat(1.0f / 720.0f));
-  p = O::fma(p, r, O::splat(1.0f / 120.0f));
-  p = O::fma(p, r, O::splat(1.0f / 24.0f));
-  p = O::fma(p, r, O::splat(1.0f / 6.0f));
-  p = O::fma(p, r, O::splat(0.5f));
-  p = O::fma(p, r * r, r) + 1.0f;
+  // Pairs of terms, then pairs of pairs (Estrin): three additions deep where Horner's scheme has six.
+  const F r2 = r * r;
+  const F p67 = O::fma(r, O::splat(1.0f / 5040.0f), O::splat(1.0f / 720.0f));
+  const F p45 = O::fma(r, O::splat(1.0f / 120.0f), O::splat(1.0f / 24.0f));
+  const F p23 = O::fma(r, O::splat(1.0f / 6.0f), O::splat(0.5f));
+  const F high = O::fma(r2, p67, p45);
+  const F p = O::fma(O::fma(r2, high, p23), r2, r) + 1.0f;
   // round_magic's pattern is 0x4b400000; the difference of patterns is n.
   const typename O::UInt un = O::bits(t) - 0x4b400000u;
   const typename O::UInt n1 = ((un + 1024u) >> 1) - 512u;  // floor(n / 2) with a logical shift
@@ -55,15 +55,13 @@ SPU_HD Normal<F> normal(F x) {
   const F a = abs(x);
   const F e = exp<F>(x * x * -0.5f);
   const F s = 1.0f / O::fma(a, O::splat(0.35f), O::splat(1.0f));
-  F p = O::splat(-0.029146432876586914f);
-  p = O::fma(p, s, O::splat(0.14397406578063965f));
-  p = O::fma(p, s, O::splat(-0.25571897625923157f));
-  p = O::fma(p, s, O::splat(0.15917932987213135f));
-  p = O::fma(p, s, O::splat(-0.023113206028938293f));
-  p = O::fma(p, s, O::splat(0.10550934076309204f));
-  p = O::fma(p, s, O::splat(0.11983255296945572f));
-  p = O::fma(p, s, O::splat(0.13986191153526306f));
-  p = O::fma(p, s, O::splat(0.13962140679359436f));
+  const F s2 = s * s, s4 = s2 * s2;
+  const F p01 = O::fma(s, O::splat(0.13986191153526306f), O::splat(0.13962140679359436f));
+  const F p23 = O::fma(s, O::splat(0.10550934076309204f), O::splat(0.11983255296945572f));
+  const F p45 = O::fma(s, O::splat(0.15917932987213135f), O::splat(-0.023113206028938293f));
+  const F p67 = O::fma(s, O::splat(0.14397406578063965f), O::splat(-0.25571897625923157f));
+  const F low = O::fma(s2, p23, p01), high = O::fma(s2, p67, p45);
+  const F p = O::fma(s4, O::fma(s4, O::splat(-0.029146432876586914f), high), low);
   const F tail = e * (s * p);
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
 }

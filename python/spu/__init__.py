@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spu.nn import restore as restore
     from spu.ops import backends as backends
     from spu.ops import use_backend as use_backend
+    from spu.precision import GradScaler as GradScaler
     from spu.precision import LossScaler as LossScaler
     from spu.precision import MainGrads as MainGrads
     from spu.trainer import ModelParallelTrainer as ModelParallelTrainer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "Device": "spu.devices",
     "DeviceManager": "spu.devices",
+    "GradScaler": "spu.precision",
     "LayerRandomness": "spu.engine.randomness",
     "LossScaler": "spu.precision",
     "MainGrads": "spu.precision",

@@ -1,4 +1,4 @@
-"""The `spu` command: train, devices, doctor, tune. Heavy modules are imported by the command that needs them."""
+"""The `spu` command: train, plan, devices, doctor, tune. Heavy modules are imported by the command that needs them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def train(
     resume: Annotated[str | None, typer.Option(help="Go on with a run: its name or folder; alone: the latest.")] = None,
     devices: Annotated[str | None, typer.Option(help="auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...  (auto)")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=24GB.  (what is free)")] = None,
-    schedule: Annotated[str | None, typer.Option(help="1f1b or gpipe.  (1f1b)")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer.  (1f1b)")
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches of a pipeline round.  (8)")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Pipeline rounds for one update.  (1)")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
@@ -87,6 +89,9 @@ def train(
     growth_interval: Annotated[int | None, typer.Option(help="Good steps before the scale doubles.  (200)")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.  (100)")] = None,
     evals: Annotated[int | None, typer.Option(help="Points of the validation curve.  (10)")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="A plan.json of spu plan: devices, schedule, stages as it says.")
+    ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
 ) -> None:
@@ -96,12 +101,50 @@ def train(
     def command() -> None:
         from spu.job.command import train_command
 
-        train_command(_named(options), out=out, name=name, resume=resume, only_reference=reference, compare=compare)
+        train_command(
+            _named(options), out=out, name=name, resume=resume, plan=plan, only_reference=reference, compare=compare
+        )
 
     guarded(command)
 
 
-_NOT_SETTINGS = ("name", "out", "resume", "reference", "compare")
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A config that comes with spu (internlm2-1.8b, -7b, -20b), a config.json, or a folder.")
+    ] = "internlm2-1.8b",
+    devices: Annotated[
+        str | None, typer.Option(help="cuda:0,cpu, cpu:0,cpu:1, ... need not be here.  (those of the budget)")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=64GB.  (what is free)")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="Of devices that are not here: cuda:0=rtx3070,cpu=200GFLOPS.  (nominal)")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    accumulate: Annotated[int, typer.Option(help="Pipeline rounds for one update.")] = 1,
+    microbatches: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
+    schedule: Annotated[str, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer, or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    transfer: Annotated[str, typer.Option(help="Between stages: int8, fp16, bf16, none or auto.")] = "auto",
+    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, on or off.")] = "auto",
+    same_order: Annotated[bool, typer.Option("--same-order", help="Use every device, in the order given.")] = False,
+    out: Annotated[str, typer.Option(help="Where the plan is written.")] = "plan.json",
+    picture: Annotated[str | None, typer.Option(help="Draw it: a .png, .svg or .pdf file.")] = None,
+) -> None:
+    """Say before training whether a model fits, where each layer goes and how long a step takes."""
+    given = dict(locals())
+
+    def command() -> None:
+        from spu.job.planning import PlanOptions, plan_command
+
+        options = {key: value for key, value in given.items() if key not in ("out", "picture")}
+        plan_command(PlanOptions(**options), out, picture)
+
+    guarded(command)
+
+
+_NOT_SETTINGS = ("name", "out", "resume", "plan", "reference", "compare")
 
 
 @app.command()

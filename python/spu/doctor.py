@@ -190,35 +190,6 @@ def _cuda() -> Row:
     return Row("CUDA device", False, f"{why}; see which driver and cards there are", "nvidia-smi")
 
 
-def _cuda_library() -> Row:
-    """The CUDA C++ kernels: whether they are built, and whether this machine could build or use them."""
-    what = "CUDA C++ kernels"
-    if importlib.util.find_spec("spu._cuda") is None:
-        return _cuda_library_not_built(what)
-    try:
-        import torch  # noqa: F401  (the library needs torch's symbols)
-
-        architectures = importlib.import_module("spu._cuda").architectures()
-    except Exception as error:
-        return Row("spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild_cuda())
-    built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
-    return Row("spu._cuda", True, built if _has_cuda() else f"{built}; idle, since torch sees no CUDA device")
-
-
-def _cuda_library_not_built(what: str) -> Row:
-    nvcc, device = _find_nvcc() is not None, _has_cuda()
-    if device and nvcc:
-        return Row("spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", _rebuild_cuda())
-    if device:
-        why = f"{what}: not built, and there is no nvcc to build them with; Triton's serve"
-        toolkit = f"{_pip()} install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
-        return Row("spu._cuda", False, why, f"{toolkit} && {_rebuild_cuda()}")
-    if nvcc:
-        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
-        return Row("spu._cuda", False, why)
-    return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
-
-
 def _choice() -> list[Row]:
     """What the tables choose for the products of a card, one row a card; nothing without one."""
     import torch
@@ -247,6 +218,35 @@ def _choice() -> list[Row]:
         advice = "" if used.origin == "measured" else "; `spu tune` measures this card"
         rows.append(Row(f"kernels on cuda:{index}", True, text + advice))
     return rows
+
+
+def _cuda_library() -> Row:
+    """The CUDA C++ kernels: whether they are built, and whether this machine could build or use them."""
+    what = "CUDA C++ kernels"
+    if importlib.util.find_spec("spu._cuda") is None:
+        return _cuda_library_not_built(what)
+    try:
+        import torch  # noqa: F401  (the library needs torch's symbols)
+
+        architectures = importlib.import_module("spu._cuda").architectures()
+    except Exception as error:
+        return Row("spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild_cuda())
+    built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
+    return Row("spu._cuda", True, built if _has_cuda() else f"{built}; idle, since torch sees no CUDA device")
+
+
+def _cuda_library_not_built(what: str) -> Row:
+    nvcc, device = _find_nvcc() is not None, _has_cuda()
+    if device and nvcc:
+        return Row("spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", _rebuild_cuda())
+    if device:
+        why = f"{what}: not built, and there is no nvcc to build them with; Triton's serve"
+        toolkit = f"{_pip()} install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
+        return Row("spu._cuda", False, why, f"{toolkit} && {_rebuild_cuda()}")
+    if nvcc:
+        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
+        return Row("spu._cuda", False, why)
+    return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
 
 
 def _nvcc() -> Row:

@@ -70,6 +70,9 @@ class AdamW(torch.optim.Optimizer):
     fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 ``master`` in the state, whose value they
     receive rounded to nearest even. Nothing in ``step`` waits for a device. Gradients are fp32 and are not changed.
 
+    With a GradScaler (``spu``'s or torch's) it takes found_inf, and an unscaling that is still to do, from its
+    ``found_inf`` and ``grad_scale`` attributes, which ``GradScaler.step`` sets.
+
     Args:
         params: parameters or groups, as for any torch optimizer.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
@@ -77,6 +80,8 @@ class AdamW(torch.optim.Optimizer):
     Raises:
         ValueError: for hyperparameters out of range.
     """
+
+    _step_supports_amp_scaling = True  # tells GradScaler.step that this class skips on its own
 
     def __init__(
         self,
@@ -139,7 +144,12 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, grad_scale = _control("found_inf", found_inf), _control("grad_scale", grad_scale)
+        found_inf = _control("found_inf", getattr(self, "found_inf", None) if found_inf is None else found_inf)
+        grad_scale = _control("grad_scale", grad_scale)
+        divisor = _control("grad_scale", getattr(self, "grad_scale", None))  # of gradients that are still scaled
+        if divisor is not None:
+            factor = divisor.double().reciprocal().float()
+            grad_scale = factor if grad_scale is None else grad_scale * factor
         for group in self.param_groups:
             by_device: dict[torch.device, list[Tensor]] = {}
             for param in group["params"]:

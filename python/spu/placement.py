@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from spu import profile, schedules
+from spu import schedules
 from spu.devices import Device
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
+from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
-from spu.skips import Rehearsal, carried_by
+from spu.profile import LayerCost, measure_device
+from spu.skips import carried_by
+from spu.timing import Detached, time_layers, time_update
 
-__all__ = ["check_plan", "measure_plan", "peak_bytes", "place_parts", "plan_model"]
+__all__ = ["check_plan", "counted_speeds", "measure_plan", "model_costs", "peak_bytes", "place_parts", "plan_model"]
+
+LossFn = Callable[[Any, Any], torch.Tensor]
 
 
 def plan_model(
@@ -32,14 +38,17 @@ def plan_model(
     codec: str | None,
     recompute: str | bool,
     virtual: int | None = None,
+    loss_fn: LossFn | None = None,
+    targets: Any = None,
 ) -> Plan:
-    """Balance the layers' estimated costs over the devices, under every device's budget.
+    """Balance the layers' counted costs over the devices, under every device's budget.
 
     Costs are counted, not measured, so that the same command gives the same stages, and so the same bits, every time.
 
     Args:
         layers: the model, in any precision; nothing of it is changed.
         sample: one microbatch of inputs.
+        loss_fn, targets: the loss and one microbatch of its targets; default: a cross entropy over the outputs.
 
     Raises:
         ValueError: more stages than layers, or a layer that cannot be run on fake tensors.
@@ -52,58 +61,134 @@ def plan_model(
             f"{len(devices)} devices{on_each} for {len(layers)} layers: every stage needs a layer; "
             f"pass at most {len(layers) // each} devices"
         )
-    costs = profile.estimate_layers(
-        [(layer.name, layer.module) for layer in layers],
-        sample,
-        call=_caller(layers, sample),
-        dtype=DTYPES[precision],
-    )
+    costs, loss = model_costs(layers, sample, precision, loss_fn, targets, fused=fused_for(schedule, precision))
+    speeds, bandwidths = counted_speeds(devices, precision)
     return make_plan(
         costs,
         devices,
+        loss_cost=loss,
         schedule=schedule,
         microbatches=microbatches,
         accumulate=accumulate,
         precision=precision,
         codec=codec or "none",
         recompute=recompute,
+        speeds=speeds,
+        bandwidths=bandwidths,
+        basis="nominal" if all(device.torch_device.type == "cpu" for device in devices) else "estimated",
         max_microbatches=microbatches * batch_rows(sample),
         virtual=virtual,
+        rows=batch_rows(sample),
+        tokens=_tokens(sample),
     )
 
 
-def measure_plan(plan: Plan, layers: Sequence[Layer], sample: Any, devices: Sequence[Device]) -> Plan:
+def model_costs(
+    layers: Sequence[Layer],
+    sample: Any,
+    precision: str,
+    loss_fn: LossFn | None = None,
+    targets: Any = None,
+    *,
+    fused: bool = True,
+) -> tuple[list[LayerCost], LayerCost | None]:
+    """Costs of a model's layers, and of its loss if there are targets, for one microbatch in training.
+
+    Raises:
+        ValueError: a layer cannot be run on fake tensors.
+    """
+
+    rehearsal = Detached()
+
+    def run(layer: Layer) -> Run:
+        def call(module: nn.Module, x: Any) -> Any:
+            with carried_by(rehearsal):
+                return replace(layer, module=module).run(x, sample, _ANY)
+
+        return Run(layer.name, layer.module, call, kind(layer))
+
+    def kind(layer: Layer) -> Any:
+        if not layer.wants_inputs:  # only of decoders' layers is it known that nothing else tells them apart
+            return None
+        try:
+            hash(made := alike(layer.module))
+        except TypeError:
+            return None
+        return made
+
+    runs = [run(layer) for layer in layers]
+    if loss_fn is not None and targets is not None:
+        runs.append(loss_run(loss_fn, targets))
+    costs = training_costs(runs, sample, DTYPES[precision], fused=fused)
+    return (costs[:-1], costs[-1]) if len(costs) > len(layers) else (costs, None)
+
+
+_ANY = Moment(0, 0, 1)
+
+
+def fused_for(schedule: str, precision: str) -> bool:
+    """Whether the trainer runs linear layers on our ops."""
+    return precision != "fp32" or (schedule != "auto" and schedules.splits_backward(schedule))
+
+
+def counted_speeds(devices: Sequence[Device], precision: str) -> tuple[list[float], list[float]]:
+    """(FLOP/s, bytes/s) of each device, for balancing: CPUs by their threads, so that it is the same every time; as
+    soon as there is a card, as measured once and remembered."""
+    if all(device.torch_device.type == "cpu" for device in devices):
+        return [5e10 * d.threads for d in devices], [5e9 * d.threads for d in devices]
+    measured = [measure_device(device) for device in devices]
+    return [max(getattr(m, precision), 1.0) for m in measured], [m.memory_bandwidth for m in measured]
+
+
+def measure_plan(
+    plan: Plan,
+    layers: Sequence[Layer],
+    sample: Any,
+    devices: Sequence[Device],
+    *,
+    loss_fn: LossFn | None = None,
+    targets: Any = None,
+) -> Plan:
     """The same plan with predicted times that rest on measured layers.
 
     Args:
-        layers: the model in the plan's precision; each layer is run a few times on the first device.
+        plan: whose stages stay as they are.
+        layers: the model in the plan's precision; one layer of each kind is run a few times on every device.
         sample: one microbatch of inputs.
+        devices: in the order of the plan's devices.
+        loss_fn, targets: as in `plan_model`.
     """
-    named = [(layer.name, layer.module) for layer in layers]
+    fused = fused_for(plan.schedule, plan.precision)
+    costs, loss = model_costs(layers, sample, plan.precision, loss_fn, targets, fused=fused)
+    times = time_layers(layers, sample, targets if loss_fn is not None else None, devices, loss_fn or _no_loss)
     return make_plan(
-        profile.measure_layers(named, sample, call=_caller(layers, sample), device=devices[0]),
+        costs,
         devices,
+        loss_cost=loss,
         schedule=plan.schedule,
         microbatches=plan.microbatches,
         accumulate=plan.accumulate,
         precision=plan.precision,
         codec=plan.transfer,
-        recompute=plan.recompute,
+        recompute=plan.recomputed_layers,
         model=plan.model,
+        times=times,
+        update_rates=time_update(devices, DTYPES[plan.precision]),
         layers=[stage.layers for stage in plan.stages],
         virtual=plan.virtual,
+        rows=plan.rows,
+        tokens=plan.tokens,
     )
 
 
-def _caller(layers: Sequence[Layer], inputs: Any) -> Any:
-    by_module = {id(layer.module): layer for layer in layers}
-    rehearsal = Rehearsal()
+def _no_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    return outputs.float().mean()
 
-    def call(module: nn.Module, x: Any) -> Any:
-        with carried_by(rehearsal):
-            return by_module[id(module)].run(x, inputs, Moment(0, 0, 0))
 
-    return call
+def _tokens(sample: Any) -> int:
+    """Tokens of a sequence, where the sample is of token ids; else 0."""
+    ids = sample.get("input_ids") if isinstance(sample, dict) else sample
+    return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0
 
 
 def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], **settings: Any) -> None:

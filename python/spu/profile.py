@@ -68,6 +68,19 @@ class LayerCost:
     forward_s: float | None = None
     backward_s: float | None = None
     shared_bytes: int = 0
+    saved_by_dtype: tuple[tuple[str, int], ...] = ()
+    trained_count: int | None = None
+    input_bytes: int = 0
+    own_bytes: int | None = None
+    input_saved: bool = False
+    output_saved: bool = False
+    forward_extra_bytes: int = 0
+    backward_extra_bytes: int = 0
+    backward_flops: int | None = None
+    forward_traffic_bytes: int = 0
+    backward_traffic_bytes: int = 0
+    deferred_bytes: int = 0
+    deferred_flops: int = 0
 
 
 def estimate_layers(
@@ -86,11 +99,11 @@ def estimate_layers(
     """
     named = _named(layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    x = _to_fake(mode, example_inputs, _device_of(named, example_inputs), dtype)
+    x = fake_copy(mode, example_inputs, _device_of(named, example_inputs), dtype)
     seen: set[int] = set()
     keep_alive: list[Any] = []
     costs = []
-    with _frozen_rng(), torch.enable_grad():
+    with frozen_rng(), torch.enable_grad():
         for name, layer in named:
             try:
                 cost, x = _estimate_one(mode, name, layer, x, call, dtype, seen, keep_alive)
@@ -141,7 +154,7 @@ def measure_layers(
                 result.append(dataclasses.replace(cost, forward_s=forward_s, backward_s=backward_s))
         return result
 
-    with _frozen_rng(target):
+    with frozen_rng(target):
         return call_pinned(device, body) if isinstance(device, Device) else body()
 
 
@@ -189,7 +202,7 @@ def _estimate_one(
             saved[_storage_key(tensor)] = tensor
         return tensor
 
-    counter = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with mode, counter, hooks:
         out = torch.func.functional_call(_Called(layer, call), tensors, (x,), strict=False)
@@ -203,11 +216,21 @@ def _estimate_one(
         saved_bytes=sum(t.untyped_storage().nbytes() for t in saved.values()),
         output_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor)),
         shared_bytes=sum(t.untyped_storage().nbytes() for key, t in saved.items() if key in seen),
+        saved_by_dtype=_by_dtype(saved.values()),
+        input_bytes=sum(t.numel() * t.element_size() for t in tree_leaves(x) if isinstance(t, torch.Tensor)),
     )
     seen.update(saved)
     # Storages are told apart by address, which must not be used again while the list is walked.
     keep_alive.append((saved, out))
     return cost, _next_input(out)
+
+
+def _by_dtype(saved: Iterable[torch.Tensor]) -> tuple[tuple[str, int], ...]:
+    counts: dict[str, int] = {}
+    for tensor in saved:
+        name = str(tensor.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + tensor.untyped_storage().nbytes()
+    return tuple(sorted(counts.items()))
 
 
 def _fake_state(
@@ -235,7 +258,9 @@ def _fake_tensor(
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
 
 
-def _to_fake(mode: FakeTensorMode, value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+def fake_copy(mode: FakeTensorMode, value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The value with fake tensors of the same shapes on ``device``; floating-point ones in ``dtype`` if given."""
+
     def one(tensor: torch.Tensor) -> torch.Tensor:
         return _fake_tensor(mode, tensor, device, dtype).requires_grad_(tensor.requires_grad)
 
@@ -258,7 +283,7 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _flop_formulas() -> dict[Any, Any]:
+def flop_formulas() -> dict[Any, Any]:
     """FLOPs of the ops that torch's counter does not know: ours, where they are registered, and CPU attention."""
 
     def input_gradient(dz: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
@@ -270,6 +295,19 @@ def _flop_formulas() -> dict[Any, Any]:
     def linear(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
         return 2 * _rows(x) * weight[0] * weight[1]
 
+    def gated(x: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        return 2 * linear(x, w_gate)
+
+    def gated_mlp(
+        x: Sequence[int], w_gate: Sequence[int], w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return 2 * linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
+
+    def gated_gradient(
+        dgate: Sequence[int], dup: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return 2 * input_gradient(dgate, w_gate)
+
     def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
@@ -277,7 +315,17 @@ def _flop_formulas() -> dict[Any, Any]:
     cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if cpu_attention is not None:
         formulas[cpu_attention] = attention
-    ours = {"linear": linear, "linear_dx": input_gradient, "linear_dw": weight_gradient, "linear_dw_": weight_gradient}
+    ours = {
+        "linear": linear,
+        "linear_dx": input_gradient,
+        "linear_dw": weight_gradient,
+        "linear_dw_": weight_gradient,
+        "gated_linear": gated,
+        "gated_dx": gated_gradient,
+        "gated_mlp": gated_mlp,
+        "linear_ce": linear,
+        "linear_ce_dz": linear,
+    }
     for name, formula in ours.items():
         if hasattr(torch.ops.spu, name):
             formulas[getattr(torch.ops.spu, name)] = formula
@@ -346,7 +394,7 @@ def _kept_buffers(layer: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen_rng(device: torch.device | None = None) -> Iterator[None]:
+def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
     cards: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     if device is not None and device.type == "cuda" and not cards:
         cards = [device]

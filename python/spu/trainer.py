@@ -17,11 +17,13 @@ from spu.engine.bridge import Bridge, StageModule
 from spu.engine.build import DTYPES, build_stages, to_precision
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import split_batch
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner, split_inputs
 from spu.engine.state import load_training, model_state, save_training
 from spu.engine.update import OptimizerFactory, release
 from spu.plan import Plan
+from spu.plan.compare import comparison
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 
@@ -90,6 +92,7 @@ class ModelParallelTrainer:
         self.accumulate = _at_least_one("accumulate", accumulate)
         self.schedule = schedule
         self.virtual = schedules.stages_per_rank(schedule, virtual)
+        self.auto_transfer = transfer == "auto"
         self.codec = (
             None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
         )
@@ -110,6 +113,7 @@ class ModelParallelTrainer:
         self._plan: Plan | None = None
         self._runner: Runner | None = None
         self._timeline: Timeline | None = None
+        self._step_s: float | None = None
         self._stage_modules: list[StageModule] = []
 
     # The model by hand
@@ -162,7 +166,9 @@ class ModelParallelTrainer:
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        sample = split_inputs(inputs, self.microbatches * self.accumulate, self.precision)[0]
+        parts = self.microbatches * self.accumulate
+        sample = split_inputs(inputs, parts, self.precision)[0]
+        loss = {"loss_fn": self.loss_fn, "targets": None if targets is None else split_batch(targets, parts)[0]}
         plan = self._given_plan or placement.plan_model(
             layers,
             sample,
@@ -174,12 +180,13 @@ class ModelParallelTrainer:
             precision=self.precision,
             codec=self.codec,
             recompute=self.recompute,
+            **loss,
         )
         self._check_plan(plan)
         release(layers)
         masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
         if self.measure:
-            plan = placement.measure_plan(plan, layers, sample, self.devices)
+            plan = placement.measure_plan(plan, layers, sample, self.devices, **loss)
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
             layers,
@@ -225,6 +232,7 @@ class ModelParallelTrainer:
         updater.apply(update, factor)
         self.steps_done += 1
         seconds = time.perf_counter() - begin
+        self._step_s = seconds
         peaks = placement.peak_bytes(self.devices)
         return StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
 
@@ -272,6 +280,16 @@ class ModelParallelTrainer:
         if self._plan is None:
             raise RuntimeError("there is no plan yet: call prepare() or step() first")
         return self._plan.timeline()
+
+    def compare(self) -> str:
+        """Predicted beside measured of the last step, as a table: time, idle share, each device's work and peak bytes.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._plan is None or self._timeline is None or self._step_s is None:
+            raise RuntimeError("no step has run yet: call step() first")
+        return "\n".join(comparison(self._plan, self._timeline, self._step_s, placement.peak_bytes(self.devices)))
 
     # State
 
@@ -347,10 +365,11 @@ class ModelParallelTrainer:
         }
         if self.recompute != "auto":
             settings["recompute"] = self.recompute
-        settings["transfer"] = tuple(
-            (self.codec or "none") if before.device != after.device else codec
-            for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
-        )
+        if not self.auto_transfer:  # else each boundary as the plan says
+            settings["transfer"] = tuple(
+                (self.codec or "none") if before.device != after.device else codec
+                for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
+            )
         placement.check_plan(plan, self._require_layers(), self.devices, **settings)
 
     def _require_layers(self) -> list[Layer]:

@@ -164,8 +164,10 @@ class Stage:
 
     def weight_backward(self, moment: Moment) -> None:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
-        for compute in self._deferred.pop(moment.microbatch):
-            compute()
+        left = self._deferred.pop(moment.microbatch)
+        left.reverse()
+        while left:  # emptied in place: each of them holds activations, and the scope, which holds the list
+            left.pop()()
 
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""

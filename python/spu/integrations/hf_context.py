@@ -141,7 +141,7 @@ class Context:
 
         Cached per (shape, dtype, device) when the inputs are token ids alone; else for the last inputs of each thread.
         """
-        if _is_fake(hidden):
+        if is_fake(hidden):
             return self._fake_layer_calls(hidden)
         rest = split_inputs(inputs)
         stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
@@ -195,7 +195,8 @@ class Context:
         return tree_map_only(torch.Tensor, lambda t: t.to("meta"), calls)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

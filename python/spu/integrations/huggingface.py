@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spu.integrations.hf_attention import register_attention, use_attention
-from spu.integrations.hf_context import Context, Inputs, copy_without_children, split_inputs
+from spu.integrations.hf_context import Context, Inputs, copy_without_children, is_fake, split_inputs
 
 __all__ = ["Embed", "Head", "Layer", "decoder_layers", "is_decoder", "register_attention"]
 
@@ -43,16 +43,16 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 class Embed(_Part):
     """Token embedding and whatever the base model does before its first layer (such as Gemma's scaling)."""
 
-    def __init__(self, embed_tokens: nn.Module, name: str, context: Context, plain: bool) -> None:
+    def __init__(self, embed_tokens: nn.Module, name: str, context: Context, plain: bool | None) -> None:
         super().__init__({"embed_tokens": name})
         self.embed_tokens = embed_tokens
         self._context = context
-        self._plain = plain  # the first layer gets the embedding itself
+        self._plain = plain  # the first layer gets the embedding itself; None: not known, the weights are not there
 
     def forward(self, x: Inputs, inputs: Inputs | None = None) -> torch.Tensor:
         """Token ids int64 [batch, tokens] (or a dict with "input_ids") -> hidden states [batch, tokens, hidden]."""
         embeds = self.embed_tokens(split_inputs(x)["input_ids"])
-        if self._plain:
+        if self._plain or (self._plain is None and is_fake(embeds)):
             return embeds
         return self._context.run(embeds, x)[0][0]
 
@@ -192,8 +192,10 @@ def _refuse_unplanned(model: nn.Module, prefix: str, planned: set[str], head_nam
         )
 
 
-def _check_context(model: nn.Module, context: Context, embed_tokens: nn.Module) -> bool:
+def _check_context(model: nn.Module, context: Context, embed_tokens: nn.Module) -> bool | None:
     """Prove on four tokens that the shell stands for the base model; True if layer 0 gets the bare embedding.
+
+    None if the weights are on the meta device, where nothing can be proved.
 
     Raises:
         ValueError: the base model changes hidden states between layers, or gives its layers something that depends on
@@ -201,7 +203,7 @@ def _check_context(model: nn.Module, context: Context, embed_tokens: nn.Module) 
     """
     name, weight = type(model).__name__, next(embed_tokens.parameters())
     if weight.device.type == "meta":
-        return False
+        return None
     ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
     with torch.no_grad():
         embeds = embed_tokens(ids)

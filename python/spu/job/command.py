@@ -10,8 +10,10 @@ from typing import Any
 from spu.job import reference, report
 from spu.job.config import PLACEMENT, TrainConfig, resume_config
 from spu.job.folder import find_folder, new_folder
+from spu.job.placed import planned_settings
 from spu.job.run import Job, draw_losses, train
 from spu.job.stop import Stopped, StopSignals
+from spu.plan import Plan
 
 
 def train_command(
@@ -20,6 +22,7 @@ def train_command(
     out: str = "runs",
     name: str | None = None,
     resume: str | None = None,
+    plan: str | None = None,
     only_reference: bool = False,
     compare: bool = False,
 ) -> Path:
@@ -30,6 +33,7 @@ def train_command(
         out: folder of all runs.
         name: of a new run; None for one made from the time.
         resume: name or folder of a run to go on with, or "latest".
+        plan: file of a plan that a new run is placed by.
         only_reference: train the plain fp32 reference alone.
         compare: train both and print how they differ.
 
@@ -40,7 +44,13 @@ def train_command(
         ValueError: bad input; the text names the value and the fix, and nothing was written over.
         Stopped: Ctrl-C or SIGTERM; what could be saved is saved.
     """
+    chosen = None if plan is None else Plan.load(plan)
+    if chosen is not None and resume is not None:
+        raise ValueError(f"--plan {plan} and --resume {resume}: a resumed run keeps its plan, leave --plan out")
+    if chosen is not None:
+        given = planned_settings(chosen, given, str(plan))
     job = _make_job(given, out, name, resume)
+    job.given_plan = chosen
     job.read()
     if only_reference and not compare and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")

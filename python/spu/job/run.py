@@ -25,6 +25,7 @@ from spu.job.sample import choose_prompt, sample_text
 from spu.job.stop import Stopped, StopSignals
 from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
+from spu.plan.compare import comparison
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.trainer import ModelParallelTrainer, StepResult
@@ -44,6 +45,7 @@ class Job:
     new: bool
     replaced: bool = False  # placed on other devices than before
     saved_corpus: dict[str, Any] | None = None
+    given_plan: Plan | None = None  # of a file that the user named
     corpus: Corpus = field(init=False)
     tokenizer: Tokenizer = field(init=False)
 
@@ -84,6 +86,8 @@ class Job:
 
     def plan(self) -> Plan | None:
         """The plan a run was begun with, so that going on changes no bit; None for a new one or another placement."""
+        if self.given_plan is not None:
+            return self.given_plan
         file = self.folder / "plan.json"
         return None if self.new or self.replaced or not file.exists() else Plan.load(file)
 
@@ -112,7 +116,7 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         accumulate=config.accumulate,
         schedule=config.schedule,
         plan=plan,
-        measure=plan is None,  # so that the predicted times are of these layers on this machine
+        measure=plan is None or plan is job.given_plan,  # so that predicted times are of these layers here
         transfer=config.transfer,
         recompute="auto" if config.recompute == "auto" else config.recompute == "on",
         max_grad_norm=config.max_grad_norm,
@@ -219,7 +223,10 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
     skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
     with console.open_view(f"train {folder.name}", steps, done) as view:
         for step in range(done, steps):
+            begin = time.perf_counter()
             result = trainer.step(*job.corpus.batch(config.seed, step, config.batch, config.seq))
+            if step == done + 1 or step + 1 == steps == done + 1:  # the first step also makes what is kept
+                _say_compared(view, trainer, time.perf_counter() - begin, result)
             metrics.append(**_row(step + 1, result, config))
             timelines.append(trainer.timeline())
             guard.check(step + 1, result, config)
@@ -240,6 +247,13 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
                     stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.path}"
                 )
     return timelines
+
+
+def _say_compared(view: console.View, trainer: ModelParallelTrainer, step_s: float, result: StepResult) -> None:
+    """Predicted beside measured, for the step that has just run."""
+    assert trainer.plan is not None
+    for line in comparison(trainer.plan, trainer.timeline(), step_s, result.peak_bytes):
+        view.say(line)
 
 
 def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:

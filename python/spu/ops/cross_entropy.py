@@ -18,18 +18,19 @@ from torch import Tensor
 
 from . import schema, wire
 from .dispatch import DTYPES, choose_backend
-from .reference import autocast_enabled
+from .linear import compute_dtype
 from .sink import sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, parameter: Tensor) -> None:
+    """``parameter``: the weight as the caller gave it, from which autocast may have made that of ``inputs``."""
     hidden, weight, target, ignore_index = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, lse)
-    ctx.parameter = weight if ctx.needs_input_grad[1] and weight.is_leaf else None
+    ctx.parameter = parameter if ctx.needs_input_grad[1] and parameter.is_leaf else None
     ctx.ignore_index = ignore_index
 
 
@@ -95,7 +96,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
 def _register(backend: str) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output[1])
+        _save(ctx, inputs, output[1], inputs[1])
 
     def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (*_gradients(ctx, dloss, backend), None, None)
@@ -112,19 +113,26 @@ class _LinearCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, backend = arguments
+        hidden, weight, target, ignore_index, backend, dtype = arguments
+        ctx.dtypes = hidden.dtype, weight.dtype
         with torch._C._AutoDispatchBelowAutograd():
+            inputs = (*_operands(hidden, weight, dtype), target, ignore_index)
             loss, lse = schema.overload("linear_ce", backend)(*inputs)
-        _save(ctx, tuple(inputs), lse)
+        _save(ctx, inputs, lse, weight)
         ctx.backend = backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dloss, ctx.backend), None, None, None)
+        gradients = zip(_gradients(ctx, dloss, ctx.backend), ctx.dtypes, strict=True)
+        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), *[None] * 4)
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> None:
+def _operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return (hidden, weight) if dtype is None else (hidden.to(dtype), weight.to(dtype))
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype | None) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}: hidden "
@@ -137,7 +145,8 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) ->
         )
     if target.dtype != torch.int64:
         raise TypeError(f"linear_cross_entropy: target is {target.dtype}: convert it with .long()")
-    if hidden.dtype not in DTYPES["reference"] or weight.dtype != hidden.dtype:
+    known = hidden.is_floating_point() and (dtype or hidden.dtype) in DTYPES["reference"]
+    if not known or (dtype is None and weight.dtype != hidden.dtype):
         raise TypeError(
             f"linear_cross_entropy: hidden is {hidden.dtype} and weight {weight.dtype}: both must be one of float16, "
             "bfloat16 and float32; convert one with .to(), or use torch.autocast"
@@ -178,21 +187,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
 
     Returns:
         The loss, zero-dimensional, fp32 (fp64 for fp64); NaN if no target counts, as in torch. Differentiable once in
-        hidden and weight. Works under ``torch.compile``; follows ``torch.autocast`` like ``F.linear``.
+        hidden and weight. Works under ``torch.compile``; inside ``torch.autocast`` the product is in its dtype.
 
     Raises:
         ValueError: shapes or devices that do not fit; on the CPU also a target outside the vocabulary.
         TypeError: dtypes that differ or are not supported.
     """
-    device_type = hidden.device.type
-    if autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _check(hidden, weight, target, ignore_index)
+    dtype = compute_dtype(hidden, None)
+    _check(hidden, weight, target, ignore_index, dtype)
     rows, targets = hidden.reshape(wire.numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
-    backend = choose_backend(hidden, op="linear_ce", shape=(rows.shape[0], *weight.shape))
+    backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        losses = schema.overload("linear_ce", backend)(rows, weight, targets, ignore_index)[0]
+        operands = _operands(rows, weight, dtype)
+        losses = schema.overload("linear_ce", backend)(*operands, targets, ignore_index)[0]
     else:
-        losses = _LinearCE.apply(rows, weight, targets, ignore_index, backend)
+        losses = _LinearCE.apply(rows, weight, targets, ignore_index, backend, dtype)
     return losses.sum() / (targets != ignore_index).sum()

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from . import schema
 from .dispatch import DTYPES, choose_backend
-from .reference import autocast_enabled
+from .linear import compute_dtype
 from .sink import GradSink, sinks_of
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], gate: Tensor, up: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], gate: Tensor, up: Tensor, parameters: tuple[Tensor, ...]) -> None:
+    """``parameters``: the weights as the caller gave them, from which autocast may have made those of ``inputs``."""
     x, w_gate, w_up, w_down, activation, keep = inputs
     if not keep:
         raise ValueError("spu::gated_mlp needs keep=True to be differentiated")
@@ -41,7 +42,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], gate: Tensor, up: Tensor) -> None:
         gate,
         up,
     )
-    weights = zip((w_gate, w_up, w_down), needs_weights, strict=True)
+    weights = zip(parameters, needs_weights, strict=True)
     ctx.parameters = tuple(w if needed and w.is_leaf else None for w, needed in weights)
     ctx.activation = activation
 
@@ -77,7 +78,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
 def _register(backend: str) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, *output[1:])
+        _save(ctx, inputs, *output[1:], inputs[1:4])
 
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return (*_gradients(ctx, dy, backend), None, None)
@@ -94,19 +95,22 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, backend = arguments
+        *given, activation, backend, dtype = arguments
+        ctx.dtypes = tuple(operand.dtype for operand in given)
         with torch._C._AutoDispatchBelowAutograd():
+            inputs = (*(given if dtype is None else (operand.to(dtype) for operand in given)), activation, True)
             y, gate, up = schema.overload("gated_mlp", backend)(*inputs)
-        _save(ctx, tuple(inputs), gate, up)
+        _save(ctx, inputs, gate, up, tuple(given[1:]))
         ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dy, ctx.backend), None, None, None)
+        gradients = zip(_gradients(ctx, dy, ctx.backend), ctx.dtypes, strict=True)
+        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), None, None, None)
 
 
-def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str) -> None:
+def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None) -> None:
     if activation not in GATED_ACTIVATIONS:
         raise ValueError(
             f"gated_mlp: unknown activation {activation!r}: use one of {', '.join(map(repr, GATED_ACTIVATIONS))}"
@@ -123,10 +127,10 @@ def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: 
             f"gated_mlp: x {tuple(x.shape)}, w_gate {tuple(w_gate.shape)}, w_up {tuple(w_up.shape)} and w_down "
             f"{tuple(w_down.shape)} do not fit: they must be [..., in], [hidden, in], [hidden, in] and [out, hidden]"
         )
-    if x.dtype not in DTYPES["reference"]:
+    if (dtype or x.dtype) not in DTYPES["reference"] or not x.is_floating_point():
         raise TypeError(f"gated_mlp: x is {x.dtype}: convert it to float16, bfloat16 or float32")
     for name, weight in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
-        if weight.dtype != x.dtype:
+        if dtype is None and weight.dtype != x.dtype:
             raise TypeError(
                 f"gated_mlp: x is {x.dtype} but {name} is {weight.dtype}: convert one of them with .to(), or use "
                 "torch.autocast"
@@ -135,7 +139,15 @@ def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: 
             raise ValueError(f"gated_mlp: x is on {x.device} but {name} is on {weight.device}: move one with .to()")
 
 
-def gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu") -> Tensor:
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str = "silu",
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """y = (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T: SwiGLU for "silu", GEGLU for the gelus.
 
     Args:
@@ -143,23 +155,23 @@ def gated_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activatio
         w_gate, w_up: [N, K], same dtype and device.
         w_down: [M, N].
         activation: "silu", "gelu" (exact) or "gelu_tanh".
+        dtype: operands are converted to it first; default: to autocast's inside ``torch.autocast``, else not at all.
 
     Returns:
-        y [..., M], contiguous. Differentiable once in all four; keeps x and two [..., N] tensors for the backward.
-        Works under ``torch.compile`` and follows ``torch.autocast`` like three ``F.linear``.
+        y [..., M], contiguous, in the dtype of the computation. Differentiable once in all four; keeps x and two
+        [..., N] tensors for the backward. Works under ``torch.compile``, with ordinary gradients of the weights.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
         TypeError: dtypes that differ or are not supported.
     """
-    device_type = x.device.type
-    if autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, w_gate, w_up, w_down = x.to(dtype), w_gate.to(dtype), w_up.to(dtype), w_down.to(dtype)
-    _check(x, w_gate, w_up, w_down, activation)
-    operands = (x, w_gate, w_up, w_down)
-    backend = choose_backend(x, op="gated_linear", shape=(x.shape[:-1].numel(), *w_gate.shape))
+    dtype = compute_dtype(x, dtype)
+    _check(x, w_gate, w_up, w_down, activation, dtype)
+    operands = [x, w_gate, w_up, w_down]
+    backend = choose_backend(x, dtype, op="gated_linear", shape=(x.shape[:-1].numel(), *w_gate.shape))
     needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     if needs_grad and not torch.compiler.is_compiling():
-        return _GatedMLP.apply(*operands, activation, True, backend)
+        return _GatedMLP.apply(*operands, activation, backend, dtype)
+    if dtype is not None:
+        operands = [operand.to(dtype) for operand in operands]
     return schema.overload("gated_mlp", backend)(*operands, activation, needs_grad)[0]

@@ -23,9 +23,20 @@ _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, preact: Tensor) -> None:
-    """Keeps for the backward what it will need of ``spu::linear``'s inputs and outputs, and no more."""
-    x, weight, bias, activation, keep_preact = inputs
+def _save(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    y: Tensor,
+    preact: Tensor,
+    parameters: tuple[Tensor, Tensor | None],
+    transposed: bool = False,
+) -> None:
+    """Keeps for the backward what it will need of ``spu::linear``'s inputs and outputs, and no more.
+
+    ``parameters``: the weight (``transposed``: [K, N]) and bias as the caller gave them, from which autocast may have
+    made those of ``inputs``.
+    """
+    x, weight, _, activation, keep_preact = inputs
     if activation in _NEEDS_PREACT and not keep_preact:
         raise ValueError(f"spu::linear needs keep_preact=True to be differentiated with activation {activation!r}")
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -34,8 +45,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, preact: Tensor) -> None:
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
     # The parameters themselves: what save_for_backward gives back is another object under saved-tensor hooks
     # (activation checkpointing), and a sink belongs to the object.
-    ctx.parameters = weight if needs_weight and weight.is_leaf else None, bias if needs_bias and bias.is_leaf else None
-    ctx.activation = activation
+    own_weight, own_bias = parameters
+    ctx.parameters = (
+        own_weight if needs_weight and own_weight.is_leaf else None,
+        own_bias if needs_bias and own_bias is not None and own_bias.is_leaf else None,
+    )
+    ctx.activation, ctx.transposed = activation, transposed
 
 
 def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -55,10 +70,11 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     weight_sink, bias_sink = sinks_of(ctx.parameters)
     dx = schema.overload("linear_dx", backend)(dz, weight) if needs_x else None
     dw = db = None
+    left, right = (x, dz) if ctx.transposed else (dz, x)  # dw = left.T @ right
     if weight_sink is not None:
-        weight_sink.linear_weight(dz, x, backend)
+        weight_sink.linear_weight(left, right, backend)
     elif needs_weight:
-        dw = schema.overload("linear_dw", backend)(dz, x)
+        dw = schema.overload("linear_dw", backend)(left, right)
     if bias_sink is not None:
         bias_sink.linear_bias(dz, backend)
     elif needs_bias:
@@ -69,7 +85,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
 def _register(backend: str) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, *output)
+        _save(ctx, inputs, *output, inputs[1:3])
 
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (*_gradients(ctx, dy, backend), None, None)
@@ -86,19 +102,34 @@ class _LinearAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, backend = arguments
+        x, weight, bias, activation, keep_preact, backend, dtype, transposed = arguments
+        ctx.dtypes = x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         with torch._C._AutoDispatchBelowAutograd():
+            inputs = (*_operands(x, weight, bias, dtype, transposed), activation, keep_preact)
             y, preact = schema.overload("linear", backend)(*inputs)
-        _save(ctx, tuple(inputs), y, preact)
+        _save(ctx, inputs, y, preact, (weight, bias), transposed)
         ctx.backend = backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dy, ctx.backend), None, None, None)
+        gradients = zip(_gradients(ctx, dy, ctx.backend), ctx.dtypes, strict=True)
+        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), *[None] * 5)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [..., K], weight [N, K] and bias [N] in the dtype of the computation; None: in their own."""
+    if transposed:
+        weight = weight.t()
+    if dtype is None:
+        return x, weight, bias
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None) -> None:
+    """``weight`` as [N, K]; ``dtype``: what all operands will be converted to, or None."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
@@ -111,31 +142,40 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> N
             f"linear_act: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: it must be "
             f"({weight.shape[0]},)"
         )
-    dtype, device = x.dtype, x.device
-    if dtype not in _FLOATS:
-        raise TypeError(f"linear_act: x is {dtype}: convert it to float16, bfloat16 or float32")
+    device, wanted = x.device, dtype or x.dtype
+    if wanted not in _FLOATS or not x.is_floating_point():
+        raise TypeError(f"linear_act: x is {x.dtype}: convert it to float16, bfloat16 or float32")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != dtype:
+        if dtype is None and tensor.dtype != x.dtype:
             raise TypeError(
-                f"linear_act: x is {dtype} but {name} is {tensor.dtype}: convert one of them with .to(), or use "
+                f"linear_act: x is {x.dtype} but {name} is {tensor.dtype}: convert one of them with .to(), or use "
                 "torch.autocast"
             )
         if tensor.device != device:
             raise ValueError(f"linear_act: x is on {device} but {name} is on {tensor.device}: move one with .to()")
 
 
-def _autocast(
-    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """torch's rule for a linear under autocast: every floating operand but fp64 becomes ``dtype``."""
-    if x.dtype == torch.float64:
-        return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """What a fused op converts its operands to: the one asked for, else by torch's rule for a linear under autocast
+    (every floating operand but fp64 becomes autocast's dtype), else None: nothing is converted.
+    """
+    device_type = x.device.type
+    if dtype is None and autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    dtype: torch.dtype | None = None,
+    transposed: bool = False,
+) -> Tensor:
     """y = act(x @ weight.T + bias), accumulated in fp32 and rounded once.
 
     Args:
@@ -143,28 +183,30 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         weight: [N, K], same dtype and device.
         bias: [N] or None.
         activation: "none", "relu", "gelu" (exact), "gelu_tanh" or "silu".
+        dtype: operands are converted to it first; default: to autocast's inside ``torch.autocast``, else not at all.
+        transposed: the weight is [K, N] (GPT-2's Conv1D).
 
     Returns:
-        y [..., N], contiguous. Differentiable once in x, weight and bias; works under ``torch.compile``, where (as
-        in any backward outside a scope) weight and bias get ordinary gradients. Under ``torch.autocast`` it computes
-        in autocast's dtype, like ``F.linear``. (torch.func transforms do not work: no custom op of torch has them.)
+        y [..., N], contiguous, in the dtype of the computation. Differentiable once in x, weight and bias, whose
+        gradients have their own dtypes; works under ``torch.compile``, where (as in any backward outside a scope)
+        weight and bias get ordinary gradients. (torch.func transforms do not work: no custom op of torch has them.)
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
         TypeError: dtypes that differ or are not supported.
     """
-    device_type = x.device.type
-    if autocast_enabled(device_type):
-        x, weight, bias = _autocast(torch.get_autocast_dtype(device_type), x, weight, bias)
-    _check(x, weight, bias, activation)
+    dtype = compute_dtype(x, dtype)
+    _check(x, weight.t() if transposed else weight, bias, activation, dtype)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    backend = choose_backend(x, op="linear", shape=(x.shape[:-1].numel(), *weight.shape))
+    out_in = weight.shape[::-1] if transposed else weight.shape
+    backend = choose_backend(x, dtype, op="linear", shape=(x.shape[:-1].numel(), *out_in))
     keep_preact = needs_grad and activation in _NEEDS_PREACT
     if needs_grad and not torch.compiler.is_compiling():
-        return _LinearAct.apply(x, weight, bias, activation, keep_preact, backend)
-    return schema.overload("linear", backend)(x, weight, bias, activation, keep_preact)[0]
+        return _LinearAct.apply(x, weight, bias, activation, keep_preact, backend, dtype, transposed)
+    operands = _operands(x, weight, bias, dtype, transposed)
+    return schema.overload("linear", backend)(*operands, activation, keep_preact)[0]
 
 
 def linear_dw_(

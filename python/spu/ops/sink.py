@@ -35,6 +35,7 @@ class BackwardScope:
         deferred: where sinks leave their work for later, in order; None if they are to do it at once.
         plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
             be added as it is, without a pass over it.
+        adopt: called with a parameter of a fused op that has no sink yet; may give it one.
     """
 
     scale: Tensor
@@ -42,6 +43,7 @@ class BackwardScope:
     found_inf: Tensor
     deferred: list[Callable[[], None]] | None = None
     plain: bool = False
+    adopt: Callable[[Tensor], GradSink | None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale", "inv_scale", "found_inf"):
@@ -166,4 +168,8 @@ def sink_of(param: Tensor) -> GradSink | None:
 def sinks_of(parameters: Iterable[Tensor | None]) -> list[GradSink | None]:
     """For the backward of a fused op: the sink of each parameter, None for None and outside a scope."""
     scope = current_scope()
-    return [None if scope is None or param is None else sink_of(param) for param in parameters]
+    if scope is None:
+        return [None for _ in parameters]
+    return [
+        None if param is None else _SINKS.get(param) or (scope.adopt and scope.adopt(param)) for param in parameters
+    ]

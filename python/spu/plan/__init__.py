@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from spu.plan.curve import memory_curve
 from spu.plan.make import make_plan
-from spu.plan.memory import StageBytes, StageMemory, wire_bytes
+from spu.plan.memory import LayerNeeds, StageBytes, StageMemory, wire_bytes
 from spu.plan.partition import BudgetError, partition
 from spu.plan.picture import draw_timeline
 from spu.plan.plan import Plan, Predicted, StagePlan
@@ -11,6 +12,7 @@ from spu.plan.trace import write_trace
 
 __all__ = [
     "BudgetError",
+    "LayerNeeds",
     "Plan",
     "Predicted",
     "StageBytes",
@@ -18,6 +20,7 @@ __all__ = [
     "StagePlan",
     "draw_timeline",
     "make_plan",
+    "memory_curve",
     "partition",
     "wire_bytes",
     "write_trace",

@@ -1,12 +1,9 @@
-"""What a stage holds in memory, in bytes, by category."""
+"""What layers need, and what a stage holds in memory, in bytes, by category."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-
-from spu import schedules
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
 
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
@@ -23,25 +20,34 @@ class LayerNeeds:
     Attributes:
         name: the layer's name.
         params: number of parameters.
-        saved_bytes: what the backward needs of the forward.
-        shared_bytes: the part of it that the layer before has counted already, if it is on the same stage.
+        trained: how many of them are trained, and so have gradients, masters and moments.
+        own_bytes: what the forward leaves behind for the backward, the layer's input and output not counted.
+        input_bytes: what comes from the layer before.
         output_bytes: what goes to the next layer.
-        forward_s: seconds of the forward on a device of relative speed 1.
-        backward_s: seconds of the backward, recomputation not included.
+        input_saved, output_saved: whether the backward needs them.
+        forward_extra: the most that the forward takes beyond what it leaves behind.
+        backward_extra: the most that the backward takes beyond what the forward has left.
+        deferred_bytes: what weight gradients that are put off keep, beside what the forward left.
+        weight_share: the share of the backward's time that weight gradients take, where they can be put off.
     """
 
     name: str
     params: int
-    saved_bytes: int
-    shared_bytes: int
+    trained: int
+    own_bytes: int
+    input_bytes: int
     output_bytes: int
-    forward_s: float
-    backward_s: float
+    input_saved: bool
+    output_saved: bool
+    forward_extra: int
+    backward_extra: int
+    deferred_bytes: int = 0
+    weight_share: float = 0.5
 
 
 @dataclass(frozen=True)
 class StageBytes:
-    """Peak bytes of one stage by category."""
+    """Peak bytes of one stage by category; ``workspace_bytes`` is what comes and goes within one action."""
 
     param_bytes: int
     main_grad_bytes: int
@@ -49,17 +55,26 @@ class StageBytes:
     moment_bytes: int
     saved_bytes: int
     wire_bytes: int
+    workspace_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return (
-            self.param_bytes
-            + self.main_grad_bytes
-            + self.master_bytes
-            + self.moment_bytes
-            + self.saved_bytes
-            + self.wire_bytes
-        )
+        return sum(getattr(self, entry.name) for entry in fields(StageBytes))
+
+    @property
+    def state_bytes(self) -> int:
+        """What is held all the time: weights, main gradients, masters and moments."""
+        return self.param_bytes + self.main_grad_bytes + self.master_bytes + self.moment_bytes
+
+
+def state_bytes(needs: LayerNeeds, precision: str) -> tuple[int, int, int, int]:
+    """(weights, main gradients, masters, moments) of a layer.
+
+    Per parameter: the weight in its precision; per trained one an fp32 main gradient, an fp32 master where weights have
+    16 bits, and two fp32 moments.
+    """
+    item = ITEM_BYTES[precision]
+    return item * needs.params, 4 * needs.trained, 4 * needs.trained if item == 2 else 0, 8 * needs.trained
 
 
 def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
@@ -82,86 +97,120 @@ def _aligned(count: int) -> int:
     return -(-count // _ALIGN) * _ALIGN
 
 
-class StageMemory:
-    """Bytes of any run of layers on any stage, for one way of training.
+def pinned_bytes(count: int) -> int:
+    """What page-locked host memory for ``count`` bytes takes: torch's allocator rounds up to a power of two."""
+    return 1 << (count - 1).bit_length() if count > 0 else 0
 
-    Per parameter: the weight in its precision, an fp32 main gradient, an fp32 master weight where weights have 16 bits,
-    and two fp32 moments. Activations are what the schedule holds in flight at the stage: each layer's saved tensors,
-    or with recompute each layer's input, plus the most that one layer saves while it is being run again. A stage
-    also holds its output until the backward comes; the last one an fp32 log-softmax in its place, for the loss. Wires
-    are two buffers per boundary and direction.
+
+@dataclass(frozen=True)
+class Boundary:
+    """How a stage boundary is crossed.
+
+    Attributes:
+        codec: "none" or a codec of `spu.ops.pack`.
+        copied: the receiver gets a copy; False between devices that share memory, with codec "none".
+        before_on_card, after_on_card: whether the device on that side is a card; a CPU beside one pins its wires.
+    """
+
+    codec: str
+    copied: bool
+    before_on_card: bool = False
+    after_on_card: bool = False
+
+    def s_per_microbatch(self, tensor_bytes: int, rate: float) -> float:
+        """Seconds that packing one tensor and unpacking another of this size take a device that packs at ``rate``."""
+        return 0.0 if self.codec == "none" else 2.0 * tensor_bytes / rate
+
+    def wires(self, tensor_bytes: int, precision: str) -> tuple[int, int]:
+        """Bytes of the wire buffers on the (sending, receiving) side of activations of ``tensor_bytes``.
+
+        Where nothing is copied the sender's own tensor is the wire; what the receiver sends back, a gradient of the
+        same size, is the receiver's.
+        """
+        if not self.copied:
+            return 0, tensor_bytes
+        one = wire_bytes(tensor_bytes, precision, self.codec)
+        mixed = self.before_on_card != self.after_on_card
+        before = pinned_bytes(one) if mixed and not self.before_on_card else one
+        after = pinned_bytes(one) if mixed and not self.after_on_card else one
+        return 2 * WIRE_BUFFERS * before, 2 * WIRE_BUFFERS * after
+
+
+class StageMemory:
+    """Bytes of any run of layers on any stage, for one way of training: the definition.
+
+    A stage holds its state all the time. Each microbatch in flight keeps what its layers saved, or with recompute the
+    inputs of the layers that are run again, and the stage's output. On top comes what one action needs while it
+    runs; with recompute that is also what one layer saves while it is run again. Wires are two buffers per boundary
+    and direction where something is copied.
 
     Args:
         layers: what each layer needs.
-        schedule: name of the schedule.
-        stages: number of stages.
-        microbatches: per run of the schedule.
+        loss: what the loss needs, on the last stage.
+        in_flight: the most microbatches that each stage holds.
+        boundaries: one per boundary.
         precision: "fp16", "bf16" or "fp32".
-        codecs: one per boundary.
-        recompute: run each layer's forward again in its backward.
-        virtual: stages on each device; None for the schedule's own number.
+        deferred: the schedule puts weight gradients off.
     """
 
     def __init__(
         self,
         layers: Sequence[LayerNeeds],
+        loss: LayerNeeds,
         *,
-        schedule: str,
-        stages: int,
-        microbatches: int,
+        in_flight: Sequence[int],
+        boundaries: Sequence[Boundary],
         precision: str,
-        codecs: Sequence[str],
-        recompute: bool,
-        virtual: int | None = None,
+        deferred: bool = False,
     ) -> None:
         self.layers = layers
+        self.loss = loss
         self.precision = precision
-        self.codecs = codecs
-        self.recompute = recompute
-        self.in_flight = _in_flight(schedule, stages, microbatches, virtual)
-        self._params = [0, *accumulate(layer.params for layer in layers)]
-        self._saved = [0, *accumulate(layer.saved_bytes for layer in layers)]
-        self._shared = [0, *accumulate(layer.shared_bytes for layer in layers)]
-        self._outputs = [0, *accumulate(layer.output_bytes for layer in layers)]
+        self.boundaries = boundaries
+        self.in_flight = in_flight
+        self.deferred = deferred
 
-    def of(self, stage: int, first: int, last: int) -> StageBytes:
-        """Bytes if ``stage`` holds layers ``first`` to ``last - 1``."""
-        params = self._params[last] - self._params[first]
-        item = ITEM_BYTES[self.precision]
+    def of(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> StageBytes:
+        """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and runs those in ``recompute`` again."""
+        here = self.layers[first:last]
+        states = [state_bytes(layer, self.precision) for layer in here]
         return StageBytes(
-            param_bytes=item * params,
-            main_grad_bytes=4 * params,
-            master_bytes=4 * params if item == 2 else 0,
-            moment_bytes=8 * params,
-            saved_bytes=self._saved_bytes(stage, first, last),
+            *(sum(state[k] for state in states) for k in range(4)),
+            saved_bytes=self.in_flight[stage] * self.each(stage, first, last, recompute),
             wire_bytes=self._wire_bytes(stage, first, last),
+            workspace_bytes=self._workspace(stage, first, last, recompute),
         )
 
-    def total(self, stage: int, first: int, last: int) -> int:
-        """`of`, summed."""
-        return self.of(stage, first, last).total_bytes
+    def each(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> int:
+        """Bytes that one microbatch in flight keeps."""
+        total = 0
+        for k in range(first, last):
+            layer, again = self.layers[k], k in recompute
+            total += 0 if again else layer.own_bytes + (layer.deferred_bytes if self.deferred else 0)
+            if k > first:
+                kept = again or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
+            else:  # the first stage's input is the user's own batch, which is there anyway
+                kept = stage > 0 and self.boundaries[stage - 1].copied and (again or layer.input_saved)
+            total += layer.input_bytes if kept else 0
+        if stage < len(self.in_flight) - 1:
+            return total + self.layers[last - 1].output_bytes
+        kept = self.loss.input_saved or (self.layers[last - 1].output_saved and last - 1 not in recompute)
+        return total + self.loss.own_bytes + (self.loss.input_bytes if kept else 0)
 
-    def _saved_bytes(self, stage: int, first: int, last: int) -> int:
-        output = self.layers[last - 1].output_bytes
+    def _workspace(self, stage: int, first: int, last: int, recompute: Collection[int]) -> int:
+        most = 0
+        for k in range(first, last):
+            layer = self.layers[k]
+            most = max(most, layer.forward_extra, layer.backward_extra + (layer.own_bytes if k in recompute else 0))
         if stage == len(self.in_flight) - 1:
-            output = output // ITEM_BYTES[self.precision] * 4
-        if not self.recompute:
-            shared = self._shared[last] - self._shared[first + 1]
-            return self.in_flight[stage] * (self._saved[last] - self._saved[first] - shared + output)
-        # A layer's input is the output of the one before; the first layer's input is the user's own batch.
-        inputs = self._outputs[last - 1] - self._outputs[max(first - 1, 0)]
-        again = max(layer.saved_bytes for layer in self.layers[first:last])
-        return self.in_flight[stage] * (inputs + output) + again
+            # The logits are still there while the loss is computed.
+            most = max(most, self.loss.forward_extra + self.loss.input_bytes, self.loss.backward_extra)
+        return most
 
     def _wire_bytes(self, stage: int, first: int, last: int) -> int:
         total = 0
         if stage > 0:
-            total += wire_bytes(self.layers[first - 1].output_bytes, self.precision, self.codecs[stage - 1])
+            total += self.boundaries[stage - 1].wires(self.layers[first].input_bytes, self.precision)[1]
         if stage < len(self.in_flight) - 1:
-            total += wire_bytes(self.layers[last - 1].output_bytes, self.precision, self.codecs[stage])
-        return 2 * WIRE_BUFFERS * total
-
-
-def _in_flight(schedule: str, stages: int, microbatches: int, virtual: int | None) -> list[int]:
-    each = schedules.stages_per_rank(schedule, virtual)
-    return schedules.peak_in_flight(schedules.get(schedule)(stages // each, microbatches, virtual=each))
+            total += self.boundaries[stage].wires(self.layers[last - 1].output_bytes, self.precision)[0]
+        return total

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from spu import schedules
+from spu.plan.curve import memory_curve
 from spu.plan.memory import ITEM_BYTES, StageBytes
 from spu.plan.table import plan_table
 
-VERSION = 1
+VERSION = 2
 CODECS = ("none", "fp16", "bf16", "int8")
 
 
@@ -28,17 +29,25 @@ class StagePlan(StageBytes):
         device: the device's name, such as ``cpu:0``.
         layers: (first, last + 1), indices into the model's layers.
         layer_names: their names.
-        budget_bytes: what the device may use.
+        recompute: indices of the layers that keep only their input and run again in the backward.
+        budget_bytes: what the device may use, for all of its stages together.
+        each_bytes: what one microbatch in flight keeps; ``saved_bytes`` is the most of them at a time.
         forward_s: predicted seconds of one forward.
         backward_s: predicted seconds of one backward, recomputation included.
+        weight_s: the part of it that weight gradients take, which a schedule may put off.
+        update_s: predicted seconds of the update of the stage's weights, once a step.
     """
 
     device: str
     layers: tuple[int, int]
     layer_names: tuple[str, ...]
+    recompute: tuple[int, ...]
     budget_bytes: int
+    each_bytes: int
     forward_s: float
     backward_s: float
+    weight_s: float
+    update_s: float
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,22 @@ class Predicted:
     """What the simulator says of a step.
 
     Attributes:
-        step_s: seconds of forward and backward of all microbatches; the update of the weights is not in it.
-        idle_share: share of the stages' time in which nothing runs: the bubble.
+        step_s: seconds of a step: every run of the schedule, loss and packing included, and the update.
+        update_s: the part of it that the update takes.
+        idle_share: share of the devices' time in which nothing runs, the update left out: the bubble.
         transfer_s: seconds of one transfer over each boundary.
-        basis: what the times rest on: "measured" layer times, "estimated" from FLOPs and device speeds, or "nominal":
-            FLOPs at one made-up speed, so that shares are right and seconds are not.
+        link_bytes: what crosses each boundary in a step, both directions.
+        peak_bytes: the most that each device holds, in the order of `Plan.devices`.
+        basis: what the times rest on: "measured" layer times, "estimated" from counted work and measured devices, or
+            "nominal": counted work at made-up speeds, so that shares are right and seconds are not.
     """
 
     step_s: float
+    update_s: float
     idle_share: float
     transfer_s: tuple[float, ...]
+    link_bytes: tuple[int, ...]
+    peak_bytes: tuple[int, ...]
     basis: str
 
 
@@ -68,11 +83,12 @@ class Plan:
         schedule: name of the schedule, see `spu.schedules.get`.
         microbatches: per run of the schedule.
         accumulate: runs of the schedule per step.
+        rows: sequences (rows) of one microbatch; 0 if not known.
+        tokens: tokens of a sequence; 0 if not known.
         precision: "fp16", "bf16" or "fp32".
         transfer: codec per boundary.
-        recompute: whether stages keep only layer inputs and run forwards again in the backward.
         stages: one entry per stage.
-        predicted: time and idle share.
+        predicted: time, bubble, peaks.
         version: of the file format.
     """
 
@@ -80,12 +96,23 @@ class Plan:
     schedule: str
     microbatches: int
     accumulate: int
+    rows: int
+    tokens: int
     precision: str
     transfer: tuple[str, ...]
-    recompute: bool
     stages: tuple[StagePlan, ...]
     predicted: Predicted
     version: int = field(default=VERSION)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether any layer runs again in the backward."""
+        return any(stage.recompute for stage in self.stages)
+
+    @property
+    def recomputed_layers(self) -> frozenset[int]:
+        """The layers that do."""
+        return frozenset(k for stage in self.stages for k in stage.recompute)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -97,11 +124,6 @@ class Plan:
         """How many stages each device has."""
         return len(self.stages) // len(self.devices)
 
-    @property
-    def recomputed_layers(self) -> frozenset[int]:
-        """Indices of the layers that keep only their input for the backward."""
-        return frozenset(range(self.stages[-1].layers[1])) if self.recompute else frozenset()
-
     def actions(self) -> list[list[schedules.Action]]:
         """One run of the schedule: what each device does."""
         return schedules.get(self.schedule)(len(self.devices), self.microbatches, virtual=self.virtual)
@@ -109,8 +131,12 @@ class Plan:
     def timeline(self) -> schedules.Timeline:
         """The predicted timeline of one run of the schedule."""
         actions = self.actions()
-        durations = [(stage.forward_s, stage.backward_s) for stage in self.stages]
+        durations = [(s.forward_s, max(s.backward_s - s.weight_s, 0.0), s.weight_s) for s in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)
+
+    def memory_curve(self) -> list[list[tuple[float, int]]]:
+        """For each device, in the order of `devices`: (seconds, bytes held from then on) over one run."""
+        return memory_curve(self)
 
     def table(self) -> str:
         """The plan as a table of plain text."""
@@ -246,7 +272,10 @@ def _check(plan: Plan) -> None:
     if not plan.stages:
         raise _BadEntry("stages is empty; a plan has at least one stage")
     boundaries = len(plan.stages) - 1
-    for name, values in (("transfer", plan.transfer), ("predicted.transfer_s", plan.predicted.transfer_s)):
+    p = plan.predicted
+    for name, values in (
+        *(("transfer", plan.transfer), ("predicted.transfer_s", p.transfer_s), ("predicted.link_bytes", p.link_bytes)),
+    ):
         if len(values) != boundaries:
             raise _BadEntry(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
     for k, codec in enumerate(plan.transfer):
@@ -269,6 +298,11 @@ def _check_layers(plan: Plan) -> None:
                 f"stages[{k}].layers [{first}, {stop}] are {stop - first} layers, but layer_names has "
                 f"{len(stage.layer_names)}; move the names together with the layers"
             )
+        outside = [index for index in stage.recompute if not first <= index < stop]
+        if outside:
+            raise _BadEntry(
+                f"stages[{k}].recompute names layer {outside[0]}, which is not one of its [{first}, {stop}]"
+            )
         expected = stop
     _check_devices(plan)
 
@@ -288,3 +322,7 @@ def _check_devices(plan: Plan) -> None:
                 f"stages[{k}].device is {stage.device!r}, but {plan.schedule} has that stage on {names[home]!r}; "
                 "change it, or the schedule"
             )
+    if len(plan.predicted.peak_bytes) != len(names):
+        raise _BadEntry(
+            f"predicted.peak_bytes must have one entry per device, {len(names)}, got {len(plan.predicted.peak_bytes)}"
+        )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 _HEADS = (
     *("stage", "device", "layers"),
-    *("weights", "main grads", "masters", "moments", "activations", "wires", "total", "budget"),
-    *("forward", "backward"),
+    *("weights", "main grads", "masters", "moments", "activations", "wires", "workspace", "total", "budget"),
+    *("forward", "backward", "update"),
 )
 
 
@@ -22,7 +22,7 @@ def plan_table(plan: Plan) -> str:
         f"{plan.schedule}, {plan.microbatches} microbatches",
         *([f"{plan.accumulate} times per step"] if plan.accumulate > 1 else []),
         plan.precision,
-        "recompute" if plan.recompute else "activations kept",
+        _recompute(plan),
         *([f"transfer {' '.join(plan.transfer)}"] if plan.transfer else []),
     ]
     rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
@@ -36,10 +36,18 @@ def plan_table(plan: Plan) -> str:
             lines[0],
             rule,
             *lines[1:],
-            f"predicted: {format_seconds(plan.predicted.step_s)} per step without the update, "
-            f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
+            f"predicted: {format_seconds(plan.predicted.step_s)} per step, "
+            + f"{format_seconds(plan.predicted.update_s)} of it the update; "
+            + f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
         ]
     )
+
+
+def _recompute(plan: Plan) -> str:
+    count, layers = len(plan.recomputed_layers), plan.stages[-1].layers[1]
+    if not count:
+        return "activations kept"
+    return "recompute" if count == layers else f"recompute of {count} of {layers} layers"
 
 
 def _pad(row: tuple[str, ...], widths: list[int]) -> list[str]:
@@ -57,8 +65,9 @@ def _row(index: int, stage: StagePlan) -> tuple[str, ...]:
         stage.moment_bytes,
         stage.saved_bytes,
         stage.wire_bytes,
+        stage.workspace_bytes,
         stage.total_bytes,
         stage.budget_bytes,
     )
-    times = (stage.forward_s, stage.backward_s)
+    times = (stage.forward_s, stage.backward_s, stage.update_s)
     return (str(index), stage.device, layers, *map(format_bytes, sizes), *map(format_seconds, times))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .grad_scaler import GradScaler
 from .main_grads import MainGrads
 from .scaler import LossScaler
 
-__all__ = ["LossScaler", "MainGrads"]
+__all__ = ["GradScaler", "LossScaler", "MainGrads"]

@@ -31,12 +31,14 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     )
 
 
-class _ParameterSink:
+class ParameterSink:
     """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step."""
 
     def __init__(self, param: nn.Parameter) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
         self.needs_scope = False
+        self.found_inf: Tensor | None = None  # a flag of this parameter's own, instead of the scope's
+        self.seen = False  # whether it may be set
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -63,7 +65,7 @@ class _ParameterSink:
         accumulate = grad is not None
         if grad is None:
             grad = self._take_buffer(param)
-        op(*operands, grad, scope.inv_scale, scope.found_inf, accumulate=accumulate, backend=backend)
+        op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
         if not accumulate:
             param.grad = grad
 
@@ -72,6 +74,15 @@ class _ParameterSink:
         if buffer is None or not _is_main_grad(buffer, param):
             return torch.empty(param.shape, dtype=torch.float32, device=param.device)
         return buffer
+
+    def _flag(self, scope: BackwardScope, accumulate: bool) -> Tensor:
+        """Where this contribution reports a non-finite value; the own flag speaks of the gradient that is there now."""
+        if self.found_inf is None:
+            return scope.found_inf
+        if self.seen and not accumulate:
+            self.found_inf.zero_()
+        self.seen = True
+        return self.found_inf
 
     def begin_step(self) -> None:
         param = self._param()
@@ -104,11 +115,9 @@ class _ParameterSink:
             self._buffer = None  # autograd moves the first gradient into place
             return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
-        if param.grad is None:
-            value = self._take_buffer(param)
-        else:
-            value = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        unscale_(grad, value, scope.inv_scale, scope.found_inf, accumulate=False)
+        first = param.grad is None
+        value = self._take_buffer(param) if first else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+        unscale_(grad, value, scope.inv_scale, self._flag(scope, accumulate=not first), accumulate=False)
         return value
 
 
@@ -139,7 +148,7 @@ class MainGrads:
                     "float16, bfloat16 and float32"
                 )
             self._params.append(param)
-        self._sinks: list[_ParameterSink] = []
+        self._sinks: list[ParameterSink] = []
         self._hooks: list[Any] = []
 
     @property
@@ -154,7 +163,7 @@ class MainGrads:
         """
         if not self._sinks:
             for param in self._params:
-                self._sinks.append(_ParameterSink(param))
+                self._sinks.append(ParameterSink(param))
                 self._hooks.append(param.register_hook(self._sinks[-1].unscale))
         for param, sink in zip(self._params, self._sinks, strict=True):
             if sink_of(param) is not sink:

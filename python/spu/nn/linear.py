@@ -1,16 +1,11 @@
-"""Drop-in modules, and ``accelerate``: the same model on fused ops."""
+"""``Linear``: nn.Linear, with an activation, on the fused op."""
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .ops import ACTIVATIONS, linear_act
-
-_Model = TypeVar("_Model", bound=nn.Module)
-_MARK = "_spu_accelerated"
+from ..ops import ACTIVATIONS, linear_act
 
 
 class Linear(nn.Linear):
@@ -24,6 +19,7 @@ class Linear(nn.Linear):
     """
 
     activation: str = "none"
+    spu_dtype: torch.dtype | None = None  # of the computation; set by accelerate(precision=...)
 
     def __init__(
         self,
@@ -42,28 +38,19 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features]."""
-        return linear_act(input, self.weight, self.bias, self.activation)
+        return fused_linear(self, input, self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-def accelerate(model: _Model) -> _Model:
-    """Puts every ``nn.Linear`` of the model on the fused op, in place, and returns the model.
+def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor:
+    """act(x @ weight.T + bias) with a module's parameters, in its ``spu_dtype`` and then back in x's, if it has one.
 
-    Only exact ``nn.Linear`` instances change, and only in class: parameters, hooks, training mode and state_dict keys
-    stay the same objects. ``restore`` undoes it.
+    Args:
+        module: with ``weight`` and ``bias`` (or None).
+        transposed: the weight is [in, out].
     """
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-            setattr(module, _MARK, True)
-    return model
-
-
-def restore(model: _Model) -> _Model:
-    """Undoes ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay."""
-    for module in model.modules():
-        if type(module) is Linear and module.__dict__.pop(_MARK, False):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    return model
+    dtype = getattr(module, "spu_dtype", None)
+    y = linear_act(x, module.weight, module.bias, activation, dtype=dtype, transposed=transposed)  # type: ignore[arg-type]
+    return y if dtype is None else y.to(x.dtype)

@@ -1,0 +1,131 @@
+"""Whole training steps of a loop that changed two lines, beside the same loop in plain torch.
+
+The MLP is 512-2048-512 on 256 rows. The language model is a decoder of width 512, 8 heads, SwiGLU 1408, 8 layers and a
+vocabulary of 256, without biases; one step here is two microbatches of two sequences of 256 tokens. Its fp16 runs
+as docs/drop-in.md advises on a CPU: products in fp16, the rest in fp32. (Plain torch's autocast fp16 takes minutes.)
+Figures are multiply-adds of the linear layers over the time of the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Measure
+from torch import Tensor, nn
+
+import spu
+
+pytest.importorskip("spu._C", reason="spu._C is not built here")
+
+PARAMETERS, PIECES = 4_000_000, 20
+WIDTH, INNER, LAYERS, VOCABULARY, TOKENS = 512, 1408, 8, 256, 256
+
+
+def autocast(peer: str) -> AbstractContextManager[Any]:
+    if "autocast" not in peer:
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.float16 if "fp16" in peer else torch.bfloat16)
+
+
+def training_step(
+    model: nn.Module, peer: str, losses: list[Callable[[], Tensor]], make_optimizer: Callable[[Any], Any]
+) -> Callable[[], None]:
+    """zero_grad, forward and backward of every microbatch, unscaling, clipping, the update."""
+    scaler = (spu if peer.startswith("spu") else torch.amp).GradScaler(
+        "cpu", init_scale=2.0**12, enabled="fp16" in peer
+    )
+    optimizer = make_optimizer(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for loss in losses:
+            with autocast(peer):
+                value = loss() / len(losses)
+            scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def fused_adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+
+@pytest.mark.parametrize(
+    "peer", ["spu fp16", "spu autocast fp16", "torch autocast fp16", "torch fp32", "torch autocast bf16"]
+)
+def test_mlp_step(measure: Measure, peer: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+    if peer.startswith("spu"):
+        spu.accelerate(model, precision=None if "autocast" in peer else "fp16")
+    x, y = torch.randn(256, 512), torch.randn(256, 512)
+    step = training_step(model, peer, [lambda: F.mse_loss(model(x), y)], fused_adamw)
+    measure("MLP training step", "256x512x2048x512", peer, step, flops=2.0 * 256 * 512 * 2048 * 5)
+
+
+@pytest.mark.parametrize("peer", ["spu fp16", "spu bf16", "torch fp32", "torch autocast bf16"])
+def test_decoder_step(measure: Measure, peer: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    if peer == "torch autocast bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("plain torch takes minutes for this step in bf16 on a CPU without AVX-512")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=8, max_position_embeddings=TOKENS, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        use_cache=False,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    make_optimizer: Callable[[Any], Any] = fused_adamw
+    if peer.startswith("spu"):
+        spu.accelerate(model, precision=peer.split()[1])
+        make_optimizer = lambda parameters: spu.optim.AdamW(parameters, lr=1e-4)  # noqa: E731
+    parts = [torch.randint(VOCABULARY, (2, TOKENS)) for _ in range(2)]
+    losses = [lambda ids=ids: model(input_ids=ids, labels=ids).loss for ids in parts]
+    linear = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER) + WIDTH * VOCABULARY
+    tokens = sum(ids.numel() for ids in parts)
+    step = training_step(model, peer, losses, make_optimizer)
+    measure("decoder training step", f"{tokens} tokens", peer, step, flops=6.0 * linear * tokens)
+
+
+@pytest.mark.parametrize("peer", ["spu fp16", "torch fused"])
+def test_optimizer_of_a_loop(measure: Measure, peer: str) -> None:
+    """From scaled gradients to 16-bit parameters: what follows the backward.
+
+    torch: GradScaler, clip_grad_norm_, fused AdamW on fp32 masters, and a 16-bit copy. Here: gradients are at true
+    scale already; the norm, and one op that clips, updates and copies out.
+    """
+    masters = [nn.Parameter(torch.randn(PARAMETERS // PIECES)) for _ in range(PIECES)]
+    halves = [nn.Parameter(master.detach().half()) for master in masters]
+    if peer == "torch fused":
+        optimizer, scaler = fused_adamw(masters), torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        for master in masters:
+            master.grad = torch.randn_like(master)
+
+        def step() -> None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(masters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            for half, master in zip(halves, masters, strict=True):
+                half.data.copy_(master.data)
+    else:
+        own, found_inf = spu.optim.AdamW(halves, lr=1e-4), torch.zeros(1)
+        for half in halves:
+            half.grad_dtype = torch.float32
+            half.grad = torch.randn(half.shape)
+
+        def step() -> None:
+            sqnorm = spu.ops.grad_sqnorm([half.grad for half in halves if half.grad is not None])
+            own.step(found_inf=found_inf, grad_scale=spu.optim.clip_coefficient(sqnorm, 1.0))
+
+    measure("unscale, clip, AdamW", f"{PARAMETERS} fp16", peer, step, bytes_=34 * PARAMETERS)

@@ -1,0 +1,85 @@
+"""The gated MLP and the linear cross-entropy, forward and backward, and attention's detour through fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Measure
+from torch import Tensor
+
+import spu.ops
+
+pytest.importorskip("spu._C", reason="spu._C is not built here")
+
+OPS = torch.ops.spu
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
+# Without AVX512_BF16 plain torch's bf16 products run at about 1 GFLOP/s: minutes a call here.
+PEERS = ["spu fp16", "spu bf16", "spu fp32", "torch fp32", *(["torch bf16"] if spu._C.isa() == "avx512bf16" else [])]
+GATED = [(128, 256, 704), (256, 1024, 2816)]  # rows, width, inner width
+VOCABULARY = [(128, 256, 8192), (64, 512, 92544)]  # rows, width, vocabulary
+
+
+def leaves(*shapes: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [(torch.randn(shape) / shape[1] ** 0.5).to(dtype).requires_grad_() for shape in shapes]
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("shape", GATED, ids=str)
+def test_gated_mlp(measure: Measure, shape: tuple[int, int, int], peer: str) -> None:
+    """Forward and backward with plain gradients: nine products."""
+    rows, width, inner = shape
+    tensors = leaves((rows, width), (inner, width), (inner, width), (width, inner), dtype=DTYPES[peer.split()[1]])
+    function = spu.ops.gated_mlp if peer.startswith("spu") else swiglu
+    dy = torch.randn(rows, width).to(tensors[0].dtype)
+
+    def run() -> None:
+        torch.autograd.grad(function(*tensors), tensors, dy)
+
+    measure("gated MLP step", "x".join(map(str, shape)), peer, run, flops=18.0 * rows * width * inner)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("shape", VOCABULARY, ids=str)
+def test_linear_cross_entropy(measure: Measure, shape: tuple[int, int, int], peer: str) -> None:
+    """Forward and backward with plain gradients: three products, and the logits once more where they are not kept."""
+    rows, width, vocabulary = shape
+    tensors = leaves((rows, width), (vocabulary, width), dtype=DTYPES[peer.split()[1]])
+    target = torch.randint(vocabulary, (rows,))
+
+    def ours() -> Tensor:
+        return spu.ops.linear_cross_entropy(*tensors, target)
+
+    def plain() -> Tensor:
+        return F.cross_entropy(F.linear(*tensors).float(), target)
+
+    function = ours if peer.startswith("spu") else plain
+
+    def run() -> None:
+        torch.autograd.grad(function(), tensors)
+
+    measure("cross-entropy step", "x".join(map(str, shape)), peer, run, flops=6.0 * rows * width * vocabulary)
+
+
+@pytest.mark.parametrize("peer", ["spu fp16", "torch fp32", "torch fp16"])
+def test_attention(measure: Measure, peer: str) -> None:
+    """Causal attention forward and backward; ours widens to fp32 and narrows the results."""
+    batch, heads, tokens, head = 1, 8, 128, 32
+    dtype = DTYPES[peer.split()[1]]
+    torch.manual_seed(0)
+    qkv = [torch.randn(batch, heads, tokens, head).to(dtype).requires_grad_() for _ in range(3)]
+    dy = torch.randn(batch, heads, tokens, head).to(dtype)
+
+    def run() -> None:
+        wide = [t.float() for t in qkv] if peer.startswith("spu") else qkv
+        out = F.scaled_dot_product_attention(*wide, is_causal=True).to(dtype)
+        torch.autograd.grad(out, qkv, dy)
+
+    measure(
+        "attention step", f"{batch}x{heads}x{tokens}x{head}", peer, run, flops=7.0 * batch * heads * tokens**2 * head
+    )

@@ -1,0 +1,100 @@
+// spu::linear_ce and spu::linear_ce_dz: the logits exist as blocks of a matrix product in the cache, never whole.
+#include "cpu/cross_entropy.h"
+
+#include <cmath>
+
+#include "cpu/tensors.h"
+
+namespace spu {
+namespace cpu {
+namespace {
+
+struct Logits {
+  Matrix hidden, weight;
+  Tensor target;
+  Product product() const {
+    return {hidden.rows, weight.rows, hidden.cols, hidden.operand(), weight.transposed(), nullptr, nullptr};
+  }
+  const int64_t* targets() const { return static_cast<const int64_t*>(target.const_data_ptr()); }
+};
+
+Logits logits_of(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& target) {
+  const Matrix in = as_matrix(op, "hidden", hidden), w = as_weight(op, weight);
+  checks::expect_same_dtype(op, "hidden", hidden, "weight", weight);
+  checks::expect_cpu(op, "target", target);
+  if (hidden.dim() != 2 || in.cols != w.cols) {
+    checks::fail("spu::", op, ": hidden ", checks::shape(hidden), " must be [rows, ", w.cols, "] to fit weight ",
+                 checks::shape(weight));
+  }
+  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != in.rows) {
+    checks::fail("spu::", op, ": target must be int64 [", in.rows, "], got shape ", checks::shape(target));
+  }
+  return {in, w, dense(target)};
+}
+
+const float* row_values(const char* op, const char* what, const Tensor& t, int64_t rows) {
+  checks::expect_cpu(op, what, t);
+  checks::expect_dtype(op, what, t, ScalarType::Float);
+  if (!t.is_contiguous() || t.numel() != rows) {
+    checks::fail("spu::", op, ": ", what, " must be contiguous with ", rows, " values, got ", checks::shape(t));
+  }
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// log sum exp of one row from the maximum and the sum of each group of columns. A maximum that is not finite was not
+// subtracted, so that an infinite logit gives an infinite result and a NaN gives NaN.
+float log_sum_exp(const float* stats, int64_t groups, int64_t rows, int64_t row) {
+  float top = -INFINITY;
+  for (int64_t g = 0; g < groups; ++g) top = std::fmax(top, stats[(g * rows + row) * 2]);
+  const double shift = std::isfinite(top) ? top : 0.0;
+  double sum = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* s = stats + (g * rows + row) * 2;
+    sum += s[1] * std::exp((std::isfinite(s[0]) ? s[0] : 0.0) - shift);
+  }
+  return static_cast<float>(shift + std::log(sum));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index) {
+  const Logits l = logits_of("linear_ce", hidden, weight, target);
+  const int64_t rows = l.hidden.rows, groups = (l.weight.rows + kStatColumns - 1) / kStatColumns;
+  Tensor loss = new_empty(hidden, {rows}, ScalarType::Float), lse = new_empty(hidden, {rows}, ScalarType::Float);
+  std::vector<float> stats(static_cast<size_t>(groups * rows * 2)), found(static_cast<size_t>(rows));
+  Epilogue e = {};
+  e.kind = Epilogue::softmax_stats;
+  e.target = l.targets();
+  e.stats = stats.data();
+  e.target_value = found.data();
+  e.rows = rows;
+  kernels().gemm(l.product(), e);
+  float *losses = static_cast<float*>(loss.mutable_data_ptr()), *sums = static_cast<float*>(lse.mutable_data_ptr());
+  for_ranges(rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      sums[i] = log_sum_exp(stats.data(), groups, rows, i);
+      losses[i] = e.target[i] == ignore_index ? 0.0f : sums[i] - found[static_cast<size_t>(i)];
+    }
+  });
+  return {loss, lse};
+}
+
+Tensor linear_ce_dz(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int64_t ignore_index) {
+  const char* op = "linear_ce_dz";
+  const Logits l = logits_of(op, hidden, weight, target);
+  const Tensor sums = dense(lse), scaled = dense(grad_rows);
+  Tensor dz = new_empty(hidden, {l.hidden.rows, l.weight.rows}, hidden.scalar_type());
+  Epilogue e = {};
+  e.kind = Epilogue::softmax_grad;
+  e.target = l.targets();
+  e.lse = row_values(op, "lse", sums, l.hidden.rows);
+  e.grad = row_values(op, "grad_rows", scaled, l.hidden.rows);
+  e.ignore_index = ignore_index;
+  e.out = dz.mutable_data_ptr();
+  e.out_type = l.hidden.type;
+  kernels().gemm(l.product(), e);
+  return dz;
+}
+
+}  // namespace cpu
+}  // namespace spu

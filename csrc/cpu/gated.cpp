@@ -1,0 +1,87 @@
+// spu::gated_*: the torch side of the gated MLP. See kernels.h for the arithmetic's contract.
+#include "cpu/gated.h"
+
+#include "cpu/tensors.h"
+
+namespace spu {
+namespace cpu {
+namespace {
+
+math::Act gated_act(const char* op, const std::string& name) {
+  const math::Act act = act_of(op, name);
+  if (act == math::Act::none || act == math::Act::relu) {
+    checks::fail("spu::", op, ": a gate's activation is silu, gelu or gelu_tanh, got '", name, "'");
+  }
+  return act;
+}
+
+void expect_pair(const char* op, const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  checks::expect_same_dtype(op, a_name, a, b_name, b);
+  checks::expect_same_shape(op, a_name, a, b_name, b);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
+                                                bool keep) {
+  const char* op = "gated_linear";
+  const Matrix in = as_matrix(op, "x", x), gate_w = as_weight(op, w_gate), up_w = as_weight(op, w_up);
+  checks::expect_same_dtype(op, "x", x, "w_gate", w_gate);
+  expect_pair(op, w_gate, "w_gate", w_up, "w_up");
+  if (in.cols != gate_w.cols) {
+    checks::fail("spu::gated_linear: x ", checks::shape(x), " does not fit w_gate ", checks::shape(w_gate));
+  }
+  const std::vector<int64_t> sizes = with_last(x, gate_w.rows);
+  Tensor h = new_empty(x, sizes, x.scalar_type());
+  Tensor gate = new_empty(x, keep ? sizes : std::vector<int64_t>{0}, x.scalar_type()), up = empty_as(gate);
+  Epilogue e = {};
+  e.kind = Epilogue::gated;
+  e.act = gated_act(op, activation);
+  e.out_type = in.type;
+  e.out = h.mutable_data_ptr();
+  e.preact = keep ? gate.mutable_data_ptr() : nullptr;
+  e.up = keep ? up.mutable_data_ptr() : nullptr;
+  const Operand twin = up_w.transposed();
+  if (h.numel() > 0) {
+    kernels().gemm({in.rows, gate_w.rows, in.cols, in.operand(), gate_w.transposed(), nullptr, &twin}, e);
+  }
+  return {h, gate, up};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation) {
+  const char* op = "gated_dz";
+  const math::Act act = gated_act(op, activation);
+  for (const Tensor* t : {&dh, &gate, &up}) checks::expect_cpu(op, "an operand", *t);
+  expect_pair(op, dh, "dh", gate, "gate");
+  expect_pair(op, dh, "dh", up, "up");
+  const Type type = storage_type(op, "dh", dh);
+  const Tensor d = dense(dh), g = dense(gate), u = dense(up);
+  Tensor dgate = empty_as(dh), dup = empty_as(dh), h = empty_as(dh);
+  const GatedBackward b = {d.const_data_ptr(),       g.const_data_ptr(),     u.const_data_ptr(),
+                           dgate.mutable_data_ptr(), dup.mutable_data_ptr(), h.mutable_data_ptr()};
+  const KernelTable& k = kernels();
+  for_ranges(dh.numel(), kGrain, [&](int64_t begin, int64_t end) { k.gated_backward(type, act, b, begin, end); });
+  return {dgate, dup, h};
+}
+
+Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) {
+  const char* op = "gated_dx";
+  expect_pair(op, dgate, "dgate", dup, "dup");
+  expect_pair(op, w_gate, "w_gate", w_up, "w_up");
+  checks::expect_same_dtype(op, "dgate", dgate, "w_gate", w_gate);
+  const Matrix g = as_matrix(op, "dgate", dgate), u = as_matrix(op, "dup", dup);
+  const Matrix gate_w = as_weight(op, w_gate), up_w = as_weight(op, w_up);
+  if (g.cols != gate_w.rows) {
+    checks::fail("spu::gated_dx: dgate ", checks::shape(dgate), " does not fit w_gate ", checks::shape(w_gate));
+  }
+  Tensor dx = new_empty(dgate, with_last(dgate, gate_w.cols), dgate.scalar_type());
+  Epilogue e = {};
+  e.out = dx.mutable_data_ptr();
+  e.out_type = g.type;
+  const Operand a2 = u.operand(), b2 = up_w.operand();
+  if (dx.numel() > 0) kernels().gemm({g.rows, gate_w.cols, g.cols, g.operand(), gate_w.operand(), &a2, &b2}, e);
+  return dx;
+}
+
+}  // namespace cpu
+}  // namespace spu

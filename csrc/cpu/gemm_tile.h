@@ -1,0 +1,41 @@
+// What an epilogue gets, and how it walks over it. Included in the namespace of an instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace spu {
+namespace SPU_ISA_NS {
+
+// A block of C: rows x cols accumulators at c with leading dimension ldc, whose corner is (row, col) of C [m, n]; the
+// twin's accumulators at c2, where there is one.
+struct Tile {
+  const float *c, *c2;
+  int64_t ldc, row, col, rows, cols, n;
+};
+
+using TileEpilogue = void (*)(const cpu::Epilogue& e, const Tile& t);
+
+// Calls body(j, left) for the vectors of a row; left < kLanes marks a last, partial one.
+template <class Body>
+SPU_INLINE void for_vectors(int64_t cols, Body body) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) body(j, int64_t{kLanes});
+  if (j < cols) body(j, cols - j);
+}
+
+template <class T>
+SPU_INLINE vf load_upto(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_some(p, n);
+}
+template <class T>
+SPU_INLINE void store_upto(T* p, vf v, int64_t n) {
+  if (n >= kLanes) {
+    store(p, v);
+  } else {
+    store_some(p, v, n);
+  }
+}
+
+}  // namespace SPU_ISA_NS
+}  // namespace spu

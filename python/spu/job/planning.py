@@ -1,0 +1,184 @@
+"""`spu plan`: from a config and a description of devices to a plan, its picture and its words, or a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spu.devices import Device, DeviceManager, format_bytes, parse_bytes
+from spu.plan import Plan
+from spu.plan.machine import Machine, make_machine, read_speeds
+from spu.plan.search import Wanted, search_plan
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `spu plan` is asked; see the command's help."""
+
+    model: str = "internlm2-1.8b"
+    devices: str | None = None
+    budget: str | None = None
+    speed: str | None = None
+    batch: int = 8
+    seq: int = 2048
+    accumulate: int = 1
+    microbatches: str = "auto"
+    schedule: str = "auto"
+    precision: str = "fp16"
+    transfer: str = "auto"
+    recompute: str = "auto"
+    same_order: bool = False
+
+
+def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
+    """The devices to plan for, and the names of those that are not here.
+
+    A card that this machine does not have needs a budget, which then is its memory. Default: the devices that the
+    budget names; else what is here.
+
+    Raises:
+        ValueError: an absent card without a budget, or what `DeviceManager` refuses.
+    """
+    budgets = _split_budget(budget)
+    names = [n.strip().lower() for n in devices.split(",") if n.strip()] if devices else list(budgets)
+    manager = DeviceManager()
+    if not names or names == ["auto"]:
+        return DeviceManager(budget).get_devices("auto"), set()
+    here = [f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    absent = {_full(n) for n in names if n.startswith("cuda") and _full(n) not in here}
+    known = [n for n in names if _full(n) not in absent]
+    found: dict[str, Device] = {}
+    if known:
+        kept = {k: v for k, v in budgets.items() if _full(k) not in absent}
+        total = manager.get_devices("cpu")[0].memory_bytes
+        own = {k: v for k, v in kept.items() if not k.startswith("cpu") or v.endswith("%") or parse_bytes(v) <= total}
+        made = DeviceManager(own or None).get_devices(known)
+        for device in made:
+            given = kept.get(device.name, kept.get("cpu") if device.name.startswith("cpu") else None)
+            if given is not None and not given.endswith("%") and parse_bytes(given) > total:
+                share = parse_bytes(given) // (1 if device.name in kept else len(made))
+                device = dataclasses.replace(
+                    device, budget_bytes=share, memory_bytes=share, description=f"declared; budget {given}"
+                )
+                absent.add(device.name)
+            found[device.name] = device
+    result, rest = [], iter(found.values())
+    for name in names:
+        result.append(
+            _absent(_full(name), budgets) if _full(name) in absent and name.startswith("cuda") else next(rest)
+        )
+    return result, absent
+
+
+def _full(name: str) -> str:
+    return name if ":" in name or not name.startswith("cuda") else f"{name}:0"
+
+
+def _split_budget(budget: str | None) -> dict[str, str]:
+    result = {}
+    for piece in (budget or "").split(","):
+        if piece.strip():
+            name, sign, value = piece.partition("=")
+            if not sign or not name.strip() or not value.strip():
+                raise ValueError(
+                    f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write cuda:0=8GB,cpu=64GB"
+                )
+            result[name.strip().lower()] = value.strip()
+    return result
+
+
+def _absent(name: str, budgets: dict[str, str]) -> Device:
+    given = budgets.get(name)
+    if given is None:
+        raise ValueError(f"{name} is not on this machine: say how much memory it has, --budget {name}=8GB")
+    try:
+        size = parse_bytes(given)
+    except ValueError as error:
+        raise ValueError(f"budget {name}={given}: {error}") from None
+    return Device(name, torch.device(name), (), 1, size, size, f"declared; budget {given}")
+
+
+def describe_machine(devices: list[Device], absent: set[str], speed: str | None, precision: str) -> Machine:
+    """Speeds of the devices: measured where they are here and nothing else is said, nominal otherwise."""
+    from spu.profile import measure_device, measure_link
+
+    speeds = read_speeds(speed)
+    strange = [n for n in speeds if not any(n in (d.name, d.name.split(":")[0]) for d in devices)]
+    if strange:
+        raise ValueError(f"--speed names {strange[0]}; the devices are {', '.join(d.name for d in devices)}")
+    measured, links = {}, {}
+    for device in devices:
+        if device.name not in absent and device.name not in speeds:
+            figures = measure_device(device)
+            measured[device.name] = (max(getattr(figures, precision), 1.0), figures.memory_bandwidth)
+    for a, first in enumerate(devices):
+        for b, second in enumerate(devices):
+            if a != b and first.name in measured and second.name in measured:
+                links[a, b] = measure_link(first, second)
+    return make_machine(devices, measured, speeds, precision, links)
+
+
+def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> Plan:
+    """Plan, print, write.
+
+    Raises:
+        BudgetError: nothing fits; its text is for people.
+        ValueError: bad options.
+    """
+    from spu.blueprint import blueprint, costs_by_rows
+    from spu.plan.explain import explain
+
+    began = time.perf_counter()
+    if options.precision not in ("fp16", "bf16", "fp32"):
+        raise ValueError(f"--precision {options.precision}: give fp16, bf16 or fp32")
+    devices, absent = declared_devices(options.devices, options.budget)
+    machine = describe_machine(devices, absent, options.speed, options.precision)
+    layers = blueprint(options.model)
+    parameters = sum(p.numel() for layer in layers for p in layer.module.parameters())
+    name = Path(options.model).name.removesuffix(".json")
+    plan = search_plan(costs_by_rows(layers, options.seq, options.precision), machine, _wanted(options, name))
+    print("\n".join(explain(plan, machine, parameters, time.perf_counter() - began)), flush=True)
+    if out is not None:
+        plan.save(out)
+        print(f"written: {out}; train with it: spu train --model {options.model} --plan {out}")
+    if picture is not None:
+        from spu.plan.gallery import draw_plan
+
+        draw_plan(plan, picture)
+        print(f"drawn: {picture}")
+    return plan
+
+
+def _wanted(options: PlanOptions, name: str) -> Wanted:
+    counts: Any = options.microbatches
+    if counts != "auto":
+        if not counts.isdigit() or int(counts) < 1:
+            raise ValueError(f"--microbatches {counts}: give a whole number of at least 1, or auto")
+        counts = int(counts)
+    if options.recompute not in ("auto", "on", "off"):
+        raise ValueError(f"--recompute {options.recompute}: give auto, on or off")
+    codecs = ("auto", "none", "fp16", "bf16", "int8")
+    if options.transfer not in codecs:
+        raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(codecs)}")
+    if options.seq < 1:
+        raise ValueError(f"--seq {options.seq}: give a whole number of at least 1")
+    return Wanted(
+        batch=options.batch,
+        tokens=options.seq,
+        accumulate=options.accumulate,
+        microbatches=counts,
+        schedule=options.schedule,
+        precision=options.precision,
+        codec=options.transfer,
+        recompute={"auto": "auto", "on": True, "off": False}[options.recompute],
+        model=name,
+        same_order=options.same_order,
+    )
+
+
+__all__ = ["PlanOptions", "declared_devices", "describe_machine", "format_bytes", "plan_command"]

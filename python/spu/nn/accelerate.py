@@ -1,0 +1,66 @@
+"""``accelerate`` and ``restore``: a model's linear layers and MLP blocks on fused ops, and back."""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from .blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
+from .linear import Linear
+from .table import BLOCKS
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_MARK = "_spu_accelerated"
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _fused_form(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that replaces ``cls``, or None."""
+    if cls is nn.Linear:
+        return Linear
+    if cls is nn.Sequential:
+        return fused_class(FusedSequential, cls, None)
+    block = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
+    return None if block is None else fused_class(MIXINS[type(block)], cls, block)
+
+
+def accelerate(model: _Model, precision: str | None = None) -> _Model:
+    """Puts a model's linear layers, activations after them and MLP blocks on fused ops, in place, and returns it.
+
+    What changes: every ``nn.Linear``; in an ``nn.Sequential``, a linear layer and the ReLU, GELU or SiLU after it run
+    as one op; of Hugging Face transformers, the MLP blocks of Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2,
+    GPT-NeoX and the BERT family (``spu.nn.table``). Only exact classes change, and only in class: parameters, hooks,
+    training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or were replaced later,
+    run one by one as before. ``restore`` undoes it.
+
+    Args:
+        precision: what the fused ops compute in: "fp16", "bf16" or "fp32", whatever the parameters' dtype, in and
+            outside ``torch.autocast``; their results have their inputs' dtype. Default: autocast's dtype inside
+            ``torch.autocast``, else the parameters' own. Parameters are not converted.
+
+    Raises:
+        ValueError: for an unknown precision.
+    """
+    if precision is not None and precision not in _PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(map(repr, _PRECISIONS))}, or None")
+    dtype = None if precision is None else _PRECISIONS[precision]
+    for module in model.modules():
+        fused = _fused_form(type(module))
+        if fused is not None:
+            module.__class__ = fused
+            setattr(module, _MARK, True)
+        if _MARK in module.__dict__:
+            module.spu_dtype = dtype  # type: ignore[assignment]
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Undoes ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay."""
+    for module in model.modules():
+        if not module.__dict__.pop(_MARK, False):
+            continue
+        module.__dict__.pop("spu_dtype", None)
+        module.__class__ = nn.Linear if type(module) is Linear else cast(FusedBlock, module).spu_plain
+    return model

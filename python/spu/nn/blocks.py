@@ -1,0 +1,156 @@
+"""The fused forms of whole blocks. A module gets one by a change of class, to a subclass of its own.
+
+Whether the fused form serves is decided at every call, from what the block is then: parts that were replaced (adapters,
+quantised layers) or watched by hooks are run one by one, as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..ops import GATED_ACTIVATIONS, gated_mlp
+from .linear import Linear, fused_linear
+from .table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def from_library(cls: type) -> bool:
+    """Whether a class was defined in one of the libraries that the table speaks of."""
+    return cls.__module__.split(".")[0] in LIBRARIES
+
+
+def _unwatched(module: nn.Module) -> bool:
+    """No one would notice if the module were not called."""
+    state = module.__dict__
+    return not any(state[name] for name in _HOOKS) and "forward" not in state
+
+
+def activation_of(module: object) -> str | None:
+    """The op's name for an activation module, None for one that it does not have or that is watched by hooks."""
+    cls = type(module)
+    known = cls.__module__ == "torch.nn.modules.activation" or from_library(cls)
+    if not isinstance(module, nn.Module) or not known or not _unwatched(module):
+        return None
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return ACTIVATIONS.get(cls.__name__)
+
+
+def _is_linear(module: object) -> bool:
+    """A linear layer without an activation that may be run as part of its block."""
+    cls = type(module)
+    if cls is Linear:
+        plain = module.activation == "none"  # type: ignore[attr-defined]
+    else:
+        plain = cls is nn.Linear or getattr(cls, "spu_block", None) == TransposedLinear()
+    return plain and _unwatched(module)  # type: ignore[arg-type]
+
+
+def _watched_globally() -> bool:
+    return torch_module._has_any_global_hook()
+
+
+class FusedBlock(nn.Module):
+    """A module whose class ``accelerate`` changed.
+
+    Attributes:
+        spu_plain: the class it had.
+        spu_block: what the table says of it; None for an nn.Sequential.
+        spu_dtype: of the computation; None: its parameters', or autocast's.
+    """
+
+    spu_plain: ClassVar[type[nn.Module]]
+    spu_block: ClassVar[Block | None]
+    spu_dtype: torch.dtype | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # the class is made at run time: pickle cannot name it
+        return _remake, (type(self).__mro__[1], self.spu_plain, self.spu_block), self.__dict__
+
+
+class FusedTransposedLinear(FusedBlock):
+    """transformers' Conv1D."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return fused_linear(self, x, "none", transposed=True)
+
+
+class FusedGated(FusedBlock):
+    """down(act(gate(x)) * up(x)) in one op."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        block = self.spu_block
+        assert isinstance(block, GatedBlock)
+        layers = [getattr(self, name) for name in (block.gate, block.up, block.down)]
+        activation = activation_of(getattr(self, block.activation))
+        fits = all(_is_linear(layer) and layer.bias is None for layer in layers)
+        if not fits or activation not in GATED_ACTIVATIONS or _watched_globally():
+            return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
+        gate, up, down = (layer.weight for layer in layers)
+        y = gated_mlp(x, gate, up, down, str(activation), dtype=self.spu_dtype)
+        return y if self.spu_dtype is None else y.to(x.dtype)
+
+
+class FusedPair(FusedBlock):
+    """A linear layer and its activation in one op, then the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        block = self.spu_block
+        assert isinstance(block, PairBlock)
+        linear, activation = getattr(self, block.linear), activation_of(getattr(self, block.activation))
+        if activation is None or not _is_linear(linear) or _watched_globally():
+            return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
+        x = fused_linear(linear, x, activation, isinstance(linear, FusedTransposedLinear))
+        for name in block.rest:
+            x = getattr(self, name)(x)
+        return x
+
+
+class FusedSequential(FusedBlock):
+    """nn.Sequential, with every linear layer that an activation follows in one op."""
+
+    def forward(self, input: Any) -> Any:
+        """As nn.Sequential's."""
+        layers, i = list(self._modules.values()), 0
+        watched = _watched_globally()
+        while i < len(layers):
+            layer = layers[i]
+            activation = activation_of(layers[i + 1]) if i + 1 < len(layers) and not watched else None
+            if activation is not None and _is_linear(layer):
+                input = fused_linear(layer, input, activation, isinstance(layer, FusedTransposedLinear))  # type: ignore[arg-type]
+                i += 1
+            else:
+                input = layer(input)  # type: ignore[misc]
+            i += 1
+        return input
+
+
+_CLASSES: dict[tuple[type, type, Block | None], type[FusedBlock]] = {}
+
+
+def fused_class(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> type[FusedBlock]:
+    """The subclass of a module's class that runs it fused; one for each class."""
+    found = _CLASSES.get((mixin, plain, block))
+    if found is not None:
+        return found
+    members = {"spu_plain": plain, "spu_block": block, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return _CLASSES.setdefault((mixin, plain, block), type(plain.__name__, (mixin, plain), members))
+
+
+def _remake(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> FusedBlock:
+    cls = fused_class(mixin, plain, block)
+    return cls.__new__(cls)
+
+
+MIXINS: dict[type, type[FusedBlock]] = {
+    GatedBlock: FusedGated,
+    PairBlock: FusedPair,
+    TransposedLinear: FusedTransposedLinear,
+}

@@ -1,0 +1,67 @@
+"""Predicted beside measured: what a plan promised and what a step was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from spu.plan.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from spu.plan.plan import Plan
+    from spu.schedules import Timeline
+
+
+def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mapping[str, int] | None = None) -> list[str]:
+    """Lines of text: time of a step, bubble, each device's work and peak bytes, predicted and measured.
+
+    Args:
+        plan: what was predicted.
+        timeline: of one run of the schedule, measured.
+        step_s: seconds of a whole step, measured.
+        peak_bytes: the most bytes each device held, measured; devices that are not in it are left out. A "cpu" entry
+            is the whole process, Python included, and is set against all CPU devices together.
+    """
+    p = plan.predicted
+    expected = plan.timeline()
+    rows = [
+        ("", "predicted", "measured", ""),
+        ("step", format_seconds(p.step_s), format_seconds(step_s), _difference(p.step_s, step_s)),
+        ("pipeline", *(format_seconds(t.makespan) for t in (expected, timeline)),
+         _difference(expected.makespan, timeline.makespan)),
+        ("idle share", f"{100 * p.idle_share:.1f}%", f"{100 * timeline.idle_share:.1f}%", ""),
+    ]  # fmt: skip
+    for name, before, after in zip(plan.devices, _work(plan, expected), _work(plan, timeline)):
+        rows.append((f"{name} works", format_seconds(before), format_seconds(after), _difference(before, after)))
+    rows += _memory_rows(plan, peak_bytes or {})
+    widths = [max(len(row[k]) for row in rows) for k in range(4)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+
+
+def _work(plan: Plan, timeline: Timeline) -> list[float]:
+    """Seconds of work on each device."""
+    ranks = {name: rank for rank, name in enumerate(plan.devices)}
+    seconds = [0.0] * len(ranks)
+    for span in timeline.spans:
+        seconds[ranks[plan.stages[span.stage].device]] += span.seconds
+    return seconds
+
+
+def _memory_rows(plan: Plan, measured: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
+    rows = []
+    predicted = dict(zip(plan.devices, plan.predicted.peak_bytes))
+    for name, peak in predicted.items():
+        if name in measured:
+            rows.append((f"{name} peak", format_bytes(peak), format_bytes(measured[name]),
+                         _difference(peak, measured[name])))  # fmt: skip
+    cpus = [peak for name, peak in predicted.items() if name.startswith("cpu")]
+    if "cpu" in measured and cpus:
+        rows.append(("cpu peak", format_bytes(sum(cpus)), format_bytes(measured["cpu"]), "with Python and libraries"))
+    return rows
+
+
+def _difference(predicted: float, measured: float) -> str:
+    return f"{100 * (measured / predicted - 1):+.1f}%" if predicted > 0 else ""

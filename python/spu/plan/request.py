@@ -1,0 +1,322 @@
+"""Everything that decides a plan, and from it the search's problem and a partition's bytes and times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from spu import schedules
+from spu.plan import core
+from spu.plan.memory import Boundary, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
+from spu.schedules import Action
+from spu.schedules.simulate import FlatSchedule, _runner, flatten
+
+if TYPE_CHECKING:
+    from spu.devices import Device
+
+UPDATE_BYTES = 38
+"""Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is known of a device's speed, beside the times of layers on it.
+
+    Attributes:
+        update_rate: bytes per second at which the update moves `UPDATE_BYTES` per parameter; infinite if not known.
+        pack_rate: bytes of tensor per second through pack or unpack; infinite if not known.
+    """
+
+    update_rate: float = math.inf
+    pack_rate: float = math.inf
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A partition with everything decided.
+
+    Attributes:
+        parts: layers of each stage.
+        again: layers of each stage that are run again in the backward.
+    """
+
+    parts: tuple[range, ...]
+    again: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides a plan.
+
+    Attributes:
+        layers, loss: what they need.
+        times: [ranks][layers and the loss] (forward, backward) seconds of a microbatch on each device.
+        devices, speeds: one per rank.
+        schedule, virtual, microbatches, accumulate, precision: of the training.
+        codecs: one per boundary.
+        links: bytes per second over each boundary.
+        recompute: `core.KEEP`, `core.AGAIN` or `core.AUTO`.
+        fixed: boundaries that are given.
+        given_again: layers to run again that are given, with ``fixed``.
+    """
+
+    layers: tuple[LayerNeeds, ...]
+    loss: LayerNeeds
+    times: tuple[tuple[tuple[float, float], ...], ...]
+    devices: tuple[Device, ...]
+    speeds: tuple[Speed, ...]
+    schedule: str
+    virtual: int
+    microbatches: int
+    accumulate: int
+    precision: str
+    codecs: tuple[str, ...]
+    links: tuple[float, ...]
+    recompute: int
+    fixed: tuple[range, ...] | None = None
+    given_again: frozenset[int] | None = None
+
+    @cached_property
+    def homes(self) -> list[int]:
+        """The rank of each stage."""
+        return schedules.stage_ranks(self.schedule, len(self.devices), self.virtual)
+
+    @cached_property
+    def actions(self) -> list[list[Action]]:
+        """One run of the schedule."""
+        return _actions(*self._schedule)
+
+    @cached_property
+    def boundaries(self) -> list[Boundary]:
+        """How each stage boundary is crossed."""
+        cards = [not self.devices[home].name.startswith("cpu") for home in self.homes]
+        result = []
+        for k, codec in enumerate(self.codecs):
+            same = self.homes[k] == self.homes[k + 1]
+            shared = same or not (cards[k] or cards[k + 1])
+            result.append(Boundary(codec, codec != "none" or not shared, cards[k], cards[k + 1]))
+        return result
+
+    @cached_property
+    def memory(self) -> StageMemory:
+        return StageMemory(
+            self.layers,
+            self.loss,
+            in_flight=_in_flight(*self._schedule),
+            boundaries=self.boundaries,
+            precision=self.precision,
+            deferred=schedules.splits_backward(self.schedule),
+        )
+
+    def problem(self, budgets: Sequence[int] | None = None) -> core.Problem:
+        """The search's arrays; ``budgets`` per stage, default an equal share of its device's."""
+        p, count, stages = self.precision, len(self.layers), len(self.homes)
+        memory, last = self.memory, len(self.homes) - 1
+        width = count + 1
+        fixed = [sum(state_bytes(layer, p)) for layer in self.layers]
+        own = [layer.own_bytes + (layer.deferred_bytes if memory.deferred else 0) for layer in self.layers]
+        before = [self.layers[k - 1] if k else None for k in range(count)]
+        inner = [
+            layer.input_bytes if layer.input_saved or (back is not None and back.output_saved) else 0
+            for layer, back in zip(self.layers, before)
+        ]
+        ends: dict[str, list] = {name: [0] * (stages * width) for name in _END_BYTES}
+        ends |= {name: [0.0] * (stages * width) for name in ("enter_s", "leave_s")}
+        for s in range(stages):
+            at = slice(s * width, (s + 1) * width)
+            for name, values in {**self._entering(s), **self._leaving(s, last)}.items():
+                ends[name][at] = values
+        if budgets is None:
+            budgets = [self.devices[home].budget_bytes // self.virtual for home in self.homes]
+        return core.Problem(
+            count,
+            stages,
+            self.recompute,
+            [self.times[home][k][0] for home in self.homes for k in range(count)],
+            [self.times[home][k][1] for home in self.homes for k in range(count)],
+            fixed,
+            own,
+            inner,
+            [layer.input_bytes for layer in self.layers],
+            [max(layer.forward_extra, layer.backward_extra) for layer in self.layers],
+            [max(layer.forward_extra, layer.backward_extra + layer.own_bytes) for layer in self.layers],
+            list(memory.in_flight),
+            list(budgets),
+            *(ends[name] for name in (*_END_BYTES, "enter_s", "leave_s")),
+        )
+
+    def _entering(self, stage: int) -> dict[str, list]:
+        """What it adds to a stage to begin at each cut between layers: [L + 1] each."""
+        if stage == 0:
+            return {}
+        boundary, rate = self.boundaries[stage - 1], self.speeds[self.homes[stage]].pack_rate
+        copied = boundary.copied
+        wires = {size: boundary.wires(size, self.precision)[1] for size in {x.input_bytes for x in self.layers}}
+        return {
+            "enter_fixed": [*(wires[layer.input_bytes] for layer in self.layers), 0],
+            "enter_each": [*(x.input_bytes if copied and x.input_saved else 0 for x in self.layers), 0],
+            "enter_again": [*(layer.input_bytes if copied else 0 for layer in self.layers), 0],
+            "enter_s": [*(boundary.s_per_microbatch(layer.input_bytes, rate) for layer in self.layers), 0.0],
+        }
+
+    def _leaving(self, stage: int, last: int) -> dict[str, list]:
+        """What it adds to a stage to end at each cut between layers: [L + 1] each."""
+        if stage < last:
+            boundary, rate = self.boundaries[stage], self.speeds[self.homes[stage]].pack_rate
+            wires = {size: boundary.wires(size, self.precision)[0] for size in {x.output_bytes for x in self.layers}}
+            return {
+                "leave_fixed": [0, *(wires[layer.output_bytes] for layer in self.layers)],
+                "leave_each": [0, *(layer.output_bytes for layer in self.layers)],
+                "leave_s": [0.0, *(boundary.s_per_microbatch(layer.output_bytes, rate) for layer in self.layers)],
+            }
+        loss, count = self.loss, len(self.layers)
+        kept = loss.input_saved or self.layers[-1].output_saved
+        return {
+            "leave_each": [0] * count + [loss.own_bytes + (loss.input_bytes if kept else 0)],
+            "leave_extra": [0] * count + [max(loss.forward_extra + loss.input_bytes, loss.backward_extra)],
+            "leave_s": [0.0] * count + [sum(self.times[self.homes[stage]][count])],
+        }
+
+    def candidates(self, slacks: Sequence[float] = ()) -> list[Placed]:
+        """Partitions within the budgets, the one with the fastest slowest stage first; none if nothing fits."""
+        if self.fixed is not None:
+            placed = self.placed([self.fixed[0].start, *(part.stop for part in self.fixed)])
+            return [placed] if self.fits(placed) else []
+        if len(self.homes) > len(self.layers):
+            return []
+        problem = self.problem()
+        found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
+        if not found and self.virtual > 1:
+            # Stages that peak at different times may share a device though equal shares are too small.
+            problem = self.problem([self.devices[home].budget_bytes for home in self.homes])
+            found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
+        return [placed for placed in found if self.fits(placed)]
+
+    def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
+        """The partition at these cuts, with the layers that are run again."""
+        if self.given_again is not None:
+            parts = tuple(range(a, b) for a, b in pairwise(cuts))
+            return Placed(parts, tuple(tuple(k for k in part if k in self.given_again) for part in parts))
+        scale = core.Scale(self.problem() if problem is None else problem)
+        pairs = list(pairwise(cuts))
+        again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
+        return Placed(tuple(range(a, b) for a, b in pairs), tuple(again))
+
+    def fits(self, placed: Placed) -> bool:
+        """Whether every device's peak is within its budget."""
+        return all(peak <= device.budget_bytes for peak, device in zip(self.peaks(placed), self.devices))
+
+    def stage_bytes(self, placed: Placed) -> list[StageBytes]:
+        """Bytes of every stage by category."""
+        pairs = zip(placed.parts, placed.again, strict=True)
+        return [self.memory.of(s, part.start, part.stop, again) for s, (part, again) in enumerate(pairs)]
+
+    def peaks(self, placed: Placed) -> list[int]:
+        """The most bytes of every device: over its stages what they hold, and the largest workspace of one."""
+        parts = list(zip(placed.parts, placed.again, strict=True))
+        each = [self.memory.each(s, part.start, part.stop, again) for s, (part, again) in enumerate(parts)]
+        held = [max(sum(each[s] * n for s, n in counts) for counts in row) for row in held_together(*self._schedule)]
+        totals = self.stage_bytes(placed)
+        return [
+            held[rank]
+            + sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
+            + max(b.workspace_bytes for b, home in zip(totals, self.homes) if home == rank)
+            for rank in range(len(self.devices))
+        ]
+
+    def durations(self, placed: Placed) -> list[tuple[float, float, float]]:
+        """(forward, input gradient, weight gradient) seconds of every stage."""
+        result = []
+        last = len(self.homes) - 1
+        for s, (part, again) in enumerate(zip(placed.parts, placed.again, strict=True)):
+            times = self.times[self.homes[s]]
+            forward = math.fsum(times[k][0] for k in part)
+            backward = math.fsum(times[k][1] for k in part) + math.fsum(times[k][0] for k in again)
+            weight = math.fsum(times[k][1] * self.layers[k].weight_share for k in part)
+            packing = 0.0
+            for cut, boundary in ((part.start, s - 1), (part.stop, s)):
+                if 0 <= boundary < last:
+                    size = self.layers[cut].input_bytes
+                    rate = self.speeds[self.homes[s]].pack_rate
+                    packing += self.boundaries[boundary].s_per_microbatch(size, rate) / 2
+            if s == last:
+                forward, backward = forward + times[-1][0], backward + times[-1][1]
+            result.append((forward + packing, backward + packing - weight, weight))
+        return result
+
+    def transfers(self, placed: Placed) -> list[float]:
+        """Seconds of one transfer over every boundary."""
+        sizes = [self.layers[part.stop - 1].output_bytes for part in placed.parts[:-1]]
+        result = []
+        for size, boundary, rate in zip(sizes, self.boundaries, self.links, strict=True):
+            result.append(wire_bytes(size, self.precision, boundary.codec) / rate if boundary.copied else 0.0)
+        return result
+
+    def updates(self, placed: Placed) -> list[float]:
+        """Seconds of the update of every stage."""
+        trained = [sum(self.layers[k].trained for k in part) for part in placed.parts]
+        return [UPDATE_BYTES * n / self.speeds[home].update_rate for n, home in zip(trained, self.homes)]
+
+    def step_s(self, placed: Placed) -> float:
+        """Seconds of a step: every run of the schedule, and the slowest device's update."""
+        updates = [0.0] * len(self.devices)
+        for seconds, home in zip(self.updates(placed), self.homes):
+            updates[home] += seconds
+        skeleton = _skeleton(*self._schedule)
+        seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
+        own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
+        _, ends = _runner("auto")(*skeleton._replace(seconds=own, transfers=self.transfers(placed)))
+        return self.accumulate * max(ends) + max(updates)
+
+    @property
+    def _schedule(self) -> tuple[str, int, int, int]:
+        return self.schedule, len(self.devices), self.microbatches, self.virtual
+
+
+@lru_cache(maxsize=256)
+def _actions(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[Action]]:
+    return schedules.get(schedule)(ranks, microbatches, virtual=virtual)
+
+
+@lru_cache(maxsize=256)
+def _in_flight(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[int]:
+    return schedules.peak_in_flight(_actions(schedule, ranks, microbatches, virtual))
+
+
+@lru_cache(maxsize=256)
+def _skeleton(schedule: str, ranks: int, microbatches: int, virtual: int) -> FlatSchedule:
+    """The schedule as the simulator's arrays, without seconds."""
+    actions = _actions(schedule, ranks, microbatches, virtual)
+    durations = [(0.0, 0.0, 0.0)] * (ranks * virtual)
+    return flatten(actions, durations, [0.0] * (ranks * virtual - 1))
+
+
+@lru_cache(maxsize=256)
+def held_together(
+    schedule: str, ranks: int, microbatches: int, virtual: int
+) -> list[list[tuple[tuple[int, int], ...]]]:
+    """Per rank, the sets of (stage, microbatches in flight) that occur at one time, less those within another."""
+    result = []
+    for row in _actions(schedule, ranks, microbatches, virtual):
+        last = {(a.stage, a.microbatch): a.kind for a in row}
+        stages = sorted({a.stage for a in row})
+        counts, opened = dict.fromkeys(stages, 0), set()
+        seen: set[tuple[int, ...]] = set()
+        for action in row:
+            key = action.stage, action.microbatch
+            if key not in opened:
+                opened.add(key)
+                counts[action.stage] += 1
+                seen.add(tuple(counts.values()))
+            if action.kind == last[key]:
+                counts[action.stage] -= 1
+        most = [a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)]
+        result.append([tuple(zip(stages, counts_)) for counts_ in most])
+    return result
+
+
+_END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")

@@ -1,0 +1,336 @@
+"""The search for the fastest plan: devices, schedule, microbatches, boundaries, recompute and codecs, by simulation.
+
+For every order of devices, schedule and number of microbatches the exact programme (`spu.plan.core`) gives a handful of
+partitions; each is simulated, the fastest are improved by moving boundaries one layer at a time, and the plan with the
+shortest predicted step wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spu import schedules
+from spu.plan import core
+from spu.plan.machine import Machine
+from spu.plan.make import RECOMPUTE, write_plan
+from spu.plan.memory import LayerNeeds, wire_bytes
+from spu.plan.needs import Times, counted_times, layer_needs, measured_times
+from spu.plan.partition import BudgetError
+from spu.plan.plan import Plan
+from spu.plan.refuse import refusal, state_line
+from spu.plan.request import Placed, Request
+from spu.plan.units import format_bytes
+
+if TYPE_CHECKING:
+    from spu.profile import LayerCost
+
+CostsOf = Callable[[int], "tuple[Sequence[LayerCost], LayerCost]"]
+"""Rows of a microbatch -> costs of the layers, and of the loss."""
+
+SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
+"""How much slower than the best a slowest stage may be where all together are faster: few microbatches want that."""
+
+_ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a plan; "auto" leaves it to the search.
+
+    Attributes:
+        batch: rows of a step.
+        tokens: of a row; noted in the plan.
+        accumulate: runs of the schedule per step.
+        microbatches: per run, or "auto".
+        schedule: a name, or "auto".
+        precision: "fp16", "bf16" or "fp32".
+        codec: a codec, "none", or "auto": for each link what is fastest.
+        recompute: True, False or "auto".
+        model: a name for the plan.
+        same_order: keep the devices in the order given, and use all of them.
+    """
+
+    batch: int
+    tokens: int = 0
+    accumulate: int = 1
+    microbatches: int | str = "auto"
+    schedule: str = "auto"
+    precision: str = "fp16"
+    codec: str = "none"
+    recompute: bool | str = "auto"
+    model: str = ""
+    same_order: bool = False
+
+    def microbatch_counts(self) -> list[int]:
+        """What may be tried: divisors of the batch, so that microbatches are alike."""
+        share = self.batch // self.accumulate
+        if isinstance(self.microbatches, int):
+            return [self.microbatches]
+        counts = [m for m in range(1, share + 1) if self.batch % (self.accumulate * m) == 0]
+        return [m for m in counts if m in _spread(counts)]
+
+    def schedule_names(self) -> list[str]:
+        return schedules.names() if self.schedule == "auto" else [self.schedule]
+
+
+def _spread(counts: list[int]) -> set[int]:
+    """At most eight of them, the largest included, about a factor of two apart."""
+    kept: list[int] = []
+    for m in reversed(counts):
+        if not kept or 2 * m <= kept[-1] or len(counts) <= 8:
+            kept.append(m)
+    return set(kept[:8])
+
+
+def search_plan(costs_of: CostsOf, machine: Machine, wanted: Wanted) -> Plan:
+    """The fastest plan found that keeps every budget.
+
+    Args:
+        costs_of: profiles the model for a number of rows; called once for each that is tried.
+        machine: the devices, their speeds and links.
+        wanted: what is asked of the plan.
+
+    Raises:
+        BudgetError: nothing fits; says which budget is short by how much and when, and what would fit.
+        ValueError: settings that make no sense.
+    """
+    _check(wanted)
+    search = _Search(costs_of, machine, wanted)
+    best = search.best()
+    if best is None:
+        raise search.refusal()
+    request, placed = best
+    rows = wanted.batch // (wanted.accumulate * request.microbatches)
+    return write_plan(request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens)
+
+
+def _check(wanted: Wanted) -> None:
+    if wanted.batch < 1 or wanted.accumulate < 1:
+        raise ValueError(f"batch and accumulate must be at least 1, got {wanted.batch} and {wanted.accumulate}")
+    if wanted.schedule != "auto":
+        schedules.get(wanted.schedule)
+    if wanted.recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be True, False or 'auto', got {wanted.recompute!r}")
+    if not wanted.microbatch_counts():
+        raise ValueError(
+            f"a batch of {wanted.batch} rows cannot be cut into {wanted.accumulate} equal runs: make it a multiple"
+        )
+    count = wanted.accumulate * wanted.microbatch_counts()[-1]
+    if wanted.batch < count or wanted.batch % count:
+        raise ValueError(
+            f"a batch of {wanted.batch} rows cannot be cut into {count} equal microbatches "
+            "(microbatches x accumulate): make it a multiple"
+        )
+
+
+class _Search:
+    def __init__(self, costs_of: CostsOf, machine: Machine, wanted: Wanted) -> None:
+        self.costs_of, self.machine, self.wanted = costs_of, machine, wanted
+        self._profiles: dict[int, tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times], bool]] = {}
+
+    def best(self) -> tuple[Request, Placed] | None:
+        """The fastest request and placement; None if nothing fits."""
+        found: list[tuple[float, Request, Placed]] = []
+        for order in self._orders():
+            for request in self._requests(order):
+                found += self._timed(request, request.candidates(SLACKS))
+        found.sort(key=lambda entry: entry[0])
+        improved = [self._improved(*entry) for entry in _distinct(found)[:_IMPROVED]]
+        best = min(improved, key=lambda entry: entry[0], default=None)
+        return None if best is None else (best[1], best[2])
+
+    def _timed(self, request: Request, candidates: Sequence[Placed]) -> list[tuple[float, Request, Placed]]:
+        return [(request.step_s(placed), request, placed) for placed in candidates]
+
+    def _orders(self) -> list[tuple[int, ...]]:
+        """Orders of devices worth a full search: those that are fastest under one schedule."""
+        every = list(self._every_order())
+        if len(every) <= _ORDERS:
+            return every
+        counts = self.wanted.microbatch_counts()
+        middle = counts[len(counts) // 2]
+        ranked = []
+        for order in every:
+            request = self._request(order, "1f1b", middle)
+            times = [request.step_s(placed) for placed in request.candidates(SLACKS)] if request is not None else []
+            ranked.append((min(times, default=math.inf), order))
+        return [order for _, order in sorted(ranked)[:_ORDERS]]
+
+    def _every_order(self) -> Iterator[tuple[int, ...]]:
+        """Distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
+        count = len(self.machine.devices)
+        if self.wanted.same_order:
+            yield tuple(range(count))
+            return
+        seen: set[tuple] = set()
+        for order in self._likely_orders(count):
+            kind = tuple(self.machine.kind(k) for k in order)
+            if kind not in seen:
+                seen.add(kind)
+                yield order
+
+    def _likely_orders(self, count: int) -> Iterator[tuple[int, ...]]:
+        ranks = range(count)
+        if count <= 4:
+            for size in range(count, 0, -1):
+                yield from itertools.permutations(ranks, size)
+            return
+        rate = [self.machine.flops[k] for k in ranks]
+        budget = [device.budget_bytes for device in self.machine.devices]
+        yield tuple(ranks)
+        fastest_first = sorted(ranks, key=lambda k: -rate[k])
+        smallest = 1 if max(rate) > 1.5 * min(rate) else count  # leaving one out of many equal ones does not pay
+        for size in range(count, smallest - 1, -1):
+            for order in (
+                fastest_first[:size],
+                fastest_first[:size][::-1],
+                sorted(fastest_first[:size], key=lambda k: -budget[k]),
+                sorted(fastest_first[:size], key=lambda k: budget[k]),
+            ):
+                yield tuple(order)
+
+    def _requests(self, order: Sequence[int]) -> Iterator[Request]:
+        counts = self.wanted.microbatch_counts()
+        # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
+        for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
+            for name in self.wanted.schedule_names():
+                request = self._request(order, name, microbatches)
+                if request is not None:
+                    yield request
+
+    def _request(self, order: Sequence[int], schedule: str, microbatches: int) -> Request | None:
+        wanted, machine = self.wanted, self.machine
+        virtual = schedules.stages_per_rank(schedule)
+        rows = wanted.batch // (wanted.accumulate * microbatches)
+        layers, loss, times, _ = self._profile(rows)
+        if virtual * len(order) > len(layers):
+            return None
+        homes = schedules.stage_ranks(schedule, len(order), virtual)
+        pairs = [(order[a], order[b]) for a, b in itertools.pairwise(homes)]
+        codecs = tuple(self._codec(a, b, layers[len(layers) // 2].input_bytes) for a, b in pairs)
+        try:
+            request = Request(
+                layers=layers,
+                loss=loss,
+                times=tuple(times[k] for k in order),
+                devices=tuple(machine.devices[k] for k in order),
+                speeds=tuple(machine.speeds[k] for k in order),
+                schedule=schedule,
+                virtual=virtual,
+                microbatches=microbatches,
+                accumulate=wanted.accumulate,
+                precision=wanted.precision,
+                codecs=codecs,
+                links=tuple(machine.link(a, b) for a, b in pairs),
+                recompute=RECOMPUTE[wanted.recompute],
+            )
+            request.actions  # noqa: B018  some schedules need a certain number of microbatches
+        except ValueError:
+            if wanted.schedule != "auto":
+                raise
+            return None
+        return request
+
+    def _codec(self, a: int, b: int, tensor_bytes: int) -> str:
+        """The codec with which a tensor is over the link soonest, packing and unpacking included."""
+        if self.wanted.codec != "auto":
+            return self.wanted.codec if a != b else "none"
+        machine = self.machine
+        if a == b or not machine.copies(a, b):
+            return "none"
+
+        def seconds(codec: str) -> float:
+            packing = 0.0
+            if codec != "none":
+                packing = tensor_bytes / machine.speeds[a].pack_rate + tensor_bytes / machine.speeds[b].pack_rate
+            return wire_bytes(tensor_bytes, self.wanted.precision, codec) / machine.link(a, b) + packing
+
+        return min(("none", "int8"), key=seconds)
+
+    def _profile(self, rows: int) -> tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times], bool]:
+        """(layers, loss, [devices] times, whether they are measured) for a number of rows."""
+        if rows not in self._profiles:
+            costs, loss_cost = self.costs_of(rows)
+            needs = tuple(layer_needs(cost, before) for cost, before in zip(costs, [None, *costs]))
+            loss = layer_needs(loss_cost, costs[-1])
+            machine = self.machine
+            measured = measured_times([*costs, loss_cost])
+            times = []
+            for k in range(len(machine.devices)):
+                if measured is None:
+                    times.append(counted_times([*costs, loss_cost], machine.flops[k], machine.bandwidths[k]))
+                else:
+                    factor = machine.flops[0] / machine.flops[k]
+                    times.append(tuple((f * factor, b * factor) for f, b in measured))
+            self._profiles[rows] = needs, loss, times, measured is not None
+        return self._profiles[rows]
+
+    def basis(self, request: Request) -> str:
+        """What the plan's times rest on."""
+        rows = self.wanted.batch // (self.wanted.accumulate * request.microbatches)
+        nominal = any(self.machine.nominal(device.name) for device in request.devices)
+        return "nominal" if nominal else "measured" if self._profile(rows)[3] else "estimated"
+
+    def _improved(self, seconds: float, request: Request, placed: Placed) -> tuple[float, Request, Placed]:
+        """Boundaries moved by one layer as long as that shortens the step."""
+        problem = request.problem()
+        for _ in range(_ROUNDS):
+            cuts = [0, *(part.stop for part in placed.parts)]
+            moves = []
+            for k, step in itertools.product(range(1, len(cuts) - 1), (-1, 1)):
+                moved = [*cuts[:k], cuts[k] + step, *cuts[k + 1 :]]
+                if cuts[k - 1] < moved[k] < cuts[k + 1]:
+                    other = request.placed(moved, problem)
+                    if request.fits(other):
+                        moves.append((request.step_s(other), other))
+            best = min(moves, key=lambda entry: entry[0], default=None)
+            if best is None or best[0] >= seconds:
+                break
+            seconds, placed = best
+        return seconds, request, placed
+
+    def refusal(self) -> BudgetError:
+        """The error for a search that found nothing: the request that lacks least, and what would make it fit."""
+        order = tuple(range(len(self.machine.devices)))
+        counts = self.wanted.microbatch_counts()
+        name = "1f1b" if self.wanted.schedule == "auto" else self.wanted.schedule
+        request = self._request(order, name, counts[-1])
+        if request is None:
+            raise ValueError(
+                f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
+            )
+        error = refusal(dataclasses.replace(request, recompute=core.AGAIN), counts[-1])
+        budgets = [device.budget_bytes for device in request.devices]
+        text = f"{self.wanted.model or 'the model'} does not fit.\n"
+        text += state_line(request.layers, request.precision, budgets) + ".\n" + str(error)
+        less = _states(request) - sum(budgets)
+        if less > 0:
+            text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
+        return BudgetError(
+            text,
+            stage=error.stage,
+            device=error.device,
+            needed_bytes=error.needed_bytes,
+            budget_bytes=error.budget_bytes,
+            fixes=error.fixes,
+        )
+
+
+def _states(request: Request) -> int:
+    return sum(request.problem().fixed)
+
+
+def _distinct(found: list[tuple[float, Request, Placed]]) -> list[tuple[float, Request, Placed]]:
+    """The fastest of each request."""
+    seen: set[int] = set()
+    result = []
+    for entry in found:
+        if id(entry[1]) not in seen:
+            seen.add(id(entry[1]))
+            result.append(entry)
+    return result

@@ -1,0 +1,79 @@
+"""Counting the bytes of tensors as they come and go, whatever device or fake device they are on."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["MemoryTracker", "Tally"]
+
+
+class Tally:
+    """Bytes of live storages, and the most there have been. Safe to share between the trackers of several threads.
+
+    Attributes:
+        live: bytes of the storages that were seen made and are still in use.
+        peak: the largest ``live`` since the tally was made or `restart` was called.
+    """
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+        self._lock = threading.RLock()  # a storage may be freed by the collector, inside `add`
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count the tensor's storage from now until it is freed; once, however many tensors share it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        with self._lock:
+            if key in self._known:
+                return
+            count = storage.nbytes()
+            self._known[key] = weakref.finalize(storage, self._drop, key, count)
+            self.live += count
+            self.peak = max(self.peak, self.live)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage is one that was counted."""
+        return tensor.untyped_storage()._cdata in self._known
+
+    def restart(self) -> None:
+        """Let the peak start again from what is live now."""
+        with self._lock:
+            self.peak = self.live
+
+    def _drop(self, key: int, count: int) -> None:
+        with self._lock:
+            del self._known[key]
+            self.live -= count
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While active in a thread, counts the storage of every tensor that an operator there makes.
+
+    Works on real, meta and fake tensors alike, which is how a prediction made on fake tensors and a measurement of the
+    real ones count the same thing. What a kernel allocates inside itself is not seen; nor are tensors from before.
+
+    Args:
+        tally: where to count; default: one of its own.
+    """
+
+    def __init__(self, tally: Tally | None = None) -> None:
+        super().__init__()
+        self.tally = tally or Tally()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            # A view, or an argument changed in place, is memory from before.
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                self.tally.add(leaf)
+        return result

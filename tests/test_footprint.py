@@ -1,0 +1,86 @@
+"""What training takes, counted on fakes, against what the same training really takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from memory_probe import measured_peaks
+from torch import nn
+
+from spu.footprint import Run, training_costs
+from spu.tracker import MemoryTracker, Tally
+from spu.trainer import ModelParallelTrainer
+
+
+def model():
+    torch.manual_seed(0)
+    block = [m for _ in range(4) for m in (nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))]
+    return nn.Sequential(nn.Embedding(128, 64), *block, nn.Linear(64, 128))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recompute, schedule):
+    ids = torch.randint(0, 128, (16, 64))
+    settings = {"precision": precision, "recompute": recompute, "schedule": schedule, "microbatches": 8}
+    with ModelParallelTrainer(model(), ["cpu:0", "cpu:1"], **settings) as trainer:
+        measured = measured_peaks(trainer, (ids, ids))
+        predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
+    for name, peak in measured.items():
+        assert 0.98 * peak <= predicted[name] <= 1.06 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
+
+
+def test_a_layer_is_left_as_it_was():
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    (cost,) = training_costs([Run("one", layer)], torch.zeros(3, 4), torch.float16)
+    assert cost.param_count == 4 * 4 + 4 + 2 * 4
+    assert type(layer[0]) is nn.Linear
+    assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_layers_that_say_they_are_alike_are_run_once():
+    calls = []
+
+    def call(module, x):
+        calls.append(module)
+        return module(x)
+
+    layers = [nn.Linear(8, 8) for _ in range(5)]
+    runs = [Run(f"l{k}", layer, call, "linear") for k, layer in enumerate(layers)]
+    costs = training_costs(runs, torch.zeros(2, 8), torch.float32, fused=False)
+    assert len(calls) == 2  # the first one, and one that comes after another of its kind
+    assert [cost.name for cost in costs] == [f"l{k}" for k in range(5)]
+    assert len({cost.own_bytes for cost in costs}) == 1
+
+
+def test_a_layer_that_reads_values_is_named():
+    class Peeking(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"'peek' could not be run on fake tensors"):
+        training_costs([Run("peek", Peeking())], torch.zeros(2), torch.float32)
+    with pytest.raises(ValueError, match="no layers"):
+        training_costs([], torch.zeros(2), torch.float32)
+
+
+def test_storages_are_counted_once_and_until_they_are_freed():
+    tally = Tally()
+    with MemoryTracker(tally):
+        a = torch.ones(100)
+        view = a.view(10, 10)
+        b = a + 1
+        a.add_(1)
+        assert (tally.live, tally.peak) == (800, 800)
+        del b
+        assert tally.live == 400
+        tally.restart()
+        c = torch.empty(50)
+        assert tally.holds(view)
+    assert (tally.live, tally.peak) == (600, 600)
+    del a, view, c
+    assert tally.live == 0

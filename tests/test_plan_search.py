@@ -1,0 +1,165 @@
+"""The search: nearly as fast as the best hand-made plan, always within the budgets, honest where nothing fits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spu import schedules
+from spu.devices import Device
+from spu.plan import BudgetError, Plan
+from spu.plan.explain import explain
+from spu.plan.gallery import draw_plan
+from spu.plan.machine import make_machine, read_speeds
+from spu.plan.search import Wanted, search_plan
+from spu.profile import LayerCost
+
+MB = 10**6
+
+
+def device(name, budget=10_000 * MB):
+    return Device(name, torch.device(name.split(":")[0]), (), 1, 10**12, budget, "made up")
+
+
+def machine(*devices, speeds=""):
+    return make_machine(devices, {}, read_speeds(speeds), "fp16")
+
+
+def costs(flops, params=1000, own=MB):
+    """Layers with these FLOPs per row, and a loss."""
+
+    def costs_of(rows):
+        def layer(name, work, count, kept):
+            return LayerCost(
+                name,
+                work * rows,
+                2 * count,
+                count,
+                kept * rows,
+                1000 * rows,
+                own_bytes=kept * rows,
+                input_bytes=1000 * rows,
+                backward_flops=2 * work * rows,
+                trained_count=count,
+            )
+
+        return [layer(f"layers.{k}", work, params, own) for k, work in enumerate(flops)], layer("loss", 0, 0, 100)
+
+    return costs_of
+
+
+def best_by_hand(work, speeds, microbatches):
+    """The shortest pipeline over every order of devices and every boundary, under 1f1b and gpipe."""
+    best = float("inf")
+    for order in itertools.permutations(speeds):
+        for cuts in itertools.combinations(range(1, len(work)), len(order) - 1):
+            ends = [0, *cuts, len(work)]
+            times = [sum(work[a:b]) / speed for (a, b), speed in zip(itertools.pairwise(ends), order)]
+            for name in ("1f1b", "gpipe"):
+                actions = schedules.get(name)(len(order), microbatches)
+                best = min(best, schedules.simulate(actions, [(t, 2 * t) for t in times]).makespan)
+    return best
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=4, max_size=9), st.lists(st.sampled_from([1, 2, 4]), min_size=2, max_size=3)
+)
+@settings(max_examples=25, deadline=None)
+def test_unequal_devices_come_within_8_percent_of_the_best_split_by_hand(work, ratios):
+    devices = [device(f"cpu:{k}") for k in range(len(ratios))]
+    text = ",".join(f"cpu:{k}={ratio}GFLOPS" for k, ratio in enumerate(ratios))
+    wanted = Wanted(batch=8, microbatches=8, schedule="1f1b")
+    made = make_machine(devices, {}, read_speeds(text), "fp16", update_rates={d.name: 1e30 for d in devices})
+    plan = search_plan(costs([w * 10**9 for w in work]), made, wanted)
+    assert plan.timeline().makespan <= best_by_hand(work, ratios, 8) / 0.92
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_plan_keeps_every_budget_or_is_refused(data):
+    count = data.draw(st.integers(3, 10))
+    budgets = data.draw(st.lists(st.integers(20, 400), min_size=1, max_size=3))
+    devices = [device(f"cuda:{k}", size * MB) for k, size in enumerate(budgets)]
+    wanted = Wanted(batch=data.draw(st.sampled_from([4, 8, 12])), model="m")
+    profile = costs([10**9] * count, params=data.draw(st.integers(0, 3)) * MB, own=data.draw(st.integers(0, 9)) * MB)
+    plan, refusal = None, None
+    try:
+        plan = search_plan(profile, machine(*devices), wanted)
+    except BudgetError as error:
+        refusal = error
+    if plan is None:
+        assert "m does not fit" in str(refusal)
+        assert "short by" in str(refusal)
+        assert refusal.short_bytes > 0
+        return
+    limits = {d.name: d.budget_bytes for d in devices}
+    for name, peak, curve in zip(plan.devices, plan.predicted.peak_bytes, plan.memory_curve()):
+        assert max(held for _, held in curve) <= peak <= limits[name]
+    assert plan.rows * plan.microbatches == wanted.batch
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_slow_device_is_left_out_where_the_step_is_faster_without_it():
+    fast, slow = device("cuda:0"), device("cpu:0")
+    plan = search_plan(costs([10**12] * 6), machine(fast, slow, speeds="cpu=1GFLOPS"), Wanted(batch=8))
+    assert plan.devices == ("cuda:0",)
+    kept = search_plan(costs([10**12] * 6), machine(fast, slow), Wanted(batch=8, same_order=True))
+    assert kept.devices == ("cuda:0", "cpu:0")
+
+
+def test_recompute_is_only_as_much_as_the_budget_asks_for():
+    tight = device("cuda:0", 65 * MB)
+    plan = search_plan(costs([10**9] * 10, params=1, own=10 * MB), machine(tight), Wanted(batch=1, schedule="1f1b"))
+    assert 0 < len(plan.recomputed_layers) < 10
+
+
+def test_transfers_are_packed_where_the_link_is_slow():
+    cards = [device("cuda:0", 100 * MB), device("cuda:1", 100 * MB)]
+    wanted = Wanted(batch=8, codec="auto", schedule="1f1b")
+    profile = costs([10**9] * 4, params=2 * MB)
+    slow = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e6, (1, 0): 1e6})
+    fast = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e13, (1, 0): 1e13})
+    assert search_plan(profile, slow, wanted).transfer == ("int8",)
+    assert search_plan(profile, fast, wanted).transfer == ("none",)
+
+
+def test_the_plan_is_told_in_words_and_drawn(tmp_path):
+    made = machine(device("cuda:0"), device("cpu:0"))
+    plan = search_plan(costs([10**9] * 6), made, Wanted(batch=8, tokens=16, model="tiny", same_order=True))
+    text = "\n".join(explain(plan, made, 10**9))
+    assert "tiny (1.00B parameters) fits." in text
+    assert "cuda:0: at most" in text
+    assert "NOMINAL, half of what a rtx3070 publishes" in text
+    assert "nominal" in plan.predicted.basis
+    pytest.importorskip("matplotlib")
+    draw_plan(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        (Wanted(batch=0), "batch and accumulate must be at least 1, got 0"),
+        (Wanted(batch=8, microbatches=3), "a batch of 8 rows cannot be cut into 3 equal microbatches"),
+        (Wanted(batch=8, schedule="zigzag"), "unknown schedule 'zigzag'"),
+        (Wanted(batch=8, recompute="often"), "recompute must be True, False or 'auto', got 'often'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(wanted, reason):
+    with pytest.raises(ValueError, match=reason):
+        search_plan(costs([1] * 4), machine(device("cpu:0")), wanted)
+
+
+@pytest.mark.parametrize("text", ["cuda:0", "cuda:0=", "=fast"])
+def test_speeds_that_cannot_be_read_are_named(text):
+    with pytest.raises(ValueError, match="is not DEVICE=SPEED"):
+        read_speeds(text)
+
+
+def test_an_unknown_card_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"speed cuda:0=abacus: give a rate such as 20TFLOPS, or one of a100, "):
+        machine(device("cuda:0"), speeds="cuda:0=abacus")
