@@ -59,7 +59,7 @@ def _forward(shape: tuple[int, int, int], peer: str) -> Callable[[], object]:
 
 
 def _step(shape: tuple[int, int, int], peer: str) -> Callable[[], object]:
-    """Forward and backward of linear + gelu, gradients unscaled into fp32 and added to those of earlier microbatches."""
+    """Forward and backward of linear + gelu, gradients unscaled in fp32, added to those of earlier microbatches."""
     rows, out, inner = shape
     x, dy = _random(rows, inner).requires_grad_(), _random(rows, out)
     if peer == "spu":
