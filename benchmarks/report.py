@@ -58,7 +58,7 @@ def table(figures: list[Figure]) -> list[str]:
             unit = "GFLOP/s" if f.flops else "GB/s   "
             share = "   -" if f.share is None else f"{100 * f.share:3.0f}%"
             goal = f.targets.get("ceiling")
-            if goal is not None and f.share is not None:
+            if f.ours and goal is not None and f.share is not None:
                 share += f" (target {100 * goal:.0f}%: {'reached' if f.share >= goal else 'MISSED'})"
             beside = ""
             if f.ours:

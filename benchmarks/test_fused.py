@@ -12,7 +12,6 @@ import spu.ops
 
 pytest.importorskip("spu._C", reason="spu._C is not built here")
 
-OPS = torch.ops.spu
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 # Without AVX512_BF16 plain torch's bf16 products run at about 1 GFLOP/s: minutes a call here.
 PEERS = ["spu fp16", "spu bf16", "spu fp32", "torch fp32", *(["torch bf16"] if spu._C.isa() == "avx512bf16" else [])]
