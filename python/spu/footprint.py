@@ -213,7 +213,7 @@ class _Footprint:
         try:
             with MemoryTracker(self.tally), work:
                 gradients = [torch.empty_like(root) for root in roots]
-                torch.autograd.backward(open_scope(roots, BackwardScope(*one, plain=True)), gradients)
+                torch.autograd.backward(open_scope(roots, BackwardScope(one[0], one[1], one[2], plain=True)), gradients)
         except Exception:  # a hook that reads values, an op without a fake kernel: what a gradient of each would take
             fallback = _Traffic()
             fallback.failed = True
@@ -230,7 +230,7 @@ class _Footprint:
             roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
             if not roots:
                 return 0
-            scope = BackwardScope(*one, deferred=deferred, plain=True)
+            scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
             try:
                 torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
             except Exception:  # as in `_backward`

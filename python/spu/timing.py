@@ -118,7 +118,7 @@ def time_update(devices: Sequence[Device], dtype: torch.dtype, repeats: int = 5)
     return side_by_side(devices, body)
 
 
-def side_by_side(devices: Sequence[Device], body: Callable[[Device, Callable[[], None]], Any]) -> list[Any]:
+def side_by_side(devices: Sequence[Device], body: Callable[[Device, Callable[[], Any]], Any]) -> list[Any]:
     """``body(device, start)`` in a thread pinned to each device; ``start()`` waits until all have got there."""
     barrier = threading.Barrier(len(devices))
     results: dict[int, Any] = {}
@@ -231,8 +231,8 @@ def _median(once: Callable[[], Seconds], start: Callable[[], None], repeats: int
 
 
 def _scope(device: Device) -> BackwardScope:
-    one = (torch.full((1,), value, device=device.torch_device) for value in (1.0, 1.0, 0.0))
-    return BackwardScope(*one, plain=True)  # matters for fp32 alone, which is trained without a loss scale
+    one, other, flag = (torch.full((1,), value, device=device.torch_device) for value in (1.0, 1.0, 0.0))
+    return BackwardScope(one, other, flag, plain=True)  # matters for fp32 alone, which is trained without a loss scale
 
 
 def _now(device: Device) -> float:

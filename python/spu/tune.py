@@ -169,7 +169,7 @@ def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int
                 raise
             notes.append(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
-        if best is None or took < best.time_us:
+        if best is None or best.time_us is None or took < best.time_us:
             best = Entry(config, "triton", took)
     assert best is not None, f"no configuration of {op} {dtype} {shape_class} ran: {notes}"
     return best, notes

@@ -167,6 +167,7 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
         raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(codecs)}")
     if options.seq < 1:
         raise ValueError(f"--seq {options.seq}: give a whole number of at least 1")
+    recompute: bool | str = options.recompute if options.recompute == "auto" else options.recompute == "on"
     return Wanted(
         batch=options.batch,
         tokens=options.seq,
@@ -175,7 +176,7 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
         schedule=options.schedule,
         precision=options.precision,
         codec=options.transfer,
-        recompute={"auto": "auto", "on": True, "off": False}[options.recompute],
+        recompute=recompute,
         model=name,
         same_order=options.same_order,
     )

@@ -264,8 +264,8 @@ class Request:
     def step_s(self, placed: Placed) -> float:
         """Seconds of a step: every run of the schedule, and the slowest device's update."""
         updates = [0.0] * len(self.devices)
-        for seconds, home in zip(self.updates(placed), self.homes):
-            updates[home] += seconds
+        for update, home in zip(self.updates(placed), self.homes):
+            updates[home] += update
         skeleton = _skeleton(*self._schedule)
         seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
         own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
