@@ -15,10 +15,17 @@ THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare 
 SETTLE_SECONDS = 2.0  # a worker that was told to stop may still be on its way out when the test returns
 
 
+def seed_torch(seed: int) -> None:
+    """torch.manual_seed also queues a seed for every absent accelerator, with a formatted stack each: milliseconds."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 class TorchRandom:
     """torch's default generator in the shape hypothesis wants, so that a failing example replays with its tensors."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(seed_torch)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -45,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """The same random numbers in every test, whichever tests ran before it."""
     random.seed(0)
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.fixture(autouse=True)
