@@ -30,8 +30,9 @@ void with_act(Act act, F f) {
   }
 }
 
+// Four blocks a multiprocessor: left to itself ptxas aims at 40 registers for some activations, and spills.
 template <Type T, Act A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dz_kernel(const void* dy, const void* saved, void* dz, int64_t n, bool wide) {
   for (int64_t i = first_value(); i < n; i += grid_values()) {
     Values g = load<T>(dy, i, n, wide);
