@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,38 +27,67 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(arguments: list[str], **environment: str) -> str:
-    """Output of a Python process; fails with all of it if the process does."""
+INTERPRETED = {"interpreted_triton.py": 50, "interpreted_products.py": 70, "interpreted_fused.py": 50}
+OP_LAYER = [f"test_ops_{name}.py" for name in ("linear", "gated", "cross_entropy", "optimizer", "sink")]
+CHOSEN = "triton and (ragged or strid or leading or found or sinks or own_gradient or main_gradients or norms)"
+GATE = ["-m", "spu.kernels.gate", "--sample", "--arch", "90"]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A Python process that writes its output to a file."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def output(self) -> str:
+        """All of it, once the process has ended; fails with it if the process did."""
+        code = self.process.wait()
+        text = self.log.read_text()
+        assert code == 0, text
+        return text
+
+
+def start(arguments: list[str], log: Path, **environment: str) -> Started:
     env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "SPU_BACKEND")}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=env | environment,
-        cwd=TESTS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    with log.open("wb") as file:
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, env=env | environment, cwd=TESTS, stdout=file, stderr=subprocess.STDOUT)
+    return Started(process, log)
 
 
-def run_interpreted(arguments: list[str], at_least: int) -> None:
-    """Runs pytest under the interpreter; no test may be skipped."""
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    output = run(["-m", "pytest", *options, *arguments], TRITON_INTERPRET="1")
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
+    """The long ones, side by side: each is one thread's work."""
+    folder = tmp_path_factory.mktemp("triton")
+    suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    runs = {name: start([*suite, name], folder / name, **environment) for name in INTERPRETED}
+    runs["op layer"] = start([*suite, *OP_LAYER, "-k", CHOSEN], folder / "op_layer", **environment)
+    runs["gate"] = start(GATE, folder / "gate", TRITON_CACHE_DIR=str(folder / "cache"))
+    yield runs
+    for one in runs.values():
+        one.process.kill()
+        one.process.wait()
+
+
+def check_passed(output: str, at_least: int) -> None:
+    """Of an interpreted run; no test may be skipped."""
     passed = re.search(r"(\d+) passed", output)
     assert passed is not None, output
     assert int(passed[1]) >= at_least, output
     assert "skipped" not in output, output
 
 
-def test_import_does_not_import_triton() -> None:
-    run(
-        ["-c", "import sys, spu.kernels as k; k.available(); assert 'triton' not in sys.modules, 'triton was imported'"]
-    )
+def run(code: str, tmp_path: Path) -> None:
+    start(["-c", code], tmp_path / "log").output()
 
 
-def test_without_triton_the_error_names_the_fix() -> None:
+def test_import_does_not_import_triton(tmp_path: Path) -> None:
+    run("import sys, spu.kernels as k; k.available(); assert 'triton' not in sys.modules, 'imported'", tmp_path)
+
+
+def test_without_triton_the_error_names_the_fix(tmp_path: Path) -> None:
     # None in sys.modules is how Python marks a module as not importable
     code = (
         "import sys, importlib.util as u, spu.kernels as k\n"
@@ -67,29 +98,25 @@ def test_without_triton_the_error_names_the_fix() -> None:
         "except ImportError as error: assert 'pip install' in str(error), error\n"
         "else: raise SystemExit('no error')\n"
     )
-    run(["-c", code])
+    run(code, tmp_path)
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("file", "at_least"), [("interpreted_triton.py", 50), ("interpreted_products.py", 70), ("interpreted_fused.py", 50)]
-)
-def test_interpreted(file: str, at_least: int) -> None:
-    run_interpreted([str(TESTS / file)], at_least)
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_interpreted(file: str, started: dict[str, Started]) -> None:
+    check_passed(started[file].output(), INTERPRETED[file])
 
 
 @needs_triton
-def test_the_op_layer_runs_on_interpreted_kernels() -> None:
+def test_the_op_layer_runs_on_interpreted_kernels(started: dict[str, Started]) -> None:
     """Autograd, sinks, accelerated modules: the ops' own tests, with use_backend("triton") on CPU tensors."""
-    chosen = "triton and (ragged or strid or leading or found or sinks or own_gradient or main_gradients or norms)"
-    names = ["linear", "gated", "cross_entropy", "optimizer", "sink"]
-    run_interpreted([*(str(TESTS / f"test_ops_{name}.py") for name in names), "-k", chosen], 25)
+    check_passed(started["op layer"].output(), 25)
 
 
 @needs_triton
-def test_compiles_ahead_of_time(tmp_path: Path) -> None:
+def test_compiles_ahead_of_time(started: dict[str, Started]) -> None:
     """A sample of one architecture; `make aot` compiles the whole matrix."""
-    output = run(["-m", "spu.kernels.gate", "--sample", "--arch", "90"], TRITON_CACHE_DIR=str(tmp_path))
+    output = started["gate"].output()
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(rows) >= 25, output
     assert not [row for row in rows if row["faults"]], output
