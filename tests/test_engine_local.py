@@ -225,9 +225,11 @@ def test_an_abort_wakes_a_waiting_worker() -> None:
 def test_ctrl_c_ends_cleanly() -> None:
     script = textwrap.dedent(
         """
-        import sys, threading, time, torch
+        import signal, sys, threading, time, torch
         from torch import nn
         from spu import ModelParallelTrainer
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 
         class Slow(nn.Linear):
             def forward(self, x):
@@ -238,7 +240,7 @@ def test_ctrl_c_ends_cleanly() -> None:
             [Slow(4, 4) for _ in range(4)], ["cpu:0", "cpu:1"], precision="fp32", microbatches=8, schedule="zbv"
         )
         x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
-        trainer.step(x, y)  # with what Python and torch import at their first use, which may swallow an interrupt
+        trainer.prepare(x, y)
         print("ready", flush=True)
         try:
             while True:
