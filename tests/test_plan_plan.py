@@ -12,7 +12,7 @@ from spu.plan import Plan, Predicted, StagePlan
 
 def stage(device, first, last, **changes):
     numbers = {"param_bytes": 10, "main_grad_bytes": 20, "master_bytes": 20, "moment_bytes": 40, "saved_bytes": 6}
-    numbers |= {"wire_bytes": 3, "workspace_bytes": 1, "budget_bytes": 1000, "each_bytes": 3}
+    numbers |= {"wire_bytes": 3, "workspace_bytes": 1, "budget_bytes": 1000, "each_bytes": 3, "left_bytes": 0}
     numbers |= {"recompute": (), "forward_s": 0.1, "backward_s": 1 / 3, "weight_s": 0.0, "update_s": 0.25}
     names = tuple(f"layers.{k}" for k in range(first, last))
     return StagePlan(device=device, layers=(first, last), layer_names=names, **{**numbers, **changes})

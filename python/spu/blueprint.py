@@ -30,6 +30,7 @@ def read_config(source: str) -> dict[str, Any]:
     Raises:
         ValueError: none of these, or not a JSON object with a model_type.
     """
+    name = source
     if source in config_names():
         text = (resources.files("spu") / "configs" / f"{source}.json").read_text(encoding="utf-8")
     else:
@@ -37,16 +38,16 @@ def read_config(source: str) -> dict[str, Any]:
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             raise ValueError(
-                f"--model {source}: no such config, file or folder with a config.json; there come with spu: "
+                f"--model {source}: no such file or folder with a config.json; with spu come the configs "
                 f"{', '.join(config_names())}"
             )
-        text = file.read_text(encoding="utf-8", errors="replace")
+        name, text = file.name, file.read_text(encoding="utf-8", errors="replace")
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--model {source}: not JSON ({error}); give a Hugging Face config") from None
+        raise ValueError(f"--model {source}: {name} is not JSON ({error}); give a Hugging Face config") from None
     if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"--model {source}: no model_type in it; give the config.json of a Hugging Face decoder")
+        raise ValueError(f"--model {source}: {name} has no model_type; give the config.json of a Hugging Face model")
     return values
 
 

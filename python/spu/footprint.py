@@ -146,8 +146,7 @@ class _Footprint:
             forward_flops = counter.get_total_flops()
             after = _next(out)  # the same shapes, of storages that are not counted here
             backward = self._backward(out, base)
-            if self.fused:
-                backward[1].deferred_bytes = self._deferred_bytes(_next(self.x))
+            left, left_input = self._deferred(backward[1]) if self.fused else (0, False)
         keeps, peak, traffic = forward
         backward_peak, backward_work = backward
         input_bytes, output_bytes = _bytes(x), _bytes(after)
@@ -178,8 +177,10 @@ class _Footprint:
             backward_flops=None if backward_work.failed else counter.get_total_flops() - forward_flops,
             forward_traffic_bytes=traffic,
             backward_traffic_bytes=backward_work.moved_bytes,
-            deferred_bytes=max(backward_work.deferred_bytes - max(keeps - own_output, 0), 0),
+            deferred_bytes=max(left - max(keeps - own_output, 0), 0),
             deferred_flops=backward_work.deferred_flops,
+            left_bytes=left,
+            left_input=left_input,
         ), after
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
@@ -220,24 +221,31 @@ class _Footprint:
             return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * _bytes(out), fallback
         return self.tally.peak - base, work
 
-    def _deferred_bytes(self, x: Any) -> int:
-        """Bytes that are held between a backward that puts weight gradients off and those."""
+    def _deferred(self, work: _Traffic) -> tuple[int, bool]:
+        """Bytes that are held between a backward that puts weight gradients off and those, the layer's input left out;
+        and whether they hold the input. In ``work`` only products that are really put off stay counted as such."""
         deferred: list[Callable[[], None]] = []
         one = [torch.ones(1) for _ in range(3)]
-        base = self.tally.live
+        x = _next(self.x)
+        inputs, base, own = Tally(), self.tally.live, _Traffic()
+        for leaf in tree_leaves(x):
+            if isinstance(leaf, torch.Tensor):
+                inputs.add(leaf)
         with MemoryTracker(self.tally):
             out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
             roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
             if not roots:
-                return 0
+                return 0, False
             scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
             try:
-                torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
+                with own:
+                    torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
             except Exception:  # as in `_backward`
-                return 0
+                return 0, False
             finally:
-                del out, roots
-            left = self.tally.live - base
+                del out, roots, x
+            work.deferred_flops -= own.deferred_flops  # done at once all the same
+            left = self.tally.live - base, inputs.live > 0
             deferred.clear()
         return left
 
@@ -248,7 +256,6 @@ class _Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved_bytes = 0
-        self.deferred_bytes = 0
         self.deferred_flops = 0
         self.failed = False
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _PRODUCTS}

@@ -81,6 +81,8 @@ class LayerCost:
     backward_traffic_bytes: int = 0
     deferred_bytes: int = 0
     deferred_flops: int = 0
+    left_bytes: int = 0
+    left_input: bool = False
 
 
 def estimate_layers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from spu.engine.stage import Stage
 from spu.engine.worker import Worker
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
+from spu.tracker import MemoryTracker, Tally
 from spu.transfer import Link
 
 __all__ = ["LocalEngine", "Round", "StageError"]
@@ -95,6 +97,7 @@ class LocalEngine:
         self.stages = list(stages)
         self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
+        self.tallies: list[Tally] | None = None  # where workers count what they allocate; see `counted_bytes`
         homes = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(homes[rank]) for rank in range(len(homes))]
         self._forward_links, self._backward_links = [], []
@@ -118,14 +121,18 @@ class LocalEngine:
         futures: list[Future[None]] = []
         try:
             for rank, worker in enumerate(self._workers):
-                futures.append(worker.submit(self._run_actions, work.actions[rank], work, exchange, spans[rank]))
+                futures.append(worker.submit(self._run_actions, rank, work, exchange, spans[rank]))
             self._all(futures, exchange)
         except BaseException:
             exchange.abort()  # Ctrl-C may come while only some of the workers have begun
-            wait(futures)
+            try:
+                wait(futures)
+            except KeyboardInterrupt:  # once more: an action that is running cannot be stopped
+                wait(futures)
+            raise
+        finally:
             for stage in self.stages:
                 stage.clear()
-            raise
         check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Timeline.from_spans(
@@ -175,9 +182,10 @@ class LocalEngine:
         assert not errors, "a run was aborted without a cause"
         return [future.result() for future in futures]
 
-    def _run_actions(self, actions: Sequence[Action], work: Round, exchange: Exchange, spans: list[Span]) -> None:
-        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
-            for action in actions:
+    def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[Span]) -> None:
+        counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[rank])
+        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
+            for action in work.actions[rank]:
                 if exchange.aborted:
                     raise Aborted
                 stage = self.stages[action.stage]
