@@ -57,7 +57,7 @@ def test_json_round_trips_exactly(tmp_path):
 
 def test_the_file_shows_totals_and_the_version():
     assert [entry["total_bytes"] for entry in DATA["stages"]] == [100, 102]
-    assert (DATA["format"], DATA["version"]) == ("spu plan", 2)
+    assert (DATA["format"], DATA["version"]) == ("spu plan", 3)
 
 
 def test_a_plan_can_be_edited_by_hand():
@@ -74,8 +74,8 @@ def test_a_plan_can_be_edited_by_hand():
     ("path", "value", "reason"),
     [
         ("format", ..., 'not an spu plan (no "format": "spu plan")'),
-        ("version", 1, "version is 1, this spu reads 2; make the plan again"),
-        ("version", ..., "version is None, this spu reads 2"),
+        ("version", 1, "version is 1, this spu reads 3; make the plan again"),
+        ("version", ..., "version is None, this spu reads 3"),
         ("schedule", ..., "schedule is missing"),
         ("schedule", "zigzag", "schedule is 'zigzag'; there are 'gpipe', '1f1b'"),
         ("precision", "fp8", "precision is 'fp8'; there are 'fp16', 'bf16', 'fp32'"),

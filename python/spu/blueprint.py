@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,18 +90,42 @@ def _real_tables(model: nn.Module) -> None:
 
 
 def costs_by_rows(
-    layers: list[Layer], tokens: int, precision: str
+    layers: list[Layer], tokens: int, precision: str, schedule: str = "auto"
 ) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
-    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy."""
-    from spu.placement import model_costs
+    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
+
+    All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
+    both, whatever the rows.
+    """
+    from spu.placement import fused_for, model_costs
+
+    @lru_cache(maxsize=2)
+    def counted(rows: int) -> list[LayerCost]:
+        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+        costs, loss = model_costs(layers, ids, precision, _cross_entropy, ids, fused=fused_for(schedule, precision))
+        assert loss is not None
+        return [*costs, loss]
 
     def costs_of(rows: int) -> tuple[list[LayerCost], LayerCost]:
-        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
-        costs, loss = model_costs(layers, ids, precision, _cross_entropy, ids)
-        assert loss is not None
-        return costs, loss
+        if rows <= 2:
+            every = counted(rows)
+        else:
+            every = [_along(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
+        return every[:-1], every[-1]
 
     return costs_of
+
+
+def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
+    """The line through the costs of one row and of two."""
+
+    def value(a: Any, b: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(value(x, y) for x, y in zip(a, b, strict=True))
+        return a + (b - a) * (rows - 1) if type(a) is int else a
+
+    fields = [field.name for field in dataclasses.fields(LayerCost)]
+    return LayerCost(**{name: value(getattr(one, name), getattr(two, name)) for name in fields})
 
 
 def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -87,13 +87,11 @@ def training_costs(
     tally = Tally()
     x = fake_copy(mode, sample, torch.device("cpu"), dtype)
     known: dict[Any, tuple[LayerCost, Any]] = {}
-    costs, before = [], None
+    costs = []
     with frozen_rng(), torch.enable_grad():
         for run in runs:
-            # What a layer shares with the one before depends on both of them.
             kind = _kind(run, x)
-            key = None if kind is None else (before, kind)
-            if key is None or key not in known:
+            if kind is None or kind not in known:
                 try:
                     made = _Footprint(mode, tally, run, x, dtype, dtype in _HALVES if fused is None else fused).made()
                 except Exception as error:
@@ -101,12 +99,12 @@ def training_costs(
                         f"layer {run.name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
                         "check the example inputs, and that its forward does not read values (.item(), if on a tensor)"
                     ) from error
-                if key is not None:
-                    known[key] = made
+                if kind is not None:
+                    known[kind] = made
             else:
-                made = known[key]
+                made = known[kind]
             costs.append(dataclasses.replace(made[0], name=run.name))
-            x, before = made[1], kind
+            x = made[1]
     return costs
 
 

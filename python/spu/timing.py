@@ -53,7 +53,7 @@ def time_layers(
     *,
     precision: str,
     fused: bool = False,
-    repeats: int = 5,
+    repeats: int = 3,
 ) -> list[list[Seconds]]:
     """(forward, backward) seconds of one microbatch of every layer, and last of the loss, on every device.
 

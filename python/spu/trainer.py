@@ -234,15 +234,15 @@ class ModelParallelTrainer(ByHand):
             if self._report is not None and self._steps_here == 0:
                 self._peaks = counting.enter_context(counted_bytes(runner))
             done = self._accumulate(inputs, targets, keep_outputs=False)
-        updater = runner.updater
-        scale = updater.scopes[-1].scale.clone()
-        factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
-        try:
-            update = updater.reduce()
-            uninterrupted(lambda: self._update(update, factor))
-        except BaseException:
-            updater.clear_gradients()
-            raise
+            updater = runner.updater
+            scale = updater.scopes[-1].scale.clone()
+            factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
+            try:
+                update = updater.reduce()
+                uninterrupted(lambda: self._update(update, factor))
+            except BaseException:
+                updater.clear_gradients()
+                raise
         seconds = time.perf_counter() - begin
         self._step_s = seconds
         peaks = placement.peak_bytes(self.devices)

@@ -144,7 +144,9 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     layers = blueprint(options.model)
     parameters = sum(p.numel() for layer in layers for p in layer.module.parameters())
     name = Path(options.model).name.removesuffix(".json")
-    plan = search_plan(costs_by_rows(layers, options.seq, options.precision), machine, _wanted(options, name))
+    plan = search_plan(
+        costs_by_rows(layers, options.seq, options.precision, options.schedule), machine, _wanted(options, name)
+    )
     print("\n".join(explain(plan, machine, parameters, time.perf_counter() - began)), flush=True)
     if out is not None:
         plan.save(out)

@@ -248,7 +248,8 @@ class StageMemory:
                 layer = self.layers[k]
                 elsewhere = k == first and (stage == 0 or not self.boundaries[stage - 1].copied)
                 left += layer.left_bytes + (layer.input_bytes if layer.left_input and not elsewhere else 0)
-        return Held(each, left, max(most, each, left))
+        bound = self.bound(stage, first, last, recompute) + self._workspace(stage, first, last, recompute)
+        return Held(each, left, max(min(most, bound), each, left))
 
     def _keeps_input(self, stage: int, first: int, k: int, recompute: Collection[int]) -> bool:
         """Whether a microbatch in flight keeps the input of layer ``k`` in a stage that begins with ``first``."""

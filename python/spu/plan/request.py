@@ -251,7 +251,7 @@ class Request:
 
     def predicted_peaks(self, placed: Placed) -> list[int]:
         """The most bytes of every device as its actions come and go; at most what `peaks` holds against budgets."""
-        totals, held, bounds = self.stage_bytes(placed), self.held(placed), self.peaks(placed)
+        totals, held = self.stage_bytes(placed), self.held(placed)
         result = []
         for rank, row in enumerate(held_moments(*self._schedule)):
             fixed = sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
@@ -259,7 +259,7 @@ class Request:
             for stage, kind, counts in row:
                 others = sum(full * held[s].each + left * held[s].left for s, full, left in counts)
                 most = max(most, others + (held[stage].left if kind == "W" else held[stage].most))
-            result.append(min(fixed + most, bounds[rank]))
+            result.append(fixed + most)
         return result
 
     def durations(self, placed: Placed) -> list[tuple[float, float, float]]:

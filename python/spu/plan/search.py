@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from spu import schedules
 from spu.plan.machine import Machine
 from spu.plan.make import RECOMPUTE, write_plan
-from spu.plan.memory import LayerNeeds, wire_bytes
+from spu.plan.memory import LayerNeeds, state_bytes, wire_bytes
 from spu.plan.needs import Times, counted_times, layer_needs
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
@@ -148,6 +148,9 @@ class _Search:
     def best(self) -> tuple[Request, Placed] | None:
         """The fastest request and placement; None if nothing fits."""
         counts = self.wanted.microbatch_counts()
+        needs, *_ = self._profile(self.wanted.batch // (self.wanted.accumulate * counts[-1]))
+        if _states(needs, self.wanted.precision) > sum(d.budget_bytes for d in self.machine.devices):
+            return None  # whatever the batch: no need to look at any placement
         found = [entry for order in self._orders() for entry in self._found(order, counts)]
         if not found:  # before it is said that nothing fits, every order is tried with what takes least memory
             found = [entry for order in self._every_order() for entry in self._found(order, counts[-1:])]
@@ -319,7 +322,7 @@ class _Search:
         budgets = [device.budget_bytes for device in request.devices]
         text = f"{self.wanted.model or 'the model'} does not fit.\n"
         text += state_line(request.layers, request.precision, budgets) + ".\n" + str(error)
-        less = _states(request) - sum(budgets)
+        less = _states(request.layers, request.precision) - sum(budgets)
         if less > 0:
             text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
         return BudgetError(
@@ -332,8 +335,8 @@ class _Search:
         )
 
 
-def _states(request: Request) -> int:
-    return sum(request.problem().fixed)
+def _states(layers: Sequence[LayerNeeds], precision: str) -> int:
+    return sum(sum(state_bytes(layer, precision)) for layer in layers)
 
 
 def _distinct(found: list[tuple[float, Request, Placed]]) -> list[tuple[float, Request, Placed]]:
