@@ -133,6 +133,7 @@ class _Footprint:
     def made(self) -> tuple[LayerCost, Any]:
         """The cost, and the next layer's input."""
         counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         trainable = [p for p in self.parameters if p.requires_grad]
         with self.mode, MainGrads(trainable) as grads, counter:
             grads.begin_step()
@@ -226,9 +227,9 @@ class _Footprint:
         one = [torch.ones(1) for _ in range(3)]
         x = _next(self.x)
         inputs, base, own = Tally(), self.tally.live, _Traffic()
-        for leaf in tree_leaves(x):
-            if isinstance(leaf, torch.Tensor):
-                inputs.add(leaf)
+        # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
+        passed_on = _bytes([t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad])
+        tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
             out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
             roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
@@ -243,9 +244,21 @@ class _Footprint:
             finally:
                 del out, roots, x
             work.deferred_flops -= own.deferred_flops  # done at once all the same
-            left = self.tally.live - base, inputs.live > 0
+            left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
             deferred.clear()
         return left
+
+
+class _NoModules:
+    """In place of the FLOP counter's watch over modules: its global hooks would keep blocks from being run fused."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class _Traffic(TorchDispatchMode):
