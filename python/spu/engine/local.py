@@ -21,7 +21,7 @@ from spu.engine.worker import Worker
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
 from spu.tracker import MemoryTracker, Tally
-from spu.transfer import Link
+from spu.transfer import Link, side_for
 
 __all__ = ["LocalEngine", "Round", "StageError"]
 
@@ -82,6 +82,8 @@ class LocalEngine:
         ranks: the rank of each stage, by default one each; stages of one rank are on one device.
         codecs: how tensors are packed over each boundary, None or "none" for not at all; one name for all. Between two
             stages of one rank nothing is packed or copied.
+        beside: packing and copying run beside the stages' work: None: where a card is at one end of a link; True or
+            False for all links between two ranks. See `spu.transfer.side`.
         backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
             variables do not reach other threads.
     """
@@ -92,6 +94,7 @@ class LocalEngine:
         ranks: Sequence[int] | None = None,
         *,
         codecs: Sequence[str | None] | str | None = None,
+        beside: bool | None = None,
         backend: str | None = None,
     ) -> None:
         self.stages = list(stages)
@@ -104,9 +107,11 @@ class LocalEngine:
         boundaries = len(self.stages) - 1
         each = [codecs] * boundaries if codecs is None or isinstance(codecs, str) else list(codecs)
         for before, codec in zip(range(boundaries), each, strict=True):
-            packed = None if codec == "none" or self.ranks[before] == self.ranks[before + 1] else codec
-            self._forward_links.append(Link(self.stages[before + 1].device.torch_device, packed))
-            self._backward_links.append(Link(self.stages[before].device.torch_device, packed))
+            same = self.ranks[before] == self.ranks[before + 1]
+            packed = None if codec == "none" or same else codec
+            here, there = (self.stages[s].device.torch_device for s in (before, before + 1))
+            self._forward_links.append(Link(there, packed, None if same else side_for(here, there, beside)))
+            self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
 
     def run(self, work: Round) -> Timeline:
         """Run one schedule to its end and return the measured timeline.
@@ -164,6 +169,8 @@ class LocalEngine:
         """End the worker threads; harmless when called twice."""
         for worker in self._workers:
             worker.close()
+        for link in (*self._forward_links, *self._backward_links):
+            link.close()
 
     @staticmethod
     def _all(futures: list[Future[Any]], exchange: Exchange | None) -> list[Any]:
