@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from spu import nn as spu_nn
+from spu.flops import flop_formulas
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import MainGrads
-from spu.profile import LayerCost, fake_copy, flop_formulas, frozen_rng
+from spu.profile import LayerCost, fake_copy, frozen_rng
 from spu.tracker import MemoryTracker, Tally
 
 __all__ = ["Run", "loss_run", "training_costs"]
