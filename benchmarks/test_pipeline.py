@@ -97,7 +97,8 @@ def test_two_stages_beside_their_bounds_and_peers(dtype: str) -> None:
             stack.callback(peer.close)
         chosen.prepare(x, y)
         for round_ in range(ROUNDS + 1):
-            found = {name: peer.step() for name, peer in peers.items()}
+            last = round_ == ROUNDS  # no target hangs on two threads: once is enough
+            found = {name: peer.step() for name, peer in peers.items() if name != "two-threads" or last}
             found["spu"], found["chosen"] = plain.step(x, y).seconds, chosen.step(x, y).seconds
             if not round_:
                 continue  # warms up
@@ -110,7 +111,7 @@ def test_two_stages_beside_their_bounds_and_peers(dtype: str) -> None:
         plan = chosen.plan
 
     def ratio(name: str, ours: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[name], seconds[ours]))
+        return statistics.median(a / b for a, b in zip(seconds[name][::-1], seconds[ours][::-1]))
 
     m, n = lm.MICROBATCHES, plan.microbatches
     GOALS.head(f"decoder LM, {dtype}, 16 x {x.shape[1]} tokens, plain torch ops, 2 stages of one core")
