@@ -163,3 +163,28 @@ def test_speeds_that_cannot_be_read_are_named(text):
 def test_an_unknown_card_lists_those_there_are():
     with pytest.raises(ValueError, match=r"speed cuda:0=abacus: give a rate such as 20TFLOPS, or one of a100, "):
         machine(device("cuda:0"), speeds="cuda:0=abacus")
+
+
+def test_what_is_wanted_without_recompute_is_refused_with_recompute_as_a_fix():
+    """The refusal was worked out for another request, one that fits, and died of it."""
+    profile = costs([10**9] * 12, params=MB, own=10 * MB)
+    wanted = Wanted(batch=8, recompute=False, model="m")
+    with pytest.raises(BudgetError) as error:
+        search_plan(profile, machine(device("cuda:0", 300 * MB)), wanted)
+    assert any(fix.startswith("recompute=True") for fix in error.value.fixes)
+    assert search_plan(profile, machine(device("cuda:0", 300 * MB)), Wanted(batch=8, model="m")).recompute
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv", "layer_outer"])
+def test_stages_that_share_a_device_share_its_budget(schedule):
+    """Refusals came, or died, where equal shares were too small for one stage and too large for another."""
+    profile = costs([10**9] * 4, params=MB, own=10 * MB)
+    wanted = Wanted(batch=4, microbatches=4, schedule=schedule, recompute=False, same_order=True)
+
+    def plan(budgets):
+        return search_plan(profile, machine(*(device(f"cuda:{k}", b) for k, b in enumerate(budgets))), wanted)
+
+    peaks = plan([10_000 * MB] * 2).predicted.peak_bytes
+    assert len(plan([int(1.2 * peak) for peak in peaks]).stages) == 2 * schedules.stages_per_rank(schedule)
+    with pytest.raises(BudgetError, match="short by"):
+        plan([int(0.5 * peak) for peak in peaks])

@@ -339,3 +339,76 @@ def test_a_plan_for_other_settings_is_refused(other: dict[str, Any]) -> None:
         trainer.step(*batch())
     with make(model_of(), plan=plan, **other) as trainer:
         assert trainer.prepare(*batch()) is plan
+
+
+# Half done
+
+
+def test_a_trainer_that_cannot_be_made_gives_the_model_back_in_full_precision() -> None:
+    """An optimizer that refused its arguments left a model rounded to fp16, its fp32 values gone."""
+    model = model_of(nn.Tanh())
+    before = copy.deepcopy(model.state_dict())
+    with (
+        make(model, precision="fp16", optimizer=lambda parameters: torch.optim.SGD(parameters, rate=1.0)) as trainer,
+        pytest.raises(TypeError, match="rate"),
+    ):
+        trainer.step(*batch())
+    for name, value in model.state_dict().items():
+        assert_equal(value, before[name], name)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_second_trainer_goes_on_from_the_first_ones_masters() -> None:
+    """Its masters were made from weights that the first trainer had rounded to fp16."""
+    model = model_of(nn.Tanh())
+    exact = model[0].weight.detach().clone()
+    first = make(model, precision="fp16")
+    first.prepare(*batch())
+    with make(model, precision="fp16") as second:
+        second.prepare(*batch())
+        assert_equal(second.state_dict_for_model()["0.weight"], exact)
+    first.close()
+
+
+def test_tensors_in_an_object_that_nobody_looks_into_are_refused_between_stages() -> None:
+    """They crossed with their graph: one stage's backward ran through another's layers, in its own thread."""
+
+    class Box:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    class Wrap(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Box(super().forward(x))
+
+    class Unwrap(nn.Module):
+        def forward(self, box: Any) -> torch.Tensor:
+            return box.tensor
+
+    with (
+        make([Wrap(6, 4), Unwrap()]) as trainer,
+        pytest.raises((StageError, ValueError), match="hands a Box with tensors to the next stage|could not be run"),
+    ):
+        trainer.step(*batch())
+
+
+def test_a_loss_that_is_a_sum_is_refused() -> None:
+    """Its microbatches were weighted as means: a loss eight times too small, without a word."""
+    with pytest.raises(ValueError, match="reduction='sum': give one with reduction='mean'"):
+        make(model_of(nn.Tanh()), loss_fn=nn.CrossEntropyLoss(reduction="sum"))
+
+
+def test_evaluation_takes_no_larger_microbatches_than_training() -> None:
+    """With accumulation they were several times as large, and needed memory that no plan had counted."""
+    rows = []
+
+    class Watch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows.append(len(x))
+            return x
+
+    with make(model_of(Watch()), accumulate=2) as trainer:
+        trainer.step(*batch())
+        rows.clear()
+        trainer.evaluate(*batch())
+    assert set(rows) == {2}

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 __all__ = ["uninterrupted"]
 
+_NEVER_S = 10.0  # a thread that has not begun by then will not
+
 
 def uninterrupted(task: Callable[[], None]) -> None:
     """Run a task to its end.
@@ -30,12 +32,18 @@ def uninterrupted(task: Callable[[], None]) -> None:
             over.set()
 
     thread = threading.Thread(target=run, name="spu update")
-    thread.start()
     interrupted = False
+    try:
+        thread.start()  # waits for the thread, which may be in the midst of the task when Ctrl-C comes
+    except KeyboardInterrupt:
+        interrupted = True
     while not over.is_set():
         try:
-            over.wait()
+            if not over.wait(_NEVER_S) and thread.ident is None:
+                raise KeyboardInterrupt  # it came before there was a thread: nothing has been done
         except KeyboardInterrupt:
+            if thread.ident is None and interrupted:
+                raise
             interrupted = True
     thread.join()
     if errors:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan import core
+from spu.plan.flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
 from spu.plan.memory import Boundary, Held, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
-from spu.schedules.simulate import FlatSchedule, _runner, flatten
+from spu.schedules.simulate import _runner
 
 if TYPE_CHECKING:
     from spu.devices import Device
@@ -88,7 +89,7 @@ class Request:
     @cached_property
     def actions(self) -> list[list[Action]]:
         """One run of the schedule."""
-        return _actions(*self._schedule)
+        return actions_of(*self._schedule)
 
     @cached_property
     def boundaries(self) -> list[Boundary]:
@@ -106,7 +107,7 @@ class Request:
         return StageMemory(
             self.layers,
             self.loss,
-            in_flight=_in_flight(*self._schedule),
+            in_flight=in_flight_of(*self._schedule),
             boundaries=self.boundaries,
             precision=self.precision,
             deferred=schedules.splits_backward(self.schedule),
@@ -196,11 +197,35 @@ class Request:
             found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
             fitting = [placed for placed in found if self.fits(placed)]
             if not fitting:
-                nearest = self.placed(core.nearest(problem), problem)
-                fitting = [nearest] if self.fits(nearest) else []
+                starts = [core.nearest(problem), *([0, *(p.stop for p in placed.parts)] for placed in found)]
+                fitting = [near for cuts in starts for near in self._nearer(cuts, problem) if self.fits(near)]
             if fitting:
                 return fitting
         return []
+
+    def _nearer(self, cuts: Sequence[int], problem: core.Problem) -> list[Placed]:
+        """Where moving boundaries one layer at a time leads, as long as the devices together lack less for it.
+
+        The programme knows a share of its device's budget for each stage; only here do a device's stages share it.
+        """
+
+        def lacking(placed: Placed) -> int:
+            return sum(max(peak - device.budget_bytes, 0) for peak, device in zip(self.peaks(placed), self.devices))
+
+        best = self.placed(cuts, problem)
+        least = lacking(best)
+        for _ in range(len(self.layers) if self.virtual > 1 else 0):
+            ends = [0, *(part.stop for part in best.parts)]
+            moved = [
+                self.placed([*ends[:k], ends[k] + step, *ends[k + 1 :]], problem)
+                for k, step in product(range(1, len(ends) - 1), (-1, 1))
+                if ends[k - 1] < ends[k] + step < ends[k + 1]
+            ]
+            nearest = min(moved, key=lacking, default=best)
+            if not least or lacking(nearest) >= least:
+                break
+            best, least = nearest, lacking(nearest)
+        return [best]
 
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
@@ -300,7 +325,7 @@ class Request:
         updates = [0.0] * len(self.devices)
         for update, home in zip(self.updates(placed), self.homes):
             updates[home] += update
-        skeleton = _skeleton(*self._schedule)
+        skeleton = skeleton_of(*self._schedule)
         seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
         own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
         _, ends = _runner("auto")(*skeleton._replace(seconds=own, transfers=self.transfers(placed)))
@@ -309,77 +334,6 @@ class Request:
     @property
     def _schedule(self) -> tuple[str, int, int, int]:
         return self.schedule, len(self.devices), self.microbatches, self.virtual
-
-
-@lru_cache(maxsize=256)
-def _actions(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[Action]]:
-    return schedules.get(schedule)(ranks, microbatches, virtual=virtual)
-
-
-@lru_cache(maxsize=256)
-def _in_flight(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[int]:
-    return schedules.peak_in_flight(_actions(schedule, ranks, microbatches, virtual))
-
-
-@lru_cache(maxsize=256)
-def _skeleton(schedule: str, ranks: int, microbatches: int, virtual: int) -> FlatSchedule:
-    """The schedule as the simulator's arrays, without seconds."""
-    actions = _actions(schedule, ranks, microbatches, virtual)
-    durations = [(0.0, 0.0, 0.0)] * (ranks * virtual)
-    return flatten(actions, durations, [0.0] * (ranks * virtual - 1))
-
-
-@lru_cache(maxsize=256)
-def held_together(
-    schedule: str, ranks: int, microbatches: int, virtual: int
-) -> list[list[tuple[tuple[int, int], ...]]]:
-    """Per rank, the sets of (stage, microbatches in flight) that occur at one time, less those within another."""
-    result = []
-    for row in _actions(schedule, ranks, microbatches, virtual):
-        last = {(a.stage, a.microbatch): a.kind for a in row}
-        stages = sorted({a.stage for a in row})
-        counts, opened = dict.fromkeys(stages, 0), set()
-        seen: set[tuple[int, ...]] = set()
-        for action in row:
-            key = action.stage, action.microbatch
-            if key not in opened:
-                opened.add(key)
-                counts[action.stage] += 1
-                seen.add(tuple(counts.values()))
-            if action.kind == last[key]:
-                counts[action.stage] -= 1
-        most = [a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)]
-        result.append([tuple(zip(stages, counts_)) for counts_ in most])
-    return result
-
-
-@lru_cache(maxsize=256)
-def held_moments(
-    schedule: str, ranks: int, microbatches: int, virtual: int
-) -> list[list[tuple[int, str, tuple[tuple[int, int, int], ...]]]]:
-    """Per rank: (stage, kind of action, what else is held then), the last as (stage, microbatches between forward and
-    backward, those between input gradient and weight gradient) for each stage, less what is within another."""
-    result = []
-    for row in _actions(schedule, ranks, microbatches, virtual):
-        stages = sorted({a.stage for a in row})
-        full, left = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
-        seen: dict[tuple[int, str], set[tuple[int, ...]]] = {}
-        for action in row:
-            s = action.stage
-            if action.kind == "W":
-                left[s] -= 1
-            elif action.kind != "F":
-                full[s] -= 1
-            counts = tuple(n for stage in stages for n in (full[stage], left[stage]))
-            seen.setdefault((s, "W" if action.kind == "W" else "F"), set()).add(counts)
-            full[s] += action.kind == "F"
-            left[s] += action.kind == "I"
-        moments = []
-        for (s, kind), vectors in seen.items():
-            most = [a for a in vectors if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in vectors)]
-            moments += [(s, kind, tuple(zip(stages, v[::2], v[1::2]))) for v in most]
-        result.append(moments)
-    return result
 
 
 _END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")
