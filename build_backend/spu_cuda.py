@@ -34,7 +34,9 @@ KNOWN_ARCHS = {
     "120": (12, 8),
 }
 DEFAULT_ARCHS = "75;80;90a"
-FORMS = ("forward", "dx", "dw")
+# Forms of a product and the tiles that they are compiled with. On sm_90a one tile a form: a kernel takes a compiler
+# nearly a minute and 3.3 GB there.
+FORMS = {"forward": ("large", "small"), "dx": ("large", "small"), "dw": ("large",)}
 CUDA = ROOT / "csrc/cuda"
 GIGABYTE = 1 << 30
 
@@ -164,7 +166,7 @@ def _code(arch: str, *, ptx: bool = False) -> str:
 
 
 def _products(arch: str, archs: list[str]) -> list[Object]:
-    """The matrix products for one generation of tensor cores: an object for each form and type."""
+    """The matrix products for one generation of tensor cores: an object for each form, with all types and tiles."""
     if arch == "90":
         source, code, gigabytes = "gemm_wgmma.cu", ["-gencode=arch=compute_90a,code=sm_90a"], 3.5
     elif arch == "75":
@@ -173,16 +175,15 @@ def _products(arch: str, archs: list[str]) -> list[Object]:
         # also as PTX, for the devices that come later
         native = [name for name in archs if name not in ("75", "90a")]
         source, code, gigabytes = "gemm_mma.cu", [*map(_code, native), _code("80", ptx=True)], 1.2
-    flags = ("--expt-relaxed-constexpr", "-DNDEBUG", *code)
+    flags = ("--expt-relaxed-constexpr", "-DNDEBUG", "-fmad=false", *code, f"-DSPU_ARCH={arch}")
     return [
         Object(
-            f"gemm_sm{arch}_{form}_{dtype}",
+            f"gemm_sm{arch}_{form}",
             CUDA / source,
-            (*flags, f"-DSPU_ARCH={arch}", f"-DSPU_FORM={form}", f"-DSPU_TYPE={dtype}"),
+            (*flags, f"-DSPU_FORM={form}", f"-DSPU_SMALL={int('small' in tiles)}"),
             gigabytes,
         )
-        for form in FORMS
-        for dtype in (("fp16",) if arch == "75" else ("fp16", "bf16"))
+        for form, tiles in FORMS.items()
     ]
 
 
@@ -193,10 +194,13 @@ def generations(archs: list[str]) -> list[str]:
 
 
 def device_objects(archs: list[str], *, products: bool = True) -> list[Object]:
-    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones."""
+    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones.
+
+    -fmad=false: a multiply-add is fused where the arithmetic says so, as on the CPU; the products themselves are not
+    made of multiply-adds.
+    """
     large = [one for arch in generations(archs) for one in _products(arch, archs)] if products else []
     code = (*map(_code, archs), _code(archs[-1], ptx=True))
-    # A multiply-add is fused where the arithmetic says so, as on the CPU.
     plain = [
         Object(path.stem, path, ("-fmad=false", *code))
         for path in sorted(CUDA.glob("*.cu"))

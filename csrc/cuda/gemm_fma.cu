@@ -49,7 +49,7 @@ SPU_DEVICE bool finish(const Gemm& g, int64_t i, int64_t j, float sum) {
   if (g.form != Form::dw) {
     const float z = g.bias != nullptr ? sum + load_one<T>(g.bias, j) : sum;
     if (g.preact != nullptr) store_one<T>(g.preact, at, z);
-    store_one<T>(g.out, at, activate(g.act, z));
+    store_one<T>(g.out, at, g.gate != nullptr ? activate(g.act, load_one<T>(g.gate, at)) * z : activate(g.act, z));
     return false;
   }
   const float value = sum * *g.inv_scale;
