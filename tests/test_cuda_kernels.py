@@ -37,6 +37,7 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
 
 from spu import ops
 from spu.ops import dispatch
+from spu.ops.moments import load_moment, new_moment
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
 DEVICE = "cuda" if REAL else "cpu"
@@ -144,3 +145,74 @@ def test_direct_callers_get_the_values_in_the_message(call: object, message: str
         pytest.skip("the tensors of this test are on the CPU, which the real library refuses first")
     with pytest.raises(Exception, match=message):
         call()  # type: ignore[operator]
+
+
+def test_gated_linear_is_the_references_up_to_rounding() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x, gate, up = (torch.randn(*size).to(dtype) for size in ((2, 5, 40), (24, 40), (24, 40)))
+        truth = torch.nn.functional.silu(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
+        plain = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
+        h, kept_gate, kept_up = suite.OPS.gated_linear.cpu(x, gate, up, "silu", True)
+        assert_close_to_truth(h, plain, truth, name="h")
+        assert_close_to_truth(kept_gate, x @ gate.t(), x.double() @ gate.double().t(), name="gate")
+        assert_close_to_truth(kept_up, x @ up.t(), x.double() @ up.double().t(), name="up")
+        lone, *nothing = suite.OPS.gated_linear.cpu(x, gate, up, "silu", False)
+        assert_equal(lone, h)
+        assert [kept.numel() for kept in nothing] == [0, 0]
+
+
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_narrow_moments_are_the_references(moments: str, dtype: torch.dtype) -> None:
+    """The same noise on every backend: only where fp32 arithmetic differs by a unit may a code differ by one."""
+    sizes = [0, 1, 63, 64, 65, 20_000]
+    states = []
+    for op in (suite.OPS.adamw_.cpu, suite.OPS.adamw_.reference):
+        torch.manual_seed(3)
+        masters = [torch.randn(n) for n in sizes]
+        params = [master.to(dtype) for master in masters] if dtype == torch.float16 else masters
+        held = masters if dtype == torch.float16 else []
+        m, v = ([new_moment((n,), moments, torch.device("cpu")) for n in sizes] for _ in range(2))
+        for step in (1.0, 2.0, 3.0):
+            grads = [torch.randn(n) * torch.logspace(-6, 2, n) for n in sizes]
+            steps = [suite.scalar(step) for _ in sizes]
+            op(params, grads, held, m, v, steps, suite.scalar(0.5), suite.scalar(0.0), 1e-2, 0.9, 0.999, 1e-8, 0.1)
+        before = [moment.clone() for moment in (*m, *v)]
+        op(params, grads, held, m, v, steps, suite.scalar(0.5), suite.scalar(1.0), 1e-2, 0.9, 0.999, 1e-8, 0.1)
+        for old, new in zip(before, (*m, *v)):
+            assert_equal(new, old, "a moment of a skipped step")
+        states.append((masters, m, v))
+    for name, ours, theirs in zip(("master", "exp_avg", "exp_avg_sq"), *states):
+        for n, a, b in zip(sizes, ours, theirs):
+            if name != "master":
+                different = int((a != b).sum())
+                assert different <= 4 + n // 1000, (name, n, different)
+                a, b = (load_moment(one, (n,), signed=name == "exp_avg") for one in (a, b))
+            assert torch.allclose(a, b, rtol=0.13 if name != "master" else 1e-5, atol=1e-6), (name, n)
+
+
+def test_packing_into_memory_that_is_there() -> None:
+    """Simulated, host memory serves as what the kernels of a device see of pinned memory."""
+    x = torch.randn(7, 45).half()
+    for codec in suite.CODECS:
+        expected = suite.OPS.pack.cpu(x, codec)
+        wire = torch.full_like(expected, 77).pin_memory() if REAL else torch.full_like(expected, 77)
+        torch.ops.spu.pack_.cuda(x.to(DEVICE), codec, wire)
+        if REAL:
+            torch.cuda.synchronize()
+        assert_equal(wire, expected, codec)
+        for out in (torch.empty_like(x), torch.empty(45, 7).half().t()):
+            there = out.to(DEVICE)
+            torch.ops.spu.unpack_.cuda(wire, codec, there)
+            assert_equal(there.cpu(), suite.OPS.unpack.cpu(expected, [7, 45], torch.float16, codec), codec)
+
+
+def test_a_list_is_copied_in_and_converted() -> None:
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    sources = [torch.randn(n).to(types[i % 3]) for i, n in enumerate([1, 0, 20_000, 5, *[3] * 60, 16_384])]
+    if REAL:
+        sources = [source.pin_memory() for source in sources]
+    targets = [torch.zeros(len(s), dtype=types[i // 3 % 3], device=DEVICE) for i, s in enumerate(sources)]
+    torch.ops.spu.copy_in_.cuda(sources, targets)
+    for i, (source, target) in enumerate(zip(sources, targets)):
+        assert_equal(target.cpu(), source.to(target.dtype), f"tensor {i}")

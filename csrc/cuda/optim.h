@@ -12,9 +12,6 @@
 namespace spu {
 namespace cuda {
 
-constexpr int kGroup = 48;         // tensors of a launch: what fits into the 4 KB of a kernel's parameters
-constexpr int64_t kPiece = 16384;  // values that one block updates or sums
-
 struct AdamWSettings {
   double lr, beta1, beta2, eps, weight_decay;
   const float *grad_scale, *found_inf;  // in device memory; nothing happens where found_inf is set
