@@ -42,15 +42,18 @@ GIGABYTE = 1 << 30
 
 
 def find_nvcc() -> Path | None:
-    """nvcc: $NVCC, PATH, $CUDA_HOME, $CUDA_PATH, /usr/local/cuda, or one that pip installed; None if there is none."""
+    """nvcc: $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda, or one that pip installed; None if there is none.
+
+    spu.doctor looks in the same places. (In an isolated build pip hides what it installed: set NVCC there.)
+    """
     named = os.environ.get("NVCC")
     if named:
-        return Path(named) if Path(named).is_file() else None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home) / "bin/nvcc" for home in homes if home]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.insert(0, Path(on_path))
+        found = shutil.which(named)
+        return Path(found) if found else None
+    candidates = [Path(home) / "bin/nvcc" for home in map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")) if home]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     for folder in filter(None, sys.path):
         candidates += sorted((Path(folder) / "nvidia").glob("*/bin/nvcc"))
     return next((path for path in candidates if path.is_file()), None)
@@ -80,7 +83,8 @@ def cudart(home: Path) -> Path | None:
 
 def has_gpu() -> bool:
     """Whether the NVIDIA driver shows a card. Only decides what SPU_CUDA=auto does."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists()
+    signs = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/usr/lib/wsl/lib/libcuda.so.1")  # Jetson, WSL
+    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path(sign).exists() for sign in signs)
 
 
 def cutlass_include() -> Path | None:
@@ -96,7 +100,7 @@ def architectures() -> list[str]:
     Raises:
         ValueError: for a name that is not known; the message lists those that are.
     """
-    names = re.split(r"[;, ]+", os.environ.get("SPU_CUDA_ARCHS", "").strip() or DEFAULT_ARCHS)
+    names = re.findall(r"[^;, ]+", os.environ.get("SPU_CUDA_ARCHS", "")) or DEFAULT_ARCHS.split(";")
     unknown = [name for name in names if name not in KNOWN_ARCHS]
     if unknown:
         raise ValueError(f"SPU_CUDA_ARCHS names {', '.join(unknown)}: choose from {';'.join(KNOWN_ARCHS)}")
@@ -213,6 +217,8 @@ def nvcc_command(nvcc: Path, one: Object) -> list[str]:
     """The command that compiles an object, without its output."""
     include = cutlass_include()
     command = [str(nvcc), "-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if "CXX" in os.environ and (compiler := find_compiler()) is not None:
+        command.append(f"-ccbin={compiler[0]}")  # the one that was named: the default may be too new for this nvcc
     command += ["--threads=1", f"-I{ROOT / 'csrc'}", *([f"-isystem={include}"] if include else []), *one.flags]
     return [*command, "-c", str(one.source)]
 
@@ -238,7 +244,7 @@ def memory_gigabytes() -> float:
 
 def heavy_jobs() -> int:
     """How many of the largest compilations may run at once: one for each 4 GB of memory, at most one a core."""
-    most = int(os.environ["MAX_JOBS"]) if "MAX_JOBS" in os.environ else cores()
+    most = int(os.environ.get("MAX_JOBS") or cores())
     return max(1, min(most, int(memory_gigabytes() // 4)))
 
 
