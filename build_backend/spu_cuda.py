@@ -191,6 +191,13 @@ def _products(arch: str, archs: list[str]) -> list[Object]:
     ]
 
 
+def products_of(name: str) -> list[tuple[str, str]]:
+    """(type, tile) of each kernel in an object of matrix products, by its name, e.g. "gemm_sm80_forward"."""
+    arch, form = name.removeprefix("gemm_sm").split("_")
+    dtypes = ("fp16",) if arch == "75" else ("fp16", "bf16")
+    return [(dtype, tile) for dtype in dtypes for tile in (FORMS[form][:1] if arch == "90" else FORMS[form])]
+
+
 def generations(archs: list[str]) -> list[str]:
     """The generations of tensor cores whose products are compiled for these architectures, the slowest build first."""
     some_mma = any(name not in ("75", "90a") for name in archs)

@@ -73,11 +73,11 @@ def compile_one(nvcc: Path, one: spu_cuda.Object, folder: Path) -> str:
 def rows_of(one: spu_cuda.Object, output: str, made: Path, tool: str | None) -> list[Row]:
     """The rows of one object; instances of one function share a row."""
     mixes = cuda_gate.instruction_mix(tool, made) if tool else {}
-    block = cuda_gate.block_of(made)
+    blocks = cuda_gate.blocks_of(made)
     rows: dict[tuple[str, str], Row] = {}
     for kernel in cuda_gate.parse(output):
-        name = one.name if block else kernel.family
-        threads, shared = block or (PLAIN_THREADS, kernel.shared_bytes)
+        name = "_".join((one.name, *kernel.product)) if blocks else kernel.family
+        threads, shared = blocks.get(kernel.product, (PLAIN_THREADS, kernel.shared_bytes))
         row = rows.setdefault((name, kernel.arch), Row(name, kernel.arch, 0, 0, 0, shared, threads, Counter()))
         row.instances += 1
         row.registers = max(row.registers, kernel.registers)
@@ -91,7 +91,12 @@ def rows_of(one: spu_cuda.Object, output: str, made: Path, tool: str | None) -> 
 def faults(one: spu_cuda.Object, output: str, rows: list[Row], disassembled: bool) -> list[str]:
     """Which limits an object breaks, in words."""
     kernels = cuda_gate.parse(output)
-    found = cuda_gate.broken_limits(kernels) if kernels else [f"{one.name}: ptxas told of no kernel"]
+    found = cuda_gate.broken_limits(kernels)
+    wanted = {flag.rpartition("=")[2] for flag in one.flags if "code=sm_" in flag}
+    compiled = {kernel.arch for kernel in kernels}
+    if compiled != wanted:
+        found.append(f"{one.name}: ptxas told of kernels for {sorted(compiled)}, not {sorted(wanted)}")
+    found += [f"{row.name} on {row.arch}: its block does not fit a multiprocessor" for row in rows if not row.occupancy]
     if disassembled and one.name.startswith("gemm_sm"):
         found += [f"{row.name} on {row.arch}: no tensor-core instruction" for row in rows if not row.mix["tensor core"]]
     return found

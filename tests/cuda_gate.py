@@ -47,8 +47,14 @@ class Kernel:
     @property
     def family(self) -> str:
         """The name of the function that it is an instance of."""
-        found = re.search(r"\d([a-z]\w*?_kernel)", self.name)
+        found = re.search(r"\d([a-z_]+_kernel)", self.name)
         return found[1] if found else self.name
+
+    @property
+    def product(self) -> tuple[str, str]:
+        """(type, tile) of a matrix product, as CUTLASS's types in its name tell."""
+        small = "GemmShapeILi64ELi64E" in self.name and "GemmShapeILi128ELi128E" not in self.name
+        return "bf16" if "bfloat16_t" in self.name else "fp16", "small" if small else "large"
 
 
 def parse(text: str) -> list[Kernel]:
@@ -114,8 +120,10 @@ def instruction_mix(tool: str, made: Path) -> dict[tuple[str, str], Counter[str]
     return found
 
 
-def block_of(made: Path) -> tuple[int, int] | None:
-    """(threads, bytes of dynamic shared memory) of a tensor-core kernel's block; None for other objects."""
+def blocks_of(made: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """(threads, bytes of dynamic shared memory) of the blocks of an object's matrix products, by (type, tile)."""
     listed = subprocess.run(["nm", "--print-size", "--radix=d", str(made)], capture_output=True, text=True, check=True)
-    sizes = {name: int(size) for size, name in re.findall(r"\d+ (\d+) \w (spu_block_\w+)", listed.stdout)}
-    return (sizes["spu_block_threads"], sizes["spu_block_shared"]) if sizes else None
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    for size, kind, dtype, tile in re.findall(r"\d+ (\d+) \w spu_block_([a-z]+)_([a-z0-9]+)_([a-z]+)", listed.stdout):
+        found.setdefault((dtype, tile), {})[kind] = int(size)
+    return {product: (sizes["threads"], sizes["shared"]) for product, sizes in found.items()}

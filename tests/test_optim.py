@@ -275,8 +275,10 @@ def test_moments_put_into_the_state_by_a_checkpoint_are_converted_at_the_next_st
 @every_backend
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
 def test_narrow_moments_train_as_well_as_fp32_ones(backend: str, moments: str) -> None:
-    """A small classifier, 150 steps: the loss at the end is within 3% of that with fp32 moments, from a hundredth of its
-    start; without stochastic rounding the second moment would stand still at beta2 = 0.999."""
+    """A small classifier: after 150 steps the loss is within 3% of that with fp32 moments.
+
+    Without stochastic rounding the second moment would stand still at beta2 = 0.999.
+    """
     if backend == "triton":
         pytest.skip("Triton's kernel has fp32 moments only")
     losses = {}
