@@ -64,6 +64,8 @@ def test_the_users_table_comes_before_the_derived_one(monkeypatch: pytest.Monkey
     changed = cuda_library.packed_tiles((8, 6))
     assert [i for i, (a, b) in enumerate(zip(plain, changed)) if a != b] == [19]
     assert cuda_library.tile_table((8, 6)).origin == "measured"
+    tried = {"linear_dx/bf16/large": table.Entry(cuda_library.tiles(86)["large"])}
+    assert cuda_library.packed_tiles((8, 6), tried) == plain
 
 
 def test_ragged_products_are_not_sent_where_aligned_ones_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from numeric import assert_equal
 from torch import Tensor, nn
 
 from spu import ops
+from spu.ops.moments import MOMENTS
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
 from spu.precision import LossScaler, MainGrads
 
@@ -272,31 +273,27 @@ def test_moments_put_into_the_state_by_a_checkpoint_are_converted_at_the_next_st
         optimizer.step()
 
 
-@every_backend
-@pytest.mark.parametrize("moments", ["bf16", "int8"])
-def test_narrow_moments_train_as_well_as_fp32_ones(backend: str, moments: str) -> None:
-    """A small classifier: after 150 steps the loss is within 3% of that with fp32 moments.
+def test_narrow_moments_train_as_well_as_fp32_ones() -> None:
+    """A small classifier: after 120 steps the loss is within 3% of that with fp32 moments.
 
     Without stochastic rounding the second moment would stand still at beta2 = 0.999.
     """
-    if backend == "triton":
-        pytest.skip("Triton's kernel has fp32 moments only")
     losses = {}
-    for kept in ("fp32", moments):
+    for moments in MOMENTS:
         torch.manual_seed(0)
-        x = torch.randn(512, 32)
+        x = torch.randn(256, 32)
         y = (x @ torch.randn(32, 8)).argmax(1)
-        model = nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8))
-        optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, moments=kept)
-        with ops.use_backend(backend):
-            for _ in range(150):
-                model.zero_grad()
-                loss = nn.functional.cross_entropy(model(x), y)
-                loss.backward()
-                optimizer.step()
-        losses[kept] = loss.item()
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
+        optimizer = AdamW(model.parameters(), lr=5e-3, weight_decay=0.01, moments=moments)
+        for _ in range(120):
+            model.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        losses[moments] = loss.item()
     assert losses["fp32"] < 0.25
-    assert losses[moments] == pytest.approx(losses["fp32"], rel=0.03), losses
+    for moments in ("bf16", "int8"):
+        assert losses[moments] == pytest.approx(losses["fp32"], rel=0.03), losses
 
 
 def test_triton_is_not_asked_for_narrow_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ one tile, which serves whatever the table says.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from spu.kernels import table
@@ -53,11 +55,17 @@ def tile_table(capability: tuple[int, int]) -> Table:
     return table.read(own) if own.is_file() else derived(10 * capability[0] + capability[1])
 
 
-def packed_tiles(capability: tuple[int, int]) -> bytes:
-    """A table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile."""
-    rows, fallback = tile_table(capability).entries, derived(10 * capability[0] + capability[1]).entries
+def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None = None) -> bytes:
+    """A table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile.
+
+    Args:
+        trial: rows that come before the table's: a measurement sets one of ``candidates`` after the other with
+            ``spu._cuda.set_tiles(10 * major + minor, packed_tiles(capability, {key: Entry(config)}))``.
+    """
+    fallback = derived(10 * capability[0] + capability[1]).entries
+    rows = {**fallback, **tile_table(capability).entries, **(trial or {})}
     keys = [f"{op}/{dtype}/{name}" for op in FORMS for dtype in DTYPES.values() for name in CLASSES]
-    return bytes(int(rows.get(key, fallback[key]).config.block_m < 128) for key in keys)
+    return bytes(int(rows[key].config.block_m < 128) for key in keys)
 
 
 def serves(architectures: str, capability: tuple[int, int]) -> bool:

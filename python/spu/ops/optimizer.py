@@ -21,11 +21,11 @@ def _check_adamw(
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: give it an fp32 master")
     if param.dtype not in DTYPES["cpu"]:
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: use float16, bfloat16 or float32")
-    for name, value in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if value.dtype != exp_avg.dtype or not moments.fits(value, param.shape) or value.device != param.device:
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if moment.dtype != exp_avg.dtype or not moments.fits(moment, param.shape) or moment.device != param.device:
             raise ValueError(
-                f"adamw_: {name} {i} is {tuple(value.shape)} on {value.device}, but its parameter is "
-                f"{tuple(param.shape)} on {param.device}; it is {value.dtype}, exp_avg {exp_avg.dtype}: make both by "
+                f"adamw_: {name} {i} is {tuple(moment.shape)} on {moment.device}, but its parameter is "
+                f"{tuple(param.shape)} on {param.device}; it is {moment.dtype}, exp_avg {exp_avg.dtype}: make both by "
                 "spu.ops.moments.new_moment, in one form"
             )
     for name, value in (("grad", grad), ("master", master)):
