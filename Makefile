@@ -94,10 +94,10 @@ $(VENV)/.lint: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.train $@
 
 # Every CUDA C++ kernel for every architecture, without a GPU: a table of registers, spills and tensor-core
-# instructions, and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
+# instructions (docs/kernels-aot-cuda.md), and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
 .PHONY: aot-cuda
 aot-cuda: $(VENV)/.test $(VENV)/.cutlass
-	$(BIN)/python tests/aot_cuda.py
+	$(BIN)/python tests/aot_cuda.py --markdown docs/kernels-aot-cuda.md
 
 # Headers only; what else the package requires is for its code generator.
 $(VENV)/.cutlass: $(VENV)/.torch

@@ -28,6 +28,7 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
     test_linear,
     test_linear_of_any_strides_is_bit_equal_to_contiguous,
     test_linear_of_leading_dimensions_and_expanded_tensors,
+    test_narrow_moments_are_the_references,
     test_no_rows_store_zeros_or_leave_alone,
     test_non_finite_values_stand_where_torch_has_them,
     test_padding_of_ragged_tiles_raises_no_alarm,
@@ -144,3 +145,44 @@ def test_direct_callers_get_the_values_in_the_message(call: object, message: str
         pytest.skip("the tensors of this test are on the CPU, which the real library refuses first")
     with pytest.raises(Exception, match=message):
         call()  # type: ignore[operator]
+
+
+def test_gated_linear_is_the_references_up_to_rounding() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x, gate, up = (torch.randn(*size).to(dtype) for size in ((2, 5, 40), (24, 40), (24, 40)))
+        truth = torch.nn.functional.silu(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
+        plain = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
+        h, kept_gate, kept_up = suite.OPS.gated_linear.cpu(x, gate, up, "silu", True)
+        assert_close_to_truth(h, plain, truth, name="h")
+        assert_close_to_truth(kept_gate, x @ gate.t(), x.double() @ gate.double().t(), name="gate")
+        assert_close_to_truth(kept_up, x @ up.t(), x.double() @ up.double().t(), name="up")
+        lone, *nothing = suite.OPS.gated_linear.cpu(x, gate, up, "silu", False)
+        assert_equal(lone, h)
+        assert [kept.numel() for kept in nothing] == [0, 0]
+
+
+def test_packing_into_memory_that_is_there() -> None:
+    """Simulated, host memory serves as what the kernels of a device see of pinned memory."""
+    x = torch.randn(7, 45).half()
+    for codec in suite.CODECS:
+        expected = suite.OPS.pack.cpu(x, codec)
+        wire = torch.full_like(expected, 77).pin_memory() if REAL else torch.full_like(expected, 77)
+        torch.ops.spu.pack_.cuda(x.to(DEVICE), codec, wire)
+        if REAL:
+            torch.cuda.synchronize()
+        assert_equal(wire, expected, codec)
+        for out in (torch.empty_like(x), torch.empty(45, 7).half().t()):
+            there = out.to(DEVICE)
+            torch.ops.spu.unpack_.cuda(wire, codec, there)
+            assert_equal(there.cpu(), suite.OPS.unpack.cpu(expected, [7, 45], torch.float16, codec), codec)
+
+
+def test_a_list_is_copied_in_and_converted() -> None:
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    sources = [torch.randn(n).to(types[i % 3]) for i, n in enumerate([1, 0, 20_000, 5, *[3] * 60, 16_384])]
+    if REAL:
+        sources = [source.pin_memory() for source in sources]
+    targets = [torch.zeros(len(s), dtype=types[i // 3 % 3], device=DEVICE) for i, s in enumerate(sources)]
+    torch.ops.spu.copy_in_.cuda(sources, targets)
+    for i, (source, target) in enumerate(zip(sources, targets)):
+        assert_equal(target.cpu(), source.to(target.dtype), f"tensor {i}")

@@ -33,6 +33,10 @@ SCHEMAS: dict[str, str] = {
     "unscale_": f"(Tensor grad, {_SINK}) -> ()",
     "pack": "(Tensor x, str codec) -> Tensor",
     "unpack": "(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor",
+    # into memory that is there: wire and sources may be on the device or in pinned host memory
+    "pack_": "(Tensor x, str codec, Tensor(a!) wire) -> ()",
+    "unpack_": "(Tensor wire, str codec, Tensor(a!) out) -> ()",
+    "copy_in_": "(Tensor[] sources, Tensor(a!)[] targets) -> ()",
     "adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor[] steps, Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, "
@@ -66,7 +70,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference_optimizer.IMPLEMENTATIONS,
     **reference_fused.IMPLEMENTATIONS,
     **reference_attention.IMPLEMENTATIONS,
-    "gated_mlp": composed.implementation("gated_mlp", "reference"),
+    **{name: composed.implementation(name, "reference") for name in ("gated_mlp", "pack_", "unpack_", "copy_in_")},
 }
 
 
@@ -128,6 +132,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "unscale_": _fake_nothing,
     "pack": _fake_pack,
     "unpack": _fake_unpack,
+    "pack_": _fake_nothing,
+    "unpack_": _fake_nothing,
+    "copy_in_": _fake_nothing,
     "adamw_": _fake_nothing,
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float32),
     "gated_linear": _fake_gated_linear,
