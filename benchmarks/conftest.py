@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import report
 import torch
+from goals import GOALS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the benchmarks use the tests' error bound
 
@@ -213,6 +214,8 @@ def cpu_name() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in GOALS:
+        terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     found = config.stash.get(CEILINGS, None)
     if session is None or found is None:

@@ -80,7 +80,7 @@ def test_a_second_look_measures_nothing_and_refresh_measures_again(
         lambda m, d: dataclasses.replace(d, threads=d.threads + 1),
         lambda m, d: m.setattr(speed, "cpu_model", lambda: "another CPU") or d,
         lambda m, d: m.setattr(speed, "_versions", lambda: {"torch": "9.9"}) or d,
-        lambda m, d: m.setattr(speed, "_linear_identity", lambda: ["another kernel"]) or d,
+        lambda m, d: m.setattr(speed, "linear_identity", lambda: ["another kernel"]) or d,
     ],
     ids=["cores", "threads", "cpu", "versions", "kernel"],
 )

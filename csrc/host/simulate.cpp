@@ -66,6 +66,10 @@ class Simulator {
     for (const std::int64_t microbatch : s_.microbatches) columns_ = std::max(columns_, microbatch + 1);
     forward_.assign(static_cast<std::size_t>((last_ + 1) * columns_), kNever);
     gradient_ = forward_;
+    sent_forward_ = forward_;
+    sent_gradient_ = forward_;
+    forward_link_.assign(static_cast<std::size_t>(last_ + 1), 0.0);
+    backward_link_ = forward_link_;
     times_.starts.assign(s_.kinds.size(), kNever);
     times_.ends = times_.starts;
     head_.assign(s_.first.begin(), s_.first.end() - 1);
@@ -97,29 +101,41 @@ class Simulator {
     times_.ends[k] = clock_[rank] = end;
     if (kind == kForward) {
       forward_[cell] = end;
+      if (stage < last_) sent_forward_[cell] = send(forward_link_[stage], end, s_.transfers[stage]);
     } else if (kind != kWeightGradient) {
       gradient_[cell] = end;
+      if (stage > 0) sent_gradient_[cell] = send(backward_link_[stage], end, s_.transfers[stage - 1]);
     }
     ++head_[rank];
     return true;
   }
 
+  // When a transfer of these seconds arrives that is ready at `end`, over a link that carries one at a time.
+  static double send(double& link, double end, double seconds) {
+    link = later(end, link) + seconds;
+    return link;
+  }
+
   double input_time(double ready, std::int64_t stage, std::int64_t cell, std::int64_t kind) const {
     if (kind == kForward) {
-      return stage == 0 ? ready : later(ready, forward_[cell - columns_] + s_.transfers[stage - 1]);
+      return stage == 0 ? ready : later(ready, sent_forward_[cell - columns_]);
     }
     if (kind == kWeightGradient) return later(ready, gradient_[cell]);
     const double own = later(ready, forward_[cell]);
     if (std::isnan(own) || stage == last_) return own;
-    return later(own, gradient_[cell + columns_] + s_.transfers[stage]);
+    return later(own, sent_gradient_[cell + columns_]);
   }
 
   const FlatSchedule& s_;
   std::int64_t ranks_;
-  std::int64_t last_;             // the last stage
-  std::int64_t columns_ = 0;      // microbatches
-  std::vector<double> forward_;   // [stages, microbatches] when the forward ended
-  std::vector<double> gradient_;  // [stages, microbatches] when the gradient of the stage's input was there
+  std::int64_t last_;                  // the last stage
+  std::int64_t columns_ = 0;           // microbatches
+  std::vector<double> forward_;        // [stages, microbatches] when the forward ended
+  std::vector<double> gradient_;       // [stages, microbatches] when the gradient of the stage's input was there
+  std::vector<double> sent_forward_;   // [stages, microbatches] when the output had arrived at the next stage
+  std::vector<double> sent_gradient_;  // [stages, microbatches] when the gradient had arrived at the one before
+  std::vector<double> forward_link_;   // [stages] when the link to the next stage is free
+  std::vector<double> backward_link_;  // [stages] when the link to the one before is free
   std::vector<std::int64_t> head_;
   std::vector<double> clock_;
   Times times_;

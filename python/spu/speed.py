@@ -27,7 +27,15 @@ from spu import __version__
 from spu.devices import Device, call_pinned
 from spu.hostinfo import cpu_model
 
-__all__ = ["DeviceSpeed", "cache_directory", "measure_device", "measure_link"]
+__all__ = [
+    "DeviceSpeed",
+    "cache_directory",
+    "cached_values",
+    "identity",
+    "linear_identity",
+    "measure_device",
+    "measure_link",
+]
 
 _FORMAT = 1
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,8 +74,8 @@ def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
         values = {name: _flops(linear, device.torch_device, dtype) for name, dtype in _DTYPES.items()}
         return values | {"memory_bandwidth": _copy_bandwidth(device.torch_device)}
 
-    key = {"what": "device", "device": _identity(device), "linear": _linear_identity()}
-    return DeviceSpeed(**_cached(key, names, lambda: call_pinned(device, measure), refresh))
+    key = {"what": "device", "device": identity(device), "linear": linear_identity()}
+    return DeviceSpeed(**cached_values(key, names, lambda: call_pinned(device, measure), refresh))
 
 
 def measure_link(a: Device, b: Device, *, refresh: bool = False) -> float:
@@ -79,9 +87,9 @@ def measure_link(a: Device, b: Device, *, refresh: bool = False) -> float:
     def measure() -> dict[str, float]:
         return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device)}
 
-    key = {"what": "link", "from": _identity(a), "to": _identity(b)}
+    key = {"what": "link", "from": identity(a), "to": identity(b)}
     worker = a if b.torch_device.type == "cuda" else b
-    return _cached(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
+    return cached_values(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
 
 
 def cache_directory() -> Path:
@@ -163,7 +171,7 @@ def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s:
 # What a figure is true for.
 
 
-def _identity(device: Device) -> dict[str, Any]:
+def identity(device: Device) -> dict[str, Any]:
     if device.torch_device.type == "cuda":
         card = torch.cuda.get_device_properties(device.torch_device)
         return {"card": card.name, "memory": card.total_memory, "index": device.torch_device.index}
@@ -171,7 +179,7 @@ def _identity(device: Device) -> dict[str, Any]:
     return {"cpu": cpu_model(), "machine": platform.machine(), "cores": cores, "threads": device.threads}
 
 
-def _linear_identity() -> list[Any]:
+def linear_identity() -> list[Any]:
     """What decides which linear kernel runs: a forced backend, the build of the C++ one and its instruction set."""
     build = None
     try:
@@ -191,8 +199,8 @@ def _versions() -> dict[str, Any]:
 # The cache.
 
 
-def _cached(
-    key: dict[str, Any], names: list[str], measure: Callable[[], dict[str, float]], refresh: bool
+def cached_values(
+    key: dict[str, Any], names: list[str], measure: Callable[[], dict[str, float]], refresh: bool = False
 ) -> dict[str, float]:
     """The remembered values of ``key``, else measured ones. A cache that cannot be read or written is done without."""
     key = json.loads(json.dumps(key | _versions()))
