@@ -11,7 +11,7 @@ from spu import ops
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.spu
-# rows, out, in: less than a tile, one tile, several with ragged edges, and enough of them for the large tile (the last);
+# rows, out, in: less than a tile, one tile, several with ragged edges, and, last, enough of them for the large tile;
 # out and in are multiples of 8, as TMA needs
 SHAPES = [(1, 8, 8), (128, 128, 64), (200, 264, 136), (1000, 512, 384), (17, 1032, 72), (2041, 1160, 136)]
 
@@ -112,7 +112,7 @@ def test_host_memory_is_reached_both_ways() -> None:
         for source, target in zip(sources, targets):
             assert_equal(target.cpu(), source.bfloat16(), f"stores={stores}")
     with pytest.raises(Exception, match="pinned host memory"):
-        OPS.pack_.cuda(x, "fp16", torch.empty_like(expected))
+        OPS.pack_.cuda(x, codec, torch.empty_like(expected))
 
 
 @pytest.mark.parametrize("at", [(0, 0), (199, 263), (77, 130)])
