@@ -423,7 +423,8 @@ def test_narrow_moments_are_the_references(moments: str, dtype: torch.dtype) -> 
     for name, ours, theirs in zip(("master", "exp_avg", "exp_avg_sq"), *states):
         for n, a, b in zip(sizes, ours, theirs):
             if name != "master":
-                different = int((a != b).sum())
+                # scales, in front, may differ by a unit
+                different = int((a[len(a) - n :] != b[len(b) - n :]).sum())
                 assert different <= 4 + n // 1000, (name, n, different)
                 a, b = (load_moment(one, (n,), signed=name == "exp_avg") for one in (a, b))
             assert torch.allclose(a, b, rtol=0.13 if name != "master" else 1e-5, atol=1e-6), (name, n)

@@ -5,9 +5,11 @@ Without a GPU they run simulated (cuda_sim.py); with one, the same tests run on 
 
 from __future__ import annotations
 
-import ctypes
+import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 
 import cuda_sim
 import pytest
@@ -37,22 +39,33 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
 )
 
 from spu import ops
-from spu.ops import dispatch
+from spu.kernels import table
+from spu.ops import cuda_library, dispatch
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
 DEVICE = "cuda" if REAL else "cpu"
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Registers the cuda overloads; returns the dispatch key that they have."""
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The library, which registers the cuda overloads."""
     if REAL:
         assert ops.backends()["cuda"].available, ops.backends()["cuda"]
-        return "CUDA"
+        return importlib.import_module("spu._cuda")
     if reason := cuda_sim.missing():
         pytest.skip(reason)
-    ctypes.CDLL(str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
-    return "CPU"
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    made = importlib.util.module_from_spec(spec)
+    loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def library(module: ModuleType) -> str:
+    """The dispatch key of the overloads."""
+    return "CUDA" if REAL else "CPU"
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +188,17 @@ def test_packing_into_memory_that_is_there() -> None:
             there = out.to(DEVICE)
             torch.ops.spu.unpack_.cuda(wire, codec, there)
             assert_equal(there.cpu(), suite.OPS.unpack.cpu(expected, [7, 45], torch.float16, codec), codec)
+
+
+def test_shape_classes_are_pythons_and_tiles_are_checked(module: ModuleType) -> None:
+    for shape in ((1, 8, 8), (64, 9999, 9), (65, 128, 8192), (65, 128, 8191), (2048, 1024, 64), (2049, 1024, 9000),
+                  (4096, 4096, 1), (4097, 4096, 1), (8192, 8192, 4096)):  # fmt: skip
+        assert table.CLASSES[module.shape_class(*shape)] == table.shape_class(*shape), shape
+    tiles = cuda_library.packed_tiles((8, 6))
+    module.set_tiles(86, tiles)
+    for capability, wrong in ((86, tiles[:-1]), (86, bytes([2]) * len(tiles)), (256, tiles), (-1, tiles)):
+        with pytest.raises(ValueError, match="out of range"):
+            module.set_tiles(capability, wrong)
 
 
 def test_a_list_is_copied_in_and_converted() -> None:
