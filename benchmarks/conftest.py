@@ -194,6 +194,12 @@ def measure(benchmark: Any, ceilings: Ceilings) -> Measure:
     return run
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("timeout"):  # the tests' own limit is too short for a pipeline among its peers
+        for item in items:
+            item.add_marker(pytest.mark.timeout(1500))
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["cpu_name"] = cpu_name()

@@ -60,6 +60,20 @@ def test_a_real_device_and_link_are_measured_and_remembered(cache: Path, cpus: l
     assert torch.get_num_threads() == threads
 
 
+def test_the_loopback_is_measured_and_remembered(cache: Path) -> None:
+    found = speed.measure_loopback()
+    assert 1e7 < found < 1e12
+    assert speed.measure_loopback() == found
+
+
+def test_pageable_memory_is_a_link_of_its_own(cache: Path, cpus: list[Device], counted: list[str]) -> None:
+    card = dataclasses.replace(cpus[1], name="cuda:0")
+    pinned, pageable = (speed.measure_link(cpus[0], card, pinned=how) for how in (True, False))
+    assert pinned != pageable
+    assert speed.measure_link(cpus[0], card, pinned=False) == pageable
+    assert counted == ["link", "link"]
+
+
 def test_a_second_look_measures_nothing_and_refresh_measures_again(
     cache: Path, cpus: list[Device], counted: list[str]
 ) -> None:

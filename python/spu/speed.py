@@ -14,7 +14,9 @@ import json
 import math
 import os
 import platform
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ __all__ = [
     "linear_identity",
     "measure_device",
     "measure_link",
+    "measure_loopback",
 ]
 
 _FORMAT = 1
@@ -78,18 +81,27 @@ def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
     return DeviceSpeed(**cached_values(key, names, lambda: call_pinned(device, measure), refresh))
 
 
-def measure_link(a: Device, b: Device, *, refresh: bool = False) -> float:
+def measure_link(a: Device, b: Device, *, pinned: bool = True, refresh: bool = False) -> float:
     """Bytes/s from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a card).
 
-    Between CPU devices that is a copy in the host's memory; host memory is pinned for copies from and to a card.
+    Between CPU devices that is a copy in the host's memory, between cards one from peer to peer; for copies from and to
+    a card host memory is page-locked, or pageable with ``pinned=False``.
     """
 
     def measure() -> dict[str, float]:
-        return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device)}
+        return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device, pinned)}
 
     key = {"what": "link", "from": identity(a), "to": identity(b)}
+    if not pinned:
+        key["memory"] = "pageable"
     worker = a if b.torch_device.type == "cuda" else b
     return cached_values(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
+
+
+def measure_loopback(*, refresh: bool = False) -> float:
+    """Bytes/s from one process of this machine to another over TCP: of two threads with a socket between them."""
+    key = {"what": "loopback", "cpu": cpu_model(), "machine": platform.machine()}
+    return cached_values(key, ["bytes_per_s"], lambda: {"bytes_per_s": _loopback_bandwidth()}, refresh)["bytes_per_s"]
 
 
 def cache_directory() -> Path:
@@ -143,12 +155,34 @@ def _copy_bandwidth(device: torch.device) -> float:
     return 2.0 * _COPY_BYTES / _median_seconds(lambda: target.copy_(source), device, _SECONDS_EACH)
 
 
-def _link_bandwidth(a: torch.device, b: torch.device) -> float:
-    pin = {a.type, b.type} == {"cpu", "cuda"}
+def _link_bandwidth(a: torch.device, b: torch.device, pinned: bool) -> float:
+    pin = pinned and {a.type, b.type} == {"cpu", "cuda"}
     source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu")
     target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu")
     sync = b if b.type == "cuda" else a
     return _LINK_BYTES / _median_seconds(lambda: target.copy_(source), sync, _SECONDS_EACH)
+
+
+def _loopback_bandwidth() -> float:
+    payload, target = bytes(_LINK_BYTES), memoryview(bytearray(_LINK_BYTES))
+
+    def receive(end: socket.socket) -> None:
+        done = 0
+        while done < _LINK_BYTES:
+            done += end.recv_into(target[done:])
+        end.sendall(b"!")
+
+    def once() -> None:
+        receiver = threading.Thread(target=receive, args=(there,))
+        receiver.start()
+        here.sendall(payload)
+        here.recv(1)
+        receiver.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
+        there, _ = server.accept()
+        with there:
+            return _LINK_BYTES / _median_seconds(once, torch.device("cpu"), _SECONDS_EACH)
 
 
 def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s: float) -> float:
