@@ -10,8 +10,8 @@
 namespace spu::host {
 namespace {
 
-// The tables are dense in the microbatch: a wild number must not become a wild allocation.
-constexpr std::int64_t kMostMicrobatches = std::int64_t{1} << 24;
+// The tables are dense in stages and microbatches: a wild number must not become a wild allocation.
+constexpr std::int64_t kMostCells = std::int64_t{1} << 24;
 
 constexpr double kNever = std::numeric_limits<double>::quiet_NaN();
 
@@ -20,30 +20,41 @@ double later(double a, double b) {
   return std::isnan(b) || b > a ? b : a;
 }
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("simulate: " + message);
+[[noreturn]] void refuse(const std::string& message) {
+  throw std::invalid_argument("simulate: " + message);
+}
+
+// Messages are made for a failed check alone: schedules have many actions, and a search simulates many schedules.
+void check_actions(const FlatSchedule& s, std::int64_t stages) {
+  const auto named = [](const char* name, std::size_t k, std::int64_t value) {
+    return std::string(name) + "[" + std::to_string(k) + "] is " + std::to_string(value);
+  };
+  for (std::size_t k = 0; k < s.kinds.size(); ++k) {
+    if (s.stages[k] < 0 || s.stages[k] >= stages) {
+      refuse(named("stages", k, s.stages[k]) + ", not 0 to " + std::to_string(stages - 1) +
+             ", the number of transfers");
+    }
+    if (s.kinds[k] < kForward || s.kinds[k] > kWeightGradient) refuse(named("kinds", k, s.kinds[k]) + ", not 0 to 3");
+    if (s.microbatches[k] < 0 || s.microbatches[k] >= kMostCells / stages) {
+      refuse(named("microbatches", k, s.microbatches[k]) + ", not 0 to " + std::to_string(kMostCells / stages - 1) +
+             ", the most for " + std::to_string(stages) + " stages");
+    }
+  }
 }
 
 void check(const FlatSchedule& s) {
   const std::size_t actions = s.kinds.size();
-  require(!s.first.empty(), "first must hold at least one index");
-  require(s.stages.size() == actions && s.microbatches.size() == actions && s.seconds.size() == actions,
-          "kinds, stages, microbatches and seconds must be equally long, got " + std::to_string(actions) + ", " +
-              std::to_string(s.stages.size()) + ", " + std::to_string(s.microbatches.size()) + " and " +
-              std::to_string(s.seconds.size()));
-  require(s.first.front() == 0 && s.first.back() == static_cast<std::int64_t>(actions) &&
-              std::is_sorted(s.first.begin(), s.first.end()),
-          "first must ascend from 0 to the number of actions");
-  const auto stages = static_cast<std::int64_t>(s.transfers.size()) + 1;
-  for (std::size_t k = 0; k < actions; ++k) {
-    require(s.stages[k] >= 0 && s.stages[k] < stages, "stages[" + std::to_string(k) + "] is " +
-                                                          std::to_string(s.stages[k]) + ", not 0 to " +
-                                                          std::to_string(stages - 1) + ", the number of transfers");
-    require(s.kinds[k] >= kForward && s.kinds[k] <= kWeightGradient,
-            "kinds[" + std::to_string(k) + "] is " + std::to_string(s.kinds[k]) + ", not 0 to 3");
-    require(s.microbatches[k] >= 0 && s.microbatches[k] < kMostMicrobatches,
-            "microbatches[" + std::to_string(k) + "] is " + std::to_string(s.microbatches[k]) + ", not 0 to 2^24 - 1");
+  if (s.first.empty()) refuse("first must hold at least one index");
+  if (s.stages.size() != actions || s.microbatches.size() != actions || s.seconds.size() != actions) {
+    refuse("kinds, stages, microbatches and seconds must be equally long, got " + std::to_string(actions) + ", " +
+           std::to_string(s.stages.size()) + ", " + std::to_string(s.microbatches.size()) + " and " +
+           std::to_string(s.seconds.size()));
   }
+  if (s.first.front() != 0 || s.first.back() != static_cast<std::int64_t>(actions) ||
+      !std::is_sorted(s.first.begin(), s.first.end())) {
+    refuse("first must ascend from 0 to the number of actions");
+  }
+  check_actions(s, static_cast<std::int64_t>(s.transfers.size()) + 1);
 }
 
 class Simulator {

@@ -39,6 +39,15 @@ def flop_formulas() -> dict[Any, Any]:
     def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
+    def our_attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        batch, tokens, heads, head_dim = q
+        return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
+
+    def our_attention_gradient(
+        dout: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return our_attention(q, k, v) * 5 // 2
+
     formulas: dict[Any, Any] = {}
     cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if cpu_attention is not None:
@@ -51,6 +60,8 @@ def flop_formulas() -> dict[Any, Any]:
         "gated_linear": gated,
         "gated_dx": gated_gradient,
         "gated_mlp": gated_mlp,
+        "attention": our_attention,
+        "attention_backward": our_attention_gradient,
         "linear_ce": linear,
         "linear_ce_dz": linear,
     }

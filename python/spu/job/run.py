@@ -235,9 +235,10 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
             if trainer.plan is not plan and trainer.plan is not None:
                 plan = trainer.plan
                 plan.save(folder / "plan.json")  # planned again: the run goes on by this one
-                timelines.clear()
+                timelines.clear()  # this step ran by the old one
+            else:
+                timelines.append(trainer.timeline())
             metrics.append(**_row(step + 1, result, config))
-            timelines.append(trainer.timeline())
             guard.check(step + 1, result, config)
             skipped += result.skipped
             if reference.is_eval_step(config, step + 1, steps):
