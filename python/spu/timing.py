@@ -243,8 +243,10 @@ class _Bench:
             (statistics.median(s[k][0] for s in samples), statistics.median(s[k][1] for s in samples))
             for k in range(len(samples[0]))
         ]
-        empty = rows.pop()
-        *pieces, loss = rows
+        # A stage's time is a sum, into which goes what disturbs any of its layers; medians leave that out.
+        whole = statistics.median(sum(f + b for f, b in sample) for sample in samples)
+        scale = whole / max(sum(f + b for f, b in rows), 1e-9)
+        *pieces, loss, empty = [(f * scale, b * scale) for f, b in rows]
         # What a stage takes beside its layers is not each layer's.
         return [*((max(f - empty[0], 0.0), max(b - empty[1], 0.0)) for f, b in pieces), loss]
 
