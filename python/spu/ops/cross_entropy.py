@@ -19,7 +19,7 @@ from torch import Tensor
 from . import schema, wire
 from .dispatch import DTYPES, choose_backend
 from .linear import compute_dtype
-from .sink import sinks_of
+from .sink import at_once, sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
@@ -84,7 +84,8 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
         if needs_hidden:
             pieces.append(schema.overload("linear_dx", backend)(dz, weight))
         if sink is not None:
-            sink.linear_weight(dz, x, backend)
+            with at_once():  # put off, the logit gradients of all pieces would be kept, which never exist together here
+                sink.linear_weight(dz, x, backend)
         elif plain is not None:
             plain.add(dz, x)
     dhidden = None

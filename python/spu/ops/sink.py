@@ -11,7 +11,8 @@ task of its own and does not inherit: open the scope again on its root, and chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -154,6 +155,21 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
     if hasattr(value, "_fields"):
         return type(value)(*items)  # type: ignore[return-value]  # a named tuple
     return type(value)(items)  # type: ignore[return-value,call-arg]
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """While it lasts, sinks of this backward do their work at once, also where it is put off otherwise: for an op that
+    makes its operands piece by piece, and would keep all of them."""
+    task, scope = graph_task_id(), current_scope()
+    if scope is None or scope.deferred is None:
+        yield
+        return
+    _SCOPES[task] = replace(scope, deferred=None)
+    try:
+        yield
+    finally:
+        _SCOPES[task] = scope
 
 
 class GradSink(Protocol):
