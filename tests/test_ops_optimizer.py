@@ -143,3 +143,25 @@ def test_opcheck(backend: str) -> None:
     for name, arguments in cases.items():
         results = torch.library.opcheck(schema.overload(name, backend), arguments)
         assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("step", torch.tensor([3]), "step 0 must be float32 of one element, got torch.int64"),
+        ("step", torch.ones(2), r"step 0 must be float32 of one element, got torch.float32 \(2,\)"),
+        ("step", torch.ones(1, device="meta"), "step 0 is on meta, but its parameter is on cpu"),
+        ("grad_scale", torch.ones(1, dtype=torch.float64), "grad_scale must be float32 of one element"),
+        ("found_inf", torch.tensor([False]), "found_inf must be float32 of one element"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_changes(name: str, value: Tensor, error: str) -> None:
+    state = one_state((4,), torch.float32)
+    before = copied(state)
+    scalars = {"grad_scale": torch.ones(1), "found_inf": torch.zeros(1)}
+    (state if name == "step" else scalars)[name] = value
+    rows = ([state[key]] for key in ("param", "grad", "master", "exp_avg", "exp_avg_sq", "step"))
+    with pytest.raises((TypeError, ValueError), match=error):
+        ops.adamw_(*rows, **scalars, **HYPER)
+    for key in ("param", "exp_avg", "exp_avg_sq"):
+        assert_equal(state[key], before[key], key)

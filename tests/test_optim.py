@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spu import ops
 from spu.ops.moments import MOMENTS
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
-from spu.precision import LossScaler, MainGrads
+from spu.precision import GradScaler, LossScaler, MainGrads
 
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 SHAPES = [(17, 33), (33,), (), (1, 1)]
@@ -313,6 +313,20 @@ def test_triton_is_not_asked_for_narrow_moments(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "forced_backend", lambda: "triton")
     with pytest.raises(ValueError, match="'triton' was forced but has fp32 moments only, these are bf16"):
         module._adamw_backend(param, moment)
+
+
+@pytest.mark.parametrize("scaler_class", [GradScaler, torch.amp.GradScaler])
+def test_an_optimizer_without_gradients_does_nothing(scaler_class: type) -> None:
+    """One of two networks was not used in this step."""
+    params, scaler = parameters(), scaler_class("cpu")
+    before, optimizer = copy.deepcopy(params), AdamW(params)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    for a, b in zip(params, before):
+        assert_equal(a.detach(), b.detach())
+    assert not optimizer.state
+    with pytest.raises(TypeError, match="found_inf must be a tensor"):
+        optimizer.step(found_inf=1.0)
 
 
 def test_a_copied_optimizer_steps_on() -> None:

@@ -208,7 +208,7 @@ class _Footprint:
         roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
         if not roots:
             return 0, _Traffic()
-        one = [torch.ones(1) for _ in range(3)]
+        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
         work = _Traffic()
         self.tally.restart()
         try:
@@ -225,7 +225,7 @@ class _Footprint:
         """Bytes that are held between a backward that puts weight gradients off and those, the layer's input left out;
         and whether they hold the input. In ``work`` only products that are really put off stay counted as such."""
         deferred: list[Callable[[], None]] = []
-        one = [torch.ones(1) for _ in range(3)]
+        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
         x = _next(self.x)
         inputs, base, own = Tally(), self.tally.live, _Traffic()
         # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .ops import adamw_
 from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
+from .ops.optimizer import on_device
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
@@ -30,11 +31,6 @@ def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0)
 
 
-def _to(value: Tensor, device: torch.device) -> Tensor:
-    """On a device, without waiting where that is safe (a copy to the host must have arrived when it is read)."""
-    return value.to(device, non_blocking=device.type != "cpu")
-
-
 class _Constants:
     """fp32 [1] constants, made once per device."""
 
@@ -43,13 +39,17 @@ class _Constants:
 
     def unless(self, given: Tensor | None, default: float, device: torch.device) -> Tensor:
         if given is not None:
-            return _to(given, device)
+            return on_device(given, device)
         if (device, default) not in self._made:
             self._made[device, default] = torch.full((1,), default, dtype=torch.float32, device=device)
         return self._made[device, default]
 
 
-def _control(name: str, value: Tensor | None) -> Tensor | None:
+def _control(name: str, value: Tensor | float | None) -> Tensor | None:
+    if value == 0 and not isinstance(value, Tensor):
+        return None  # torch's GradScaler.step: the sum of no flags, of an optimizer without gradients
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"step: {name} must be a tensor, float32 of one element, got {value!r}")
     if value is not None and (value.dtype != torch.float32 or value.numel() != 1):
         raise TypeError(f"step: {name} must be float32 of one element, got {value.dtype} {tuple(value.shape)}")
     return None if value is None else value.detach().reshape(1)
@@ -323,7 +323,7 @@ class MasterOptimizer:
                 continue
             grad = _check_grad(param)
             if grad_scale is not None:
-                grad.mul_(_to(grad_scale, grad.device).squeeze(0))
+                grad.mul_(on_device(grad_scale, grad.device).squeeze(0))
             target.grad = grad
         self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):

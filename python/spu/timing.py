@@ -274,7 +274,7 @@ class _Bench:
             return 0.0, 0.0
         begin = _now(self.device)
         out = self._loss.forward(self._last, None, _MOMENT, train=True)
-        self._loss.loss(out, self._targets, torch.ones(()), _MOMENT, self._scope)
+        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32), _MOMENT, self._scope)
         middle = _now(self.device)
         self._loss.backward(None, _MOMENT, self._scope)
         return middle - begin, _now(self.device) - middle
@@ -284,7 +284,8 @@ _MOMENT = Moment(0, 0, 1)
 
 
 def _scope(device: Device) -> BackwardScope:
-    one, other, flag = (torch.full((1,), value, device=device.torch_device) for value in (1.0, 1.0, 0.0))
+    values = ([value] for value in (1.0, 1.0, 0.0))
+    one, other, flag = (torch.tensor(value, dtype=torch.float32, device=device.torch_device) for value in values)
     return BackwardScope(one, other, flag, plain=True)  # matters for fp32 alone, which is trained without a loss scale
 
 

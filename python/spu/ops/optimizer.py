@@ -40,6 +40,18 @@ def _check_adamw(
             )
 
 
+def _check_scalar(name: str, value: Tensor, device: torch.device | None = None) -> None:
+    if value.dtype != torch.float32 or value.numel() != 1:
+        raise TypeError(f"adamw_: {name} must be float32 of one element, got {value.dtype} {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"adamw_: {name} is on {value.device}, but its parameter is on {device}: move it with .to()")
+
+
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """On a device, without waiting where that is safe (a copy to the host must have arrived when it is read)."""
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 def _adamw_backend(param: Tensor, exp_avg: Tensor) -> str:
     """The backend for a parameter: Triton's kernel keeps fp32 moments only."""
     name = choose_backend(param, op="adamw_")
@@ -92,9 +104,9 @@ def adamw_(
         params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even), or fp32 with None.
         grads: fp32 main gradients at true scale; multiplied by ``grad_scale`` on the fly, not changed.
         exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or 8-bit buffers (``spu.ops.moments``).
-        steps: fp32 [1] each: the number of this update, from 1.
-        grad_scale: fp32 [1], the clip coefficient.
-        found_inf: fp32 [1].
+        steps: fp32 [1] each, with their parameters: the number of this update, from 1.
+        grad_scale: fp32 [1], on any device: the clip coefficient.
+        found_inf: fp32 [1], on any device.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; the message names the parameter's position.
@@ -102,13 +114,16 @@ def adamw_(
     groups: dict[tuple[torch.dtype, torch.device, torch.dtype], list[tuple[Any, ...]]] = {}
     for i, row in enumerate(zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)):
         _check_adamw(i, *row[:5])
+        _check_scalar(f"step {i}", row[5], row[0].device)
         groups.setdefault((row[0].dtype, row[0].device, row[3].dtype), []).append(row)
-    for (dtype, _, _), rows in groups.items():
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        _check_scalar(name, value)
+    for (dtype, device, _), rows in groups.items():
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:
             lists[2] = []
         op = schema.overload("adamw_", _adamw_backend(rows[0][0], rows[0][3]))
-        op(*lists, grad_scale, found_inf, lr, beta1, beta2, eps, weight_decay)
+        op(*lists, on_device(grad_scale, device), on_device(found_inf, device), lr, beta1, beta2, eps, weight_decay)
         # Ops of a Library leave no trace in version counters: autograd would not refuse a graph that holds old values.
         torch.autograd.graph.increment_version([tensor for i in (0, 2, 3, 4) for tensor in lists[i]])
 

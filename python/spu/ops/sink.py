@@ -81,9 +81,9 @@ def current_scope() -> BackwardScope | None:
     return _SCOPES.get(graph_task_id())
 
 
-def is_open(adopt: Callable[[Tensor], GradSink | None] | None) -> bool:
-    """Whether a backward runs now, on any thread, in a scope whose parameters this function adopts."""
-    return adopt is not None and any(scope.adopt == adopt for scope in list(_SCOPES.values()))
+def adopting() -> bool:
+    """Whether a backward runs now, on any thread, in a scope that adopts parameters: a GradScaler's."""
+    return any(scope.adopt is not None for scope in list(_SCOPES.values()))
 
 
 class _End:

@@ -78,7 +78,7 @@ class GradScaler(torch.amp.GradScaler):
             found = sink_of(param)
             if found is not None:
                 return found
-            sink = ParameterSink(cast(torch.nn.Parameter, param), self._adopt)
+            sink = ParameterSink(cast(torch.nn.Parameter, param), adopted=True)
             assert sink.found_inf is not None
             self._sinks.add(sink)
             grad = param.grad

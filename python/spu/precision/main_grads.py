@@ -7,7 +7,7 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from ..ops import linear_db_, linear_dw_, unscale_
-from ..ops.sink import BackwardScope, GradSink, accumulates, attach_sink, current_scope, detach_sink, is_open, sink_of
+from ..ops.sink import BackwardScope, accumulates, adopting, attach_sink, current_scope, detach_sink, sink_of
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -42,17 +42,14 @@ class ParameterSink:
 
     Args:
         param: held weakly.
-        adopt: the function of a GradScaler that made this sink (``BackwardScope.adopt``); the sink then has a flag of
-            its own instead of its scopes', on the parameter's device.
+        adopted: by a GradScaler; the sink then has a found_inf of its own, on the parameter's device, instead of its
+            scopes'.
     """
 
-    def __init__(self, param: nn.Parameter, adopt: Callable[[Tensor], GradSink | None] | None = None) -> None:
+    def __init__(self, param: nn.Parameter, adopted: bool = False) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
         self.needs_scope = False
-        self._adopt = adopt
-        self.found_inf: Tensor | None = None  # a flag of this parameter's own, instead of the scope's
-        if adopt is not None:
-            self.found_inf = torch.zeros(1, dtype=torch.float32, device=param.device)
+        self.found_inf = torch.zeros(1, dtype=torch.float32, device=param.device) if adopted else None
         self.seen = False  # whether it may be set
         self._written: tuple[int, int] | None = None  # the gradient as the last fused op left it, if that came last
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
@@ -81,12 +78,12 @@ class ParameterSink:
         accumulate = grad is not None
         if grad is None:
             grad = self._take_buffer(param)
-        if self._adopt is not None:
+        if self.found_inf is not None:
             scope = scope.on(param.device)
         op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
         if not accumulate:
             param.grad = grad
-        if self._adopt is not None:
+        if self.found_inf is not None:
             self._written = _stamp(grad)
 
     def is_checked(self, grad: Tensor) -> bool:
@@ -124,7 +121,7 @@ class ParameterSink:
         if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
             return grad
         if scope is None:
-            if self.needs_scope or is_open(self._adopt):
+            if self.needs_scope or (self.found_inf is not None and adopting()):
                 raise RuntimeError(
                     "a gradient came from a backward inside the backward, which does not know the loss scale: use "
                     "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
@@ -143,7 +140,7 @@ class ParameterSink:
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         first = param.grad is None
         self._written = None
-        if self._adopt is not None:
+        if self.found_inf is not None:
             scope = scope.on(param.device)
         value = self._take_buffer(param) if first else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         unscale_(grad, value, scope.inv_scale, self._flag(scope, accumulate=not first), accumulate=False)
