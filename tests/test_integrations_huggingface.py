@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 from numeric import assert_close_to_truth  # noqa: E402
 
-from spu.integrations import hf_attention  # noqa: E402
 from spu.integrations import huggingface as hf  # noqa: E402
+from spu.nn import attention as hf_attention  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
 FAMILIES = ("InternLM3", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text", "Phi3")

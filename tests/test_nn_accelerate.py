@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +183,23 @@ def test_families_of_hugging_face(family: str) -> None:
     assert [type(m) for m in restore(model).modules()] == classes
     for a, b in zip(outputs_and_gradients(model, ids), expected, strict=True):
         assert_equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Bert"])
+def test_attention_of_16_bit_models(family: str) -> None:
+    """Fused on the CPU, as exact as torch's; a copy in another process knows it; restore gives torch's back."""
+    model, ids = hugging_face(family)
+    truth = outputs(model.double(), ids).detach()
+    model.half()
+    plain = outputs(model, ids).detach()
+    accelerate(model)
+    names, y = watched(lambda given: outputs(model, given), ids)
+    if importlib.util.find_spec("spu._C") is not None:
+        assert names.count("attention") == 2, names
+    assert_close_to_truth(y, plain, truth, name=family)
+    code = "import pickle, sys, torch; model, ids = pickle.load(sys.stdin.buffer); model(input_ids=ids)"
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps((model, ids)), check=True)
+    assert_equal(outputs(restore(model), ids).detach(), plain)
 
 
 def test_parts_that_were_replaced_or_are_watched_run_one_by_one() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.integrations.hf_attention import register_attention, use_attention
 from spu.integrations.hf_context import Context, Inputs, copy_without_children, is_fake, split_inputs
+from spu.nn.attention import register_attention, use_attention
 
 __all__ = ["Embed", "Head", "Layer", "decoder_layers", "is_decoder", "register_attention"]
 
@@ -132,7 +132,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     The parts share the model's modules and parameters (also tied ones); they are called `part(x, inputs)`, where
     `inputs` is the microbatch's input (token ids or a dict with attention_mask, position_ids) and `x` the output of
     the part before (for the first part: `inputs`). The model's attention is switched to the widened equivalent of
-    `hf_attention`, in place.
+    `spu.nn.attention`, in place.
 
     Rotary tables stay in the precision they have in `model`, whatever the parts are converted to later, as in a model
     that transformers loads in fp16.

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .attention import restore_attention, use_attention
 from .blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
 from .linear import Linear
 from .table import BLOCKS
@@ -31,9 +32,10 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
 
     What changes: every ``nn.Linear``; in an ``nn.Sequential``, a linear layer and the ReLU, GELU or SiLU after it run
     as one op; of Hugging Face transformers, the MLP blocks of Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2,
-    GPT-NeoX and the BERT family (``spu.nn.table``). Only exact classes change, and only in class: parameters, hooks,
-    training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or were replaced later,
-    run one by one as before. ``restore`` undoes it.
+    GPT-NeoX and the BERT family (``spu.nn.table``). A Hugging Face model given whole also gets ``spu.nn.attention`` in
+    place of torch's, which differs for 16-bit tensors on a CPU. Only exact classes change, and only in class:
+    parameters, hooks, training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or
+    were replaced later, run one by one as before. ``restore`` undoes it.
 
     Args:
         precision: what the fused ops compute in: "fp16", "bf16" or "fp32", whatever the parameters' dtype, in and
@@ -54,6 +56,7 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
             setattr(module, _MARK, True)
         if _MARK in module.__dict__ or isinstance(module, Linear):
             module.spu_dtype = dtype  # type: ignore[assignment]
+    use_attention(model)
     return model
 
 
@@ -70,6 +73,7 @@ def restore(model: _Model) -> _Model:
     for module, cls in plain.items():
         del module.__dict__[_MARK]
         module.__class__ = cls
+    restore_attention(model)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..ops import GATED_ACTIVATIONS, gated_mlp
+from .attention import register_attention
 from .linear import Linear, fused_linear
 from .table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
 
@@ -145,6 +146,8 @@ def fused_class(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | 
 
 
 def _remake(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> FusedBlock:
+    if from_library(plain):
+        register_attention()  # the model's configuration may name it
     cls = fused_class(mixin, plain, block)
     return cls.__new__(cls)
 

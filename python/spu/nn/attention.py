@@ -89,28 +89,48 @@ def eager_attention(
     return out.to(query.dtype), weights
 
 
-def register_attention() -> None:
-    """Make `attn_implementation="spu"` and `"spu_eager"` known to transformers, with their masks. Idempotent."""
-    from transformers import AttentionInterface
+def register_attention() -> bool:
+    """Make `attn_implementation="spu"` and `"spu_eager"` known to transformers, with their masks. Idempotent.
+
+    Returns:
+        False where transformers is too old (before 4.48) to be given an attention.
+    """
+    try:
+        from transformers import AttentionInterface
+    except ImportError:
+        return False
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
     AttentionInterface.register(SDPA_NAME, sdpa_attention)
     AttentionMaskInterface.register(SDPA_NAME, sdpa_mask)
     AttentionInterface.register(EAGER_NAME, eager_attention)
     AttentionMaskInterface.register(EAGER_NAME, eager_mask)
+    return True
 
 
 def use_attention(model: nn.Module) -> None:
-    """Switch a transformers model from "sdpa" or "eager" to the widened equivalents, in place.
+    """Switch a transformers model from "sdpa" or "eager" to the equivalents here, in place; other models stay.
 
     Any other choice (flash attention, flex attention) was made by the user for a reason and is left alone.
     """
-    register_attention()
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return
+    if not register_attention():
+        return
     current = model.config._attn_implementation  # type: ignore[union-attr]
     if current == "sdpa":
         model.set_attn_implementation(SDPA_NAME)  # type: ignore[operator]
     elif current == "eager" and all(hasattr(sys.modules[m], "eager_attention_forward") for m in _homes(model)):
         model.set_attn_implementation(EAGER_NAME)  # type: ignore[operator]
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Undoes :func:`use_attention`."""
+    plain = {SDPA_NAME: "sdpa", EAGER_NAME: "eager"}
+    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if current in plain:
+        model.set_attn_implementation(plain[current])  # type: ignore[operator]
 
 
 def _homes(model: nn.Module) -> set[str]:
