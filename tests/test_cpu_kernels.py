@@ -327,6 +327,15 @@ def test_wire_is_the_references_byte_for_byte(codec: str, dtype: torch.dtype) ->
     assert_equal(OPS.pack.cpu(strided, codec), OPS.pack.cpu(strided.contiguous(), codec), "a strided tensor's wire")
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_wire_at_an_odd_address(codec: str) -> None:
+    x = torch.randn(130)
+    wire = OPS.pack.cpu(x, codec)
+    shifted = torch.empty(wire.numel() + 1, dtype=torch.uint8)[1:].copy_(wire)
+    expected = OPS.unpack.cpu(wire, [130], torch.float32, codec)
+    assert_equal(OPS.unpack.cpu(shifted, [130], torch.float32, codec), expected)
+
+
 def test_int8_special_blocks() -> None:
     x = torch.randn(6 * 64)
     x[3] = float("nan")

@@ -85,6 +85,27 @@ struct GatedBackward {
   void *dgate, *dup, *h;
 };
 
+// A tensor [batch, tokens, heads, head_dim], its last dimension contiguous; strides in elements.
+struct HeadsView {
+  const void* data;
+  int64_t batch, token, head;
+};
+
+// Attention without a mask, or with the causal one. Results are contiguous [batch, tokens, heads, head_dim].
+struct Attention {
+  Type type;
+  int64_t queries, keys, heads, kv_heads, head_dim;
+  float scale;
+  bool causal;  // queries == keys then
+  HeadsView q, k, v;
+  void* out;
+  float* lse;  // [batch, heads, queries]: log of the sum of exp(scale * q k)
+  // backward
+  HeadsView dout, saved_out;
+  void *dq, *dk, *dv;
+  int64_t query_chunks;  // forward: tasks that share a head's queries
+};
+
 // A parameter with what its update needs beside; seed is that of the step's noise.
 struct AdamWRange : math::AdamWItem {
   Type param_type;
@@ -96,6 +117,10 @@ struct AdamWRange : math::AdamWItem {
 struct KernelTable {
   // k = 0 gives zero accumulators.
   void (*gemm)(const Product& p, const Epilogue& e);
+
+  // Tasks [begin, end) of batch x heads x query_chunks, and of batch x kv_heads.
+  void (*attention)(const Attention& a, int64_t begin, int64_t end);
+  void (*attention_backward)(const Attention& a, int64_t begin, int64_t end);
 
   // dz[i] = dy[i] * act'(saved[i])
   void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,

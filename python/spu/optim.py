@@ -130,6 +130,10 @@ class AdamW(torch.optim.Optimizer):
         master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
         self.state[param]["master"] = master.contiguous()
 
+    def master(self, param: Tensor) -> Tensor:
+        """The fp32 value that is updated for a parameter: its master, or the parameter itself."""
+        return self.state[param].get("master", param.detach())
+
     def _prepare(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if "exp_avg" not in state:
@@ -297,6 +301,10 @@ class MasterOptimizer:
     def target(self, param: nn.Parameter) -> Tensor:
         """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself."""
         return next(target for own, target in zip(self._params, self._targets, strict=True) if own is param)
+
+    def master(self, param: nn.Parameter) -> Tensor:
+        """As :meth:`target`, without its graph."""
+        return self.target(param).detach()
 
     @torch.no_grad()
     def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:

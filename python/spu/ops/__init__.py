@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention import attention
 from .codec import pack, unpack, wire_bytes
 from .cross_entropy import linear_cross_entropy
 from .dispatch import BackendStatus, backends, choose_backend, forced_backend, use_backend
@@ -22,6 +23,7 @@ __all__ = [
     "GradSink",
     "adamw_",
     "attach_sink",
+    "attention",
     "backends",
     "choose_backend",
     "copy_in",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference_attention
 from . import reference_fused as fused
 from .reference import wide
 
@@ -68,6 +69,16 @@ def linear_ce_dz(
     return fused.cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
 
 
+def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """The reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
+    return reference_attention.attention(*args)  # type: ignore[no-any-return]
+
+
+def attention_backward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference."""
+    return reference_attention.attention_backward(*args)  # type: ignore[no-any-return]
+
+
 def pack_(backend: str, x: Tensor, codec: str, wire: Tensor) -> None:
     """Packed on x's device, then copied: by the copy engine where that is a CUDA device and the wire is pinned."""
     wire.copy_(_op("pack", backend)(x, codec), non_blocking=wire.is_cuda or wire.is_pinned())
@@ -90,6 +101,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_dz": gated_dz,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
+    "attention": attention,
+    "attention_backward": attention_backward,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "pack_": pack_,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import composed, reference, reference_codec, reference_fused, reference_optimizer, wire
+from . import composed, reference, reference_attention, reference_codec, reference_fused, reference_optimizer, wire
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -52,6 +52,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
         "(Tensor y, Tensor gate, Tensor up)"
     ),
+    "attention": "(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor out, Tensor lse)",
+    "attention_backward": (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal) -> "
+        "(Tensor dq, Tensor dk, Tensor dv)"
+    ),
     "linear_ce": ("(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor loss_rows, Tensor lse)"),
     "linear_ce_dz": (
         "(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int ignore_index) -> Tensor"
@@ -64,6 +69,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference_codec.IMPLEMENTATIONS,
     **reference_optimizer.IMPLEMENTATIONS,
     **reference_fused.IMPLEMENTATIONS,
+    **reference_attention.IMPLEMENTATIONS,
     **{name: composed.implementation(name, "reference") for name in ("gated_mlp", "pack_", "unpack_", "copy_in_")},
 }
 
@@ -106,6 +112,11 @@ def _fake_linear_ce(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.
     return rows, torch.empty_like(rows)
 
 
+def _fake_attention(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=dtype)
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -130,6 +141,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_dz": lambda dh, gate, up, activation: tuple(dh.new_empty(dh.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
     "gated_mlp": _fake_gated_mlp,
+    "attention": _fake_attention,
+    "attention_backward": lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     "linear_ce": _fake_linear_ce,
     "linear_ce_dz": lambda hidden, weight, *_: hidden.new_empty((hidden.shape[0], weight.shape[0])),
 }

@@ -7,16 +7,17 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from ..ops import linear_db_, linear_dw_, unscale_
-from ..ops.sink import BackwardScope, attach_sink, current_scope, detach_sink, sink_of
+from ..ops.sink import BackwardScope, GradSink, accumulates, attach_sink, current_scope, detach_sink, is_open, sink_of
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -31,14 +32,29 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     )
 
 
-class ParameterSink:
-    """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step."""
+def _stamp(grad: Tensor) -> tuple[int, int]:
+    """Changes when someone replaces a gradient or writes to it; our own ops leave it."""
+    return grad.data_ptr(), grad._version
 
-    def __init__(self, param: nn.Parameter) -> None:
+
+class ParameterSink:
+    """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step.
+
+    Args:
+        param: held weakly.
+        adopt: the function of a GradScaler that made this sink (``BackwardScope.adopt``); the sink then has a flag of
+            its own instead of its scopes', on the parameter's device.
+    """
+
+    def __init__(self, param: nn.Parameter, adopt: Callable[[Tensor], GradSink | None] | None = None) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
         self.needs_scope = False
+        self._adopt = adopt
         self.found_inf: Tensor | None = None  # a flag of this parameter's own, instead of the scope's
+        if adopt is not None:
+            self.found_inf = torch.zeros(1, dtype=torch.float32, device=param.device)
         self.seen = False  # whether it may be set
+        self._written: tuple[int, int] | None = None  # the gradient as the last fused op left it, if that came last
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -65,9 +81,17 @@ class ParameterSink:
         accumulate = grad is not None
         if grad is None:
             grad = self._take_buffer(param)
+        if self._adopt is not None:
+            scope = scope.on(param.device)
         op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
         if not accumulate:
             param.grad = grad
+        if self._adopt is not None:
+            self._written = _stamp(grad)
+
+    def is_checked(self, grad: Tensor) -> bool:
+        """Whether the own flag speaks of this gradient: not of one that was changed after the backward."""
+        return self.found_inf is not None and (self._written is None or self._written == _stamp(grad))
 
     def _take_buffer(self, param: Tensor) -> Tensor:
         buffer, self._buffer = self._buffer, None
@@ -100,11 +124,13 @@ class ParameterSink:
         if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
             return grad
         if scope is None:
-            if self.needs_scope:
+            if self.needs_scope or is_open(self._adopt):
                 raise RuntimeError(
                     "a gradient came from a backward inside the backward, which does not know the loss scale: use "
                     "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
                 )
+            return grad
+        if not accumulates(get_gradient_edge(param).node):  # torch.autograd.grad returns it, as it is
             return grad
         if grad.layout != torch.strided:
             raise TypeError(
@@ -116,6 +142,9 @@ class ParameterSink:
             return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         first = param.grad is None
+        self._written = None
+        if self._adopt is not None:
+            scope = scope.on(param.device)
         value = self._take_buffer(param) if first else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         unscale_(grad, value, scope.inv_scale, self._flag(scope, accumulate=not first), accumulate=False)
         return value
