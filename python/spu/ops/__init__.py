@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .codec import pack, unpack, wire_bytes
 from .cross_entropy import linear_cross_entropy
-from .dispatch import BackendStatus, backends, choose_backend, forced_backend, use_backend
+from .dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
 from .gated import GATED_ACTIVATIONS, gated_mlp
-from .linear import linear_act, linear_db_, linear_dw_
+from .linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
 from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from .reference import ACTIVATIONS
 from .sink import BackwardScope, GradSink, attach_sink, current_scope, detach_sink, open_scope, sink_of
@@ -29,10 +29,12 @@ __all__ = [
     "gated_mlp",
     "grad_norm",
     "grad_sqnorm",
+    "has_kernel",
     "linear_act",
     "linear_cross_entropy",
     "linear_db_",
     "linear_dw_",
+    "linear_dw_db_",
     "open_scope",
     "pack",
     "sink_of",
