@@ -21,6 +21,8 @@ Call = Callable[[], object]
 Shape = tuple[int, int, int]  # rows, out, in
 _OURS = ("spu triton", "spu cuda")
 _GIGABYTE = 1 << 30
+MICROBATCHES = 4  # of a step: AMP unscales once for all of them
+STEP = f"step of {MICROBATCHES} microbatches"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _forward(at: Setting, shape: Shape, peer: str) -> Call:
 
 
 def _step(at: Setting, shape: Shape, peer: str) -> Call:
-    """Forward and backward of linear + gelu, gradients unscaled in fp32, added to those of earlier microbatches."""
+    """Forward and backward of linear + gelu for MICROBATCHES, gradients added up and unscaled in fp32."""
     rows, out, inner = shape
     x, dy = at.random(rows, inner).requires_grad_(), at.random(rows, out)
     if peer in _OURS:
@@ -132,7 +134,8 @@ def _step(at: Setting, shape: Shape, peer: str) -> Call:
     run = torch.compile(forward) if peer == "torch.compile" else forward
 
     def step() -> None:
-        scaler.scale((run() * dy).sum()).backward()
+        for _ in range(MICROBATCHES):
+            scaler.scale((run() * dy).sum()).backward()
         scaler.unscale_(optimizer)
         scaler._per_optimizer_states.clear()  # the next call may unscale again, as after an optimizer's step
 
@@ -148,9 +151,10 @@ def _spu_step(x: Tensor, dy: Tensor, layer: nn.Linear, backend: str) -> Call:
     mains.begin_step()
 
     def step() -> None:
-        with ops.use_backend(backend):
-            y = ops.linear_act(x, layer.weight, layer.bias, "gelu_tanh")
-        scaler.scale((y * dy).sum().float()).backward()
+        for _ in range(MICROBATCHES):
+            with ops.use_backend(backend):
+                y = ops.linear_act(x, layer.weight, layer.bias, "gelu_tanh")
+            scaler.scale((y * dy).sum().float()).backward()
 
     return step
 
@@ -268,7 +272,7 @@ def cases(at: Setting) -> Iterator[Case]:
         for peer in (*_OURS, "spu cuBLAS", "torch eager (cuBLAS)", "torch addmm + gelu", *compiled):
             yield Case("forward bias+gelu", name_of(shape), peer, flops, 0.0, partial(_forward, at, shape, peer))
         for peer in (*_OURS, "torch autocast", *compiled):
-            yield Case("step with unscale", name_of(shape), peer, 3 * flops, 0.0, partial(_step, at, shape, peer))
+            yield Case(STEP, name_of(shape), peer, 3 * MICROBATCHES * flops, 0.0, partial(_step, at, shape, peer))
     yield from _memory_cases(at)
     liger = ["Liger"] if importlib.util.find_spec("liger_kernel") else []
     hidden, inner = at.decoders[0]

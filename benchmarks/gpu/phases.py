@@ -175,7 +175,7 @@ def train(phase: Phase) -> None:
 
     The same steps on the card and on the CPU: their losses are compared in the summary files.
     """
-    runs = {"cpu": "devices='cpu', steps=2, evals=1, batch=2, microbatches=2, seq=32"}
+    runs = {"cpu": "devices='cpu', precision='fp32', steps=1, evals=1, batch=2, microbatches=2, seq=32"}
     if not phase.dry:
         runs = {
             "gpu": "devices='cuda:0', minutes=3.0",

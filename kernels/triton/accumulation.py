@@ -67,6 +67,8 @@ class Watch:
 
     def due(self) -> bool:
         """Counts a call; whether it is to be checked. Reads an earlier check's result if that has arrived."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # a CUDA graph must not hold an event's question
         if self._arriving is not None:
             value, event = self._arriving
             if event is None or event.query():

@@ -149,7 +149,8 @@ def multiply(
         config: instead of the table's.
     """
     if wanted() and derivative is None and (watch := watch_of(op, a, b)) is not None:
-        given = config or config_for(op, a.dtype, a.device, (a.shape[0], b.shape[1], a.shape[1]))
+        found = config_for(op, a.dtype, a.device, (a.shape[0], b.shape[1], a.shape[1]))
+        given = config or for_alignment(found, a.dtype, (*a.stride(), *b.stride(), b.shape[1]))
         config = _in_half(given)
         if given.kind != "torch" and watch.due():
             step = max(1, a.shape[0] // SAMPLED_ROWS)

@@ -182,12 +182,20 @@ def forget() -> None:
 @follows_tables
 @lru_cache(maxsize=16)
 def tables(capability: tuple[int, int]) -> tuple[Table, ...]:
-    """The tables of an architecture, the user's own first. Read once; ``forget`` reads again."""
+    """The tables of an architecture: the user's own, the shipped one, the derived one for what that did not measure.
+
+    Read once; ``forget`` reads again.
+    """
     found = []
     own = user_path(arch_name(capability))
     if own.is_file():
         found.append(read(own))
-    found.append(read(SHIPPED / f"{shipped_arch(capability)}.json"))
+    shipped = read(SHIPPED / f"{shipped_arch(capability)}.json")
+    found.append(shipped)
+    if shipped.origin == "measured":
+        from . import derive
+
+        found.append(derive.table(int(shipped.arch.removeprefix("sm_"))))
     return tuple(found)
 
 
