@@ -188,7 +188,7 @@ class _Run:
         configs = {o: self._entries[f"{o}/{dtype}/{shape_class}"].config for o in LAYERS[op] if self.has((o, *row[1:]))}
         if set(configs) != set(LAYERS[op]):
             return
-        shape, times = REPRESENTATIVE[shape_class], {}
+        shape, times = REPRESENTATIVE[shape_class], dict[str, float]()
         for name in names:
             call = layer_of(op, name, DTYPES[dtype], shape, device, configs)
             try:
