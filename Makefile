@@ -5,6 +5,7 @@
 # make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
+# TEST_WORKERS=  run the suite in one process
 # PYTHON=...     the interpreter to build the environment from (3.10 or later; by default the first one found)
 # ARGS="..."     more arguments for `spu train` or pytest
 # SPU_BUILD=0    install without compiling anything
@@ -15,6 +16,8 @@ SHELL := /bin/bash
 GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
 .PHONY: train test lint bench wheel setup clean aot gpu $(GPU_PHASES)
 
+# Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.
+TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
@@ -37,7 +40,7 @@ train: $(VENV)/.train
 	$(BIN)/spu train $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(TEST_WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/pytest benchmarks $(ARGS)
@@ -96,10 +99,10 @@ $(VENV)/.lint: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.train $@
 
 # Every CUDA C++ kernel for every architecture, without a GPU: a table of registers, spills and tensor-core
-# instructions, and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
+# instructions (docs/kernels-aot-cuda.md), and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
 .PHONY: aot-cuda
 aot-cuda: $(VENV)/.test $(VENV)/.cutlass
-	$(BIN)/python tests/aot_cuda.py
+	$(BIN)/python tests/aot_cuda.py --markdown docs/kernels-aot-cuda.md
 
 # Headers only; what else the package requires is for its code generator.
 $(VENV)/.cutlass: $(VENV)/.torch

@@ -3,7 +3,8 @@
 Rules: each figure is the median of repeated calls after a warm-up; threads are torch's own (--threads, default 1, so
 that the figures are those of one core); inputs are allocated once and outputs as the op does it; peers run in the same
 process and order, on the same values. A core's clock drifts by a third and more on shared machines, so a ceiling is
-measured again beside every figure, and a figure's share is of that one. report.py writes the table, with the targets
+measured again beside every figure, and a figure's share is of that one; and where the ratio to a peer is what counts,
+the two run in turns and the ratio is the median over the pairs. report.py writes the table, with the targets
 that a benchmark names beside what was measured, and draws the roofline.
 """
 
@@ -13,6 +14,7 @@ import ctypes
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from typing import Any
 import pytest
 import report
 import torch
+from goals import GOALS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the benchmarks use the tests' error bound
 
@@ -50,6 +53,7 @@ float burn(long rounds) {
 }
 """
 FMA_CHAINS = 12
+PAIRED_SECONDS = 0.6
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,20 @@ def build_fma(folder: Path) -> Callable[[int, int], float] | None:
     return rate
 
 
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def ratio_in_turns(ours: Callable[[], object], peer: Callable[[], object]) -> float:
+    """The peer's time over ours: the median over pairs of calls, one after the other."""
+    peer()
+    once = seconds_of(ours) + seconds_of(peer)
+    rounds = max(3, min(100, int(PAIRED_SECONDS / once)))
+    return statistics.median(seconds_of(peer) / seconds_of(ours) for _ in range(rounds))
+
+
 def measure_copy(source: torch.Tensor, target: torch.Tensor, rounds: int) -> float:
     best = float("inf")
     for _ in range(rounds):
@@ -137,7 +155,8 @@ def measure(benchmark: Any, ceilings: Ceilings) -> Measure:
 
     A product gives both flops and bytes_ and is held against the multiply-adds; a pass over memory gives bytes_, and
     the operations it does a byte as intensity. targets: what the figure has to reach, as {"ceiling": share} and {peer:
-    ratio of rates}. slow: a peer that takes seconds a call and needs no warm-up to be known as slow.
+    ratio of rates}. slow: a peer that takes seconds a call and needs no warm-up to be known as slow. paired: peers, by
+    name, that do the same work as ``function`` and are run in turns with it, for PAIRED_SECONDS each.
     """
 
     def run(
@@ -151,6 +170,7 @@ def measure(benchmark: Any, ceilings: Ceilings) -> Measure:
         intensity: float = 0,
         targets: dict[str, float] | None = None,
         slow: bool = False,
+        paired: dict[str, Callable[[], object]] | None = None,
     ) -> None:
         torch.set_num_threads(ceilings.threads)
         rounds = 1
@@ -168,9 +188,16 @@ def measure(benchmark: Any, ceilings: Ceilings) -> Measure:
             what=what, shape=shape, peer=peer, flops=flops, bytes=bytes_, targets=targets or {},
             intensity=intensity or (flops / bytes_ if bytes_ else 0),
             ceiling=None if before is None or after is None else (before + after) / 2,
+            paired={name: ratio_in_turns(function, other) for name, other in (paired or {}).items()},
         )  # fmt: skip
 
     return run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("timeout"):  # the tests' own limit is too short for a pipeline among its peers
+        for item in items:
+            item.add_marker(pytest.mark.timeout(1500))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -193,11 +220,13 @@ def cpu_name() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for line in GOALS:
+        terminalreporter.write_line(line)
     session = getattr(config, "_benchmarksession", None)
     found = config.stash.get(CEILINGS, None)
     if session is None or found is None:
         return
-    entries = [e for e in session.benchmarks if e.stats is not None and "what" in e.extra_info]
+    entries = [e for e in session.benchmarks if e.stats is not None and e.stats.data and "what" in e.extra_info]
     figures = [report.Figure(median=e.stats.median, **e.extra_info) for e in entries]
     fma = f"{found.fma / 1e9:.1f} GFLOP/s fp32 FMA" if found.fma else "FMA unknown (no gcc)"
     head = [

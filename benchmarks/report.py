@@ -21,6 +21,7 @@ class Figure:
     ceiling: float | None
     targets: dict[str, float] = field(default_factory=dict)
     intensity: float = 0.0  # operations a byte; 0: unknown, not drawn
+    paired: dict[str, float] = field(default_factory=dict)  # ratios to peers that ran in turns with it
 
     @property
     def rate(self) -> float:
@@ -37,8 +38,8 @@ class Figure:
 
 
 def _peers(figure: Figure, group: Iterable[Figure]) -> dict[str, float]:
-    """How many times faster than each peer: by rate, as a slow peer may have done a part of the work."""
-    return {other.peer: figure.rate / other.rate for other in group if not other.ours}
+    """How many times faster than each peer: as measured in turns, else by rate, as a slow peer may do a part only."""
+    return {other.peer: figure.rate / other.rate for other in group if not other.ours} | figure.paired
 
 
 def _judged(name: str, value: float, target: float | None, text: str) -> str:

@@ -23,7 +23,7 @@ import spu
 pytest.importorskip("spu._C", reason="spu._C is not built here")
 
 PARAMETERS, PIECES = 4_000_000, 20
-WIDTH, INNER, LAYERS, VOCABULARY, TOKENS = 512, 1408, 8, 256, 256
+WIDTH, INNER, LAYERS, VOCABULARY, TOKENS, MICROBATCHES = 512, 1408, 8, 256, 256, 2
 
 
 def autocast(peer: str) -> AbstractContextManager[Any]:
@@ -59,24 +59,32 @@ def fused_adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
 
-@pytest.mark.parametrize(
-    "peer", ["spu fp16", "spu autocast fp16", "torch autocast fp16", "torch fp32", "torch autocast bf16"]
-)
-def test_mlp_step(measure: Measure, peer: str) -> None:
+def mlp_step(peer: str) -> Callable[[], None]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
     if peer.startswith("spu"):
         spu.accelerate(model, precision=None if "autocast" in peer else "fp16")
     x, y = torch.randn(256, 512), torch.randn(256, 512)
-    step = training_step(model, peer, [lambda: F.mse_loss(model(x), y)], fused_adamw)
-    measure("MLP training step", "256x512x2048x512", peer, step, flops=2.0 * 256 * 512 * 2048 * 5)
+    return training_step(model, peer, [lambda: F.mse_loss(model(x), y)], fused_adamw)
 
 
-@pytest.mark.parametrize("peer", ["spu fp16", "spu bf16", "torch fp32", "torch autocast bf16"])
-def test_decoder_step(measure: Measure, peer: str) -> None:
+def beside_fp32(peer: str, make: Callable[[str], Callable[[], None]]) -> dict[str, Callable[[], object]] | None:
+    return {"torch fp32": make("torch fp32")} if peer.startswith("spu") else None
+
+
+@pytest.mark.parametrize(
+    "peer", ["spu fp16", "spu autocast fp16", "torch autocast fp16", "torch fp32", "torch autocast bf16"]
+)
+def test_mlp_step(measure: Measure, peer: str) -> None:
+    measure(
+        "MLP training step", "256x512x2048x512", peer, mlp_step(peer), flops=2.0 * 256 * 512 * 2048 * 5,
+        targets={"torch fp32": 2.0, "torch autocast fp16": 50.0} if peer == "spu fp16" else None,
+        paired=beside_fp32(peer, mlp_step),
+    )  # fmt: skip
+
+
+def decoder_step(peer: str) -> Callable[[], None]:
     transformers = pytest.importorskip("transformers")
-    if peer == "torch autocast bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("plain torch takes minutes for this step in bf16 on a CPU without AVX-512")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
@@ -88,12 +96,22 @@ def test_decoder_step(measure: Measure, peer: str) -> None:
     if peer.startswith("spu"):
         spu.accelerate(model, precision=peer.split()[1])
         make_optimizer = lambda parameters: spu.optim.AdamW(parameters, lr=1e-4)  # noqa: E731
-    parts = [torch.randint(VOCABULARY, (2, TOKENS)) for _ in range(2)]
+    parts = [torch.randint(VOCABULARY, (2, TOKENS)) for _ in range(MICROBATCHES)]
     losses = [lambda ids=ids: model(input_ids=ids, labels=ids).loss for ids in parts]
+    return training_step(model, peer, losses, make_optimizer)
+
+
+@pytest.mark.parametrize("peer", ["spu fp16", "spu bf16", "torch fp32", "torch autocast bf16"])
+def test_decoder_step(measure: Measure, peer: str) -> None:
+    if peer == "torch autocast bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("plain torch takes minutes for this step in bf16 on a CPU without AVX-512")
     linear = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER) + WIDTH * VOCABULARY
-    tokens = sum(ids.numel() for ids in parts)
-    step = training_step(model, peer, losses, make_optimizer)
-    measure("decoder training step", f"{tokens} tokens", peer, step, flops=6.0 * linear * tokens)
+    tokens = 2 * TOKENS * MICROBATCHES
+    goals = {"spu fp16": {"torch fp32": 2.0}, "spu bf16": {"torch autocast bf16": 1.2}}
+    measure(
+        "decoder training step", f"{tokens} tokens", peer, decoder_step(peer), flops=6.0 * linear * tokens,
+        targets=goals.get(peer), paired=beside_fp32(peer, decoder_step),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("peer", ["spu fp16", "torch fused"])

@@ -1,6 +1,8 @@
-"""The gated MLP and the linear cross-entropy, forward and backward, and attention's detour through fp32."""
+"""The gated MLP and the linear cross-entropy, forward and backward, and attention."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +26,16 @@ def leaves(*shapes: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
     return [(torch.randn(shape) / shape[1] ** 0.5).to(dtype).requires_grad_() for shape in shapes]
 
 
+def in_turns(
+    peer: str, plain: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor
+) -> dict[str, Callable[[], object]] | None:
+    """Plain torch's step in fp32, to run in turns with ours in 16 bits."""
+    if not peer.startswith("spu") or tensors[0].dtype == torch.float32:
+        return None
+    wide, gradient = [t.detach().float().requires_grad_() for t in tensors], dy.float()
+    return {"torch fp32": lambda: torch.autograd.grad(plain(*wide), wide, gradient)}
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
@@ -40,7 +52,10 @@ def test_gated_mlp(measure: Measure, shape: tuple[int, int, int], peer: str) -> 
     def run() -> None:
         torch.autograd.grad(function(*tensors), tensors, dy)
 
-    measure("gated MLP step", "x".join(map(str, shape)), peer, run, flops=18.0 * rows * width * inner)
+    measure(
+        "gated MLP step", "x".join(map(str, shape)), peer, run, flops=18.0 * rows * width * inner,
+        paired=in_turns(peer, swiglu, tensors, dy),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -62,23 +77,41 @@ def test_linear_cross_entropy(measure: Measure, shape: tuple[int, int, int], pee
     def run() -> None:
         torch.autograd.grad(function(), tensors)
 
-    measure("cross-entropy step", "x".join(map(str, shape)), peer, run, flops=6.0 * rows * width * vocabulary)
-
-
-@pytest.mark.parametrize("peer", ["spu fp16", "torch fp32", "torch fp16"])
-def test_attention(measure: Measure, peer: str) -> None:
-    """Causal attention forward and backward; ours widens to fp32 and narrows the results."""
-    batch, heads, tokens, head = 1, 8, 128, 32
-    dtype = DTYPES[peer.split()[1]]
-    torch.manual_seed(0)
-    qkv = [torch.randn(batch, heads, tokens, head).to(dtype).requires_grad_() for _ in range(3)]
-    dy = torch.randn(batch, heads, tokens, head).to(dtype)
-
-    def run() -> None:
-        wide = [t.float() for t in qkv] if peer.startswith("spu") else qkv
-        out = F.scaled_dot_product_attention(*wide, is_causal=True).to(dtype)
-        torch.autograd.grad(out, qkv, dy)
+    def logits_and_loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight), target)
 
     measure(
-        "attention step", f"{batch}x{heads}x{tokens}x{head}", peer, run, flops=7.0 * batch * heads * tokens**2 * head
-    )
+        "cross-entropy step", "x".join(map(str, shape)), peer, run, flops=6.0 * rows * width * vocabulary,
+        paired=in_turns(peer, logits_and_loss, tensors, torch.ones(())),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("peer", ["spu fp16", "widened fp16", "torch fp32", "torch fp16"])
+@pytest.mark.parametrize("shape", [(1, 8, 128, 32), (4, 8, 256, 64), (1, 16, 1024, 128)], ids=str)
+def test_attention(measure: Measure, shape: tuple[int, int, int, int], peer: str) -> None:
+    """Causal attention forward and backward; "widened": torch's fp32 kernel between conversions."""
+    batch, heads, tokens, head = shape
+    if peer == "torch fp16" and tokens > 256:
+        pytest.skip("plain torch takes seconds a step")
+    dtype = DTYPES[peer.split()[1]]
+    torch.manual_seed(0)
+    qkv = [torch.randn(batch, tokens, heads, head).to(dtype).requires_grad_() for _ in range(3)]
+    dy = torch.randn(batch, tokens, heads, head).to(dtype)
+
+    def heads_last(*tensors: Tensor) -> Tensor:
+        operands = [t.transpose(1, 2) for t in tensors]
+        return F.scaled_dot_product_attention(*operands, is_causal=True).transpose(1, 2)
+
+    def run() -> None:
+        if peer.startswith("spu"):
+            out = spu.ops.attention(*qkv, causal=True)
+        else:
+            out = heads_last(*(t.float() if peer.startswith("widened") else t for t in qkv)).to(dtype)
+        torch.autograd.grad(out, qkv, dy)
+
+    flops = 7.0 * batch * heads * tokens**2 * head
+    measure(
+        "attention step", "x".join(map(str, shape)), peer, run, flops=flops,
+        targets={"widened fp16": 1.0} if peer.startswith("spu") else None,
+        paired=in_turns(peer, heads_last, qkv, dy),
+    )  # fmt: skip

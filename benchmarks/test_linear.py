@@ -30,7 +30,8 @@ SHAPES = [
 SINGLE = (1, 1024, 1024)  # a row of inference
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 PEERS = [f"{library} {dtype}" for library in ("spu", "torch") for dtype in DTYPES]
-PEER_SECONDS = 0.25  # plain torch's 16-bit products run at 1 GFLOP/s on many CPUs: fewer rows where that takes longer
+PEER_SECONDS = 0.2  # plain torch's 16-bit products run at 1 GFLOP/s on many CPUs: fewer rows where that takes longer
+PROBE_ROWS = 2
 # Rows of a result that are compared with fp64. Plain is torch's fp32 product, rounded: its 16-bit ones take seconds.
 SAMPLE = 8
 
@@ -38,14 +39,13 @@ Run = Callable[[], Tensor]
 
 
 @cache
-def torch_rate(dtype: torch.dtype, kind: str) -> float:
-    """FLOP/s of plain torch on a small product of a kind: "forward", "input" or "weight"."""
-    x, w, dz = (torch.randn(size, 256).to(dtype) for size in (32, 256, 32))
+def torch_row_seconds(dtype: torch.dtype, kind: str, inner: int, out: int) -> float:
+    """Seconds that plain torch takes for a row of a product of a kind: "forward", "input" or "weight"."""
+    x, w, dz = (torch.ones(size).to(dtype) for size in ((PROBE_ROWS, inner), (out, inner), (PROBE_ROWS, out)))
     run = {"forward": lambda: F.linear(x, w), "input": lambda: dz @ w, "weight": lambda: dz.t() @ x}[kind]
-    run()
     start = time.perf_counter()
     run()
-    return 2.0 * 32 * 256 * 256 / (time.perf_counter() - start)
+    return (time.perf_counter() - start) / PROBE_ROWS
 
 
 class Case:
@@ -54,8 +54,8 @@ class Case:
     def __init__(self, shape: tuple[int, int, int], peer: str, kind: str) -> None:
         rows, inner, out = shape
         self.slow = False
-        if not peer.startswith("spu"):
-            most = int(PEER_SECONDS * torch_rate(DTYPES[peer.split()[1]], kind) / (2 * inner * out))
+        if not peer.startswith("spu") and peer != "torch fp32":
+            most = int(PEER_SECONDS / torch_row_seconds(DTYPES[peer.split()[1]], kind, inner, out))
             self.slow, rows = most < rows / 8, max(1, min(rows, most)) if most < rows / 8 else rows
         self.peer, self.ours, dtype = peer, peer.startswith("spu"), DTYPES[peer.split()[1]]
         torch.manual_seed(0)
@@ -64,6 +64,13 @@ class Case:
         self.dz = torch.randn(rows, out).to(dtype)
         self.flops = 2.0 * rows * inner * out
         self.name = "x".join(map(str, shape))
+
+    def paired(self, plain: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Run] | None:
+        """The same product by torch in fp32, for our 16-bit ones."""
+        if self.peer not in ("spu fp16", "spu bf16"):
+            return None
+        operands = self.x.float(), self.w.float(), self.dz.float()
+        return {"torch fp32": lambda: plain(*operands)}
 
     def targets(self, ceiling: float, **ratios: float) -> dict[str, float] | None:
         """Those of the large fp16 shape."""
@@ -88,6 +95,7 @@ def check(ours: Tensor, plain: Tensor, truth: Tensor, name: str) -> None:
 def test_forward_gelu(measure: Measure, shape: tuple[int, int, int], peer: str) -> None:
     c = Case(shape, peer, "forward")
     bias = torch.randn(shape[2]).to(c.x.dtype)
+    wide_bias = bias.float()
 
     def ours() -> Tensor:
         return OPS.linear.cpu(c.x, c.w, bias, "gelu", True)[0]
@@ -102,6 +110,7 @@ def test_forward_gelu(measure: Measure, shape: tuple[int, int, int], peer: str) 
     measure(
         "forward + gelu", c.name, peer, ours if c.ours else plain, flops=c.flops, bytes_=nbytes(c.x, c.w, c.dz, c.dz),
         targets=c.targets(0.75, fp32=2.2, fp16=8), slow=c.slow,
+        paired=c.paired(lambda x, w, dz: F.gelu(F.linear(x, w, wide_bias))),
     )  # fmt: skip
 
 
@@ -119,6 +128,7 @@ def test_input_gradient(measure: Measure, shape: tuple[int, int, int], peer: str
     measure(
         "input gradient", c.name, peer, ours if c.ours else lambda: c.dz @ c.w, flops=c.flops,
         bytes_=nbytes(c.x, c.w, c.dz), targets=c.targets(0.70, fp32=2, fp16=100), slow=c.slow,
+        paired=c.paired(lambda x, w, dz: dz @ w),
     )  # fmt: skip
 
 
@@ -140,6 +150,7 @@ def test_weight_gradient(measure: Measure, shape: tuple[int, int, int], peer: st
     measure(
         "weight gradient", c.name, peer, ours if c.ours else lambda: c.dz.t() @ c.x, flops=c.flops,
         bytes_=nbytes(c.x, c.dz, main_grad, main_grad), targets=c.targets(0.70, fp32=2, fp16=40), slow=c.slow,
+        paired=c.paired(lambda x, w, dz: dz.t() @ x),
     )  # fmt: skip
 
 

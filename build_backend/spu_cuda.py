@@ -34,21 +34,26 @@ KNOWN_ARCHS = {
     "120": (12, 8),
 }
 DEFAULT_ARCHS = "75;80;90a"
-FORMS = ("forward", "dx", "dw")
+# Forms of a product and the tiles that they are compiled with. On sm_90a one tile a form: a kernel takes a compiler
+# nearly a minute and 3.3 GB there.
+FORMS = {"forward": ("large", "small"), "dx": ("large", "small"), "dw": ("large",)}
 CUDA = ROOT / "csrc/cuda"
 GIGABYTE = 1 << 30
 
 
 def find_nvcc() -> Path | None:
-    """nvcc: $NVCC, PATH, $CUDA_HOME, $CUDA_PATH, /usr/local/cuda, or one that pip installed; None if there is none."""
+    """nvcc: $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda, or one that pip installed; None if there is none.
+
+    spu.doctor looks in the same places. (In an isolated build pip hides what it installed: set NVCC there.)
+    """
     named = os.environ.get("NVCC")
     if named:
-        return Path(named) if Path(named).is_file() else None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home) / "bin/nvcc" for home in homes if home]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.insert(0, Path(on_path))
+        found = shutil.which(named)
+        return Path(found) if found else None
+    candidates = [Path(home) / "bin/nvcc" for home in map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")) if home]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     for folder in filter(None, sys.path):
         candidates += sorted((Path(folder) / "nvidia").glob("*/bin/nvcc"))
     return next((path for path in candidates if path.is_file()), None)
@@ -78,7 +83,8 @@ def cudart(home: Path) -> Path | None:
 
 def has_gpu() -> bool:
     """Whether the NVIDIA driver shows a card. Only decides what SPU_CUDA=auto does."""
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/nvidia0").exists()
+    signs = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/usr/lib/wsl/lib/libcuda.so.1")  # Jetson, WSL
+    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path(sign).exists() for sign in signs)
 
 
 def cutlass_include() -> Path | None:
@@ -94,7 +100,7 @@ def architectures() -> list[str]:
     Raises:
         ValueError: for a name that is not known; the message lists those that are.
     """
-    names = re.split(r"[;, ]+", os.environ.get("SPU_CUDA_ARCHS", "").strip() or DEFAULT_ARCHS)
+    names = re.findall(r"[^;, ]+", os.environ.get("SPU_CUDA_ARCHS", "")) or DEFAULT_ARCHS.split(";")
     unknown = [name for name in names if name not in KNOWN_ARCHS]
     if unknown:
         raise ValueError(f"SPU_CUDA_ARCHS names {', '.join(unknown)}: choose from {';'.join(KNOWN_ARCHS)}")
@@ -164,7 +170,7 @@ def _code(arch: str, *, ptx: bool = False) -> str:
 
 
 def _products(arch: str, archs: list[str]) -> list[Object]:
-    """The matrix products for one generation of tensor cores: an object for each form and type."""
+    """The matrix products for one generation of tensor cores: an object for each form, with all types and tiles."""
     if arch == "90":
         source, code, gigabytes = "gemm_wgmma.cu", ["-gencode=arch=compute_90a,code=sm_90a"], 3.5
     elif arch == "75":
@@ -173,17 +179,24 @@ def _products(arch: str, archs: list[str]) -> list[Object]:
         # also as PTX, for the devices that come later
         native = [name for name in archs if name not in ("75", "90a")]
         source, code, gigabytes = "gemm_mma.cu", [*map(_code, native), _code("80", ptx=True)], 1.2
-    flags = ("--expt-relaxed-constexpr", "-DNDEBUG", *code)
+    # 177: unused functions, which each form leaves some of
+    flags = ("--expt-relaxed-constexpr", "-DNDEBUG", "-fmad=false", "-diag-suppress=177", *code, f"-DSPU_ARCH={arch}")
     return [
         Object(
-            f"gemm_sm{arch}_{form}_{dtype}",
+            f"gemm_sm{arch}_{form}",
             CUDA / source,
-            (*flags, f"-DSPU_ARCH={arch}", f"-DSPU_FORM={form}", f"-DSPU_TYPE={dtype}"),
+            (*flags, f"-DSPU_FORM={form}", f"-DSPU_SMALL={int('small' in tiles)}"),
             gigabytes,
         )
-        for form in FORMS
-        for dtype in (("fp16",) if arch == "75" else ("fp16", "bf16"))
+        for form, tiles in FORMS.items()
     ]
+
+
+def products_of(name: str) -> list[tuple[str, str]]:
+    """(type, tile) of each kernel in an object of matrix products, by its name, e.g. "gemm_sm80_forward"."""
+    arch, form = name.removeprefix("gemm_sm").split("_")
+    dtypes = ("fp16",) if arch == "75" else ("fp16", "bf16")
+    return [(dtype, tile) for dtype in dtypes for tile in (FORMS[form][:1] if arch == "90" else FORMS[form])]
 
 
 def generations(archs: list[str]) -> list[str]:
@@ -193,10 +206,13 @@ def generations(archs: list[str]) -> list[str]:
 
 
 def device_objects(archs: list[str], *, products: bool = True) -> list[Object]:
-    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones."""
+    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones.
+
+    -fmad=false: a multiply-add is fused where the arithmetic says so, as on the CPU; the products themselves are not
+    made of multiply-adds.
+    """
     large = [one for arch in generations(archs) for one in _products(arch, archs)] if products else []
     code = (*map(_code, archs), _code(archs[-1], ptx=True))
-    # A multiply-add is fused where the arithmetic says so, as on the CPU.
     plain = [
         Object(path.stem, path, ("-fmad=false", *code))
         for path in sorted(CUDA.glob("*.cu"))
@@ -209,6 +225,8 @@ def nvcc_command(nvcc: Path, one: Object) -> list[str]:
     """The command that compiles an object, without its output."""
     include = cutlass_include()
     command = [str(nvcc), "-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if "CXX" in os.environ and (compiler := find_compiler()) is not None:
+        command.append(f"-ccbin={compiler[0]}")  # the one that was named: the default may be too new for this nvcc
     command += ["--threads=1", f"-I{ROOT / 'csrc'}", *([f"-isystem={include}"] if include else []), *one.flags]
     return [*command, "-c", str(one.source)]
 
@@ -234,7 +252,7 @@ def memory_gigabytes() -> float:
 
 def heavy_jobs() -> int:
     """How many of the largest compilations may run at once: one for each 4 GB of memory, at most one a core."""
-    most = int(os.environ["MAX_JOBS"]) if "MAX_JOBS" in os.environ else cores()
+    most = int(os.environ.get("MAX_JOBS") or cores())
     return max(1, min(most, int(memory_gigabytes() // 4)))
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -154,14 +153,14 @@ def write_ninja(extension: Extension, folder: Path) -> Path:
 
 
 def _jobs() -> int:
-    if "MAX_JOBS" in os.environ:
-        return max(1, int(os.environ["MAX_JOBS"]))
-    return min(cores(), 8)
+    return max(1, int(os.environ.get("MAX_JOBS") or min(cores(), 8)))
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     # Two builds of one tree at once would have ninja write the same objects twice.
+    import fcntl  # not on Windows, where nothing is compiled
+
     with (folder / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -172,11 +171,13 @@ class BuildExtensions(build_ext):
 
     def run(self) -> None:
         # Into the place it is wanted at (the source tree if inplace), without setuptools' copy from build/lib.
+        asked_for = self.inplace and not self.editable_mode  # `setup.py build_ext --inplace`: nobody wants it to go on
+        if asked_for and not self.extensions and build_mode() != "0":
+            raise CompileError("nothing was compiled; what is missing is said above")
         failed = [extension for extension in self.extensions if not self._build(extension)]
         if not failed:
             return
         names = ", ".join(extension.name for extension in failed)
-        asked_for = self.inplace and not self.editable_mode  # `setup.py build_ext --inplace`: nobody wants it to go on
         # SPU_BUILD=1 is about the libraries that every machine has; spu._cuda is demanded by its own variable.
         fatal = [extension for extension in failed if extension.name != "spu._cuda"]
         if cuda_mode() == "1" or (fatal and (build_mode() == "1" or asked_for)):

@@ -1,15 +1,19 @@
-"""Compiles every CUDA kernel for every architecture, without a GPU, prints what came out, and fails on a broken limit.
+"""Compiles every CUDA kernel for every architecture, without a GPU, writes what came out, and fails on a broken limit.
 
-``make aot-cuda``, or: python tests/aot_cuda.py [FOLDER]. SPU_CUDA_ARCHS narrows it. Compiled objects are kept in the
-folder, and their compilers' output beside them, so that a second run compiles only what has changed.
+``make aot-cuda``, or: python tests/aot_cuda.py [FOLDER] [--markdown FILE]. SPU_CUDA_ARCHS narrows it. Compiled objects
+are kept in the folder, and their compilers' output beside them, so that a second run compiles only what has changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import cuda_gate
@@ -20,48 +24,138 @@ os.environ.setdefault("SPU_CUDA_ARCHS", "75;80;86;89;90a;100;120")
 
 import spu_cuda  # noqa: E402
 
+PLAIN_THREADS = 256  # kThreads of csrc/cuda/vector.h
+
+
+@dataclass
+class Row:
+    """A kernel, or the instances of one function in an object, on one architecture: the most of what each uses."""
+
+    name: str
+    arch: str
+    instances: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    threads: int
+    mix: Counter[str]
+
+    @property
+    def occupancy(self) -> float:
+        return cuda_gate.occupancy(self.arch, self.registers, self.threads, self.shared_bytes)
+
+
+def _is_new(made: Path, command: str) -> bool:
+    """Whether an object was made by this command from sources that have not changed since."""
+    record, depends = made.with_suffix(".command"), made.with_suffix(".d")
+    if not (made.exists() and record.exists() and depends.exists() and record.read_text() == command):
+        return False
+    sources = [name for name in depends.read_text().split() if name.startswith(str(ROOT))]
+    return all(Path(name).exists() and Path(name).stat().st_mtime < made.stat().st_mtime for name in sources)
+
 
 def compile_one(nvcc: Path, one: spu_cuda.Object, folder: Path) -> str:
-    """The compiler's output for an object; compiles unless the object is newer than all sources."""
+    """The compiler's output for an object; compiles unless it is up to date."""
     made, log = folder / f"{one.name}.o", folder / f"{one.name}.log"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
-    if made.exists() and log.exists() and made.stat().st_mtime > newest:
+    arguments = [*spu_cuda.nvcc_command(nvcc, one), "-Xptxas=-v", "-DSPU_REPORT", "-MD", "-MF", str(made)[:-1] + "d"]
+    command = shlex.join(arguments)
+    if log.exists() and _is_new(made, command):
         return log.read_text()
-    command = [*spu_cuda.nvcc_command(nvcc, one), "-Xptxas=-v", "-o", str(made)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([*arguments, "-o", str(made)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{one.name} did not compile:\n{done.stdout}")
     log.write_text(done.stdout)
+    made.with_suffix(".command").write_text(command)
+    print(f"{one.name}: {len(cuda_gate.parse(done.stdout))} kernels", file=sys.stderr, flush=True)
     return done.stdout
 
 
-def main(folder: Path) -> int:
+def rows_of(one: spu_cuda.Object, output: str, made: Path, tool: str | None) -> list[Row]:
+    """The rows of one object; instances of one function share a row."""
+    mixes = cuda_gate.instruction_mix(tool, made) if tool else {}
+    blocks = cuda_gate.blocks_of(made)
+    rows: dict[tuple[str, str], Row] = {}
+    for kernel in cuda_gate.parse(output):
+        name = "_".join((one.name, *kernel.product)) if blocks else kernel.family
+        threads, shared = blocks.get(kernel.product, (PLAIN_THREADS, kernel.shared_bytes))
+        row = rows.setdefault((name, kernel.arch), Row(name, kernel.arch, 0, 0, 0, shared, threads, Counter()))
+        row.instances += 1
+        row.registers = max(row.registers, kernel.registers)
+        row.spilled_bytes += kernel.spill_bytes
+        row.shared_bytes = max(row.shared_bytes, shared)
+        for kind, count in mixes.get((kernel.name, kernel.arch), Counter()).items():
+            row.mix[kind] = max(row.mix[kind], count)
+    return list(rows.values())
+
+
+def faults(one: spu_cuda.Object, output: str, rows: list[Row], disassembled: bool) -> list[str]:
+    """Which limits an object breaks, in words."""
+    kernels = cuda_gate.parse(output)
+    found = cuda_gate.broken_limits(kernels)
+    wanted = {flag.rpartition("=")[2] for flag in one.flags if "code=sm_" in flag}
+    compiled = {kernel.arch for kernel in kernels}
+    if compiled != wanted:
+        found.append(f"{one.name}: ptxas told of kernels for {sorted(compiled)}, not {sorted(wanted)}")
+    found += [f"{row.name} on {row.arch}: its block does not fit a multiprocessor" for row in rows if not row.occupancy]
+    if disassembled and one.name.startswith("gemm_sm"):
+        found += [f"{row.name} on {row.arch}: no tensor-core instruction" for row in rows if not row.mix["tensor core"]]
+    return found
+
+
+def markdown(rows: list[Row], version: str) -> str:
+    """The table of docs/kernels-aot-cuda.md."""
+    kinds = list(cuda_gate.INSTRUCTIONS)
+    lines = [
+        "# CUDA C++ kernels, compiled ahead of time",
+        "",
+        f"Every kernel of `csrc/cuda`, compiled without a device. Written by `make aot-cuda`; nvcc {version}.",
+        "",
+        "Registers and spilled bytes are a thread's, shared memory (bytes, dynamic included) a block's; where a row "
+        "stands for several instances of a function (types, codecs, activations), the most of any. Occupancy is an "
+        "estimate from registers, shared memory and threads; matrix products live from few, large blocks. The last "
+        "columns count instructions in the machine code.",
+    ]
+    for arch in sorted({row.arch for row in rows}, key=lambda name: int(name[3:].rstrip("a"))):
+        lines += ["", f"## {arch}", ""]
+        lines.append("| kernel | instances | registers | spilled | shared | threads | occupancy | "
+                     + " | ".join(kinds) + " |")  # fmt: skip
+        lines.append("|---" * (7 + len(kinds)) + "|")
+        for row in rows:
+            if row.arch == arch:
+                counts = " | ".join(str(row.mix[kind]) for kind in kinds)
+                lines.append(
+                    f"| {row.name} | {row.instances} | {row.registers} | {row.spilled_bytes} | {row.shared_bytes} | "
+                    f"{row.threads} | {row.occupancy:.2f} | {counts} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile all CUDA C++ kernels and check them.")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "build/aot-cuda")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    options = parser.parse_args()
     if lacks := spu_cuda.missing():
         raise SystemExit("compiling the CUDA kernels needs " + "; ".join(lacks))
-    folder.mkdir(parents=True, exist_ok=True)
+    options.folder.mkdir(parents=True, exist_ok=True)
     nvcc, archs = spu_cuda.find_nvcc(), spu_cuda.architectures()
     assert nvcc is not None
     objects = spu_cuda.device_objects(archs)
     with ThreadPoolExecutor(spu_cuda.heavy_jobs()) as pool:
-        outputs = list(pool.map(lambda one: compile_one(nvcc, one, folder), objects))
-    tool, failures = cuda_gate.disassembler(), []
-    print("object arch kernels registers(most) spilled_bytes shared_bytes(static,most) tensor_core_instructions")
+        outputs = list(pool.map(lambda one: compile_one(nvcc, one, options.folder), objects))
+    tool, rows, failures = cuda_gate.disassembler(), [], []
     for one, output in zip(objects, outputs):
-        kernels = cuda_gate.parse(output)
-        failures += cuda_gate.broken_limits(kernels) if kernels else [f"{one.name}: ptxas told of no kernel"]
-        name = next(
-            (wanted for arch, wanted in cuda_gate.TENSOR_CORE.items() if one.name.startswith(f"gemm_sm{arch}")), ""
-        )
-        count = cuda_gate.count_instruction(tool, folder / f"{one.name}.o", name) if tool and name else None
-        if count == 0:
-            failures.append(f"{one.name}: no {name} instruction")
-        for arch in sorted({kernel.arch for kernel in kernels}):
-            here = [kernel for kernel in kernels if kernel.arch == arch]
-            print(one.name, arch, len(here), max(k.registers for k in here), sum(k.spill_bytes for k in here),
-                  max(k.shared_bytes for k in here), "-" if count is None else f"{count} {name}")  # fmt: skip
-    print(*failures, sep="\n")
+        made = rows_of(one, output, options.folder / f"{one.name}.o", tool)
+        failures += faults(one, output, made, tool is not None)
+        rows += made
+    text = markdown(rows, ".".join(map(str, spu_cuda.nvcc_version(nvcc) or ())))
+    if options.markdown is not None:
+        options.markdown.write_text(text)
+    print(text)
+    print(*failures, sep="\n", file=sys.stderr)
+    print(f"{sum(row.instances for row in rows)} kernels, {len(failures)} broken limits", file=sys.stderr)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "build/aot-cuda")))
+    raise SystemExit(main())

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc/cuda"
 TORCH = Path(torch.__file__).parent
-KERNELS = ("pointwise.cu", "codec.cu", "optim.cu", "gemm_fma.cu")
+KERNELS = ("pointwise.cu", "codec.cu", "optim.cu", "gemm_fma.cu", "transfer.cu")
 OPS = ("gemm.cpp", "op_linear.cpp", "op_codec.cpp", "op_optim.cpp", "module.cpp")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSPU_HOST_SIM", "-Wall", "-Wextra",
          "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_host'}"]  # fmt: skip
@@ -42,7 +42,9 @@ def build(folder: Path) -> Path:
     stable += [f"-isystem{TORCH / 'include'}", f"-isystem{sysconfig.get_paths()['include']}"]
     unity = folder / "ops.cpp"  # one file: torch's headers are most of the compiler's work
     sources = [*(CUDA / name for name in OPS), ROOT / "tests/cuda_host/runtime_sim.cpp"]
-    unity.write_text("#include <Python.h>\n" + "".join(f'#include "{path}"\n' for path in sources))
+    unity.write_text(
+        "#define PY_SSIZE_T_CLEAN\n#include <Python.h>\n" + "".join(f'#include "{path}"\n' for path in sources)
+    )
     jobs = [(unity, ["-O0", *stable]), *((CUDA / name, []) for name in KERNELS)]
 
     def compile_one(job: tuple[Path, list[str]]) -> str:

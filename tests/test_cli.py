@@ -122,31 +122,43 @@ def test_a_run_leaves_everything_it_promises(place):
     assert len(json.loads((run / "plan.json").read_text())["stages"]) == 2
 
 
-def test_kill_minus_nine_then_resume_gives_the_same_bits(place, capsys):
-    process = start(*new_run(place, "killed"))
-    run = place / "runs" / "killed"
-    wait_for_steps(process, run / "metrics.jsonl", 6)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (run / "summary.json").exists(), "the run was over before it could be killed"
-    assert run_here(place, "train", "--resume", "killed", "--out", str(place / "runs")) == 0
-    assert losses(place, "killed") == losses(place, "whole")
-    assert val_losses(place, "killed") == val_losses(place, "whole")
-
-
-def test_ctrl_c_saves_and_resume_gives_the_same_bits(place):
-    name = "stopped"
+def test_ctrl_c_and_then_kill_minus_nine_and_going_on_gives_the_same_bits(place):
+    name, run = "stopped", place / "runs" / "stopped"
     process = start(*new_run(place, name))
-    wait_for_steps(process, place / "runs" / name / "metrics.jsonl", 2)
+    wait_for_steps(process, run / "metrics.jsonl", 2)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
     done = len(losses(place, name))
     assert 2 <= done < STEPS
-    assert f"stopped after step {done} of {STEPS}, saved; go on with --resume {place / 'runs' / name}" in output
+    assert f"stopped after step {done} of {STEPS}, saved; go on with --resume {run}" in output
     assert "Traceback" not in output
-    assert run_here(place, "train", "--resume", str(place / "runs" / name)) == 0
+
+    process = start("train", "--resume", str(run))
+    wait_for_steps(process, run / "metrics.jsonl", min(done + 3, STEPS))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "summary.json").exists(), "the run was over before it could be killed"
+    assert run_here(place, "train", "--resume", name, "--out", str(place / "runs")) == 0
     assert losses(place, name) == losses(place, "whole")
+    assert val_losses(place, name) == val_losses(place, "whole")
+
+
+def test_the_planner_chooses_and_places_again(place, capsys):
+    options = ("--schedule", "auto", "--microbatches", "auto", "--replan", "--steps", "3")
+    arguments = new_run(place, "chosen", *options)
+    at = arguments.index("--microbatches")
+    del arguments[at : at + 2]
+    assert run_here(place, *arguments) == 0
+    output = capsys.readouterr().out
+    assert "planned again: " in output
+    rows = {line.split()[0] + " " + line.split()[1] for line in output.splitlines() if len(line.split()) > 2}
+    assert {"cpu:0 peak", "cpu:1 peak", "idle share"} <= rows
+    settings = json.loads((place / "runs" / "chosen" / "config.json").read_text())["settings"]
+    assert (settings["schedule"], settings["microbatches"], settings["replan"]) == ("auto", "auto", True)
+    plan = json.loads((place / "runs" / "chosen" / "plan.json").read_text())
+    assert plan["predicted"]["basis"] == "measured"
+    assert len(losses(place, "chosen")) == 3
 
 
 def test_resuming_a_finished_run_only_reports(place, capsys):
@@ -356,6 +368,7 @@ def test_doctor_and_devices_print_their_tables(capsys, tmp_path, monkeypatch):
     assert "cpu:1" in output
     assert "GFLOP/s" in output
     assert "cpu:0 -> cpu:1" in output
+    assert "loopback, between two processes" in output
     assert run_here(tmp_path, "devices", "--devices", "npu") == 2
     assert "'npu'" in capsys.readouterr().err
 

@@ -137,6 +137,25 @@ def test_infinite_logits() -> None:
         assert bool(lse.isnan()) == bool(expected.isnan())
 
 
+def test_a_group_of_minus_infinities_adds_nothing() -> None:
+    """256 logits of -inf beside others below -745, which e^0 of the empty group would overflow."""
+    weight = torch.full((512, 1), -1000.0)
+    weight[:256] = float("-inf")
+    lse = OPS.linear_ce.cpu(torch.ones(1, 1), weight, torch.tensor([300]), -100)[1]
+    expected = torch.logsumexp(weight[:, 0], 0, keepdim=True)
+    assert_close_to_truth(lse, expected, expected.double(), name="log sum exp")
+
+
+def test_cross_entropy_of_many_rows() -> None:
+    """More than one range of rows whose statistics are kept, from rows that lie apart."""
+    hidden = torch.randn(4500, 6)[:, ::2].half()
+    weight, target = torch.randn(19, 3).half(), torch.randint(19, (4500,))
+    check("linear_ce", hidden, weight, target, -100)
+    target[4321] = 19
+    with pytest.raises(ValueError, match=r"target\[4321\] is 19, not 0 to 18 or -100"):
+        OPS.linear_ce.cpu(hidden, weight, target, -100)
+
+
 def test_direct_callers_are_told_what_does_not_fit() -> None:
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match="w_gate.*w_up"):

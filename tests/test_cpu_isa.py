@@ -43,6 +43,7 @@ def run_kernel_tests(env: dict[str, str]) -> None:
         "no:cacheprovider",
         "tests/test_cpu_kernels.py",
         "tests/test_cpu_fused.py",
+        "tests/test_cpu_attention.py",
     ]
     command += ["-k", "not direct_callers and not python_threads"]  # the same code at every level
     # one thread: on a busy machine the waiting of a second one is most of the time

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
+from spu.ops import moments
+
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +27,7 @@ SOURCE = """
 #include "math/adamw.h"
 #include "math/codec.h"
 #include "math/half.h"
+#include "math/moments.h"
 #include "math/wire.h"
 using namespace spu::math;
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -93,6 +96,23 @@ EXPORT void fp8(const float* x, uint8_t* codes, float* values, long n, int e4m3)
     values[i] = e4m3 ? fp8_value<3, 7, float>(code) : fp8_value<2, 15, float>(code);
   }
 }
+EXPORT void moment_codes(const float* x, const uint32_t* bits, uint8_t* codes, float* values, long n, int is_signed) {
+  for (long i = 0; i < n; ++i) {
+    const uint32_t code = is_signed ? moment_code<true, float>(x[i], 1.0f, bits[i])
+                                    : moment_code<false, float>(x[i], 1.0f, bits[i]);
+    codes[i] = (uint8_t)code;
+    values[i] = is_signed ? moment_value<true, float>(code) : moment_value<false, float>(code);
+  }
+}
+EXPORT void moment_bf16(const float* x, const uint32_t* bits, uint16_t* h, long n) {
+  for (long i = 0; i < n; ++i) h[i] = (uint16_t)stochastic_bf16<float>(x[i], bits[i]);
+}
+EXPORT void noise(float step, uint32_t* bits, long n) {
+  for (long i = 0; i < n; ++i) bits[i] = moment_noise<uint32_t>((uint32_t)i, moment_seed(step));
+}
+EXPORT long moment_size(long numel) {
+  return moment_bytes(numel);
+}
 EXPORT long wire_size(long numel, int codec) {
   return spu::wire::wire_bytes(numel, static_cast<spu::wire::Codec>(codec));
 }
@@ -120,7 +140,7 @@ def math(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(str(folder / "m.so"))
-    library.wire_size.restype = ctypes.c_long
+    library.wire_size.restype = library.moment_size.restype = ctypes.c_long
     return library
 
 
@@ -266,3 +286,61 @@ def test_wire_size_is_pythons(math: ctypes.CDLL) -> None:
     for numel in (0, 1, 63, 64, 65, 1000, 4096):
         for code, name in enumerate(ops.CODECS):
             assert math.wire_size(ctypes.c_long(numel), code) == ops.wire_bytes((numel,), torch.float16, name)
+
+
+def coded(math: ctypes.CDLL, x: Tensor, bits: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    codes, values, words = torch.empty(x.shape, dtype=torch.uint8), torch.empty_like(x), bits.int()
+    math.moment_codes(at(x), at(words), at(codes), at(values), ctypes.c_long(x.numel()), int(signed))
+    return codes, values
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["first", "second"])
+def test_moment_codes_of_every_fp16_value_and_every_noise(math: ctypes.CDLL, signed: bool) -> None:
+    half = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    x = half[half.abs() <= 1] if signed else half[(half >= 0) & (half <= 1)]
+    x = torch.cat((x, x * 2.0**-10))  # down to where codes end, and below
+    bits = torch.randint(0, 1 << 16, x.shape)
+    codes, values = coded(math, x, bits, signed)
+    assert_equal(codes, moments._codes(x, bits, signed).to(torch.uint8), "codes")
+    wire = torch.cat((torch.ones(1), torch.zeros(15))).view(torch.uint8)
+    every = torch.arange(256, dtype=torch.uint8)
+    for block in every.view(4, 64):  # the decoding of all 256 codes, a block of values at a time
+        decoded = moments.load_moment(torch.cat((wire, block)), (64,), signed=signed)
+        _, again = coded(math, decoded, torch.zeros(64), signed)
+        assert_equal(again, decoded, "a value that has a code keeps it")
+    largest = 2.0 ** -(3 if signed else 4)
+    normal = x.abs() >= 2.0**-15
+    assert float(((values - x).abs() / x.abs())[normal].max()) <= largest
+    assert bool((values[x == 0] == 0).all())
+    assert signed or bool((values[x > 0] > 0).all()), "a root of 0 would be divided by"
+    noise = torch.arange(1 << 16)
+    for point in (1.0, 0.7, 0.126, 3e-3, 2.5e-5, *([1e-5] if signed else [])):
+        for sign in (1, -1) if signed else (1,):
+            value = torch.full((1 << 16,), sign * point)
+            mean = coded(math, value, noise, signed)[1].double().mean().item()
+            assert mean == pytest.approx(sign * point, rel=1e-4 if point > 2e-5 else 2e-2), "right on average"
+
+
+def test_bf16_rounded_with_every_noise(math: ctypes.CDLL) -> None:
+    noise = torch.arange(1 << 16)
+    words = noise.int()
+    for value in (1.0, 1.0 + 2.0**-9, -3.3, 1e-39, 3.4e38, float("inf"), float("nan")):
+        x, stored = torch.full((1 << 16,), value), torch.empty(1 << 16, dtype=torch.bfloat16)
+        math.moment_bf16(at(x), at(words), at(stored), ctypes.c_long(1 << 16))
+        assert_equal(stored, moments.stored_moment(x, "bf16", noise, signed=True))
+        if abs(value) < 1e38:
+            assert stored.double().mean().item() == pytest.approx(x[0].double().item(), rel=1e-5)
+        assert bool((stored.isfinite() == x.isfinite()).all())
+
+
+def test_noise_and_sizes_are_pythons(math: ctypes.CDLL) -> None:
+    for step in (1.0, 77_777.0):
+        bits = torch.empty(10_000, dtype=torch.int32)
+        math.noise(ctypes.c_float(step), at(bits), ctypes.c_long(10_000))
+        wanted = moments.noise(10_000, torch.tensor([step]))
+        assert_equal(bits.long() & 0xFFFFFFFF, wanted)
+        for share in (wanted & 0xFFFF, wanted >> 16):  # uniform, and unlike its neighbours
+            assert float(share.double().mean() / 65536) == pytest.approx(0.5, abs=0.02)
+            assert abs(float(torch.corrcoef(torch.stack((share[1:], share[:-1])).double())[0, 1])) < 0.05
+    for numel in (0, 1, 64, 65, 1023, 1025):
+        assert math.moment_size(ctypes.c_long(numel)) == moments.moment_bytes(numel)

@@ -105,9 +105,12 @@ def test_wrong_settings_are_listed_against_the_known_ones(
 
 
 def test_the_default_build_stays_within_its_number_of_kernels(spu_cuda: ModuleType) -> None:
-    names = [one.name for one in spu_cuda.device_objects(spu_cuda.architectures())]
-    counts = {arch: sum(name.startswith(f"gemm_sm{arch}_") for name in names) for arch in ("75", "80", "90")}
-    assert counts == {"75": 3, "80": 6, "90": 6}
+    names = [one.name for one in spu_cuda.device_objects(spu_cuda.architectures()) if one.name.startswith("gemm_sm")]
+    assert names == [f"gemm_sm{arch}_{form}" for arch in ("90", "80", "75") for form in ("forward", "dx", "dw")]
+    counts = {"75": 0, "80": 0, "90": 0}
+    for name in names:
+        counts[name[7:9]] += len(spu_cuda.products_of(name))
+    assert counts == {"75": 5, "80": 10, "90": 6}
     ptx = [flag for one in spu_cuda.device_objects(["75", "80", "90a"]) for flag in one.flags if "code=compute" in flag]
     assert "-gencode=arch=compute_90,code=compute_90" in ptx, "newer devices need PTX"
 
@@ -119,6 +122,41 @@ def test_parallel_compilations_are_bounded_by_memory(monkeypatch: pytest.MonkeyP
         assert spu_cuda.heavy_jobs() == jobs
     monkeypatch.setenv("MAX_JOBS", "3")
     assert spu_cuda.heavy_jobs() == 3
+    monkeypatch.setenv("MAX_JOBS", "")
+    assert spu_cuda.heavy_jobs() == 16, "empty is as unset"
+
+
+def test_nvcc_is_looked_for_where_it_was_named_first(
+    monkeypatch: pytest.MonkeyPatch, spu_cuda: ModuleType, tmp_path: Path
+) -> None:
+    places = {name: tmp_path / name / "bin/nvcc" for name in ("path", "home", "named")}
+    for path in places.values():
+        path.parent.mkdir(parents=True)
+        path.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(places["path"].parent))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert spu_cuda.find_nvcc() == places["path"]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert spu_cuda.find_nvcc() == places["home"]
+    for named in (str(places["named"]), "nvcc"):
+        monkeypatch.setenv("NVCC", named)
+        assert spu_cuda.find_nvcc() == places["path" if named == "nvcc" else "named"]
+    monkeypatch.setenv("NVCC", "/gone/nvcc")
+    assert spu_cuda.find_nvcc() is None
+    from spu import toolchain
+
+    for name, value in (("NVCC", None), ("CUDA_HOME", None), ("NVCC", "/gone"), ("NVCC", "nvcc")):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert toolchain.find_nvcc() == (str(found) if (found := spu_cuda.find_nvcc()) else None), "one look-up"
+
+
+def test_the_named_compiler_is_nvccs_too(monkeypatch: pytest.MonkeyPatch, spu_cuda: ModuleType) -> None:
+    one = spu_cuda.device_objects(["80"], products=False)[0]
+    monkeypatch.delenv("CXX", raising=False)
+    assert not any(flag.startswith("-ccbin") for flag in spu_cuda.nvcc_command(Path("/nvcc"), one))
+    monkeypatch.setenv("CXX", f"{sys.executable} -O1")  # anything that is there
+    assert f"-ccbin={sys.executable}" in spu_cuda.nvcc_command(Path("/nvcc"), one)
 
 
 SAMPLE = """
@@ -193,17 +231,26 @@ print(module.architectures(), cuda_library_status("CUDA"))
 def test_a_matrix_product_runs_on_tensor_cores(spu_cuda: ModuleType, tmp_path: Path) -> None:
     if NVCC is None or spu_cuda.cutlass_include() is None:
         pytest.skip("needs nvcc and CUTLASS's headers (pip install --no-deps nvidia-cutlass==4.2.0.0)")
-    (one,) = (one for one in spu_cuda.device_objects(["80"]) if one.name == "gemm_sm80_dw_fp16")
-    command = [*spu_cuda.nvcc_command(Path(NVCC), one), "-Xptxas=-v", "-o", str(tmp_path / "dw.o")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (one,) = (one for one in spu_cuda.device_objects(["80"]) if one.name == "gemm_sm80_dw")
+    # device code alone, and no PTX: the host's half of the work is left out
+    flags = [flag for flag in spu_cuda.nvcc_command(Path(NVCC), one) if "code=compute" not in flag and flag != "-c"]
+    done = subprocess.run(
+        [*flags, "-cubin", "-Xptxas=-v", "-o", str(tmp_path / "dw.cubin")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     kernels = cuda_gate.parse(done.stdout)
-    assert kernels
+    assert len(kernels) == 2, "fp16 and bf16"
     assert not cuda_gate.broken_limits(kernels)
     tool = cuda_gate.disassembler()
     if tool is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
-    assert cuda_gate.count_instruction(tool, tmp_path / "dw.o", "HMMA") > 0
+    mixes = cuda_gate.instruction_mix(tool, tmp_path / "dw.cubin")
+    assert {arch for _, arch in mixes} == {"sm_80"}
+    assert len(mixes) == 2
+    for mix in mixes.values():
+        assert mix["tensor core"] > 0
+        assert mix["asynchronous load"] > 0
 
 
 def test_the_gate_sees_what_it_should() -> None:
@@ -220,3 +267,11 @@ def test_the_gate_sees_what_it_should() -> None:
     assert kernels[0] == cuda_gate.Kernel("_Z1a", "sm_80", 40, 0, 0, 8192)
     (message,) = cuda_gate.broken_limits(kernels)
     assert message.startswith("_Z1b on sm_80")
+
+
+def test_occupancy_is_bounded_by_whatever_runs_out_first() -> None:
+    assert cuda_gate.occupancy("sm_80", 32, 256, 0) == 1.0
+    assert cuda_gate.occupancy("sm_80", 64, 256, 0) == 0.5  # 65536 registers
+    assert cuda_gate.occupancy("sm_80", 96, 128, 64 << 10) == 0.125  # two blocks' shared memory
+    assert cuda_gate.occupancy("sm_75", 32, 64, 0) == 1.0  # 16 blocks of 64 threads
+    assert cuda_gate.occupancy("sm_90a", 168, 384, 200 << 10) == 384 / 2048

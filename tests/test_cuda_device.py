@@ -11,8 +11,9 @@ from spu import ops
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.spu
-# rows, out, in: less than a tile, one tile, several with ragged edges; out and in are multiples of 8, as TMA needs
-SHAPES = [(1, 8, 8), (128, 128, 64), (200, 264, 136), (1000, 512, 384), (17, 1032, 72)]
+# rows, out, in: less than a tile, one tile, several with ragged edges, and, last, enough of them for the large tile;
+# out and in are multiples of 8, as TMA needs
+SHAPES = [(1, 8, 8), (128, 128, 64), (200, 264, 136), (1000, 512, 384), (17, 1032, 72), (2041, 1160, 136)]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,59 @@ def test_gradients(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     OPS.linear_dw_.cuda(dz, x, main_grad, inv_scale, found_inf, True)
     assert_close_to_truth(main_grad, 2 * plain, truth * 0.25, eps=1e-4, name="main_grad, added to")
     assert found_inf.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_gate_of_the_second_product(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, w_gate, _ = make(*shape, dtype)
+    w_up = w_gate.flip(0).contiguous()
+    gate, up = (x.double() @ w.double().t() for w in (w_gate, w_up))
+    plain_gate, plain_up = (torch.nn.functional.linear(x, w) for w in (w_gate, w_up))
+    for name in ("silu", "gelu", "gelu_tanh"):
+        act = ACTIVATIONS[name]
+        h, kept_gate, kept_up = OPS.gated_linear.cuda(x, w_gate, w_up, name, True)
+        assert_close_to_truth(h, act(plain_gate) * plain_up, act(gate) * up, name=f"h ({name})")
+        assert_close_to_truth(kept_gate, plain_gate, gate, name="gate")
+        assert_close_to_truth(kept_up, plain_up, up, name="up")
+        assert_equal(OPS.gated_linear.cuda(x, w_gate, w_up, name, False)[0], h, "h without what a backward needs")
+
+
+def test_both_tiles_of_every_form() -> None:
+    from spu import _cuda  # type: ignore[attr-defined]
+    from spu.ops import cuda_library
+
+    major, minor = torch.cuda.get_device_capability()
+    chosen = cuda_library.packed_tiles((major, minor))
+    x, w, dz = make(300, 264, 136, torch.float16)
+    truth = x.double() @ w.double().t(), dz.double() @ w.double()
+    try:
+        for tile in (0, 1):
+            _cuda.set_tiles(10 * major + minor, bytes([tile]) * len(chosen))
+            assert_close_to_truth(OPS.linear.cuda(x, w, None, "none", False)[0], x @ w.t(), truth[0], name=f"y, {tile}")
+            assert_close_to_truth(OPS.linear_dx.cuda(dz, w), dz @ w, truth[1], name=f"dx, tile {tile}")
+    finally:
+        _cuda.set_tiles(10 * major + minor, chosen)
+
+
+def test_host_memory_is_reached_both_ways() -> None:
+    x = torch.randn(300, 70).half().cuda()
+    for codec in ops.CODECS:
+        expected = ops.pack(x, codec).cpu()
+        for stores in (True, False):
+            wire, out = ops.pack_to_host(x, codec, stores=stores), torch.zeros_like(x)
+            torch.cuda.synchronize()
+            assert_equal(wire, expected, f"{codec}, stores={stores}")
+            ops.unpack_from_host(wire, out, codec, stores=stores)
+            assert_equal(out, ops.unpack(expected.cuda(), x.shape, x.dtype, codec), f"{codec}, loads={stores}")
+    sources = [torch.randn(n).to(t).pin_memory() for n, t in ((5, torch.float16), (70_000, torch.float32))]
+    for stores in (True, False):
+        targets = [torch.zeros(s.shape, dtype=torch.bfloat16, device="cuda") for s in sources]
+        ops.copy_in(sources, targets, stores=stores)
+        for source, target in zip(sources, targets):
+            assert_equal(target.cpu(), source.bfloat16(), f"stores={stores}")
+    with pytest.raises(Exception, match="pinned host memory"):
+        OPS.pack_.cuda(x, codec, torch.empty_like(expected))
 
 
 @pytest.mark.parametrize("at", [(0, 0), (199, 263), (77, 130)])

@@ -5,9 +5,11 @@ Without a GPU they run simulated (cuda_sim.py); with one, the same tests run on 
 
 from __future__ import annotations
 
-import ctypes
+import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
+from types import ModuleType
 
 import cuda_sim
 import pytest
@@ -28,6 +30,7 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
     test_linear,
     test_linear_of_any_strides_is_bit_equal_to_contiguous,
     test_linear_of_leading_dimensions_and_expanded_tensors,
+    test_narrow_moments_are_the_references,
     test_no_rows_store_zeros_or_leave_alone,
     test_non_finite_values_stand_where_torch_has_them,
     test_padding_of_ragged_tiles_raises_no_alarm,
@@ -36,22 +39,33 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
 )
 
 from spu import ops
-from spu.ops import dispatch
+from spu.kernels import table
+from spu.ops import cuda_library, dispatch
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
 DEVICE = "cuda" if REAL else "cpu"
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Registers the cuda overloads; returns the dispatch key that they have."""
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The library, which registers the cuda overloads."""
     if REAL:
         assert ops.backends()["cuda"].available, ops.backends()["cuda"]
-        return "CUDA"
+        return importlib.import_module("spu._cuda")
     if reason := cuda_sim.missing():
         pytest.skip(reason)
-    ctypes.CDLL(str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
-    return "CPU"
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    made = importlib.util.module_from_spec(spec)
+    loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def library(module: ModuleType) -> str:
+    """The dispatch key of the overloads."""
+    return "CUDA" if REAL else "CPU"
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +158,55 @@ def test_direct_callers_get_the_values_in_the_message(call: object, message: str
         pytest.skip("the tensors of this test are on the CPU, which the real library refuses first")
     with pytest.raises(Exception, match=message):
         call()  # type: ignore[operator]
+
+
+def test_gated_linear_is_the_references_up_to_rounding() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x, gate, up = (torch.randn(*size).to(dtype) for size in ((2, 5, 40), (24, 40), (24, 40)))
+        truth = torch.nn.functional.silu(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
+        plain = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
+        h, kept_gate, kept_up = suite.OPS.gated_linear.cpu(x, gate, up, "silu", True)
+        assert_close_to_truth(h, plain, truth, name="h")
+        assert_close_to_truth(kept_gate, x @ gate.t(), x.double() @ gate.double().t(), name="gate")
+        assert_close_to_truth(kept_up, x @ up.t(), x.double() @ up.double().t(), name="up")
+        lone, *nothing = suite.OPS.gated_linear.cpu(x, gate, up, "silu", False)
+        assert_equal(lone, h)
+        assert [kept.numel() for kept in nothing] == [0, 0]
+
+
+def test_packing_into_memory_that_is_there() -> None:
+    """Simulated, host memory serves as what the kernels of a device see of pinned memory."""
+    x = torch.randn(7, 45).half()
+    for codec in suite.CODECS:
+        expected = suite.OPS.pack.cpu(x, codec)
+        wire = torch.full_like(expected, 77).pin_memory() if REAL else torch.full_like(expected, 77)
+        torch.ops.spu.pack_.cuda(x.to(DEVICE), codec, wire)
+        if REAL:
+            torch.cuda.synchronize()
+        assert_equal(wire, expected, codec)
+        for out in (torch.empty_like(x), torch.empty(45, 7).half().t()):
+            there = out.to(DEVICE)
+            torch.ops.spu.unpack_.cuda(wire, codec, there)
+            assert_equal(there.cpu(), suite.OPS.unpack.cpu(expected, [7, 45], torch.float16, codec), codec)
+
+
+def test_shape_classes_are_pythons_and_tiles_are_checked(module: ModuleType) -> None:
+    for shape in ((1, 8, 8), (64, 9999, 9), (65, 128, 8192), (65, 128, 8191), (2048, 1024, 64), (2049, 1024, 9000),
+                  (4096, 4096, 1), (4097, 4096, 1), (8192, 8192, 4096)):  # fmt: skip
+        assert table.CLASSES[module.shape_class(*shape)] == table.shape_class(*shape), shape
+    tiles = cuda_library.packed_tiles((8, 6))
+    module.set_tiles(86, tiles)
+    for capability, wrong in ((86, tiles[:-1]), (86, bytes([2]) * len(tiles)), (256, tiles), (-1, tiles)):
+        with pytest.raises(ValueError, match="out of range"):
+            module.set_tiles(capability, wrong)
+
+
+def test_a_list_is_copied_in_and_converted() -> None:
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    sources = [torch.randn(n).to(types[i % 3]) for i, n in enumerate([1, 0, 20_000, 5, *[3] * 60, 16_384])]
+    if REAL:
+        sources = [source.pin_memory() for source in sources]
+    targets = [torch.zeros(len(s), dtype=types[i // 3 % 3], device=DEVICE) for i, s in enumerate(sources)]
+    torch.ops.spu.copy_in_.cuda(sources, targets)
+    for i, (source, target) in enumerate(zip(sources, targets)):
+        assert_equal(target.cpu(), source.to(target.dtype), f"tensor {i}")

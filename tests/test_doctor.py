@@ -6,6 +6,7 @@ import builtins
 import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from spu import doctor, ops
+from spu import doctor, ops, toolchain
 from spu.doctor import Row, report
 
 NAMES = [
@@ -169,7 +170,9 @@ def test_an_extension_that_is_not_built_has_the_command_that_builds_it(monkeypat
 
 def test_the_build_command_is_for_the_checkout_or_for_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_source_tree", lambda: Path("/src/my spu"))
-    assert doctor._rebuild().startswith("cd '/src/my spu' && ")
+    assert (
+        "-m pip install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11' && cd '/src/my spu' && " in doctor._rebuild()
+    )
     assert doctor._rebuild().endswith("setup.py build_ext --inplace")
     monkeypatch.setattr(doctor, "_source_tree", lambda: None)
     assert doctor._rebuild().startswith("SPU_BUILD=1 ")
@@ -188,10 +191,24 @@ def test_an_extension_that_works_says_with_which_instructions(monkeypatch: pytes
     play_version(monkeypatch, "spu._C", "")
     row = doctor._extension("spu._C", "C++ kernels", lambda: "runs avx2")
     assert row == Row("spu._C", True, "C++ kernels, runs avx2")
-    play_version(monkeypatch, "spu._C", "")
-    assert doctor._instruction_set().startswith("processor has")
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(isa=lambda: "avx2"))
-    assert doctor._instruction_set().startswith("runs its avx2 ones (processor has")
+    for flags, text in (
+        ("flags : fpu avx2 fma f16c", " (processor has avx2, fma, f16c)"),
+        ("flags : avx512f avx512_bf16 avx2", " (processor has avx2, avx512f, avx512_bf16)"),
+        ("flags : fpu", " (processor has no vector instructions that they know)"),
+        ("Features : neon", ""),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=flags: text)
+        assert doctor._instruction_set() == f"runs its avx2 ones{text}"
+
+
+def test_an_instruction_set_that_the_processor_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def isa() -> str:
+        raise ValueError("SPU_CPU_ISA=avx512: this CPU lacks AVX-512")
+
+    play_version(monkeypatch, "spu._C", "")
+    row = doctor._extension("spu._C", "C++ kernels", isa)
+    assert row == Row("spu._C", False, "C++ kernels: SPU_CPU_ISA=avx512: this CPU lacks AVX-512", "unset SPU_CPU_ISA")
 
 
 # Tools.
@@ -222,26 +239,57 @@ def test_a_named_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyP
     assert doctor._compiler() == Row("C++ compiler", True, "/opt/icpx")
 
 
-def test_nvcc_is_found_on_the_path_in_cuda_home_and_in_pips_package(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+def test_nvcc_is_found_in_the_places_where_the_build_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     is_file = Path.is_file
     monkeypatch.setattr(Path, "is_file", lambda self: is_file(self) and str(self).startswith(str(tmp_path)))
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/bin/nvcc")
-    assert doctor._nvcc() == Row("nvcc", True, "/bin/nvcc")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(toolchain, "nvcc_version", lambda path: (13, 0))
+    there = {name: tmp_path / name / "bin/nvcc" for name in ("path", "home", "site/nvidia/cu13")}
+    for path in there.values():
+        path.parent.mkdir(parents=True)
+        path.touch()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     missing = doctor._nvcc()
     assert not missing.works
-    assert missing.fix.endswith("-m pip install nvidia-cuda-nvcc")
-    for place in ("site/nvidia/cu13/bin/nvcc", "home/bin/nvcc"):
-        (tmp_path / place).parent.mkdir(parents=True)
-        (tmp_path / place).touch()
+    assert "-m pip install nvidia-cuda-nvcc" in missing.fix
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert doctor._nvcc().detail == str(tmp_path / "site/nvidia/cu13/bin/nvcc")
+    assert doctor._nvcc() == Row("nvcc", True, f"{there['site/nvidia/cu13']}, release 13.0")
+    monkeypatch.setattr(shutil, "which", lambda name: str(there["path"]) if name == "nvcc" else None)
+    assert str(there["path"]) in doctor._nvcc().detail
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert doctor._nvcc().detail == str(tmp_path / "home/bin/nvcc")
+    assert str(there["home"]) in doctor._nvcc().detail, "what was named comes before what is on the PATH"
+    monkeypatch.setenv("NVCC", "/gone/nvcc")
+    assert "$NVCC is '/gone/nvcc', which is not there" in doctor._nvcc().detail
+
+
+@pytest.mark.parametrize(("version", "detail"), [((11, 8), "needs 12.4 or later"), (None, "does not run")])
+def test_an_nvcc_that_cannot_build_is_no_nvcc(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int] | None, detail: str
+) -> None:
+    hide(monkeypatch, "spu._cuda")
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: "/old/nvcc")
+    monkeypatch.setattr(toolchain, "nvcc_version", lambda path: version)
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    row = doctor._nvcc()
+    assert not row.works
+    assert detail in row.detail
+    assert "no nvcc that can build them" in doctor._cuda_library().detail
+
+
+@pytest.mark.parametrize(
+    ("cuda", "packages"),
+    [
+        ("13.0", "nvidia-cuda-nvcc==13.*"),
+        ("12.6", "nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12"),
+        (None, "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"),
+    ],
+)
+def test_the_compiler_that_is_advised_is_of_torchs_cuda_version(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, packages: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert packages in toolchain.install_nvcc("pip").replace("'", "")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +297,7 @@ def test_nvcc_is_found_on_the_path_in_cuda_home_and_in_pips_package(
     [
         (None, False, "without a CUDA device they would have no use", ""),
         ("/bin/nvcc", False, "nvcc is here, but without a CUDA device", ""),
-        (None, True, "no nvcc to build them with", "SPU_CUDA=1"),
+        (None, True, "no nvcc that can build them", "SPU_CUDA=1"),
         ("/bin/nvcc", True, "though nvcc is here", "SPU_CUDA=1"),
     ],
 )
@@ -257,7 +305,9 @@ def test_cuda_kernels_that_are_not_built(
     monkeypatch: pytest.MonkeyPatch, nvcc: str | None, device: bool, detail: str, fix: str
 ) -> None:
     hide(monkeypatch, "spu._cuda")
-    monkeypatch.setattr(doctor, "_find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(toolchain, "nvcc_version", lambda path: (12, 8))
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "_has_cuda", lambda: device)
     row = doctor._cuda_library()
     assert not row.works
@@ -265,6 +315,7 @@ def test_cuda_kernels_that_are_not_built(
     assert fix in row.fix
     assert bool(fix) == bool(row.fix)
     assert ("install nvidia-cuda-nvcc" in row.fix) == (device and nvcc is None)
+    assert (f"NVCC={nvcc} " in row.fix) == (device and nvcc is not None), "an isolated build sees no nvcc of pip's"
     status = SimpleNamespace(available=False, reason="spu._cuda is not built", fix="advice, not a command")
     monkeypatch.setattr(ops, "backends", lambda: {"cuda": status})
     (backend,) = doctor._backends()
@@ -282,6 +333,19 @@ def test_cuda_kernels_that_are_built(monkeypatch: pytest.MonkeyPatch, device: bo
     assert row.works
     assert "sm_75, sm_80, sm_90a" in row.detail
     assert ("idle" in row.detail) != device
+
+
+def test_cuda_kernels_that_were_built_for_other_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_version(monkeypatch, "spu._cuda", "")
+    module = importlib.import_module("spu._cuda")
+    module.architectures = lambda: "90a"
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 9)][index])
+    row = doctor._cuda_library()
+    assert not row.works
+    assert "no code for cuda:1 (sm_89)" in row.detail
+    assert "SPU_CUDA_ARCHS='89;90a' " in row.fix
 
 
 def test_cuda_kernels_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import spu
-from spu import DeviceManager, LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
+from spu import DeviceManager, LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer, placement
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -76,6 +78,25 @@ PIPELINES = [
     ("layer_outer", 1, 4),
     ("layer_outer", 2, 2),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def costs_counted_once() -> Iterator[None]:
+    """Nine tenths of these tests' time went into counting the same few models' costs, hundreds of times."""
+    known: dict[Any, Any] = {}
+    count = placement.model_costs
+
+    def counted(layers: Any, sample: Any, precision: str, loss_fn: Any, targets: Any, *, fused: bool) -> Any:
+        models = [(layer.name, repr(layer.module), *(p.shape for p in layer.module.parameters())) for layer in layers]
+        shapes = [t.shape for t in tree_leaves((sample, targets)) if isinstance(t, torch.Tensor)]
+        key = repr((models, shapes, precision, fused))
+        if key not in known:
+            known[key] = count(layers, sample, precision, loss_fn, targets, fused=fused)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "model_costs", counted)
+        yield
 
 
 @pytest.fixture(autouse=True)

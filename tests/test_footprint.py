@@ -18,9 +18,8 @@ def model():
     return nn.Sequential(nn.Embedding(128, 64), *block, nn.Linear(64, 128))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved"])
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", True), ("fp16", False)])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb", "zbv"])
 def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recompute, schedule):
     ids = torch.randint(0, 128, (16, 64))
     settings = {"precision": precision, "recompute": recompute, "schedule": schedule, "microbatches": 8}
@@ -28,8 +27,7 @@ def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recomput
         measured = measured_peaks(trainer, (ids, ids))
         predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
     for name, peak in measured.items():
-        # Hardly ever too little; too much by a gradient on its way (131 kB, of the 2 MB of this small model).
-        assert 0.98 * peak <= predicted[name] <= 1.1 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
+        assert 0.98 * peak <= predicted[name] <= 1.05 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
 
 
 def test_a_layer_is_left_as_it_was():
@@ -53,7 +51,7 @@ def test_layers_that_say_they_are_alike_are_run_once():
     layers = [nn.Linear(8, 8) for _ in range(5)]
     runs = [Run(f"l{k}", layer, call, "linear") for k, layer in enumerate(layers)]
     costs = training_costs(runs, torch.zeros(2, 8), torch.float32, fused=False)
-    assert len(calls) == 2  # the first one, and one that comes after another of its kind
+    assert len(calls) == 1
     assert [cost.name for cost in costs] == [f"l{k}" for k in range(5)]
     assert len({cost.own_bytes for cost in costs}) == 1
 

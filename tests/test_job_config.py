@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from spu.job.config import DEFAULT_MODEL, TrainConfig, resume_config
+from spu.job.config import DEFAULT_MODEL, TrainConfig, read_count, resume_config
 
 
 def test_defaults_are_valid_and_small_enough_for_five_minutes():
@@ -85,3 +85,22 @@ def test_resuming_may_move_the_run_but_not_change_it(tmp_path):
         resume_config(saved, {"lr": 0.2})
     with pytest.raises(ValueError, match="--model m differs from the run's default"):
         resume_config(saved, {"model": "m"})
+
+
+def test_there_is_one_list_of_codecs():
+    pytest.importorskip("typer")
+    from spu import cli, ops
+    from spu.job.config import TRANSFERS
+    from spu.plan import plan
+
+    assert ("auto", "none", *ops.CODECS) == TRANSFERS
+    assert ("none", *ops.CODECS) == plan.CODECS
+    assert cli._CODECS.replace(" or ", ", ").split(", ") == list(TRANSFERS)
+
+
+@pytest.mark.parametrize(("text", "value"), [(None, None), ("auto", "auto"), ("12", 12)])
+def test_counts_are_read_as_typed(text, value):
+    assert read_count("microbatches", text) == value
+    TrainConfig(microbatches=value or 8, batch=16, schedule="auto").check()
+    with pytest.raises(ValueError, match="--microbatches few: give a whole number of at least 1, or auto"):
+        read_count("microbatches", "few")

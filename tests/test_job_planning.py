@@ -81,7 +81,7 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--model", "gpt-17"), "no such config, file or folder"),
+        (("--model", "gpt-17"), "no such file or folder with a config.json"),
         (("--devices", "cuda:7,cpu"), "cuda:7 is not on this machine: say how much memory it has, --budget cuda:7=8GB"),
         (("--budget", "cuda:7=lots"), "budget cuda:7=lots: 'lots' is not a size"),
         (("--budget", "cuda:7"), "is not DEVICE=SIZE"),

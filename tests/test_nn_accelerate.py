@@ -240,3 +240,22 @@ def test_accelerated_blocks_compile_whole() -> None:
     x = torch.randn(3, 32)
     for module in (mlp, sequential):
         torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+def test_precision_holds_for_linears_of_the_users_own() -> None:
+    model = accelerate(nn.Sequential(Linear(3, 4, activation="relu"), nn.Linear(4, 2)), "fp16")
+    assert [layer.spu_dtype for layer in model] == [torch.float16, torch.float16]
+    restore(model)
+    assert [type(layer) for layer in model] == [Linear, nn.Linear]
+    assert model[0].spu_dtype is None
+
+
+def test_restore_names_a_class_that_changed_since_and_changes_nothing() -> None:
+    model = accelerate(net())
+    torch.nn.utils.parametrizations.weight_norm(model[2][0])
+    with pytest.raises(ValueError, match=r"module '2.0' was accelerated and is a ParametrizedLinear since"):
+        restore(model)
+    assert type(model[0]) is Linear
+    torch.nn.utils.parametrize.remove_parametrizations(model[2][0], "weight")
+    restore(model)
+    assert type(model[0]) is type(model[2][0]) is nn.Linear

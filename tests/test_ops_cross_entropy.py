@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spu import ops
 from spu.ops import cross_entropy, reference_fused, schema
+from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import LossScaler, MainGrads
 
 
@@ -199,3 +200,20 @@ def test_what_does_not_fit_is_named() -> None:
         ops.linear_cross_entropy(hidden, weight.t(), target)
     with pytest.raises(TypeError, match=r"hidden is torch.float16 and weight torch.float32"):
         ops.linear_cross_entropy(hidden.half(), weight, target)
+
+
+def test_its_weight_gradient_is_never_put_off(small_chunks: None) -> None:
+    """Put off, all pieces of the logits' gradient were kept until the weight gradient: as much as the logits whole."""
+    hidden, weight, target = operands(ignored=0)
+    expected = with_grads(plain, hidden.double(), weight.double(), target)[2]
+    weight, deferred = nn.Parameter(weight), []
+    one = [torch.full((1,), value) for value in (1.0, 1.0, 0.0)]
+    scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
+    with MainGrads([weight]) as grads:
+        grads.begin_step()
+        x = hidden.clone().requires_grad_()
+        loss = ops.linear_cross_entropy(F.linear(x, torch.eye(24)), weight, target)
+        open_scope(loss, scope).backward()
+    assert deferred == []
+    assert x.grad is not None
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-4, atol=1e-6)

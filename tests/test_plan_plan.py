@@ -12,7 +12,7 @@ from spu.plan import Plan, Predicted, StagePlan
 
 def stage(device, first, last, **changes):
     numbers = {"param_bytes": 10, "main_grad_bytes": 20, "master_bytes": 20, "moment_bytes": 40, "saved_bytes": 6}
-    numbers |= {"wire_bytes": 3, "workspace_bytes": 1, "budget_bytes": 1000, "each_bytes": 3}
+    numbers |= {"wire_bytes": 3, "workspace_bytes": 1, "budget_bytes": 1000, "each_bytes": 3, "left_bytes": 0}
     numbers |= {"recompute": (), "forward_s": 0.1, "backward_s": 1 / 3, "weight_s": 0.0, "update_s": 0.25}
     names = tuple(f"layers.{k}" for k in range(first, last))
     return StagePlan(device=device, layers=(first, last), layer_names=names, **{**numbers, **changes})
@@ -57,7 +57,7 @@ def test_json_round_trips_exactly(tmp_path):
 
 def test_the_file_shows_totals_and_the_version():
     assert [entry["total_bytes"] for entry in DATA["stages"]] == [100, 102]
-    assert (DATA["format"], DATA["version"]) == ("spu plan", 2)
+    assert (DATA["format"], DATA["version"]) == ("spu plan", 3)
 
 
 def test_a_plan_can_be_edited_by_hand():
@@ -74,8 +74,8 @@ def test_a_plan_can_be_edited_by_hand():
     ("path", "value", "reason"),
     [
         ("format", ..., 'not an spu plan (no "format": "spu plan")'),
-        ("version", 1, "version is 1, this spu reads 2; make the plan again"),
-        ("version", ..., "version is None, this spu reads 2"),
+        ("version", 1, "version is 1, this spu reads 3; make the plan again"),
+        ("version", ..., "version is None, this spu reads 3"),
         ("schedule", ..., "schedule is missing"),
         ("schedule", "zigzag", "schedule is 'zigzag'; there are 'gpipe', '1f1b'"),
         ("precision", "fp8", "precision is 'fp8'; there are 'fp16', 'bf16', 'fp32'"),

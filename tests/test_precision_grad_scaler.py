@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_equal
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import spu
 from spu.ops import sink, use_backend
+from spu.precision import main_grads
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -216,6 +218,159 @@ def test_a_model_in_16_bits_trains(backend: str, dtype: torch.dtype) -> None:
             losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0], losses
     assert scaler.get_scale() == 2.0**12
+
+
+def test_a_gradient_changed_by_hand_is_looked_at_again() -> None:
+    """As torch does: what was put in after the backward counts, and what was taken out does not."""
+    layer, x = spu.accelerate(nn.Linear(2, 2)), torch.ones(1, 2)
+    scaler, optimizer = spu.GradScaler("cpu", init_scale=64.0), torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def step(factor: float, change: Callable[[Tensor], Any]) -> bool:
+        """Whether the weights moved."""
+        before = layer.weight.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale(layer(x).sum() * factor).backward()
+        change(layer.weight)
+        change(layer.bias)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.isfinite(layer.weight).all()
+        return not torch.equal(layer.weight, before)
+
+    def replace(param: Tensor) -> None:
+        param.grad = param.grad * float("inf")
+
+    assert step(1.0, lambda param: None)
+    assert not step(1.0, lambda param: param.grad.fill_(float("nan")))
+    assert not step(1.0, replace)
+    assert step(float("inf"), lambda param: param.grad.zero_().add_(1))
+    assert step(1.0, lambda param: None)
+    assert scaler.get_scale() == 16
+
+
+@pytest.mark.parametrize("name", ["grad", "backward"])
+def test_a_backward_for_the_input_alone_leaves_the_weights_gradients(name: str) -> None:
+    """Adversarial training: a gradient of the input, then one of the weights."""
+    plain = nn.Linear(3, 3)
+    layer, gradients = spu.accelerate(copy.deepcopy(plain)), []
+    for model, scaler in ((plain, torch.amp.GradScaler("cpu", 8.0)), (layer, spu.GradScaler("cpu", 8.0))):
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.ones(2, 3, requires_grad=True)
+        for _ in range(2):  # the second step's weights have their sinks
+            optimizer.zero_grad()
+            loss = scaler.scale(model(x).sum())
+            if name == "grad":
+                (dx,) = torch.autograd.grad(loss, [x])
+            else:
+                loss.backward(inputs=[x])
+                dx, x.grad = x.grad, None
+            assert model.weight.grad is model.bias.grad is None
+            x = (x + 0.1 * dx / scaler.get_scale()).detach().requires_grad_()
+            scaled = torch.autograd.grad(scaler.scale(model(x).sum()), [model.weight])[0]
+            scaler.scale(model(x).sum()).backward()
+            scaler.unscale_(optimizer)
+            gradients.append([dx, scaled, model.weight.grad, model.bias.grad])
+            scaler.update()
+    for torchs, ours in zip(gradients[:2], gradients[2:], strict=True):
+        for a, b in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("since", ["the start", "the second step"])
+def test_hooks_on_a_weight_see_what_they_see_in_torch(since: str) -> None:
+    """The scaled gradient, which they may change."""
+    x, gradients = torch.randn(4, 3), []
+    plain = nn.Linear(3, 2)
+    for model, cls in ((plain, torch.amp.GradScaler), (spu.accelerate(copy.deepcopy(plain)), spu.GradScaler)):
+        optimizer, scaler, seen = torch.optim.SGD(model.parameters(), lr=0.0), cls("cpu", init_scale=16.0), []
+
+        def mask(gradient: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(gradient.clone())
+            return gradient.clamp(-8, 8)
+
+        for turn in range(3):
+            if turn == (0 if since == "the start" else 1):
+                model.weight.register_hook(mask)
+            optimizer.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        gradients.append([*seen, model.weight.grad, model.bias.grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_reentrant_checkpoint_is_right_or_refused(dtype: torch.dtype) -> None:
+    """Its backward does not know the scale: from the second step on the gradients would be too large by it."""
+    layer, x = spu.accelerate(nn.Linear(4, 1, bias=False)).to(dtype), torch.ones(2, 4, dtype=dtype, requires_grad=True)
+    optimizer, scaler = spu.optim.AdamW(layer.parameters()), spu.GradScaler("cpu", init_scale=1024.0)
+    for turn, reentrant in enumerate((True, False, True)):
+        optimizer.zero_grad()
+        loss = checkpoint(layer, x, use_reentrant=reentrant).sum()
+        if turn < 2:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            assert_equal(layer.weight.grad, torch.full((1, 4), 2.0), f"turn {turn}")
+            scaler.update()
+        else:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                scaler.scale(loss).backward()
+    optimizer.zero_grad()
+    layer(x).sum().backward()  # a backward that failed leaves nothing behind
+    assert_equal(layer.weight.grad, torch.full((1, 4), 2.0), "unscaled")
+
+
+def test_parameters_on_another_device_than_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients' ops get the scale and a flag there. ("meta" stands for a second device.)"""
+    devices: list[set[str]] = []
+
+    def record(*tensors: Tensor, accumulate: bool, backend: str) -> None:
+        devices.append({tensor.device.type for tensor in tensors})
+
+    monkeypatch.setattr(main_grads, "linear_dw_", record)
+    scaler, there = spu.GradScaler("cpu", init_scale=8.0), nn.Parameter(torch.empty(2, 3, device="meta"))
+    x = torch.ones(3, requires_grad=True)
+
+    def backward(_: Tensor) -> None:
+        adopted = scaler._adopt(there)
+        adopted.linear_weight(torch.empty(4, 2, device="meta"), torch.empty(4, 3, device="meta"), "reference")
+
+    y = x * 1
+    y.register_hook(backward)
+    scaler.scale(y.sum()).backward()
+    assert devices == [{"meta"}]
+
+
+def test_two_scalers_have_no_common_backward() -> None:
+    models = [spu.accelerate(nn.Linear(2, 1)) for _ in range(2)]
+    scalers = [spu.GradScaler("cpu", init_scale=scale) for scale in (8.0, 1024.0)]
+    losses = [scaler.scale(model(torch.ones(1, 2)).sum()) for scaler, model in zip(scalers, models, strict=True)]
+    with pytest.raises(RuntimeError, match="two loss scales"):
+        sum(losses).backward()
+    models[1].zero_grad()
+    first, second = scalers[0].scale([model(torch.ones(1, 2)).sum() for model in models])
+    (first + second).backward()
+    assert_equal(models[1].weight.grad, torch.ones(1, 2), "one scaler, two losses")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    scales = []
+    for default in (torch.float32, dtype):
+        model = spu.accelerate(Net()).float()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            ours = train(spu.GradScaler, model, OPTIMIZERS["sgd"], clip=True)
+            hidden = torch.randn(4, 8, dtype=torch.float32, requires_grad=True)
+            spu.ops.linear_cross_entropy(hidden, model.head.weight, torch.tensor([1, 2, 3, 4])).backward()
+            scaler = spu.LossScaler(2.0**16)
+            assert scaler.get_scale() == 2.0**16
+            assert scaler.found_inf().dtype == torch.float32
+        finally:
+            torch.set_default_dtype(before)
+        scales.append(ours["scales"])
+    assert scales[0] == scales[1]
 
 
 def test_states_go_both_ways() -> None:

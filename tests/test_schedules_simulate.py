@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 
@@ -92,17 +93,30 @@ def test_no_action_starts_before_its_inputs_or_while_its_stage_is_busy(data, sta
     links = data.draw(st.lists(seconds, min_size=stages - 1, max_size=stages - 1))
     timeline = simulate(actions, pairs, links, backend="python")
     at = {span[:3]: span for span in timeline.spans}
+    arrives = {}
+    for stage, step in itertools.product(range(stages), (1, -1)):
+        link, kind = 0.0, "F" if step > 0 else "B"
+        for span in timeline.of(stage):
+            if span.kind == kind and 0 <= stage + step < stages:  # one transfer at a time, in each direction
+                link = max(span.end, link) + links[min(stage, stage + step)]
+                arrives[stage + step, kind, span.microbatch] = link
     for row in actions:
         free = 0.0
         for stage, kind, i in row:
             inputs = [free]
             if kind == "F" and stage:
-                inputs.append(at[stage - 1, "F", i].end + links[stage - 1])
+                inputs.append(arrives[stage, "F", i])
             if kind == "B" and stage < stages - 1:
-                inputs.append(at[stage + 1, "B", i].end + links[stage])
+                inputs.append(arrives[stage, "B", i])
             assert at[stage, kind, i].start == max(inputs), (stage, kind, i)
             free = at[stage, kind, i].end
     assert timeline.makespan >= max(timeline.busy) - 1e-9
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_link_that_is_slower_than_the_stages_sets_the_pace(backend):
+    timeline = simulate(forward_only(2, 4), [(1.0, 1.0)] * 2, transfers=3.0, backend=backend)
+    assert [span.end for span in timeline.of(1)] == [5.0, 8.0, 11.0, 14.0]
 
 
 def test_gpipe_and_1f1b_differ_in_what_they_hold_not_in_time():
@@ -147,7 +161,8 @@ def test_what_is_wrong_with_the_numbers_is_named():
         (([0, 1], [], [0], [0], [1.0], []), "equally long, got 1, 0, 1 and 1"),
         (([0, 2], [0], [0], [0], [1.0], []), "first must ascend from 0 to the number of actions"),
         (([0, 1], [0], [4], [0], [1.0], []), r"kinds\[0\] is 4, not 0 to 3"),
-        (([0, 1], [0], [0], [-1], [1.0], []), r"microbatches\[0\] is -1, not 0 to 2\^24 - 1"),
+        (([0, 1], [0], [0], [-1], [1.0], []), r"microbatches\[0\] is -1, not 0 to 16777215"),
+        (([0, 1], [0], [0], [2**20], [1.0], [0.0] * 99), "not 0 to 167771, the most for 100 stages"),
         (([0, 1], [0], [0], [2**62], [1.0], []), r"microbatches\[0\] is 4611686018427387904, not 0 to"),
         (([0, 1], [1], [0], [0], [1.0], []), r"stages\[0\] is 1, not 0 to 0, the number of transfers"),
         (([0, 1], [-1], [0], [0], [1.0], [0.0]), r"stages\[0\] is -1, not 0 to 1"),

@@ -136,3 +136,27 @@ def test_threads_do_not_see_each_others_skips() -> None:
     thread.join()
     assert len(failures) == 1
     assert skips.pop("mine").item() == 1.0
+
+
+def run_by_hand(detach: bool) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+    model = make_model()
+    plain, (x, y) = copy.deepcopy(model), make_batch()
+    trainer = ModelParallelTrainer(devices=devices(2))
+    for part in (model[:4], model[4:]):
+        trainer.add_module(part)
+    out = x
+    for module in trainer.modules():
+        out = module(out.detach().requires_grad_(True) if detach else out)
+    F.cross_entropy(out, y).backward()
+    F.cross_entropy(plain(x), y).backward()
+    return [p.grad for p in model.parameters()], [p.grad for p in plain.parameters()]
+
+
+def test_a_hand_run_loop_takes_skips_along_its_graph() -> None:
+    for ours, theirs in zip(*run_by_hand(detach=False), strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_a_hand_run_loop_that_detaches_says_how_to_hand_a_skip_on() -> None:
+    with pytest.raises(ValueError, match=r"'b' was stashed in part 0 and popped in part 1.*Hand it on as an output"):
+        run_by_hand(detach=True)

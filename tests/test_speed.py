@@ -60,6 +60,20 @@ def test_a_real_device_and_link_are_measured_and_remembered(cache: Path, cpus: l
     assert torch.get_num_threads() == threads
 
 
+def test_the_loopback_is_measured_and_remembered(cache: Path) -> None:
+    found = speed.measure_loopback()
+    assert 1e7 < found < 1e12
+    assert speed.measure_loopback() == found
+
+
+def test_pageable_memory_is_a_link_of_its_own(cache: Path, cpus: list[Device], counted: list[str]) -> None:
+    card = dataclasses.replace(cpus[1], name="cuda:0")
+    pinned, pageable = (speed.measure_link(cpus[0], card, pinned=how) for how in (True, False))
+    assert pinned != pageable
+    assert speed.measure_link(cpus[0], card, pinned=False) == pageable
+    assert counted == ["link", "link"]
+
+
 def test_a_second_look_measures_nothing_and_refresh_measures_again(
     cache: Path, cpus: list[Device], counted: list[str]
 ) -> None:
@@ -80,7 +94,7 @@ def test_a_second_look_measures_nothing_and_refresh_measures_again(
         lambda m, d: dataclasses.replace(d, threads=d.threads + 1),
         lambda m, d: m.setattr(speed, "cpu_model", lambda: "another CPU") or d,
         lambda m, d: m.setattr(speed, "_versions", lambda: {"torch": "9.9"}) or d,
-        lambda m, d: m.setattr(speed, "_linear_identity", lambda: ["another kernel"]) or d,
+        lambda m, d: m.setattr(speed, "linear_identity", lambda: ["another kernel"]) or d,
     ],
     ids=["cores", "threads", "cpu", "versions", "kernel"],
 )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from numeric import assert_equal
+from torch import nn
 
-from spu import ops
-from spu.transfer import Link
+from spu import ModelParallelTrainer, StageError, ops
+from spu.engine import local
+from spu.transfer import Link, side_for
+from spu.transfer.side import HostSide
 
 CPU = torch.device("cpu")
 
@@ -49,3 +54,68 @@ def test_an_overflow_is_still_seen_on_the_other_side() -> None:
     assert not torch.isfinite(received[3])
     assert not torch.isfinite(received[100])
     assert_equal(received[128:], torch.ones(72))
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_a_side_carries_the_same_tensors_beside_the_senders_work(codec: str | None) -> None:
+    side = HostSide("link")
+    link, plain = Link(CPU, codec, side), Link(CPU, codec)
+    tree = {"x": torch.randn(3, 64), "ids": torch.arange(3), "depth": 2}
+    with ops.use_backend("reference"):
+        ours, theirs = link.receive(link.send(tree)), plain.receive(plain.send(tree))
+    assert_equal(ours["x"], theirs["x"])
+    assert_equal(ours["ids"], tree["ids"])
+    assert ours["depth"] == 2
+    assert link.sent_bytes == plain.sent_bytes
+    link.close()
+    link.close()
+
+
+def test_between_cpus_the_sender_packs_by_itself() -> None:
+    assert side_for(CPU, CPU, None) is None
+    assert side_for(CPU, CPU, False) is None
+    side = side_for(CPU, CPU, True)
+    assert isinstance(side, HostSide)
+    side.close()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb"])
+def test_a_pipeline_with_sides_trains_to_the_same_bits(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for beside in (None, True):
+        monkeypatch.setattr(local, "side_for", lambda here, there, _, beside=beside: side_for(here, there, beside))
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 8) for _ in range(4)]
+        x, y = torch.randn(8, 8), torch.randint(8, (8,))
+        with ModelParallelTrainer(
+            layers, ["cpu:0", "cpu:1"], precision="fp32", schedule=schedule, microbatches=4, transfer="int8", lr=0.1
+        ) as trainer:
+            losses.append([trainer.step(x, y).loss for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("direction", "kind"), [("forward", "F"), ("backward", "B")])
+@pytest.mark.parametrize("end", ["send", "receive"])
+def test_a_failing_transfer_stops_everything_and_names_the_action(
+    direction: str, kind: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = torch.randn(8, 4), torch.randint(4, (8,))
+    with ModelParallelTrainer([nn.Linear(4, 4), nn.Linear(4, 4)], ["cpu:0", "cpu:1"], microbatches=8) as trainer:
+        trainer.prepare(x, y)
+        (link,) = getattr(trainer._runner.engine, f"_{direction}_links")
+        real, calls, failed = getattr(link, end), [], []
+
+        def fails(tree: object) -> object:
+            calls.append(1)
+            if len(calls) == 4:
+                failed.append(time.perf_counter())
+                raise ArithmeticError("a wire is cut")
+            return real(tree)
+
+        monkeypatch.setattr(link, end, fails)
+        stage = int((direction == "forward") == (end == "receive"))
+        with pytest.raises(StageError, match=rf"stage {stage} .*action {stage}{kind}3, .*a wire is cut"):
+            trainer.step(x, y)
+        assert time.perf_counter() - failed[0] < 1.0
+        assert all(p.grad is None for p in trainer.parameters())
+        assert trainer.step(x, y).loss > 0

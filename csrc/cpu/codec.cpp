@@ -102,7 +102,9 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
   }
   Tensor out = new_empty(wire_tensor, shape, dtype);
   const Type type = storage_type("unpack", "dtype", out);
-  const Tensor buffer = dense(wire_tensor);
+  Tensor buffer = dense(wire_tensor);
+  // Scales are read as floats: a view that begins at an odd byte is copied.
+  if (reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % alignof(float) != 0) buffer = torch::stable::clone(buffer);
   const uint8_t* bytes = static_cast<const uint8_t*>(buffer.const_data_ptr());
   void* values = out.mutable_data_ptr();
   const KernelTable& k = kernels();

@@ -1,6 +1,7 @@
 // spu::linear_ce and spu::linear_ce_dz: the logits exist as blocks of a matrix product in the cache, never whole.
 #include "cpu/cross_entropy.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/tensors.h"
@@ -50,32 +51,56 @@ float log_sum_exp(const float* stats, int64_t groups, int64_t rows, int64_t row)
   double sum = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const float* s = stats + (g * rows + row) * 2;
+    if (s[1] == 0.0f) continue;  // logits of -inf alone, whose maximum was not subtracted
     sum += s[1] * std::exp((std::isfinite(s[0]) ? s[0] : 0.0) - shift);
   }
   return static_cast<float>(shift + std::log(sum));
+}
+
+// Rows whose statistics, 8 bytes a row and group of columns, exist at a time.
+constexpr int64_t kStatRows = 4096;
+
+void expect_targets(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if ((target[i] < 0 || target[i] >= classes) && target[i] != ignore_index) {
+      checks::fail("spu::linear_ce: target[", i, "] is ", target[i], ", not 0 to ", classes - 1, " or ", ignore_index);
+    }
+  }
+}
+
+// Loss and log-sum-exp of rows [begin, end).
+void some_rows(const Logits& l, int64_t ignore_index, int64_t begin, int64_t end, float* losses, float* sums) {
+  const int64_t rows = end - begin, groups = (l.weight.rows + kStatColumns - 1) / kStatColumns;
+  std::vector<float> stats(static_cast<size_t>(groups * rows * 2)), found(static_cast<size_t>(rows));
+  Product product = l.product();
+  product.m = rows;
+  product.a.data = static_cast<const char*>(l.hidden.data) + begin * l.hidden.row * l.hidden.keep.element_size();
+  Epilogue e = {};
+  e.kind = Epilogue::softmax_stats;
+  e.target = l.targets() + begin;
+  e.stats = stats.data();
+  e.target_value = found.data();
+  e.rows = rows;
+  kernels().gemm(product, e);
+  for_ranges(rows, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      sums[begin + i] = log_sum_exp(stats.data(), groups, rows, i);
+      losses[begin + i] = e.target[i] == ignore_index ? 0.0f : sums[begin + i] - found[static_cast<size_t>(i)];
+    }
+  });
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index) {
   const Logits l = logits_of("linear_ce", hidden, weight, target);
-  const int64_t rows = l.hidden.rows, groups = (l.weight.rows + kStatColumns - 1) / kStatColumns;
+  const int64_t rows = l.hidden.rows;
+  expect_targets(l.targets(), rows, l.weight.rows, ignore_index);
   Tensor loss = new_empty(hidden, {rows}, ScalarType::Float), lse = new_empty(hidden, {rows}, ScalarType::Float);
-  std::vector<float> stats(static_cast<size_t>(groups * rows * 2)), found(static_cast<size_t>(rows));
-  Epilogue e = {};
-  e.kind = Epilogue::softmax_stats;
-  e.target = l.targets();
-  e.stats = stats.data();
-  e.target_value = found.data();
-  e.rows = rows;
-  kernels().gemm(l.product(), e);
   float *losses = static_cast<float*>(loss.mutable_data_ptr()), *sums = static_cast<float*>(lse.mutable_data_ptr());
-  for_ranges(rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      sums[i] = log_sum_exp(stats.data(), groups, rows, i);
-      losses[i] = e.target[i] == ignore_index ? 0.0f : sums[i] - found[static_cast<size_t>(i)];
-    }
-  });
+  for (int64_t i = 0; i < rows; i += kStatRows) {
+    some_rows(l, ignore_index, i, std::min(rows, i + kStatRows), losses, sums);
+  }
   return {loss, lse};
 }
 

@@ -6,6 +6,10 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #if !defined(SPU_X86)
 #if defined(__x86_64__)
 #define SPU_X86 1
@@ -19,9 +23,17 @@ namespace cpu {
 namespace {
 
 #if !defined(SPU_EMULATE_AVX512)
+#if SPU_X86
+// Bit 29 of leaf 1's ecx. Older compilers' __builtin_cpu_supports does not know the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 bool has_avx2() {
 #if SPU_X86
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #else
   return false;
 #endif

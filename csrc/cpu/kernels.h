@@ -6,6 +6,7 @@
 
 #include "math/activation.h"
 #include "math/adamw.h"
+#include "math/moments.h"
 #include "math/wire.h"
 
 namespace spu {
@@ -84,9 +85,42 @@ struct GatedBackward {
   void *dgate, *dup, *h;
 };
 
+// A tensor [batch, tokens, heads, head_dim], its last dimension contiguous; strides in elements.
+struct HeadsView {
+  const void* data;
+  int64_t batch, token, head;
+};
+
+// Attention without a mask, or with the causal one. Results are contiguous [batch, tokens, heads, head_dim].
+struct Attention {
+  Type type;
+  int64_t queries, keys, heads, kv_heads, head_dim;
+  float scale;
+  bool causal;  // queries == keys then
+  HeadsView q, k, v;
+  void* out;
+  float* lse;  // [batch, heads, queries]: log of the sum of exp(scale * q k)
+  // backward
+  HeadsView dout, saved_out;
+  void *dq, *dk, *dv;
+  int64_t query_chunks;  // forward: tasks that share a head's queries
+};
+
+// A parameter with what its update needs beside; seed is that of the step's noise.
+struct AdamWRange : math::AdamWItem {
+  Type param_type;
+  math::Moments moments;
+  float grad_scale;
+  uint32_t seed;
+};
+
 struct KernelTable {
   // k = 0 gives zero accumulators.
   void (*gemm)(const Product& p, const Epilogue& e);
+
+  // Tasks [begin, end) of batch x heads x query_chunks, and of batch x kv_heads.
+  void (*attention)(const Attention& a, int64_t begin, int64_t end);
+  void (*attention_backward)(const Attention& a, int64_t begin, int64_t end);
 
   // dz[i] = dy[i] * act'(saved[i])
   void (*act_backward)(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
@@ -112,9 +146,8 @@ struct KernelTable {
   void (*small_decode)(wire::Codec codec, Type type, void* x, int64_t numel, const float* scales, const uint8_t* codes,
                        int64_t begin, int64_t end);
 
-  // master is the fp32 parameter; param its 16-bit copy (null when the parameter itself is fp32).
-  void (*adamw)(Type param_type, void* param, float* master, const float* grad, float* m, float* v, float grad_scale,
-                const math::AdamWStep& step, int64_t begin, int64_t end);
+  // Blocks [begin, end) of math::kMomentBlock values.
+  void (*adamw)(const AdamWRange& tensor, const math::AdamWStep& step, int64_t begin, int64_t end);
   double (*square_sum)(const float* x, int64_t begin, int64_t end);
   const char* name;
 };

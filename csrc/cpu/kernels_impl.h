@@ -2,6 +2,7 @@
 // SPU_LANES, SPU_MR, SPU_NV and, with wider instructions, SPU_VEC_AVX2 or SPU_VEC_AVX512.
 #pragma once
 
+#include "cpu/attention_kernels.h"
 #include "cpu/codec_kernels.h"
 #include "cpu/codec_small.h"
 #include "cpu/gated_kernels.h"
@@ -12,9 +13,9 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-static const cpu::KernelTable kTable = {gemm,    act_backward, gated_backward, column_sums,  unscale,
-                                        convert, int8_encode,  int8_decode,    small_encode, small_decode,
-                                        adamw,   square_sum,   SPU_ISA_NAME};
+static const cpu::KernelTable kTable = {
+    gemm,        attention,   attention_backward, act_backward, gated_backward, column_sums, unscale,     convert,
+    int8_encode, int8_decode, small_encode,       small_decode, adamw,          square_sum,  SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/attention.h"
 #include "cpu/codec.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/gated.h"
@@ -23,6 +24,8 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   m.impl("gated_linear.cpu", TORCH_BOX(&spu::cpu::gated_linear));
   m.impl("gated_dz.cpu", TORCH_BOX(&spu::cpu::gated_dz));
   m.impl("gated_dx.cpu", TORCH_BOX(&spu::cpu::gated_dx));
+  m.impl("attention.cpu", TORCH_BOX(&spu::cpu::attention));
+  m.impl("attention_backward.cpu", TORCH_BOX(&spu::cpu::attention_backward));
   m.impl("linear_ce.cpu", TORCH_BOX(&spu::cpu::linear_ce));
   m.impl("linear_ce_dz.cpu", TORCH_BOX(&spu::cpu::linear_ce_dz));
   m.impl("pack.cpu", TORCH_BOX(&spu::cpu::pack));

@@ -20,7 +20,8 @@ void parallel(int64_t count, RangeBody body, void* context) {
 namespace {
 
 // Buffers up to this size are kept for the thread's next call; larger ones go back when a smaller one is asked for.
-constexpr int64_t kKeptFloats = int64_t{1} << 23;  // 32 MB
+// The largest product needs 2^23 and the rounding of its rows to whole micro-tiles.
+constexpr int64_t kKeptFloats = (int64_t{1} << 23) + (int64_t{1} << 18);  // 33 MB
 
 struct Buffer {
   float* data = nullptr;

@@ -15,11 +15,9 @@ namespace SPU_ISA_NS {
 // log2(kLanes) rounds of two-input shuffles.
 template <int D, int... I>
 SPU_INLINE void exchange(vf& a, vf& b, Lanes<I...>) {
-  const vi low = {((I & D) ? kLanes + I - D : I)...};
-  const vi high = {((I & D) ? kLanes + I : I + D)...};
   const vf x = a, y = b;
-  a = __builtin_shuffle(x, y, low);
-  b = __builtin_shuffle(x, y, high);
+  a = shuffled(x, y, Lanes<((I & D) ? kLanes + I - D : I)...>{});
+  b = shuffled(x, y, Lanes<((I & D) ? kLanes + I : I + D)...>{});
 }
 
 template <int D>

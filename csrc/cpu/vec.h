@@ -134,7 +134,9 @@ SPU_INLINE void store(Fp16* p, vf v) {
 // The first n <= kLanes elements only; the other lanes are zero. GCC 12 loses n's bound when it threads jumps.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Warray-bounds"
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wstringop-overflow"
+#endif
 template <class T>
 SPU_INLINE vf load_some(const T* p, int64_t n) {
   T tmp[kLanes];
@@ -224,10 +226,21 @@ SPU_INLINE void store_rounded(int8_t* p, const vf* v) {
 #endif
 }
 
-// The lanes of v rotated by D; __builtin_shuffle wraps its indices.
+// Lanes of a and b, numbered through: the result has lane Index[i] at i. GCC knows the portable form from 12 on.
+template <class V, int... Index>
+SPU_INLINE V shuffled(V a, V b, Lanes<Index...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Index...);
+#else
+  const vi order = {Index...};
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// The lanes of v rotated by D.
 template <int D, int... I>
 SPU_INLINE vu rotated(vu v, Lanes<I...>) {
-  return __builtin_shuffle(v, (vu){uint32_t(I + D)...});
+  return shuffled(v, v, Lanes<(I + D) % kLanes...>{});
 }
 template <int D = kLanes / 2>
 SPU_INLINE uint32_t max_lane(vu v) {

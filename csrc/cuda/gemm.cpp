@@ -1,6 +1,7 @@
 // Which kernel serves a matrix product.
 #include "cuda/gemm.h"
 
+#include <cstring>
 #include <limits>
 
 #include "cuda/gemm_tensor_core.h"
@@ -27,38 +28,82 @@ bool laid_out(const Gemm& g) {
   constexpr int64_t most = std::numeric_limits<int>::max();
   return a_inner == 1 && b_inner == 1 && rows_aligned(g.a.data, a_length, a_outer) &&
          rows_aligned(g.b.data, b_length, b_outer) && g.n % 8 == 0 && aligned(g.bias) && aligned(g.out) &&
-         aligned(g.preact) && aligned(g.main_grad) && g.k > 0 && g.m <= most && g.n <= most && g.k <= most;
+         aligned(g.preact) && aligned(g.gate) && aligned(g.main_grad) && g.k > 0 && g.m <= most && g.n <= most &&
+         g.k <= most;
 }
 
+// Kernels of one type, by form and tile.
+using Kernels = TensorCoreGemm[kForms][2];
+#define SPU_TWO_TILES(arch, form, type) \
+  {gemm_sm##arch##_##form##_##type##_large, gemm_sm##arch##_##form##_##type##_small}
+#define SPU_ONE_TILE(arch, form, type) \
+  {gemm_sm##arch##_##form##_##type##_large, gemm_sm##arch##_##form##_##type##_large}
+#define SPU_MMA_KERNELS(arch, type) \
+  {SPU_TWO_TILES(arch, forward, type), SPU_TWO_TILES(arch, dx, type), SPU_ONE_TILE(arch, dw, type)}
+#define SPU_WGMMA_KERNELS(type) \
+  {SPU_ONE_TILE(90, forward, type), SPU_ONE_TILE(90, dx, type), SPU_ONE_TILE(90, dw, type)}
+
 #if SPU_SM75
-constexpr TensorCoreGemm kSm75[3] = {gemm_sm75_forward_fp16, gemm_sm75_dx_fp16, gemm_sm75_dw_fp16};
+constexpr Kernels kSm75 = SPU_MMA_KERNELS(75, fp16);
 #endif
 #if SPU_SM80
-constexpr TensorCoreGemm kSm80[2][3] = {{gemm_sm80_forward_fp16, gemm_sm80_dx_fp16, gemm_sm80_dw_fp16},
-                                        {gemm_sm80_forward_bf16, gemm_sm80_dx_bf16, gemm_sm80_dw_bf16}};
+constexpr Kernels kSm80[kTensorCoreTypes] = {SPU_MMA_KERNELS(80, fp16), SPU_MMA_KERNELS(80, bf16)};
 #endif
 #if SPU_SM90
-constexpr TensorCoreGemm kSm90[2][3] = {{gemm_sm90_forward_fp16, gemm_sm90_dx_fp16, gemm_sm90_dw_fp16},
-                                        {gemm_sm90_forward_bf16, gemm_sm90_dx_bf16, gemm_sm90_dw_bf16}};
+constexpr Kernels kSm90[kTensorCoreTypes] = {SPU_WGMMA_KERNELS(fp16), SPU_WGMMA_KERNELS(bf16)};
 #endif
 
+// The tiles chosen for the devices of one capability.
+struct Tiles {
+  bool set;
+  uint8_t of[kForms][kTensorCoreTypes][kClasses];
+};
+constexpr int kCapabilities = 256;
+Tiles tiles[kCapabilities];
+
+int tile_for(const Gemm& g, int capability) {
+  const ShapeClass size = shape_class(g.m, g.n, g.k);
+  const Tiles& chosen = tiles[capability];
+  if (chosen.set) return chosen.of[static_cast<int>(g.form)][static_cast<int>(g.type)][static_cast<int>(size)];
+  return static_cast<int>(size == ShapeClass::medium || size == ShapeClass::large ? Tile::large : Tile::small);
+}
+
 TensorCoreGemm tensor_core_kernel(const Gemm& g, int capability) {
+  if (g.type == Type::fp32 || !laid_out(g) || capability < 0 || capability >= kCapabilities) return nullptr;
   [[maybe_unused]] const int type = static_cast<int>(g.type), form = static_cast<int>(g.form);
-  if (g.type == Type::fp32 || !laid_out(g)) return nullptr;
+  [[maybe_unused]] const int tile = tile_for(g, capability);
 #if SPU_SM90
-  if (capability == 90) return kSm90[type][form];  // the "a" of sm_90a: for this architecture alone
+  if (capability == 90) return kSm90[type][form][tile];  // the "a" of sm_90a: for this architecture alone
 #endif
 #if SPU_SM80
-  if (capability >= 80) return kSm80[type][form];
+  if (capability >= 80) return kSm80[type][form][tile];
 #endif
 #if SPU_SM75
-  if (capability >= 75 && capability < 80 && g.type == Type::fp16) return kSm75[form];
+  if (capability >= 75 && capability < 80 && g.type == Type::fp16) return kSm75[form][tile];
 #endif
-  (void)capability;
   return nullptr;
 }
 
 }  // namespace
+
+ShapeClass shape_class(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t side = 128;
+  if (m <= 64) return ShapeClass::skinny;
+  const int64_t count = ((m + side - 1) / side) * ((n + side - 1) / side);
+  if (count <= 128) return k >= 8192 ? ShapeClass::deep : ShapeClass::small;
+  return count <= 1024 ? ShapeClass::medium : ShapeClass::large;
+}
+
+bool set_tiles(int capability, const uint8_t* values, int64_t count) {
+  constexpr int64_t wanted = kForms * kTensorCoreTypes * kClasses;
+  if (capability < 0 || capability >= kCapabilities || count != wanted) return false;
+  for (int64_t i = 0; i < wanted; ++i) {
+    if (values[i] > static_cast<uint8_t>(Tile::small)) return false;
+  }
+  std::memcpy(tiles[capability].of, values, static_cast<size_t>(wanted));
+  tiles[capability].set = true;
+  return true;
+}
 
 void launch_gemm(const Gemm& g, int capability, cudaStream_t stream) {
   const TensorCoreGemm kernel = tensor_core_kernel(g, capability);

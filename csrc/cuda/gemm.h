@@ -1,6 +1,7 @@
 // One matrix product with its epilogue, as the ops describe it and the kernels receive it.
 //
 //   forward  C = act(A B + bias), A and B rounded products of 16-bit values accumulated in fp32; preact = A B + bias
+//            with a gate: C = act(gate) * (A B + bias), the second product of a gated layer
 //   dx       C = A B
 //   dw       main_grad (+)= inv_scale * A B in fp32, found_inf |= any non-finite element of A B
 //
@@ -17,6 +18,20 @@ namespace spu {
 namespace cuda {
 
 enum class Form : int { forward = 0, dx = 1, dw = 2 };
+constexpr int kForms = 3, kTensorCoreTypes = 2;
+
+// What a product's sizes say about the tile that suits it; the names and bounds of spu.kernels.table.shape_class.
+enum class ShapeClass : int { skinny = 0, deep = 1, small = 2, medium = 3, large = 4 };
+constexpr int kClasses = 5;
+ShapeClass shape_class(int64_t m, int64_t n, int64_t k);
+
+// The tiles that a product is compiled with; a form that has no small one uses the large one.
+enum class Tile : int { large = 0, small = 1 };
+
+// Chooses the tile of each form, type and class, in this order (kForms * kTensorCoreTypes * kClasses values of Tile),
+// for the devices of a capability (10 * major + minor). Before the first call the small tile serves skinny, deep and
+// small products. False if the capability or a value is out of range.
+bool set_tiles(int capability, const uint8_t* tiles, int64_t count);
 
 // Element (i, j) of a matrix is at data[i * row + j * col], in elements of the product's type.
 struct Operand {
@@ -33,6 +48,7 @@ struct Gemm {
   void* out = nullptr;         // [m, n], dense
   const void* bias = nullptr;  // [n]
   void* preact = nullptr;      // [m, n], dense, or null
+  const void* gate = nullptr;  // [m, n], dense, or null
   math::Act act = math::Act::none;
   // dw; the scalars are in device memory
   float* main_grad = nullptr;  // [m, n], dense

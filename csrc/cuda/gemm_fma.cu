@@ -49,7 +49,7 @@ SPU_DEVICE bool finish(const Gemm& g, int64_t i, int64_t j, float sum) {
   if (g.form != Form::dw) {
     const float z = g.bias != nullptr ? sum + load_one<T>(g.bias, j) : sum;
     if (g.preact != nullptr) store_one<T>(g.preact, at, z);
-    store_one<T>(g.out, at, activate(g.act, z));
+    store_one<T>(g.out, at, g.gate != nullptr ? activate(g.act, load_one<T>(g.gate, at)) * z : activate(g.act, z));
     return false;
   }
   const float value = sum * *g.inv_scale;
@@ -60,7 +60,8 @@ SPU_DEVICE bool finish(const Gemm& g, int64_t i, int64_t j, float sum) {
 template <Type T>
 __global__ void __launch_bounds__(kThreads) gemm_fma_kernel(Gemm g) {
   __shared__ float a[kDepth][kTile], b[kDepth][kTile];
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * kTile, column = static_cast<int64_t>(blockIdx.x) * kTile;
+  // rows along x, of which a grid may have 2^31: there are more tokens than features
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kTile, column = static_cast<int64_t>(blockIdx.y) * kTile;
   const int y = static_cast<int>(threadIdx.x) / kSide, x = static_cast<int>(threadIdx.x) % kSide;
   float sum[kMine][kMine] = {};
   for (int64_t depth = 0; depth < g.k; depth += kDepth) {
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) gemm_fma_kernel(Gemm g) {
 
 void launch_gemm_fma(const Gemm& g, cudaStream_t stream) {
   if (g.m == 0 || g.n == 0) return;
-  const dim3 blocks(static_cast<unsigned>((g.n + kTile - 1) / kTile), static_cast<unsigned>((g.m + kTile - 1) / kTile));
+  const dim3 blocks(static_cast<unsigned>((g.m + kTile - 1) / kTile), static_cast<unsigned>((g.n + kTile - 1) / kTile));
   with_type(g.type, [&](auto t) { launch(gemm_fma_kernel<decltype(t)::value>, blocks, kThreads, stream, g); });
 }
 

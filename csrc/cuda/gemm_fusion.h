@@ -44,17 +44,28 @@ CUTLASS_HOST_DEVICE float activate_any(int act, float z) {
   }
 }
 
-// act(z): the activation arrives as a broadcast number, so that one kernel serves all of them.
+// act(z), or act(gate) * z: activation and choice arrive as one broadcast number, so that one kernel serves all of
+// them. The gate may hold anything where it is not wanted.
+constexpr float kGated = 8.0f;  // added to the activation's number
+
 template <class Fragment>
 struct Activate {
-  CUTLASS_HOST_DEVICE Fragment operator()(const Fragment& act, const Fragment& z) const {
+  CUTLASS_HOST_DEVICE Fragment operator()(const Fragment& choice, const Fragment& gate, const Fragment& z) const {
     Fragment y;
-    const int which = static_cast<int>(act[0]);
+    const bool gated = choice[0] >= kGated;
+    const int act = static_cast<int>(gated ? choice[0] - kGated : choice[0]);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < Fragment::kElements; ++i) y[i] = activate_any(which, z[i]);
+    for (int i = 0; i < Fragment::kElements; ++i) {
+      const float a = activate_any(act, gated ? gate[i] : z[i]);
+      y[i] = gated ? a * z[i] : a;
+    }
     return y;
   }
 };
+
+inline float choice_of(const Gemm& g) {
+  return static_cast<float>(g.act) + (g.gate != nullptr ? kGated : 0.0f);
+}
 
 // wanted ? source + value : value. A choice, not a product with 0: the source may hold anything then.
 template <class Fragment>

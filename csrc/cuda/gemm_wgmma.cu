@@ -1,5 +1,5 @@
 // Products on the tensor cores of sm_90a (wgmma fed by TMA, warp-specialised), by CUTLASS's 3.x collectives with an
-// epilogue visitor tree. Compiled once for each form and type: SPU_FORM, SPU_TYPE (SPU_ARCH is 90).
+// epilogue visitor tree. Compiled once for each form, SPU_FORM (SPU_ARCH is 90), in all types.
 #include "cuda/gemm_fusion.h"
 #include "cuda/gemm_tensor_core.h"
 
@@ -22,21 +22,15 @@ using cute::_1;
 
 constexpr Form kForm = Form::SPU_FORM;
 constexpr bool kWeight = kForm == Form::dw;
-using Element = fusion::ElementOf<Type::SPU_TYPE>::type;
-using Output = cute::conditional_t<kWeight, float, Element>;
-using Source = cute::conditional_t<kWeight, float, void>;
 using Row = cutlass::layout::RowMajor;
 using Column = cutlass::layout::ColumnMajor;
 using LayoutA = cute::conditional_t<kWeight, Column, Row>;
 using LayoutB = cute::conditional_t<kForm == Form::forward, Column, Row>;
 
-using Tile = cute::conditional_t<kWeight, cute::Shape<cute::_128, cute::_256, cute::_64>,
-                                 cute::Shape<cute::_128, cute::_128, cute::_64>>;
+using BlockTile = cute::conditional_t<kWeight, cute::Shape<cute::_128, cute::_256, cute::_64>,
+                                      cute::Shape<cute::_128, cute::_128, cute::_64>>;
 using Cluster = cute::Shape<cute::_2, _1, _1>;
 using Schedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
-using Descriptor = epi::detail::EpilogueDescriptor<Tile, epi::EpilogueTileAuto, Source, Output, Schedule>;
-constexpr int kAccess = 16 / sizeof(Output);
-
 using Accumulator = evt::Sm90AccFetch;
 using Scalar = evt::Sm90ScalarBroadcast<float>;
 
@@ -91,92 +85,108 @@ struct OptionalSource : evt::Sm90SrcFetch<float> {
   bool load = false;
 };
 
-// The epilogue of each form: its visitor tree, whose result the collective stores, and the tree's arguments. (Out
-// delays a form that is not this object's.)
-template <Form F, class Out>
-struct Fusion;
+template <Type T, Tile>
+struct Product {
+  using Element = typename fusion::ElementOf<T>::type;
+  using Output = cute::conditional_t<kWeight, float, Element>;
+  using Source = cute::conditional_t<kWeight, float, void>;
+  using Descriptor = epi::detail::EpilogueDescriptor<BlockTile, epi::EpilogueTileAuto, Source, Output, Schedule>;
+  static constexpr int kAccess = 16 / sizeof(Output);
 
-// act(store(accumulator + bias))
-template <class Out>
-struct Fusion<Form::forward, Out> {
-  using Aux = epi::detail::AuxStoreDescriptor<Descriptor, Row, Out>;
-  using Bias = evt::Sm90RowBroadcast<0, Tile, Out, float>;
-  using Sum = evt::Sm90EVT<Compute<cutlass::plus>, Bias, Accumulator>;
-  using Store = evt::Sm90AuxStore<Aux::Stages, typename Descriptor::EpilogueTile, Out, fusion::kNearest,
-                                  typename Aux::Stride, typename Aux::SmemLayoutAtom, typename Aux::CopyOpR2S>;
-  using Preact = evt::Sm90EVT<Store, Sum>;
-  using Tree = evt::Sm90EVT<Compute<fusion::Activate>, Scalar, Preact>;
+  // The epilogue of each form: its visitor tree, whose result the collective stores, and the tree's arguments. (Out
+  // delays a form that is not this object's.)
+  template <Form F, class Out>
+  struct Fusion;
 
-  static typename Tree::Arguments arguments(const Gemm& g) {
-    const typename Bias::Arguments bias = {static_cast<const Out*>(g.bias), Out(0), {}};
-    const typename Scalar::Arguments act = {{static_cast<float>(g.act)}, {nullptr}, {}};
-    const typename Preact::Arguments preact = {{bias, {}, {}},
-                                               {static_cast<Out*>(g.preact), stride_of<typename Aux::Stride>(g.n)}};
-    return {act, preact, {}};
+  // act(store(accumulator + bias)), or with a gate act(gate) * store(accumulator + bias). The gate is read straight
+  // into registers: shared memory for it would cost the main loop a stage whether there is a gate or not.
+  template <class Out>
+  struct Fusion<Form::forward, Out> {
+    using Aux = epi::detail::AuxStoreDescriptor<Descriptor, Row, Out>;
+    using Bias = evt::Sm90RowBroadcast<0, BlockTile, Out, float>;
+    using Sum = evt::Sm90EVT<Compute<cutlass::plus>, Bias, Accumulator>;
+    using Store = evt::Sm90AuxStore<Aux::Stages, typename Descriptor::EpilogueTile, Out, fusion::kNearest,
+                                    typename Aux::Stride, typename Aux::SmemLayoutAtom, typename Aux::CopyOpR2S>;
+    using Preact = evt::Sm90EVT<Store, Sum>;
+    using Gate = evt::Sm90AuxLoad<0, void, Out, typename Aux::Stride, void, void>;
+    using Tree = evt::Sm90EVT<Compute<fusion::Activate>, Scalar, Gate, Preact>;
+
+    static typename Tree::Arguments arguments(const Gemm& g) {
+      const typename Bias::Arguments bias = {static_cast<const Out*>(g.bias), Out(0), {}};
+      const auto stride = stride_of<typename Aux::Stride>(g.n);
+      const typename Scalar::Arguments act = {{fusion::choice_of(g)}, {nullptr}, {}};
+      const typename Preact::Arguments preact = {{bias, {}, {}}, {static_cast<Out*>(g.preact), stride}};
+      return {act, {static_cast<const Out*>(g.gate), Out(0), stride}, preact, {}};
+    }
+  };
+
+  // the accumulator
+  template <class Out>
+  struct Fusion<Form::dx, Out> {
+    using Tree =
+        evt::Sm90EVT<evt::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, fusion::kNearest>, Accumulator>;
+
+    static typename Tree::Arguments arguments(const Gemm&) { return {}; }
+  };
+
+  // add_if(accumulate, main_grad, inv_scale * flag(accumulator))
+  template <class Out>
+  struct Fusion<Form::dw, Out> {
+    using Flag =
+        evt::Sm90EVT<evt::Sm90ScalarReduction<fusion::AnyNonFinite, fusion::RaiseFlag, Out, Out, fusion::kNearest>,
+                     Accumulator>;
+    using Scaled = evt::Sm90EVT<Compute<cutlass::multiplies>, Scalar, Flag>;
+    using Tree = evt::Sm90EVT<Compute<fusion::AddIf>, Scalar, OptionalSource, Scaled>;
+
+    static typename Tree::Arguments arguments(const Gemm& g) {
+      const typename Scalar::Arguments wanted = {{g.accumulate ? 1.0f : 0.0f}, {nullptr}, {}};
+      const typename Scalar::Arguments inv_scale = {{0.0f}, {g.inv_scale}, {}};
+      const typename Flag::Arguments flag = {{}, {g.found_inf, 0.0f, {}}};
+      return {wanted, {g.accumulate}, {inv_scale, flag, {}}, {}};
+    }
+  };
+
+  using Fused = Fusion<kForm, Output>;
+  using Epilogue = typename epi::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BlockTile,
+                                                   Cluster, epi::EpilogueTileAuto, float, float, Source, Row, kAccess,
+                                                   Output, Row, kAccess, Schedule, typename Fused::Tree>::CollectiveOp;
+  using Mainloop = typename gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, 8, Element, LayoutB, 8, float, BlockTile,
+      Cluster, gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+  using Kernel = gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Adapter = gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static constexpr int kBlockThreads = Kernel::MaxThreadsPerBlock, kBlockShared = Kernel::SharedStorageSize;
+
+  static bool launch(const Gemm& g, int multiprocessors, cudaStream_t stream) {
+    const int64_t lda = kWeight ? g.a.col : g.a.row;
+    const int64_t ldb = kForm == Form::forward ? g.b.col : g.b.row;
+    Output* out = static_cast<Output*>(kWeight ? static_cast<void*>(g.main_grad) : g.out);
+    typename Adapter::Arguments arguments = {};
+    arguments.mode = gemm::GemmUniversalMode::kGemm;
+    arguments.problem_shape = {static_cast<int>(g.m), static_cast<int>(g.n), static_cast<int>(g.k), 1};
+    arguments.mainloop = {static_cast<const Element*>(g.a.data), stride_of<typename Kernel::StrideA>(lda),
+                          static_cast<const Element*>(g.b.data), stride_of<typename Kernel::StrideB>(ldb)};
+    arguments.epilogue.thread = Fused::arguments(g);
+    if constexpr (kWeight) {
+      arguments.epilogue.ptr_C = out;
+      arguments.epilogue.dC = stride_of<typename Kernel::StrideC>(g.n);
+    }
+    arguments.epilogue.ptr_D = out;
+    arguments.epilogue.dD = stride_of<typename Kernel::StrideD>(g.n);
+    arguments.hw_info.sm_count = multiprocessors;
+    Adapter product;
+    return Adapter::can_implement(arguments) == cutlass::Status::kSuccess &&
+           product.initialize(arguments, nullptr, stream) == cutlass::Status::kSuccess &&
+           product.run(stream) == cutlass::Status::kSuccess;
   }
 };
-
-// the accumulator
-template <class Out>
-struct Fusion<Form::dx, Out> {
-  using Tree =
-      evt::Sm90EVT<evt::Sm90Compute<cutlass::epilogue::thread::Identity, Out, float, fusion::kNearest>, Accumulator>;
-
-  static typename Tree::Arguments arguments(const Gemm&) { return {}; }
-};
-
-// add_if(accumulate, main_grad, inv_scale * flag(accumulator))
-template <class Out>
-struct Fusion<Form::dw, Out> {
-  using Flag =
-      evt::Sm90EVT<evt::Sm90ScalarReduction<fusion::AnyNonFinite, fusion::RaiseFlag, Out, Out, fusion::kNearest>,
-                   Accumulator>;
-  using Scaled = evt::Sm90EVT<Compute<cutlass::multiplies>, Scalar, Flag>;
-  using Tree = evt::Sm90EVT<Compute<fusion::AddIf>, Scalar, OptionalSource, Scaled>;
-
-  static typename Tree::Arguments arguments(const Gemm& g) {
-    const typename Scalar::Arguments wanted = {{g.accumulate ? 1.0f : 0.0f}, {nullptr}, {}};
-    const typename Scalar::Arguments inv_scale = {{0.0f}, {g.inv_scale}, {}};
-    const typename Flag::Arguments flag = {{}, {g.found_inf, 0.0f, {}}};
-    return {wanted, {g.accumulate}, {inv_scale, flag, {}}, {}};
-  }
-};
-
-using Fused = Fusion<kForm, Output>;
-using Epilogue = typename epi::CollectiveBuilder<cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-                                                 epi::EpilogueTileAuto, float, float, Source, Row, kAccess, Output, Row,
-                                                 kAccess, Schedule, typename Fused::Tree>::CollectiveOp;
-using Mainloop = typename gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, 8, Element, LayoutB, 8, float, Tile, Cluster,
-    gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-    gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
-using Kernel = gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
-using Adapter = gemm::device::GemmUniversalAdapter<Kernel>;
 
 }  // namespace
 
-bool SPU_GEMM_NAME(const Gemm& g, int multiprocessors, cudaStream_t stream) {
-  const int64_t lda = kWeight ? g.a.col : g.a.row;
-  const int64_t ldb = kForm == Form::forward ? g.b.col : g.b.row;
-  Output* out = static_cast<Output*>(kWeight ? static_cast<void*>(g.main_grad) : g.out);
-  typename Adapter::Arguments arguments = {};
-  arguments.mode = gemm::GemmUniversalMode::kGemm;
-  arguments.problem_shape = {static_cast<int>(g.m), static_cast<int>(g.n), static_cast<int>(g.k), 1};
-  arguments.mainloop = {static_cast<const Element*>(g.a.data), stride_of<typename Kernel::StrideA>(lda),
-                        static_cast<const Element*>(g.b.data), stride_of<typename Kernel::StrideB>(ldb)};
-  arguments.epilogue.thread = Fused::arguments(g);
-  if constexpr (kWeight) {
-    arguments.epilogue.ptr_C = out;
-    arguments.epilogue.dC = stride_of<typename Kernel::StrideC>(g.n);
-  }
-  arguments.epilogue.ptr_D = out;
-  arguments.epilogue.dD = stride_of<typename Kernel::StrideD>(g.n);
-  arguments.hw_info.sm_count = multiprocessors;
-  Adapter product;
-  return Adapter::can_implement(arguments) == cutlass::Status::kSuccess &&
-         product.initialize(arguments, nullptr, stream) == cutlass::Status::kSuccess &&
-         product.run(stream) == cutlass::Status::kSuccess;
-}
+SPU_PRODUCT(fp16, large)
+SPU_PRODUCT(bf16, large)
 
 }  // namespace cuda
 }  // namespace spu

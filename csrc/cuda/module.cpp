@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/gemm.h"
 #include "cuda/ops.h"
 
 #ifdef SPU_HOST_SIM
@@ -22,6 +23,10 @@ STABLE_TORCH_LIBRARY_IMPL(spu, SPU_KEY, m) {
   m.impl("linear_db_.cuda", TORCH_BOX(&spu::cuda::linear_db_sink));
   m.impl("unscale_.cuda", TORCH_BOX(&spu::cuda::unscale));
   m.impl("gated_dz.cuda", TORCH_BOX(&spu::cuda::gated_dz));
+  m.impl("gated_linear.cuda", TORCH_BOX(&spu::cuda::gated_linear));
+  m.impl("pack_.cuda", TORCH_BOX(&spu::cuda::pack_into));
+  m.impl("unpack_.cuda", TORCH_BOX(&spu::cuda::unpack_into));
+  m.impl("copy_in_.cuda", TORCH_BOX(&spu::cuda::copy_in));
   m.impl("pack.cuda", TORCH_BOX(&spu::cuda::pack));
   m.impl("unpack.cuda", TORCH_BOX(&spu::cuda::unpack));
   m.impl("adamw_.cuda", TORCH_BOX(&spu::cuda::adamw));
@@ -38,9 +43,33 @@ PyObject* architectures(PyObject*, PyObject*) {
   return PyUnicode_FromString(SPU_CUDA_ARCHS);
 }
 
-PyMethodDef methods[] = {{"architectures", architectures, METH_NOARGS,
-                          "architectures() -> str: what the kernels were compiled for, as SPU_CUDA_ARCHS named it."},
-                         {nullptr, nullptr, 0, nullptr}};
+PyObject* set_tiles(PyObject*, PyObject* arguments) {
+  int capability = 0;
+  const char* values = nullptr;
+  Py_ssize_t count = 0;
+  if (!PyArg_ParseTuple(arguments, "iy#", &capability, &values, &count)) return nullptr;
+  if (!spu::cuda::set_tiles(capability, reinterpret_cast<const uint8_t*>(values), count)) {
+    PyErr_Format(PyExc_ValueError, "set_tiles: capability %d, or one of %zd tiles, is out of range", capability, count);
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* shape_class(PyObject*, PyObject* arguments) {
+  long long m = 0, n = 0, k = 0;
+  if (!PyArg_ParseTuple(arguments, "LLL", &m, &n, &k)) return nullptr;
+  return PyLong_FromLong(static_cast<long>(spu::cuda::shape_class(m, n, k)));
+}
+
+PyMethodDef methods[] = {
+    {"architectures", architectures, METH_NOARGS,
+     "architectures() -> str: what the kernels were compiled for, as SPU_CUDA_ARCHS named it."},
+    {"set_tiles", set_tiles, METH_VARARGS,
+     "set_tiles(capability: int, tiles: bytes): the tile, 0 large or 1 small, of each form (forward, dx, dw), type "
+     "(fp16, bf16) and shape class, in this order, on devices of a capability (10 * major + minor)."},
+    {"shape_class", shape_class, METH_VARARGS,
+     "shape_class(rows, columns, inner) -> int: the index of a product's class in spu.kernels.table.CLASSES."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_cuda",

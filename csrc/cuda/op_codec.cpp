@@ -1,9 +1,10 @@
-// spu::pack and spu::unpack on a CUDA device: wire format version 1 (math/wire.h).
+// spu::pack, unpack, pack_, unpack_ (wire format version 1, math/wire.h) and copy_in_ on a CUDA device.
 #include <cstring>
 
 #include "cuda/codec.h"
 #include "cuda/ops.h"
 #include "cuda/tensors.h"
+#include "cuda/transfer.h"
 
 namespace spu {
 namespace cuda {
@@ -35,38 +36,59 @@ wire::Header header_of(const Tensor& x, Type type, Codec codec) {
   return h;
 }
 
+// What pack and pack_ share: the checks of x, and the launch.
+struct Packing {
+  Codec codec;
+  Type type;
+  Tensor values;
+
+  Packing(const char* op, const Tensor& x, const std::string& name)
+      : codec(codec_of(op, name)), type(storage_type(op, "x", x)), values(x) {
+    expect_device(op, "x", x, x);
+    if (x.dim() > wire::kMaxDims) {
+      checks::fail("spu::", op, ": x ", checks::shape(x), " has ", x.dim(), " dimensions; the wire holds up to ",
+                   wire::kMaxDims, ", flatten some");
+    }
+    values = dense(x);
+  }
+  void into(uint8_t* wire) const {
+    const OnDevice on(values);
+    launch_pack(codec, type, values.const_data_ptr(), header_of(values, type, codec), wire, on.stream());
+  }
+};
+
+void expect_wire(const char* op, const Tensor& wire_tensor, int64_t numel, Codec codec, const std::string& name) {
+  checks::expect_dtype(op, "wire", wire_tensor, ScalarType::Byte);
+  if (wire_tensor.numel() != wire::wire_bytes(numel, codec)) {
+    checks::fail("spu::", op, ": a wire of ", numel, " values in codec ", name, " has ", wire::wire_bytes(numel, codec),
+                 " bytes, got ", wire_tensor.numel(), "; pass the shape and codec that were packed");
+  }
+}
+
 }  // namespace
 
 Tensor pack(Tensor x, std::string codec_name) {
-  expect_device("pack", "x", x, x);
-  const Codec codec = codec_of("pack", codec_name);
-  const Type type = storage_type("pack", "x", x);
-  if (x.dim() > wire::kMaxDims) {
-    checks::fail("spu::pack: x ", checks::shape(x), " has ", x.dim(), " dimensions; the wire holds up to ",
-                 wire::kMaxDims, ", flatten some");
-  }
-  const Tensor values = dense(x);
-  Tensor out = new_empty(x, {wire::wire_bytes(x.numel(), codec)}, ScalarType::Byte);
-  const OnDevice on(x);
-  launch_pack(codec, type, values.const_data_ptr(), header_of(x, type, codec),
-              static_cast<uint8_t*>(out.mutable_data_ptr()), on.stream());
+  const Packing packing("pack", x, codec_name);
+  Tensor out = new_empty(x, {wire::wire_bytes(x.numel(), packing.codec)}, ScalarType::Byte);
+  packing.into(static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;
+}
+
+void pack_into(Tensor x, std::string codec_name, Tensor wire_tensor) {
+  const Packing packing("pack_", x, codec_name);
+  expect_wire("pack_", wire_tensor, x.numel(), packing.codec, codec_name);
+  packing.into(static_cast<uint8_t*>(device_address("pack_", "wire", wire_tensor, x)));
 }
 
 Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
   expect_device("unpack", "wire", wire_tensor, wire_tensor);
-  checks::expect_dtype("unpack", "wire", wire_tensor, ScalarType::Byte);
   const Codec codec = codec_of("unpack", codec_name);
   int64_t numel = 1;
   for (int64_t size : shape) {
     if (size < 0) checks::fail("spu::unpack: negative size ", size, " in shape");
     numel *= size;
   }
-  if (wire_tensor.numel() != wire::wire_bytes(numel, codec)) {
-    checks::fail("spu::unpack: a wire of ", numel, " values in codec ", codec_name, " has ",
-                 wire::wire_bytes(numel, codec), " bytes, got ", wire_tensor.numel(),
-                 "; pass the shape and codec that were packed");
-  }
+  expect_wire("unpack", wire_tensor, numel, codec, codec_name);
   Tensor out = new_empty(wire_tensor, shape, dtype);
   const Type type = storage_type("unpack", "dtype", out);
   Tensor buffer = dense(wire_tensor);
@@ -76,6 +98,40 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
   launch_unpack(codec, type, static_cast<const uint8_t*>(buffer.const_data_ptr()), out.mutable_data_ptr(), numel,
                 on.stream());
   return out;
+}
+
+void unpack_into(Tensor wire_tensor, std::string codec_name, Tensor out) {
+  expect_device("unpack_", "out", out, out);
+  const Codec codec = codec_of("unpack_", codec_name);
+  expect_wire("unpack_", wire_tensor, out.numel(), codec, codec_name);
+  const Type type = storage_type("unpack_", "out", out);
+  const uint8_t* bytes = static_cast<const uint8_t*>(device_address("unpack_", "wire", wire_tensor, out));
+  if (reinterpret_cast<uintptr_t>(bytes) % 4 != 0) {
+    checks::fail("spu::unpack_: wire does not start at a multiple of 4 bytes; copy it into a tensor of its own");
+  }
+  Tensor values = dense(out);
+  const OnDevice on(out);
+  launch_unpack(codec, type, bytes, values.mutable_data_ptr(), out.numel(), on.stream());
+  if (!out.is_contiguous()) torch::stable::copy_(out, values);
+}
+
+void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets) {
+  if (sources.size() != targets.size()) {
+    checks::fail("spu::copy_in_: ", sources.size(), " sources for ", targets.size(), " targets");
+  }
+  if (targets.empty()) return;
+  std::vector<Copy> copies;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const Tensor &source = sources[i], &target = targets[i];
+    expect_device("copy_in_", "target", target, targets[0]);
+    checks::expect_same_shape("copy_in_", "source", source, "target", target);
+    if (!target.is_contiguous()) checks::fail("spu::copy_in_: target ", i, " is not contiguous");
+    copies.push_back({device_address("copy_in_", "source", source, targets[0]), target.mutable_data_ptr(),
+                      storage_type("copy_in_", "source", source), storage_type("copy_in_", "target", target),
+                      target.numel()});
+  }
+  const OnDevice on(targets[0]);
+  launch_copies(copies, on.stream());
 }
 
 }  // namespace cuda

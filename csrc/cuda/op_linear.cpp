@@ -56,6 +56,28 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
   return {y, preact};
 }
 
+// The second product's epilogue multiplies by act(gate): h is made without a pass of its own, and up is not rounded
+// before it. gated_dx stays two products and a sum.
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
+                                                bool keep) {
+  const char* op = "gated_linear";
+  const math::Act act = act_of(op, activation);
+  checks::expect_same_shape(op, "w_gate", w_gate, "w_up", w_up);
+  const Tensor gate = std::get<0>(linear(x, w_gate, std::nullopt, "none", false));
+  expect_pair(op, "x", x, "w_up", w_up);
+  const Matrix in = as_matrix(op, "x", x), w = as_weight(op, w_up);
+  const std::vector<int64_t> none = {0};
+  Tensor h = empty_as(gate), up = new_empty(x, keep ? sizes_of(gate) : none, x.scalar_type());
+  Gemm g = {Form::forward, storage_type(op, "x", x), in.rows, w.rows, in.cols, in.operand(), w.transposed()};
+  g.act = act;
+  g.gate = gate.const_data_ptr();
+  g.out = h.mutable_data_ptr();
+  g.preact = keep ? up.mutable_data_ptr() : nullptr;
+  const OnDevice on(x);
+  if (h.numel() > 0) launch_gemm(g, on.capability(), on.stream());
+  return {h, keep ? gate : new_empty(x, none, x.scalar_type()), up};
+}
+
 Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
   const math::Act act = act_of("linear_dz", activation);
   expect_pair("linear_dz", "dy", dy, "saved", saved);

@@ -26,7 +26,13 @@ void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, 
 
 std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation);
 
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
+                                                bool keep);
+
 Tensor pack(Tensor x, std::string codec);
+void pack_into(Tensor x, std::string codec, Tensor wire);
+void unpack_into(Tensor wire, std::string codec, Tensor out);
+void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets);
 Tensor unpack(Tensor wire, std::vector<int64_t> shape, torch::headeronly::ScalarType dtype, std::string codec);
 
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> masters,

@@ -1,105 +1,109 @@
 // AdamW in one pass (unscale, clip, step, 16-bit copy-out), and sums of squares, over lists of tensors.
 #include "cuda/optim.h"
 
-#include <algorithm>
-
-#include "cuda/vector.h"
+#include "cuda/codes.h"
+#include "cuda/group.h"
 #include "math/adamw.h"
 
 namespace spu {
 namespace cuda {
 namespace {
 
-// A list of tensors as a kernel parameter. Tensor t owns blocks first[t] .. first[t + 1), one for each of its pieces.
-template <class Item>
-struct Group {
-  Item item[kGroup];
-  int first[kGroup + 1];
-  int count;
+template <class... P>
+SPU_DEVICE bool aligned(const P*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) | ...) % 16) == 0;
+}
+
+using math::Moments;
+
+// What one thread needs of its block's tensor beside the values.
+struct Place {
+  int64_t i, end, numel;  // this thread's values are i .. i + kVector, those from `end` on are not there
+  bool wide;
 };
 
-int pieces_of(int64_t numel) {
-  return static_cast<int>((numel + kPiece - 1) / kPiece);
+template <Moments M, bool Signed>
+SPU_DEVICE Values load_moment(const void* moment, const Place& p) {
+  if (M == Moments::fp32) return load<Type::fp32>(moment, p.i, p.end, p.wide);
+  if (M == Moments::bf16) return load<Type::bf16>(moment, p.i, p.end, p.wide);
+  Values x = {};
+  if (p.i >= p.end) return x;
+  const uint8_t* codes = static_cast<const uint8_t*>(moment) + math::moment_scale_bytes(p.numel);
+  const float scale = static_cast<const float*>(moment)[p.i / math::kMomentBlock];
+  uint32_t code[kVector];
+  load_codes<8>(codes, p.i, p.end, p.wide, code);
+  for (int j = 0; j < kVector; ++j) x.v[j] = math::moment_value<Signed, float>(code[j]) * scale;
+  return x;
 }
 
-// Calls f(group) for each group of a list; empty tensors are left out.
-template <class Item, class F>
-void for_groups(const std::vector<Item>& items, F f) {
-  Group<Item> group = {};
-  for (const Item& item : items) {
-    if (item.numel == 0) continue;
-    group.item[group.count] = item;
-    group.first[group.count + 1] = group.first[group.count] + pieces_of(item.numel);
-    if (++group.count == kGroup) {
-      f(group);
-      group = {};
+// noise: the 16 bits of each value. For 8-bit moments all threads of a warp must come here, also those without values:
+// the threads of a block of values find its scale by exchanging maxima.
+template <Moments M, bool Signed>
+SPU_DEVICE void store_moment(void* moment, const Place& p, const Values& x, const uint32_t* noise) {
+  if (M == Moments::fp32) return store<Type::fp32>(moment, p.i, p.end, p.wide, x);
+  if (M == Moments::bf16) {
+    Values rounded;  // patterns without low bits: the store rounds no more
+    for (int j = 0; j < kVector; ++j) {
+      rounded.v[j] = math::Ops<float>::from_bits(math::stochastic_bf16<float>(x.v[j], noise[j]) << 16);
     }
+    return store<Type::bf16>(moment, p.i, p.end, p.wide, rounded);
   }
-  if (group.count > 0) f(group);
-}
-
-// The tensor that this block works on.
-template <class Item>
-SPU_DEVICE int tensor_of_block(const Group<Item>& group) {
-  int low = 0, high = group.count;  // first[low] <= block < first[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (group.first[middle] <= static_cast<int>(blockIdx.x)) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+  uint32_t top = 0;
+  for (int j = 0; j < kVector; ++j) {
+    const uint32_t magnitude = p.i + j < p.end ? math::Ops<float>::bits(x.v[j]) & 0x7fffffffu : 0u;
+    top = magnitude > top ? magnitude : top;
   }
-  return low;
+  for (int lane = 1; lane < math::kMomentBlock / kVector; lane *= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, top, lane);
+    top = other > top ? other : top;
+  }
+  if (p.i >= p.end) return;
+  const float scale = math::moment_scale(math::Ops<float>::from_bits(top));
+  if (p.i % math::kMomentBlock == 0) static_cast<float*>(moment)[p.i / math::kMomentBlock] = scale;
+  uint32_t codes[kVector] = {};
+  if (scale > 0.0f) {
+    for (int j = 0; j < kVector; ++j) codes[j] = math::moment_code<Signed, float>(x.v[j], scale, noise[j]);
+  }
+  store_codes<8>(static_cast<uint8_t*>(moment) + math::moment_scale_bytes(p.numel), p.i, p.end, p.wide, codes);
 }
 
-SPU_DEVICE math::AdamWStep step_of(double step, const AdamWSettings& s) {
-  math::AdamWStep k;
-  k.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);
-  k.one_minus_b1 = static_cast<float>(1.0 - s.beta1);
-  k.b2 = static_cast<float>(s.beta2);
-  k.one_minus_b2 = static_cast<float>(1.0 - s.beta2);
-  k.step_size = static_cast<float>(s.lr / (1.0 - pow(s.beta1, step)));
-  k.bias2_sqrt = static_cast<float>(sqrt(1.0 - pow(s.beta2, step)));
-  k.eps = static_cast<float>(s.eps);
-  return k;
-}
-
-SPU_DEVICE bool aligned(const void* a, const void* b, const void* c, const void* d, const void* e) {
-  const uintptr_t all = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) |
-                        reinterpret_cast<uintptr_t>(c) | reinterpret_cast<uintptr_t>(d) |
-                        reinterpret_cast<uintptr_t>(e);
-  return all % 16 == 0;
-}
-
-template <Type T>
+template <Type T, Moments M>
 __global__ void __launch_bounds__(kThreads)
-    adamw_kernel(const __grid_constant__ Group<AdamWTensor> group, AdamWSettings settings) {
+    adamw_kernel(const __grid_constant__ Group<math::AdamWItem> group, AdamWSettings settings) {
   __shared__ math::AdamWStep shared;
   if (*settings.found_inf != 0.0f) return;
   const int index = tensor_of_block(group);
-  const AdamWTensor t = group.item[index];
+  const math::AdamWItem t = group.item[index];
+  const AdamWSettings& s = settings;
   // Two powers in fp64 for a block, not for a thread: consumer cards are slow at them.
-  if (threadIdx.x == 0) shared = step_of(*t.step, settings);
+  if (threadIdx.x == 0) shared = math::adamw_constants(*t.step, s.lr, s.beta1, s.beta2, s.eps, s.weight_decay);
   __syncthreads();
   const math::AdamWStep k = shared;
+  const uint32_t seed = math::moment_seed(*t.step);
   const float grad_scale = *settings.grad_scale;
   const bool wide = aligned(t.param, t.master, t.grad, t.exp_avg, t.exp_avg_sq);
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - group.first[index]) * kPiece;
   const int64_t end = begin + kPiece < t.numel ? begin + kPiece : t.numel;
-  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * kVector; i < end; i += kThreads * kVector) {
+  // All threads run the loop equally often, for the exchange.
+  for (int64_t base = begin; base < end; base += kThreads * kVector) {
+    const Place place = {base + static_cast<int64_t>(threadIdx.x) * kVector, end, t.numel, wide};
+    const int64_t i = place.i;
     const Values g = load<Type::fp32>(t.grad, i, end, wide);
     Values p = load<Type::fp32>(t.master, i, end, wide);
-    Values m = load<Type::fp32>(t.exp_avg, i, end, wide), v = load<Type::fp32>(t.exp_avg_sq, i, end, wide);
+    Values m = load_moment<M, true>(t.exp_avg, place), v = load_moment<M, false>(t.exp_avg_sq, place);
+    uint32_t low[kVector], high[kVector];
     for (int j = 0; j < kVector; ++j) {
-      const math::AdamWState<float> s = math::adamw_step<float>({p.v[j], m.v[j], v.v[j]}, g.v[j] * grad_scale, k);
-      p.v[j] = s.param;
-      m.v[j] = s.m;
-      v.v[j] = s.v;
+      const math::AdamWState<float> next = math::adamw_step<float>({p.v[j], m.v[j], v.v[j]}, g.v[j] * grad_scale, k);
+      p.v[j] = next.param;
+      m.v[j] = next.m;
+      v.v[j] = next.v;
+      const uint32_t noise = M == Moments::fp32 ? 0 : math::moment_noise<uint32_t>(static_cast<uint32_t>(i + j), seed);
+      low[j] = noise & 0xffffu;
+      high[j] = noise >> 16;
     }
     store<Type::fp32>(t.master, i, end, wide, p);
-    store<Type::fp32>(t.exp_avg, i, end, wide, m);
-    store<Type::fp32>(t.exp_avg_sq, i, end, wide, v);
+    store_moment<M, true>(t.exp_avg, place, m, low);
+    store_moment<M, false>(t.exp_avg_sq, place, v, high);
     if (T != Type::fp32) store<T>(t.param, i, end, wide, p);
   }
 }
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
     square_sum_kernel(const __grid_constant__ Group<Values1d> group, double* partial) {
   const int index = tensor_of_block(group);
   const Values1d t = group.item[index];
-  const bool wide = aligned(t.data, t.data, t.data, t.data, t.data);
+  const bool wide = aligned(t.data);
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - group.first[index]) * kPiece;
   const int64_t end = begin + kPiece < t.numel ? begin + kPiece : t.numel;
   double sum = 0;
@@ -141,11 +145,15 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* partial, 
 
 }  // namespace
 
-void launch_adamw(Type param_type, const std::vector<AdamWTensor>& tensors, const AdamWSettings& settings,
-                  cudaStream_t stream) {
-  for_groups(tensors, [&](const Group<AdamWTensor>& group) {
+void launch_adamw(Type param_type, Moments moments, const std::vector<math::AdamWItem>& tensors,
+                  const AdamWSettings& settings, cudaStream_t stream) {
+  for_groups(tensors, [&](const Group<math::AdamWItem>& group) {
     with_type(param_type, [&](auto t) {
-      launch(adamw_kernel<decltype(t)::value>, group.first[group.count], kThreads, stream, group, settings);
+      constexpr Type T = decltype(t)::value;
+      const auto kernel = moments == Moments::fp32   ? adamw_kernel<T, Moments::fp32>
+                          : moments == Moments::bf16 ? adamw_kernel<T, Moments::bf16>
+                                                     : adamw_kernel<T, Moments::int8>;
+      launch(kernel, group.first[group.count], kThreads, stream, group, settings);
     });
   });
 }

@@ -7,30 +7,18 @@
 
 #include "cuda/device.h"
 #include "cuda/types.h"
+#include "math/moments.h"
 
 namespace spu {
 namespace cuda {
-
-constexpr int kGroup = 48;         // tensors of a launch: what fits into the 4 KB of a kernel's parameters
-constexpr int64_t kPiece = 16384;  // values that one block updates or sums
-
-// One parameter: `master` is the fp32 value, `param` its 16-bit copy (null where the parameter itself is fp32).
-struct AdamWTensor {
-  void* param;
-  float* master;
-  const float* grad;
-  float *exp_avg, *exp_avg_sq;
-  const float* step;  // the number of this update, from 1, in device memory
-  int64_t numel;
-};
 
 struct AdamWSettings {
   double lr, beta1, beta2, eps, weight_decay;
   const float *grad_scale, *found_inf;  // in device memory; nothing happens where found_inf is set
 };
 
-void launch_adamw(Type param_type, const std::vector<AdamWTensor>& tensors, const AdamWSettings& settings,
-                  cudaStream_t stream);
+void launch_adamw(Type param_type, math::Moments moments, const std::vector<math::AdamWItem>& tensors,
+                  const AdamWSettings& settings, cudaStream_t stream);
 
 struct Values1d {
   const float* data;

@@ -26,6 +26,23 @@ inline void expect_device(const char* op, const char* what, const Tensor& t, con
     checks::fail("spu::", op, ": ", what, " must be on the CUDA device of the first tensor; move it with .to()");
 }
 
+// Where kernels on the device of `like` find a dense tensor: on that device, or in pinned host memory.
+inline void* device_address(const char* op, const char* what, const Tensor& t, const Tensor& like) {
+  if (!t.is_contiguous()) checks::fail("spu::", op, ": ", what, " is not contiguous");
+  if (!t.is_cpu()) {
+    expect_device(op, what, t, like);
+    return t.mutable_data_ptr();
+  }
+  if (t.numel() == 0) return nullptr;
+  void* address = nullptr;
+  if (cudaHostGetDevicePointer(&address, t.mutable_data_ptr(), 0) != cudaSuccess) {
+    cudaGetLastError();  // it is answered for here
+    checks::fail("spu::", op, ": ", what, " must be on the CUDA device, or in pinned host memory: ",
+                 "make it with torch.empty(..., pin_memory=True)");
+  }
+  return address;
+}
+
 inline Type storage_type(const char* op, const char* what, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Half:

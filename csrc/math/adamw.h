@@ -1,6 +1,8 @@
 // One AdamW step on one element: decoupled weight decay (Loshchilov and Hutter), torch.optim.AdamW's sequence.
 #pragma once
 
+#include <math.h>
+
 #include "math/hd.h"
 
 namespace spu {
@@ -15,6 +17,18 @@ struct AdamWStep {
   float bias2_sqrt;  // sqrt(1 - beta2^step)
   float eps;
 };
+
+SPU_HD AdamWStep adamw_constants(double step, double lr, double beta1, double beta2, double eps, double weight_decay) {
+  AdamWStep k;
+  k.decay = static_cast<float>(1.0 - lr * weight_decay);
+  k.one_minus_b1 = static_cast<float>(1.0 - beta1);
+  k.b2 = static_cast<float>(beta2);
+  k.one_minus_b2 = static_cast<float>(1.0 - beta2);
+  k.step_size = static_cast<float>(lr / (1.0 - ::pow(beta1, step)));
+  k.bias2_sqrt = static_cast<float>(::sqrt(1.0 - ::pow(beta2, step)));
+  k.eps = static_cast<float>(eps);
+  return k;
+}
 
 template <class F>
 struct AdamWState {

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "math/hd.h"
+
 namespace spu {
 namespace wire {
 
@@ -25,7 +27,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64, "the wire header is 64 bytes");
 
-constexpr int64_t padded(int64_t bytes) {
+SPU_HD constexpr int64_t padded(int64_t bytes) {
   return (bytes + kAlign - 1) / kAlign * kAlign;
 }
 constexpr bool is_plain(Codec codec) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ def read_config(source: str) -> dict[str, Any]:
     Raises:
         ValueError: none of these, or not a JSON object with a model_type.
     """
+    name = source
     if source in config_names():
         text = (resources.files("spu") / "configs" / f"{source}.json").read_text(encoding="utf-8")
     else:
@@ -37,16 +40,16 @@ def read_config(source: str) -> dict[str, Any]:
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             raise ValueError(
-                f"--model {source}: no such config, file or folder with a config.json; there come with spu: "
+                f"--model {source}: no such file or folder with a config.json; with spu come the configs "
                 f"{', '.join(config_names())}"
             )
-        text = file.read_text(encoding="utf-8", errors="replace")
+        name, text = file.name, file.read_text(encoding="utf-8", errors="replace")
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--model {source}: not JSON ({error}); give a Hugging Face config") from None
+        raise ValueError(f"--model {source}: {name} is not JSON ({error}); give a Hugging Face config") from None
     if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(f"--model {source}: no model_type in it; give the config.json of a Hugging Face decoder")
+        raise ValueError(f"--model {source}: {name} has no model_type; give the config.json of a Hugging Face model")
     return values
 
 
@@ -87,18 +90,42 @@ def _real_tables(model: nn.Module) -> None:
 
 
 def costs_by_rows(
-    layers: list[Layer], tokens: int, precision: str
+    layers: list[Layer], tokens: int, precision: str, schedule: str = "auto"
 ) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
-    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy."""
-    from spu.placement import model_costs
+    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
+
+    All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
+    both, whatever the rows.
+    """
+    from spu.placement import fused_for, model_costs
+
+    @lru_cache(maxsize=2)
+    def counted(rows: int) -> list[LayerCost]:
+        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+        costs, loss = model_costs(layers, ids, precision, _cross_entropy, ids, fused=fused_for(schedule, precision))
+        assert loss is not None
+        return [*costs, loss]
 
     def costs_of(rows: int) -> tuple[list[LayerCost], LayerCost]:
-        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
-        costs, loss = model_costs(layers, ids, precision, _cross_entropy, ids)
-        assert loss is not None
-        return costs, loss
+        if rows <= 2:
+            every = counted(rows)
+        else:
+            every = [_along(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
+        return every[:-1], every[-1]
 
     return costs_of
+
+
+def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
+    """The line through the costs of one row and of two."""
+
+    def value(a: Any, b: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(value(x, y) for x, y in zip(a, b, strict=True))
+        return a + (b - a) * (rows - 1) if type(a) is int else a
+
+    fields = [field.name for field in dataclasses.fields(LayerCost)]
+    return LayerCost(**{name: value(getattr(one, name), getattr(two, name)) for name in fields})
 
 
 def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ except ImportError:  # the library works without its command line
     sys.exit("spu: the command line needs a few more packages: pip install 'spu-torch[train]'")
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_CODECS = "auto, none, fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2"  # spu.ops has them, but imports torch
 
 app = typer.Typer(
     name="spu",
@@ -66,14 +67,12 @@ def train(
     devices: Annotated[str | None, typer.Option(help="auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...  (auto)")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=24GB.  (what is free)")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer.  (1f1b)")
+        str | None, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer, auto.  (1f1b)")
     ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Microbatches of a pipeline round.  (8)")] = None,
+    microbatches: Annotated[str | None, typer.Option(help="Microbatches of a pipeline round, or auto.  (8)")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Pipeline rounds for one update.  (1)")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
-    transfer: Annotated[
-        str | None, typer.Option(help="Between stages: int8, fp16, bf16, none or auto.  (int8)")
-    ] = None,
+    transfer: Annotated[str | None, typer.Option(help=f"Between stages: {_CODECS}.  (int8)")] = None,
     recompute: Annotated[str | None, typer.Option(help="Recompute activations: auto, on or off.  (auto)")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Or: tokens to train on.  (786432)")] = None,
@@ -92,6 +91,9 @@ def train(
     plan: Annotated[
         str | None, typer.Option(help="A plan.json of spu plan: devices, schedule, stages as it says.")
     ] = None,
+    replan: Annotated[
+        bool | None, typer.Option("--replan", help="After the second step, place the layers again by what it took.")
+    ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
 ) -> None:
@@ -100,6 +102,9 @@ def train(
 
     def command() -> None:
         from spu.job.command import train_command
+        from spu.job.config import read_count
+
+        options["microbatches"] = read_count("microbatches", microbatches)
 
         train_command(
             _named(options), out=out, name=name, resume=resume, plan=plan, only_reference=reference, compare=compare
@@ -126,7 +131,7 @@ def plan(
     microbatches: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
     schedule: Annotated[str, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer, or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
-    transfer: Annotated[str, typer.Option(help="Between stages: int8, fp16, bf16, none or auto.")] = "auto",
+    transfer: Annotated[str, typer.Option(help=f"Between stages: {_CODECS}.")] = "auto",
     recompute: Annotated[str, typer.Option(help="Recompute activations: auto, on or off.")] = "auto",
     same_order: Annotated[bool, typer.Option("--same-order", help="Use every device, in the order given.")] = False,
     out: Annotated[str, typer.Option(help="Where the plan is written.")] = "plan.json",

@@ -265,7 +265,9 @@ class DeviceManager:
 
 
 def pin_current_thread(device: Device) -> None:
-    """Binds the calling thread to the device's cores and thread count; does nothing for a card."""
+    """Binds the calling thread to the device's cores and thread count, or to its card."""
+    if device.torch_device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(device.torch_device)
     if not device.cores:
         return
     if hasattr(os, "sched_setaffinity"):

@@ -14,9 +14,12 @@ import re
 import shlex
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from spu import toolchain
 
 __all__ = ["Row", "report"]
 
@@ -125,30 +128,29 @@ def _extension(module: str, what: str, more: Callable[[], str]) -> Row:
         importlib.import_module(module)
     except Exception as error:
         return Row(module, False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild())
-    extra = more()
+    try:
+        extra = more()
+    except ValueError as error:  # SPU_CPU_ISA asks for what this processor lacks
+        return Row(module, False, f"{what}: {error}", "unset SPU_CPU_ISA")
     return Row(module, True, f"{what}{', ' + extra if extra else ''}")
 
 
 def _instruction_set() -> str:
     """Which kernels the C++ library chose, and what the processor has."""
     flags = _cpu_flags()
-    have = "processor has " + (", ".join(flags) or "no vector instructions that the kernels know")
-    try:
-        return f"runs its {importlib.import_module('spu._C').isa()} ones ({have})"
-    except Exception:
-        return have
+    have = "" if flags is None else f" (processor has {', '.join(flags) or 'no vector instructions that they know'})"
+    return f"runs its {importlib.import_module('spu._C').isa()} ones{have}"
 
 
-def _cpu_flags() -> list[str]:
-    """Those of the processor's instruction sets that kernels are compiled for."""
-    known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+def _cpu_flags() -> list[str] | None:
+    """Those of the processor's instruction sets that kernels are compiled for; None where the system lists none."""
+    known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return []
+        return None
     match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    flags = set(match[1].split()) if match else set()
-    return [name for name in known if name in flags]
+    return [name for name in known if name in match[1].split()] if match else None
 
 
 def _compiler() -> Row:
@@ -197,7 +199,7 @@ def _choice() -> list[Row]:
     import torch
 
     from spu.kernels import table
-    from spu.ops import choose_backend
+    from spu.ops import choose_backend, forced_backend
 
     rows = []
     for index in range(torch.cuda.device_count()):
@@ -211,8 +213,9 @@ def _choice() -> list[Row]:
             ("large", (8192, 8192, 8192)),
         ):
             config = table.config_of(capability, "linear", torch.float16, shape)
-            backend = choose_backend(probe, op="linear", shape=shape)
-            parts.append(f"{name} {backend} ({config.kind} {config.block_m}x{config.block_n}x{config.block_k})")
+            backend = forced_backend() or choose_backend(probe, op="linear", shape=shape)
+            tile = f" ({config.kind} {config.block_m}x{config.block_n}x{config.block_k})"
+            parts.append(f"{name} {backend}{tile if backend == 'triton' else ''}")
         origin = ", ".join(f"{key} {value}" for key, value in used.facts.items() if key in ("device", "date"))
         text = f"linear fp16: {'; '.join(parts)}; table {used.arch} {used.origin} {origin}".rstrip()
         advice = "" if used.origin == "measured" else "; `spu tune` measures this card"
@@ -232,17 +235,23 @@ def _cuda_library() -> Row:
     except Exception as error:
         return Row("spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild_cuda())
     built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
-    return Row("spu._cuda", True, built if _has_cuda() else f"{built}; idle, since torch sees no CUDA device")
+    if not _has_cuda():
+        return Row("spu._cuda", True, f"{built}; idle, since torch sees no CUDA device")
+    from spu.ops import cuda_library
+
+    if lacks := cuda_library.uncovered(architectures):
+        fix = f"SPU_CUDA_ARCHS='{cuda_library.wanted()}' {_rebuild_cuda()}"
+        return Row("spu._cuda", False, f"{built}: no code for {', '.join(lacks)}", fix)
+    return Row("spu._cuda", True, f"{built}; used where the table of this card names them, or SPU_BACKEND=cuda does")
 
 
 def _cuda_library_not_built(what: str) -> Row:
-    nvcc, device = _find_nvcc() is not None, _has_cuda()
+    nvcc, device = _nvcc().works, _has_cuda()
     if device and nvcc:
         return Row("spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", _rebuild_cuda())
     if device:
-        why = f"{what}: not built, and there is no nvcc to build them with; Triton's serve"
-        toolkit = f"{_pip()} install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl"
-        return Row("spu._cuda", False, why, f"{toolkit} && {_rebuild_cuda()}")
+        why = f"{what}: not built, and there is no nvcc that can build them; Triton's serve"
+        return Row("spu._cuda", False, why, f"{toolchain.install_nvcc(_pip())} && {_rebuild_cuda()}")
     if nvcc:
         why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
         return Row("spu._cuda", False, why)
@@ -250,22 +259,23 @@ def _cuda_library_not_built(what: str) -> Row:
 
 
 def _nvcc() -> Row:
-    path = _find_nvcc()
-    if path is not None:
-        return Row("nvcc", True, path)
-    why = "not on the PATH, in $CUDA_HOME or /usr/local/cuda, nor installed by pip; only compiling CUDA code needs it"
-    return Row("nvcc", False, why, f"{_pip()} install nvidia-cuda-nvcc")
-
-
-def _find_nvcc() -> str | None:
-    found = shutil.which("nvcc")
-    if found:
-        return found
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
-    for folder in filter(None, sys.path):
-        candidates += sorted((Path(folder) / "nvidia").glob("*/bin/nvcc"))
-    return next((str(path) for path in candidates if path.is_file()), None)
+    path = toolchain.find_nvcc()
+    if path is None:
+        named = os.environ.get("NVCC")
+        why = (
+            f"$NVCC is {named!r}, which is not there"
+            if named
+            else "not on the PATH, in $CUDA_HOME or /usr/local/cuda, nor installed by pip"
+        )
+        return Row("nvcc", False, f"{why}; only compiling CUDA code needs it", toolchain.install_nvcc(_pip()))
+    version = toolchain.nvcc_version(path)
+    if version is None:
+        return Row("nvcc", False, f"{path} does not run: --version says no release", toolchain.install_nvcc(_pip()))
+    text = f"{path}, release {'.'.join(map(str, version))}"
+    if version < toolchain.OLDEST_NVCC:
+        oldest = ".".join(map(str, toolchain.OLDEST_NVCC))
+        return Row("nvcc", False, f"{text}; building spu._cuda needs {oldest} or later", toolchain.install_nvcc(_pip()))
+    return Row("nvcc", True, text)
 
 
 def _package_probe(name: str) -> Callable[[], Row]:
@@ -327,18 +337,24 @@ def _rebuild() -> str:
     """The command that builds the extensions (a compiler has its own row)."""
     root = _source_tree()
     if root is not None:
-        return f"cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
+        return f"{_build_tools()} && cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
     return f"SPU_BUILD=1 {_pip()} install --force-reinstall --no-deps --no-cache-dir spu-torch"
 
 
+def _build_tools() -> str:
+    """An isolated build has them by itself; building in place does not."""
+    return f"{_pip()} install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'"
+
+
 def _rebuild_cuda() -> str:
-    """The command that builds the CUDA library too, with its headers."""
-    headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
-    root = _source_tree()
+    """The command that builds the CUDA library too, with its headers; an isolated build would not see pip's nvcc."""
+    root, nvcc = _source_tree(), toolchain.find_nvcc()
+    where = shlex.quote(nvcc) if nvcc else f"$(ls {shlex.quote(sysconfig.get_paths()['purelib'])}/nvidia/*/bin/nvcc)"
     if root is not None:
-        build = f"SPU_CUDA=1 {_python_command()} setup.py build_ext --inplace"
-        return f"{headers} && cd {shlex.quote(str(root))} && {build}"
-    return f"SPU_CUDA=1 {_rebuild()}"
+        headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
+        build = f"SPU_CUDA=1 NVCC={where} {_python_command()} setup.py build_ext --inplace"
+        return f"{_build_tools()} && {headers} && cd {shlex.quote(str(root))} && {build}"
+    return f"SPU_CUDA=1 NVCC={where} {_rebuild()}"
 
 
 def _reinstall() -> str:

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from spu import nn as spu_nn
+from spu.flops import flop_formulas
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import MainGrads
-from spu.profile import LayerCost, fake_copy, flop_formulas, frozen_rng
+from spu.profile import LayerCost, fake_copy, frozen_rng
 from spu.tracker import MemoryTracker, Tally
 
 __all__ = ["Run", "loss_run", "training_costs"]
@@ -87,13 +88,11 @@ def training_costs(
     tally = Tally()
     x = fake_copy(mode, sample, torch.device("cpu"), dtype)
     known: dict[Any, tuple[LayerCost, Any]] = {}
-    costs, before = [], None
+    costs = []
     with frozen_rng(), torch.enable_grad():
         for run in runs:
-            # What a layer shares with the one before depends on both of them.
             kind = _kind(run, x)
-            key = None if kind is None else (before, kind)
-            if key is None or key not in known:
+            if kind is None or kind not in known:
                 try:
                     made = _Footprint(mode, tally, run, x, dtype, dtype in _HALVES if fused is None else fused).made()
                 except Exception as error:
@@ -101,12 +100,12 @@ def training_costs(
                         f"layer {run.name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
                         "check the example inputs, and that its forward does not read values (.item(), if on a tensor)"
                     ) from error
-                if key is not None:
-                    known[key] = made
+                if kind is not None:
+                    known[kind] = made
             else:
-                made = known[key]
+                made = known[kind]
             costs.append(dataclasses.replace(made[0], name=run.name))
-            x, before = made[1], kind
+            x = made[1]
     return costs
 
 
@@ -135,6 +134,7 @@ class _Footprint:
     def made(self) -> tuple[LayerCost, Any]:
         """The cost, and the next layer's input."""
         counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         trainable = [p for p in self.parameters if p.requires_grad]
         with self.mode, MainGrads(trainable) as grads, counter:
             grads.begin_step()
@@ -146,8 +146,7 @@ class _Footprint:
             forward_flops = counter.get_total_flops()
             after = _next(out)  # the same shapes, of storages that are not counted here
             backward = self._backward(out, base)
-            if self.fused:
-                backward[1].deferred_bytes = self._deferred_bytes(_next(self.x))
+            left, left_input = self._deferred(backward[1]) if self.fused else (0, False)
         keeps, peak, traffic = forward
         backward_peak, backward_work = backward
         input_bytes, output_bytes = _bytes(x), _bytes(after)
@@ -178,8 +177,10 @@ class _Footprint:
             backward_flops=None if backward_work.failed else counter.get_total_flops() - forward_flops,
             forward_traffic_bytes=traffic,
             backward_traffic_bytes=backward_work.moved_bytes,
-            deferred_bytes=max(backward_work.deferred_bytes - max(keeps - own_output, 0), 0),
+            deferred_bytes=max(left - max(keeps - own_output, 0), 0),
             deferred_flops=backward_work.deferred_flops,
+            left_bytes=left,
+            left_input=left_input,
         ), after
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
@@ -220,26 +221,45 @@ class _Footprint:
             return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * _bytes(out), fallback
         return self.tally.peak - base, work
 
-    def _deferred_bytes(self, x: Any) -> int:
-        """Bytes that are held between a backward that puts weight gradients off and those."""
+    def _deferred(self, work: _Traffic) -> tuple[int, bool]:
+        """Bytes that are held between a backward that puts weight gradients off and those, the layer's input left out;
+        and whether they hold the input. In ``work`` only products that are really put off stay counted as such."""
         deferred: list[Callable[[], None]] = []
         one = [torch.ones(1) for _ in range(3)]
-        base = self.tally.live
+        x = _next(self.x)
+        inputs, base, own = Tally(), self.tally.live, _Traffic()
+        # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
+        passed_on = _bytes([t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad])
+        tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
             out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
             roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
             if not roots:
-                return 0
+                return 0, False
             scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
             try:
-                torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
+                with own:
+                    torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
             except Exception:  # as in `_backward`
-                return 0
+                return 0, False
             finally:
-                del out, roots
-            left = self.tally.live - base
+                del out, roots, x
+            work.deferred_flops -= own.deferred_flops  # done at once all the same
+            left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
             deferred.clear()
         return left
+
+
+class _NoModules:
+    """In place of the FLOP counter's watch over modules: its global hooks would keep blocks from being run fused."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class _Traffic(TorchDispatchMode):
@@ -248,7 +268,6 @@ class _Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved_bytes = 0
-        self.deferred_bytes = 0
         self.deferred_flops = 0
         self.failed = False
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _PRODUCTS}

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .ops import adamw_
+from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
 
 _HALVES = (torch.float16, torch.bfloat16)
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
 
 
 def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
@@ -43,7 +45,7 @@ class _Constants:
         if given is not None:
             return _to(given, device)
         if (device, default) not in self._made:
-            self._made[device, default] = torch.full((1,), default, device=device)
+            self._made[device, default] = torch.full((1,), default, dtype=torch.float32, device=device)
         return self._made[device, default]
 
 
@@ -76,6 +78,9 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters or groups, as for any torch optimizer.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        moments: how the two moments are kept: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8 bits and a scale for 64 values),
+            8, 4 or 2.1 bytes a parameter together. Those below fp32 are rounded stochastically, the same way at every
+            run (``spu.ops.moments``). A state saved with other moments is converted when it is loaded.
 
     Raises:
         ValueError: for hyperparameters out of range.
@@ -90,15 +95,31 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        moments: str = "fp32",
     ) -> None:
+        if moments not in MOMENTS:
+            raise ValueError(f"moments is {moments!r}: choose one of {', '.join(map(repr, MOMENTS))}")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
-        self._constants = _Constants()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._set_up(moments)
+
+    def _set_up(self, moments: str) -> None:
+        self.moments = moments
+        self._constants = _Constants()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"moments": self.moments}  # torch's keeps settings, state and groups alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_constants" not in self.__dict__:  # a copy, made by copy.deepcopy or pickle
+            self._set_up(state.get("moments", "fp32"))
 
     def set_master(self, param: Tensor, value: Tensor) -> None:
         """Gives a 16-bit parameter its exact fp32 value (default: the parameter's own, widened). Copies it."""
@@ -109,15 +130,33 @@ class AdamW(torch.optim.Optimizer):
         master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
         self.state[param]["master"] = master.contiguous()
 
+    def master(self, param: Tensor) -> Tensor:
+        """The fp32 value that is updated for a parameter: its master, or the parameter itself."""
+        return self.state[param].get("master", param.detach())
+
     def _prepare(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros(1, device=param.device)
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            if param.dtype in _HALVES and "master" not in state:
-                self.set_master(param, param)
+            state["step"] = torch.zeros(1, dtype=torch.float32, device=param.device)
+            for key in _SIGNED:
+                state[key] = new_moment(param.shape, self.moments, param.device)
+        if param.dtype in _HALVES and "master" not in state:  # torch's state has none
+            self.set_master(param, param)
+        for key in _SIGNED:  # of a checkpoint, they may have been put here in another form
+            state[key] = self._as_kept(key, state[key], param)
         return state
+
+    def _as_kept(self, key: str, moment: Tensor, param: Tensor) -> Tensor:
+        """A moment in the form that this optimizer keeps, rounded to nearest; itself if it has it."""
+        if not fits(moment, param.shape):
+            raise ValueError(
+                f"the state's {key} is {moment.dtype} {tuple(moment.shape)}, which is no moment of a parameter of "
+                f"shape {tuple(param.shape)}: load the state of the same model"
+            )
+        if moments_of(moment) == self.moments:
+            return moment
+        signed = _SIGNED[key]
+        return stored_moment(load_moment(moment, param.shape, signed=signed), self.moments, signed=signed)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -192,18 +231,29 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores groups and state exactly: moments and masters stay fp32 (torch would narrow them to fp16).
+        """Restores groups and state exactly: masters and moments are not narrowed to fp16, as torch would.
 
-        Also takes a state of torch.optim.AdamW for the same parameters.
+        Also takes a state of torch.optim.AdamW for the same parameters, and moments of any form.
+
+        Raises:
+            ValueError: for a torch state whose settings mean another update than this class makes.
         """
+        for group in state_dict["param_groups"]:
+            for name in ("maximize", "amsgrad"):
+                if group.get(name):
+                    raise ValueError(f"the state was saved with {name}=True, which this AdamW does not have")
+            if group.get("decoupled_weight_decay") is False:
+                raise ValueError("the state is torch.optim.Adam's, whose weight decay is not decoupled as AdamW's is")
         super().load_state_dict(state_dict)
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip(saved_ids, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    value = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
-                    self.state[param][key] = value.reshape(1) if key == "step" else value
+                    dtype = torch.uint8 if key in _SIGNED and value.dtype == torch.uint8 else torch.float32
+                    own = value.detach().to(device=param.device, dtype=dtype, copy=True)
+                    own = own.reshape(1) if key == "step" else own
+                    self.state[param][key] = self._as_kept(key, own, param) if key in _SIGNED else own
 
 
 class MasterOptimizer:
@@ -252,6 +302,10 @@ class MasterOptimizer:
         """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself."""
         return next(target for own, target in zip(self._params, self._targets, strict=True) if own is param)
 
+    def master(self, param: nn.Parameter) -> Tensor:
+        """As :meth:`target`, without its graph."""
+        return self.target(param).detach()
+
     @torch.no_grad()
     def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One update, or none if found_inf is set (read on the host: one wait for the device).
@@ -296,10 +350,12 @@ class MasterOptimizer:
         masters = state_dict["masters"]
         if len(masters) != len(self._params):
             raise ValueError(f"the state has {len(masters)} masters, this optimizer {len(self._params)} parameters")
-        for i, (param, target, master) in enumerate(zip(self._params, self._targets, masters, strict=True)):
+        rows = list(zip(self._params, self._targets, masters, strict=True))
+        for i, (param, target, master) in enumerate(rows):
             if (master is None) != (target is param) or (master is not None and master.shape != param.shape):
                 raise ValueError(f"the state's master {i} does not fit a {param.dtype} parameter {tuple(param.shape)}")
+        self.optimizer.load_state_dict(state_dict["optimizer"])  # what it refuses leaves the parameters as they were
+        for param, target, master in rows:
             if master is not None:
                 target.copy_(master)
                 param.copy_(target)
-        self.optimizer.load_state_dict(state_dict["optimizer"])

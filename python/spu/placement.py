@@ -19,9 +19,19 @@ from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
 from spu.profile import LayerCost, measure_device
 from spu.skips import carried_by
-from spu.timing import Detached, time_layers, time_update
+from spu.timing import Detached
 
-__all__ = ["check_plan", "counted_speeds", "measure_plan", "model_costs", "peak_bytes", "place_parts", "plan_model"]
+__all__ = [
+    "check_plan",
+    "counted_speeds",
+    "fused_for",
+    "model_costs",
+    "no_loss",
+    "peak_bytes",
+    "place_parts",
+    "plan_model",
+    "tokens_of",
+]
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -79,7 +89,7 @@ def plan_model(
         max_microbatches=microbatches * batch_rows(sample),
         virtual=virtual,
         rows=batch_rows(sample),
-        tokens=_tokens(sample),
+        tokens=tokens_of(sample),
     )
 
 
@@ -140,54 +150,12 @@ def counted_speeds(devices: Sequence[Device], precision: str) -> tuple[list[floa
     return [max(getattr(m, precision), 1.0) for m in measured], [m.memory_bandwidth for m in measured]
 
 
-def measure_plan(
-    plan: Plan,
-    layers: Sequence[Layer],
-    sample: Any,
-    devices: Sequence[Device],
-    *,
-    loss_fn: LossFn | None = None,
-    targets: Any = None,
-) -> Plan:
-    """The same plan with predicted times that rest on measured layers.
-
-    Args:
-        plan: whose stages stay as they are.
-        layers: the model in the plan's precision; one layer of each kind is run a few times on every device.
-        sample: one microbatch of inputs.
-        devices: in the order of the plan's devices.
-        loss_fn, targets: as in `plan_model`.
-    """
-    fused = fused_for(plan.schedule, plan.precision)
-    costs, loss = model_costs(layers, sample, plan.precision, loss_fn, targets, fused=fused)
-    wanted = targets if loss_fn is not None else None
-    again = plan.recomputed_layers
-    times = time_layers(layers, sample, wanted, devices, loss_fn or _no_loss, recompute=again)
-    return make_plan(
-        costs,
-        devices,
-        loss_cost=loss,
-        schedule=plan.schedule,
-        microbatches=plan.microbatches,
-        accumulate=plan.accumulate,
-        precision=plan.precision,
-        codec=plan.transfer,
-        recompute=plan.recomputed_layers,
-        model=plan.model,
-        times=times,
-        update_rates=time_update(devices, DTYPES[plan.precision]),
-        layers=[stage.layers for stage in plan.stages],
-        virtual=plan.virtual,
-        rows=plan.rows,
-        tokens=plan.tokens,
-    )
-
-
-def _no_loss(outputs: Any, targets: Any) -> torch.Tensor:
+def no_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    """Stands for the loss where there are no targets."""
     return outputs.float().mean()
 
 
-def _tokens(sample: Any) -> int:
+def tokens_of(sample: Any) -> int:
     """Tokens of a sequence, where the sample is of token ids; else 0."""
     ids = sample.get("input_ids") if isinstance(sample, dict) else sample
     return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from spu.devices import Device, call_pinned
+from spu.flops import flop_formulas
 from spu.ops.cut import cut
 from spu.speed import DeviceSpeed, cache_directory, measure_device, measure_link
 
@@ -81,6 +82,8 @@ class LayerCost:
     backward_traffic_bytes: int = 0
     deferred_bytes: int = 0
     deferred_flops: int = 0
+    left_bytes: int = 0
+    left_input: bool = False
 
 
 def estimate_layers(
@@ -281,63 +284,6 @@ def _first_device(x: Any) -> torch.device:
 
 def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def flop_formulas() -> dict[Any, Any]:
-    """FLOPs of the ops that torch's counter does not know: ours, where they are registered, and CPU attention."""
-
-    def input_gradient(dz: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(dz) * weight[0] * weight[1]
-
-    def weight_gradient(dz: Sequence[int], x: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(dz) * dz[-1] * x[-1]
-
-    def linear(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(x) * weight[0] * weight[1]
-
-    def gated(x: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * linear(x, w_gate)
-
-    def gated_mlp(
-        x: Sequence[int], w_gate: Sequence[int], w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return 2 * linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
-
-    def gated_gradient(
-        dgate: Sequence[int], dup: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return 2 * input_gradient(dgate, w_gate)
-
-    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    formulas: dict[Any, Any] = {}
-    cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if cpu_attention is not None:
-        formulas[cpu_attention] = attention
-    ours = {
-        "linear": linear,
-        "linear_dx": input_gradient,
-        "linear_dw": weight_gradient,
-        "linear_dw_": weight_gradient,
-        "gated_linear": gated,
-        "gated_dx": gated_gradient,
-        "gated_mlp": gated_mlp,
-        "linear_ce": linear,
-        "linear_ce_dz": linear,
-    }
-    for name, formula in ours.items():
-        if hasattr(torch.ops.spu, name):
-            formulas[getattr(torch.ops.spu, name)] = formula
-    return formulas
-
-
-def _rows(shape: Sequence[int]) -> int:
-    """Elements of all dimensions but the last."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
 
 
 # Measuring.

@@ -14,8 +14,8 @@ A layer leaves a tensor under a name, a later one takes it::
 
 In a plain model, called layer after layer on one thread, that is all there is to it. In a pipeline the tensor goes
 straight from the stage that stashed it to the one that pops it, and its gradient straight back; the stages between them
-never see it. (In a hand-run loop over ``trainer.modules()`` that detaches between the parts, hand such tensors on as
-outputs instead: a skip keeps the very graph that the detach is to cut.)
+never see it. (In a hand-run loop over ``trainer.modules()`` that detaches between the parts a skip
+would keep the very graph that the detach is to cut: that is an error, which says to hand such tensors on as outputs.)
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import platform
+import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +29,16 @@ from spu import __version__
 from spu.devices import Device, call_pinned
 from spu.hostinfo import cpu_model
 
-__all__ = ["DeviceSpeed", "cache_directory", "measure_device", "measure_link"]
+__all__ = [
+    "DeviceSpeed",
+    "cache_directory",
+    "cached_values",
+    "identity",
+    "linear_identity",
+    "measure_device",
+    "measure_link",
+    "measure_loopback",
+]
 
 _FORMAT = 1
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,22 +77,31 @@ def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
         values = {name: _flops(linear, device.torch_device, dtype) for name, dtype in _DTYPES.items()}
         return values | {"memory_bandwidth": _copy_bandwidth(device.torch_device)}
 
-    key = {"what": "device", "device": _identity(device), "linear": _linear_identity()}
-    return DeviceSpeed(**_cached(key, names, lambda: call_pinned(device, measure), refresh))
+    key = {"what": "device", "device": identity(device), "linear": linear_identity()}
+    return DeviceSpeed(**cached_values(key, names, lambda: call_pinned(device, measure), refresh))
 
 
-def measure_link(a: Device, b: Device, *, refresh: bool = False) -> float:
+def measure_link(a: Device, b: Device, *, pinned: bool = True, refresh: bool = False) -> float:
     """Bytes/s from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a card).
 
-    Between CPU devices that is a copy in the host's memory; host memory is pinned for copies from and to a card.
+    Between CPU devices that is a copy in the host's memory, between cards one from peer to peer; for copies from and to
+    a card host memory is page-locked, or pageable with ``pinned=False``.
     """
 
     def measure() -> dict[str, float]:
-        return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device)}
+        return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device, pinned)}
 
-    key = {"what": "link", "from": _identity(a), "to": _identity(b)}
+    key = {"what": "link", "from": identity(a), "to": identity(b)}
+    if not pinned:
+        key["memory"] = "pageable"
     worker = a if b.torch_device.type == "cuda" else b
-    return _cached(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
+    return cached_values(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
+
+
+def measure_loopback(*, refresh: bool = False) -> float:
+    """Bytes/s from one process of this machine to another over TCP: of two threads with a socket between them."""
+    key = {"what": "loopback", "cpu": cpu_model(), "machine": platform.machine()}
+    return cached_values(key, ["bytes_per_s"], lambda: {"bytes_per_s": _loopback_bandwidth()}, refresh)["bytes_per_s"]
 
 
 def cache_directory() -> Path:
@@ -135,12 +155,34 @@ def _copy_bandwidth(device: torch.device) -> float:
     return 2.0 * _COPY_BYTES / _median_seconds(lambda: target.copy_(source), device, _SECONDS_EACH)
 
 
-def _link_bandwidth(a: torch.device, b: torch.device) -> float:
-    pin = {a.type, b.type} == {"cpu", "cuda"}
+def _link_bandwidth(a: torch.device, b: torch.device, pinned: bool) -> float:
+    pin = pinned and {a.type, b.type} == {"cpu", "cuda"}
     source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu")
     target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu")
     sync = b if b.type == "cuda" else a
     return _LINK_BYTES / _median_seconds(lambda: target.copy_(source), sync, _SECONDS_EACH)
+
+
+def _loopback_bandwidth() -> float:
+    payload, target = bytes(_LINK_BYTES), memoryview(bytearray(_LINK_BYTES))
+
+    def receive(end: socket.socket) -> None:
+        done = 0
+        while done < _LINK_BYTES:
+            done += end.recv_into(target[done:])
+        end.sendall(b"!")
+
+    def once() -> None:
+        receiver = threading.Thread(target=receive, args=(there,))
+        receiver.start()
+        here.sendall(payload)
+        here.recv(1)
+        receiver.join()
+
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
+        there, _ = server.accept()
+        with there:
+            return _LINK_BYTES / _median_seconds(once, torch.device("cpu"), _SECONDS_EACH)
 
 
 def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s: float) -> float:
@@ -163,7 +205,7 @@ def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s:
 # What a figure is true for.
 
 
-def _identity(device: Device) -> dict[str, Any]:
+def identity(device: Device) -> dict[str, Any]:
     if device.torch_device.type == "cuda":
         card = torch.cuda.get_device_properties(device.torch_device)
         return {"card": card.name, "memory": card.total_memory, "index": device.torch_device.index}
@@ -171,7 +213,7 @@ def _identity(device: Device) -> dict[str, Any]:
     return {"cpu": cpu_model(), "machine": platform.machine(), "cores": cores, "threads": device.threads}
 
 
-def _linear_identity() -> list[Any]:
+def linear_identity() -> list[Any]:
     """What decides which linear kernel runs: a forced backend, the build of the C++ one and its instruction set."""
     build = None
     try:
@@ -191,8 +233,8 @@ def _versions() -> dict[str, Any]:
 # The cache.
 
 
-def _cached(
-    key: dict[str, Any], names: list[str], measure: Callable[[], dict[str, float]], refresh: bool
+def cached_values(
+    key: dict[str, Any], names: list[str], measure: Callable[[], dict[str, float]], refresh: bool = False
 ) -> dict[str, float]:
     """The remembered values of ``key``, else measured ones. A cache that cannot be read or written is done without."""
     key = json.loads(json.dumps(key | _versions()))

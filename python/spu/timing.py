@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +18,30 @@ from torch.utils import _pytree as pytree
 
 from spu import ops
 from spu.devices import Device, call_pinned
+from spu.engine.build import to_precision
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
 from spu.footprint import alike
+from spu.layer_cache import remembered
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope
 from spu.optim import AdamW
 from spu.plan.request import UPDATE_BYTES
 from spu.precision import MainGrads
+from spu.side_by_side import side_by_side
 from spu.skips import Rehearsal, carried_by
 
-__all__ = ["Detached", "side_by_side", "time_layers", "time_update"]
+__all__ = ["Detached", "time_layers", "time_packing", "time_update"]
 
 Seconds = tuple[float, float]
 _UPDATED = 1 << 20  # parameters of the update that is timed
+_PACKED = 1 << 18  # values of the tensor that is packed
+_OF_A_KIND = (
+    2  # layers of a kind that are run: more than one, lest its weights stay in a cache that the model overflows
+)
+_AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
+_KNOWN = ("torch", "transformers", "spu")  # packages whose layers are told apart by their classes' names
 
 
 def time_layers(
@@ -43,38 +51,34 @@ def time_layers(
     devices: Sequence[Device],
     loss_fn: Callable[[Any, Any], torch.Tensor],
     *,
-    recompute: Collection[int] = (),
-    repeats: int = 5,
+    precision: str,
+    fused: bool = False,
+    repeats: int = 3,
 ) -> list[list[Seconds]]:
     """(forward, backward) seconds of one microbatch of every layer, and last of the loss, on every device.
 
-    Layers that are alike are timed once. Values of parameters and buffers stay as they are; gradients are dropped.
+    Copies of the layers, one or two of each kind, run as in a stage: all forwards one after the other, the loss, and
+    all backwards in reverse. The model itself is only read.
 
     Args:
-        layers: real ones, in the training's precision.
+        layers: real ones, in any precision.
         sample, targets: one microbatch's; without targets the loss counts nothing.
         devices: where.
         loss_fn: as in the trainer.
-        recompute: layers that are run again in their backward; their backward seconds are without that forward, which
-            planning adds.
-        repeats: medians of so many, after an unmeasured one.
+        precision: that the copies are converted to.
+        fused: put linear layers on our ops in fp32 too.
+        repeats: medians of at least so many, after an unmeasured one.
     """
-    known: dict[Any, tuple[list[Seconds], Any]] = {}
-    stashed: dict[str, torch.Tensor] = {}
-    rows: list[list[Seconds]] = []
-    x = sample
-    for index, layer in enumerate(layers):
-        again = index in recompute
-        key = (_kind(layer, x), again)
-        if key not in known:
-            known[key] = _time_layer(layer, x, sample, devices, loss_fn, index > 0, again, repeats, stashed)
-        seconds, x = known[key]
-        rows.append(seconds)
-    if targets is None:
-        rows.append([(0.0, 0.0)] * len(devices))
-    else:
-        rows.append(_time_loss(x, targets, devices, loss_fn, repeats))
-    return [[row[d] for row in rows] for d in range(len(devices))]
+    chain = call_pinned(devices[0], lambda: _Chain(layers, sample, devices[0], precision, fused))
+
+    def measure() -> list[list[Seconds]]:
+        def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
+            return _Bench(chain, device, sample, targets, loss_fn).seconds(start, repeats)
+
+        return side_by_side(devices, body)
+
+    found = remembered(chain.key(sample, targets, loss_fn), devices, measure)
+    return [[*(chain.of_layer(own, k) for k in range(len(layers))), own[-1]] for own in found]
 
 
 class Detached(Rehearsal):
@@ -118,116 +122,163 @@ def time_update(devices: Sequence[Device], dtype: torch.dtype, repeats: int = 5)
     return side_by_side(devices, body)
 
 
-def side_by_side(devices: Sequence[Device], body: Callable[[Device, Callable[[], Any]], Any]) -> list[Any]:
-    """``body(device, start)`` in a thread pinned to each device; ``start()`` waits until all have got there."""
-    barrier = threading.Barrier(len(devices))
-    results: dict[int, Any] = {}
-    errors: list[BaseException] = []
+def time_packing(devices: Sequence[Device], dtype: torch.dtype, codec: str, repeats: int = 9) -> list[float]:
+    """Bytes of tensor per second that every device packs or unpacks."""
 
-    def one(index: int, device: Device) -> None:
-        try:
-            results[index] = call_pinned(device, lambda: body(device, barrier.wait))
-        except BaseException as error:
-            barrier.abort()
-            if not isinstance(error, threading.BrokenBarrierError):
-                errors.append(error)
-
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(devices)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[index] for index in range(len(devices))]
-
-
-def _kind(layer: Layer, x: Any) -> Any:
-    if not layer.wants_inputs:  # only of decoders' layers is it known that nothing else tells them apart
-        return id(layer)
-    state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.module.parameters())
-    given = tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
-    try:
-        hash(kind := (alike(layer.module), state, given))
-    except TypeError:
-        return id(layer)
-    return kind
-
-
-def _time_layer(
-    layer: Layer,
-    x: Any,
-    inputs: Any,
-    devices: Sequence[Device],
-    loss_fn: Callable[[Any, Any], torch.Tensor],
-    wants_gradient: bool,
-    again: bool,
-    repeats: int,
-    stashed: dict[str, torch.Tensor],
-) -> tuple[list[Seconds], Any]:
-    """Seconds on each device, and the layer's output."""
-    outputs: list[Any] = []
-    copies = [dataclasses.replace(layer, module=copy.deepcopy(layer.module)) for _ in devices]
-
-    def body(device: Device, start: Callable[[], None]) -> Seconds:
-        own = copies[devices.index(device)]
-        own.module.to(device.torch_device)
-        stage = Stage(int(wants_gradient), [own], device, is_last=False, loss_fn=loss_fn, recompute=[again])
-        here, whole = move(x, device.torch_device), move(inputs, device.torch_device)
-        scope = _scope(device)
-        carrier = Detached(device.torch_device, stashed)
-        with MainGrads(stage.parameters()) as grads, torch.enable_grad(), carried_by(carrier):
-            grads.begin_step()
-
-            def once() -> Seconds:
-                fresh = pytree.tree_map_only(torch.Tensor, torch.clone, here)  # a layer may change its input in place
-                begin = _now(device)
-                out = stage.forward(fresh, whole if own.wants_inputs else None, _MOMENT, train=True)
-                middle = _now(device)
-                leaves = pytree.tree_leaves(out)
-                made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in leaves]
-                ready = _now(device)
-                stage.backward(made, _MOMENT, scope)
-                if device is devices[0] and not outputs:
-                    outputs.append(pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, out))
-                return middle - begin, _now(device) - ready
-
-            forward_s, backward_s = _median(once, start, repeats)
-            return forward_s, max(backward_s - forward_s, 0.0) if again else backward_s
-
-    return side_by_side(devices, body), outputs[0]
-
-
-def _time_loss(
-    outputs: Any, targets: Any, devices: Sequence[Device], loss_fn: Callable[[Any, Any], torch.Tensor], repeats: int
-) -> list[Seconds]:
-    def body(device: Device, start: Callable[[], None]) -> Seconds:
-        stage = Stage(1, [], device, is_last=True, loss_fn=loss_fn)
-        here, wanted = move(outputs, device.torch_device), move(targets, device.torch_device)
-        scope, weight = _scope(device), torch.ones(())
-
-        def once() -> Seconds:
+    def body(device: Device, start: Callable[[], None]) -> float:
+        x = torch.zeros(_PACKED, dtype=dtype, device=device.torch_device)
+        wire = ops.pack(x, codec)
+        times = []
+        start()
+        for _ in range(repeats):
             begin = _now(device)
-            with torch.enable_grad():
-                out = stage.forward(here, None, _MOMENT, train=True)
-                stage.loss(out, wanted, weight, _MOMENT, scope)
-            middle = _now(device)
-            stage.backward(None, _MOMENT, scope)
-            return middle - begin, _now(device) - middle
-
-        return _median(once, start, repeats)
+            ops.unpack(ops.pack(x, codec), x.shape, dtype, codec=codec)
+            times.append(_now(device) - begin)
+        del wire
+        return 2 * x.numel() * x.element_size() / max(statistics.median(times), 1e-9)
 
     return side_by_side(devices, body)
 
 
+def _kind(layer: Layer, x: Any) -> tuple[Any, ...] | None:
+    """What tells a layer's time from another's; None for one that cannot be told."""
+    state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.module.parameters())
+    try:
+        hash(kind := (alike(layer.module), state, _shapes(x)))
+    except TypeError:
+        return None
+    return kind
+
+
+def _shapes(x: Any) -> tuple[Any, ...]:
+    return tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
+
+
+@dataclasses.dataclass
+class _Piece:
+    """A copy of a layer that stands for its kind, and what it was given."""
+
+    layer: Layer
+    x: Any
+    first: bool  # the model's: its input wants no gradient
+
+
+class _Chain:
+    """What is run to time a model: up to `_OF_A_KIND` layers of every kind, in order."""
+
+    def __init__(self, layers: Sequence[Layer], sample: Any, device: Device, precision: str, fused: bool) -> None:
+        self.pieces: list[_Piece] = []
+        self._form = [precision, fused]
+        self.stashed: dict[str, torch.Tensor] = {}
+        self._kinds: list[Any] = []  # of each piece
+        self._of: list[Any] = []  # of each layer
+        outputs: dict[Any, Any] = {}
+        x = move(sample, device.torch_device)
+        whole = x
+        carrier = Detached(None, self.stashed)
+        with torch.no_grad(), carried_by(carrier):
+            for index, layer in enumerate(layers):
+                kind = _kind(layer, x) or id(layer)
+                self._of.append(kind)
+                if self._kinds.count(kind) < _OF_A_KIND:
+                    module = copy.deepcopy(layer.module)
+                    own = dataclasses.replace(layer, module=module)
+                    to_precision([own], precision, fused=fused)
+                    own.module.to(device.torch_device)
+                    self.pieces.append(_Piece(own, x, index == 0))
+                    self._kinds.append(kind)
+                    fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)  # a layer may change its input in place
+                    outputs[kind] = own.run(fresh, whole if own.wants_inputs else None, _MOMENT)
+                x = outputs[kind]
+        self.last = x
+
+    def of_layer(self, seconds: Sequence[Seconds], index: int) -> Seconds:
+        """The mean of the pieces of a layer's kind."""
+        own = [s for s, kind in zip(seconds, self._kinds) if kind == self._of[index]]
+        return statistics.fmean(s[0] for s in own), statistics.fmean(s[1] for s in own)
+
+    def key(self, sample: Any, targets: Any, loss_fn: Any) -> dict[str, Any] | None:
+        """What the seconds are true for, in words that another process understands; None if it would not."""
+        name = f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', '<')}"
+        known = all(
+            type(m).__module__.split(".")[0] in _KNOWN for piece in self.pieces for m in piece.layer.module.modules()
+        )
+        if not known or "<" in name or any(isinstance(kind, int) for kind in self._kinds):
+            return None
+        given = [_shapes(sample), _shapes(targets)]
+        return {"kinds": [repr(kind) for kind in self._kinds], "given": repr(given), "loss": name, "form": self._form}
+
+
+class _Bench:
+    """A chain on one device, ready to be run again and again."""
+
+    def __init__(self, chain: _Chain, device: Device, inputs: Any, targets: Any, loss_fn: Any) -> None:
+        self.device = device
+        home = device.torch_device
+        pieces = [dataclasses.replace(p.layer, module=copy.deepcopy(p.layer.module).to(home)) for p in chain.pieces]
+        self._stages = [
+            Stage(int(not piece.first), [own], device, is_last=False, loss_fn=loss_fn)
+            for piece, own in zip(chain.pieces, pieces)
+        ]
+        self._empty = Stage(1, [], device, is_last=False, loss_fn=loss_fn)
+        self._loss = Stage(1, [], device, is_last=True, loss_fn=loss_fn)
+        self._given = [move(piece.x, home) for piece in chain.pieces]
+        self._last, self._targets = move(chain.last, home), None if targets is None else move(targets, home)
+        self._whole = move(inputs, home)
+        self._scope = _scope(device)
+        self._carrier = Detached(home, chain.stashed)
+
+    def seconds(self, start: Callable[[], None], repeats: int) -> list[Seconds]:
+        """Medians of each piece, and last of the loss."""
+        parameters = [p for stage in self._stages for p in stage.parameters()]
+        with MainGrads(parameters) as grads, torch.enable_grad(), carried_by(self._carrier):
+            grads.begin_step()
+            self._once()
+            start()
+            samples: list[list[Seconds]] = []
+            deadline = time.perf_counter() + _AT_LEAST_S
+            while len(samples) < repeats or (time.perf_counter() < deadline and len(samples) < _MOST):
+                samples.append(self._once())
+        rows = [
+            (statistics.median(s[k][0] for s in samples), statistics.median(s[k][1] for s in samples))
+            for k in range(len(samples[0]))
+        ]
+        empty = rows.pop()
+        *pieces, loss = rows
+        # What a stage takes beside its layers is not each layer's.
+        return [*((max(f - empty[0], 0.0), max(b - empty[1], 0.0)) for f, b in pieces), loss]
+
+    def _once(self) -> list[Seconds]:
+        """(forward, backward) of every piece, of the loss, and of a stage without layers."""
+        stages = [*self._stages, self._empty]
+        forward, outputs = [], []
+        for stage, x in zip(stages, [*self._given, self._last]):
+            fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)
+            begin = _now(self.device)
+            outputs.append(stage.forward(fresh, self._whole if stage.wants_inputs else None, _MOMENT, train=True))
+            forward.append(_now(self.device) - begin)
+        loss = self._run_loss()
+        backward = []
+        for stage, out in zip(reversed(stages), reversed(outputs)):
+            made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in pytree.tree_leaves(out)]
+            begin = _now(self.device)
+            stage.backward(made, _MOMENT, self._scope)
+            backward.append(_now(self.device) - begin)
+        *pieces, empty = zip(forward, reversed(backward))
+        return [*pieces, loss, empty]
+
+    def _run_loss(self) -> Seconds:
+        if self._targets is None:
+            return 0.0, 0.0
+        begin = _now(self.device)
+        out = self._loss.forward(self._last, None, _MOMENT, train=True)
+        self._loss.loss(out, self._targets, torch.ones(()), _MOMENT, self._scope)
+        middle = _now(self.device)
+        self._loss.backward(None, _MOMENT, self._scope)
+        return middle - begin, _now(self.device) - middle
+
+
 _MOMENT = Moment(0, 0, 1)
-
-
-def _median(once: Callable[[], Seconds], start: Callable[[], None], repeats: int) -> Seconds:
-    once()
-    start()
-    samples = [once() for _ in range(repeats)]
-    return statistics.median(s[0] for s in samples), statistics.median(s[1] for s in samples)
 
 
 def _scope(device: Device) -> BackwardScope:

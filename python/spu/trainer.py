@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,26 @@ import torch
 from torch import nn
 
 from spu import ops, placement, schedules
+from spu.by_hand import ByHand
 from spu.devices import Device, DeviceManager
-from spu.engine.bridge import Bridge, StageModule
-from spu.engine.build import DTYPES, build_stages, to_precision
-from spu.engine.layers import Layer, model_layers, parts_as_layers
+from spu.engine.build import DTYPES, Built, build_stages, to_precision, undo_precision
+from spu.engine.bytes import counted_bytes
 from spu.engine.loss import cross_entropy
-from spu.engine.microbatch import split_batch
 from spu.engine.result import StepResult
-from spu.engine.runner import Pass, Runner, split_inputs
-from spu.engine.state import load_training, model_state, save_training
-from spu.engine.update import OptimizerFactory, release
+from spu.engine.runner import Pass, Runner
+from spu.engine.state import Kept, load_training, model_state, save_training
+from spu.engine.uninterrupted import uninterrupted
+from spu.engine.update import OptimizerFactory, Update, release
 from spu.plan import Plan
-from spu.plan.compare import comparison
+from spu.plan.compare import comparison, replanned
+from spu.planner import WORTH, Planner, Settings
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
 
 
-class ModelParallelTrainer:
+class ModelParallelTrainer(ByHand):
     """Trains a model cut into stages, one for each device, exactly as if it were whole.
 
     Args:
@@ -44,9 +46,10 @@ class ModelParallelTrainer:
         lr_schedule: step index -> factor on the learning rate. Skipped steps count.
         precision: "fp16", "bf16" or "fp32": weights and activations of :meth:`step`, :meth:`forward_backward` and
             :meth:`evaluate`. Main gradients, master weights and moments are fp32. fp16 scales the loss.
-        microbatches: how many the schedule runs at a time.
+        microbatches: how many the schedule runs at a time; "auto" as for the schedule.
         accumulate: how many times the schedule runs for one update; a batch is cut into microbatches * accumulate.
-        schedule: "1f1b", "gpipe", "interleaved", "zb", "zbv" or "layer_outer"; see ``spu.schedules``.
+        schedule: "1f1b", "gpipe", "interleaved", "zb", "zbv" or "layer_outer"; see ``spu.schedules``. "auto": the one
+            with the shortest step when it is simulated with the layers' times, which are measured first.
         virtual: stages on each device; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
         plan: a Plan made earlier, instead of planning at the first step.
         transfer: how tensors cross between stages: "none", a codec of ``spu.ops.pack``, or "auto" (nothing is packed
@@ -58,6 +61,9 @@ class ModelParallelTrainer:
             ``loss_fn.ignore_index`` (-100).
         scaler: a LossScaler of your own, for fp16.
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
+        report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
+            Bytes are counted in the first step, seconds measured in the second.
+        replan: after the second step, plan again from what it has measured; see :meth:`replan`.
 
     Raises:
         ValueError: an unknown device, precision, schedule or codec, or a number below 1; lists what there is.
@@ -73,7 +79,7 @@ class ModelParallelTrainer:
         lr: float | None = None,
         lr_schedule: Callable[[int], float] | None = None,
         precision: str = "fp16",
-        microbatches: int = 8,
+        microbatches: int | str = 8,
         accumulate: int = 1,
         schedule: str = "1f1b",
         virtual: int | None = None,
@@ -85,70 +91,46 @@ class ModelParallelTrainer:
         loss_weight: Callable[[Any], Any] | None = None,
         scaler: LossScaler | None = None,
         measure: bool = False,
+        report: Callable[[str], Any] | None = None,
+        replan: bool = False,
     ) -> None:
-        self.devices = DeviceManager().get_devices(devices)
+        super().__init__(model, DeviceManager().get_devices(devices))
         self.precision = _one_of("precision", precision, DTYPES)
-        self.microbatches = _at_least_one("microbatches", microbatches)
+        if microbatches != "auto":
+            _at_least_one("microbatches", microbatches)
         self.accumulate = _at_least_one("accumulate", accumulate)
-        self.schedule = schedule
-        self.virtual = schedules.stages_per_rank(schedule, virtual)
-        self.auto_transfer = transfer == "auto"
-        self.codec = (
-            None if transfer in ("auto", "none") else _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
+        packed = _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
+        self.settings = Settings(
+            schedule=schedule,
+            virtual=None if schedule == "auto" and virtual is None else schedules.stages_per_rank(schedule, virtual),
+            microbatches=microbatches,
+            accumulate=accumulate,
+            precision=precision,
+            transfer=packed,
+            recompute=_one_of("recompute", recompute, ["auto", True, False]),
         )
-        self.recompute = _one_of("recompute", recompute, ["auto", True, False])
         self.loss_fn = loss_fn or cross_entropy
+        reduction = getattr(self.loss_fn, "reduction", "mean")
+        if reduction != "mean":
+            raise ValueError(f"loss_fn has reduction={reduction!r}: give one with reduction='mean' (see loss_weight)")
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.loss_weight = loss_weight
         self.measure = measure
+        self._report, self._replan = report, replan
         self.scaler = scaler or LossScaler(enabled=precision == "fp16")
         self.steps_done = 0
         self._optimizer, self._lr = optimizer, lr
         self._backend = ops.forced_backend()
-        self._layers: list[Layer] | None = None if model is None else model_layers(model)
-        self._parts: list[nn.Module] = []
         self._given_plan = plan
         self._plan: Plan | None = None
+        self._planner: Planner | None = None
         self._runner: Runner | None = None
+        self._steps_here = 0
+        self._peaks: dict[str, int] = {}
         self._timeline: Timeline | None = None
         self._step_s: float | None = None
-        self._stage_modules: list[StageModule] = []
-
-    # The model by hand
-
-    def add_module(self, part: nn.Module) -> None:
-        """Add the next part of the model; parts run in the order they were added.
-
-        Raises:
-            TypeError: not a module.
-            ValueError: the trainer was given a whole model, or has run already.
-        """
-        if not isinstance(part, nn.Module):
-            raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
-        if self._layers is not None and not self._parts:
-            raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
-        if self._runner is not None or self._stage_modules:
-            raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")
-        self._parts.append(part)
-        self._layers = parts_as_layers(self._parts)
-
-    def modules(self) -> Iterator[StageModule]:
-        """The parts on their devices, in order, to be called by hand; gradients cross a ``detach`` between them."""
-        if not self._stage_modules:
-            layers = self._require_layers()
-            bridge = Bridge()
-            homes = placement.place_parts(layers, self.devices)
-            for index, (layer, device) in enumerate(zip(layers, homes)):
-                layer.module.to(device.torch_device)
-                self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
-        return iter(self._stage_modules)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter of the model, once."""
-        seen = {id(p): p for layer in self._require_layers() for p in layer.module.parameters()}
-        return iter(seen.values())
 
     # Planning
 
@@ -166,37 +148,61 @@ class ModelParallelTrainer:
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        parts = self.microbatches * self.accumulate
-        sample = split_inputs(inputs, parts, self.precision)[0]
-        loss = {"loss_fn": self.loss_fn, "targets": None if targets is None else split_batch(targets, parts)[0]}
-        plan = self._given_plan or placement.plan_model(
-            layers,
-            sample,
-            self.devices,
-            schedule=self.schedule,
-            virtual=self.virtual,
-            microbatches=self.microbatches,
-            accumulate=self.accumulate,
-            precision=self.precision,
-            codec=self.codec,
-            recompute=self.recompute,
-            **loss,
-        )
-        self._check_plan(plan)
-        release(layers)
-        masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
-        if self.measure:
-            plan = placement.measure_plan(plan, layers, sample, self.devices, **loss)
+        planner = Planner(layers, self.devices, self.settings, self.loss_fn)
+        if self._given_plan is None:
+            plan = planner.plan(inputs, targets, measure=self.measure)
+        else:
+            plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
+        masters = release(layers)
+        masters |= to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
+        try:
+            self._runner = self._build(plan, lambda built: built.masters.update(masters))
+        except BaseException:
+            undo_precision(layers, masters)
+            raise
+        self._plan, self._planner, self._settled = plan, planner, True
+        return plan
+
+    def replan(self) -> Plan:
+        """Plan again from the times that the last step measured, and move the layers if that makes a step shorter.
+
+        Schedule and number of microbatches stay, unless they were "auto". Nothing that training has made is lost:
+        weights, moments and loss scale are those of the step before, and so are the next losses (to the last bit where
+        nothing is packed between the stages).
+
+        Returns:
+            The plan from now on; where nothing moves, the same stages with times that rest on the measured step.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._plan is None or self._timeline is None or self._planner is None:
+            raise RuntimeError("no step has run yet: call step() first")
+        same, best = self._planner.again(self._plan, self._timeline)
+        old = self._prepared()
+        if best.predicted.step_s > WORTH * same.predicted.step_s:
+            self._plan = same
+            return same
+        kept = Kept(old.built, old.updater.optimizers)
+        old.updater.clear_gradients()
+        old.close()
+        self._runner = self._build(best, kept.give_masters)
+        kept.put_back(self._runner.built, self._runner.updater.optimizers)
+        self._plan, self._timeline, self._peaks = best, None, {}
+        return best
+
+    def _build(self, plan: Plan, add_masters: Callable[[Built], None]) -> Runner:
+        """Move the layers to where the plan has them."""
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
-            layers,
+            self._require_layers(),
             [range(*stage.layers) for stage in plan.stages],
             [device_of[stage.device] for stage in plan.stages],
             loss_fn=self.loss_fn,
             recompute=plan.recomputed_layers,
         )
-        built.masters.update(masters)
-        self._runner = Runner(
+        add_masters(built)
+        return Runner(
             built,
             plan,
             self.scaler,
@@ -207,8 +213,6 @@ class ModelParallelTrainer:
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
         )
-        self._plan = plan
-        return plan
 
     # Training
 
@@ -224,17 +228,43 @@ class ModelParallelTrainer:
             StageError: a stage failed; the update did not happen and the gradients are gone.
         """
         begin = time.perf_counter()
-        done = self._accumulate(inputs, targets, keep_outputs=False)
-        updater = self._prepared().updater
-        scale = updater.scopes[-1].scale.clone()
-        update = updater.reduce()
-        factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
-        updater.apply(update, factor)
-        self.steps_done += 1
+        self.prepare(inputs, targets)
+        runner = self._prepared()
+        with contextlib.ExitStack() as counting:
+            if self._report is not None and self._steps_here == 0:
+                self._peaks = counting.enter_context(counted_bytes(runner))
+            done = self._accumulate(inputs, targets, keep_outputs=False)
+            updater = runner.updater
+            scale = updater.scopes[-1].scale.clone()
+            factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
+            try:
+                update = updater.reduce()
+                uninterrupted(lambda: self._update(update, factor))
+            except BaseException:
+                updater.clear_gradients()
+                raise
         seconds = time.perf_counter() - begin
         self._step_s = seconds
         peaks = placement.peak_bytes(self.devices)
-        return StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
+        result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
+        if self._steps_here == 2:
+            self._look_back()
+        return result
+
+    def _update(self, update: Update, lr_factor: float) -> None:
+        self._prepared().updater.apply(update, lr_factor)
+        self.steps_done += 1
+        self._steps_here += 1
+
+    def _look_back(self) -> None:
+        """After the second step: the first one also makes what is kept, and is slower for it."""
+        if self._report is not None:
+            self._report(self.compare())
+        if self._replan:
+            before = self._plan
+            after = self.replan()
+            if self._report is not None and before is not None:
+                self._report(replanned(before, after))
 
     def forward_backward(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, Any]:
         """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
@@ -289,7 +319,8 @@ class ModelParallelTrainer:
         """
         if self._plan is None or self._timeline is None or self._step_s is None:
             raise RuntimeError("no step has run yet: call step() first")
-        return "\n".join(comparison(self._plan, self._timeline, self._step_s, placement.peak_bytes(self.devices)))
+        peaks = self._peaks | placement.peak_bytes(self.devices)
+        return "\n".join(comparison(self._plan, self._timeline, self._step_s, peaks))
 
     # State
 
@@ -338,6 +369,7 @@ class ModelParallelTrainer:
         meta = load_training(path, self._runner.built, self._runner.updater.optimizers)
         if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
             self.scaler.load_state_dict(meta["scaler"])
+        self._runner.updater.broken = ""
         self.steps_done = meta["step"]
         self.seed = meta["seed"]
         return meta["extra"]
@@ -355,28 +387,6 @@ class ModelParallelTrainer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _check_plan(self, plan: Plan) -> None:
-        settings: dict[str, Any] = {
-            "schedule": self.schedule,
-            "microbatches": self.microbatches,
-            "accumulate": self.accumulate,
-            "precision": self.precision,
-            "virtual": self.virtual,
-        }
-        if self.recompute != "auto":
-            settings["recompute"] = self.recompute
-        if not self.auto_transfer:  # else each boundary as the plan says
-            settings["transfer"] = tuple(
-                (self.codec or "none") if before.device != after.device else codec
-                for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
-            )
-        placement.check_plan(plan, self._require_layers(), self.devices, **settings)
-
-    def _require_layers(self) -> list[Layer]:
-        if self._layers is None:
-            raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
-        return self._layers
-
     def _prepared(self) -> Runner:
         assert self._runner is not None
         return self._runner
@@ -388,7 +398,7 @@ def _one_of(what: str, value: Any, known: Any) -> Any:
     return value
 
 
-def _at_least_one(what: str, value: int) -> int:
+def _at_least_one(what: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
     return value

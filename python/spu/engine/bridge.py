@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from spu.ops.sink import current_scope, open_scope
+from spu.skips import carried_by
 
 __all__ = ["Bridge", "StageModule"]
 
@@ -89,12 +90,37 @@ class _Crossing:
             self.passage.done = True
 
 
+class _HandCarrier:
+    """What hand-run parts stash for later ones. It keeps its graph, which is the trouble where the loop detaches."""
+
+    def __init__(self) -> None:
+        self.stage = 0
+        self.cut_before = 0  # the last part whose input was detached
+        self._tensors: dict[str, tuple[int, torch.Tensor]] = {}
+
+    def stash(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name] = (self.stage, tensor)
+
+    def pop(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise ValueError(f"no part before this one has stashed {name!r}, or it was popped already")
+        stage, tensor = self._tensors.pop(name)
+        if tensor.requires_grad and stage < self.cut_before <= self.stage:
+            raise ValueError(
+                f"{name!r} was stashed in part {stage} and popped in part {self.stage}, but the loop detaches between "
+                f"them: its gradient would go through part {stage} a second time. Hand it on as an output, or do "
+                "not detach"
+            )
+        return tensor
+
+
 class Bridge:
     """Matches the inputs of stages with the outputs of the stages before them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: dict[_Key, torch.Tensor] = {}
+        self.carrier = _HandCarrier()
 
     def produced(self, outputs: Any) -> None:
         """Remember a stage's outputs until the next stage takes them."""
@@ -120,6 +146,7 @@ class Bridge:
                 waiting = any(out.shape == leaf.shape for out in self._pending.values())
             if output is not None and output is not leaf:
                 _Crossing(output).attach(leaf)
+                self.carrier.cut_before = stage
             elif waiting:
                 warnings.warn(
                     f"the input of part {stage} requires a gradient but shares no storage with an output of an "
@@ -167,9 +194,14 @@ class StageModule(nn.Module):
         self._bridge = bridge
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and self.index > 0:
+        carrier = self._bridge.carrier
+        if self.index == 0:
+            carrier.stage = carrier.cut_before = 0
+        elif torch.is_grad_enabled():
             self._bridge.consumed((args, kwargs), self.index)
-        output = self.part(*args, **kwargs)
+        carrier.stage = self.index
+        with carried_by(carrier):
+            output = self.part(*args, **kwargs)
         if torch.is_grad_enabled():
             self._bridge.produced(output)
         return output

@@ -16,7 +16,7 @@ from spu.engine.stage import Stage
 if TYPE_CHECKING:
     from spu.devices import Device
 
-__all__ = ["DTYPES", "Built", "TiedUse", "build_stages", "to_precision"]
+__all__ = ["DTYPES", "Built", "TiedUse", "build_stages", "to_precision", "undo_precision"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -85,6 +85,15 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
         if dtype.itemsize == 2 or fused:
             spu_nn.accelerate(layer.module)
     return masters
+
+
+def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
+    """Give rounded parameters their fp32 values back, and linear layers their own class, where training never began."""
+    for layer in layers:
+        spu_nn.restore(layer.module)
+        for parameter in layer.module.parameters():
+            if id(parameter) in masters:
+                parameter.data = masters[id(parameter)]
 
 
 def build_stages(

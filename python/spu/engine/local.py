@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,8 @@ from spu.engine.stage import Stage
 from spu.engine.worker import Worker
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
-from spu.transfer import Link
+from spu.tracker import MemoryTracker, Tally
+from spu.transfer import Link, side_for
 
 __all__ = ["LocalEngine", "Round", "StageError"]
 
@@ -80,6 +82,8 @@ class LocalEngine:
         ranks: the rank of each stage, by default one each; stages of one rank are on one device.
         codecs: how tensors are packed over each boundary, None or "none" for not at all; one name for all. Between two
             stages of one rank nothing is packed or copied.
+        beside: packing and copying run beside the stages' work: None: where a card is at one end of a link; True or
+            False for all links between two ranks. See `spu.transfer.side`.
         backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
             variables do not reach other threads.
     """
@@ -90,20 +94,24 @@ class LocalEngine:
         ranks: Sequence[int] | None = None,
         *,
         codecs: Sequence[str | None] | str | None = None,
+        beside: bool | None = None,
         backend: str | None = None,
     ) -> None:
         self.stages = list(stages)
         self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
+        self.tallies: list[Tally] | None = None  # where workers count what they allocate; see `counted_bytes`
         homes = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(homes[rank]) for rank in range(len(homes))]
         self._forward_links, self._backward_links = [], []
         boundaries = len(self.stages) - 1
         each = [codecs] * boundaries if codecs is None or isinstance(codecs, str) else list(codecs)
         for before, codec in zip(range(boundaries), each, strict=True):
-            packed = None if codec == "none" or self.ranks[before] == self.ranks[before + 1] else codec
-            self._forward_links.append(Link(self.stages[before + 1].device.torch_device, packed))
-            self._backward_links.append(Link(self.stages[before].device.torch_device, packed))
+            same = self.ranks[before] == self.ranks[before + 1]
+            packed = None if codec == "none" or same else codec
+            here, there = (self.stages[s].device.torch_device for s in (before, before + 1))
+            self._forward_links.append(Link(there, packed, None if same else side_for(here, there, beside)))
+            self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
 
     def run(self, work: Round) -> Timeline:
         """Run one schedule to its end and return the measured timeline.
@@ -118,14 +126,18 @@ class LocalEngine:
         futures: list[Future[None]] = []
         try:
             for rank, worker in enumerate(self._workers):
-                futures.append(worker.submit(self._run_actions, work.actions[rank], work, exchange, spans[rank]))
+                futures.append(worker.submit(self._run_actions, rank, work, exchange, spans[rank]))
             self._all(futures, exchange)
         except BaseException:
             exchange.abort()  # Ctrl-C may come while only some of the workers have begun
-            wait(futures)
+            try:
+                wait(futures)
+            except KeyboardInterrupt:  # once more: an action that is running cannot be stopped
+                wait(futures)
+            raise
+        finally:
             for stage in self.stages:
                 stage.clear()
-            raise
         check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Timeline.from_spans(
@@ -157,6 +169,8 @@ class LocalEngine:
         """End the worker threads; harmless when called twice."""
         for worker in self._workers:
             worker.close()
+        for link in (*self._forward_links, *self._backward_links):
+            link.close()
 
     @staticmethod
     def _all(futures: list[Future[Any]], exchange: Exchange | None) -> list[Any]:
@@ -175,9 +189,10 @@ class LocalEngine:
         assert not errors, "a run was aborted without a cause"
         return [future.result() for future in futures]
 
-    def _run_actions(self, actions: Sequence[Action], work: Round, exchange: Exchange, spans: list[Span]) -> None:
-        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
-            for action in actions:
+    def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[Span]) -> None:
+        counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[rank])
+        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
+            for action in work.actions[rank]:
                 if exchange.aborted:
                     raise Aborted
                 stage = self.stages[action.stage]

@@ -87,7 +87,7 @@ def target_weights(
 
 def move(tree: Any, device: torch.device) -> Any:
     """The pytree with every tensor on ``device``."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), tree)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=device.type != "cpu"), tree)
 
 
 def unscaled_leaves(tree: Any) -> Any:

@@ -133,7 +133,7 @@ class Runner:
         """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional."""
         modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
         training = [module for module in modules if module.training]
-        parts = min(self._plan.microbatches, batch_rows(inputs))
+        parts = min(self._plan.microbatches * self._plan.accumulate, batch_rows(inputs))  # no larger than in training
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
             schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks),

@@ -93,6 +93,8 @@ class Stage:
             for layer, again in zip(self.layers, self.recompute, strict=True):
                 step = layer.run_checkpointed if again and train else layer.run
                 x = step(x, inputs, moment)
+        if not self.is_last:
+            _check_known(x, self.layers[-1].name if self.layers else "")
         if train:
             outputs = [] if self.is_last else pytree.tree_leaves(x)
             self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips)
@@ -173,6 +175,20 @@ class Stage:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
         self._deferred.clear()
+
+
+def _check_known(tree: Any, name: str) -> None:
+    """Raises TypeError for tensors in objects that pytree does not look into: they would cross uncut and uncopied."""
+    for leaf in pytree.tree_leaves(tree):
+        if not isinstance(leaf, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in _fields(leaf)):
+            raise TypeError(
+                f"layer {name!r} hands a {type(leaf).__name__} with tensors to the next stage: return tensors in "
+                "tuples, lists, dicts or named tuples, or register the class with torch.utils._pytree"
+            )
+
+
+def _fields(leaf: Any) -> list[Any]:
+    return list(getattr(leaf, "__dict__", {}).values())
 
 
 def _cut(leaf: Any) -> tuple[Any, Cut | None]:

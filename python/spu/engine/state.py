@@ -14,7 +14,7 @@ from spu.checkpoint import CheckpointError
 from spu.engine.build import Built
 from spu.optim import AdamW, MasterOptimizer
 
-__all__ = ["load_training", "model_state", "save_training"]
+__all__ = ["Kept", "load_training", "model_state", "save_training"]
 
 _FORMAT = "spu-trainer"
 
@@ -52,6 +52,28 @@ def load_training(path: str | Path, built: Built, optimizers: _Optimizers) -> di
     _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
     _restore_optimizer(built, optimizers, _with_prefix(tensors, "optimizer:"))
     return meta
+
+
+class Kept:
+    """What training has made so far, held while the stages are built anew; the old ones may be closed meanwhile."""
+
+    def __init__(self, built: Built, optimizers: _Optimizers) -> None:
+        self._model = model_state(built, optimizers)
+        self._optimizer = _optimizer_state(built, optimizers)
+        self._masters = {
+            id(parameter): _master(parameter, optimizer)
+            for parameter, optimizer in _named(built, optimizers).values()
+            if parameter.dtype.itemsize == 2 and parameter.requires_grad
+        }
+
+    def give_masters(self, built: Built) -> None:
+        """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
+        built.masters.update(self._masters)
+
+    def put_back(self, built: Built, optimizers: _Optimizers) -> None:
+        """Into the new stages and their optimizers."""
+        _restore_model(built, optimizers, self._model)
+        _restore_optimizer(built, optimizers, self._optimizer)
 
 
 def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
@@ -140,9 +162,7 @@ def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) 
     """The fp32 value that a parameter's was rounded from; the parameter itself where there is none."""
     if optimizer is None or not parameter.requires_grad:
         return parameter.detach()
-    if isinstance(optimizer, AdamW):
-        return optimizer.state[parameter].get("master", parameter.detach())
-    return optimizer.target(parameter).detach()
+    return optimizer.master(parameter)
 
 
 def _some(names: list[str]) -> str:

@@ -57,6 +57,7 @@ class Updater:
         max_grad_norm: float | None,
     ) -> None:
         self._closed = True  # until there is something to close
+        self.broken = ""  # why the weights of some stages are a step ahead of others', until a checkpoint is loaded
         self._built = built
         self._engine = engine
         self._scaler = scaler
@@ -83,6 +84,8 @@ class Updater:
         """
         if self._closed:
             raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
+        if self.broken:
+            raise RuntimeError(f"an update failed half-way ({self.broken}): load a checkpoint, or make a new trainer")
         self._scaler.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
@@ -117,7 +120,11 @@ class Updater:
             scale = clip.to(device) if clip is not None else None
             optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
 
-        self._engine.each(step)
+        try:
+            self._engine.each(step)
+        except BaseException as error:
+            self.broken = f"{type(error).__name__}: {error}"
+            raise
         for use in self._built.tied:
             if use.alias.data_ptr() != use.owner.data_ptr():
                 use.alias.data.copy_(use.owner.data)
@@ -129,6 +136,15 @@ class Updater:
         for stage in self._built.stages:
             for parameter in stage.parameters():
                 parameter.grad = None
+
+    def masters(self) -> dict[int, torch.Tensor]:
+        """fp32 values of the 16-bit parameters, by parameter id."""
+        found: dict[int, torch.Tensor] = {}
+        for owned, optimizer in zip(self._built.owned, self.optimizers):
+            for parameter in owned.values():
+                if parameter.dtype.itemsize == 2 and optimizer is not None:
+                    found[id(parameter)] = optimizer.master(parameter)
+        return found
 
     def close(self) -> None:
         """Take hooks and sinks off the parameters and give the model its ties back; harmless when called twice."""
@@ -155,13 +171,20 @@ class Updater:
 _UPDATERS: WeakKeyDictionary[nn.Module, weakref.ref[Updater]] = WeakKeyDictionary()
 
 
-def release(layers: Sequence[Layer]) -> None:
-    """Close what another trainer that was not closed has left in these layers."""
+def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
+    """Close what another trainer that was not closed has left in these layers.
+
+    Returns:
+        The fp32 values that it held of 16-bit parameters, by parameter id.
+    """
+    masters: dict[int, torch.Tensor] = {}
     for layer in layers:
         for module in layer.module.modules():
             updater = _UPDATERS[module]() if module in _UPDATERS else None
             if updater is not None:
+                masters |= updater.masters()
                 updater.close()
+    return masters
 
 
 def _modules(built: Built) -> Iterator[nn.Module]:

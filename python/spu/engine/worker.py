@@ -6,20 +6,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import torch
-
 from spu.devices import Device, pin_current_thread
 
 __all__ = ["Worker"]
 
 T = TypeVar("T")
-
-
-def _bind(device: Device) -> None:
-    """Runs once at the start of a worker thread."""
-    if device.torch_device.type == "cuda":
-        torch.cuda.set_device(device.torch_device)
-    pin_current_thread(device)
 
 
 class Worker:
@@ -28,7 +19,7 @@ class Worker:
     def __init__(self, device: Device) -> None:
         self.device = device
         self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix=f"spu {device.name}", initializer=_bind, initargs=(device,)
+            1, thread_name_prefix=f"spu {device.name}", initializer=pin_current_thread, initargs=(device,)
         )
 
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:

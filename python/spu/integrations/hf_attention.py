@@ -1,8 +1,9 @@
 """Attention for decoders whose weights are 16-bit, registered with transformers.
 
-A CPU has no fast fp16 attention: torch's own falls back to scalar code and takes two thirds of a training step.
-Widening queries, keys and values to fp32 doubles the step's speed and only adds precision. On every other device,
-and for fp32, these functions call transformers' own without touching a bit.
+Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
+``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
+which only adds precision. On every other device, and for fp32, these functions call transformers' own without touching
+a bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.ops import attention
+
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
 _HALF = (torch.float16, torch.bfloat16)
@@ -20,6 +23,21 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def _widen(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
+
+
+def _fused(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    causal: bool | None,
+) -> torch.Tensor:
+    """``spu.ops.attention`` as transformers calls one: heads first; causal unless told otherwise, or for one token."""
+    if causal is None:
+        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, scale=scale, causal=causal)
 
 
 def sdpa_attention(
@@ -30,7 +48,7 @@ def sdpa_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot-product attention, inside in fp32 for fp16 and bf16 on the CPU.
+    """Scaled dot-product attention, accumulated in fp32 for fp16 and bf16 on the CPU.
 
     Args:
         module: the attention module that calls (transformers reads its head grouping from it).
@@ -47,6 +65,8 @@ def sdpa_attention(
 
     if query.device.type != "cpu" or query.dtype not in _HALF:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
+    if attention_mask is None and not kwargs.get("dropout") and key.shape == value.shape:
+        return _fused(module, query, key, value, kwargs.get("scaling"), kwargs.get("is_causal")), None
     q, k, v, mask = _widen(query, key, value, attention_mask)
     out, weights = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # type: ignore[arg-type]
     return out.to(query.dtype), weights

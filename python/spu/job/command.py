@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spu.blueprint import config_names
 from spu.job import reference, report
 from spu.job.config import PLACEMENT, TrainConfig, resume_config
 from spu.job.folder import find_folder, new_folder
@@ -73,7 +74,7 @@ def train_command(
 def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | None) -> Job:
     if resume is None:
         for key in ("model", "data"):  # a run is resumed from any folder
-            if given.get(key) is not None:
+            if given.get(key) is not None and given[key] not in config_names():
                 given = {**given, key: str(Path(given[key]).resolve())}
         return Job(dataclasses.replace(TrainConfig(), **given), new_folder(out, name), new=True)
     if name is not None:

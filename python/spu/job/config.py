@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from spu import schedules
+from spu.ops.wire import CODECS
 
 PRECISIONS = ("fp16", "bf16", "fp32")
-TRANSFERS = ("auto", "none", "fp16", "bf16", "int8")
+TRANSFERS = ("auto", "none", *CODECS)
 RECOMPUTE = ("auto", "on", "off")
 BYTE_VOCABULARY = 256
 
@@ -48,8 +49,8 @@ class TrainConfig:
         data: a text file; None for Python's own language reference.
         devices: names for `DeviceManager.get_devices`.
         budget: memory budgets for `DeviceManager`, or None for what is available.
-        schedule: "gpipe" or "1f1b".
-        microbatches: microbatches of one round of the schedule.
+        schedule: one of `spu.schedules`, or "auto": the planner's choice.
+        microbatches: microbatches of one round of the schedule, or "auto".
         accumulate: rounds for one update.
         precision: "fp16", "bf16" or "fp32".
         transfer: codec between the stages, "auto" or "none".
@@ -70,6 +71,7 @@ class TrainConfig:
         growth_interval: good steps before the loss scale doubles.
         save_every: steps between checkpoints.
         evals: validation points on the curve (the last one is on the whole validation set).
+        replan: after the second step, place the layers again by what it took.
     """
 
     model: str | None = None
@@ -77,7 +79,7 @@ class TrainConfig:
     devices: str = "auto"
     budget: str | None = None
     schedule: str = "1f1b"
-    microbatches: int = 8
+    microbatches: int | str = 8
     accumulate: int = 1
     precision: str = "fp16"
     transfer: str = "int8"
@@ -98,14 +100,18 @@ class TrainConfig:
     growth_interval: int = 200
     save_every: int = 100
     evals: int = 10
+    replan: bool = False
 
     def check(self) -> None:
         """Raises ValueError naming the first setting that makes no sense, its value and what to give instead."""
-        schedules.get(self.schedule)
+        if self.schedule != "auto":
+            schedules.get(self.schedule)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("transfer", self.transfer, TRANSFERS)
         _one_of("recompute", self.recompute, RECOMPUTE)
-        for name in ("microbatches", "accumulate", "seq", "batch", "save_every", "growth_interval", "evals"):
+        if self.microbatches != "auto":
+            _at_least("microbatches", self.microbatches, 1)
+        for name in ("accumulate", "seq", "batch", "save_every", "growth_interval", "evals"):
             _at_least(name, getattr(self, name), 1)
         for name in ("steps", "tokens"):
             if getattr(self, name) is not None:
@@ -123,12 +129,17 @@ class TrainConfig:
         given = [_option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
-        parts = self.microbatches * self.accumulate
+        parts = self.fewest_parts
         if self.batch < parts:
             raise ValueError(
                 f"--batch {self.batch} has fewer sequences than --microbatches {self.microbatches} x --accumulate "
                 f"{self.accumulate}: give --batch {parts} or more, or fewer microbatches"
             )
+
+    @property
+    def fewest_parts(self) -> int:
+        """Into how many microbatches a step is cut at least."""
+        return self.accumulate * (self.microbatches if isinstance(self.microbatches, int) else 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -169,6 +180,15 @@ class TrainConfig:
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores
 
 
+def read_count(name: str, text: str | None) -> int | str | None:
+    """A whole number or "auto" as it was typed; None stays None. Raises ValueError for anything else."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{_option(name)} {text}: give a whole number of at least 1, or auto")
+    return int(text)
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -178,7 +198,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {_option(name)} {value!r}: give one of {', '.join(known)}")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{_option(name)} {value} must be a whole number of at least {least}")
 

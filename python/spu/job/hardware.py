@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spu import doctor
 from spu.devices import Device, DeviceManager, format_bytes
-from spu.profile import measure_device, measure_link
+from spu.speed import measure_device, measure_link, measure_loopback
 
 
 def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[str]:
@@ -33,13 +33,21 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
     lines = table(rows)
     pairs = [(a, b) for a in found for b in found if a is not b]
     if pairs:
-        links = [("link", "bandwidth"), *(_link(a, b, refresh) for a, b in pairs)]
+        links = [("link", "bandwidth"), *(row for a, b in pairs for row in _link(a, b, refresh))]
+        links.append(("loopback, between two processes", _per_second(measure_loopback(refresh=refresh))))
         lines += ["", *table(links)]
     return lines
 
 
-def _link(a: Device, b: Device, refresh: bool) -> tuple[str, str]:
-    return f"{a.name} -> {b.name}", _per_second(measure_link(a, b, refresh=refresh))
+def _link(a: Device, b: Device, refresh: bool) -> list[tuple[str, str]]:
+    """A row, or two where the host's memory may be page-locked or pageable."""
+    name = f"{a.name} -> {b.name}"
+    if {a.torch_device.type, b.torch_device.type} != {"cpu", "cuda"}:
+        return [(name, _per_second(measure_link(a, b, refresh=refresh)))]
+    return [
+        (f"{name}, {words}", _per_second(measure_link(a, b, pinned=pinned, refresh=refresh)))
+        for words, pinned in (("page-locked", True), ("pageable", False))
+    ]
 
 
 def _flops(value: float) -> str:

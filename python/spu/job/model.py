@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from spu.blueprint import read_config
 from spu.job.config import BYTE_VOCABULARY, DEFAULT_MODEL
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -77,7 +77,8 @@ def default_config() -> Any:
 
 
 def load_config(source: str | None) -> Any:
-    """The Hugging Face config of `source`: a folder with config.json, such a file, or None for the default.
+    """The Hugging Face config of `source`: a folder with config.json, such a file, the name of a config that comes with
+    spu, or None for the default.
 
     Raises:
         ValueError: missing, not a config, or one that needs remote code.
@@ -85,20 +86,7 @@ def load_config(source: str | None) -> Any:
     quiet_transformers()
     if source is None:
         return default_config()
-    file = Path(source)
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(
-            f"--model {source}: no such file or folder with a config.json; give a Hugging Face config or model"
-        )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"--model {source}: {file.name} is not JSON ({error}); give a Hugging Face config") from None
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise ValueError(
-            f"--model {source}: {file.name} has no model_type; give the config.json of a Hugging Face model"
-        )
+    values = read_config(source)
     from transformers import CONFIG_MAPPING
 
     kind = values["model_type"]

@@ -6,11 +6,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from spu.devices import Device, DeviceManager, parse_bytes
+from spu.job.config import TRANSFERS, read_count
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import Wanted, search_plan
@@ -50,6 +50,9 @@ def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Devi
     if not names or names == ["auto"]:
         return DeviceManager(budget).get_devices("auto"), set()
     here = [f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    twice = [n for k, n in enumerate(names) if n.startswith("cuda") and _full(n) in map(_full, names[:k])]
+    if twice:
+        raise ValueError(f"--devices {devices}: {_full(twice[0])} is named twice; cards are cuda:0, cuda:1, ...")
     absent = {_full(n) for n in names if n.startswith("cuda") and _full(n) not in here}
     known = [n for n in names if _full(n) not in absent]
     found: dict[str, Device] = {}
@@ -141,11 +144,15 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     layers = blueprint(options.model)
     parameters = sum(p.numel() for layer in layers for p in layer.module.parameters())
     name = Path(options.model).name.removesuffix(".json")
-    plan = search_plan(costs_by_rows(layers, options.seq, options.precision), machine, _wanted(options, name))
+    plan = search_plan(
+        costs_by_rows(layers, options.seq, options.precision, options.schedule), machine, _wanted(options, name)
+    )
     print("\n".join(explain(plan, machine, parameters, time.perf_counter() - began)), flush=True)
     if out is not None:
         plan.save(out)
-        print(f"written: {out}; train with it: spu train --model {options.model} --plan {out}")
+        budget = f" --budget {options.budget}" if options.budget else ""
+        where = " (where these devices are)" if absent else ""
+        print(f"written: {out}; train with it{where}: spu train --model {options.model} --plan {out}{budget}")
     if picture is not None:
         from spu.plan.gallery import draw_plan
 
@@ -155,16 +162,10 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
 
 
 def _wanted(options: PlanOptions, name: str) -> Wanted:
-    counts: Any = options.microbatches
-    if counts != "auto":
-        if not counts.isdigit() or int(counts) < 1:
-            raise ValueError(f"--microbatches {counts}: give a whole number of at least 1, or auto")
-        counts = int(counts)
     if options.recompute not in ("auto", "on", "off"):
         raise ValueError(f"--recompute {options.recompute}: give auto, on or off")
-    codecs = ("auto", "none", "fp16", "bf16", "int8")
-    if options.transfer not in codecs:
-        raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(codecs)}")
+    if options.transfer not in TRANSFERS:
+        raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(TRANSFERS)}")
     if options.seq < 1:
         raise ValueError(f"--seq {options.seq}: give a whole number of at least 1")
     recompute: bool | str = options.recompute if options.recompute == "auto" else options.recompute == "on"
@@ -172,7 +173,7 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
         batch=options.batch,
         tokens=options.seq,
         accumulate=options.accumulate,
-        microbatches=counts,
+        microbatches=read_count("microbatches", options.microbatches) or "auto",
         schedule=options.schedule,
         precision=options.precision,
         codec=options.transfer,

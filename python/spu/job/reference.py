@@ -22,6 +22,7 @@ RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
 _NOT_OURS = (
     *PLACEMENT,
     "schedule",
+    "replan",
     "precision",
     "transfer",
     "recompute",
@@ -60,7 +61,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
     inputs, targets = corpus.batch(config.seed, step, config.batch, config.seq)
-    parts = config.microbatches * config.accumulate
+    parts = config.fewest_parts
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):

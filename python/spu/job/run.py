@@ -25,7 +25,6 @@ from spu.job.sample import choose_prompt, sample_text
 from spu.job.stop import Stopped, StopSignals
 from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
-from spu.plan.compare import comparison
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.trainer import ModelParallelTrainer, StepResult
@@ -48,6 +47,11 @@ class Job:
     given_plan: Plan | None = None  # of a file that the user named
     corpus: Corpus = field(init=False)
     tokenizer: Tokenizer = field(init=False)
+    view: console.View | None = None  # while training
+
+    def say(self, text: str) -> None:
+        """Show some lines beside the progress."""
+        (print if self.view is None else self.view.say)(text)
 
     def read(self) -> None:
         """Read the text and check that it and the model fit together.
@@ -117,6 +121,8 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         schedule=config.schedule,
         plan=plan,
         measure=plan is None or plan is job.given_plan,  # so that predicted times are of these layers here
+        report=job.say,
+        replan=config.replan and plan is None,
         transfer=config.transfer,
         recompute="auto" if config.recompute == "auto" else config.recompute == "on",
         max_grad_norm=config.max_grad_norm,
@@ -221,14 +227,18 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
     shown, val_loss = console.RunningMean(), None
     timelines: deque[Timeline] = deque(maxlen=TIMELINES)
     skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
+    plan = trainer.plan
     with console.open_view(f"train {folder.name}", steps, done) as view:
+        job.view = view
         for step in range(done, steps):
-            begin = time.perf_counter()
             result = trainer.step(*job.corpus.batch(config.seed, step, config.batch, config.seq))
-            if step == done + 1 or step + 1 == steps == done + 1:  # the first step also makes what is kept
-                _say_compared(view, trainer, time.perf_counter() - begin, result)
+            if trainer.plan is not plan and trainer.plan is not None:
+                plan = trainer.plan
+                plan.save(folder / "plan.json")  # planned again: the run goes on by this one
+                timelines.clear()  # this step ran by the old one
+            else:
+                timelines.append(trainer.timeline())
             metrics.append(**_row(step + 1, result, config))
-            timelines.append(trainer.timeline())
             guard.check(step + 1, result, config)
             skipped += result.skipped
             if reference.is_eval_step(config, step + 1, steps):
@@ -247,13 +257,6 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
                     stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.path}"
                 )
     return timelines
-
-
-def _say_compared(view: console.View, trainer: ModelParallelTrainer, step_s: float, result: StepResult) -> None:
-    """Predicted beside measured, for the step that has just run."""
-    assert trainer.plan is not None
-    for line in comparison(trainer.plan, trainer.timeline(), step_s, result.peak_bytes):
-        view.say(line)
 
 
 def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
@@ -309,8 +312,9 @@ def _pictures_of_pipeline(job: Job, trainer: ModelParallelTrainer, timelines: de
         return {}
     typical = sorted(timelines, key=lambda timeline: timeline.makespan)[len(timelines) // 2]
     predicted = trainer.predicted_timeline()
-    config = job.config
-    title = f"{job.folder.name}: a typical step's pipeline, {config.schedule}, {config.microbatches} microbatches"
+    assert trainer.plan is not None
+    how = f"{trainer.plan.schedule}, {trainer.plan.microbatches} microbatches"
+    title = f"{job.folder.name}: a typical step's pipeline, {how}"
     draw_timeline(typical, job.folder / "timeline.png", title, predicted)
     write_trace(typical, job.folder / "trace.json")
     idle_share = statistics.median(timeline.idle_share for timeline in timelines)

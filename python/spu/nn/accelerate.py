@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -38,7 +38,8 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
     Args:
         precision: what the fused ops compute in: "fp16", "bf16" or "fp32", whatever the parameters' dtype, in and
             outside ``torch.autocast``; their results have their inputs' dtype. Default: autocast's dtype inside
-            ``torch.autocast``, else the parameters' own. Parameters are not converted.
+            ``torch.autocast``, else the parameters' own. Parameters are not converted. It holds for ``spu.nn.Linear``
+            too.
 
     Raises:
         ValueError: for an unknown precision.
@@ -51,16 +52,35 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
         if fused is not None:
             module.__class__ = fused
             setattr(module, _MARK, True)
-        if _MARK in module.__dict__:
+        if _MARK in module.__dict__ or isinstance(module, Linear):
             module.spu_dtype = dtype  # type: ignore[assignment]
     return model
 
 
 def restore(model: _Model) -> _Model:
-    """Undoes ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay."""
+    """Undoes ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay, without a precision.
+
+    Raises:
+        ValueError: if a module's class was changed again since; nothing is restored then.
+    """
+    plain = {module: _plain_form(name, module) for name, module in model.named_modules() if _MARK in module.__dict__}
     for module in model.modules():
-        if not module.__dict__.pop(_MARK, False):
-            continue
-        module.__dict__.pop("spu_dtype", None)
-        module.__class__ = nn.Linear if type(module) is Linear else cast(FusedBlock, module).spu_plain
+        if module in plain or isinstance(module, Linear):
+            module.__dict__.pop("spu_dtype", None)
+    for module, cls in plain.items():
+        del module.__dict__[_MARK]
+        module.__class__ = cls
     return model
+
+
+def _plain_form(name: str, module: nn.Module) -> type[nn.Module]:
+    """The class that an accelerated module had."""
+    cls = type(module)
+    if cls is Linear:
+        return nn.Linear
+    if isinstance(module, FusedBlock) and "spu_plain" in cls.__dict__:
+        return module.spu_plain
+    raise ValueError(
+        f"module {name!r} was accelerated and is a {cls.__name__} since: undo what changed its class (for a "
+        "parametrization: torch.nn.utils.parametrize.remove_parametrizations) and call restore again"
+    )

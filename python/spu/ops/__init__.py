@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .attention import attention
 from .codec import pack, unpack, wire_bytes
 from .cross_entropy import linear_cross_entropy
 from .dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
 from .gated import GATED_ACTIVATIONS, gated_mlp
+from .host import copy_in, pack_to_host, unpack_from_host
 from .linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
 from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from .reference import ACTIVATIONS
@@ -21,8 +23,10 @@ __all__ = [
     "GradSink",
     "adamw_",
     "attach_sink",
+    "attention",
     "backends",
     "choose_backend",
+    "copy_in",
     "current_scope",
     "detach_sink",
     "forced_backend",
@@ -37,8 +41,10 @@ __all__ = [
     "linear_dw_db_",
     "open_scope",
     "pack",
+    "pack_to_host",
     "sink_of",
     "unpack",
+    "unpack_from_host",
     "unscale_",
     "use_backend",
     "wire_bytes",

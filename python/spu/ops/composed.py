@@ -7,13 +7,14 @@ error bound, but not the speed or the single rounding of a fused kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference_attention
 from . import reference_fused as fused
 from .reference import wide
 
@@ -96,6 +97,33 @@ def linear_ce_dz(
     return fused.cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
 
 
+def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """The reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
+    return reference_attention.attention(*args)  # type: ignore[no-any-return]
+
+
+def attention_backward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference."""
+    return reference_attention.attention_backward(*args)  # type: ignore[no-any-return]
+
+
+def pack_(backend: str, x: Tensor, codec: str, wire: Tensor) -> None:
+    """Packed on x's device, then copied: by the copy engine where that is a CUDA device and the wire is pinned."""
+    wire.copy_(_op("pack", backend)(x, codec), non_blocking=wire.is_cuda or wire.is_pinned())
+
+
+def unpack_(backend: str, wire: Tensor, codec: str, out: Tensor) -> None:
+    """Copied to out's device, then unpacked there."""
+    out.copy_(_op("unpack", backend)(wire.to(out.device, non_blocking=True), list(out.shape), out.dtype, codec))
+
+
+def copy_in_(backend: str, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copied as they are, converted on arrival: torch would convert on the host, and wait."""
+    for source, target in zip(sources, targets, strict=True):
+        as_is = source.dtype == target.dtype or source.device == target.device
+        target.copy_(source if as_is else source.to(target.device, non_blocking=True), non_blocking=True)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_dz_dx": linear_dz_dx,
     "linear_dw_db_": linear_dw_db_,
@@ -104,8 +132,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_dh": gated_dh,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
+    "attention": attention,
+    "attention_backward": attention_backward,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
+    "pack_": pack_,
+    "unpack_": unpack_,
+    "copy_in_": copy_in_,
 }
 
 

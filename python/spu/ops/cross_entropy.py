@@ -19,7 +19,7 @@ from torch import Tensor
 from . import schema, wire
 from .dispatch import DTYPES, choose_backend
 from .linear import compute_dtype
-from .sink import sinks_of
+from .sink import at_once, sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
@@ -56,8 +56,8 @@ class _PlainWeightGradient:
         accumulate = self._total is not None
         if self._total is None:
             self._total = torch.empty(self._weight.shape, dtype=torch.float32, device=dz.device)
-        one, flag = torch.ones(1, device=dz.device), torch.zeros(1, device=dz.device)
-        schema.overload("linear_dw_", self._backend)(dz, x, self._total, one, flag, accumulate)
+        one = torch.ones(1, dtype=torch.float32, device=dz.device)
+        schema.overload("linear_dw_", self._backend)(dz, x, self._total, one, torch.zeros_like(one), accumulate)
 
     def result(self) -> Tensor:
         total = torch.zeros_like(self._weight) if self._total is None else self._total
@@ -72,7 +72,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
         raise RuntimeError("spu.ops.linear_cross_entropy has no second derivative: do not pass create_graph=True")
     hidden, weight, target, lse = ctx.saved_tensors
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    (sink,) = sinks_of((ctx.parameter,))
+    (sink,) = sinks_of(ctx, (ctx.parameter,))
     grad_rows = dloss.to(lse.dtype).contiguous()
     plain = _PlainWeightGradient(weight, backend) if needs_weight and sink is None else None
     pieces: list[Tensor] = []
@@ -84,7 +84,8 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
         if needs_hidden:
             pieces.append(schema.overload("linear_dx", backend)(dz, weight))
         if sink is not None:
-            sink.linear_weight(dz, x, backend)
+            with at_once():  # put off, the logit gradients of all pieces would be kept, which never exist together here
+                sink.linear_weight(dz, x, backend)
         elif plain is not None:
             plain.add(dz, x)
     dhidden = None

@@ -78,9 +78,15 @@ class Loader:
 
 def _load_cpu() -> BackendStatus:
     try:
-        importlib.import_module("spu._C")  # importing it registers the kernels
+        module = importlib.import_module("spu._C")  # importing it registers the kernels
     except ImportError as error:
         return BackendStatus("cpu", False, f"spu._C cannot be imported: {error}", _BUILD, ("cpu",))
+    try:
+        module.isa()
+    except ValueError as error:  # SPU_CPU_ISA asks for what this processor lacks
+        return BackendStatus(
+            "cpu", False, str(error), "unset SPU_CPU_ISA, or set it to what the processor has", ("cpu",)
+        )
     return _library_status("cpu", "CPU", "spu._C", _BUILD)
 
 
@@ -135,10 +141,18 @@ def _load_cuda() -> BackendStatus:
     if not torch.cuda.is_available():
         return unavailable("torch sees no CUDA device", "see the row 'CUDA device' of `spu doctor`")
     try:
-        importlib.import_module("spu._cuda")  # importing it registers the kernels
+        module = importlib.import_module("spu._cuda")  # importing it registers the kernels
     except ImportError as error:
         return unavailable(f"spu._cuda cannot be imported: {error}", _BUILD_CUDA)
-    return cuda_library_status("CUDA")
+    from . import cuda_library
+
+    if lacks := cuda_library.uncovered(module.architectures()):
+        reason = f"spu._cuda was compiled for {module.architectures()}, which has no code for {', '.join(lacks)}"
+        return unavailable(reason, f"SPU_CUDA_ARCHS={cuda_library.wanted()} as well: {_BUILD_CUDA}")
+    status = cuda_library_status("CUDA")
+    if status.available:
+        cuda_library.choose_tiles(module)
+    return status
 
 
 def cuda_library_status(key: str) -> BackendStatus:
@@ -281,7 +295,11 @@ def select_cuda(op: str, dtype: torch.dtype, capability: tuple[int, int], shape:
     """
     from spu.kernels import table
 
+    from . import cuda_library
+
     preferred = table.preferred_backend(capability, op, dtype, shape)
+    if preferred == "cuda" and not cuda_library.takes(op, shape):  # measured on aligned rows
+        return None
     return preferred if preferred in cuda_candidates(dtype) else None
 
 

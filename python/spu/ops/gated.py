@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .dispatch import DTYPES, choose_backend
-from .linear import compute_dtype
+from .dispatch import choose_backend
+from .linear import check_dtypes, compute_dtype
 from .sink import GradSink, sinks_of
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -63,7 +63,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
         raise RuntimeError("spu.ops.gated_mlp has no second derivative: do not pass create_graph=True")
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
-    gate_sink, up_sink, down_sink = sinks_of(ctx.parameters)
+    gate_sink, up_sink, down_sink = sinks_of(ctx, ctx.parameters)
     if w_down is None:  # only w_down learns, so dh is not needed: gate stands in, and of the result only h is used
         dgate, dup, h = schema.overload("gated_dz", backend)(gate, gate, up, ctx.activation)
     else:
@@ -128,8 +128,7 @@ def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: 
             f"gated_mlp: x {tuple(x.shape)}, w_gate {tuple(w_gate.shape)}, w_up {tuple(w_up.shape)} and w_down "
             f"{tuple(w_down.shape)} do not fit: they must be [..., in], [hidden, in], [hidden, in] and [out, hidden]"
         )
-    if (dtype or x.dtype) not in DTYPES["reference"] or not x.is_floating_point():
-        raise TypeError(f"gated_mlp: x is {x.dtype}: convert it to float16, bfloat16 or float32")
+    check_dtypes("gated_mlp: x", x, dtype)
     for name, weight in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
         if dtype is None and weight.dtype != x.dtype:
             raise TypeError(

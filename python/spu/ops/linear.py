@@ -64,7 +64,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
         )
     x, weight, saved = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    weight_sink, bias_sink = sinks_of(ctx.parameters)
+    weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
     dz, dx = _input_gradients(dy, saved, weight if needs_x else None, ctx.activation, backend)
     dw = db = None
     left, right = (x, dz) if ctx.transposed else (dz, x)  # dw = left.T @ right
@@ -155,9 +155,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtyp
             f"linear_act: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: it must be "
             f"({weight.shape[0]},)"
         )
-    device, wanted = x.device, dtype or x.dtype
-    if wanted not in _FLOATS or not x.is_floating_point():
-        raise TypeError(f"linear_act: x is {x.dtype}: convert it to float16, bfloat16 or float32")
+    device = x.device
+    check_dtypes("linear_act: x", x, dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -168,6 +167,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtyp
             )
         if tensor.device != device:
             raise ValueError(f"linear_act: x is on {device} but {name} is on {tensor.device}: move one with .to()")
+
+
+def check_dtypes(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
+    """Raises TypeError if ``x``, or the ``dtype`` that it will be converted to (None: not), is none of spu's."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"{name.split(':')[0]}: dtype is {dtype}: use float16, bfloat16 or float32")
+    if not x.is_floating_point() or (dtype is None and x.dtype not in _FLOATS):
+        raise TypeError(f"{name} is {x.dtype}: convert it to float16, bfloat16 or float32")
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:

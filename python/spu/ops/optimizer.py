@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import schema
-from .dispatch import DTYPES, choose_backend
+from . import moments, schema
+from .dispatch import DTYPES, choose_backend, forced_backend, status_of
 
 
 def _check_adamw(
@@ -19,7 +21,14 @@ def _check_adamw(
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: give it an fp32 master")
     if param.dtype not in DTYPES["cpu"]:
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: use float16, bfloat16 or float32")
-    for name, value in (("grad", grad), ("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if moment.dtype != exp_avg.dtype or not moments.fits(moment, param.shape) or moment.device != param.device:
+            raise ValueError(
+                f"adamw_: {name} {i} is {tuple(moment.shape)} on {moment.device}, but its parameter is "
+                f"{tuple(param.shape)} on {param.device}; it is {moment.dtype}, exp_avg {exp_avg.dtype}: make both by "
+                "spu.ops.moments.new_moment, in one form"
+            )
+    for name, value in (("grad", grad), ("master", master)):
         if value is None:
             continue
         if value.dtype != torch.float32:
@@ -29,6 +38,33 @@ def _check_adamw(
                 f"adamw_: {name} {i} is {tuple(value.shape)} on {value.device}, but its parameter is "
                 f"{tuple(param.shape)} on {param.device}"
             )
+
+
+def _adamw_backend(param: Tensor, exp_avg: Tensor) -> str:
+    """The backend for a parameter: Triton's kernel keeps fp32 moments only."""
+    name = choose_backend(param, op="adamw_")
+    if name != "triton" or exp_avg.dtype == torch.float32:
+        return name
+    if forced_backend() is not None:
+        raise ValueError(
+            f"adamw_: backend 'triton' was forced but has fp32 moments only, these are {moments.moments_of(exp_avg)}: "
+            "force 'cuda' or 'reference', or use AdamW(moments='fp32')"
+        )
+    if status_of("cuda").available:
+        return "cuda"
+    _warn_of_reference()
+    return "reference"
+
+
+@lru_cache(maxsize=1)
+def _warn_of_reference() -> None:
+    status = status_of("cuda")
+    warnings.warn(
+        f"AdamW with bf16 or 8-bit moments runs in plain torch here, slower: Triton's kernel has fp32 moments only and "
+        f"{status.reason}. To make it fast, {status.fix}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 @torch.no_grad()
@@ -55,6 +91,7 @@ def adamw_(
     Args:
         params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even), or fp32 with None.
         grads: fp32 main gradients at true scale; multiplied by ``grad_scale`` on the fly, not changed.
+        exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or 8-bit buffers (``spu.ops.moments``).
         steps: fp32 [1] each: the number of this update, from 1.
         grad_scale: fp32 [1], the clip coefficient.
         found_inf: fp32 [1].
@@ -62,16 +99,18 @@ def adamw_(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; the message names the parameter's position.
     """
-    groups: dict[tuple[torch.dtype, torch.device], list[tuple[Any, ...]]] = {}
+    groups: dict[tuple[torch.dtype, torch.device, torch.dtype], list[tuple[Any, ...]]] = {}
     for i, row in enumerate(zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)):
         _check_adamw(i, *row[:5])
-        groups.setdefault((row[0].dtype, row[0].device), []).append(row)
-    for (dtype, _), rows in groups.items():
+        groups.setdefault((row[0].dtype, row[0].device, row[3].dtype), []).append(row)
+    for (dtype, _, _), rows in groups.items():
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:
             lists[2] = []
-        op = schema.overload("adamw_", choose_backend(rows[0][0], op="adamw_"))
+        op = schema.overload("adamw_", _adamw_backend(rows[0][0], rows[0][3]))
         op(*lists, grad_scale, found_inf, lr, beta1, beta2, eps, weight_decay)
+        # Ops of a Library leave no trace in version counters: autograd would not refuse a graph that holds old values.
+        torch.autograd.graph.increment_version([tensor for i in (0, 2, 3, 4) for tensor in lists[i]])
 
 
 @torch.no_grad()
@@ -86,7 +125,7 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
     for group in groups.values():
         value = schema.overload("grad_sqnorm", choose_backend(group[0], op="grad_sqnorm"))(group)
         total = value if total is None else total + value.to(total.device)
-    return torch.zeros(1) if total is None else total
+    return torch.zeros(1, dtype=torch.float32) if total is None else total
 
 
 def grad_norm(grads: Iterable[Tensor]) -> Tensor:

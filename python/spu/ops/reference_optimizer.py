@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .moments import load_moment, moments_of, noise, stored_moment
+
 
 def adamw_(
     params: Sequence[Tensor],
@@ -18,27 +20,33 @@ def adamw_(
     steps: Sequence[Tensor],
     grad_scale: Tensor,
     found_inf: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    *hyper: float,
 ) -> None:
     """One AdamW update of every parameter (Loshchilov and Hutter, arXiv:1711.05101), torch's order of operations.
 
     Bit-equal in fp32 to ``torch.optim.AdamW(foreach=False, fused=False)`` on the CPU. ``masters`` is empty for fp32
-    parameters; all parameters of a call share one dtype and device.
+    parameters; all parameters of a call share one dtype and device, and one form of moments (``moments.py``).
+    ``hyper``: lr, beta1, beta2, eps, weight_decay.
     """
-    hyper = (lr, beta1, beta2, eps, weight_decay)
-    targets = masters or params
-    if params and params[0].device.type == "cpu":
-        if found_inf.item() != 0:
-            return
-        for row in zip(targets, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-            _adamw_on_host(*row, grad_scale, *hyper)
-    else:
-        for row in zip(targets, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-            adamw_on_device(*row, grad_scale, found_inf, *hyper)
+    on_host = bool(params) and params[0].device.type == "cpu"
+    if on_host and found_inf.item() != 0:
+        return
+    for row in zip(masters or params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        target, grad, first, second, step = row
+        average = load_moment(first, target.shape, signed=True)
+        square = load_moment(second, target.shape, signed=False)
+        if on_host:
+            _adamw_on_host(target, grad, average, square, step, grad_scale, *hyper)
+        else:
+            adamw_on_device(target, grad, average, square, step, grad_scale, found_inf, *hyper)
+        if average is not first:
+            bits, keep = noise(target.numel(), step), found_inf.squeeze() == 0
+            for moment, values, mine, signed in (
+                (first, average, bits & 0xFFFF, True),
+                (second, square, bits >> 16, False),
+            ):
+                made = stored_moment(values, moments_of(moment), mine, signed=signed)
+                moment.copy_(torch.where(keep, made, moment))
     for param, master in zip(params, masters, strict=False):
         param.copy_(master)
 
@@ -50,13 +58,9 @@ def _adamw_on_host(
     exp_avg_sq: Tensor,
     step: Tensor,
     grad_scale: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    *hyper: float,
 ) -> None:
-    count = step.item()
+    count, (lr, beta1, beta2, eps, weight_decay) = step.item(), hyper
     target.mul_(1 - lr * weight_decay)
     g = grad * grad_scale.squeeze()
     exp_avg.lerp_(g, 1 - beta1)
@@ -74,13 +78,10 @@ def adamw_on_device(
     step: Tensor,
     grad_scale: Tensor,
     found_inf: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    *hyper: float,
 ) -> None:
     """The same update without a host sync: the step number and found_inf are read on the device only."""
+    lr, beta1, beta2, eps, weight_decay = hyper
     keep = found_inf.squeeze() == 0  # zero-dimensional, like all scalars here: a parameter may be that too
     count = step.squeeze().double()
     step_size = (lr / (1 - beta1**count)).to(target.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import composed, reference, reference_codec, reference_fused, reference_optimizer, wire
+from . import composed, reference, reference_attention, reference_codec, reference_fused, reference_optimizer, wire
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -38,6 +38,10 @@ SCHEMAS: dict[str, str] = {
     "unscale_": f"(Tensor grad, {_SINK}) -> ()",
     "pack": "(Tensor x, str codec) -> Tensor",
     "unpack": "(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor",
+    # into memory that is there: wire and sources may be on the device or in pinned host memory
+    "pack_": "(Tensor x, str codec, Tensor(a!) wire) -> ()",
+    "unpack_": "(Tensor wire, str codec, Tensor(a!) out) -> ()",
+    "copy_in_": "(Tensor[] sources, Tensor(a!)[] targets) -> ()",
     "adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor[] steps, Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, "
@@ -56,19 +60,27 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
         "(Tensor y, Tensor gate, Tensor up)"
     ),
+    "attention": "(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor out, Tensor lse)",
+    "attention_backward": (
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal) -> "
+        "(Tensor dq, Tensor dk, Tensor dv)"
+    ),
     "linear_ce": ("(Tensor hidden, Tensor weight, Tensor target, int ignore_index) -> (Tensor loss_rows, Tensor lse)"),
     "linear_ce_dz": (
         "(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int ignore_index) -> Tensor"
     ),
 }
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
-COMPOSED_REFERENCE = ("linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp")  # those that the reference lacks too
+COMPOSED_REFERENCE = (  # those that the reference lacks too
+    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "pack_", "unpack_", "copy_in_",
+)  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference.IMPLEMENTATIONS,
     **reference_codec.IMPLEMENTATIONS,
     **reference_optimizer.IMPLEMENTATIONS,
     **reference_fused.IMPLEMENTATIONS,
+    **reference_attention.IMPLEMENTATIONS,
     **{name: composed.implementation(name, "reference") for name in COMPOSED_REFERENCE},
 }
 
@@ -111,6 +123,11 @@ def _fake_linear_ce(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.
     return rows, torch.empty_like(rows)
 
 
+def _fake_attention(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=dtype)
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -131,6 +148,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "unscale_": _fake_nothing,
     "pack": _fake_pack,
     "unpack": _fake_unpack,
+    "pack_": _fake_nothing,
+    "unpack_": _fake_nothing,
+    "copy_in_": _fake_nothing,
     "adamw_": _fake_nothing,
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float32),
     "gated_linear": _fake_gated_linear,
@@ -138,6 +158,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
     "gated_mlp": _fake_gated_mlp,
+    "attention": _fake_attention,
+    "attention_backward": lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     "linear_ce": _fake_linear_ce,
     "linear_ce_dz": lambda hidden, weight, *_: hidden.new_empty((hidden.shape[0], weight.shape[0])),
 }

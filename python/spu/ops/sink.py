@@ -1,8 +1,9 @@
 """How the loss scale reaches an op's backward, and who takes the weight gradient there.
 
 A *scope* (scale, inv_scale, found_inf) belongs to one run of the autograd engine: an identity node near the loss
-registers it under the engine's graph-task id as soon as its backward runs, and the engine's own callback at the end
-removes it. So concurrent backwards each see their own scope, and a backward that was started any other way sees none.
+registers it under the engine's graph-task id as soon as its backward runs, and a callback that the engine holds until
+the end, or drops when the backward fails, removes it. So concurrent backwards each see their own scope, and a backward
+that was started any other way sees none.
 
 A backward that is started inside another one (``out.backward(g)`` in a hook, a checkpoint with use_reentrant=True) is a
 task of its own and does not inherit: open the scope again on its root, and checkpoint with use_reentrant=False.
@@ -10,10 +11,9 @@ task of its own and does not inherit: open the scope again on its root, and chec
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,7 +23,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .dispatch import has_kernel
 
 _T = TypeVar("_T")
-_KEPT_SCOPES = 256  # entries of backwards that failed (their callback never ran) are dropped beyond this many
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +37,7 @@ class BackwardScope:
         plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
             be added as it is, without a pass over it.
         adopt: called with a parameter of a fused op that has no sink yet; may give it one.
+        family: scopes of one backward must share it: they carry the same scale.
     """
 
     scale: Tensor
@@ -46,6 +46,8 @@ class BackwardScope:
     deferred: list[Callable[[], None]] | None = None
     plain: bool = False
     adopt: Callable[[Tensor], GradSink | None] | None = None
+    family: object = field(default_factory=object)
+    _elsewhere: dict[torch.device, BackwardScope] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for name in ("scale", "inv_scale", "found_inf"):
@@ -56,8 +58,19 @@ class BackwardScope:
                     f"{tuple(value.shape)} on {value.device}"
                 )
 
+    def on(self, device: torch.device) -> BackwardScope:
+        """The same scale on another device, with a found_inf of its own there; itself on its own device."""
+        if device == self.scale.device:
+            return self
+        found = self._elsewhere.get(device)
+        if found is None:
+            scale = self.scale.to(device)
+            made = replace(self, scale=scale, inv_scale=self.inv_scale.to(device), found_inf=torch.zeros_like(scale))
+            found = self._elsewhere.setdefault(device, made)  # one thread wins
+        return found
 
-_SCOPES: OrderedDict[int, BackwardScope] = OrderedDict()
+
+_SCOPES: dict[int, BackwardScope] = {}  # of the backwards that run now
 
 
 def graph_task_id() -> int:
@@ -70,19 +83,36 @@ def current_scope() -> BackwardScope | None:
     return _SCOPES.get(graph_task_id())
 
 
+def is_open(adopt: Callable[[Tensor], GradSink | None] | None) -> bool:
+    """Whether a backward runs now, on any thread, in a scope whose parameters this function adopts."""
+    return adopt is not None and any(scope.adopt == adopt for scope in list(_SCOPES.values()))
+
+
+class _End:
+    """Removes a backward's scope: called at its end; a backward that fails lets go of its callbacks uncalled."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self, task: int) -> None:
+        self._task = task
+
+    def __call__(self) -> None:
+        _SCOPES.pop(self._task, None)
+
+    __del__ = __call__
+
+
 def _register(scope: BackwardScope) -> None:
     task = graph_task_id()
-    if task in _SCOPES:
+    found = _SCOPES.get(task)
+    if found is None:
         _SCOPES[task] = scope
-        return
-    while len(_SCOPES) >= _KEPT_SCOPES:
-        _SCOPES.popitem(last=False)
-    _SCOPES[task] = scope
-    torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, task))
-
-
-def _forget(task: int) -> None:
-    _SCOPES.pop(task, None)
+        torch.autograd.Variable._execution_engine.queue_callback(_End(task))
+    elif found.family is not scope.family:
+        raise RuntimeError(
+            "one backward from losses with two loss scales: parameters that both reach could not be unscaled; scale "
+            "the sum of the losses with one scaler, or run one backward for each"
+        )
 
 
 class _OpenScope(torch.autograd.Function):
@@ -127,6 +157,21 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
     if hasattr(value, "_fields"):
         return type(value)(*items)  # type: ignore[return-value]  # a named tuple
     return type(value)(items)  # type: ignore[return-value,call-arg]
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """While it lasts, sinks of this backward do their work at once, also where it is put off otherwise: for an op that
+    makes its operands piece by piece, and would keep all of them."""
+    task, scope = graph_task_id(), current_scope()
+    if scope is None or scope.deferred is None:
+        yield
+        return
+    _SCOPES[task] = replace(scope, deferred=None)
+    try:
+        yield
+    finally:
+        _SCOPES[task] = scope
 
 
 class GradSink(Protocol):
@@ -180,11 +225,53 @@ def sink_of(param: Tensor) -> GradSink | None:
     return _SINKS.get(param)
 
 
-def sinks_of(parameters: Iterable[Tensor | None]) -> list[GradSink | None]:
-    """For the backward of a fused op: the sink of each parameter, None for None and outside a scope."""
+def _is_own(hook: Callable[..., Any]) -> bool:
+    return hasattr(getattr(hook, "__self__", None), "linear_weight")  # a method of a sink
+
+
+def _has_foreign_hook(param: Tensor) -> bool:
+    """Whether someone wants to see or change the parameter's gradient; if so, sinks' own hooks are put behind those."""
+    hooks: dict[int, Callable[..., Any]] | None = param._backward_hooks
+    if not hooks:
+        return False
+    if all(map(_is_own, hooks.values())):
+        return False
+    for key in [key for key, hook in hooks.items() if _is_own(hook)]:
+        hooks[key] = hooks.pop(key)
+    return True
+
+
+def accumulates(node: Any) -> bool:
+    """Whether the backward that runs now will add to the ``grad`` of the parameter whose AccumulateGrad node this is.
+
+    It will not if it was asked for the gradients of other tensors, or for this one's as a result
+    (``torch.autograd.grad``, ``backward(inputs=...)``).
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # what it says of a leaf whose gradient autograd.grad returns
+        return False
+
+
+def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> list[GradSink | None]:
+    """For the backward of a fused op: who takes each parameter's gradient; None: the op returns it to autograd.
+
+    It is returned for None and outside a scope, where the gradient is not to be added to the parameter's, and where a
+    hook of the user's on the parameter is to see it (in the operands' dtype and scaled, as in torch).
+
+    Args:
+        node: the op's ``ctx``.
+        parameters: leaves among the op's tensor inputs, in their order.
+        first: the place of the first of them.
+    """
     scope = current_scope()
     if scope is None:
         return [None for _ in parameters]
-    return [
-        None if param is None else _SINKS.get(param) or (scope.adopt and scope.adopt(param)) for param in parameters
-    ]
+    edges = node.next_functions
+    found: list[GradSink | None] = []
+    for i, param in enumerate(parameters, first):
+        if param is None or not accumulates(edges[i][0]) or _has_foreign_hook(param):
+            found.append(None)
+        else:
+            found.append(_SINKS.get(param) or (scope.adopt and scope.adopt(param)))
+    return found

@@ -115,7 +115,12 @@ def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
         TypeError: for a dtype that no wire can hold.
     """
     check_source(shape, dtype)
-    found, numel = codec_of(codec), numel_of(shape)
+    return packed_bytes(numel_of(shape), codec)
+
+
+def packed_bytes(numel: int, codec: str) -> int:
+    """Size of a wire of ``numel`` values in bytes; the shape does not matter. Raises ValueError as `codec_of`."""
+    found = codec_of(codec)
     return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))
 
 

@@ -143,7 +143,7 @@ def _backend(name: str, backend: str) -> Callable[..., list] | None:
         if backend == "cpp":
             raise RuntimeError("spu._host is not built: install with a C++ compiler, or use 'python'") from error
         return None
-    return getattr(_host, name)  # type: ignore[no-any-return]
+    return getattr(_host, name, None)  # an older build may lack it
 
 
 def place_python(p: Problem, slacks: list[float]) -> list[list[int]]:

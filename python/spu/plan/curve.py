@@ -13,8 +13,8 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     """Bytes held on each device from each change on.
 
     State and wires are there all the time; each microbatch in flight adds what its stage keeps, from the start of its
-    forward to the end of its backward (of its weight gradient, where that is split off); each action adds its stage's
-    workspace while it runs.
+    forward to the end of its backward, and what is left for a weight gradient that is put off until that is done;
+    forwards and backwards add their stage's workspace while they run.
 
     Args:
         plan: whose bytes.
@@ -28,17 +28,19 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     home = [ranks[stage.device] for stage in plan.stages]
     changes: list[list[tuple[float, int, int]]] = [[] for _ in ranks]  # (when, frees first, bytes)
     opened: set[tuple[int, int]] = set()
-    ends: dict[tuple[int, int], float] = {}
     for span in timeline.spans:
         stage, key = plan.stages[span.stage], (span.stage, span.microbatch)
         own = changes[home[span.stage]]
         if key not in opened:
             opened.add(key)
             own.append((span.start, 1, stage.each_bytes))
+        if span.kind == "W":
+            own.append((span.end, 0, -stage.left_bytes))
+            continue
         own += [(span.start, 1, stage.workspace_bytes), (span.end, 0, -stage.workspace_bytes)]
-        ends[key] = max(ends.get(key, 0.0), span.end)
-    for (index, _), when in ends.items():
-        changes[home[index]].append((when, 0, -plan.stages[index].each_bytes))
+        if span.kind != "F":
+            left = stage.left_bytes if span.kind == "I" else 0
+            own.append((span.end, 0, left - stage.each_bytes))
     curves = []
     for rank, own in enumerate(changes):
         held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, home) if k == rank)

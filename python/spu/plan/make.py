@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spu import schedules
@@ -57,7 +58,7 @@ def make_plan(
         microbatches: per run of the schedule.
         accumulate: runs of the schedule per step.
         precision: "fp16", "bf16" or "fp32".
-        codec: "none", "fp16", "bf16" or "int8", for all boundaries or one for each.
+        codec: "none" or a codec of `spu.ops.pack`, for all boundaries or one for each.
         recompute: True, False, "auto": as few layers as fit the budgets; or, with ``layers``, the layers themselves.
         max_stages: use no more than this many of the devices (where each has one stage).
         model: a name for the plan.
@@ -118,7 +119,11 @@ def make_plan(
 def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows: int = 0, tokens: int = 0) -> Plan:
     """The plan of a placement, with everything predicted."""
     durations, updates = request.durations(placed), request.updates(placed)
-    totals = request.stage_bytes(placed)
+    held, saved = request.held(placed), request.saved(placed)
+    totals = [
+        replace(total, saved_bytes=own, workspace_bytes=one.most - one.each)
+        for total, own, one in zip(request.stage_bytes(placed), saved, held)
+    ]
     stages = []
     for s, (part, again) in enumerate(zip(placed.parts, placed.again, strict=True)):
         device = request.devices[request.homes[s]]
@@ -131,7 +136,8 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
                 layer_names=tuple(request.layers[k].name for k in part),
                 recompute=again,
                 budget_bytes=device.budget_bytes,
-                each_bytes=request.memory.each(s, part.start, part.stop, again),
+                each_bytes=held[s].each,
+                left_bytes=held[s].left,
                 forward_s=forward_s,
                 backward_s=input_s + weight_s,
                 weight_s=weight_s,
@@ -160,7 +166,7 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
             idle_share=timeline.idle_share,
             transfer_s=tuple(request.transfers(placed)),
             link_bytes=tuple(2 * request.microbatches * request.accumulate * size for size in crossing),
-            peak_bytes=tuple(request.peaks(placed)),
+            peak_bytes=tuple(request.predicted_peaks(placed)),
             basis=basis,
         ),
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
+from spu.ops import wire
+
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
 
 WIRE_BUFFERS = 2  # per boundary and direction: one being filled while the other is read
-
-_HEADER, _ALIGN, _BLOCK = 64, 64, 64  # of the wire format, see spu.ops
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class LayerNeeds:
         backward_extra: the most that the backward takes beyond what the forward has left.
         deferred_bytes: what weight gradients that are put off keep, beside what the forward left.
         weight_share: the share of the backward's time that weight gradients take, where they can be put off.
+        left_bytes: what those keep between the two, the layer's input not counted.
+        left_input: whether they keep that, too.
     """
 
     name: str
@@ -43,6 +45,8 @@ class LayerNeeds:
     backward_extra: int
     deferred_bytes: int = 0
     weight_share: float = 0.5
+    left_bytes: int = 0
+    left_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,27 @@ def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
     """
     if codec == "none":
         return output_bytes
-    count = output_bytes // ITEM_BYTES[precision]
-    if codec == "int8":
-        return _HEADER + _aligned(4 * -(-count // _BLOCK)) + _aligned(count)
-    if codec in ("fp16", "bf16"):
-        return _HEADER + _aligned(2 * count)
-    raise ValueError(f"unknown codec {codec!r}; there are 'none', 'fp16', 'bf16', 'int8'")
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGN) * _ALIGN
+    return wire.packed_bytes(output_bytes // ITEM_BYTES[precision], codec)
 
 
 def pinned_bytes(count: int) -> int:
     """What page-locked host memory for ``count`` bytes takes: torch's allocator rounds up to a power of two."""
     return 1 << (count - 1).bit_length() if count > 0 else 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one microbatch on a stage.
+
+    Attributes:
+        each: between its forward and its backward.
+        left: between its input gradient and its weight gradients, where these are put off.
+        most: while one of its actions runs.
+    """
+
+    each: int
+    left: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Boundary:
 
 
 class StageMemory:
-    """Bytes of any run of layers on any stage, for one way of training: the definition.
+    """Bytes of any run of layers on any stage, for one way of training: what budgets are held against.
 
     A stage holds its state all the time. Each microbatch in flight keeps what its layers saved, or with recompute the
     inputs of the layers that are run again, and the stage's output. On top comes what one action needs while it
@@ -180,7 +190,7 @@ class StageMemory:
             main_grad_bytes=main_grad,
             master_bytes=master,
             moment_bytes=moment,
-            saved_bytes=self.in_flight[stage] * self.each(stage, first, last, recompute),
+            saved_bytes=self.in_flight[stage] * self.bound(stage, first, last, recompute),
             wire_bytes=self._wire_bytes(stage, first, last),
             workspace_bytes=self._workspace(stage, first, last, recompute),
         )
@@ -189,23 +199,73 @@ class StageMemory:
         """Bytes that one microbatch in flight keeps."""
         total = 0
         for k in range(first, last):
-            layer, again = self.layers[k], k in recompute
-            total += 0 if again else layer.own_bytes + (layer.deferred_bytes if self.deferred else 0)
-            if k > first:
-                kept = again or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
-            else:  # the first stage's input is the user's own batch, which is there anyway
-                kept = stage > 0 and self.boundaries[stage - 1].copied and (again or layer.input_saved)
-            total += layer.input_bytes if kept else 0
+            layer = self.layers[k]
+            total += 0 if k in recompute else layer.own_bytes
+            total += layer.input_bytes if self._keeps_input(stage, first, k, recompute) else 0
         if stage < len(self.in_flight) - 1:
             return total + self.layers[last - 1].output_bytes
         kept = self.loss.input_saved or (self.layers[last - 1].output_saved and last - 1 not in recompute)
         return total + self.loss.own_bytes + (self.loss.input_bytes if kept else 0)
 
+    def bound(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> int:
+        """As `each`; where weight gradients are put off, with what they keep beside it."""
+        total = self.each(stage, first, last, recompute)
+        if self.deferred:
+            total += sum(self._deferred(k, recompute) for k in range(first, last))
+        return total
+
+    def _deferred(self, k: int, recompute: Collection[int]) -> int:
+        layer = self.layers[k]
+        return layer.deferred_bytes if k not in recompute else layer.left_bytes
+
+    def held(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> Held:
+        """What one microbatch holds, moment by moment: at most what `of` counts, where all is taken at its largest.
+
+        While a layer runs forward, nothing is there of those behind it; while it runs backward, they have let go of
+        theirs, but for what weight gradients that are put off keep and for the gradient that came in.
+        """
+        final = stage == len(self.in_flight) - 1
+        tail = 0 if final else self.layers[last - 1].output_bytes
+        here, most = 0, 0
+        marks = []
+        for k in range(first, last):
+            layer, again = self.layers[k], k in recompute
+            kept = self._keeps_input(stage, first, k, recompute)
+            here += (0 if again else layer.own_bytes) + (layer.input_bytes if kept else 0)
+            transient = layer.own_bytes if again else 0
+            given = layer.input_bytes if k > first and not kept else 0
+            most = max(most, here + transient + given + layer.output_bytes + layer.forward_extra)
+            extra = max(layer.backward_extra, layer.forward_extra if again else 0)
+            marks.append(here + transient + extra + (tail if k < last - 1 else 0))
+        each = self.each(stage, first, last, recompute)
+        if final:
+            logits = 0 if each - here - self.loss.own_bytes else self.loss.input_bytes
+            most = max(most, each + max(self.loss.forward_extra + logits, self.loss.backward_extra))
+        left = 0
+        for k in reversed(range(first, last)):
+            most = max(most, marks[k - first] + tail + left)
+            if self.deferred:
+                layer = self.layers[k]
+                elsewhere = k == first and (stage == 0 or not self.boundaries[stage - 1].copied)
+                left += layer.left_bytes + (layer.input_bytes if layer.left_input and not elsewhere else 0)
+        bound = self.bound(stage, first, last, recompute) + self._workspace(stage, first, last, recompute)
+        return Held(each, left, max(min(most, bound), each, left))
+
+    def _keeps_input(self, stage: int, first: int, k: int, recompute: Collection[int]) -> bool:
+        """Whether a microbatch in flight keeps the input of layer ``k`` in a stage that begins with ``first``."""
+        layer, again = self.layers[k], k in recompute
+        if k > first:
+            return again or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
+        # The first stage's input is the user's own batch, which is there anyway.
+        return stage > 0 and self.boundaries[stage - 1].copied and (again or layer.input_saved)
+
     def _workspace(self, stage: int, first: int, last: int, recompute: Collection[int]) -> int:
         most = 0
         for k in range(first, last):
             layer = self.layers[k]
-            most = max(most, layer.forward_extra, layer.backward_extra + (layer.own_bytes if k in recompute else 0))
+            most = max(most, layer.forward_extra, layer.backward_extra)
+            if k in recompute:
+                most = max(most, layer.own_bytes + max(layer.forward_extra, layer.backward_extra))
         if stage == len(self.in_flight) - 1:
             # The logits are still there while the loss is computed.
             most = max(most, self.loss.forward_extra + self.loss.input_bytes, self.loss.backward_extra)

@@ -39,6 +39,8 @@ def layer_needs(cost: LayerCost, before: LayerCost | None) -> LayerNeeds:
             cost.backward_extra_bytes,
             cost.deferred_bytes,
             share,
+            cost.left_bytes,
+            cost.left_input,
         )
     given = before.output_bytes if before is not None else cost.input_bytes
     shared = min(cost.shared_bytes, cost.saved_bytes)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from spu import schedules
+from spu.ops.wire import CODECS as WIRE_CODECS
 from spu.plan.curve import memory_curve
 from spu.plan.memory import ITEM_BYTES, StageBytes
 from spu.plan.table import plan_table
 
-VERSION = 2
-CODECS = ("none", "fp16", "bf16", "int8")
+VERSION = 3
+CODECS = ("none", *WIRE_CODECS)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class StagePlan(StageBytes):
         recompute: indices of the layers that keep only their input and run again in the backward.
         budget_bytes: what the device may use, for all of its stages together.
         each_bytes: what one microbatch in flight keeps; ``saved_bytes`` is the most of them at a time.
+        left_bytes: what of it is left between input gradient and weight gradients, where these are put off.
         forward_s: predicted seconds of one forward.
         backward_s: predicted seconds of one backward, recomputation included.
         weight_s: the part of it that weight gradients take, which a schedule may put off.
@@ -44,6 +46,7 @@ class StagePlan(StageBytes):
     recompute: tuple[int, ...]
     budget_bytes: int
     each_bytes: int
+    left_bytes: int
     forward_s: float
     backward_s: float
     weight_s: float

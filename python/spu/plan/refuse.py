@@ -27,6 +27,7 @@ def refusal(request: Request, max_microbatches: int | None = None) -> BudgetErro
     names = [device.name for device in request.devices]
     budgets = [device.budget_bytes for device in request.devices]
     short = [rank for rank, peak in enumerate(peaks) if peak > budgets[rank]]
+    assert short, "a request is refused although its nearest placement fits"
     lines = [_line(request, placed, rank, peaks[rank]) for rank in short]
     fixes = [_describe(label, changed, found) for label, changed, found in working_changes(request, max_microbatches)]
     fixes.append("budgets of " + ", ".join(f"{format_bytes_up(peaks[r])} for {names[r]}" for r in short))
@@ -79,7 +80,7 @@ def _moment(request: Request, placed: Placed, rank: int) -> str:
     own = [s for s, home in enumerate(request.homes) if home == rank]
     if sum(totals[s].state_bytes for s in own) > request.devices[rank].budget_bytes:
         return "all the time, for weights and optimizer alone"
-    each = [request.memory.each(s, placed.parts[s].start, placed.parts[s].stop, placed.again[s]) for s in own]
+    each = [request.memory.bound(s, placed.parts[s].start, placed.parts[s].stop, placed.again[s]) for s in own]
     sizes = dict(zip(own, each))
     last = {(a.stage, a.microbatch): a for a in request.actions[rank]}
     held, most, when = 0, -1, request.actions[rank][0]

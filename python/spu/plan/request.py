@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan import core
-from spu.plan.memory import Boundary, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
+from spu.plan.memory import Boundary, Held, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
 from spu.schedules.simulate import FlatSchedule, _runner, flatten
 
@@ -143,7 +143,7 @@ class Request:
             inner,
             [layer.input_bytes for layer in self.layers],
             [max(layer.forward_extra, layer.backward_extra) for layer in self.layers],
-            [max(layer.forward_extra, layer.backward_extra + layer.own_bytes) for layer in self.layers],
+            [max(layer.forward_extra, layer.backward_extra) + layer.own_bytes for layer in self.layers],
             list(memory.in_flight),
             list(budgets),
             *(ends[name] for name in (*_END_BYTES, "enter_s", "leave_s")),
@@ -188,13 +188,19 @@ class Request:
             return [placed] if self.fits(placed) else []
         if len(self.homes) > len(self.layers):
             return []
-        problem = self.problem()
-        found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
-        if not found and self.virtual > 1:
-            # Stages that peak at different times may share a device though equal shares are too small.
-            problem = self.problem([self.devices[home].budget_bytes for home in self.homes])
+        shares: list[list[int] | None] = [None]
+        if self.virtual > 1:  # stages that peak at different times may share a device though equal shares are too small
+            shares.append([self.devices[home].budget_bytes for home in self.homes])
+        for budgets in shares:
+            problem = self.problem(budgets)
             found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
-        return [placed for placed in found if self.fits(placed)]
+            fitting = [placed for placed in found if self.fits(placed)]
+            if not fitting:
+                nearest = self.placed(core.nearest(problem), problem)
+                fitting = [nearest] if self.fits(nearest) else []
+            if fitting:
+                return fitting
+        return []
 
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
@@ -218,7 +224,7 @@ class Request:
     def peaks(self, placed: Placed) -> list[int]:
         """The most bytes of every device: over its stages what they hold, and the largest workspace of one."""
         parts = list(zip(placed.parts, placed.again, strict=True))
-        each = [self.memory.each(s, part.start, part.stop, again) for s, (part, again) in enumerate(parts)]
+        each = [self.memory.bound(s, part.start, part.stop, again) for s, (part, again) in enumerate(parts)]
         held = [max(sum(each[s] * n for s, n in counts) for counts in row) for row in held_together(*self._schedule)]
         totals = self.stage_bytes(placed)
         return [
@@ -227,6 +233,34 @@ class Request:
             + max(b.workspace_bytes for b, home in zip(totals, self.homes) if home == rank)
             for rank in range(len(self.devices))
         ]
+
+    def held(self, placed: Placed) -> list[Held]:
+        """What one microbatch holds on every stage."""
+        pairs = zip(placed.parts, placed.again, strict=True)
+        return [self.memory.held(s, part.start, part.stop, again) for s, (part, again) in enumerate(pairs)]
+
+    def saved(self, placed: Placed) -> list[int]:
+        """The most bytes that microbatches hold on every stage between actions."""
+        held, most = self.held(placed), [0] * len(self.homes)
+        for row in held_moments(*self._schedule):
+            for stage, kind, counts in row:
+                own = next((full, left) for s, full, left in counts if s == stage)
+                more = held[stage].left if kind == "W" else held[stage].each
+                most[stage] = max(most[stage], own[0] * held[stage].each + own[1] * held[stage].left + more)
+        return most
+
+    def predicted_peaks(self, placed: Placed) -> list[int]:
+        """The most bytes of every device as its actions come and go; at most what `peaks` holds against budgets."""
+        totals, held = self.stage_bytes(placed), self.held(placed)
+        result = []
+        for rank, row in enumerate(held_moments(*self._schedule)):
+            fixed = sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
+            most = 0
+            for stage, kind, counts in row:
+                others = sum(full * held[s].each + left * held[s].left for s, full, left in counts)
+                most = max(most, others + (held[stage].left if kind == "W" else held[stage].most))
+            result.append(fixed + most)
+        return result
 
     def durations(self, placed: Placed) -> list[tuple[float, float, float]]:
         """(forward, input gradient, weight gradient) seconds of every stage."""
@@ -316,6 +350,35 @@ def held_together(
                 counts[action.stage] -= 1
         most = [a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)]
         result.append([tuple(zip(stages, counts_)) for counts_ in most])
+    return result
+
+
+@lru_cache(maxsize=256)
+def held_moments(
+    schedule: str, ranks: int, microbatches: int, virtual: int
+) -> list[list[tuple[int, str, tuple[tuple[int, int, int], ...]]]]:
+    """Per rank: (stage, kind of action, what else is held then), the last as (stage, microbatches between forward and
+    backward, those between input gradient and weight gradient) for each stage, less what is within another."""
+    result = []
+    for row in _actions(schedule, ranks, microbatches, virtual):
+        stages = sorted({a.stage for a in row})
+        full, left = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+        seen: dict[tuple[int, str], set[tuple[int, ...]]] = {}
+        for action in row:
+            s = action.stage
+            if action.kind == "W":
+                left[s] -= 1
+            elif action.kind != "F":
+                full[s] -= 1
+            counts = tuple(n for stage in stages for n in (full[stage], left[stage]))
+            seen.setdefault((s, "W" if action.kind == "W" else "F"), set()).add(counts)
+            full[s] += action.kind == "F"
+            left[s] += action.kind == "I"
+        moments = []
+        for (s, kind), vectors in seen.items():
+            most = [a for a in vectors if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in vectors)]
+            moments += [(s, kind, tuple(zip(stages, v[::2], v[1::2]))) for v in most]
+        result.append(moments)
     return result
 
 

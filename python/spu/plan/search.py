@@ -7,7 +7,6 @@ shortest predicted step wins.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spu import schedules
-from spu.plan import core
 from spu.plan.machine import Machine
 from spu.plan.make import RECOMPUTE, write_plan
-from spu.plan.memory import LayerNeeds, wire_bytes
-from spu.plan.needs import Times, counted_times, layer_needs, measured_times
+from spu.plan.memory import LayerNeeds, state_bytes, wire_bytes
+from spu.plan.needs import Times, counted_times, layer_needs
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
@@ -75,7 +73,11 @@ class Wanted:
         return [m for m in counts if m in _spread(counts)]
 
     def schedule_names(self) -> list[str]:
-        return schedules.names() if self.schedule == "auto" else [self.schedule]
+        """What may be tried. In fp32 the linear layers of a searched plan are torch's own, which compute both gradients
+        at once: a schedule that puts weight gradients off has nothing to put off there."""
+        if self.schedule != "auto":
+            return [self.schedule]
+        return [n for n in schedules.names() if self.precision != "fp32" or not schedules.splits_backward(n)]
 
 
 def _spread(counts: list[int]) -> set[int]:
@@ -87,20 +89,24 @@ def _spread(counts: list[int]) -> set[int]:
     return set(kept[:8])
 
 
-def search_plan(costs_of: CostsOf, machine: Machine, wanted: Wanted) -> Plan:
+def search_plan(
+    costs_of: CostsOf, machine: Machine, wanted: Wanted, times_of: Callable[[int], Sequence[Times]] | None = None
+) -> Plan:
     """The fastest plan found that keeps every budget.
 
     Args:
         costs_of: profiles the model for a number of rows; called once for each that is tried.
         machine: the devices, their speeds and links.
         wanted: what is asked of the plan.
+        times_of: rows of a microbatch -> measured seconds of every layer, and last of the loss, on each of the
+            machine's devices; default: counted work at the machine's speeds.
 
     Raises:
         BudgetError: nothing fits; says which budget is short by how much and when, and what would fit.
         ValueError: settings that make no sense.
     """
     _check(wanted)
-    search = _Search(costs_of, machine, wanted)
+    search = _Search(costs_of, machine, wanted, times_of)
     best = search.best()
     if best is None:
         raise search.refusal()
@@ -129,23 +135,34 @@ def _check(wanted: Wanted) -> None:
 
 
 class _Search:
-    def __init__(self, costs_of: CostsOf, machine: Machine, wanted: Wanted) -> None:
-        self.costs_of, self.machine, self.wanted = costs_of, machine, wanted
-        self._profiles: dict[int, tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times], bool]] = {}
+    def __init__(
+        self,
+        costs_of: CostsOf,
+        machine: Machine,
+        wanted: Wanted,
+        times_of: Callable[[int], Sequence[Times]] | None = None,
+    ) -> None:
+        self.costs_of, self.times_of, self.machine, self.wanted = costs_of, times_of, machine, wanted
+        self._profiles: dict[int, tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times]]] = {}
 
     def best(self) -> tuple[Request, Placed] | None:
         """The fastest request and placement; None if nothing fits."""
-        found: list[tuple[float, Request, Placed]] = []
-        for order in self._orders():
-            for request in self._requests(order):
-                found += self._timed(request, request.candidates(SLACKS))
-        found.sort(key=lambda entry: entry[0])
+        counts = self.wanted.microbatch_counts()
+        needs, *_ = self._profile(self.wanted.batch // (self.wanted.accumulate * counts[-1]))
+        if _states(needs, self.wanted.precision) > sum(d.budget_bytes for d in self.machine.devices):
+            return None  # whatever the batch: no need to look at any placement
+        found = [entry for order in self._orders() for entry in self._found(order, counts)]
+        if not found:  # before it is said that nothing fits, every order is tried with what takes least memory
+            found = [entry for order in self._every_order() for entry in self._found(order, counts[-1:])]
+        found.sort(key=lambda entry: float(f"{entry[0]:.3e}"))  # of equally fast ones the simplest schedule
         improved = [self._improved(*entry) for entry in _distinct(found)[:_IMPROVED]]
         best = min(improved, key=lambda entry: entry[0], default=None)
         return None if best is None else (best[1], best[2])
 
-    def _timed(self, request: Request, candidates: Sequence[Placed]) -> list[tuple[float, Request, Placed]]:
-        return [(request.step_s(placed), request, placed) for placed in candidates]
+    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[tuple[float, Request, Placed]]:
+        for request in self._requests(order, counts):
+            for placed in request.candidates(SLACKS):
+                yield request.step_s(placed), request, placed
 
     def _orders(self) -> list[tuple[int, ...]]:
         """Orders of devices worth a full search: those that are fastest under one schedule."""
@@ -159,7 +176,7 @@ class _Search:
             request = self._request(order, "1f1b", middle)
             times = [request.step_s(placed) for placed in request.candidates(SLACKS)] if request is not None else []
             ranked.append((min(times, default=math.inf), order))
-        return [order for _, order in sorted(ranked)[:_ORDERS]]
+        return [order for seconds, order in sorted(ranked)[:_ORDERS] if math.isfinite(seconds)]
 
     def _every_order(self) -> Iterator[tuple[int, ...]]:
         """Distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
@@ -194,8 +211,7 @@ class _Search:
             ):
                 yield tuple(order)
 
-    def _requests(self, order: Sequence[int]) -> Iterator[Request]:
-        counts = self.wanted.microbatch_counts()
+    def _requests(self, order: Sequence[int], counts: list[int]) -> Iterator[Request]:
         # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
         for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
             for name in self.wanted.schedule_names():
@@ -207,7 +223,7 @@ class _Search:
         wanted, machine = self.wanted, self.machine
         virtual = schedules.stages_per_rank(schedule)
         rows = wanted.batch // (wanted.accumulate * microbatches)
-        layers, loss, times, _ = self._profile(rows)
+        layers, loss, times = self._profile(rows)
         if virtual * len(order) > len(layers):
             return None
         homes = schedules.stage_ranks(schedule, len(order), virtual)
@@ -252,29 +268,26 @@ class _Search:
 
         return min(("none", "int8"), key=seconds)
 
-    def _profile(self, rows: int) -> tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times], bool]:
-        """(layers, loss, [devices] times, whether they are measured) for a number of rows."""
+    def _profile(self, rows: int) -> tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times]]:
+        """(layers, loss, [devices] times) for a number of rows."""
         if rows not in self._profiles:
             costs, loss_cost = self.costs_of(rows)
             needs = tuple(layer_needs(cost, before) for cost, before in zip(costs, [None, *costs]))
             loss = layer_needs(loss_cost, costs[-1])
             machine = self.machine
-            measured = measured_times([*costs, loss_cost])
-            times = []
-            for k in range(len(machine.devices)):
-                if measured is None:
-                    times.append(counted_times([*costs, loss_cost], machine.flops[k], machine.bandwidths[k]))
-                else:
-                    factor = machine.flops[0] / machine.flops[k]
-                    times.append(tuple((f * factor, b * factor) for f, b in measured))
-            self._profiles[rows] = needs, loss, times, measured is not None
+            if self.times_of is not None:
+                times = [tuple(own) for own in self.times_of(rows)]
+            else:
+                every = [*costs, loss_cost]
+                times = [counted_times(every, f, b) for f, b in zip(machine.flops, machine.bandwidths)]
+            self._profiles[rows] = needs, loss, times
         return self._profiles[rows]
 
     def basis(self, request: Request) -> str:
         """What the plan's times rest on."""
-        rows = self.wanted.batch // (self.wanted.accumulate * request.microbatches)
-        nominal = any(self.machine.nominal(device.name) for device in request.devices)
-        return "nominal" if nominal else "measured" if self._profile(rows)[3] else "estimated"
+        if self.times_of is not None:
+            return "measured"
+        return "nominal" if any(self.machine.nominal(device.name) for device in request.devices) else "estimated"
 
     def _improved(self, seconds: float, request: Request, placed: Placed) -> tuple[float, Request, Placed]:
         """Boundaries moved by one layer as long as that shortens the step."""
@@ -304,11 +317,12 @@ class _Search:
             raise ValueError(
                 f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
             )
-        error = refusal(dataclasses.replace(request, recompute=core.AGAIN), counts[-1])
+        limit = self.wanted.batch // self.wanted.accumulate
+        error = refusal(request, limit)
         budgets = [device.budget_bytes for device in request.devices]
         text = f"{self.wanted.model or 'the model'} does not fit.\n"
         text += state_line(request.layers, request.precision, budgets) + ".\n" + str(error)
-        less = _states(request) - sum(budgets)
+        less = _states(request.layers, request.precision) - sum(budgets)
         if less > 0:
             text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
         return BudgetError(
@@ -321,8 +335,8 @@ class _Search:
         )
 
 
-def _states(request: Request) -> int:
-    return sum(request.problem().fixed)
+def _states(layers: Sequence[LayerNeeds], precision: str) -> int:
+    return sum(sum(state_bytes(layer, precision)) for layer in layers)
 
 
 def _distinct(found: list[tuple[float, Request, Placed]]) -> list[tuple[float, Request, Placed]]:

@@ -25,6 +25,12 @@ _T = TypeVar("_T")
 _HALVES = (torch.float16, torch.bfloat16)
 
 
+def _several_processes() -> bool:
+    """Whether gradients may be sums over processes by now (DistributedDataParallel, or an all-reduce by hand)."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler for models with fused layers: an existing loop changes its import and nothing else.
 
@@ -43,7 +49,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()  # backwards of several devices run in several threads
-        self._scopes: dict[torch.device, BackwardScope] = {}
+        self._root: BackwardScope | None = None  # of the present scale
         self._sinks: WeakSet[ParameterSink] = WeakSet()
 
     def scale(self, outputs: Any) -> Any:
@@ -60,13 +66,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def _scope(self, device: torch.device) -> BackwardScope:
         """This scale's scope on a device. Later scales have scopes of their own: a scaled loss keeps its scale."""
-        found = self._scopes.get(device)
-        if found is None:
-            scale = cast(Tensor, self._scale).detach().to(device, copy=True).reshape(1)
-            flag = torch.zeros_like(scale)
-            found = BackwardScope(scale, scale.double().reciprocal().float(), flag, adopt=self._adopt)
-            self._scopes[device] = found
-        return found
+        if self._root is None:
+            scale = cast(Tensor, self._scale).detach().clone().reshape(1)
+            inv_scale = scale.double().reciprocal().float()
+            self._root = BackwardScope(scale, inv_scale, torch.zeros_like(scale), adopt=self._adopt)
+        return self._root.on(device)
 
     def _adopt(self, param: Tensor) -> GradSink | None:
         """Gives a parameter the sink that makes its gradients arrive unscaled, and unscales what it has already."""
@@ -74,8 +78,8 @@ class GradScaler(torch.amp.GradScaler):
             found = sink_of(param)
             if found is not None:
                 return found
-            sink = ParameterSink(cast(torch.nn.Parameter, param))
-            sink.found_inf = torch.zeros(1, device=param.device)
+            sink = ParameterSink(cast(torch.nn.Parameter, param), self._adopt)
+            assert sink.found_inf is not None
             self._sinks.add(sink)
             grad = param.grad
             if grad is not None:
@@ -94,8 +98,14 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        """Unscales what is still scaled; the result speaks for all of the optimizer's gradients."""
+        """Unscales what is still scaled; the result speaks for all of the optimizer's gradients.
+
+        A gradient that other processes have had a part in since its backward, or that was changed by hand, is looked at
+        again: what the backward saw says nothing about it.
+        """
         scaled: list[Tensor] = []
+        unchecked: list[Tensor] = []
+        reduced = _several_processes()
         flags: dict[torch.device, dict[int, Tensor]] = {}
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             if param.grad is None:
@@ -107,10 +117,18 @@ class GradScaler(torch.amp.GradScaler):
                 scaled.append(param)
                 continue
             self._sinks.add(sink)
+            if reduced or (sink.found_inf is not None and not sink.is_checked(param.grad)):
+                unchecked.append(param)
+                continue
             flag = self._scope(param.device).found_inf if sink.found_inf is None else sink.found_inf
             flags.setdefault(param.device, {})[id(flag)] = flag
         rest = SimpleNamespace(param_groups=[{"params": scaled}])
         found = super()._unscale_grads_(cast(Any, rest), inv_scale, found_inf, allow_fp16)
+        if unchecked:
+            rest = SimpleNamespace(param_groups=[{"params": unchecked}])
+            again = super()._unscale_grads_(cast(Any, rest), torch.ones_like(inv_scale), found_inf, allow_fp16)
+            for device, flag in again.items():
+                flags.setdefault(device, {})[id(flag)] = flag.reshape(1)
         for device, own in flags.items():
             flag = torch.cat(list(own.values())).amax()
             found[device] = torch.maximum(found[device], flag) if device in found else flag
@@ -131,7 +149,7 @@ class GradScaler(torch.amp.GradScaler):
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """torch's: backs off after a step with a non-finite gradient, grows after ``growth_interval`` good ones."""
         super().update(new_scale)
-        self._scopes.clear()
+        self._root = None
         sinks = [sink for sink in self._sinks if sink.seen]
         flags = [sink.found_inf for sink in sinks if sink.found_inf is not None]
         if flags:
@@ -142,11 +160,11 @@ class GradScaler(torch.amp.GradScaler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state of this class or of torch.amp.GradScaler."""
         super().load_state_dict(state_dict)
-        self._scopes.clear()
+        self._root = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {key: value for key, value in state.items() if key not in ("_lock", "_scopes", "_sinks")}
+        return {key: value for key, value in state.items() if key not in ("_lock", "_root", "_sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
-from ..ops.sink import BackwardScope, GradSink, attach_sink, current_scope, detach_sink, sink_of
+from ..ops.sink import BackwardScope, GradSink, accumulates, attach_sink, current_scope, detach_sink, is_open, sink_of
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -31,6 +32,11 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     )
 
 
+def _stamp(grad: Tensor) -> tuple[int, int]:
+    """Changes when someone replaces a gradient or writes to it; our own ops leave it."""
+    return grad.data_ptr(), grad._version
+
+
 def _now_or_later(accumulate: Callable[[BackwardScope], None]) -> None:
     """Does a sink's work, or leaves it to whoever defers the weight gradients of this backward."""
     scope = current_scope()
@@ -42,13 +48,23 @@ def _now_or_later(accumulate: Callable[[BackwardScope], None]) -> None:
 
 
 class ParameterSink:
-    """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step."""
+    """Accumulates one parameter's gradients into its ``grad``, whose memory it hands from step to step.
 
-    def __init__(self, param: nn.Parameter) -> None:
+    Args:
+        param: held weakly.
+        adopt: the function of a GradScaler that made this sink (``BackwardScope.adopt``); the sink then has a flag of
+            its own instead of its scopes', on the parameter's device.
+    """
+
+    def __init__(self, param: nn.Parameter, adopt: Callable[[Tensor], GradSink | None] | None = None) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
         self.needs_scope = False
+        self._adopt = adopt
         self.found_inf: Tensor | None = None  # a flag of this parameter's own, instead of the scope's
+        if adopt is not None:
+            self.found_inf = torch.zeros(1, dtype=torch.float32, device=param.device)
         self.seen = False  # whether it may be set
+        self._written: tuple[int, int] | None = None  # the gradient as the last fused op left it, if that came last
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -59,7 +75,7 @@ class ParameterSink:
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
         """``linear_weight`` here and ``linear_bias`` there, in one op unless only one of them adds to something."""
-        if isinstance(bias_sink, ParameterSink) and bias_sink.found_inf is self.found_inf:
+        if isinstance(bias_sink, ParameterSink) and self.found_inf is None and bias_sink.found_inf is None:
             _now_or_later(partial(self._accumulate_both, bias_sink, dz, x, backend))
         else:
             self.linear_weight(dz, x, backend)
@@ -67,6 +83,8 @@ class ParameterSink:
 
     def _accumulate(self, op: Any, operands: tuple[Tensor, ...], backend: str, scope: BackwardScope) -> None:
         grad, accumulate = self._target()
+        if self._adopt is not None:
+            scope = scope.on(grad.device)
         op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
         self._keep(grad)
 
@@ -76,9 +94,8 @@ class ParameterSink:
             bias._accumulate(linear_db_, (dz,), backend, scope)
             return
         (weight_grad, adds), (bias_grad, _) = self._target(), bias._target()
-        flag = self._flag(scope, adds)
-        bias._flag(scope, adds)
-        linear_dw_db_(dz, x, weight_grad, bias_grad, scope.inv_scale, flag, accumulate=adds, backend=backend)
+        flags = scope.inv_scale, scope.found_inf
+        linear_dw_db_(dz, x, weight_grad, bias_grad, *flags, accumulate=adds, backend=backend)
         self._keep(weight_grad)
         bias._keep(bias_grad)
 
@@ -95,6 +112,12 @@ class ParameterSink:
         param = self._parameter()
         if param.grad is not grad:
             param.grad = grad
+        if self._adopt is not None:
+            self._written = _stamp(grad)
+
+    def is_checked(self, grad: Tensor) -> bool:
+        """Whether the own flag speaks of this gradient: not of one that was changed after the backward."""
+        return self.found_inf is not None and (self._written is None or self._written == _stamp(grad))
 
     def _parameter(self) -> Tensor:
         param = self._param()
@@ -131,11 +154,13 @@ class ParameterSink:
         if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
             return grad
         if scope is None:
-            if self.needs_scope:
+            if self.needs_scope or is_open(self._adopt):
                 raise RuntimeError(
                     "a gradient came from a backward inside the backward, which does not know the loss scale: use "
                     "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
                 )
+            return grad
+        if not accumulates(get_gradient_edge(param).node):  # torch.autograd.grad returns it, as it is
             return grad
         if grad.layout != torch.strided:
             raise TypeError(
@@ -147,6 +172,9 @@ class ParameterSink:
             return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         first = param.grad is None
+        self._written = None
+        if self._adopt is not None:
+            scope = scope.on(param.device)
         value = self._take_buffer(param) if first else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
         unscale_(grad, value, scope.inv_scale, self._flag(scope, accumulate=not first), accumulate=False)
         return value

@@ -1,4 +1,4 @@
-"""Dynamic loss scale that lives on the device: nothing in a step waits for the host."""
+"""Dynamic loss scale that is kept and changed on a device, without a look at its value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class LossScaler:
     Args:
         init_scale: the first scale; growth_factor, backoff_factor, growth_interval: as in torch.amp.GradScaler.
         enabled: False keeps the scale at 1 for ever; non-finite gradients are still found.
-        device: where the scale itself lives.
+        device: where the scale itself lives. With scopes on accelerators, make it one of theirs: ``found_inf`` gathers
+            their flags there, and a copy to the CPU waits for the device.
 
     Raises:
         ValueError: for factors that cannot work.
@@ -68,9 +69,10 @@ class LossScaler:
         self.growth_factor = float(growth_factor)
         self.backoff_factor = float(backoff_factor)
         self.growth_interval = int(growth_interval)
-        self._scale = torch.full((1,), float(init_scale) if enabled else 1.0, device=self.device)
+        self._scale = torch.full((1,), float(init_scale) if enabled else 1.0, dtype=torch.float32, device=self.device)
         self._growth_tracker = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._scopes: dict[tuple[torch.device, str], BackwardScope] = {}
+        self._family = object()
 
     def scope(self, device: str | torch.device | None = None, owner: str = "") -> BackwardScope:
         """The scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""
@@ -78,7 +80,7 @@ class LossScaler:
         found = self._scopes.get(key)
         if found is None:
             scale = self._scale.to(key[0], copy=True)
-            made = BackwardScope(scale, _reciprocal(scale), torch.zeros_like(scale))
+            made = BackwardScope(scale, _reciprocal(scale), torch.zeros_like(scale), family=self._family)
             found = self._scopes.setdefault(key, made)  # one thread wins
         return found
 
@@ -100,7 +102,7 @@ class LossScaler:
         asynchronous = self.device.type != "cpu"  # a copy to the host must have arrived when it is read
         flags = [scope.found_inf.to(self.device, non_blocking=asynchronous) for scope in list(self._scopes.values())]
         if not flags:
-            return torch.zeros(1, device=self.device)
+            return torch.zeros(1, dtype=torch.float32, device=self.device)
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0].clone()
 
     def update(self) -> None:

@@ -35,8 +35,9 @@ def simulate(
 ) -> Timeline:
     """Runs a schedule on a clock: every action starts as soon as its rank is free and its inputs have arrived.
 
-    An input arrives ``transfers[b]`` seconds after the action that made it ended; transfers over boundary ``b``
-    (between stages b and b + 1) keep neither rank busy and do not delay one another.
+    An input arrives ``transfers[b]`` seconds after the action that made it ended, or after the transfer before it:
+    transfers over boundary ``b`` (between stages b and b + 1) keep neither rank busy, and those of one direction take
+    turns.
 
     Args:
         actions: one list of actions per rank, as `validate` accepts it.
@@ -156,6 +157,9 @@ def run_flat(
     # When the forward and the gradient of the input of [stage, microbatch] ended.
     forward = [math.nan] * ((last + 1) * columns)
     gradient = [math.nan] * ((last + 1) * columns)
+    # When they had arrived at the next stage, and at the one before; and when the links there are free.
+    sent_forward, sent_gradient = list(forward), list(forward)
+    forward_link, backward_link = [0.0] * (last + 1), [0.0] * (last + 1)
     head, clock = list(first[:-1]), [0.0] * ranks
     moved = True
     while moved:
@@ -167,21 +171,27 @@ def run_flat(
                 cell = stage * columns + microbatches[k]
                 ready = clock[rank]
                 if kind == "F" and stage > 0:
-                    ready = _later(ready, forward[cell - columns] + transfers[stage - 1])
+                    ready = _later(ready, sent_forward[cell - columns])
                 elif kind == "W":
                     ready = _later(ready, gradient[cell])
                 elif kind in ("B", "I"):
                     ready = _later(ready, forward[cell])
                     if stage < last:
-                        ready = _later(ready, gradient[cell + columns] + transfers[stage])
+                        ready = _later(ready, sent_gradient[cell + columns])
                 if math.isnan(ready):
                     break
                 end = ready + seconds[k]
                 starts[k], ends[k], clock[rank] = ready, end, end
                 if kind == "F":
                     forward[cell] = end
+                    if stage < last:
+                        forward_link[stage] = _later(end, forward_link[stage]) + transfers[stage]
+                        sent_forward[cell] = forward_link[stage]
                 elif kind != "W":
                     gradient[cell] = end
+                    if stage > 0:
+                        backward_link[stage] = _later(end, backward_link[stage]) + transfers[stage - 1]
+                        sent_gradient[cell] = backward_link[stage]
                 head[rank] += 1
                 moved = True
     return starts, ends

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from spu import ops
+from spu.transfer.side import Side
 
 __all__ = ["Link", "Packet"]
 
@@ -35,20 +37,35 @@ class Link:
     Args:
         target: the device that receives.
         codec: None, or a codec of :func:`spu.ops.pack`.
+        side: where packing and copying run beside the sender's work; None: the sender does them.
     """
 
-    def __init__(self, target: torch.device, codec: str | None = None) -> None:
+    def __init__(self, target: torch.device, codec: str | None = None, side: Side | None = None) -> None:
         self.target = target
         self.codec = codec
         self.sent_bytes = 0
+        self._side = side
 
     def send(self, tree: Any) -> Any:
-        """On the sender's thread: detach, pack, and start the copy."""
-        return pytree.tree_map_only(torch.Tensor, self._send, tree)
+        """On the sender's thread: detach, pack, and start the copy; beside its work where there is a side."""
+        if self._side is None:
+            return pytree.tree_map_only(torch.Tensor, self._send, tree)
+        return self._side.start(partial(self._send_beside, tree, ops.forced_backend()), tree)
 
     def receive(self, message: Any) -> Any:
-        """On the receiver's thread: unpack what was packed."""
+        """On the receiver's thread: wait for what comes from a side, and unpack what was packed."""
+        if self._side is not None:
+            message = message.arrive(self.target)
         return pytree.tree_map_only(Packet, _unpack, message)
+
+    def close(self) -> None:
+        """End the side; harmless when called twice."""
+        if self._side is not None:
+            self._side.close()
+
+    def _send_beside(self, tree: Any, backend: str | None) -> Any:
+        with torch.no_grad(), ops.use_backend(backend):
+            return pytree.tree_map_only(torch.Tensor, self._send, tree)
 
     def _send(self, tensor: torch.Tensor) -> Any:
         tensor = tensor.detach()
@@ -60,6 +77,9 @@ class Link:
         return Packet(self._copy(wire), tensor.shape, tensor.dtype, self.codec)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._side is not None and tensor.is_cuda != (self.target.type == "cuda"):
+            source = tensor if tensor.is_cuda else tensor.pin_memory()  # only page-locked memory is copied beside
+            return source.to(self.target, non_blocking=True)  # who receives waits for the event
         # A copy to pageable host memory must have ended before the other thread reads it.
         return tensor.to(self.target, non_blocking=self.target.type != "cpu")
 

@@ -1,0 +1,117 @@
+// AdamW's moments in less memory than fp32: as bf16, or as 8-bit codes with one fp32 scale for 64 values.
+//
+// They are averages that move by a small share of themselves at a step (a thousandth, for beta2 = 0.999), which
+// rounding to nearest would lose for ever: bf16 keeps 8 bits, the codes 4 or 5. So they are rounded stochastically, up
+// with the probability of the part that is cut off, and are right on average. The noise is a hash of the step and the
+// element's index: a run repeats bit for bit, on every backend.
+//
+// A code holds the logarithm's leading bits: sign, exponent and mantissa of |value| / scale as an IEEE fp32 pattern has
+// them, 3 mantissa bits for the first moment (127 magnitudes, a factor of 2^16 apart at most) and 4 for the second,
+// which has no sign (255 magnitudes, the same range). The scale is the largest magnitude of the block, which is kept
+// exactly. Logarithmic codes for optimizer states: Dettmers et al., "8-bit optimizers via block-wise quantization"
+// (arXiv:2110.02861); the form here is this file's own.
+#pragma once
+
+#include "math/codec.h"
+#include "math/half.h"
+#include "math/wire.h"
+
+namespace spu {
+namespace math {
+
+enum class Moments : int { fp32 = 0, bf16 = 1, int8 = 2 };
+
+constexpr int kMomentBlock = 64;
+
+// An 8-bit moment is one buffer: the scales of the blocks, padded to 64 bytes, then a byte for each value.
+SPU_HD constexpr int64_t moment_scale_bytes(int64_t numel) {
+  return wire::padded(4 * ((numel + kMomentBlock - 1) / kMomentBlock));
+}
+SPU_HD constexpr int64_t moment_bytes(int64_t numel) {
+  return moment_scale_bytes(numel) + numel;
+}
+
+// One parameter of an AdamW step, all arrays dense: master is its fp32 value, param the 16-bit copy (null where the
+// parameter itself is fp32), step the number of this update, from 1.
+struct AdamWItem {
+  void* param;
+  float* master;
+  const float* grad;
+  void *exp_avg, *exp_avg_sq;
+  const float* step;
+  int64_t numel;
+};
+
+// All bits of the result depend on all bits of x (the finaliser of A. Appleby's MurmurHash3).
+template <class U>
+SPU_HD U mix(U x) {
+  x ^= x >> 16;
+  x *= 0x85ebca6bu;
+  x ^= x >> 13;
+  x *= 0xc2b2ae35u;
+  return x ^ (x >> 16);
+}
+
+SPU_HD uint32_t moment_seed(float step) {
+  return mix<uint32_t>(static_cast<uint32_t>(step));
+}
+
+// 32 bits for one element of a tensor at a step: the low 16 are for the first moment, the high 16 for the second.
+template <class U>
+SPU_HD U moment_noise(U index, uint32_t seed) {
+  return mix<U>(index * 0x9e3779b9u + seed);
+}
+
+// noise: 16 bits. What is not finite is rounded to nearest, and nothing finite becomes infinite.
+template <class F, class U = typename Ops<F>::UInt>
+SPU_HD U stochastic_bf16(F x, U noise) {
+  const U u = Ops<F>::bits(x), infinity = U{} + 0x7f800000u;
+  const U magnitude = u & 0x7fffffffu;
+  const U kept = magnitude + noise < infinity ? u + noise : u;
+  return magnitude < infinity ? kept >> 16 : float_to_bf16<F>(x);
+}
+
+template <bool Signed>
+struct MomentCode {
+  static constexpr uint32_t kMost = Signed ? 127 : 255;              // the code of 1
+  static constexpr int kDrop = Signed ? 20 : 19;                     // bits of a pattern that a code cuts off
+  static constexpr uint32_t kBase = (0x3f800000u >> kDrop) - kMost;  // of a pattern's leading bits, code 0
+  static constexpr uint32_t kSmallest = (kBase + 1) << kDrop;        // the pattern of code 1
+};
+
+SPU_HD float moment_scale(float absmax) {
+  return block_scale(absmax, 1.0f);
+}
+
+// The code of x under a scale that is its block's moment_scale and greater than 0; noise: 16 bits. Below the smallest
+// magnitude the first moment is 0 or that magnitude, right on average; the second is never rounded to 0, since its
+// root is divided by.
+template <bool Signed, class F, class U = typename Ops<F>::UInt>
+SPU_HD U moment_code(F x, F scale, U noise) {
+  using O = Ops<F>;
+  using C = MomentCode<Signed>;
+  const U u = O::bits(x / scale);
+  const U magnitude = u & 0x7fffffffu;
+  const U normal = ((magnitude + (noise << (C::kDrop - 16))) >> C::kDrop) - C::kBase;
+  const F share = O::from_bits((noise << 7) | 0x3f800000u) - 1.0f;  // [0, 1)
+  const F smallest = O::from_bits(U{} + C::kSmallest);
+  const F least = Signed ? smallest * share : O::splat(0.0f);
+  const U one = U{} + 1u, none = U{};
+  const U tiny = O::from_bits(magnitude) > least ? one : none;
+  const U code = magnitude < (U{} + C::kSmallest) ? tiny : normal;
+  return Signed ? code | ((u >> 24) & 0x80u) : code;
+}
+
+// The value of a code in units of its scale.
+template <bool Signed, class F, class U = typename Ops<F>::UInt>
+SPU_HD F moment_value(U code) {
+  using C = MomentCode<Signed>;
+  const U size = Signed ? code & 0x7fu : code;
+  const U pattern = (size + C::kBase) << C::kDrop;
+  const U none = U{};
+  const U magnitude = size == none ? none : pattern;
+  return Ops<F>::from_bits(Signed ? magnitude | ((code & 0x80u) << 24) : magnitude);
+}
+
+}  // namespace math
+}  // namespace spu

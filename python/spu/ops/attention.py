@@ -1,0 +1,87 @@
+"""``attention``: softmax(scale * q @ k.T) @ v for 16-bit tensors, accumulated in fp32, without the matrix of scores.
+
+On a CPU the kernels are this library's own: plain torch's fp16 attention is scalar there. Elsewhere torch's own are
+called. The backward makes the weights again from the saved log-sum-exp (Dao et al., arXiv:2205.14135).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import schema
+from .dispatch import choose_backend
+from .reference import wide
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
+        out, lse = schema.overload("attention", backend)(q, k, v, scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("spu.ops.attention has no second derivative: do not pass create_graph=True")
+        backward = schema.overload("attention_backward", ctx.backend)
+        return (*backward(dout, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+    fits = (
+        q.dim() == k.dim() == 4
+        and k.shape == v.shape
+        and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+        and (k.shape[1] > 0 or q.shape[1] == 0)
+        and k.shape[2] > 0
+        and q.shape[2] % k.shape[2] == 0
+    )
+    if not fits:
+        raise ValueError(
+            f"attention: {shapes} do not fit: they must be [batch, tokens, heads, head_dim], k and v alike, with a "
+            "number of heads that divides q's"
+        )
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"attention: {shapes}: causal needs as many keys as queries; pass causal=False or pad")
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}: it must be positive")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise TypeError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: convert them to one with .to()")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"attention: q is on {q.device}, k on {k.device}, v on {v.device}: move them with .to()")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
+    """softmax(scale * q @ k.T) @ v for every head.
+
+    Args:
+        q: [batch, tokens, heads, head_dim]; fp16, bf16 or fp32, strides as they are.
+        k, v: [batch, keys, kv_heads, head_dim], kv_heads a divisor of heads (query heads share them in order).
+        scale: of the scores, positive; default: head_dim ** -0.5.
+        causal: a query sees the keys up to its own position; needs keys == tokens.
+
+    Returns:
+        [batch, tokens, heads, head_dim] in q's dtype. Differentiable once. The backward keeps q, k, v, the result and
+        4 bytes per head and token. On the CPU sums are fp32 and results are rounded once, the same for any number of
+        threads; on other devices this is torch's ``scaled_dot_product_attention``.
+
+    Raises:
+        ValueError: shapes, devices or a scale that do not fit.
+        TypeError: dtypes that differ.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, scale, causal)
+    backend = choose_backend(q)
+    if q.device.type == "cpu" and backend == "cpu":
+        return _Attention.apply(q, k, v, scale, causal, backend)  # type: ignore[no-any-return]
+    # Torch's own kernels: on a CPU those for fp32, its 16-bit ones are slower and round more.
+    query, key, value = ((wide(x) if q.device.type == "cpu" else x).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).to(q.dtype)

@@ -1,0 +1,116 @@
+"""``spu._cuda`` and the devices here: whether it has code for them, and the tiles of its matrix products.
+
+The tiles come from a table of the same form as Triton's (``spu.kernels.table``): the user's own measurement,
+``cuda_<arch>.json`` beside ``spu tune``'s table, else the derived one below. A row is a product, dtype and shape class;
+its configuration names one of the two tiles that the products are compiled with (``csrc/cuda/gemm_mma.cu``). sm_90a has
+one tile, which serves whatever the table says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from spu.kernels import table
+from spu.kernels.table import CLASSES, Config, Entry, Table
+
+FORMS = ("linear", "linear_dx", "linear_dw")
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ALIGNED = 8  # the tensor-core products read rows of 16 bytes
+
+
+def tiles(arch: int) -> dict[str, Config]:
+    """The tiles that products are compiled with for an architecture (80 for sm_80), by name, the default one first."""
+    if arch == 90:
+        return {"large": Config("tile", 128, 128, 64, 1, 8, 6)}
+    inner, stages = (64, 4) if arch >= 80 else (32, 2)
+    return {
+        "large": Config("tile", 128, 128, 32, 8, 4, stages),
+        "small": Config("tile", 64, 64, inner, 8, 4, stages),
+    }
+
+
+def candidates(arch: int, op: str) -> list[Config]:
+    """What a measurement of one of ``FORMS`` has to try."""
+    found = tiles(arch)
+    return [found["large"]] if op == "linear_dw" else list(found.values())
+
+
+def derived(arch: int) -> Table:
+    """The table that nobody has measured: small tiles where large ones are fewer than multiprocessors."""
+    known = tiles(arch)
+    entries = {}
+    for op in FORMS:
+        for dtype in DTYPES.values():
+            for shape_class in CLASSES:
+                small = "small" in known and op != "linear_dw" and shape_class not in ("medium", "large")
+                entries[f"{op}/{dtype}/{shape_class}"] = Entry(known["small" if small else "large"])
+    return Table(f"sm_{arch}", "derived", entries, {"note": "reckoned, never measured"})
+
+
+def tile_table(capability: tuple[int, int]) -> Table:
+    """The user's table for a device, else the derived one."""
+    own = table.user_path(f"cuda_{table.arch_name(capability)}")
+    return table.read(own) if own.is_file() else derived(10 * capability[0] + capability[1])
+
+
+def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None = None) -> bytes:
+    """A table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile.
+
+    Args:
+        trial: rows that come before the table's: a measurement sets one of ``candidates`` after the other with
+            ``spu._cuda.set_tiles(10 * major + minor, packed_tiles(capability, {key: Entry(config)}))``.
+    """
+    fallback = derived(10 * capability[0] + capability[1]).entries
+    rows = {**fallback, **tile_table(capability).entries, **(trial or {})}
+    keys = [f"{op}/{dtype}/{name}" for op in FORMS for dtype in DTYPES.values() for name in CLASSES]
+    return bytes(int(rows[key].config.block_m < 128) for key in keys)
+
+
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a library compiled for architectures ("75;80;90a") has code for a device.
+
+    Machine code runs on its own major version from its minor version on ("90a" on 9.0 alone); the last architecture
+    is there as PTX too, for what comes later, and so are the products of sm_80.
+    """
+    names = architectures.split(";")
+    wanted = 10 * capability[0] + capability[1]
+    for name in names:
+        number = int(name.rstrip("a"))
+        exact = name.endswith("a") and number == wanted
+        if exact or (not name.endswith("a") and number // 10 == capability[0] and number <= wanted):
+            return True
+    newest = max(int(name.rstrip("a")) for name in names)
+    return wanted >= newest
+
+
+def uncovered(architectures: str) -> list[str]:
+    """The CUDA devices here that a library has no code for, in words."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not serves(architectures, capability):
+            found.append(f"cuda:{index} ({table.arch_name(capability)})")
+    return found
+
+
+def wanted() -> str:
+    """SPU_CUDA_ARCHS for the devices here."""
+    known = {"90": "90a"}
+    found = {
+        f"{major}{minor}" for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    }
+    return ";".join(known.get(name, name) for name in sorted(found, key=int))
+
+
+def takes(op: str, shape: tuple[int, ...]) -> bool:
+    """Whether a product of a shape (rows, columns, inner) can run on this library's tensor cores."""
+    return op not in table.PRODUCTS or len(shape) != 3 or all(size % _ALIGNED == 0 for size in shape[1:])
+
+
+def choose_tiles(module: object) -> None:
+    """Tells the loaded library the tiles for each device here."""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        module.set_tiles(10 * capability[0] + capability[1], packed_tiles(capability))  # type: ignore[attr-defined]

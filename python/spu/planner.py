@@ -1,0 +1,334 @@
+"""A trainer's plans: from counted costs, from measured layers, from a search, and again from what a step measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spu import placement, schedules
+from spu.devices import Device
+from spu.engine.build import DTYPES
+from spu.engine.layers import Layer
+from spu.engine.microbatch import batch_rows, split_batch
+from spu.engine.runner import split_inputs
+from spu.layer_cache import reference_seconds
+from spu.plan import Plan, make_plan
+from spu.plan.machine import Machine
+from spu.plan.request import Speed
+from spu.plan.search import Wanted, search_plan
+from spu.profile import LayerCost
+from spu.schedules import Timeline
+from spu.speed import measure_link
+from spu.timing import time_layers, time_packing, time_update
+
+__all__ = ["Planner", "Settings"]
+
+Times = list[list[tuple[float, float]]]
+"""[devices][layers, and last the loss] (forward, backward) seconds of one microbatch."""
+
+WORTH = 0.98
+"""A new placement has to bring a step down to this share of the old one's time to be worth moving for."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a trainer is to train; ``schedule`` and ``microbatches`` may be "auto".
+
+    Attributes:
+        schedule, virtual, microbatches, accumulate, precision, transfer, recompute: as the trainer takes them.
+    """
+
+    schedule: str
+    virtual: int | None
+    microbatches: int | str
+    accumulate: int
+    precision: str
+    transfer: str
+    recompute: bool | str
+
+    @property
+    def codec(self) -> str | None:
+        """Of every boundary between two devices; None for none."""
+        return None if self.transfer in ("auto", "none") else self.transfer
+
+    @property
+    def searched(self) -> bool:
+        """Whether the schedule or the number of microbatches is for a search to find."""
+        return "auto" in (self.schedule, self.microbatches)
+
+    @property
+    def fused(self) -> bool:
+        """Whether linear layers run on our ops."""
+        return placement.fused_for(self.schedule, self.precision)
+
+
+class Planner:
+    """Makes the plans of one model on its devices.
+
+    Args:
+        layers: the model, in any precision; planning changes nothing of it.
+        devices: in pipeline order; all of them are used.
+        settings: of the training.
+        loss_fn: as in the trainer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        devices: Sequence[Device],
+        settings: Settings,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+    ) -> None:
+        self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
+        self._batch: tuple[Any, Any] = (None, None)
+        self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
+        self._times: dict[int, Times] = {}
+        self._reference: list[float] = []  # seconds of a product when the first layers were timed
+        self._update: list[float] | None = None
+        self._packing: list[float] | None = None
+
+    def plan(self, inputs: Any, targets: Any, *, measure: bool) -> Plan:
+        """Place the layers for batches like this one.
+
+        With a given schedule and number of microbatches by counted costs, so that the same command gives the same
+        stages every time; what is "auto" is searched for among simulations of layers that are measured here and now.
+
+        Args:
+            inputs, targets: a whole batch; targets may be None.
+            measure: predict seconds by measured layers; a search always does.
+
+        Raises:
+            ValueError: more stages than layers, a batch that cannot be split, a layer that cannot run on fakes.
+            BudgetError: nothing fits.
+        """
+        self._batch = inputs, targets
+        s = self.settings
+        if s.searched:
+            return self._searched(self.times, s.microbatches, s.schedule)
+        assert isinstance(s.microbatches, int)
+        sample, wanted = self._sample(s.microbatches * s.accumulate)
+        plan = placement.plan_model(
+            self.layers,
+            sample,
+            self.devices,
+            schedule=s.schedule,
+            virtual=s.virtual,
+            microbatches=s.microbatches,
+            accumulate=s.accumulate,
+            precision=s.precision,
+            codec=s.codec,
+            recompute=s.recompute,
+            loss_fn=self.loss_fn,
+            targets=wanted,
+        )
+        return self.measured(plan) if measure else plan
+
+    def given(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
+        """A plan made elsewhere, with its seconds measured here if asked.
+
+        Raises:
+            ValueError: it is for another model, other devices or other settings.
+        """
+        self._batch = inputs, targets
+        placement.check_plan(plan, self.layers, self.devices, **self._wanted_of(plan))
+        return self.measured(plan) if measure else plan
+
+    def measured(self, plan: Plan) -> Plan:
+        """The same placement, with seconds that rest on measured layers."""
+        return self._fixed(plan, self.times(plan.microbatches * plan.accumulate))
+
+    def again(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
+        """Plan from what a step has measured: the placement as it is, and the fastest found.
+
+        The layers' seconds are scaled so that every stage takes what it took; a layer is taken to be as much slower or
+        faster than expected on another device as that device has been on the whole.
+
+        Args:
+            plan: the one that the step ran by.
+            timeline: of the step.
+        """
+        scaled = self._corrected(plan, timeline)
+        same = self._fixed(plan, scaled(plan.microbatches * plan.accumulate))
+        s = self.settings
+        microbatches = s.microbatches if s.microbatches == "auto" else plan.microbatches
+        rows = batch_rows(self._batch[0])
+        own = schedules.stages_per_rank(plan.schedule)
+        if plan.virtual != own or rows % (plan.microbatches * plan.accumulate):
+            return same, self._fixed(plan, scaled(plan.microbatches * plan.accumulate), move=True)
+        return same, self._searched(scaled, microbatches, s.schedule)
+
+    def times(self, parts: int) -> Times:
+        """Measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
+        if parts not in self._times:
+            sample, wanted = self._sample(parts)
+            loss = self.loss_fn if wanted is not None else placement.no_loss
+            before = reference_seconds(self.devices)
+            measured = time_layers(
+                self.layers,
+                sample,
+                wanted,
+                self.devices,
+                loss,
+                precision=self.settings.precision,
+                fused=self.settings.fused,
+            )
+            beside = [(a + b) / 2 for a, b in zip(before, reference_seconds(self.devices))]
+            # Sizes that are compared must have been measured on one machine: its clock drifts between them.
+            self._reference = self._reference or beside
+            self._times[parts] = [
+                [(f * now / own, b * now / own) for f, b in row]
+                for row, now, own in zip(measured, self._reference, beside)
+            ]
+        return self._times[parts]
+
+    def costs(self, parts: int) -> tuple[list[LayerCost], LayerCost | None]:
+        """Counted costs of the layers and the loss, for the same."""
+        if parts not in self._costs:
+            sample, wanted = self._sample(parts)
+            self._costs[parts] = placement.model_costs(
+                self.layers, sample, self.settings.precision, self.loss_fn, wanted, fused=self.settings.fused
+            )
+        return self._costs[parts]
+
+    def _wanted_of(self, plan: Plan) -> dict[str, Any]:
+        """The settings that a plan must have been made for, by its names for them."""
+        s = self.settings
+        wanted: dict[str, Any] = {"accumulate": s.accumulate, "precision": s.precision}
+        if s.schedule != "auto":
+            wanted |= {"schedule": s.schedule, "virtual": s.virtual}
+        if s.microbatches != "auto":
+            wanted["microbatches"] = s.microbatches
+        if s.recompute != "auto":
+            wanted["recompute"] = s.recompute
+        if s.transfer != "auto":  # else each boundary as the plan says
+            wanted["transfer"] = tuple(
+                (s.codec or "none") if before.device != after.device else codec
+                for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
+            )
+        return wanted
+
+    def _sample(self, parts: int) -> tuple[Any, Any]:
+        """One microbatch of inputs and targets."""
+        inputs, targets = self._batch
+        sample = split_inputs(inputs, parts, self.settings.precision)[0]
+        return sample, None if targets is None else split_batch(targets, parts)[0]
+
+    def _rates(self) -> tuple[list[float], list[float] | None]:
+        """Bytes per second of each device in the update, and in packing where something is packed."""
+        if self._update is None:
+            self._update = time_update(self.devices, DTYPES[self.settings.precision])
+            codec = self.settings.codec
+            if codec is not None:
+                self._packing = time_packing(self.devices, DTYPES[self.settings.precision], codec)
+        return self._update, self._packing
+
+    def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
+        """The plan with these seconds; with ``move`` its stages are placed again."""
+        costs, loss = self.costs(plan.microbatches * plan.accumulate)
+        update, packing = self._rates()
+        return make_plan(
+            costs,
+            self.devices,
+            loss_cost=loss,
+            schedule=plan.schedule,
+            microbatches=plan.microbatches,
+            accumulate=plan.accumulate,
+            precision=plan.precision,
+            codec=plan.transfer,
+            recompute=self.settings.recompute if move else plan.recomputed_layers,
+            model=plan.model,
+            times=times,
+            update_rates=update,
+            pack_rates=packing,
+            links=self._links(plan.schedule, plan.virtual),
+            layers=None if move else [stage.layers for stage in plan.stages],
+            virtual=plan.virtual,
+            rows=plan.rows,
+            tokens=plan.tokens,
+        )
+
+    def _searched(self, times_of: Callable[[int], Times], microbatches: int | str, schedule: str) -> Plan:
+        s, rows = self.settings, batch_rows(self._batch[0])
+        update, packing = self._rates()
+        flops, bandwidths = placement.counted_speeds(self.devices, s.precision)
+        machine = Machine(
+            tuple(self.devices),
+            tuple(flops),
+            tuple(bandwidths),
+            tuple(Speed(u, math.inf if packing is None else packing[k]) for k, u in enumerate(update)),
+            {
+                (a, b): measure_link(self.devices[a], self.devices[b])
+                for a in range(len(self.devices))
+                for b in range(len(self.devices))
+                if a != b and "cuda" in (self.devices[a].torch_device.type, self.devices[b].torch_device.type)
+            },
+        )
+        sample, _ = self._sample(1)
+        wanted = Wanted(
+            batch=rows,
+            tokens=placement.tokens_of(sample),
+            accumulate=s.accumulate,
+            microbatches=microbatches,
+            schedule=schedule,
+            precision=s.precision,
+            codec=s.codec or "none",
+            recompute=s.recompute,
+            same_order=True,
+        )
+        return search_plan(
+            lambda own: self._whole_costs(rows // own),
+            machine,
+            wanted,
+            times_of=lambda own: list(map(tuple, times_of(rows // own))),
+        )
+
+    def _whole_costs(self, parts: int) -> tuple[list[LayerCost], LayerCost]:
+        costs, loss = self.costs(parts)
+        if loss is None:
+            raise ValueError(
+                'schedule="auto" and microbatches="auto" need a sample of targets: prepare(inputs, targets)'
+            )
+        return costs, loss
+
+    def _links(self, schedule: str, virtual: int) -> list[float] | None:
+        """Bytes per second over each boundary; None where all devices share one memory."""
+        if all(device.torch_device.type == "cpu" for device in self.devices):
+            return None
+        homes = schedules.stage_ranks(schedule, len(self.devices), virtual)
+        pairs = [(self.devices[a], self.devices[b]) for a, b in itertools.pairwise(homes)]
+        return [math.inf if a is b else measure_link(a, b) for a, b in pairs]
+
+    def _corrected(self, plan: Plan, timeline: Timeline) -> Callable[[int], Times]:
+        """`times`, scaled to what the stages of a measured step took."""
+        parts = plan.microbatches * plan.accumulate
+        expected, measured = self._fixed(plan, self.times(parts)), timeline.mean_durations()
+        own: dict[tuple[int, int], tuple[float, float]] = {}  # by device and layer, the loss last
+        whole = [[0.0, 0.0] for _ in self.devices]
+        for index, stage in enumerate(expected.stages):
+            device = plan.devices.index(stage.device)
+            took_forward = measured[index, "F"]
+            took_backward = measured.get((index, "B"), 0.0) or measured[index, "I"] + measured[index, "W"]
+            factors = _ratio(took_forward, stage.forward_s), _ratio(took_backward, stage.backward_s)
+            last = [len(self.layers)] if index == len(expected.stages) - 1 else []
+            own.update({(device, k): factors for k in [*range(*stage.layers), *last]})
+            whole[device][0] += took_forward + took_backward
+            whole[device][1] += stage.forward_s + stage.backward_s
+        overall = [_ratio(*pair) for pair in whole]
+
+        def scaled(other_parts: int) -> Times:
+            result = []
+            for device, row in enumerate(self.times(other_parts)):
+                factors = [own.get((device, k), (overall[device],) * 2) for k in range(len(row))]
+                result.append([(f * a, b * c) for (f, b), (a, c) in zip(row, factors)])
+            return result
+
+        return scaled
+
+
+def _ratio(took: float, expected: float) -> float:
+    return took / expected if expected > 0.0 and took > 0.0 else 1.0

@@ -1,0 +1,120 @@
+"""Where a wire is packed and copied beside the stages' own work: a side stream of a card, or a thread of the host.
+
+A card computes on its current stream; what is to be sent goes to a stream of its own that waits for what the current
+one has queued so far, and the receiver waits for the event at the end of it. Neither worker waits in between. On a CPU
+the cores are the stages' own, so that a thread beside them only takes turns with them: it is there for tests and for
+measuring just that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+__all__ = ["CardSide", "HostSide", "Side", "Ticket", "side_for"]
+
+
+class Ticket(Protocol):
+    """What is on its way."""
+
+    def arrive(self, target: torch.device) -> Any:
+        """On the receiver's thread: the tensors, to be used by ``target`` from now on."""
+
+
+class Side(Protocol):
+    """Runs copies in the order in which they are handed in, beside the work of the thread that hands them in."""
+
+    def start(self, task: Callable[[], Any], given: Any) -> Ticket:
+        """``task()`` makes the tree that is sent from ``given``, which this thread has computed or queued."""
+
+    def close(self) -> None:
+        """End it; harmless when called twice."""
+
+
+class _CardTicket:
+    def __init__(self, tree: Any, event: torch.cuda.Event) -> None:
+        self._tree, self._event = tree, event
+
+    def arrive(self, target: torch.device) -> Any:
+        if target.type != "cuda":
+            self._event.synchronize()
+            return self._tree
+        stream = torch.cuda.current_stream(target)
+        stream.wait_event(self._event)
+        _used_by(stream, self._tree)
+        return self._tree
+
+
+def _used_by(stream: torch.cuda.Stream, tree: Any) -> None:
+    """Memory of these tensors must not be given away before the stream is done with it."""
+    for leaf in pytree.tree_leaves(tree):
+        tensor = getattr(leaf, "wire", leaf)  # of a packed one
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            tensor.record_stream(stream)
+
+
+class CardSide:
+    """Side streams of the cards at both ends of a link; the copy runs on the first one's.
+
+    A copy between two cards is ordered with the current streams of both: with a side stream on each, it waits for
+    neither's computations and holds neither up.
+    """
+
+    def __init__(self, cards: Sequence[torch.device]) -> None:
+        self._cards = list(cards)
+        self._streams = [torch.cuda.Stream(card) for card in self._cards]
+
+    def start(self, task: Callable[[], Any], given: Any) -> Ticket:
+        copying = self._streams[0]
+        copying.wait_stream(torch.cuda.current_stream(self._cards[0]))
+        _used_by(copying, given)
+        with contextlib.ExitStack() as streams:
+            for stream in reversed(self._streams):
+                streams.enter_context(torch.cuda.stream(stream))
+            tree = task()
+            for stream in self._streams[1:]:
+                copying.wait_stream(stream)
+            return _CardTicket(tree, copying.record_event())
+
+    def close(self) -> None:
+        pass
+
+
+class _HostTicket:
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def arrive(self, target: torch.device) -> Any:
+        return self._future.result()
+
+
+class HostSide:
+    """A thread of the host."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {name}")
+
+    def start(self, task: Callable[[], Any], given: Any) -> Ticket:
+        return _HostTicket(self._pool.submit(task))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def side_for(source: torch.device, target: torch.device, beside: bool | None) -> Side | None:
+    """The side of a link from ``source`` to ``target``; None where the sender does the copying itself.
+
+    Args:
+        beside: None: where a card is at one end; True: always; False: never.
+    """
+    if beside is False or (source == target and beside is None):
+        return None
+    cards = [end for end in (source, target) if end.type == "cuda"]
+    if cards:
+        return CardSide(cards)
+    return HostSide("link") if beside else None

@@ -1,0 +1,100 @@
+"""spu.ops.attention: values and gradients against truth and torch's own, compile, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backend_params import every_backend
+from numeric import assert_close_to_truth
+from torch import Tensor
+
+from spu import ops
+from spu.ops import schema
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def with_grads(function, tensors: list[Tensor], dout: Tensor, *args: object) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves, *args)
+    out.backward(dout.to(out.dtype))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def operands(dtype: torch.dtype, tokens: int = 45, keys: int = 45) -> list[Tensor]:
+    shapes = [(2, tokens, 4, 20), *[(2, keys, 2, 20)] * 2]
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("causal", "scale", "keys"), [(True, None, 45), (False, 0.7, 45), (False, None, 13)])
+def test_error_bound(backend: str, dtype: torch.dtype, causal: bool, scale: float | None, keys: int) -> None:
+    tensors, dout = operands(dtype, keys=keys), torch.randn(2, 45, 4, 20).to(dtype)
+    with ops.use_backend(backend):
+        ours = with_grads(lambda q, k, v: ops.attention(q, k, v, scale=scale, causal=causal), tensors, dout)
+    torchs = with_grads(plain, tensors, dout, causal, scale)
+    truth = with_grads(plain, [t.double() for t in tensors], dout.double(), causal, scale)
+    for name, *three in zip(("out", "q", "k", "v"), ours, torchs, truth, strict=True):
+        assert_close_to_truth(*three, name=name)
+
+
+def test_double_takes_torchs_own() -> None:
+    tensors = operands(torch.float64, 5, 5)
+    torch.testing.assert_close(ops.attention(*tensors, causal=True), plain(*tensors, True, None))
+
+
+@pytest.mark.skipif(not ops.backends()["cpu"].available, reason="torch's own attention serves")
+def test_needs_no_gradient_and_has_no_second_one() -> None:
+    q, k, v = operands(torch.float16)
+    assert not ops.attention(q, k, v, causal=True).requires_grad
+    out = ops.attention(q.requires_grad_(), k, v, causal=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.float().sum(), q, create_graph=True)
+
+
+@pytest.mark.leaks_threads  # the compiler's
+def test_compiles_whole() -> None:
+    tensors, dout = operands(torch.float16), torch.randn(2, 45, 4, 20).half()
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.attention(q * 2, k, v, causal=True) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(with_grads(compiled, tensors, dout), with_grads(function, tensors, dout), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@every_backend
+def test_opcheck(backend: str) -> None:
+    q, k, v = operands(torch.float16, 9, 9)
+    forward = schema.overload("attention", backend)
+    out, lse = forward(q, k, v, 0.5, True)
+    for name, arguments in [
+        ("attention", (q, k, v, 0.5, True)),
+        ("attention_backward", (out, q, k, v, out, lse, 0.5, True)),
+    ]:
+        results = torch.library.opcheck(schema.overload(name, backend), arguments)
+        assert set(results.values()) == {"SUCCESS"}, (name, results)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda q, k, v: (q, k[..., :3], v), ValueError, "do not fit"),
+        (lambda q, k, v: (q[:, :, :3], k, v), ValueError, "divides"),
+        (lambda q, k, v: (q[:, :7], k, v), ValueError, "causal needs as many keys"),
+        (lambda q, k, v: (q, k.float(), v), TypeError, "float32"),
+        (lambda q, k, v: (q, k, v.to("meta")), ValueError, "meta"),
+    ],
+)
+def test_refused(change, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        ops.attention(*change(*operands(torch.float16)), causal=True)
+    with pytest.raises(ValueError, match="scale is -1"):
+        ops.attention(*operands(torch.float16), scale=-1)
