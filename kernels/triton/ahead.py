@@ -175,7 +175,7 @@ def _resources(cubin: bytes, arch: int, listing: bool) -> tuple[int, int, Limits
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", *(["--dump-sass"] if listing else []), file.name]
+        command = [str(tool), "--dump-resource-usage", *(["--dump-sass"] if listing else []), file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"REG:(\d+) STACK:(\d+)", said)
     registers, stack = (max(int(row[column]) for row in found) for column in (0, 1))
