@@ -2,7 +2,7 @@
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
-# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md
+# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md (ARGS="--dtypes fp16")
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
@@ -65,7 +65,7 @@ $(GPU_PHASES):
 # Half an hour on two cores; what was compiled is remembered, so that a second run takes a minute.
 aot: $(VENV)/.test
 	@mkdir -p build
-	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) --cache build/aot-cache --markdown docs/kernels-aot.md > build/aot.jsonl
+	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) $(ARGS) --cache build/aot-cache --markdown docs/kernels-aot.md > build/aot.jsonl
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

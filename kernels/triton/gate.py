@@ -202,9 +202,16 @@ def _listed(arch: int, sample: bool) -> list[tuple[Launch, str]]:
     return _LISTS[arch, sample]
 
 
-def rows_of(archs: list[int], sample: bool, jobs: int, cache: Path | None = None) -> Iterator[dict[str, Any]]:
+def rows_of(
+    archs: list[int], sample: bool, jobs: int, cache: Path | None, dtypes: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """One row a kernel and architecture, as they are compiled."""
-    tasks = [(arch, index, sample, cache) for arch in archs for index in range(len(_listed(arch, sample)))]
+    tasks = [
+        (arch, index, sample, cache)
+        for arch in archs
+        for index, (_, label) in enumerate(_listed(arch, sample))
+        if label.split()[0] in dtypes
+    ]
     if jobs == 1:
         yield from map(_build, tasks)
         return
@@ -217,12 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--sample", action="store_true", help="one dtype and two shape classes")
+    parser.add_argument("--dtypes", nargs="+", choices=list(table.DTYPE_NAMES.values()), help="default: all")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="remember what was compiled there; a run that was cut off goes on")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     options = parser.parse_args(arguments)
     rows = []
-    for row in rows_of(options.arch, options.sample, options.jobs, options.cache):
+    dtypes = tuple(options.dtypes or table.DTYPE_NAMES.values())
+    for row in rows_of(options.arch, options.sample, options.jobs, options.cache, dtypes):
         rows.append(row)
         print(json.dumps(row), flush=True)
     bad = [row for row in rows if row["faults"]]
@@ -230,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sm_{row['arch']} {row['name']} ({row['label']}): {'; '.join(row['faults'])}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled for {len(options.arch)} architectures, {len(bad)} refused", file=sys.stderr)
     if options.markdown is not None:
-        options.markdown.write_text(report.markdown(rows, EXCEPTIONS))
+        options.markdown.write_text(report.markdown(rows, EXCEPTIONS, dtypes))
     return 1 if bad else 0
 
 

@@ -13,9 +13,9 @@ _MIX = ("tensor", "shared", "global", "fp32", "special", "other")
 _HEAD = """# Kernels, compiled ahead of time
 
 Every Triton kernel in every configuration of the tables (`kernels/triton/tuned`; where nobody has measured they are
-derived: `kernels/triton/derive.py`), compiled without a device. Written by `make aot`, Triton {version}: {count}
-kernels. It takes about 40 CPU-minutes; what is in `build/aot-cache` is not compiled again, so a run that was cut
-off goes on and a second one takes a minute.
+derived: `kernels/triton/derive.py`), compiled without a device with Triton {version}. This page: {count} kernels in
+{dtypes}, written by `make aot` (`ARGS="--dtypes fp16"` for some). All dtypes take about 40 CPU-minutes; what is in
+`build/aot-cache` is not compiled again, so a run that was cut off goes on and a second one takes a minute.
 
 - **registers**, **spilled** bytes: a thread's. **shared** bytes: a block's. **resident**: share of a multiprocessor's
   threads that fit, by registers and shared memory; products live from few, large blocks.
@@ -36,11 +36,12 @@ strides that are multiples of nothing.
 """
 
 
-def markdown(rows: list[Row], exceptions: Mapping[tuple[str, int], tuple[int, str]]) -> str:
-    """The page. ``rows`` are the gate's; ``exceptions``: how much (kernel, architecture or 0) may spill, and why."""
+def markdown(rows: list[Row], exceptions: Mapping[tuple[str, int], tuple[int, str]], dtypes: tuple[str, ...]) -> str:
+    """The page. ``rows`` are the gate's, of ``dtypes``; ``exceptions``: how much (kernel, architecture or 0) may spill,
+    and why."""
     import triton
 
-    lines = [_HEAD.format(version=triton.__version__, count=f"{len(rows):,}")]
+    lines = [_HEAD.format(version=triton.__version__, count=f"{len(rows):,}", dtypes=", ".join(dtypes))]
     for (name, arch), (size, reason) in exceptions.items():
         where = f"sm_{arch}" if arch else "every architecture"
         lines.append(f"Exception: {name} on {where} may spill {size} bytes a thread: {reason}.")
