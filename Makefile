@@ -1,8 +1,8 @@
 # make train   fresh machine: environment, torch, build, install, then the main training job
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
-#              downloaded; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
-# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md
+#              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
+# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md (ARGS="--dtypes fp16")
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
@@ -56,11 +56,16 @@ gpu:
 	@failed=""; for phase in $(GPU_PHASES); do $(MAKE) --no-print-directory $$phase || failed="$$failed $$phase"; done; \
 	    test -z "$$failed" || { echo "failed:$$failed (logs in build/gpu-logs)"; exit 1; }
 
+# With the Python that is there; one that has no torch (as in a fresh clone) gets the environment of `make test`.
+HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("triton")))'
 $(GPU_PHASES):
-	$(PYTHON) benchmarks/gpu/phases.py $(@:gpu-%=%) $(if $(DRY),--dry)
+	@if $(PYTHON) $(HAS_TORCH); then python=$(PYTHON); else $(MAKE) --no-print-directory $(VENV)/.test; python=$(BIN)/python; fi; \
+	    $$python benchmarks/gpu/phases.py $(@:gpu-%=%) $(if $(DRY),--dry)
 
+# Half an hour on two cores; what was compiled is remembered, so that a second run takes a minute.
 aot: $(VENV)/.test
-	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) --markdown docs/kernels-aot.md > build/aot.jsonl
+	@mkdir -p build
+	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) $(ARGS) --cache build/aot-cache --markdown docs/kernels-aot.md > build/aot.jsonl
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -14,12 +14,17 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import kernels
-from spu.kernels import table
+from spu.kernels import accumulation, table
+from spu.kernels.launch import for_alignment
 from spu.kernels.table import KINDS, Config
+from spu.ops import reference_fused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SHAPES = [(40, 67, 70), (33, 72, 40), (5, 1, 3)]  # rows, out, in
-CASES = [(torch.float16, shape) for shape in SHAPES] + [(dtype, SHAPES[0]) for dtype in DTYPES[1:]]
+SHAPES = [(40, 67, 70), (5, 1, 3)]  # rows, out, in
+# A dtype changes loads, stores and the multiplication, which all kinds but the descriptors' share.
+CASES = [(kind, torch.float16, shape) for kind in KINDS for shape in SHAPES]
+CASES += [(kind, dtype, (33, 65, 37)) for kind, dtype in (("split", torch.bfloat16), ("descriptor", torch.bfloat16))]
+CASES += [("persistent", torch.float32, (33, 65, 37)), ("torch", torch.bfloat16, (33, 65, 37))]
 
 
 def config(kind: str, **changes: int) -> Config:
@@ -27,11 +32,17 @@ def config(kind: str, **changes: int) -> Config:
 
 
 def shipped() -> list[object]:
-    """Every configuration of the shipped tables, each with the ops that use it (warps and stages change no result)."""
+    """Every configuration of the shipped tables, each with the ops that use it (warps and stages change no result).
+
+    What runs the same kernel in the same form is tried once: linear_dx is linear without an epilogue, and linear_dz_dx
+    in any kind but "tile" is linear_dx.
+    """
     found: dict[tuple[str, Config], None] = {}
     for path in sorted(table.SHIPPED.glob("*.json")):
         for key, entry in table.read(path).entries.items():
-            found[key.split("/")[0], dataclasses.replace(entry.config, group_m=2, num_warps=4, num_stages=2)] = None
+            op, one = key.split("/")[0], entry.config
+            op = "linear" if op == "linear_dx" or (op == "linear_dz_dx" and one.kind != "tile") else op
+            found[op, dataclasses.replace(one, group_m=2, num_warps=4, num_stages=2)] = None
     return [pytest.param(op, one, id=f"{op}-{one.kind}-{one.block_m}x{one.block_n}x{one.block_k}") for op, one in found]
 
 
@@ -65,8 +76,7 @@ def check_dw(dz: Tensor, x: Tensor, one: Config) -> None:
     assert found.item() == 0
 
 
-@pytest.mark.parametrize(("dtype", "shape"), CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype", "shape"), CASES)
 def test_kinds(kind: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     x, w, b, dz = operands(shape, dtype)
     one = config(kind)
@@ -76,9 +86,9 @@ def test_kinds(kind: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     close(kernels.linear_dw(dz, x, config=one), dz.t() @ x, dz.double().t() @ x.double(), f"dw {one}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tile", "descriptor", "torch"])  # the others load as "tile" does
 def test_strided_operands(kind: str) -> None:
-    x, w, b, dz = operands((40, 72, 40), torch.float16)
+    x, w, b, dz = operands((33, 40, 33), torch.float16)
     check_forward(x.t().contiguous().t(), w.repeat_interleave(3, 0)[::3], b, config(kind))
     check_forward(x.repeat_interleave(2, 1)[:, ::2], w.t().contiguous().t(), b, config(kind))
     check_dw(dz.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], config(kind))
@@ -94,14 +104,14 @@ def test_shipped_configurations(op: str, one: Config) -> None:
     x, w, b, _ = operands(shape, torch.float16)
     if op == "linear":
         check_forward(x, w, b, one)
-    elif op == "linear_dx":
-        close(kernels.linear_dx(x, w.t(), config=one), x @ w.t(), x.double() @ w.double().t(), f"dx {one}")
     elif op == "linear_dz_dx":
         check_derivative_on_load(x, w.t(), one, "gelu")
     elif op == "linear_dw":
         check_dw(x.t(), w.t(), one)
     elif op == "gated_linear":
         check_gated(x, w, one)
+    elif op == "gated_dh":
+        check_gated_dh(x, w.t(), one)
     elif op == "gated_dx":
         truth = 2 * (x.double() @ w.double().t())
         close(kernels.gated_dx(x, x, w.t(), w.t(), config=one), x @ w.t() + x @ w.t(), truth, f"gated_dx {one}")
@@ -135,6 +145,15 @@ def check_gated(x: Tensor, w: Tensor, one: Config) -> None:
         close(actual, plain, truth, f"gated {one}")
 
 
+def check_gated_dh(dy: Tensor, w_down: Tensor, one: Config) -> None:
+    gate, up = (torch.randn(dy.shape[0], w_down.shape[1]).to(dy.dtype) for _ in range(2))
+    made = kernels.gated_dh(dy, w_down, gate, up, "silu", config=one)
+    truth = reference_fused.gated_dz(dy.double() @ w_down.double(), gate.double(), up.double(), "silu")
+    plain = reference_fused.gated_dz(dy @ w_down, gate, up, "silu")
+    for name, a, p, t in zip(("dgate", "dup", "h"), made, plain, truth):
+        close(a, p, t, f"{name} {one}")
+
+
 def check_cross_entropy(h: Tensor, w: Tensor, one: Config) -> None:
     target = torch.randint(0, w.shape[0], (h.shape[0],))
     target[1] = -100
@@ -154,9 +173,9 @@ def check_cross_entropy(h: Tensor, w: Tensor, one: Config) -> None:
     assert not dz[1].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["persistent", "split"])  # those whose programs share tiles or sums
 def test_split_and_all_others_repeat_their_bits(kind: str) -> None:
-    x, _, _, dz = operands((200, 33, 65), torch.float16)
+    x, _, _, dz = operands((100, 33, 65), torch.float16)
     results = []
     for _ in range(2):
         main, bias = torch.empty(33, 65), torch.empty(33)
@@ -182,11 +201,11 @@ def test_overflow_is_found_in_every_kind(kind: str, value: float) -> None:
 
 def test_offsets_beyond_32_bits_are_taken_in_64() -> None:
     """Strides whose reach within a tile leaves 32 bits: here through a view whose one row stride is huge and unused."""
-    from spu.kernels.multiply import plan
+    from spu.kernels.multiply import Form, plan
 
     device = torch.device("cpu")
-    narrow = plan("linear", torch.float16, device, (8, 8, 8), (1000, 1, 1, 1000), True, False, None)
-    wide = plan("linear", torch.float16, device, (8, 8, 8), (1 << 26, 1, 1, 1000), True, False, None)
+    narrow = plan("linear", torch.float16, device, (8, 8, 8), (1000, 1, 1, 1000), True, Form(), None)
+    wide = plan("linear", torch.float16, device, (8, 8, 8), (1 << 26, 1, 1, 1000), True, Form(), None)
     assert not narrow.constants["WIDE"]
     assert wide.constants["WIDE"]
     x = torch.randn(1, 40).as_strided((1, 40), (1 << 26, 1))
@@ -194,13 +213,33 @@ def test_offsets_beyond_32_bits_are_taken_in_64() -> None:
     close(kernels.linear_fwd(x, w)[0], x @ w.t(), x.double() @ w.double().t(), "wide")
 
 
+def test_rows_that_are_not_aligned_get_a_tile_whose_addresses_fit_the_registers() -> None:
+    large = Config("descriptor", 128, 256, 64, 8, 8, 4)
+    assert for_alignment(large, torch.float16, (1024, 1, 1, 64)) is large
+    for strides in ((1021, 1, 1, 64), (1024, 1, 1, 4)):
+        small = for_alignment(large, torch.float16, strides)
+        assert (small.kind, small.block_m, small.block_n, small.block_k) == ("tile", 64, 64, 32)
+    assert for_alignment(Config("split", split_k=4), torch.float32, (3, 1)).split_k == 4
+    assert for_alignment(Config("torch"), torch.float16, (3, 1)).kind == "torch"
+
+
+def test_products_by_torch_keep_leading_dimensions() -> None:
+    """Without an epilogue torch writes the result itself: into [2, 5, N], not over its shape."""
+    x, w = torch.randn(2, 5, 12).half(), torch.randn(6, 12).half()
+    y, _ = kernels.linear_fwd(x, w, config=Config("torch"))
+    dx = kernels.linear_dx(y, w, config=Config("torch"))
+    assert (y.shape, dx.shape) == ((2, 5, 6), (2, 5, 12))
+    close(y, x @ w.t(), x.double() @ w.double().t(), "y")
+    close(dx, y @ w, y.double() @ w.double(), "dx")
+
+
 def test_descriptors_give_way_where_they_cannot_load() -> None:
-    from spu.kernels.multiply import plan
+    from spu.kernels.multiply import Form, plan
 
     device, one = torch.device("cpu"), config("descriptor")
 
     def kind(dtype: torch.dtype, strides: tuple[int, int, int, int], aligned: bool = True) -> str:
-        return plan("linear", dtype, device, (64, 64, 64), strides, aligned, False, one).kind
+        return plan("linear", dtype, device, (64, 64, 64), strides, aligned, Form(), one).kind
 
     assert kind(torch.float16, (64, 1, 1, 64)) == "descriptor"
     assert kind(torch.bfloat16, (1, 64, 64, 1)) == "descriptor"
@@ -208,3 +247,53 @@ def test_descriptors_give_way_where_they_cannot_load() -> None:
     assert kind(torch.float16, (65, 1, 1, 64)) == "persistent"
     assert kind(torch.float16, (128, 2, 1, 64)) == "persistent"
     assert kind(torch.float16, (64, 1, 1, 64), aligned=False) == "persistent"
+
+
+@pytest.mark.parametrize("kind", ["tile", "descriptor", "split"])
+def test_fp16_accumulation_keeps_its_bound(kind: str) -> None:
+    x, w, _, _ = operands((40, 72, 200), torch.float16)
+    one = config(kind, block_k=64)
+    y, _ = kernels.linear_fwd(x, w, config=dataclasses.replace(one, half=True))
+    full, _ = kernels.linear_fwd(x, w, config=one)
+    truth, sizes = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+    bound = 64 / 16 * 2.0**-11 * sizes + 2.0**-11 * truth.abs() + 1e-6
+    assert ((y - truth).abs() <= bound).all()
+    assert not torch.equal(y, full), "nothing was summed in fp16"
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> dict[object, accumulation.Watch]:
+    """Without those of earlier tests."""
+    monkeypatch.setattr(accumulation, "_WATCHES", {})
+    return accumulation._WATCHES
+
+
+def test_fp16_accumulation_is_used_where_it_is_asked_for_alone(watches: dict[object, accumulation.Watch]) -> None:
+    x, w, _, _ = operands((40, 72, 200), torch.float16)
+    plain = kernels.linear_fwd(x, w)[0]
+    assert not watches, "off by default"
+    with kernels.fp16_accumulation():
+        for _ in range(2):  # the second call reads the first one's check
+            assert not torch.equal(kernels.linear_fwd(x, w)[0], plain)
+        with kernels.fp16_accumulation(enabled=False):
+            assert_equal(kernels.linear_fwd(x, w)[0], plain)
+        main = torch.empty(72, 200)
+        kernels.linear_dw_(torch.randn(40, 72).half(), x, main, torch.ones(1), torch.zeros(1), False)
+        wide = x.float(), w.float()
+        assert_equal(kernels.linear_fwd(*wide)[0], kernels.linear_fwd(*wide, config=Config())[0])
+    assert_equal(kernels.linear_fwd(x, w)[0], plain)
+    assert [watch.usable for watch in watches.values()] == [True], "one product was watched, the forward's"
+
+
+def test_fp16_accumulation_gives_up_where_partial_sums_overflow(watches: dict[object, accumulation.Watch]) -> None:
+    """A block's sum of 288,000 is infinite in fp16, though the whole is not; the input gradient of it as well."""
+    x, w = torch.full((40, 64), 30.0).half(), torch.full((8, 64), 300.0).half()
+    w[:, 32:] = -290.0
+    plain = kernels.linear_fwd(x, w)[0]
+    with kernels.fp16_accumulation():
+        assert not kernels.linear_fwd(x, w)[0].isfinite().any()
+        with pytest.warns(RuntimeWarning, match=r"off for linear by \[64, 8\]"):
+            kernels.linear_fwd(x, w)
+        assert_equal(kernels.linear_fwd(x, w)[0], plain)
+        assert kernels.linear_dx(torch.ones(40, 8).half(), w)[0].isfinite().all()
+    assert [watch.usable for watch in watches.values()] == [False, True]

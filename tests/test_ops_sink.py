@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spu import ops
 from spu.ops import sink as sink_module
+from spu.precision import MainGrads
 
 
 def scope_of(scale: float = 1024.0) -> ops.BackwardScope:
@@ -399,3 +401,56 @@ def test_a_compiled_region_inside_a_scope_gives_plain_gradients() -> None:
 def test_a_scope_of_the_wrong_kind_is_named() -> None:
     with pytest.raises(ValueError, match=r"found_inf must be float32 of shape \(1,\) on cpu, got torch.bool \(1,\)"):
         ops.BackwardScope(torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.bool))
+
+
+class OpNames(TorchDispatchMode):
+    """The names of spu's ops that are run inside, outermost ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "spu":
+            self.seen.append(func._schema.name.removeprefix("spu::"))
+        return func(*args, **(kwargs or {}))
+
+
+@every_backend
+@pytest.mark.parametrize("bias_first", [False, True])
+def test_sinks_get_weight_and_bias_together_where_the_backend_has_a_kernel(backend: str, bias_first: bool) -> None:
+    """linear_dz_dx and linear_dw_db_ by backends with kernels for them, their parts elsewhere; the same gradients."""
+    layer, x = nn.Linear(20, 24).half(), torch.randn(30, 20).half().requires_grad_()
+    mains, scope = MainGrads(layer.parameters()), scope_of()
+    for _ in range(2):
+        mains.begin_step()
+        if bias_first:  # the bias has a gradient when the weight's first one comes: one adds, the other stores
+            ops.open_scope(layer.bias.sum() * 0, scope).backward()
+        with ops.use_backend(backend):
+            y = ops.linear_act(x, layer.weight, layer.bias, "gelu")
+        x.grad = None
+        with OpNames() as names:
+            ops.open_scope((y.float().square().sum() * 1024), scope).backward()
+    expected = {"linear_dz", "linear_dx", "linear_dw_", "linear_db_"}
+    if ops.has_kernel("linear_dz_dx", backend):
+        expected = {"linear_dz_dx", "linear_dw_", "linear_db_"} if bias_first else {"linear_dz_dx", "linear_dw_db_"}
+    assert set(names.seen) == expected, names.seen
+    twin, wide = nn.Linear(20, 24).double(), x.detach().double().requires_grad_()
+    twin.load_state_dict(layer.state_dict())
+    F.gelu(twin(wide)).square().sum().backward()
+    half = [tensor.detach().half().requires_grad_() for tensor in (wide, *twin.parameters())]
+    F.gelu(F.linear(*half)).float().square().sum().backward()
+    for name, made, plain, truth in zip(("dx", "dw", "db"), (x, *layer.parameters()), half, (wide, *twin.parameters())):
+        scaled = made.grad / 1024 if made is x else made.grad
+        rounded = plain.grad.to(scaled.dtype)
+        assert_close_to_truth(scaled, rounded, truth.grad, eps=2e-3 * float(truth.grad.abs().max()), name=name)
+    assert scope.found_inf.item() == 0
+
+
+def test_a_sink_of_ones_own_gets_weight_and_bias_one_by_one() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    sinks = Recorder(), Recorder()
+    for parameter, sink in zip(layer.parameters(), sinks):
+        ops.attach_sink(parameter, sink)
+    ops.open_scope(ops.linear_act(x, layer.weight, layer.bias).sum(), scope_of()).backward()
+    assert (len(sinks[0].weights), len(sinks[1].biases)) == (1, 1)

@@ -125,6 +125,60 @@ def test_gated_kernels(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_gated_dh_in_the_epilogue(rows: int, dtype: torch.dtype) -> None:
+    dy, w_down = torch.randn(rows, 512).to(dtype), (torch.randn(512, 1024) / 32).to(dtype)
+    gate, up = (torch.randn(rows, 1024).to(dtype) for _ in range(2))
+    on = device_of(dy, w_down, gate, up)
+    truth = reference_fused.gated_dz(dy.double() @ w_down.double(), gate.double(), up.double(), "silu")
+    plain = reference_fused.gated_dz(on[0] @ on[1], on[2], on[3], "silu")
+    for name, a, p, t in zip(("dgate", "dup", "h"), kernels.gated_dh(*on, "silu"), plain, truth):
+        close(a, p, t, name)
+
+
+def test_fp16_accumulation_is_close_and_gives_up_where_it_overflows() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("products are cuBLAS's there")
+    x, w, _, _ = operands((256, 512, 1024), torch.float16)
+    on = device_of(x, w)
+    with kernels.fp16_accumulation():
+        y, _ = kernels.linear_fwd(*on)
+        bound = 128 / 16 * 2.0**-11 * (x.double().abs() @ w.double().abs().t()) + 1e-2
+        assert ((y.cpu() - x.double() @ w.double().t()).abs() <= bound).all()
+        large, torn = torch.full((256, 1024), 30.0), torch.full((512, 1024), 300.0)
+        torn[:, 512:] = -290.0
+        there = device_of(large.half(), torn.half())
+        kernels.linear_fwd(*there)
+        torch.cuda.synchronize()
+        with pytest.warns(RuntimeWarning, match="fp16 accumulation is off"):
+            kernels.linear_fwd(*there)
+        assert kernels.linear_fwd(*there)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["tile", "torch"])
+def test_leading_dimensions_are_kept(kind: str) -> None:
+    from spu.kernels.table import Config
+
+    x, w = torch.randn(2, 64, 128).half().cuda(), torch.randn(96, 128).half().cuda()
+    if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":
+        pytest.skip("Triton has no tensor-core product before sm_80")
+    y, _ = kernels.linear_fwd(x, w, config=Config(kind))
+    assert y.shape == (2, 64, 96)
+    assert kernels.linear_dx(y, w, config=Config(kind)).shape == x.shape
+
+
+def test_tensors_of_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    x, w = torch.randn(64, 128).half().to("cuda:1"), torch.randn(96, 128).half().to("cuda:1")
+    with torch.cuda.device(0), ops.use_backend("triton"):
+        y = ops.linear_act(x, w)
+        total = ops.grad_sqnorm([x.float()])
+    close(y, x @ w.t(), x.cpu().double() @ w.cpu().double().t(), "y")
+    assert total.device == x.device
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy(dtype: torch.dtype) -> None:
     hidden, weight = (torch.randn(n, 128).to(dtype) for n in (300, 5003))
     target, grad = torch.randint(0, 5003, (300,)), torch.randn(300) * 100

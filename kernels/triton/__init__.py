@@ -11,10 +11,12 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spu.kernels.accumulation import fp16_accumulation as fp16_accumulation
     from spu.kernels.codec import pack as pack
     from spu.kernels.codec import unpack as unpack
     from spu.kernels.cross_entropy import linear_ce as linear_ce
     from spu.kernels.cross_entropy import linear_ce_dz as linear_ce_dz
+    from spu.kernels.gated import gated_dh as gated_dh
     from spu.kernels.gated import gated_dx as gated_dx
     from spu.kernels.gated import gated_dz as gated_dz
     from spu.kernels.gated import gated_linear as gated_linear
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from spu.kernels.optim import grad_sqnorm as grad_sqnorm
 
 _NAMES = {
+    "accumulation": ("fp16_accumulation",),
     "codec": ("pack", "unpack"),
     "cross_entropy": ("linear_ce", "linear_ce_dz"),
-    "gated": ("gated_dx", "gated_dz", "gated_linear"),
+    "gated": ("gated_dh", "gated_dx", "gated_dz", "gated_linear"),
     "linear": (
         "linear_db",
         "linear_db_",

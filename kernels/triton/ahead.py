@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from .limits import Limits, read
+
 _ELEMENT = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
@@ -49,7 +51,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made of a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction."""
+    """What the compiler made of a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction;
+    ``mix``, ``peak_share`` and ``load_bytes`` are ``limits.Limits``'."""
 
     name: str
     arch: int
@@ -60,14 +63,30 @@ class Built:
     tensor_core: str
     uses_tma: bool
     contracted: bool
+    mix: dict[str, float]
+    peak_share: float
+    load_bytes: int
+
+    @property
+    def resident(self) -> int:
+        """The threads that fit a multiprocessor, by registers and shared memory: an estimate."""
+        shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // (self.shared_bytes + 1024)  # 1 KB is the system's
+        registers = _REGISTERS // (-(-max(self.registers, 1) // 8) * 8 * self.threads)  # given out by eights
+        return min(shared, registers, self._most // self.threads, _BLOCKS) * self.threads
+
+    @property
+    def _most(self) -> int:
+        return _THREADS.get(self.arch, 2048)
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's threads that fit, by registers and shared memory: an estimate."""
-        most = _THREADS.get(self.arch, 2048)
-        shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // (self.shared_bytes + 1024)  # 1 KB is the system's
-        registers = _REGISTERS // (max(self.registers, 1) * self.threads)
-        return min(min(shared, registers, most // self.threads, _BLOCKS) * self.threads / most, 1.0)
+        """The share of a multiprocessor's threads that fit."""
+        return self.resident / self._most
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """What the resident threads of a multiprocessor load without waiting: an estimate."""
+        return self.resident * self.load_bytes
 
 
 def _specialised(name: str, value: Any) -> tuple[tuple[str, str, bool] | None, Any]:
@@ -117,8 +136,8 @@ def recording() -> Iterator[dict[Launch, None]]:
         JITFunction.run = original
 
 
-def build(launch: Launch, arch: int) -> Built:
-    """Compiles for an architecture (80 is sm_80); no device is needed.
+def build(launch: Launch, arch: int, listing: bool = True) -> Built:
+    """Compiles for an architecture (80 is sm_80); no device is needed. Without ``listing``, ``limits`` are left empty.
 
     Raises:
         whatever Triton raises when a kernel does not compile, or does not fit.
@@ -133,7 +152,7 @@ def build(launch: Launch, arch: int) -> Built:
     source = ASTSource(launch.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, divisible)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     ptx = made.asm["ptx"]
-    registers, stack = _resources(made.asm["cubin"])
+    registers, stack, found = _resources(made.asm["cubin"], arch, listing)
     return Built(
         name=launch.name,
         arch=arch,
@@ -144,15 +163,20 @@ def build(launch: Launch, arch: int) -> Built:
         tensor_core=next((name for name in _TENSOR_INSTRUCTIONS if name in ptx), ""),
         uses_tma="cp.async.bulk.tensor" in ptx,
         contracted="fma.rn.f32" in ptx,
+        mix=found.mix,
+        peak_share=found.peak_share,
+        load_bytes=found.load_bytes,
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread, by the cuobjdump that comes with Triton."""
+def _resources(cubin: bytes, arch: int, listing: bool) -> tuple[int, int, Limits]:
+    """(registers, bytes of stack) of a thread and the code's limits, by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
+        command = [str(tool), "--dump-resource-usage", *(["--dump-sass"] if listing else []), file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", said)
+    registers, stack = (max(int(row[column]) for row in found) for column in (0, 1))
+    return registers, stack, read(said, arch) if listing else Limits({}, 0.0, 0)

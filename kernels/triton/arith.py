@@ -33,8 +33,13 @@ def narrow(v, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as fp32, not TF32."""
+def dot(a, b, acc, HALF: tl.constexpr = False):
+    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as fp32, not TF32.
+
+    With HALF, fp16 operands: a @ b is summed in fp16, and that sum is added in fp32.
+    """
+    if HALF:
+        return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
     if INTERPRET:
         a = widen(a)
         b = widen(b)

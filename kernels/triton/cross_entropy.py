@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arith import narrow, widen
-from .launch import POINTWISE, ceil_div, check_operands, config_for, options, programs_at_once
-from .table import Config
+from .launch import POINTWISE, ceil_div, check_operands, config_for, for_alignment, options, programs_at_once
+from .table import Config, follows_tables
 from .tiles import add_product, start_of, tile_at
 
 _ROWS = 64  # of the combining kernel
@@ -35,6 +35,13 @@ def _take(top, total, z):
     new = tl.maximum(top, tl.max(z, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+
+
+@triton.jit
+def _loss(value, wanted, V, ignore_index):
+    """``value`` of rows with a target, 0 of ignored ones, NaN where the target is outside the vocabulary."""
+    value = tl.where((wanted >= 0) & (wanted < V), value, float("nan"))
+    return tl.where(wanted != ignore_index, value, 0.0)
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def linear_ce_kernel(
 
 
 @triton.jit
-def combine_ce_kernel(parts, target, loss, lse, R, shares, ignore_index, ROWS: tl.constexpr):
+def combine_ce_kernel(parts, target, loss, lse, R, V, shares, ignore_index, ROWS: tl.constexpr):
     """loss and lse [R] fp32 from the shares, in order."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < R
@@ -84,9 +91,9 @@ def combine_ce_kernel(parts, target, loss, lse, R, shares, ignore_index, ROWS: t
         found += tl.load(at + 2 * plane, mask=inside, other=0.0)
         at += R
     value = top + tl.log(total)
-    kept = tl.load(target + rows, mask=inside, other=0) != ignore_index
+    wanted = tl.load(target + rows, mask=inside, other=0)
     tl.store(lse + rows, value, mask=inside)
-    tl.store(loss + rows, tl.where(kept, value - found, 0.0), mask=inside)
+    tl.store(loss + rows, _loss(value - found, wanted, V, ignore_index), mask=inside)
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def linear_ce_dz_kernel(
     rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     wanted = tl.load(target + rows, mask=rows < R, other=0)
     level = tl.load(lse + rows, mask=rows < R, other=0.0)
-    grad = tl.load(grad_rows + rows, mask=rows < R, other=0.0)
+    grad = _loss(tl.load(grad_rows + rows, mask=rows < R, other=0.0), wanted, V, ignore_index)
     value = tl.exp(z - level[:, None]) - tl.where(cols[None, :] == wanted[:, None], 1.0, 0.0)
     value = tl.where((wanted != ignore_index)[:, None], value * grad[:, None], 0.0)
     at = rows[:, None].to(tl.int64) * V + cols[None, :]
@@ -131,7 +138,7 @@ def logits_ce_kernel(logits, target, loss, lse, V, ignore_index, SIZE: tl.conste
         top = new
     value = top + tl.log(total)
     tl.store(lse + row, value)
-    tl.store(loss + row, tl.where(wanted != ignore_index, value - found, 0.0))
+    tl.store(loss + row, _loss(value - found, wanted, V, ignore_index))
 
 
 @triton.jit
@@ -142,7 +149,8 @@ def logits_dz_kernel(logits, target, lse, grad_rows, V, ignore_index, SIZE: tl.c
     at = logits + row.to(tl.int64) * V + cols
     wanted = tl.load(target + row)
     z = widen(tl.load(at, mask=cols < V, other=0.0))
-    value = (tl.exp(z - tl.load(lse + row)) - tl.where(cols == wanted, 1.0, 0.0)) * tl.load(grad_rows + row)
+    grad = _loss(tl.load(grad_rows + row), wanted, V, ignore_index)
+    value = (tl.exp(z - tl.load(lse + row)) - tl.where(cols == wanted, 1.0, 0.0)) * grad
     value = tl.where(wanted != ignore_index, value, 0.0)
     tl.store(at, narrow(value, logits.dtype.element_ty), mask=cols < V)
 
@@ -162,7 +170,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return torch.mm(hidden, weight.t())
 
 
@@ -178,6 +186,7 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
+@follows_tables
 @lru_cache(maxsize=4096)
 def _plan(
     dtype: torch.dtype,
@@ -187,7 +196,7 @@ def _plan(
     override: Config | None,
 ) -> Plan:
     rows, v, k = shape
-    config = override or config_for("linear_ce", dtype, device, shape)
+    config = override or for_alignment(config_for("linear_ce", dtype, device, shape), dtype, (*strides, shape[1]))
     row_tiles, column_tiles = ceil_div(rows, config.block_m), ceil_div(v, config.block_n)
     wanted = ceil_div(_SHARES_PER_PROCESSOR * programs_at_once(device), row_tiles)
     tiles_each = max(1, ceil_div(column_tiles, wanted))
@@ -232,7 +241,7 @@ def linear_ce(
         hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
     )  # fmt: skip
     combine_ce_kernel[(ceil_div(rows, _ROWS),)](
-        parts, target, loss, lse, rows, plan.shares, ignore_index, _ROWS, **POINTWISE
+        parts, target, loss, lse, rows, v, plan.shares, ignore_index, _ROWS, **POINTWISE
     )
     return loss, lse
 

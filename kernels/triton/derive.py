@@ -2,7 +2,14 @@
 
 A tile must fit the shared memory (stages x (rows + columns) x inner x 2 bytes), its accumulators the registers
 (rows x columns / threads <= 128 a thread, 64 for the two accumulators of a gated product), and there should be more
-tiles than multiprocessors. ``python -m spu.kernels.derive FOLDER`` writes them as tables marked "derived".
+tiles than multiprocessors.
+
+A derivative applied on load is worked out again for every column of tiles, some 30 instructions an element: with 128
+columns about twice the tensor cores' time for the element. A pass of its own reads and writes 6 bytes an element, a few
+percent of a product over thousands of columns. So ``linear_dz_dx`` applies it on load where launches are what costs
+(few rows, few tiles) and before the product elsewhere.
+
+``python -m spu.kernels.derive FOLDER`` writes them as tables marked "derived".
 """
 
 from __future__ import annotations
@@ -15,14 +22,13 @@ from .table import CLASSES, PRODUCTS, Config, Entry, Table, write
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Shared memory that a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-_DESCRIPTORS_FROM = 90
 
 # rows, columns, inner, warps, stages by class: for cards with 99 KB a block, and for those with more.
 _NARROW = {
     "skinny": (32, 64, 128, 4, 3),
     "deep": (128, 128, 32, 8, 4),
-    "small": (64, 64, 64, 4, 4),
-    "medium": (128, 64, 64, 4, 3),
+    "small": (64, 64, 64, 8, 4),
+    "medium": (128, 64, 64, 8, 3),
     "large": (128, 128, 32, 8, 4),
 }
 _WIDE = {
@@ -33,27 +39,33 @@ _WIDE = {
     "large": (128, 256, 64, 8, 4),
 }
 _SPLITS = {"skinny": 4, "deep": 8}
+_DESCRIPTORS_FROM = 90
+_WALKED = ("linear", "linear_dx", "linear_dw")
 
 
 def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     """The derived configuration of one product."""
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
-    if dtype == "fp32":  # multiplied as fp32, on the ordinary units
-        inner = 16 if op == "linear_dz_dx" else 32
-        return _split(Config("tile", 64, 64, inner, 8, 8, 2), op, shape_class)
+    on_load = op == "linear_dz_dx" and shape_class in ("skinny", "small")
+    if op == "linear_dz_dx" and not on_load:
+        return config(arch, "linear_dx", dtype, shape_class)
+    if dtype == "fp32":  # multiplied as fp32, on the ordinary units; descriptors load 16 bits only
+        kind = "persistent" if op in _WALKED and shape_class in ("medium", "large") else "tile"
+        return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, 2), op, shape_class)
     rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
     if op == "gated_linear":  # two accumulators and two weight tiles
         columns, stages = min(columns, 64), min(stages, 3)
-    if op == "linear_dz_dx":  # the left operand's derivative is worked out in registers
+    if on_load:  # the left operand's derivative is worked out in registers
         return Config("tile", min(rows, 64), min(columns, 128), 32, 8, 8, 3)
     if op == "linear_ce":  # exponentials beside the accumulators
-        columns = min(columns, 128)
+        columns, warps = min(columns, 128), 4 if shape_class == "small" else warps
     if op in ("gated_linear", "linear_ce") or shape_class in ("skinny", "deep"):
         return _split(Config("tile", rows, columns, inner, 8, warps, stages), op, shape_class)
-    if op == "gated_dx":
+    if op in ("gated_dh", "gated_dx"):
         return Config("tile", rows, min(columns, 128), inner, 8, warps, stages)
-    kind = "descriptor" if arch in (90, 100) and shape_class in ("medium", "large") else "tile"
+    # Programs that walk over tiles, where there are many: with descriptors where the hardware has them.
+    kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
     return Config(kind, rows, columns, inner, 8, warps, stages)
 
 

@@ -1,7 +1,7 @@
 """The gated half of an MLP (SwiGLU and its family, arXiv:2002.05202): h = act(x @ w_gate.T) * (x @ w_up.T).
 
-The forward makes both products in one kernel that reads x once. Its backward recomputes h instead of keeping it, and
-adds both input gradients in one accumulator.
+The forward makes both products in one kernel that reads x once. Its backward recomputes h instead of keeping it, in
+the epilogue of the product that makes dh (which is never stored), and adds both input gradients in one accumulator.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .arith import activate, backprop, dot, narrow, widen
 from .finish import SIZE
-from .launch import POINTWISE, ceil_div, check_activation, check_operands, config_for, options, rows_of
-from .table import Config
+from .launch import POINTWISE, ceil_div, check_activation, check_operands, config_for, for_alignment, options, rows_of
+from .table import Config, follows_tables
 from .tiles import add_product, start_of, tile_at
 
 _INT32 = 2**31 - 1
+_EPILOGUE_COLUMNS = tl.constexpr(64)
 
 
 @triton.jit
@@ -32,9 +33,10 @@ def gated_linear_kernel(
     """x [M, K]; w_gate, w_up [N, K]; h [M, N] from the fp32 accumulators, and with KEEP gate and up: rounded once."""
     m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     r, c, inner = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    from_x = start_of(x, m * BM, stride_xm) + r[:, None].to(tl.int64) * stride_xm + inner[None, :] * stride_xk
-    from_g = start_of(w_gate, n * BN, stride_gn) + c[None, :].to(tl.int64) * stride_gn + inner[:, None] * stride_gk
-    from_u = start_of(w_up, n * BN, stride_un) + c[None, :].to(tl.int64) * stride_un + inner[:, None] * stride_uk
+    wide = inner.to(tl.int64)
+    from_x = start_of(x, m * BM, stride_xm) + r[:, None].to(tl.int64) * stride_xm + wide[None, :] * stride_xk
+    from_g = start_of(w_gate, n * BN, stride_gn) + c[None, :].to(tl.int64) * stride_gn + wide[:, None] * stride_gk
+    from_u = start_of(w_up, n * BN, stride_un) + c[None, :].to(tl.int64) * stride_un + wide[:, None] * stride_uk
     in_rows, in_cols = (m * BM + r < M)[:, None], (n * BN + c < N)[None, :]
     acc_gate, acc_up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
@@ -71,6 +73,47 @@ def gated_dz_kernel(
 
 
 @triton.jit
+def _write_gated_dh(
+    acc, m, first_col, gate, up, dgate, dup, h, M, N,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dgate, dup and h of the tile acc of dh; a wide one in halves, whose results fit the registers."""
+    if COLUMNS > _EPILOGUE_COLUMNS:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
+        _write_gated_dh(left, m, first_col, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2)
+        _write_gated_dh(
+            right, m, first_col + COLUMNS // 2, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2
+        )  # fmt: skip
+    else:
+        rows, cols = m * BM + tl.arange(0, BM), first_col + tl.arange(0, COLUMNS)
+        at = rows[:, None].to(tl.int64) * N + cols[None, :]
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        g = widen(tl.load(gate + at, mask=inside, other=0.0))
+        u = widen(tl.load(up + at, mask=inside, other=0.0))
+        act = activate(g, ACTIVATION)
+        tl.store(h + at, narrow(act * u, h.dtype.element_ty), mask=inside)
+        tl.store(dup + at, narrow(acc * act, dup.dtype.element_ty), mask=inside)
+        tl.store(dgate + at, narrow(backprop(acc * u, g, ACTIVATION), dgate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_dh_kernel(
+    dy, w_down, gate, up, dgate, dup, h, M, N, K, stride_dm, stride_dk, stride_wk, stride_wn,
+    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """gated_dz_kernel's results from dh = dy [M, K] @ w_down [K, N], which stays in fp32 and in registers."""
+    m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    acc = add_product(
+        tl.zeros((BM, BN), tl.float32),
+        start_of(dy, m * BM, stride_dm), stride_dm, stride_dk, M - m * BM,
+        start_of(w_down, n * BN, stride_wn), stride_wk, stride_wn, N - n * BN,
+        0, K, dy, dy, 0, "none", BM, BN, BK, EVEN_K, WIDE,
+    )  # fmt: skip
+    _write_gated_dh(acc, m, n * BN, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, BN)
+
+
+@triton.jit
 def gated_dx_kernel(
     dgate, dup, w_gate, w_up, dx, M, N, K, stride_gm, stride_gk, stride_um, stride_uk,
     stride_wk, stride_wn, stride_vk, stride_vn,
@@ -97,12 +140,18 @@ def gated_dx_kernel(
     tl.store(dx + at, narrow(acc, dx.dtype.element_ty), mask=inside)
 
 
+@follows_tables
 @lru_cache(maxsize=4096)
 def _plan(
-    op: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], override: Config | None
+    op: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shape: tuple[int, int, int],
+    strides: tuple[int, ...],
+    override: Config | None,
 ) -> tuple[bool, tuple[int], dict[str, Any]]:
     """(whether torch makes the products, grid, constants)."""
-    config = override or config_for(op, dtype, device, shape)
+    config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, shape[1]))
     m, n, _ = shape
     constants = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
     grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),)
@@ -145,16 +194,16 @@ def gated_linear(
     gate, up = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
     if h.numel() == 0:
         return h, gate, up
-    by_torch, grid, constants = _plan("gated_linear", x.dtype, x.device, (m, n, k), config)
+    strides = (*rows.stride(), *w_gate.stride(), *w_up.stride())
+    by_torch, grid, constants = _plan("gated_linear", x.dtype, x.device, (m, n, k), strides, config)
     if by_torch:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             made = torch.mm(rows, w_gate.t()).view(h.shape), torch.mm(rows, w_up.t()).view(h.shape)
         grid = (ceil_div(h.numel(), SIZE),)  # h of the rounded products
         gated_dz_kernel[grid](h, *made, h, h, h, h.numel(), activation, False, SIZE, **POINTWISE)
         return (h, *made) if keep else (h, gate, up)
     gated_linear_kernel[grid](
-        rows, w_gate, w_up, h, gate, up, m, n, k, *rows.stride(), *w_gate.stride(), *w_up.stride(),
-        activation, keep, **constants,
+        rows, w_gate, w_up, h, gate, up, m, n, k, *strides, activation, keep, **constants,
     )  # fmt: skip
     return h, gate, up
 
@@ -174,6 +223,52 @@ def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
         grid = (ceil_div(dh.numel(), SIZE),)
         gated_dz_kernel[grid](dh, gate, up, dgate, dup, h, dh.numel(), activation, True, SIZE, **POINTWISE)
     return dgate, dup, h
+
+
+def gated_dh(
+    dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str, config: Config | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``gated_dz`` of dh = dy @ w_down, in the epilogue of that product: dh is neither stored nor rounded.
+
+    Args:
+        dy: [..., M], the scaled gradient of the block's result.
+        w_down: [M, N], dy's dtype.
+        gate, up: [..., N], saved by the forward.
+        activation: as in ``gated_linear``.
+        config: instead of the table's.
+
+    Returns:
+        (dgate, dup, h), each [..., N], contiguous.
+    """
+    check_activation(activation)
+    check_operands("dy, w_down, gate and up", dy, w_down, gate, up)
+    fits = w_down.dim() == 2 and dy.shape[-1] == w_down.shape[0] and gate.shape == up.shape
+    if not fits or gate.shape != (*dy.shape[:-1], w_down.shape[1]):
+        raise ValueError(
+            f"dy {tuple(dy.shape)}, w_down {tuple(w_down.shape)}, gate {tuple(gate.shape)} and up {tuple(up.shape)} do "
+            "not fit: need [..., M], [M, N], [..., N] and [..., N]"
+        )
+    rows, n = rows_of(dy), w_down.shape[1]
+    m, k = rows.shape
+    strides = (*rows.stride(), *w_down.stride())
+    by_torch, grid, constants = _plan("gated_dh", dy.dtype, dy.device, (m, n, k), strides, config)
+    if by_torch:
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            dh = torch.mm(rows, w_down).view(gate.shape)
+        return gated_dz(dh, gate, up, activation)
+    gate, up = gate.contiguous(), up.contiguous()
+    dgate, dup, h = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+    if h.numel():
+        gated_dh_kernel[grid](
+            rows, w_down, gate, up, dgate, dup, h, m, n, k, *strides, activation, **constants,
+            EVEN_K=k % constants["BK"] == 0, WIDE=_wide(constants, strides),
+        )  # fmt: skip
+    return dgate, dup, h
+
+
+def _wide(constants: dict[str, Any], strides: tuple[int, ...]) -> bool:
+    """Whether offsets within a tile leave 32 bits."""
+    return 2 * max(constants["BM"], constants["BN"], constants["BK"]) * (max(map(abs, strides)) + 1) > _INT32
 
 
 def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: Config | None = None) -> Tensor:
@@ -198,15 +293,14 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: C
     dx = torch.empty((*dgate.shape[:-1], n), dtype=dgate.dtype, device=dgate.device)
     if dx.numel() == 0:
         return dx
-    by_torch, grid, constants = _plan("gated_dx", dgate.dtype, dgate.device, (m, n, k), config)
+    strides = (*first.stride(), *second.stride(), *w_gate.stride(), *w_up.stride())
+    by_torch, grid, constants = _plan("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, config)
     if by_torch:
-        with torch.autocast(dx.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(dx.device.type, enabled=False):
             torch.mm(torch.cat((first, second), 1), torch.cat((w_gate, w_up), 0), out=dx.view(m, n))
         return dx
-    strides = (*first.stride(), *second.stride(), *w_gate.stride(), *w_up.stride())
-    wide = 2 * max(constants["BM"], constants["BN"], constants["BK"]) * (max(map(abs, strides)) + 1) > _INT32
     gated_dx_kernel[grid](
         first, second, w_gate, w_up, dx, m, n, k, *strides,
-        EVEN_K=k % constants["BK"] == 0, WIDE=wide, **constants,
+        EVEN_K=k % constants["BK"] == 0, WIDE=_wide(constants, strides), **constants,
     )  # fmt: skip
     return dx

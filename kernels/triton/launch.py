@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import _allocation
 
 from . import table
 from .table import Config
@@ -16,6 +20,7 @@ STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INTERPRETED_PROGRAMS = 3  # of a persistent kernel on the CPU: more than one, so that programs share the tiles
 _INTERPRETED = Config()
+ALIGN_BYTES = 16  # of an address or row that tensor descriptors and wide loads take
 
 # Contraction of a * b + c is pinned, since the compiler's default changes in 3.10: off in kernels that promise the bits
 # of their reference (codecs, AdamW) and in the 16-bit products, whose multiplications are the tensor cores' own; on for
@@ -59,12 +64,39 @@ def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[i
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_available() else "cpu")
+    return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_initialized() else "cpu")
 
 
-def allow_descriptors() -> None:
-    """Gives kernels that make tensor descriptors their memory: Triton keeps the allocator per thread."""
+def for_alignment(config: Config, dtype: torch.dtype, strides: tuple[int, ...]) -> Config:
+    """``config``, or a smaller tile where rows do not start at multiples of 16 bytes.
+
+    Elements are then loaded one by one, each with an address of its own, and those of a large tile do not fit the
+    registers. ``strides`` are those of all operands and results, in elements.
+    """
+    if all(stride == 1 or stride * dtype.itemsize % ALIGN_BYTES == 0 for stride in strides):
+        return config
+    return _small(config)
+
+
+@lru_cache(maxsize=256)
+def _small(config: Config) -> Config:
+    kind = config.kind if config.kind in ("split", "torch") else "tile"
+    sizes = min(config.block_m, 64), min(config.block_n, 64), min(config.block_k, 32)
+    return Config(kind, *sizes, config.group_m, 8, min(config.num_stages, 3), config.split_k, config.half)
+
+
+@contextmanager
+def descriptors_allowed() -> Iterator[None]:
+    """Gives kernels launched inside, which make tensor descriptors, their memory. Triton keeps one allocator a thread;
+    a user's own is put back."""
+    allocator = getattr(_allocation, "_allocator", None)
+    previous = allocator.get() if isinstance(allocator, ContextVar) else None
     triton.set_allocator(_workspace)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            triton.set_allocator(previous)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .finish import column_sums, dz_of, finish, finish_main_grad
-from .launch import check_activation, check_operands, check_sink, rows_of
+from .launch import check_activation, check_operands, check_sink, config_for, rows_of
 from .multiply import Derivative, Epilogue, add_column_sums, multiply
 from .table import Config
 
@@ -87,16 +87,20 @@ def linear_dx(dz: Tensor, weight: Tensor, config: Config | None = None) -> Tenso
 def linear_dz_dx(
     dy: Tensor, saved: Tensor, weight: Tensor, activation: str, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(dz, dx) in one pass over dy: the derivative is applied as the product loads it.
+    """(dz, dx): in one pass over dy, the derivative applied as the product loads it, where the configuration is a tile.
 
     To the bit, dz is ``linear_dz(dy, saved, activation)`` and dx, for one configuration, ``linear_dx(dz, weight)``.
     """
     check_activation(activation)
     if dy.shape != saved.shape:
         raise ValueError(f"dy {tuple(dy.shape)} and saved {tuple(saved.shape)} differ in shape")
-    if weight.shape[1] == 0 or activation == "none":  # no tile would write dz, or there is nothing to apply
-        return dz_of(dy, saved, activation), _input_gradient(dy, weight, None, config)
-    rows = rows_of(dy).contiguous()
+    check_operands("dy, saved and weight", dy, saved, weight)
+    rows = rows_of(dy)
+    config = config or config_for("linear_dz_dx", dy.dtype, dy.device, (rows.shape[0], weight.shape[1], dy.shape[-1]))
+    if config.kind != "tile" or activation == "none" or weight.shape[1] == 0:  # without columns no tile would write dz
+        dz = dz_of(dy, saved, activation)
+        return dz, _input_gradient(dz, weight, None, config)
+    rows = rows.contiguous()
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     derivative = Derivative(activation, rows_of(saved).contiguous(), rows_of(dz))
     return dz, _input_gradient(rows.view(dy.shape), weight, derivative, config)
@@ -163,6 +167,20 @@ def linear_dw_(
             linear_db_(dz, bias_grad, inv_scale, found_inf, accumulate)
     epilogue = Epilogue(True, inv_scale, found_inf, accumulate, bias_grad)
     multiply("linear_dw", rows.t(), inputs, main_grad, epilogue, config=config)
+
+
+def linear_dw_db_(
+    dz: Tensor,
+    x: Tensor,
+    main_grad: Tensor,
+    bias_grad: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    accumulate: bool,
+    config: Config | None = None,
+) -> None:
+    """``linear_dw_`` with its bias gradient, in the order of the op's schema."""
+    linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate, bias_grad, config)
 
 
 def linear_db(dz: Tensor) -> Tensor:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .finish import column_sums, dz_of, finish, finish_main_grad
-from .launch import allow_descriptors, ceil_div, config_for, options, programs_at_once
+from .accumulation import SAMPLED_ROWS, wanted, watch_of
+from .finish import column_sums, finish, finish_main_grad
+from .launch import ALIGN_BYTES, ceil_div, config_for, descriptors_allowed, for_alignment, options, programs_at_once
 from .product import descriptor_kernel, product_kernel
-from .table import Config
+from .table import Config, follows_tables
 
 _INT32 = 2**31 - 1
-_TENSOR_MEMORY_ALIGN_BYTES = 16
+_POINTER_COLUMNS = 128
 
 
 class Plan(NamedTuple):
-    """What does not change between calls of one shape."""
+    """What does not change between calls of one shape; ``launch`` is the kernel on its grid."""
 
     kind: str
-    grid: tuple[int, int]
+    parts: int
     chunk: int
+    launch: Any
     constants: dict[str, Any]
 
 
@@ -40,11 +43,22 @@ class Epilogue(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """dz = dy * act'(saved) in place of the left operand, which is dy; dz is stored. All of one layout."""
+    """dz = dy * act'(saved) in place of the left operand, which is dy; dz is stored. All of one layout; kind "tile"."""
 
     activation: str
     saved: Tensor
     dz: Tensor
+
+
+class Form(NamedTuple):
+    """What is static of an epilogue and a derivative."""
+
+    main_grad: bool = False
+    activation: str = "none"
+    has_bias: bool = False
+    extra: bool = False
+    accumulate: bool = False
+    derivative: str = "none"
 
 
 PLAIN = Epilogue()
@@ -56,30 +70,32 @@ def _can_describe(dtype: torch.dtype, strides: tuple[int, ...], aligned: bool) -
         return False
     for first, second in (strides[:2], strides[2:]):
         other = first if second == 1 else second if first == 1 else 0
-        if other <= 0 or other * dtype.itemsize % _TENSOR_MEMORY_ALIGN_BYTES:
+        if other <= 0 or other * dtype.itemsize % ALIGN_BYTES:
             return False
     return True
 
 
+@follows_tables
 @lru_cache(maxsize=4096)
 def plan(
     op: str,
     dtype: torch.dtype,
     device: torch.device,
     shape: tuple[int, int, int],
-    strides: tuple[int, int, int, int],
+    strides: tuple[int, ...],
     aligned: bool,
-    derivative: bool,
+    form: Form,
     override: Config | None,
 ) -> Plan:
     """The launch of a product (M, N, K) with strides (am, ak, bk, bn)."""
     m, n, k = shape
-    config = override or config_for(op, dtype, device, shape)
+    config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, n))
+    if config.kind == "descriptor" and (k == 0 or not _can_describe(dtype, strides, aligned)):
+        # Its loads take addresses from the registers that descriptors leave free.
+        config = dataclasses.replace(config, kind="persistent", block_n=min(config.block_n, _POINTER_COLUMNS))
     kind = config.kind
-    if kind == "descriptor" and (derivative or k == 0 or not _can_describe(dtype, strides, aligned)):
-        kind = "persistent"
     parts = min(config.split_k, ceil_div(k, config.block_k)) if kind == "split" else 1
-    if kind == "split" and (parts < 2 or derivative):
+    if kind == "split" and parts < 2:
         kind, parts = "tile", 1
     chunk = ceil_div(ceil_div(k, parts), config.block_k) * config.block_k if parts > 1 else max(k, 1)
     if parts > 1:
@@ -87,15 +103,30 @@ def plan(
     programs = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
     if kind in ("persistent", "descriptor"):
         programs = min(programs, programs_at_once(device))
-    constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
-    constants |= {"GROUP_M": config.group_m, **options(config, dtype)}
+    split = kind == "split"
+    constants: dict[str, Any] = {
+        "EPILOGUE": "partial" if split else "main_grad" if form.main_grad else "output",
+        "ACTIVATION": form.activation,
+        "HAS_BIAS": form.has_bias and not split,
+        "EXTRA": form.extra and not split,
+        "ACCUMULATE": form.accumulate,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "GROUP_M": config.group_m,
+        "HALF": config.half and dtype == torch.float16,
+        **options(config, dtype),
+    }
     furthest = max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1)
     constants["WIDE"] = furthest * 2 > _INT32
+    kernel: Any = product_kernel
     if kind == "descriptor":
+        kernel = descriptor_kernel
         constants |= {"A_BY_ROWS": strides[1] == 1, "B_BY_ROWS": strides[3] == 1}
     else:
         constants |= {"PERSISTENT": kind == "persistent", "EVEN_K": k % config.block_k == 0}
-    return Plan(kind, (programs, parts), chunk, constants)
+        constants["DERIVATIVE"] = form.derivative
+    return Plan(kind, parts, chunk, kernel[(programs, parts)], constants)
 
 
 def multiply(
@@ -117,41 +148,59 @@ def multiply(
         derivative: makes a's place dz.
         config: instead of the table's.
     """
+    if wanted() and derivative is None and (watch := watch_of(op, a, b)) is not None:
+        found = config_for(op, a.dtype, a.device, (a.shape[0], b.shape[1], a.shape[1]))
+        given = config or for_alignment(found, a.dtype, (*a.stride(), *b.stride(), b.shape[1]))
+        config = _in_half(given)
+        if given.kind != "torch" and watch.due():
+            step = max(1, a.shape[0] // SAMPLED_ROWS)
+            rows = a[::step][:SAMPLED_ROWS]
+            half, full = torch.empty(2, len(rows), b.shape[1], dtype=torch.float32, device=a.device)
+            _multiply(op, rows, b, half, PLAIN, None, config)
+            _multiply(op, rows, b, full, PLAIN, None, given)
+            watch.compare(half, full)
+    _multiply(op, a, b, out, epilogue, derivative, config)
+
+
+@lru_cache(maxsize=256)
+def _in_half(config: Config) -> Config:
+    return dataclasses.replace(config, half=True)
+
+
+def _multiply(
+    op: str, a: Tensor, b: Tensor, out: Tensor, e: Epilogue, derivative: Derivative | None, config: Config | None
+) -> None:
     (m, k), n = a.shape, b.shape[1]
     if m == 0 or n == 0:
         return
-    aligned = a.data_ptr() % _TENSOR_MEMORY_ALIGN_BYTES == 0 and b.data_ptr() % _TENSOR_MEMORY_ALIGN_BYTES == 0
-    strides = (*a.stride(), *b.stride())
-    found = plan(op, a.dtype, a.device, (m, n, k), strides, aligned, derivative is not None, config)
-    if found.kind == "torch":
-        _by_torch(a, b, out, epilogue, derivative)
-        return
-    split = found.kind == "split"
-    target = torch.empty(found.grid[1], m, n, dtype=torch.float32, device=a.device) if split else out
-    e, where = epilogue, a if derivative is None else derivative.saved
-    extra = None if split else e.bias_grad if e.main_grad else e.preact
-    constants = dict(
-        found.constants,
-        EPILOGUE="partial" if split else "main_grad" if e.main_grad else "output",
-        ACTIVATION=e.activation,
-        HAS_BIAS=e.bias is not None and not split,
-        EXTRA=extra is not None,
-        ACCUMULATE=e.accumulate,
-    )
-    kernel: Any = product_kernel
-    if found.kind == "descriptor":
-        kernel = descriptor_kernel
-        allow_descriptors()
-    else:
-        constants["DERIVATIVE"] = "none" if derivative is None else derivative.activation
-    kernel[found.grid](
-        a, b, out if e.bias is None else e.bias, where, a if derivative is None else derivative.dz,
-        target, out if extra is None else extra, out if e.inv_scale is None else e.inv_scale,
-        out if e.found_inf is None else e.found_inf, m, n, k, *strides, found.chunk, **constants,
+    aligned = (a.data_ptr() | b.data_ptr()) % ALIGN_BYTES == 0
+    extra = e.bias_grad if e.main_grad else e.preact
+    form = Form(
+        e.main_grad, e.activation, e.bias is not None, extra is not None, e.accumulate,
+        "none" if derivative is None else derivative.activation,
     )  # fmt: skip
-    if split:
-        _finish(target, out, epilogue, found.grid[1])
-        _sum_bias(a, epilogue)
+    strides = a.stride() + b.stride()
+    found = plan(op, a.dtype, a.device, (m, n, k), strides, aligned, form, config)
+    if found.kind == "torch":
+        _by_torch(a, b, out, e)
+        return
+    target = out
+    if found.kind == "split":
+        target, extra = torch.empty(found.parts, m, n, dtype=torch.float32, device=a.device), None
+    _, saved, dz = (None, a, a) if derivative is None else derivative
+    arguments = (
+        a, b, out if e.bias is None else e.bias, saved, dz, target, out if extra is None else extra,
+        out if e.inv_scale is None else e.inv_scale, out if e.found_inf is None else e.found_inf,
+        m, n, k, *strides, found.chunk,
+    )  # fmt: skip
+    if found.kind == "descriptor":
+        with descriptors_allowed():
+            found.launch(*arguments, **found.constants)
+    else:
+        found.launch(*arguments, **found.constants)
+    if found.kind == "split":
+        _finish(target, out, e, found.parts)
+        _sum_bias(a, e)
 
 
 def _finish(parts: Tensor, out: Tensor, e: Epilogue, count: int) -> None:
@@ -181,19 +230,16 @@ def add_column_sums(x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: 
     finish_main_grad(parts, main_grad, inv_scale, found_inf, accumulate, count)
 
 
-def _by_torch(a: Tensor, b: Tensor, out: Tensor, e: Epilogue, derivative: Derivative | None) -> None:
+def _by_torch(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> None:
     """The product by torch (cuBLAS on CUDA devices), then our epilogue."""
-    if derivative is not None:
-        derivative.dz.copy_(dz_of(a, derivative.saved, derivative.activation))
-        a = derivative.dz
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         if e.main_grad:
             if a.device.type == "cuda" and a.dtype != torch.float32:
                 product = torch.mm(a, b, out_dtype=torch.float32)
             else:
                 product = torch.mm(a.float(), b.float())
-        elif e.bias is None and e.activation == "none" and e.preact is None and a.device.type == "cuda":
-            torch.mm(a, b, out=out)
+        elif e.bias is None and e.activation == "none" and e.preact is None:
+            torch.mm(a, b, out=out.view(a.shape[0], b.shape[1]))
             return
         else:  # rounded here and once more after the activation, as in plain torch
             product = torch.mm(a, b) if e.bias is None else torch.addmm(e.bias, a, b)

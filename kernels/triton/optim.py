@@ -1,7 +1,7 @@
 """AdamW and the gradient norm over lists of tensors, one launch for all of them.
 
 The kernels find their tensors through a table of addresses on the device, and their share of work through a table of
-(tensor, block). Both are made once for a list of tensors and kept: in training the same tensors come at every step.
+(tensor, block). Both are kept: in training lists of the same sizes come at every step, mostly at the same addresses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,7 @@ from .launch import POINTWISE, ceil_div
 SIZE = 1024
 TILES = 8  # of SIZE elements a program: the step's scalars are worked out once for them
 _ALIGN_BYTES = 16
-_SUM_SIZE = 1024
+_PARTS = 4096  # shares that the last program of a norm adds up at a time
 _FIELDS = 6  # target, grad, exp_avg, exp_avg_sq, step, 16-bit copy
 
 
@@ -83,10 +83,13 @@ def adamw_kernel(
 
 
 @triton.jit
-def square_sums_kernel(
-    addresses, numels, blocks, parts, ALIGNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr
+def square_sum_kernel(
+    addresses, numels, blocks, parts, arrived, out,
+    ALIGNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """parts fp32 [programs]: the sum of the squares of each program's share."""
+    """out [1] = the sum of all squares. Every program leaves its share's sum in parts fp32 [programs]; the one that
+    arrives last adds them up in fp64, in their order whoever it is, and leaves the counter ``arrived`` at 0 again.
+    """
     which = tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
     grad, numel = _address(addresses + which, tl.float32, ALIGNED), tl.load(numels + which)
@@ -96,32 +99,47 @@ def square_sums_kernel(
         g = tl.load(grad + at, mask=at < numel, other=0.0)
         total += g * g
     tl.store(parts + tl.program_id(0), tl.sum(total))
+    tl.debug_barrier()  # the store comes before the release of whichever thread counts
+    count = tl.num_programs(0)
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
+        whole = tl.zeros((PARTS,), tl.float64)
+        for start in range(0, count, PARTS):
+            at = start + tl.arange(0, PARTS)
+            whole += tl.load(parts + at, mask=at < count, other=0.0, volatile=True).to(tl.float64)
+        tl.store(out, tl.sum(whole).to(tl.float32))
+        tl.store(arrived, 0)
 
 
-@triton.jit
-def sum_kernel(parts, out, count, SIZE: tl.constexpr):
-    """out [1] = the sum of parts [count], accumulated in fp64 by one program: always in the same order."""
-    total = tl.zeros((SIZE,), tl.float64)
-    for start in range(0, count, SIZE):
-        at = start + tl.arange(0, SIZE)
-        total += tl.load(parts + at, mask=at < count, other=0.0).to(tl.float64)
-    tl.store(out, tl.sum(total).to(tl.float32))
+class _Work(NamedTuple):
+    """Of a list of sizes, on the device: sizes int64 [tensors], (tensor, block) int32 [programs, 2]."""
+
+    sizes: Tensor
+    blocks: Tensor
+    programs: int
 
 
-class _Tables:
-    """Addresses int64 [tensors, fields], sizes int64 [tensors], (tensor, block) int32 [programs, 2], on the device."""
+class _Where(NamedTuple):
+    """Of a list of tensors, on the device: addresses int64 [tensors, fields]; a counter, 0 between launches."""
 
-    def __init__(self, addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> None:
-        work = [(i, block) for i, size in enumerate(sizes) for block in range(ceil_div(size, SIZE * TILES))]
-        self.addresses = torch.tensor(addresses, dtype=torch.int64).to(device)
-        self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
-        self.programs = len(work)
-        self.blocks = torch.tensor(work, dtype=torch.int32).to(device)
+    addresses: Tensor
+    arrived: Tensor
 
 
 @lru_cache(maxsize=64)
-def _tables(addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], device: torch.device) -> _Tables:
-    return _Tables(addresses, sizes, device)
+def _work(sizes: tuple[int, ...], device: torch.device) -> _Work:
+    work = [(i, block) for i, size in enumerate(sizes) for block in range(ceil_div(size, SIZE * TILES))]
+    return _Work(_sent(sizes, torch.int64, device), _sent(work, torch.int32, device), len(work))
+
+
+@lru_cache(maxsize=64)
+def _where(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> _Where:
+    return _Where(_sent(addresses, torch.int64, device), torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Values on the device; the host does not wait for the copy."""
+    here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def _aligned(addresses: tuple[tuple[int, ...], ...], fields: Sequence[int]) -> bool:
@@ -175,10 +193,10 @@ def adamw_(
     sizes = tuple(param.numel() for param in params)
     if not any(sizes):
         return
-    tables = _tables(addresses, sizes, params[0].device)
+    work, where = _work(sizes, params[0].device), _where(addresses, params[0].device)
     copy: Any = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(params[0].dtype, tl.float32)
-    adamw_kernel[(tables.programs,)](
-        tables.addresses, tables.sizes, tables.blocks, grad_scale, found_inf, lr, 1 - lr * weight_decay, 1 - beta1,
+    adamw_kernel[(work.programs,)](
+        where.addresses, work.sizes, work.blocks, grad_scale, found_inf, lr, 1 - lr * weight_decay, 1 - beta1,
         beta2, 1 - beta2, eps, _log(beta1), _log(beta2), copy, bool(masters), _aligned(addresses, (0, 1, 2, 3, 5)),
         _FIELDS, SIZE, TILES, **POINTWISE,
     )  # fmt: skip
@@ -190,17 +208,21 @@ def adamw_(
 
 
 def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements -> fp32 [1]; deterministic. grads: fp32, on one device, at least one."""
+    """The sum of the squares of all elements -> fp32 [1], in one launch, always with the same bits.
+
+    Args:
+        grads: fp32, on one device, at least one. Not one list on two streams at once: its launches share a counter.
+    """
     dense = _dense(grads)
     sizes = tuple(grad.numel() for grad in dense)
     out = torch.empty(1, dtype=torch.float32, device=dense[0].device)
     if not any(sizes):
         return out.zero_()
     addresses = tuple((grad.data_ptr(),) for grad in dense)
-    tables = _tables(addresses, sizes, out.device)
-    parts = torch.empty(tables.programs, dtype=torch.float32, device=out.device)
-    square_sums_kernel[(tables.programs,)](
-        tables.addresses, tables.sizes, tables.blocks, parts, _aligned(addresses, (0,)), SIZE, TILES, **POINTWISE
-    )
-    sum_kernel[(1,)](parts, out, tables.programs, _SUM_SIZE, **POINTWISE)
+    work, where = _work(sizes, out.device), _where(addresses, out.device)
+    parts = torch.empty(work.programs, dtype=torch.float32, device=out.device)
+    square_sum_kernel[(work.programs,)](
+        where.addresses, work.sizes, work.blocks, parts, where.arrived, out,
+        _aligned(addresses, (0,)), SIZE, TILES, _PARTS, **POINTWISE,
+    )  # fmt: skip
     return out

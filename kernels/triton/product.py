@@ -77,7 +77,7 @@ def _tile(
     stride_am, stride_ak, stride_bk, stride_bn, chunk,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXTRA: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_at(index, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     k_first = part * chunk
@@ -87,7 +87,7 @@ def _tile(
         start_of(b, n * BN, stride_bn), stride_bk, stride_bn, N - n * BN,
         k_first, tl.minimum(K, k_first + chunk),
         start_of(saved, m * BM, stride_am), start_of(dz, m * BM, stride_am), n,
-        DERIVATIVE, BM, BN, BK, EVEN_K, WIDE,
+        DERIVATIVE, BM, BN, BK, EVEN_K, WIDE, HALF,
     )  # fmt: skip
     _write(
         acc, m, n, part, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
@@ -102,7 +102,7 @@ def product_kernel(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXTRA: tl.constexpr, ACCUMULATE: tl.constexpr, PERSISTENT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or fewer if PERSISTENT, parts of the inner dimension of ``chunk`` each)."""
     if PERSISTENT:
@@ -110,13 +110,13 @@ def product_kernel(
             _tile(
                 index, tl.program_id(1), a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
                 stride_am, stride_ak, stride_bk, stride_bn, chunk,
-                EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE,
+                EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE, HALF,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), tl.program_id(1), a, b, bias, saved, dz, out, extra, inv_scale, found_inf, M, N, K,
             stride_am, stride_ak, stride_bk, stride_bn, chunk,
-            EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE,
+            EPILOGUE, ACTIVATION, DERIVATIVE, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, GROUP_M, EVEN_K, WIDE, HALF,
         )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def descriptor_kernel(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """The persistent product with tensor descriptors (TMA). BY_ROWS: the operand's second stride is 1, else its first.
 
@@ -153,7 +154,7 @@ def descriptor_kernel(
                 right = from_b.load([k, n * BN])
             else:
                 right = from_b.load([n * BN, k]).T
-            acc = dot(left, right, acc)
+            acc = dot(left, right, acc, HALF)
         _write(
             acc, m, n, 0, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
             EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 KINDS = ("tile", "persistent", "descriptor", "split", "torch")
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-PRODUCTS = ("linear", "linear_dx", "linear_dz_dx", "linear_dw", "gated_linear", "gated_dx", "linear_ce")
+PRODUCTS = (
+    "linear", "linear_dx", "linear_dz_dx", "linear_dw", "gated_linear", "gated_dh", "gated_dx", "linear_ce",
+)  # fmt: skip
 CLASSES = ("skinny", "deep", "small", "medium", "large")
 _SKINNY_ROWS = 64
 _TILE = 128  # the classes count tiles of this side, whatever tile is used in the end
@@ -35,11 +38,13 @@ class Config:
     Attributes:
         kind: "tile" one program a tile; "persistent" a program walks over tiles; "descriptor" persistent with tensor
             descriptors (TMA, sm_90 and later); "split" the inner dimension in ``split_k`` parts, added up in order by a
-            second kernel; "torch" the product by torch (cuBLAS) and our epilogue after it.
+            second kernel; "torch" the product by torch (cuBLAS) and our epilogue after it. ``linear_dz_dx`` applies
+            its derivative as a "tile" loads its operand; before every other kind in a pass of its own.
         block_m, block_n, block_k: rows, columns and inner extent of a tile.
         group_m: rows of tiles that are walked together, for the L2 cache.
         num_warps, num_stages: Triton's.
         split_k: parts of the inner dimension, for kind "split".
+        half: sums fp16 products in fp16 within an inner block (``accumulation.py``); no table asks for it.
     """
 
     kind: str = "tile"
@@ -50,6 +55,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     split_k: int = 1
+    half: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,11 +68,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a table: the configuration, the backend that won, and its time where it was measured."""
+    """One row of a table: the configuration, its time where it was measured, and for the ops that ask which backend is
+    to serve a layer, the one that won and what forward and backward took by backend."""
 
     config: Config
     backend: str | None = None
     time_us: float | None = None
+    layer_us: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def read(path: Path) -> Table:
         entries = {}
         for key, row in data["entries"].items():
             config = Config(**{name: value for name, value in row.get("config", {}).items() if name in known})
-            entries[key] = Entry(config, row.get("backend"), row.get("time_us"))
+            entries[key] = Entry(config, row.get("backend"), row.get("time_us"), row.get("layer_us", {}))
         return Table(data["arch"], data["origin"], entries, data.get("facts", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a tuning table: {error}: write it again with `spu tune`") from error
@@ -125,11 +133,13 @@ def write(table: Table, path: Path) -> None:
     rows: dict[str, Any] = {}
     for key in sorted(table.entries):
         entry = table.entries[key]
-        row: dict[str, Any] = {"config": asdict(entry.config)}
+        row: dict[str, Any] = {"config": {name: v for name, v in asdict(entry.config).items() if name != "half"}}
         if entry.backend is not None:
             row["backend"] = entry.backend
         if entry.time_us is not None:
             row["time_us"] = round(entry.time_us, 3)
+        if entry.layer_us:
+            row["layer_us"] = {name: round(value, 3) for name, value in entry.layer_us.items()}
         rows[key] = row
     head = {"format": FORMAT, "arch": table.arch, "origin": table.origin, "facts": dict(table.facts)}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
@@ -154,14 +164,38 @@ def shipped_arch(capability: tuple[int, int]) -> str:
     return f"sm_{max((one for one in known if one <= wanted), default=known[0])}"
 
 
+_FOLLOWERS: list[Callable[[], None]] = []
+
+
+def follows_tables(cached: _Cached) -> _Cached:
+    """Marks an lru_cache whose results depend on the tables: ``forget`` empties it."""
+    _FOLLOWERS.append(cached.cache_clear)  # type: ignore[attr-defined]
+    return cached
+
+
+def forget() -> None:
+    """Reads the tables again at the next need, as after a measurement."""
+    for clear in _FOLLOWERS:
+        clear()
+
+
+@follows_tables
 @lru_cache(maxsize=16)
 def tables(capability: tuple[int, int]) -> tuple[Table, ...]:
-    """The tables of an architecture, the user's own first. Read once; ``tables.cache_clear()`` reads again."""
+    """The tables of an architecture: the user's own, the shipped one, the derived one for what that did not measure.
+
+    Read once; ``forget`` reads again.
+    """
     found = []
     own = user_path(arch_name(capability))
     if own.is_file():
         found.append(read(own))
-    found.append(read(SHIPPED / f"{shipped_arch(capability)}.json"))
+    shipped = read(SHIPPED / f"{shipped_arch(capability)}.json")
+    found.append(shipped)
+    if shipped.origin == "measured":
+        from . import derive
+
+        found.append(derive.table(int(shipped.arch.removeprefix("sm_"))))
     return tuple(found)
 
 
@@ -170,6 +204,7 @@ def entry_of(capability: tuple[int, int], key: str) -> Entry | None:
     return next((table.entries[key] for table in tables(capability) if key in table.entries), None)
 
 
+@follows_tables
 @lru_cache(maxsize=4096)
 def config_of(capability: tuple[int, int], op: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Config:
     """The configuration of a product [rows, inner] x [inner, columns], ``shape`` = (rows, columns, inner)."""

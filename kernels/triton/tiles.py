@@ -28,7 +28,7 @@ def start_of(pointer, index, stride):
 def add_product(
     acc, a, stride_ar, stride_ak, rows_left, b, stride_bk, stride_bc, cols_left, k_first, k_last, saved, dz, column,
     DERIVATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr,
+    EVEN_K: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr = False,
 ):  # fmt: skip
     """acc + a @ b over k_first <= k < k_last; a and b point at row 0 of the tile and at k = 0.
 
@@ -61,7 +61,7 @@ def add_product(
             saved += step_a
             dz += step_a
         right = tl.load(b + from_b, mask=in_b, other=0.0)
-        acc = dot(left, right, acc)
+        acc = dot(left, right, acc, HALF)
         a += step_a
         b += step_b
     return acc

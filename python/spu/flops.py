@@ -48,6 +48,11 @@ def flop_formulas() -> dict[Any, Any]:
     ) -> int:
         return our_attention(q, k, v) * 5 // 2
 
+    def input_gradient_with_activation(
+        dy: Sequence[int], saved: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any
+    ) -> int:
+        return input_gradient(dy, weight)
+
     formulas: dict[Any, Any] = {}
     cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     if cpu_attention is not None:
@@ -57,8 +62,11 @@ def flop_formulas() -> dict[Any, Any]:
         "linear_dx": input_gradient,
         "linear_dw": weight_gradient,
         "linear_dw_": weight_gradient,
+        "linear_dz_dx": input_gradient_with_activation,
+        "linear_dw_db_": weight_gradient,
         "gated_linear": gated,
         "gated_dx": gated_gradient,
+        "gated_dh": input_gradient,
         "gated_mlp": gated_mlp,
         "attention": our_attention,
         "attention_backward": our_attention_gradient,

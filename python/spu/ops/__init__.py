@@ -5,10 +5,10 @@ from __future__ import annotations
 from .attention import attention
 from .codec import pack, unpack, wire_bytes
 from .cross_entropy import linear_cross_entropy
-from .dispatch import BackendStatus, backends, choose_backend, forced_backend, use_backend
+from .dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
 from .gated import GATED_ACTIVATIONS, gated_mlp
 from .host import copy_in, pack_to_host, unpack_from_host
-from .linear import linear_act, linear_db_, linear_dw_
+from .linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
 from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from .reference import ACTIVATIONS
 from .sink import BackwardScope, GradSink, attach_sink, current_scope, detach_sink, open_scope, sink_of
@@ -33,10 +33,12 @@ __all__ = [
     "gated_mlp",
     "grad_norm",
     "grad_sqnorm",
+    "has_kernel",
     "linear_act",
     "linear_cross_entropy",
     "linear_db_",
     "linear_dw_",
+    "linear_dw_db_",
     "open_scope",
     "pack",
     "pack_to_host",

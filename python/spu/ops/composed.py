@@ -23,6 +23,27 @@ def _op(name: str, backend: str) -> Any:
     return getattr(getattr(torch.ops.spu, name), backend)
 
 
+def linear_dz_dx(backend: str, dy: Tensor, saved: Tensor, weight: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The derivative, then the product."""
+    dz = _op("linear_dz", backend)(dy, saved, activation)
+    return dz, _op("linear_dx", backend)(dz, weight)
+
+
+def linear_dw_db_(
+    backend: str,
+    dz: Tensor,
+    x: Tensor,
+    main_grad: Tensor,
+    bias_grad: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    accumulate: bool,
+) -> None:
+    """One after the other."""
+    _op("linear_dw_", backend)(dz, x, main_grad, inv_scale, found_inf, accumulate)
+    _op("linear_db_", backend)(dz, bias_grad, inv_scale, found_inf, accumulate)
+
+
 def gated_linear(
     backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +57,13 @@ def gated_linear(
 def gated_dz(backend: str, dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """The reference: pointwise."""
     return fused.gated_dz(dh, gate, up, activation)  # type: ignore[no-any-return]
+
+
+def gated_dh(
+    backend: str, dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The product, then ``gated_dz``."""
+    return _op("gated_dz", backend)(_op("linear_dx", backend)(dy, w_down), gate, up, activation)  # type: ignore[no-any-return]
 
 
 def gated_dx(backend: str, dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
@@ -97,8 +125,11 @@ def copy_in_(backend: str, sources: Sequence[Tensor], targets: Sequence[Tensor])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "linear_dz_dx": linear_dz_dx,
+    "linear_dw_db_": linear_dw_db_,
     "gated_linear": gated_linear,
     "gated_dz": gated_dz,
+    "gated_dh": gated_dh,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
     "attention": attention,

@@ -14,16 +14,17 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import schema, wire
-from .schema import BACKENDS, COMPOSED, SCHEMAS
+from .schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
 _STORAGE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -86,13 +87,7 @@ def _load_cpu() -> BackendStatus:
         return BackendStatus(
             "cpu", False, str(error), "unset SPU_CPU_ISA, or set it to what the processor has", ("cpu",)
         )
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    needed = [name for name in SCHEMAS if name not in COMPOSED]
-    missing = [name for name in needed if not has_kernel(f"spu::{name}.cpu", "CPU")]
-    if missing:
-        reason = f"spu._C lacks {', '.join(missing)}: it is of another version"
-        return BackendStatus("cpu", False, reason, _BUILD, ("cpu",))
-    return BackendStatus("cpu", True, device_types=("cpu",))
+    return _library_status("cpu", "CPU", "spu._C", _BUILD)
 
 
 def _load_triton() -> BackendStatus:
@@ -118,9 +113,23 @@ def _load_triton() -> BackendStatus:
         return backend.IMPLEMENTATIONS["pack"](x, codec, wire.header(x.shape, x.dtype, codec))  # type: ignore[no-any-return]
 
     kernels = {**backend.IMPLEMENTATIONS, "pack": pack}
-    schema.register_backend("triton", kernels, *(name.upper() for name in device_types))
+    guarded = {name: _on_its_device(kernel) for name, kernel in kernels.items()} if cuda else kernels
+    schema.register_backend("triton", guarded, *(name.upper() for name in device_types))
     composed = tuple(sorted(name for name in COMPOSED if name not in kernels))
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
+
+
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with its first tensor's device as the current one: Triton launches on that, whatever it is given."""
+
+    def run(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0] if first else None
+        if tensor is None or not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return kernel(first, *args)
+        with torch.cuda.device(tensor.device):
+            return kernel(first, *args)
+
+    return run
 
 
 def _load_cuda() -> BackendStatus:
@@ -148,14 +157,18 @@ def _load_cuda() -> BackendStatus:
 
 def cuda_library_status(key: str) -> BackendStatus:
     """Status of the loaded library, whose kernels are registered for a dispatch key ("CUDA")."""
+    return _library_status("cuda", key, "spu._cuda", _BUILD_CUDA)
+
+
+def _library_status(backend: str, key: str, library: str, build: str) -> BackendStatus:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    lacks = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.cuda", key)]
+    lacks = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.{backend}", key)]
     missing = [name for name in lacks if name not in COMPOSED]
     device_types = (key.lower(),)
     if missing:
-        reason = f"spu._cuda lacks {', '.join(missing)}: it is of another version"
-        return BackendStatus("cuda", False, reason, _BUILD_CUDA, device_types)
-    return BackendStatus("cuda", True, device_types=device_types, composed=tuple(lacks))
+        reason = f"{library} lacks {', '.join(missing)}: it is of another version"
+        return BackendStatus(backend, False, reason, build, device_types)
+    return BackendStatus(backend, True, device_types=device_types, composed=tuple(lacks))
 
 
 class _Forced(threading.local):
@@ -164,6 +177,7 @@ class _Forced(threading.local):
     name: str | None = None
 
 
+_REFERENCE = BackendStatus("reference", True, composed=COMPOSED_REFERENCE)
 _LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton), "cuda": Loader(_load_cuda)}
 _FORCED = _Forced()
 _FROM_ENVIRONMENT = os.environ.get("SPU_BACKEND") or None
@@ -172,12 +186,17 @@ _AUTOMATIC: dict[tuple[str, torch.dtype], str] = {}
 
 def backends() -> dict[str, BackendStatus]:
     """All backends by name, each with the reason and the fix when it is unavailable."""
-    return {"reference": BackendStatus("reference", True)} | {name: one.status() for name, one in _LOADERS.items()}
+    return {"reference": _REFERENCE} | {name: one.status() for name, one in _LOADERS.items()}
 
 
 def status_of(name: str) -> BackendStatus:
     """One backend's status; loads no other."""
-    return BackendStatus("reference", True) if name == "reference" else _LOADERS[name].status()
+    return _REFERENCE if name == "reference" else _LOADERS[name].status()
+
+
+def has_kernel(op: str, backend: str) -> bool:
+    """Whether a backend serves an op by a kernel of its own, not by a composition of smaller ops."""
+    return op not in status_of(backend).composed
 
 
 def _check_name(name: str, origin: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .dispatch import choose_backend
+from .dispatch import choose_backend, has_kernel
 from .linear import check_dtypes, compute_dtype
 from .sink import GradSink, sinks_of
 
@@ -64,11 +64,15 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
     gate_sink, up_sink, down_sink = sinks_of(ctx, ctx.parameters)
-    # Where only w_down learns, dh is not needed; gate stands in, and of the result only h is used.
-    dh = gate if w_down is None else schema.overload("linear_dx", backend)(dy, w_down)
-    dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, ctx.activation)
+    if w_down is not None and has_kernel("gated_dh", backend):
+        dgate, dup, h = schema.overload("gated_dh", backend)(dy, w_down, gate, up, ctx.activation)
+    else:
+        # Where only w_down learns, dh is not needed: gate stands in, and of the result only h is used.
+        dh = gate if w_down is None else schema.overload("linear_dx", backend)(dy, w_down)
+        dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, ctx.activation)
+        del dh
     d_down = _weight_gradient(down_sink, needs_down, dy, h, backend)
-    del h, dh
+    del h
     dx = schema.overload("gated_dx", backend)(dgate, dup, w_gate, w_up) if needs_x else None
     d_gate = _weight_gradient(gate_sink, needs_gate, dgate, x, backend)
     d_up = _weight_gradient(up_sink, needs_up, dup, x, backend)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import schema
-from .dispatch import DTYPES, choose_backend
+from .dispatch import DTYPES, choose_backend, has_kernel
 from .reference import ACTIVATIONS, autocast_enabled
-from .sink import sinks_of
+from .sink import sink_both, sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
@@ -63,14 +63,14 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
             "torch.nn.functional.linear there"
         )
     x, weight, saved = ctx.saved_tensors
-    dz = dy
-    if ctx.activation != "none":
-        dz = schema.overload("linear_dz", backend)(dy, saved, ctx.activation)
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
-    dx = schema.overload("linear_dx", backend)(dz, weight) if needs_x else None
+    dz, dx = _input_gradients(dy, saved, weight if needs_x else None, ctx.activation, backend)
     dw = db = None
     left, right = (x, dz) if ctx.transposed else (dz, x)  # dw = left.T @ right
+    if weight_sink is not None and bias_sink is not None and not ctx.transposed:
+        sink_both(weight_sink, bias_sink, dz, x, backend)
+        return dx, None, None
     if weight_sink is not None:
         weight_sink.linear_weight(left, right, backend)
     elif needs_weight:
@@ -80,6 +80,19 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     elif needs_bias:
         db = schema.overload("linear_db", backend)(dz)
     return dx, dw, db
+
+
+def _input_gradients(
+    dy: Tensor, saved: Tensor | None, weight: Tensor | None, activation: str, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, dx), in one op where the backend has a kernel for both; no dx without a weight."""
+    if activation == "none":
+        dz = dy
+    elif weight is not None and has_kernel("linear_dz_dx", backend):
+        return schema.overload("linear_dz_dx", backend)(dy, saved, weight, activation)  # type: ignore[no-any-return]
+    else:
+        dz = schema.overload("linear_dz", backend)(dy, saved, activation)
+    return dz, None if weight is None else schema.overload("linear_dx", backend)(dz, weight)
 
 
 def _register(backend: str) -> None:
@@ -232,6 +245,22 @@ def linear_dw_(
     """
     op = schema.overload("linear_dw_", backend or choose_backend(dz))
     op(dz, x, main_grad, inv_scale, found_inf, accumulate)
+
+
+def linear_dw_db_(
+    dz: Tensor,
+    x: Tensor,
+    main_grad: Tensor,
+    bias_grad: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    *,
+    accumulate: bool,
+    backend: str | None = None,
+) -> None:
+    """``linear_dw_`` into main_grad and ``linear_db_`` into bias_grad, by one kernel where the backend has it."""
+    op = schema.overload("linear_dw_db_", backend or choose_backend(dz))
+    op(dz, x, main_grad, bias_grad, inv_scale, found_inf, accumulate)
 
 
 def linear_db_(

@@ -26,10 +26,15 @@ SCHEMAS: dict[str, str] = {
     "linear": "(Tensor x, Tensor weight, Tensor? bias, str activation, bool keep_preact) -> (Tensor y, Tensor preact)",
     "linear_dz": "(Tensor dy, Tensor saved, str activation) -> Tensor",
     "linear_dx": "(Tensor dz, Tensor weight) -> Tensor",
+    "linear_dz_dx": "(Tensor dy, Tensor saved, Tensor weight, str activation) -> (Tensor dz, Tensor dx)",
     "linear_dw": "(Tensor dz, Tensor x) -> Tensor",
     "linear_db": "(Tensor dz) -> Tensor",
     "linear_dw_": f"(Tensor dz, Tensor x, {_SINK}) -> ()",
     "linear_db_": f"(Tensor dz, {_SINK}) -> ()",
+    "linear_dw_db_": (
+        "(Tensor dz, Tensor x, Tensor(a!) main_grad, Tensor(c!) bias_grad, Tensor inv_scale, Tensor(b!) found_inf, "
+        "bool accumulate) -> ()"
+    ),
     "unscale_": f"(Tensor grad, {_SINK}) -> ()",
     "pack": "(Tensor x, str codec) -> Tensor",
     "unpack": "(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor",
@@ -47,6 +52,9 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w_gate, Tensor w_up, str activation, bool keep) -> (Tensor h, Tensor gate, Tensor up)"
     ),
     "gated_dz": ("(Tensor dh, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup, Tensor h)"),
+    "gated_dh": (
+        "(Tensor dy, Tensor w_down, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup, Tensor h)"
+    ),
     "gated_dx": "(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) -> Tensor",
     "gated_mlp": (
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
@@ -63,6 +71,9 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
+COMPOSED_REFERENCE = (  # those that the reference lacks too
+    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "pack_", "unpack_", "copy_in_",
+)  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference.IMPLEMENTATIONS,
@@ -70,7 +81,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference_optimizer.IMPLEMENTATIONS,
     **reference_fused.IMPLEMENTATIONS,
     **reference_attention.IMPLEMENTATIONS,
-    **{name: composed.implementation(name, "reference") for name in ("gated_mlp", "pack_", "unpack_", "copy_in_")},
+    **{name: composed.implementation(name, "reference") for name in COMPOSED_REFERENCE},
 }
 
 
@@ -125,10 +136,15 @@ FAKES: dict[str, Callable[..., Any]] = {
     "linear": _fake_linear,
     "linear_dz": lambda dy, saved, activation: dy.new_empty(dy.shape),
     "linear_dx": lambda dz, weight: dz.new_empty((*dz.shape[:-1], weight.shape[1])),
+    "linear_dz_dx": lambda dy, saved, weight, activation: (
+        dy.new_empty(dy.shape),
+        dy.new_empty((*dy.shape[:-1], weight.shape[1])),
+    ),
     "linear_dw": lambda dz, x: dz.new_empty((dz.shape[-1], x.shape[-1])),
     "linear_db": lambda dz: dz.new_empty((dz.shape[-1],)),
     "linear_dw_": _fake_nothing,
     "linear_db_": _fake_nothing,
+    "linear_dw_db_": _fake_nothing,
     "unscale_": _fake_nothing,
     "pack": _fake_pack,
     "unpack": _fake_unpack,
@@ -139,6 +155,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float32),
     "gated_linear": _fake_gated_linear,
     "gated_dz": lambda dh, gate, up, activation: tuple(dh.new_empty(dh.shape) for _ in range(3)),
+    "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
     "gated_mlp": _fake_gated_mlp,
     "attention": _fake_attention,

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .dispatch import has_kernel
+
 _T = TypeVar("_T")
 
 
@@ -178,6 +180,9 @@ class GradSink(Protocol):
     Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_`` and ``linear_db_`` do the
     work; where ``current_scope().deferred`` is a list, append a call to it instead, which keeps the tensors, the scope
     and the backend's name.
+
+    A weight's sink may also have ``linear_weight_and_bias(dz, x, bias_sink, backend)``, which does what
+    ``linear_weight`` and ``bias_sink.linear_bias`` do: for backends that read dz once for both.
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -185,6 +190,16 @@ class GradSink(Protocol):
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         """db = sum over rows of dz, still scaled."""
+
+
+def sink_both(weight_sink: GradSink, bias_sink: GradSink, dz: Tensor, x: Tensor, backend: str) -> None:
+    """Hands the gradients of a layer's weight and bias to their sinks, together where the weight's can take both."""
+    together = getattr(weight_sink, "linear_weight_and_bias", None)
+    if together is not None and has_kernel("linear_dw_db_", backend):
+        together(dz, x, bias_sink, backend)
+    else:
+        weight_sink.linear_weight(dz, x, backend)
+        bias_sink.linear_bias(dz, backend)
 
 
 _SINKS = WeakTensorKeyDictionary()

@@ -7,7 +7,7 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
-from ..ops import linear_db_, linear_dw_, unscale_
-from ..ops.sink import BackwardScope, accumulates, adopting, attach_sink, current_scope, detach_sink, sink_of
+from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
+from ..ops.sink import BackwardScope, GradSink, accumulates, adopting, attach_sink, current_scope, detach_sink, sink_of
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -35,6 +35,16 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
 def _stamp(grad: Tensor) -> tuple[int, int]:
     """Changes when someone replaces a gradient or writes to it; our own ops leave it."""
     return grad.data_ptr(), grad._version
+
+
+def _now_or_later(accumulate: Callable[[BackwardScope], None]) -> None:
+    """Does a sink's work, or leaves it to whoever defers the weight gradients of this backward."""
+    scope = current_scope()
+    assert scope is not None
+    if scope.deferred is not None:
+        scope.deferred.append(partial(accumulate, scope))
+    else:
+        accumulate(scope)
 
 
 class ParameterSink:
@@ -55,33 +65,49 @@ class ParameterSink:
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        self._add(linear_dw_, (dz, x), backend)
+        _now_or_later(partial(self._accumulate, linear_dw_, (dz, x), backend))
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
-        self._add(linear_db_, (dz,), backend)
+        _now_or_later(partial(self._accumulate, linear_db_, (dz,), backend))
 
-    def _add(self, op: Any, operands: tuple[Tensor, ...], backend: str) -> None:
-        scope = current_scope()
-        assert scope is not None
-        if scope.deferred is not None:
-            scope.deferred.append(partial(self._accumulate, op, operands, backend, scope))
+    def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
+        """``linear_weight`` here and ``linear_bias`` there, in one op unless only one of them adds to something."""
+        if isinstance(bias_sink, ParameterSink) and self.found_inf is None and bias_sink.found_inf is None:
+            _now_or_later(partial(self._accumulate_both, bias_sink, dz, x, backend))
         else:
-            self._accumulate(op, operands, backend, scope)
+            self.linear_weight(dz, x, backend)
+            bias_sink.linear_bias(dz, backend)
 
     def _accumulate(self, op: Any, operands: tuple[Tensor, ...], backend: str, scope: BackwardScope) -> None:
-        param = self._param()
-        assert param is not None
+        grad, accumulate = self._target()
+        if self.found_inf is not None:
+            scope = scope.on(grad.device)
+        op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
+        self._keep(grad)
+
+    def _accumulate_both(self, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str, scope: BackwardScope) -> None:
+        if (self._parameter().grad is None) != (bias._parameter().grad is None):
+            self._accumulate(linear_dw_, (dz, x), backend, scope)
+            bias._accumulate(linear_db_, (dz,), backend, scope)
+            return
+        (weight_grad, adds), (bias_grad, _) = self._target(), bias._target()
+        flags = scope.inv_scale, scope.found_inf
+        linear_dw_db_(dz, x, weight_grad, bias_grad, *flags, accumulate=adds, backend=backend)
+        self._keep(weight_grad)
+        bias._keep(bias_grad)
+
+    def _target(self) -> tuple[Tensor, bool]:
+        """(where the next contribution goes, whether it is added to what is there)."""
+        param = self._parameter()
         grad = param.grad
         if grad is not None and not _is_main_grad(grad, param):
             # Someone else's gradient (of another layout): replace it by a main gradient of the same value.
             grad = param.grad = grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        accumulate = grad is not None
-        if grad is None:
-            grad = self._take_buffer(param)
-        if self.found_inf is not None:
-            scope = scope.on(param.device)
-        op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
-        if not accumulate:
+        return (self._take_buffer(param), False) if grad is None else (grad, True)
+
+    def _keep(self, grad: Tensor) -> None:
+        param = self._parameter()
+        if param.grad is not grad:
             param.grad = grad
         if self.found_inf is not None:
             self._written = _stamp(grad)
@@ -89,6 +115,11 @@ class ParameterSink:
     def is_checked(self, grad: Tensor) -> bool:
         """Whether the own flag speaks of this gradient: not of one that was changed after the backward."""
         return self.found_inf is not None and (self._written is None or self._written == _stamp(grad))
+
+    def _parameter(self) -> Tensor:
+        param = self._param()
+        assert param is not None
+        return param
 
     def _take_buffer(self, param: Tensor) -> Tensor:
         buffer, self._buffer = self._buffer, None
@@ -106,8 +137,7 @@ class ParameterSink:
         return self.found_inf
 
     def begin_step(self) -> None:
-        param = self._param()
-        assert param is not None
+        param = self._parameter()
         if param.grad is not None:
             self._buffer = param.grad
         param.grad = None

@@ -1,0 +1,301 @@
+"""What ``bench.py`` measures: calls of ours and of their peers on the same values.
+
+Ours come by backend ("spu triton", "spu cuda" where it is built, "spu cuBLAS": torch's product with our epilogue);
+peers are plain torch (cuBLAS), torch.compile and, where it is installed, Liger. Whatever a peer cannot do raises when
+its call is made, and becomes a row that says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Call = Callable[[], object]
+Shape = tuple[int, int, int]  # rows, out, in
+_OURS = ("spu triton", "spu cuda")
+_GIGABYTE = 1 << 30
+MICROBATCHES = 4  # of a step: AMP unscales once for all of them
+STEP = f"step of {MICROBATCHES} microbatches"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large.
+
+    Attributes:
+        device: "cuda", or "cpu" for a rehearsal.
+        decoders: (hidden, MLP) sizes.
+        tokens: rows of the decoders' products.
+        squares: sides of square products.
+        numel: elements of lists and wires, several times the cache.
+        vocabulary: of the cross-entropy.
+        compiled: shapes that torch.compile is timed on; it takes seconds for each.
+    """
+
+    device: str
+    decoders: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    squares: tuple[int, ...]
+    numel: int
+    vocabulary: int
+    compiled: tuple[Shape, ...]
+
+    def shapes(self) -> list[Shape]:
+        """Squares, and the MLP projections of the decoders: up, and at the first number of tokens also down."""
+        found = [(side, side, side) for side in self.squares]
+        for tokens in self.tokens:
+            for hidden, inner in self.decoders:
+                found.append((tokens, inner, hidden))
+                if tokens == self.tokens[0]:
+                    found.append((tokens, hidden, inner))
+        return found
+
+    def random(self, *shape: int) -> Tensor:
+        return (torch.randn(shape, device=self.device) / shape[-1] ** 0.5).half()
+
+
+def on_card() -> Setting:
+    """MLPs of 1.8B, 7B and 20B decoders; lists of 256M elements, or what 8 GB allow."""
+    memory = torch.cuda.mem_get_info()[1]
+    return Setting(
+        "cuda", ((4096, 14336), (2048, 8192), (6144, 16384)), (4096, 1024, 256, 16384), (8192, 4096),
+        min(256 << 20, memory // _GIGABYTE * _GIGABYTE // 32), 92544,
+        ((8192, 8192, 8192), (4096, 4096, 4096), (4096, 14336, 4096), (1024, 14336, 4096), (256, 14336, 4096)),
+    )  # fmt: skip
+
+
+def rehearsal() -> Setting:
+    """Everything small and on the CPU, where interpreted kernels do the work: for typos, not for time."""
+    return Setting("cpu", ((32, 48),), (24,), (32,), 1 << 12, 80, ())
+
+
+class Case(NamedTuple):
+    """One row: FLOPs or bytes say what it is compared with, ``make`` prepares the call that is timed."""
+
+    group: str
+    shape: str
+    peer: str
+    flops: float
+    moved: float
+    make: Callable[[], Call]
+
+
+def name_of(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _backend(peer: str) -> str:
+    return peer.removeprefix("spu ")
+
+
+def _forward(at: Setting, shape: Shape, peer: str) -> Call:
+    """y = gelu(x @ w.T + b) in fp16, as inference runs it."""
+    from spu import kernels, ops
+    from spu.kernels.table import Config
+
+    rows, out, inner = shape
+    x, w, b = at.random(rows, inner), at.random(out, inner), at.random(out)
+
+    def eager() -> Tensor:
+        return F.gelu(F.linear(x, w, b), approximate="tanh")
+
+    if peer == "spu cuBLAS":
+        return lambda: kernels.linear_fwd(x, w, b, "gelu_tanh", config=Config("torch"))
+    if peer in _OURS:
+        with ops.use_backend(_backend(peer)):
+            op = getattr(torch.ops.spu.linear, _backend(peer))
+        return lambda: op(x, w, b, "gelu_tanh", False)
+    if peer == "torch addmm + gelu":
+        return lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True)
+    return torch.compile(eager) if peer == "torch.compile" else eager
+
+
+def _step(at: Setting, shape: Shape, peer: str) -> Call:
+    """Forward and backward of linear + gelu for MICROBATCHES, gradients added up and unscaled in fp32."""
+    rows, out, inner = shape
+    x, dy = at.random(rows, inner).requires_grad_(), at.random(rows, out)
+    if peer in _OURS:
+        return _spu_step(x, dy, nn.Linear(inner, out).to(at.device).half(), _backend(peer))
+    layer = nn.Linear(inner, out).to(at.device)  # autocast keeps fp32 weights and gradients
+    scaler = torch.amp.GradScaler(at.device, init_scale=1024.0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+
+    def forward() -> Tensor:
+        with torch.autocast(at.device, torch.float16):
+            return F.gelu(layer(x), approximate="tanh")
+
+    run = torch.compile(forward) if peer == "torch.compile" else forward
+
+    def step() -> None:
+        for _ in range(MICROBATCHES):
+            scaler.scale((run() * dy).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler._per_optimizer_states.clear()  # the next call may unscale again, as after an optimizer's step
+
+    return step
+
+
+def _spu_step(x: Tensor, dy: Tensor, layer: nn.Linear, backend: str) -> Call:
+    from spu import ops
+    from spu.precision import LossScaler, MainGrads
+
+    scaler, mains = LossScaler(init_scale=1024.0), MainGrads(layer.parameters())
+    scaler.begin_step()
+    mains.begin_step()
+
+    def step() -> None:
+        for _ in range(MICROBATCHES):
+            with ops.use_backend(backend):
+                y = ops.linear_act(x, layer.weight, layer.bias, "gelu_tanh")
+            scaler.scale((y * dy).sum().float()).backward()
+
+    return step
+
+
+def _gated(at: Setting, shape: Shape, peer: str) -> Call:
+    """Forward and backward of a SwiGLU block (tokens, inner, hidden), plain gradients."""
+    from spu import ops
+
+    rows, inner, hidden = shape
+    x, dy = at.random(rows, hidden).requires_grad_(), at.random(rows, hidden)
+    weights = [nn.Parameter(at.random(*size)) for size in ((inner, hidden), (inner, hidden), (hidden, inner))]
+    if peer == "Liger":
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def forward() -> Tensor:
+        if peer in _OURS:
+            with ops.use_backend(_backend(peer)):
+                return ops.gated_mlp(x, *weights)
+        gate, up = F.linear(x, weights[0]), F.linear(x, weights[1])
+        h = LigerSiLUMulFunction.apply(gate, up) if peer == "Liger" else F.silu(gate) * up
+        return F.linear(h, weights[2])
+
+    run = torch.compile(forward) if peer == "torch.compile" else forward
+
+    def step() -> None:
+        for leaf in (x, *weights):
+            leaf.grad = None
+        run().backward(dy)
+
+    return step
+
+
+def _cross_entropy(at: Setting, peer: str) -> Call:
+    from spu import ops
+
+    tokens, hidden_size = at.tokens[0], at.decoders[0][0]
+    hidden, weight = (
+        at.random(tokens, hidden_size).requires_grad_(),
+        nn.Parameter(at.random(at.vocabulary, hidden_size)),
+    )
+    target = torch.randint(0, at.vocabulary, (tokens,), device=at.device)
+    if peer == "Liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused: Any = LigerFusedLinearCrossEntropyLoss()
+
+    def loss() -> Tensor:
+        if peer in _OURS:
+            with ops.use_backend(_backend(peer)):
+                return ops.linear_cross_entropy(hidden, weight, target)
+        if peer == "Liger":
+            return fused(weight, hidden, target)  # type: ignore[no-any-return]
+        return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        (1024 * loss()).backward()
+
+    return step
+
+
+def _pack(at: Setting, codec: str, unpack: bool, peer: str) -> Call:
+    from spu import ops
+
+    x = torch.randn(at.numel, device=at.device, dtype=torch.float16)
+    with ops.use_backend(_backend(peer)):
+        wire = ops.pack(x, codec)
+    op = getattr(torch.ops.spu.unpack if unpack else torch.ops.spu.pack, _backend(peer))
+    return (lambda: op(wire, x.shape, x.dtype, codec)) if unpack else (lambda: op(x, codec))
+
+
+def _adamw(at: Setting, peer: str) -> Call:
+    from spu import ops
+
+    sizes = [at.numel // 16] * 16
+    wide = [[torch.rand(n, device=at.device) for n in sizes] for _ in range(4)]
+    params = [value.half() for value in wide[0]]
+    if peer in _OURS:
+        steps, one, zero = (
+            [torch.ones(1, device=at.device) for _ in sizes],
+            torch.ones(1).to(at.device),
+            torch.zeros(1).to(at.device),
+        )
+        with ops.use_backend(_backend(peer)):
+            op = getattr(torch.ops.spu.adamw_, _backend(peer))
+        hyper = (one, zero, 1e-3, 0.9, 0.999, 1e-8, 0.1)
+        return lambda: op(params, wide[1], wide[0], wide[2], wide[3], steps, *hyper)
+    parameters = [nn.Parameter(value) for value in wide[0]]
+    for parameter, grad in zip(parameters, wide[1]):
+        parameter.grad = grad
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+
+    def step() -> None:  # what fp16 weights with fp32 masters take in plain torch
+        optimizer.step()
+        torch._foreach_copy_(params, [parameter.detach() for parameter in parameters])
+
+    return step
+
+
+def _grad_norm(at: Setting, peer: str) -> Call:
+    from spu import ops
+
+    grads = [torch.randn(at.numel // 16, device=at.device) for _ in range(16)]
+    if peer == "torch":
+        return lambda: torch.nn.utils.get_total_norm(grads, foreach=True)
+    with ops.use_backend(_backend(peer)):
+        op = getattr(torch.ops.spu.grad_sqnorm, _backend(peer))
+    return lambda: op(grads)
+
+
+def cases(at: Setting) -> Iterator[Case]:
+    """Everything that is measured, what matters most first."""
+    for shape in at.shapes():
+        flops, compiled = 2.0 * shape[0] * shape[1] * shape[2], ["torch.compile"] if shape in at.compiled else []
+        for peer in (*_OURS, "spu cuBLAS", "torch eager (cuBLAS)", "torch addmm + gelu", *compiled):
+            yield Case("forward bias+gelu", name_of(shape), peer, flops, 0.0, partial(_forward, at, shape, peer))
+        for peer in (*_OURS, "torch autocast", *compiled):
+            yield Case(STEP, name_of(shape), peer, 3 * MICROBATCHES * flops, 0.0, partial(_step, at, shape, peer))
+    yield from _memory_cases(at)
+    liger = ["Liger"] if importlib.util.find_spec("liger_kernel") else []
+    hidden, inner = at.decoders[0]
+    for tokens in dict.fromkeys((at.tokens[0], at.tokens[-1])):
+        shape, compiled = (tokens, inner, hidden), ["torch.compile"] if at.compiled else []
+        for peer in (*_OURS, "torch eager", *compiled, *liger):
+            flops = 18.0 * tokens * inner * hidden
+            yield Case("gated MLP step", name_of(shape), peer, flops, 0.0, partial(_gated, at, shape, peer))
+    shape = (at.tokens[0], at.vocabulary, hidden)
+    for peer in (*_OURS, "torch eager", *liger):
+        flops = 6.0 * shape[0] * shape[1] * shape[2]
+        yield Case("linear cross-entropy step", name_of(shape), peer, flops, 0.0, partial(_cross_entropy, at, peer))
+
+
+def _memory_cases(at: Setting) -> Iterator[Case]:
+    numel = at.numel
+    size = f"{numel >> 20}M"
+    for codec, bits in (("fp16", 16), ("int8", 8.5), ("int4", 5), ("fp8_e4m3", 8.5)):
+        for unpack in (False, True):
+            group, moved = f"{'un' if unpack else ''}pack {codec}", numel * (2 + bits / 8)
+            for peer in _OURS:
+                yield Case(group, f"{size} fp16", peer, 0.0, moved, partial(_pack, at, codec, unpack, peer))
+    for peer, each in (*((ours, 30) for ours in _OURS), ("torch fused AdamW + copy", 34)):
+        yield Case("adamw", size, peer, 0.0, each * numel, partial(_adamw, at, peer))
+    for peer in (*_OURS, "torch"):
+        yield Case("grad_norm", size, peer, 0.0, 4.0 * numel, partial(_grad_norm, at, peer))

@@ -1,0 +1,107 @@
+"""spu tune without a card: what it would try, and a run with the clock and the card replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+table = pytest.importorskip("spu.kernels.table", reason="spu.kernels is not there: spu runs in place, not installed")
+
+from spu import tune, tune_calls  # noqa: E402
+from spu.kernels.derive import SHARED_BYTES  # noqa: E402
+
+
+@pytest.mark.parametrize("arch", [75, 86, 90])
+@pytest.mark.parametrize("op", table.PRODUCTS)
+def test_candidates_fit_the_card_and_begin_with_cublas(op: str, arch: int) -> None:
+    for shape_class in table.CLASSES:
+        found = tune.candidates(op, torch.float16, shape_class, arch)
+        assert found[0].kind == "torch"
+        assert (len(found) == 1) == (arch == 75)
+        assert all(tune_calls._shared_bytes(op, one, torch.float16) <= SHARED_BYTES[arch] for one in found[1:])
+        assert not any(one.kind == "descriptor" for one in found if arch < 90)
+
+
+def test_a_plan_has_a_line_a_row() -> None:
+    lines = tune.plan_lines(90)
+    assert len(lines) == 2 * len(table.PRODUCTS) * len(table.CLASSES)
+    assert lines[0].startswith("linear/fp16/skinny")
+
+
+def test_without_a_card_the_error_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    with pytest.raises(ValueError, match="spu doctor"):
+        tune.tune()
+    with pytest.raises(ValueError, match="'linear_dq'"):
+        tune.tune(ops=("linear_dq",))
+
+
+class Card:
+    """An sm_90 card on which 64-row tiles are fastest, and the CUDA C++ layer faster than Triton's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        monkeypatch.setattr(torch.cuda, "device", lambda *_: Nothing())
+        monkeypatch.setattr(tune, "Compiling", lambda *_: Nothing())
+        monkeypatch.setattr(tune, "_facts", lambda *_: dict.fromkeys(("device", "torch", "triton", "spu"), "x"))
+        monkeypatch.setattr(tune, "call_of", lambda *_: lambda config: config)
+        monkeypatch.setattr(tune, "layer_of", lambda op, backend, *_: lambda: backend)
+        monkeypatch.setattr(tune, "measure_us", self.measure)
+        monkeypatch.setattr("spu.ops.dispatch.cuda_candidates", lambda dtype: ("triton", "cuda"))
+
+    def measure(self, call: object, device: torch.device) -> float:
+        self.measured += 1
+        what = call()  # type: ignore[operator]
+        if isinstance(what, str):
+            return {"triton": 9.0, "cuda": 7.0}[what]
+        if what.block_n == 256:
+            raise RuntimeError("out of resources: shared memory")
+        return 1.0 if (what.kind, what.block_m) == ("tile", 64) else 2.0
+
+
+class Nothing:
+    def __enter__(self) -> Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self, row: object) -> None:
+        pass
+
+
+def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, said = Card(monkeypatch), []
+    path = tmp_path / "sm_90.json"
+    ops = ("linear", "linear_dz_dx", "linear_dw")
+    tune.tune("cpu", ops, ("fp16",), out=path, seconds=0.0, say=said.append)
+    assert not path.exists()
+    assert "run again" in said[-1]
+    tune.tune("cpu", ops[:1], ("fp16",), out=path, say=said.append)
+    first, cut = card.measured, table.read(path)
+    assert {entry.backend for entry in cut.entries.values()} == {"triton"}  # the layer's other products are not there
+    assert any("shared memory" in line for line in said)
+    tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
+    made = table.read(path)
+    assert card.measured > first
+    assert made.origin == "measured"
+    for shape_class in ("small", "medium", "large"):
+        entry = made.entries[f"linear/fp16/{shape_class}"]
+        assert (entry.config.kind, entry.config.block_m, entry.time_us) == ("tile", 64, 1.0)
+        assert (entry.backend, entry.layer_us) == ("cuda", {"triton": 9.0, "cuda": 7.0})
+        assert made.entries[f"linear_dw/fp16/{shape_class}"].backend == "triton"
+    again = card.measured
+    tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
+    assert card.measured == again, "everything was there"
+    changed = dataclasses.replace(made, facts={**made.facts, "torch": "another"})
+    table.write(changed, path)
+    tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
+    assert card.measured > again, "another version is measured anew"
