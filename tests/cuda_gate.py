@@ -111,7 +111,7 @@ def instruction_mix(tool: str, made: Path) -> dict[tuple[str, str], Counter[str]
     found: dict[tuple[str, str], Counter[str]] = {}
     arch, mix = "", Counter[str]()
     for line in done.stdout.splitlines():
-        if told := re.match(r"arch = (sm_\w+)", line.strip()):
+        if told := re.match(r"(?:arch =|code for) (sm_\w+)", line.strip()):
             arch = told[1]
         elif told := re.match(r"Function : (\S+)", line.strip()):
             mix = found.setdefault((told[1], arch), Counter())
