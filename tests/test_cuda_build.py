@@ -228,10 +228,11 @@ print(module.architectures(), cuda_library_status("CUDA"))
 
 
 @pytest.mark.timeout(600)
-def test_a_matrix_product_runs_on_tensor_cores(spu_cuda: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_a_matrix_product_runs_on_tensor_cores(spu_cuda: ModuleType, tmp_path: Path, arch: str) -> None:
     if NVCC is None or spu_cuda.cutlass_include() is None:
         pytest.skip("needs nvcc and CUTLASS's headers (pip install --no-deps nvidia-cutlass==4.2.0.0)")
-    (one,) = (one for one in spu_cuda.device_objects(["80"]) if one.name == "gemm_sm80_dw")
+    (one,) = (one for one in spu_cuda.device_objects([arch]) if one.name == f"gemm_sm{arch[:2]}_dw")
     # device code alone, and no PTX: the host's half of the work is left out
     flags = [flag for flag in spu_cuda.nvcc_command(Path(NVCC), one) if "code=compute" not in flag and flag != "-c"]
     done = subprocess.run(
@@ -246,7 +247,7 @@ def test_a_matrix_product_runs_on_tensor_cores(spu_cuda: ModuleType, tmp_path: P
     if tool is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
     mixes = cuda_gate.instruction_mix(tool, tmp_path / "dw.cubin")
-    assert {arch for _, arch in mixes} == {"sm_80"}
+    assert {found for _, found in mixes} == {f"sm_{arch}"}
     assert len(mixes) == 2
     for mix in mixes.values():
         assert mix["tensor core"] > 0
