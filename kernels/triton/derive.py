@@ -54,6 +54,8 @@ def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         kind = "persistent" if op in _WALKED and shape_class in ("medium", "large") else "tile"
         return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, 2), op, shape_class)
     rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
+    if arch < _DESCRIPTORS_FROM:  # beside the accumulators of a wider tile its loads' addresses do not fit
+        columns = min(columns, 128)
     if op == "gated_linear":  # two accumulators and two weight tiles
         columns, stages = min(columns, 64), min(stages, 3)
     if on_load:  # the left operand's derivative is worked out in registers
