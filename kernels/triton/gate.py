@@ -41,6 +41,9 @@ EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("product_kernel", 0): (16, "up to four words, put away before the loop and taken back after it"),
     ("descriptor_kernel", 100): (48, "with fp16 accumulation alone, from which these cards gain nothing"),
     ("gated_dx_kernel", 100): (8, "two words, of skinny tiles"),
+    ("gated_linear_kernel", 80): (8, "two words, of fp32's skinny tile; with Triton 3.6 of fp16's large one"),
+    ("gated_dx_kernel", 120): (8, "two words, of fp32's skinny tile"),
+    ("linear_ce_dz_kernel", 120): (8, "two words, of fp32's skinny tile"),
 }
 
 
