@@ -81,7 +81,7 @@ def rows_of(one: spu_cuda.Object, output: str, made: Path, tool: str | None) -> 
         row = rows.setdefault((name, kernel.arch), Row(name, kernel.arch, 0, 0, 0, shared, threads, Counter()))
         row.instances += 1
         row.registers = max(row.registers, kernel.registers)
-        row.spilled_bytes += kernel.spill_bytes
+        row.spilled_bytes = max(row.spilled_bytes, kernel.spill_bytes)
         row.shared_bytes = max(row.shared_bytes, shared)
         for kind, count in mixes.get((kernel.name, kernel.arch), Counter()).items():
             row.mix[kind] = max(row.mix[kind], count)
@@ -114,7 +114,10 @@ def markdown(rows: list[Row], version: str) -> str:
         "stands for several instances of a function (types, codecs, activations), the most of any. Occupancy is an "
         "estimate from registers, shared memory and threads; matrix products live from few, large blocks. The last "
         "columns count instructions in the machine code.",
-    ]
+        "",
+        *(f"Exception: {name} on {arch} may spill to {size} bytes of stack: {reason}."
+          for (name, arch), (size, reason) in cuda_gate.EXCEPTIONS.items()),
+    ]  # fmt: skip
     for arch in sorted({row.arch for row in rows}, key=lambda name: int(name[3:].rstrip("a"))):
         lines += ["", f"## {arch}", ""]
         lines.append("| kernel | instances | registers | spilled | shared | threads | occupancy | "

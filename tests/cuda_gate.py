@@ -72,13 +72,26 @@ def parse(text: str) -> list[Kernel]:
     return found
 
 
+# How many bytes of stack a kernel may spill to on an architecture, and why.
+EXCEPTIONS = {
+    ("adamw_kernel", "sm_75"): (
+        8,
+        "8-bit moments: the compiler gives two words for full occupancy; memory is the limit",
+    )
+}
+
+
+def _is_excused(kernel: Kernel) -> bool:
+    return 0 < kernel.stack_bytes <= EXCEPTIONS.get((kernel.family, kernel.arch), (0, ""))[0]
+
+
 def broken_limits(kernels: list[Kernel]) -> list[str]:
-    """The kernels that spill, use a stack, or use more registers than there are, in words."""
+    """The kernels that spill, use a stack, or use more registers than there are, in words; but for the exceptions."""
     return [
         f"{kernel.name} on {kernel.arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes spilled, "
         f"{kernel.stack_bytes} bytes of stack"
         for kernel in kernels
-        if kernel.spill_bytes or kernel.stack_bytes or kernel.registers > MOST_REGISTERS
+        if ((kernel.spill_bytes or kernel.stack_bytes) and not _is_excused(kernel)) or kernel.registers > MOST_REGISTERS
     ]
 
 
@@ -87,7 +100,8 @@ def occupancy(arch: str, registers: int, threads: int, shared_bytes: int) -> flo
     most, blocks, shared = LIMITS[arch.removeprefix("sm_").rstrip("a")]
     warps = -(-threads // 32)
     unit = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    by_shared = shared // (shared_bytes + 1024)  # 1 KB a block is the system's
+    reserved = 0 if arch == "sm_75" else 1024  # of each block's, by the system
+    by_shared = shared // (shared_bytes + reserved) if shared_bytes else blocks
     return min(REGISTERS // (unit * warps), by_shared, blocks, most // threads) * threads / most
 
 

@@ -9,6 +9,12 @@ namespace {
 
 using math::Act;
 
+#if defined(__CUDACC__)
+#define SPU_UNROLL _Pragma("unroll")
+#else
+#define SPU_UNROLL
+#endif
+
 constexpr int kTile = 64;             // rows and columns of C that a block makes
 constexpr int kDepth = 16;            // of A and B in shared memory at once
 constexpr int kMine = 4;              // rows and columns of C that a thread makes
@@ -83,7 +89,10 @@ __global__ void __launch_bounds__(kThreads) gemm_fma_kernel(Gemm g) {
     __syncthreads();
   }
   bool bad = false;
+  // unrolled, or some compilers' sums lie in local memory to be indexed
+  SPU_UNROLL
   for (int i = 0; i < kMine; ++i) {
+    SPU_UNROLL
     for (int j = 0; j < kMine; ++j) {
       const int64_t r = row + y + i * kSide, c = column + x + j * kSide;
       if (r < g.m && c < g.n) bad = finish<T>(g, r, c, sum[i][j]) || bad;
