@@ -171,7 +171,8 @@ class ModelParallelTrainer(ByHand):
         nothing is packed between the stages).
 
         Returns:
-            The plan from now on; where nothing moves, the same stages with times that rest on the measured step.
+            The plan from now on; where nothing moves (nor may, with an optimizer that keeps sums of each stage's own),
+            the same stages with times that rest on the measured step.
 
         Raises:
             RuntimeError: before the first step.
@@ -180,10 +181,10 @@ class ModelParallelTrainer(ByHand):
             raise RuntimeError("no step has run yet: call step() first")
         same, best = self._planner.again(self._plan, self._timeline)
         old = self._prepared()
-        if best.predicted.step_s > WORTH * same.predicted.step_s:
+        kept = Kept(old.built, old.updater.optimizers)
+        if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
             self._plan = same
             return same
-        kept = Kept(old.built, old.updater.optimizers)
         old.updater.clear_gradients()
         old.close()
         self._runner = self._build(best, kept.give_masters)
@@ -361,7 +362,7 @@ class ModelParallelTrainer(ByHand):
             The ``extra`` of :meth:`save`.
 
         Raises:
-            CheckpointError: missing, damaged, or of another model; nothing was changed.
+            CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
             RuntimeError: before :meth:`prepare`.
         """
         if self._runner is None:
