@@ -297,6 +297,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
     model: Any = make_model(config.model, config.seed)
     model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
+    job.tokenizer.save(folder / "model")
     prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
     tokens = min(SAMPLE_TOKENS, room - len(prompt))
