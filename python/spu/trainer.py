@@ -267,13 +267,20 @@ class ModelParallelTrainer(ByHand):
             if self._report is not None and before is not None:
                 self._report(replanned(before, after))
 
-    def forward_backward(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, Any]:
+    def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
         """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
 
+        In fp16 an update of your own leaves the step out where ``trainer.scaler.found_inf()`` is not 0, and then, or
+        after it, calls ``trainer.scaler.update()``: without that a scale that is too large stays so.
+
+        Args:
+            inputs, targets: as :meth:`step` takes them.
+            keep_outputs: False drops each microbatch's outputs as :meth:`step` does: no plan counts a whole batch's.
+
         Returns:
-            The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one.
+            The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
         """
-        done = self._accumulate(inputs, targets, keep_outputs=True)
+        done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
         self._prepared().updater.reduce()
         return done.loss, done.outputs
 
