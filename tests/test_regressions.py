@@ -282,6 +282,23 @@ def test_a_closed_trainer_says_so() -> None:
     trainer.close()
     with pytest.raises(RuntimeError, match="was closed"):
         trainer.step(*batch())
+    with pytest.raises(RuntimeError, match="was closed"):
+        trainer.evaluate(*batch())
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_small_batch_may_be_evaluated_first(planned: bool) -> None:
+    """Planning for it as for a training batch asked for a row in each of its microbatches."""
+    model = model_of(nn.Tanh())
+    x, y = batch(1)
+    expected = F.cross_entropy(model(x), y).item()
+    plan = None
+    if planned:
+        with make(copy.deepcopy(model)) as trainer:
+            plan = trainer.prepare(*batch())
+    with make(model, plan=plan) as trainer:
+        assert trainer.evaluate(x, y) == pytest.approx(expected, rel=1e-6)
+        trainer.step(*batch(2))
 
 
 # State and plans

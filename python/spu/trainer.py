@@ -18,6 +18,7 @@ from spu.devices import Device, DeviceManager
 from spu.engine.build import DTYPES, Built, build_stages, to_precision, undo_precision
 from spu.engine.bytes import counted_bytes
 from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner
 from spu.engine.state import Kept, load_training, model_state, save_training
@@ -285,8 +286,13 @@ class ModelParallelTrainer(ByHand):
         return done.loss, done.outputs
 
     def evaluate(self, inputs: Any, targets: Any) -> float:
-        """Mean loss of a batch, in evaluation mode and without gradients."""
-        self.prepare(inputs, targets)
+        """Mean loss of a batch, in evaluation mode and without gradients.
+
+        Before the first step it prepares for training on batches like this one, of a row a microbatch if it is smaller.
+        """
+        count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
+        rows = self.accumulate * (count if isinstance(count, int) else 1)
+        self.prepare(at_least(inputs, rows), at_least(targets, rows))
         return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.steps_done).item()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
