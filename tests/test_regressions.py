@@ -418,6 +418,23 @@ def test_groups_that_differ_by_stage_go_on_in_the_same_stages_only(tmp_path: Pat
             trainer.load(tmp_path / "checkpoint")
 
 
+def test_a_plan_for_larger_budgets_or_smaller_batches_is_refused() -> None:
+    """Only its layers and settings were compared: what it had proven did not hold here."""
+    with make(model_of()) as trainer:
+        plan = trainer.prepare(*batch())
+    small = [dataclasses.replace(device, budget_bytes=100) for device in devices(2)]
+    with (
+        ModelParallelTrainer(model_of(), small, precision="fp32", microbatches=2, plan=plan) as trainer,
+        pytest.raises(ValueError, match=r"the plan needs .* on cpu:0, whose budget is 100 B"),
+    ):
+        trainer.step(*batch())
+    with (
+        make(model_of(), plan=plan) as trainer,
+        pytest.raises(ValueError, match="the plan is for microbatches of 4 rows, these have 8"),
+    ):
+        trainer.step(*batch(16))
+
+
 # Half done
 
 

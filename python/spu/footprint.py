@@ -127,7 +127,7 @@ def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], in
         param_count=cost.param_count - shared,
         param_bytes=cost.param_bytes // max(cost.param_count, 1) * (cost.param_count - shared),
         trained_count=(cost.trained_count or 0) - trained,
-        ties=tuple((layer, *counts) for layer, counts in sorted(ties.items())),
+        ties=tuple((layer, counts[0], counts[1]) for layer, counts in sorted(ties.items())),
     )
 
 
