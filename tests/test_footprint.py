@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from memory_probe import measured_peaks
 from torch import nn
 
+from spu import DeviceManager
+from spu.engine.bytes import state_bytes
 from spu.footprint import Run, training_costs
+from spu.plan import make_plan
 from spu.tracker import MemoryTracker, Tally
 from spu.trainer import ModelParallelTrainer
 
@@ -28,6 +33,35 @@ def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recomput
         predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
     for name, peak in measured.items():
         assert 0.98 * peak <= predicted[name] <= 1.05 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_tied_parameter_is_planned_once(stages):
+    tied = nn.Sequential(nn.Embedding(4096, 16), nn.Linear(16, 16), nn.Linear(16, 4096, bias=False))
+    tied[2].weight = tied[0].weight
+    ids = torch.randint(0, 4096, (2, 4))
+    with ModelParallelTrainer(tied, [f"cpu:{k}" for k in range(stages)], microbatches=2) as trainer:
+        planned = sum(stage.state_bytes for stage in trainer.prepare(ids, ids).stages)
+        trainer.step(ids, ids)
+        held = sum(state_bytes(trainer._runner.built, trainer._runner.updater.optimizers, list(range(stages))))
+    shared, other = 16 * 4096, 16 * 17
+    assert planned == 18 * (shared + other) + (6 * shared if stages == 2 else 0)
+    gradients = 4 * (shared * stages + other)
+    assert planned - gradients == pytest.approx(held, abs=64)  # a step's count is 4 bytes
+
+
+def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
+    tied = nn.Sequential(nn.Embedding(512, 16), nn.Linear(16, 16), nn.Linear(16, 512, bias=False))
+    tied[2].weight = tied[0].weight
+    costs = training_costs(
+        [Run(str(k), layer) for k, layer in enumerate(tied)], torch.zeros(2, 4).long(), torch.float16
+    )
+    cpu = DeviceManager().get_devices(["cpu"])
+    peak = max(make_plan(costs, cpu, microbatches=2).predicted.peak_bytes)
+    tight = [
+        dataclasses.replace(cpu[0], budget_bytes=peak + 6 * 512 * 16)
+    ]  # counted twice it took 18 bytes more for each
+    assert max(make_plan(costs, tight, microbatches=2).predicted.peak_bytes) == peak
 
 
 def test_a_layer_is_left_as_it_was():

@@ -176,3 +176,19 @@ def test_a_tokenizer_beside_the_config_is_used(tmp_path):
     tokenizer = make_tokenizer(str(tmp_path), load_config(str(tmp_path)))
     assert tokenizer.encode(b"to be or not to be").tolist() == [1, 2, 3, 0, 1, 2]
     assert tokenizer.decode([1, 2]) == "to be"
+    (saved := tmp_path / "saved").mkdir()
+    tokenizer.save(saved)
+    assert make_tokenizer(str(saved), load_config(str(tmp_path))).decode([1, 2]) == "to be"
+
+
+def test_weights_of_another_vocabulary_are_not_taken_for_bytes(tmp_path):
+    config = {**TINY, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert make_tokenizer(str(tmp_path), load_config(str(tmp_path))).name == "bytes", "a config alone"
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        ValueError, match=r"weights for 300 tokens, and no tokenizer beside them: put its tokenizer.json"
+    ):
+        make_tokenizer(str(tmp_path), load_config(str(tmp_path)))
+    ByteTokenizer().save(tmp_path)
+    assert make_tokenizer(str(tmp_path), load_config(str(tmp_path))).name == "bytes"

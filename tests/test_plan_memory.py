@@ -47,6 +47,13 @@ def test_parameters_that_are_not_trained_are_weights_alone():
     assert held.state_bytes == 20
 
 
+def test_a_parameter_of_two_layers_is_counted_once_and_has_a_weight_and_a_gradient_in_another_stage():
+    tied = LayerNeeds("d", 5, 5, 0, 0, 0, False, False, 0, 0, ties=((0, 10, 10),))
+    held = StageMemory([*LAYERS, tied], LOSS, in_flight=(1, 1), boundaries=[SHARED], precision="fp16")
+    assert held.of(0, 0, 4).state_bytes == 18 * (10 + 20 + 30 + 5)
+    assert held.of(1, 1, 4).state_bytes == 18 * (20 + 30 + 5) + 6 * 10
+
+
 def test_activations_are_what_the_schedule_holds_in_flight():
     # What both layers leave behind, the tensor between them (both save it, once), and the stage's output.
     assert memory().of(0, 0, 2).saved_bytes == 2 * (1000 + 3000 + 100 + 200)

@@ -72,6 +72,21 @@ def test_an_overflow_at_any_stage_skips_everywhere_and_halves_the_scale(bad_laye
         assert after.loss < before.loss
 
 
+def test_an_update_of_ones_own_can_lower_the_scale_and_need_not_keep_outputs() -> None:
+    model = nn.Sequential(*layers())
+    with ModelParallelTrainer(model, devices(2), microbatches=4) as trainer:
+        assert trainer.forward_backward(*batch(), keep_outputs=False)[1] is None
+        assert trainer.scaler.found_inf().item() == 0
+        hook = model[0].register_forward_hook(lambda module, inputs, out: _Overflow.apply(out))
+        trainer.forward_backward(*batch())
+        hook.remove()
+        assert trainer.scaler.found_inf().item() == 1
+        trainer.scaler.update()
+        assert trainer.scaler.get_scale() == 2.0**15
+        trainer.forward_backward(*batch())
+        assert trainer.scaler.found_inf().item() == 0
+
+
 class _Overflow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,8 @@ def training_costs(
     tally = Tally()
     x = fake_copy(mode, sample, torch.device("cpu"), dtype)
     known: dict[Any, tuple[LayerCost, Any]] = {}
-    costs = []
+    owners: dict[int, int] = {}
+    costs: list[LayerCost] = []
     with frozen_rng(), torch.enable_grad():
         for run in runs:
             kind = _kind(run, x)
@@ -104,9 +105,30 @@ def training_costs(
                     known[kind] = made
             else:
                 made = known[kind]
-            costs.append(dataclasses.replace(made[0], name=run.name))
+            costs.append(_counted_once(dataclasses.replace(made[0], name=run.name), run.module, owners, len(costs)))
             x = made[1]
     return costs
+
+
+def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], index: int) -> LayerCost:
+    """The cost without earlier layers' parameters, which become its ties; ``owners`` has the last layer of each."""
+    ties: dict[int, list[int]] = {}
+    for parameter in module.parameters():
+        if id(parameter) in owners:
+            tie = ties.setdefault(owners[id(parameter)], [0, 0])
+            tie[0] += parameter.numel()
+            tie[1] += parameter.numel() if parameter.requires_grad else 0
+        owners[id(parameter)] = index
+    if not ties:
+        return cost
+    shared, trained = (sum(tie[k] for tie in ties.values()) for k in range(2))
+    return dataclasses.replace(
+        cost,
+        param_count=cost.param_count - shared,
+        param_bytes=cost.param_bytes // max(cost.param_count, 1) * (cost.param_count - shared),
+        trained_count=(cost.trained_count or 0) - trained,
+        ties=tuple((layer, counts[0], counts[1]) for layer, counts in sorted(ties.items())),
+    )
 
 
 def _kind(run: Run, x: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spu import schedules
-from spu.devices import Device
+from spu.devices import Device, format_bytes
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
@@ -22,6 +22,7 @@ from spu.skips import carried_by
 from spu.timing import Detached
 
 __all__ = [
+    "check_fits",
     "check_plan",
     "counted_speeds",
     "fused_for",
@@ -188,6 +189,26 @@ def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], *
             raise ValueError(
                 f"the plan is for {name}={planned_for!r}, but the trainer has {given!r}; make them equal, or plan again"
             )
+
+
+def check_fits(plan: Plan, devices: Sequence[Device], sample: Any) -> None:
+    """Whether what a plan needs is within these devices' budgets, and microbatches like ``sample`` within the plan.
+
+    Raises:
+        ValueError: a budget is smaller than the plan's peak, or the sample has more rows or tokens than it counted.
+    """
+    for device, peak in zip(devices, plan.predicted.peak_bytes, strict=True):
+        if peak > device.budget_bytes:
+            raise ValueError(
+                f"the plan needs {format_bytes(peak)} on {device.name}, whose budget is "
+                f"{format_bytes(device.budget_bytes)}: plan again, or give it more"
+            )
+    for what, planned, given in (
+        ("rows", plan.rows, batch_rows(sample)),
+        ("tokens", plan.tokens, tokens_of(sample)),
+    ):
+        if 0 < planned < given:
+            raise ValueError(f"the plan is for microbatches of {planned} {what}, these have {given}: plan again")
 
 
 def place_parts(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Device]:

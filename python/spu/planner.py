@@ -132,10 +132,11 @@ class Planner:
         """A plan made elsewhere, with its seconds measured here if asked.
 
         Raises:
-            ValueError: it is for another model, other devices or other settings.
+            ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
         """
         self._batch = inputs, targets
         placement.check_plan(plan, self.layers, self.devices, **self._wanted_of(plan))
+        placement.check_fits(plan, self.devices, self._sample(plan.microbatches * plan.accumulate)[0])
         return self.measured(plan) if measure else plan
 
     def measured(self, plan: Plan) -> Plan:

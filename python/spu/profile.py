@@ -58,6 +58,8 @@ class LayerCost:
         backward_s: measured seconds of the gradients of inputs and parameters; None if not measured.
         shared_bytes: the part of ``saved_bytes`` that an earlier layer of the same list has counted already (its output
             is saved by both): subtract it where both run in one stage.
+        ties: for parameters that earlier layers have too, which the counts above leave out then: (the last of those
+            layers, elements, trained elements).
     """
 
     name: str
@@ -84,6 +86,7 @@ class LayerCost:
     deferred_flops: int = 0
     left_bytes: int = 0
     left_input: bool = False
+    ties: tuple[tuple[int, int, int], ...] = ()
 
 
 def estimate_layers(

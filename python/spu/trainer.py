@@ -18,6 +18,7 @@ from spu.devices import Device, DeviceManager
 from spu.engine.build import DTYPES, Built, build_stages, to_precision, undo_precision
 from spu.engine.bytes import counted_bytes
 from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner
 from spu.engine.state import Kept, load_training, model_state, save_training
@@ -171,7 +172,8 @@ class ModelParallelTrainer(ByHand):
         nothing is packed between the stages).
 
         Returns:
-            The plan from now on; where nothing moves, the same stages with times that rest on the measured step.
+            The plan from now on; where nothing moves (nor may, with an optimizer that keeps sums of each stage's own),
+            the same stages with times that rest on the measured step.
 
         Raises:
             RuntimeError: before the first step.
@@ -180,10 +182,10 @@ class ModelParallelTrainer(ByHand):
             raise RuntimeError("no step has run yet: call step() first")
         same, best = self._planner.again(self._plan, self._timeline)
         old = self._prepared()
-        if best.predicted.step_s > WORTH * same.predicted.step_s:
+        kept = Kept(old.built, old.updater.optimizers)
+        if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
             self._plan = same
             return same
-        kept = Kept(old.built, old.updater.optimizers)
         old.updater.clear_gradients()
         old.close()
         self._runner = self._build(best, kept.give_masters)
@@ -266,19 +268,31 @@ class ModelParallelTrainer(ByHand):
             if self._report is not None and before is not None:
                 self._report(replanned(before, after))
 
-    def forward_backward(self, inputs: Any, targets: Any) -> tuple[torch.Tensor, Any]:
+    def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
         """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
 
+        In fp16 an update of your own leaves the step out where ``trainer.scaler.found_inf()`` is not 0, and then, or
+        after it, calls ``trainer.scaler.update()``: without that a scale that is too large stays so.
+
+        Args:
+            inputs, targets: as :meth:`step` takes them.
+            keep_outputs: False drops each microbatch's outputs as :meth:`step` does: no plan counts a whole batch's.
+
         Returns:
-            The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one.
+            The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
         """
-        done = self._accumulate(inputs, targets, keep_outputs=True)
+        done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
         self._prepared().updater.reduce()
         return done.loss, done.outputs
 
     def evaluate(self, inputs: Any, targets: Any) -> float:
-        """Mean loss of a batch, in evaluation mode and without gradients."""
-        self.prepare(inputs, targets)
+        """Mean loss of a batch, in evaluation mode and without gradients.
+
+        Before the first step it prepares for training on batches like this one, of a row a microbatch if it is smaller.
+        """
+        count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
+        rows = self.accumulate * (count if isinstance(count, int) else 1)
+        self.prepare(at_least(inputs, rows), at_least(targets, rows))
         return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.steps_done).item()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
@@ -361,7 +375,7 @@ class ModelParallelTrainer(ByHand):
             The ``extra`` of :meth:`save`.
 
         Raises:
-            CheckpointError: missing, damaged, or of another model; nothing was changed.
+            CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
             RuntimeError: before :meth:`prepare`.
         """
         if self._runner is None:

@@ -10,7 +10,16 @@ from torch.utils import _pytree as pytree
 
 from spu.ops.sink import current_scope
 
-__all__ = ["batch_rows", "cast", "count_targets", "move", "split_batch", "target_weights", "unscaled_leaves"]
+__all__ = [
+    "at_least",
+    "batch_rows",
+    "cast",
+    "count_targets",
+    "move",
+    "split_batch",
+    "target_weights",
+    "unscaled_leaves",
+]
 
 
 def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
@@ -50,6 +59,17 @@ def batch_rows(batch: Any) -> int:
     """The batch size: dimension 0 of the first tensor that has one; 1 without any."""
     leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
     return next((leaf.shape[0] for leaf in leaves), 1)
+
+
+def at_least(batch: Any, rows: int) -> Any:
+    """The batch, its rows in turn again and again until there are ``rows``: a sample to plan on."""
+
+    def longer(leaf: torch.Tensor) -> torch.Tensor:
+        if leaf.dim() == 0 or not 0 < leaf.shape[0] < rows:
+            return leaf
+        return leaf[torch.arange(rows, device=leaf.device) % leaf.shape[0]]
+
+    return pytree.tree_map_only(torch.Tensor, longer, batch)
 
 
 def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:

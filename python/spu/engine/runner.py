@@ -130,7 +130,12 @@ class Runner:
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
 
     def evaluate(self, inputs: Any, targets: Any, *, seed: int, step: int) -> torch.Tensor:
-        """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional."""
+        """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional.
+
+        Raises:
+            RuntimeError: the trainer was closed.
+        """
+        self.updater.check_open()
         modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
         training = [module for module in modules if module.training]
         parts = min(self._plan.microbatches * self._plan.accumulate, batch_rows(inputs))  # no larger than in training

@@ -12,16 +12,21 @@ from torch import nn
 from spu import checkpoint
 from spu.checkpoint import CheckpointError
 from spu.engine.build import Built
+from spu.engine.optimizer_state import (
+    Optimizers,
+    OptimizerState,
+    check_optimizers,
+    optimizer_state,
+    restore_optimizers,
+)
 from spu.optim import AdamW, MasterOptimizer
 
 __all__ = ["Kept", "load_training", "model_state", "save_training"]
 
 _FORMAT = "spu-trainer"
 
-_Optimizers = list[AdamW | MasterOptimizer | None]
 
-
-def _named(built: Built, optimizers: _Optimizers) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
+def _named(built: Built, optimizers: Optimizers) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
     """Every parameter by each of its names, an alias standing for its owner, with the optimizer that updates it."""
     owner = {id(use.alias): (use.owner, use.owner_stage) for use in built.tied}
     found = {}
@@ -33,50 +38,62 @@ def _named(built: Built, optimizers: _Optimizers) -> dict[str, tuple[nn.Paramete
     return found
 
 
-def save_training(path: str | Path, built: Built, optimizers: _Optimizers, meta: dict[str, Any]) -> None:
-    """Write a checkpoint of a whole training run, ``meta`` with it."""
+def save_training(path: str | Path, built: Built, optimizers: Optimizers, meta: dict[str, Any]) -> None:
+    """Write a checkpoint of a whole training run, ``meta`` with it.
+
+    Raises:
+        CheckpointError: writing failed, or the optimizer keeps what cannot be saved; the message names it.
+    """
     tensors = {f"model:{name}": tensor for name, tensor in model_state(built, optimizers).items()}
-    tensors |= {f"optimizer:{name}": tensor for name, tensor in _optimizer_state(built, optimizers).items()}
-    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, **meta})
+    own, rest = optimizer_state(built, optimizers).split()
+    tensors |= {f"optimizer:{name}": tensor for name, tensor in own.items()}
+    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, "optimizer": rest, **meta})
 
 
-def load_training(path: str | Path, built: Built, optimizers: _Optimizers) -> dict[str, Any]:
+def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dict[str, Any]:
     """Put a checkpoint of :func:`save_training` back, into a model cut into any number of stages, and return its meta.
 
     Raises:
-        CheckpointError: missing, damaged, or of another model; nothing was changed.
+        CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
     """
     tensors, meta = checkpoint.load(path)
     if meta.get("format") != _FORMAT:
         raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
+    state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))
+    check_optimizers(built, optimizers, state)
     _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
-    _restore_optimizer(built, optimizers, _with_prefix(tensors, "optimizer:"))
+    restore_optimizers(built, optimizers, state)
     return meta
 
 
 class Kept:
     """What training has made so far, held while the stages are built anew; the old ones may be closed meanwhile."""
 
-    def __init__(self, built: Built, optimizers: _Optimizers) -> None:
+    def __init__(self, built: Built, optimizers: Optimizers) -> None:
         self._model = model_state(built, optimizers)
-        self._optimizer = _optimizer_state(built, optimizers)
+        self._optimizer = optimizer_state(built, optimizers)
         self._masters = {
             id(parameter): _master(parameter, optimizer)
             for parameter, optimizer in _named(built, optimizers).values()
             if parameter.dtype.itemsize == 2 and parameter.requires_grad
         }
 
+    @property
+    def differs_by_stage(self) -> bool:
+        """Whether the optimizers hold what only the same stages can go on with."""
+        return self._optimizer.differs_by_stage
+
     def give_masters(self, built: Built) -> None:
         """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
         built.masters.update(self._masters)
 
-    def put_back(self, built: Built, optimizers: _Optimizers) -> None:
+    def put_back(self, built: Built, optimizers: Optimizers) -> None:
         """Into the new stages and their optimizers."""
         _restore_model(built, optimizers, self._model)
-        _restore_optimizer(built, optimizers, self._optimizer)
+        restore_optimizers(built, optimizers, self._optimizer)
 
 
-def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
+def model_state(built: Built, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """Parameters in full precision (the fp32 master where there is one) and persistent buffers, by model name."""
     state = {}
     for name, (parameter, optimizer) in _named(built, optimizers).items():
@@ -87,7 +104,7 @@ def model_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor
     return state
 
 
-def _restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor]) -> None:
     """Put :func:`model_state` back, into a model cut into any number of stages.
 
     Raises:
@@ -117,45 +134,6 @@ def _restore_model(built: Built, optimizers: _Optimizers, state: Mapping[str, to
         for use in built.tied:
             if use.alias.data_ptr() != use.owner.data_ptr():
                 use.alias.copy_(use.owner)
-
-
-def _optimizer_state(built: Built, optimizers: _Optimizers) -> dict[str, torch.Tensor]:
-    """``NAME/KEY`` -> state tensor of each parameter; numbers become 0-dimensional fp64 tensors."""
-    state = {}
-    for owned, optimizer in zip(built.owned, optimizers):
-        for name, parameter in owned.items():
-            for key, value in _entries(parameter, optimizer).items():
-                if key == "master":
-                    continue  # part of the model's state
-                if isinstance(value, torch.Tensor):
-                    state[f"{name}/{key}"] = value
-                elif isinstance(value, (int, float)):
-                    state[f"{name}/{key}"] = torch.tensor(value, dtype=torch.float64)
-    return state
-
-
-def _restore_optimizer(built: Built, optimizers: _Optimizers, state: Mapping[str, torch.Tensor]) -> None:
-    """Put :func:`_optimizer_state` back; parameters that it does not name start afresh."""
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for full, tensor in state.items():
-        name, _, key = full.rpartition("/")
-        by_name.setdefault(name, {})[key] = tensor
-    for owned, optimizer in zip(built.owned, optimizers):
-        for name, parameter in owned.items():
-            entries = _entries(parameter, optimizer)
-            for key in [key for key in entries if key != "master"]:
-                del entries[key]
-            for key, tensor in by_name.get(name, {}).items():
-                entries[key] = tensor.to(parameter.device if tensor.dim() else tensor.device, copy=True)
-
-
-def _entries(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> dict[str, Any]:
-    """The optimizer's own state of a parameter, to read or to change."""
-    if optimizer is None:
-        return {}
-    if isinstance(optimizer, AdamW):
-        return optimizer.state[parameter]
-    return optimizer.optimizer.state[optimizer.target(parameter)]
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:

@@ -82,14 +82,18 @@ class Updater:
         Raises:
             RuntimeError: the trainer was closed.
         """
-        if self._closed:
-            raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
+        self.check_open()
         if self.broken:
             raise RuntimeError(f"an update failed half-way ({self.broken}): load a checkpoint, or make a new trainer")
         self._scaler.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
             grads.require_scope(self._scaler.enabled)
+
+    def check_open(self) -> None:
+        """Raises RuntimeError if the trainer was closed."""
+        if self._closed:
+            raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
 
     def reduce(self) -> Update:
         """Add up the gradients of tied parameters; then the norm over all of them and whether any was not finite."""

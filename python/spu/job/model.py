@@ -14,6 +14,7 @@ from spu.blueprint import read_config
 from spu.job.config import BYTE_VOCABULARY, DEFAULT_MODEL
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_BYTES_FILE = "tokenizer.bytes"  # beside weights that were trained on bytes
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -27,6 +28,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def save(self, folder: Path) -> None: ...
+
 
 class ByteTokenizer:
     """Every byte is a token."""
@@ -39,6 +42,10 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < BYTE_VOCABULARY).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Note beside a model that its tokens are bytes."""
+        (folder / _BYTES_FILE).write_text("Every byte is a token.\n", encoding="utf-8")
 
 
 class FileTokenizer:
@@ -57,6 +64,10 @@ class FileTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files beside a model."""
+        self._tokenizer.save_pretrained(folder)
 
 
 def quiet_transformers() -> None:
@@ -160,10 +171,11 @@ def _load(source: str, config: Any) -> nn.Module:
 
 
 def make_tokenizer(source: str | None, config: Any) -> Tokenizer:
-    """The tokenizer beside a model's files, else bytes.
+    """The tokenizer beside a model's files, else bytes: for a config alone, or weights that were trained on them.
 
     Raises:
-        ValueError: bytes do not fit the model's vocabulary, or the tokenizer's files cannot be read.
+        ValueError: weights that were not, without a tokenizer; bytes do not fit the model's vocabulary; or the
+            tokenizer's files cannot be read.
     """
     folder = Path(source) if source else None
     if folder and folder.is_dir() and any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -172,6 +184,12 @@ def make_tokenizer(source: str | None, config: Any) -> Tokenizer:
         except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
             raise ValueError(f"--model {source}: its tokenizer cannot be read: {_first_line(error)}") from error
     vocabulary = config.get_text_config().vocab_size
+    on_bytes = vocabulary == BYTE_VOCABULARY or (folder is not None and (folder / _BYTES_FILE).exists())
+    if has_weights(source) and not on_bytes:
+        raise ValueError(
+            f"--model {source}: weights for {vocabulary} tokens, and no tokenizer beside them: put its tokenizer.json "
+            f"there, or an empty file {_BYTES_FILE} if they are to be trained on bytes"
+        )
     if vocabulary < BYTE_VOCABULARY:
         raise ValueError(
             f"--model {source}: a vocabulary of {vocabulary} cannot hold bytes: give vocab_size {BYTE_VOCABULARY} or "

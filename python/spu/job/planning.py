@@ -142,7 +142,7 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     devices, absent = declared_devices(options.devices, options.budget)
     machine = describe_machine(devices, absent, options.speed, options.precision)
     layers = blueprint(options.model)
-    parameters = sum(p.numel() for layer in layers for p in layer.module.parameters())
+    parameters = sum({id(p): p.numel() for layer in layers for p in layer.module.parameters()}.values())
     name = Path(options.model).name.removesuffix(".json")
     plan = search_plan(
         costs_by_rows(layers, options.seq, options.precision, options.schedule), machine, _wanted(options, name)

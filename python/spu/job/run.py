@@ -149,7 +149,7 @@ def settle_steps(job: Job, trainer: ModelParallelTrainer) -> None:
     times = []
     for _ in range(4):
         begin = time.perf_counter()
-        trainer.forward_backward(*batch)
+        trainer.forward_backward(*batch, keep_outputs=False)
         times.append(time.perf_counter() - begin)
     steps = max(1, int(config.minutes * 60 / (1.05 * statistics.median(times[1:]))))  # 5% for the update
     job.config = dataclasses.replace(config, steps=steps, minutes=None)
@@ -201,6 +201,8 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
         done = 0
+        if not job.new:
+            job.folder.lock()  # nobody may write the checkpoint that is read
         if not job.new and job.folder.checkpoint.exists():
             trainer.load(job.folder.checkpoint)
             done = trainer.steps_done
@@ -297,6 +299,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
     model: Any = make_model(config.model, config.seed)
     model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
+    job.tokenizer.save(folder / "model")
     prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
     tokens = min(SAMPLE_TOKENS, room - len(prompt))

@@ -31,6 +31,7 @@ class LayerNeeds:
         weight_share: the share of the backward's time that weight gradients take, where they can be put off.
         left_bytes: what those keep between the two, the layer's input not counted.
         left_input: whether they keep that, too.
+        ties: what earlier layers have too, and ``params`` leaves out: (the last of those, parameters, trained ones).
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerNeeds:
     weight_share: float = 0.5
     left_bytes: int = 0
     left_input: bool = False
+    ties: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,17 @@ class StageBytes:
         return self.param_bytes + self.main_grad_bytes + self.master_bytes + self.moment_bytes
 
 
-def state_bytes(needs: LayerNeeds, precision: str) -> tuple[int, int, int, int]:
-    """(weights, main gradients, masters, moments) of a layer.
+def state_bytes(needs: LayerNeeds, precision: str, first: int = 0) -> tuple[int, int, int, int]:
+    """(weights, main gradients, masters, moments) of a layer in a stage that begins with layer ``first``.
 
     Per parameter: the weight in its precision; per trained one an fp32 main gradient, an fp32 master where weights have
-    16 bits, and two fp32 moments.
+    16 bits, and two fp32 moments. What the stage has from an earlier layer is not counted again; of what only an
+    earlier stage has there are a weight and a gradient here.
     """
     item = ITEM_BYTES[precision]
-    return item * needs.params, 4 * needs.trained, 4 * needs.trained if item == 2 else 0, 8 * needs.trained
+    apart = [(params, trained) for before, params, trained in needs.ties if before < first]
+    weights, gradients = needs.params + sum(p for p, _ in apart), needs.trained + sum(t for _, t in apart)
+    return item * weights, 4 * gradients, 4 * needs.trained if item == 2 else 0, 8 * needs.trained
 
 
 def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
@@ -183,7 +188,7 @@ class StageMemory:
     def of(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> StageBytes:
         """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and runs those in ``recompute`` again."""
         here = self.layers[first:last]
-        states = [state_bytes(layer, self.precision) for layer in here]
+        states = [state_bytes(layer, self.precision, first) for layer in here]
         param, main_grad, master, moment = (sum(state[k] for state in states) for k in range(4))
         return StageBytes(
             param_bytes=param,

@@ -41,6 +41,7 @@ def layer_needs(cost: LayerCost, before: LayerCost | None) -> LayerNeeds:
             share,
             cost.left_bytes,
             cost.left_input,
+            cost.ties,
         )
     given = before.output_bytes if before is not None else cost.input_bytes
     shared = min(cost.shared_bytes, cost.saved_bytes)

@@ -118,7 +118,7 @@ class Request:
         p, count, stages = self.precision, len(self.layers), len(self.homes)
         memory, last = self.memory, len(self.homes) - 1
         width = count + 1
-        fixed = [sum(state_bytes(layer, p)) for layer in self.layers]
+        fixed = [sum(state_bytes(layer, p, k)) for k, layer in enumerate(self.layers)]
         own = [layer.own_bytes + (layer.deferred_bytes if memory.deferred else 0) for layer in self.layers]
         before = [self.layers[k - 1] if k else None for k in range(count)]
         inner = [
@@ -131,6 +131,12 @@ class Request:
             at = slice(s * width, (s + 1) * width)
             for name, values in {**self._entering(s), **self._leaving(s, last)}.items():
                 ends[name][at] = values
+        # A first stage has whatever is before its end, a last one whatever is behind its beginning; between them a
+        # parameter counts as another stage's, though a middle stage may have it all to itself.
+        for end in range(width) if any(layer.ties for layer in self.layers) else ():
+            ends["leave_fixed"][end] -= self._together(0, end)
+            if last:
+                ends["enter_fixed"][last * width + end] -= self._together(end, count)
         if budgets is None:
             budgets = [self.devices[home].budget_bytes // self.virtual for home in self.homes]
         return core.Problem(
@@ -148,6 +154,14 @@ class Request:
             list(memory.in_flight),
             list(budgets),
             *(ends[name] for name in (*_END_BYTES, "enter_s", "leave_s")),
+        )
+
+    def _together(self, first: int, stop: int) -> int:
+        """Bytes that layers ``first`` to ``stop - 1`` of one stage do not take, as they share parameters."""
+        return sum(
+            sum(state_bytes(layer, self.precision, k)) - sum(state_bytes(layer, self.precision, first))
+            for k, layer in enumerate(self.layers[first:stop], first)
+            if layer.ties
         )
 
     def _entering(self, stage: int) -> dict[str, list]:

@@ -1,0 +1,155 @@
+"""What optimizers have made so far, by parameter name and by stage: for checkpoints and for stages built anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.checkpoint import CheckpointError
+from spu.engine.build import Built
+from spu.optim import AdamW, MasterOptimizer
+
+__all__ = ["OptimizerState", "Optimizers", "check_optimizers", "optimizer_state", "restore_optimizers"]
+
+Optimizers = Sequence[AdamW | MasterOptimizer | None]
+
+_OWN = ("params", "lr", "initial_lr")  # the trainer sets the rate at every step
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """All state of a model's optimizers but masters, which are the model's.
+
+    Attributes:
+        kind: the optimizer's class, by name; "" where nothing is trained.
+        entries: ``NAME/KEY`` -> a parameter's state: a tensor, or whatever else the optimizer put there.
+        groups: for each stage and each of its parameter groups what differs from the optimizer's defaults.
+        owned: for each stage how many parameters it updates.
+    """
+
+    kind: str
+    entries: dict[str, Any]
+    groups: list[list[dict[str, Any]]]
+    owned: list[int]
+
+    @property
+    def differs_by_stage(self) -> bool:
+        """Whether groups hold what only the same stages can go on with."""
+        own = [groups for groups, count in zip(self.groups, self.owned) if count]
+        return any(groups != own[0] for groups in own)
+
+    def split(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors, and the rest as JSON.
+
+        Raises:
+            CheckpointError: neither can hold an entry; the message names it.
+        """
+        tensors = {name: value for name, value in self.entries.items() if isinstance(value, torch.Tensor)}
+        plain = {name: value for name, value in self.entries.items() if name not in tensors}
+        for name, value in [*plain.items(), *((k, v) for own in self.groups for g in own for k, v in g.items())]:
+            if not _is_plain(value):
+                raise CheckpointError(
+                    f"{self.kind} keeps {name} as a {type(value).__name__}, which a checkpoint cannot hold: "
+                    "use an optimizer whose state is tensors, and numbers or texts"
+                )
+        return tensors, {"kind": self.kind, "plain": plain, "groups": self.groups, "owned": self.owned}
+
+    @staticmethod
+    def joined(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any] | None) -> OptimizerState:
+        """Of what :meth:`split` gave; ``rest`` is None in checkpoints that were written without it."""
+        rest = rest or {"kind": "", "plain": {}, "groups": [], "owned": []}
+        return OptimizerState(rest["kind"], {**tensors, **rest["plain"]}, rest["groups"], rest["owned"])
+
+
+def optimizer_state(built: Built, optimizers: Optimizers) -> OptimizerState:
+    """The state as it is: nothing is copied."""
+    found = {
+        f"{name}/{key}": value
+        for owned, optimizer in zip(built.owned, optimizers)
+        for name, parameter in owned.items()
+        for key, value in _entries(parameter, optimizer).items()
+        if key != "master"
+    }
+    groups = [[_changed(inner, group) for group in inner.param_groups] for inner in map(_inner, optimizers) if inner]
+    counts = [len(owned) for owned, optimizer in zip(built.owned, optimizers) if optimizer is not None]
+    return OptimizerState(_kind(optimizers), found, groups, counts)
+
+
+def check_optimizers(built: Built, optimizers: Optimizers, state: OptimizerState) -> None:
+    """Whether these optimizers can go on from a state.
+
+    Raises:
+        CheckpointError: it is of another class of optimizer, or bound to other stages.
+    """
+    own = optimizer_state(built, optimizers)
+    if state.kind and own.kind and state.kind != own.kind:
+        raise CheckpointError(f"the checkpoint's optimizer is {state.kind}, this one {own.kind}: train with the same")
+    if state.differs_by_stage and state.owned != own.owned:
+        keys = sorted({key for groups in state.groups for group in groups for key in group})
+        raise CheckpointError(
+            f"{state.kind} has its own {', '.join(keys)} in each of {len(state.owned)} stages: "
+            "go on with the plan that the checkpoint was saved with"
+        )
+
+
+def restore_optimizers(built: Built, optimizers: Optimizers, state: OptimizerState) -> None:
+    """Put a state back, which `check_optimizers` has let pass; parameters that it does not name start afresh."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for full, value in state.entries.items():
+        name, _, key = full.rpartition("/")
+        by_name.setdefault(name, {})[key] = value
+    for owned, optimizer in zip(built.owned, optimizers):
+        for name, parameter in owned.items():
+            entries = _entries(parameter, optimizer)
+            for key in [key for key in entries if key != "master"]:
+                del entries[key]
+            for key, value in by_name.get(name, {}).items():
+                if isinstance(value, torch.Tensor):
+                    value = value.to(parameter.device if value.dim() else value.device, copy=True)
+                entries[key] = value
+    inners = [inner for inner in map(_inner, optimizers) if inner]
+    for index, inner in enumerate(inners):
+        saved = state.groups[index] if state.differs_by_stage else next(iter(state.groups), [])
+        if len(saved) == len(inner.param_groups):
+            for group, values in zip(inner.param_groups, saved):
+                group.update({k: v for k, v in inner.defaults.items() if k in group and k not in _OWN})
+                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # JSON has lists
+
+
+def _kind(optimizers: Optimizers) -> str:
+    return next((type(inner).__name__ for inner in map(_inner, optimizers) if inner), "")
+
+
+def _inner(optimizer: AdamW | MasterOptimizer | None) -> torch.optim.Optimizer | None:
+    return optimizer.optimizer if isinstance(optimizer, MasterOptimizer) else optimizer
+
+
+def _changed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """A group's values that are not the optimizer's defaults: what it keeps there from step to step."""
+    missing = object()
+    changed = {}
+    for key, value in group.items():
+        if key not in _OWN:
+            default = optimizer.defaults.get(key, missing)
+            if value is not default and (isinstance(value, torch.Tensor) or value != default):
+                changed[key] = value
+    return changed
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _entries(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> dict[str, Any]:
+    """The optimizer's own state of a parameter, to read or to change."""
+    if optimizer is None:
+        return {}
+    if isinstance(optimizer, AdamW):
+        return optimizer.state[parameter]
+    return optimizer.optimizer.state[optimizer.target(parameter)]
