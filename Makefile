@@ -3,6 +3,7 @@
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
 # make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md (ARGS="--dtypes fp16")
+# make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
-.PHONY: train test lint bench wheel setup clean aot gpu $(GPU_PHASES)
+.PHONY: train test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
 
 # Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.
 TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -44,6 +45,11 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/pytest benchmarks $(ARGS)
+
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 0
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) $(FUZZ_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
