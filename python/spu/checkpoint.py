@@ -27,12 +27,14 @@ from typing import IO, Any
 
 import torch
 
+from spu.interrupts import Held
+
 try:
     import fcntl
 except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "exists", "load", "save"]
 
 FORMAT, VERSION = "spu-checkpoint", 1
 _TENSORS, _META, _MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
@@ -79,9 +81,11 @@ def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], m
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _lock(place.parent, exclusive=True):
-            _tidy(place)
+            with Held():
+                _tidy(place)
             _write(_leftovers(place)[0], tensors, meta_bytes)
-            _swap(place)
+            with Held():
+                _swap(place)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path}: writing failed: {error}; make room or choose another path. "
@@ -112,6 +116,12 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: reading failed: {error}; check its permissions") from error
     raise CheckpointError(_missing(path, place))
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether :func:`load` finds something at ``path``: a checkpoint, or what a crashed :func:`save` left beside it."""
+    place = Path(os.path.realpath(path))
+    return place.exists() or any(map(_is_complete, _leftovers(place)))
 
 
 # Placing: which directory is the checkpoint, and how a new one takes its place.

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spu import nn as spu_nn
 from spu.flops import flop_formulas
+from spu.interrupts import stop_if_asked
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import MainGrads
@@ -92,6 +93,7 @@ def training_costs(
     costs: list[LayerCost] = []
     with frozen_rng(), torch.enable_grad():
         for run in runs:
+            stop_if_asked()
             kind = _kind(run, x)
             if kind is None or kind not in known:
                 try:

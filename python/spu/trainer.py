@@ -24,6 +24,7 @@ from spu.engine.runner import Pass, Runner
 from spu.engine.state import Kept, load_training, model_state, save_training
 from spu.engine.uninterrupted import uninterrupted
 from spu.engine.update import OptimizerFactory, Update, release
+from spu.interrupts import Held, stop_if_asked
 from spu.plan import Plan
 from spu.plan.compare import comparison, replanned
 from spu.planner import WORTH, Planner, Settings
@@ -150,18 +151,20 @@ class ModelParallelTrainer(ByHand):
             return self._plan
         layers = self._require_layers()
         planner = Planner(layers, self.devices, self.settings, self.loss_fn)
-        if self._given_plan is None:
-            plan = planner.plan(inputs, targets, measure=self.measure)
-        else:
-            plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
-        masters = release(layers)
-        masters |= to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
-        try:
-            self._runner = self._build(plan, lambda built: built.masters.update(masters))
-        except BaseException:
-            undo_precision(layers, masters)
-            raise
-        self._plan, self._planner, self._settled = plan, planner, True
+        with Held():  # Ctrl-C within torch's fake mode would leave it on for good
+            if self._given_plan is None:
+                plan = planner.plan(inputs, targets, measure=self.measure)
+            else:
+                plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
+            stop_if_asked()
+            masters = release(layers)
+            masters |= to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
+            try:
+                self._runner = self._build(plan, lambda built: built.masters.update(masters))
+            except BaseException:
+                undo_precision(layers, masters)
+                raise
+            self._plan, self._planner, self._settled = plan, planner, True
         return plan
 
     def replan(self) -> Plan:
@@ -186,11 +189,12 @@ class ModelParallelTrainer(ByHand):
         if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
             self._plan = same
             return same
-        old.updater.clear_gradients()
-        old.close()
-        self._runner = self._build(best, kept.give_masters)
-        kept.put_back(self._runner.built, self._runner.updater.optimizers)
-        self._plan, self._timeline, self._peaks = best, None, {}
+        with Held():
+            old.updater.clear_gradients()
+            old.close()
+            self._runner = self._build(best, kept.give_masters)
+            kept.put_back(self._runner.built, self._runner.updater.optimizers)
+            self._plan, self._timeline, self._peaks = best, None, {}
         return best
 
     def _build(self, plan: Plan, add_masters: Callable[[Built], None]) -> Runner:

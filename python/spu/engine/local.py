@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.engine.worker import Worker
+from spu.interrupts import Held
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
 from spu.tracker import MemoryTracker, Tally
@@ -100,6 +104,7 @@ class LocalEngine:
         self.stages = list(stages)
         self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
+        self._process, self._busy = os.getpid(), False
         self.tallies: list[Tally] | None = None  # where workers count what they allocate; see `counted_bytes`
         homes = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(homes[rank]) for rank in range(len(homes))]
@@ -123,21 +128,16 @@ class LocalEngine:
         exchange = Exchange()
         spans: list[list[Span]] = [[] for _ in self._workers]
         start = time.perf_counter()
-        futures: list[Future[None]] = []
-        try:
-            for rank, worker in enumerate(self._workers):
-                futures.append(worker.submit(self._run_actions, rank, work, exchange, spans[rank]))
-            self._all(futures, exchange)
-        except BaseException:
-            exchange.abort()  # Ctrl-C may come while only some of the workers have begun
+        with Held():
             try:
-                wait(futures)
-            except KeyboardInterrupt:  # once more: an action that is running cannot be stopped
-                wait(futures)
-            raise
-        finally:
-            for stage in self.stages:
-                stage.clear()
+                self._together(
+                    [partial(self._run_actions, rank, work, exchange, own) for rank, own in enumerate(spans)],
+                    range(len(spans)),
+                    exchange,
+                )
+            finally:
+                for stage in self.stages:
+                    stage.clear()
         check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Timeline.from_spans(
@@ -159,7 +159,7 @@ class LocalEngine:
             except Exception as error:
                 raise StageError(stage.index, stage.device.name, None, error) from error
 
-        return self._all([self._workers[r].submit(guarded, s) for s, r in zip(self.stages, self.ranks)], None)
+        return self._together([partial(guarded, stage) for stage in self.stages], self.ranks, None)
 
     def sent_bytes(self) -> int:
         """Bytes that have crossed the stage boundaries so far, both directions."""
@@ -172,22 +172,54 @@ class LocalEngine:
         for link in (*self._forward_links, *self._backward_links):
             link.close()
 
+    def _together(
+        self, tasks: Sequence[Callable[[], Any]], ranks: Sequence[int], exchange: Exchange | None
+    ) -> list[Any]:
+        """Run each task in its rank's worker; at the first failure stop the others, wait for them, and raise it.
+
+        Main waits on a `SimpleQueue`, and Ctrl-C puts a word into it: nobody else knows when it is to stop.
+        """
+        self._check_fork()
+        reports: SimpleQueue[Future[Any] | None] = SimpleQueue()
+        futures: list[Future[Any]] = []
+        self._busy = True
+        with Held(partial(reports.put, None)):
+            try:
+                for task, rank in zip(tasks, ranks):
+                    futures.append(self._workers[rank].submit(task))
+                    futures[-1].add_done_callback(reports.put)
+            except BaseException:
+                reports.put(None)
+                raise
+            finally:
+                self._wait(len(futures), reports, exchange)
+                self._busy = False
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            for error in errors:
+                if not isinstance(error, Aborted):
+                    raise error
+            if errors:  # by Ctrl-C, which is raised instead of this
+                raise errors[0]
+            return [future.result() for future in futures]
+
     @staticmethod
-    def _all(futures: list[Future[Any]], exchange: Exchange | None) -> list[Any]:
-        """Wait for all; at the first failure stop the others, wait for them, and raise that failure."""
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            # Reached by a worker's failure and by Ctrl-C alike. A worker ends after the action it is in.
-            if exchange is not None and not all(future.done() for future in futures):
+    def _wait(running: int, reports: SimpleQueue[Future[Any] | None], exchange: Exchange | None) -> None:
+        """Until all have reported; a failure, or a word that it is to stop, stops them after the action they are in."""
+        while running:
+            report = reports.get()
+            if exchange is not None and (report is None or report.cancelled() or report.exception() is not None):
                 exchange.abort()
-            wait(futures)
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        for error in errors:
-            if not isinstance(error, Aborted):
-                raise error
-        assert not errors, "a run was aborted without a cause"
-        return [future.result() for future in futures]
+            running -= report is not None
+
+    def _check_fork(self) -> None:
+        """In a forked process workers start again, unless it was forked while they worked."""
+        if self._process != os.getpid():
+            if self._busy:
+                raise RuntimeError(
+                    "this process was forked while the trainer was at work in another thread, so its state is half "
+                    "done: make a new trainer here, or fork between two steps"
+                )
+            self._process = os.getpid()
 
     def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[Span]) -> None:
         counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[rank])

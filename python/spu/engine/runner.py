@@ -14,6 +14,7 @@ from spu.engine.local import LocalEngine, Round
 from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.update import OptimizerFactory, Updater
+from spu.interrupts import Held
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 
@@ -148,16 +149,18 @@ class Runner:
             seed,
             step,
         )
-        try:
-            for module in training:
-                module.training = False
-            self.engine.run(work)
-        finally:
-            for module in training:
-                module.training = True
+        with Held():  # no module is left in evaluation mode
+            try:
+                for module in training:
+                    module.training = False
+                self.engine.run(work)
+            finally:
+                for module in training:
+                    module.training = True
         return sum_losses(work.losses)
 
     def close(self) -> None:
         """End the worker threads and give the model back with its ties; harmless when called twice."""
-        self.engine.close()
-        self.updater.close()
+        with Held():
+            self.engine.close()
+            self.updater.close()

@@ -19,6 +19,7 @@ from spu.engine.optimizer_state import (
     optimizer_state,
     restore_optimizers,
 )
+from spu.interrupts import Held
 from spu.optim import AdamW, MasterOptimizer
 
 __all__ = ["Kept", "load_training", "model_state", "save_training"]
@@ -61,8 +62,9 @@ def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dic
         raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
     state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))
     check_optimizers(built, optimizers, state)
-    _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
-    restore_optimizers(built, optimizers, state)
+    with Held():
+        _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
+        restore_optimizers(built, optimizers, state)
     return meta
 
 

@@ -17,6 +17,7 @@ from spu.engine.build import Built, TiedUse
 from spu.engine.layers import Layer
 from spu.engine.local import LocalEngine
 from spu.engine.stage import Stage
+from spu.interrupts import Held
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
 from spu.precision import LossScaler, MainGrads
 
@@ -136,10 +137,11 @@ class Updater:
 
     def clear_gradients(self) -> None:
         """Drop every gradient, after a step that failed half-way."""
-        self._end_backward()
-        for stage in self._built.stages:
-            for parameter in stage.parameters():
-                parameter.grad = None
+        with Held():
+            self._end_backward()
+            for stage in self._built.stages:
+                for parameter in stage.parameters():
+                    parameter.grad = None
 
     def masters(self) -> dict[int, torch.Tensor]:
         """fp32 values of the 16-bit parameters, by parameter id."""

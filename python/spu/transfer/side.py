@@ -9,6 +9,7 @@ measuring just that.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -94,12 +95,19 @@ class _HostTicket:
 
 
 class HostSide:
-    """A thread of the host."""
+    """A thread of the host; a forked process starts its own."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {name}")
+        self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {self._name}")
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
+        if self._process != os.getpid():
+            self._begin()
         return _HostTicket(self._pool.submit(task))
 
     def close(self) -> None:
