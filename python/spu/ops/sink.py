@@ -229,16 +229,10 @@ def _is_own(hook: Callable[..., Any]) -> bool:
     return hasattr(getattr(hook, "__self__", None), "linear_weight")  # a method of a sink
 
 
-def _has_foreign_hook(param: Tensor) -> bool:
-    """Whether someone wants to see or change the parameter's gradient; if so, sinks' own hooks are put behind those."""
+def has_foreign_hook(param: Tensor) -> bool:
+    """Whether someone else's tensor hook is to see or change the parameter's gradient."""
     hooks: dict[int, Callable[..., Any]] | None = param._backward_hooks
-    if not hooks:
-        return False
-    if all(map(_is_own, hooks.values())):
-        return False
-    for key in [key for key, hook in hooks.items() if _is_own(hook)]:
-        hooks[key] = hooks.pop(key)
-    return True
+    return hooks is not None and not all(map(_is_own, hooks.values()))
 
 
 def accumulates(node: Any) -> bool:
@@ -270,7 +264,7 @@ def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> 
     edges = node.next_functions
     found: list[GradSink | None] = []
     for i, param in enumerate(parameters, first):
-        if param is None or not accumulates(edges[i][0]) or _has_foreign_hook(param):
+        if param is None or not accumulates(edges[i][0]) or has_foreign_hook(param):
             found.append(None)
         else:
             found.append(_SINKS.get(param) or (scope.adopt and scope.adopt(param)))

@@ -8,27 +8,76 @@ All other gradients stay scaled, as with torch's class, and ``unscale_`` unscale
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from ..ops import unscale_
+from ..ops import grad_sqnorm
 from ..ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
-from .main_grads import ParameterSink
+from ..optim import AdamW
+from .main_grads import ParameterSink, unscale_grad
 
 _T = TypeVar("_T")
 _HALVES = (torch.float16, torch.bfloat16)
+# Those that take one dtype alone, or keep squares in the parameter's, where fp16 makes them 0 (AdamW is an Adam).
+_NOT_IN_FP16 = tuple(
+    getattr(torch.optim, name) for name in ("Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+)
+_ADOPTING = threading.Lock()  # backwards of several devices run in several threads
 
 
 def _several_processes() -> bool:
     """Whether gradients may be sums over processes by now (DistributedDataParallel, or an all-reduce by hand)."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (param for group in optimizer.param_groups for param in group["params"])
+
+
+def _as_optimizer(params: list[Tensor]) -> Any:
+    """All that torch's class reads of an optimizer to unscale its gradients."""
+    return SimpleNamespace(param_groups=[{"params": params}])
+
+
+@contextmanager
+def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While it lasts, bf16 parameters have bf16 gradients, rounded once from the fp32 ones, which come back after it.
+
+    An optimizer that does not know of main gradients may mix them with state of the parameter's dtype, or hand both to
+    a kernel that reads one dtype. fp16 would lose small gradients at true scale: those stay fp32, where that works.
+    """
+    handed: list[tuple[Tensor, Tensor, Tensor]] = []
+    for param in _parameters(optimizer):
+        main = param.grad
+        if main is None or main.dtype != torch.float32 or param.dtype not in _HALVES:
+            continue
+        if param.dtype == torch.bfloat16:
+            handed.append((param, main, main.to(torch.bfloat16)))
+        elif isinstance(optimizer, _NOT_IN_FP16) or getattr(optimizer, "defaults", {}).get("fused"):
+            raise TypeError(
+                f"{type(optimizer).__name__} cannot update float16 parameters from their fp32 gradients: use "
+                "spu.optim.AdamW, which keeps an fp32 master of each, or keep the parameters in fp32"
+            )
+    for param, _, narrow in handed:
+        param.grad = None
+        param.grad_dtype = torch.bfloat16
+        param.grad = narrow
+    try:
+        yield
+    finally:
+        for param, main, narrow in handed:
+            left = param.grad
+            param.grad = None
+            param.grad_dtype = torch.float32
+            if left is not None:  # else the optimizer, or a hook of it, has cleared it
+                param.grad = main if left is narrow else left.to(torch.float32)
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -48,9 +97,8 @@ class GradScaler(torch.amp.GradScaler):
         self._prepare()
 
     def _prepare(self) -> None:
-        self._lock = threading.Lock()  # backwards of several devices run in several threads
-        self._root: BackwardScope | None = None  # of the present scale
-        self._sinks: WeakSet[ParameterSink] = WeakSet()
+        self._root: BackwardScope | None = None
+        self._root_of: tuple[Tensor, int] | None = None  # the scale that it was made for, and its version
 
     def scale(self, outputs: Any) -> Any:
         """outputs * scale, as torch's; backwards from the result know the scale."""
@@ -66,71 +114,74 @@ class GradScaler(torch.amp.GradScaler):
 
     def _scope(self, device: torch.device) -> BackwardScope:
         """This scale's scope on a device. Later scales have scopes of their own: a scaled loss keeps its scale."""
-        if self._root is None:
-            scale = cast(Tensor, self._scale).detach().clone().reshape(1)
+        present = cast(Tensor, self._scale)
+        root = self._root
+        if (
+            root is None
+            or self._root_of is None
+            or self._root_of[0] is not present
+            or self._root_of[1] != present._version
+        ):
+            scale = present.detach().clone().reshape(1)
             inv_scale = scale.double().reciprocal().float()
-            self._root = BackwardScope(scale, inv_scale, torch.zeros_like(scale), adopt=self._adopt)
-        return self._root.on(device)
+            root = self._root = BackwardScope(scale, inv_scale, torch.zeros_like(scale), adopt=self._adopt)
+            self._root_of = present, present._version
+        return root.on(device)
 
     def _adopt(self, param: Tensor) -> GradSink | None:
         """Gives a parameter the sink that makes its gradients arrive unscaled, and unscales what it has already."""
-        with self._lock:
+        with _ADOPTING:
             found = sink_of(param)
             if found is not None:
                 return found
             sink = ParameterSink(cast(torch.nn.Parameter, param), adopted=True)
-            assert sink.found_inf is not None
-            self._sinks.add(sink)
-            grad = param.grad
-            if grad is not None:
-                param.grad = None
+            if param.grad is not None:
+                unscale_grad(param, self._scope(param.device).inv_scale)
+                sink.at_true_scale = True
             if param.dtype in _HALVES:
                 param.grad_dtype = torch.float32
-            if grad is not None:
-                value = torch.empty(param.shape, dtype=torch.float32, device=param.device)
-                inv_scale = self._scope(param.device).inv_scale
-                unscale_(grad, value, inv_scale, sink.found_inf, accumulate=False)
-                param.grad, sink.seen = value, True
             attach_sink(param, sink)
             param.register_hook(sink.unscale)
             return sink
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """torch's: divides those of the optimizer's gradients by the scale that are not at true scale yet."""
+        super().unscale_(optimizer)
+        if self._enabled:
+            for param in _parameters(optimizer):
+                sink = sink_of(param)
+                if isinstance(sink, ParameterSink) and sink.adopted:
+                    sink.at_true_scale = False  # until the next backward: what the user leaves or puts here is scaled
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         """Unscales what is still scaled; the result speaks for all of the optimizer's gradients.
 
-        A gradient that other processes have had a part in since its backward, or that was changed by hand, is looked at
-        again: what the backward saw says nothing about it.
+        It speaks of the values that are there now, as torch's does: what a backward saw may have been zeroed, repaired,
+        clipped, replaced or reduced since, and no counter tells of a write through ``.data`` or by a foreign kernel.
         """
         scaled: list[Tensor] = []
-        unchecked: list[Tensor] = []
-        reduced = _several_processes()
-        flags: dict[torch.device, dict[int, Tensor]] = {}
-        for param in (param for group in optimizer.param_groups for param in group["params"]):
-            if param.grad is None:
+        others: list[Tensor] = []  # at true scale, but of another kind than our backward leaves
+        true: dict[torch.device, list[Tensor]] = {}
+        reduced = _several_processes()  # the gradient of a parameter that this process did not use comes from others
+        for param in _parameters(optimizer):
+            grad = param.grad
+            if grad is None:
                 continue
             sink = sink_of(param)
-            if sink is None and param.dtype in _HALVES and param.grad.layout == torch.strided:
-                sink = self._adopt(param)
-            if not isinstance(sink, ParameterSink):
+            if sink is None and param.dtype in _HALVES and param.requires_grad and grad.layout == torch.strided:
+                sink, grad = self._adopt(param), cast(Tensor, param.grad)
+            if not isinstance(sink, ParameterSink) or not (sink.at_true_scale or reduced):
                 scaled.append(param)
-                continue
-            self._sinks.add(sink)
-            if reduced or (sink.found_inf is not None and not sink.is_checked(param.grad)):
-                unchecked.append(param)
-                continue
-            flag = self._scope(param.device).found_inf if sink.found_inf is None else sink.found_inf
-            flags.setdefault(param.device, {})[id(flag)] = flag
-        rest = SimpleNamespace(param_groups=[{"params": scaled}])
-        found = super()._unscale_grads_(cast(Any, rest), inv_scale, found_inf, allow_fp16)
-        if unchecked:
-            rest = SimpleNamespace(param_groups=[{"params": unchecked}])
-            again = super()._unscale_grads_(cast(Any, rest), torch.ones_like(inv_scale), found_inf, allow_fp16)
-            for device, flag in again.items():
-                flags.setdefault(device, {})[id(flag)] = flag.reshape(1)
-        for device, own in flags.items():
-            flag = torch.cat(list(own.values())).amax()
+            elif grad.dtype == torch.float32 and grad.layout == torch.strided:
+                true.setdefault(grad.device, []).append(grad)
+            else:
+                others.append(param)
+        found = super()._unscale_grads_(_as_optimizer(scaled), inv_scale, found_inf, allow_fp16)
+        flags = [super()._unscale_grads_(_as_optimizer(others), torch.ones_like(inv_scale), found_inf, allow_fp16)]
+        flags += [{device: (~grad_sqnorm(grads).isfinite()).float().squeeze(0)} for device, grads in true.items()]
+        for device, flag in (pair for found_here in flags for pair in found_here.items()):
             found[device] = torch.maximum(found[device], flag) if device in found else flag
         return found
 
@@ -138,33 +189,23 @@ class GradScaler(torch.amp.GradScaler):
         """torch's: unscales if that has not been done, and updates unless a gradient is not finite.
 
         With an optimizer that skips on its own (``spu.optim.AdamW``, torch's with ``fused=True``) nothing waits for
-        the device.
+        the device. Other optimizers than ``spu.optim.AdamW`` find bf16 gradients in bf16 parameters, as in plain torch.
+
+        Raises:
+            TypeError: fp16 parameters and an optimizer of torch's that cannot update them.
         """
         # Not left to an optimizer that unscales by itself: it cannot know which gradients are unscaled already.
         ready = self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
         if ready and "closure" not in kwargs:
             self.unscale_(optimizer)
-        return super().step(optimizer, *args, **kwargs)
-
-    def update(self, new_scale: float | Tensor | None = None) -> None:
-        """torch's: backs off after a step with a non-finite gradient, grows after ``growth_interval`` good ones."""
-        super().update(new_scale)
-        self._root = None
-        sinks = [sink for sink in self._sinks if sink.seen]
-        flags = [sink.found_inf for sink in sinks if sink.found_inf is not None]
-        if flags:
-            torch._foreach_zero_(flags)
-        for sink in sinks:
-            sink.seen = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state of this class or of torch.amp.GradScaler."""
-        super().load_state_dict(state_dict)
-        self._root = None
+        if isinstance(optimizer, AdamW):
+            return super().step(optimizer, *args, **kwargs)
+        with _narrow_gradients(optimizer):
+            return super().step(optimizer, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {key: value for key, value in state.items() if key not in ("_lock", "_root", "_sinks")}
+        return {key: value for key, value in state.items() if key not in ("_root", "_root_of")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

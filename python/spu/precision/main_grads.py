@@ -7,6 +7,7 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,7 +18,18 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
-from ..ops.sink import BackwardScope, GradSink, accumulates, adopting, attach_sink, current_scope, detach_sink, sink_of
+from ..ops.sink import (
+    BackwardScope,
+    GradSink,
+    accumulates,
+    adopting,
+    attach_sink,
+    current_scope,
+    detach_sink,
+    graph_task_id,
+    has_foreign_hook,
+    sink_of,
+)
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
@@ -32,16 +44,14 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     )
 
 
-def _stamp(grad: Tensor) -> tuple[int, int]:
-    """Changes when someone replaces a gradient or writes to it; our own ops leave it."""
-    return grad.data_ptr(), grad._version
+def _now_or_later(param: Tensor, accumulate: Callable[[BackwardScope], None]) -> None:
+    """Does a sink's work, or leaves it to whoever defers the weight gradients of this backward.
 
-
-def _now_or_later(accumulate: Callable[[BackwardScope], None]) -> None:
-    """Does a sink's work, or leaves it to whoever defers the weight gradients of this backward."""
+    At once where a post-accumulate hook is to see the gradient: autograd runs it at the end of this backward.
+    """
     scope = current_scope()
     assert scope is not None
-    if scope.deferred is not None:
+    if scope.deferred is not None and not param._post_accumulate_grad_hooks:
         scope.deferred.append(partial(accumulate, scope))
     else:
         accumulate(scope)
@@ -52,69 +62,79 @@ class ParameterSink:
 
     Args:
         param: held weakly.
-        adopted: by a GradScaler; the sink then has a found_inf of its own, on the parameter's device, instead of its
-            scopes'.
+        adopted: by a GradScaler, whose users may put gradients of their own into ``param.grad``: scaled ones, as with
+            torch's.
     """
 
     def __init__(self, param: nn.Parameter, adopted: bool = False) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
+        self.adopted = adopted
         self.needs_scope = False
-        self.found_inf = torch.zeros(1, dtype=torch.float32, device=param.device) if adopted else None
-        self.seen = False  # whether it may be set
-        self._written: tuple[int, int] | None = None  # the gradient as the last fused op left it, if that came last
+        self.at_true_scale = not adopted  # what ``param.grad`` holds; adopted: from a backward to the next unscale_
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
+        self._lock = threading.Lock()  # backwards in several threads may meet here
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        _now_or_later(partial(self._accumulate, linear_dw_, (dz, x), backend))
+        _now_or_later(self._parameter(), partial(self._accumulate, linear_dw_, (dz, x), backend))
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
-        _now_or_later(partial(self._accumulate, linear_db_, (dz,), backend))
+        _now_or_later(self._parameter(), partial(self._accumulate, linear_db_, (dz,), backend))
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
         """``linear_weight`` here and ``linear_bias`` there, in one op unless only one of them adds to something."""
-        if isinstance(bias_sink, ParameterSink) and self.found_inf is None and bias_sink.found_inf is None:
-            _now_or_later(partial(self._accumulate_both, bias_sink, dz, x, backend))
+        if isinstance(bias_sink, ParameterSink) and not bias_sink._parameter()._post_accumulate_grad_hooks:
+            _now_or_later(self._parameter(), partial(self._accumulate_both, bias_sink, dz, x, backend))
         else:
             self.linear_weight(dz, x, backend)
             bias_sink.linear_bias(dz, backend)
 
     def _accumulate(self, op: Any, operands: tuple[Tensor, ...], backend: str, scope: BackwardScope) -> None:
-        grad, accumulate = self._target()
-        if self.found_inf is not None:
-            scope = scope.on(grad.device)
-        op(*operands, grad, scope.inv_scale, self._flag(scope, accumulate), accumulate=accumulate, backend=backend)
-        self._keep(grad)
+        with self._lock:
+            scope = self._settle(scope)
+            grad, adds = self._target()
+            op(*operands, grad, scope.inv_scale, scope.found_inf, accumulate=adds, backend=backend)
+            self._keep(grad)
 
     def _accumulate_both(self, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str, scope: BackwardScope) -> None:
-        if (self._parameter().grad is None) != (bias._parameter().grad is None):
-            self._accumulate(linear_dw_, (dz, x), backend, scope)
-            bias._accumulate(linear_db_, (dz,), backend, scope)
-            return
-        (weight_grad, adds), (bias_grad, _) = self._target(), bias._target()
-        flags = scope.inv_scale, scope.found_inf
-        linear_dw_db_(dz, x, weight_grad, bias_grad, *flags, accumulate=adds, backend=backend)
-        self._keep(weight_grad)
-        bias._keep(bias_grad)
+        with self._lock, bias._lock:
+            scope, _ = self._settle(scope), bias._settle(scope)
+            (weight_grad, adds), (bias_grad, bias_adds) = self._target(), bias._target()
+            flags = scope.inv_scale, scope.found_inf
+            if adds == bias_adds:
+                linear_dw_db_(dz, x, weight_grad, bias_grad, *flags, accumulate=adds, backend=backend)
+            else:
+                linear_dw_(dz, x, weight_grad, *flags, accumulate=adds, backend=backend)
+                linear_db_(dz, bias_grad, *flags, accumulate=bias_adds, backend=backend)
+            self._keep(weight_grad)
+            bias._keep(bias_grad)
+
+    def _settle(self, scope: BackwardScope) -> BackwardScope:
+        """Makes what ``grad`` holds something to add to; the scope on the parameter's device."""
+        param = self._parameter()
+        if self.adopted:
+            scope = scope.on(param.device)
+        grad = param.grad
+        if grad is not None and not self.at_true_scale:
+            unscale_grad(param, scope.inv_scale)
+        elif grad is not None and (grad.dtype != torch.float32 or grad.layout != torch.strided):
+            with torch.no_grad():
+                param.grad = grad.to_dense().to(torch.float32)
+        self.at_true_scale = True
+        return scope
 
     def _target(self) -> tuple[Tensor, bool]:
-        """(where the next contribution goes, whether it is added to what is there)."""
+        """(where an op writes the next contribution, whether it adds it to what is there)."""
         param = self._parameter()
         grad = param.grad
-        if grad is not None and not _is_main_grad(grad, param):
-            # Someone else's gradient (of another layout): replace it by a main gradient of the same value.
-            grad = param.grad = grad.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return (self._take_buffer(param), False) if grad is None else (grad, True)
+        return (self._take_buffer(param), False) if grad is None or not grad.is_contiguous() else (grad, True)
 
+    @torch.no_grad()
     def _keep(self, grad: Tensor) -> None:
         param = self._parameter()
-        if param.grad is not grad:
+        if param.grad is None:
             param.grad = grad
-        if self.found_inf is not None:
-            self._written = _stamp(grad)
-
-    def is_checked(self, grad: Tensor) -> bool:
-        """Whether the own flag speaks of this gradient: not of one that was changed after the backward."""
-        return self.found_inf is not None and (self._written is None or self._written == _stamp(grad))
+        elif param.grad is not grad:  # laid out in another way by the user, to whom it belongs: it stays
+            param.grad.add_(grad)
 
     def _parameter(self) -> Tensor:
         param = self._param()
@@ -122,19 +142,12 @@ class ParameterSink:
         return param
 
     def _take_buffer(self, param: Tensor) -> Tensor:
+        if param.grad_dtype != torch.float32:  # lost by module.half()
+            param.grad_dtype = torch.float32
         buffer, self._buffer = self._buffer, None
         if buffer is None or not _is_main_grad(buffer, param):
             return torch.empty(param.shape, dtype=torch.float32, device=param.device)
         return buffer
-
-    def _flag(self, scope: BackwardScope, accumulate: bool) -> Tensor:
-        """Where this contribution reports a non-finite value; the own flag speaks of the gradient that is there now."""
-        if self.found_inf is None:
-            return scope.found_inf
-        if self.seen and not accumulate:
-            self.found_inf.zero_()
-        self.seen = True
-        return self.found_inf
 
     def begin_step(self) -> None:
         param = self._parameter()
@@ -144,22 +157,39 @@ class ParameterSink:
         param.grad_dtype = torch.float32
 
     def unscale(self, grad: Tensor | None) -> Tensor | None:
-        """Leaf hook: inside a scope, the gradient unscaled to fp32 and checked; outside, the gradient as it is."""
+        """Tensor hook: inside a scope, the gradient unscaled to fp32 and checked; outside, the gradient as it is."""
         scope, param = current_scope(), self._param()
         if grad is None or param is None:  # None: all uses were fused and went to the sink
             return grad
         if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
             return grad
+        node = get_gradient_edge(param).node
+        if not accumulates(node):  # torch.autograd.grad returns it, as it is
+            return grad
         if scope is None:
-            if self.needs_scope or (self.found_inf is not None and adopting()):
+            if self.needs_scope or (self.adopted and adopting()):
                 raise RuntimeError(
                     "a gradient came from a backward inside the backward, which does not know the loss scale: use "
                     "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
                 )
+            self.at_true_scale = True
             return grad
-        if not accumulates(get_gradient_edge(param).node):  # torch.autograd.grad returns it, as it is
-            return grad
-        if grad.layout != torch.strided:
+        if not has_foreign_hook(param):
+            return self._unscaled(grad, scope)
+        # Others see the scaled gradient, also if their hooks come after this one: a node's run after all of a tensor's.
+        task = graph_task_id()
+
+        def unscale_at_last(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if graph_task_id() != task:
+                return grads
+            handle.remove()
+            return (self._unscaled(grads[0], scope),)
+
+        handle = node.register_prehook(unscale_at_last)
+        return grad
+
+    def _unscaled(self, grad: Tensor, scope: BackwardScope) -> Tensor:
+        if grad.layout != torch.strided and not self.adopted:
             raise TypeError(
                 f"MainGrads: a gradient of layout {grad.layout} cannot be unscaled: build the layer with dense "
                 "gradients (nn.Embedding(..., sparse=False))"
@@ -168,13 +198,27 @@ class ParameterSink:
             self._buffer = None  # autograd moves the first gradient into place
             return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
-        first = param.grad is None
-        self._written = None
-        if self.found_inf is not None:
-            scope = scope.on(param.device)
-        value = self._take_buffer(param) if first else torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-        unscale_(grad, value, scope.inv_scale, self._flag(scope, accumulate=not first), accumulate=False)
+        with self._lock:
+            scope, param = self._settle(scope), self._parameter()
+            if grad.layout != torch.strided:
+                return grad * scope.inv_scale.squeeze(0)  # a hook has to leave the layout
+            value = self._take_buffer(param) if param.grad is None else grad.new_empty(grad.shape, dtype=torch.float32)
+        unscale_(grad, value, scope.inv_scale, scope.found_inf, accumulate=False)
         return value
+
+
+@torch.no_grad()
+def unscale_grad(param: Tensor, inv_scale: Tensor) -> None:
+    """Brings a scaled ``param.grad`` to true scale in fp32; in place, if it is that already: it may be a view of a
+    buffer of the user's."""
+    grad = param.grad
+    assert grad is not None
+    if grad.dtype == torch.float32 and grad.layout == torch.strided:
+        grad.mul_(inv_scale.squeeze(0))
+        return
+    param.grad = None
+    param.grad_dtype = torch.float32
+    param.grad = grad.to_dense().to(torch.float32) * inv_scale.squeeze(0)
 
 
 class MainGrads:

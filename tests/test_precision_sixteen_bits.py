@@ -1,0 +1,110 @@
+"""spu.GradScaler, parameters in 16 bits, and optimizers that do not know of main gradients."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spu
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+NAMES = [
+    "SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor",
+]  # fmt: skip
+WAYS: list[dict[str, Any]] = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"momentum": 0.9}]
+CASES = [
+    (name, way) for name in NAMES for way in WAYS
+    if all(key in inspect.signature(getattr(torch.optim, name)).parameters for key in way)
+]  # fmt: skip
+
+
+def train(scaler: Any, name: str, way: dict[str, Any], accelerated: bool, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    if accelerated:
+        spu.accelerate(model)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, **way)
+    for factor in (1.0, float("inf"), 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(X.to(dtype)).float().square().mean() * factor).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    return model
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize(("name", "way"), CASES, ids=str)
+def test_bf16_parameters_train_with_torchs_optimizers(name: str, way: dict[str, Any], accelerated: bool) -> None:
+    """Adam and its kin used to fail at the first step: they take gradients of the parameter's dtype alone."""
+    plain = train(torch.amp.GradScaler("cpu", 64.0), name, way, False, torch.bfloat16)
+    ours = train(spu.GradScaler("cpu", 64.0), name, way, accelerated, torch.bfloat16)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.02)  # two or three steps of 0.01
+
+
+@pytest.mark.parametrize(("name", "way"), CASES, ids=str)
+def test_fp16_parameters_train_or_are_refused_before_anything_moves(name: str, way: dict[str, Any]) -> None:
+    """torch's scaler refuses fp16 parameters altogether. RMSprop's squares, kept in fp16, made NaN weights."""
+    if name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta") or "fused" in way:
+        with pytest.raises(TypeError, match=r"fp32 gradients: use spu.optim.AdamW"):
+            train(spu.GradScaler("cpu", 64.0), name, way, True, torch.float16)
+        return
+    model = train(spu.GradScaler("cpu", 64.0), name, way, True, torch.float16)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_refused_step_leaves_weights_and_state_alone() -> None:
+    layer = spu.accelerate(nn.Linear(4, 2)).half()
+    optimizer, scaler = torch.optim.AdamW(layer.parameters()), spu.GradScaler("cpu", init_scale=8.0)
+    before = layer.weight.detach().clone()
+    scaler.scale(layer(X.half()).float().sum()).backward()
+    with pytest.raises(TypeError, match=r"AdamW cannot update float16"):
+        scaler.step(optimizer)
+    assert torch.equal(layer.weight, before)
+    assert not optimizer.state
+    assert layer.weight.grad.dtype == torch.float32
+    other = spu.optim.AdamW(layer.parameters())
+    scaler.step(other)
+    assert not torch.equal(layer.weight, before)
+
+
+def test_an_optimizer_that_clears_its_gradients() -> None:
+    layer = spu.accelerate(nn.Linear(4, 2)).bfloat16()
+    optimizer, scaler = torch.optim.AdamW(layer.parameters()), spu.GradScaler("cpu", init_scale=8.0)
+    dtypes = []
+    optimizer.register_step_pre_hook(lambda o, *_: dtypes.append(layer.weight.grad.dtype))
+    optimizer.register_step_post_hook(lambda o, *_: o.zero_grad())
+    for _ in range(2):
+        scaler.scale(layer(X.bfloat16()).float().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert layer.weight.grad is None
+    assert dtypes == [torch.bfloat16] * 2
+
+
+def test_frozen_after_its_backward() -> None:
+    layer = nn.Linear(4, 2).bfloat16()
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.1), spu.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(layer(X.bfloat16()).float().sum()).backward()
+    expected = layer.weight.grad.float() / 8
+    layer.weight.requires_grad_(False)
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(layer.weight.grad.float(), expected)
+    scaler.step(optimizer)
+
+
+def test_a_model_that_becomes_bf16_in_the_middle() -> None:
+    layer = spu.accelerate(nn.Linear(4, 2))
+    scaler = spu.GradScaler("cpu", init_scale=8.0)
+    for x in (X, X.bfloat16()):
+        layer.to(x.dtype).zero_grad()
+        scaler.scale(layer(x).float().sum()).backward()
+        assert layer.weight.grad.dtype == torch.float32
+        torch.testing.assert_close(layer.weight.grad, x.float().sum(0).expand(2, 4))
