@@ -83,10 +83,13 @@ class Recorded:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The recomputation, on whatever thread it runs."""
-        self._again = True
-        with carried_by(self):
-            yield
+        """The recomputation, on whatever thread it runs; also while the first run goes on (a backward in a forward)."""
+        before, self._again = self._again, True
+        try:
+            with carried_by(self):
+                yield
+        finally:
+            self._again = before
 
 
 class _Current(threading.local):

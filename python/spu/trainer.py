@@ -17,6 +17,7 @@ from spu.by_hand import ByHand
 from spu.devices import Device, DeviceManager
 from spu.engine.build import DTYPES, Built, build_stages, to_precision, undo_precision
 from spu.engine.bytes import counted_bytes
+from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult
@@ -58,7 +59,8 @@ class ModelParallelTrainer(ByHand):
             between devices of one process: their links are faster than packing).
         recompute: keep only each layer's input for the backward; "auto" does so where the budget asks for it.
         max_grad_norm: clip the global gradient norm to this.
-        seed: of every random draw in the model.
+        seed: of every random draw in the model, with the number of batches that have run forward and backward
+            (``passes_done``).
         loss_weight: ``loss_weight(targets)`` -> how much a microbatch counts; default: its targets that are not
             ``loss_fn.ignore_index`` (-100).
         scaler: a LossScaler of your own, for fp16.
@@ -123,6 +125,7 @@ class ModelParallelTrainer(ByHand):
         self._report, self._replan = report, replan
         self.scaler = scaler or LossScaler(enabled=precision == "fp16")
         self.steps_done = 0
+        self.passes_done = 0
         self._optimizer, self._lr = optimizer, lr
         self._backend = ops.forced_backend()
         self._given_plan = plan
@@ -141,6 +144,7 @@ class ModelParallelTrainer(ByHand):
         """Where everything goes; None before :meth:`prepare` or the first step."""
         return self._plan
 
+    @torch.inference_mode(False)
     def prepare(self, inputs: Any, targets: Any = None) -> Plan:
         """Plan on a sample batch and set the stages up; the first step does it by itself.
 
@@ -167,6 +171,7 @@ class ModelParallelTrainer(ByHand):
             self._plan, self._planner, self._settled = plan, planner, True
         return plan
 
+    @torch.inference_mode(False)
     def replan(self) -> Plan:
         """Plan again from the times that the last step measured, and move the layers if that makes a step shorter.
 
@@ -222,6 +227,7 @@ class ModelParallelTrainer(ByHand):
 
     # Training
 
+    @torch.inference_mode(False)
     def step(self, inputs: Any, targets: Any) -> StepResult:
         """Forward and backward of a whole batch, and one update.
 
@@ -260,6 +266,7 @@ class ModelParallelTrainer(ByHand):
     def _update(self, update: Update, lr_factor: float) -> None:
         self._prepared().updater.apply(update, lr_factor)
         self.steps_done += 1
+        self.passes_done += 1
         self._steps_here += 1
 
     def _look_back(self) -> None:
@@ -272,8 +279,11 @@ class ModelParallelTrainer(ByHand):
             if self._report is not None and before is not None:
                 self._report(replanned(before, after))
 
+    @torch.inference_mode(False)
     def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
         """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
+
+        Each call draws its dropout afresh, as each :meth:`step` does; a checkpoint knows how many there were.
 
         In fp16 an update of your own leaves the step out where ``trainer.scaler.found_inf()`` is not 0, and then, or
         after it, calls ``trainer.scaler.update()``: without that a scale that is too large stays so.
@@ -287,8 +297,10 @@ class ModelParallelTrainer(ByHand):
         """
         done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
         self._prepared().updater.reduce()
+        self.passes_done += 1
         return done.loss, done.outputs
 
+    @torch.inference_mode(False)
     def evaluate(self, inputs: Any, targets: Any) -> float:
         """Mean loss of a batch, in evaluation mode and without gradients.
 
@@ -297,12 +309,12 @@ class ModelParallelTrainer(ByHand):
         count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
         rows = self.accumulate * (count if isinstance(count, int) else 1)
         self.prepare(at_least(inputs, rows), at_least(targets, rows))
-        return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.steps_done).item()
+        return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
         self.prepare(inputs, targets)
         done = self._prepared().accumulate(
-            inputs, targets, seed=self.seed, step=self.steps_done, keep_outputs=keep_outputs
+            inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
         )
         self._timeline = done.timeline
         return done
@@ -364,14 +376,17 @@ class ModelParallelTrainer(ByHand):
             raise RuntimeError("nothing to save yet: call prepare() or step() first")
         meta = {
             "step": self.steps_done,
+            "passes": self.passes_done,
             "seed": self.seed,
             "precision": self.precision,
             "scaler": self.scaler.state_dict(),
+            "generators": generator_states(self._runner.built.stages),
             "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
         save_training(path, self._runner.built, self._runner.updater.optimizers, meta)
 
+    @torch.inference_mode(False)
     def load(self, path: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint: weights, optimizer, loss scale and step. Call :meth:`prepare` first.
 
@@ -389,6 +404,8 @@ class ModelParallelTrainer(ByHand):
             self.scaler.load_state_dict(meta["scaler"])
         self._runner.updater.broken = ""
         self.steps_done = meta["step"]
+        self.passes_done = meta.get("passes", self.steps_done)
+        set_generator_states(self._runner.built.stages, meta.get("generators", {}))
         self.seed = meta["seed"]
         return meta["extra"]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
+from spu.engine.draws import same
 from spu.engine.randomness import LayerRandomness
-from spu.skips import Recorded, carried_by, current_carrier
+from spu.engine.replay import run_twice
 
 __all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
 
@@ -42,51 +40,57 @@ class Layer:
     module: nn.Module
     wants_inputs: bool = False
     parameter_names: dict[str, str] = field(default_factory=dict)
-    _stochastic: dict[bool, bool] = field(default_factory=dict)
+    _constant: set[tuple[str, str]] = field(default_factory=set)
+    _unknown: tuple[torch.Generator, Moment] | None = None
 
-    def run(self, x: Any, inputs: Any, moment: Moment) -> Any:
-        """Call the module, with random draws that depend on ``moment`` and the layer's name alone."""
-        training = self.module.training
-        if moment.microbatch == 0 or self._stochastic.get(training, True):
-            with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name) as context:
-                output = self._call(x, inputs)
-            # Most layers never draw; they skip the context, and its cost, but in each step's first microbatch: a
-            # dropout may be switched on later.
-            self._stochastic[training] = context.draws > 0 or self._stochastic.get(training, False)
-            return output
-        return self._call(x, inputs)
+    def run(self, x: Any, inputs: Any, moment: Moment, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
+        """Call the module, with random draws that depend on ``moment`` and the layer's name alone.
+
+        Args:
+            x, inputs: what it is called with.
+            moment: decides its draws from default generators.
+            on_own: called with a generator of the layer's own before it is drawn from.
+
+        Raises:
+            RuntimeError: it draws from a generator whose state no checkpoint could hold.
+        """
+
+        def own(generator: torch.Generator) -> None:
+            self._check_own(generator, moment)
+            if on_own is not None:
+                on_own(generator)
+
+        with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name, on_own=own):
+            return self.module(x, inputs) if self.wants_inputs else self.module(x)
 
     def run_checkpointed(self, x: Any, inputs: Any, moment: Moment) -> Any:
         """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
 
         Raises:
-            RuntimeError: the layer changes its input in place, other than by modules that say so (``inplace=True``).
+            RuntimeError: the layer could not be repeated: it changes its input in place, other than by modules that say
+                so (``inplace=True``), or a large buffer in some microbatches only.
         """
-        in_place = any(getattr(module, "inplace", False) for module in self.module.modules())
-        tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, torch.Tensor)]
-        versions = [tensor._version for tensor in tensors]
-        skips = Recorded(current_carrier())
-        output = checkpoint(
-            self._run_on_copy if in_place else self.run,
-            x,
-            inputs,
-            moment,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (carried_by(skips), _again(self.module, skips)),
+        return run_twice(
+            self.module, self.name, x, lambda again, own: self.run(again, inputs, moment, own), self._constant
         )
-        if versions != [tensor._version for tensor in tensors]:
+
+    def _check_own(self, generator: torch.Generator, moment: Moment) -> None:
+        if any(same(generator, known) for _, known in self.named_generators()):
+            return
+        # One that is made in the forward and seeded there needs no checkpoint: it is never met a second time.
+        if self._unknown is not None and same(self._unknown[0], generator) and self._unknown[1] != moment:
             raise RuntimeError(
-                f"layer {self.name!r} changes its input in place, so that running it again would not repeat it: "
-                "change a copy there, or train with recompute=False"
+                f"layer {self.name!r} draws from a generator (generator=) that is no attribute of its modules, so that "
+                "no checkpoint could hold its state: keep it in one, as self.generator = torch.Generator()"
             )
-        return output
+        self._unknown = (generator, moment)
 
-    def _run_on_copy(self, x: Any, inputs: Any, moment: Moment) -> Any:
-        return self.run(pytree.tree_map_only(torch.Tensor, torch.clone, x), inputs, moment)
-
-    def _call(self, x: Any, inputs: Any) -> Any:
-        return self.module(x, inputs) if self.wants_inputs else self.module(x)
+    def named_generators(self) -> Iterator[tuple[str, torch.Generator]]:
+        """Generators of the layer's own, which its modules have as attributes."""
+        for path, module in self.module.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Generator):
+                    yield ".".join(filter(None, (self.name, path, name))), value
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their name in the user's model, one that is used twice under both names."""
@@ -99,26 +103,6 @@ class Layer:
         for local, buffer in self.module.named_buffers():
             if local in persistent:
                 yield self.parameter_names.get(local, f"{self.name}.{local}"), buffer
-
-
-@contextlib.contextmanager
-def _again(module: nn.Module, skips: Recorded) -> Iterator[None]:
-    """Around a recomputation, which must change nothing and find what the first run found."""
-    with skips.again(), _buffers_set_aside(module):
-        yield
-
-
-@contextlib.contextmanager
-def _buffers_set_aside(module: nn.Module) -> Iterator[None]:
-    """Run on copies of the buffers: a recomputation must not count a batch twice in running statistics."""
-    own = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    for holder, name, buffer in own:
-        holder._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for holder, name, buffer in own:
-            holder._buffers[name] = buffer
 
 
 def model_layers(model: Any) -> list[Layer]:

@@ -48,7 +48,10 @@ def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
 
     def pieces(leaf: Any) -> tuple[Any, ...]:
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return torch.tensor_split(leaf, parts)
+            if leaf.is_inference():  # autograd would not save it for a backward
+                leaf = leaf.clone()
+            # Views share a version counter: a layer that changes its input in place would seem to change them all.
+            return tuple(part if part.requires_grad else part.data for part in torch.tensor_split(leaf, parts))
         return (leaf,) * parts
 
     columns = [pieces(leaf) for leaf in leaves]

@@ -10,14 +10,16 @@ context around the same layer.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["LayerRandomness", "layer_seed"]
+from spu.engine.draws import drawn_from
 
-_aten = torch.ops.aten
+__all__ = ["LOSS", "BackwardRandomness", "LayerRandomness", "layer_seed"]
+
+LOSS = "(loss)"  # the loss function's name for its draws
 
 
 def layer_seed(run_seed: int, step: int, microbatch: int, layer_name: str) -> int:
@@ -26,83 +28,119 @@ def layer_seed(run_seed: int, step: int, microbatch: int, layer_name: str) -> in
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-class LayerRandomness(TorchDispatchMode):
+class LayerRandomness:
     """Context, local to the calling thread, in which every random operator draws from a generator of its own.
+
+    An operator that was given a generator by the caller draws from that one, as always. Functions that save or set the
+    state of torch's default generator reach this context's while it lasts.
 
     Args:
         run_seed: the seed of the whole run.
         step: index of the optimizer step, from 0.
         microbatch: index of the microbatch in the step, counted over all accumulation rounds.
         layer_name: the layer's name in the model.
+        on_own: called with a generator of the caller's before something draws from it.
 
     Attributes:
-        draws: how many random operators have run inside; 0 says that the layer does not need this context.
+        draws: how often something has drawn, or looked at the generator, inside.
     """
 
-    def __init__(self, run_seed: int, step: int, microbatch: int, layer_name: str) -> None:
-        super().__init__()
-        self._seed = layer_seed(run_seed, step, microbatch, layer_name)
+    def __init__(
+        self,
+        run_seed: int,
+        step: int,
+        microbatch: int,
+        layer_name: str,
+        *,
+        on_own: Callable[[torch.Generator], None] | None = None,
+    ) -> None:
+        self._key = (run_seed, step, microbatch, layer_name)
+        self._on_own = on_own
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._context = drawn_from(self)
         self.draws = 0
 
-    def _generator(self, device: torch.device) -> torch.Generator:
+    def __enter__(self) -> LayerRandomness:
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The one that stands for the device's default generator."""
+        self.draws += 1
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device=device)
-            generator.manual_seed(self._seed)
+            generator.manual_seed(layer_seed(*self._key))
         return generator
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or _without_dropout(func, args, kwargs):
-            return func(*args, **kwargs)
-        self.draws += 1
-        device = _device_of(args, kwargs)
-        if func is _aten.native_dropout.default:
-            return self._dropout(device, *args, **kwargs)
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            kwargs = {**kwargs, "generator": self._generator(device)}
-            return func(*args, **kwargs)
-        seeded = getattr(func.overloadpacket, "generator", None)
-        if seeded is not None:
-            return seeded(*args, generator=self._generator(device), **kwargs)
-        return self._from_device_generator(device, func, args, kwargs)
-
-    def _dropout(
-        self, device: torch.device, x: torch.Tensor, p: float, train: bool | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if train is False or p == 0.0:
-            return x.clone(), torch.ones_like(x, dtype=torch.bool)
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p, generator=self._generator(device))
-        return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0), keep
-
-    def _from_device_generator(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
-        # A fused kernel such as flash attention takes its state from the device's default generator. One stage worker
-        # owns the device, so seeding that generator here races with nobody. The CPU's default generator is shared.
-        if device.type != "cuda":
-            raise RuntimeError(
-                f"the random operator {func} takes no generator on {device}, so its draws could not be repeated; "
-                "use an attention implementation without fused dropout, or set that dropout to 0"
-            )
-        generator = torch.cuda.default_generators[device.index or 0]
-        generator.manual_seed((self._seed + self.draws) % 2**63)
-        return func(*args, **kwargs)
+    def own(self, generator: torch.Generator) -> None:
+        """Something is about to draw from a generator of the caller's."""
+        if self._on_own is not None:
+            self._on_own(generator)
 
 
-def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it is a fused attention that is called with dropout 0: marked as random, it draws nothing then."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
-            return given == 0.0
-    return False
+class BackwardRandomness:
+    """What draws in the backward of one microbatch: a node's draws are those of the layer whose forward made it.
+
+    A layer's backward has generators of its own. A replay (``torch.utils.checkpoint``) that sets the state that it saved
+    in the forward finds the forward's draws again; what draws afresh in a backward draws the same in every schedule and
+    split.
+
+    Nodes are told apart by the sequence number that autograd gives each node of one thread.
+    """
+
+    def __init__(self, run_seed: int, step: int, microbatch: int) -> None:
+        self._moment = (run_seed, step, microbatch)
+        self._starts: list[int] = []
+        self._names: list[str] = []
+        self._sources: dict[str, LayerRandomness] = {}
+        self._end = -1
+        self._last = 0
+
+    def layer(self, name: str) -> None:
+        """In the forward: from here on nodes belong to this layer."""
+        self._starts.append(_sequence_number())
+        self._names.append(name)
+
+    def end(self) -> None:
+        """In the forward: from here on nodes belong to nothing."""
+        self._end = _sequence_number()
+
+    def during(self, device: torch.device) -> drawn_from:
+        """The context of the backward."""
+        return drawn_from(self, (device.index or 0) if device.type == "cuda" else None)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The one of the layer whose backward is running, for what draws from the device's default generator."""
+        name = self._running()
+        source = self._sources.get(name)
+        if source is None:
+            source = self._sources[name] = LayerRandomness(*self._moment, f"{name}\0backward")
+        return source.generator(device)
+
+    def own(self, generator: torch.Generator) -> None:
+        """Refuses: a pipeline runs forwards and backwards in another order than a plain loop.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"layer {self._running()!r} draws from a generator of its own (generator=) in the backward: the draws "
+            "would depend on the schedule. Draw from the default generator there, or in the forward only"
+        )
+
+    def _running(self) -> str:
+        node = torch._C._current_autograd_node()
+        if node is not None and self._starts:
+            number = node._sequence_nr()
+            # A node that the backward itself has made (a reentrant checkpoint's) belongs to the layer that made it.
+            if self._starts[0] <= number < self._end:
+                self._last = bisect_right(self._starts, number) - 1
+        return self._names[self._last]
 
 
-def _device_of(args: Any, kwargs: Any) -> torch.device:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value.device
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            return value[0].device
-    device = kwargs.get("device")
-    return torch.device(device) if device is not None else torch.get_default_device()
+def _sequence_number() -> int:
+    return torch._C._autograd._get_sequence_nr()

@@ -10,6 +10,7 @@ import torch
 
 from spu import schedules
 from spu.engine.build import DTYPES, Built
+from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine, Round
 from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
@@ -78,8 +79,9 @@ class Runner:
         self._ranks = [plan.devices.index(stage.device) for stage in plan.stages]
         self._loss_weight = loss_weight
         self._ignore_index = ignore_index
-        self.engine = LocalEngine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
         try:
+            check_generators(built.stages)
+            self.engine = LocalEngine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
             self.updater = Updater(built, self.engine, scaler, optimizer=optimizer, lr=lr, max_grad_norm=max_grad_norm)
         except BaseException:
             built.restore()
@@ -91,7 +93,7 @@ class Runner:
 
         Args:
             inputs, targets: pytrees of tensors, [batch, ...] each.
-            seed, step: with the microbatch's number, they decide the random draws.
+            seed, step: with the microbatch's number, they decide the random draws; step counts batches.
             keep_outputs: join the last stage's outputs.
 
         Raises:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
+from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
 from spu.ops.cut import Cut, cut
 from spu.ops.sink import BackwardScope, open_scope
@@ -30,6 +31,7 @@ class _InFlight:
     cuts: list[Cut | None]  # where the gradients of the stage's inputs arrive; None for what has none
     outputs: list[Any]  # the stage's outputs, or its scaled loss
     skips: StageSkips | None
+    randomness: BackwardRandomness
 
 
 class Stage:
@@ -89,15 +91,18 @@ class Stage:
             pairs = [_cut(leaf) for leaf in leaves]
             cuts = [end for _, end in pairs]
             x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
+        randomness = BackwardRandomness(moment.run_seed, moment.step, moment.microbatch)
         with carried_by(skips or current_carrier()):
             for layer, again in zip(self.layers, self.recompute, strict=True):
+                randomness.layer(layer.name)
                 step = layer.run_checkpointed if again and train else layer.run
                 x = step(x, inputs, moment)
+        randomness.end()
         if not self.is_last:
             _check_known(x, self.layers[-1].name if self.layers else "")
         if train:
             outputs = [] if self.is_last else pytree.tree_leaves(x)
-            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips)
+            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips, randomness)
         return x
 
     def loss(
@@ -112,7 +117,14 @@ class Stage:
             moment: as given to :meth:`forward`.
             scope: the scale of the backward to come; None when there is none.
         """
-        value = self.loss_fn(outputs, move(targets, self.device.torch_device))
+        targets = move(targets, self.device.torch_device)
+        flight = None if scope is None else self._in_flight[moment.microbatch]
+        if flight is not None:
+            flight.randomness.layer(LOSS)
+        with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, LOSS):
+            value = self.loss_fn(outputs, targets)
+        if flight is not None:
+            flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
@@ -125,8 +137,8 @@ class Stage:
             share = torch.zeros_like(value)
         else:
             share = torch.where(weight > 0, value * weight, torch.zeros_like(value))
-        if scope is not None:
-            self._in_flight[moment.microbatch].outputs.append(share)
+        if flight is not None:
+            flight.outputs.append(share)
         return share.detach()
 
     def backward(self, gradients: Any, moment: Moment, scope: BackwardScope, *, defer: bool = False) -> Any:
@@ -159,7 +171,8 @@ class Stage:
             pairs += flight.skips.gradients()
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
-            torch.autograd.backward(opened, [gradient for _, gradient in pairs])
+            with flight.randomness.during(self.device.torch_device):
+                torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         if flight.skips is not None:
             flight.skips.send_gradients()
         return [None if end is None else end.gradient for end in flight.cuts]

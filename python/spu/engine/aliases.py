@@ -1,0 +1,150 @@
+"""Tensors that share memory: a change of one in place changes the other, and autograd must see it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Copy", "View", "memory_of", "share_memory", "views_among"]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a tensor of a list lies in another one's memory.
+
+    Attributes:
+        of: the other one's index.
+        size, stride: the tensor's own.
+        offset: of its first element in the other one's memory, in elements.
+        base_stride: the other one's, by which the offset counts.
+        is_base: it is the other one, once more.
+        requires_grad: the tensor does.
+    """
+
+    of: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    base_stride: tuple[int, ...]
+    is_base: bool
+    requires_grad: bool
+
+    def on(self, base: Tensor) -> Tensor:
+        """The view of ``base``, which has the other tensor's values."""
+        if self.is_base:
+            return base
+        if not self.requires_grad:
+            base = base.detach()
+        return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset)
+
+
+def memory_of(tensor: Any) -> int | None:
+    """What tells the tensor's memory apart from other tensors'; None for what is no plain tensor, or empty."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.layout != torch.strided
+        or type(tensor).__torch_dispatch__ is not _PLAIN
+    ):
+        return None
+    return tensor.untyped_storage().data_ptr() or None
+
+
+_PLAIN = Tensor.__torch_dispatch__
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether some element of one may be an element of the other."""
+    memory = memory_of(a)
+    if memory is None or memory != memory_of(b):
+        return False
+    (a_first, a_end), (b_first, b_end) = _bytes(a), _bytes(b)
+    return a_first < b_end and b_first < a_end
+
+
+def views_among(leaves: Sequence[Any]) -> dict[int, View]:
+    """Which of the tensors are views of another one of them; the others stand for themselves."""
+    groups: dict[int, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        memory = memory_of(leaf)
+        if memory is not None:
+            groups.setdefault(memory, []).append(index)
+    return {i: view for group in groups.values() if len(group) > 1 for i, view in _views(leaves, group).items()}
+
+
+def _views(leaves: Sequence[Tensor], group: list[int]) -> dict[int, View]:
+    found: dict[int, View] = {}
+    bases: list[int] = []
+    # What needs a gradient, and holds most, comes first: the others are views of it.
+    for index in sorted(group, key=lambda i: (not leaves[i].requires_grad, -leaves[i].numel(), i)):
+        leaf = leaves[index]
+        base = next((b for b in bases if _within(leaf, leaves[b])), None)
+        if base is None:
+            bases.append(index)
+            continue
+        other = leaves[base]
+        same = leaf.requires_grad == other.requires_grad and leaf.shape == other.shape
+        found[index] = View(
+            base,
+            tuple(leaf.size()),
+            tuple(leaf.stride()),
+            leaf.storage_offset() - other.storage_offset(),
+            tuple(other.stride()),
+            leaf is other or (same and leaf.stride() == other.stride() and leaf.data_ptr() == other.data_ptr()),
+            leaf.requires_grad,
+        )
+    return found
+
+
+def _within(leaf: Tensor, base: Tensor) -> bool:
+    """Whether every element of ``leaf`` is one of ``base``, so that a view can say where."""
+    if leaf is base:
+        return True
+    alike = leaf.dtype == base.dtype and leaf.is_conj() == base.is_conj() and leaf.is_neg() == base.is_neg()
+    if not alike or not _dense(base):
+        return False
+    (first, end), (base_first, base_end) = _bytes(leaf), _bytes(base)
+    return base_first <= first and end <= base_end
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether its elements are all those between its first and its last, each once."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of the storage that the tensor uses, and the one after its last."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    first = tensor.storage_offset() * tensor.element_size()
+    return first, first + span * tensor.element_size()
+
+
+class Copy:
+    """The values of a structure's tensors as they are now, from which equal structures can be made."""
+
+    def __init__(self, tree: Any) -> None:
+        self._leaves, self._spec = pytree.tree_flatten(tree)
+        self._views = views_among(self._leaves)
+        self._needs_grad = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._leaves]
+        for index, leaf in enumerate(self._leaves):
+            if isinstance(leaf, Tensor):
+                self._leaves[index] = None if index in self._views else leaf.detach().clone()
+
+    def made(self) -> Any:
+        """A structure with these values in new memory, where what required a gradient does, and is no leaf."""
+        leaves = list(self._leaves)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[index] = (leaf.detach().requires_grad_() if self._needs_grad[index] else leaf).clone()
+        for index, view in self._views.items():
+            leaves[index] = view.on(leaves[view.of])
+        return pytree.tree_unflatten(leaves, self._spec)

@@ -1,0 +1,284 @@
+"""Where random operators of one thread draw from: a source of its own, in place of the process's default generators.
+
+The dispatcher has a key that tensors never carry and that nothing else uses. Every random operator has a kernel under
+it, all other operators fall through, so that a thread that includes the key pays nothing for them (a dispatch mode makes
+it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key on to
+the threads that run a backward.
+
+What saves and restores the state of the default generator (``torch.utils.checkpoint``, ``fork_rng``) goes through
+``torch.random``; while a source is in use its functions reach the source of the calling thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["Source", "drawn_from", "same"]
+
+
+class Source(Protocol):
+    """What random operators draw from."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """In place of the device's default generator."""
+
+    def own(self, generator: torch.Generator) -> None:
+        """Called before an operator draws from a generator that it was given by the caller."""
+
+
+class _Current(threading.local):
+    source: Source | None = None
+
+
+_CURRENT = _Current()
+_ON_CARD: dict[int, Source] = {}  # by index: autograd runs a card's backward in a thread of its own
+_LOCK = threading.Lock()
+_users = 0  # how many contexts are entered, on all threads
+_real: tuple[Any, ...] = ()  # torch's default generators while stand-ins are in their place
+
+
+def _source() -> Source | None:
+    source = _CURRENT.source
+    if source is None and _ON_CARD:
+        source = _ON_CARD.get(torch.cuda.current_device())
+    return source
+
+
+class drawn_from:
+    """While it lasts, random operators on this thread draw from ``source``.
+
+    Args:
+        source: their generators.
+        card: also those of the autograd thread of the card with this index.
+    """
+
+    __slots__ = ("_before", "_card", "_guard", "_source")
+
+    def __init__(self, source: Source, card: int | None = None) -> None:
+        self._source = source
+        self._card = card
+
+    def __enter__(self) -> None:
+        self._guard = _include()
+        self._guard.__enter__()
+        self._before, _CURRENT.source = _CURRENT.source, self._source
+        if self._card is not None:
+            _ON_CARD[self._card] = self._source
+        _stand_in(1)
+
+    def __exit__(self, *error: object) -> None:
+        _stand_in(-1)
+        if self._card is not None:
+            _ON_CARD.pop(self._card, None)
+        _CURRENT.source = self._before
+        self._guard.__exit__(*error)
+
+
+# The state of the default generators
+
+
+class _Default:
+    """Stands for a default generator: the calling thread's source, or else the real one."""
+
+    def __init__(self, real: torch.Generator) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        source = _source()
+        return getattr(self._real if source is None else source.generator(self._real.device), name)
+
+
+def _stand_in(change: int) -> None:
+    """Puts stand-ins for the default generators where torch's functions for their state look, while there are users."""
+    global _users, _real
+    with _LOCK:
+        _users += change
+        if change == 1 == _users:
+            on_cards = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+            _real = (torch.random.default_generator, on_cards)
+            torch.random.default_generator = _Default(_real[0])  # type: ignore[assignment]
+            if on_cards:
+                torch.cuda.default_generators = tuple(map(_Default, on_cards))  # type: ignore[assignment]
+        elif _users == 0:
+            torch.random.default_generator, on_cards = _real
+            if on_cards:
+                torch.cuda.default_generators = on_cards
+
+
+# The kernels
+
+_KEY_NAME = "TESTING_ONLY_GenericMode"
+_libraries: list[torch.library.Library] = []
+_key: Any = None
+
+
+def _include() -> Any:
+    if not _libraries:
+        with _LOCK:
+            if not _libraries:
+                _register()
+    return torch._C._IncludeDispatchKeyGuard(_key)
+
+
+def _register() -> None:
+    global _key
+    _key = torch._C._dispatch_key_parse(_KEY_NAME)
+    fallback = torch.library.Library("_", "IMPL", _KEY_NAME)
+    fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+    kernels = torch.library.Library("aten", "IMPL", _KEY_NAME)
+    for func in _random_operators():
+        kernels.impl(func, _kernel(func), _KEY_NAME)
+    _libraries.extend((fallback, kernels))
+
+
+def _random_operators() -> Iterator[Any]:
+    """All that draw by themselves: what is composed of others is met where they are called."""
+    for full in torch._C._dispatch_get_all_op_names():
+        space, _, name = full.partition("::")
+        packet, _, overload = name.partition(".")
+        func = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None) if space == "aten" else None
+        if func is None or torch.Tag.nondeterministic_seeded not in func.tags:
+            continue
+        composed = torch._C._dispatch_has_kernel_for_dispatch_key(full, "CompositeImplicitAutograd")
+        if not composed and "backward" not in packet and packet not in _NO_DRAWS:
+            yield func
+
+
+_NO_DRAWS = ("_fused_sdp_choice", "_nested_tensor_softmax_with_shape")  # marked as random all the same
+
+
+def _kernel(func: Any) -> Callable[..., Any]:
+    arguments = [argument.name for argument in func._schema.arguments]
+    takes = "generator" in arguments
+    place = arguments.index("generator") if takes else -1
+    seeded = func if takes else _with_generator(func, arguments)
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+            source = _source()
+            if source is None or _draws_nothing(func, args, kwargs):
+                return func(*args, **kwargs)
+            given = args[place] if 0 <= place < len(args) else kwargs.pop("generator", None)
+            if given is not None and not _is_default(given):
+                source.own(given)
+                return func(*_put(args, place, given, kwargs), **kwargs)
+            generator = source.generator(_device_of(args, kwargs))
+            if func is torch.ops.aten.native_dropout.default:
+                return _dropout(generator, *args, **kwargs)
+            if func in _RRELU:
+                return _rrelu(generator, func, *args, **kwargs)
+            if seeded is None:
+                return _from_default(generator, func, args, kwargs)
+            return seeded(*_put(args, place, generator, kwargs), **kwargs)
+
+    return draw
+
+
+def _put(args: tuple[Any, ...], place: int, generator: torch.Generator, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    if 0 <= place < len(args):
+        return (*args[:place], generator, *args[place + 1 :])
+    kwargs["generator"] = generator
+    return args
+
+
+def same(a: torch.Generator, b: torch.Generator) -> bool:
+    """Whether two objects are one generator: the dispatcher hands on another object than it was given."""
+    return a._cdata == b._cdata  # type: ignore[attr-defined]
+
+
+def _is_default(generator: torch.Generator) -> bool:
+    on_cards = _real[1] if _real else torch.cuda.default_generators
+    return any(same(generator, default) for default in (torch.default_generator, *on_cards))
+
+
+def _with_generator(func: Any, arguments: list[str]) -> Any:
+    """The overload of the same operator that takes the same and a generator, or None."""
+    packet = func.overloadpacket
+    for name in packet.overloads():
+        other = getattr(packet, name)
+        if [a.name for a in other._schema.arguments if a.name != "generator"] == arguments and "generator" in [
+            a.name for a in other._schema.arguments
+        ]:
+            kinds = [str(a.type) for a in other._schema.arguments if a.name != "generator"]
+            if kinds == [str(a.type) for a in func._schema.arguments]:
+                return other
+    return None
+
+
+def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Fake tensors, which have no values, and fused attention with dropout 0, which is marked as random as well."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if fake or torch.compiler.is_compiling() or any(isinstance(a, FakeTensor) or _is_meta(a) for a in args):
+        return True
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+        return True
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return given == 0.0
+    return False
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "meta"
+
+
+def _device_of(args: Any, kwargs: Any) -> torch.device:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            return value[0].device
+    device = kwargs.get("device")
+    return torch.device(device) if device is not None else torch.get_default_device()
+
+
+def _dropout(
+    generator: torch.Generator, x: torch.Tensor, p: float, train: bool | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if train is False or p == 0.0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - p, generator=generator)
+    return x * keep * (1.0 / (1.0 - p) if p < 1.0 else 0.0), keep
+
+
+_RRELU = (torch.ops.aten.rrelu_with_noise.default, torch.ops.aten.rrelu_with_noise_.default)
+
+
+def _rrelu(
+    generator: torch.Generator,
+    func: Any,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+) -> torch.Tensor:
+    # Torch's own saves the noise for the backward before it has drawn it. A recomputation ends as soon as all is saved,
+    # and would leave it undrawn.
+    if not training:
+        return func(x, noise, lower, upper, training)
+    torch.ops.aten.rrelu_with_noise(x.detach(), noise, lower, upper, True, generator)
+    return x.mul_(noise) if func is _RRELU[1] else x * noise
+
+
+def _from_default(generator: torch.Generator, func: Any, args: Any, kwargs: Any) -> Any:
+    # A fused kernel such as flash attention draws from the device's default generator alone. One stage worker owns a
+    # card, so lending that generator the state races with nobody. The CPU's default generator is shared.
+    device = generator.device
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"the random operator {func} takes no generator on {device}, so its draws could not be repeated; "
+            "use an attention implementation without fused dropout, or set that dropout to 0"
+        )
+    default = (_real[1] or torch.cuda.default_generators)[device.index or 0]
+    default.set_state(generator.get_state())
+    try:
+        return func(*args, **kwargs)
+    finally:
+        generator.set_state(default.get_state())

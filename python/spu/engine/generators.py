@@ -1,0 +1,55 @@
+"""Generators of the model's own (``generator=`` of random operators): who draws from them, and their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from spu.engine.draws import same
+from spu.engine.layers import Layer
+from spu.engine.randomness import LOSS
+
+if TYPE_CHECKING:
+    from spu.engine.stage import Stage
+
+__all__ = ["check_generators", "generator_states", "set_generator_states"]
+
+
+def _named(stages: Sequence[Stage]) -> Iterator[tuple[int, str, torch.Generator]]:
+    for stage in stages:
+        loss = [Layer(LOSS, stage.loss_fn)] if stage.is_last and isinstance(stage.loss_fn, nn.Module) else []
+        for layer in (*stage.layers, *loss):
+            for name, generator in layer.named_generators():
+                yield stage.index, name, generator
+
+
+def check_generators(stages: Sequence[Stage]) -> None:
+    """Whether each generator is drawn from in one stage alone.
+
+    Raises:
+        ValueError: two stages share one: they would take turns as the schedule has it, and not as the layers do.
+    """
+    users: list[tuple[torch.Generator, int, str]] = []
+    for index, name, generator in _named(stages):
+        for known, first, other in users:
+            if first != index and same(known, generator):
+                raise ValueError(
+                    f"{other!r} and {name!r} are one torch.Generator, in stages {first} and {index}: their draws would "
+                    "depend on the schedule. Give each layer a generator of its own"
+                )
+        users.append((generator, index, name))
+
+
+def generator_states(stages: Sequence[Stage]) -> dict[str, str]:
+    """The states of the model's own generators by their names, in hexadecimal."""
+    return {name: bytes(generator.get_state().tolist()).hex() for _, name, generator in _named(stages)}
+
+
+def set_generator_states(stages: Sequence[Stage], states: dict[str, str]) -> None:
+    """Puts back what `generator_states` gave; generators that it does not name keep their states."""
+    for _, name, generator in _named(stages):
+        if name in states:
+            generator.set_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))

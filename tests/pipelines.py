@@ -1,0 +1,102 @@
+"""For tests that hold a pipeline to the plain model: every schedule, the plain loop, and the comparison."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_equal
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import spu
+from spu import DeviceManager, LayerRandomness, ModelParallelTrainer
+
+# schedule, devices, stages on each
+SCHEDULES = [
+    ("gpipe", 1, 1),
+    ("gpipe", 3, 1),
+    ("1f1b", 2, 1),
+    ("interleaved", 2, 2),
+    ("zb", 2, 1),
+    ("zbv", 2, 2),
+    ("layer_outer", 2, 2),
+]
+
+every_schedule = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SCHEDULES)
+with_and_without_recompute = pytest.mark.parametrize("recompute", [False, True])
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    """One thread and the reference backend: sums are then those of plain torch, bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with spu.use_backend("reference"):
+        yield
+    torch.set_num_threads(threads)
+
+
+def devices(count: int) -> list[spu.Device]:
+    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
+
+
+def trainer(model: Any, ranks: int = 2, **settings: Any) -> ModelParallelTrainer:
+    settings = {"precision": "fp32", "microbatches": 4} | settings
+    return ModelParallelTrainer(model, devices(ranks), **settings)
+
+
+def batch(rows: int = 8, width: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, width, generator=generator), torch.randint(classes, (rows,), generator=generator)
+
+
+def plain_pass(
+    model: nn.Sequential, x: Any, y: torch.Tensor, parts: int, loss_fn: Callable[..., torch.Tensor], step: int = 0
+) -> torch.Tensor:
+    """Forward and backward of every microbatch in turn, each layer in its own randomness; the mean loss."""
+    total = torch.zeros(())
+    columns, spec = pytree.tree_flatten(x)
+    split = [leaf.clone().tensor_split(parts) for leaf in columns]
+    for index, part_y in enumerate(y.tensor_split(parts)):
+        hidden = pytree.tree_unflatten([pieces[index].clone() for pieces in split], spec)
+        for name, layer in model._modules.items():
+            with LayerRandomness(0, step, index, name):
+                hidden = layer(hidden)
+        with LayerRandomness(0, step, index, "(loss)"):
+            share = loss_fn(hidden, part_y) * torch.tensor(len(part_y) / len(y), dtype=torch.float64).float()
+        share.backward()
+        total += share.detach()
+    return total
+
+
+def assert_equals_plain(
+    model: nn.Sequential,
+    x: Any,
+    y: torch.Tensor,
+    *,
+    ranks: int = 2,
+    passes: int = 1,
+    loss_fn: Callable[..., torch.Tensor] = F.cross_entropy,
+    **settings: Any,
+) -> None:
+    """Losses, gradients and buffers are the plain model's, bit for bit, in each pass."""
+    plain = copy.deepcopy(model)
+    settings = {"microbatches": 4} | settings
+    with trainer(model, ranks, loss_fn=loss_fn, **settings) as t:
+        for step in range(passes):
+            loss, _ = t.forward_backward(pytree.tree_map(torch.clone, x), y)
+            plain.zero_grad()
+            expected = plain_pass(plain, x, y, settings["microbatches"], loss_fn, step)
+            assert_equal(loss, expected, f"loss of pass {step}")
+            for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+                assert (ours.grad is None) == (theirs.grad is None), name
+                if theirs.grad is not None:
+                    assert_equal(ours.grad, theirs.grad, f"{name}, pass {step}")
+            for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+                assert_equal(ours, theirs, f"{name}, pass {step}")

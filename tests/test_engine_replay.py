@@ -1,0 +1,275 @@
+"""Replays are exact: a run that is repeated in the backward, by us or by the user, finds what the first run found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_equal
+from pipelines import assert_equals_plain, batch, every_schedule, reference, trainer, with_and_without_recompute
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from spu import StageError
+
+__all__ = ["reference"]
+
+pytestmark = pytest.mark.usefixtures("reference")
+
+WIDTH = 16
+
+
+def model_of(*middle: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
+
+
+class Gain(nn.Module):
+    """Dropout of the input times a gain, run by ``how``."""
+
+    def __init__(self, how: Callable[[Callable[..., Any], torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(lambda t: F.dropout(t * self.gain, 0.5) * F.dropout(t, 0.3), x)
+
+
+class SavedState(torch.autograd.Function):
+    """As a reversible network does it: nothing of the forward is kept but its input and the generator's state."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.run, ctx.state = run, torch.get_rng_state()
+        ctx.save_for_backward(x, *weights)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.set_rng_state(ctx.state)
+            x = x.detach().requires_grad_()
+            found = torch.autograd.grad(ctx.run(x), (x, *weights), gradient)
+        return (None, *found)
+
+
+WAYS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=False),
+    "reentrant": lambda run, x: checkpoint(run, x, use_reentrant=True),
+    "twice": lambda run, x: checkpoint(lambda t: checkpoint(run, t, use_reentrant=False), x, use_reentrant=False),
+}
+
+
+@with_and_without_recompute
+@pytest.mark.parametrize("way", WAYS)
+@every_schedule
+def test_the_users_own_checkpoint_draws_again_what_it_drew(
+    schedule: str, ranks: int, virtual: int, way: str, recompute: bool
+) -> None:
+    """The recomputation in the backward drew from the process's generator: the gradient was of another mask."""
+    assert_equals_plain(
+        model_of(Gain(WAYS[way]), nn.Tanh(), Gain(WAYS[way])),
+        *batch(),
+        schedule=schedule,
+        ranks=ranks,
+        virtual=virtual,
+        recompute=recompute,
+        passes=2,
+    )
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return SavedState.apply(lambda t: F.dropout(t * self.gain, 0.5), x, self.gain)
+
+
+@with_and_without_recompute
+@every_schedule
+def test_a_function_that_saves_and_sets_the_generators_state(
+    schedule: str, ranks: int, virtual: int, recompute: bool
+) -> None:
+    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
+    assert_equals_plain(model_of(Reversible(), nn.Tanh(), Reversible()), *batch(), **settings)
+
+
+def test_states_saved_and_set_in_a_forward_are_the_layers() -> None:
+    class Forks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.random.fork_rng():
+                first = torch.rand(x.shape)
+            state = torch.get_rng_state()
+            second = torch.rand(x.shape)
+            torch.set_rng_state(state)
+            zero = torch.rand(x.shape) - second + first - second
+            torch.manual_seed(3)
+            return x + first * torch.rand(x.shape) + 1000 * zero
+
+    model = model_of(Forks(), Forks())
+    before = torch.get_rng_state()
+    assert_equals_plain(model, *batch(), recompute=True)
+    assert_equal(torch.get_rng_state(), before)
+    assert torch.random.default_generator is torch.default_generator
+
+
+class NoisyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient + torch.rand_like(gradient)
+
+
+class Noisy(nn.Module):
+    def __init__(self, function: Any = NoisyGradient) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function.apply(x)
+
+
+def test_what_draws_in_a_backward_draws_the_same_in_every_pipeline() -> None:
+    found = []
+    for schedule, ranks, virtual, recompute in [
+        ("gpipe", 1, 1, False),
+        ("gpipe", 3, 1, True),
+        ("1f1b", 2, 1, False),
+        ("zbv", 2, 2, True),
+    ]:
+        torch.manual_seed(len(found))
+        torch.rand(3)
+        model = model_of(Noisy(), nn.Tanh(), Noisy())
+        with trainer(model, ranks, schedule=schedule, virtual=virtual, recompute=recompute) as t:
+            t.forward_backward(*batch())
+            first = model[0].weight.grad.clone()
+            t.forward_backward(*batch())
+        assert not torch.equal(first, model[0].weight.grad)
+        found.append([first, *(p.grad for p in model.parameters())])
+    for others in found[1:]:
+        for ours, theirs in zip(found[0], others, strict=True):
+            assert_equal(ours, theirs)
+
+
+# What a layer keeps from one microbatch to the next
+
+
+class RunningMean(nn.Module):
+    """Reads a running mean before, and changes it."""
+
+    def __init__(self, change: Callable[[nn.Module, torch.Tensor], None], width: int = WIDTH) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.mean[:WIDTH].clone()
+        self.change(self, x.detach().mean(0))
+        return torch.tanh((x - mean) * self.gain)
+
+
+def lerp(layer: Any, mean: torch.Tensor) -> None:
+    layer.mean[:WIDTH].lerp_(mean, 0.5)
+
+
+def through_data(layer: Any, mean: torch.Tensor) -> None:
+    layer.mean.data.mul_(0.5).add_(mean, alpha=0.5)
+
+
+def replaced(layer: Any, mean: torch.Tensor) -> None:
+    layer.mean = 0.5 * layer.mean + 0.5 * mean
+
+
+class Attributes(nn.Module):
+    """The same with what is no buffer: a tensor, a number, and one that is not there at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(WIDTH)
+        self.calls = 0
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if not hasattr(self, "first"):
+            self.first = x.detach().mean()
+        out = torch.tanh((x - self.mean) * self.gain * self.calls + self.first)
+        self.mean.lerp_(x.detach().mean(0), 0.5)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "virtual"), [("gpipe", 1, 1), ("gpipe", 3, 1), ("1f1b", 2, 1), ("zb", 2, 1)]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+        lambda: nn.BatchNorm1d(WIDTH),
+        lambda: RunningMean(lerp),
+        lambda: RunningMean(lerp, 1 << 15),
+        lambda: RunningMean(through_data),
+        lambda: RunningMean(replaced),
+        Attributes,
+    ],
+)
+def test_recompute_begins_from_what_the_first_run_found(
+    make: Callable[[], nn.Module], schedule: str, ranks: int, virtual: int
+) -> None:
+    """It began from the buffers of the moment, which later microbatches had changed."""
+    torch.manual_seed(0)
+    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": True}
+    assert_equals_plain(model_of(make(), nn.Tanh(), make()), *batch(), passes=2, **settings)
+
+
+def test_a_large_buffer_that_only_some_microbatches_change_is_named() -> None:
+    class Late(RunningMean):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x) if self.calls > 2 else x * self.mean[:WIDTH]
+
+    x, y = batch()
+    model = model_of(Late(lerp, 1 << 15))
+    with (
+        trainer(model, 1, schedule="gpipe", recompute=True) as t,
+        pytest.raises(StageError, match=r"'1.mean' was changed in this microbatch.*recompute=False"),
+    ):
+        t.step(x, y)
+
+
+class Penalty(nn.Module):
+    """Hands on the gradient of a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        inner = torch.tanh(F.dropout(x, 0.2) @ self.weight)
+        (slope,) = torch.autograd.grad(inner.sum(), x, create_graph=True)
+        return inner + slope * self.count.clone()
+
+
+@with_and_without_recompute
+@every_schedule
+def test_a_layer_may_run_a_backward_of_its_own(schedule: str, ranks: int, virtual: int, recompute: bool) -> None:
+    """With recompute it ended in an error about the context, which was entered a second time."""
+    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
+    assert_equals_plain(model_of(Penalty(), nn.Tanh(), Penalty()), *batch(), **settings)
