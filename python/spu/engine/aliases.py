@@ -92,7 +92,7 @@ def _views(leaves: Sequence[Tensor], group: list[int]) -> dict[int, View]:
             base,
             tuple(leaf.size()),
             tuple(leaf.stride()),
-            leaf.storage_offset() - other.storage_offset(),
+            int(leaf.storage_offset()) - int(other.storage_offset()),
             tuple(other.stride()),
             leaf is other or (same and leaf.stride() == other.stride() and leaf.data_ptr() == other.data_ptr()),
             leaf.requires_grad,
@@ -124,7 +124,7 @@ def _dense(tensor: Tensor) -> bool:
 def _bytes(tensor: Tensor) -> tuple[int, int]:
     """The first byte of the storage that the tensor uses, and the one after its last."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
-    first = tensor.storage_offset() * tensor.element_size()
+    first = int(tensor.storage_offset()) * tensor.element_size()
     return first, first + span * tensor.element_size()
 
 

@@ -1,8 +1,8 @@
 """Where random operators of one thread draw from: a source of its own, in place of the process's default generators.
 
 The dispatcher has a key that tensors never carry and that nothing else uses. Every random operator has a kernel under
-it, all other operators fall through, so that a thread that includes the key pays nothing for them (a dispatch mode makes
-it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key on to
+it, all other operators fall through, so that a thread that includes the key pays nothing for them (a dispatch mode
+makes it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key on to
 the threads that run a backward.
 
 What saves and restores the state of the default generator (``torch.utils.checkpoint``, ``fork_rng``) goes through

@@ -85,9 +85,9 @@ class LayerRandomness:
 class BackwardRandomness:
     """What draws in the backward of one microbatch: a node's draws are those of the layer whose forward made it.
 
-    A layer's backward has generators of its own. A replay (``torch.utils.checkpoint``) that sets the state that it saved
-    in the forward finds the forward's draws again; what draws afresh in a backward draws the same in every schedule and
-    split.
+    A layer's backward has generators of its own. A replay (``torch.utils.checkpoint``) that sets the state it saved
+    in the forward finds the forward's draws again; what draws afresh in a backward draws the same in every schedule
+    and split.
 
     Nodes are told apart by the sequence number that autograd gives each node of one thread.
     """

@@ -8,7 +8,7 @@ statistics.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, constant: set[tup
     again = _Again(module, name, constant, Copy(x) if in_place else None)
     once = [x]  # not checkpoint's to keep, if it is changed
     output = checkpoint(
-        lambda *given: run(*(given or again.input(once)), again.own),
+        lambda *given: run(given[0] if given else again.input(once), again.own),
         *(() if in_place else (x,)),
         use_reentrant=False,
         preserve_rng_state=False,
@@ -75,7 +75,7 @@ class _Again:
             for space in (part._buffers, vars(part))
         ]
         self._generators: list[tuple[torch.Generator, Tensor]] = []  # of the layer's own: states before the first draw
-        self._left: list[list[Callable[[], None]]] = []  # for each run that goes on: what puts back what it replaced
+        self._left: list[ExitStack] = []  # for each second run that goes on: what puts back what it has replaced
 
     def _kept(self, path: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.requires_grad:
@@ -83,12 +83,12 @@ class _Again:
         large = value.numel() * value.element_size() > _LARGE_BYTES
         return _Kept(value, None if large and (path, key) in self._constant else value.clone())
 
-    def input(self, once: list[Any]) -> tuple[Any]:
+    def input(self, once: list[Any]) -> Any:
         """The first run's input, taken from the list, and later what is as it was before that run."""
         if not self._left:
-            return (once.pop(),)
+            return once.pop()
         assert self._x is not None
-        return (self._x.made(),)
+        return self._x.made()
 
     def own(self, generator: torch.Generator) -> None:
         """The layer is about to draw from a generator of its own."""
@@ -112,26 +112,26 @@ class _Again:
                     raise RuntimeError(self._lost(path, key))
 
     def __enter__(self) -> None:
-        undo: list[Callable[[], None]] = []
+        undo = ExitStack()
         for path, space, kept in self._spaces:
-            then = {
-                key: was.value(lambda path=path, key=key: self._lost(path, key)) if isinstance(was, _Kept) else was
-                for key, was in kept.items()
-            }
-            now = dict(space)
-            _become(space, then)
-            undo.append(partial(_become, space, now))
+            undo.callback(_become, space, dict(space))
+            _become(space, {key: self._value(path, key, was) for key, was in kept.items()})
         for generator, state in self._generators:
-            undo.append(partial(generator.set_state, generator.get_state()))
+            undo.callback(generator.set_state, generator.get_state())
             generator.set_state(state)
-        again = self.skips.again()
-        again.__enter__()
-        undo.append(lambda: again.__exit__(None, None, None))
+        undo.enter_context(self.skips.again())
         self._left.append(undo)
 
     def __exit__(self, *error: object) -> None:
-        for put_back in reversed(self._left.pop()):
-            put_back()
+        self._left.pop().close()
+
+    def _value(self, path: str, key: str, was: Any) -> Any:
+        """What the first run found, for a run to change."""
+        if not isinstance(was, _Kept):
+            return was
+        if was.copy is None and was.tensor._version != was.version:
+            raise RuntimeError(self._lost(path, key))
+        return (was.tensor if was.copy is None else was.copy).clone()
 
     def _lost(self, path: str, key: str) -> str:
         where = ".".join(filter(None, (self._name, path, key)))
@@ -148,12 +148,6 @@ class _Kept:
         self.tensor = tensor
         self.version = tensor._version
         self.copy = copy  # None: the tensor has that value still
-
-    def value(self, lost: Callable[[], str]) -> Tensor:
-        """The value, for a run to change. Raises RuntimeError(lost()) where there is none any more."""
-        if self.copy is None and self.tensor._version != self.version:
-            raise RuntimeError(lost())
-        return (self.tensor if self.copy is None else self.copy).clone()
 
 
 def _become(space: dict[str, Any], then: dict[str, Any]) -> None:
