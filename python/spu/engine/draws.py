@@ -2,8 +2,8 @@
 
 The dispatcher has a key that tensors never carry and that nothing else uses. Every random operator has a kernel under
 it, all other operators fall through, so that a thread that includes the key pays nothing for them (a dispatch mode
-makes it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key on to
-the threads that run a backward.
+makes it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key
+on to the threads that run a backward.
 
 What saves and restores the state of the default generator (``torch.utils.checkpoint``, ``fork_rng``) goes through
 ``torch.random``; while a source is in use its functions reach the source of the calling thread.
