@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import wide_sums
 from .dispatch import has_kernel
 
 _T = TypeVar("_T")
@@ -57,6 +58,7 @@ class BackwardScope:
                     f"BackwardScope.{name} must be float32 of shape (1,) on {self.scale.device}, got {value.dtype} "
                     f"{tuple(value.shape)} on {value.device}"
                 )
+        wide_sums.install(_makes_main_grads)
 
     def on(self, device: torch.device) -> BackwardScope:
         """The same scale on another device, with a found_inf of its own there; itself on its own device."""
@@ -81,6 +83,12 @@ def graph_task_id() -> int:
 def current_scope() -> BackwardScope | None:
     """The scope of the backward that is running on this thread; None outside one, or without a scope."""
     return _SCOPES.get(graph_task_id())
+
+
+def _makes_main_grads() -> bool:
+    """Whether a backward runs on this thread that knows a loss scale, or may reach a parameter with a sink."""
+    task = graph_task_id()
+    return task != -1 and (task in _SCOPES or len(_SINKS) > 0)
 
 
 def adopting() -> bool:
@@ -213,6 +221,7 @@ def attach_sink(param: Tensor, sink: GradSink) -> None:
     if not param.is_leaf:
         raise ValueError("a sink belongs to a leaf tensor (a parameter), not to the result of an operation")
     _SINKS[param] = sink
+    wide_sums.install(_makes_main_grads)
 
 
 def detach_sink(param: Tensor) -> None:
