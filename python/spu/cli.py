@@ -74,7 +74,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
     transfer: Annotated[str | None, typer.Option(help=f"Between stages: {_CODECS}.  (int8)")] = None,
     recompute: Annotated[str | None, typer.Option(help="Recompute activations: auto, on or off.  (auto)")] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates; with --resume, more than before.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Or: tokens to train on.  (786432)")] = None,
     minutes: Annotated[float | None, typer.Option(help="Or: minutes to fill.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.  (0.002)")] = None,
@@ -96,6 +96,7 @@ def train(
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
+    sample: Annotated[bool, typer.Option("--sample/--no-sample", help="Let the model write some lines.")] = True,
 ) -> None:
     """Train a decoder on a text, in a pipeline over the devices, into runs/NAME."""
     options = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
@@ -107,7 +108,14 @@ def train(
         options["microbatches"] = read_count("microbatches", microbatches)
 
         train_command(
-            _named(options), out=out, name=name, resume=resume, plan=plan, only_reference=reference, compare=compare
+            _named(options),
+            out=out,
+            name=name,
+            resume=resume,
+            plan=plan,
+            only_reference=reference,
+            compare=compare,
+            sample=sample,
         )
 
     guarded(command)
@@ -149,7 +157,7 @@ def plan(
     guarded(command)
 
 
-_NOT_SETTINGS = ("name", "out", "resume", "plan", "reference", "compare")
+_NOT_SETTINGS = ("name", "out", "resume", "plan", "reference", "compare", "sample")
 
 
 @app.command()
@@ -231,6 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
         if argument == "--resume" and bare:
             arguments[index] = "--resume=latest"
+    _refuse_twice(arguments)
     try:
         code = app(args=arguments or ["--help"], prog_name="spu", standalone_mode=False)
     except Exception as error:
@@ -239,6 +248,23 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code or 0)
+
+
+def _refuse_twice(arguments: list[str]) -> None:
+    """No option adds to itself: the last of two would replace the first without a word."""
+    values: dict[str, list[str]] = {}
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            option, sign, value = argument.partition("=")
+            values.setdefault(option, []).append(value if sign else "".join(arguments[index + 1 : index + 2]))
+    for option, given in values.items():
+        if len(given) > 1:
+            more = "; put several texts into one file: cat A B > C" if option == "--data" else ""
+            print(
+                f"spu: error: {option} is given {len(given)} times ({', '.join(given)}): give it once{more}",
+                file=sys.stderr,
+            )
+            sys.exit(BAD_INPUT)
 
 
 def _given(error: Any, arguments: list[str]) -> str:

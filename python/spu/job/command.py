@@ -26,6 +26,7 @@ def train_command(
     plan: str | None = None,
     only_reference: bool = False,
     compare: bool = False,
+    sample: bool = True,
 ) -> Path:
     """Start or go on with a run and print what came of it.
 
@@ -37,6 +38,7 @@ def train_command(
         plan: file of a plan that a new run is placed by.
         only_reference: train the plain fp32 reference alone.
         compare: train both and print how they differ.
+        sample: let the trained model write a few lines at the end.
 
     Returns:
         The run's folder.
@@ -51,7 +53,7 @@ def train_command(
     if chosen is not None:
         given = planned_settings(chosen, given, str(plan))
     job = _make_job(given, out, name, resume)
-    job.given_plan = chosen
+    job.given_plan, job.sample = chosen, sample
     job.read()
     if only_reference and not compare and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
@@ -83,14 +85,15 @@ def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | N
     saved, corpus = folder.read_config()
     config = resume_config(saved, given)
     replaced = any(key in given for key in PLACEMENT)  # naming them asks for a new plan, as on another machine
-    return Job(config, folder, new=False, replaced=replaced, saved_corpus=corpus)
+    lengthened = config.planned_steps() != saved.planned_steps()
+    return Job(config, folder, new=False, replaced=replaced, lengthened=lengthened, saved_corpus=corpus)
 
 
 def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:
     """Train, or take the summary of a run that is complete."""
     finished = None if job.new else _load(job.folder / "summary.json")
     if finished is not None and finished.get("steps") == job.config.planned_steps():
-        print(f"run {job.folder.name} is complete")
+        print(f"run {job.folder.name} is complete; --steps with a larger number goes on")
     else:
         finished = train(job, signals)
     print("\n".join(report.summary_lines(finished, job.folder.path)), flush=True)

@@ -36,8 +36,9 @@ DEFAULT_MODEL: dict[str, Any] = {
     "use_cache": True,
 }
 
-# Where a run is placed may change between its parts; everything else makes it another run.
+# Where a run is placed and how long it is may change between its parts; everything else makes it another run.
 PLACEMENT = ("devices", "budget")
+LENGTH = ("steps", "tokens")
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 
 def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The configuration to go on with: the saved one, placed anew if asked.
+    """The configuration to go on with: the saved one, placed again or made longer if asked.
 
     Args:
         saved: of the run.
@@ -216,9 +217,24 @@ def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     for name, value in given.items():
         old = getattr(saved, name)
         same = Path(value).resolve() == Path(old).resolve() if name in ("model", "data") and old else value == old
-        if name not in PLACEMENT and not same:
+        if name not in (*PLACEMENT, *LENGTH) and not same:
             was = "default" if old is None else old
             raise ValueError(
                 f"{_option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
             )
-    return dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})
+    placed = dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})
+    return _lengthened(placed, {name: given[name] for name in LENGTH if given.get(name) is not None})
+
+
+def _lengthened(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """More steps for a run: its learning rate follows the longer schedule from where it goes on."""
+    if not given or all(value == getattr(saved, name) for name, value in given.items()):
+        return saved
+    wanted = dataclasses.replace(saved, **{"steps": None, "tokens": None, "minutes": None, **given})
+    wanted.check()
+    old, new = saved.planned_steps(), wanted.planned_steps()
+    assert new is not None
+    if old is not None and new < old:
+        words = " ".join(f"{_option(name)} {value}" for name, value in given.items())
+        raise ValueError(f"{words}: the run has {old} steps, which can be raised but not lowered: give {old} or more")
+    return wanted if old != new else saved

@@ -50,7 +50,8 @@ class RunFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir()
         except FileExistsError:
-            raise ValueError(self._exists()) from None
+            if not self._unused():
+                raise ValueError(self._exists()) from None
         except OSError as error:
             raise ValueError(
                 f"--out {self.path.parent}: {error.strerror}: give a folder that can be written"
@@ -80,8 +81,12 @@ class RunFolder:
 
     def check_new(self) -> None:
         """Raises ValueError if something is there already."""
-        if self.path.exists():
+        if self.path.exists() and not self._unused():
             raise ValueError(self._exists())
+
+    def _unused(self) -> bool:
+        """A run that was killed before its settings were written has left nothing to go on with."""
+        return self.path.is_dir() and {file.name for file in self.path.iterdir()} <= {".lock", ".config.json.new"}
 
     def _exists(self) -> str:
         return f"--name {self.name}: {self.path} exists: give another name, or --resume {self.name} to go on with it"

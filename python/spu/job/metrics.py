@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each step and for each validation, appended as they happen."""
+"""metrics.jsonl: one line for each step, validation and checkpoint, appended as they happen."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def train_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of validations."""
     return [row for row in rows if "val_loss" in row]
+
+
+def last_saved(rows: list[dict[str, Any]]) -> int:
+    """The last step of which a checkpoint was written; 0 if there is none."""
+    return max((row["step"] for row in rows if row.get("saved")), default=0)
 
 
 def save_result(path: Path, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -82,6 +83,7 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
 
     Raises:
         Stopped: interrupted; nothing is kept but the metrics so far.
+        ValueError: the loss is not finite at the end.
     """
     steps = config.planned_steps()
     assert steps is not None, "the run has fixed its steps before"
@@ -104,6 +106,11 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
             if signals.asked is not None:
                 raise Stopped(signals.asked, f"reference stopped at step {step + 1}; it starts over next time")
     val_loss = evaluate(model, corpus.validation_batches(config.batch, config.seq))
+    if not math.isfinite(val_loss):
+        raise ValueError(
+            f"the reference diverged: its validation loss is {val_loss} after {steps} steps; it was not written: start "
+            f"a new run with a smaller --lr than {config.lr:g}"
+        )
     result = {
         "key": reference_key(config, corpus),
         "steps": steps,

@@ -102,6 +102,11 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"validation loss {_number(summary['val_loss'])} nats a {summary['unit']}, {summary['skipped']} skipped steps, "
         f"final loss scale {_number(summary['loss_scale'], 'g')}",
     ]
+    guess = summary.get("guess_loss")
+    if guess is not None and summary["val_loss"] is not None and summary["val_loss"] >= guess:
+        lines.append(
+            f"that is no better than guessing ({guess:.4f}): the model has learned nothing, try a smaller --lr"
+        )
     if summary.get("idle_share") is not None:
         lines.append(
             f"pipeline idle {summary['idle_share']:.1%} of a step (median of the last steps); the simulator predicts "

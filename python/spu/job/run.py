@@ -9,17 +9,19 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from spu import checkpoint
 from spu.devices import DeviceManager
 from spu.job import console, reference, report
 from spu.job.config import TrainConfig
 from spu.job.data import Corpus, make_corpus
 from spu.job.folder import RunFolder
-from spu.job.metrics import MetricsFile, read_metrics, save_result, train_rows
+from spu.job.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows
 from spu.job.model import Tokenizer, load_config, make_model, make_tokenizer
 from spu.job.sample import choose_prompt, sample_text
 from spu.job.stop import Stopped, StopSignals
@@ -43,6 +45,8 @@ class Job:
     folder: RunFolder
     new: bool
     replaced: bool = False  # placed on other devices than before
+    lengthened: bool = False  # given more steps than before
+    sample: bool = True  # let the trained model write a few lines
     saved_corpus: dict[str, Any] | None = None
     given_plan: Plan | None = None  # of a file that the user named
     corpus: Corpus = field(init=False)
@@ -67,8 +71,8 @@ class Job:
             raise ValueError(
                 f"--seq {self.config.seq} is longer than the model's {longest} positions: give {longest} or less"
             )
-        self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq)
-        top = int(torch.cat((self.corpus.train, self.corpus.validation)).max())
+        self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq, self.say)
+        top = max(int(part.max()) for part in (self.corpus.train, self.corpus.validation))
         if top >= model_config.get_text_config().vocab_size:
             raise ValueError(
                 f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has "
@@ -164,6 +168,9 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, to
 class Guard:
     """Ends a run that cannot get anywhere.
 
+    Attributes:
+        sound: the last loss was finite, so that the weights are worth a checkpoint.
+
     Raises (from `check`):
         ValueError: the loss is not finite from the start or for some steps in a row, or every step is skipped.
     """
@@ -171,9 +178,11 @@ class Guard:
     def __init__(self) -> None:
         self._bad = self._skipped = 0
         self._good = False
+        self.sound = True
 
     def check(self, step: int, result: StepResult, config: TrainConfig) -> None:
-        self._bad = 0 if math.isfinite(result.loss) else self._bad + 1
+        self.sound = math.isfinite(result.loss)
+        self._bad = 0 if self.sound else self._bad + 1
         self._skipped = self._skipped + 1 if result.skipped else 0
         what = f"check the weights, --lr {config.lr:g} and --precision {config.precision}"
         if self._bad and (not self._good or self._bad >= MAX_BAD_LOSSES):
@@ -200,22 +209,38 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
     model = make_model(job.config.model, job.config.seed).train()
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
-        done = 0
-        if not job.new:
-            job.folder.lock()  # nobody may write the checkpoint that is read
-        if not job.new and job.folder.checkpoint.exists():
-            trainer.load(job.folder.checkpoint)
-            done = trainer.steps_done
+        done = 0 if job.new else _resume(job, trainer)
         settle_steps(job, trainer)
         fresh = job.new
         job.open_folder()
-        if fresh or done == 0:
+        if fresh or done == 0 or job.lengthened:
             job.folder.write_config(job.config, job.corpus_record)  # `minutes` have become steps
         assert trainer.plan is not None
         trainer.plan.save(job.folder / "plan.json")
         print(trainer.plan.table(), flush=True)
         timelines = _train_steps(job, trainer, done, signals)
         return _finish(job, trainer, parameters, timelines)
+
+
+def _resume(job: Job, trainer: ModelParallelTrainer) -> int:
+    """Load the run's checkpoint; returns its step, 0 where none was written yet.
+
+    Raises:
+        ValueError: the run's metrics tell of a checkpoint that is not there, or it cannot be read.
+    """
+    folder = job.folder
+    folder.lock()  # nobody may write the checkpoint that is read
+    if folder.checkpoint.exists() or checkpoint.exists(folder.checkpoint):  # a crash may have left it beside its place
+        trainer.load(folder.checkpoint)
+        job.say(f"going on with {folder.path} after step {trainer.steps_done}")
+        return trainer.steps_done
+    if saved := last_saved(read_metrics(folder.metrics)):
+        raise ValueError(
+            f"--resume {folder.path}: step {saved} was saved in {folder.checkpoint}, which is gone: put it back, or "
+            "start a new run"
+        )
+    job.say(f"{folder.path} has no checkpoint yet: beginning at step 1")
+    return 0
 
 
 def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: StopSignals) -> deque[Timeline]:
@@ -229,7 +254,7 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
     shown, val_loss = console.RunningMean(), None
     timelines: deque[Timeline] = deque(maxlen=TIMELINES)
     skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(folder.metrics)))
-    plan = trainer.plan
+    plan, due = trainer.plan, False
     with console.open_view(f"train {folder.name}", steps, done) as view:
         job.view = view
         for step in range(done, steps):
@@ -252,13 +277,30 @@ def _train_steps(job: Job, trainer: ModelParallelTrainer, done: int, signals: St
                 )
             )
             stop = signals.asked
-            if stop is not None or (step + 1) % config.save_every == 0 or step + 1 == steps:
-                trainer.save(folder.checkpoint)
+            due = due or stop is not None or (step + 1) % config.save_every == 0 or step + 1 == steps
+            if due and guard.sound and (step + 1 < steps or math.isfinite(val_loss or 0.0)):
+                trainer.save(folder.checkpoint)  # never over a good one with weights that have no finite loss
+                metrics.append(step=step + 1, saved=True)
+                due = False
             if stop is not None and step + 1 < steps:
+                kept = "not saved, since its loss is not finite" if due else "saved"
                 raise Stopped(
-                    stop, f"stopped after step {step + 1} of {steps}, saved; go on with --resume {folder.path}"
+                    stop, f"stopped after step {step + 1} of {steps}, {kept}; go on with --resume {folder.path}"
                 )
+    if not guard.sound:
+        raise _diverged(job, "loss", steps)
     return timelines
+
+
+def _diverged(job: Job, what: str, step: int) -> ValueError:
+    config = job.config
+    saved = last_saved(read_metrics(job.folder.metrics))
+    kept = f"the checkpoint is that of step {saved}" if saved else "there is no checkpoint"
+    less = f"a smaller --lr than {config.lr:g}" + ("" if config.precision == "fp32" else ", or --precision fp32")
+    return ValueError(
+        f"the run diverged: the {what} is not finite after step {step}; no model was written, and {kept}: start a new "
+        f"run with {less}"
+    )
 
 
 def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
@@ -279,6 +321,8 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
     steps = trainer.steps_done
     rows = train_rows(read_metrics(folder.metrics))
     val_loss = evaluate(trainer, job.corpus.validation_batches(config.batch, config.seq))
+    if not math.isfinite(val_loss):
+        raise _diverged(job, "validation loss", steps)
     seconds = sum(config.tokens_per_step / row["tokens_per_s"] for row in rows)
     summary: dict[str, Any] = {
         "run": folder.name,
@@ -290,6 +334,7 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
         "seconds": seconds,
         "tokens_per_s": len(rows) * config.tokens_per_step / seconds,
         "val_loss": val_loss,
+        "guess_loss": math.log(load_config(config.model).get_text_config().vocab_size),
         "skipped": sum(bool(row["skipped"]) for row in rows),
         "loss_scale": rows[-1]["loss_scale"],
         "precision": config.precision,
@@ -300,10 +345,13 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
     model.load_state_dict(trainer.state_dict_for_model())
     model.save_pretrained(folder / "model")
     job.tokenizer.save(folder / "model")
-    prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or SAMPLE_TOKENS + PROMPT_TOKENS
-    tokens = min(SAMPLE_TOKENS, room - len(prompt))
-    summary["prompt"], summary["sample"] = sample_text(model, job.tokenizer, prompt, tokens=tokens, seed=config.seed)
+    if job.sample:
+        prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))
+        summary["prompt"], summary["sample"] = sample_text(
+            model, job.tokenizer, prompt, tokens=tokens, seed=config.seed
+        )
     save_result(folder / "summary.json", summary)
     draw_losses(job, summary)
     return summary
@@ -329,7 +377,7 @@ def draw_losses(job: Job, summary: dict[str, Any]) -> None:
     config = job.config
     report.draw_loss(
         job.folder / "loss.png",
-        f"{summary['parameters'] / 1e6:.1f}M parameters, {config.precision}, {summary['corpus']}",
+        f"{summary['parameters'] / 1e6:.1f}M parameters, {config.precision}, {Path(summary['corpus']).name}",
         read_metrics(job.folder.metrics),
         unit=job.unit,
         final_val=summary["val_loss"],

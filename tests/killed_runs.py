@@ -1,0 +1,121 @@
+"""Runs of `spu train` killed before their n-th change of the disk, and gone on with. Run by test_job_crashes.py.
+
+    python tests/killed_runs.py FOLDER FIRST STRIDE COUNT
+
+prints a line for each: the number, what was to happen, and what going on gave. This process only imports and forks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from spu.cli import main
+from spu.job import command, run  # noqa: F401  (imported once, before the forks)
+from spu.job.metrics import read_metrics, train_rows
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def kill_before(number: int) -> None:
+    """From now on the process dies before its `number`-th change of the disk; 0: it counts, into `counted`."""
+    counted = 0
+
+    def wrapped(function: Any) -> Any:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            nonlocal counted
+            counted += 1
+            if counted == number:
+                print("KILLED before", function.__name__, *map(str, args[:2]), flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return operation
+
+    os.replace, os.fsync, shutil.rmtree = map(wrapped, (os.replace, os.fsync, shutil.rmtree))
+    Path.mkdir, Path.replace = wrapped(Path.mkdir), wrapped(Path.replace)  # type: ignore[method-assign]
+
+
+def in_child(number: int, *arguments: str) -> tuple[int, str]:
+    """(exit code, output) of `spu ARGUMENTS` in a forked process that dies at `number`; negative: the signal."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(there, 1)
+        os.dup2(there, 2)
+        if number:
+            kill_before(number)
+        code = 1
+        try:
+            main(list(arguments))
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    os.close(there)
+    with os.fdopen(here) as pipe:
+        output = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in train_rows(read_metrics(folder / "metrics.jsonl"))]
+
+
+def check(folder: Path, number: int, whole: list[tuple[int, float]], options: list[str]) -> str:
+    """Kill one run and go on with it; "" where the run had ended before."""
+    name, place = f"run{number}", folder / "runs" / f"run{number}"
+    code, output = in_child(number, "train", *options, "--name", name)
+    if code == 0:
+        return ""
+    assert code == -signal.SIGKILL, output
+    killed = next(line for line in output.splitlines() if line.startswith("KILLED"))
+    rows = read_metrics(place / "metrics.jsonl") if place.exists() else []
+    saved = max((row["step"] for row in rows if row.get("saved")), default=0)
+    if (place / "config.json").exists():
+        code, output = in_child(0, "train", "--out", str(folder / "runs"), "--resume", name)
+        if saved:
+            assert f"going on with {place} after step" in output, (killed, saved, output)
+    else:
+        code, output = in_child(0, "train", *options, "--name", name)
+    assert code == 0, (killed, output)
+    assert losses(place) == whole, (killed, losses(place), whole)
+    assert (place / "model" / "model.safetensors").exists()
+    gone_on = next((line.split("after ")[1] for line in output.splitlines() if line.startswith("going on")), "step 0")
+    shutil.rmtree(place)
+    return f"{number}: {killed}; saved {saved}; went on after {gone_on}"
+
+
+def main_of_test(folder: Path, first: int, stride: int, count: int) -> None:
+    (folder / "tiny.json").write_text(json.dumps(CONFIG))
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    options = ["--model", str(folder / "tiny.json"), "--data", str(folder / "text.txt"), "--out", str(folder / "runs")]
+    for name, value in (("steps", 6), ("seq", 8), ("microbatches", 2), ("batch", 2), ("evals", 1)):
+        options += [f"--{name}", str(value)]
+    options += ["--devices", "cpu:0,cpu:1", "--save-every", "2", "--no-sample"]
+    code, output = in_child(0, "train", *options, "--name", "whole")
+    assert code == 0, output
+    whole = losses(folder / "runs" / "whole")
+    for number in range(first, first + stride * count, stride):
+        if not (line := check(folder, number, whole, options)):
+            break
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main_of_test(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
