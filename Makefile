@@ -4,6 +4,7 @@
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
 # make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md (ARGS="--dtypes fp16")
 # make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
+# make fresh   the readme's install in a fresh environment: minutes, and the big download
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
-.PHONY: train test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
+.PHONY: fresh train test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
 
 # Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.
 TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -72,6 +73,12 @@ $(GPU_PHASES):
 aot: $(VENV)/.test
 	@mkdir -p build
 	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) $(ARGS) --cache build/aot-cache --markdown docs/kernels-aot.md > build/aot.jsonl
+
+# The readme's own commands in a fresh environment: they must give the kernels.
+fresh:
+	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	. build/fresh/bin/activate && unset SPU_BUILD && sed -n '/^## Install/,/^## What/{/^pip install/p}' README.md | bash -eux
+	cd build && fresh/bin/python -c 'import torch, spu._C, spu._host' && fresh/bin/spu doctor
 
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .

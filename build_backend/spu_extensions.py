@@ -56,22 +56,33 @@ def _sources(folder: str) -> list[str]:
     return [source for source in found if IS_X86 or not isa_flags(source)]
 
 
-def _missing() -> list[str]:
-    """What compiling needs and this environment lacks, in words."""
+def _building() -> bool:
+    """Whether this run of setup.py makes a package; others only ask about it, before its requirements are there."""
+    return not {"egg_info", "dist_info", "sdist", "clean", "--version", "--name"} & set(sys.argv[1:])
+
+
+def _no_toolchain() -> list[str]:
+    """What compiling needs of the machine, and it lacks, in words."""
     lacks = []
     if os.name != "posix":
         lacks.append(f"a supported platform (the native build knows Linux and macOS, this is {sys.platform})")
     if find_compiler() is None:
         lacks.append("a C++17 compiler (apt install g++, or set CXX)")
+    return lacks
+
+
+def _missing() -> list[str]:
+    """What compiling needs of the environment, and it lacks, in words."""
+    lacks = []
     torch_folder = module_folder("torch")
     if torch_folder is None:
         lacks.append("torch (pip install torch==2.13.0)")
     elif not (torch_folder / "include/torch/csrc/stable/library.h").exists():
         lacks.append(f"torch >= 2.11 (the one in {torch_folder} has no stable ABI headers)")
     if module_folder("pybind11") is None:
-        lacks.append("pybind11 (pip install pybind11)")
+        lacks.append("pybind11 (pip install 'pybind11>=3.0,<4')")
     if _ninja() is None:
-        lacks.append("ninja (pip install ninja)")
+        lacks.append("ninja (pip install 'ninja>=1.11')")
     return lacks
 
 
@@ -89,7 +100,8 @@ def wanted_extensions() -> list[Extension]:
     """The extensions to build here; an empty list makes a pure-Python wheel.
 
     Raises:
-        CompileError: SPU_BUILD=1 and a tool or the sources are missing.
+        CompileError: what compiling needs is missing, though there is a compiler or SPU_BUILD=1 asks for it. A package
+            without kernels is never made in silence: pip shows what setup.py says only where it fails.
     """
     mode = build_mode()
     if mode == "0":
@@ -97,11 +109,18 @@ def wanted_extensions() -> list[Extension]:
             raise CompileError("SPU_CUDA=1 asks for a compiled library, SPU_BUILD=0 forbids it: drop one of them")
         say("SPU_BUILD=0: installing without compiled extensions; ops run on the reference backend")
         return []
-    lacks = _missing()
+    machine, environment = _no_toolchain(), _missing()
+    lacks = machine + environment
+    asked = "SPU_BUILD=1" if mode == "1" else "SPU_CUDA=1" if cuda_mode() == "1" else ""
+    if lacks and not _building():
+        return []
+    if lacks and (asked or not machine):
+        why = f"{asked}, but compiling" if asked else "compiling the kernels"
+        raise CompileError(
+            f"{why} needs {'; '.join(lacks)}. With --no-build-isolation nothing installs that by itself: do, and "
+            "install again. SPU_BUILD=0 installs without kernels; 16-bit training is slow then"
+        )
     if lacks:
-        if mode == "1" or cuda_mode() == "1":
-            asked = "SPU_BUILD=1" if mode == "1" else "SPU_CUDA=1"
-            raise CompileError(f"{asked}, but compiling needs " + "; ".join(lacks))
         say("installing without compiled extensions; compiling needs " + "; ".join(lacks))
         return []
     extensions = []

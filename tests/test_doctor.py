@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -175,8 +176,30 @@ def test_the_build_command_is_for_the_checkout_or_for_the_package(monkeypatch: p
     )
     assert doctor._rebuild().endswith("setup.py build_ext --inplace")
     monkeypatch.setattr(doctor, "_source_tree", lambda: None)
-    assert doctor._rebuild().startswith("SPU_BUILD=1 ")
-    assert "install --force-reinstall --no-deps --no-cache-dir spu-torch" in doctor._rebuild()
+    monkeypatch.setattr(doctor, "_installed_from", lambda: "/src/my spu")
+    tools, build = doctor._rebuild().split(" && ")
+    assert tools.endswith("-m pip install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'")
+    assert build.startswith("SPU_BUILD=1 ")
+    assert build.endswith("install --force-reinstall --no-deps --no-cache-dir --no-build-isolation '/src/my spu'")
+
+
+def test_the_package_is_installed_again_from_where_it_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command named a package that no index has: "No matching distribution found"."""
+    from importlib import metadata
+
+    noted = json.dumps({"url": f"file://{tmp_path}/my%20spu", "dir_info": {}})
+    found = SimpleNamespace(read_text=lambda name: noted)
+    monkeypatch.setattr(metadata, "distribution", lambda name: found)
+    assert doctor._installed_from() == "."
+    (tmp_path / "my spu" / "csrc").mkdir(parents=True)
+    (tmp_path / "my spu" / "setup.py").touch()
+    assert doctor._installed_from() == f"{tmp_path}/my spu"
+    for text in ("", "[", None):
+        found.read_text = lambda name, text=text: text
+        assert doctor._installed_from() == "."
+    monkeypatch.setattr(doctor, "_source_tree", lambda: None)
+    commands = (doctor._rebuild(), doctor._reinstall(), doctor._rebuild_cuda())
+    assert not [command for command in commands if "spu-torch" in command]
 
 
 def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,58 @@ def test_unknown_build_mode_is_refused() -> None:
     assert "SPU_BUILD='yes': use 0" in run(["-c", code], PYTHONPATH=str(BACKEND), SPU_BUILD="yes")
 
 
+DECIDE = """
+import sys; sys.argv = ["setup.py", *{arguments}]
+import spu_extensions as e
+found = e.module_folder
+e.module_folder = lambda name: None if name in {hidden} else found(name)
+e._ninja = lambda: None if "ninja" in {hidden} else "ninja"
+try:
+    print("EXTENSIONS", [extension.name for extension in e.wanted_extensions()])
+except e.CompileError as error:
+    print("ERROR", error)
+"""
+
+
+def decision(hidden: list[str], *arguments: str, **environment: str | None) -> str:
+    """What setup.py decides where these packages are missing: the last line it prints."""
+    code = DECIDE.format(hidden=hidden, arguments=list(arguments))
+    return run(
+        ["-c", code], PYTHONPATH=str(BACKEND), **{"SPU_BUILD": None, "SPU_CUDA": "0", **environment}
+    ).splitlines()[-1]
+
+
+@needs_build_tools
+@pytest.mark.parametrize("hidden", ["pybind11", "ninja", "torch"])
+def test_a_missing_build_requirement_is_an_error_where_a_compiler_is(hidden: str) -> None:
+    """The readme's own two commands installed a package without kernels, and did not say so."""
+    said = decision([hidden], "bdist_wheel", CXX="true")
+    assert re.match(rf"ERROR compiling the kernels needs {hidden} \(pip install '?{hidden}", said), said
+    assert "SPU_BUILD=0 installs without kernels" in said
+    assert decision([hidden], "bdist_wheel", CXX="nonesuch") == "EXTENSIONS []"
+    assert decision([hidden], "bdist_wheel", CXX="true", SPU_BUILD="0") == "EXTENSIONS []"
+    assert "SPU_BUILD=1, but compiling needs" in decision([hidden], "bdist_wheel", CXX="true", SPU_BUILD="1")
+
+
+@needs_build_tools
+@pytest.mark.parametrize("command", ["egg_info", "dist_info", "sdist"])
+@pytest.mark.parametrize("mode", [None, "1"])
+def test_an_isolated_build_may_ask_before_its_requirements_are_there(command: str, mode: str | None) -> None:
+    assert decision(["torch", "pybind11", "ninja"], command, CXX="true", SPU_BUILD=mode) == "EXTENSIONS []"
+
+
+def test_the_readme_installs_what_its_build_needs() -> None:
+    install = (ROOT / "README.md").read_text().split("## Install")[1].split("## ")[0]
+    first, second = re.findall(r"^pip install .*$", install, re.MULTILINE)
+    sys.path.insert(0, str(BACKEND))
+    try:
+        from spu_build import COMPILE_REQUIREMENTS
+    finally:
+        sys.path.remove(str(BACKEND))
+    assert all(requirement in first for requirement in [*COMPILE_REQUIREMENTS, "setuptools>=77"])
+    assert "--no-build-isolation" in second
+
+
 def build_with_broken_compiler(folder: Path, mode: str | None) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "SPU_BUILD"} | {"CXX": "false"}
     if mode is not None:

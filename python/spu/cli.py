@@ -10,7 +10,7 @@ from typing import Annotated, Any
 try:
     import typer
 except ImportError:  # the library works without its command line
-    sys.exit("spu: the command line needs a few more packages: pip install 'spu-torch[train]'")
+    sys.exit("spu: the command line needs more packages: pip install 'typer>=0.12' 'rich>=13' 'transformers>=5.0'")
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _CODECS = "auto, none, fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2"  # spu.ops has them, but imports torch
@@ -38,7 +38,7 @@ def guarded(command: Callable[[], None]) -> None:
         if os.environ.get("SPU_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
-            _fail(f"the package {error.name} is missing: pip install 'spu-torch[train]'", BAD_INPUT)
+            _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
         if isinstance(error, ValueError):
             _fail(f"error: {error}", BAD_INPUT)
         if isinstance(error, OSError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -330,7 +331,24 @@ def _pip() -> str:
 def _source_tree() -> Path | None:
     """The checkout that spu is run from, if it is."""
     root = Path(__file__).resolve().parents[2]
-    return root if (root / "setup.py").exists() and (root / "csrc").is_dir() else None
+    return root if _is_source(root) else None
+
+
+def _is_source(root: Path) -> bool:
+    return (root / "setup.py").exists() and (root / "csrc").is_dir()
+
+
+def _installed_from() -> str:
+    """The source tree that spu was installed from, if pip noted one and it is there; else "." for one to be gone to."""
+    from importlib import metadata
+    from urllib.parse import unquote, urlparse
+
+    try:
+        noted = metadata.distribution("spu-torch").read_text("direct_url.json")
+        root = Path(unquote(urlparse(json.loads(noted or "{}").get("url", "")).path))
+    except (metadata.PackageNotFoundError, ValueError):
+        return "."
+    return str(root) if _is_source(root) else "."
 
 
 def _rebuild() -> str:
@@ -338,11 +356,17 @@ def _rebuild() -> str:
     root = _source_tree()
     if root is not None:
         return f"{_build_tools()} && cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
-    return f"SPU_BUILD=1 {_pip()} install --force-reinstall --no-deps --no-cache-dir spu-torch"
+    return f"{_build_tools()} && {_install_again('SPU_BUILD=1')}"
+
+
+def _install_again(variables: str) -> str:
+    """spu is installed from its source tree; where that is gone, from one that the command is run in."""
+    options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+    return f"{variables} {_pip()} install {options} {shlex.quote(_installed_from())}".strip()
 
 
 def _build_tools() -> str:
-    """An isolated build has them by itself; building in place does not."""
+    """What an isolated build would install by itself, beside torch."""
     return f"{_pip()} install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'"
 
 
@@ -354,12 +378,15 @@ def _rebuild_cuda() -> str:
         headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
         build = f"SPU_CUDA=1 NVCC={where} {_python_command()} setup.py build_ext --inplace"
         return f"{_build_tools()} && {headers} && cd {shlex.quote(str(root))} && {build}"
-    return f"SPU_CUDA=1 NVCC={where} {_rebuild()}"
+    headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
+    return f"{_build_tools()} && {headers} && {_install_again(f'SPU_BUILD=1 SPU_CUDA=1 NVCC={where}')}"
 
 
 def _reinstall() -> str:
     root = _source_tree()
-    return f"{_pip()} install --force-reinstall {shlex.quote(str(root)) if root is not None else 'spu-torch'}"
+    if root is not None:
+        return f"{_pip()} install --force-reinstall {shlex.quote(str(root))}"
+    return f"{_build_tools()} && {_install_again('')}"
 
 
 def _install_compiler() -> str:

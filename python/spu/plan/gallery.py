@@ -34,7 +34,7 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'spu-torch[train]'") from error
+        raise ImportError("pictures need matplotlib: pip install 'matplotlib>=3.8'") from error
     count = len(plan.devices)
     heights = [0.5 + _ROW * len(plan.stages), 0.5 + _ROW * count, 1.2 + 0.5 * count]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 1.5), dpi=150, layout="constrained")

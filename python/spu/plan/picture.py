@@ -63,7 +63,7 @@ def _figure(stages: list[int], *, names: bool) -> tuple[Figure, list[Axes]]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as NewFigure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'spu-torch[train]'") from error
+        raise ImportError("pictures need matplotlib: pip install 'matplotlib>=3.8'") from error
     head = _HEAD + (0.22 if names else 0.0)
     height = head + _FOOT + _ROW * sum(stages) + _GAP * (len(stages) - 1)
     figure = NewFigure(figsize=(WIDTH_INCHES, height), dpi=DPI)
