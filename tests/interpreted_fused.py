@@ -135,6 +135,18 @@ def test_adamw_over_a_list(dtype: torch.dtype) -> None:
             assert_equal(param, master.to(dtype), "copy of the master")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adamw_takes_weights_that_were_changed(dtype: torch.dtype) -> None:
+    ours = optimizer_state(dtype, [(8193,), (33, 3)])
+    ours[0][0][100:200] = 0.25
+    theirs = [[value.clone() for value in column] for column in ours]
+    kernels.adamw_(*ours, torch.ones(1), torch.zeros(1), *HYPER)
+    reference_optimizer.adamw_(*theirs, torch.ones(1), torch.zeros(1), *HYPER)
+    for made, expected in zip(ours[2], theirs[2]):
+        torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-7)
+    assert (ours[2][0][100:200] - 0.25).abs().max() < 0.01
+
+
 def test_adamw_changes_nothing_after_an_overflow() -> None:
     ours = optimizer_state(torch.float16, [(70, 3), (9,)])
     before = [[value.clone() for value in column] for column in ours]

@@ -399,6 +399,23 @@ def test_adamw_skips_on_found_inf_and_takes_strided_state() -> None:
     assert not torch.equal(after[2], before[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_adamw_takes_weights_that_were_changed(dtype: torch.dtype) -> None:
+    master, grad = torch.randn(1003), torch.randn(1003)
+    param = master.to(dtype)
+    param.data[500:600] = 0.25
+    expected = master.clone()
+    expected[500:600] = 0.25
+    taken = expected.to(dtype)
+    for weight, held in ((param, master), (taken, expected)):
+        moments = [torch.zeros(1003)], [torch.zeros(1003)]
+        OPS.adamw_.cpu(
+            [weight], [grad], [held], *moments, [scalar(1)], scalar(1.0), scalar(0.0), 1e-3, 0.9, 0.99, 1e-8, 0.0
+        )  # fmt: skip
+    assert_equal(master, expected, "master")
+    assert_equal(param, taken, "parameter")
+
+
 @pytest.mark.parametrize("moments", ["bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_narrow_moments_are_the_references(moments: str, dtype: torch.dtype) -> None:

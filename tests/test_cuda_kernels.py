@@ -20,6 +20,7 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
     test_a_sum_that_overflows_is_found,
     test_adamw_follows_torch,
     test_adamw_skips_on_found_inf_and_takes_strided_state,
+    test_adamw_takes_weights_that_were_changed,
     test_conversions_of_every_fp16_and_bf16_value,
     test_derivative_at_every_fp16_value,
     test_dz,

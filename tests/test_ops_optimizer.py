@@ -59,6 +59,28 @@ def test_against_the_formula_in_fp64(backend: str, dtype: torch.dtype, shape: tu
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_changed_weights_are_taken_and_the_others_keep_their_low_bits(backend: str, dtype: torch.dtype) -> None:
+    """The master's old value came back at the next update: a clamp, a load_state_dict, averaged weights were undone."""
+    state = one_state((70, 3), dtype)
+    state["master"].view(-1)[:3] = torch.tensor([1e-30, -70000.0, float("nan")])  # rounded to 0, to infinity in fp16
+    state["param"].copy_(state["master"])
+    state["param"].data[40:].clamp_(-0.1, 0.1)
+    state["param"].data[3, 0] = 0.0
+    followed = copied(state)
+    changed = state["param"] != state["master"].to(dtype)
+    assert 3 < changed.sum() < 100
+    followed["master"] = torch.where(changed, state["param"].float(), state["master"])
+    followed["param"] = followed["master"].to(dtype)
+    with ops.use_backend(backend):
+        apply(state)
+        apply(followed)
+    for name in ("param", "master", "exp_avg"):
+        torch.testing.assert_close(state[name], followed[name], rtol=0, atol=0, equal_nan=True)
+    assert state["param"][40:].abs().max() < 0.2
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("grad", [1.0, float("nan"), float("inf")])
 def test_nothing_moves_when_found_inf_is_set(backend: str, dtype: torch.dtype, grad: float) -> None:

@@ -102,9 +102,12 @@ SPU_INLINE void adamw_block(const cpu::AdamWRange& r, const math::AdamWStep& k, 
   second.template read<Whole>(at, n, v);
   for (int i = 0; i < kMomentVectors; ++i) {
     const vf g = take<Whole>(r.grad + at, i, n) * r.grad_scale;
-    const math::AdamWState<vf> s = math::adamw_step<vf>({take<Whole>(r.master + at, i, n), m[i], v[i]}, g, k);
+    vf master = take<Whole>(r.master + at, i, n);
+    T* const param = static_cast<T*>(r.param);
+    if (param) master = math::following<vf>(master, rounded_to<T>(master), take<Whole>(param + at, i, n));
+    const math::AdamWState<vf> s = math::adamw_step<vf>({master, m[i], v[i]}, g, k);
     put<Whole>(r.master + at, i, n, s.param);
-    if (r.param) put<Whole>(static_cast<T*>(r.param) + at, i, n, s.param);
+    if (param) put<Whole>(param + at, i, n, s.param);
     m[i] = s.m;
     v[i] = s.v;
     const vu number = lane_numbers(typename MakeLanes<kLanes>::type{}) + static_cast<uint32_t>(at + i * kLanes);

@@ -131,6 +131,14 @@ SPU_INLINE void store(Fp16* p, vf v) {
 #endif
 }
 
+// v as it comes back from storage.
+template <class T>
+SPU_INLINE vf rounded_to(vf v) {
+  T stored[kLanes];
+  store(stored, v);
+  return load(stored);
+}
+
 // The first n <= kLanes elements only; the other lanes are zero. GCC 12 loses n's bound when it threads jumps.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Warray-bounds"

@@ -35,6 +35,12 @@ struct AdamWState {
   F param, m, v;
 };
 
+// The master, but the 16-bit weight where somebody has changed that since: it is no longer what the master rounds to.
+template <class F>
+SPU_HD F following(F master, F rounded, F weight) {
+  return weight == rounded ? master : weight;
+}
+
 // g is the true-scale gradient, already clipped.
 template <class F>
 SPU_HD AdamWState<F> adamw_step(AdamWState<F> s, F g, const AdamWStep& k) {

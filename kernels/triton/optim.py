@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import narrow
+from .arith import narrow, widen
 from .launch import POINTWISE, ceil_div
 
 SIZE = 1024
@@ -70,7 +70,11 @@ def adamw_kernel(
             g = tl.load(grad + at, mask=inside, other=0.0) * scale
             m = tl.load(average + at, mask=inside, other=0.0)
             v = tl.load(square + at, mask=inside, other=0.0)
-            w = tl.load(target + at, mask=inside, other=0.0) * keep
+            w = tl.load(target + at, mask=inside, other=0.0)
+            if COPIES:  # a weight that is no longer what its master rounds to was changed by somebody: it is taken
+                weight = widen(tl.load(copy + at, mask=inside, other=0.0))
+                w = tl.where(widen(narrow(w, COPY)) == weight, w, weight)
+            w = w * keep
             m = m + beta1_left * (g - m)
             v = v * beta2 + beta2_left * (g * g)
             below = tl.math.div_rn(tl.math.sqrt_rn(v), root + tl.zeros((SIZE,), tl.float32)) + eps

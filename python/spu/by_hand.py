@@ -25,6 +25,7 @@ class ByHand:
 
     def __init__(self, model: Any, devices: Sequence[Device]) -> None:
         self.devices = list(devices)
+        self._model = model
         self._layers: list[Layer] | None = None if model is None else model_layers(model)
         self._parts: list[nn.Module] = []
         self._stage_modules: list[StageModule] = []
@@ -62,6 +63,10 @@ class ByHand:
         """Every parameter of the model, once."""
         seen = {id(p): p for layer in self._require_layers() for p in layer.module.parameters()}
         return iter(seen.values())
+
+    def _users_model(self) -> nn.Module:
+        """What the user gave, parts and lists of layers as a container of them."""
+        return self._model if isinstance(self._model, nn.Module) else nn.ModuleList(self._model or self._parts)
 
     def _require_layers(self) -> list[Layer]:
         if self._layers is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .ops import adamw_
 from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
 from .ops.optimizer import on_device
+from .ops.reference_optimizer import follow
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
@@ -70,7 +71,9 @@ class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's update (decoupled weight decay, arXiv:1711.05101) in one pass per parameter.
 
     fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 ``master`` in the state, whose value they
-    receive rounded to nearest even. Nothing in ``step`` waits for a device. Gradients are fp32 and are not changed.
+    receive rounded to nearest even. A 16-bit weight that somebody changes between steps (load_state_dict, a clamp,
+    averaged weights) is taken into its master, element by element. Nothing in ``step`` waits for a device. Gradients
+    are fp32 and are not changed.
 
     With a GradScaler (``spu``'s or torch's) it takes found_inf, and an unscaling that is still to do, from its
     ``found_inf`` and ``grad_scale`` attributes, which ``GradScaler.step`` sets.
@@ -122,17 +125,24 @@ class AdamW(torch.optim.Optimizer):
             self._set_up(state.get("moments", "fp32"))
 
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Gives a 16-bit parameter its exact fp32 value (default: the parameter's own, widened). Copies it."""
+        """Gives a 16-bit parameter its exact fp32 value. Copies it; the parameter becomes what it rounds to."""
         if param.dtype not in _HALVES:
             raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
         if value.shape != param.shape:
             raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
         master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
         self.state[param]["master"] = master.contiguous()
+        if value is not param:
+            param.data.copy_(master)
 
+    @torch.no_grad()
     def master(self, param: Tensor) -> Tensor:
         """The fp32 value that is updated for a parameter: its master, or the parameter itself."""
-        return self.state[param].get("master", param.detach())
+        master = self.state.get(param, {}).get("master")
+        if master is None or param.dtype not in _HALVES:
+            return param.detach()
+        follow(master, param)
+        return master
 
     def _prepare(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -259,6 +269,8 @@ class AdamW(torch.optim.Optimizer):
 class MasterOptimizer:
     """Any torch optimizer, run on fp32 parameters and on the fp32 masters of 16-bit ones.
 
+    A 16-bit weight that somebody changes between steps is taken into its master, as `AdamW` does.
+
     Args:
         factory: makes the optimizer from a list of fp32 tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
         params: fp32, fp16 or bf16 parameters.
@@ -286,7 +298,10 @@ class MasterOptimizer:
         value = param if master is None else master
         if value.shape != param.shape:
             raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-        return nn.Parameter(value.detach().to(device=param.device, dtype=torch.float32, copy=True))
+        target = nn.Parameter(value.detach().to(device=param.device, dtype=torch.float32, copy=True))
+        if value is not param:
+            param.data.copy_(target.data)
+        return target
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -296,7 +311,7 @@ class MasterOptimizer:
     def masters(self) -> list[Tensor | None]:
         """The fp32 master of each parameter, None for those that are fp32 themselves."""
         pairs = zip(self._params, self._targets, strict=True)
-        return [None if target is param else target.detach() for param, target in pairs]
+        return [None if target is param else self._followed(param, target) for param, target in pairs]
 
     def target(self, param: nn.Parameter) -> Tensor:
         """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself."""
@@ -304,7 +319,14 @@ class MasterOptimizer:
 
     def master(self, param: nn.Parameter) -> Tensor:
         """As :meth:`target`, without its graph."""
-        return self.target(param).detach()
+        return self._followed(param, self.target(param))
+
+    @staticmethod
+    @torch.no_grad()
+    def _followed(param: Tensor, target: Tensor) -> Tensor:
+        if target is not param and param.dtype in _HALVES:
+            follow(target.data, param)
+        return target.detach()
 
     @torch.no_grad()
     def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
@@ -324,6 +346,7 @@ class MasterOptimizer:
             grad = _check_grad(param)
             if grad_scale is not None:
                 grad.mul_(on_device(grad_scale, grad.device).squeeze(0))
+            self._followed(param, target)
             target.grad = grad
         self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):

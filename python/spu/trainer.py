@@ -15,14 +15,15 @@ from torch import nn
 from spu import ops, placement, schedules
 from spu.by_hand import ByHand
 from spu.devices import Device, DeviceManager
-from spu.engine.build import DTYPES, Built, build_stages, to_precision, undo_precision
+from spu.engine.build import DTYPES, Built, build_stages, give_back, to_precision, undo_precision, unfused
 from spu.engine.bytes import counted_bytes
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner
-from spu.engine.state import Kept, load_training, model_state, save_training
+from spu.engine.state import Kept, load_training, save_training, state_for_model
+from spu.engine.unchanged import Unchanged
 from spu.engine.uninterrupted import uninterrupted
 from spu.engine.update import OptimizerFactory, Update, release
 from spu.interrupts import Held, stop_if_asked
@@ -128,6 +129,8 @@ class ModelParallelTrainer(ByHand):
         self.passes_done = 0
         self._optimizer, self._lr = optimizer, lr
         self._backend = ops.forced_backend()
+        self._fused: list[nn.Module] = []
+        self._unchanged: Unchanged | None = None
         self._given_plan = plan
         self._plan: Plan | None = None
         self._planner: Planner | None = None
@@ -161,8 +164,10 @@ class ModelParallelTrainer(ByHand):
             else:
                 plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
             stop_if_asked()
-            masters = release(layers)
-            masters |= to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule))
+            taken_over = release(layers)
+            self._fused = unfused(layers)
+            masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule)) | taken_over
+            give_back(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))
             except BaseException:
@@ -189,7 +194,7 @@ class ModelParallelTrainer(ByHand):
         if self._plan is None or self._timeline is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
         same, best = self._planner.again(self._plan, self._timeline)
-        old = self._prepared()
+        old = self._ready()
         kept = Kept(old.built, old.updater.optimizers)
         if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
             self._plan = same
@@ -213,7 +218,8 @@ class ModelParallelTrainer(ByHand):
             recompute=plan.recomputed_layers,
         )
         add_masters(built)
-        return Runner(
+        built.fused = list(self._fused)
+        runner = Runner(
             built,
             plan,
             self.scaler,
@@ -224,6 +230,8 @@ class ModelParallelTrainer(ByHand):
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
         )
+        self._unchanged = Unchanged(self._model or self._parts, built)
+        return runner
 
     # Training
 
@@ -309,11 +317,11 @@ class ModelParallelTrainer(ByHand):
         count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
         rows = self.accumulate * (count if isinstance(count, int) else 1)
         self.prepare(at_least(inputs, rows), at_least(targets, rows))
-        return self._prepared().evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
+        return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
         self.prepare(inputs, targets)
-        done = self._prepared().accumulate(
+        done = self._ready().accumulate(
             inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
         )
         self._timeline = done.timeline
@@ -358,12 +366,13 @@ class ModelParallelTrainer(ByHand):
         """Parameters in full precision and buffers by their names in the model, copied to the CPU.
 
         Raises:
-            RuntimeError: before :meth:`prepare` or the first step.
+            RuntimeError: before :meth:`prepare` or the first step, and where the values would not be those of one step
+                or not this trainer's: after an update that failed half-way, or when another trainer has taken over.
         """
         if self._runner is None:
             raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
-        state = model_state(self._runner.built, self._runner.updater.optimizers)
-        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        runner = self._readable()
+        return state_for_model(self._users_model(), runner.built, runner.updater.optimizers)
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write a checkpoint that any number of stages can resume from.
@@ -371,9 +380,14 @@ class ModelParallelTrainer(ByHand):
         Args:
             path: the checkpoint's directory; replaced atomically if it is one.
             extra: JSON of your own, returned by :meth:`load`.
+
+        Raises:
+            CheckpointError: writing failed, or the optimizer or a module keeps what cannot be saved.
+            RuntimeError: as :meth:`state_dict_for_model`; the checkpoint that was there stays.
         """
         if self._runner is None:
             raise RuntimeError("nothing to save yet: call prepare() or step() first")
+        self._readable()
         meta = {
             "step": self.steps_done,
             "passes": self.passes_done,
@@ -399,6 +413,7 @@ class ModelParallelTrainer(ByHand):
         """
         if self._runner is None:
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
+        self._runner.updater.check_own()
         meta = load_training(path, self._runner.built, self._runner.updater.optimizers)
         if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
             self.scaler.load_state_dict(meta["scaler"])
@@ -412,9 +427,14 @@ class ModelParallelTrainer(ByHand):
     # Ending
 
     def close(self) -> None:
-        """End the worker threads and give the model back with its ties; harmless when called twice."""
+        """End the worker threads and give the model back; harmless when called twice.
+
+        Linear layers and blocks get their own classes back. Weights stay in the precision they were trained in:
+        :meth:`state_dict_for_model` has them in full, also after this.
+        """
         if self._runner is not None:
             self._runner.close()
+            self._runner.built.unfuse()
 
     def __enter__(self) -> ModelParallelTrainer:
         return self
@@ -425,6 +445,24 @@ class ModelParallelTrainer(ByHand):
     def _prepared(self) -> Runner:
         assert self._runner is not None
         return self._runner
+
+    def _ready(self, *, training: bool = True) -> Runner:
+        """To run, as the calling thread would: with the backend that is forced around the call."""
+        runner = self._prepared()
+        assert self._unchanged is not None
+        runner.updater.check_open()
+        self._unchanged.check(training=training)
+        runner.engine.backend = ops.forced_backend() or self._backend
+        return runner
+
+    def _readable(self) -> Runner:
+        """With a state that is this trainer's, whole, and in the model that it was made of."""
+        runner = self._prepared()
+        assert self._unchanged is not None
+        runner.updater.check_own()
+        runner.updater.check_whole()
+        self._unchanged.check(training=False)
+        return runner
 
 
 def _one_of(what: str, value: Any, known: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,52 +12,71 @@ from torch import nn
 
 from spu import nn as spu_nn
 from spu.engine.layers import Layer
+from spu.engine.leaves import loss_part, move_loss
+from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
+from spu.interrupts import Held
 
 if TYPE_CHECKING:
     from spu.devices import Device
 
-__all__ = ["DTYPES", "Built", "TiedUse", "build_stages", "to_precision", "undo_precision"]
+__all__ = ["DTYPES", "Built", "build_stages", "give_back", "to_precision", "undo_precision", "unfused"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
-class TiedUse:
-    """A parameter's use in a later stage than its first: a leaf of its own, with a gradient buffer of its own."""
-
-    owner: nn.Parameter
-    owner_stage: int
-    alias: nn.Parameter
-    stage: int
-    places: list[tuple[nn.Module, str]]
-
-    def restore(self) -> None:
-        """Put the owner back where the alias stands."""
-        for module, name in self.places:
-            module._parameters[name] = self.owner
-
-
-@dataclass
 class Built:
-    """Stages ready to run.
+    """Stages ready to run. Between runs the model is as the user has it; see `spu.engine.sharing`.
 
     Attributes:
         stages: in pipeline order.
         owned: for each stage the trainable parameters that its optimizer updates, by name.
         tied: further uses of owned parameters, in stage order.
+        twins: further uses of modules.
+        fused: modules whose layers were put on fused ops for this training alone.
         masters: fp32 values of 16-bit parameters from before they were rounded, by parameter id.
     """
 
     stages: list[Stage]
     owned: list[dict[str, nn.Parameter]]
     tied: list[TiedUse]
+    twins: list[Twin] = field(default_factory=list)
     masters: dict[int, torch.Tensor] = field(default_factory=dict)
+    fused: list[nn.Module] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While stages run: each has leaves and modules of its own, made as the user's are now.
+
+        Raises:
+            RuntimeError: a forward changed what several stages share.
+        """
+        try:
+            for twin in self.twins:
+                twin.enter()
+            for use in self.tied:
+                use.enter()
+            yield
+            for twin in self.twins:
+                twin.check()
+        finally:
+            with Held():
+                for use in self.tied:
+                    use.restore()
 
     def restore(self) -> None:
-        """Give the model its ties back; harmless when called twice."""
+        """Give the model back as it was; harmless when called twice."""
         for use in self.tied:
             use.restore()
+        for twin in self.twins:
+            twin.restore()
+
+    def unfuse(self) -> None:
+        """Give linear layers and blocks their own classes back, but those that the user had fused before."""
+        while self.fused:
+            with contextlib.suppress(ValueError):  # a class that somebody changed again since
+                spu_nn.restore(self.fused.pop())
 
 
 def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False) -> dict[int, torch.Tensor]:
@@ -87,6 +107,20 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
     return masters
 
 
+def give_back(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
+    """Parameters as another trainer's exact values round to their dtype: they held what those rounded to in its."""
+    for layer in layers:
+        for parameter in layer.module.parameters():
+            if id(parameter) in masters:
+                parameter.data.copy_(masters[id(parameter)])
+
+
+def unfused(layers: Sequence[Layer]) -> list[nn.Module]:
+    """The layers' modules of which nothing runs on fused ops yet."""
+    modules = [layer.module for layer in layers]
+    return [module for module in modules if not any(map(spu_nn.is_accelerated, module.modules()))]
+
+
 def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
     """Give rounded parameters their fp32 values back, and linear layers their own class, where training never began."""
     for layer in layers:
@@ -114,18 +148,21 @@ def build_stages(
         recompute: indices of the layers that keep only their input for the backward.
     """
     placed = [[layers[i] for i in indices] for indices in ranges]
-    _separate(placed)
-    tied = _untie(placed, devices)
+    loss = loss_part(loss_fn, layers)
+    twins = separate(placed)
+    parts = [*placed[:-1], [*placed[-1], *([] if loss is None else [loss])]]
+    tied = untie(parts, devices)
+    move_loss(loss_fn, devices[-1].torch_device)
     stages = []
     for index, (own, device) in enumerate(zip(placed, devices)):
         for layer in own:
             layer.module.to(device.torch_device)
         is_last = index == len(placed) - 1
         again = [i in recompute for i in ranges[index]]
-        stages.append(Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=again))
+        stages.append(Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=again, parts=parts[index]))
     aliases = {id(use.alias) for use in tied}
     owned: list[dict[str, nn.Parameter]] = []
-    for own in placed:
+    for own in parts:
         names: dict[int, str] = {}
         parameters: dict[str, nn.Parameter] = {}
         for layer in own:
@@ -134,53 +171,9 @@ def build_stages(
                     names[id(parameter)] = name
                     parameters[name] = parameter
         owned.append(parameters)
-    return Built(stages, owned, tied)
-
-
-def _separate(placed: list[list[Layer]]) -> None:
-    """Give every stage module objects of its own, where layers of several stages share one; parameters stay shared.
-
-    Otherwise those stages' threads would use one leaf, and one gradient buffer, at a time.
-    """
-    stage_of: dict[int, int] = {}
-    for stage, own in enumerate(placed):
-        for layer in own:
-            modules = list(layer.module.modules())
-            if any(stage_of.get(id(m), stage) != stage and (m._parameters or m._buffers) for m in modules):
-                layer.module = _replica(layer.module, {})
-            stage_of.update((id(m), stage) for m in modules if id(m) not in stage_of)
-
-
-def _replica(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """The module and its children as new objects around the same parameters and buffers."""
-    if id(module) not in made:
-        copy = made[id(module)] = module.__new__(type(module))
-        copy.__dict__ = dict(module.__dict__)
-        copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
-        copy._modules = {
-            name: None if child is None else _replica(child, made) for name, child in module._modules.items()
-        }
-    return made[id(module)]
-
-
-def _untie(placed: list[list[Layer]], devices: Sequence[Device]) -> list[TiedUse]:
-    """Replace a parameter in every stage but its first by an alias: same storage on the same device, else a copy."""
-    owner_stage: dict[int, int] = {}
-    tied: dict[tuple[int, int], TiedUse] = {}
-    for stage, own in enumerate(placed):
-        for module in (module for layer in own for module in layer.module.modules()):
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                first = owner_stage.setdefault(id(parameter), stage)
-                if first == stage:
-                    continue
-                use = tied.get((id(parameter), stage))
-                if use is None:
-                    data = parameter.detach().to(devices[stage].torch_device)
-                    alias = nn.Parameter(data, requires_grad=parameter.requires_grad)
-                    use = tied[id(parameter), stage] = TiedUse(parameter, first, alias, stage, [])
-                    owner_stage[id(alias)] = stage
-                module._parameters[name] = use.alias
-                use.places.append((module, name))
-    return list(tied.values())
+    everything = {id(p): name for own in parts for layer in own for name, p in layer.named_parameters()}
+    for stage in stages:
+        stage.elsewhere = {key: everything[key] for key in everything.keys() - {id(p) for p in stage.parameters()}}
+    for use in tied:
+        use.restore()
+    return Built(stages, owned, tied, twins)

@@ -95,14 +95,18 @@ class Layer:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by their name in the user's model, one that is used twice under both names."""
         for local, parameter in self.module.named_parameters(remove_duplicate=False):
-            yield self.parameter_names.get(local, f"{self.name}.{local}"), parameter
+            yield self.name_of(local), parameter
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Buffers that belong to the model's state (persistent ones), by their name in the user's model."""
         persistent = self.module.state_dict(keep_vars=True)
-        for local, buffer in self.module.named_buffers():
+        for local, buffer in self.module.named_buffers(remove_duplicate=False):
             if local in persistent:
-                yield self.parameter_names.get(local, f"{self.name}.{local}"), buffer
+                yield self.name_of(local), buffer
+
+    def name_of(self, local: str) -> str:
+        """In the user's model, of what has a local name in the module."""
+        return self.parameter_names.get(local, f"{self.name}.{local}")
 
 
 def model_layers(model: Any) -> list[Layer]:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -56,6 +56,7 @@ class Round:
         run_seed, step: likewise.
         scopes: the loss scale on each stage; None for a pass without backward.
         keep_outputs: collect the last stage's outputs.
+        autocast: entered around every forward.
         losses, outputs: results by microbatch.
         spans: what ran when, in seconds of ``time.perf_counter``.
     """
@@ -69,6 +70,7 @@ class Round:
     first_microbatch: int = 0
     scopes: Sequence[BackwardScope] | None = None
     keep_outputs: bool = False
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
@@ -260,7 +262,8 @@ class LocalEngine:
         if stage.wants_inputs:
             inputs = x if stage.is_first else move(work.inputs[index], device)
         skips = StageSkips(exchange, index, device, train=work.train)
-        output = stage.forward(x, inputs, moment, train=work.train, skips=skips)
+        with work.autocast():
+            output = stage.forward(x, inputs, moment, train=work.train, skips=skips)
         skips.send()
         if not stage.is_last:
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
@@ -270,7 +273,8 @@ class LocalEngine:
         if work.targets is not None:
             assert work.weights is not None
             scope = work.scopes[stage.index] if work.scopes is not None else None
-            work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], moment, scope)
+            with work.autocast():
+                work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], moment, scope)
         return begin
 
     def _backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,11 +14,20 @@ from spu.checkpoint import CheckpointError
 from spu.engine.build import Built
 from spu.optim import AdamW, MasterOptimizer
 
-__all__ = ["OptimizerState", "Optimizers", "check_optimizers", "optimizer_state", "restore_optimizers"]
+__all__ = [
+    "OptimizerState",
+    "Optimizers",
+    "check_optimizers",
+    "is_attached",
+    "optimizer_state",
+    "remember_rates",
+    "restore_optimizers",
+]
 
 Optimizers = Sequence[AdamW | MasterOptimizer | None]
 
-_OWN = ("params", "lr", "initial_lr")  # the trainer sets the rate at every step
+_OWN = ("params", "lr", "initial_lr")  # a rate is the trainer's argument, until somebody changes it
+_RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionary()  # that each group was made with
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,27 @@ def restore_optimizers(built: Built, optimizers: Optimizers, state: OptimizerSta
         if len(saved) == len(inner.param_groups):
             for group, values in zip(inner.param_groups, saved):
                 group.update({k: v for k, v in inner.defaults.items() if k in group and k not in _OWN})
-                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # JSON has lists
+                for key, value in values.items():
+                    if key == "lr" and isinstance(group["lr"], torch.Tensor):
+                        group["lr"].fill_(value)
+                    else:
+                        group[key] = tuple(value) if isinstance(value, list) else value  # JSON has lists
+
+
+def remember_rates(optimizer: AdamW | MasterOptimizer) -> None:
+    """Of an optimizer that has just been made: a rate that is another one later is part of the state."""
+    inner = _inner(optimizer)
+    assert inner is not None
+    _RATES[inner] = [float(group["lr"]) for group in inner.param_groups]
+
+
+def is_attached(optimizer: AdamW | MasterOptimizer | None) -> bool:
+    """Whether a scheduler or a hook of the user's holds on to this very optimizer."""
+    inner = _inner(optimizer)
+    if inner is None:
+        return False
+    hooks = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
+    return hasattr(inner.step, "_wrapped_by_lr_sched") or any(hooks)
 
 
 def _kind(optimizers: Optimizers) -> str:
@@ -137,6 +167,10 @@ def _changed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[st
             default = optimizer.defaults.get(key, missing)
             if value is not default and (isinstance(value, torch.Tensor) or value != default):
                 changed[key] = value
+    made = _RATES.get(optimizer, [])
+    index = next(i for i, own in enumerate(optimizer.param_groups) if own is group)
+    if index < len(made) and group["lr"] != made[index]:
+        changed["lr"] = float(group["lr"])
     return changed
 
 

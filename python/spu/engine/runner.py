@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from spu import schedules
+from spu.engine.ambient import callers_autocast
 from spu.engine.build import DTYPES, Built
 from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine, Round
@@ -108,29 +111,46 @@ class Runner:
         losses: dict[int, torch.Tensor] = {}
         outputs: list[Any] = []
         timelines = []
+        autocast = self._autocast()
         self.updater.begin_step()
         try:
-            for first in range(0, parts, size):
-                own = slice(first, first + size)
-                work = Round(
-                    self._actions,
-                    inputs_by_part[own],
-                    targets_by_part[own],
-                    weights[own],
-                    seed,
-                    step,
-                    first,
-                    self.updater.scopes,
-                    keep_outputs,
-                )
-                timelines.append(self.engine.run(work))
-                losses.update({first + index: loss for index, loss in work.losses.items()})
-                outputs.extend(work.outputs[index] for index in sorted(work.outputs))
+            with self.built.running():
+                for first in range(0, parts, size):
+                    own = slice(first, first + size)
+                    work = Round(
+                        self._actions,
+                        inputs_by_part[own],
+                        targets_by_part[own],
+                        weights[own],
+                        seed,
+                        step,
+                        first,
+                        self.updater.scopes,
+                        keep_outputs,
+                        autocast,
+                    )
+                    timelines.append(self.engine.run(work))
+                    losses.update({first + index: loss for index, loss in work.losses.items()})
+                    outputs.extend(work.outputs[index] for index in sorted(work.outputs))
+            self._check_trained(inputs)
         except BaseException:
             self.updater.clear_gradients()
             raise
         counted = sum(count_targets(part, self._ignore_index) for part in targets_by_part)
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
+
+    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        return callers_autocast(stage.device.torch_device.type for stage in self.built.stages)
+
+    def _check_trained(self, inputs: Any) -> None:
+        """Raises RuntimeError where plain torch's backward would find no graph to run."""
+        parameters = (p for stage in self.built.stages for p in stage.parameters())
+        wanted = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
+        if all(parameter.grad is None for parameter in parameters) and not any(True for _ in wanted):
+            raise RuntimeError(
+                "nothing to train: the loss depends on no parameter that requires a gradient. Unfreeze one, or look "
+                "for a detach(), item() or no_grad() between the parameters and the loss"
+            )
 
     def evaluate(self, inputs: Any, targets: Any, *, seed: int, step: int) -> torch.Tensor:
         """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional.
@@ -150,12 +170,14 @@ class Runner:
             target_weights(targets_by_part, self._loss_weight, self._ignore_index),
             seed,
             step,
+            autocast=self._autocast(),
         )
         with Held():  # no module is left in evaluation mode
             try:
                 for module in training:
                     module.training = False
-                self.engine.run(work)
+                with self.built.running():
+                    self.engine.run(work)
             finally:
                 for module in training:
                     module.training = True

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from spu.engine.layers import Layer, Moment
+from spu.engine.leaves import check_leaves
 from spu.engine.microbatch import move
 from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
@@ -32,6 +33,7 @@ class _InFlight:
     outputs: list[Any]  # the stage's outputs, or its scaled loss
     skips: StageSkips | None
     randomness: BackwardRandomness
+    from_outside: bool = False  # an input has a graph of the user's
 
 
 class Stage:
@@ -44,6 +46,10 @@ class Stage:
         is_last: the stage computes the loss.
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
         recompute: for each layer, whether it keeps only its input for the backward; none does by default.
+        parts: what the stage trains, if that is more than its layers: the loss may be a module with parameters.
+
+    Attributes:
+        elsewhere: id -> name of parameters of other stages.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Stage:
         is_last: bool,
         loss_fn: Callable[[Any, Any], torch.Tensor],
         recompute: Sequence[bool] = (),
+        parts: Sequence[Layer] | None = None,
     ) -> None:
         self.index = index
         self.layers = layers
@@ -64,13 +71,16 @@ class Stage:
         self.loss_fn = loss_fn
         self.recompute = list(recompute) or [False] * len(layers)
         self.wants_inputs = any(layer.wants_inputs for layer in layers)
+        self.parts = list(layers if parts is None else parts)
+        self.elsewhere: dict[int, str] = {}
+        found = {id(p): p for layer in self.parts for _, p in layer.named_parameters()}
+        self._parameters, self._leaves_known = list(found.values()), False
         self._in_flight: dict[int, _InFlight] = {}
         self._deferred: dict[int, list[Callable[[], None]]] = {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stage's parameters, each once, in order of first use."""
-        found = {id(p): p for layer in self.layers for _, p in layer.named_parameters()}
-        return list(found.values())
+        """The stage's leaves, each once, in order of first use: its own aliases, also while the model has none."""
+        return list(self._parameters)
 
     def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool, skips: StageSkips | None = None) -> Any:
         """Run one microbatch and remember what its backward needs.
@@ -86,6 +96,7 @@ class Stage:
             The stage's outputs, attached to their graph.
         """
         cuts: list[Cut | None] = []
+        from_outside = self.is_first and any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(x))
         if train and not self.is_first:
             leaves, spec = pytree.tree_flatten(x)
             pairs = [_cut(leaf) for leaf in leaves]
@@ -102,7 +113,7 @@ class Stage:
             _check_known(x, self.layers[-1].name if self.layers else "")
         if train:
             outputs = [] if self.is_last else pytree.tree_leaves(x)
-            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips, randomness)
+            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips, randomness, from_outside)
         return x
 
     def loss(
@@ -169,6 +180,11 @@ class Stage:
         ]
         if flight.skips is not None:
             pairs += flight.skips.gradients()
+        if not self._leaves_known:  # once: what a layer's code reaches is the same in every microbatch
+            foreign = scope.plain or flight.from_outside
+            own = self._parameters
+            check_leaves([r for r, _ in pairs], own, self.elsewhere, foreign=foreign, stage=self.index)
+            self._leaves_known = True
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             with flight.randomness.during(self.device.torch_device):

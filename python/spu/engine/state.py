@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,24 @@ from spu.engine.optimizer_state import (
     Optimizers,
     OptimizerState,
     check_optimizers,
+    is_attached,
     optimizer_state,
     restore_optimizers,
 )
 from spu.interrupts import Held
 from spu.optim import AdamW, MasterOptimizer
 
-__all__ = ["Kept", "load_training", "model_state", "save_training"]
+__all__ = ["Kept", "load_training", "model_state", "save_training", "state_for_model"]
 
 _FORMAT = "spu-trainer"
 
 
 def _named(built: Built, optimizers: Optimizers) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
     """Every parameter by each of its names, an alias standing for its owner, with the optimizer that updates it."""
-    owner = {id(use.alias): (use.owner, use.owner_stage) for use in built.tied}
+    owner = {id(p): (use.owner, use.owner_stage) for use in built.tied for p in (use.alias, use.owner)}
     found = {}
     for stage in built.stages:
-        for layer in stage.layers:
+        for layer in stage.parts:
             for name, parameter in layer.named_parameters():
                 parameter, index = owner.get(id(parameter), (parameter, stage.index))
                 found[name] = (parameter, optimizers[index])
@@ -48,7 +50,10 @@ def save_training(path: str | Path, built: Built, optimizers: Optimizers, meta: 
     tensors = {f"model:{name}": tensor for name, tensor in model_state(built, optimizers).items()}
     own, rest = optimizer_state(built, optimizers).split()
     tensors |= {f"optimizer:{name}": tensor for name, tensor in own.items()}
-    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, "optimizer": rest, **meta})
+    aside: dict[str, torch.Tensor] = {}
+    extra = {name: _packed(module.get_extra_state(), name, aside) for name, module in _extra_states(built).items()}
+    tensors |= {f"extra:{name}": tensor for name, tensor in aside.items()}
+    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, "optimizer": rest, "extra_state": extra, **meta})
 
 
 def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dict[str, Any]:
@@ -62,9 +67,15 @@ def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dic
         raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
     state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))
     check_optimizers(built, optimizers, state)
+    keepers, extra = _extra_states(built), meta.get("extra_state", {})
+    foreign = sorted(extra.keys() - keepers.keys())
+    if foreign:
+        raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
     with Held():
         _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
         restore_optimizers(built, optimizers, state)
+        for name, packed in extra.items():
+            keepers[name].set_extra_state(_unpacked(packed, _with_prefix(tensors, "extra:")))
     return meta
 
 
@@ -74,6 +85,7 @@ class Kept:
     def __init__(self, built: Built, optimizers: Optimizers) -> None:
         self._model = model_state(built, optimizers)
         self._optimizer = optimizer_state(built, optimizers)
+        self._attached = any(map(is_attached, optimizers))
         self._masters = {
             id(parameter): _master(parameter, optimizer)
             for parameter, optimizer in _named(built, optimizers).values()
@@ -82,8 +94,8 @@ class Kept:
 
     @property
     def differs_by_stage(self) -> bool:
-        """Whether the optimizers hold what only the same stages can go on with."""
-        return self._optimizer.differs_by_stage
+        """Whether the optimizers hold what only the same stages can go on with, or others hold on to them."""
+        return self._optimizer.differs_by_stage or self._attached
 
     def give_masters(self, built: Built) -> None:
         """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
@@ -101,9 +113,63 @@ def model_state(built: Built, optimizers: Optimizers) -> dict[str, torch.Tensor]
     for name, (parameter, optimizer) in _named(built, optimizers).items():
         state[name] = _master(parameter, optimizer)
     for stage in built.stages:
-        for layer in stage.layers:
+        for layer in stage.parts:
             state.update((name, buffer.detach()) for name, buffer in layer.named_buffers())
     return state
+
+
+def state_for_model(model: nn.Module, built: Built, optimizers: Optimizers) -> dict[str, Any]:
+    """The model's own state_dict, hooks and extra state included, with parameters in full precision, on the CPU."""
+    exact = {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        value = exact.get(id(value), value)
+        state[name] = value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else deepcopy(value)
+    return state
+
+
+def _extra_states(built: Built) -> dict[str, nn.Module]:
+    """Modules that keep a state of their own (``get_extra_state``), by its name in the model."""
+    found: dict[str, nn.Module] = {}
+    for stage in built.stages:
+        for layer in stage.parts:
+            for name, module in layer.module.named_modules():
+                if type(module).get_extra_state is not nn.Module.get_extra_state:
+                    found[layer.name_of(f"{name}._extra_state" if name else "_extra_state")] = module
+    return found
+
+
+def _packed(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """As JSON, with its tensors put aside under names.
+
+    Raises:
+        CheckpointError: there is something else in it.
+    """
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _packed(item, f"{name}/{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_packed(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise CheckpointError(
+        f"{name} holds a {type(value).__name__}, which a checkpoint cannot hold: let get_extra_state() return tensors, "
+        "numbers and texts, in dicts with text keys, lists and tuples"
+    )
+
+
+def _unpacked(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpacked(item, tensors) for key, item in value.items()}
+    if kind in ("list", "tuple"):
+        return (list if kind == "list" else tuple)(_unpacked(item, tensors) for item in value)
+    return value
 
 
 def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor]) -> None:
@@ -129,13 +195,10 @@ def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, tor
     with torch.no_grad():
         for name, tensor in current.items():
             tensor.copy_(state[name])
-        for parameter, optimizer in _named(built, optimizers).values():
-            master = _master(parameter, optimizer)
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.copy_(master)
-        for use in built.tied:
-            if use.alias.data_ptr() != use.owner.data_ptr():
-                use.alias.copy_(use.owner)
+        # From the state, not from the master: a master is asked for only where its weight agrees with it.
+        for name, (parameter, _) in _named(built, optimizers).items():
+            if current[name].data_ptr() != parameter.data_ptr():
+                parameter.copy_(current[name])
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:

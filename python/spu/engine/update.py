@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +14,11 @@ import torch
 from torch import nn
 
 from spu import ops
-from spu.engine.build import Built, TiedUse
+from spu.engine.build import Built
 from spu.engine.layers import Layer
 from spu.engine.local import LocalEngine
+from spu.engine.optimizer_state import remember_rates
+from spu.engine.sharing import TiedUse
 from spu.engine.stage import Stage
 from spu.interrupts import Held
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
@@ -57,7 +60,7 @@ class Updater:
         lr: float | None,
         max_grad_norm: float | None,
     ) -> None:
-        self._closed = True  # until there is something to close
+        self.closed = True  # until there is something to close
         self.broken = ""  # why the weights of some stages are a step ahead of others', until a checkpoint is loaded
         self._built = built
         self._engine = engine
@@ -72,10 +75,9 @@ class Updater:
             _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
         ]
-        self._closed = False
+        self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)
-        self._base_lr = [[group["lr"] for group in _groups(opt)] for opt in self.optimizers]
 
     def begin_step(self) -> None:
         """Forget the last step's gradients and take the current loss scale.
@@ -84,8 +86,7 @@ class Updater:
             RuntimeError: the trainer was closed.
         """
         self.check_open()
-        if self.broken:
-            raise RuntimeError(f"an update failed half-way ({self.broken}): load a checkpoint, or make a new trainer")
+        self.check_whole()
         self._scaler.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
@@ -93,8 +94,18 @@ class Updater:
 
     def check_open(self) -> None:
         """Raises RuntimeError if the trainer was closed."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError if the weights are not those of one step."""
+        if self.broken:
+            raise RuntimeError(f"an update failed half-way ({self.broken}): load a checkpoint, or make a new trainer")
+
+    def check_own(self) -> None:
+        """Raises RuntimeError if another trainer has taken over the model, and with it the exact values."""
+        if any(module in _UPDATERS and _UPDATERS[module]() is not self for module in _modules(self._built)):
+            raise RuntimeError("another trainer has taken over this one's model: ask that one for its state")
 
     def reduce(self) -> Update:
         """Add up the gradients of tied parameters; then the norm over all of them and whether any was not finite."""
@@ -110,9 +121,6 @@ class Updater:
 
     def apply(self, update: Update, lr_factor: float) -> None:
         """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""
-        for optimizer, bases in zip(self.optimizers, self._base_lr):
-            for group, base in zip(_groups(optimizer), bases):
-                group["lr"] = base * lr_factor
         clip = None
         if self._max_grad_norm is not None:
             clip = clip_coefficient(update.grad_norm.square(), self._max_grad_norm)
@@ -125,15 +133,28 @@ class Updater:
             scale = clip.to(device) if clip is not None else None
             optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
 
-        try:
-            self._engine.each(step)
-        except BaseException as error:
-            self.broken = f"{type(error).__name__}: {error}"
-            raise
-        for use in self._built.tied:
-            if use.alias.data_ptr() != use.owner.data_ptr():
-                use.alias.data.copy_(use.owner.data)
+        with self._rates(lr_factor):
+            try:
+                self._engine.each(step)
+            except BaseException as error:
+                self.broken = f"{type(error).__name__}: {error}"
+                raise
         self._scaler.update()
+
+    @contextlib.contextmanager
+    def _rates(self, factor: float) -> Iterator[None]:
+        """The schedule's factor on every rate, for one update: between updates ``group["lr"]`` is the user's, or a
+        torch scheduler's, to change."""
+        groups = [group for optimizer in self.optimizers for group in _groups(optimizer)] if factor != 1.0 else []
+        changed = [(group, group["lr"], group["lr"] * factor) for group in groups]
+        for group, _, now in changed:
+            group["lr"] = now
+        try:
+            yield
+        finally:
+            for group, before, now in changed:
+                if group["lr"] is now:  # some optimizers set it themselves
+                    group["lr"] = before
 
     def clear_gradients(self) -> None:
         """Drop every gradient, after a step that failed half-way."""
@@ -154,9 +175,9 @@ class Updater:
 
     def close(self) -> None:
         """Take hooks and sinks off the parameters and give the model its ties back; harmless when called twice."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         for grads in self._main_grads:
             grads.close()
         self._built.restore()
@@ -190,11 +211,12 @@ def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
             if updater is not None:
                 masters |= updater.masters()
                 updater.close()
+                updater._built.unfuse()
     return masters
 
 
 def _modules(built: Built) -> Iterator[nn.Module]:
-    return (module for stage in built.stages for layer in stage.layers for module in layer.module.modules())
+    return (module for stage in built.stages for layer in stage.parts for module in layer.module.modules())
 
 
 def _add_tied(use: TiedUse) -> None:
@@ -217,12 +239,21 @@ def _make_optimizer(
     factory: Any = AdamW if optimizer is None else optimizer
     if isinstance(factory, type) and lr is not None:
         factory = partial(factory, lr=lr)
-    if not _is_ours(factory):
-        return MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
-    made: AdamW = factory(list(parameters))
-    for parameter in parameters:
-        if parameter.dtype.itemsize == 2:  # now, not at the first step: a checkpoint may be loaded before it
-            made.set_master(parameter, masters.get(id(parameter), parameter))
+    made: AdamW | MasterOptimizer
+    if _is_ours(factory):
+        made = ours = factory(list(parameters))
+        for parameter in parameters:
+            if parameter.dtype.itemsize == 2:  # now, not at the first step: a checkpoint may be loaded before it
+                ours.set_master(parameter, masters.get(id(parameter), parameter))
+    else:
+        made = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
+    remember_rates(made)
+    rates = [group["lr"] for group in made.param_groups]
+    if lr is not None and any(rate != lr for rate in rates):
+        raise ValueError(
+            f"lr={lr} would be ignored: the optimizer that was given sets its own lr, {rates[0]}. Give the rate there "
+            "(functools.partial(..., lr=...)), and none to the trainer"
+        )
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .accelerate import accelerate, restore
+from .accelerate import accelerate, is_accelerated, restore
 from .linear import Linear
 
-__all__ = ["Linear", "accelerate", "restore"]
+__all__ = ["Linear", "accelerate", "is_accelerated", "restore"]

@@ -77,6 +77,11 @@ def restore(model: _Model) -> _Model:
     return model
 
 
+def is_accelerated(module: nn.Module) -> bool:
+    """Whether ``accelerate`` has changed this module, not looking at its children."""
+    return _MARK in module.__dict__ or isinstance(module, Linear)
+
+
 def _plain_form(name: str, module: nn.Module) -> type[nn.Module]:
     """The class that an accelerated module had."""
     cls = type(module)

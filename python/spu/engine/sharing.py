@@ -1,0 +1,190 @@
+"""What several stages share: the user has it once, every stage has it for itself while stages run.
+
+A parameter that several stages use is one leaf in the user's model. Stages run in threads of their own, so that each
+later one gets an *alias*, a leaf with a gradient buffer of its own. A module that several stages use gets a *twin* in
+each later stage, an object around the same parameters. Between runs the model is the user's: aliases are gone, and what
+was changed meanwhile (values, frozen or not, modes, attributes) is taken over before the next run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from spu.engine.layers import Layer
+
+if TYPE_CHECKING:
+    from spu.devices import Device
+
+__all__ = ["TiedUse", "Twin", "separate", "untie"]
+
+_OWN = ("_parameters", "_buffers", "_modules")  # of a module's attributes, what a twin has for itself
+
+
+@dataclass
+class TiedUse:
+    """A parameter's use in a later stage than its first: a leaf of its own, with a gradient buffer of its own."""
+
+    owner: nn.Parameter
+    owner_stage: int
+    alias: nn.Parameter
+    stage: int
+    places: list[tuple[nn.Module, str]]
+
+    def enter(self) -> None:
+        """Put the alias where the stage uses the parameter, with the owner's values of now."""
+        self.alias.requires_grad_(self.owner.requires_grad)
+        if self.alias.device != self.owner.device:
+            self.alias.data.copy_(self.owner.data)
+        elif self.alias.data_ptr() != self.owner.data_ptr():
+            self.alias.data = self.owner.data
+        for module, name in self.places:
+            module._parameters[name] = self.alias
+
+    def restore(self) -> None:
+        """Put the owner back where the alias stands; harmless when called twice."""
+        for module, name in self.places:
+            module._parameters[name] = self.owner
+
+
+@dataclass
+class Twin:
+    """A layer's module in a later stage than its first, with objects of its own all the way down.
+
+    Attributes:
+        layer: runs the twin until `restore`.
+        module: the user's.
+        pairs: name in the layer, the user's module, its twin; for the module and all that it holds.
+    """
+
+    layer: Layer
+    module: nn.Module
+    pairs: list[tuple[str, nn.Module, nn.Module]]
+    _buffers: list[tuple[str, nn.Module, torch.Tensor | None, int]] = field(default_factory=list)
+    _attributes: list[tuple[str, nn.Module, dict[str, Any]]] = field(default_factory=list)
+
+    def enter(self) -> None:
+        """Take over what was changed in the user's module since the last run."""
+        self._buffers, self._attributes = [], []
+        for name, original, twin in self.pairs:
+            theirs = {key: value for key, value in vars(original).items() if key not in _OWN}
+            for key in vars(twin).keys() - theirs.keys() - set(_OWN):
+                del twin.__dict__[key]
+            twin.__dict__.update(theirs)
+            self._attributes += [(name, original, theirs), (name, twin, theirs)]
+            for key, buffer in original._buffers.items():
+                mine = twin._buffers.get(key)
+                if buffer is None or mine is None or mine.device == buffer.device:
+                    twin._buffers[key] = buffer
+                else:
+                    mine.copy_(buffer)
+                for module in (original, twin):
+                    held = module._buffers[key]
+                    self._buffers.append((_join(name, key), module, held, _version(held)))
+
+    def check(self) -> None:
+        """After a run.
+
+        Raises:
+            RuntimeError: a forward has changed a buffer or an attribute, which each stage then has for itself.
+        """
+        changed = [
+            name
+            for name, module, buffer, version in self._buffers
+            if module._buffers.get(name.rpartition(".")[2]) is not buffer or _version(buffer) != version
+        ]
+        for name, module, before in self._attributes:
+            after = vars(module)
+            changed += [
+                _join(name, key) for key in after if key not in _OWN and before.get(key, self) is not after[key]
+            ]
+        if changed:
+            raise RuntimeError(_has_state(self.layer.name, changed[0]))
+
+    def restore(self) -> None:
+        """Give the layer its own module back; harmless when called twice."""
+        self.layer.module = self.module
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _version(buffer: torch.Tensor | None) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _has_state(layer: str, what: str) -> str:
+    return (
+        f"layer {layer!r} is used in several stages, and its forward changes {what!r}: the stages run at the same "
+        "time, so that its value would depend on chance. Put all its uses into one layer, give each use a module of "
+        "its own, or switch the change off (eval() of that module)"
+    )
+
+
+def separate(placed: Sequence[Sequence[Layer]]) -> list[Twin]:
+    """Give every stage module objects of its own, where layers of several stages share one; parameters stay shared.
+
+    Otherwise those stages' threads would use one leaf, and one gradient buffer, at a time.
+
+    Raises:
+        ValueError: a shared module is a normalisation that counts statistics; nothing was changed.
+    """
+    stage_of: dict[int, int] = {}
+    shared: list[Layer] = []
+    for stage, own in enumerate(placed):
+        for layer in own:
+            modules = list(layer.module.named_modules())
+            foreign = [n for n, m in modules if stage_of.get(id(m), stage) != stage and (m._parameters or m._buffers)]
+            for name in foreign:
+                module = layer.module.get_submodule(name)
+                if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+                    raise ValueError(_has_state(layer.name, _join(name, "running_mean")))
+            if foreign:
+                shared.append(layer)
+            stage_of.update((id(m), stage) for _, m in modules if id(m) not in stage_of)
+    return [_twin(layer) for layer in shared]
+
+
+def _twin(layer: Layer) -> Twin:
+    module, made = layer.module, {}  # type: nn.Module, dict[int, nn.Module]
+    layer.module = _copy(module, made)
+    return Twin(layer, module, [(name, m, made[id(m)]) for name, m in module.named_modules()])
+
+
+def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """The module and its children as new objects around the same parameters and buffers."""
+    if id(module) not in made:
+        copy = made[id(module)] = module.__new__(type(module))
+        copy.__dict__ = dict(module.__dict__)
+        copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
+        copy._modules = {name: None if child is None else _copy(child, made) for name, child in module._modules.items()}
+    return made[id(module)]
+
+
+def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[Device]) -> list[TiedUse]:
+    """Replace a parameter in every stage but its first by an alias: same storage on the same device, else a copy."""
+    owner_stage: dict[int, int] = {}
+    tied: dict[tuple[int, int], TiedUse] = {}
+    for stage, own in enumerate(placed):
+        for module in (module for layer in own for module in layer.module.modules()):
+            for name, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                first = owner_stage.setdefault(id(parameter), stage)
+                if first == stage:
+                    continue
+                use = tied.get((id(parameter), stage))
+                if use is None:
+                    data = parameter.detach().to(devices[stage].torch_device)
+                    alias = nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    use = tied[id(parameter), stage] = TiedUse(parameter, first, alias, stage, [])
+                    owner_stage[id(alias)] = stage
+                module._parameters[name] = use.alias
+                use.places.append((module, name))
+    return list(tied.values())

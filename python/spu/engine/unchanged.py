@@ -1,0 +1,126 @@
+"""Whether the model is still the one that the stages were built from: optimizers know the parameters of then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.engine.build import Built
+from spu.engine.layers import Layer
+
+__all__ = ["Unchanged"]
+
+_ANEW = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A parameter as it was."""
+
+    key: str
+    parameter: nn.Parameter | None
+    trained: bool
+    kind: tuple[torch.dtype, torch.device, torch.Size] | None
+
+    @staticmethod
+    def of(key: str, parameter: nn.Parameter | None) -> _Seen:
+        if parameter is None:
+            return _Seen(key, None, False, None)
+        return _Seen(key, parameter, parameter.requires_grad, (parameter.dtype, parameter.device, parameter.shape))
+
+
+class Unchanged:
+    """Remembers a prepared model, and finds what has been replaced, added, converted or unfrozen since.
+
+    Changed *values* are no change: they are trained on. Nor are parameters that are frozen later: they rest.
+
+    Args:
+        model: what the user gave: a module, or a list of them.
+        built: its stages, with nothing of theirs in the model.
+    """
+
+    def __init__(self, model: Any, built: Built) -> None:
+        self._rows = []
+        known: set[int] = set()
+        for name, module, layer in _modules(model, built):
+            if id(module) in known:
+                continue
+            known.add(id(module))
+            seen = [_Seen.of(key, parameter) for key, parameter in module._parameters.items()]
+            self._rows.append((name, module, layer, dict(module._modules), seen))
+        self._list = (model, list(model)) if isinstance(model, (list, nn.ModuleList)) else None
+
+    def check(self, *, training: bool = True) -> None:
+        """Raises RuntimeError for what has changed; parameters that were unfrozen matter to training only."""
+        if self._list is not None and not _same(list(self._list[0]), self._list[1]):
+            raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_ANEW}")
+        for name, module, layer, children, parameters in self._rows:
+            if module._modules.keys() != children.keys() or not _same(module._modules.values(), children.values()):
+                now = module._modules
+                changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))
+                raise RuntimeError(
+                    f"module {_named(name, changed, layer)!r} was replaced, added or removed after this trainer "
+                    f"prepared, which trains the one of then: undo it, or {_ANEW}"
+                )
+            if module._parameters.keys() != {seen.key for seen in parameters}:
+                added = sorted(module._parameters.keys() ^ {seen.key for seen in parameters})[0]
+                raise RuntimeError(
+                    f"parameter {_named(name, added, layer)!r} was added or removed after this trainer prepared, which "
+                    f"would not train it: undo it, or {_ANEW}"
+                )
+            for seen in parameters:
+                problem = _problem(seen, module._parameters[seen.key], training)
+                if problem:
+                    raise RuntimeError(f"parameter {_named(name, seen.key, layer)!r} {problem}")
+
+
+def _problem(seen: _Seen, now: nn.Parameter | None, training: bool) -> str:
+    """What has become of a parameter that cannot be gone on with; "" for nothing."""
+    if now is not seen.parameter:
+        return (
+            "was replaced after this trainer prepared, which trains the one of then: copy the values into that one "
+            f"(parameter.data.copy_(...)), or {_ANEW}"
+        )
+    if now is None:
+        return ""
+    kind = now.dtype, now.device, now.shape
+    if kind != seen.kind:
+        assert seen.kind is not None
+        was = seen.kind
+        return (
+            f"is {kind[0]} {tuple(kind[2])} on {kind[1]} and was {was[0]} {tuple(was[2])} on {was[1]} when this "
+            "trainer prepared: convert it back (model.to(...)), or make a new trainer for the model"
+        )
+    if training and now.requires_grad and not seen.trained:
+        return (
+            "was frozen when this trainer prepared and is not any more: no optimizer would update it. Freeze it again, "
+            f"or {_ANEW}: it then trains too"
+        )
+    return ""
+
+
+def _same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _named(name: str, key: str, layer: Layer | None) -> str:
+    return _join(name, key) if layer is None else layer.name_of(_join(name, key))
+
+
+def _modules(model: Any, built: Built) -> Iterator[tuple[str, nn.Module, Layer | None]]:
+    """Everything that the stages hold, and what else the user's model is made of: name, module, its layer."""
+    for stage in built.stages:
+        for layer in stage.parts:
+            for name, module in layer.module.named_modules():
+                yield name, module, layer
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            yield name, module, None

@@ -1,0 +1,141 @@
+"""Learning rates, and what else the user's own optimizer brings along."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numeric import assert_equal
+from test_trainer_edits import batch, make, mlp, one_thread  # noqa: F401
+from torch import nn
+
+from spu.checkpoint import CheckpointError
+from spu.optim import AdamW
+
+
+class Makes:
+    """A factory that keeps what it made."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        self.lr, self.made = lr, []  # type: float, list[torch.optim.Optimizer]
+
+    def __call__(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        self.made.append(torch.optim.SGD(parameters, lr=self.lr))
+        return self.made[-1]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        functools.partial(AdamW, weight_decay=0.0),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    ],
+    ids=["partial", "partial of ours", "function"],
+)
+def test_a_rate_that_would_be_ignored_is_refused(optimizer: Any) -> None:
+    """The run went on with the optimizer's default, 0.001."""
+    model = mlp()
+    with make(model, optimizer=optimizer, lr=123.0) as trainer, pytest.raises(ValueError, match=r"lr=123.0 would be"):
+        trainer.step(*batch())
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_a_torch_scheduler_and_the_trainers_schedule_multiply(tmp_path: Path) -> None:
+    """A rate that a scheduler had set was overwritten at the next step."""
+    factory, seen = Makes(), []
+    with make(mlp(), optimizer=factory, lr=None, lr_schedule=lambda step: 0.5 if step else 1.0) as trainer:
+        trainer.prepare(*batch())
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1) for optimizer in factory.made]
+        factory.made[0].register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+        for _ in range(3):
+            trainer.step(*batch())
+            for scheduler in schedulers:
+                scheduler.step()
+        assert seen == pytest.approx([0.1, 0.005, 0.0005])
+        assert factory.made[1].param_groups[0]["lr"] == pytest.approx(1e-4)
+        trainer.save(tmp_path / "checkpoint")
+    again = Makes()
+    with make(mlp(), 1, optimizer=again, lr=None) as trainer:
+        trainer.prepare(*batch())
+        trainer.load(tmp_path / "checkpoint")
+        assert again.made[0].param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_a_rate_that_is_set_by_hand_holds() -> None:
+    model, factory = mlp(), Makes()
+    with make(model, optimizer=factory, lr=None, precision="fp32") as trainer:
+        trainer.step(*batch())
+        for optimizer in factory.made:
+            optimizer.param_groups[0]["lr"] = 0.0
+        before = model[0].weight.clone()
+        trainer.step(*batch())
+        assert_equal(model[0].weight, before)
+
+
+def test_a_rate_that_nobody_changed_is_the_new_trainers(tmp_path: Path) -> None:
+    with make(mlp(), lr=0.1) as trainer:
+        trainer.step(*batch())
+        trainer.save(tmp_path / "checkpoint")
+    with make(mlp(), lr=0.2) as trainer:
+        trainer.prepare(*batch())
+        trainer.load(tmp_path / "checkpoint")
+        assert [o.param_groups[0]["lr"] for o in trainer._prepared().updater.optimizers] == [0.2, 0.2]
+
+
+def test_stages_stay_where_a_scheduler_holds_their_optimizer() -> None:
+    """Stages planned again have new optimizers, which it would not know."""
+    factory = Makes()
+    with make(mlp(), optimizer=factory, lr=None) as trainer:
+        trainer.step(*batch())
+        schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1) for optimizer in factory.made]
+        trainer.step(*batch())
+        trainer.replan()
+        assert len(factory.made) == len(schedulers) == 2
+
+
+# A module's own state
+
+
+class Remembers(nn.Linear):
+    history: tuple[Any, ...] = ()
+
+    def get_extra_state(self) -> Any:
+        return {"history": self.history, "scale": torch.tensor([2.0])}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.history, self.scale = state["history"], state["scale"]
+
+
+def test_extra_state_is_saved_and_is_in_the_models_state(tmp_path: Path) -> None:
+    """It was left out: a resumed run began with none, and load_state_dict missed it."""
+    model = mlp(Remembers(16, 16))
+    with make(model) as trainer:
+        trainer.step(*batch())
+        model[1].history = (1, "two", 0.5, None)
+        trainer.save(tmp_path / "checkpoint")
+        mlp(Remembers(16, 16)).load_state_dict(trainer.state_dict_for_model())
+        model[1].history = (object(),)
+        with pytest.raises(CheckpointError, match="1._extra_state/history/0 holds a object"):
+            trainer.save(tmp_path / "other")
+    fresh = mlp(Remembers(16, 16))
+    with make(fresh, 1) as trainer:
+        trainer.prepare(*batch())
+        trainer.load(tmp_path / "checkpoint")
+    assert fresh[1].history == (1, "two", 0.5, None)
+    assert_equal(fresh[1].scale, torch.tensor([2.0]))
+
+
+def test_hooks_on_the_state_dict_run() -> None:
+    model = mlp()
+    model._register_state_dict_hook(
+        lambda module, state, prefix, _: state.update({"renamed": state.pop("0.weight")})  # type: ignore[arg-type]
+    )
+    with make(model) as trainer:
+        trainer.step(*batch())
+        state = trainer.state_dict_for_model()
+    assert set(state) == {"renamed", "0.bias", "2.weight", "2.bias"}
+    assert state["renamed"].dtype == torch.float32
