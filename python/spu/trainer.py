@@ -41,13 +41,16 @@ class ModelParallelTrainer(ByHand):
 
     Args:
         model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with :meth:`add_module`.
-            It is trained in place: after the first step it holds the precision's dtype.
+            It is trained in place: after the first step it holds the precision's dtype. Between steps it is yours:
+            values that you change are trained on.
         devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
-        loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets; default: :func:`cross_entropy`.
+        loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets; default: :func:`cross_entropy`. Parameters of
+            a module are trained too, in their own dtype.
         optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our
             AdamW.
         lr: learning rate, for the default optimizer or a class.
-        lr_schedule: step index -> factor on the learning rate. Skipped steps count.
+        lr_schedule: step index -> factor on the learning rate, also on one that a torch scheduler has set. Skipped
+            steps count.
         precision: "fp16", "bf16" or "fp32": weights and activations of :meth:`step`, :meth:`forward_backward` and
             :meth:`evaluate`. Main gradients, master weights and moments are fp32. fp16 scales the loss.
         microbatches: how many the schedule runs at a time; "auto" as for the schedule.
