@@ -8,48 +8,33 @@ two, the most that either needs while it runs, and what it computes and moves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from spu import nn as spu_nn
-from spu.flops import flop_formulas
 from spu.interrupts import stop_if_asked
-from spu.ops.cut import cut
-from spu.ops.sink import BackwardScope, open_scope
-from spu.precision import MainGrads
-from spu.profile import LayerCost, fake_copy, frozen_rng
-from spu.tracker import MemoryTracker, Tally
+from spu.profile import LayerCost, fake_copy
+from spu.rehearsal import Footprint, Run, following, layer_copy, tensor_bytes
+from spu.stand_in import hooks_off
+from spu.tracker import Tally
+from spu.untouched import untouched
 
 __all__ = ["Run", "loss_run", "training_costs"]
 
 _HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One layer and how it is run.
-
-    Attributes:
-        name: the layer's.
-        module: holds its parameters, on any device; nothing of it is changed.
-        call: ``call(module, x)`` with the module's fake copy; default ``module(x)``.
-        alike: layers with an equal, hashable ``alike`` and equal parameters cost the same; None: like no other.
-    """
-
-    name: str
-    module: nn.Module
-    call: Callable[[nn.Module, Any], Any] | None = None
-    alike: Any = None
+_MOST_BYTES, _MOST_FLOPS = 2 << 30, 2e11
+"""What a layer may take, counted roughly, that is run on real tensors to be costed; then it is bounded instead."""
 
 
 class _Loss(nn.Module):
@@ -59,57 +44,201 @@ class _Loss(nn.Module):
 
     def forward(self, x: Any) -> torch.Tensor:
         loss_fn, targets = self.how
+        mode = next((t.fake_mode for t in tree_leaves(x) if isinstance(t, FakeTensor)), None)
+        if mode is not None:
+            targets = fake_copy(mode, targets, torch.device("cpu"), None)
         value = loss_fn(x, targets)
         return value.to(torch.promote_types(value.dtype, torch.float32)) * 1.0
 
 
 def loss_run(loss_fn: Callable[[Any, Any], torch.Tensor], targets: Any) -> Run:
-    """The loss as a last layer without parameters; ``targets`` are one microbatch's: only their shapes are used."""
-    shapes = tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), targets)
-    return Run("loss", _Loss(loss_fn, shapes))
+    """The loss as a last layer without parameters; ``targets`` are one microbatch's."""
+    return Run("loss", _Loss(loss_fn, targets), foreign=not _stateless(loss_fn))
+
+
+def _stateless(loss_fn: Any) -> bool:
+    """Whether a loss is known to keep nothing: torch's, our own, and partials of them."""
+    if isinstance(loss_fn, functools.partial):
+        return _stateless(loss_fn.func)
+    home = type(loss_fn).__module__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__module__", None)
+    return (home or "").split(".")[0] in ("torch", "spu", "transformers")
 
 
 def training_costs(
-    runs: Sequence[Run], sample: Any, dtype: torch.dtype, *, fused: bool | None = None
+    runs: Sequence[Run], sample: Any, dtype: torch.dtype, *, fused: bool | None = None, real: bool = False
 ) -> list[LayerCost]:
     """Costs of layers run one after the other in training.
+
+    Nothing of the layers, of what they reach or of the process is changed: copies are run, with hooks off.
 
     Args:
         runs: the layers, in order.
         sample: one microbatch's inputs: a tensor or a structure of them, real, meta or fake.
         dtype: of the training; floating-point parameters, buffers and inputs are taken in it.
         fused: whether linear layers run on our ops; default: in 16-bit precisions, as the trainer does.
+        real: a layer that cannot be run on fake tensors is run on real ones, or else bounded; never an error.
 
     Raises:
-        ValueError: there are no layers, or one cannot run without values; the message names it.
+        ValueError: there are no layers, or (without ``real``) one cannot run without values; the message names it.
     """
     if not runs:
         raise ValueError("there are no layers to cost; give at least one")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tally = Tally()
-    x = fake_copy(mode, sample, torch.device("cpu"), dtype)
     known: dict[Any, tuple[LayerCost, Any]] = {}
     owners: dict[int, int] = {}
     costs: list[LayerCost] = []
-    with frozen_rng(), torch.enable_grad():
+    with untouched(*(run.module for run in runs)), hooks_off(), _quiet(), torch.inference_mode(False):
+        rehearsal = _Rehearsal(runs, sample, dtype, dtype in _HALVES if fused is None else fused, real)
+        x = fake_copy(rehearsal.mode, sample, torch.device("cpu"), dtype)
         for run in runs:
             stop_if_asked()
             kind = _kind(run, x)
-            if kind is None or kind not in known:
-                try:
-                    made = _Footprint(mode, tally, run, x, dtype, dtype in _HALVES if fused is None else fused).made()
-                except Exception as error:
+            made = known.get(kind) if kind is not None else None
+            if made is None:
+                made = rehearsal.made(x, costs)
+                if kind is not None:
+                    known[kind] = made
+            costs.append(_counted_once(dataclasses.replace(made[0], name=run.name), run.module, owners, len(costs)))
+            x = made[1]
+    return costs
+
+
+class _Rehearsal:
+    """Runs of layers one after the other: on fakes, else on real tensors, else a bound."""
+
+    def __init__(self, runs: Sequence[Run], sample: Any, dtype: torch.dtype, fused: bool, real: bool) -> None:
+        self.runs, self.fused, self.real = runs, fused, real
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tally = Tally()
+        state = [t for run in runs for t in itertools.chain(run.module.parameters(), run.module.buffers())]
+        self.dtypes = {id(t): dtype if t.is_floating_point() else t.dtype for t in state}
+        self._values = (0, sample)  # the real input of the layer of that index
+
+    def made(self, x: Any, before: list[LayerCost]) -> tuple[LayerCost, Any]:
+        """The cost of the layer after those of ``before``, and the next one's input, on fakes as ``x`` is."""
+        run = self.runs[len(before)]
+        foreign = self.real and run.foreign and _small(run, x)
+        if not foreign:
+            try:
+                footprint = Footprint(run, x, self.dtypes, fused=self.fused, tally=self.tally, mode=self.mode)
+                return footprint.made()
+            except Exception as error:
+                if not self.real:
                     raise ValueError(
                         f"layer {run.name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
                         "check the example inputs, and that its forward does not read values (.item(), if on a tensor)"
                     ) from error
-                if kind is not None:
-                    known[kind] = made
-            else:
-                made = known[kind]
-            costs.append(_counted_once(dataclasses.replace(made[0], name=run.name), run.module, owners, len(costs)))
-            x = made[1]
-    return costs
+        makers: list[Callable[[], Any]] = [lambda: self._true_input(before), lambda: _made_up(x)]
+        for maker in reversed(makers) if foreign else makers:
+            with contextlib.suppress(Exception):
+                if _small(run, x):
+                    return self._measured(run, _wanting(maker(), x))
+        return _bound(run, x), self._faked(following(x))
+
+    def _measured(self, run: Run, x: Any) -> tuple[LayerCost, Any]:
+        with untouched(run.module, values=True):
+            cost, after = Footprint(run, x, self.dtypes, fused=self.fused, tally=Tally(), mode=None).made()
+        return cost, self._faked(after)
+
+    def _faked(self, x: Any) -> Any:
+        return fake_copy(self.mode, x, torch.device("cpu"), None)
+
+    def _true_input(self, before: list[LayerCost]) -> Any:
+        """The real input of the layer after those of ``before``: they are run, from the last one whose input is known.
+
+        Raises:
+            ValueError: that would take too long.
+        """
+        start, x = self._values
+        for index in range(start, len(before)):
+            run = self.runs[index]
+            if sum(cost.forward_flops for cost in before[start:]) > _MOST_FLOPS or not _small(run, x):
+                raise ValueError("too much work")
+            with untouched(run.module, values=True), torch.no_grad():
+                module = layer_copy(run.module, None, self.dtypes)
+                if self.fused:
+                    spu_nn.accelerate(module)
+                x = following(run(module, x))
+            self._values = index + 1, x
+        return x
+
+
+def _small(run: Run, x: Any) -> bool:
+    """Whether a layer can be run on real tensors in little time and memory, as far as its size tells."""
+    count = sum(p.numel() for p in run.module.parameters())
+    if 6 * count + 16 * tensor_bytes(x) > _MOST_BYTES:
+        return False
+    return 6 * count * _rows(x) <= _MOST_FLOPS
+
+
+def _rows(x: Any) -> int:
+    """How often a product uses a parameter: elements of all dimensions but the last one's."""
+    sized = [t for t in _tensors(x) if t.dim()]
+    return max((t.numel() // (t.shape[-1] or 1) if t.is_floating_point() else t.numel() for t in sized), default=1)
+
+
+def _made_up(x: Any) -> Any:
+    """Real tensors like fake ones: normal numbers; integers are zeros, which most uses of an index allow."""
+
+    def one(fake: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros(fake.shape, dtype=fake.dtype)
+        if fake.dtype == torch.bool:
+            return made.fill_(True)  # selects everything: the most that there can be
+        return made.normal_() if fake.is_floating_point() or fake.is_complex() else made
+
+    return tree_map_only(torch.Tensor, one, x)
+
+
+def _wanting(values: Any, fakes: Any) -> Any:
+    """Real tensors that want gradients where the fakes do."""
+    wants = iter([t.requires_grad for t in _tensors(fakes)])
+
+    def one(leaf: Any) -> Any:
+        return leaf.detach().requires_grad_(next(wants)) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_map(one, values)
+
+
+def _bound(run: Run, x: Any) -> LayerCost:
+    """The cost of a layer that cannot be run: several times its input, and its parameters' gradients."""
+    parameters = list(run.module.parameters())
+    count, given = sum(p.numel() for p in parameters), tensor_bytes(x)
+    rows = _rows(x)
+    return LayerCost(
+        name=run.name,
+        basis="bound",
+        forward_flops=2 * count * rows,
+        backward_flops=4 * count * rows,
+        param_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        param_count=count,
+        trained_count=sum(p.numel() for p in parameters if p.requires_grad),
+        saved_bytes=6 * given,
+        own_bytes=4 * given,
+        input_bytes=given,
+        output_bytes=given,
+        input_saved=True,
+        output_saved=True,
+        forward_extra_bytes=4 * given,
+        backward_extra_bytes=8 * given + 4 * count,
+        forward_traffic_bytes=8 * given,
+        backward_traffic_bytes=16 * given,
+    )
+
+
+def _tensors(x: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, which the training itself will give, and no log of fake operators that fail: there is a way round."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], index: int) -> LayerCost:
@@ -141,226 +270,6 @@ def _kind(run: Run, x: Any) -> Any:
     shapes = tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state)
     given = tuple((tuple(t.shape), t.dtype) for t in tree_leaves(x) if isinstance(t, torch.Tensor))
     return (run.alike, shapes, given, run.module.training)
-
-
-class _Footprint:
-    """One layer's run. Local names are dropped as a stage would drop them: what is still referenced is counted."""
-
-    def __init__(self, mode: FakeTensorMode, tally: Tally, run: Run, x: Any, dtype: torch.dtype, fused: bool) -> None:
-        self.mode, self.tally, self.run, self.fused = mode, tally, run, fused
-        self.x = x
-        self.module = _fake_module(run.module, mode, dtype)
-        if fused:
-            spu_nn.accelerate(self.module)
-        self.parameters = list(self.module.parameters())
-        self.saved: dict[int, torch.Tensor] = {}
-
-    def made(self) -> tuple[LayerCost, Any]:
-        """The cost, and the next layer's input."""
-        counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
-        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-        trainable = [p for p in self.parameters if p.requires_grad]
-        with self.mode, MainGrads(trainable) as grads, counter:
-            grads.begin_step()
-            for parameter in trainable:  # the buffer of an earlier microbatch, which this one adds to
-                parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            x = _next(self.x)
-            base = self.tally.live
-            forward, out = self._forward(x)
-            forward_flops = counter.get_total_flops()
-            after = _next(out)  # the same shapes, of storages that are not counted here
-            backward = self._backward(out, base)
-            left, left_input = self._deferred(backward[1]) if self.fused else (0, False)
-        keeps, peak, traffic = forward
-        backward_peak, backward_work = backward
-        input_bytes, output_bytes = _bytes(x), _bytes(after)
-        inputs, outputs = _storages(x), _storages(out)
-        input_saved = sum(t.untyped_storage().nbytes() for key, t in self.saved.items() if key in inputs)
-        output_saved = sum(t.untyped_storage().nbytes() for key, t in self.saved.items() if key in outputs)
-        own_output = sum(n for key, n in outputs.items() if key not in inputs)
-        by_dtype: dict[str, int] = {}
-        for t in self.saved.values():
-            name = str(t.dtype).removeprefix("torch.")
-            by_dtype[name] = by_dtype.get(name, 0) + t.untyped_storage().nbytes()
-        return LayerCost(
-            name=self.run.name,
-            forward_flops=forward_flops,
-            param_bytes=sum(p.numel() * p.element_size() for p in self.parameters),
-            param_count=sum(p.numel() for p in self.parameters),
-            saved_bytes=sum(by_dtype.values()),
-            output_bytes=output_bytes,
-            shared_bytes=input_saved,
-            saved_by_dtype=tuple(sorted(by_dtype.items())),
-            trained_count=sum(p.numel() for p in trainable),
-            input_bytes=input_bytes,
-            own_bytes=max(keeps - own_output, 0),
-            input_saved=input_saved > 0,
-            output_saved=output_saved > 0,
-            forward_extra_bytes=max(peak - keeps, 0),
-            backward_extra_bytes=max(backward_peak - keeps, 0),
-            backward_flops=None if backward_work.failed else counter.get_total_flops() - forward_flops,
-            forward_traffic_bytes=traffic,
-            backward_traffic_bytes=backward_work.moved_bytes,
-            deferred_bytes=max(left - max(keeps - own_output, 0), 0),
-            deferred_flops=backward_work.deferred_flops,
-            left_bytes=left,
-            left_input=left_input,
-        ), after
-
-    def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
-        """(bytes kept, the output's included; most bytes; bytes moved), and the output."""
-        state = {t.untyped_storage()._cdata for t in itertools.chain(self.parameters, self.module.buffers())}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage()._cdata not in state:
-                self.saved[tensor.untyped_storage()._cdata] = tensor.detach()
-            return tensor
-
-        started = self.tally.live
-        work = _Traffic()
-        self.tally.restart()
-        with (
-            MemoryTracker(self.tally),
-            work,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
-        return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
-
-    def _backward(self, out: Any, base: int) -> tuple[int, _Traffic]:
-        """The most bytes, and what was computed."""
-        roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
-        if not roots:
-            return 0, _Traffic()
-        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
-        work = _Traffic()
-        self.tally.restart()
-        try:
-            with MemoryTracker(self.tally), work:
-                gradients = [torch.empty_like(root) for root in roots]
-                torch.autograd.backward(open_scope(roots, BackwardScope(one[0], one[1], one[2], plain=True)), gradients)
-        except Exception:  # a hook that reads values, an op without a fake kernel: what a gradient of each would take
-            fallback = _Traffic()
-            fallback.failed = True
-            return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * _bytes(out), fallback
-        return self.tally.peak - base, work
-
-    def _deferred(self, work: _Traffic) -> tuple[int, bool]:
-        """Bytes that are held between a backward that puts weight gradients off and those, the layer's input left out;
-        and whether they hold the input. In ``work`` only products that are really put off stay counted as such."""
-        deferred: list[Callable[[], None]] = []
-        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
-        x = _next(self.x)
-        inputs, base, own = Tally(), self.tally.live, _Traffic()
-        # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
-        passed_on = _bytes([t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad])
-        tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
-        with MemoryTracker(self.tally):
-            out = self.module(x) if self.run.call is None else self.run.call(self.module, x)
-            roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
-            if not roots:
-                return 0, False
-            scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
-            try:
-                with own:
-                    torch.autograd.backward(open_scope(roots, scope), [torch.empty_like(root) for root in roots])
-            except Exception:  # as in `_backward`
-                return 0, False
-            finally:
-                del out, roots, x
-            work.deferred_flops -= own.deferred_flops  # done at once all the same
-            left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
-            deferred.clear()
-        return left
-
-
-class _NoModules:
-    """In place of the FLOP counter's watch over modules: its global hooks would keep blocks from being run fused."""
-
-    parents = ("Global",)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-class _Traffic(TorchDispatchMode):
-    """Bytes that operators other than products read and write, and the work of weight gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved_bytes = 0
-        self.deferred_flops = 0
-        self.failed = False
-        self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _PRODUCTS}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        packet = getattr(func, "_overloadpacket", None)
-        if packet is not None and packet.__name__ == "linear_dw_":
-            self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
-        if packet in self._products:
-            return result
-        storages = {t.untyped_storage()._cdata for t in given}
-        changes = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
-        if changes or any(t.untyped_storage()._cdata not in storages for t in made):
-            self.moved_bytes += _bytes([t for t in (*given, *made) if t.device.type != "meta" or t.numel()])
-        return result
-
-
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided", "new_empty")
-
-
-def _fake_module(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype) -> nn.Module:
-    """New module objects around fake parameters and buffers; those that several places share stay shared."""
-    tensors: dict[int, torch.Tensor] = {}
-
-    def fake(tensor: torch.Tensor | None, parameter: bool) -> Any:
-        if tensor is None:
-            return None
-        if id(tensor) not in tensors:
-            made = fake_copy(mode, tensor, torch.device("cpu"), dtype)
-            tensors[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if parameter else made
-        return tensors[id(tensor)]
-
-    copies: dict[int, nn.Module] = {}
-
-    def copy(source: nn.Module) -> nn.Module:
-        if id(source) not in copies:
-            made = copies[id(source)] = source.__new__(type(source))
-            made.__dict__ = dict(source.__dict__)
-            made._parameters = {name: fake(p, True) for name, p in source._parameters.items()}
-            made._buffers = {name: fake(b, False) for name, b in source._buffers.items()}
-            made._modules = {name: None if m is None else copy(m) for name, m in source._modules.items()}
-        return copies[id(source)]
-
-    with mode:
-        return copy(module)
-
-
-def _next(value: Any) -> Any:
-    """The value at the start of a graph of its own, as the input of the next layer, of storages of its own."""
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        return cut(made)[0] if leaf.requires_grad else made
-
-    return tree_map(one, value)
-
-
-def _storages(value: Any) -> dict[int, int]:
-    leaves = (t.untyped_storage() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
-    return {storage._cdata: storage.nbytes() for storage in leaves}
-
-
-def _bytes(value: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
 def alike(module: nn.Module, ignore: Sequence[str] = ("layer_idx", "index")) -> tuple[Any, ...]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils import _pytree as pytree
 
 from spu import schedules
 from spu.devices import Device, format_bytes
@@ -19,10 +21,12 @@ from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
 from spu.profile import LayerCost, measure_device
 from spu.skips import carried_by
+from spu.stand_in import unmade_parameter
 from spu.timing import Detached
 
 __all__ = [
     "check_fits",
+    "check_made",
     "check_plan",
     "counted_speeds",
     "fused_for",
@@ -130,11 +134,34 @@ def model_costs(
     runs = [run(layer) for layer in layers]
     if loss_fn is not None and targets is not None:
         runs.append(loss_run(loss_fn, targets))
-    costs = training_costs(runs, sample, DTYPES[precision], fused=fused)
+    costs = training_costs(runs, sample, DTYPES[precision], fused=fused, real=_has_values(layers, sample))
     return (costs[:-1], costs[-1]) if len(costs) > len(layers) else (costs, None)
 
 
 _ANY = Moment(0, 0, 1)
+
+
+def check_made(layers: Sequence[Layer]) -> None:
+    """Whether every parameter has a shape.
+
+    Raises:
+        ValueError: one of a lazy module has none yet; names it.
+    """
+    for layer in layers:
+        name = unmade_parameter(layer.module)
+        if name is not None:
+            kind = type(layer.module).__name__
+            raise ValueError(
+                f"layer {layer.name!r} has a parameter without a shape yet, {name!r} of a {kind}: call the model once "
+                "on a sample batch, model(inputs), before it is given to the trainer"
+            )
+
+
+def _has_values(layers: Sequence[Layer], sample: Any) -> bool:
+    """Whether a layer can be run for real: False for a model on the meta device, or one without parameters to tell."""
+    state = [p for layer in layers for p in layer.module.parameters()]
+    given = [t for t in pytree.tree_leaves(sample) if isinstance(t, torch.Tensor)]
+    return not any(t.is_meta or is_fake(t) for t in [*given, *state])
 
 
 def fused_for(schedule: str, precision: str) -> bool:

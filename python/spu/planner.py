@@ -84,6 +84,7 @@ class Planner:
         settings: Settings,
         loss_fn: Callable[[Any, Any], torch.Tensor],
     ) -> None:
+        placement.check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}

@@ -24,9 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from spu.devices import Device, call_pinned
+from spu.fake_ops import FakeOps
 from spu.flops import flop_formulas
 from spu.ops.cut import cut
 from spu.speed import DeviceSpeed, cache_directory, measure_device, measure_link
+from spu.stand_in import hooks_off
+from spu.untouched import frozen_rng, untouched
 
 __all__ = [
     "DeviceSpeed",
@@ -60,6 +63,8 @@ class LayerCost:
             is saved by both): subtract it where both run in one stage.
         ties: for parameters that earlier layers have too, which the counts above leave out then: (the last of those
             layers, elements, trained elements).
+        basis: what the counts rest on: "counted" on fake tensors, "measured" on real ones where a layer reads values,
+            or "bound": it could not be run, and its parameters, inputs and outputs bound it.
     """
 
     name: str
@@ -87,6 +92,7 @@ class LayerCost:
     left_bytes: int = 0
     left_input: bool = False
     ties: tuple[tuple[int, int, int], ...] = ()
+    basis: str = "counted"
 
 
 def estimate_layers(
@@ -109,7 +115,8 @@ def estimate_layers(
     seen: set[int] = set()
     keep_alive: list[Any] = []
     costs = []
-    with frozen_rng(), torch.enable_grad():
+    layers_only = [layer for _, layer in named]
+    with untouched(*layers_only), hooks_off(*layers_only), torch.inference_mode(False):
         for name, layer in named:
             try:
                 cost, x = _estimate_one(mode, name, layer, x, call, dtype, seen, keep_alive)
@@ -160,7 +167,8 @@ def measure_layers(
                 result.append(dataclasses.replace(cost, forward_s=forward_s, backward_s=backward_s))
         return result
 
-    with frozen_rng(target):
+    layers_only = [layer for _, layer in named]
+    with untouched(*layers_only, values=True), frozen_rng(target), hooks_off(*layers_only):
         return call_pinned(device, body) if isinstance(device, Device) else body()
 
 
@@ -210,7 +218,7 @@ def _estimate_one(
 
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with mode, counter, hooks:
+    with mode, FakeOps(), counter, hooks:
         out = torch.func.functional_call(_Called(layer, call), tensors, (x,), strict=False)
     names = [f"layer.{n}" for n, _ in layer.named_parameters(remove_duplicate=False)]
     parameters = list({id(tensors[n]): tensors[n] for n in names}.values())
@@ -248,13 +256,13 @@ def _fake_state(
     named = itertools.chain(layer.named_parameters(remove_duplicate=False), layer.named_buffers(remove_duplicate=False))
     for name, tensor in named:
         if id(tensor) not in made:
-            fake = _fake_tensor(mode, tensor, device, dtype)
+            fake = fake_tensor(mode, tensor, device, dtype)
             made[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
         result[f"layer.{name}"] = made[id(tensor)]
     return result
 
 
-def _fake_tensor(
+def fake_tensor(
     mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None
 ) -> torch.Tensor:
     """A tensor without data of this one's shape and strides, on ``device``; in ``dtype`` if it is a floating one."""
@@ -268,7 +276,7 @@ def fake_copy(mode: FakeTensorMode, value: Any, device: torch.device, dtype: tor
     """The value with fake tensors of the same shapes on ``device``; floating-point ones in ``dtype`` if given."""
 
     def one(tensor: torch.Tensor) -> torch.Tensor:
-        return _fake_tensor(mode, tensor, device, dtype).requires_grad_(tensor.requires_grad)
+        return fake_tensor(mode, tensor, device, dtype).requires_grad_(tensor.requires_grad)
 
     return _map_tensors(one, value)
 
@@ -340,15 +348,6 @@ def _kept_buffers(layer: nn.Module) -> Iterator[None]:
             for buffer, value in before:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
-    cards: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    if device is not None and device.type == "cuda" and not cards:
-        cards = [device]
-    with torch.random.fork_rng(devices=cards):
-        yield
 
 
 def _next_input(out: Any) -> Any:

@@ -6,7 +6,6 @@ pipeline whose other stages work too.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import statistics
 import time
@@ -29,8 +28,11 @@ from spu.ops.sink import BackwardScope
 from spu.optim import AdamW
 from spu.plan.request import UPDATE_BYTES
 from spu.precision import MainGrads
+from spu.rehearsal import layer_copy
 from spu.side_by_side import side_by_side
 from spu.skips import Rehearsal, carried_by
+from spu.stand_in import hooks_off
+from spu.untouched import untouched
 
 __all__ = ["Detached", "time_layers", "time_packing", "time_update"]
 
@@ -69,15 +71,22 @@ def time_layers(
         fused: put linear layers on our ops in fp32 too.
         repeats: medians of at least so many, after an unmeasured one.
     """
-    chain = call_pinned(devices[0], lambda: _Chain(layers, sample, devices[0], precision, fused))
+    with untouched(*(layer.module for layer in layers), loss_fn, values=True) as watched, hooks_off():
 
-    def measure() -> list[list[Seconds]]:
-        def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
-            return _Bench(chain, device, sample, targets, loss_fn).seconds(start, repeats)
+        def prepared() -> _Chain:
+            with watched():
+                return _Chain(layers, sample, devices[0], precision, fused)
 
-        return side_by_side(devices, body)
+        chain = call_pinned(devices[0], prepared)
 
-    found = remembered(chain.key(sample, targets, loss_fn), devices, measure)
+        def measure() -> list[list[Seconds]]:
+            def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
+                bench = _Bench(chain, device, sample, targets, _own_loss(loss_fn))
+                return bench.seconds(start, repeats, watched)
+
+            return side_by_side(devices, body)
+
+        found = remembered(chain.key(sample, targets, loss_fn), devices, measure)
     return [[*(chain.of_layer(own, k) for k in range(len(layers))), own[-1]] for own in found]
 
 
@@ -181,7 +190,7 @@ class _Chain:
                 kind = _kind(layer, x) or id(layer)
                 self._of.append(kind)
                 if self._kinds.count(kind) < _OF_A_KIND:
-                    module = copy.deepcopy(layer.module)
+                    module = layer_copy(layer.module)
                     own = dataclasses.replace(layer, module=module)
                     to_precision([own], precision, fused=fused)
                     own.module.to(device.torch_device)
@@ -209,13 +218,25 @@ class _Chain:
         return {"kinds": [repr(kind) for kind in self._kinds], "given": repr(given), "loss": name, "form": self._form}
 
 
+class _Holder(torch.nn.Module):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = (held,)
+
+
+def _own_loss(loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+    """The loss; a copy of it if it is a module, or a method of one."""
+    (own,) = layer_copy(_Holder(loss_fn)).held
+    return own
+
+
 class _Bench:
     """A chain on one device, ready to be run again and again."""
 
     def __init__(self, chain: _Chain, device: Device, inputs: Any, targets: Any, loss_fn: Any) -> None:
         self.device = device
         home = device.torch_device
-        pieces = [dataclasses.replace(p.layer, module=copy.deepcopy(p.layer.module).to(home)) for p in chain.pieces]
+        pieces = [dataclasses.replace(p.layer, module=layer_copy(p.layer.module).to(home)) for p in chain.pieces]
         self._stages = [
             Stage(int(not piece.first), [own], device, is_last=False, loss_fn=loss_fn)
             for piece, own in zip(chain.pieces, pieces)
@@ -228,12 +249,13 @@ class _Bench:
         self._scope = _scope(device)
         self._carrier = Detached(home, chain.stashed)
 
-    def seconds(self, start: Callable[[], None], repeats: int) -> list[Seconds]:
-        """Medians of each piece, and last of the loss."""
+    def seconds(self, start: Callable[[], None], repeats: int, watched: Callable[[], Any]) -> list[Seconds]:
+        """Medians of each piece, and last of the loss. The first run is made in ``watched()``."""
         parameters = [p for stage in self._stages for p in stage.parameters()]
         with MainGrads(parameters) as grads, torch.enable_grad(), carried_by(self._carrier):
             grads.begin_step()
-            self._once()
+            with watched():
+                self._once()
             start()
             samples: list[list[Seconds]] = []
             deadline = time.perf_counter() + _AT_LEAST_S

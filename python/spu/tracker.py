@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["MemoryTracker", "Tally"]
+from spu.flops import flop_formulas
+
+__all__ = ["MemoryTracker", "Tally", "Traffic"]
 
 
 class Tally:
@@ -76,4 +78,34 @@ class MemoryTracker(TorchDispatchMode):
             # A view, or an argument changed in place, is memory from before.
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
                 self.tally.add(leaf)
+        return result
+
+
+_FREE = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided", "new_empty")
+"""Operators whose time is not that of the bytes they move."""
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators other than products read and write, and the work of weight gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved_bytes = 0
+        self.deferred_flops = 0
+        self.failed = False
+        self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _FREE}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        packet = getattr(func, "_overloadpacket", None)
+        if packet is not None and packet.__name__ == "linear_dw_":
+            self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
+        if packet in self._products:
+            return result
+        storages = {t.untyped_storage()._cdata for t in given}
+        changes = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
+        if changes or any(t.untyped_storage()._cdata not in storages for t in made):
+            self.moved_bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
         return result

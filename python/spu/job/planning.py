@@ -15,6 +15,9 @@ from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import Wanted, search_plan
 
+_MOST_TOKENS = 1 << 20
+"""Tables of positions are made for real, some hundred bytes a token and layer type."""
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -166,8 +169,8 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
         raise ValueError(f"--recompute {options.recompute}: give auto, on or off")
     if options.transfer not in TRANSFERS:
         raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(TRANSFERS)}")
-    if options.seq < 1:
-        raise ValueError(f"--seq {options.seq}: give a whole number of at least 1")
+    if not 1 <= options.seq <= _MOST_TOKENS:
+        raise ValueError(f"--seq {options.seq}: give a whole number from 1 to {_MOST_TOKENS}")
     recompute: bool | str = options.recompute if options.recompute == "auto" else options.recompute == "on"
     return Wanted(
         batch=options.batch,

@@ -113,7 +113,14 @@ def make_plan(
     found = request.candidates()
     if not found:
         raise refusal(request, max_microbatches)
-    return write_plan(request, found[0], model=model, basis=basis or own_basis, rows=rows, tokens=tokens)
+    plan = write_plan(request, found[0], model=model, basis=basis or own_basis, rows=rows, tokens=tokens)
+    return with_bases(plan, layer_costs, loss_cost)
+
+
+def with_bases(plan: Plan, layer_costs: Sequence[LayerCost], loss_cost: LayerCost | None) -> Plan:
+    """The plan with a note of the layers, or the loss, whose needs were not counted."""
+    costs = [*layer_costs, *([] if loss_cost is None else [loss_cost])]
+    return replace(plan, uncounted=tuple((cost.name, cost.basis) for cost in costs if cost.basis != "counted"))
 
 
 def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows: int = 0, tokens: int = 0) -> Plan:

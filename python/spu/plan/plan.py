@@ -92,6 +92,8 @@ class Plan:
         transfer: codec per boundary.
         stages: one entry per stage.
         predicted: time, bubble, peaks.
+        uncounted: (layer, how) for layers, or the loss, whose needs could not be counted on fake tensors: "measured" on
+            real ones in a copy, or "bound": taken from the sizes of parameters and input.
         version: of the file format.
     """
 
@@ -105,6 +107,7 @@ class Plan:
     transfer: tuple[str, ...]
     stages: tuple[StagePlan, ...]
     predicted: Predicted
+    uncounted: tuple[tuple[str, str], ...] = ()
     version: int = field(default=VERSION)
 
     @property
@@ -245,6 +248,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+_OPTIONAL: dict[Any, dict[str, Any]] = {Plan: {"uncounted": []}}
+"""Entries that a file may leave out."""
+
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -254,6 +260,7 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind)]
     prefix = f"{where}." if where else ""
+    value = {**_OPTIONAL.get(kind, {}), **value}
     missing = [name for name in names if name not in value]
     if missing:
         raise _BadEntry(f"{prefix}{missing[0]} is missing")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan.machine import Machine
-from spu.plan.make import RECOMPUTE, write_plan
+from spu.plan.make import RECOMPUTE, with_bases, write_plan
 from spu.plan.memory import LayerNeeds, state_bytes, wire_bytes
 from spu.plan.needs import Times, counted_times, layer_needs
 from spu.plan.partition import BudgetError
@@ -66,10 +66,10 @@ class Wanted:
 
     def microbatch_counts(self) -> list[int]:
         """What may be tried: divisors of the batch, so that microbatches are alike."""
-        share = self.batch // self.accumulate
         if isinstance(self.microbatches, int):
             return [self.microbatches]
-        counts = [m for m in range(1, share + 1) if self.batch % (self.accumulate * m) == 0]
+        share, rest = divmod(self.batch, self.accumulate)
+        counts = [] if rest else [m for m in range(1, min(share, _MOST_MICROBATCHES) + 1) if share % m == 0]
         return [m for m in counts if m in _spread(counts)]
 
     def schedule_names(self) -> list[str]:
@@ -78,6 +78,10 @@ class Wanted:
         if self.schedule != "auto":
             return [self.schedule]
         return [n for n in schedules.names() if self.precision != "fp32" or not schedules.splits_backward(n)]
+
+
+_MOST_MICROBATCHES = 1 << 10
+"""More are not tried: every action of a run is simulated."""
 
 
 def _spread(counts: list[int]) -> set[int]:
@@ -112,7 +116,8 @@ def search_plan(
         raise search.refusal()
     request, placed = best
     rows = wanted.batch // (wanted.accumulate * request.microbatches)
-    return write_plan(request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens)
+    plan = write_plan(request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens)
+    return with_bases(plan, *costs_of(rows))
 
 
 def _check(wanted: Wanted) -> None:

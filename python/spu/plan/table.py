@@ -15,6 +15,8 @@ _HEADS = (
     *("forward", "backward", "update"),
 )
 
+_HOW = {"measured": "(measured on real ones)", "bound": "(a bound from its sizes)"}
+
 
 def plan_table(plan: Plan) -> str:
     """What runs where and what it takes: a line above, a row per stage, a line below."""
@@ -39,8 +41,16 @@ def plan_table(plan: Plan) -> str:
             f"predicted: {format_seconds(plan.predicted.step_s)} per step, "
             + f"{format_seconds(plan.predicted.update_s)} of it the update; "
             + f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
+            *_uncounted(plan),
         ]
     )
+
+
+def _uncounted(plan: Plan) -> list[str]:
+    if not plan.uncounted:
+        return []
+    said = ", ".join(f"{name} {_HOW.get(how, how)}" for name, how in plan.uncounted)
+    return [f"not counted on fake tensors: {said}"]
 
 
 def _recompute(plan: Plan) -> str:

@@ -1,0 +1,152 @@
+"""Stand-ins for modules: new objects around other tensors, which planning may run in the place of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ["hooks_off", "stand_in", "unmade_parameter"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = ("torch", "spu")
+
+
+def stand_in(
+    module: nn.Module,
+    tensor: Callable[[torch.Tensor], torch.Tensor],
+    script: Callable[[torch.jit.ScriptModule], nn.Module] | None = None,
+) -> nn.Module:
+    """The module and what it holds as new objects; tensors and modules that several places share stay shared.
+
+    Lists, dicts and tuples in its attributes are new too, with the modules and tensors in them; bound methods are bound
+    to the new objects; what `torch.compile` has wrapped is taken out of it. Hooks of the user's do nothing, but are
+    there, because fused blocks look for them; those of torch's own (weight_norm's, say) stay. All other objects are
+    those of the original.
+
+    Args:
+        module: nothing of it is changed, and no code of its own runs: it need not be copyable.
+        tensor: ``tensor(original)`` -> what to put in its place.
+        script: makes the stand-in of a TorchScript module, whose tensors are out of reach.
+
+    Raises:
+        TypeError: there is a TorchScript module, and no ``script``.
+    """
+    return _Copier(tensor, script).module(module)
+
+
+class _Copier:
+    def __init__(
+        self,
+        tensor: Callable[[torch.Tensor], torch.Tensor],
+        script: Callable[[torch.jit.ScriptModule], nn.Module] | None,
+    ) -> None:
+        self._make, self._script = tensor, script
+        self._made: dict[int, tuple[Any, Any]] = {}  # by id: the original, lest its id is used again, and the copy
+
+    def module(self, source: nn.Module) -> nn.Module:
+        if id(source) in self._made:
+            return self._made[id(source)][1]
+        if isinstance(source, torch.jit.ScriptModule):
+            if self._script is None:
+                raise TypeError(f"{type(source).__name__} is TorchScript, which runs on real tensors only")
+            made = self._script(source)
+        elif type(source).__module__.startswith("torch._dynamo") and isinstance(
+            source._modules["_orig_mod"], nn.Module
+        ):
+            made = self.module(source._modules["_orig_mod"])
+        else:
+            made = object.__new__(type(source))  # a GraphModule's __new__ would make a new class without its code
+            self._made[id(source)] = source, made
+            self._fill(made, source)
+        self._made[id(source)] = source, made
+        return made
+
+    def _fill(self, made: nn.Module, source: nn.Module) -> None:
+        tables = ("_parameters", "_buffers", "_modules")
+        own = made.__dict__
+        own.update(source.__dict__)
+        for name in tables:
+            own[name] = {key: self.value(entry) for key, entry in source.__dict__[name].items()}
+        own["_compiled_call_impl"] = None
+        for name in _HOOKS:
+            own[name] = OrderedDict((key, _quiet(hook)) for key, hook in source.__dict__.get(name, {}).items())
+        for name in source.__dict__:
+            if name not in tables and name not in _HOOKS:
+                own[name] = self.value(own[name])
+
+    def value(self, value: Any) -> Any:
+        """What stands for an attribute, or for an entry of one."""
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value)
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            return types.MethodType(value.__func__, self.module(value.__self__))
+        if type(value) not in (list, dict, tuple, OrderedDict):
+            return value
+        if id(value) not in self._made:
+            if type(value) is tuple:
+                self._made[id(value)] = value, tuple(self.value(entry) for entry in value)
+            else:
+                made = type(value)()
+                self._made[id(value)] = value, made
+                if isinstance(value, dict):
+                    made.update((key, self.value(entry)) for key, entry in value.items())
+                else:
+                    made.extend(self.value(entry) for entry in value)
+        return self._made[id(value)][1]
+
+    def tensor(self, source: torch.Tensor) -> torch.Tensor:
+        if id(source) not in self._made:
+            made = self._make(source)
+            if isinstance(source, nn.Parameter) and not isinstance(made, nn.Parameter):
+                made = nn.Parameter(made.detach(), requires_grad=source.requires_grad)
+            self._made[id(source)] = source, made
+        return self._made[id(source)][1]
+
+
+def _compiled(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` made this one from; None for any other."""
+    inner = module._modules.get("_orig_mod")
+    return inner if type(module).__module__.startswith("torch._dynamo") else None
+
+
+def _quiet(hook: Any) -> Any:
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return hook if home.split(".")[0] in _LIBRARIES else _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of a hook."""
+
+
+@contextlib.contextmanager
+def hooks_off(*modules: nn.Module) -> Iterator[None]:
+    """While it lasts the user's hooks on these modules and their children, and those on all modules, do nothing."""
+    owners = [vars(part) for module in modules for part in module.modules()]
+    tables = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+    tables += [owner[name] for owner in owners for name in _HOOKS if owner.get(name)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({key: _quiet(hook) for key, hook in table.items()})
+        yield
+    finally:
+        for table, own in zip(tables, before):
+            table.update({key: hook for key, hook in own.items() if key in table})
+
+
+def unmade_parameter(module: nn.Module) -> str | None:
+    """The name of a parameter or buffer that has no shape yet (of a lazy module); None if all have one."""
+    for named in (module.named_parameters(), module.named_buffers()):
+        for name, tensor in named:
+            if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+                return name
+    return None
