@@ -105,3 +105,10 @@ def test_devices_that_are_not_here_are_declared_by_their_budget():
     here, absent = declared_devices("cpu:0,cpu:1", "cpu=1GB")
     assert [d.budget_bytes for d in here] == [5 * 10**8] * 2
     assert not absent
+
+
+def test_absurd_numbers_end_in_one_line_or_a_refusal_that_counts(tiny, capsys):
+    assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "100000000") == 2
+    assert "--seq 100000000: give a whole number from 1 to 1048576" in capsys.readouterr().err
+    assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "64", "--batch", "1000000000") == 2
+    assert "no plan fits the budgets" in "".join(capsys.readouterr())

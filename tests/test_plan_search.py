@@ -188,3 +188,12 @@ def test_stages_that_share_a_device_share_its_budget(schedule):
     assert len(plan([int(1.2 * peak) for peak in peaks]).stages) == 2 * schedules.stages_per_rank(schedule)
     with pytest.raises(BudgetError, match="short by"):
         plan([int(0.5 * peak) for peak in peaks])
+
+
+def test_a_batch_of_any_size_is_cut_quickly():
+    assert Wanted(batch=8).microbatch_counts() == [1, 2, 4, 8]
+    assert Wanted(batch=12, accumulate=2).microbatch_counts() == [1, 2, 3, 6]
+    assert Wanted(batch=9, accumulate=2).microbatch_counts() == []
+    counts = Wanted(batch=10**9).microbatch_counts()
+    assert max(counts) == 1000
+    assert all(10**9 % count == 0 for count in counts)

@@ -230,7 +230,7 @@ def _tensors(x: Any) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, which the training itself will give, and no log of fake operators that fail: there is a way round."""
+    """No warnings, which training will give itself, and no log of fake operators that fail: there is a way round."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:

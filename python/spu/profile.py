@@ -213,8 +213,8 @@ def _estimate_one(
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if _storage_key(tensor) not in state:
-            saved[_storage_key(tensor)] = tensor
-        return tensor
+            saved[_storage_key(tensor)] = tensor.detach()
+        return tensor if tensor.is_leaf else tensor.detach()  # a node that holds its own output is never freed
 
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -140,7 +140,8 @@ class Footprint:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.untyped_storage()._cdata not in state:
                 self.saved[tensor.untyped_storage()._cdata] = tensor.detach()
-            return tensor
+            # A node that holds its own output is never freed, if its backward does not run.
+            return tensor if tensor.is_leaf else tensor.detach()
 
         started = self.tally.live
         work = Traffic()
