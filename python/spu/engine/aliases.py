@@ -104,11 +104,19 @@ def _within(leaf: Tensor, base: Tensor) -> bool:
     """Whether every element of ``leaf`` is one of ``base``, so that a view can say where."""
     if leaf is base:
         return True
+    if leaf.requires_grad and not _related(leaf, base):
+        return False
     alike = leaf.dtype == base.dtype and leaf.is_conj() == base.is_conj() and leaf.is_neg() == base.is_neg()
     if not alike or not _dense(base):
         return False
     (first, end), (base_first, base_end) = _bytes(leaf), _bytes(base)
     return base_first <= first and end <= base_end
+
+
+def _related(a: Tensor, b: Tensor) -> bool:
+    """Whether autograd knows that they share memory: a gradient of one is then one of the other."""
+    ours, theirs = (t._base if t._is_view() else t for t in (a, b))
+    return ours is theirs
 
 
 def _dense(tensor: Tensor) -> bool:

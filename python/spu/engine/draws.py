@@ -11,6 +11,7 @@ What saves and restores the state of the default generator (``torch.utils.checkp
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -57,15 +58,17 @@ class drawn_from:
         card: also those of the autograd thread of the card with this index.
     """
 
-    __slots__ = ("_before", "_card", "_guard", "_source")
+    __slots__ = ("_before", "_card", "_included", "_source")
 
     def __init__(self, source: Source, card: int | None = None) -> None:
         self._source = source
         self._card = card
 
     def __enter__(self) -> None:
-        self._guard = _include()
-        self._guard.__enter__()
+        if not _libraries:
+            _register()
+        self._included = _is_included(_KEY)
+        _set_included(_KEY, True)
         self._before, _CURRENT.source = _CURRENT.source, self._source
         if self._card is not None:
             _ON_CARD[self._card] = self._source
@@ -76,7 +79,7 @@ class drawn_from:
         if self._card is not None:
             _ON_CARD.pop(self._card, None)
         _CURRENT.source = self._before
-        self._guard.__exit__(*error)
+        _set_included(_KEY, self._included)
 
 
 # The state of the default generators
@@ -110,30 +113,39 @@ def _stand_in(change: int) -> None:
                 torch.cuda.default_generators = on_cards
 
 
+def _after_fork() -> None:
+    """Another thread may have been in the midst of it."""
+    global _LOCK, _users
+    _LOCK = threading.Lock()
+    if _users:
+        _users = 1
+        _stand_in(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 # The kernels
 
 _KEY_NAME = "TESTING_ONLY_GenericMode"
+_KEY: Any = torch._C._dispatch_key_parse(_KEY_NAME)
+_ONLY = torch._C.DispatchKeySet(_KEY)
+_is_included: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
+_set_included: Callable[[Any, bool], None] = torch._C._dispatch_tls_set_dispatch_key_included
 _libraries: list[torch.library.Library] = []
-_key: Any = None
-
-
-def _include() -> Any:
-    if not _libraries:
-        with _LOCK:
-            if not _libraries:
-                _register()
-    return torch._C._IncludeDispatchKeyGuard(_key)
 
 
 def _register() -> None:
-    global _key
-    _key = torch._C._dispatch_key_parse(_KEY_NAME)
-    fallback = torch.library.Library("_", "IMPL", _KEY_NAME)
-    fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
-    kernels = torch.library.Library("aten", "IMPL", _KEY_NAME)
-    for func in _random_operators():
-        kernels.impl(func, _kernel(func), _KEY_NAME)
-    _libraries.extend((fallback, kernels))
+    with _LOCK:
+        if _libraries:
+            return
+        fallback = torch.library.Library("_", "IMPL", _KEY_NAME)
+        fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
+        kernels = torch.library.Library("aten", "IMPL", _KEY_NAME)
+        for func in _random_operators():
+            kernels.impl(func, _kernel(func), _KEY_NAME)
+        _libraries.extend((fallback, kernels))
 
 
 def _random_operators() -> Iterator[Any]:
@@ -159,7 +171,7 @@ def _kernel(func: Any) -> Callable[..., Any]:
     seeded = func if takes else _with_generator(func, arguments)
 
     def draw(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
+        with torch._C._ExcludeDispatchKeyGuard(_ONLY):
             source = _source()
             if source is None or _draws_nothing(func, args, kwargs):
                 return func(*args, **kwargs)

@@ -57,15 +57,18 @@ class LayerRandomness:
         self._key = (run_seed, step, microbatch, layer_name)
         self._on_own = on_own
         self._generators: dict[torch.device, torch.Generator] = {}
-        self._context = drawn_from(self)
+        self._context: drawn_from | None = None
         self.draws = 0
 
     def __enter__(self) -> LayerRandomness:
+        self._context = drawn_from(self)
         self._context.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        assert self._context is not None
         self._context.__exit__(*error)
+        self._context = None  # a cycle: made for every layer of every microbatch, they would keep the collector busy
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The one that stands for the device's default generator."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from spu.engine.aliases import share_memory
 from spu.engine.channel import Exchange
-from spu.ops.cut import Cut, cut
+from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
 __all__ = ["StageSkips", "check_all_popped"]
 
@@ -31,7 +35,9 @@ class StageSkips:
         self._train = train
         self._here: dict[str, Tensor] = {}
         self._sent: dict[str, Tensor] = {}
-        self._taken: dict[str, Cut] = {}
+        self._taken: dict[str, Cut | LeafCut] = {}
+        self._watched: list[tuple[str, Tensor, int]] = []
+        self.arrived: list[Any] = []  # the leaves of the stage's input
 
     def stash(self, name: str, tensor: Tensor) -> None:
         if name in self._here or self._exchange.has(("skip", name, self._microbatch)):
@@ -44,15 +50,38 @@ class StageSkips:
         key = ("skip", name, self._microbatch)
         if not self._exchange.has(key):
             raise ValueError(f"no layer before this one has stashed {name!r}, or it was popped already")
-        tensor: Tensor = self._exchange.take(key).to(self._device)
-        if self._train and (tensor.is_floating_point() or tensor.is_complex()):
-            tensor, self._taken[name] = cut(tensor)
+        sent: _Skip = self._exchange.take(key)
+        if sent.tensor._version != sent.version:
+            raise RuntimeError(_changed(name))
+        tensor = sent.tensor.to(self._device)
+        if self._train and sent.requires_grad:
+            tensor, self._taken[name] = cut_leaf(tensor, view=not sent.leaf) if sent.fixed else cut(tensor)
+        if any(share_memory(tensor, leaf) for leaf in self.arrived if isinstance(leaf, Tensor)):
+            self._watched.append((name, tensor, tensor._version))
         return tensor
+
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """What was stashed and goes to other stages, each with words for it."""
+        return [(f"{name!r}, which was stashed,", tensor) for name, tensor in self._here.items()]
+
+    def check(self) -> None:
+        """After the forward.
+
+        Raises:
+            RuntimeError: what was popped was changed in place by way of the stage's input.
+        """
+        for name, tensor, version in self._watched:
+            if tensor._version != version:
+                raise RuntimeError(_changed(name))
 
     def send(self) -> None:
         """After the forward: what was stashed and not popped here goes on its way."""
         for name, tensor in self._here.items():
-            self._exchange.put(("skip", name, self._microbatch), tensor.detach())
+            base = tensor._base if tensor._is_view() else tensor
+            fixed = tensor.requires_grad and base is not None and base.is_leaf
+            cut_off = tensor.detach()
+            skip = _Skip(cut_off, cut_off._version, tensor.requires_grad, tensor.is_leaf, fixed)
+            self._exchange.put(("skip", name, self._microbatch), skip)
         if self._train:
             self._sent = self._here
         self._here = {}
@@ -71,6 +100,31 @@ class StageSkips:
         """After the backward: the gradients of what was popped go back."""
         for name, end in self._taken.items():
             self._exchange.put(("skip gradient", name, self._microbatch), end.gradient)
+
+
+@dataclass(frozen=True)
+class _Skip:
+    """A stashed tensor on its way.
+
+    Attributes:
+        tensor: its values.
+        version: of them.
+        requires_grad, leaf: whether the stashed tensor did, and was.
+        fixed: it is a leaf that does, or a view of one: autograd lets nobody change it in place.
+    """
+
+    tensor: Tensor
+    version: int
+    requires_grad: bool
+    leaf: bool
+    fixed: bool
+
+
+def _changed(name: str) -> str:
+    return (
+        f"{name!r} was changed in place after it was stashed, in another stage, by way of a tensor with the same "
+        "memory: stash a copy (x.clone()), or do not change that tensor in place"
+    )
 
 
 def check_all_popped(exchange: Exchange) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.layers import Layer, Moment
 from spu.engine.leaves import check_leaves
 from spu.engine.microbatch import move
 from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
-from spu.ops.cut import Cut, cut
+from spu.ops.cut import Cut, LeafCut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.skips import carried_by, current_carrier
 
@@ -29,7 +30,7 @@ __all__ = ["Stage"]
 class _InFlight:
     """What one microbatch leaves behind between its forward and its backward."""
 
-    cuts: list[Cut | None]  # where the gradients of the stage's inputs arrive; None for what has none
+    cuts: list[Cut | LeafCut | None]  # where the gradients of the stage's inputs arrive; None for what has none
     outputs: list[Any]  # the stage's outputs, or its scaled loss
     skips: StageSkips | None
     randomness: BackwardRandomness
@@ -93,15 +94,14 @@ class Stage:
             skips: carries what layers stash for other stages.
 
         Returns:
-            The stage's outputs, attached to their graph.
+            The last stage's outputs, attached to their graph; of another stage the message for the next one, likewise.
         """
-        cuts: list[Cut | None] = []
         from_outside = self.is_first and any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(x))
-        if train and not self.is_first:
-            leaves, spec = pytree.tree_flatten(x)
-            pairs = [_cut(leaf) for leaf in leaves]
-            cuts = [end for _, end in pairs]
-            x = pytree.tree_unflatten([leaf for leaf, _ in pairs], spec)
+        arrived = None if self.is_first else arrive(x, train=train)
+        if arrived is not None:
+            x = arrived.tree
+            if skips is not None:
+                skips.arrived = pytree.tree_leaves(x)
         randomness = BackwardRandomness(moment.run_seed, moment.step, moment.microbatch)
         with carried_by(skips or current_carrier()):
             for layer, again in zip(self.layers, self.recompute, strict=True):
@@ -109,12 +109,21 @@ class Stage:
                 step = layer.run_checkpointed if again and train else layer.run
                 x = step(x, inputs, moment)
         randomness.end()
+        if arrived is not None:
+            arrived.check()
+        if skips is not None:
+            skips.check()
         if not self.is_last:
-            _check_known(x, self.layers[-1].name if self.layers else "")
+            check_known(x, f"layer {self.layers[-1].name if self.layers else ''!r} hands to the next stage")
+            x = depart(x, skips.kept() if skips is not None else (), self._buffers)
         if train:
+            ends = [] if arrived is None else arrived.ends
             outputs = [] if self.is_last else pytree.tree_leaves(x)
-            self._in_flight[moment.microbatch] = _InFlight(cuts, outputs, skips, randomness, from_outside)
+            self._in_flight[moment.microbatch] = _InFlight(ends, outputs, skips, randomness, from_outside)
         return x
+
+    def _buffers(self) -> Iterator[Tensor]:
+        return (buffer for layer in self.layers for buffer in layer.module.buffers())
 
     def loss(
         self, outputs: Any, targets: Any, weight: torch.Tensor, moment: Moment, scope: BackwardScope | None
@@ -156,7 +165,7 @@ class Stage:
         """Run the backward of one microbatch.
 
         Args:
-            gradients: flat list, one scaled gradient (or None) for each output tensor; ignored by the last stage.
+            gradients: flat list, one scaled gradient (or None) for each leaf of the message; ignored by the last stage.
             moment: as given to :meth:`forward`.
             scope: the loss scale, its inverse, and where to note a non-finite gradient.
             defer: leave the weight gradients of fused ops to :meth:`weight_backward`; those of other parameters are
@@ -204,23 +213,3 @@ class Stage:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
         self._deferred.clear()
-
-
-def _check_known(tree: Any, name: str) -> None:
-    """Raises TypeError for tensors in objects that pytree does not look into: they would cross uncut and uncopied."""
-    for leaf in pytree.tree_leaves(tree):
-        if not isinstance(leaf, torch.Tensor) and any(isinstance(v, torch.Tensor) for v in _fields(leaf)):
-            raise TypeError(
-                f"layer {name!r} hands a {type(leaf).__name__} with tensors to the next stage: return tensors in "
-                "tuples, lists, dicts or named tuples, or register the class with torch.utils._pytree"
-            )
-
-
-def _fields(leaf: Any) -> list[Any]:
-    return list(getattr(leaf, "__dict__", {}).values())
-
-
-def _cut(leaf: Any) -> tuple[Any, Cut | None]:
-    if isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
-        return cut(leaf)
-    return leaf, None

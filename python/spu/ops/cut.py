@@ -19,6 +19,18 @@ class Cut:
         self.gradient: Tensor | None = None
 
 
+class LeafCut:
+    """Where the gradient of a leaf arrives."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self._leaf = leaf
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """As `Cut.gradient`."""
+        return self._leaf.grad
+
+
 class _Start(torch.autograd.Function):
     """First node of the new graph; ``token`` is there because a function needs an input that wants a gradient."""
 
@@ -44,3 +56,9 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
     token = torch.empty((), device=tensor.device, requires_grad=True)
     # Detached before the function as well, or the old graph would hang on the new one and run with absent gradients.
     return _Start.apply(end, token, tensor.detach()), end
+
+
+def cut_leaf(tensor: Tensor, *, view: bool = False) -> tuple[Tensor, LeafCut]:
+    """As `cut` for a leaf, or with ``view`` for a view of one: one again, which autograd lets nobody change."""
+    leaf = tensor.detach().requires_grad_()
+    return (leaf.view_as(leaf) if view else leaf), LeafCut(leaf)

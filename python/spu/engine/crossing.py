@@ -1,0 +1,204 @@
+"""What a stage hands to the next one: its output's tensors, each memory once, and how they are put together again.
+
+Plain autograd sees one tensor where a layer returns it twice, or together with a view of it; cut one by one these would
+have gradients of their own, and a change of one in place would not reach the others' graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from spu.engine.aliases import View, memory_of, share_memory, views_among
+from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
+
+__all__ = ["Arrived", "Layout", "arrive", "check_known", "depart"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the receiver must know of a tensor.
+
+    Attributes:
+        requires_grad: the tensor did.
+        leaf, leaf_view: it is a leaf that does (a parameter), or a view of one: autograd lets nobody change these in
+            place.
+        tangled: what else has its memory, so that a change in place could not be carried there; empty for nothing.
+    """
+
+    requires_grad: bool
+    leaf: bool = False
+    leaf_view: bool = False
+    tangled: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the output is put together: its leaves, with the places of tensors that cross, and views of those."""
+
+    leaves: list[Any]
+    spec: Any
+    kinds: list[_Kind]
+
+
+@dataclass(frozen=True)
+class _Index:
+    of: int
+
+
+@dataclass
+class Arrived:
+    """The output on the other side.
+
+    Attributes:
+        tree: what the next layer gets.
+        ends: where the gradient of each sent tensor arrives, None for what has none.
+    """
+
+    tree: Any
+    ends: list[Cut | LeafCut | None]
+    _watched: list[tuple[Tensor, int, str]]
+
+    def check(self) -> None:
+        """After the stage's forward.
+
+        Raises:
+            RuntimeError: a tensor was changed in place whose memory something has that could not see it.
+        """
+        for tensor, version, other in self._watched:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"a layer changes its input in place, whose memory {other} has too, in another stage: it would "
+                    "not be changed there as in the plain model. Change a copy (x.clone()), or hand on a copy"
+                )
+
+
+def depart(tree: Any, kept: Iterable[tuple[str, Tensor]], held: Callable[[], Iterable[Tensor]]) -> tuple[Any, ...]:
+    """The message of an output: its tensors, each memory once, and the layout.
+
+    Args:
+        tree: what the stage's last layer has returned.
+        kept: what goes to other stages another way, by name.
+        held: gives what the stage keeps for later microbatches (buffers).
+    """
+    leaves, spec = pytree.tree_flatten(tree)
+    views = views_among(leaves)
+    places: dict[int, int] = {}
+    tensors: list[Tensor] = []
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and index not in views:
+            places[index] = len(tensors)
+            tensors.append(leaf)
+    layout = [_placed(index, leaf, places, views) for index, leaf in enumerate(leaves)]
+    others = list(kept)
+    kinds = [_kind(tensor, _tangled(tensor, tensors, others)) for tensor in tensors]
+    for index, (tensor, kind) in enumerate(zip(tensors, kinds)):
+        # A buffer that is handed on: the next microbatch may change it before this one's has been read.
+        if not kind.requires_grad and memory_of(tensor) and any(share_memory(tensor, own) for own in held()):
+            tensors[index] = tensor.clone()
+            kinds[index] = replace(kind, tangled="a buffer")
+    return tensors, Layout(layout, spec, kinds)
+
+
+def _placed(index: int, leaf: Any, places: dict[int, int], views: dict[int, View]) -> Any:
+    if index in views:
+        return replace(views[index], of=places[views[index].of])
+    return _Index(places[index]) if index in places else leaf
+
+
+def _kind(tensor: Tensor, tangled: str) -> _Kind:
+    if not tensor.requires_grad:
+        return _Kind(False, tangled=tangled)
+    base = tensor._base if tensor._is_view() else None
+    return _Kind(True, tensor.is_leaf, base is not None and base.is_leaf, tangled)
+
+
+def _tangled(tensor: Tensor, tensors: list[Tensor], others: list[tuple[str, Tensor]]) -> str:
+    for name, other in others:
+        if share_memory(tensor, other):
+            return name
+    if any(other is not tensor and share_memory(tensor, other) for other in tensors):
+        return "another output of the same layer"
+    return ""
+
+
+def arrive(message: Any, *, train: bool) -> Arrived:
+    """What the next stage begins with: with ``train`` the start of a graph of its own.
+
+    Args:
+        message: as `depart` made it, its tensors on this device; or any structure of tensors.
+        train: gradients are to arrive at its ends.
+    """
+    if not (isinstance(message, tuple) and len(message) == 2 and isinstance(message[1], Layout)):
+        leaves, spec = pytree.tree_flatten(message)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        places = iter(range(len(tensors)))
+        layout = [_Index(next(places)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        message = tensors, Layout(layout, spec, [_Kind(t.is_floating_point() or t.is_complex()) for t in tensors])
+    tensors, how = message
+    strides = {leaf.of: leaf for leaf in how.leaves if isinstance(leaf, View)}
+    begun: list[Tensor] = []
+    ends: list[Cut | LeafCut | None] = []
+    for index, (tensor, kind) in enumerate(zip(tensors, how.kinds, strict=True)):
+        if index in strides and tensor.stride() != strides[index].base_stride:  # a packed tensor arrives contiguous
+            tensor = torch.empty_strided(
+                tensor.shape, strides[index].base_stride, dtype=tensor.dtype, device=tensor.device
+            ).copy_(tensor)
+        end: Cut | LeafCut | None = None
+        if train and kind.requires_grad:
+            tensor, end = cut_leaf(tensor, view=kind.leaf_view) if kind.leaf or kind.leaf_view else cut(tensor)
+        begun.append(tensor)
+        ends.append(end)
+    leaves = [
+        begun[leaf.of] if isinstance(leaf, _Index) else leaf.on(begun[leaf.of]) if isinstance(leaf, View) else leaf
+        for leaf in how.leaves
+    ]
+    watched = [(t, t._version, kind.tangled) for t, kind in zip(begun, how.kinds) if kind.tangled]
+    return Arrived(pytree.tree_unflatten(leaves, how.spec), [*ends, None], watched)
+
+
+# Tensors that nobody sees
+
+
+def check_known(tree: Any, what: str) -> None:
+    """Whether all tensors are where pytree finds them: others would cross uncut and uncopied.
+
+    Raises:
+        TypeError: an object of the structure holds some; the message begins with ``what``.
+    """
+    for leaf in pytree.tree_leaves(tree):
+        if not isinstance(leaf, Tensor) and _hides_tensors(leaf, set(), 4):
+            raise TypeError(
+                f"{what} a {type(leaf).__name__} with tensors: use tensors in tuples, lists, dicts or named tuples, or "
+                "register the class with torch.utils._pytree"
+            )
+
+
+def _hides_tensors(value: Any, seen: set[int], depth: int) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if value is None or isinstance(value, (str, bytes, int, float, type)) or id(value) in seen or depth == 0:
+        return False
+    seen.add(id(value))
+    return any(_hides_tensors(part, seen, depth - 1) for part in _parts(value))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from value
+    elif isinstance(value, FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or ())
+    yield from getattr(value, "__dict__", {}).values() if not isinstance(value, FunctionType) else ()
+    for kind in type(value).__mro__:
+        names = kind.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if isinstance(name, str) and not name.startswith("__") and hasattr(value, name):
+                yield getattr(value, name)
