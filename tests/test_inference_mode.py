@@ -1,4 +1,4 @@
-"""Calls under torch.inference_mode or no_grad, and batches made there; a first layer that changes its input in place."""
+"""Calls under torch.inference_mode or no_grad, batches made there, and inputs that a first layer changes in place."""
 
 from __future__ import annotations
 
