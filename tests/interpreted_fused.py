@@ -184,6 +184,9 @@ def test_grad_sqnorm_over_a_list() -> None:
     made = kernels.grad_sqnorm(grads)
     assert made.shape == (1,)
     assert abs(made.item() - expected) <= 1e-6 * expected
+    huge = kernels.grad_sqnorm([torch.full((20000,), 1e30), torch.full((3,), 3e-30)])
+    assert abs(huge.item() - 2e64) <= 1e-6 * 2e64
+    assert abs(kernels.grad_sqnorm([torch.full((3,), 3e-30)]).item() - 2.7e-59) <= 1e-6 * 2.7e-59
     grads[1][5] = float("nan")
     assert kernels.grad_sqnorm(grads).isnan()
     assert kernels.grad_sqnorm([torch.empty(0)]).item() == 0

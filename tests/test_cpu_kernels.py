@@ -451,11 +451,13 @@ def test_grad_sqnorm() -> None:
     for shape in ((0,), (1,), (7, 13), (200_001,)):
         g = torch.randn(shape)
         truth = g.double().square().sum().view(1)
-        assert_close_to_truth(OPS.grad_sqnorm.cpu([g]), g.square().sum().view(1), truth)
+        assert_close_to_truth(OPS.grad_sqnorm.cpu([g]).float(), g.square().sum().view(1), truth)
     big = torch.full((3,), 1e15)
     assert OPS.grad_sqnorm.cpu([big]).item() == pytest.approx(3e30)
+    assert OPS.grad_sqnorm.cpu([big * 1e15, big * 1e-42]).item() == pytest.approx(3e60)
+    assert OPS.grad_sqnorm.cpu([big * 1e-42]).item() == pytest.approx(3e-54, rel=1e-6)
     assert OPS.grad_sqnorm.cpu([big, torch.tensor([1.0, float("nan")])]).isnan().item()
-    assert_equal(OPS.grad_sqnorm.cpu([torch.arange(12.0).view(3, 4).t()]), scalar(506.0), "strided")
+    assert_equal(OPS.grad_sqnorm.cpu([torch.arange(12.0).view(3, 4).t()]), scalar(506.0).double(), "strided")
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

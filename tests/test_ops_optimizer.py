@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spu import ops
 from spu.ops import reference_optimizer, schema
+from spu.optim import clip_coefficient
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -137,8 +138,25 @@ def test_norms(backend: str) -> None:
         many = torch.full((1 << 20,), 1e-3)
         torch.testing.assert_close(ops.grad_sqnorm([many]).item(), 1.048576, rtol=1e-6, atol=0)
     assert ops.grad_norm([]).item() == 0
+    assert square.dtype == ops.grad_sqnorm([]).dtype == torch.float64
     with pytest.raises(TypeError, match=r"torch.float16: main gradients are float32"):
         ops.grad_norm([torch.ones(3).half()])
+
+
+@every_backend
+@pytest.mark.parametrize("size", [1e30, 3e38, 1e-30])
+def test_norms_of_finite_gradients_are_finite(backend: str, size: float) -> None:
+    """Squares in fp32 end at 1.8e19: the norm was inf, the step skipped, or clipped to nothing."""
+    grads = [torch.full((33, 17), size), torch.full((5,), -size), torch.tensor(size)]
+    truth = size * (33 * 17 + 6) ** 0.5
+    with ops.use_backend(backend):
+        square = ops.grad_sqnorm(grads)
+        norm = ops.grad_norm([g / 64 for g in grads])
+    torch.testing.assert_close(square.item(), truth**2, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.item(), truth / 64, rtol=1e-6, atol=0)
+    coefficient = clip_coefficient(square, 1.0)
+    assert coefficient.dtype == torch.float32
+    torch.testing.assert_close(coefficient.item(), min(1 / truth, 1.0), rtol=1e-5, atol=1e-44)
 
 
 def test_what_does_not_fit_is_named() -> None:

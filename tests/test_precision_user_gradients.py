@@ -302,3 +302,35 @@ def test_a_copied_model_begins_without_a_sink() -> None:
     other.scale(twin(X).sum()).backward()
     assert_equal(twin.weight.grad, layer.weight.grad, "the copy's")
     assert sink_of(twin.weight) is not sink_of(layer.weight)
+
+
+def test_a_trainer_steps_where_a_hook_has_repaired_the_gradient() -> None:
+    """As torch's scaler, which looks at the values; and it sees the main gradient, also where it is put off (zb)."""
+    for schedule in ("1f1b", "zb"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.LayerNorm(2))
+        seen: list[Tensor] = []
+
+        def repair(p: Tensor, seen: list[Tensor] = seen) -> None:
+            seen.append(p.grad.clone())
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(repair)
+        factor = [1.0]
+        devices = spu.DeviceManager().get_devices("cpu,cpu")
+        trainer = spu.ModelParallelTrainer(
+            model, devices, precision="fp16", microbatches=2, schedule=schedule, lr=0.01,
+            loss_fn=lambda out, target, factor=factor: (out.float() * factor[0] - target).square().mean(),
+        )  # fmt: skip
+        for factor[0] in (1.0, INF, 1.0):
+            seen.clear()
+            before = model[0].weight.detach().clone()
+            result = trainer.step(X.repeat(2, 1), torch.zeros(4, 2))
+            assert len(seen) == 2 * 6
+            assert not result.skipped
+            if factor[0] == 1.0:
+                assert not torch.equal(model[0].weight, before)
+                assert max(float(grad.abs().max()) for grad in seen) < 10
+        assert trainer.scaler.get_scale() == 65536
+        trainer.close()

@@ -59,8 +59,8 @@ Tensor grad_sqnorm(std::vector<Tensor> grads) {
   if (grads.empty()) checks::fail("spu::grad_sqnorm: no gradients; the sum of none is 0");
   double total = 0;
   for (const Tensor& grad : grads) total += square_sum(grad);
-  Tensor out = new_empty(grads[0], {1}, ScalarType::Float);
-  *static_cast<float*>(out.mutable_data_ptr()) = static_cast<float>(total);
+  Tensor out = new_empty(grads[0], {1}, ScalarType::Double);  // fp32 ends at norms of 1.8e19
+  *static_cast<double*>(out.mutable_data_ptr()) = total;
   return out;
 }
 

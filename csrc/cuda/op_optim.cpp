@@ -34,10 +34,10 @@ Tensor grad_sqnorm(std::vector<Tensor> grads) {
     kept.push_back(dense(grad));
     list.push_back({static_cast<const float*>(kept.back().const_data_ptr()), grad.numel()});
   }
-  Tensor out = new_empty(grads[0], {1}, ScalarType::Float);
+  Tensor out = new_empty(grads[0], {1}, ScalarType::Double);
   const Tensor partial = new_empty(grads[0], {square_sum_pieces(list)}, ScalarType::Double);
   const OnDevice on(grads[0]);
-  launch_square_sum(list, static_cast<double*>(partial.mutable_data_ptr()), static_cast<float*>(out.mutable_data_ptr()),
+  launch_square_sum(list, static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(out.mutable_data_ptr()),
                     on.stream());
   return out;
 }

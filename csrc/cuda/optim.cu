@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const double* partial, int64_t count, float* out) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* partial, int64_t count, double* out) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
   sum = block_sum(sum);
-  if (threadIdx.x == 0) *out = static_cast<float>(sum);
+  if (threadIdx.x == 0) *out = sum;
 }
 
 }  // namespace
@@ -170,7 +170,7 @@ int64_t square_sum_pieces(const std::vector<Values1d>& tensors) {
   return pieces;
 }
 
-void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, float* out, cudaStream_t stream) {
+void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, double* out, cudaStream_t stream) {
   int64_t done = 0;
   for_groups(tensors, [&](const Group<Values1d>& group) {
     const int blocks = group.first[group.count];

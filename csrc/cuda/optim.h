@@ -29,7 +29,7 @@ struct Values1d {
 int64_t square_sum_pieces(const std::vector<Values1d>& tensors);
 
 // *out = the sum of the squares of all values, accumulated in fp64 in an order that depends on the sizes alone.
-void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, float* out, cudaStream_t stream);
+void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, double* out, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace spu

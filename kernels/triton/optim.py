@@ -91,16 +91,17 @@ def square_sum_kernel(
     addresses, numels, blocks, parts, arrived, out,
     ALIGNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out [1] = the sum of all squares. Every program leaves its share's sum in parts fp32 [programs]; the one that
-    arrives last adds them up in fp64, in their order whoever it is, and leaves the counter ``arrived`` at 0 again.
+    """out fp64 [1] = the sum of all squares, taken in fp64: fp32's end at values of 1.8e19. Every program leaves its
+    share's sum in parts fp64 [programs]; the one that arrives last adds them up, in their order whoever it is, and
+    leaves the counter ``arrived`` at 0 again.
     """
     which = tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
     grad, numel = _address(addresses + which, tl.float32, ALIGNED), tl.load(numels + which)
-    total = tl.zeros((SIZE,), tl.float32)
+    total = tl.zeros((SIZE,), tl.float64)
     for tile in range(TILES):
         at = first + tile * SIZE + tl.arange(0, SIZE)
-        g = tl.load(grad + at, mask=at < numel, other=0.0)
+        g = tl.load(grad + at, mask=at < numel, other=0.0).to(tl.float64)
         total += g * g
     tl.store(parts + tl.program_id(0), tl.sum(total))
     tl.debug_barrier()  # the store comes before the release of whichever thread counts
@@ -109,8 +110,8 @@ def square_sum_kernel(
         whole = tl.zeros((PARTS,), tl.float64)
         for start in range(0, count, PARTS):
             at = start + tl.arange(0, PARTS)
-            whole += tl.load(parts + at, mask=at < count, other=0.0, volatile=True).to(tl.float64)
-        tl.store(out, tl.sum(whole).to(tl.float32))
+            whole += tl.load(parts + at, mask=at < count, other=0.0, volatile=True)
+        tl.store(out, tl.sum(whole))
         tl.store(arrived, 0)
 
 
@@ -212,19 +213,19 @@ def adamw_(
 
 
 def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements -> fp32 [1], in one launch, always with the same bits.
+    """The sum of the squares of all elements -> fp64 [1], in one launch, always with the same bits.
 
     Args:
         grads: fp32, on one device, at least one. Not one list on two streams at once: its launches share a counter.
     """
     dense = _dense(grads)
     sizes = tuple(grad.numel() for grad in dense)
-    out = torch.empty(1, dtype=torch.float32, device=dense[0].device)
+    out = torch.empty(1, dtype=torch.float64, device=dense[0].device)
     if not any(sizes):
         return out.zero_()
     addresses = tuple((grad.data_ptr(),) for grad in dense)
     work, where = _work(sizes, out.device), _where(addresses, out.device)
-    parts = torch.empty(work.programs, dtype=torch.float32, device=out.device)
+    parts = torch.empty(work.programs, dtype=torch.float64, device=out.device)
     square_sum_kernel[(work.programs,)](
         where.addresses, work.sizes, work.blocks, parts, where.arrived, out,
         _aligned(addresses, (0,)), SIZE, TILES, _PARTS, **POINTWISE,

@@ -21,7 +21,7 @@ def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
     """min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_, on the device.
 
     Args:
-        sqnorm_total: fp32 [1], the squared norm of all gradients (``spu.ops.grad_sqnorm``).
+        sqnorm_total: fp64 (or fp32) [1], the squared norm of all gradients (``spu.ops.grad_sqnorm``).
         max_norm: positive.
 
     Returns:
@@ -29,7 +29,7 @@ def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}; pass None to the trainer to clip nothing")
-    return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0)
+    return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0).to(torch.float32)
 
 
 class _Constants:

@@ -31,10 +31,15 @@ OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 @dataclass
 class Update:
-    """What an update did; fp32 tensors of one element, on the scaler's device."""
+    """What an update did; tensors of one element, on the scaler's device."""
 
-    grad_norm: torch.Tensor
-    found_inf: torch.Tensor
+    sqnorm: torch.Tensor  # fp64: finite where every gradient is
+    found_inf: torch.Tensor  # fp32
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """fp32."""
+        return self.sqnorm.sqrt().to(torch.float32)
 
 
 class Updater:
@@ -112,18 +117,16 @@ class Updater:
         self._end_backward()
         for use in self._built.tied:
             _add_tied(use)
-        norms = self._engine.each(lambda stage: ops.grad_norm(self._gradients(stage)))
-        device = self._scaler.device
-        total = torch.stack([norm.to(device, torch.float64).reshape(()) for norm in norms]).square().sum().sqrt()
-        norm = total.to(torch.float32).reshape(1)
-        # What is not finite in one microbatch is not finite in the sum: without a scale this is the only look at it.
-        return Update(norm, torch.maximum(self._scaler.found_inf(), (~norm.isfinite()).to(torch.float32)))
+        sums = self._engine.each(lambda stage: ops.grad_sqnorm(self._gradients(stage)))
+        total = torch.stack([each.to(self._scaler.device) for each in sums]).sum(0)
+        # What is not finite in one microbatch is not finite in the sum, unless a hook of the user's has repaired it.
+        return Update(total, (~total.isfinite()).to(torch.float32))
 
     def apply(self, update: Update, lr_factor: float) -> None:
         """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""
         clip = None
         if self._max_grad_norm is not None:
-            clip = clip_coefficient(update.grad_norm.square(), self._max_grad_norm)
+            clip = clip_coefficient(update.sqnorm, self._max_grad_norm)
 
         def step(stage: Stage) -> None:
             optimizer = self.optimizers[stage.index]
@@ -139,7 +142,7 @@ class Updater:
             except BaseException as error:
                 self.broken = f"{type(error).__name__}: {error}"
                 raise
-        self._scaler.update()
+        self._scaler.update(update.found_inf)
 
     @contextlib.contextmanager
     def _rates(self, factor: float) -> Iterator[None]:

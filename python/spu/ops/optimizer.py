@@ -130,7 +130,10 @@ def adamw_(
 
 @torch.no_grad()
 def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
-    """Sum of the squares of all elements of all (fp32) gradients -> fp32 [1] on the first one's device; 0 for none."""
+    """Sum of the squares of all elements of all (fp32) gradients -> fp64 [1] on the first one's device; 0 for none.
+
+    In fp64 it is finite where every gradient is: fp32 ends at norms of 1.8e19.
+    """
     groups: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         if grad.dtype != torch.float32:
@@ -140,12 +143,12 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
     for group in groups.values():
         value = schema.overload("grad_sqnorm", choose_backend(group[0], op="grad_sqnorm"))(group)
         total = value if total is None else total + value.to(total.device)
-    return torch.zeros(1, dtype=torch.float32) if total is None else total
+    return torch.zeros(1, dtype=torch.float64) if total is None else total
 
 
 def grad_norm(grads: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients taken as one vector -> fp32 [1], on the device (no host sync)."""
-    return grad_sqnorm(grads).sqrt()
+    return grad_sqnorm(grads).sqrt().to(torch.float32)
 
 
 @torch.no_grad()

@@ -118,9 +118,9 @@ def adamw_on_device(
 
 
 def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements of all gradients, accumulated in fp64 -> fp32 [1]."""
+    """Sum of the squares of all elements of all gradients, -> fp64 [1]."""
     squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads]
-    return torch.stack(squares).sum().float().reshape(1)
+    return torch.stack(squares).sum().reshape(1)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"adamw_": adamw_, "grad_sqnorm": grad_sqnorm}

@@ -152,7 +152,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "unpack_": _fake_nothing,
     "copy_in_": _fake_nothing,
     "adamw_": _fake_nothing,
-    "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float32),
+    "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float64),
     "gated_linear": _fake_gated_linear,
     "gated_dz": lambda dh, gate, up, activation: tuple(dh.new_empty(dh.shape) for _ in range(3)),
     "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),

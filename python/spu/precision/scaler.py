@@ -105,13 +105,17 @@ class LossScaler:
             return torch.zeros(1, dtype=torch.float32, device=self.device)
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0].clone()
 
-    def update(self) -> None:
-        """Backs off after a step with found_inf, grows after ``growth_interval`` good ones in a row; on the device."""
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """Backs off after a step with found_inf, grows after ``growth_interval`` good ones in a row; on the device.
+
+        Args:
+            found_inf: fp32 [1], what the step was decided by; default: what the backwards saw (:meth:`found_inf`).
+        """
         if self.enabled:
             torch._amp_update_scale_(
                 self._scale,
                 self._growth_tracker,
-                self.found_inf(),
+                self.found_inf() if found_inf is None else found_inf,
                 self.growth_factor,
                 self.backoff_factor,
                 self.growth_interval,
