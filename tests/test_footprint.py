@@ -67,7 +67,7 @@ def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
 def test_a_layer_is_left_as_it_was():
     layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    (cost,) = training_costs([Run("one", layer)], torch.zeros(3, 4), torch.float16)
+    (cost,) = training_costs([Run("one", layer)], torch.zeros(3, 4, dtype=torch.float16), torch.float16)
     assert cost.param_count == 4 * 4 + 4 + 2 * 4
     assert type(layer[0]) is nn.Linear
     assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())

@@ -486,10 +486,13 @@ def test_tensors_in_an_object_that_nobody_looks_into_are_refused_between_stages(
         trainer.step(*batch())
 
 
-def test_a_loss_that_is_a_sum_is_refused() -> None:
+def test_a_loss_that_is_a_sum_adds_up() -> None:
     """Its microbatches were weighted as means: a loss eight times too small, without a word."""
-    with pytest.raises(ValueError, match="reduction='sum': give one with reduction='mean'"):
-        make(model_of(nn.Tanh()), loss_fn=nn.CrossEntropyLoss(reduction="sum"))
+    x, y = batch()
+    model = model_of(nn.Tanh())
+    expected = F.cross_entropy(model(x), y, reduction="sum").item()
+    with make(model, loss_fn=nn.CrossEntropyLoss(reduction="sum")) as trainer:
+        assert trainer.step(x, y).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_takes_no_larger_microbatches_than_training() -> None:

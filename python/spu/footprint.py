@@ -23,7 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from spu import nn as spu_nn
+from spu.engine.loss import loss_of
 from spu.interrupts import stop_if_asked
+from spu.precision.dtypes import state_dtypes
 from spu.profile import LayerCost, fake_copy
 from spu.rehearsal import Footprint, Run, following, layer_copy, tensor_bytes
 from spu.stand_in import hooks_off
@@ -47,7 +49,7 @@ class _Loss(nn.Module):
         mode = next((t.fake_mode for t in tree_leaves(x) if isinstance(t, FakeTensor)), None)
         if mode is not None:
             targets = fake_copy(mode, targets, torch.device("cpu"), None)
-        value = loss_fn(x, targets)
+        value = loss_of(loss_fn, x, targets)
         return value.to(torch.promote_types(value.dtype, torch.float32)) * 1.0
 
 
@@ -74,7 +76,7 @@ def training_costs(
     Args:
         runs: the layers, in order.
         sample: one microbatch's inputs: a tensor or a structure of them, real, meta or fake.
-        dtype: of the training; floating-point parameters, buffers and inputs are taken in it.
+        dtype: of the training; parameters are taken in it, inputs and buffers as they are (`spu.precision.dtypes`).
         fused: whether linear layers run on our ops; default: in 16-bit precisions, as the trainer does.
         real: a layer that cannot be run on fake tensors is run on real ones, or else bounded; never an error.
 
@@ -88,7 +90,7 @@ def training_costs(
     costs: list[LayerCost] = []
     with untouched(*(run.module for run in runs)), hooks_off(), _quiet(), torch.inference_mode(False):
         rehearsal = _Rehearsal(runs, sample, dtype, dtype in _HALVES if fused is None else fused, real)
-        x = fake_copy(rehearsal.mode, sample, torch.device("cpu"), dtype)
+        x = fake_copy(rehearsal.mode, sample, torch.device("cpu"), None)
         for run in runs:
             stop_if_asked()
             kind = _kind(run, x)
@@ -110,7 +112,7 @@ class _Rehearsal:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tally = Tally()
         state = [t for run in runs for t in itertools.chain(run.module.parameters(), run.module.buffers())]
-        self.dtypes = {id(t): dtype if t.is_floating_point() else t.dtype for t in state}
+        self.dtypes = {id(t): t.dtype for t in state} | state_dtypes([run.module for run in runs], dtype)
         self._values = (0, sample)  # the real input of the layer of that index
 
     def made(self, x: Any, before: list[LayerCost]) -> tuple[LayerCost, Any]:

@@ -114,11 +114,12 @@ def model_costs(
     """
 
     rehearsal = Detached()
+    products = DTYPES[precision] if DTYPES[precision].itemsize == 2 else None
 
     def run(layer: Layer) -> Run:
         def call(module: nn.Module, x: Any) -> Any:
             with carried_by(rehearsal):
-                return replace(layer, module=module).run(x, sample, _ANY)
+                return replace(layer, module=module, products=products).run(x, sample, _ANY)
 
         return Run(layer.name, layer.module, call, kind(layer))
 

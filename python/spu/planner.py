@@ -217,7 +217,7 @@ class Planner:
     def _sample(self, parts: int) -> tuple[Any, Any]:
         """One microbatch of inputs and targets."""
         inputs, targets = self._batch
-        sample = split_inputs(inputs, parts, self.settings.precision)[0]
+        sample = split_inputs(inputs, parts)[0]
         return sample, None if targets is None else split_batch(targets, parts)[0]
 
     def _rates(self) -> tuple[list[float], list[float] | None]:

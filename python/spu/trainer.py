@@ -15,10 +15,20 @@ from torch import nn
 from spu import ops, placement, schedules
 from spu.by_hand import ByHand
 from spu.devices import Device, DeviceManager
-from spu.engine.build import DTYPES, Built, build_stages, give_back, to_precision, undo_precision, unfused
+from spu.engine.build import (
+    DTYPES,
+    Built,
+    build_stages,
+    check_parameters,
+    give_back,
+    to_precision,
+    undo_precision,
+    unfused,
+)
 from spu.engine.bytes import counted_bytes
 from spu.engine.generators import generator_states, set_generator_states
-from spu.engine.loss import cross_entropy
+from spu.engine.loss import OnRawOutputs, cross_entropy
+from spu.engine.loss_weight import weighing_of
 from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner
@@ -44,15 +54,16 @@ class ModelParallelTrainer(ByHand):
             It is trained in place: after the first step it holds the precision's dtype. Between steps it is yours:
             values that you change are trained on.
         devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
-        loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets; default: :func:`cross_entropy`. Parameters of
-            a module are trained too, in their own dtype.
+        loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets, or their sum; default: :func:`cross_entropy`.
+            Parameters of a module are trained too, in their own dtype.
         optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our
             AdamW.
         lr: learning rate, for the default optimizer or a class.
         lr_schedule: step index -> factor on the learning rate, also on one that a torch scheduler has set. Skipped
             steps count.
-        precision: "fp16", "bf16" or "fp32": weights and activations of :meth:`step`, :meth:`forward_backward` and
-            :meth:`evaluate`. Main gradients, master weights and moments are fp32. fp16 scales the loss.
+        precision: "fp16", "bf16" or "fp32": weights and products of :meth:`step`, :meth:`forward_backward` and
+            :meth:`evaluate`; buffers and inputs keep their dtype. Main gradients, master weights and moments are fp32.
+            fp16 scales the loss.
         microbatches: how many the schedule runs at a time; "auto" as for the schedule.
         accumulate: how many times the schedule runs for one update; a batch is cut into microbatches * accumulate.
         schedule: "1f1b", "gpipe", "interleaved", "zb", "zbv" or "layer_outer"; see ``spu.schedules``. "auto": the one
@@ -65,8 +76,11 @@ class ModelParallelTrainer(ByHand):
         max_grad_norm: clip the global gradient norm to this.
         seed: of every random draw in the model, with the number of batches that have run forward and backward
             (``passes_done``).
-        loss_weight: ``loss_weight(targets)`` -> how much a microbatch counts; default: its targets that are not
-            ``loss_fn.ignore_index`` (-100).
+        loss_weight: ``loss_weight(targets)`` -> what the mean over a microbatch divides by, or "sum" for a loss that
+            adds up over rows. Default: what torch's losses, and partials of their functions, divide by or add up; for
+            another loss its targets that are not ``loss_fn.ignore_index`` (-100), or "sum" by its ``reduction``,
+            which is checked in the steps 1, 2, 4, 8, ...
+        raw_outputs: give ``loss_fn`` the model's outputs as they are; default: 16-bit ones in fp32.
         scaler: a LossScaler of your own, for fp16.
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
         report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
@@ -96,7 +110,8 @@ class ModelParallelTrainer(ByHand):
         recompute: str | bool = "auto",
         max_grad_norm: float | None = None,
         seed: int = 0,
-        loss_weight: Callable[[Any], Any] | None = None,
+        loss_weight: Callable[[Any], Any] | str | None = None,
+        raw_outputs: bool = False,
         scaler: LossScaler | None = None,
         measure: bool = False,
         report: Callable[[str], Any] | None = None,
@@ -117,10 +132,9 @@ class ModelParallelTrainer(ByHand):
             transfer=packed,
             recompute=_one_of("recompute", recompute, ["auto", True, False]),
         )
-        self.loss_fn = loss_fn or cross_entropy
-        reduction = getattr(self.loss_fn, "reduction", "mean")
-        if reduction != "mean":
-            raise ValueError(f"loss_fn has reduction={reduction!r}: give one with reduction='mean' (see loss_weight)")
+        self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
+        self._weighing = weighing_of(self.loss_fn, loss_weight)
         self.lr_schedule = lr_schedule
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -160,7 +174,8 @@ class ModelParallelTrainer(ByHand):
         if self._plan is not None:
             return self._plan
         layers = self._require_layers()
-        planner = Planner(layers, self.devices, self.settings, self.loss_fn)
+        check_parameters(layers)
+        planner = Planner(layers, self.devices, self.settings, self._loss)
         with Held():  # Ctrl-C within torch's fake mode would leave it on for good
             if self._given_plan is None:
                 plan = planner.plan(inputs, targets, measure=self.measure)
@@ -217,7 +232,7 @@ class ModelParallelTrainer(ByHand):
             self._require_layers(),
             [range(*stage.layers) for stage in plan.stages],
             [device_of[stage.device] for stage in plan.stages],
-            loss_fn=self.loss_fn,
+            loss_fn=self._loss,
             recompute=plan.recomputed_layers,
         )
         add_masters(built)
@@ -227,8 +242,7 @@ class ModelParallelTrainer(ByHand):
             plan,
             self.scaler,
             backend=self._backend,
-            loss_weight=self.loss_weight,
-            ignore_index=getattr(self.loss_fn, "ignore_index", -100),
+            weighing=self._weighing,
             optimizer=self._optimizer,
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,

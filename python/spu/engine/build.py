@@ -16,11 +16,21 @@ from spu.engine.leaves import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
 from spu.interrupts import Held
+from spu.precision.dtypes import convert_state, state_dtypes
 
 if TYPE_CHECKING:
     from spu.devices import Device
 
-__all__ = ["DTYPES", "Built", "build_stages", "give_back", "to_precision", "undo_precision", "unfused"]
+__all__ = [
+    "DTYPES",
+    "Built",
+    "build_stages",
+    "check_parameters",
+    "give_back",
+    "to_precision",
+    "undo_precision",
+    "unfused",
+]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,9 +90,10 @@ class Built:
 
 
 def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False) -> dict[int, torch.Tensor]:
-    """Convert floating parameters and buffers in place, and return the fp32 values that rounding lost.
+    """Convert floating-point parameters in place, and return the fp32 values that rounding lost.
 
-    In a 16-bit precision, linear layers also become :class:`spu.nn.Linear`, whose backward knows the loss scale.
+    What keeps fp32, or its own dtype: `spu.precision.dtypes`. In a 16-bit precision, linear layers also become
+    :class:`spu.nn.Linear`, whose backward knows the loss scale, and layers run their products in that precision.
 
     Args:
         layers: the model.
@@ -94,14 +105,16 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
         parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
     """
     dtype = DTYPES[precision]
+    modules = [layer.module for layer in layers]
+    dtypes = state_dtypes(modules, dtype)
     masters: dict[int, torch.Tensor] = {}
+    for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
+        becomes = dtypes.get(id(parameter), parameter.dtype)
+        if parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
+            masters[id(parameter)] = parameter.detach().to(torch.float32, copy=True)
+    convert_state(modules, dtypes)
     for layer in layers:
-        for parameter in layer.module.parameters():
-            rounded = parameter.is_floating_point() and parameter.dtype != dtype
-            if dtype.itemsize == 2 and parameter.requires_grad and rounded and id(parameter) not in masters:
-                masters[id(parameter)] = parameter.detach().to(torch.float32, copy=True)
-    for layer in layers:
-        layer.module.to(dtype)
+        layer.products = dtype if dtype.itemsize == 2 else None
         if dtype.itemsize == 2 or fused:
             spu_nn.accelerate(layer.module)
     return masters
@@ -121,9 +134,22 @@ def unfused(layers: Sequence[Layer]) -> list[nn.Module]:
     return [module for module in modules if not any(map(spu_nn.is_accelerated, module.modules()))]
 
 
+def check_parameters(layers: Sequence[Layer]) -> None:
+    """Raises ValueError for a complex parameter that is to be trained."""
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.is_complex() and parameter.requires_grad:
+                raise ValueError(
+                    f"parameter {name!r} is {str(parameter.dtype).removeprefix('torch.')}, but main gradients and "
+                    "optimizers here are real: hold its real and imaginary parts (torch.view_as_real), and put them "
+                    "together in forward with torch.view_as_complex; or freeze it"
+                )
+
+
 def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
     """Give rounded parameters their fp32 values back, and linear layers their own class, where training never began."""
     for layer in layers:
+        layer.products = None
         spu_nn.restore(layer.module)
         for parameter in layer.module.parameters():
             if id(parameter) in masters:

@@ -12,6 +12,7 @@ from torch import nn
 from spu.engine.draws import same
 from spu.engine.randomness import LayerRandomness
 from spu.engine.replay import run_twice
+from spu.precision.dtypes import is_mixed, products_in
 
 __all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
 
@@ -34,14 +35,17 @@ class Layer:
         module: called as ``module(x)``, or as ``module(x, inputs)`` if ``wants_inputs``.
         wants_inputs: the module also reads the microbatch's own inputs (masks, positions).
         parameter_names: local parameter and buffer name -> name in the user's model, for checkpoints.
+        products: the 16-bit dtype that matrix products cast their operands to; None: as they are.
     """
 
     name: str
     module: nn.Module
     wants_inputs: bool = False
     parameter_names: dict[str, str] = field(default_factory=dict)
+    products: torch.dtype | None = None
     _constant: set[tuple[str, str]] = field(default_factory=set)
     _unknown: tuple[torch.Generator, Moment] | None = None
+    _mixed: bool | None = field(default=None, init=False)
 
     def run(self, x: Any, inputs: Any, moment: Moment, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
         """Call the module, with random draws that depend on ``moment`` and the layer's name alone.
@@ -61,7 +65,15 @@ class Layer:
                 on_own(generator)
 
         with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name, on_own=own):
-            return self.module(x, inputs) if self.wants_inputs else self.module(x)
+            if self.products is None:
+                return self._call(x, inputs)
+            if self._mixed is None:
+                self._mixed = is_mixed(self.module, self.products)
+            with products_in(self.products, self._mixed, x):
+                return self._call(x, inputs)
+
+    def _call(self, x: Any, inputs: Any) -> Any:
+        return self.module(x, inputs) if self.wants_inputs else self.module(x)
 
     def run_checkpointed(self, x: Any, inputs: Any, moment: Moment) -> Any:
         """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.

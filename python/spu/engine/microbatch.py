@@ -13,7 +13,6 @@ from spu.ops.sink import current_scope
 __all__ = [
     "at_least",
     "batch_rows",
-    "cast",
     "count_targets",
     "move",
     "split_batch",
@@ -97,15 +96,21 @@ def target_weights(
     sizes and however many of their targets are masked.
 
     Raises:
-        ValueError: no target counts at all (checked only where the counts are on the host).
+        ValueError: no target counts at all, or a count is negative or not finite (checked only where the counts are on
+            the host; on a card such a batch's shares are NaN).
     """
     weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
-    counts = [torch.as_tensor(weigh(part), dtype=torch.float64) for part in targets]
-    device = counts[0].device
-    total = torch.stack([count.to(device).reshape(()) for count in counts]).sum()
+    counts = [torch.as_tensor(weigh(part), dtype=torch.float64).detach() for part in targets]
+    together = torch.stack([count.to(counts[0].device).reshape(()) for count in counts])
+    valid, total = ((together >= 0) & together.isfinite()).all(), together.sum()
+    if total.device.type == "cpu" and not valid:
+        raise ValueError(f"a microbatch must count 0 or more in the loss, and not NaN or inf: got {together.tolist()}")
     if total.device.type == "cpu" and not total > 0:
-        raise ValueError(f"no target of the batch counts in the loss (all equal ignore_index {ignore_index})")
-    return [(count / total).to(torch.float32).reshape(()) for count in counts]
+        raise ValueError(
+            f"no target of the batch counts in the loss (all equal ignore_index {ignore_index}, or weigh nothing)"
+        )
+    shares = torch.where(valid, together / total, torch.nan).to(torch.float32)
+    return [share.to(count.device).reshape(()) for share, count in zip(shares, counts, strict=True)]
 
 
 def move(tree: Any, device: torch.device) -> Any:
@@ -128,8 +133,3 @@ def unscaled_leaves(tree: Any) -> Any:
 def _unscale(gradient: torch.Tensor) -> torch.Tensor:
     scope = current_scope()
     return gradient if scope is None else gradient * scope.inv_scale.reshape(()).to(gradient.device)
-
-
-def cast(tree: Any, dtype: torch.dtype) -> Any:
-    """The pytree with every floating-point tensor in ``dtype``."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)

@@ -25,7 +25,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """Mean loss over the batch's counted targets, unscaled."""
+        """The batch's loss, unscaled: the mean over what it counts, or the sum for one that adds up."""
         return self.loss_tensor.item()
 
     @property

@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from spu import schedules
 from spu.engine.ambient import callers_autocast
-from spu.engine.build import DTYPES, Built
+from spu.engine.build import Built
 from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine, Round
-from spu.engine.microbatch import batch_rows, cast, count_targets, split_batch, target_weights, unscaled_leaves
+from spu.engine.loss_check import LossCheck
+from spu.engine.loss_weight import Weighing
+from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.update import OptimizerFactory, Updater
 from spu.interrupts import Held
@@ -45,9 +47,9 @@ class Pass:
     timeline: Timeline
 
 
-def split_inputs(inputs: Any, parts: int, precision: str) -> list[Any]:
-    """A batch of inputs as microbatches in the precision's dtype. Raises ValueError as `split_batch`."""
-    return [cast(unscaled_leaves(part), DTYPES[precision]) for part in split_batch(inputs, parts)]
+def split_inputs(inputs: Any, parts: int) -> list[Any]:
+    """A batch of inputs as microbatches, in their own dtypes. Raises ValueError as `split_batch`."""
+    return [unscaled_leaves(part) for part in split_batch(inputs, parts)]
 
 
 class Runner:
@@ -58,8 +60,7 @@ class Runner:
         plan: what they were built by.
         scaler: the loss scaler.
         backend: a forced kernel backend, or None.
-        loss_weight: ``loss_weight(targets)`` -> how much a microbatch counts; None for its counted targets.
-        ignore_index: the target that does not count.
+        weighing: how much a microbatch counts.
         optimizer, lr, max_grad_norm: as `Updater` takes them.
     """
 
@@ -70,8 +71,7 @@ class Runner:
         scaler: LossScaler,
         *,
         backend: str | None,
-        loss_weight: Callable[[Any], Any] | None,
-        ignore_index: int,
+        weighing: Weighing,
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
         lr: float | None,
         max_grad_norm: float | None,
@@ -80,8 +80,8 @@ class Runner:
         self._plan = plan
         self._actions = plan.actions()
         self._ranks = [plan.devices.index(stage.device) for stage in plan.stages]
-        self._loss_weight = loss_weight
-        self._ignore_index = ignore_index
+        self._weighing = weighing
+        self._check = LossCheck(built.stages[-1].loss_fn, weighing)
         try:
             check_generators(built.stages)
             self.engine = LocalEngine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
@@ -105,14 +105,15 @@ class Runner:
         """
         size = self._plan.microbatches
         parts = size * self._plan.accumulate
-        inputs_by_part = split_inputs(inputs, parts, self._plan.precision)
+        inputs_by_part = split_inputs(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
-        weights = target_weights(targets_by_part, self._loss_weight, self._ignore_index)
+        weights = self._weighing.shares(targets_by_part)
         losses: dict[int, torch.Tensor] = {}
         outputs: list[Any] = []
         timelines = []
         autocast = self._autocast()
         self.updater.begin_step()
+        checks = self._watch(parts)
         try:
             with self.built.running():
                 for first in range(0, parts, size):
@@ -133,10 +134,12 @@ class Runner:
                     losses.update({first + index: loss for index, loss in work.losses.items()})
                     outputs.extend(work.outputs[index] for index in sorted(work.outputs))
             self._check_trained(inputs)
+            if checks:
+                self._check.end()
         except BaseException:
             self.updater.clear_gradients()
             raise
-        counted = sum(count_targets(part, self._ignore_index) for part in targets_by_part)
+        counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
@@ -165,13 +168,14 @@ class Runner:
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
             schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks),
-            split_inputs(inputs, parts, self._plan.precision),
+            split_inputs(inputs, parts),
             targets_by_part,
-            target_weights(targets_by_part, self._loss_weight, self._ignore_index),
+            self._weighing.shares(targets_by_part),
             seed,
             step,
             autocast=self._autocast(),
         )
+        checks = self._watch(parts)
         with Held():  # no module is left in evaluation mode
             try:
                 for module in training:
@@ -181,7 +185,15 @@ class Runner:
             finally:
                 for module in training:
                     module.training = True
+        if checks:
+            self._check.end()
         return sum_losses(work.losses)
+
+    def _watch(self, parts: int) -> bool:
+        """Before a batch: whether its loss will be checked."""
+        checks = self._check.begin(parts)
+        self.built.stages[-1].watch_loss = self._check.add if checks else None
+        return checks
 
     def close(self) -> None:
         """End the worker threads and give the model back with its ties; harmless when called twice."""

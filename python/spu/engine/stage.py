@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.layers import Layer, Moment
 from spu.engine.leaves import check_leaves
+from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
@@ -76,6 +77,7 @@ class Stage:
         self.elsewhere: dict[int, str] = {}
         found = {id(p): p for layer in self.parts for _, p in layer.named_parameters()}
         self._parameters, self._leaves_known = list(found.values()), False
+        self.watch_loss: Callable[[Any, Any], None] | None = None  # is given the arguments of each loss
         self._in_flight: dict[int, _InFlight] = {}
         self._deferred: dict[int, list[Callable[[], None]]] = {}
 
@@ -138,11 +140,13 @@ class Stage:
             scope: the scale of the backward to come; None when there is none.
         """
         targets = move(targets, self.device.torch_device)
+        if self.watch_loss is not None:
+            self.watch_loss(outputs, targets)
         flight = None if scope is None else self._in_flight[moment.microbatch]
         if flight is not None:
             flight.randomness.layer(LOSS)
         with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, LOSS):
-            value = self.loss_fn(outputs, targets)
+            value = loss_of(self.loss_fn, outputs, targets)
         if flight is not None:
             flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
@@ -153,10 +157,10 @@ class Stage:
         weight = weight.to(value.device, value.dtype)
         # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
         # knows it, there is no backward either, in which some losses make 0 * NaN.
-        if on_host and not weight > 0:
+        if on_host and weight == 0:
             share = torch.zeros_like(value)
         else:
-            share = torch.where(weight > 0, value * weight, torch.zeros_like(value))
+            share = torch.where(weight == 0, torch.zeros_like(value), value * weight)
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()

@@ -1,0 +1,135 @@
+"""Whether microbatches of a loss, weighed as they are, make the gradients of the whole batch's loss.
+
+What a function of the user's divides by cannot be read from it. So it is tried, on the real outputs of some steps: the
+gradient of the whole batch's loss must be, row by row, each microbatch's own times its share. (Losses alone would not
+tell: at the start of training they are much the same in all microbatches.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from spu.engine.loss import loss_of
+from spu.engine.loss_weight import Weighing
+from spu.engine.microbatch import batch_rows
+from spu.engine.randomness import LayerRandomness
+
+__all__ = ["LossCheck"]
+
+_BYTES = 1 << 24  # of outputs that are looked at; rows of the first two microbatches in any case
+_REFUSAL = (
+    "loss_fn cannot be computed by microbatches as it is: microbatch {index} has {share:.4g} of the batch's targets, "
+    "but counts {found:.4g} in the whole batch's loss, or its rows act on other microbatches, or it is NaN. "
+    "Say what the mean divides by with loss_weight=function of the targets (for class weights: "
+    "lambda y: weight[y].sum()), or loss_weight='sum' for a loss that adds up over rows; or train with microbatches=1"
+)
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative, of outputs in 16 bits; others: 1e-3
+
+
+class LossCheck:
+    """Collects outputs and targets in the steps 1, 2, 4, 8, ..., and looks at them at their end.
+
+    Args:
+        loss_fn: the user's.
+        weighing: what is taken for true.
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], torch.Tensor], weighing: Weighing) -> None:
+        self._loss_fn = loss_fn
+        self._weighing = weighing
+        self._batches = 0
+        self._seen: list[tuple[Any, Any]] = []
+        self._bytes = 0
+
+    def begin(self, parts: int) -> bool:
+        """Before a batch: whether the loss's arguments are to be handed to :meth:`add`."""
+        self._seen, self._bytes = [], 0
+        if self._weighing.known or parts < 2:
+            return False
+        self._batches += 1
+        return self._batches & (self._batches - 1) == 0
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """The arguments of one microbatch's loss, of which some rows are copied."""
+        if self._bytes >= _BYTES and len(self._seen) >= 2:
+            return
+        rows = batch_rows(targets)
+        leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        kept = max(1, min(rows, (_BYTES - self._bytes) * rows // max(size, 1)))
+
+        def some(tensor: torch.Tensor) -> torch.Tensor:
+            own = tensor.dim() > 0 and tensor.shape[0] == rows
+            return (tensor[:kept] if own else tensor).detach().clone()
+
+        self._seen.append(pytree.tree_map_only(torch.Tensor, some, (outputs, targets)))
+        self._bytes += size * kept // rows
+
+    def end(self) -> None:
+        """After the batch.
+
+        Raises:
+            ValueError: the loss is no such mean.
+        """
+        seen, self._seen = self._seen, []
+        whole = _joined(seen) if len(seen) > 1 else None
+        if whole is None:
+            return
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), LayerRandomness(0, 0, 0, "loss") as draws:
+                parts = [self._gradient(*part) for part in seen]
+                together = self._gradient(*whole)
+        except Exception:  # not made for these rows: then there is no loss of the whole batch to compare with
+            return
+        shares = self._weighing.shares([targets for _, targets in seen])
+        parts = [part if share != 0 else torch.zeros_like(part) for part, share in zip(parts, shares, strict=True)]
+        if draws.draws or not together.isfinite().all():
+            return
+        dtypes = (leaf.dtype for leaf in pytree.tree_leaves(whole[0]) if isinstance(leaf, torch.Tensor))
+        allowed = max(_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes) * together.norm()
+        own = together.split([len(part) for part in parts])
+        for index, (part, share, wanted) in enumerate(zip(parts, shares, own, strict=True)):
+            if not (wanted - part * share.to(part)).norm() <= allowed:  # NaN too
+                found = float((wanted * part).sum() / (part * part).sum())
+                raise ValueError(_REFUSAL.format(index=index, share=float(share), found=found))
+
+    def _gradient(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """Of the loss in all outputs that have rows, fp64 [rows, elements]."""
+        rows = batch_rows(targets)
+        leaves, spec = pytree.tree_flatten(outputs)
+        leaves = [
+            leaf.clone().requires_grad_(leaf.is_floating_point()) if _has(leaf, rows) else leaf for leaf in leaves
+        ]
+        wanted = [leaf for leaf in leaves if _has(leaf, rows) and leaf.requires_grad]
+        loss = loss_of(self._loss_fn, pytree.tree_unflatten(leaves, spec), targets)
+        found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        return torch.cat(
+            [gradient.double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None] for gradient in found],
+            1,
+        )
+
+
+def _has(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+
+
+def _joined(seen: list[tuple[Any, Any]]) -> tuple[Any, Any] | None:
+    """All microbatches as one, joined where they have rows; None where that cannot be."""
+    sizes = [batch_rows(targets) for _, targets in seen]
+    flat = [pytree.tree_flatten(part) for part in seen]
+    joined = []
+    for column in zip(*(leaves for leaves, _ in flat)):
+        if all(_has(leaf, rows) for leaf, rows in zip(column, sizes)):
+            if len({leaf.shape[1:] for leaf in column}) > 1:
+                return None
+            joined.append(torch.cat(column))
+        elif isinstance(column[0], torch.Tensor) and not all(torch.equal(leaf, column[0]) for leaf in column):
+            return None  # a value of each microbatch's own, such as a router's loss
+        else:
+            joined.append(column[0])
+    outputs, targets = pytree.tree_unflatten(joined, flat[0][1])
+    return outputs, targets

@@ -1,0 +1,184 @@
+"""What a mean loss divides by: a microbatch counts as much as its part of that.
+
+The mean over a batch is the sum of its microbatches' means, each times its share of the divisor. For torch's losses the
+divisor is known, by the table here; for any other it is taken to be the number of targets that are not
+``ignore_index``, which `spu.engine.loss_check` holds against the loss itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn import _reduction
+
+from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import count_targets, target_weights
+
+__all__ = ["SUM", "Weighing", "weighing_of"]
+
+SUM = "sum"  # a loss_weight: losses of microbatches add up as they are
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a loss was told, by keywords of a partial or as attributes, which are read each time."""
+
+    given: dict[str, Any]
+    owner: Any
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        return self.given.get(name, getattr(self.owner, name, default))
+
+
+def _classes(targets: torch.Tensor, setting: _Setting) -> Any:
+    """Of class indices: the weights of those that count. Of probabilities [N, classes, ...]: how many there are."""
+    if targets.is_floating_point():
+        return targets.numel() / max(targets.shape[1] if targets.dim() > 1 else targets.shape[0], 1)
+    counted = targets != setting("ignore_index", -100)
+    weight = setting("weight")
+    if weight is None:
+        return counted.sum()
+    each = weight.detach().to(targets.device, torch.float64)[torch.where(counted, targets, 0)]
+    return torch.where(counted, each, 0.0).sum()
+
+
+def _elements(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.numel()
+
+
+def _rows(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.shape[0]
+
+
+def _divergence(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.shape[0] if setting("reduction", "mean") == "batchmean" else targets.numel()
+
+
+_Divisor = Callable[[Any, _Setting], Any]
+
+# loss function -> what its mean divides by, given the targets
+_DIVISORS: dict[Any, _Divisor] = {
+    cross_entropy: _classes,
+    F.cross_entropy: _classes,
+    F.nll_loss: _classes,
+    F.mse_loss: _elements,
+    F.l1_loss: _elements,
+    F.smooth_l1_loss: _elements,
+    F.huber_loss: _elements,
+    F.binary_cross_entropy: _elements,
+    F.binary_cross_entropy_with_logits: _elements,
+    F.poisson_nll_loss: _elements,
+    F.soft_margin_loss: _elements,
+    F.hinge_embedding_loss: _elements,
+    F.kl_div: _divergence,
+    F.multi_margin_loss: _rows,
+    F.multilabel_margin_loss: _rows,
+    F.multilabel_soft_margin_loss: _rows,
+}
+
+# forward of a module -> the function that it calls; a subclass that overrides it is not among these
+_FORWARDS: dict[Any, Any] = {
+    nn.CrossEntropyLoss.forward: F.cross_entropy,
+    nn.NLLLoss.forward: F.nll_loss,
+    nn.MSELoss.forward: F.mse_loss,
+    nn.L1Loss.forward: F.l1_loss,
+    nn.SmoothL1Loss.forward: F.smooth_l1_loss,
+    nn.HuberLoss.forward: F.huber_loss,
+    nn.BCELoss.forward: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss.forward: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss.forward: F.poisson_nll_loss,
+    nn.SoftMarginLoss.forward: F.soft_margin_loss,
+    nn.HingeEmbeddingLoss.forward: F.hinge_embedding_loss,
+    nn.KLDivLoss.forward: F.kl_div,
+    nn.MultiMarginLoss.forward: F.multi_margin_loss,
+    nn.MultiLabelMarginLoss.forward: F.multilabel_margin_loss,
+    nn.MultiLabelSoftMarginLoss.forward: F.multilabel_soft_margin_loss,
+}
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How microbatches of a batch are weighed.
+
+    Attributes:
+        weigh: targets of a microbatch -> how much it counts; None: losses add up, each counts 1.
+        ignore_index: the integer target that does not count.
+        known: there is nothing to check: torch's loss, or the user's own ``loss_weight``.
+    """
+
+    weigh: Callable[[Any], Any] | None
+    ignore_index: int
+    known: bool
+
+    def shares(self, targets: list[Any]) -> list[torch.Tensor]:
+        """Each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 each for a sum.
+
+        Raises:
+            ValueError: as :func:`target_weights`.
+        """
+        if self.weigh is None:
+            return [torch.ones(()) for _ in targets]
+        return target_weights(targets, self.weigh, self.ignore_index)
+
+
+def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = None) -> Weighing:
+    """How to weigh a loss.
+
+    Args:
+        loss_fn: a torch loss, its function, a partial of one, or any other callable.
+        loss_weight: the user's own: targets -> how much they count, or "sum".
+
+    Raises:
+        ValueError: it has reduction="none", or class weights that are negative or not finite.
+    """
+    function, setting = _unwrapped(loss_fn)
+    reduction = _reduction_of(setting)
+    ignore_index = setting("ignore_index", -100)
+    if isinstance(loss_weight, str) and loss_weight != SUM:
+        raise ValueError(f"unknown loss_weight {loss_weight!r}; there is {SUM!r}, or give a function of the targets")
+    if loss_weight is not None:
+        return Weighing(None if loss_weight == SUM else loss_weight, ignore_index, known=True)  # type: ignore[arg-type]
+    if reduction not in ("mean", "batchmean", SUM):
+        raise ValueError(f"loss_fn has reduction={reduction!r}, but a step needs one number: give it 'mean' or 'sum'")
+    divisor = _DIVISORS.get(function) if callable(function) else None
+    weight = setting("weight")
+    if divisor is _classes and isinstance(weight, torch.Tensor) and not ((weight >= 0) & weight.isfinite()).all():
+        raise ValueError(f"loss_fn.weight must be 0 or more, and finite, got {weight.tolist()}")
+    if reduction == SUM:
+        return Weighing(None, ignore_index, known=divisor is not None)
+    if divisor is not None:
+        return Weighing(functools.partial(divisor, setting=setting), ignore_index, known=True)
+    return Weighing(functools.partial(count_targets, ignore_index=ignore_index), ignore_index, known=False)
+
+
+def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
+    """The function that is called at last, as it is in `_DIVISORS` if it is there, and how it was set."""
+    given: dict[str, Any] = {}
+    plain = True  # no argument was bound by its place
+    while True:
+        owner = getattr(loss_fn, "__self__", None)
+        if isinstance(loss_fn, functools.partial):
+            given, plain, loss_fn = {**loss_fn.keywords, **given}, plain and not loss_fn.args, loss_fn.func
+        elif isinstance(owner, nn.Module) and loss_fn.__name__ in ("forward", "__call__"):
+            loss_fn = owner
+        elif "_orig_mod" in getattr(loss_fn, "_modules", {}):  # of torch.compile
+            loss_fn = loss_fn._modules["_orig_mod"]
+        else:
+            break
+    function = loss_fn
+    if isinstance(loss_fn, nn.Module):
+        function = None if "forward" in vars(loss_fn) else _FORWARDS.get(type(loss_fn).forward)
+    return (function if plain else None), _Setting(given, loss_fn)
+
+
+def _reduction_of(setting: _Setting) -> Any:
+    old = [setting.given.get(name) for name in ("size_average", "reduce")]
+    if old != [None, None]:
+        return _reduction.legacy_get_string(*old, emit_warning=False)
+    return setting("reduction", "mean")

@@ -1,0 +1,121 @@
+"""What a 16-bit precision touches: parameters, and the operands of matrix products. All else keeps its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["convert_state", "is_mixed", "products_in", "state_dtypes"]
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """id of a parameter or buffer -> the dtype that it has in training; those that are not in it keep their own.
+
+    Floating-point parameters get ``dtype``. Those of normalisations stay fp32, and so do their running statistics:
+    torch's kernels take 16-bit rows beside them. Other buffers (positions, masks, constants, complex ones) are left
+    alone, but where the whole model was converted (``model.double()``): a buffer of its parameters' dtype becomes fp32.
+
+    Args:
+        modules: the model's, whole: each part once or more often, submodules are found.
+        dtype: of the training.
+    """
+    all_modules = {id(m): m for top in modules for m in top.modules()}.values()
+    converted = {p.dtype for m in all_modules for p in m._parameters.values() if p is not None}
+    converted -= {torch.float32, dtype}
+    found: dict[int, torch.dtype] = {}
+    for module in all_modules:
+        is_norm = isinstance(module, _NORMS)
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                found[id(parameter)] = torch.float32 if is_norm else dtype
+        for buffer in module._buffers.values():
+            if buffer is not None and buffer.is_floating_point() and (is_norm or buffer.dtype in converted):
+                found[id(buffer)] = torch.float32
+    return found
+
+
+def convert_state(modules: Iterable[nn.Module], dtypes: dict[int, torch.dtype]) -> None:
+    """Convert parameters, gradients with them, and buffers in place, to what :func:`state_dtypes` says."""
+    for module in {id(m): m for top in modules for m in top.modules()}.values():
+        for parameter in module._parameters.values():
+            if parameter is None or dtypes.get(id(parameter), parameter.dtype) == parameter.dtype:
+                continue
+            parameter.data = parameter.data.to(dtypes[id(parameter)])
+            if parameter.grad is not None:
+                parameter.grad.data = parameter.grad.data.to(parameter.dtype)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) in dtypes:
+                buffer.data = buffer.data.to(dtypes[id(buffer)])
+
+
+def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether operations of a module, given tensors in ``dtype``, may meet others: see :class:`_Widening`."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):  # its short cut in evaluation wants one dtype everywhere
+            return True
+        own = (t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
+        if not isinstance(part, _NORMS) and any(t.is_floating_point() and t.dtype != dtype for t in own):
+            return True
+    return False
+
+
+@contextmanager
+def products_in(dtype: torch.dtype, mixed: bool, given: Any) -> Iterator[None]:
+    """A layer's run in a 16-bit precision: products cast their operands to ``dtype``, as under ``torch.autocast``.
+
+    Weights are in it already, so that no cast is worth caching.
+
+    Args:
+        mixed: the layer has state of other dtypes.
+        given: the layer's input.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+    mixed = mixed or any(leaf.is_floating_point() and leaf.dtype != dtype for leaf in leaves)
+    device = "cuda" if any(leaf.is_cuda for leaf in leaves) else "cpu"
+    with torch.autocast(device, dtype, cache_enabled=False), _Widening() if mixed else nullcontext():
+        yield
+
+
+class _Widening(TorchFunctionMode):
+    """Makes operations that want their tensors in one dtype, and that autocast leaves alone, take the widest of them.
+
+    Under autocast 16-bit parameters do not exist, so that these meet fp32 alone. It costs 1 us an operation, and is
+    entered only where dtypes are mixed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RECURRENT:  # torch's fp16 LSTM takes no fp32 input under autocast on a CPU
+            dtype = args[2][0].dtype if isinstance(args[2], (tuple, list)) else args[3][0].dtype
+            args, kwargs = _cast((args, kwargs), dtype)
+        elif func in _WANT_ONE_DTYPE:
+            dtypes = {t.dtype for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+            if len(floats) > 1:
+                args, kwargs = _cast((args, kwargs), max(floats, key=lambda dtype: dtype.itemsize))
+        return func(*args, **kwargs)
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
+_RECURRENT = frozenset({_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu})
+_WANT_ONE_DTYPE = frozenset(
+    {
+        *(F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.bilinear, F.embedding_bag, F.prelu),
+        *(torch.layer_norm, torch.group_norm, torch.batch_norm, torch.instance_norm, torch.bilinear, torch.prelu),
+        *(torch.lerp, torch.Tensor.lerp, torch.dot, torch.Tensor.dot, torch.vdot, torch.Tensor.vdot),
+        *(torch.mv, torch.Tensor.mv, torch.addmv, torch.Tensor.addmv, torch.inner, torch.Tensor.inner),
+        *(torch.addr, torch.Tensor.addr, torch.ger, torch.Tensor.ger, torch.tensordot, torch.linalg.multi_dot),
+    }
+)
