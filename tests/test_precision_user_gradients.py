@@ -334,3 +334,21 @@ def test_a_trainer_steps_where_a_hook_has_repaired_the_gradient() -> None:
                 assert max(float(grad.abs().max()) for grad in seen) < 10
         assert trainer.scaler.get_scale() == 65536
         trainer.close()
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_weight_of_two_stages_is_refused(kind: str) -> None:
+    """A mask of rows reached the embedding's part of the gradient alone: the masked rows were trained by the head."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False))
+    model[2].weight = model[0].weight
+    x, y = X.repeat(2, 1), torch.zeros(4, dtype=torch.long)
+    trainer = spu.ModelParallelTrainer(
+        model, spu.DeviceManager().get_devices("cpu,cpu"), precision="fp32", microbatches=2
+    )
+    trainer.step(x, y)
+    handle = getattr(model[0].weight, kind)(lambda grad: None)
+    with pytest.raises(ValueError, match=r"0.weight is used in stages 0 and 1 and has a hook"):
+        trainer.step(x, y)
+    handle.remove()
+    assert not trainer.step(x, y).skipped
+    trainer.close()

@@ -21,6 +21,7 @@ from spu.engine.optimizer_state import remember_rates
 from spu.engine.sharing import TiedUse
 from spu.engine.stage import Stage
 from spu.interrupts import Held
+from spu.ops.sink import has_foreign_hook
 from spu.optim import AdamW, MasterOptimizer, clip_coefficient
 from spu.precision import LossScaler, MainGrads
 
@@ -89,13 +90,26 @@ class Updater:
 
         Raises:
             RuntimeError: the trainer was closed.
+            ValueError: a parameter that several stages use has a hook.
         """
         self.check_open()
         self.check_whole()
+        self._check_hooks()
         self._scaler.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
             grads.require_scope(self._scaler.enabled)
+
+    def _check_hooks(self) -> None:
+        """A tied parameter's gradient is whole only after the last stage's backward: no hook could see or change it."""
+        for use in self._built.tied:
+            if has_foreign_hook(use.owner) or use.owner._post_accumulate_grad_hooks:
+                names = (name for name, p in self._built.owned[use.owner_stage].items() if p is use.owner)
+                raise ValueError(
+                    f"{next(names, 'a parameter')} is used in stages {use.owner_stage} and {use.stage} and has a hook "
+                    "on its gradient, which would see the part of one stage: remove the hook and change the gradient "
+                    "between forward_backward() and an update of your own, or train with one stage"
+                )
 
     def check_open(self) -> None:
         """Raises RuntimeError if the trainer was closed."""
