@@ -56,6 +56,76 @@ def test_an_overflow_is_still_seen_on_the_other_side() -> None:
     assert_equal(received[128:], torch.ones(72))
 
 
+@pytest.mark.parametrize("codec", ops.CODECS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_a_codec_would_make_infinite_crosses_as_it_is(codec: str, dtype: torch.dtype) -> None:
+    """One -inf made NaN of its block's finite values, and 1e6 was infinite in fp16."""
+    largest = torch.finfo(dtype).max
+    for value in (-torch.inf, torch.inf, torch.nan, largest, 0.999 * largest, 60_000.0, 1e6, -1e9, 1e-40):
+        x = torch.linspace(-1, 1, 200).to(dtype)
+        x[70] = value
+        received = Link(CPU, codec).receive(Link(CPU, codec).send(x))
+        assert_equal(received.isfinite(), x.isfinite(), str(value))
+        if not x[70].isfinite():
+            assert_equal(received, x)
+
+
+@pytest.mark.parametrize("codec", ops.CODECS)
+def test_a_wire_knows_what_it_decodes_to(codec: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 31, 200):
+        x = torch.randn(rows, 3, generator=generator)
+        assert ops.is_finite_wire(ops.pack(x, codec), x.shape, x.dtype, codec=codec)
+        if rows:
+            x[-1, -1] = torch.inf
+            assert not ops.is_finite_wire(ops.pack(x, codec), x.shape, x.dtype, codec=codec)
+
+
+def test_only_what_needs_a_gradient_is_packed_forward() -> None:
+    tree = {"h": torch.randn(2, 100, requires_grad=True), "mask": torch.randn(2, 100)}
+    link = Link(CPU, "int8", activations=True)
+    received = link.receive(link.send(tree))
+    assert_equal(received["mask"], tree["mask"])
+    assert not torch.equal(received["h"], tree["h"])
+    assert link.sent_bytes == ops.wire_bytes((2, 100), torch.float32, "int8") + 800
+
+
+class Masks(nn.Module):
+    """Hands on a mask of -inf, positions and ids beside activations; ``masked`` puts -inf into these too."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        mask = torch.zeros(len(h), 8).masked_fill(torch.arange(8) > 5, -torch.inf)
+        return (h + mask if self.masked else h), mask, torch.arange(8) * 1000.5, torch.arange(8)
+
+
+class Softmax(nn.Module):
+    def forward(self, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        h, mask, positions, ids = given
+        return (h + mask).softmax(-1) + (positions / 1000.5 - ids).abs()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("codec", ops.CODECS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_masks_cross_packed_links(precision: str, codec: str, masked: bool) -> None:
+    """A -inf beside the activations made every step NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Masks(masked), Softmax(), nn.Linear(8, 3))
+    x, y = torch.randn(8, 8), torch.arange(8) % 3
+    plain = nn.functional.cross_entropy(model(x), y).item()
+    with ModelParallelTrainer(
+        model, ["cpu:0", "cpu:1"], precision=precision, microbatches=2, transfer=codec, lr=0.0
+    ) as trainer:
+        step = trainer.step(x, y)
+        assert not step.skipped
+        assert step.loss == pytest.approx(plain, abs=0.05)
+        assert trainer.evaluate(x, y) == pytest.approx(plain, abs=1e-6 if precision == "fp32" else 2e-3)
+
+
 @pytest.mark.parametrize("codec", [None, "int8"])
 def test_a_side_carries_the_same_tensors_beside_the_senders_work(codec: str | None) -> None:
     side = HostSide("link")

@@ -117,7 +117,8 @@ class LocalEngine:
             same = self.ranks[before] == self.ranks[before + 1]
             packed = None if codec == "none" or same else codec
             here, there = (self.stages[s].device.torch_device for s in (before, before + 1))
-            self._forward_links.append(Link(there, packed, None if same else side_for(here, there, beside)))
+            side = None if same else side_for(here, there, beside)
+            self._forward_links.append(Link(there, packed, side, activations=True))
             self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
 
     def run(self, work: Round) -> Timeline:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention import attention
-from .codec import pack, unpack, wire_bytes
+from .codec import is_finite_wire, pack, unpack, wire_bytes
 from .cross_entropy import linear_cross_entropy
 from .dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
 from .gated import GATED_ACTIVATIONS, gated_mlp
@@ -34,6 +34,7 @@ __all__ = [
     "grad_norm",
     "grad_sqnorm",
     "has_kernel",
+    "is_finite_wire",
     "linear_act",
     "linear_cross_entropy",
     "linear_db_",

@@ -11,7 +11,7 @@ from . import schema, wire
 from .dispatch import choose_backend
 from .wire import wire_bytes
 
-__all__ = ["pack", "unpack", "wire_bytes"]
+__all__ = ["is_finite_wire", "pack", "unpack", "wire_bytes"]
 
 
 def pack(x: Tensor, codec: str) -> Tensor:
@@ -88,3 +88,16 @@ def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str 
         )
     backend = choose_backend(buffer, dtype, op="unpack")
     return schema.overload("unpack", backend)(buffer, tuple(shape), dtype, codec)
+
+
+def is_finite_wire(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> bool:
+    """Whether all values that ``unpack`` makes of a wire are finite, read off its scales, or its values where it has
+    none. It waits for the device.
+    """
+    found, numel = wire.codec_of(codec), wire.numel_of(shape)
+    body = buffer[wire.HEADER_BYTES :]
+    if codec in ("fp16", "bf16"):
+        plain = torch.float16 if codec == "fp16" else torch.bfloat16
+        return bool(body[: 2 * numel].view(plain).to(dtype).isfinite().all())
+    scales = body[: 4 * wire.block_count(numel, found)].view(torch.float32)
+    return bool((scales * found.largest).isfinite().all())

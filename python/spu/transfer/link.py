@@ -32,17 +32,22 @@ class Link:
 
     With a codec, floating-point tensors are packed on the sender's device, so that only the wire crosses, and are
     unpacked on the receiver's. Integers, and everything where ``codec`` is None, cross as they are: between two
-    stages on the same device a tensor is handed over, not copied.
+    stages on the same device a tensor is handed over, not copied. So do, from a CPU, tensors that the codec would make
+    infinite or NaN: a mask's -inf in a block would take its finite values with it.
 
     Args:
         target: the device that receives.
         codec: None, or a codec of :func:`spu.ops.pack`.
         side: where packing and copying run beside the sender's work; None: the sender does them.
+        activations: pack only what needs a gradient: masks, positions and tables are exact or nothing.
     """
 
-    def __init__(self, target: torch.device, codec: str | None = None, side: Side | None = None) -> None:
+    def __init__(
+        self, target: torch.device, codec: str | None = None, side: Side | None = None, *, activations: bool = False
+    ) -> None:
         self.target = target
         self.codec = codec
+        self._activations = activations
         self.sent_bytes = 0
         self._side = side
 
@@ -68,13 +73,16 @@ class Link:
             return pytree.tree_map_only(torch.Tensor, self._send, tree)
 
     def _send(self, tensor: torch.Tensor) -> Any:
+        wanted = tensor.dtype in _PACKABLE and (tensor.requires_grad or not self._activations)
         tensor = tensor.detach()
-        if self.codec is None or tensor.dtype not in _PACKABLE:
-            self.sent_bytes += tensor.numel() * tensor.element_size()
-            return self._copy(tensor)
-        wire = ops.pack(tensor, self.codec)
-        self.sent_bytes += wire.numel()
-        return Packet(self._copy(wire), tensor.shape, tensor.dtype, self.codec)
+        if self.codec is not None and wanted:
+            wire = ops.pack(tensor, self.codec)
+            # Where a card packs, nobody waits to look.
+            if tensor.is_cuda or ops.is_finite_wire(wire, tensor.shape, tensor.dtype, codec=self.codec):
+                self.sent_bytes += wire.numel()
+                return Packet(self._copy(wire), tensor.shape, tensor.dtype, self.codec)
+        self.sent_bytes += tensor.numel() * tensor.element_size()
+        return self._copy(tensor)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._side is not None and tensor.is_cuda != (self.target.type == "cuda"):
