@@ -12,6 +12,9 @@ from torch import Tensor
 
 from . import moments, schema
 from .dispatch import DTYPES, choose_backend, forced_backend, status_of
+from .reference_optimizer import adamw_plain
+
+PLAIN = (torch.float64, torch.complex64, torch.complex128)
 
 
 def _check_adamw(
@@ -37,6 +40,15 @@ def _check_adamw(
             raise ValueError(
                 f"adamw_: {name} {i} is {tuple(value.shape)} on {value.device}, but its parameter is "
                 f"{tuple(param.shape)} on {param.device}"
+            )
+
+
+def _check_plain(i: int, param: Tensor, *others: Tensor) -> None:
+    for name, value in zip(("grad", "exp_avg", "exp_avg_sq"), others, strict=True):
+        if (value.dtype, value.shape, value.device) != (param.dtype, param.shape, param.device):
+            raise TypeError(
+                f"adamw_: parameter {i} is {param.dtype} {tuple(param.shape)} on {param.device}, but its {name} is "
+                f"{value.dtype} {tuple(value.shape)} on {value.device}: without an fp32 master they must be alike"
             )
 
 
@@ -101,7 +113,8 @@ def adamw_(
     Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch.optim.AdamW's formula.
 
     Args:
-        params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even), or fp32 with None.
+        params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even), or fp32 with None;
+            fp64 and complex ones, whose gradient and moments have their dtype, are stepped by plain torch operations.
         grads: fp32 main gradients at true scale; multiplied by ``grad_scale`` on the fly, not changed.
         exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or 8-bit buffers (``spu.ops.moments``).
         steps: fp32 [1] each, with their parameters: the number of this update, from 1.
@@ -112,12 +125,20 @@ def adamw_(
         TypeError, ValueError: dtypes, shapes or devices that do not fit; the message names the parameter's position.
     """
     groups: dict[tuple[torch.dtype, torch.device, torch.dtype], list[tuple[Any, ...]]] = {}
+    plain: list[tuple[Any, ...]] = []
     for i, row in enumerate(zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)):
-        _check_adamw(i, *row[:5])
         _check_scalar(f"step {i}", row[5], row[0].device)
+        if row[0].dtype in PLAIN:
+            _check_plain(i, row[0], row[1], row[3], row[4])
+            plain.append((row[0], row[1], row[3], row[4], row[5]))
+            continue
+        _check_adamw(i, *row[:5])
         groups.setdefault((row[0].dtype, row[0].device, row[3].dtype), []).append(row)
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_scalar(name, value)
+    for param, grad, exp_avg, exp_avg_sq, step in plain:
+        scale, found = on_device(grad_scale, param.device), on_device(found_inf, param.device)
+        adamw_plain(param, grad, exp_avg, exp_avg_sq, step, scale, found, lr, beta1, beta2, eps, weight_decay)
     for (dtype, device, _), rows in groups.items():
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:

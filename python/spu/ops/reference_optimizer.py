@@ -73,6 +73,26 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a[:even].view(torch.int64), b[:even].view(torch.int64)) and torch.equal(a[even:], b[even:])
 
 
+def adamw_plain(
+    target: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    *hyper: float,
+) -> None:
+    """One update of an fp64 or complex parameter, complex ones as pairs of real numbers, as torch does."""
+    values = target, grad, exp_avg, exp_avg_sq
+    if target.is_complex():
+        values = tuple(torch.view_as_real(value.resolve_conj()) for value in values)  # type: ignore[assignment]
+    if target.device.type != "cpu":
+        adamw_on_device(*values, step, grad_scale, found_inf, *hyper)
+    elif found_inf.item() == 0:
+        _adamw_on_host(*values, step, grad_scale, *hyper)
+
+
 def _adamw_on_host(
     target: Tensor,
     grad: Tensor,

@@ -1,0 +1,107 @@
+"""What the optimizers take, what they refuse before anything has changed, and the constants of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.optimizer import PLAIN, on_device
+
+HALVES = (torch.float16, torch.bfloat16)
+
+# Settings of torch.optim.AdamW that mean another update than this library makes, and those that another class has.
+_OTHER_UPDATES = ("amsgrad", "maximize")
+MODES = ("capturable", "differentiable")
+
+
+def control(name: str, value: Tensor | float | None) -> Tensor | None:
+    """``found_inf`` or ``grad_scale`` of a step as fp32 [1], or None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if value == 0 and not isinstance(value, Tensor):
+        return None  # torch's GradScaler.step: the sum of no flags, of an optimizer without gradients
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"step: {name} must be a tensor, float32 of one element, got {value!r}")
+    if value is not None and (value.dtype != torch.float32 or value.numel() != 1):
+        raise TypeError(f"step: {name} must be float32 of one element, got {value.dtype} {tuple(value.shape)}")
+    return None if value is None else value.detach().reshape(1)
+
+
+def check_grad(param: Tensor) -> Tensor:
+    """The parameter's gradient, dense and fp32, or in an fp64 or complex parameter's own dtype.
+
+    Raises:
+        TypeError: it is not; the message says what to do.
+    """
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} has a sparse gradient ({grad.layout}), which no optimizer "
+            "here steps: build its layer with dense gradients (nn.Embedding(..., sparse=False)), or give this "
+            "parameter to torch.optim.SparseAdam"
+        )
+    if param.dtype in PLAIN:
+        if grad.dtype != param.dtype:
+            raise TypeError(
+                f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient: it is stepped "
+                "with a gradient of its own dtype"
+            )
+    elif param.dtype not in (*HALVES, torch.float32):
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} is {param.dtype}: optimizers here step float16, bfloat16, "
+            "float32, float64 and complex parameters"
+        )
+    elif grad.dtype != torch.float32:
+        raise TypeError(
+            f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient, but optimizers here "
+            "take fp32 main gradients: use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 first"
+        )
+    return grad
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError where torch.optim.AdamW's settings ask for what ``spu.optim.AdamW`` does not have."""
+    for name in (*_OTHER_UPDATES, *MODES):
+        if settings.get(name):
+            raise ValueError(f"{name}={settings[name]} is not in spu.optim.AdamW: use torch.optim.AdamW for it")
+    lr = settings.get("lr")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got one of shape {tuple(lr.shape)}")
+
+
+def check_saved(groups: Iterable[dict[str, Any]]) -> None:
+    """Raises ValueError where a saved state's settings mean another update than ``spu.optim.AdamW`` makes."""
+    for group in groups:
+        for name in _OTHER_UPDATES:
+            if group.get(name):
+                raise ValueError(f"the state was saved with {name}=True, which this AdamW does not have")
+        if group.get("decoupled_weight_decay") is False:
+            raise ValueError("the state is torch.optim.Adam's, whose weight decay is not decoupled as AdamW's is")
+
+
+def step_number(value: Any, param: Tensor) -> Tensor:
+    """A state's ``step`` (torch before 1.12, and converters, kept a number) as this library keeps it: fp32 [1]."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device=param.device, dtype=torch.float32).reshape(1)
+    return torch.full((1,), float(value), dtype=torch.float32, device=param.device)
+
+
+class Constants:
+    """fp32 [1] constants, made once per device."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.device, float], Tensor] = {}
+
+    def unless(self, given: Tensor | None, default: float, device: torch.device) -> Tensor:
+        """What is given, on a device; the constant where it is None."""
+        if given is not None:
+            return on_device(given, device)
+        if (device, default) not in self._made:
+            self._made[device, default] = torch.full((1,), default, dtype=torch.float32, device=device)
+        return self._made[device, default]
