@@ -364,3 +364,20 @@ def test_pinning_to_a_card_changes_nothing() -> None:
     before = torch.get_num_threads()
     pin_current_thread(Device("cuda:0", torch.device("cuda:0"), (), 1, GB, GB, "a card"))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("size", ["99999999999999TB", "1000000000000GiB", "2000PB", 10**19])
+def test_a_budget_that_no_machine_has_is_refused(size: str | int) -> None:
+    """It ended in an error of a C++ cast."""
+    with pytest.raises(ValueError, match="is more memory than any machine has; valid: 8GB"):
+        parse_bytes(size)
+    with pytest.raises(ValueError, match="budget cpu=.*more memory than any machine has"):
+        DeviceManager({"cpu": size})
+
+
+def test_a_cpu_beyond_the_cores_is_unknown_unless_a_list_names_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spu.devices.usable_cores", lambda: [0, 1])
+    for spec in ("cpu:2", ["cpu:0", "cpu:2"], "cpu:100"):
+        with pytest.raises(ValueError, match=r"unknown device 'cpu:\d+': the 2 cores make cpu:0 to cpu:1; there is: "):
+            DeviceManager().get_devices(spec)
+    assert [d.name for d in DeviceManager().get_devices(["cpu"] * 4)] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]

@@ -43,6 +43,9 @@ def test_defaults_are_valid_and_small_enough_for_five_minutes():
         ({"final_lr": -0.1}, "--final-lr -0.1 must be from 0 to 1"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
         ({"steps": 5, "tokens": 5}, "--steps and --tokens say twice"),
+        ({"batch": 10**9}, r"--batch 1000000000 x --seq 128 is 1.3e\+11 tokens a step: give numbers whose product"),
+        ({"seq": 10**8}, r"--batch 8 x --seq 100000000 is 8.0e\+08 tokens a step"),
+        ({"batch": 10**5, "microbatches": 10**5}, "cut a step into 100000 parts: give numbers whose product is 4096"),
     ],
 )
 def test_senseless_settings_are_refused_with_value_and_fix(settings, message):

@@ -10,7 +10,7 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from spu.cli import main
-from spu.job.planning import declared_devices
+from spu.job.planning import PlanOptions, declared_devices, plan_command
 from spu.plan import Plan
 
 TINY = {
@@ -112,3 +112,15 @@ def test_absurd_numbers_end_in_one_line_or_a_refusal_that_counts(tiny, capsys):
     assert "--seq 100000000: give a whole number from 1 to 1048576" in capsys.readouterr().err
     assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "64", "--batch", "1000000000") == 2
     assert "no plan fits the budgets" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("budget", ["cuda:0=8GB,cuda:0=9GB,cpu=24GB", "cuda=8GB,cuda:0=9GB", "cpu=1GB,CPU=2GB"])
+def test_a_budget_that_names_a_device_twice_is_refused(budget: str) -> None:
+    """The last one won without a word."""
+    with pytest.raises(ValueError, match=r"names (cuda:0|cpu) twice, \dGB and \dGB: give one"):
+        declared_devices(None, budget)
+
+
+def test_a_budget_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="cuda:0=99999999999999TB: .*more memory than any machine has"):
+        plan_command(PlanOptions(budget="cuda:0=99999999999999TB"), None, None)

@@ -60,7 +60,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Text file. Default: Python's language reference.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text file. Default: Python's language reference.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the new run. Default: the time.")] = None,
     out: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
     resume: Annotated[str | None, typer.Option(help="Go on with a run: its name or folder; alone: the latest.")] = None,
@@ -106,6 +106,7 @@ def train(
         from spu.job.config import read_count
 
         options["microbatches"] = read_count("microbatches", microbatches)
+        options["data"] = data[-1] if data else None
 
         train_command(
             _named(options),
@@ -116,6 +117,7 @@ def train(
             only_reference=reference,
             compare=compare,
             sample=sample,
+            further_data=tuple(data or ())[:-1],
         )
 
     guarded(command)
@@ -239,7 +241,6 @@ def main(arguments: list[str] | None = None) -> None:
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
         if argument == "--resume" and bare:
             arguments[index] = "--resume=latest"
-    _refuse_twice(arguments)
     try:
         code = app(args=arguments or ["--help"], prog_name="spu", standalone_mode=False)
     except Exception as error:
@@ -248,23 +249,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code or 0)
-
-
-def _refuse_twice(arguments: list[str]) -> None:
-    """No option adds to itself: the last of two would replace the first without a word."""
-    values: dict[str, list[str]] = {}
-    for index, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            option, sign, value = argument.partition("=")
-            values.setdefault(option, []).append(value if sign else "".join(arguments[index + 1 : index + 2]))
-    for option, given in values.items():
-        if len(given) > 1:
-            more = "; put several texts into one file: cat A B > C" if option == "--data" else ""
-            print(
-                f"spu: error: {option} is given {len(given)} times ({', '.join(given)}): give it once{more}",
-                file=sys.stderr,
-            )
-            sys.exit(BAD_INPUT)
 
 
 def _given(error: Any, arguments: list[str]) -> str:

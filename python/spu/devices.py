@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
+_LARGEST = 10**18  # bytes: more than any machine has, and few enough that sums of several fit 64 bits
 _SIZE_FORMS = "8GB, 7.5GB, 512MB (powers of 1000), 8GiB (powers of 1024), 1000000B or 80%"
 
 
@@ -47,6 +48,8 @@ def parse_bytes(text: str | int, total: int | None = None) -> int:
     if isinstance(text, int):
         if text < 0:
             raise ValueError(f"size {text} is negative; valid: {_SIZE_FORMS}")
+        if text > _LARGEST:
+            raise ValueError(f"size {text} is more memory than any machine has; valid: {_SIZE_FORMS}")
         return text
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -57,7 +60,10 @@ def parse_bytes(text: str | int, total: int | None = None) -> int:
         if total is None:
             raise ValueError(f"{text!r}: a share needs a total to be a share of; valid here: 8GB, 8GiB, 1000000B")
         return int(number * total / 100)
-    return int(number * (1024 if match[4] else 1000) ** _UNITS[(match[3] or "").lower()])
+    size = number * (1024 if match[4] else 1000) ** _UNITS[(match[3] or "").lower()]
+    if size > _LARGEST:
+        raise ValueError(f"{text!r} is more memory than any machine has; valid: {_SIZE_FORMS}")
+    return int(size)
 
 
 def format_bytes(n: int | float) -> str:
@@ -136,6 +142,7 @@ class DeviceManager:
         items = self._items(spec)
         ready = {item.name: item for item in items if isinstance(item, Device)}
         names = _assign_names([item.name if isinstance(item, Device) else item for item in items], self.known())
+        self._check_cpus([n for n in names if n.startswith("cpu:") and n not in ready])
         # Cores are shared out in index order, whatever the order in the list; cores of ready-made devices stay theirs.
         cpu_names = sorted((n for n in names if n.startswith("cpu:") and n not in ready), key=_index)
         taken = {core for device in ready.values() for core in device.cores}
@@ -184,6 +191,16 @@ class DeviceManager:
         if match is None or missing_card:
             raise ValueError(f"unknown device {text.strip()!r}; there is: {self.known()}")
         return match[1] + (f":{int(match[2])}" if match[2] else "")
+
+    def _check_cpus(self, names: list[str]) -> None:
+        """More CPU devices than cores share them in turn, but only where a list names them all."""
+        count = max(len(usable_cores()), len(names))
+        for name in names:
+            if _index(name) >= count:
+                raise ValueError(
+                    f"unknown device {name!r}: the {len(usable_cores())} cores make cpu:0 to cpu:{count - 1}; "
+                    f"there is: {self.known()}"
+                )
 
     def _parse_budgets(self, budget: str | Mapping[str, str | int] | None) -> dict[str, int]:
         if budget is None:

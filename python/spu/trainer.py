@@ -26,10 +26,11 @@ from spu.engine.build import (
     unfused,
 )
 from spu.engine.bytes import counted_bytes
+from spu.engine.first_batch import check_batch
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import OnRawOutputs, cross_entropy
 from spu.engine.loss_weight import weighing_of
-from spu.engine.microbatch import at_least
+from spu.engine.microbatch import as_dicts, at_least
 from spu.engine.result import StepResult
 from spu.engine.runner import Pass, Runner
 from spu.engine.state import Kept, load_training, save_training, state_for_model
@@ -117,6 +118,12 @@ class ModelParallelTrainer(ByHand):
         report: Callable[[str], Any] | None = None,
         replan: bool = False,
     ) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            name = type(optimizer).__name__
+            raise TypeError(
+                f"optimizer is an {name} that was made already; the trainer makes one for each stage: give its class, "
+                f"optimizer={name}, lr=..., or functools.partial({name}, lr=..., ...)"
+            )
         super().__init__(model, DeviceManager().get_devices(devices))
         self.precision = _one_of("precision", precision, DTYPES)
         if microbatches != "auto":
@@ -173,8 +180,10 @@ class ModelParallelTrainer(ByHand):
         """
         if self._plan is not None:
             return self._plan
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
         layers = self._require_layers()
         check_parameters(layers)
+        check_batch(layers, inputs, targets, self.loss_fn)
         planner = Planner(layers, self.devices, self.settings, self._loss)
         with Held():  # Ctrl-C within torch's fake mode would leave it on for good
             if self._given_plan is None:
@@ -333,10 +342,12 @@ class ModelParallelTrainer(ByHand):
         """
         count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
         rows = self.accumulate * (count if isinstance(count, int) else 1)
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
         self.prepare(at_least(inputs, rows), at_least(targets, rows))
         return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
         self.prepare(inputs, targets)
         done = self._ready().accumulate(
             inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs

@@ -132,6 +132,10 @@ def model_layers(model: Any) -> list[Layer]:
         return _named(model._modules.items())  # named_children() leaves out the second use of a shared module
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return parts_as_layers(list(model))
+    if isinstance(model, nn.Module) and _is_adapted(model):
+        from spu.integrations import huggingface
+
+        return model_layers(huggingface.adapted_base(model))
     if isinstance(model, nn.Module) and _is_hugging_face(model):
         from spu.integrations import huggingface
 
@@ -160,6 +164,11 @@ def _named(pairs: Any) -> list[Layer]:
     if not layers:
         raise ValueError("the model has no layers; pass at least one")
     return layers
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    """A PeftModel; peft is not imported to ask."""
+    return type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model")
 
 
 def _is_hugging_face(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from spu.ops.sink import current_scope
 
 __all__ = [
+    "as_dicts",
     "at_least",
     "batch_rows",
     "count_targets",
@@ -19,6 +20,15 @@ __all__ = [
     "target_weights",
     "unscaled_leaves",
 ]
+
+
+def as_dicts(batch: Any) -> Any:
+    """The batch with every mapping that pytrees do not know, such as transformers' BatchEncoding, as a dict."""
+
+    def plain(leaf: Any) -> Any:
+        return {key: as_dicts(value) for key, value in leaf.items()} if isinstance(leaf, Mapping) else leaf
+
+    return pytree.tree_map(plain, batch)
 
 
 def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Runner:
             StageError: a stage failed; the gradients are gone.
         """
         size = self._plan.microbatches
-        parts = size * self._plan.accumulate
+        parts = self._parts(inputs)
         inputs_by_part = split_inputs(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
         weights = self._weighing.shares(targets_by_part)
@@ -119,7 +120,7 @@ class Runner:
                 for first in range(0, parts, size):
                     own = slice(first, first + size)
                     work = Round(
-                        self._actions,
+                        self._actions_of(min(size, parts - first)),
                         inputs_by_part[own],
                         targets_by_part[own],
                         weights[own],
@@ -141,6 +142,21 @@ class Runner:
             raise
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
+
+    def _parts(self, inputs: Any) -> int:
+        """Into how many microbatches a batch is cut: as planned, but no more than it has rows (an epoch's last one)."""
+        return max(1, min(self._plan.microbatches * self._plan.accumulate, batch_rows(inputs)))
+
+    def _actions_of(self, microbatches: int) -> list[list[schedules.Action]]:
+        if microbatches == self._plan.microbatches:
+            return self._actions
+        try:
+            return dataclasses.replace(self._plan, microbatches=microbatches).actions()
+        except ValueError as error:
+            raise ValueError(
+                f"a batch with too few rows for {self._plan.microbatches} microbatches: {error}; leave out an epoch's "
+                "short last batch: DataLoader(drop_last=True)"
+            ) from error
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
         return callers_autocast(stage.device.torch_device.type for stage in self.built.stages)

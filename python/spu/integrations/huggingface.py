@@ -20,6 +20,11 @@ __all__ = ["Embed", "Head", "Layer", "decoder_layers", "is_decoder", "register_a
 
 _WORKS = "decoders with a base_model_pp_plan work, e.g. InternLM3, Llama, Qwen2, Qwen3, Mistral, Gemma, Phi3"
 
+_ELSE = (
+    f"{_WORKS}. Otherwise give the trainer a list of layers of your own, each an nn.Module that takes what the one "
+    "before returns; or train on one device with spu.accelerate(model) and spu.GradScaler"
+)
+
 
 class _Part(nn.Module):
     """A piece of a decoder that is called with the running tensor and with the microbatch's inputs."""
@@ -126,6 +131,21 @@ def is_decoder(model: object) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
+def adapted_base(model: Any) -> nn.Module:
+    """The model within a PeftModel, whose layers hold the adapters.
+
+    Raises:
+        ValueError: the adapter is more than layers of the model: prompts before the input, a term of the loss.
+    """
+    configs = list(model.peft_config.values())
+    kinds = [str(getattr(config.peft_type, "value", config.peft_type)) for config in configs]
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
+        raise ValueError(f"{kinds[0]} adds prompts to the input outside the model's layers: use LoRA or another tuner")
+    if "ADALORA" in kinds:
+        raise ValueError("ADALORA adds a term to the loss outside the model's layers: use LoRA or another tuner")
+    return model.get_base_model()
+
+
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Cut a causal language model of transformers into [("embed", Embed), ("layers.0", Layer), ..., ("head", Head)].
 
@@ -165,16 +185,22 @@ def _plan_names(model: nn.Module) -> tuple[str, str, str]:
     name = type(model).__name__
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; {_WORKS}")
+        raise ValueError(f"{name} is an encoder-decoder; {_ELSE}")
     plan = getattr(config, "base_model_pp_plan", None)
     if not plan:
-        raise ValueError(f"{name} has no base_model_pp_plan, so nothing says how to split it; {_WORKS}")
+        raise ValueError(f"{name} has no base_model_pp_plan, so nothing says how to split it; {_ELSE}")
     base = getattr(model, str(model.base_model_prefix), None)
-    if base is None or base is model or getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if base is None or base is model:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(
+            f"{name} ends in another head than a language model's, which its pipeline plan leaves out; {_ELSE}"
+        )
     names = list(plan)
     if len(names) != 3 or not isinstance(getattr(base, names[1], None), nn.ModuleList):
-        raise ValueError(f"{name} has the pipeline plan {names}, expected embedding, layers, norm; {_WORKS}")
+        raise ValueError(
+            f"{name} does more than embed, run layers and normalise: its pipeline plan is {', '.join(names)}; {_ELSE}"
+        )
     if len(getattr(base, names[1])) != config.get_text_config().num_hidden_layers:
         raise ValueError(f"{name} has {len(getattr(base, names[1]))} layers but num_hidden_layers says otherwise")
     if getattr(config, "output_router_logits", False):

@@ -27,6 +27,7 @@ def train_command(
     only_reference: bool = False,
     compare: bool = False,
     sample: bool = True,
+    further_data: tuple[str, ...] = (),
 ) -> Path:
     """Start or go on with a run and print what came of it.
 
@@ -39,6 +40,7 @@ def train_command(
         only_reference: train the plain fp32 reference alone.
         compare: train both and print how they differ.
         sample: let the trained model write a few lines at the end.
+        further_data: texts that were named beside the one in ``given``, which are refused.
 
     Returns:
         The run's folder.
@@ -55,6 +57,11 @@ def train_command(
     job = _make_job(given, out, name, resume)
     job.given_plan, job.sample = chosen, sample
     job.read()
+    if further_data:
+        names = " ".join((*further_data, given["data"]))
+        raise ValueError(
+            f"--data is given {len(further_data) + 1} times, and a run has one text: cat {names} > all.txt"
+        )
     if only_reference and not compare and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
     try:

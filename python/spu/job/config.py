@@ -14,6 +14,8 @@ from spu.ops.wire import CODECS
 PRECISIONS = ("fp16", "bf16", "fp32")
 TRANSFERS = ("auto", "none", *CODECS)
 RECOMPUTE = ("auto", "on", "off")
+MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more take for ever
+MAX_PARTS = 4096
 BYTE_VOCABULARY = 256
 
 # The default model: 3.08M parameters over bytes. The defaults of TrainConfig were chosen by plain fp32 runs of 800k
@@ -130,7 +132,13 @@ class TrainConfig:
         given = [_option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
+        check_step_size(self.batch, self.seq)
         parts = self.fewest_parts
+        if parts > MAX_PARTS:
+            raise ValueError(
+                f"--microbatches {self.microbatches} x --accumulate {self.accumulate} cut a step into {parts} parts: "
+                f"give numbers whose product is {MAX_PARTS} or less"
+            )
         if self.batch < parts:
             raise ValueError(
                 f"--batch {self.batch} has fewer sequences than --microbatches {self.microbatches} x --accumulate "
@@ -176,6 +184,15 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown settings {', '.join(unknown)}: the run was made by another version of spu")
         return TrainConfig(**values)
+
+
+def check_step_size(batch: int, seq: int) -> None:
+    """Raises ValueError for a step that is larger than any machine trains."""
+    if batch * seq > MAX_STEP_TOKENS:
+        raise ValueError(
+            f"--batch {batch} x --seq {seq} is {batch * seq:.1e} tokens a step: give numbers whose product is "
+            f"{MAX_STEP_TOKENS:.0e} or less"
+        )
 
 
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores

@@ -86,7 +86,7 @@ def _full(name: str) -> str:
 
 
 def _split_budget(budget: str | None) -> dict[str, str]:
-    result = {}
+    result: dict[str, str] = {}
     for piece in (budget or "").split(","):
         if piece.strip():
             name, sign, value = piece.partition("=")
@@ -94,7 +94,10 @@ def _split_budget(budget: str | None) -> dict[str, str]:
                 raise ValueError(
                     f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write cuda:0=8GB,cpu=64GB"
                 )
-            result[name.strip().lower()] = value.strip()
+            full = _full(name.strip().lower())
+            if full in result:
+                raise ValueError(f"budget {budget!r} names {full} twice, {result[full]} and {value.strip()}: give one")
+            result[full] = value.strip()
     return result
 
 

@@ -66,10 +66,13 @@ class Job:
         self.config.check()
         model_config = load_config(self.config.model)
         self.tokenizer = make_tokenizer(self.config.model, model_config)
+        self._check_plan(model_config.get_text_config())
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and self.config.seq > longest:
+            source = f"the plan was made for {self.given_plan.model}: " if self.given_plan is not None else ""
             raise ValueError(
-                f"--seq {self.config.seq} is longer than the model's {longest} positions: give {longest} or less"
+                f"{source}--seq {self.config.seq} is longer than the model's {longest} positions: "
+                f"give {longest} or less"
             )
         self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq, self.say)
         top = max(int(part.max()) for part in (self.corpus.train, self.corpus.validation))
@@ -82,6 +85,18 @@ class Job:
         if saved is not None and saved["sha256"] != self.corpus.sha256:
             raise ValueError(
                 f"--data {self.corpus.name} has changed since the run began: put it back, or start a new run"
+            )
+
+    def _check_plan(self, model_config: Any) -> None:
+        """Raises ValueError if the plan that the user named is another model's."""
+        plan = self.given_plan
+        if plan is None:
+            return
+        layers, here = plan.stages[-1].layers[1], model_config.num_hidden_layers + 2
+        if layers != here:
+            raise ValueError(
+                f"--plan was made for {plan.model}, of {layers} layers with embedding and head; --model has {here}: "
+                "give the model that it was made for, or plan again with spu plan --model"
             )
 
     @property

@@ -1,0 +1,58 @@
+"""What is wrong with a first batch that would train without a word, and not as it is meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.engine.layers import Layer
+from spu.engine.loss import cross_entropy
+
+__all__ = ["check_batch"]
+
+
+def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
+    """Look at the first batch of a model and at the model's mode.
+
+    Raises:
+        ValueError: a language model's targets are its inputs, not shifted: it would learn to repeat what it reads.
+    """
+    dropping = [module for layer in layers for module in layer.module.modules() if _drops(module)]
+    if dropping and not any(module.training for module in dropping):
+        warnings.warn(
+            "the model is in evaluation mode, as from_pretrained leaves it: its dropout is off. Call model.train() "
+            "before training, or set the dropout to 0",
+            stacklevel=3,
+        )
+    of_tokens = any(layer.wants_inputs for layer in layers)  # a decoder of transformers
+    if of_tokens and loss_fn is cross_entropy and _same_tokens(inputs, targets):
+        raise ValueError(
+            "targets equal input_ids: the model would learn to repeat each token. transformers' models shift labels "
+            "themselves, this trainer does not: give inputs ids[:, :-1] and targets ids[:, 1:]"
+        )
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    dropout = getattr(module, "attention_dropout", 0.0)
+    return isinstance(dropout, float) and dropout > 0
+
+
+def _same_tokens(inputs: Any, targets: Any) -> bool:
+    """Whether every counted target is the token at its own place, and some are not the next one."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not (isinstance(ids, torch.Tensor) and isinstance(targets, torch.Tensor) and ids.shape == targets.shape):
+        return False
+    if ids.dim() != 2 or ids.is_floating_point() or targets.is_floating_point():
+        return False
+    targets = targets.to(ids.device)
+    counted = targets != -100
+    if not bool(counted.any()) or not torch.equal(ids[counted], targets[counted].to(ids.dtype)):
+        return False
+    following = counted[:, :-1]
+    return not torch.equal(ids[:, 1:][following], targets[:, :-1][following].to(ids.dtype))
