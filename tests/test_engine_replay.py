@@ -251,6 +251,32 @@ def test_a_large_buffer_that_only_some_microbatches_change_is_named() -> None:
         t.step(x, y)
 
 
+class AddsInPlace(nn.Module):
+    def __init__(self, begins: int = 0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+        self.calls, self.begins = 0, begins
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > self.begins:
+            x += 1
+        return torch.tanh(x * self.gain)
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("gpipe", 1, 1), ("1f1b", 3, 1), ("zbv", 2, 2)])
+def test_recompute_of_a_layer_that_changes_its_input(schedule: str, ranks: int, virtual: int) -> None:
+    """It was refused where no module of it said so (``inplace=True``)."""
+    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": True}
+    assert_equals_plain(model_of(AddsInPlace(), nn.Linear(WIDTH, WIDTH), AddsInPlace()), *batch(), passes=2, **settings)
+
+
+def test_recompute_of_a_layer_that_begins_to_change_its_input_is_refused() -> None:
+    message = "layer '1' changes its input in place in this microbatch, and did not in those before"
+    with trainer(model_of(AddsInPlace(2)), recompute=True) as t, pytest.raises(StageError, match=message):
+        t.step(*batch())
+
+
 class Penalty(nn.Module):
     """Hands on the gradient of a part of itself."""
 

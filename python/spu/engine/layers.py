@@ -11,7 +11,7 @@ from torch import nn
 
 from spu.engine.draws import same
 from spu.engine.randomness import LayerRandomness
-from spu.engine.replay import run_twice
+from spu.engine.replay import Habits, run_twice
 from spu.precision.dtypes import is_mixed, products_in
 
 __all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
@@ -43,7 +43,7 @@ class Layer:
     wants_inputs: bool = False
     parameter_names: dict[str, str] = field(default_factory=dict)
     products: torch.dtype | None = None
-    _constant: set[tuple[str, str]] = field(default_factory=set)
+    _habits: Habits = field(default_factory=Habits)
     _unknown: tuple[torch.Generator, Moment] | None = None
     _mixed: bool | None = field(default=None, init=False)
 
@@ -79,11 +79,11 @@ class Layer:
         """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
 
         Raises:
-            RuntimeError: the layer could not be repeated: it changes its input in place, other than by modules that say
-                so (``inplace=True``), or a large buffer in some microbatches only.
+            RuntimeError: the layer could not be repeated: it changes its input, or a large buffer, in some microbatches
+                only.
         """
         return run_twice(
-            self.module, self.name, x, lambda again, own: self.run(again, inputs, moment, own), self._constant
+            self.module, self.name, x, lambda again, own: self.run(again, inputs, moment, own), self._habits
         )
 
     def _check_own(self, generator: torch.Generator, moment: Moment) -> None:

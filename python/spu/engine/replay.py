@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,14 +21,27 @@ from spu.engine.aliases import Copy
 from spu.engine.draws import same
 from spu.skips import Recorded, carried_by, current_carrier
 
-__all__ = ["run_twice"]
+__all__ = ["Habits", "run_twice"]
 
 _LARGE_BYTES = 1 << 16  # of a buffer; masks and tables, which nothing changes, are not copied for every microbatch
 
 _Run = Callable[[Any, Callable[[torch.Generator], None]], Any]
 
 
-def run_twice(module: nn.Module, name: str, x: Any, run: _Run, constant: set[tuple[str, str]]) -> Any:
+@dataclass
+class Habits:
+    """What a layer's runs have been seen to change.
+
+    Attributes:
+        in_place: its input; None before the first run.
+        constant: not these of its large buffers, by module and name.
+    """
+
+    in_place: bool | None = None
+    constant: set[tuple[str, str]] = field(default_factory=set)
+
+
+def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -> Any:
     """Run a layer and keep only its input for the backward, which runs it again.
 
     Args:
@@ -35,29 +49,31 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, constant: set[tup
         name: for messages.
         x: its input.
         run: ``run(x, own)`` -> its output; calls ``own`` with a generator of the layer's before it draws from it.
-        constant: the layer's large buffers that no run has changed so far, by module and name; kept by the caller.
+        habits: the layer's, kept by the caller from one microbatch to the next.
 
     Raises:
         RuntimeError: the layer could not be repeated.
     """
-    in_place = any(getattr(part, "inplace", False) for part in module.modules())
+    copied = habits.in_place is not False
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     versions = [tensor._version for tensor in tensors]
-    again = _Again(module, name, constant, Copy(x) if in_place else None)
+    again = _Again(module, name, habits.constant, Copy(x) if copied else None)
     once = [x]  # not checkpoint's to keep, if it is changed
     output = checkpoint(
         lambda *given: run(given[0] if given else again.input(once), again.own),
-        *(() if in_place else (x,)),
+        *(() if copied else (x,)),
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (carried_by(again.skips), again),
     )
     again.end_first()
-    if not in_place and versions != [tensor._version for tensor in tensors]:
+    changed = versions != [tensor._version for tensor in tensors]
+    if changed and not copied:
         raise RuntimeError(
-            f"layer {name!r} changes its input in place, so that running it again would not repeat it: "
-            "change a copy there, or train with recompute=False"
+            f"layer {name!r} changes its input in place in this microbatch, and did not in those before, so that "
+            "running it again would not repeat it: change a copy there, or train with recompute=False"
         )
+    habits.in_place = habits.in_place or changed
     return output
 
 
