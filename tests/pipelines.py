@@ -29,6 +29,7 @@ SCHEDULES = [
 ]
 
 every_schedule = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SCHEDULES)
+some_schedules = pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("gpipe", 3, 1), ("zbv", 2, 2)])
 with_and_without_recompute = pytest.mark.parametrize("recompute", [False, True])
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pipelines import assert_equals_plain, batch, every_schedule, reference, trainer, with_and_without_recompute
+from pipelines import (
+    assert_equals_plain,
+    batch,
+    every_schedule,
+    reference,
+    some_schedules,
+    trainer,
+    with_and_without_recompute,
+)
 from torch import nn
 
 from spu import StageError, skips
@@ -108,7 +116,7 @@ OUTPUTS = [same_twice, whole_and_part, part_and_whole, reshaped, detached, in_a_
 
 @pytest.mark.parametrize("make", OUTPUTS)
 @with_and_without_recompute
-@every_schedule
+@some_schedules
 def test_outputs_that_share_memory(
     schedule: str, ranks: int, virtual: int, recompute: bool, make: Callable[..., Any]
 ) -> None:
@@ -147,7 +155,7 @@ class Input(nn.Module):
 
 @pytest.mark.parametrize("how", ["itself", "view", "part", "twice"])
 @with_and_without_recompute
-@every_schedule
+@some_schedules
 def test_a_layer_returns_its_input(schedule: str, ranks: int, virtual: int, recompute: bool, how: str) -> None:
     model = layers(
         lambda linear, x: linear(x), lambda linear, x: linear(x), Input(how), nn.ReLU(inplace=True), Input(how)

@@ -43,8 +43,8 @@ class Layer:
     wants_inputs: bool = False
     parameter_names: dict[str, str] = field(default_factory=dict)
     products: torch.dtype | None = None
-    _habits: Habits = field(default_factory=Habits)
-    _unknown: tuple[torch.Generator, Moment] | None = None
+    _habits: Habits = field(default_factory=Habits, init=False)
+    _unknown: tuple[torch.Generator, Moment] | None = field(default=None, init=False)
     _mixed: bool | None = field(default=None, init=False)
 
     def run(self, x: Any, inputs: Any, moment: Moment, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
