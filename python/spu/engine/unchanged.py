@@ -51,7 +51,7 @@ class Unchanged:
                 continue
             known.add(id(module))
             seen = [_Seen.of(key, parameter) for key, parameter in module._parameters.items()]
-            self._rows.append((name, module, layer, dict(module._modules), seen))
+            self._rows.append((name, module, layer, dict(_table(module._modules)), seen))
         self._list = (model, list(model)) if isinstance(model, (list, nn.ModuleList)) else None
 
     def check(self, *, training: bool = True) -> None:
@@ -59,23 +59,28 @@ class Unchanged:
         if self._list is not None and not _same(list(self._list[0]), self._list[1]):
             raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_ANEW}")
         for name, module, layer, children, parameters in self._rows:
-            if module._modules.keys() != children.keys() or not _same(module._modules.values(), children.values()):
-                now = module._modules
+            now, own = _table(module._modules), _table(module._parameters)
+            if now.keys() != children.keys() or not _same(now.values(), children.values()):
                 changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))
                 raise RuntimeError(
                     f"module {_named(name, changed, layer)!r} was replaced, added or removed after this trainer "
                     f"prepared, which trains the one of then: undo it, or {_ANEW}"
                 )
-            if module._parameters.keys() != {seen.key for seen in parameters}:
-                added = sorted(module._parameters.keys() ^ {seen.key for seen in parameters})[0]
+            if own.keys() != {seen.key for seen in parameters}:
+                added = sorted(own.keys() ^ {seen.key for seen in parameters})[0]
                 raise RuntimeError(
                     f"parameter {_named(name, added, layer)!r} was added or removed after this trainer prepared, which "
                     f"would not train it: undo it, or {_ANEW}"
                 )
             for seen in parameters:
-                problem = _problem(seen, module._parameters[seen.key], training)
+                problem = _problem(seen, own[seen.key], training)
                 if problem:
                     raise RuntimeError(f"parameter {_named(name, seen.key, layer)!r} {problem}")
+
+
+def _table(table: Any) -> dict[str, Any]:
+    """A module's parameters or children; a TorchScript module's are no dict."""
+    return table if isinstance(table, dict) else dict(table.items())
 
 
 def _problem(seen: _Seen, now: nn.Parameter | None, training: bool) -> str:
