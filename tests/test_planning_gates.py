@@ -187,6 +187,10 @@ def test_layers_that_are_no_plain_modules_are_trained():
                 loss, _ = trainer.forward_backward(inputs, targets)
             expected = F.cross_entropy(plain(inputs), targets).detach()
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0.0, msg=name)
+        with ModelParallelTrainer(net, ["cpu:0", "cpu:1"], precision="fp16", microbatches=2) as trainer:
+            loss, _ = trainer.forward_backward(inputs, targets)
+            assert trainer.plan.uncounted == ((("0", "measured"),) if name == "script" else ())
+        torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0.0, msg=name)
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import queue
 import random
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -251,3 +254,61 @@ def test_the_first_step_is_that_of_the_plain_model(name):
 
 def _unregistered(net):
     return getattr(net[1], "parts", [])
+
+
+class Queues(nn.Module):
+    """Keeps what it sees in objects of the standard library, of which not all can be put back."""
+
+    def __init__(self, holder, keep):
+        super().__init__()
+        self.holder, self.keep, self.lin = holder, keep, nn.Linear(16, 16)
+
+    def forward(self, h):
+        self.keep(self.holder, h)
+        return self.lin(h)
+
+
+@pytest.mark.parametrize(
+    ("make", "keep", "size"),
+    [
+        (queue.Queue, queue.Queue.put, queue.Queue.qsize),
+        (collections.UserList, collections.UserList.append, len),
+        (weakref.WeakKeyDictionary, lambda held, h: held.__setitem__(h, h.detach()), len),
+    ],
+)
+def test_holders_of_the_standard_library_are_as_before(make, keep, size):
+    holder = make()
+    with ModelParallelTrainer(model(Queues(holder, keep)), ["cpu:0"], precision="fp32", microbatches=2) as trainer:
+        trainer.prepare(*batch())
+        assert size(holder) == 0
+
+
+def test_what_cannot_be_taken_out_is_warned_of():
+    held = queue.SimpleQueue()
+    net = model(Queues(held, lambda holder, h: holder.put(h * 2)))
+    with (
+        ModelParallelTrainer(net, ["cpu:0"], precision="fp32", microbatches=2) as trainer,
+        pytest.warns(UserWarning, match="a layer keeps tensors of planning"),
+    ):
+        trainer.prepare(*batch())
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_nothing_is_printed(capfd, measure):
+    def says(h):
+        print("a layer", h.sum())
+        warnings.warn("a layer warns", stacklevel=1)
+        return h
+
+    def loss(outputs, targets):
+        print("a loss", F.cross_entropy(outputs, targets).item())
+        return F.cross_entropy(outputs, targets)
+
+    net, inputs = model(Calls(says)), batch()
+    settings = {"precision": "fp32", "microbatches": 2, "measure": measure}
+    with ModelParallelTrainer(net, ["cpu:0"], loss_fn=loss, **settings) as trainer:
+        trainer.prepare(*inputs)
+        assert capfd.readouterr() == ("", "")
+        with pytest.warns(UserWarning, match="a layer warns"):
+            trainer.step(*inputs)
+    assert capfd.readouterr().out.count("a loss") == 2

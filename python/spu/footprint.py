@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from spu import nn as spu_nn
+<<<<<<< HEAD
 from spu.engine.loss import loss_of
+=======
+from spu.hushed import hushed
+>>>>>>> f15d2be (Planning prints nothing, and says what it cannot take out again; containers of the standard library; TorchScript in 16 bits)
 from spu.interrupts import stop_if_asked
 from spu.precision.dtypes import state_dtypes
 from spu.profile import LayerCost, fake_copy
@@ -88,7 +92,7 @@ def training_costs(
     known: dict[Any, tuple[LayerCost, Any]] = {}
     owners: dict[int, int] = {}
     costs: list[LayerCost] = []
-    with untouched(*(run.module for run in runs)), hooks_off(), _quiet(), torch.inference_mode(False):
+    with untouched(*(run.module for run in runs)), hooks_off(), hushed(), torch.inference_mode(False):
         rehearsal = _Rehearsal(runs, sample, dtype, dtype in _HALVES if fused is None else fused, real)
         x = fake_copy(rehearsal.mode, sample, torch.device("cpu"), None)
         for run in runs:
@@ -101,7 +105,20 @@ def training_costs(
                     known[kind] = made
             costs.append(_counted_once(dataclasses.replace(made[0], name=run.name), run.module, owners, len(costs)))
             x = made[1]
+    _check_let_go(rehearsal.tally)
     return costs
+
+
+def _check_let_go(tally: Tally) -> None:
+    """Warns of fake tensors that are still held."""
+    if tally.live:
+        gc.collect()
+    if tally.live:
+        warnings.warn(
+            "a layer keeps tensors of planning, which have no values, where spu cannot take them out again: keep them "
+            "in attributes or plain containers, or give the trainer a plan= made in another process",
+            stacklevel=4,
+        )
 
 
 class _Rehearsal:
@@ -228,19 +245,6 @@ def _bound(run: Run, x: Any) -> LayerCost:
 
 def _tensors(x: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, which training will give itself, and no log of fake operators that fail: there is a way round."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
 
 
 def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], index: int) -> LayerCost:

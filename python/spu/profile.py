@@ -269,6 +269,8 @@ def fake_tensor(
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     with mode:
+        if tensor.layout is not torch.strided:  # a sparse one: as many bytes as there can be
+            return torch.empty(tensor.shape, dtype=dtype, device=device)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
 
 

@@ -244,9 +244,11 @@ def layer_copy(
         return made.requires_grad_(source.requires_grad)
 
     def script(source: torch.jit.ScriptModule) -> nn.Module:
-        made = copy.deepcopy(source)
+        with torch.no_grad():  # or the copies would be results of the originals, which got their gradients
+            made = copy.deepcopy(source)
         for own, original in zip([*made.parameters(), *made.buffers()], [*source.parameters(), *source.buffers()]):
             own.data = own.data.to(dtypes.get(id(original), original.dtype))
+            own.requires_grad_(original.requires_grad)
         return made
 
     with on_fakes(mode):

@@ -22,6 +22,7 @@ from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
 from spu.footprint import alike
+from spu.hushed import hushed
 from spu.layer_cache import remembered
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope
@@ -71,9 +72,11 @@ def time_layers(
         fused: put linear layers on our ops in fp32 too.
         repeats: medians of at least so many, after an unmeasured one.
     """
-    with untouched(*(layer.module for layer in layers), loss_fn, values=True) as watched, hooks_off():
+    kept = untouched(*(layer.module for layer in layers), loss_fn, values=True)
+    with kept as watched, hooks_off(), hushed() as hush:
 
         def prepared() -> _Chain:
+            hush()
             with watched():
                 return _Chain(layers, sample, devices[0], precision, fused)
 
@@ -81,6 +84,7 @@ def time_layers(
 
         def measure() -> list[list[Seconds]]:
             def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
+                hush()
                 bench = _Bench(chain, device, sample, targets, _own_loss(loss_fn))
                 return bench.seconds(start, repeats, watched)
 

@@ -28,6 +28,7 @@ __all__ = ["untouched"]
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "triton", "spu"}
 _CONTAINERS = (dict, list, set, collections.deque, bytearray)
+_HOLDERS = ("collections", "weakref", "queue")  # of the standard library, objects that hold others
 _INSTALLED = ("site-packages", "dist-packages")
 
 
@@ -338,6 +339,6 @@ def _installed(module: str | None) -> bool:
 def _walked(value: Any) -> bool:
     """Whether an object's attributes are looked at: a module's, and those of a class of the user's."""
     module = type(value).__module__
-    if isinstance(value, nn.Module | types.SimpleNamespace):
+    if isinstance(value, nn.Module | types.SimpleNamespace) or module in _HOLDERS:
         return True
     return not isinstance(value, types.ModuleType) and not _library(module) and not _installed(module)
