@@ -23,11 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from spu import nn as spu_nn
-<<<<<<< HEAD
 from spu.engine.loss import loss_of
-=======
 from spu.hushed import hushed
->>>>>>> f15d2be (Planning prints nothing, and says what it cannot take out again; containers of the standard library; TorchScript in 16 bits)
 from spu.interrupts import stop_if_asked
 from spu.precision.dtypes import state_dtypes
 from spu.profile import LayerCost, fake_copy
