@@ -2,7 +2,7 @@
 
 What a function of the user's divides by cannot be read from it. So it is tried, on the real outputs of some steps: the
 gradient of the whole batch's loss must be, row by row, each microbatch's own times its share. (Losses alone would not
-tell: at the start of training they are much the same in all microbatches.)
+tell: at the start of training they are much the same in all microbatches.) Nothing is left of these calls in the loss.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from spu.engine.loss import loss_of
 from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows
 from spu.engine.randomness import LayerRandomness
+from spu.hushed import hushed
+from spu.untouched import untouched
 
 __all__ = ["LossCheck"]
 
@@ -80,7 +82,13 @@ class LossCheck:
         if whole is None:
             return
         try:
-            with torch.inference_mode(False), torch.enable_grad(), LayerRandomness(0, 0, 0, "loss") as draws:
+            with (
+                untouched(self._loss_fn, values=True),
+                hushed(),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                LayerRandomness(0, 0, 0, "loss") as draws,
+            ):
                 parts = [self._gradient(*part) for part in seen]
                 together = self._gradient(*whole)
         except Exception:  # not made for these rows: then there is no loss of the whole batch to compare with
