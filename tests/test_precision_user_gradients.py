@@ -352,3 +352,41 @@ def test_a_hook_on_a_weight_of_two_stages_is_refused(kind: str) -> None:
     handle.remove()
     assert not trainer.step(x, y).skipped
     trainer.close()
+
+
+def test_a_hook_on_a_plain_16_bit_weight_that_has_its_sink_already() -> None:
+    table = nn.Embedding(5, 3).bfloat16()
+    optimizer, scaler = spu.optim.AdamW(table.parameters()), spu.GradScaler("cpu", init_scale=64.0)
+    seen: list[float] = []
+    for turn in range(3):
+        if turn == 1:
+            table.weight.register_hook(lambda grad: seen.append(float(grad.max())))
+        optimizer.zero_grad()
+        scaler.scale(table(torch.tensor([1, 2])).float().sum()).backward()
+        scaler.unscale_(optimizer)
+        assert table.weight.grad.max() == 1
+        scaler.step(optimizer)
+        scaler.update()
+    assert seen == [64, 64]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_trainer_clips_gradients_whose_squares_fp32_cannot_hold(precision: str) -> None:
+    """The norm was inf: each of these steps was skipped, without a word but in the result."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))
+    plain, x, y = copy.deepcopy(model), torch.randn(8, 2), torch.randint(3, (8,))
+    before = model[0].weight.detach().clone()
+    trainer = spu.ModelParallelTrainer(
+        model, spu.DeviceManager().get_devices("cpu,cpu"), precision=precision, microbatches=2, lr=0.1,
+        optimizer=torch.optim.SGD, max_grad_norm=1.0, loss_fn=lambda out, target: F.cross_entropy(out, target) * 1e25,
+    )  # fmt: skip
+    result = trainer.step(x, y)
+    (F.cross_entropy(plain(x), y) * 1e25).backward()
+    norm = torch.cat([p.grad.double().flatten() for p in plain.parameters()]).norm()
+    rtol = 1e-5 if precision == "fp32" else 2e-2
+    assert not result.skipped
+    assert result.grad_norm == pytest.approx(norm.item(), rel=rtol)
+    trainer.close()
+    expected = before - 0.1 * (plain[0].weight.grad.double() / norm).float()
+    torch.testing.assert_close(model[0].weight.float(), expected, rtol=rtol, atol=rtol * 0.1)
