@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spu import ModelParallelTrainer
 from spu.engine.loss_check import LossCheck
 from spu.engine.loss_weight import weighing_of
+from spu.ops import linear_cross_entropy
 
 partial = functools.partial
 ROWS = 10
@@ -236,6 +237,30 @@ def test_other_outputs_beside_rows(unlike: Callable[[Tensor], Any]) -> None:
     ours = nn.Sequential(nn.Linear(6, 8), Two(8, 4))
     with trainer_of(ours, lambda o, t: F.cross_entropy(o[0], t)) as trainer:
         assert trainer.step(X, CLASSES).loss > 0
+
+
+class Head(nn.Linear):
+    """Hands its weight on, with as many rows as a microbatch has."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x, self.weight
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_the_fused_loss_of_this_library(precision: str, raw: bool) -> None:
+    ours = nn.Sequential(nn.Linear(6, 8), Head(8, 5, bias=False))
+    plain = copy.deepcopy(ours)
+    with ModelParallelTrainer(
+        ours, ["cpu:0", "cpu:1"], loss_fn=lambda o, t: linear_cross_entropy(*o, t), precision=precision, microbatches=2,
+        raw_outputs=raw,
+    ) as trainer:  # fmt: skip
+        value, _ = trainer.forward_backward(X, MASKED)
+    whole = F.cross_entropy(F.linear(*plain(X)), MASKED)
+    whole.backward()
+    assert value.item() == pytest.approx(whole.item(), rel=1e-2)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 0.02 * b.grad.norm()
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(reduction="none"), partial(F.mse_loss, reduction="none")])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from spu.engine.loss import loss_of
@@ -65,8 +66,9 @@ class LossCheck:
         kept = max(1, min(rows, (_BYTES - self._bytes) * rows // max(size, 1)))
 
         def some(tensor: torch.Tensor) -> torch.Tensor:
-            own = tensor.dim() > 0 and tensor.shape[0] == rows
-            return (tensor[:kept] if own else tensor).detach().clone()
+            if isinstance(tensor, nn.Parameter):  # a head's weight, for a loss that computes the logits
+                return tensor
+            return (tensor[:kept] if _has(tensor, rows) else tensor).detach().clone()
 
         self._seen.append(pytree.tree_map_only(torch.Tensor, some, (outputs, targets)))
         self._bytes += size * kept // rows
@@ -122,7 +124,8 @@ class LossCheck:
 
 
 def _has(leaf: Any, rows: int) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+    own = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+    return own and not isinstance(leaf, nn.Parameter)
 
 
 def _joined(seen: list[tuple[Any, Any]]) -> tuple[Any, Any] | None:
