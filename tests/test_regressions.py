@@ -481,7 +481,7 @@ def test_tensors_in_an_object_that_nobody_looks_into_are_refused_between_stages(
 
     with (
         make([Wrap(6, 4), Unwrap()]) as trainer,
-        pytest.raises((StageError, ValueError), match="hands a Box with tensors to the next stage|could not be run"),
+        pytest.raises((StageError, ValueError), match="hands to the next stage a Box with tensors"),
     ):
         trainer.step(*batch())
 
