@@ -399,3 +399,22 @@ def test_autocast_and_a_backend_around_a_call_reach_the_workers() -> None:
         assert set(seen) == {"reference"}
         trainer.step(x, y)
         assert seen[-1] != "reference"
+
+
+def test_a_hook_on_the_whole_model_and_a_forward_of_its_own_are_refused() -> None:
+    """A pipeline calls the layers: both were left out without a word."""
+
+    class Doubles(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    with pytest.raises(TypeError, match="Doubles is an nn.Sequential with a forward of its own"):
+        make(Doubles(*mlp()))
+    model = mlp()
+    with make(model) as trainer:
+        trainer.step(*batch())
+        hook = model.register_forward_hook(lambda module, inputs, output: output * 2)
+        with pytest.raises(RuntimeError, match=r"the model \(Sequential\) has a hook"):
+            trainer.step(*batch())
+        hook.remove()
+        trainer.step(*batch())

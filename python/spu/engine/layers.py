@@ -129,6 +129,12 @@ def model_layers(model: Any) -> list[Layer]:
         TypeError: a model that has no known order of layers.
     """
     if isinstance(model, nn.Sequential):
+        own = type(model).forward
+        if own is not nn.Sequential.forward and not hasattr(type(model), "spu_plain"):
+            raise TypeError(
+                f"{type(model).__name__} is an nn.Sequential with a forward of its own, which a pipeline of its layers "
+                "would not call: move what it does into a layer"
+            )
         return _named(model._modules.items())  # named_children() leaves out the second use of a shared module
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return parts_as_layers(list(model))

@@ -14,6 +14,7 @@ from spu.engine.layers import Layer
 
 __all__ = ["Unchanged"]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ANEW = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
 
 
@@ -59,6 +60,11 @@ class Unchanged:
         if self._list is not None and not _same(list(self._list[0]), self._list[1]):
             raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_ANEW}")
         for name, module, layer, children, parameters in self._rows:
+            if layer is None and any(getattr(module, hooks, None) for hooks in _HOOKS):
+                raise RuntimeError(
+                    f"{f'module {name!r}' if name else 'the model'} ({type(module).__name__}) has a hook, but a "
+                    "pipeline calls the layers one by one and never the whole: register it on a layer"
+                )
             now, own = _table(module._modules), _table(module._parameters)
             if now.keys() != children.keys() or not _same(now.values(), children.values()):
                 changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))
