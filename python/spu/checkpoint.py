@@ -15,7 +15,6 @@ one parent directory wait for each other (a lock on that directory, which dies w
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -27,6 +26,24 @@ from typing import IO, Any
 
 import torch
 
+from spu.checkpoint_reading import (
+    CHUNK_BYTES,
+    FORMAT,
+    MANIFEST,
+    META,
+    NAMES,
+    TENSORS,
+    VERSION,
+    CheckpointError,
+    Stored,
+    memory,
+    open_directory,
+    read_directory,
+    read_manifest,
+)
+from spu.checkpoint_reading import (
+    digest_of as _digest_of,
+)
 from spu.interrupts import Held
 
 try:
@@ -34,32 +51,7 @@ try:
 except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "exists", "load", "save"]
-
-FORMAT, VERSION = "spu-checkpoint", 1
-_TENSORS, _META, _MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
-_CHUNK_BYTES = 1 << 24
-_MAX_HEADER_BYTES = 1 << 28
-
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written or read; the message names the file and what to do."""
+__all__ = ["CheckpointError", "Stored", "exists", "load", "opened", "save"]
 
 
 def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -108,13 +100,42 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     try:
         with _lock(place.parent, exclusive=False):
             if place.exists():
-                return _read(place)
+                return read_directory(place)
             # A crash between the two renames leaves nothing in place, but one or two good ones beside it.
             for left in filter(_is_complete, _leftovers(place)):
                 with contextlib.suppress(CheckpointError):
-                    return _read(left)
+                    return read_directory(left)
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: reading failed: {error}; check its permissions") from error
+    raise CheckpointError(_missing(path, place))
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Stored], dict[str, Any]]]:
+    """What :func:`load` returns, but with tensors that are read when they are asked for, within ``with``.
+
+    Everything is verified before, in a pass that keeps nothing. No save replaces the checkpoint meanwhile.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    place = Path(os.path.realpath(path))
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_lock(place.parent, exclusive=False))
+            found = _open_one(path, place)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: reading failed: {error}; check its permissions") from error
+        stack.enter_context(found[0])
+        yield found[1:]
+
+
+def _open_one(path: str | os.PathLike[str], place: Path) -> tuple[IO[bytes], dict[str, Stored], dict[str, Any]]:
+    if place.exists():
+        return open_directory(place)
+    for left in filter(_is_complete, _leftovers(place)):  # as in `load`
+        with contextlib.suppress(CheckpointError):
+            return open_directory(left)
     raise CheckpointError(_missing(path, place))
 
 
@@ -135,7 +156,7 @@ def _leftovers(place: Path) -> tuple[Path, Path]:
 def _is_complete(directory: Path) -> bool:
     """Whether ``directory`` holds a manifest that is whole and files of the sizes it says."""
     try:
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         return all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
     except (OSError, CheckpointError):
         return False
@@ -148,7 +169,7 @@ def _tidy(place: Path) -> None:
         if left is not None:
             os.replace(left, place)
             _sync_directory(place.parent)
-    elif not place.is_dir() or (any(place.iterdir()) and not (place / _MANIFEST).exists()):
+    elif not place.is_dir() or (any(place.iterdir()) and not (place / MANIFEST).exists()):
         raise CheckpointError(f"{place} exists and is not a spu checkpoint; it was left as it is. Choose another path")
     for directory in _leftovers(place):
         if directory.exists():
@@ -211,10 +232,10 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
             raise TypeError(f"tensor name {name!r} cannot be saved; use text other than '__metadata__'")
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor; put it in meta")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
             raise TypeError(
                 f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be saved; "
-                f"convert it to a dense tensor with data, of one of {', '.join(map(str, _NAMES))}"
+                f"convert it to a dense tensor with data, of one of {', '.join(map(str, NAMES))}"
             )
 
 
@@ -242,12 +263,12 @@ def _write(directory: Path, tensors: Mapping[str, torch.Tensor], meta_bytes: byt
     directory.mkdir()
     try:
         files = {
-            _TENSORS: _write_tensors(directory / _TENSORS, tensors),
-            _META: _write_bytes(directory / _META, meta_bytes),
+            TENSORS: _write_tensors(directory / TENSORS, tensors),
+            META: _write_bytes(directory / META, meta_bytes),
         }
         manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": files}
         manifest["sha256"] = _digest_of(manifest)
-        _write_bytes(directory / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_bytes(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_directory(directory)
         _sync_directory(directory.parent)
     except OSError:
@@ -276,7 +297,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
         end = offset + tensors[name].numel() * tensors[name].element_size()
         spans[name], offset = [offset, end], end
     header = json.dumps(
-        {n: {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": spans[n]} for n, t in tensors.items()}
+        {n: {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": spans[n]} for n, t in tensors.items()}
     ).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
@@ -289,129 +310,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
         put(struct.pack("<Q", len(header)) + header)
         for name in order:
             tensor = tensors[name].detach().resolve_neg().cpu().contiguous()
-            data = _memory(tensor)
-            for start in range(0, len(data), _CHUNK_BYTES):
-                put(data[start : start + _CHUNK_BYTES])
+            data = memory(tensor)
+            for start in range(0, len(data), CHUNK_BYTES):
+                put(data[start : start + CHUNK_BYTES])
         _sync_file(file)
     return {"bytes": 8 + len(header) + offset, "sha256": digest.hexdigest()}
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied; valid while the tensor lives."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:
-        return memoryview(b"")
-    assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
-
-
-# Reading.
-
-
-def _read(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    manifest = _read_manifest(directory)
-    meta = json.loads(_read_checked(directory / _META, manifest))
-    return _read_tensors(directory / _TENSORS, manifest), meta
 
 
 def _missing(path: str | os.PathLike[str], place: Path) -> str:
     if not place.parent.is_dir():
         return f"no checkpoint at {path}: the folder {place.parent} does not exist; check the path"
     return f"no checkpoint at {path}; check the path, or train without --resume to make one"
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    if not directory.is_dir() or not path.exists():
-        raise CheckpointError(f"{directory} is not a spu checkpoint: it has no {_MANIFEST}; give one that spu saved")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError:
-        raise CheckpointError(_damaged(path, "it is not valid JSON")) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not the manifest of a spu checkpoint; give a folder that spu saved")
-    if manifest.get("sha256") != _digest_of(manifest):
-        raise CheckpointError(_damaged(path, "its checksum does not match"))
-    if manifest["version"] != VERSION:
-        raise CheckpointError(
-            f"{path} is of version {manifest['version']}, this spu reads {VERSION}; install the spu that wrote it"
-        )
-    return manifest
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(path: Path, what: str) -> str:
-    return f"{path} is damaged: {what}; use another checkpoint, or restore this one from a copy"
-
-
-def _check_size(path: Path, manifest: Mapping[str, Any]) -> int:
-    expected = int(manifest["files"][path.name]["bytes"])
-    if not path.exists():
-        raise CheckpointError(_damaged(path, "the file is missing"))
-    size = path.stat().st_size
-    if size != expected:
-        raise CheckpointError(_damaged(path, f"it has {size} bytes, {expected} were written"))
-    return expected
-
-
-def _check_digest(path: Path, manifest: Mapping[str, Any], digest: str) -> None:
-    if digest != manifest["files"][path.name]["sha256"]:
-        raise CheckpointError(_damaged(path, "its checksum does not match"))
-
-
-def _read_checked(path: Path, manifest: Mapping[str, Any]) -> bytes:
-    _check_size(path, manifest)
-    content = path.read_bytes()
-    _check_digest(path, manifest, hashlib.sha256(content).hexdigest())
-    return content
-
-
-def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Reads and verifies a safetensors file in one pass, straight into the tensors."""
-    size = _check_size(path, manifest)
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        header = _read_header(path, file, digest, size)
-        tensors = {}
-        # Allocation comes before the checksum is known; sizes were checked against the file's, so it is bounded.
-        for name in sorted(header, key=lambda key: header[key]["data_offsets"]):
-            entry = header[name]
-            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-            data = _memory(tensor)
-            for start in range(0, len(data), _CHUNK_BYTES):
-                piece = data[start : start + _CHUNK_BYTES]
-                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-                    raise CheckpointError(_damaged(path, f"it ends within tensor {name!r}"))
-                digest.update(piece)
-            tensors[name] = tensor
-    _check_digest(path, manifest, digest.hexdigest())
-    return {name: tensors[name] for name in header}
-
-
-def _read_header(path: Path, file: IO[bytes], digest: Any, size: int) -> dict[str, Any]:
-    """The header, checked far enough that reading by it is safe even if it was damaged."""
-    start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(_damaged(path, "its header does not fit in it"))
-    text = file.read(length)
-    digest.update(start + text)
-    try:
-        header = json.loads(text)
-        spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        sizes = {n: _DTYPES[e["dtype"]].itemsize * torch.Size(e["shape"]).numel() for n, e in header.items()}
-        offset = 0
-        for begin, end, name in spans:
-            if begin != offset or end - begin != sizes[name] or min(header[name]["shape"], default=0) < 0:
-                raise ValueError(name)
-            offset = end
-        if offset != size - 8 - length:
-            raise ValueError("end")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        raise CheckpointError(_damaged(path, "its header makes no sense")) from None
-    return header

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from spu.checkpoint import CheckpointError
+from spu.checkpoint import CheckpointError, Stored
 from spu.engine.build import Built
 from spu.optim import AdamW, MasterOptimizer
 
@@ -69,7 +69,7 @@ class OptimizerState:
         return tensors, {"kind": self.kind, "plain": plain, "groups": self.groups, "owned": self.owned}
 
     @staticmethod
-    def joined(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any] | None) -> OptimizerState:
+    def joined(tensors: Mapping[str, torch.Tensor | Stored], rest: Mapping[str, Any] | None) -> OptimizerState:
         """Of what :meth:`split` gave; ``rest`` is None in checkpoints that were written without it."""
         rest = rest or {"kind": "", "plain": {}, "groups": [], "owned": []}
         return OptimizerState(rest["kind"], {**tensors, **rest["plain"]}, rest["groups"], rest["owned"])
@@ -118,7 +118,10 @@ def restore_optimizers(built: Built, optimizers: Optimizers, state: OptimizerSta
             for key in [key for key in entries if key != "master"]:
                 del entries[key]
             for key, value in by_name.get(name, {}).items():
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, Stored):  # in memory of its own
+                    value = value.read()
+                    value = value.to(parameter.device) if value.dim() else value
+                elif isinstance(value, torch.Tensor):
                     value = value.to(parameter.device if value.dim() else value.device, copy=True)
                 entries[key] = value
     inners = [inner for inner in map(_inner, optimizers) if inner]

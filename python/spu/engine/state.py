@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spu import checkpoint
-from spu.checkpoint import CheckpointError
+from spu.checkpoint import CheckpointError, Stored
 from spu.engine.build import Built
 from spu.engine.optimizer_state import (
     Optimizers,
@@ -62,20 +62,21 @@ def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dic
     Raises:
         CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
     """
-    tensors, meta = checkpoint.load(path)
-    if meta.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
-    state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))
-    check_optimizers(built, optimizers, state)
-    keepers, extra = _extra_states(built), meta.get("extra_state", {})
-    foreign = sorted(extra.keys() - keepers.keys())
-    if foreign:
-        raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
-    with Held():
-        _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
-        restore_optimizers(built, optimizers, state)
-        for name, packed in extra.items():
-            keepers[name].set_extra_state(_unpacked(packed, _with_prefix(tensors, "extra:")))
+    with checkpoint.opened(path) as (tensors, meta):  # one tensor at a time: a second copy of all may not fit
+        if meta.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
+        state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))
+        check_optimizers(built, optimizers, state)
+        keepers, extra = _extra_states(built), meta.get("extra_state", {})
+        foreign = sorted(extra.keys() - keepers.keys())
+        if foreign:
+            raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
+        with Held():
+            _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
+            restore_optimizers(built, optimizers, state)
+            own = {name: stored.read() for name, stored in _with_prefix(tensors, "extra:").items()}
+            for name, packed in extra.items():
+                keepers[name].set_extra_state(_unpacked(packed, own))
     return meta
 
 
@@ -172,7 +173,7 @@ def _unpacked(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> An
     return value
 
 
-def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor]) -> None:
+def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
     """Put :func:`model_state` back, into a model cut into any number of stages.
 
     Raises:
@@ -194,7 +195,8 @@ def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, tor
             )
     with torch.no_grad():
         for name, tensor in current.items():
-            tensor.copy_(state[name])
+            value = state[name]
+            tensor.copy_(value.read() if isinstance(value, Stored) else value)
         # From the state, not from the master: a master is asked for only where its weight agrees with it.
         for name, (parameter, _) in _named(built, optimizers).items():
             if current[name].data_ptr() != parameter.data_ptr():
@@ -215,5 +217,5 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _with_prefix(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
