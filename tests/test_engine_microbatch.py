@@ -46,6 +46,25 @@ def test_weighted_means_add_up_to_the_mean_of_the_whole(counts: list[int], seed:
     assert total.item() == pytest.approx(whole.item(), rel=1e-5)
 
 
+def test_an_object_that_hides_tensors_is_named() -> None:
+    """It went to every microbatch as a whole."""
+
+    class Masked:
+        def __init__(self) -> None:
+            self.mask = torch.ones(4)
+
+    with pytest.raises(TypeError, match="inputs hold a Masked with tensors.*torch.utils._pytree"):
+        split_batch({"x": torch.ones(4), "mask": Masked()}, 2)
+
+
+def test_microbatches_have_version_counters_of_their_own() -> None:
+    x = torch.zeros(4, 2)
+    first, second = split_batch(x, 2)
+    second += 1
+    assert (first._version, second._version) == (0, 1)
+    assert_equal(x, torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]))
+
+
 def test_what_counts() -> None:
     assert count_targets(torch.tensor([1, -100, 3])) == 2
     assert count_targets(torch.tensor([1, 0, 3]), ignore_index=0) == 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from spu.engine.crossing import check_known
 from spu.ops.sink import current_scope
 
 __all__ = [
@@ -39,7 +40,9 @@ def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
 
     Raises:
         ValueError: no tensor in it, tensors that disagree on the batch size, or fewer rows than microbatches.
+        TypeError: an object in it has tensors that pytree does not see: they would go to every microbatch whole.
     """
+    check_known(batch, f"{what} hold")
     leaves, spec = pytree.tree_flatten(batch)
     rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
     if not rows:
