@@ -256,3 +256,17 @@ def test_a_loss_with_the_model_and_a_parameter_of_its_own_is_refused() -> None:
         pytest.raises(ValueError, match="loss_fn holds layers of the model, and 'scales'"),
     ):
         trainer.prepare(*batch())
+
+
+def test_stages_planned_again_keep_shared_blocks_and_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for worth in (-1e9, 1e9):  # the stages stay, or are built again
+        monkeypatch.setattr("spu.trainer.WORTH", worth)
+        torch.manual_seed(1)
+        model, loss = twice(Block()).eval(), Scaled()
+        with make(model, 3, loss_fn=loss, precision="fp16", lr=0.1) as trainer:
+            trainer.step(*batch())
+            trainer.replan()
+            set_gain(model)
+            found.append([trainer.step(*batch()).loss for _ in range(2)] + loss.scales.tolist())
+    assert found[0] == found[1]
