@@ -140,9 +140,10 @@ def test_no_input_features_leaves_the_bias(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_non_finite_values_stay_in_their_rows(backend: str, dtype: torch.dtype, activation: str) -> None:
+    """Whether a value meets torch's vectors or the scalar rest of a row: 37 columns have both."""
     x = torch.randn(6, 16).to(dtype)
-    x[1, 3], x[4, 0] = float("nan"), float("inf")
-    weight = torch.rand(8, 16).to(dtype) + 0.5
+    x[1, 3], x[4, 0], x[5, 2] = float("nan"), float("inf"), -float("inf")
+    weight = torch.rand(37, 16).to(dtype) + 0.5
     with ops.use_backend(backend):
         y = ops.linear_act(x, weight, None, activation)
     expected = plain_act(F.linear(x.double(), weight.double()), activation)
@@ -325,3 +326,20 @@ def test_bad_dtypes_and_devices_are_named() -> None:
         ops.linear_act(torch.ones(2, 3, dtype=torch.long), torch.ones(4, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="x is on cpu but weight is on meta"):
         ops.linear_act(torch.ones(2, 3), torch.ones(4, 3, device="meta"))
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6), (2, 1, 6), (6,)])
+def test_a_result_may_be_changed_in_place(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The reference returned a view of the product's rows for 3-d inputs, which autograd then refused to change."""
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(5, 6, dtype=dtype, requires_grad=True)
+    with ops.use_backend(backend):
+        for activation in ("none", "gelu"):
+            y = ops.linear_act(x, weight, None, activation)
+            assert not y._is_view()
+            y += 1
+            y.sum().backward()
+        y = ops.gated_mlp(x, weight, weight, torch.randn(3, 5, dtype=dtype))
+        y += 1
+        y.sum().backward()

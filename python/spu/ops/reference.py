@@ -49,21 +49,29 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z); "gelu" is exact (erf), "gelu_tanh" its tanh approximation. "none" returns z itself."""
+    """act(z); "gelu" is exact (erf), "gelu_tanh" its tanh approximation. "none" returns z itself.
+
+    gelu(inf) is inf, and that of -inf (-inf * 0) is NaN: torch's scalar code, its tails of vectors and its fp64 say so,
+    but its fp32 vectors on CPUs give NaN for both, wherever in a row the value happens to stand.
+    """
     if activation == "none":
         return z
     if activation == "relu":
         return F.relu(z)
     if activation == "silu":
         return F.silu(z)
-    assert activation in ("gelu", "gelu_tanh"), activation
-    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    assert activation == "gelu", activation
+    return F.gelu(z).masked_fill_(z == torch.inf, torch.inf)
 
 
 @exact
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> tuple[Tensor, Tensor]:
     """y = act(x @ weight.T + bias), and z in the storage dtype if ``keep_preact``, else an empty tensor."""
     z = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
+    if z._is_view():  # of the product's rows, for 3-d x: autograd refuses to have a view changed in place later
+        z = torch.ops.aten._unsafe_view(z, z.shape)
     y = activate(z, activation).to(x.dtype).contiguous()
     if not keep_preact:
         return y, x.new_empty(0)
