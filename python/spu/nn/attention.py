@@ -2,42 +2,91 @@
 
 Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
 ``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
-which only adds precision. On every other device, and for fp32, these functions call transformers' own without touching
-a bit.
+which only adds precision. On every other device, for fp32, for tensors that are not plain ones, and with a keyword that
+is not known here (a position bias, sinks), these functions call transformers' own without touching a bit.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from spu.ops import attention
+from ..ops import attention
+from ..ops.plain import takes
+from ..ops.reference import exact
 
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
+_OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}
 _HALF = (torch.float16, torch.bfloat16)
+_READ = frozenset(("scaling", "dropout", "is_causal"))  # keywords that are served here
+# Keywords that reach an attention but speak of the mask, which is made by then, or of other parts of the model.
+_UNREAD = frozenset((
+    "sliding_window", "position_ids", "cache_position", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
+    "max_length_q", "max_length_k", "num_items_in_batch", "encoder_hidden_states", "output_attentions",
+    "output_hidden_states", "output_router_logits", "logits_to_keep", "return_dict",
+))  # fmt: skip
 
 
-def _widen(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [t.float() if t is not None and t.dtype in _HALF else t for t in tensors]
+def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any], known: frozenset[str]) -> bool:
+    """Whether this is a call that is known here in every detail, in 16 bits on a CPU."""
+    if q.device.type != "cpu" or q.dtype not in _HALF or not q.dtype == k.dtype == v.dtype:
+        return False
+    return all(name in known or value is None for name, value in keywords.items()) and takes(q, k, v)
 
 
 def _fused(
-    module: nn.Module,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
+) -> torch.Tensor | None:
+    """``spu.ops.attention`` as transformers calls one without a mask: heads first; None where it does not fit.
+
+    Causal unless told otherwise, or for one query. An empty static cache has more keys than there are causal queries:
+    those behind them are not seen.
+    """
+    causal, scale = keywords.get("is_causal"), keywords.get("scaling")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal) and query.shape[2] > 1
+    if causal and key.shape[2] > query.shape[2]:
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    fits = (
+        not keywords.get("dropout")
+        and query.dim() == key.dim() == 4
+        and key.shape == value.shape
+        and (query.shape[0], query.shape[3]) == (key.shape[0], key.shape[3])
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
+        and (not causal or key.shape[2] == query.shape[2])
+        and key.shape[2] > 0
+        and (scale is None or (isinstance(scale, float) and scale > 0))
+    )
+    if not fits:
+        return None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, scale=scale, causal=causal)
+
+
+@exact
+def _widened(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float | None,
-    causal: bool | None,
-) -> torch.Tensor:
-    """``spu.ops.attention`` as transformers calls one: heads first; causal unless told otherwise, or for one token."""
-    if causal is None:
-        causal = query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(q, k, v, scale=scale, causal=causal)
+    mask: torch.Tensor | None,
+    function: Callable[..., Any],
+    module: nn.Module,
+    keywords: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if mask is not None and mask.dtype in _HALF:
+        # The lowest number hides a key; beside fp32 scores, 16 bits' lowest would leave the order of hidden ones.
+        hidden = mask == torch.finfo(mask.dtype).min
+        mask = mask.float().masked_fill(hidden, torch.finfo(torch.float32).min)
+    out, weights = function(module, query.float(), key.float(), value.float(), mask, **keywords)
+    return out.to(query.dtype), weights
 
 
 def sdpa_attention(
@@ -56,20 +105,20 @@ def sdpa_attention(
         key: [batch, kv_heads, tokens, head_dim]
         value: [batch, kv_heads, tokens, head_dim]
         attention_mask: bool or float, broadcastable to [batch, heads, tokens, tokens], or None for causal.
-        **kwargs: whatever the model passes to transformers' `sdpa_attention_forward`.
+        **kwargs: whatever the model passes to transformers' `sdpa_attention_forward`, which serves a call with any
+            that is not known here.
 
     Returns:
         ([batch, tokens, heads, head_dim] in the dtype of `query`, None)
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.device.type != "cpu" or query.dtype not in _HALF:
+    if not _serves(query, key, value, kwargs, _READ | _UNREAD):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
-    if attention_mask is None and not kwargs.get("dropout") and key.shape == value.shape:
-        return _fused(module, query, key, value, kwargs.get("scaling"), kwargs.get("is_causal")), None
-    q, k, v, mask = _widen(query, key, value, attention_mask)
-    out, weights = sdpa_attention_forward(module, q, k, v, mask, **kwargs)  # type: ignore[arg-type]
-    return out.to(query.dtype), weights
+    fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None
+    if fused is not None:
+        return fused, None
+    return _widened(query, key, value, attention_mask, sdpa_attention_forward, module, kwargs)  # type: ignore[no-any-return]
 
 
 def eager_attention(
@@ -82,11 +131,10 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The model's own eager attention (the one with logit softcapping), widened like `sdpa_attention`."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    if query.device.type != "cpu" or query.dtype not in _HALF:
-        return eager(module, query, key, value, attention_mask, **kwargs)
-    q, k, v, mask = _widen(query, key, value, attention_mask)
-    out, weights = eager(module, q, k, v, mask, **kwargs)
-    return out.to(query.dtype), weights
+    if not _serves(query, key, value, kwargs, _READ | _UNREAD | {"softcap"}):
+        return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    out, weights = _widened(query, key, value, attention_mask, eager, module, kwargs)
+    return out, weights if weights is None else weights.to(query.dtype)
 
 
 def register_attention() -> bool:
@@ -111,28 +159,57 @@ def register_attention() -> bool:
 def use_attention(model: nn.Module) -> None:
     """Switch a transformers model from "sdpa" or "eager" to the equivalents here, in place; other models stay.
 
-    Any other choice (flash attention, flex attention) was made by the user for a reason and is left alone.
+    Every model within (a text and an image model, say) by its own configuration. Any other choice (flash attention,
+    flex attention) was made by the user for a reason and is left alone, and so is a model whose code asks for the
+    attention by its name, since it would take another way under another name.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
     if not register_attention():
         return
-    current = model.config._attn_implementation  # type: ignore[union-attr]
-    if current == "sdpa":
-        model.set_attn_implementation(SDPA_NAME)  # type: ignore[operator]
-    elif current == "eager" and all(hasattr(sys.modules[m], "eager_attention_forward") for m in _homes(model)):
-        model.set_attn_implementation(EAGER_NAME)  # type: ignore[operator]
+    for part in _parts(model):
+        current = part.config._attn_implementation
+        if current not in _OURS or any(current in _names_asked_for(home) for home in _homes(part)):
+            continue
+        attentions = _homes(part, "Attention")
+        if current == "sdpa" or all(hasattr(sys.modules[home], "eager_attention_forward") for home in attentions):
+            part.set_attn_implementation({"": _OURS[current]})
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undoes :func:`use_attention`."""
-    plain = {SDPA_NAME: "sdpa", EAGER_NAME: "eager"}
-    current = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if current in plain:
-        model.set_attn_implementation(plain[current])  # type: ignore[operator]
+    plain = {ours: theirs for theirs, ours in _OURS.items()}
+    for part in _parts(model):
+        if part.config._attn_implementation in plain:
+            part.set_attn_implementation({"": plain[part.config._attn_implementation]})
 
 
-def _homes(model: nn.Module) -> set[str]:
-    """Names of the Python modules that define the model's attention classes."""
-    return {type(m).__module__ for m in model.modules() if type(m).__name__.endswith("Attention")}
+def _parts(model: nn.Module) -> Iterator[Any]:
+    """The transformers models in a model, one for each configuration, that can be given an attention."""
+    transformers = sys.modules.get("transformers")
+    seen: set[int] = set()
+    for module in model.modules():
+        if transformers is None or not isinstance(module, transformers.PreTrainedModel) or id(module.config) in seen:
+            continue
+        seen.add(id(module.config))
+        if getattr(module, "_can_set_attn_implementation", lambda: True)():
+            yield module
+
+
+def _homes(model: nn.Module, suffix: str = "") -> set[str]:
+    """Names of the Python modules that define the model's classes (whose names end so)."""
+    return {type(m).__module__ for m in model.modules() if type(m).__name__.endswith(suffix)}
+
+
+@lru_cache(maxsize=1024)
+def _names_asked_for(home: str) -> frozenset[str]:
+    """The attentions that a module's source compares a configuration's with, as in ``== "sdpa"``."""
+    if home.startswith(("torch.", "spu.")):
+        return frozenset()
+    try:
+        source = inspect.getsource(sys.modules[home])
+    except (KeyError, OSError, TypeError):
+        return frozenset()
+    compared = re.findall(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)([^\n]*)", source)
+    return frozenset(re.findall(r"[\"'](\w+)[\"']", " ".join(compared)))

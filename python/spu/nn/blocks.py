@@ -1,7 +1,8 @@
 """The fused forms of whole blocks. A module gets one by a change of class, to a subclass of its own.
 
 Whether the fused form serves is decided at every call, from what the block is then: parts that were replaced (adapters,
-quantised layers) or watched by hooks are run one by one, as they were.
+quantised layers) or watched by hooks are run one by one, as they were. So is everything for tensors that the fused ops
+do not take (``spu.ops.plain``).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..ops import GATED_ACTIVATIONS, gated_mlp
+from ..ops import GATED_ACTIVATIONS
+from ..ops.gated import fused_gated_mlp
+from ..ops.linear import compute_dtype
+from ..ops.plain import takes
 from .attention import register_attention
-from .linear import Linear, fused_linear
+from .linear import Linear, fused_linear, torch_linear
 from .table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,7 +71,7 @@ class FusedBlock(nn.Module):
 
     spu_plain: ClassVar[type[nn.Module]]
     spu_block: ClassVar[Block | None]
-    spu_dtype: torch.dtype | None = None
+    spu_dtype = None  # type: torch.dtype | None  # (no annotation: TorchScript would read it)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # the class is made at run time: pickle cannot name it
         return _remake, (type(self).__mro__[1], self.spu_plain, self.spu_block), self.__dict__
@@ -78,7 +82,10 @@ class FusedTransposedLinear(FusedBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return fused_linear(self, x, "none", transposed=True)
+        y = fused_linear(self, x, "none", transposed=True)
+        if y is not None:
+            return y
+        return self.spu_plain.forward(self, x) if self.spu_dtype is None else torch_linear(self, x, "none", True)  # type: ignore[no-any-return]
 
 
 class FusedGated(FusedBlock):
@@ -94,7 +101,9 @@ class FusedGated(FusedBlock):
         if not fits or activation not in GATED_ACTIVATIONS or _watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
         gate, up, down = (layer.weight for layer in layers)
-        y = gated_mlp(x, gate, up, down, str(activation), dtype=self.spu_dtype)
+        if not (takes(x, gate, up, down) and x.dtype.is_floating_point and gate.dtype.is_floating_point):
+            return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
+        y = fused_gated_mlp(x, gate, up, down, str(activation), compute_dtype(x, self.spu_dtype))
         return y if self.spu_dtype is None else y.to(x.dtype)
 
 
@@ -108,7 +117,10 @@ class FusedPair(FusedBlock):
         linear, activation = getattr(self, block.linear), activation_of(getattr(self, block.activation))
         if activation is None or not _is_linear(linear) or _watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
-        x = fused_linear(linear, x, activation, isinstance(linear, FusedTransposedLinear))
+        y = fused_linear(linear, x, activation, isinstance(linear, FusedTransposedLinear))
+        if y is None:
+            return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
+        x = y
         for name in block.rest:
             x = getattr(self, name)(x)
         return x
@@ -117,20 +129,28 @@ class FusedPair(FusedBlock):
 class FusedSequential(FusedBlock):
     """nn.Sequential, with every linear layer that an activation follows in one op."""
 
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         """As nn.Sequential's."""
-        layers, i = list(self._modules.values()), 0
-        watched = _watched_globally()
-        while i < len(layers):
-            layer = layers[i]
-            activation = activation_of(layers[i + 1]) if i + 1 < len(layers) and not watched else None
-            if activation is not None and _is_linear(layer):
-                input = fused_linear(layer, input, activation, isinstance(layer, FusedTransposedLinear))  # type: ignore[arg-type]
-                i += 1
-            else:
-                input = layer(input)  # type: ignore[misc]
-            i += 1
-        return input
+        if torch.jit.is_scripting():
+            for module in self:  # type: ignore[attr-defined]
+                input = module(input)
+            return input
+        else:  # TorchScript compiles the branch that it takes, and no more
+            return _run_fused(list(self._modules.values()), input)  # type: ignore[arg-type]
+
+
+def _run_fused(layers: list[nn.Module], x: Any) -> Any:
+    i, watched = 0, _watched_globally()
+    while i < len(layers):
+        layer = layers[i]
+        activation = activation_of(layers[i + 1]) if i + 1 < len(layers) and not watched else None
+        if activation is not None and _is_linear(layer):
+            y = fused_linear(layer, x, activation, isinstance(layer, FusedTransposedLinear))
+            if y is not None:
+                x, i = y, i + 2
+                continue
+        x, i = layer(x), i + 1
+    return x
 
 
 _CLASSES: dict[tuple[type, type, Block | None], type[FusedBlock]] = {}

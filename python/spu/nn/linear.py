@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS, linear_act
+from ..ops import ACTIVATIONS
+from ..ops.linear import fused_linear_act, torch_linear_act
+from ..ops.plain import plain, takes
+from ..ops.reference import torch_activation
 
 
 class Linear(nn.Linear):
@@ -18,8 +24,10 @@ class Linear(nn.Linear):
         ValueError: for an unknown activation.
     """
 
+    __constants__ = [*nn.Linear.__constants__, "activation"]  # noqa: RUF012
     activation: str = "none"
-    spu_dtype: torch.dtype | None = None  # of the computation; set by accelerate(precision=...)
+    # of the computation; set by accelerate(precision=...). (No annotation: TorchScript would read it.)
+    spu_dtype = None  # type: torch.dtype | None
 
     def __init__(
         self,
@@ -38,19 +46,49 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features]."""
-        return fused_linear(self, input, self.activation)
+        if torch.jit.is_scripting():
+            return _scripted(input, self.weight, self.bias, self.activation)
+        else:  # TorchScript compiles the branch that it takes, and no more
+            y = fused_linear(self, input, self.activation)
+            return torch_linear(self, input, self.activation) if y is None else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor:
+def _scripted(input: Tensor, weight: Tensor, bias: Optional[Tensor], activation: str) -> Tensor:  # noqa: UP045
+    y = F.linear(input, weight, bias)
+    if activation == "relu":
+        y = F.relu(y)
+    elif activation == "gelu":
+        y = F.gelu(y)
+    elif activation == "gelu_tanh":
+        y = F.gelu(y, approximate="tanh")
+    elif activation == "silu":
+        y = F.silu(y)
+    return y
+
+
+def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor | None:
     """act(x @ weight.T + bias) with a module's parameters, in its ``spu_dtype`` and then back in x's, if it has one.
 
     Args:
         module: with ``weight`` and ``bias`` (or None).
         transposed: the weight is [in, out].
+
+    Returns:
+        None where torch's own ops must serve: for what ``ops.plain`` names, and complex and integer layers.
     """
-    dtype = getattr(module, "spu_dtype", None)
-    y = linear_act(x, module.weight, module.bias, activation, dtype=dtype, transposed=transposed)  # type: ignore[arg-type]
+    weight, bias, dtype = module.weight, module.bias, getattr(module, "spu_dtype", None)
+    if not (takes(x, weight, bias) and x.dtype.is_floating_point and weight.dtype.is_floating_point):  # type: ignore
+        return None
+    y = fused_linear_act(x, weight, bias, activation, dtype, transposed)  # type: ignore[arg-type]
     return y if dtype is None else y.to(x.dtype)
+
+
+def torch_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor:
+    """The same by torch's own ops. ``spu_dtype`` holds for plain tensors only: others have a precision of their own."""
+    weight, bias, dtype = module.weight, module.bias, getattr(module, "spu_dtype", None)
+    if dtype is None or not plain(x, weight, bias) or not x.dtype.is_floating_point:  # type: ignore[arg-type]
+        return torch_activation(F.linear(x, weight.t() if transposed else weight, bias), activation)  # type: ignore
+    return torch_linear_act(x, weight, bias, activation, dtype, transposed).to(x.dtype)  # type: ignore

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import schema
 from .dispatch import choose_backend
-from .reference import wide
+from .plain import refuse_derivatives_of_backward, takes
+from .reference import exact, wide
 
 
 class _Attention(torch.autograd.Function):
@@ -27,8 +28,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("spu.ops.attention has no second derivative: do not pass create_graph=True")
+        refuse_derivatives_of_backward("attention", dout)
         backward = schema.overload("attention_backward", ctx.backend)
         return (*backward(dout, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None)
 
@@ -78,9 +78,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, scale, causal)
-    backend = choose_backend(q)
-    if q.device.type == "cpu" and backend == "cpu":
-        return _Attention.apply(q, k, v, scale, causal, backend)  # type: ignore[no-any-return]
+    if choose_backend(q) == "cpu" and takes(q, k, v):
+        return _Attention.apply(q, k, v, scale, causal, "cpu")  # type: ignore[no-any-return]
+    return _torch_attention(q, k, v, scale, causal)  # type: ignore[no-any-return]
+
+
+@exact
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     # Torch's own kernels: on a CPU those for fp32, its 16-bit ones are slower and round more.
     query, key, value = ((wide(x) if q.device.type == "cpu" else x).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import schema, wire
 from .dispatch import DTYPES, choose_backend
 from .linear import compute_dtype
+from .plain import fake, refuse_derivatives_of_backward, takes
+from .reference import exact, wide
 from .sink import at_once, sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
@@ -68,8 +71,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
     """The gradients of hidden and weight; the latter None where a sink has taken it."""
     if dloss is None:
         return None, None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("spu.ops.linear_cross_entropy has no second derivative: do not pass create_graph=True")
+    refuse_derivatives_of_backward("linear_cross_entropy", dloss)
     hidden, weight, target, lse = ctx.saved_tensors
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     (sink,) = sinks_of(ctx, (ctx.parameter,))
@@ -157,7 +159,8 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dt
             f"linear_cross_entropy: hidden is on {hidden.device}, weight on {weight.device}, target on "
             f"{target.device}: move them with .to()"
         )
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    values = target.is_cpu and not torch.compiler.is_compiling() and not fake(hidden, weight, target)
+    if values and target.numel():
         _check_range(target, weight.shape[0], ignore_index)
 
 
@@ -188,13 +191,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
 
     Returns:
         The loss, zero-dimensional, fp32 (fp64 for fp64); NaN if no target counts, as in torch. Differentiable once in
-        hidden and weight. Works under ``torch.compile``; inside ``torch.autocast`` the product is in its dtype.
+        hidden and weight. Works under ``torch.compile``; inside ``torch.autocast`` the product is in its dtype. What
+        ``linear_act`` leaves to torch's own ops is left to them here too, with all logits at once.
 
     Raises:
         ValueError: shapes or devices that do not fit; on the CPU also a target outside the vocabulary.
         TypeError: dtypes that differ or are not supported.
     """
     dtype = compute_dtype(hidden, None)
+    if not takes(hidden, weight, target):
+        return _torch_cross_entropy(hidden, weight, target, ignore_index, dtype)
     _check(hidden, weight, target, ignore_index, dtype)
     rows, targets = hidden.reshape(wire.numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
     backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
@@ -204,3 +210,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     else:
         losses = _LinearCE.apply(rows, weight, targets, ignore_index, backend, dtype)
     return losses.sum() / (targets != ignore_index).sum()
+
+
+@exact
+def _torch_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype | None
+) -> Tensor:
+    logits = wide(F.linear(*_operands(hidden, weight, dtype)))
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=ignore_index)

@@ -181,7 +181,7 @@ _REFERENCE = BackendStatus("reference", True, composed=COMPOSED_REFERENCE)
 _LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton), "cuda": Loader(_load_cuda)}
 _FORCED = _Forced()
 _FROM_ENVIRONMENT = os.environ.get("SPU_BACKEND") or None
-_AUTOMATIC: dict[tuple[str, torch.dtype], str] = {}
+_AUTOMATIC: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -316,15 +316,15 @@ def choose_backend(
     Raises:
         RuntimeError, ValueError, TypeError: if a forced backend cannot serve it.
     """
-    device_type, dtype = tensor.device.type, dtype or tensor.dtype
+    device, dtype = tensor.device, dtype or tensor.dtype
     name = _FORCED.name or _FROM_ENVIRONMENT
     if name is not None:
-        return _checked(name, device_type, dtype)
-    if device_type == "cuda" and op and not torch.compiler.is_compiling():
-        selected = select_cuda(op, dtype, torch.cuda.get_device_capability(tensor.device), shape)
+        return _checked(name, device.type, dtype)
+    if op and tensor.is_cuda and not torch.compiler.is_compiling():
+        selected = select_cuda(op, dtype, torch.cuda.get_device_capability(device), shape)
         if selected is not None:
             return selected
-    found = _AUTOMATIC.get((device_type, dtype))
+    found = _AUTOMATIC.get((device, dtype))
     if found is None:
-        found = _AUTOMATIC[device_type, dtype] = _automatic(device_type, dtype)
+        found = _AUTOMATIC[device, dtype] = _automatic(device.type, dtype)
     return found

@@ -16,11 +16,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import schema
 from .dispatch import choose_backend, has_kernel
 from .linear import check_dtypes, compute_dtype
+from .plain import refuse_derivatives_of_backward, takes
+from .reference import exact, torch_activation
 from .sink import GradSink, sinks_of
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -59,8 +62,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     """The gradients of x, w_gate, w_up and w_down; None for those that a sink has taken."""
     if dy is None:
         return None, None, None, None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError("spu.ops.gated_mlp has no second derivative: do not pass create_graph=True")
+    refuse_derivatives_of_backward("gated_mlp", dy)
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
     gate_sink, up_sink, down_sink = sinks_of(ctx, ctx.parameters)
@@ -114,11 +116,7 @@ class _GatedMLP(torch.autograd.Function):
         return (*(None if g is None else g.to(dtype) for g, dtype in gradients), None, None, None)
 
 
-def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None) -> None:
-    if activation not in GATED_ACTIVATIONS:
-        raise ValueError(
-            f"gated_mlp: unknown activation {activation!r}: use one of {', '.join(map(repr, GATED_ACTIVATIONS))}"
-        )
+def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> None:
     fits = (
         x.dim() >= 1
         and w_gate.dim() == w_up.dim() == w_down.dim() == 2
@@ -163,15 +161,39 @@ def gated_mlp(
     Returns:
         y [..., M], contiguous, in the dtype of the computation. Differentiable once in all four; keeps x and two
         [..., N] tensors for the backward. Works under ``torch.compile``, with ordinary gradients of the weights.
+        Torch's own ops serve what ``linear_act`` leaves to them.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
         TypeError: dtypes that differ or are not supported.
     """
+    if activation not in GATED_ACTIVATIONS:
+        raise ValueError(
+            f"gated_mlp: unknown activation {activation!r}: use one of {', '.join(map(repr, GATED_ACTIVATIONS))}"
+        )
     dtype = compute_dtype(x, dtype)
-    _check(x, w_gate, w_up, w_down, activation, dtype)
+    if takes(x, w_gate, w_up, w_down):
+        return fused_gated_mlp(x, w_gate, w_up, w_down, activation, dtype)
+    return _torch_gated_mlp(x, w_gate, w_up, w_down, activation, dtype)
+
+
+@exact
+def _torch_gated_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    if dtype is not None:
+        x, w_gate, w_up, w_down = (operand.to(dtype) for operand in (x, w_gate, w_up, w_down))
+    return F.linear(torch_activation(F.linear(x, w_gate), activation) * F.linear(x, w_up), w_down)
+
+
+def fused_gated_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None
+) -> Tensor:
+    """``gated_mlp`` of tensors that the op takes (``plain.takes``), computed in ``dtype`` (None: their own)."""
+    _check(x, w_gate, w_up, w_down, dtype)
     operands = [x, w_gate, w_up, w_down]
-    backend = choose_backend(x, dtype, op="gated_linear", shape=(x.shape[:-1].numel(), *w_gate.shape))
+    shape = (x.shape[:-1].numel(), *w_gate.shape) if x.is_cuda else ()
+    backend = choose_backend(x, dtype, op="gated_linear", shape=shape)
     needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     if needs_grad and not torch.compiler.is_compiling():
         return _GatedMLP.apply(*operands, activation, backend, dtype)

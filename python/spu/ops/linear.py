@@ -9,18 +9,22 @@ Forward and backward follow one recipe on every backend (dy is the scaled gradie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import schema
 from .dispatch import DTYPES, choose_backend, has_kernel
-from .reference import ACTIVATIONS, autocast_enabled
+from .plain import refuse_derivatives_of_backward, takes
+from .reference import ACTIVATIONS, autocast_enabled, exact, torch_activation
 from .sink import sink_both, sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def _save(
@@ -57,11 +61,7 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     """The gradients of x, weight and bias; None for those that a sink has taken."""
     if dy is None:
         return None, None, None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "spu.ops.linear_act has no second derivative: do not pass create_graph=True, or use "
-            "torch.nn.functional.linear there"
-        )
+    refuse_derivatives_of_backward("linear_act", dy)
     x, weight, saved = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
@@ -141,10 +141,14 @@ def _operands(
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None) -> None:
-    """``weight`` as [N, K]; ``dtype``: what all operands will be converted to, or None."""
+def check_activation(activation: str) -> None:
+    """Raises ValueError for an unknown one."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
+    """``weight`` as [N, K]; ``dtype``: what all operands will be converted to, or None."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear_act: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}: x must be [..., in] and weight "
@@ -173,7 +177,7 @@ def check_dtypes(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
     """Raises TypeError if ``x``, or the ``dtype`` that it will be converted to (None: not), is none of spu's."""
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"{name.split(':')[0]}: dtype is {dtype}: use float16, bfloat16 or float32")
-    if not x.is_floating_point() or (dtype is None and x.dtype not in _FLOATS):
+    if not x.dtype.is_floating_point or (dtype is None and x.dtype not in _FLOATS):
         raise TypeError(f"{name} is {x.dtype}: convert it to float16, bfloat16 or float32")
 
 
@@ -181,10 +185,10 @@ def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
     """What a fused op converts its operands to: the one asked for, else by torch's rule for a linear under autocast
     (every floating operand but fp64 becomes autocast's dtype), else None: nothing is converted.
     """
-    device_type = x.device.type
-    if dtype is None and autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return dtype
+    if dtype is not None or not _any_autocast() or x.dtype == torch.float64:
+        return dtype
+    device_type = x.device.type  # a new string: 10% of a small call, so not before
+    return torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
 
 
 def linear_act(
@@ -209,24 +213,46 @@ def linear_act(
     Returns:
         y [..., N], contiguous, in the dtype of the computation. Differentiable once in x, weight and bias, whose
         gradients have their own dtypes; works under ``torch.compile``, where (as in any backward outside a scope)
-        weight and bias get ordinary gradients. (torch.func transforms do not work: no custom op of torch has them.)
+        weight and bias get ordinary gradients. Torch's own ops serve tensor subclasses, sparse and nested tensors,
+        ``torch.func`` transforms, forward-mode derivatives, ``torch.jit.trace`` and ``torch.export``.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an unknown activation.
         TypeError: dtypes that differ or are not supported.
     """
+    check_activation(activation)
+    if takes(x, weight, bias):
+        return fused_linear_act(x, weight, bias, activation, dtype, transposed)
+    return torch_linear_act(x, weight, bias, activation, compute_dtype(x, dtype), transposed)
+
+
+def fused_linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None, transposed: bool = False
+) -> Tensor:
+    """``linear_act`` of tensors that the op takes (``plain.takes``)."""
     dtype = compute_dtype(x, dtype)
-    _check(x, weight.t() if transposed else weight, bias, activation, dtype)
+    _check(x, weight.t() if transposed else weight, bias, dtype)
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    out_in = weight.shape[::-1] if transposed else weight.shape
-    backend = choose_backend(x, dtype, op="linear", shape=(x.shape[:-1].numel(), *out_in))
+    shape: tuple[int, ...] = ()
+    if x.is_cuda:
+        shape = (x.shape[:-1].numel(), *(weight.shape[::-1] if transposed else weight.shape))
+    backend = choose_backend(x, dtype, op="linear", shape=shape)
     keep_preact = needs_grad and activation in _NEEDS_PREACT
     if needs_grad and not torch.compiler.is_compiling():
         return _LinearAct.apply(x, weight, bias, activation, keep_preact, backend, dtype, transposed)
     operands = _operands(x, weight, bias, dtype, transposed)
     return schema.overload("linear", backend)(*operands, activation, keep_preact)[0]
+
+
+@exact
+def torch_linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None, transposed: bool = False
+) -> Tensor:
+    """The same by torch's own ops, in ``dtype`` (None: the operands' own), which torch rounds after each."""
+    x, weight, bias = _operands(x, weight, bias, dtype, transposed)
+    return torch_activation(F.linear(x, weight, bias), activation)
 
 
 def linear_dw_(

@@ -48,22 +48,26 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(wire.numel_of(x.shape[:-1]), x.shape[-1])
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z); "gelu" is exact (erf), "gelu_tanh" its tanh approximation. "none" returns z itself.
-
-    gelu(inf) is inf, and that of -inf (-inf * 0) is NaN: torch's scalar code, its tails of vectors and its fp64 say so,
-    but its fp32 vectors on CPUs give NaN for both, wherever in a row the value happens to stand.
-    """
+def torch_activation(z: Tensor, activation: str) -> Tensor:
+    """act(z) as torch has it; "gelu" is exact (erf), "gelu_tanh" its tanh approximation. "none" returns z itself."""
     if activation == "none":
         return z
     if activation == "relu":
         return F.relu(z)
     if activation == "silu":
         return F.silu(z)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    assert activation == "gelu", activation
-    return F.gelu(z).masked_fill_(z == torch.inf, torch.inf)
+    assert activation in ("gelu", "gelu_tanh"), activation
+    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """act(z) below autograd, the same for a value wherever it stands.
+
+    gelu(inf) is inf, and that of -inf (-inf * 0) is NaN: torch's scalar code, its tails of vectors and its fp64 say so,
+    but its fp32 vectors on CPUs give NaN for both.
+    """
+    y = torch_activation(z, activation)
+    return y.masked_fill_(z == torch.inf, torch.inf) if activation == "gelu" else y
 
 
 @exact

@@ -1,0 +1,64 @@
+"""When spu's ops may serve a call, and when torch's own must.
+
+The ops know plain tensors: dense memory, one derivative, run now. Everything else that torch's own ops take is theirs:
+tensor subclasses (quantised, distributed, nested), sparse layouts, ``torch.func`` transforms, forward-mode derivatives,
+and whatever records a program for another runtime (``torch.fx``, ``torch.jit.trace``, ``torch.export``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, compiler, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+# FakeTensors stand for plain ones: what is planned or compiled on them will run on those.
+_TYPES = frozenset((Tensor, nn.Parameter, FakeTensor))
+_strided = torch.strided
+_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_jit_tracing: Callable[[], bool] = torch._C._is_tracing
+
+
+def _watched() -> bool:
+    return _functorch() or _jit_tracing() or compiler._is_exporting_flag
+
+
+# As torch.compiler.assume_constant_result: while Dynamo traces, this is run as it stands, inside the transforms that it
+# has entered, and the result is a constant of the graph, which Dynamo guards by the stack of transforms.
+_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all are torch's own tensors in dense memory, or None: no subclasses, nothing sparse or nested."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _TYPES or tensor.layout is not _strided or tensor.is_nested:
+            return False
+    return True
+
+
+def transformed() -> bool:
+    """Whether a transform, a forward-mode derivative or a recorder looks at the ops that are called now."""
+    return forward_ad._current_level >= 0 or _watched()
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether spu's ops may serve a call with these tensors; torch's own must otherwise."""
+    return plain(*tensors) and not transformed()
+
+
+def fake(*tensors: Tensor) -> bool:
+    """Whether one of them is a FakeTensor, so that no values can be read."""
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def refuse_derivatives_of_backward(op: str, dy: Tensor) -> None:
+    """Raises RuntimeError where a backward is itself to be differentiated: in any op of spu it would go unseen."""
+    instead = "use torch's own ops there (spu.restore(model))"
+    if torch.is_grad_enabled() and not compiler.is_compiling():
+        raise RuntimeError(f"spu.ops.{op} has no second derivative: do not pass create_graph=True, or {instead}")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
+        raise RuntimeError(f"spu.ops.{op} has no forward-mode derivative of its backward: {instead}")
