@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["FakeOps"]
 
 
 class FakeOps(TorchDispatchMode):
-    """Inside a FakeTensorMode: grouped products of every dtype, and random draws from a generator.
+    """Inside a FakeTensorMode: grouped products of every dtype, random draws from a generator, and no writes to real
+    tensors: the mode itself lets ``add_`` and ``sub_`` of a number through to them.
 
     Entered after the fake mode and before trackers, so that these count the operator itself, not what stands for it.
     """
@@ -24,7 +26,24 @@ class FakeOps(TorchDispatchMode):
             # The fake form checks what a kernel for GPUs takes: bf16 alone.
             dtype = kwargs.pop("out_dtype", None) or args[0].dtype
             return func(*map(_as_bfloat16, args), **kwargs).to(dtype)
-        return func(*args, **kwargs)
+        if not func._schema.is_mutable:
+            return func(*args, **kwargs)
+        stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        named = zip(func._schema.arguments, args)
+        args = [_spared(arg, stand_ins) if argument.name in written else arg for argument, arg in named]
+        kwargs = {name: _spared(arg, stand_ins) if name in written else arg for name, arg in kwargs.items()}
+        result = func(*args, **kwargs)
+        return next((real for real, fake in stand_ins if result is fake), result)
+
+
+def _spared(value: Any, stand_ins: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A fake tensor in place of a real one."""
+    if not isinstance(value, torch.Tensor) or is_fake(value) or value.layout is not torch.strided:
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    stand_ins.append((value, made))
+    return made
 
 
 def _as_bfloat16(value: Any) -> Any:

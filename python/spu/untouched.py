@@ -133,8 +133,6 @@ class _Seen:
         gradient, version = tensor.grad if tensor.is_leaf else None, tensor._version
         hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
         self._left.append(gradient)
-        # Operators on fakes of a single number really change the number, which fake tensors know.
-        value = tensor.detach().clone() if tensor.numel() == 1 and not tensor.is_meta else None
         bare = self._values and tensor.is_leaf and tensor.requires_grad
         if bare:
             tensor.grad = tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None
@@ -145,8 +143,6 @@ class _Seen:
             if bare:
                 tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks
             if tensor._version != version:
-                if value is not None:
-                    tensor.detach().copy_(value)
                 torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
         self._undo.append(undo)
