@@ -272,7 +272,7 @@ def _spared(roots: tuple[torch.Tensor, ...], own: list[nn.Parameter]) -> Iterato
     Code may reach parameters that its module does not register: by an enclosing function, or a list of modules.
     """
     mine = {id(parameter) for parameter in own}
-    leaves: dict[int, torch.Tensor] = {}
+    leaves: dict[int, Any] = {}  # torch's stubs have no None for hooks
     nodes, seen = [root.grad_fn for root in roots], set()
     while nodes:
         node = nodes.pop()

@@ -147,6 +147,6 @@ def unmade_parameter(module: nn.Module) -> str | None:
     """The name of a parameter or buffer that has no shape yet (of a lazy module); None if all have one."""
     for named in (module.named_parameters(), module.named_buffers()):
         for name, tensor in named:
-            if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+            if torch.nn.parameter.is_lazy(tensor):
                 return name
     return None

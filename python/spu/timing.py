@@ -230,8 +230,8 @@ class _Holder(torch.nn.Module):
 
 def _own_loss(loss_fn: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
     """The loss; a copy of it if it is a module, or a method of one."""
-    (own,) = layer_copy(_Holder(loss_fn)).held
-    return own
+    own: Any = layer_copy(_Holder(loss_fn))
+    return own.held[0]
 
 
 class _Bench:

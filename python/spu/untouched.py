@@ -82,7 +82,7 @@ class _Seen:
         self.tensors: list[torch.Tensor] = []
         self._values = values
         self._known: dict[int, Any] = {}  # keeps what it names alive, so that no id is used twice
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._left: list[Any] = list(roots)
         while self._left:
             with contextlib.suppress(Exception):  # an object may refuse to be looked at
@@ -124,7 +124,7 @@ class _Seen:
         elif _walked(value):
             self._object(value)
 
-    def _tensor(self, tensor: torch.Tensor) -> None:
+    def _tensor(self, tensor: Any) -> None:  # a torch.Tensor, whose stubs have no None for hooks
         self.tensors.append(tensor)
         if type(tensor) is not torch.Tensor or tensor.__dict__:
             self._attributes(tensor)

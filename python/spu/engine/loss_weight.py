@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,9 @@ def _divergence(targets: torch.Tensor, setting: _Setting) -> int:
     return targets.shape[0] if setting("reduction", "mean") == "batchmean" else targets.numel()
 
 
-_Divisor = Callable[[Any, _Setting], Any]
+class _Divisor(Protocol):
+    def __call__(self, targets: Any, setting: _Setting) -> Any: ...
+
 
 # loss function -> what its mean divides by, given the targets
 _DIVISORS: dict[Any, _Divisor] = {
@@ -178,7 +180,7 @@ def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
 
 
 def _reduction_of(setting: _Setting) -> Any:
-    old = [setting.given.get(name) for name in ("size_average", "reduce")]
-    if old != [None, None]:
-        return _reduction.legacy_get_string(*old, emit_warning=False)
+    size_average, reduce = setting.given.get("size_average"), setting.given.get("reduce")
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     return setting("reduction", "mean")
