@@ -13,41 +13,28 @@ import torch
 from torch import nn
 
 from spu import ops, placement, schedules
-from spu.by_hand import ByHand
 from spu.devices import Device, DeviceManager
-from spu.engine.build import (
-    DTYPES,
-    Built,
-    build_stages,
-    check_parameters,
-    give_back,
-    to_precision,
-    undo_precision,
-    unfused,
-)
+from spu.engine.build import DTYPES
 from spu.engine.bytes import counted_bytes
-from spu.engine.first_batch import check_batch
 from spu.engine.generators import generator_states, set_generator_states
-from spu.engine.loss import OnRawOutputs, cross_entropy
-from spu.engine.loss_weight import weighing_of
+from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import as_dicts, at_least
 from spu.engine.result import StepResult
-from spu.engine.runner import Pass, Runner
-from spu.engine.state import Kept, load_training, save_training, state_for_model
-from spu.engine.unchanged import Unchanged
+from spu.engine.runner import Pass
+from spu.engine.state import load_training, save_training, state_for_model
 from spu.engine.uninterrupted import uninterrupted
-from spu.engine.update import OptimizerFactory, Update, release
-from spu.interrupts import Held, stop_if_asked
+from spu.engine.update import OptimizerFactory, Update
 from spu.plan import Plan
 from spu.plan.compare import comparison, replanned
-from spu.planner import WORTH, Planner, Settings
+from spu.planner import Settings
 from spu.precision import LossScaler
 from spu.schedules import Timeline
+from spu.staged import Staged
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
 
 
-class ModelParallelTrainer(ByHand):
+class ModelParallelTrainer(Staged):
     """Trains a model cut into stages, one for each device, exactly as if it were whole.
 
     Args:
@@ -124,140 +111,39 @@ class ModelParallelTrainer(ByHand):
                 f"optimizer is an {name} that was made already; the trainer makes one for each stage: give its class, "
                 f"optimizer={name}, lr=..., or functools.partial({name}, lr=..., ...)"
             )
-        super().__init__(model, DeviceManager().get_devices(devices))
-        self.precision = _one_of("precision", precision, DTYPES)
+        _one_of("precision", precision, DTYPES)
         if microbatches != "auto":
             _at_least_one("microbatches", microbatches)
-        self.accumulate = _at_least_one("accumulate", accumulate)
-        packed = _one_of("transfer", transfer, ["auto", "none", *ops.CODECS])
-        self.settings = Settings(
+        settings = Settings(
             schedule=schedule,
             virtual=None if schedule == "auto" and virtual is None else schedules.stages_per_rank(schedule, virtual),
             microbatches=microbatches,
-            accumulate=accumulate,
+            accumulate=_at_least_one("accumulate", accumulate),
             precision=precision,
-            transfer=packed,
+            transfer=_one_of("transfer", transfer, ["auto", "none", *ops.CODECS]),
             recompute=_one_of("recompute", recompute, ["auto", True, False]),
         )
-        self.loss_fn = cross_entropy if loss_fn is None else loss_fn
-        self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
-        self._weighing = weighing_of(self.loss_fn, loss_weight)
+        super().__init__(
+            model,
+            DeviceManager().get_devices(devices),
+            settings,
+            loss_fn=loss_fn,
+            raw_outputs=raw_outputs,
+            loss_weight=loss_weight,
+            optimizer=optimizer,
+            lr=lr,
+            max_grad_norm=max_grad_norm,
+            scaler=scaler,
+            plan=plan,
+            measure=measure,
+        )
         self.lr_schedule = lr_schedule
-        self.max_grad_norm = max_grad_norm
         self.seed = seed
-        self.loss_weight = loss_weight
-        self.measure = measure
-        self._report, self._replan = report, replan
-        self.scaler = scaler or LossScaler(enabled=precision == "fp16")
         self.steps_done = 0
         self.passes_done = 0
-        self._optimizer, self._lr = optimizer, lr
-        self._backend = ops.forced_backend()
-        self._fused: list[nn.Module] = []
-        self._unchanged: Unchanged | None = None
-        self._given_plan = plan
-        self._plan: Plan | None = None
-        self._planner: Planner | None = None
-        self._runner: Runner | None = None
+        self._report, self._replan = report, replan
         self._steps_here = 0
-        self._peaks: dict[str, int] = {}
-        self._timeline: Timeline | None = None
         self._step_s: float | None = None
-
-    # Planning
-
-    @property
-    def plan(self) -> Plan | None:
-        """Where everything goes; None before :meth:`prepare` or the first step."""
-        return self._plan
-
-    @torch.inference_mode(False)
-    def prepare(self, inputs: Any, targets: Any = None) -> Plan:
-        """Plan on a sample batch and set the stages up; the first step does it by itself.
-
-        Raises:
-            ValueError: more stages than layers, or no placement under the budgets; nothing was moved or converted.
-        """
-        if self._plan is not None:
-            return self._plan
-        inputs, targets = as_dicts(inputs), as_dicts(targets)
-        layers = self._require_layers()
-        check_parameters(layers)
-        check_batch(layers, inputs, targets, self.loss_fn)
-        planner = Planner(layers, self.devices, self.settings, self._loss)
-        with Held():  # Ctrl-C within torch's fake mode would leave it on for good
-            if self._given_plan is None:
-                plan = planner.plan(inputs, targets, measure=self.measure)
-            else:
-                plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
-            stop_if_asked()
-            taken_over = release(layers)
-            self._fused = unfused(layers)
-            masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule)) | taken_over
-            give_back(layers, taken_over)
-            try:
-                self._runner = self._build(plan, lambda built: built.masters.update(masters))
-            except BaseException:
-                undo_precision(layers, masters)
-                raise
-            self._plan, self._planner, self._settled = plan, planner, True
-        return plan
-
-    @torch.inference_mode(False)
-    def replan(self) -> Plan:
-        """Plan again from the times that the last step measured, and move the layers if that makes a step shorter.
-
-        Schedule and number of microbatches stay, unless they were "auto". Nothing that training has made is lost:
-        weights, moments and loss scale are those of the step before, and so are the next losses (to the last bit where
-        nothing is packed between the stages).
-
-        Returns:
-            The plan from now on; where nothing moves (nor may, with an optimizer that keeps sums of each stage's own),
-            the same stages with times that rest on the measured step.
-
-        Raises:
-            RuntimeError: before the first step.
-        """
-        if self._plan is None or self._timeline is None or self._planner is None:
-            raise RuntimeError("no step has run yet: call step() first")
-        same, best = self._planner.again(self._plan, self._timeline)
-        old = self._ready()
-        kept = Kept(old.built, old.updater.optimizers)
-        if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
-            self._plan = same
-            return same
-        with Held():
-            old.updater.clear_gradients()
-            old.close()
-            self._runner = self._build(best, kept.give_masters)
-            kept.put_back(self._runner.built, self._runner.updater.optimizers)
-            self._plan, self._timeline, self._peaks = best, None, {}
-        return best
-
-    def _build(self, plan: Plan, add_masters: Callable[[Built], None]) -> Runner:
-        """Move the layers to where the plan has them."""
-        device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
-        built = build_stages(
-            self._require_layers(),
-            [range(*stage.layers) for stage in plan.stages],
-            [device_of[stage.device] for stage in plan.stages],
-            loss_fn=self._loss,
-            recompute=plan.recomputed_layers,
-        )
-        add_masters(built)
-        built.fused = list(self._fused)
-        runner = Runner(
-            built,
-            plan,
-            self.scaler,
-            backend=self._backend,
-            weighing=self._weighing,
-            optimizer=self._optimizer,
-            lr=self._lr,
-            max_grad_norm=self.max_grad_norm,
-        )
-        self._unchanged = Unchanged(self._model or self._parts, built)
-        return runner
 
     # Training
 
@@ -452,45 +338,11 @@ class ModelParallelTrainer(ByHand):
         self.seed = meta["seed"]
         return meta["extra"]
 
-    # Ending
-
-    def close(self) -> None:
-        """End the worker threads and give the model back; harmless when called twice.
-
-        Linear layers and blocks get their own classes back. Weights stay in the precision they were trained in:
-        :meth:`state_dict_for_model` has them in full, also after this.
-        """
-        if self._runner is not None:
-            self._runner.close()
-            self._runner.built.unfuse()
-
     def __enter__(self) -> ModelParallelTrainer:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _prepared(self) -> Runner:
-        assert self._runner is not None
-        return self._runner
-
-    def _ready(self, *, training: bool = True) -> Runner:
-        """To run, as the calling thread would: with the backend that is forced around the call."""
-        runner = self._prepared()
-        assert self._unchanged is not None
-        runner.updater.check_open()
-        self._unchanged.check(training=training)
-        runner.engine.backend = ops.forced_backend() or self._backend
-        return runner
-
-    def _readable(self) -> Runner:
-        """With a state that is this trainer's, whole, and in the model that it was made of."""
-        runner = self._prepared()
-        assert self._unchanged is not None
-        runner.updater.check_own()
-        runner.updater.check_whole()
-        self._unchanged.check(training=False)
-        return runner
 
 
 def _one_of(what: str, value: Any, known: Any) -> Any:
