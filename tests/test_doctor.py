@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from spu import doctor, ops, toolchain
+from spu import doctor, installing, ops, toolchain
 from spu.doctor import Row, report
 
 NAMES = [
@@ -158,7 +157,7 @@ def test_backends_come_from_the_dispatcher_with_a_command_for_the_missing(monkey
         ("backend cpu", False, "not built"),
         ("backend new", False, "no card"),
     ]
-    assert [row.fix for row in rows] == ["", doctor._rebuild(), "buy one"]
+    assert [row.fix for row in rows] == ["", installing.rebuild(), "buy one"]
 
 
 def test_an_extension_that_is_not_built_has_the_command_that_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,40 +165,7 @@ def test_an_extension_that_is_not_built_has_the_command_that_builds_it(monkeypat
     row = doctor._extension("spu._C", "C++ kernels", lambda: "")
     assert not row.works
     assert "not built" in row.detail
-    assert row.fix == doctor._rebuild()
-
-
-def test_the_build_command_is_for_the_checkout_or_for_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_source_tree", lambda: Path("/src/my spu"))
-    assert (
-        "-m pip install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11' && cd '/src/my spu' && " in doctor._rebuild()
-    )
-    assert doctor._rebuild().endswith("setup.py build_ext --inplace")
-    monkeypatch.setattr(doctor, "_source_tree", lambda: None)
-    monkeypatch.setattr(doctor, "_installed_from", lambda: "/src/my spu")
-    tools, build = doctor._rebuild().split(" && ")
-    assert tools.endswith("-m pip install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'")
-    assert build.startswith("SPU_BUILD=1 ")
-    assert build.endswith("install --force-reinstall --no-deps --no-cache-dir --no-build-isolation '/src/my spu'")
-
-
-def test_the_package_is_installed_again_from_where_it_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The command named a package that no index has: "No matching distribution found"."""
-    from importlib import metadata
-
-    noted = json.dumps({"url": f"file://{tmp_path}/my%20spu", "dir_info": {}})
-    found = SimpleNamespace(read_text=lambda name: noted)
-    monkeypatch.setattr(metadata, "distribution", lambda name: found)
-    assert doctor._installed_from() == "."
-    (tmp_path / "my spu" / "csrc").mkdir(parents=True)
-    (tmp_path / "my spu" / "setup.py").touch()
-    assert doctor._installed_from() == f"{tmp_path}/my spu"
-    for text in ("", "[", None):
-        found.read_text = lambda name, text=text: text
-        assert doctor._installed_from() == "."
-    monkeypatch.setattr(doctor, "_source_tree", lambda: None)
-    commands = (doctor._rebuild(), doctor._reinstall(), doctor._rebuild_cuda())
-    assert not [command for command in commands if "spu-torch" in command]
+    assert row.fix == installing.rebuild()
 
 
 def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +173,7 @@ def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyP
     row = doctor._extension("spu._C", "C++ kernels", lambda: "")
     assert not row.works
     assert "built, but cannot be loaded: ImportError: undefined symbol: aoti_torch_x" in row.detail
-    assert row.fix == doctor._rebuild()
+    assert row.fix == installing.rebuild()
 
 
 def test_an_extension_that_works_says_with_which_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 
 from spu.job import run
 from spu.job.config import TrainConfig
-from spu.job.run import MAX_BAD_LOSSES, MAX_SKIPPED, Guard, settle_steps
+from spu.job.guard import MAX_BAD_LOSSES, MAX_SKIPPED, Guard
+from spu.job.run import settle_steps
 
 
 def result(loss: float = 1.0, skipped: bool = False):

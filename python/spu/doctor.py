@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import sys
-import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from spu import toolchain
+from spu import installing, toolchain
 
 __all__ = ["Row", "report"]
 
@@ -89,13 +86,19 @@ def _torch() -> Row:
         import torch
     except Exception as error:
         return Row(
-            "torch", False, f"cannot be imported: {_text(error)}", f"{_pip()} install --force-reinstall 'torch>=2.11'"
+            "torch",
+            False,
+            f"cannot be imported: {_text(error)}",
+            f"{installing.pip()} install --force-reinstall 'torch>=2.11'",
         )
     version = str(torch.__version__)
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     if _numbers(version) < (2, 11):
         return Row(
-            "torch", False, f"{version} ({build}); spu needs 2.11 or later", f"{_pip()} install --upgrade 'torch>=2.11'"
+            "torch",
+            False,
+            f"{version} ({build}); spu needs 2.11 or later",
+            f"{installing.pip()} install --upgrade 'torch>=2.11'",
         )
     return Row("torch", True, f"{version} ({build}), {torch.get_num_threads()} threads")
 
@@ -106,11 +109,11 @@ def _backends() -> list[Row]:
 
         found = backends()
     except Exception as error:
-        return [Row("backends", False, f"spu.ops cannot be imported: {_text(error)}", _reinstall())]
+        return [Row("backends", False, f"spu.ops cannot be imported: {_text(error)}", installing.reinstall())]
     rows = []
     for name, status in found.items():
         # The dispatcher's fix explains; a row's is a command to paste.
-        fix = "" if status.available else _rebuild() if name == "cpu" else status.fix
+        fix = "" if status.available else installing.rebuild() if name == "cpu" else status.fix
         if name == "cuda" and not status.available:
             fix = _cuda_library().fix  # what would make it work, if anything would on this machine
         rows.append(Row(f"backend {name}", status.available, status.reason or "available", fix))
@@ -122,13 +125,13 @@ def _extension(module: str, what: str, more: Callable[[], str]) -> Row:
     try:
         spec = importlib.util.find_spec(module)
     except Exception as error:
-        return Row(module, False, f"{what}: cannot be looked for: {_text(error)}", _reinstall())
+        return Row(module, False, f"{what}: cannot be looked for: {_text(error)}", installing.reinstall())
     if spec is None:
-        return Row(module, False, f"{what}: not built; spu works without, slower", _rebuild())
+        return Row(module, False, f"{what}: not built; spu works without, slower", installing.rebuild())
     try:
         importlib.import_module(module)
     except Exception as error:
-        return Row(module, False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild())
+        return Row(module, False, f"{what}: built, but cannot be loaded: {_text(error)}", installing.rebuild())
     try:
         extra = more()
     except ValueError as error:  # SPU_CPU_ISA asks for what this processor lacks
@@ -161,7 +164,9 @@ def _compiler() -> Row:
     if path is not None:
         return Row("C++ compiler", True, path)
     why = f"$CXX is {named[0]!r}, which is not there" if named else f"none of {', '.join(candidates)} is on the PATH"
-    return Row("C++ compiler", False, f"{why}; needed to build spu._C and spu._host only", _install_compiler())
+    return Row(
+        "C++ compiler", False, f"{why}; needed to build spu._C and spu._host only", installing.install_compiler()
+    )
 
 
 def _triton() -> Row:
@@ -188,7 +193,7 @@ def _cuda() -> Row:
         return Row("CUDA device", False, "no NVIDIA driver is installed, so no card can be used; spu runs on the CPU")
     if torch.version.cuda is None:
         why = "there is an NVIDIA driver, but this torch is built for the CPU only"
-        return Row("CUDA device", False, why, f"{_pip()} install --force-reinstall torch")
+        return Row("CUDA device", False, why, f"{installing.pip()} install --force-reinstall torch")
     why = f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no card it can use"
     return Row("CUDA device", False, f"{why}; see which driver and cards there are", "nvidia-smi")
 
@@ -234,14 +239,16 @@ def _cuda_library() -> Row:
 
         architectures = importlib.import_module("spu._cuda").architectures()
     except Exception as error:
-        return Row("spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", _rebuild_cuda())
+        return Row(
+            "spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", installing.rebuild_cuda()
+        )
     built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
     if not _has_cuda():
         return Row("spu._cuda", True, f"{built}; idle, since torch sees no CUDA device")
     from spu.ops import cuda_library
 
     if lacks := cuda_library.uncovered(architectures):
-        fix = f"SPU_CUDA_ARCHS='{cuda_library.wanted()}' {_rebuild_cuda()}"
+        fix = f"SPU_CUDA_ARCHS='{cuda_library.wanted()}' {installing.rebuild_cuda()}"
         return Row("spu._cuda", False, f"{built}: no code for {', '.join(lacks)}", fix)
     return Row("spu._cuda", True, f"{built}; used where the table of this card names them, or SPU_BACKEND=cuda does")
 
@@ -249,10 +256,14 @@ def _cuda_library() -> Row:
 def _cuda_library_not_built(what: str) -> Row:
     nvcc, device = _nvcc().works, _has_cuda()
     if device and nvcc:
-        return Row("spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", _rebuild_cuda())
+        return Row(
+            "spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", installing.rebuild_cuda()
+        )
     if device:
         why = f"{what}: not built, and there is no nvcc that can build them; Triton's serve"
-        return Row("spu._cuda", False, why, f"{toolchain.install_nvcc(_pip())} && {_rebuild_cuda()}")
+        return Row(
+            "spu._cuda", False, why, f"{toolchain.install_nvcc(installing.pip())} && {installing.rebuild_cuda()}"
+        )
     if nvcc:
         why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
         return Row("spu._cuda", False, why)
@@ -268,14 +279,21 @@ def _nvcc() -> Row:
             if named
             else "not on the PATH, in $CUDA_HOME or /usr/local/cuda, nor installed by pip"
         )
-        return Row("nvcc", False, f"{why}; only compiling CUDA code needs it", toolchain.install_nvcc(_pip()))
+        return Row("nvcc", False, f"{why}; only compiling CUDA code needs it", toolchain.install_nvcc(installing.pip()))
     version = toolchain.nvcc_version(path)
     if version is None:
-        return Row("nvcc", False, f"{path} does not run: --version says no release", toolchain.install_nvcc(_pip()))
+        return Row(
+            "nvcc", False, f"{path} does not run: --version says no release", toolchain.install_nvcc(installing.pip())
+        )
     text = f"{path}, release {'.'.join(map(str, version))}"
     if version < toolchain.OLDEST_NVCC:
         oldest = ".".join(map(str, toolchain.OLDEST_NVCC))
-        return Row("nvcc", False, f"{text}; building spu._cuda needs {oldest} or later", toolchain.install_nvcc(_pip()))
+        return Row(
+            "nvcc",
+            False,
+            f"{text}; building spu._cuda needs {oldest} or later",
+            toolchain.install_nvcc(installing.pip()),
+        )
     return Row("nvcc", True, text)
 
 
@@ -285,7 +303,7 @@ def _package_probe(name: str) -> Callable[[], Row]:
 
 def _package(name: str, purpose: str, first: str, before: str) -> Row:
     wanted = f"{name}>={first}" + (f",<{before}" if before else "")
-    install = f"{_pip()} install '{wanted}'"
+    install = f"{installing.pip()} install '{wanted}'"
     if importlib.util.find_spec(name) is None:
         return Row(name, False, f"not installed; needed for {purpose}", install)
     try:
@@ -314,97 +332,6 @@ def _has_cuda() -> bool:
         return torch.cuda.is_available()
     except Exception:
         return False
-
-
-# Commands.
-
-
-def _python_command() -> str:
-    return shlex.quote(sys.executable or "python")
-
-
-def _pip() -> str:
-    """pip of the Python that is running: a bare pip may be another's."""
-    return f"{_python_command()} -m pip"
-
-
-def _source_tree() -> Path | None:
-    """The checkout that spu is run from, if it is."""
-    root = Path(__file__).resolve().parents[2]
-    return root if _is_source(root) else None
-
-
-def _is_source(root: Path) -> bool:
-    return (root / "setup.py").exists() and (root / "csrc").is_dir()
-
-
-def _installed_from() -> str:
-    """The source tree that spu was installed from, if pip noted one and it is there; else "." for one to be gone to."""
-    from importlib import metadata
-    from urllib.parse import unquote, urlparse
-
-    try:
-        noted = metadata.distribution("spu-torch").read_text("direct_url.json")
-        root = Path(unquote(urlparse(json.loads(noted or "{}").get("url", "")).path))
-    except (metadata.PackageNotFoundError, ValueError):
-        return "."
-    return str(root) if _is_source(root) else "."
-
-
-def _rebuild() -> str:
-    """The command that builds the extensions (a compiler has its own row)."""
-    root = _source_tree()
-    if root is not None:
-        return f"{_build_tools()} && cd {shlex.quote(str(root))} && {_python_command()} setup.py build_ext --inplace"
-    return f"{_build_tools()} && {_install_again('SPU_BUILD=1')}"
-
-
-def _install_again(variables: str) -> str:
-    """spu is installed from its source tree; where that is gone, from one that the command is run in."""
-    options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
-    return f"{variables} {_pip()} install {options} {shlex.quote(_installed_from())}".strip()
-
-
-def _build_tools() -> str:
-    """What an isolated build would install by itself, beside torch."""
-    return f"{_pip()} install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'"
-
-
-def _rebuild_cuda() -> str:
-    """The command that builds the CUDA library too, with its headers; an isolated build would not see pip's nvcc."""
-    root, nvcc = _source_tree(), toolchain.find_nvcc()
-    where = shlex.quote(nvcc) if nvcc else f"$(ls {shlex.quote(sysconfig.get_paths()['purelib'])}/nvidia/*/bin/nvcc)"
-    if root is not None:
-        headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
-        build = f"SPU_CUDA=1 NVCC={where} {_python_command()} setup.py build_ext --inplace"
-        return f"{_build_tools()} && {headers} && cd {shlex.quote(str(root))} && {build}"
-    headers = f"{_pip()} install --no-deps nvidia-cutlass==4.2.0.0"
-    return f"{_build_tools()} && {headers} && {_install_again(f'SPU_BUILD=1 SPU_CUDA=1 NVCC={where}')}"
-
-
-def _reinstall() -> str:
-    root = _source_tree()
-    if root is not None:
-        return f"{_pip()} install --force-reinstall {shlex.quote(str(root))}"
-    return f"{_build_tools()} && {_install_again('')}"
-
-
-def _install_compiler() -> str:
-    if sys.platform == "darwin":
-        return "xcode-select --install"
-    sudo = "" if hasattr(os, "geteuid") and os.geteuid() == 0 else "sudo "
-    managers: Iterable[tuple[str, str]] = (
-        ("apt-get", "apt-get install -y g++"),
-        ("dnf", "dnf install -y gcc-c++"),
-        ("yum", "yum install -y gcc-c++"),
-        ("zypper", "zypper install -y gcc-c++"),
-        ("pacman", "pacman -S --noconfirm gcc"),
-        ("apk", "apk add g++"),
-    )
-    for program, command in managers:
-        if shutil.which(program):
-            return sudo + command
-    return "conda install -c conda-forge cxx-compiler"
 
 
 def _text(error: BaseException) -> str:

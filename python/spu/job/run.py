@@ -21,6 +21,7 @@ from spu.job import console, reference, report
 from spu.job.config import TrainConfig
 from spu.job.data import Corpus, make_corpus
 from spu.job.folder import RunFolder
+from spu.job.guard import Guard
 from spu.job.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows
 from spu.job.model import Tokenizer, load_config, make_model, make_tokenizer
 from spu.job.sample import choose_prompt, sample_text
@@ -31,8 +32,6 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.trainer import ModelParallelTrainer, StepResult
 
-MAX_BAD_LOSSES = 5  # in a row; a skipped step leaves the weights alone, so that the next batch has its chance
-MAX_SKIPPED = 40  # in a row: a loss scale of 2**16 has been halved to nothing by then
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
@@ -178,37 +177,6 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, to
     """Mean loss over all targets of `batches`, on the pipeline."""
     total = sum(trainer.evaluate(x, y) * y.numel() for x, y in batches)
     return total / sum(y.numel() for _, y in batches)
-
-
-class Guard:
-    """Ends a run that cannot get anywhere.
-
-    Attributes:
-        sound: the last loss was finite, so that the weights are worth a checkpoint.
-
-    Raises (from `check`):
-        ValueError: the loss is not finite from the start or for some steps in a row, or every step is skipped.
-    """
-
-    def __init__(self) -> None:
-        self._bad = self._skipped = 0
-        self._good = False
-        self.sound = True
-
-    def check(self, step: int, result: StepResult, config: TrainConfig) -> None:
-        self.sound = math.isfinite(result.loss)
-        self._bad = 0 if self.sound else self._bad + 1
-        self._skipped = self._skipped + 1 if result.skipped else 0
-        what = f"check the weights, --lr {config.lr:g} and --precision {config.precision}"
-        if self._bad and (not self._good or self._bad >= MAX_BAD_LOSSES):
-            when = "from the start" if not self._good else f"for {self._bad} steps"
-            raise ValueError(f"the loss is {result.loss} {when} (step {step}): {what}, or train with --precision fp32")
-        if self._skipped >= MAX_SKIPPED:
-            raise ValueError(
-                f"{self._skipped} steps in a row were skipped, down to a loss scale of {result.loss_scale:g} (step "
-                f"{step}): {what}, or give a smaller --init-scale"
-            )
-        self._good = self._good or not self._bad
 
 
 def train(job: Job, signals: StopSignals) -> dict[str, Any]:
@@ -400,4 +368,4 @@ def draw_losses(job: Job, summary: dict[str, Any]) -> None:
     )
 
 
-__all__ = ["Guard", "Job", "draw_losses", "make_trainer", "train"]
+__all__ = ["Job", "draw_losses", "make_trainer", "train"]

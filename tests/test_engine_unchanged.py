@@ -1,0 +1,113 @@
+"""A model that is no longer the one that was prepared is refused by name, before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from numeric import assert_equal
+from pipelines import batch, trainer
+from torch import nn
+
+from spu import ModelParallelTrainer
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def make(model: Any) -> ModelParallelTrainer:
+    return trainer(model, precision="bf16", microbatches=2, lr=1e-4)
+
+
+def replace_parameter(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(16, 6))
+
+
+def add_parameter(model: nn.Sequential) -> None:
+    model[0].register_parameter("more", nn.Parameter(torch.zeros(3)))
+
+
+def replace_module(model: nn.Sequential) -> None:
+    model[1] = nn.ReLU()
+
+
+def append_module(model: nn.Sequential) -> None:
+    model.append(nn.ReLU())
+
+
+def parametrize(model: nn.Sequential) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+
+
+def to_fp32(model: nn.Sequential) -> None:
+    model.float()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (replace_parameter, r"parameter '0.weight' was replaced"),
+        (add_parameter, r"parameter '0.more' was added"),
+        (replace_module, r"module '1' was replaced"),
+        (append_module, r"module '3' was replaced, added"),
+        (parametrize, r"'2.parametrizations' was replaced, added|parameter '2.weight' was added or removed"),
+        (to_fp32, r"parameter '0.weight' is torch.float32 .* was torch.bfloat16"),
+    ],
+)
+def test_another_model_than_the_prepared_one_is_refused_by_name(
+    edit: Callable[[nn.Sequential], None], message: str
+) -> None:
+    """The optimizer went on with the old parameter, and the new one was never trained."""
+    model = mlp()
+    with make(model) as trainer:
+        trainer.step(*batch())
+        edit(model)
+        for call in (lambda: trainer.step(*batch()), lambda: trainer.evaluate(*batch()), trainer.state_dict_for_model):
+            with pytest.raises(RuntimeError, match=message):
+                call()
+
+
+def test_a_list_of_layers_that_has_changed_is_refused() -> None:
+    layers = list(mlp())
+    with make(layers) as trainer:
+        trainer.step(*batch())
+        layers[1] = nn.ReLU()
+        with pytest.raises(RuntimeError, match="the list of layers has changed"):
+            trainer.step(*batch())
+
+
+def test_a_model_that_is_converted_and_back_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    with make(model) as trainer:
+        trainer.step(*batch())
+        exact = trainer.state_dict_for_model()
+        model.float()
+        model.bfloat16()
+        assert model[2].weight is model[0].weight
+        for name, value in trainer.state_dict_for_model().items():
+            assert_equal(value, exact[name], name)
+        trainer.step(*batch())
+
+
+def test_a_hook_on_the_whole_model_and_a_forward_of_its_own_are_refused() -> None:
+    """A pipeline calls the layers: both were left out without a word."""
+
+    class Doubles(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    with pytest.raises(TypeError, match="Doubles is an nn.Sequential with a forward of its own"):
+        make(Doubles(*mlp()))
+    model = mlp()
+    with make(model) as trainer:
+        trainer.step(*batch())
+        hook = model.register_forward_hook(lambda module, inputs, output: output * 2)
+        with pytest.raises(RuntimeError, match=r"the model \(Sequential\) has a hook"):
+            trainer.step(*batch())
+        hook.remove()
+        trainer.step(*batch())
