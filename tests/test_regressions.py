@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 import spu
 from spu import DeviceManager, ModelParallelTrainer, StageError
-from spu.checkpoint import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -301,46 +299,7 @@ def test_a_small_batch_may_be_evaluated_first(planned: bool) -> None:
         trainer.step(*batch(2))
 
 
-# State and plans
-
-
-def test_a_16_bit_model_resumes_bit_identically(tmp_path: Path) -> None:
-    """A model that was fp16 from the start had no master before its first step: load() failed."""
-    start = model_of(nn.LayerNorm(16)).half()
-    with make(copy.deepcopy(start), precision="fp16", lr=0.01) as trainer:
-        for _ in range(3):
-            trainer.step(*batch())
-        trainer.save(tmp_path / "checkpoint")
-        expected = [trainer.step(*batch()).loss for _ in range(3)]
-    with make(copy.deepcopy(start), precision="fp16", lr=0.01) as trainer:
-        trainer.prepare(*batch())
-        trainer.load(tmp_path / "checkpoint")
-        assert [trainer.step(*batch()).loss for _ in range(3)] == expected
-
-
-def test_masters_hold_what_another_16_bit_type_rounds() -> None:
-    """An fp16 model trained in bf16 started from masters that had been through bf16."""
-    model = model_of().half()
-    exact = model[0].weight.detach().float().clone()
-    with make(model, precision="bf16") as trainer:
-        trainer.prepare(*batch())
-        assert_equal(trainer.state_dict_for_model()["0.weight"], exact)
-
-
-@pytest.mark.parametrize(("saved", "loaded"), [("fp32", "fp16"), ("bf16", "fp16"), ("fp16", "fp32")])
-def test_a_checkpoint_loads_into_another_precision(tmp_path: Path, saved: str, loaded: str) -> None:
-    """A precision without a loss scale saved an empty scaler, and load() failed on it half-way."""
-    with make(model_of(), precision=saved, lr=0.01) as trainer:
-        trainer.step(*batch())
-        trainer.save(tmp_path / "checkpoint")
-        state = trainer.state_dict_for_model()
-    with make(model_of(), precision=loaded, lr=0.01) as trainer:
-        trainer.prepare(*batch())
-        trainer.load(tmp_path / "checkpoint")
-        assert trainer.steps_done == 1
-        for name, value in trainer.state_dict_for_model().items():
-            assert_equal(value, state[name], name)
-        assert not trainer.step(*batch()).skipped
+# Plans
 
 
 @pytest.mark.parametrize(
@@ -357,65 +316,6 @@ def test_a_plan_for_other_settings_is_refused(other: dict[str, Any]) -> None:
         trainer.step(*batch())
     with make(model_of(), plan=plan, **other) as trainer:
         assert trainer.prepare(*batch()) is plan
-
-
-class Grouped(torch.optim.SGD):
-    """Keeps its rate's growth in the group, and a text with each parameter."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            group["growth"] = group.get("growth", 1.0) * 1.5
-            group["weight_decay"] += 0.1
-            for parameter in group["params"]:
-                self.state[parameter]["phase"] = "warm"
-                if parameter.grad is not None:
-                    parameter.data.add_(parameter.grad, alpha=-group["lr"] * group["growth"])
-
-
-def test_what_an_optimizer_keeps_in_its_groups_is_saved(tmp_path: Path) -> None:
-    """Only tensors and numbers of single parameters were: a resumed run went on with other steps."""
-    with make(model_of(), optimizer=Grouped, lr=0.01) as trainer:
-        for _ in range(2):
-            trainer.step(*batch())
-        trainer.save(tmp_path / "checkpoint")
-        expected = [trainer.step(*batch()).loss for _ in range(3)]
-    for stages in (2, 1):
-        with make(model_of(), stages, optimizer=Grouped, lr=0.01) as trainer:
-            trainer.prepare(*batch())
-            trainer.load(tmp_path / "checkpoint")
-            inner = trainer._prepared().updater.optimizers[0].optimizer
-            assert inner.param_groups[0]["growth"] == 1.5**2
-            assert inner.state[inner.param_groups[0]["params"][0]]["phase"] == "warm"
-            assert [trainer.step(*batch()).loss for _ in range(3)] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_checkpoint_says_which_optimizer_it_is_of_and_what_it_cannot_hold(tmp_path: Path) -> None:
-    """Another optimizer's state was taken without a word, an object of its own left out."""
-    with make(model_of(), optimizer=Grouped, lr=0.01) as trainer:
-        trainer.step(*batch())
-        trainer.save(tmp_path / "checkpoint")
-        optimizer = trainer._prepared().updater.optimizers[0].optimizer
-        optimizer.state[optimizer.param_groups[0]["params"][0]]["past"] = [torch.zeros(2)]
-        with pytest.raises(CheckpointError, match="Grouped keeps 0.weight/past as a list"):
-            trainer.save(tmp_path / "other")
-    with make(model_of()) as trainer:
-        trainer.prepare(*batch())
-        with pytest.raises(CheckpointError, match="optimizer is Grouped, this one AdamW"):
-            trainer.load(tmp_path / "checkpoint")
-
-
-def test_groups_that_differ_by_stage_go_on_in_the_same_stages_only(tmp_path: Path) -> None:
-    """One stage's step size would have become another's."""
-    with make(model_of(), optimizer=Grouped, lr=0.01) as trainer:
-        trainer.step(*batch())
-        trainer._prepared().updater.optimizers[1].param_groups[0]["growth"] = 7.0
-        trainer.save(tmp_path / "checkpoint")
-        trainer.load(tmp_path / "checkpoint")
-        assert [o.param_groups[0]["growth"] for o in trainer._prepared().updater.optimizers] == [1.5, 7.0]
-    with make(model_of(), 1, optimizer=Grouped, lr=0.01) as trainer:
-        trainer.prepare(*batch())
-        with pytest.raises(CheckpointError, match="growth, weight_decay in each of 2 stages"):
-            trainer.load(tmp_path / "checkpoint")
 
 
 def test_a_plan_for_larger_budgets_or_smaller_batches_is_refused() -> None:
