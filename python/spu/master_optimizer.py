@@ -61,8 +61,11 @@ class MasterOptimizer:
         return [None if target is param else self._followed(param, target) for param, target in pairs]
 
     def target(self, param: nn.Parameter) -> Tensor:
-        """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself."""
-        return next(target for own, target in zip(self._params, self._targets, strict=True) if own is param)
+        """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself.
+
+        Itself also where it is none of this optimizer's: one that was frozen when the optimizer was made.
+        """
+        return next((target for own, target in zip(self._params, self._targets, strict=True) if own is param), param)
 
     def master(self, param: nn.Parameter) -> Tensor:
         """As :meth:`target`, without its graph."""

@@ -134,7 +134,7 @@ class Staged(ByHand):
         if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
             self._plan = same
             return same
-        with Held():
+        with Held(), kept.unfrozen():
             old.updater.clear_gradients()
             old.close()
             self._runner = self._build(best, kept.give_masters)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,28 @@ class Kept:
         self._model = model_state(built, optimizers)
         self._optimizer = optimizer_state(built, optimizers)
         self._attached = any(map(is_attached, optimizers))
+        self._resting = [p for owned in built.owned for p in owned.values() if not p.requires_grad]
         self._masters = {
             id(parameter): _master(parameter, optimizer)
             for parameter, optimizer in _named(built, optimizers).values()
-            if parameter.dtype.itemsize == 2 and parameter.requires_grad
+            if parameter.dtype.itemsize == 2
         }
 
     @property
     def differs_by_stage(self) -> bool:
         """Whether the optimizers hold what only the same stages can go on with, or others hold on to them."""
         return self._optimizer.differs_by_stage or self._attached
+
+    @contextlib.contextmanager
+    def unfrozen(self) -> Iterator[None]:
+        """While stages are built: what was frozen since the old ones were stays its optimizer's, with its moments."""
+        for parameter in self._resting:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self._resting:
+                parameter.requires_grad_(False)
 
     def give_masters(self, built: Built) -> None:
         """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
@@ -204,10 +217,8 @@ def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, tor
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
-    """The fp32 value that a parameter's was rounded from; the parameter itself where there is none."""
-    if optimizer is None or not parameter.requires_grad:
-        return parameter.detach()
-    return optimizer.master(parameter)
+    """The fp32 value that a parameter's was rounded from, also while it is frozen; itself where there is none."""
+    return parameter.detach() if optimizer is None else optimizer.master(parameter)
 
 
 def _some(names: list[str]) -> str:

@@ -262,9 +262,12 @@ class MainGrads:
         ``grad_dtype`` is set again each time: load_state_dict(assign=True), ``to("meta")`` and others lose it.
         """
         if not self._sinks:
-            for param in self._params:
-                self._sinks.append(ParameterSink(param))
-                self._hooks.append(param.register_hook(self._sinks[-1].unscale))
+            self._sinks = [ParameterSink(param) for param in self._params]
+            for param, sink in zip(self._params, self._sinks, strict=True):
+                trained = param.requires_grad
+                param.requires_grad_(True)  # torch takes no hook for a frozen one, but keeps it for when it is not
+                self._hooks.append(param.register_hook(sink.unscale))
+                param.requires_grad_(trained)
         for param, sink in zip(self._params, self._sinks, strict=True):
             if sink_of(param) is not sink:
                 attach_sink(param, sink)
