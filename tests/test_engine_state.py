@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from pipelines import trainer as trainer_of
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.checkpoint import CheckpointError
+from spu.checkpoint import CheckpointError, Stored
+from spu.optim import AdamW
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +134,64 @@ def test_groups_that_differ_by_stage_go_on_in_the_same_stages_only(tmp_path: Pat
         trainer.prepare(*batch())
         with pytest.raises(CheckpointError, match="growth, weight_decay in each of 2 stages"):
             trainer.load(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("after", [1, 5, 9])
+@pytest.mark.parametrize("optimizer", [AdamW, torch.optim.Adam])
+def test_a_load_that_fails_in_the_middle_leaves_nothing_to_train_on(
+    optimizer: Any, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of two steps were trained on, evaluated and saved over the good checkpoint, without a word."""
+    reads = []
+    with make(model_of(), optimizer=optimizer, lr=0.1) as trainer:
+        trainer.step(*batch())
+        trainer.save(tmp_path / "checkpoint")
+        good = trainer.state_dict_for_model()
+        trainer.step(*batch())
+
+        def failing(file: Any, piece: memoryview) -> int:
+            reads.append(1)
+            if len(reads) > after:
+                raise OSError(5, "Input/output error")
+            return file.readinto(piece)
+
+        read = Stored.read
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                Stored, "read", lambda self: read(dataclasses.replace(self, file=FailingFile(self.file, failing)))
+            )
+            with pytest.raises(CheckpointError, match="tensors.safetensors: reading tensor .* failed: .*Input/output"):
+                trainer.load(tmp_path / "checkpoint")
+        calls = [trainer.step, trainer.forward_backward, trainer.evaluate]
+        for call in [*(functools.partial(c, *batch()) for c in calls), trainer.replan, trainer.state_dict_for_model]:
+            with pytest.raises(RuntimeError, match="a load of .* failed half-way: load a checkpoint"):
+                call()
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            trainer.save(tmp_path / "checkpoint")
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            trainer.load(tmp_path / "nothing")
+        with pytest.raises(RuntimeError, match="failed half-way"):
+            trainer.step(*batch())
+        trainer.load(tmp_path / "checkpoint")
+        for name, value in trainer.state_dict_for_model().items():
+            assert_equal(value, good[name], name)
+        trainer.step(*batch())
+
+
+def test_a_load_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    with make(model_of(nn.Tanh(), nn.Linear(16, 16))) as other:
+        other.step(*batch())
+        other.save(tmp_path / "checkpoint")
+    with make(model_of()) as trainer:
+        trainer.step(*batch())
+        with pytest.raises(CheckpointError, match="of another model"):
+            trainer.load(tmp_path / "checkpoint")
+        trainer.step(*batch())
+
+
+class FailingFile:
+    """A file on a disk that breaks."""
+
+    def __init__(self, file: Any, read: Any) -> None:
+        self.name, self.seek = file.name, file.seek
+        self.readinto = functools.partial(read, file)

@@ -50,14 +50,21 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """The tensor, on the CPU, in memory of its own."""
+        """The tensor, on the CPU, in memory of its own.
+
+        Raises:
+            CheckpointError: the disk cannot read it any more.
+        """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         data = memory(tensor)
-        self.file.seek(self.offset)
-        for start in range(0, len(data), CHUNK_BYTES):
-            piece = data[start : start + CHUNK_BYTES]
-            if self.file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-                raise CheckpointError(damaged(Path(self.file.name), f"it ends within tensor {self.name!r}"))
+        try:
+            self.file.seek(self.offset)
+            for start in range(0, len(data), CHUNK_BYTES):
+                piece = data[start : start + CHUNK_BYTES]
+                if self.file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    raise CheckpointError(damaged(Path(self.file.name), f"it ends within tensor {self.name!r}"))
+        except OSError as error:
+            raise CheckpointError(f"{self.file.name}: reading tensor {self.name!r} failed: {error}") from error
         return tensor
 
 

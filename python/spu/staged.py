@@ -186,6 +186,7 @@ class Staged(ByHand):
         runner = self._prepared()
         assert self._unchanged is not None
         runner.updater.check_open()
+        runner.updater.check_whole()
         self._unchanged.check(training=training)
         runner.engine.backend = ops.forced_backend() or self._backend
         return runner

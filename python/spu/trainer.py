@@ -322,20 +322,26 @@ class ModelParallelTrainer(Staged):
             The ``extra`` of :meth:`save`.
 
         Raises:
-            CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
+            CheckpointError: missing, damaged, or of another model or optimizer: nothing was changed. Or the disk failed
+                in the middle, after all had been verified: nothing but another load() is possible then.
             RuntimeError: before :meth:`prepare`.
         """
         if self._runner is None:
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
-        self._runner.updater.check_own()
-        meta = load_training(path, self._runner.built, self._runner.updater.optimizers)
+        updater = self._runner.updater
+        updater.check_own()
+
+        def begin() -> None:
+            updater.broken = f"a load of {path} failed half-way"
+
+        meta = load_training(path, self._runner.built, updater.optimizers, begin)
         if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
             self.scaler.load_state_dict(meta["scaler"])
-        self._runner.updater.broken = ""
         self.steps_done = meta["step"]
         self.passes_done = meta.get("passes", self.steps_done)
         set_generator_states(self._runner.built.stages, meta.get("generators", {}))
         self.seed = meta["seed"]
+        updater.broken = ""
         return meta["extra"]
 
     def __enter__(self) -> ModelParallelTrainer:

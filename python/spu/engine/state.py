@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,17 @@ def save_training(path: str | Path, built: Built, optimizers: Optimizers, meta: 
     checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, "optimizer": rest, "extra_state": extra, **meta})
 
 
-def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dict[str, Any]:
+def load_training(
+    path: str | Path, built: Built, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Put a checkpoint of :func:`save_training` back, into a model cut into any number of stages, and return its meta.
 
+    Args:
+        begin: called when it has been checked, before the first value is changed: what fails after it, a disk that
+            does not read any more, leaves some values of before.
+
     Raises:
-        CheckpointError: missing, damaged, or of another model or optimizer; nothing was changed.
+        CheckpointError: missing, damaged, or of another model or optimizer.
     """
     with checkpoint.opened(path) as (tensors, meta):  # one tensor at a time: a second copy of all may not fit
         if meta.get("format") != _FORMAT:
@@ -72,8 +78,11 @@ def load_training(path: str | Path, built: Built, optimizers: Optimizers) -> dic
         foreign = sorted(extra.keys() - keepers.keys())
         if foreign:
             raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
+        model = _with_prefix(tensors, "model:")
+        _check_model(model_state(built, optimizers), model)
         with Held():
-            _restore_model(built, optimizers, _with_prefix(tensors, "model:"))
+            begin()
+            _restore_model(built, optimizers, model)
             restore_optimizers(built, optimizers, state)
             own = {name: stored.read() for name, stored in _with_prefix(tensors, "extra:").items()}
             for name, packed in extra.items():
@@ -186,13 +195,8 @@ def _unpacked(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> An
     return value
 
 
-def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
-    """Put :func:`model_state` back, into a model cut into any number of stages.
-
-    Raises:
-        CheckpointError: names or shapes that do not belong to this model; nothing was changed.
-    """
-    current = model_state(built, optimizers)
+def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor | Stored]) -> None:
+    """Raises CheckpointError for names or shapes that do not belong to this model."""
     missing = sorted(current.keys() - state.keys())
     foreign = sorted(state.keys() - current.keys())
     if missing or foreign:
@@ -206,6 +210,11 @@ def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, tor
                 f"the checkpoint is of another model: {name} has shape {tuple(tensor.shape)} there and "
                 f"{tuple(current[name].shape)} here; build the model that it was saved from"
             )
+
+
+def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
+    """Put :func:`model_state` back, which `_check_model` has let pass, into any number of stages."""
+    current = model_state(built, optimizers)
     with torch.no_grad():
         for name, tensor in current.items():
             value = state[name]

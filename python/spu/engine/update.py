@@ -67,7 +67,7 @@ class Updater:
         max_grad_norm: float | None,
     ) -> None:
         self.closed = True  # until there is something to close
-        self.broken = ""  # why the weights of some stages are a step ahead of others', until a checkpoint is loaded
+        self.broken = ""  # why the weights are not all those of one step, until a checkpoint is loaded
         self._built = built
         self._engine = engine
         self._scaler = scaler
@@ -119,7 +119,7 @@ class Updater:
     def check_whole(self) -> None:
         """Raises RuntimeError if the weights are not those of one step."""
         if self.broken:
-            raise RuntimeError(f"an update failed half-way ({self.broken}): load a checkpoint, or make a new trainer")
+            raise RuntimeError(f"{self.broken}: load a checkpoint, or make a new trainer for a new model")
 
     def check_own(self) -> None:
         """Raises RuntimeError if another trainer has taken over the model, and with it the exact values."""
@@ -154,7 +154,7 @@ class Updater:
             try:
                 self._engine.each(step)
             except BaseException as error:
-                self.broken = f"{type(error).__name__}: {error}"
+                self.broken = f"an update failed half-way ({type(error).__name__}: {error})"
                 raise
         self._scaler.update(update.found_inf)
 
