@@ -144,10 +144,15 @@ def model_state(built: Built, optimizers: Optimizers) -> dict[str, torch.Tensor]
 def state_for_model(model: nn.Module, built: Built, optimizers: Optimizers) -> dict[str, Any]:
     """The model's own state_dict, hooks and extra state included, with parameters in full precision, on the CPU."""
     exact = {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
-    state = {}
+    state: dict[str, Any] = {}
+    copies: dict[int, torch.Tensor] = {}  # what is tied is so there too
     for name, value in model.state_dict(keep_vars=True).items():
-        value = exact.get(id(value), value)
-        state[name] = value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else deepcopy(value)
+        if isinstance(value, torch.Tensor):
+            if id(value) not in copies:
+                copies[id(value)] = exact.get(id(value), value).detach().to("cpu", copy=True)
+            state[name] = copies[id(value)]
+        else:
+            state[name] = deepcopy(value)
     return state
 
 

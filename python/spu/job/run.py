@@ -20,11 +20,11 @@ from spu.devices import DeviceManager
 from spu.job import console, reference, report
 from spu.job.config import TrainConfig
 from spu.job.data import Corpus, make_corpus
+from spu.job.export import free_memory, sample_of, save_model, take_exact
 from spu.job.folder import RunFolder
 from spu.job.guard import Guard
 from spu.job.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows
 from spu.job.model import Tokenizer, load_config, make_model, make_tokenizer
-from spu.job.sample import choose_prompt, sample_text
 from spu.job.stop import Stopped, StopSignals
 from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
@@ -32,7 +32,6 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.trainer import ModelParallelTrainer, StepResult
 
-SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
 
@@ -202,7 +201,12 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         trainer.plan.save(job.folder / "plan.json")
         print(trainer.plan.table(), flush=True)
         timelines = _train_steps(job, trainer, done, signals)
-        return _finish(job, trainer, parameters, timelines)
+        summary = _summary(job, trainer, parameters, timelines)
+        take_exact(model, trainer)
+    del trainer, timelines  # masters and moments
+    free_memory()
+    _finish(job, model, summary)
+    return summary
 
 
 def _resume(job: Job, trainer: ModelParallelTrainer) -> int:
@@ -299,7 +303,7 @@ def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines: deque[Timeline]) -> dict[str, Any]:
+def _summary(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines: deque[Timeline]) -> dict[str, Any]:
     config, folder = job.config, job.folder
     steps = trainer.steps_done
     rows = train_rows(read_metrics(folder.metrics))
@@ -323,21 +327,15 @@ def _finish(job: Job, trainer: ModelParallelTrainer, parameters: int, timelines:
         "precision": config.precision,
         "transfer": config.transfer,
     }
-    summary |= _pictures_of_pipeline(job, trainer, timelines)
-    model: Any = make_model(config.model, config.seed)
-    model.load_state_dict(trainer.state_dict_for_model())
-    model.save_pretrained(folder / "model")
-    job.tokenizer.save(folder / "model")
+    return summary | _pictures_of_pipeline(job, trainer, timelines)
+
+
+def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
+    save_model(model, job.tokenizer, job.folder / "model")
     if job.sample:
-        prompt = choose_prompt(job.corpus.validation, job.tokenizer, PROMPT_TOKENS)
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))
-        summary["prompt"], summary["sample"] = sample_text(
-            model, job.tokenizer, prompt, tokens=tokens, seed=config.seed
-        )
-    save_result(folder / "summary.json", summary)
+        summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
+    save_result(job.folder / "summary.json", summary)
     draw_losses(job, summary)
-    return summary
 
 
 def _pictures_of_pipeline(job: Job, trainer: ModelParallelTrainer, timelines: deque[Timeline]) -> dict[str, Any]:
