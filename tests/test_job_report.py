@@ -115,6 +115,23 @@ def test_rich_view_shows_the_numbers():
         assert expected in text.getvalue()
 
 
+def test_rich_view_fits_90_columns():
+    """Everything in it was cut to an ellipsis."""
+    import io
+
+    from rich.console import Console
+
+    from spu.job.console import RichView
+
+    text = io.StringIO()
+    view = RichView("train wikitext-2", 400, 0, Console(file=text, force_terminal=True, width=90))
+    view.update(Progress(5, 2.5, 12345.5, 65536.0, 0, 2.75))
+    view.stop()
+    for expected in ("train wikitext-2", "5/400", "loss 2.500 val 2.750 12,346 tokens/s", "left"):
+        assert expected in text.getvalue()
+    assert "\u2026" not in text.getvalue()
+
+
 def test_folders_are_never_reused(tmp_path):
     from spu.job.config import TrainConfig
 

@@ -145,3 +145,18 @@ def test_the_table_is_aligned_and_says_everything():
     assert lines[3].endswith("100 B  1.00 kB   100 ms    333 ms  250 ms")
     assert len(lines[1]) == len(lines[2]) == len(lines[3])
     assert lines[5] == "predicted: 7.8 s per step, 250 ms of it the update; idle share 11.1% (measured)"
+    assert PLAN.table(len(lines[1])).splitlines() == lines
+
+
+def test_a_table_that_is_too_wide_has_stages_as_columns():
+    """On a terminal of 90 columns every row was broken in two."""
+    wide, lines = PLAN.table().splitlines(), PLAN.table(90).splitlines()
+    assert max(map(len, lines[1:-1])) <= 90
+    assert (lines[0], lines[-1]) == (wide[0], wide[-1])
+    assert lines[1].split() == ["stage", "0", "1"]
+    assert set(lines[2]) == {"-", " "}
+    assert lines[3].split() == ["device", "cpu:0", "cpu:1"]
+    assert [line.split()[0] for line in lines[4:-1]] == [
+        *("layers", "weights", "main", "masters", "moments", "activations", "wires", "workspace", "total", "budget"),
+        *("forward", "backward", "update"),
+    ]

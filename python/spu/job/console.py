@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 _LINES = 20  # plain lines of a whole run
+_WIDE = 130  # columns that everything needs; below, the bar and the time spent are left out
 _SMOOTHING = 0.9  # of the shown training loss
 
 
@@ -72,12 +74,13 @@ class RichView:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
+        self._brief = console.width < _WIDE
         self._bar = Bar(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            *([] if self._brief else [BarColumn(bar_width=24)]),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
+            *([] if self._brief else [TimeElapsedColumn()]),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
@@ -86,7 +89,7 @@ class RichView:
         self._bar.start()
 
     def update(self, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.step, numbers=_describe(progress))
+        self._bar.update(self._task, completed=progress.step, numbers=_describe(progress, self._brief))
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -95,11 +98,16 @@ class RichView:
         self._bar.stop()
 
 
-def _describe(progress: Progress) -> str:
+def terminal_width() -> int | None:
+    """Columns of the terminal that is written to; None where it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _describe(progress: Progress, brief: bool = False) -> str:
     parts = [f"loss {progress.loss:.3f}"]
     if progress.val_loss is not None:
         parts.append(f"val {progress.val_loss:.3f}")
-    if progress.loss_scale is not None:
+    if progress.loss_scale is not None and (progress.skipped or not brief):
         parts.append(f"scale {progress.loss_scale:g} skipped {progress.skipped}")
     parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
     return " ".join(parts)

@@ -11,6 +11,7 @@ import torch
 
 from spu.devices import Device, DeviceManager, parse_bytes
 from spu.job.config import TRANSFERS, read_count
+from spu.job.console import terminal_width
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import Wanted, search_plan
@@ -153,7 +154,8 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     plan = search_plan(
         costs_by_rows(layers, options.seq, options.precision, options.schedule), machine, _wanted(options, name)
     )
-    print("\n".join(explain(plan, machine, parameters, time.perf_counter() - began)), flush=True)
+    lines = explain(plan, machine, parameters, time.perf_counter() - began, terminal_width())
+    print("\n".join(lines), flush=True)
     if out is not None:
         plan.save(out)
         budget = f" --budget {options.budget}" if options.budget else ""

@@ -199,7 +199,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
             job.folder.write_config(job.config, job.corpus_record)  # `minutes` have become steps
         assert trainer.plan is not None
         trainer.plan.save(job.folder / "plan.json")
-        print(trainer.plan.table(), flush=True)
+        print(trainer.plan.table(console.terminal_width()), flush=True)
         timelines = _train_steps(job, trainer, done, signals)
         summary = _summary(job, trainer, parameters, timelines)
         take_exact(model, trainer)

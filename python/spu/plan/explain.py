@@ -22,9 +22,13 @@ _SCHEDULES = {
 
 
 def explain(
-    plan: Plan, machine: Machine | None = None, parameters: int = 0, planned_s: float | None = None
+    plan: Plan,
+    machine: Machine | None = None,
+    parameters: int = 0,
+    planned_s: float | None = None,
+    width: int | None = None,
 ) -> list[str]:
-    """The plan's table with what is above and below it: lines of text."""
+    """The plan's table, for a terminal of ``width`` columns, with what is above and below it: lines of text."""
     size = f" ({parameters / 1e9:.2f}B parameters)" if parameters else ""
     shape = f"{plan.rows} x {plan.tokens} tokens" if plan.tokens else f"{plan.rows} rows"
     runs = f", {plan.accumulate} times" if plan.accumulate > 1 else ""
@@ -33,7 +37,7 @@ def explain(
         f"A step is {plan.microbatches} microbatches of {shape}{runs}; order {plan.schedule}: "
         f"{_SCHEDULES.get(plan.schedule, 'a schedule of its own')}.",
         "",
-        plan.table(),
+        plan.table(width),
         "",
     ]
     budgets = {stage.device: stage.budget_bytes for stage in plan.stages}

@@ -64,7 +64,10 @@ def _draw_bytes(axis: Any, plan: Plan) -> None:
         axis.plot([stage.budget_bytes / 1e9] * 2, [k - 0.4, k + 0.4], color=TEXT, linewidth=1.5)
         layers = stage.layer_names
         names = layers[0] if len(layers) == 1 else f"{layers[0]} .. {layers[-1]}"
-        axis.text(left, k, f"  {names}", va="center", fontsize=7, color=FAINT)
+        axis.annotate(
+            names, (left, k), (4, 0), textcoords="offset points", va="center", fontsize=7, color=FAINT, zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # the line of the budget may cross it
+        )  # fmt: skip
     labels = [f"{k}: {stage.device}" for k, stage in enumerate(plan.stages)]
     _dress(axis, labels, "GB at the peak (line: the device's budget)")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.7 / max(len(plan.stages), 2)), ncols=7, fontsize=7,

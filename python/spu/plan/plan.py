@@ -144,9 +144,9 @@ class Plan:
         """For each device, in the order of `devices`: (seconds, bytes held from then on) over one run."""
         return memory_curve(self)
 
-    def table(self) -> str:
-        """The plan as a table of plain text."""
-        return plan_table(self)
+    def table(self, width: int | None = None) -> str:
+        """The plan as a table of plain text; with stages as columns where it is wider than ``width``."""
+        return plan_table(self, width)
 
     def to_json(self) -> str:
         """The plan as JSON text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spu.plan.units import format_bytes, format_seconds
@@ -18,8 +19,11 @@ _HEADS = (
 _HOW = {"measured": "(measured on real ones)", "bound": "(a bound from its sizes)"}
 
 
-def plan_table(plan: Plan) -> str:
-    """What runs where and what it takes: a line above, a row per stage, a line below."""
+def plan_table(plan: Plan, width: int | None = None) -> str:
+    """What runs where and what it takes: a line above, a row per stage, a line below.
+
+    Where that is wider than ``width`` columns, stages are columns instead of rows.
+    """
     how = [
         f"{plan.schedule}, {plan.microbatches} microbatches",
         *([f"{plan.accumulate} times per step"] if plan.accumulate > 1 else []),
@@ -28,16 +32,14 @@ def plan_table(plan: Plan) -> str:
         *([f"transfer {' '.join(plan.transfer)}"] if plan.transfer else []),
     ]
     rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-    lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
-    rule = "  ".join("-" * width for width in widths)
+    lines = _lines(rows, left=3)  # stage, device and layers are words, the rest are numbers
+    if width is not None and max(map(len, lines)) > width:
+        lines = _lines(list(zip(*rows, strict=True)), left=1)
     guess = " at a made-up speed; measure the layers for real seconds" if plan.predicted.basis == "nominal" else ""
     return "\n".join(
         [
             f"{plan.model or 'model'}: {'; '.join(how)}",
-            lines[0],
-            rule,
-            *lines[1:],
+            *lines,
             f"predicted: {format_seconds(plan.predicted.step_s)} per step, "
             + f"{format_seconds(plan.predicted.update_s)} of it the update; "
             + f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
@@ -60,9 +62,14 @@ def _recompute(plan: Plan) -> str:
     return "recompute" if count == layers else f"recompute of {count} of {layers} layers"
 
 
-def _pad(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    left = 3  # stage, device and layers are words, the rest are numbers
-    return [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))]
+def _lines(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
+    """Aligned, the first ``left`` columns to the left and the rest to the right, with a rule below the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _row(index: int, stage: StagePlan) -> tuple[str, ...]:
