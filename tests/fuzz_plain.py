@@ -31,6 +31,7 @@ class Case:
     tied: bool
     loss: str
     precision: str
+    backend: str | None
     stages: int
     schedule: str
     microbatches: int
