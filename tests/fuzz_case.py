@@ -29,9 +29,15 @@ _ACTIONS = [*_SMOOTH_ACTIONS, "step", "step", "freeze", "mode", "second trainer"
 _EDITS = ["clamp", "load", "data", "copy"]
 
 
+def _changes_in_place(case: Case) -> bool:
+    return any("in place" in name or "inplace" in name for name in case.names)
+
+
 # What the trainer may refuse by name: (name, a part of the error's text, in which cases).
 _REFUSALS: list[tuple[str, str, Callable[[Case], bool]]] = [
     ("recompute of a change in place", "changes its input in place", lambda case: case.recompute),
+    ("a change in place of what autograd keeps", "modified by an inplace operation", _changes_in_place),
+    ("a loss that hides what it divides by", "cannot be computed by microbatches", lambda c: LOSSES[c.loss].may_refuse),
 ]
 
 
@@ -224,7 +230,8 @@ class Run:
         if self.case.transfer != "none":
             close(what, ours, expected[0], 0.25)
         elif len(expected) == 1 or not expected[0].is_floating_point():
-            assert_equal_sums(what, ours, expected[0])
+            # A batch norm over few rows divides by what is nearly 0, and makes more of every rounding.
+            assert_equal_sums(what, ours, expected[0], 5e-4 if "batch norm" in self.case.names else 2e-5)
         else:
             unit = 2.0**-11 if self.case.precision == "fp16" else 2.0**-8
             truth, rough = (tensor.detach().double() for tensor in expected)
@@ -245,7 +252,7 @@ def close(what: str, ours: Tensor, truth: Tensor, bound: float, size: float | No
         raise Mismatch(f"{what}: relative error {error:.2e}, bound {bound:.1e}")
 
 
-def assert_equal_sums(what: str, ours: Tensor, expected: Tensor) -> None:
+def assert_equal_sums(what: str, ours: Tensor, expected: Tensor, relative: float) -> None:
     """Raises Mismatch where they differ by more than fp32 sums in another order do."""
     ours, expected = ours.detach(), expected.detach()
     if ours.shape != expected.shape:
@@ -256,7 +263,7 @@ def assert_equal_sums(what: str, ours: Tensor, expected: Tensor) -> None:
         return
     wide = torch.complex128 if expected.is_complex() else torch.float64
     ours, expected = ours.to(wide), expected.to(wide)
-    bound = 2e-5 * max(expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0, 1e-2)
+    bound = relative * max(expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0, 1e-2)
     different = ~torch.isclose(ours, expected, rtol=0, atol=bound, equal_nan=True)
     if different.any():
         at = different.nonzero()[0].tolist()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spu
 
-__all__ = ["LENGTH", "WIDTH", "draw_layers", "set_checkpointing"]
+__all__ = ["LENGTH", "WIDTH", "as_plain", "draw_layers"]
 
 WIDTH, LENGTH = 8, 3
 
@@ -352,8 +352,12 @@ def draw_layers(
     return names, layers
 
 
-def set_checkpointing(model: nn.Module, on: bool) -> None:
-    """The user's own checkpointing: the plain run goes without, where a forward is run once, in its own draws."""
+def as_plain(model: nn.Module) -> None:
+    """The same functions, written so that plain torch runs each once: without the user's own checkpointing, which a
+    forward in the plain run's random draws has no use for, and without changes in place that autograd refuses there
+    while the copies between stages allow them."""
     for module in model.modules():
         if isinstance(module, Checkpointed):
-            module.checkpointing = on
+            module.checkpointing = False
+        elif isinstance(module, nn.LeakyReLU):
+            module.inplace = False

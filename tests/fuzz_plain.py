@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fuzz_layers import LENGTH, set_checkpointing
+from fuzz_layers import LENGTH, as_plain
 from fuzz_losses import LOSSES
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ class Plain:
         self.case, self.model, self.loss_fn, self.autocast = case, model, loss_fn, autocast
         self.loss = LOSSES[case.loss]
         self.parts = case.microbatches * case.accumulate
-        set_checkpointing(model, False)
+        as_plain(model)
         self.begin()
 
     def begin(self) -> None:
