@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from fuzz_layers import WIDTH, draw_layers
@@ -19,7 +20,9 @@ from fuzz_plain import IN, OPTIMIZERS, VOCAB, Case, Plain, batch
 from torch import Tensor, nn
 
 import spu
-from spu import DeviceManager, ModelParallelTrainer
+from spu import Device, DeviceManager, ModelParallelTrainer
+from spu.plan import Plan, make_plan
+from spu.profile import LayerCost
 
 __all__ = ["Mismatch", "draw_case", "run_case"]
 
@@ -35,7 +38,7 @@ def _changes_in_place(case: Case) -> bool:
 
 # What the trainer may refuse by name: (name, a part of the error's text, in which cases).
 _REFUSALS: list[tuple[str, str, Callable[[Case], bool]]] = [
-    ("recompute of a change in place", "changes its input in place", lambda case: case.recompute),
+    ("recompute of a change in place", "changes its input in place", lambda case: bool(case.recompute)),
     ("a change in place of what autograd keeps", "modified by an inplace operation", _changes_in_place),
     ("a loss that hides what it divides by", "cannot be computed by microbatches", lambda c: LOSSES[c.loss].may_refuse),
 ]
@@ -81,7 +84,8 @@ def draw_case(seed: int) -> tuple[Case, nn.Sequential]:
         microbatches=r.randint(1, 4),
         accumulate=r.choice([1, 1, 2]),
         rows=0,
-        recompute=r.random() < 0.4,
+        recompute=[],
+        cuts=None,
         optimizer=r.choice(["sgd", "adamw"]),
         clip=r.choice([None, 0.5]),
         transfer="none",
@@ -91,6 +95,11 @@ def draw_case(seed: int) -> tuple[Case, nn.Sequential]:
         case.transfer = "int8"
     if case.precision != "fp32" or case.transfer != "none":
         case.actions = [action if action in _SMOOTH_ACTIONS else "step" for action in case.actions]
+    case.recompute = r.choice([[], [], list(range(len(model))), [i for i in range(len(model)) if r.random() < 0.5]])
+    if r.random() < 0.9:
+        case.cuts = sorted(r.sample(range(1, len(model)), case.stages * virtual - 1))
+    else:  # planned, where all layers recompute or none
+        case.recompute = list(range(len(model))) if case.recompute else []
     case.rows = case.microbatches * case.accumulate * 2 + r.randint(0, 3)
     return case, model
 
@@ -137,11 +146,30 @@ class Run:
             microbatches=case.microbatches,
             accumulate=case.accumulate,
             schedule=case.schedule,
-            recompute=case.recompute,
+            recompute="auto" if case.cuts is not None else bool(case.recompute),
+            plan=self.given_plan(devices),
             transfer=case.transfer,
             max_grad_norm=case.clip,
             scaler=spu.LossScaler(init_scale=1024.0, enabled=case.precision == "fp16"),
             **dict(LOSSES[case.loss].settings),
+        )
+
+    def given_plan(self, devices: Sequence[Device]) -> Plan | None:
+        """One that cuts the model where the case says; None: the trainer plans, which takes most of a case's time."""
+        case, count = self.case, len(self.model)
+        if case.cuts is None:
+            return None
+        ends = [0, *case.cuts, count]
+        return make_plan(
+            [LayerCost(str(i), 1, 4, 1, 4, 4) for i in range(count)],
+            devices,
+            schedule=case.schedule,
+            microbatches=case.microbatches,
+            accumulate=case.accumulate,
+            precision=case.precision,
+            codec=case.transfer,
+            recompute=case.recompute,
+            layers=list(itertools.pairwise(ends)),
         )
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -211,7 +239,8 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             self.trainer.save(f"{folder}/checkpoint")
             self.trainer.close()
-            self.case.stages = 1
+            self.case.stages, self.case.cuts = 1, None
+            self.case.schedule, self.case.recompute = "1f1b", []
             self.trainer = self.make_trainer()
             self.trainer.prepare(*batch(self.case, 0))
             self.trainer.load(f"{folder}/checkpoint")

@@ -37,7 +37,8 @@ class Case:
     microbatches: int
     accumulate: int
     rows: int
-    recompute: bool
+    recompute: list[int]
+    cuts: list[int] | None
     optimizer: str
     clip: float | None
     transfer: str
