@@ -309,7 +309,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
 
         put(struct.pack("<Q", len(header)) + header)
         for name in order:
-            tensor = tensors[name].detach().resolve_neg().cpu().contiguous()
+            tensor = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous()
             data = memory(tensor)
             for start in range(0, len(data), CHUNK_BYTES):
                 put(data[start : start + CHUNK_BYTES])

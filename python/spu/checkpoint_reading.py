@@ -19,6 +19,8 @@ CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 1 << 28
 
 DTYPES: dict[str, torch.dtype] = {
+    "C128": torch.complex128,  # of no use to other readers: the format has names for the others only
+    "C64": torch.complex64,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
