@@ -26,7 +26,7 @@ INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()
+    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -51,7 +51,7 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX, *INTEGERS], ids=str)
 def test_every_dtype_comes_back_bit_for_bit(path: Path, dtype: torch.dtype) -> None:
-    raw = torch.randint(0, 256, (6, 8), dtype=torch.uint8)
+    raw = torch.randint(0, 256, (6, 16), dtype=torch.uint8)
     values = raw.bool() if dtype == torch.bool else raw.view(dtype)
     tensors = {"values": values, "zero-dim": values[0, 0], "empty": values[:0], "odd": values.reshape(-1)[1:4]}
     save(path, tensors=tensors, meta={})
