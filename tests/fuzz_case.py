@@ -89,14 +89,14 @@ def draw_case(seed: int) -> tuple[Case, nn.Sequential]:
         optimizer=r.choice(["sgd", "adamw"]),
         clip=r.choice([None, 0.5]),
         transfer="none",
-        actions=[r.choice(_ACTIONS) for _ in range(r.randint(1, 4))],
+        actions=[r.choice(_ACTIONS) for _ in range(r.randint(1, 3))],
     )
     if case.precision == "fp32" and r.random() < 0.05:
         case.transfer = "int8"
     if case.precision != "fp32" or case.transfer != "none":
         case.actions = [action if action in _SMOOTH_ACTIONS else "step" for action in case.actions]
     case.recompute = r.choice([[], [], list(range(len(model))), [i for i in range(len(model)) if r.random() < 0.5]])
-    if r.random() < 0.9:
+    if r.random() < 0.95:
         case.cuts = sorted(r.sample(range(1, len(model)), case.stages * virtual - 1))
     else:  # planned, where all layers recompute or none
         case.recompute = list(range(len(model))) if case.recompute else []
@@ -239,7 +239,7 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             self.trainer.save(f"{folder}/checkpoint")
             self.trainer.close()
-            self.case.stages, self.case.cuts = 1, None
+            self.case.stages, self.case.cuts = 1, []
             self.case.schedule, self.case.recompute = "1f1b", []
             self.trainer = self.make_trainer()
             self.trainer.prepare(*batch(self.case, 0))
