@@ -310,7 +310,7 @@ _SIMPLE: dict[str, Callable[[random.Random], nn.Module]] = {
 }
 _FLAT = {"batch norm": lambda r: nn.BatchNorm1d(WIDTH)}
 _LONG = {"convolution": lambda r: Sequence(), "attention": lambda r: Attention()}
-_JUMPS = {"experts", "looks at values", "selects by values", "draws sometimes"}
+_JUMPS = {"batch norm", "experts", "looks at values", "selects by values", "draws sometimes"}
 _NOISES = ["randn", "randint", "exponential", "bernoulli", "permutation", "gumbel"]
 
 
