@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -202,9 +203,21 @@ def test_a_check_looks_at_later_batches_too() -> None:
                 trainer.step(X, RARE)
 
 
-def test_a_loss_that_draws_is_not_refused() -> None:
-    with trainer_of(model(), lambda o, t: F.cross_entropy(F.dropout(o, 0.5), t)) as trainer:
-        assert trainer.step(X, CLASSES).loss > 0
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (lambda o, t: F.cross_entropy(F.dropout(o, 0.5), t), "it draws random numbers"),
+        (lambda o, t: F.cross_entropy(o[: 12 - 9 * (len(o) > 6)], t), "raised ValueError"),
+    ],
+    ids=["draws", "bound to a size"],
+)
+def test_a_loss_that_cannot_be_checked_is_trained_with_a_warning(loss: Any, why: str) -> None:
+    with trainer_of(model(), loss) as trainer:
+        with pytest.warns(UserWarning, match=f"could not be checked.*{why}"):
+            assert trainer.step(X, CLASSES).loss > 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainer.step(X, CLASSES)  # said once
 
 
 def test_equal_losses_of_all_microbatches_do_not_hide_wrong_weights() -> None:

@@ -7,6 +7,7 @@ tell: at the start of training they are much the same in all microbatches.) Noth
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,10 @@ _REFUSAL = (
     "Say what the mean divides by with loss_weight=function of the targets (for class weights: "
     "lambda y: weight[y].sum()), or loss_weight='sum' for a loss that adds up over rows; or train with microbatches=1"
 )
+_UNCHECKED = (
+    "whether loss_fn may be computed by microbatches could not be checked ({why}): each microbatch is weighed by its "
+    "counted targets. Say what the mean divides by with loss_weight=function of the targets, or loss_weight='sum'"
+)
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative, of outputs in 16 bits; others: 1e-3
 
 
@@ -47,6 +52,7 @@ class LossCheck:
         self._batches = 0
         self._seen: list[tuple[Any, Any]] = []
         self._bytes = 0
+        self._warned = False
 
     def begin(self, parts: int) -> bool:
         """Before a batch: whether the loss's arguments are to be handed to :meth:`add`."""
@@ -80,8 +86,11 @@ class LossCheck:
             ValueError: the loss is no such mean.
         """
         seen, self._seen = self._seen, []
-        whole = _joined(seen) if len(seen) > 1 else None
+        if len(seen) < 2:
+            return
+        whole = _joined(seen)
         if whole is None:
+            self._warn("its arguments cannot be joined to those of the whole batch")
             return
         try:
             with (
@@ -93,10 +102,13 @@ class LossCheck:
             ):
                 parts = [self._gradient(*part) for part in seen]
                 together = self._gradient(*whole)
-        except Exception:  # not made for these rows: then there is no loss of the whole batch to compare with
+        except Exception as error:  # not made for these rows: there is no loss of the whole batch to compare with
+            self._warn(f"calling it on some rows of the whole batch raised {type(error).__name__}: {error}")
             return
         shares = self._weighing.shares([targets for _, targets in seen])
         parts = [part if share != 0 else torch.zeros_like(part) for part, share in zip(parts, shares, strict=True)]
+        if draws.draws:
+            self._warn("it draws random numbers")
         if draws.draws or not together.isfinite().all():
             return
         dtypes = (leaf.dtype for leaf in pytree.tree_leaves(whole[0]) if isinstance(leaf, torch.Tensor))
@@ -106,6 +118,11 @@ class LossCheck:
             if not (wanted - part * share.to(part)).norm() <= allowed:  # NaN too
                 found = float((wanted * part).sum() / (part * part).sum())
                 raise ValueError(_REFUSAL.format(index=index, share=float(share), found=found))
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            warnings.warn(_UNCHECKED.format(why=why), stacklevel=2)
+        self._warned = True
 
     def _gradient(self, outputs: Any, targets: Any) -> torch.Tensor:
         """Of the loss in all outputs that have rows, fp64 [rows, elements]."""
