@@ -1,0 +1,24 @@
+"""Half a minute of the equivalence fuzzer; `make fuzz` runs it for longer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fuzz import run_cases
+
+_SECONDS, _AT_LEAST = 30.0, 20
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_random_models_train_as_in_plain_torch() -> None:
+    outcomes, failures = run_cases(0, None, _SECONDS, processes=1)
+    assert not failures, "\n".join(f"python tests/fuzz.py --only {seed}: {outcome}" for seed, outcome, _ in failures)
+    assert outcomes["equal"] >= _AT_LEAST, f"hardly anything was compared: {outcomes}"
