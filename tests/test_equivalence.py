@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import spu
 from spu import DeviceManager, LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer, placement
+from spu.engine.build import to_precision
+from spu.engine.layers import Layer, Moment, model_layers
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -116,20 +118,33 @@ def plain_pass(
     *,
     step: int = 0,
     scaler: LossScaler | None = None,
+    layers: list[Layer] | None = None,
 ) -> torch.Tensor:
-    """Forward and backward of every microbatch in turn; the mean loss of the whole batch."""
+    """Forward and backward of every microbatch in turn; the mean loss of the whole batch.
+
+    ``layers``: the model's in a 16-bit precision, each of which runs its products in it.
+    """
     total = (y != -100).sum()
     loss = torch.zeros(())
     for index, (part_x, part_y) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)):
         hidden = part_x
-        for name, layer in model.named_children():
+        for layer in layers or ():
+            hidden = layer.run(hidden, None, Moment(0, step, index))
+        for name, module in () if layers else model.named_children():
             with LayerRandomness(0, step, index, name):
-                hidden = layer(hidden)
+                hidden = module(hidden)
         mean = F.cross_entropy(hidden.flatten(0, -2).float(), part_y.flatten())
         share = mean * ((part_y != -100).sum().double() / total).float()
         (share if scaler is None else scaler.scale(share)).backward()
         loss += share.detach()
     return loss
+
+
+def in_16_bits(model: nn.Sequential, precision: str) -> list[Layer]:
+    """A plain model's layers, converted in place as the trainer's are."""
+    layers = model_layers(model)
+    to_precision(layers, precision)
+    return layers
 
 
 def untie(model: nn.Sequential, stages: int, plan: spu.plan.Plan) -> bool:
@@ -219,7 +234,8 @@ def test_every_schedule_equals_the_plain_model_in_16_bits(
     precision: str, schedule: str, ranks: int, virtual: int
 ) -> None:
     model = make_model()
-    plain = spu.accelerate(copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.bfloat16))
+    plain = copy.deepcopy(model)
+    layers = in_16_bits(plain, precision)
     x, y = make_batch()
     with ModelParallelTrainer(
         model, devices(ranks), precision=precision, schedule=schedule, virtual=virtual, microbatches=4
@@ -229,7 +245,7 @@ def test_every_schedule_equals_the_plain_model_in_16_bits(
     with MainGrads(plain.parameters()) as grads:
         scaler.begin_step()
         grads.begin_step()
-        assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler))
+        assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler, layers=layers))
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert_equal(ours.grad, theirs.grad, name)
 
@@ -240,7 +256,8 @@ def test_every_schedule_equals_the_plain_model_in_16_bits(
 def test_scaled_16_bit_gradients_equal_the_plain_models(precision: str, stages: int, schedule: str) -> None:
     model = make_model()
     truth = copy.deepcopy(model)
-    plain = spu.accelerate(copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.bfloat16))
+    plain = copy.deepcopy(model)
+    layers = in_16_bits(plain, precision)
     x, y = make_batch()
     with ModelParallelTrainer(
         model, devices(stages), precision=precision, schedule=schedule, microbatches=4
@@ -250,7 +267,7 @@ def test_scaled_16_bit_gradients_equal_the_plain_models(precision: str, stages: 
     grads = MainGrads(plain.parameters())
     scaler.begin_step()
     grads.begin_step()
-    assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler))
+    assert_equal(loss, plain_pass(plain, x, y, 4, scaler=scaler, layers=layers))
     plain_pass(truth, x, y, 4)
     for (name, ours), theirs, true in zip(
         model.named_parameters(), plain.parameters(), truth.parameters(), strict=True

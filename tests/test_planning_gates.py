@@ -226,11 +226,12 @@ def test_a_mixture_of_experts_is_planned_and_trained(family, precision, experts)
     config = getattr(transformers, f"{family}Config")(**sizes, experts_implementation=experts)
     torch.manual_seed(0)
     net = transformers.AutoModelForCausalLM.from_config(config)
-    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(1))
+    ids, following = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        expected = F.cross_entropy(net(ids).logits.flatten(0, 1), ids.flatten())
+        expected = F.cross_entropy(net(ids).logits.flatten(0, 1), following.flatten())
     with ModelParallelTrainer(net, ["cpu:0", "cpu:1"], precision=precision, microbatches=2) as trainer:
-        loss = trainer.step(ids, ids).loss
+        loss = trainer.step(ids, following).loss
         how = {how for _, how in trainer.plan.uncounted}
     assert how == (set() if experts == "grouped_mm" else {"measured"})
     assert loss == pytest.approx(expected.item(), rel=1e-5 if precision == "fp32" else 1e-2)

@@ -243,7 +243,7 @@ def test_positions_of_a_hugging_face_decoder_are_as_exact_as_under_autocast(prec
     ids = torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "position_ids": torch.arange(4089, 4097).repeat(2, 1)}
     with make(model, precision=precision) as trainer:
-        outputs = trainer.forward_backward(inputs, ids)[1].float()
+        outputs = trainer.forward_backward(inputs, ids.roll(-1, 1))[1].float()
     with torch.no_grad():
         expected = plain(**inputs, use_cache=False).logits
         with torch.autocast("cpu", DTYPES[precision]):
