@@ -235,7 +235,7 @@ class Positions(nn.Module):
 
 def _noise(x: Tensor, gain: Tensor, kind: str) -> Tensor:
     if kind == "randn":
-        return x * gain + torch.randn_like(x) * 0.1
+        return x * gain + torch.randn_like(x, dtype=torch.float32).to(x.dtype) * 0.1
     if kind == "randint":
         return x * gain + torch.randint(1, 4, x.shape).to(x.dtype) * 0.1
     if kind == "exponential":
