@@ -187,7 +187,9 @@ class Scaled(nn.Module):
         return F.cross_entropy(outputs.float() * self.scales, targets)
 
 
-@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: loss.forward, functools.partial], ids=["module", "method", "partial"])
+@pytest.mark.parametrize(
+    "wrap", [lambda loss: loss, lambda loss: loss.forward, functools.partial], ids=["module", "method", "partial"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_loss_that_is_a_module_trains_and_is_saved(precision: str, wrap: Any, tmp_path: Path) -> None:
     """Its parameters were in no optimizer, and in fp16 their gradients stayed multiplied by the loss scale."""
