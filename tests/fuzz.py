@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import multiprocessing
 import sys
 import time
@@ -39,8 +40,8 @@ def run_cases(
     outcomes: collections.Counter[str] = collections.Counter()
     failures: Failures = []
     stop = time.monotonic() + seconds if seconds is not None else None
-    seeds = iter(range(first, first + count) if count is not None else range(first, 2**62))
-    seeds = (seed for seed in seeds if stop is None or time.monotonic() < stop)
+    last = first + count if count is not None else 2**62
+    seeds = itertools.takewhile(lambda _: stop is None or time.monotonic() < stop, range(first, last))
     with multiprocessing.get_context("spawn").Pool(processes, _quiet) if processes > 1 else _Here() as pool:
         for seed, outcome, trace in pool.imap_unordered(attempt, seeds, chunksize=1):
             outcomes[outcome.split(":")[0] if trace else outcome] += 1
