@@ -40,6 +40,7 @@ def _changes_in_place(case: Case) -> bool:
 _REFUSALS: list[tuple[str, str, Callable[[Case], bool]]] = [
     ("recompute of a change in place", "changes its input in place", lambda case: bool(case.recompute)),
     ("a change in place of what autograd keeps", "modified by an inplace operation", _changes_in_place),
+    ("a parameter unfrozen after prepare", "was frozen when this trainer prepared", lambda c: "freeze" in c.actions),
     ("a loss that hides what it divides by", "cannot be computed by microbatches", lambda c: LOSSES[c.loss].may_refuse),
 ]
 
