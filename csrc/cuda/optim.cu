@@ -90,13 +90,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = place.i;
     const Values g = load<Type::fp32>(t.grad, i, end, wide);
     Values p = load<Type::fp32>(t.master, i, end, wide);
+    Values m = load_moment<M, true>(t.exp_avg, place), v = load_moment<M, false>(t.exp_avg_sq, place);
+    // After the moments: before them, decoding 8-bit ones spills registers on sm_86 to sm_90.
     if (T != Type::fp32) {
       const Values weight = load<T>(t.param, i, end, wide);
       for (int j = 0; j < kVector; ++j) {
         p.v[j] = math::following<float>(p.v[j], widen<T>(narrow<T>(p.v[j])), weight.v[j]);
       }
     }
-    Values m = load_moment<M, true>(t.exp_avg, place), v = load_moment<M, false>(t.exp_avg_sq, place);
     uint32_t low[kVector], high[kVector];
     for (int j = 0; j < kVector; ++j) {
       const math::AdamWState<float> next = math::adamw_step<float>({p.v[j], m.v[j], v.v[j]}, g.v[j] * grad_scale, k);
