@@ -28,7 +28,7 @@ def scope_of(scale: float = 1024.0) -> ops.BackwardScope:
 
 
 class Recorder:
-    """A sink that keeps what it was given."""
+    """A sink that keeps what it was given, but not the graph of x, which would keep the parameter alive."""
 
     def __init__(self) -> None:
         self.weights: list[tuple[Tensor, Tensor, str]] = []
@@ -36,7 +36,7 @@ class Recorder:
         self.scopes: list[ops.BackwardScope | None] = []
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        self.weights.append((dz, x, backend))
+        self.weights.append((dz, x.detach(), backend))
         self.scopes.append(ops.current_scope())
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
@@ -131,11 +131,13 @@ def test_several_roots_of_one_backward_share_the_scope() -> None:
 def test_concurrent_backwards_keep_their_own_scopes() -> None:
     weight = torch.randn(8, 8)
     failures: list[str] = []
+    sinks: list[weakref.ref[Recorder]] = []
     barrier = threading.Barrier(4)
 
     def work(i: int) -> None:
         parameter, recorder = nn.Parameter(weight.clone()), Recorder()
         ops.attach_sink(parameter, recorder)
+        sinks.append(weakref.ref(recorder))
         scope = scope_of(2.0**i)
         barrier.wait()
         for turn in range(40):
@@ -158,6 +160,8 @@ def test_concurrent_backwards_keep_their_own_scopes() -> None:
         thread.join()
     assert not failures, failures
     assert not sink_module._SCOPES
+    gc.collect()
+    assert not any(sink() for sink in sinks), "a sink lives no longer than its parameter"
 
 
 def test_a_nested_backward_has_no_scope_until_it_is_opened_again() -> None:
