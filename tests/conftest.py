@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import random
 import threading
 import time
@@ -33,7 +34,11 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 if importlib.util.find_spec("hypothesis") is not None:  # the tests on a card run without it
-    importlib.import_module("hypothesis").register_random(TORCH_RANDOM)
+    hypothesis = importlib.import_module("hypothesis")
+    hypothesis.register_random(TORCH_RANDOM)
+    # The same examples on every run: a change is judged by its own tests, and looking further is what `make fuzz` is for.
+    hypothesis.settings.register_profile("suite", derandomize=True)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

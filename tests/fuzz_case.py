@@ -258,7 +258,8 @@ class Run:
     def compare(self, what: str, ours: Tensor, expected: list[Tensor], scale: float = 0.0) -> None:
         """Raises Mismatch: in fp32 by more than sums in another order, in 16 bits by more than autocast's own error."""
         if self.case.transfer != "none":
-            close(what, ours, expected[0], 0.25)
+            # The same batch norm makes as much more of a lossy wire's rounding: only the order of size is left to see.
+            close(what, ours, expected[0], 5.0 if "batch norm" in self.case.names else 0.5)
         elif len(expected) == 1 or not expected[0].is_floating_point():
             # A batch norm over few rows divides by what is nearly 0, and makes more of every rounding.
             assert_equal_sums(what, ours, expected[0], 5e-4 if "batch norm" in self.case.names else 2e-5)
