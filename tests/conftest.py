@@ -36,7 +36,7 @@ TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 if importlib.util.find_spec("hypothesis") is not None:  # the tests on a card run without it
     hypothesis = importlib.import_module("hypothesis")
     hypothesis.register_random(TORCH_RANDOM)
-    # The same examples on every run: a change is judged by its own tests, and looking further is what `make fuzz` is for.
+    # The same examples on every run: a change is judged by its own tests, and `make fuzz` is there to look further.
     hypothesis.settings.register_profile("suite", derandomize=True)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
