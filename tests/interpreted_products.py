@@ -14,9 +14,9 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import kernels
-from spu.kernels import accumulation, table
+from spu.kernels import accumulation, derive
+from spu.kernels.config import KINDS, Config
 from spu.kernels.launch import for_alignment
-from spu.kernels.table import KINDS, Config
 from spu.ops import reference_fused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,15 +31,15 @@ def config(kind: str, **changes: int) -> Config:
     return dataclasses.replace(Config(kind, 32, 64, 32, 2, 4, 2, 3 if kind == "split" else 1), **changes)
 
 
-def shipped() -> list[object]:
-    """Every configuration of the shipped tables, each with the ops that use it (warps and stages change no result).
+def derived() -> list[object]:
+    """Every configuration of the derived tables, each with the ops that use it (warps and stages change no result).
 
     What runs the same kernel in the same form is tried once: linear_dx is linear without an epilogue, and linear_dz_dx
     in any kind but "tile" is linear_dx.
     """
     found: dict[tuple[str, Config], None] = {}
-    for path in sorted(table.SHIPPED.glob("*.json")):
-        for key, entry in table.read(path).entries.items():
+    for arch in derive.ARCHITECTURES:
+        for key, entry in derive.table(arch).entries.items():
             op, one = key.split("/")[0], entry.config
             op = "linear" if op == "linear_dx" or (op == "linear_dz_dx" and one.kind != "tile") else op
             found[op, dataclasses.replace(one, group_m=2, num_warps=4, num_stages=2)] = None
@@ -94,8 +94,8 @@ def test_strided_operands(kind: str) -> None:
     check_dw(dz.t().contiguous().t(), x.repeat_interleave(2, 1)[:, ::2], config(kind))
 
 
-@pytest.mark.parametrize(("op", "one"), shipped())
-def test_shipped_configurations(op: str, one: Config) -> None:
+@pytest.mark.parametrize(("op", "one"), derived())
+def test_derived_configurations(op: str, one: Config) -> None:
     """One ragged tile, with enough inside to split; many tiles are test_kinds'."""
     if one.kind == "torch":
         shape = (20, 30, 40)

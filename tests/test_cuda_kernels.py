@@ -40,7 +40,7 @@ from test_cpu_kernels import (  # noqa: F401  (collected here again)
 )
 
 from spu import ops
-from spu.kernels import table
+from spu.kernels import config
 from spu.ops import cuda_library, dispatch
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
@@ -194,7 +194,7 @@ def test_packing_into_memory_that_is_there() -> None:
 def test_shape_classes_are_pythons_and_tiles_are_checked(module: ModuleType) -> None:
     for shape in ((1, 8, 8), (64, 9999, 9), (65, 128, 8192), (65, 128, 8191), (2048, 1024, 64), (2049, 1024, 9000),
                   (4096, 4096, 1), (4097, 4096, 1), (8192, 8192, 4096)):  # fmt: skip
-        assert table.CLASSES[module.shape_class(*shape)] == table.shape_class(*shape), shape
+        assert config.CLASSES[module.shape_class(*shape)] == config.shape_class(*shape), shape
     tiles = cuda_library.packed_tiles((8, 6))
     module.set_tiles(86, tiles)
     for capability, wrong in ((86, tiles[:-1]), (86, bytes([2]) * len(tiles)), (256, tiles), (-1, tiles)):

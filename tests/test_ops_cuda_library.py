@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spu.kernels import table
+from spu.kernels.config import Entry, Table
 from spu.ops import cuda_library, dispatch
 
 
@@ -58,13 +59,13 @@ def test_the_users_table_comes_before_the_derived_one(monkeypatch: pytest.Monkey
     # linear fp16: skinny, deep, small take the small tile; medium and large do not; dw never does
     assert plain[:5] == bytes([1, 1, 1, 0, 0])
     assert set(plain[20:]) == {0}
-    entry = table.Entry(cuda_library.tiles(86)["small"], "cuda", 12.0)
-    measured = table.Table("sm_86", "measured", {"linear_dx/bf16/large": entry}, {"device": "some card"})
+    entry = Entry(cuda_library.tiles(86)["small"], "cuda", 12.0)
+    measured = Table("sm_86", "measured", {"linear_dx/bf16/large": entry}, {"device": "some card"})
     table.write(measured, table.user_path("cuda_sm_86"))
     changed = cuda_library.packed_tiles((8, 6))
     assert [i for i, (a, b) in enumerate(zip(plain, changed)) if a != b] == [19]
     assert cuda_library.tile_table((8, 6)).origin == "measured"
-    tried = {"linear_dx/bf16/large": table.Entry(cuda_library.tiles(86)["large"])}
+    tried = {"linear_dx/bf16/large": Entry(cuda_library.tiles(86)["large"])}
     assert cuda_library.packed_tiles((8, 6), tried) == plain
 
 

@@ -110,13 +110,14 @@ def test_without_a_cuda_backend_the_reason_is_said_once(monkeypatch: pytest.Monk
 
 def test_a_table_names_the_backend_by_op_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     table = pytest.importorskip("spu.kernels.table")  # absent where spu runs in place, without being installed
+    config = pytest.importorskip("spu.kernels.config")
 
     as_if_working(monkeypatch, *dispatch.CUDA_BACKENDS)
     rows = {
-        "linear/fp16/large": table.Entry(table.Config(), "triton"),
-        "linear/fp16/skinny": table.Entry(table.Config()),
+        "linear/fp16/large": config.Entry(config.Config(), "triton"),
+        "linear/fp16/skinny": config.Entry(config.Config()),
     }
-    monkeypatch.setattr(table, "tables", lambda capability: (table.Table("sm_90", "measured", rows, {}),))
+    monkeypatch.setattr(table, "tables", lambda capability: (config.Table("sm_90", "measured", rows, {}),))
     assert dispatch.select_cuda("linear", torch.float16, (9, 0), (8192, 8192, 8192)) == "triton"
     assert dispatch.select_cuda("linear", torch.float16, (9, 0), (16, 8192, 8192)) is None
     assert dispatch.select_cuda("linear", torch.float64, (9, 0), (8192, 8192, 8192)) is None

@@ -59,7 +59,7 @@ def test_products_as_the_tables_launch_them(dtype: torch.dtype, shape: tuple[int
 
 @pytest.mark.parametrize("kind", ["tile", "persistent", "descriptor", "split", "torch"])
 def test_every_kind_of_launch(kind: str) -> None:
-    from spu.kernels.table import Config
+    from spu.kernels.config import Config
 
     if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":
         pytest.skip("Triton has no tensor-core product before sm_80")
@@ -157,7 +157,7 @@ def test_fp16_accumulation_is_close_and_gives_up_where_it_overflows() -> None:
 
 @pytest.mark.parametrize("kind", ["tile", "torch"])
 def test_leading_dimensions_are_kept(kind: str) -> None:
-    from spu.kernels.table import Config
+    from spu.kernels.config import Config
 
     x, w = torch.randn(2, 64, 128).half().cuda(), torch.randn(96, 128).half().cuda()
     if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":

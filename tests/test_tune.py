@@ -11,13 +11,14 @@ import torch
 table = pytest.importorskip("spu.kernels.table", reason="spu.kernels is not there: spu runs in place, not installed")
 
 from spu import tune, tune_calls  # noqa: E402
+from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table  # noqa: E402
 from spu.kernels.derive import SHARED_BYTES  # noqa: E402
 
 
 @pytest.mark.parametrize("arch", [75, 86, 90])
-@pytest.mark.parametrize("op", table.PRODUCTS)
+@pytest.mark.parametrize("op", PRODUCTS)
 def test_candidates_fit_the_card_and_begin_with_cublas(op: str, arch: int) -> None:
-    for shape_class in table.CLASSES:
+    for shape_class in CLASSES:
         found = tune.candidates(op, torch.float16, shape_class, arch)
         assert found[0].kind == "torch"
         assert (len(found) == 1) == (arch == 75)
@@ -27,7 +28,7 @@ def test_candidates_fit_the_card_and_begin_with_cublas(op: str, arch: int) -> No
 
 def test_a_plan_has_a_line_a_row() -> None:
     lines = tune.plan_lines(90)
-    assert len(lines) == 2 * len(table.PRODUCTS) * len(table.CLASSES)
+    assert len(lines) == 2 * len(PRODUCTS) * len(CLASSES)
     assert lines[0].startswith("linear/fp16/skinny")
 
 
@@ -105,3 +106,23 @@ def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
     table.write(changed, path)
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
     assert card.measured > again, "another version is measured anew"
+
+
+def test_the_users_table_comes_first_then_the_shipped_one_then_the_derived(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = [f"linear/fp16/{shape_class}" for shape_class in ("small", "medium", "large")]
+    own, shipped = (Config("tile", 32, 32, 32, warps) for warps in (1, 2))
+    monkeypatch.setenv("SPU_CACHE", str(tmp_path))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
+    table.write(Table("sm_87", "measured", {keys[0]: Entry(own)}, {}), table.user_path("sm_87"))
+    table.write(
+        Table("sm_86", "measured", dict.fromkeys(keys[:2], Entry(shipped)), {}), tmp_path / "shipped/sm_86.json"
+    )
+    table.forget()
+    derived = table.entry_of((8, 6), keys[2])
+    assert derived is not None
+    assert [table.entry_of((8, 7), key).config for key in keys] == [own, shipped, derived.config], "sm_87 is near sm_86"
+    assert [found.origin for found in table.tables((9, 0))] == ["derived"], "nothing measured"
+    assert table.tables((7, 0))[0].arch == "sm_75", "older than all"
+    table.forget()

@@ -98,7 +98,7 @@ def _backend(peer: str) -> str:
 def _forward(at: Setting, shape: Shape, peer: str) -> Call:
     """y = gelu(x @ w.T + b) in fp16, as inference runs it."""
     from spu import kernels, ops
-    from spu.kernels.table import Config
+    from spu.kernels.config import Config
 
     rows, out, inner = shape
     x, w, b = at.random(rows, inner), at.random(out, inner), at.random(out)

@@ -156,8 +156,8 @@ def tune(phase: Phase) -> None:
         phase.run(_python("-c", "from spu.tune import plan_lines\nprint('\\n'.join(plan_lines(90)))"))
         return
     code = (
-        "import torch\nfrom pathlib import Path\nfrom spu import tune\nfrom spu.kernels import table\n"
-        "name = table.arch_name(torch.cuda.get_device_capability())\n"
+        "import torch\nfrom pathlib import Path\nfrom spu import tune\nfrom spu.kernels import config\n"
+        "name = config.arch_name(torch.cuda.get_device_capability())\n"
         f"tune.tune(out=Path({str(RESULTS)!r}) / 'tuned' / f'{{name}}.json', seconds={PHASE_SECONDS - 60})\n"
     )
     phase.run(_python("-c", code))

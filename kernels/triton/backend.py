@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import codec, cross_entropy, gated, linear, optim
-from .arith import INTERPRET
+from spu.kernels import codec, cross_entropy, gated, linear, optim
+from spu.kernels.arith import INTERPRET
 
 
 def interpreted() -> bool:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import narrow, nonfinite, widen
-from .launch import POINTWISE, ceil_div
+from spu.kernels.arith import narrow, nonfinite, widen
+from spu.kernels.launch import POINTWISE, ceil_div
 
 HEADER_BYTES = 64
 ALIGN_BYTES = 64

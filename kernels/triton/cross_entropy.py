@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import narrow, widen
-from .launch import POINTWISE, ceil_div, check_operands, config_for, for_alignment, options, programs_at_once
-from .table import Config, follows_tables
-from .tiles import add_product, start_of, tile_at
+from spu.kernels.arith import narrow, widen
+from spu.kernels.config import Config
+from spu.kernels.launch import POINTWISE, ceil_div, check_operands, config_for, for_alignment, options, programs_at_once
+from spu.kernels.table import follows_tables
+from spu.kernels.tiles import add_product, start_of, tile_at
 
 _ROWS = 64  # of the combining kernel
 _COLUMNS = 1024  # of the kernels on whole rows of logits

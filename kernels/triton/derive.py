@@ -1,4 +1,4 @@
-"""Configurations for architectures that nobody has measured yet, reckoned from their limits. Imports no triton.
+"""Configurations for architectures that nobody has measured yet, worked out from their limits. Imports no triton.
 
 A tile must fit the shared memory (stages x (rows + columns) x inner x 2 bytes), its accumulators the registers
 (rows x columns / threads <= 128 a thread, 64 for the two accumulators of a gated product), and there should be more
@@ -8,16 +8,11 @@ A derivative applied on load is worked out again for every column of tiles, some
 columns about twice the tensor cores' time for the element. A pass of its own reads and writes 6 bytes an element, a few
 percent of a product over thousands of columns. So ``linear_dz_dx`` applies it on load where launches are what costs
 (few rows, few tiles) and before the product elsewhere.
-
-``python -m spu.kernels.derive FOLDER`` writes them as tables marked "derived".
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-from .table import CLASSES, PRODUCTS, Config, Entry, Table, write
+from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Shared memory that a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
@@ -41,6 +36,11 @@ _WIDE = {
 _SPLITS = {"skinny": 4, "deep": 8}
 _DESCRIPTORS_FROM = 90
 _WALKED = ("linear", "linear_dx", "linear_dw")
+
+
+def nearest(arch: int) -> int:
+    """Return the newest known architecture up to ``arch`` (sm_87 is 87), or the oldest one."""
+    return max((known for known in ARCHITECTURES if known <= arch), default=ARCHITECTURES[0])
 
 
 def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
@@ -86,9 +86,4 @@ def table(arch: int) -> Table:
         for dtype in ("fp16", "bf16", "fp32")
         for shape_class in CLASSES
     }
-    return Table(f"sm_{arch}", "derived", entries, {"note": "reckoned, never measured: run `spu tune`"})
-
-
-if __name__ == "__main__":
-    for one in ARCHITECTURES:
-        write(table(one), Path(sys.argv[1]) / f"sm_{one}.json")
+    return Table(f"sm_{arch}", "derived", entries, {"note": "worked out, never measured: run `spu tune`"})

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import backprop, narrow, widen
-from .launch import POINTWISE, ceil_div
-from .tiles import write_main_grad, write_output
+from spu.kernels.arith import backprop, narrow, widen
+from spu.kernels.launch import POINTWISE, ceil_div
+from spu.kernels.tiles import write_main_grad, write_output
 
 SIZE = 1024
 SUM_COLUMNS, SUM_ROWS = 64, 32

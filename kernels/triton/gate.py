@@ -24,11 +24,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, report, table
-from .ahead import Built, Launch
-from .derive import ARCHITECTURES, SHARED_BYTES
-from .launch import ACTIVATIONS, for_alignment
-from .table import CLASSES, Config
+from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, report, table
+from spu.kernels.ahead import Built, Launch
+from spu.kernels.config import CLASSES, DTYPE_NAMES, PRODUCTS, Config
+from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES
+from spu.kernels.launch import ACTIVATIONS, for_alignment
 
 _M, _N, _K = 512, 768, 1024  # multiples of every tile; kernels do not depend on sizes beyond their divisibility
 _RAGGED = ("skinny", "medium", "large")  # classes that are compiled for ragged shapes as well, in fp16
@@ -128,12 +128,12 @@ def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
     for dtype in _HALVES[:1] if sample else _DTYPES:
         with ahead.recording() as kept:
             _pointwise(dtype, sample)
-        found |= {launch: table.DTYPE_NAMES[dtype] for launch in kept if launch not in found}
+        found |= {launch: DTYPE_NAMES[dtype] for launch in kept if launch not in found}
         for shape_class in ("large",) if sample else CLASSES:
-            configs = {op: _row(capability, op, dtype, shape_class) for op in table.PRODUCTS}
+            configs = {op: _row(capability, op, dtype, shape_class) for op in PRODUCTS}
             with ahead.recording() as kept:
                 _linear(dtype, configs)
-            label = f"{table.DTYPE_NAMES[dtype]} {shape_class}"
+            label = f"{DTYPE_NAMES[dtype]} {shape_class}"
             found |= {launch: label for launch in kept if launch not in found}
             if dtype == torch.float16 and shape_class in _RAGGED and configs["linear"].kind != "torch":
                 with ahead.recording() as kept:
@@ -143,7 +143,7 @@ def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
 
 
 def _row(capability: tuple[int, int], op: str, dtype: torch.dtype, shape_class: str) -> Config:
-    entry = table.entry_of(capability, f"{op}/{table.DTYPE_NAMES[dtype]}/{shape_class}")
+    entry = table.entry_of(capability, f"{op}/{DTYPE_NAMES[dtype]}/{shape_class}")
     return Config() if entry is None else entry.config
 
 
@@ -229,13 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels ahead of time and check them.")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--sample", action="store_true", help="one dtype and two shape classes")
-    parser.add_argument("--dtypes", nargs="+", choices=list(table.DTYPE_NAMES.values()), help="default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPE_NAMES.values()), help="default: all")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="remember what was compiled there; a run that was cut off goes on")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     options = parser.parse_args(arguments)
     rows = []
-    dtypes = tuple(options.dtypes or table.DTYPE_NAMES.values())
+    dtypes = tuple(options.dtypes or DTYPE_NAMES.values())
     for row in rows_of(options.arch, options.sample, options.jobs, options.cache, dtypes):
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -14,11 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import activate, backprop, dot, narrow, widen
-from .finish import SIZE
-from .launch import POINTWISE, ceil_div, check_activation, check_operands, config_for, for_alignment, options, rows_of
-from .table import Config, follows_tables
-from .tiles import add_product, start_of, tile_at
+from spu.kernels.arith import activate, backprop, dot, narrow, widen
+from spu.kernels.config import Config
+from spu.kernels.finish import SIZE
+from spu.kernels.launch import (
+    POINTWISE,
+    ceil_div,
+    check_activation,
+    check_operands,
+    config_for,
+    for_alignment,
+    options,
+    rows_of,
+)
+from spu.kernels.table import follows_tables
+from spu.kernels.tiles import add_product, start_of, tile_at
 
 _INT32 = 2**31 - 1
 _EPILOGUE_COLUMNS = tl.constexpr(64)

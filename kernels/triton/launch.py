@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 from triton.runtime import _allocation
 
-from . import table
-from .table import Config
+from spu.kernels import table
+from spu.kernels.config import Config
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .finish import column_sums, dz_of, finish, finish_main_grad
-from .launch import check_activation, check_operands, check_sink, config_for, rows_of
-from .multiply import Derivative, Epilogue, add_column_sums, multiply
-from .table import Config
+from spu.kernels.config import Config
+from spu.kernels.finish import column_sums, dz_of, finish, finish_main_grad
+from spu.kernels.launch import check_activation, check_operands, check_sink, config_for, rows_of
+from spu.kernels.multiply import Derivative, Epilogue, add_column_sums, multiply
 
 
 def linear_fwd(

@@ -9,11 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .accumulation import SAMPLED_ROWS, wanted, watch_of
-from .finish import column_sums, finish, finish_main_grad
-from .launch import ALIGN_BYTES, ceil_div, config_for, descriptors_allowed, for_alignment, options, programs_at_once
-from .product import descriptor_kernel, product_kernel
-from .table import Config, follows_tables
+from spu.kernels.accumulation import SAMPLED_ROWS, wanted, watch_of
+from spu.kernels.config import Config
+from spu.kernels.finish import column_sums, finish, finish_main_grad
+from spu.kernels.launch import (
+    ALIGN_BYTES,
+    ceil_div,
+    config_for,
+    descriptors_allowed,
+    for_alignment,
+    options,
+    programs_at_once,
+)
+from spu.kernels.product import descriptor_kernel, product_kernel
+from spu.kernels.table import follows_tables
 
 _INT32 = 2**31 - 1
 _POINTER_COLUMNS = 128

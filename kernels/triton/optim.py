@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arith import narrow, widen
-from .launch import POINTWISE, ceil_div
+from spu.kernels.arith import narrow, widen
+from spu.kernels.launch import POINTWISE, ceil_div
 
 SIZE = 1024
 TILES = 8  # of SIZE elements a program: the step's scalars are worked out once for them

@@ -1,7 +1,7 @@
 """One matrix product with spu's epilogues: ``a [M, K] @ b [K, N]`` of any strides, in every kind of launch.
 
 The epilogue is "output" (bias, activation, pre-activation; the forward, the input gradient, a plain weight gradient) or
-"main_grad" (inv_scale, accumulation, found_inf, bias gradient). Kinds of launch are explained in ``table.Config``.
+"main_grad" (inv_scale, accumulation, found_inf, bias gradient). Kinds of launch are explained in ``config.Config``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arith import dot
-from .tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
+from spu.kernels.arith import dot
+from spu.kernels.tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
 
 _WHOLE_EPILOGUE_COLUMNS = tl.constexpr(64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arith import activate, backprop, dot, narrow, nonfinite, widen
+from spu.kernels.arith import activate, backprop, dot, narrow, nonfinite, widen
 
 
 @triton.jit

@@ -205,7 +205,7 @@ def tune(
         from pathlib import Path
 
         from spu import tune as tuning
-        from spu.kernels.table import PRODUCTS
+        from spu.kernels.config import PRODUCTS
 
         names = tuple(ops.split(",")) if ops else PRODUCTS
         kinds = tuple(dtypes.split(","))

@@ -20,7 +20,7 @@ import torch
 
 from spu import __version__
 from spu.kernels import table
-from spu.kernels.table import CLASSES, PRODUCTS, Entry, Table
+from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune_backends import LAYERS, layer_of
 from spu.tune_calls import DTYPES, REPRESENTATIVE, call_of, candidates
 from spu.tune_compile import Compiling
@@ -112,7 +112,7 @@ def tune(
 
     Args:
         device: which card.
-        ops: of ``spu.kernels.table.PRODUCTS``.
+        ops: of ``spu.kernels.config.PRODUCTS``.
         dtypes: of fp16, bf16, fp32.
         out: another file than the user's table.
         seconds: stop after this time, between two rows.
@@ -129,7 +129,7 @@ def tune(
         raise ValueError("spu tune measures a CUDA device and torch sees none: see `spu doctor`")
     where = torch.device(device)
     capability = torch.cuda.get_device_capability(where)
-    name, facts, arch = table.arch_name(capability), _facts(where), 10 * capability[0] + capability[1]
+    name, facts, arch = arch_name(capability), _facts(where), 10 * capability[0] + capability[1]
     path = out or table.user_path(name)
     run = _Run(path, Table(name, "measured", dict(_kept(path, facts)), facts), say)
     began = time.monotonic()

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spu.kernels.table import Config
+from spu.kernels.config import Config
 
 # the op that asks the table for a backend, and the products that its layer runs
 LAYERS: dict[str, tuple[str, ...]] = {

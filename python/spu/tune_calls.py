@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spu.kernels.config import Config
 from spu.kernels.derive import SHARED_BYTES
-from spu.kernels.table import Config
 
 # rows, columns, inner of the shape that stands for its class
 REPRESENTATIVE = {

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from spu.kernels import table
-from spu.kernels.table import CLASSES, Config, Entry, Table
+from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table, arch_name
 
 FORMS = ("linear", "linear_dx", "linear_dw")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -46,12 +46,12 @@ def derived(arch: int) -> Table:
             for shape_class in CLASSES:
                 small = "small" in known and op != "linear_dw" and shape_class not in ("medium", "large")
                 entries[f"{op}/{dtype}/{shape_class}"] = Entry(known["small" if small else "large"])
-    return Table(f"sm_{arch}", "derived", entries, {"note": "reckoned, never measured"})
+    return Table(f"sm_{arch}", "derived", entries, {"note": "worked out, never measured"})
 
 
 def tile_table(capability: tuple[int, int]) -> Table:
     """The user's table for a device, else the derived one."""
-    own = table.user_path(f"cuda_{table.arch_name(capability)}")
+    own = table.user_path(f"cuda_{arch_name(capability)}")
     return table.read(own) if own.is_file() else derived(10 * capability[0] + capability[1])
 
 
@@ -91,7 +91,7 @@ def uncovered(architectures: str) -> list[str]:
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if not serves(architectures, capability):
-            found.append(f"cuda:{index} ({table.arch_name(capability)})")
+            found.append(f"cuda:{index} ({arch_name(capability)})")
     return found
 
 
@@ -106,7 +106,7 @@ def wanted() -> str:
 
 def takes(op: str, shape: tuple[int, ...]) -> bool:
     """Whether a product of a shape (rows, columns, inner) can run on this library's tensor cores."""
-    return op not in table.PRODUCTS or len(shape) != 3 or all(size % _ALIGNED == 0 for size in shape[1:])
+    return op not in PRODUCTS or len(shape) != 3 or all(size % _ALIGNED == 0 for size in shape[1:])
 
 
 def choose_tiles(module: object) -> None:
