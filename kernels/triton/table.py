@@ -7,7 +7,6 @@ table that is measured for everybody is shipped as ``tuned/<arch>.json``. What n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from spu.common.files import cache_directory, write_atomically
 from spu.kernels import derive
 from spu.kernels.config import DTYPE_NAMES, Config, Entry, Table, arch_name, key_of
 
@@ -61,16 +61,12 @@ def write(table: Table, path: Path) -> None:
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
     text = json.dumps(head)[:-1] + ',\n "entries": {\n' + lines + "\n}}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
+    write_atomically(path, text)
 
 
 def user_path(arch: str) -> Path:
     """Where ``spu tune`` writes and the choice looks first: ``$SPU_CACHE/tuned``, else ``~/.cache/spu/tuned``."""
-    root = os.environ.get("SPU_CACHE")
-    cache = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spu"
-    return cache / "tuned" / f"{arch}.json"
+    return cache_directory() / "tuned" / f"{arch}.json"
 
 
 _FOLLOWERS: list[Callable[[], None]] = []

@@ -6,6 +6,7 @@ hardware, the settings and the versions it is true for, and is ignored when any 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,6 @@ import math
 import os
 import platform
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from spu import __version__
+from spu.common.files import cache_directory, write_json
 from spu.devices import Device, call_pinned
 from spu.hostinfo import cpu_model
 
@@ -102,14 +103,6 @@ def measure_loopback(*, refresh: bool = False) -> float:
     """Bytes/s from one process of this machine to another over TCP: of two threads with a socket between them."""
     key = {"what": "loopback", "cpu": cpu_model(), "machine": platform.machine()}
     return cached_values(key, ["bytes_per_s"], lambda: {"bytes_per_s": _loopback_bandwidth()}, refresh)["bytes_per_s"]
-
-
-def cache_directory() -> Path:
-    """Where figures are kept."""
-    if os.environ.get("SPU_CACHE"):
-        return Path(os.environ["SPU_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spu"
 
 
 # Measuring.
@@ -243,7 +236,9 @@ def cached_values(
     values = None if refresh else _read(path, key, names)
     if values is None:
         values = measure()
-        _write(path, {"key": key, "values": values})
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"key": key, "values": values})
     return values
 
 
@@ -255,17 +250,3 @@ def _read(path: Path, key: dict[str, Any], names: list[str]) -> dict[str, float]
         return None
     sound = all(math.isfinite(value) and value >= 0 for value in values.values())
     return values if sound and entry.get("key") == key else None
-
-
-def _write(path: Path, entry: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(entry, file, indent=1)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)

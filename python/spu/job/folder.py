@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spu.common.files import write_json
 from spu.job.config import TrainConfig
 
 try:
@@ -147,14 +148,3 @@ def find_folder(out: str, which: str) -> RunFolder:
             return RunFolder(path)
     known = ", ".join(file.parent.name for file in runs[-5:]) or "none"
     raise ValueError(f"--resume {which}: no such run; runs in {out}: {known}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

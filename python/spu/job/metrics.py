@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from spu.job.folder import write_json
+from spu.common.files import write_atomically, write_json
 
 
 def _finite(value: Any) -> Any:
@@ -26,9 +26,7 @@ class MetricsFile:
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.new")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, **row: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spu import schedules
+from spu.common.files import write_atomically
 from spu.ops.wire import CODECS as WIRE_CODECS
 from spu.plan.curve import memory_curve
 from spu.plan.memory import ITEM_BYTES, StageBytes
@@ -181,10 +182,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as a JSON file; an existing file is replaced only once the new one is complete."""
-        target = Path(path)
-        part = target.with_name(target.name + ".part")
-        part.write_text(self.to_json(), encoding="utf-8")
-        part.replace(target)
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

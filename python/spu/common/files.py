@@ -1,0 +1,51 @@
+"""Files: written so that a crash leaves the old one or the new one, and the folder where spu remembers things."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cache_directory", "write_atomically", "write_json"]
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` in UTF-8 to a file beside ``path``, wait until it is on the disk, and rename it to ``path``.
+
+    The folder must exist. Processes and threads may write to one path at once: the last one to finish wins.
+
+    Raises:
+        OSError: if it cannot be written; what was at ``path`` is unchanged.
+    """
+    place = Path(path)
+    part = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}.new")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, place)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as JSON, as ``write_atomically`` does.
+
+    Raises:
+        OSError: as ``write_atomically``.
+        TypeError: if JSON cannot hold it; nothing was written.
+    """
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def cache_directory() -> Path:
+    """Return the folder of measured figures and tables: ``$SPU_CACHE``, ``$XDG_CACHE_HOME/spu`` or ``~/.cache/spu``."""
+    named = os.environ.get("SPU_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spu"
