@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -22,22 +23,30 @@ def problems(draw, most_layers=7):
     def numbers(count, kind=small):
         return draw(st.lists(kind, min_size=count, max_size=count))
 
-    per_layer, ends = [numbers(layers) for _ in range(6)], stages * (layers + 1)
-    per_layer[5] = [max(a, b) for a, b in zip(per_layer[4], per_layer[5])]  # running again needs no less workspace
+    per_layer, ends = {name: numbers(layers) for name in core.LAYER_BYTES}, stages * (layers + 1)
+    # Recomputing needs no less workspace.
+    per_layer["extra_again"] = [max(a, b) for a, b in zip(per_layer["extra"], per_layer["extra_again"])]
     seconds = st.integers(0, 9).map(float)
     return core.Problem(
-        layers,
-        stages,
-        draw(st.sampled_from([core.KEEP, core.AGAIN, core.AUTO])),
-        numbers(stages * layers, seconds),
-        numbers(stages * layers, seconds),
-        *per_layer,
-        numbers(stages, st.integers(1, 3)),
-        numbers(stages, st.integers(20, 300)),
-        *(numbers(ends) for _ in range(6)),
-        numbers(ends, seconds),
-        numbers(ends, seconds),
+        layers=layers,
+        stages=stages,
+        recompute=draw(st.sampled_from([core.KEEP, core.AGAIN, core.AUTO])),
+        forward=numbers(stages * layers, seconds),
+        backward=numbers(stages * layers, seconds),
+        in_flight=numbers(stages, st.integers(1, 3)),
+        budgets=numbers(stages, st.integers(20, 300)),
+        enter_s=numbers(ends, seconds),
+        leave_s=numbers(ends, seconds),
+        **per_layer,
+        **{name: numbers(ends) for name in core.END_BYTES},
     )
+
+
+def one_stage(layers, **given):
+    """A problem of one stage in which only what is given is not zero."""
+    zeros = {name: [0] * layers for name in core.LAYER_BYTES} | {name: [0] * (layers + 1) for name in core.END_BYTES}
+    zeros |= {"enter_s": [0.0] * (layers + 1), "leave_s": [0.0] * (layers + 1), "backward": [1.0] * layers}
+    return core.Problem(layers=layers, stages=1, **{**zeros, "in_flight": [1], **given})
 
 
 def choices(p, cuts):
@@ -85,7 +94,7 @@ def test_python_and_cpp_find_the_same(p):
 @given(problems())
 @settings(max_examples=80, deadline=None)
 def test_recomputing_on_demand_recomputes_no_more_than_it_must(p):
-    auto, keep = p._replace(recompute=core.AUTO), p._replace(recompute=core.KEEP)
+    auto, keep = (dataclasses.replace(p, recompute=kind) for kind in (core.AUTO, core.KEEP))
     for cuts in itertools.islice(every_cuts(p), 5):
         for one, kept, budget in zip(choices(auto, cuts), choices(keep, cuts), p.budgets):
             if kept.needed <= budget:
@@ -95,10 +104,7 @@ def test_recomputing_on_demand_recomputes_no_more_than_it_must(p):
 
 
 def test_the_fewest_seconds_are_recomputed_first():
-    p = core.Problem(
-        3, 1, core.AUTO, [1.0, 2.0, 1.0], [1.0] * 3, [0] * 3, [10, 30, 12], [0] * 3, [0] * 3, [0] * 3, [0] * 3,
-        [1], [42], *([0] * 4 for _ in range(6)), [0.0] * 4, [0.0] * 4,
-    )  # fmt: skip
+    p = one_stage(3, recompute=core.AUTO, forward=[1.0, 2.0, 1.0], own=[10, 30, 12], budgets=[42])
     (choice,) = choices(p, [0, 3])
     assert choice.needed <= 42
     assert choice.again == [1]  # 15 bytes a second, against 12 and 10
@@ -106,12 +112,11 @@ def test_the_fewest_seconds_are_recomputed_first():
 
 def test_arrays_that_do_not_fit_together_are_refused():
     host = pytest.importorskip("spu._host")
-    p = core.Problem(1, 1, 0, [1.0], [1.0], *([0] for _ in range(6)), [1], [9], *([0, 0] for _ in range(6)), [0.0] * 2,
-                     [0.0] * 2)  # fmt: skip
-    assert host.place(p, [1.0]) == [[0, 1]]
+    p = one_stage(1, recompute=core.KEEP, forward=[1.0], budgets=[9])
+    assert host.partitions(p, [1.0]) == [[0, 1]]
     with pytest.raises(ValueError, match="place: in_flight must have 1 values, got 2"):
-        host.place(p._replace(in_flight=[1, 2]), [])
+        host.partitions(dataclasses.replace(p, in_flight=[1, 2]), [])
     with pytest.raises(ValueError, match="place: 2 stages of 1 layers"):
-        host.nearest(p._replace(stages=2))
+        host.nearest_partition(dataclasses.replace(p, stages=2))
     with pytest.raises(ValueError, match="backend must be 'auto', 'python' or 'cpp', got 'java'"):
         core.place(p, [], "java")

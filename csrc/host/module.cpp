@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <type_traits>
 #include <utility>
 
 #include "place.h"
@@ -26,32 +27,44 @@ std::pair<Seconds, Seconds> simulate(Integers first, Integers stages, Integers k
   return {std::move(times.starts), std::move(times.ends)};
 }
 
-// A Problem from the Python tuple of the same fields.
-spu::host::Problem read_problem(const py::tuple& fields) {
-  std::size_t next = 0;
-  const auto number = [&] { return fields[next++].cast<std::int64_t>(); };
-  const auto integers = [&] { return fields[next++].cast<Integers>(); };
-  const auto seconds = [&] { return fields[next++].cast<Seconds>(); };
+// A Problem from the spu.plan.core.Problem with fields of the same names.
+spu::host::Problem read_problem(const py::object& from) {
+  const auto read = [&from](const char* name, auto& into) {
+    into = from.attr(name).cast<std::remove_reference_t<decltype(into)>>();
+  };
   spu::host::Problem p;
-  p.layers = number(), p.stages = number(), p.recompute = number();
-  p.forward = seconds(), p.backward = seconds();
-  p.fixed = integers(), p.own = integers(), p.inner = integers(), p.inner_again = integers();
-  p.extra = integers(), p.extra_again = integers();
-  p.in_flight = integers(), p.budgets = integers();
-  p.enter_fixed = integers(), p.enter_each = integers(), p.enter_again = integers();
-  p.leave_fixed = integers(), p.leave_each = integers(), p.leave_extra = integers();
-  p.enter_s = seconds(), p.leave_s = seconds();
+  read("layers", p.layers);
+  read("stages", p.stages);
+  read("recompute", p.recompute);
+  read("forward", p.forward);
+  read("backward", p.backward);
+  read("fixed", p.fixed);
+  read("own", p.own);
+  read("inner", p.inner);
+  read("inner_again", p.inner_again);
+  read("extra", p.extra);
+  read("extra_again", p.extra_again);
+  read("in_flight", p.in_flight);
+  read("budgets", p.budgets);
+  read("enter_fixed", p.enter_fixed);
+  read("enter_each", p.enter_each);
+  read("enter_again", p.enter_again);
+  read("leave_fixed", p.leave_fixed);
+  read("leave_each", p.leave_each);
+  read("leave_extra", p.leave_extra);
+  read("enter_s", p.enter_s);
+  read("leave_s", p.leave_s);
   return p;
 }
 
-std::vector<Integers> place(const py::tuple& fields, const Seconds& slacks) {
-  const spu::host::Problem problem = read_problem(fields);
+std::vector<Integers> partitions(const py::object& from, const Seconds& slacks) {
+  const spu::host::Problem problem = read_problem(from);
   py::gil_scoped_release release;
   return spu::host::place(problem, slacks);
 }
 
-Integers nearest(const py::tuple& fields) {
-  const spu::host::Problem problem = read_problem(fields);
+Integers nearest_partition(const py::object& from) {
+  const spu::host::Problem problem = read_problem(from);
   py::gil_scoped_release release;
   return spu::host::nearest(problem);
 }
@@ -64,8 +77,9 @@ PYBIND11_MODULE(_host, m) {
         py::arg("seconds"), py::arg("transfers"),
         "(starts, ends) in seconds of every action of a flat schedule, NaN for those that can never start; the same "
         "bits as spu.schedules.simulate.run_flat. Raises ValueError for arrays that do not fit together.");
-  m.def("place", &place, py::arg("problem"), py::arg("slacks"),
+  m.def("partitions", &partitions, py::arg("problem"), py::arg("slacks"),
         "The cuts that spu.plan.core.place_python finds for a spu.plan.core.Problem. Raises ValueError for arrays that "
         "do not fit together.");
-  m.def("nearest", &nearest, py::arg("problem"), "The cuts that spu.plan.core.nearest_python finds.");
+  m.def("nearest_partition", &nearest_partition, py::arg("problem"),
+        "The cuts that spu.plan.core.nearest_python finds.");
 }

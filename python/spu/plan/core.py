@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ KEEP, AGAIN, AUTO = 0, 1, 2
 """Recompute: no layer, every layer, or as few as the budget asks for."""
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Problem:
     """Stages of consecutive layers under budgets, as arrays. Tables are row by row; L layers, S stages.
 
     The bytes of a stage with layers i to j - 1 are the sum of ``fixed`` and the ``*_fixed`` of its two ends, plus
-    ``in_flight`` times what each microbatch keeps, plus the largest workspace.
+    ``in_flight`` times what each microbatch keeps, plus the largest workspace. C++ reads the fields by name.
     """
 
     layers: int
@@ -27,21 +29,26 @@ class Problem(NamedTuple):
     forward: list[float]  # [S * L] seconds
     backward: list[float]  # [S * L] seconds
     fixed: list[int]  # [L] bytes held all the time
-    own: list[int]  # [L] per microbatch: what a layer that is kept leaves behind
-    inner: list[int]  # [L] per microbatch: its input, if it is not the stage's first and kept
-    inner_again: list[int]  # [L] the same if it is run again
-    extra: list[int]  # [L] workspace if kept
-    extra_again: list[int]  # [L] workspace if run again
-    in_flight: list[int]  # [S]
-    budgets: list[int]  # [S]
-    enter_fixed: list[int]  # [S * (L + 1)] if the stage's first layer is the column
-    enter_each: list[int]  # [S * (L + 1)] its input, per microbatch
-    enter_again: list[int]  # [S * (L + 1)] the same if the first layer is run again
-    leave_fixed: list[int]  # [S * (L + 1)] if the stage ends before the column
-    leave_each: list[int]  # [S * (L + 1)]
-    leave_extra: list[int]  # [S * (L + 1)]
+    own: list[int]  # [L] bytes per microbatch: what a layer that is kept leaves behind
+    inner: list[int]  # [L] bytes per microbatch: its input, if it is not the stage's first and kept
+    inner_again: list[int]  # [L] bytes, the same if it is recomputed
+    extra: list[int]  # [L] bytes of workspace if kept
+    extra_again: list[int]  # [L] bytes of workspace if recomputed
+    in_flight: list[int]  # [S] microbatches
+    budgets: list[int]  # [S] bytes
+    enter_fixed: list[int]  # [S * (L + 1)] bytes if the stage's first layer is the column
+    enter_each: list[int]  # [S * (L + 1)] bytes of its input, per microbatch
+    enter_again: list[int]  # [S * (L + 1)] bytes, the same if the first layer is recomputed
+    leave_fixed: list[int]  # [S * (L + 1)] bytes if the stage ends before the column
+    leave_each: list[int]  # [S * (L + 1)] bytes per microbatch
+    leave_extra: list[int]  # [S * (L + 1)] bytes of workspace
     enter_s: list[float]  # [S * (L + 1)] seconds per microbatch
     leave_s: list[float]  # [S * (L + 1)] seconds per microbatch
+
+
+LAYER_BYTES = ("fixed", "own", "inner", "inner_again", "extra", "extra_again")
+END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")
+"""Fields of a problem: bytes by layer, and by stage and cut."""
 
 
 class Choice(NamedTuple):
@@ -122,13 +129,13 @@ def place(problem: Problem, slacks: Sequence[float], backend: str = "auto") -> l
         Distinct lists of the S + 1 cuts (0 first, L last): the one whose slowest stage is fastest (the most even one
         of those), then those of ``slacks``. Empty if nothing fits the budgets.
     """
-    run = _backend("place", backend)
+    run = _backend("partitions", backend)
     return place_python(problem, list(slacks)) if run is None else run(problem, list(slacks))
 
 
 def nearest(problem: Problem, backend: str = "auto") -> list[int]:
     """The cuts where the stage that is shortest of memory lacks least, whether or not that fits."""
-    run = _backend("nearest", backend)
+    run = _backend("nearest_partition", backend)
     return nearest_python(problem) if run is None else run(problem)
 
 

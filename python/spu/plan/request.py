@@ -125,7 +125,7 @@ class Request:
             layer.input_bytes if layer.input_saved or (back is not None and back.output_saved) else 0
             for layer, back in zip(self.layers, before)
         ]
-        ends: dict[str, list] = {name: [0] * (stages * width) for name in _END_BYTES}
+        ends: dict[str, list] = {name: [0] * (stages * width) for name in core.END_BYTES}
         ends |= {name: [0.0] * (stages * width) for name in ("enter_s", "leave_s")}
         for s in range(stages):
             at = slice(s * width, (s + 1) * width)
@@ -140,20 +140,20 @@ class Request:
         if budgets is None:
             budgets = [self.devices[home].budget_bytes // self.virtual for home in self.homes]
         return core.Problem(
-            count,
-            stages,
-            self.recompute,
-            [self.times[home][k][0] for home in self.homes for k in range(count)],
-            [self.times[home][k][1] for home in self.homes for k in range(count)],
-            fixed,
-            own,
-            inner,
-            [layer.input_bytes for layer in self.layers],
-            [max(layer.forward_extra, layer.backward_extra) for layer in self.layers],
-            [max(layer.forward_extra, layer.backward_extra) + layer.own_bytes for layer in self.layers],
-            list(memory.in_flight),
-            list(budgets),
-            *(ends[name] for name in (*_END_BYTES, "enter_s", "leave_s")),
+            layers=count,
+            stages=stages,
+            recompute=self.recompute,
+            forward=[self.times[home][k][0] for home in self.homes for k in range(count)],
+            backward=[self.times[home][k][1] for home in self.homes for k in range(count)],
+            fixed=fixed,
+            own=own,
+            inner=inner,
+            inner_again=[layer.input_bytes for layer in self.layers],
+            extra=[max(layer.forward_extra, layer.backward_extra) for layer in self.layers],
+            extra_again=[max(layer.forward_extra, layer.backward_extra) + layer.own_bytes for layer in self.layers],
+            in_flight=list(memory.in_flight),
+            budgets=list(budgets),
+            **ends,
         )
 
     def _together(self, first: int, stop: int) -> int:
@@ -348,6 +348,3 @@ class Request:
     @property
     def _schedule(self) -> tuple[str, int, int, int]:
         return self.schedule, len(self.devices), self.microbatches, self.virtual
-
-
-_END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")
