@@ -261,7 +261,7 @@ class Run:
             # The same batch norm makes as much more of a lossy wire's rounding: only the order of size is left to see.
             close(what, ours, expected[0], 5.0 if "batch norm" in self.case.names else 0.5)
         elif len(expected) == 1 or not expected[0].is_floating_point():
-            # A batch norm over few rows divides by what is nearly 0, and makes more of every rounding; a second one again.
+            # A batch norm over few rows divides by nearly 0, and makes more of every rounding; a second one again.
             assert_equal_sums(what, ours, expected[0], 2e-5 * 25 ** self.case.names.count("batch norm"))
         else:
             unit = 2.0**-11 if self.case.precision == "fp16" else 2.0**-8

@@ -12,7 +12,7 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer
-from spu.engine.local import StageError
+from spu.engine.engine import StageError
 from spu.footprint import Run, training_costs
 from spu.plan import Plan
 

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from spu.devices import Device as Device
     from spu.devices import DeviceManager as DeviceManager
-    from spu.engine.local import StageError as StageError
+    from spu.engine.engine import StageError as StageError
     from spu.engine.randomness import LayerRandomness as LayerRandomness
     from spu.engine.result import StepResult as StepResult
     from spu.nn import accelerate as accelerate
@@ -38,7 +38,7 @@ _EXPORTS = {
     "LossScaler": "spu.precision",
     "MainGrads": "spu.precision",
     "ModelParallelTrainer": "spu.trainer",
-    "StageError": "spu.engine.local",
+    "StageError": "spu.engine.engine",
     "StepResult": "spu.engine.result",
     "accelerate": "spu.nn",
     "backends": "spu.ops",

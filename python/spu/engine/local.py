@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -16,68 +15,18 @@ import torch
 
 from spu import ops
 from spu.engine.channel import Aborted, Exchange
+from spu.engine.engine import Round, StageError
 from spu.engine.layers import Moment
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.engine.worker import Worker
 from spu.interrupts import Held
-from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
 from spu.tracker import MemoryTracker, Tally
 from spu.transfer import Link, side_for
 
-__all__ = ["LocalEngine", "Round", "StageError"]
-
-
-class StageError(RuntimeError):
-    """A stage failed; ``__cause__`` is what it raised.
-
-    Attributes:
-        stage: index of the stage.
-        action: what it was doing, e.g. ``1B3`` for stage 1, backward, microbatch 3; None outside the schedule.
-    """
-
-    def __init__(self, stage: int, device: str, action: Action | None, cause: BaseException) -> None:
-        self.stage = stage
-        self.action = action
-        doing = "" if action is None else f", action {action}, microbatch {action.microbatch}"
-        super().__init__(f"stage {stage} ({device}){doing}: {type(cause).__name__}: {cause}")
-
-
-@dataclass
-class Round:
-    """One run of a schedule over microbatches, and what came out of it.
-
-    Attributes:
-        actions: one list for each rank.
-        inputs, targets, weights: one of each for each microbatch; no targets means no loss.
-        first_microbatch: the number of the first one in the whole step, for its random draws.
-        run_seed, step: likewise.
-        scopes: the loss scale on each stage; None for a pass without backward.
-        keep_outputs: collect the last stage's outputs.
-        autocast: entered around every forward.
-        losses, outputs: results by microbatch.
-        spans: what ran when, in seconds of ``time.perf_counter``.
-    """
-
-    actions: Sequence[Sequence[Action]]
-    inputs: Sequence[Any]
-    targets: Sequence[Any] | None
-    weights: Sequence[torch.Tensor] | None
-    run_seed: int
-    step: int
-    first_microbatch: int = 0
-    scopes: Sequence[BackwardScope] | None = None
-    keep_outputs: bool = False
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
-
-    @property
-    def train(self) -> bool:
-        return self.scopes is not None
+__all__ = ["LocalEngine"]
 
 
 class LocalEngine:

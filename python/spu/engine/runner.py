@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from spu import schedules
 from spu.engine.ambient import callers_autocast
 from spu.engine.build import Built
+from spu.engine.engine import Engine, Round
 from spu.engine.generators import check_generators
-from spu.engine.local import LocalEngine, Round
+from spu.engine.local import LocalEngine
 from spu.engine.loss_check import LossCheck
 from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
@@ -63,6 +64,7 @@ class Runner:
         backend: a forced kernel backend, or None.
         weighing: how much a microbatch counts.
         optimizer, lr, max_grad_norm: as `Updater` takes them.
+        engine: makes the engine that runs the stages, from the arguments of `LocalEngine`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Runner:
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
         lr: float | None,
         max_grad_norm: float | None,
+        engine: Callable[..., Engine] = LocalEngine,
     ) -> None:
         self.built = built
         self._plan = plan
@@ -85,7 +88,7 @@ class Runner:
         self._check = LossCheck(built.stages[-1].loss_fn, weighing)
         try:
             check_generators(built.stages)
-            self.engine = LocalEngine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
+            self.engine = engine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
             self.updater = Updater(built, self.engine, scaler, optimizer=optimizer, lr=lr, max_grad_norm=max_grad_norm)
         except BaseException:
             built.restore()

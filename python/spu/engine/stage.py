@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
+from spu.memory.residency import RESIDENT, Residency
 from spu.ops.cut import Cut, LeafCut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.skips import carried_by, current_carrier
@@ -49,6 +51,7 @@ class Stage:
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
         recompute: for each layer, whether it keeps only its input for the backward; none does by default.
         parts: what the stage trains, if that is more than its layers: the loss may be a module with parameters.
+        residency: brings each layer's weights to the device for its work; by default they are always there.
 
     Attributes:
         elsewhere: id -> name of parameters of other stages.
@@ -64,10 +67,12 @@ class Stage:
         loss_fn: Callable[[Any, Any], torch.Tensor],
         recompute: Sequence[bool] = (),
         parts: Sequence[Layer] | None = None,
+        residency: Residency = RESIDENT,
     ) -> None:
         self.index = index
         self.layers = layers
         self.device = device
+        self.residency = residency
         self.is_first = index == 0
         self.is_last = is_last
         self.loss_fn = loss_fn
@@ -109,7 +114,11 @@ class Stage:
             for layer, again in zip(self.layers, self.recompute, strict=True):
                 randomness.layer(layer.name)
                 step = layer.run_checkpointed if again and train else layer.run
-                x = step(x, inputs, moment)
+                self.residency.fetch(layer.module)
+                try:
+                    x = step(x, inputs, moment)
+                finally:
+                    self.residency.release(layer.module)
         randomness.end()
         if arrived is not None:
             arrived.check()
@@ -200,7 +209,7 @@ class Stage:
             self._leaves_known = True
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
-            with flight.randomness.during(self.device.torch_device):
+            with self._fetched(), flight.randomness.during(self.device.torch_device):
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         if flight.skips is not None:
             flight.skips.send_gradients()
@@ -210,8 +219,22 @@ class Stage:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
         left = self._deferred.pop(moment.microbatch)
         left.reverse()
-        while left:  # emptied in place: each of them holds activations, and the scope, which holds the list
-            left.pop()()
+        with self._fetched():
+            while left:  # emptied in place: each of them holds activations, and the scope, which holds the list
+                left.pop()()
+
+    @contextlib.contextmanager
+    def _fetched(self) -> Iterator[None]:
+        """Hold every layer's weights on the device, for a backward."""
+        held: list[nn.Module] = []
+        try:
+            for layer in reversed(self.layers):
+                self.residency.fetch(layer.module)
+                held.append(layer.module)
+            yield
+        finally:
+            for module in held:
+                self.residency.release(module)
 
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""

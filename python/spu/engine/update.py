@@ -15,8 +15,8 @@ from torch import nn
 
 from spu import ops
 from spu.engine.build import Built
+from spu.engine.engine import Engine
 from spu.engine.layers import Layer
-from spu.engine.local import LocalEngine
 from spu.engine.optimizer_state import remember_rates
 from spu.engine.sharing import TiedUse
 from spu.engine.stage import Stage
@@ -48,7 +48,7 @@ class Updater:
 
     Args:
         built: the stages and their parameters.
-        engine: whose workers run the updates.
+        engine: runs the update of each stage where the stage is.
         scaler: the loss scaler.
         optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; None for our
             AdamW, which a ``functools.partial`` of it also makes.
@@ -59,7 +59,7 @@ class Updater:
     def __init__(
         self,
         built: Built,
-        engine: LocalEngine,
+        engine: Engine,
         scaler: LossScaler,
         *,
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,

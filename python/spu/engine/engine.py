@@ -1,0 +1,102 @@
+"""What an engine promises: it runs a schedule over stages, and tasks for each of them, until it is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from spu.engine.stage import Stage
+from spu.ops.sink import BackwardScope
+from spu.schedules import Action, Span, Timeline
+from spu.tracker import Tally
+
+__all__ = ["Engine", "Round", "StageError"]
+
+
+class StageError(RuntimeError):
+    """A stage failed; ``__cause__`` is what it raised.
+
+    Attributes:
+        stage: index of the stage.
+        action: what it was doing, e.g. ``1B3`` for stage 1, backward, microbatch 3; None outside the schedule.
+    """
+
+    def __init__(self, stage: int, device: str, action: Action | None, cause: BaseException) -> None:
+        self.stage = stage
+        self.action = action
+        doing = "" if action is None else f", action {action}, microbatch {action.microbatch}"
+        super().__init__(f"stage {stage} ({device}){doing}: {type(cause).__name__}: {cause}")
+
+
+@dataclass
+class Round:
+    """One run of a schedule over microbatches, and its results.
+
+    Attributes:
+        actions: one list for each rank.
+        inputs, targets, weights: one of each for each microbatch; no targets means no loss.
+        first_microbatch: the number of the first one in the whole step, for its random draws.
+        run_seed, step: likewise.
+        scopes: the loss scale on each stage; None for a pass without backward.
+        keep_outputs: collect the last stage's outputs.
+        autocast: entered around every forward.
+        losses, outputs: results by microbatch.
+        spans: what ran when, in seconds of ``time.perf_counter``.
+    """
+
+    actions: Sequence[Sequence[Action]]
+    inputs: Sequence[Any]
+    targets: Sequence[Any] | None
+    weights: Sequence[torch.Tensor] | None
+    run_seed: int
+    step: int
+    first_microbatch: int = 0
+    scopes: Sequence[BackwardScope] | None = None
+    keep_outputs: bool = False
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def train(self) -> bool:
+        """Whether the round has backwards."""
+        return self.scopes is not None
+
+
+class Engine(Protocol):
+    """Runs schedules over stages. `spu.engine.local.LocalEngine` does so with threads of this process.
+
+    Attributes:
+        stages: in pipeline order.
+        ranks: the rank of each stage.
+        backend: a forced kernel backend, or None for automatic choice; may be changed between runs.
+        tallies: one for each rank, where it counts the bytes that its actions allocate; None: they are not counted.
+    """
+
+    stages: list[Stage]
+    ranks: list[int]
+    backend: str | None
+    tallies: list[Tally] | None
+
+    def run(self, work: Round) -> Timeline:
+        """Run a schedule to its end, leave losses and outputs in ``work``, and return the measured timeline.
+
+        Raises:
+            StageError: a stage failed; every other one has stopped, and nothing of the round is kept.
+            KeyboardInterrupt: likewise.
+        """
+
+    def each(self, task: Callable[[Stage], Any]) -> list[Any]:
+        """Run ``task`` for every stage, where its device's work is done, and return the results in stage order.
+
+        Raises:
+            StageError: a task failed; the others have ended.
+        """
+
+    def close(self) -> None:
+        """Give back threads and links; harmless when called twice."""
