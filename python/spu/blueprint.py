@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spu.common import torch_private
 from spu.engine.layers import Layer, model_layers
 from spu.profile import LayerCost
 
@@ -83,7 +84,7 @@ def _real_tables(model: nn.Module) -> None:
     """Modules that hold tables but no weights (rotary embeddings) are made again with values: layers' inputs come from
     running them."""
     for name, module in list(model.named_modules()):
-        tables = [b for b in module._buffers.values() if b is not None and b.is_meta]
+        tables = [b for b in torch_private.buffers_of(module).values() if b is not None and b.is_meta]
         if tables and not list(module.parameters()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, type(module)(config=model.config))  # type: ignore[call-arg]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from spu.common import torch_private
+from spu.common.torch_private import TorchDispatchMode, is_fake
 
 __all__ = ["FakeOps"]
 
@@ -22,15 +23,16 @@ class FakeOps(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if kwargs.get("generator") is not None:  # no values, no draws; some fake forms refuse a generator
             kwargs["generator"] = None
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+        if func is torch_private.grouped_mm() and args[0].dtype != torch.bfloat16:
             # The fake form checks what a kernel for GPUs takes: bf16 alone.
             dtype = kwargs.pop("out_dtype", None) or args[0].dtype
             return func(*map(_as_bfloat16, args), **kwargs).to(dtype)
-        if not func._schema.is_mutable or func.overloadpacket is torch.ops.aten.set_:  # copy.deepcopy makes tensors so
+        schema = torch_private.schema_of(func)
+        if not schema.is_mutable or func.overloadpacket is torch.ops.aten.set_:  # copy.deepcopy makes tensors so
             return func(*args, **kwargs)
         stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        named = zip(func._schema.arguments, args)
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        named = zip(schema.arguments, args)
         args = [_spared(arg, stand_ins) if argument.name in written else arg for argument, arg in named]
         kwargs = {name: _spared(arg, stand_ins) if name in written else arg for name, arg in kwargs.items()}
         result = func(*args, **kwargs)

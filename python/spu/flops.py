@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import sdpa_flop_count
 
+from spu.common import torch_private
+
 __all__ = ["flop_formulas"]
 
 
@@ -54,7 +56,7 @@ def flop_formulas() -> dict[Any, Any]:
         return input_gradient(dy, weight)
 
     formulas: dict[Any, Any] = {}
-    cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    cpu_attention = torch_private.flash_attention_for_cpu()
     if cpu_attention is not None:
         formulas[cpu_attention] = attention
     ours = {

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from spu import nn as spu_nn
+from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
 from spu.engine.loss import loss_of
 from spu.hushed import hushed
 from spu.interrupts import stop_if_asked

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spu.common.torch_private import foreach_add_
+
 from .master_optimizer import MasterOptimizer
 from .ops import adamw_
 from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
@@ -227,7 +229,7 @@ class AdamW(torch.optim.Optimizer):
         grads = [check_grad(param) for param in params]
         states = [self.state[param] for param in params]
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, (found == 0).float().squeeze(0))
+        foreach_add_(steps, (found == 0).float().squeeze(0))
         beta1, beta2 = group["betas"]
         adamw_(
             params,

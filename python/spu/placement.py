@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils import _pytree as pytree
 
 from spu import schedules
+from spu.common.torch_private import is_fake, pytree
 from spu.devices import Device, format_bytes
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment

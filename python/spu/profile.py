@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from spu.common import torch_private
+from spu.common.torch_private import FakeTensorMode, tree_leaves, tree_map
 from spu.devices import Device, call_pinned
 from spu.fake_ops import FakeOps
 from spu.flops import flop_formulas
@@ -296,7 +296,7 @@ def _first_device(x: Any) -> torch.device:
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return torch_private.storage_id(tensor)
 
 
 # Measuring.

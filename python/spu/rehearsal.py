@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from spu import nn as spu_nn
+from spu.common import torch_private
+from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
 from spu.fake_ops import FakeOps
 from spu.flops import flop_formulas
 from spu.ops.cut import cut
@@ -135,11 +135,11 @@ class Footprint:
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
         """(bytes kept, the output's included; most bytes; bytes moved), and the output."""
-        state = {t.untyped_storage()._cdata for t in itertools.chain(self.parameters, self.module.buffers())}
+        state = {torch_private.storage_id(t) for t in itertools.chain(self.parameters, self.module.buffers())}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage()._cdata not in state:
-                self.saved[tensor.untyped_storage()._cdata] = tensor.detach()
+            if torch_private.storage_id(tensor) not in state:
+                self.saved[torch_private.storage_id(tensor)] = tensor.detach()
             # A node that holds its own output is never freed, if its backward does not run.
             return tensor if tensor.is_leaf else tensor.detach()
 
@@ -283,14 +283,18 @@ def _spared(roots: tuple[torch.Tensor, ...], own: list[nn.Parameter]) -> Iterato
         if isinstance(leaf, torch.Tensor) and id(leaf) not in mine:
             leaves[id(leaf)] = leaf
         nodes += [before for before, _ in node.next_functions]
-    kept = [(t, t.grad, t._backward_hooks, t._post_accumulate_grad_hooks) for t in leaves.values()]
+    kept = [
+        (t, t.grad, torch_private.backward_hooks(t), torch_private.post_accumulate_hooks(t)) for t in leaves.values()
+    ]
     try:
         for leaf in leaves.values():
-            leaf.grad = leaf._backward_hooks = leaf._post_accumulate_grad_hooks = None
+            leaf.grad = None
+            torch_private.set_hooks(leaf, None, None)
         yield
     finally:
         for leaf, gradient, hooks, post_hooks in kept:
-            leaf.grad, leaf._backward_hooks, leaf._post_accumulate_grad_hooks = gradient, hooks, post_hooks
+            leaf.grad = gradient
+            torch_private.set_hooks(leaf, hooks, post_hooks)
 
 
 def following(value: Any) -> Any:
@@ -309,8 +313,8 @@ def following(value: Any) -> Any:
 
 
 def _storages(value: Any) -> dict[int, int]:
-    leaves = (t.untyped_storage() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
-    return {storage._cdata: storage.nbytes() for storage in leaves}
+    leaves = (t for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+    return {torch_private.storage_id(t): t.untyped_storage().nbytes() for t in leaves}
 
 
 def tensor_bytes(value: Any) -> int:

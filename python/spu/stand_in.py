@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
+
+from spu.common import torch_private
+from spu.common.torch_private import MODULE_HOOKS, MODULE_TABLES
 
 __all__ = ["hooks_off", "stand_in", "unmade_parameter"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LIBRARIES = ("torch", "spu")
 
 
@@ -57,10 +58,8 @@ class _Copier:
             if self._script is None:
                 raise TypeError(f"{type(source).__name__} is TorchScript, which runs on real tensors only")
             made = self._script(source)
-        elif type(source).__module__.startswith("torch._dynamo") and isinstance(
-            source._modules["_orig_mod"], nn.Module
-        ):
-            made = self.module(source._modules["_orig_mod"])
+        elif (inner := torch_private.inner_of_compiled(source)) is not None:
+            made = self.module(inner)
         else:
             made = object.__new__(type(source))  # a GraphModule's __new__ would make a new class without its code
             self._made[id(source)] = source, made
@@ -69,16 +68,15 @@ class _Copier:
         return made
 
     def _fill(self, made: nn.Module, source: nn.Module) -> None:
-        tables = ("_parameters", "_buffers", "_modules")
         own = made.__dict__
         own.update(source.__dict__)
-        for name in tables:
+        for name in MODULE_TABLES:
             own[name] = {key: self.value(entry) for key, entry in source.__dict__[name].items()}
-        own["_compiled_call_impl"] = None
-        for name in _HOOKS:
+        torch_private.forget_compiled_call(made)
+        for name in MODULE_HOOKS:
             own[name] = OrderedDict((key, _quiet(hook)) for key, hook in source.__dict__.get(name, {}).items())
         for name in source.__dict__:
-            if name not in tables and name not in _HOOKS:
+            if name not in MODULE_TABLES and name not in MODULE_HOOKS:
                 own[name] = self.value(own[name])
 
     def value(self, value: Any) -> Any:
@@ -112,12 +110,6 @@ class _Copier:
         return self._made[id(source)][1]
 
 
-def _compiled(module: nn.Module) -> nn.Module | None:
-    """The module that `torch.compile` made this one from; None for any other."""
-    inner = module._modules.get("_orig_mod")
-    return inner if type(module).__module__.startswith("torch._dynamo") else None
-
-
 def _quiet(hook: Any) -> Any:
     home = getattr(hook, "__module__", None) or type(hook).__module__
     return hook if home.split(".")[0] in _LIBRARIES else _nothing
@@ -131,8 +123,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def hooks_off(*modules: nn.Module) -> Iterator[None]:
     """While it lasts the user's hooks on these modules and their children, and those on all modules, do nothing."""
     owners = [vars(part) for module in modules for part in module.modules()]
-    tables = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-    tables += [owner[name] for owner in owners for name in _HOOKS if owner.get(name)]
+    tables = torch_private.global_hook_tables()
+    tables += [owner[name] for owner in owners for name in MODULE_HOOKS if owner.get(name)]
     before = [dict(table) for table in tables]
     try:
         for table in tables:

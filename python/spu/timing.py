@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from spu import ops
+from spu.common.torch_private import pytree
 from spu.devices import Device, call_pinned
 from spu.engine.build import to_precision
 from spu.engine.layers import Layer, Moment

@@ -7,9 +7,8 @@ import weakref
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from spu.common.torch_private import TorchDispatchMode, packet_of, schema_of, storage_id, tree_leaves
 from spu.flops import flop_formulas
 
 __all__ = ["MemoryTracker", "Tally", "Traffic"]
@@ -32,7 +31,7 @@ class Tally:
     def add(self, tensor: torch.Tensor) -> None:
         """Count the tensor's storage from now until it is freed; once, however many tensors share it."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_id(tensor)
         with self._lock:
             if key in self._known:
                 return
@@ -43,7 +42,7 @@ class Tally:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's storage is one that was counted."""
-        return tensor.untyped_storage()._cdata in self._known
+        return storage_id(tensor) in self._known
 
     def restart(self) -> None:
         """Let the peak start again from what is live now."""
@@ -73,10 +72,10 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {storage_id(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for leaf in tree_leaves(result):
             # A view, or an argument changed in place, is memory from before.
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+            if isinstance(leaf, torch.Tensor) and storage_id(leaf) not in given:
                 self.tally.add(leaf)
         return result
 
@@ -99,13 +98,13 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        packet = getattr(func, "_overloadpacket", None)
+        packet = packet_of(func)
         if packet is not None and packet.__name__ == "linear_dw_":
             self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
         if packet in self._products:
             return result
-        storages = {t.untyped_storage()._cdata for t in given}
-        changes = any(argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments)
-        if changes or any(t.untyped_storage()._cdata not in storages for t in made):
+        storages = {storage_id(t) for t in given}
+        changes = any(argument.alias_info and argument.alias_info.is_write for argument in schema_of(func).arguments)
+        if changes or any(storage_id(t) not in storages for t in made):
             self.moved_bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
         return result

@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from spu.common import torch_private
+from spu.common.torch_private import TorchDispatchMode
 
 __all__ = ["untouched"]
 
@@ -130,20 +132,22 @@ class _Seen:
             self._attributes(tensor)
         if tensor.is_inference():  # has no version
             return
-        gradient, version = tensor.grad if tensor.is_leaf else None, tensor._version
-        hooks = tensor._backward_hooks, tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
+        gradient, version = tensor.grad if tensor.is_leaf else None, torch_private.version(tensor)
+        hooks = torch_private.backward_hooks(tensor)
+        post_hooks = torch_private.post_accumulate_hooks(tensor) if tensor.is_leaf else None
         self._left.append(gradient)
         bare = self._values and tensor.is_leaf and tensor.requires_grad
         if bare:
-            tensor.grad = tensor._backward_hooks = tensor._post_accumulate_grad_hooks = None
+            tensor.grad = None
+            torch_private.set_hooks(tensor, None, None)
 
         def undo() -> None:
             if tensor.is_leaf and tensor.grad is not gradient:
                 tensor.grad = gradient
             if bare:
-                tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks
-            if tensor._version != version:
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+                torch_private.set_hooks(tensor, hooks, post_hooks)
+            if torch_private.version(tensor) != version:
+                torch_private.set_version(tensor, version)
 
         self._undo.append(undo)
 
@@ -251,13 +255,13 @@ class _Kept:
         self._there: dict[int, list[torch.Tensor]] = {}
         for tensor in tensors:
             with contextlib.suppress(NotImplementedError, RuntimeError):  # a sparse one has no storage
-                self._there.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+                self._there.setdefault(torch_private.storage_id(tensor), []).append(tensor)
         self._before: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._lock = threading.Lock()
 
     def keep(self, tensor: torch.Tensor) -> None:
         """Call before it is written."""
-        key = tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+        key = torch_private.storage_id(tensor) if tensor.layout is torch.strided else 0
         with self._lock:
             if key in self._there and key not in self._before:
                 self._before[key] = [(t, t.detach().clone()) for t in self._there[key]]
@@ -278,7 +282,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
+        for position, argument in enumerate(torch_private.schema_of(func).arguments):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written or argument.name in _UNDECLARED:
                 given = args[position] if position < len(args) else kwargs.get(argument.name)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from spu.common import torch_private
+from spu.common.torch_private import pytree
 
 __all__ = ["Copy", "View", "memory_of", "share_memory", "views_among"]
 
@@ -115,8 +117,8 @@ def _within(leaf: Tensor, base: Tensor) -> bool:
 
 def _related(a: Tensor, b: Tensor) -> bool:
     """Whether autograd knows that they share memory: a gradient of one is then one of the other."""
-    ours, theirs = (t._base if t._is_view() else t for t in (a, b))
-    return ours is theirs
+    ours, theirs = torch_private.view_base(a), torch_private.view_base(b)
+    return (a if ours is None else ours) is (b if theirs is None else theirs)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from spu.common import torch_private
+from spu.common.torch_private import pytree
 from spu.ops.sink import current_scope, open_scope
 from spu.skips import carried_by
 
@@ -39,12 +40,6 @@ def _key(tensor: torch.Tensor) -> _Key:
         tuple(tensor.shape),
         tuple(tensor.stride()),
     )
-
-
-def _has_alias(tensor: torch.Tensor) -> bool:
-    """Whether anything besides this tensor still uses its storage; True where that cannot be told."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is None or count(tensor.untyped_storage()._cdata) > 2  # the tensor and the storage object made here
 
 
 class _Passage:
@@ -125,7 +120,7 @@ class Bridge:
     def produced(self, outputs: Any) -> None:
         """Remember a stage's outputs until the next stage takes them."""
         with self._lock:
-            for key in [key for key, output in self._pending.items() if not _has_alias(output)]:
+            for key in [key for key, output in self._pending.items() if not torch_private.has_alias(output)]:
                 del self._pending[key]
             for output in pytree.tree_leaves(outputs):
                 if isinstance(output, torch.Tensor) and output.grad_fn is not None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from spu.common import torch_private
+from spu.common.torch_private import pytree
 from spu.engine.aliases import View, memory_of, share_memory, views_among
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
@@ -72,7 +73,7 @@ class Arrived:
             RuntimeError: a tensor was changed in place whose memory something has that could not see it.
         """
         for tensor, version, other in self._watched:
-            if tensor._version != version:
+            if torch_private.version(tensor) != version:
                 raise RuntimeError(
                     f"a layer changes its input in place, whose memory {other} has too, in another stage: it would "
                     "not be changed there as in the plain model. Change a copy (x.clone()), or hand on a copy"
@@ -115,7 +116,7 @@ def _placed(index: int, leaf: Any, places: dict[int, int], views: dict[int, View
 def _kind(tensor: Tensor, tangled: str) -> _Kind:
     if not tensor.requires_grad:
         return _Kind(False, tangled=tangled)
-    base = tensor._base if tensor._is_view() else None
+    base = torch_private.view_base(tensor)
     return _Kind(True, tensor.is_leaf, base is not None and base.is_leaf, tangled)
 
 
@@ -159,7 +160,7 @@ def arrive(message: Any, *, train: bool) -> Arrived:
         begun[leaf.of] if isinstance(leaf, _Index) else leaf.on(begun[leaf.of]) if isinstance(leaf, View) else leaf
         for leaf in how.leaves
     ]
-    watched = [(t, t._version, kind.tangled) for t, kind in zip(begun, how.kinds) if kind.tangled]
+    watched = [(t, torch_private.version(t), kind.tangled) for t, kind in zip(begun, how.kinds) if kind.tangled]
     return Arrived(pytree.tree_unflatten(leaves, how.spec), [*ends, None], watched)
 
 

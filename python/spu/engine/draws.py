@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Source", "drawn_from", "same"]
+from spu.common import torch_private
+from spu.common.torch_private import GENERIC_KEY, FakeTensor
+
+__all__ = ["Source", "drawn_from"]
 
 
 class Source(Protocol):
@@ -67,8 +69,8 @@ class drawn_from:
     def __enter__(self) -> None:
         if not _libraries:
             _register()
-        self._included = _is_included(_KEY)
-        _set_included(_KEY, True)
+        self._included = torch_private.is_generic_key_included()
+        torch_private.include_generic_key(True)
         self._before, _CURRENT.source = _CURRENT.source, self._source
         if self._card is not None:
             _ON_CARD[self._card] = self._source
@@ -79,7 +81,7 @@ class drawn_from:
         if self._card is not None:
             _ON_CARD.pop(self._card, None)
         _CURRENT.source = self._before
-        _set_included(_KEY, self._included)
+        torch_private.include_generic_key(self._included)
 
 
 # The state of the default generators
@@ -128,11 +130,6 @@ if hasattr(os, "register_at_fork"):
 
 # The kernels
 
-_KEY_NAME = "TESTING_ONLY_GenericMode"
-_KEY: Any = torch._C._dispatch_key_parse(_KEY_NAME)
-_ONLY = torch._C.DispatchKeySet(_KEY)
-_is_included: Callable[[Any], bool] = torch._C._dispatch_tls_is_dispatch_key_included
-_set_included: Callable[[Any, bool], None] = torch._C._dispatch_tls_set_dispatch_key_included
 _libraries: list[torch.library.Library] = []
 
 
@@ -140,23 +137,23 @@ def _register() -> None:
     with _LOCK:
         if _libraries:
             return
-        fallback = torch.library.Library("_", "IMPL", _KEY_NAME)
-        fallback.fallback(torch.library.fallthrough_kernel, _KEY_NAME)
-        kernels = torch.library.Library("aten", "IMPL", _KEY_NAME)
+        fallback = torch.library.Library("_", "IMPL", GENERIC_KEY)
+        fallback.fallback(torch.library.fallthrough_kernel, GENERIC_KEY)
+        kernels = torch.library.Library("aten", "IMPL", GENERIC_KEY)
         for func in _random_operators():
-            kernels.impl(func, _kernel(func), _KEY_NAME)
+            kernels.impl(func, _kernel(func), GENERIC_KEY)
         _libraries.extend((fallback, kernels))
 
 
 def _random_operators() -> Iterator[Any]:
     """All that draw by themselves: what is composed of others is met where they are called."""
-    for full in torch._C._dispatch_get_all_op_names():
+    for full in torch_private.operator_names():
         space, _, name = full.partition("::")
         packet, _, overload = name.partition(".")
         func = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None) if space == "aten" else None
         if func is None or torch.Tag.nondeterministic_seeded not in func.tags:
             continue
-        composed = torch._C._dispatch_has_kernel_for_dispatch_key(full, "CompositeImplicitAutograd")
+        composed = torch_private.operator_has_kernel(full, "CompositeImplicitAutograd")
         if not composed and "backward" not in packet and packet not in _NO_DRAWS:
             yield func
 
@@ -165,13 +162,13 @@ _NO_DRAWS = ("_fused_sdp_choice", "_nested_tensor_softmax_with_shape")  # marked
 
 
 def _kernel(func: Any) -> Callable[..., Any]:
-    arguments = [argument.name for argument in func._schema.arguments]
+    arguments = [argument.name for argument in torch_private.schema_of(func).arguments]
     takes = "generator" in arguments
     place = arguments.index("generator") if takes else -1
     seeded = func if takes else _with_generator(func, arguments)
 
     def draw(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_ONLY):
+        with torch_private.without_generic_key():
             source = _source()
             if source is None or _draws_nothing(func, args, kwargs):
                 return func(*args, **kwargs)
@@ -198,14 +195,9 @@ def _put(args: tuple[Any, ...], place: int, generator: torch.Generator, kwargs: 
     return args
 
 
-def same(a: torch.Generator, b: torch.Generator) -> bool:
-    """Whether two objects are one generator: the dispatcher hands on another object than it was given."""
-    return a._cdata == b._cdata  # type: ignore[attr-defined]
-
-
 def _is_default(generator: torch.Generator) -> bool:
     on_cards = _real[1] if _real else torch.cuda.default_generators
-    return any(same(generator, default) for default in (torch.default_generator, *on_cards))
+    return any(torch_private.generators_equal(generator, default) for default in (torch.default_generator, *on_cards))
 
 
 def _with_generator(func: Any, arguments: list[str]) -> Any:
@@ -213,23 +205,26 @@ def _with_generator(func: Any, arguments: list[str]) -> Any:
     packet = func.overloadpacket
     for name in packet.overloads():
         other = getattr(packet, name)
-        if [a.name for a in other._schema.arguments if a.name != "generator"] == arguments and "generator" in [
-            a.name for a in other._schema.arguments
-        ]:
-            kinds = [str(a.type) for a in other._schema.arguments if a.name != "generator"]
-            if kinds == [str(a.type) for a in func._schema.arguments]:
+        if [
+            a.name for a in torch_private.schema_of(other).arguments if a.name != "generator"
+        ] == arguments and "generator" in [a.name for a in torch_private.schema_of(other).arguments]:
+            kinds = [str(a.type) for a in torch_private.schema_of(other).arguments if a.name != "generator"]
+            if kinds == [str(a.type) for a in torch_private.schema_of(func).arguments]:
                 return other
     return None
 
 
 def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
     """Fake tensors, which have no values, and fused attention with dropout 0, which is marked as random as well."""
-    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    if fake or torch.compiler.is_compiling() or any(isinstance(a, FakeTensor) or _is_meta(a) for a in args):
+    if (
+        torch_private.fake_mode_active()
+        or torch.compiler.is_compiling()
+        or any(isinstance(a, FakeTensor) or _is_meta(a) for a in args)
+    ):
         return True
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
         return True
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(torch_private.schema_of(func).arguments):
         if argument.name == "dropout_p":
             given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
             return given == 0.0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common import torch_private
 from spu.engine.layers import Layer
 from spu.engine.loss import cross_entropy
 
@@ -37,7 +38,7 @@ def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Cal
 
 
 def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, torch_private.DropoutNd):
         return module.p > 0
     dropout = getattr(module, "attention_dropout", 0.0)
     return isinstance(dropout, float) and dropout > 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from spu.engine.draws import same
+from spu.common.torch_private import generators_equal
 from spu.engine.layers import Layer
 from spu.engine.randomness import LOSS
 
@@ -35,7 +35,7 @@ def check_generators(stages: Sequence[Stage]) -> None:
     users: list[tuple[torch.Generator, int, str]] = []
     for index, name, generator in _named(stages):
         for known, first, other in users:
-            if first != index and same(known, generator):
+            if first != index and generators_equal(known, generator):
                 raise ValueError(
                     f"{other!r} and {name!r} are one torch.Generator, in stages {first} and {index}: their draws would "
                     "depend on the schedule. Give each layer a generator of its own"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.engine.draws import same
+from spu.common import torch_private
 from spu.engine.randomness import LayerRandomness
 from spu.engine.replay import Habits, run_twice
 from spu.precision.dtypes import is_mixed, products_in
@@ -87,10 +87,11 @@ class Layer:
         )
 
     def _check_own(self, generator: torch.Generator, moment: Moment) -> None:
-        if any(same(generator, known) for _, known in self.named_generators()):
+        if any(torch_private.generators_equal(generator, known) for _, known in self.named_generators()):
             return
         # One that is made in the forward and seeded there needs no checkpoint: it is never met a second time.
-        if self._unknown is not None and same(self._unknown[0], generator) and self._unknown[1] != moment:
+        unknown = self._unknown
+        if unknown is not None and torch_private.generators_equal(unknown[0], generator) and unknown[1] != moment:
             raise RuntimeError(
                 f"layer {self.name!r} draws from a generator (generator=) that is no attribute of its modules, so that "
                 "no checkpoint could hold its state: keep it in one, as self.generator = torch.Generator()"
@@ -135,7 +136,8 @@ def model_layers(model: Any) -> list[Layer]:
                 f"{type(model).__name__} is an nn.Sequential with a forward of its own, which a pipeline of its layers "
                 "would not call: move what it does into a layer"
             )
-        return _named(model._modules.items())  # named_children() leaves out the second use of a shared module
+        # not named_children(), which leaves out the second use of a shared module
+        return _named(torch_private.children_of(model).items())
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return parts_as_layers(list(model))
     if isinstance(model, nn.Module) and _is_adapted(model):

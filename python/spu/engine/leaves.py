@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common import torch_private
 from spu.engine.layers import Layer
 
 __all__ = ["check_leaves", "loss_part", "move_loss"]
@@ -28,9 +29,9 @@ def loss_part(loss_fn: Any, layers: Iterable[Layer]) -> Layer | None:
     if not any(p.requires_grad for p in holder.parameters()):
         return None
     modules = [m for layer in layers for m in layer.module.modules()]
-    within = {id(m) for m in modules if m._parameters or m._buffers}
+    within = {id(m) for m in modules if torch_private.parameters_of(m) or torch_private.buffers_of(m)}
     if any(id(m) in within for m in holder.modules()):
-        known = {id(p) for m in modules for p in m._parameters.values()}
+        known = {id(p) for m in modules for p in torch_private.parameters_of(m).values()}
         own = [name for name, p in holder.named_parameters() if id(p) not in known and p.requires_grad]
         if own:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from spu import ops
+from spu.common.torch_private import pytree
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import Round, StageError
 from spu.engine.layers import Moment
@@ -245,4 +246,4 @@ class LocalEngine:
 
 
 def _detached(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, tree)

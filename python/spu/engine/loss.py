@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils import _pytree as pytree
+
+from spu.common.torch_private import pytree
 
 __all__ = ["OnRawOutputs", "cross_entropy", "loss_of"]
 

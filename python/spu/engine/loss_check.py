@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from spu.common.torch_private import pytree
 from spu.engine.loss import loss_of
 from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import _reduction
 
+from spu.common import torch_private
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import count_targets, target_weights
 
@@ -169,8 +169,8 @@ def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
             given, plain, loss_fn = {**loss_fn.keywords, **given}, plain and not loss_fn.args, loss_fn.func
         elif isinstance(owner, nn.Module) and loss_fn.__name__ in ("forward", "__call__"):
             loss_fn = owner
-        elif "_orig_mod" in getattr(loss_fn, "_modules", {}):  # of torch.compile
-            loss_fn = loss_fn._modules["_orig_mod"]
+        elif (inner := torch_private.inner_of_compiled(loss_fn)) is not None:
+            loss_fn = inner
         else:
             break
     function = loss_fn
@@ -182,5 +182,5 @@ def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
 def _reduction_of(setting: _Setting) -> Any:
     size_average, reduce = setting.given.get("size_average"), setting.given.get("reduce")
     if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+        return torch_private.legacy_reduction(size_average, reduce)
     return setting("reduction", "mean")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from spu.common.torch_private import pytree
 from spu.engine.crossing import check_known
 from spu.ops.sink import current_scope
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spu.checkpoint import CheckpointError, Stored
+from spu.common import torch_private
 from spu.engine.build import Built
 from spu.optim import AdamW, MasterOptimizer
 
@@ -149,8 +150,7 @@ def is_attached(optimizer: AdamW | MasterOptimizer | None) -> bool:
     inner = _inner(optimizer)
     if inner is None:
         return False
-    hooks = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
-    return hasattr(inner.step, "_wrapped_by_lr_sched") or any(hooks)
+    return torch_private.has_step_hooks(inner)
 
 
 def _kind(optimizers: Optimizers) -> str:

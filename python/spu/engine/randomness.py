@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from spu.common import torch_private
 from spu.engine.draws import drawn_from
 
 __all__ = ["LOSS", "BackwardRandomness", "LayerRandomness", "layer_seed"]
@@ -136,14 +137,12 @@ class BackwardRandomness:
         )
 
     def _running(self) -> str:
-        node = torch._C._current_autograd_node()
-        if node is not None and self._starts:
-            number = node._sequence_nr()
-            # A node that the backward itself has made (a reentrant checkpoint's) belongs to the layer that made it.
-            if self._starts[0] <= number < self._end:
-                self._last = bisect_right(self._starts, number) - 1
+        number = torch_private.running_node_number()
+        # A node that the backward itself has made (a reentrant checkpoint's) belongs to the layer that made it.
+        if number is not None and self._starts and self._starts[0] <= number < self._end:
+            self._last = bisect_right(self._starts, number) - 1
         return self._names[self._last]
 
 
 def _sequence_number() -> int:
-    return torch._C._autograd._get_sequence_nr()
+    return torch_private.sequence_number()

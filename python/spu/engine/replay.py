@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from spu.common import torch_private
+from spu.common.torch_private import generators_equal, pytree
 from spu.engine.aliases import Copy
-from spu.engine.draws import same
 from spu.skips import Recorded, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
@@ -56,7 +56,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
     """
     copied = habits.in_place is not False
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
-    versions = [tensor._version for tensor in tensors]
+    versions = [torch_private.version(tensor) for tensor in tensors]
     again = _Again(module, name, habits.constant, Copy(x) if copied else None)
     once = [x]  # not checkpoint's to keep, if it is changed
     output = checkpoint(
@@ -67,7 +67,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
         context_fn=lambda: (carried_by(again.skips), again),
     )
     again.end_first()
-    changed = versions != [tensor._version for tensor in tensors]
+    changed = versions != [torch_private.version(tensor) for tensor in tensors]
     if changed and not copied:
         raise RuntimeError(
             f"layer {name!r} changes its input in place in this microbatch, and did not in those before, so that "
@@ -88,7 +88,7 @@ class _Again:
         self._spaces = [
             (path, space, {key: self._kept(path, key, value) for key, value in space.items()})
             for path, part in module.named_modules()
-            for space in (part._buffers, vars(part))
+            for space in (torch_private.buffers_of(part), vars(part))
         ]
         self._generators: list[tuple[torch.Generator, Tensor]] = []  # of the layer's own: states before the first draw
         self._left: list[ExitStack] = []  # for each second run that goes on: what puts back what it has replaced
@@ -108,7 +108,7 @@ class _Again:
 
     def own(self, generator: torch.Generator) -> None:
         """The layer is about to draw from a generator of its own."""
-        if not self._left and not any(same(generator, known) for known, _ in self._generators):
+        if not self._left and not any(generators_equal(generator, known) for known, _ in self._generators):
             self._generators.append((generator, generator.get_state()))
 
     def end_first(self) -> None:
@@ -121,7 +121,7 @@ class _Again:
             for key, was in kept.items():
                 if not isinstance(was, _Kept) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
                     continue
-                if was.tensor._version == was.version:
+                if torch_private.version(was.tensor) == was.version:
                     was.copy = None
                     self._constant.add((path, key))
                 elif was.copy is None:
@@ -145,7 +145,7 @@ class _Again:
         """What the first run found, for a run to change."""
         if not isinstance(was, _Kept):
             return was
-        if was.copy is None and was.tensor._version != was.version:
+        if was.copy is None and torch_private.version(was.tensor) != was.version:
             raise RuntimeError(self._lost(path, key))
         return (was.tensor if was.copy is None else was.copy).clone()
 
@@ -162,7 +162,7 @@ class _Kept:
 
     def __init__(self, tensor: Tensor, copy: Tensor | None) -> None:
         self.tensor = tensor
-        self.version = tensor._version
+        self.version = torch_private.version(tensor)
         self.copy = copy  # None: the tensor has that value still
 
 

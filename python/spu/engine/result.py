@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from spu.common.torch_private import pytree
 
 __all__ = ["StepResult", "join_outputs", "sum_losses"]
 

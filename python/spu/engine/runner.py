@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from spu import schedules
+from spu.common.torch_private import pytree
 from spu.engine.ambient import callers_autocast
 from spu.engine.build import Built
 from spu.engine.engine import Engine, Round

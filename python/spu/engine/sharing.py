@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from spu.common import torch_private
+from spu.common.torch_private import MODULE_TABLES, buffers_of, children_of, parameters_of
 from spu.engine.layers import Layer
 
 if TYPE_CHECKING:
     from spu.devices import Device
 
 __all__ = ["TiedUse", "Twin", "separate", "untie"]
-
-_OWN = ("_parameters", "_buffers", "_modules")  # of a module's attributes, what a twin has for itself
 
 
 @dataclass
@@ -44,12 +43,12 @@ class TiedUse:
         elif self.alias.data_ptr() != self.owner.data_ptr():
             self.alias.data = self.owner.data
         for module, name in self.places:
-            module._parameters[name] = self.alias
+            parameters_of(module)[name] = self.alias
 
     def restore(self) -> None:
         """Put the owner back where the alias stands; harmless when called twice."""
         for module, name in self.places:
-            module._parameters[name] = self.owner
+            parameters_of(module)[name] = self.owner
 
 
 @dataclass
@@ -72,19 +71,19 @@ class Twin:
         """Take over what was changed in the user's module since the last run."""
         self._buffers, self._attributes = [], []
         for name, original, twin in self.pairs:
-            theirs = {key: value for key, value in vars(original).items() if key not in _OWN}
-            for key in vars(twin).keys() - theirs.keys() - set(_OWN):
+            theirs = {key: value for key, value in vars(original).items() if key not in MODULE_TABLES}
+            for key in vars(twin).keys() - theirs.keys() - set(MODULE_TABLES):
                 del twin.__dict__[key]
             twin.__dict__.update(theirs)
             self._attributes += [(name, original, theirs), (name, twin, theirs)]
-            for key, buffer in original._buffers.items():
-                mine = twin._buffers.get(key)
+            for key, buffer in buffers_of(original).items():
+                mine = buffers_of(twin).get(key)
                 if buffer is None or mine is None or mine.device == buffer.device:
-                    twin._buffers[key] = buffer
+                    buffers_of(twin)[key] = buffer
                 else:
                     mine.copy_(buffer)
                 for module in (original, twin):
-                    held = module._buffers[key]
+                    held = buffers_of(module)[key]
                     self._buffers.append((_join(name, key), module, held, _version(held)))
 
     def check(self) -> None:
@@ -96,12 +95,14 @@ class Twin:
         changed = [
             name
             for name, module, buffer, version in self._buffers
-            if module._buffers.get(name.rpartition(".")[2]) is not buffer or _version(buffer) != version
+            if buffers_of(module).get(name.rpartition(".")[2]) is not buffer or _version(buffer) != version
         ]
         for name, module, before in self._attributes:
             after = vars(module)
             changed += [
-                _join(name, key) for key in after if key not in _OWN and before.get(key, self) is not after[key]
+                _join(name, key)
+                for key in after
+                if key not in MODULE_TABLES and before.get(key, self) is not after[key]
             ]
         if changed:
             raise RuntimeError(_has_state(self.layer.name, changed[0]))
@@ -116,7 +117,7 @@ def _join(name: str, key: str) -> str:
 
 
 def _version(buffer: torch.Tensor | None) -> int:
-    return -1 if buffer is None or buffer.is_inference() else buffer._version
+    return -1 if buffer is None or buffer.is_inference() else torch_private.version(buffer)
 
 
 def _has_state(layer: str, what: str) -> str:
@@ -140,10 +141,12 @@ def separate(placed: Sequence[Sequence[Layer]]) -> list[Twin]:
     for stage, own in enumerate(placed):
         for layer in own:
             modules = list(layer.module.named_modules())
-            foreign = [n for n, m in modules if stage_of.get(id(m), stage) != stage and (m._parameters or m._buffers)]
+            foreign = [
+                n for n, m in modules if stage_of.get(id(m), stage) != stage and (parameters_of(m) or buffers_of(m))
+            ]
             for name in foreign:
                 module = layer.module.get_submodule(name)
-                if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+                if isinstance(module, torch_private.NormBase) and module.track_running_stats and module.training:
                     raise ValueError(_has_state(layer.name, _join(name, "running_mean")))
             if foreign:
                 shared.append(layer)
@@ -162,8 +165,8 @@ def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in made:
         copy = made[id(module)] = module.__new__(type(module))
         copy.__dict__ = dict(module.__dict__)
-        copy._parameters, copy._buffers = dict(module._parameters), dict(module._buffers)
-        copy._modules = {name: None if child is None else _copy(child, made) for name, child in module._modules.items()}
+        children = {name: None if child is None else _copy(child, made) for name, child in children_of(module).items()}
+        torch_private.set_tables(copy, dict(parameters_of(module)), dict(buffers_of(module)), children)
     return made[id(module)]
 
 
@@ -173,7 +176,7 @@ def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[Device]) -> list[
     tied: dict[tuple[int, int], TiedUse] = {}
     for stage, own in enumerate(placed):
         for module in (module for layer in own for module in layer.module.modules()):
-            for name, parameter in list(module._parameters.items()):
+            for name, parameter in list(parameters_of(module).items()):
                 if parameter is None:
                     continue
                 first = owner_stage.setdefault(id(parameter), stage)
@@ -185,6 +188,6 @@ def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[Device]) -> list[
                     alias = nn.Parameter(data, requires_grad=parameter.requires_grad)
                     use = tied[id(parameter), stage] = TiedUse(parameter, first, alias, stage, [])
                     owner_stage[id(alias)] = stage
-                module._parameters[name] = use.alias
+                parameters_of(module)[name] = use.alias
                 use.places.append((module, name))
     return list(tied.values())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common import torch_private
 from spu.engine.aliases import share_memory
 from spu.engine.channel import Exchange
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
@@ -51,13 +52,13 @@ class StageSkips:
         if not self._exchange.has(key):
             raise ValueError(f"no layer before this one has stashed {name!r}, or it was popped already")
         sent: _Skip = self._exchange.take(key)
-        if sent.tensor._version != sent.version:
+        if torch_private.version(sent.tensor) != sent.version:
             raise RuntimeError(_changed(name))
         tensor = sent.tensor.to(self._device)
         if self._train and sent.requires_grad:
             tensor, self._taken[name] = cut_leaf(tensor, view=not sent.leaf) if sent.fixed else cut(tensor)
         if any(share_memory(tensor, leaf) for leaf in self.arrived if isinstance(leaf, Tensor)):
-            self._watched.append((name, tensor, tensor._version))
+            self._watched.append((name, tensor, torch_private.version(tensor)))
         return tensor
 
     def kept(self) -> list[tuple[str, Tensor]]:
@@ -71,16 +72,16 @@ class StageSkips:
             RuntimeError: what was popped was changed in place by way of the stage's input.
         """
         for name, tensor, version in self._watched:
-            if tensor._version != version:
+            if torch_private.version(tensor) != version:
                 raise RuntimeError(_changed(name))
 
     def send(self) -> None:
         """After the forward: what was stashed and not popped here goes on its way."""
         for name, tensor in self._here.items():
-            base = tensor._base if tensor._is_view() else tensor
-            fixed = tensor.requires_grad and base is not None and base.is_leaf
+            base = torch_private.view_base(tensor)
+            fixed = tensor.requires_grad and (tensor if base is None else base).is_leaf
             cut_off = tensor.detach()
-            skip = _Skip(cut_off, cut_off._version, tensor.requires_grad, tensor.is_leaf, fixed)
+            skip = _Skip(cut_off, torch_private.version(cut_off), tensor.requires_grad, tensor.is_leaf, fixed)
             self._exchange.put(("skip", name, self._microbatch), skip)
         if self._train:
             self._sent = self._here

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.layers import Layer, Moment
 from spu.engine.leaves import check_leaves

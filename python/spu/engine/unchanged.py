@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common import torch_private
 from spu.engine.build import Built
 from spu.engine.layers import Layer
 
 __all__ = ["Unchanged"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ANEW = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
 
 
@@ -51,8 +51,8 @@ class Unchanged:
             if id(module) in known:
                 continue
             known.add(id(module))
-            seen = [_Seen.of(key, parameter) for key, parameter in module._parameters.items()]
-            self._rows.append((name, module, layer, dict(_table(module._modules)), seen))
+            seen = [_Seen.of(key, parameter) for key, parameter in torch_private.parameters_of(module).items()]
+            self._rows.append((name, module, layer, dict(_table(torch_private.children_of(module))), seen))
         self._list = (model, list(model)) if isinstance(model, (list, nn.ModuleList)) else None
 
     def check(self, *, training: bool = True) -> None:
@@ -60,12 +60,12 @@ class Unchanged:
         if self._list is not None and not _same(list(self._list[0]), self._list[1]):
             raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_ANEW}")
         for name, module, layer, children, parameters in self._rows:
-            if layer is None and any(getattr(module, hooks, None) for hooks in _HOOKS):
+            if layer is None and any(getattr(module, hooks, None) for hooks in torch_private.MODULE_HOOKS):
                 raise RuntimeError(
                     f"{f'module {name!r}' if name else 'the model'} ({type(module).__name__}) has a hook, but a "
                     "pipeline calls the layers one by one and never the whole: register it on a layer"
                 )
-            now, own = _table(module._modules), _table(module._parameters)
+            now, own = _table(torch_private.children_of(module)), _table(torch_private.parameters_of(module))
             if now.keys() != children.keys() or not _same(now.values(), children.values()):
                 changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))
                 raise RuntimeError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from spu import ops
+from spu.common import torch_private
 from spu.engine.build import Built
 from spu.engine.engine import Engine
 from spu.engine.layers import Layer
@@ -103,7 +104,7 @@ class Updater:
     def _check_hooks(self) -> None:
         """A tied parameter's gradient is whole only after the last stage's backward: no hook could see or change it."""
         for use in self._built.tied:
-            if has_foreign_hook(use.owner) or use.owner._post_accumulate_grad_hooks:
+            if has_foreign_hook(use.owner) or torch_private.post_accumulate_hooks(use.owner):
                 names = (name for name, p in self._built.owned[use.owner_stage].items() if p is use.owner)
                 raise ValueError(
                     f"{next(names, 'a parameter')} is used in stages {use.owner_stage} and {use.stage} and has a hook "

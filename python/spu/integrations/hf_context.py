@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+
+from spu.common import torch_private
+from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
 
 Inputs = torch.Tensor | dict[str, torch.Tensor]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -54,9 +56,8 @@ class Recorder(nn.Module):
 def copy_without_children(module: nn.Module) -> nn.Module:
     """A shallow copy of `module` whose own tables of children, parameters and buffers are new, with no child."""
     clone = copy.copy(module)
-    clone.__dict__["_modules"] = {}
-    clone.__dict__["_parameters"] = dict(module._parameters)
-    clone.__dict__["_buffers"] = {k: b if b is None else b.detach().clone() for k, b in module._buffers.items()}
+    buffers = {k: b if b is None else b.detach().clone() for k, b in torch_private.buffers_of(module).items()}
+    torch_private.set_tables(clone, dict(torch_private.parameters_of(module)), buffers, {})
     return clone
 
 
@@ -164,7 +165,7 @@ class Context:
     ) -> list[LayerCall]:
         # All layers of a stage ask with the same tensors, one after the other: the work is done for the first.
         last = getattr(self._last, "value", None)
-        seen = [(id(t), t._version) for t in extras]
+        seen = [(id(t), torch_private.version(t)) for t in extras]
         if last is not None and last[:2] == (key, seen) and all(ref() is not None for ref in last[2]):
             return last[3]
         calls = self._compute(hidden.shape, hidden.dtype, hidden.device, inputs)
@@ -179,8 +180,6 @@ class Context:
 
     def _fake_layer_calls(self, hidden: torch.Tensor) -> list[LayerCall]:
         """The same for a fake or meta hidden state: computed for real on the CPU for unmasked ids, then converted."""
-        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-
         with unset_fake_temporarily():
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
             calls = self._compute(torch.Size(hidden.shape), hidden.dtype, torch.device("cpu"), ids)
@@ -197,6 +196,4 @@ class Context:
 
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+
+from spu.common.torch_private import MODULE_HOOKS, has_global_module_hook
 
 from ..ops import GATED_ACTIVATIONS
 from ..ops.gated import fused_gated_mlp
@@ -20,8 +21,6 @@ from ..ops.plain import takes
 from .attention import register_attention
 from .linear import Linear, fused_linear, torch_linear
 from .table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def from_library(cls: type) -> bool:
@@ -32,7 +31,7 @@ def from_library(cls: type) -> bool:
 def _unwatched(module: nn.Module) -> bool:
     """No one would notice if the module were not called."""
     state = module.__dict__
-    return not any(state[name] for name in _HOOKS) and "forward" not in state
+    return not any(state[name] for name in MODULE_HOOKS) and "forward" not in state
 
 
 def activation_of(module: object) -> str | None:
@@ -57,7 +56,7 @@ def _is_linear(module: object) -> bool:
 
 
 def _watched_globally() -> bool:
-    return torch_module._has_any_global_hook()
+    return has_global_module_hook()
 
 
 class FusedBlock(nn.Module):

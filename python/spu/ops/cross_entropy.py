@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spu.common.torch_private import BelowAutograd
+
 from . import schema, wire
 from .dispatch import DTYPES, choose_backend
 from .linear import compute_dtype
@@ -118,7 +120,7 @@ class _LinearCE(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         hidden, weight, target, ignore_index, backend, dtype = arguments
         ctx.dtypes = hidden.dtype, weight.dtype
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             inputs = (*_operands(hidden, weight, dtype), target, ignore_index)
             loss, lse = schema.overload("linear_ce", backend)(*inputs)
         _save(ctx, inputs, lse, weight)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.torch_private import constant_when_traced, operator_has_kernel
+
 from . import schema, wire
 from .schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
@@ -161,8 +163,7 @@ def cuda_library_status(key: str) -> BackendStatus:
 
 
 def _library_status(backend: str, key: str, library: str, build: str) -> BackendStatus:
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    lacks = [name for name in SCHEMAS if not has_kernel(f"spu::{name}.{backend}", key)]
+    lacks = [name for name in SCHEMAS if not operator_has_kernel(f"spu::{name}.{backend}", key)]
     missing = [name for name in lacks if name not in COMPOSED]
     device_types = (key.lower(),)
     if missing:
@@ -263,6 +264,7 @@ def _fall_back(reason: str, fix: str) -> str:
     return "reference"
 
 
+@constant_when_traced  # run as it stands while Dynamo traces: it may import the extension and warn
 def _automatic(device_type: str, dtype: torch.dtype) -> str:
     if device_type == "cpu" and dtype in DTYPES["cpu"]:
         status = status_of("cpu")
@@ -275,11 +277,6 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
             first = status_of(CUDA_BACKENDS[0])
             return _fall_back(first.reason, first.fix)
     return "reference"
-
-
-# What torch.compiler.assume_constant_result does, without importing all of Dynamo for it: while tracing, the function
-# is run as it stands (it may import the extension and warn) and its result is a constant of the graph.
-_automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cuda_candidates(dtype: torch.dtype) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spu.common.torch_private import BelowAutograd
+
 from . import schema
 from .dispatch import choose_backend, has_kernel
 from .linear import check_dtypes, compute_dtype
@@ -103,7 +105,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *given, activation, backend, dtype = arguments
         ctx.dtypes = tuple(operand.dtype for operand in given)
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             inputs = (*(given if dtype is None else (operand.to(dtype) for operand in given)), activation, True)
             y, gate, up = schema.overload("gated_mlp", backend)(*inputs)
         _save(ctx, inputs, gate, up, tuple(given[1:]))

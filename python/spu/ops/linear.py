@@ -9,12 +9,13 @@ Forward and backward follow one recipe on every backend (dy is the scaled gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spu.common.torch_private import BelowAutograd, any_autocast
 
 from . import schema
 from .dispatch import DTYPES, choose_backend, has_kernel
@@ -24,7 +25,6 @@ from .sink import sink_both, sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
-_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def _save(
@@ -117,7 +117,7 @@ class _LinearAct(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight, bias, activation, keep_preact, backend, dtype, transposed = arguments
         ctx.dtypes = x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             inputs = (*_operands(x, weight, bias, dtype, transposed), activation, keep_preact)
             y, preact = schema.overload("linear", backend)(*inputs)
         _save(ctx, inputs, y, preact, (weight, bias), transposed)
@@ -185,7 +185,7 @@ def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
     """What a fused op converts its operands to: the one asked for, else by torch's rule for a linear under autocast
     (every floating operand but fp64 becomes autocast's dtype), else None: nothing is converted.
     """
-    if dtype is not None or not _any_autocast() or x.dtype == torch.float64:
+    if dtype is not None or not any_autocast() or x.dtype == torch.float64:
         return dtype
     device_type = x.device.type  # a new string: 10% of a small call, so not before
     return torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None

@@ -7,27 +7,29 @@ and whatever records a program for another runtime (``torch.fx``, ``torch.jit.tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, compiler, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+from spu.common.torch_private import (
+    FakeTensor,
+    constant_when_traced,
+    exporting,
+    forward_mode_active,
+    functorch_active,
+    jit_tracing,
+)
 
 # FakeTensors stand for plain ones: what is planned or compiled on them will run on those.
 _TYPES = frozenset((Tensor, nn.Parameter, FakeTensor))
 _strided = torch.strided
-_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
-_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
+# While Dynamo traces, this is run as it stands, inside the transforms that it has entered, and the result is a constant
+# of the graph, which Dynamo guards by the stack of transforms.
+@constant_when_traced
 def _watched() -> bool:
-    return _functorch() or _jit_tracing() or compiler._is_exporting_flag
-
-
-# As torch.compiler.assume_constant_result: while Dynamo traces, this is run as it stands, inside the transforms that it
-# has entered, and the result is a constant of the graph, which Dynamo guards by the stack of transforms.
-_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return functorch_active() or jit_tracing() or exporting()
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -42,7 +44,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def transformed() -> bool:
     """Whether a transform, a forward-mode derivative or a recorder looks at the ops that are called now."""
-    return forward_ad._current_level >= 0 or _watched()
+    return forward_mode_active() or _watched()
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -60,5 +62,5 @@ def refuse_derivatives_of_backward(op: str, dy: Tensor) -> None:
     instead = "use torch's own ops there (spu.restore(model))"
     if torch.is_grad_enabled() and not compiler.is_compiling():
         raise RuntimeError(f"spu.ops.{op} has no second derivative: do not pass create_graph=True, or {instead}")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
+    if forward_mode_active() and forward_ad.unpack_dual(dy).tangent is not None:
         raise RuntimeError(f"spu.ops.{op} has no forward-mode derivative of its backward: {instead}")

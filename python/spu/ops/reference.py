@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spu.common import torch_private
+
 from . import wire
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -74,8 +76,9 @@ def activate(z: Tensor, activation: str) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> tuple[Tensor, Tensor]:
     """y = act(x @ weight.T + bias), and z in the storage dtype if ``keep_preact``, else an empty tensor."""
     z = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
-    if z._is_view():  # of the product's rows, for 3-d x: autograd refuses to have a view changed in place later
-        z = torch.ops.aten._unsafe_view(z, z.shape)
+    if torch_private.is_view(z):
+        # Of the product's rows, for 3-d x: autograd refuses to have a view changed in place later.
+        z = torch_private.unsafe_view(z, z.shape)
     y = activate(z, activation).to(x.dtype).contiguous()
     if not keep_preact:
         return y, x.new_empty(0)
@@ -122,7 +125,7 @@ def _into_main_grad(value: Tensor, main_grad: Tensor, inv_scale: Tensor, found_i
     value = value.contiguous()
     if value.numel():
         # The op that GradScaler uses: one pass that multiplies and checks.
-        torch._amp_foreach_non_finite_check_and_unscale_([value], found_inf, inv_scale)
+        torch_private.unscale_and_check_([value], found_inf, inv_scale)
     if accumulate:
         main_grad.add_(value)
     else:

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from spu.common import torch_private
+from spu.common.torch_private import graph_task_id
+
 from . import wide_sums
 from .dispatch import has_kernel
 
@@ -75,11 +78,6 @@ class BackwardScope:
 _SCOPES: dict[int, BackwardScope] = {}  # of the backwards that run now
 
 
-def graph_task_id() -> int:
-    """The id of the autograd engine's run on this thread, -1 outside a backward."""
-    return torch._C._current_graph_task_id()
-
-
 def current_scope() -> BackwardScope | None:
     """The scope of the backward that is running on this thread; None outside one, or without a scope."""
     return _SCOPES.get(graph_task_id())
@@ -115,7 +113,7 @@ def _register(scope: BackwardScope) -> None:
     found = _SCOPES.get(task)
     if found is None:
         _SCOPES[task] = scope
-        torch.autograd.Variable._execution_engine.queue_callback(_End(task))
+        torch_private.at_end_of_backward(_End(task))
     elif found.family is not scope.family:
         raise RuntimeError(
             "one backward from losses with two loss scales: parameters that both reach could not be unscaled; scale "
@@ -240,7 +238,7 @@ def _is_own(hook: Callable[..., Any]) -> bool:
 
 def has_foreign_hook(param: Tensor) -> bool:
     """Whether someone else's tensor hook is to see or change the parameter's gradient."""
-    hooks: dict[int, Callable[..., Any]] | None = param._backward_hooks
+    hooks: dict[int, Callable[..., Any]] | None = torch_private.backward_hooks(param)
     return hooks is not None and not all(map(_is_own, hooks.values()))
 
 
@@ -251,7 +249,7 @@ def accumulates(node: Any) -> bool:
     (``torch.autograd.grad``, ``backward(inputs=...)``).
     """
     try:
-        return torch._C._will_engine_execute_node(node)
+        return torch_private.will_execute(node)
     except RuntimeError:  # what it says of a leaf whose gradient autograd.grad returns
         return False
 

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.torch_private import has_onednn_sums
+
 _HALVES = (torch.float16, torch.bfloat16)
 _FEW_TERMS = (
     64  # a 16-bit sum of so few is off by a few units of its last place: pooling as models use it stays torch's
@@ -169,8 +171,7 @@ def _convolution(call: Call, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) 
 def _has_onednn(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:  # type: ignore[attr-defined]
         return False
-    known = torch.ops.mkldnn
-    return bool(known._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported())
+    return has_onednn_sums(dtype)
 
 
 _KERNELS: dict[str, _Wide] = {

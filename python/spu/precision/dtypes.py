@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from spu.common import torch_private
+from spu.common.torch_private import pytree
 
 __all__ = ["convert_state", "is_mixed", "products_in", "state_dtypes"]
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, torch_private.NormBase)
 
 
 def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
@@ -29,15 +31,15 @@ def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, 
         dtype: of the training.
     """
     all_modules = {id(m): m for top in modules for m in top.modules()}.values()
-    converted = {p.dtype for m in all_modules for p in m._parameters.values() if p is not None}
+    converted = {p.dtype for m in all_modules for p in torch_private.parameters_of(m).values() if p is not None}
     converted -= {torch.float32, dtype}
     found: dict[int, torch.dtype] = {}
     for module in all_modules:
         is_norm = isinstance(module, _NORMS)
-        for parameter in module._parameters.values():
+        for parameter in torch_private.parameters_of(module).values():
             if parameter is not None and parameter.is_floating_point():
                 found[id(parameter)] = torch.float32 if is_norm else dtype
-        for buffer in module._buffers.values():
+        for buffer in torch_private.buffers_of(module).values():
             if buffer is not None and buffer.is_floating_point() and (is_norm or buffer.dtype in converted):
                 found[id(buffer)] = torch.float32
     return found
@@ -46,13 +48,13 @@ def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, 
 def convert_state(modules: Iterable[nn.Module], dtypes: dict[int, torch.dtype]) -> None:
     """Convert parameters, gradients with them, and buffers in place, to what :func:`state_dtypes` says."""
     for module in {id(m): m for top in modules for m in top.modules()}.values():
-        for parameter in module._parameters.values():
+        for parameter in torch_private.parameters_of(module).values():
             if parameter is None or dtypes.get(id(parameter), parameter.dtype) == parameter.dtype:
                 continue
             parameter.data = parameter.data.to(dtypes[id(parameter)])
             if parameter.grad is not None:
                 parameter.grad.data = parameter.grad.data.to(parameter.dtype)
-        for buffer in module._buffers.values():
+        for buffer in torch_private.buffers_of(module).values():
             if buffer is not None and id(buffer) in dtypes:
                 buffer.data = buffer.data.to(dtypes[id(buffer)])
 
@@ -62,7 +64,11 @@ def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):  # its short cut in evaluation wants one dtype everywhere
             return True
-        own = (t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
+        own = (
+            t
+            for t in (*torch_private.parameters_of(part).values(), *torch_private.buffers_of(part).values())
+            if t is not None
+        )
         if not isinstance(part, _NORMS) and any(t.is_floating_point() and t.dtype != dtype for t in own):
             return True
     return False
@@ -94,7 +100,7 @@ class _Widening(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RECURRENT:  # torch's fp16 LSTM takes no fp32 input under autocast on a CPU
+        if func in torch_private.RECURRENT:  # torch's fp16 LSTM takes no fp32 input under autocast on a CPU
             dtype = args[2][0].dtype if isinstance(args[2], (tuple, list)) else args[3][0].dtype
             args, kwargs = _cast((args, kwargs), dtype)
         elif func in _WANT_ONE_DTYPE:
@@ -109,7 +115,6 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
-_RECURRENT = frozenset({_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu})
 _WANT_ONE_DTYPE = frozenset(
     {
         *(F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.bilinear, F.embedding_bag, F.prelu),

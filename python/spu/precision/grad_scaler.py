@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
+from spu.common import torch_private
+
 from ..ops import grad_sqnorm
 from ..ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
 from ..optim import AdamW
@@ -120,12 +122,12 @@ class GradScaler(torch.amp.GradScaler):
             root is None
             or self._root_of is None
             or self._root_of[0] is not present
-            or self._root_of[1] != present._version
+            or self._root_of[1] != torch_private.version(present)
         ):
             scale = present.detach().clone().reshape(1)
             inv_scale = scale.double().reciprocal().float()
             root = self._root = BackwardScope(scale, inv_scale, torch.zeros_like(scale), adopt=self._adopt)
-            self._root_of = present, present._version
+            self._root_of = present, torch_private.version(present)
         return root.on(device)
 
     def _adopt(self, param: Tensor) -> GradSink | None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
+from spu.common import torch_private
+
 from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
 from ..ops.sink import (
     BackwardScope,
@@ -51,7 +53,7 @@ def _now_or_later(param: Tensor, accumulate: Callable[[BackwardScope], None]) ->
     """
     scope = current_scope()
     assert scope is not None
-    if scope.deferred is not None and not param._post_accumulate_grad_hooks:
+    if scope.deferred is not None and not torch_private.post_accumulate_hooks(param):
         scope.deferred.append(partial(accumulate, scope))
     else:
         accumulate(scope)
@@ -82,7 +84,7 @@ class ParameterSink:
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
         """``linear_weight`` here and ``linear_bias`` there, in one op unless only one of them adds to something."""
-        if isinstance(bias_sink, ParameterSink) and not bias_sink._parameter()._post_accumulate_grad_hooks:
+        if isinstance(bias_sink, ParameterSink) and not torch_private.post_accumulate_hooks(bias_sink._parameter()):
             _now_or_later(self._parameter(), partial(self._accumulate_both, bias_sink, dz, x, backend))
         else:
             self.linear_weight(dz, x, backend)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common import torch_private
+
 from ..ops.sink import BackwardScope, open_scope
 
 _STATE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -112,7 +114,7 @@ class LossScaler:
             found_inf: fp32 [1], what the step was decided by; default: what the backwards saw (:meth:`found_inf`).
         """
         if self.enabled:
-            torch._amp_update_scale_(
+            torch_private.update_scale_(
                 self._scale,
                 self._growth_tracker,
                 self.found_inf() if found_inf is None else found_inf,

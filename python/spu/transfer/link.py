@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from spu import ops
+from spu.common.torch_private import pytree
 from spu.transfer.side import Side
 
 __all__ = ["Link", "Packet"]

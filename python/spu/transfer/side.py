@@ -15,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
-from torch.utils import _pytree as pytree
+
+from spu.common.torch_private import pytree
 
 __all__ = ["CardSide", "HostSide", "Side", "Ticket", "side_for"]
 
