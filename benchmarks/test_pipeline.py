@@ -113,7 +113,7 @@ def test_two_stages_beside_their_bounds_and_peers(dtype: str) -> None:
     def ratio(name: str, ours: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[name][::-1], seconds[ours][::-1]))
 
-    m, n = lm.MICROBATCHES, plan.microbatches
+    m, n = lm.MICROBATCHES, plan.settings.run_microbatches
     GOALS.head(f"decoder LM, {dtype}, 16 x {x.shape[1]} tokens, plain torch ops, 2 stages of one core")
     for name, values in seconds.items():
         GOALS.note(f"{name}, tokens/s", f"{x.numel() / statistics.median(values):.0f}")
@@ -123,7 +123,7 @@ def test_two_stages_beside_their_bounds_and_peers(dtype: str) -> None:
     which = "torchgpipe" if importlib.util.find_spec("torchgpipe") else "torchgpipe's way"
     GOALS.at_least(f"  beside {which}", ratio("gpipe", "spu"), 1.4, "x")
     GOALS.note("  beside one process with two threads", f"{ratio('two-threads', 'spu'):.2f}x")
-    how = f"the planner's choice ({plan.schedule}, {n} microbatches)"
+    how = f"the planner's choice ({plan.settings.schedule}, {n} microbatches)"
     GOALS.at_least(f"{how}: beside torch pipelining", ratio("torch-pipelining", "chosen"), 1.08, "x")
     GOALS.at_least("  of 2 T1 m / (m + 1)", ratio("one-core", "chosen") * (n + 1) / (2 * n), 0.96, "%")
     GOALS.note("  of the bound for its own actions", f"{100 * statistics.median(own):.1f}%")

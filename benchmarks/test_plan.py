@@ -31,8 +31,9 @@ from spu.devices import Device
 from spu.job.model import quiet_transformers
 from spu.layer_cache import reference_seconds
 from spu.plan.machine import make_machine, read_speeds
-from spu.plan.search import Wanted, search_plan
+from spu.plan.search import search_plan
 from spu.profile import LayerCost
+from spu.settings import Settings
 from spu.trainer import ModelParallelTrainer
 
 transformers = pytest.importorskip("transformers")
@@ -198,7 +199,8 @@ def test_planning_80_layers_on_8_devices() -> None:
     machine = make_machine(cards, {}, read_speeds("cuda=a100"), "fp16")
     begin = time.perf_counter()
     processor = time.process_time()
-    plan = search_plan(_costs_of([1, *[6] * 78, 4]), machine, Wanted(batch=64))
+    settings = Settings(schedule="auto", microbatches="auto", transfer="none")
+    plan = search_plan(_costs_of([1, *[6] * 78, 4]), machine, settings, batch=64)
     seconds, own = time.perf_counter() - begin, time.process_time() - processor
     GOALS.head("planning")
     GOALS.at_most(f"80 layers, 8 devices, {len(schedules.names())} schedules: processor time", own, 5.0, " s")

@@ -17,11 +17,12 @@ import torch
 from fuzz_layers import WIDTH, draw_layers
 from fuzz_losses import CLASSES, LOSSES, draw_loss
 from fuzz_plain import IN, OPTIMIZERS, VOCAB, Case, Plain, batch
+from plans import plan
 from torch import Tensor, nn
 
 import spu
 from spu import Device, DeviceManager, ModelParallelTrainer
-from spu.plan import Plan, make_plan
+from spu.plan import Plan
 from spu.profile import LayerCost
 
 __all__ = ["Mismatch", "draw_case", "run_case"]
@@ -161,14 +162,14 @@ class Run:
         if case.cuts is None:
             return None
         ends = [0, *case.cuts, count]
-        return make_plan(
+        return plan(
             [LayerCost(str(i), 1, 4, 1, 4, 4) for i in range(count)],
             devices,
             schedule=case.schedule,
             microbatches=case.microbatches,
             accumulate=case.accumulate,
             precision=case.precision,
-            codec=case.transfer,
+            transfer=case.transfer,
             recompute=case.recompute,
             layers=list(itertools.pairwise(ends)),
         )

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 from memory_probe import measured_peaks
+from plans import plan
 from torch import nn
 
 from spu import DeviceManager
 from spu.engine.bytes import state_bytes
 from spu.footprint import Run, training_costs
-from spu.plan import make_plan
 from spu.tracker import MemoryTracker, Tally
 from spu.trainer import ModelParallelTrainer
 
@@ -57,11 +57,11 @@ def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
         [Run(str(k), layer) for k, layer in enumerate(tied)], torch.zeros(2, 4).long(), torch.float16
     )
     cpu = DeviceManager().get_devices(["cpu"])
-    peak = max(make_plan(costs, cpu, microbatches=2).predicted.peak_bytes)
+    peak = max(plan(costs, cpu, microbatches=2).predicted.peak_bytes)
     tight = [
         dataclasses.replace(cpu[0], budget_bytes=peak + 6 * 512 * 16)
     ]  # counted twice it took 18 bytes more for each
-    assert max(make_plan(costs, tight, microbatches=2).predicted.peak_bytes) == peak
+    assert max(plan(costs, tight, microbatches=2).predicted.peak_bytes) == peak
 
 
 def test_a_layer_is_left_as_it_was():

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import plan as make_plan
 
 from spu.devices import Device
-from spu.plan import BudgetError, Plan, make_plan
+from spu.plan import BudgetError, Plan
 from spu.plan.memory import ITEM_BYTES
 from spu.profile import LayerCost
 
@@ -52,11 +53,11 @@ def test_recompute_adds_the_forward_to_the_backward():
 
 
 def test_transfers_take_wire_bytes_over_link_speed():
-    plan = make_plan(layers(2), CPUS, codec="int8", links=[1e6])
+    plan = make_plan(layers(2), CPUS, transfer="int8", links=[1e6])
     elements = 50_000
     blocks = -(-elements // 64)
     assert plan.predicted.transfer_s == ((64 + -(-4 * blocks // 64) * 64 + -(-elements // 64) * 64) / 1e6,)
-    assert plan.transfer == ("int8",)
+    assert plan.codecs == ("int8",)
 
 
 def test_unequal_speeds_shift_the_boundary_and_scale_the_times():
@@ -209,14 +210,17 @@ def test_plans_equal_brute_force_under_budgets(data, stages, schedule, precision
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"schedule": "2f2b"}, "unknown schedule '2f2b'; there are 'gpipe', '1f1b'"),
+        ({"schedule": "2f2b"}, "unknown schedule '2f2b': give one of gpipe, 1f1b"),
         ({"schedule": "gpipe", "virtual": 2}, "schedule 'gpipe' has 1 stage on each rank"),
-        ({"microbatches": 0}, "microbatches must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"precision": "fp8"}, "precision must be one of 'fp16', 'bf16', 'fp32', got 'fp8'"),
-        ({"codec": "zip"}, "codec must be one of 'none', 'fp16', 'bf16', .*, got 'zip'"),
-        ({"codec": ["int8", "int8"]}, "codec must be one name or one per boundary, 1, got 2"),
-        ({"recompute": "maybe"}, "recompute must be True, False or 'auto', got 'maybe'"),
+        ({"microbatches": 0}, "microbatches 0 must be a whole number of at least 1"),
+        ({"accumulate": 0}, "accumulate 0 must be a whole number of at least 1"),
+        ({"precision": "fp8"}, "unknown precision 'fp8': give one of fp16, bf16, fp32"),
+        ({"transfer": "zip"}, "unknown transfer 'zip': give one of auto, none, fp16, bf16"),
+        ({"codecs": ["zip"]}, "codecs must be of 'none', 'fp16', 'bf16', .*, got 'zip'"),
+        ({"codecs": ["int8", "int8"]}, "codecs must have one name per boundary, 1, got 2"),
+        ({"recompute": "maybe"}, "unknown recompute 'maybe': give one of auto, on .True., off .False., or a list"),
+        ({"recompute": [1, 4]}, "recompute names layer 4, but there are layers 0 to 3"),
+        ({"schedule": "auto"}, "a plan is made for a schedule and a number of microbatches"),
         ({"speeds": [1e9]}, "speeds must have one FLOP/s above 0 per device, 2"),
         ({"links": [0.0]}, "links must have one rate above 0 per boundary, 1"),
         ({"max_stages": 0}, "stages must be at least 1, got 0"),

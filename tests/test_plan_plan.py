@@ -8,6 +8,7 @@ import json
 import pytest
 
 from spu.plan import Plan, Predicted, StagePlan
+from spu.settings import Settings
 
 
 def stage(device, first, last, **changes):
@@ -20,13 +21,10 @@ def stage(device, first, last, **changes):
 
 PLAN = Plan(
     model="tiny",
-    schedule="1f1b",
-    microbatches=8,
-    accumulate=2,
+    settings=Settings(accumulate=2),
     rows=2,
     tokens=128,
-    precision="fp16",
-    transfer=("int8",),
+    codecs=("int8",),
     stages=(stage("cpu:0", 0, 2), stage("cpu:1", 2, 5, saved_bytes=8, recompute=(3,))),
     predicted=Predicted(7.8, 0.25, 1 / 9, (1e-5,), (2000,), (100, 102), "measured"),
 )
@@ -57,16 +55,16 @@ def test_json_round_trips_exactly(tmp_path):
 
 def test_the_file_shows_totals_and_the_version():
     assert [entry["total_bytes"] for entry in DATA["stages"]] == [100, 102]
-    assert (DATA["format"], DATA["version"]) == ("spu plan", 3)
+    assert (DATA["format"], DATA["version"]) == ("spu plan", 4)
 
 
 def test_a_plan_can_be_edited_by_hand():
-    data = edited("microbatches", 16)
+    data = edited("settings.microbatches", 16)
     data["stages"][0].update(layers=[0, 1], layer_names=["layers.0"])
     data["stages"][1].update(layers=[1, 5], layer_names=["layers.1", "layers.2", "layers.3", "layers.4"])
     del data["stages"][0]["total_bytes"]
     plan = Plan.from_json(json.dumps(data))
-    assert (plan.microbatches, plan.stages[0].layers, plan.stages[1].layers) == (16, (0, 1), (1, 5))
+    assert (plan.settings.microbatches, plan.stages[0].layers, plan.stages[1].layers) == (16, (0, 1), (1, 5))
     assert Plan.from_json(edited("stages.0.forward_s", 1)).stages[0].forward_s == 1.0  # a whole number of seconds
 
 
@@ -74,23 +72,27 @@ def test_a_plan_can_be_edited_by_hand():
     ("path", "value", "reason"),
     [
         ("format", ..., 'not an spu plan (no "format": "spu plan")'),
-        ("version", 1, "version is 1, this spu reads 3; make the plan again"),
-        ("version", ..., "version is None, this spu reads 3"),
-        ("schedule", ..., "schedule is missing"),
-        ("schedule", "zigzag", "schedule is 'zigzag'; there are 'gpipe', '1f1b'"),
-        ("precision", "fp8", "precision is 'fp8'; there are 'fp16', 'bf16', 'fp32'"),
-        ("microbatches", "8", "microbatches must be a whole number, got '8'"),
-        ("microbatches", 8.5, "microbatches must be a whole number, got 8.5"),
-        ("microbatches", True, "microbatches must be a whole number, got True"),
-        ("microbatches", 0, "microbatches must be at least 1, got 0"),
+        ("version", 1, "version is 1, this spu reads 4; make the plan again"),
+        ("version", ..., "version is None, this spu reads 4"),
+        ("settings.schedule", ..., "settings.schedule is missing"),
+        ("settings.schedule", "zigzag", "unknown settings.schedule 'zigzag': give one of gpipe, 1f1b"),
+        ("settings.schedule", "auto", "must be a schedule and a number here, not auto"),
+        ("settings.precision", "fp8", "unknown settings.precision 'fp8': give one of fp16, bf16, fp32"),
+        ("settings.microbatches", "8", "settings.microbatches '8' must be a whole number"),
+        ("settings.microbatches", 8.5, "settings.microbatches 8.5 must be a whole number"),
+        ("settings.microbatches", True, "settings.microbatches True must be a whole number"),
+        ("settings.microbatches", 0, "settings.microbatches 0 must be a whole number of at least 1"),
+        ("settings.recompute", [-1], "unknown settings.recompute [-1]: give one of auto, on (True), off (False)"),
+        ("settings.recompte", True, "settings.'recompte' is not a setting; did you mean recompute?"),
+        ("settings", [], "settings must be an object, got []"),
         ("stages.1.recompute", [1], "stages[1].recompute names layer 1, which is not one of its [2, 5]"),
         ("stages.0.recompute", True, "stages[0].recompute must be a list, got True"),
         ("predicted.peak_bytes", [1], "predicted.peak_bytes must have one entry per device, 2, got 1"),
         ("predicted.link_bytes", [], "predicted.link_bytes must have one entry per boundary, 1, got 0"),
-        ("transfer", ["zip"], "transfer[0] is 'zip'; there are 'none', 'fp16', 'bf16', 'int8'"),
-        ("transfer", [], "transfer must have one entry per boundary, 1, got 0"),
-        ("transfer", "int8", "transfer must be a list, got 'int8'"),
-        ("colour", "red", "colour is not an entry of a plan; there are model, schedule"),
+        ("codecs", ["zip"], "codecs[0] is 'zip'; there are 'none', 'fp16', 'bf16', 'int8'"),
+        ("codecs", [], "codecs must have one entry per boundary, 1, got 0"),
+        ("codecs", "int8", "codecs must be a list, got 'int8'"),
+        ("colour", "red", "colour is not an entry of a plan; there are model, settings"),
         ("stages", [], "stages is empty; a plan has at least one stage"),
         ("stages", {}, "stages must be a list, got {}"),
         ("stages", ["x"], "stages[0] must be an object, got 'x'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import search
 
 from spu import schedules
 from spu.devices import Device
@@ -15,8 +16,9 @@ from spu.plan import BudgetError, Plan
 from spu.plan.explain import explain
 from spu.plan.gallery import draw_plan
 from spu.plan.machine import make_machine, read_speeds
-from spu.plan.search import Wanted, search_plan
+from spu.plan.search import microbatch_counts
 from spu.profile import LayerCost
+from spu.settings import Settings
 
 MB = 10**6
 
@@ -72,9 +74,9 @@ def best_by_hand(work, speeds, microbatches):
 def test_unequal_devices_come_within_8_percent_of_the_best_split_by_hand(work, ratios):
     devices = [device(f"cpu:{k}") for k in range(len(ratios))]
     text = ",".join(f"cpu:{k}={ratio}GFLOPS" for k, ratio in enumerate(ratios))
-    wanted = Wanted(batch=8, microbatches=8, schedule="1f1b")
+    wanted = {"batch": 8, "microbatches": 8, "schedule": "1f1b"}
     made = make_machine(devices, {}, read_speeds(text), "fp16", update_rates={d.name: 1e30 for d in devices})
-    plan = search_plan(costs([w * 10**9 for w in work]), made, wanted)
+    plan = search(costs([w * 10**9 for w in work]), made, **wanted)
     assert plan.timeline().makespan <= best_by_hand(work, ratios, 8) / 0.92
 
 
@@ -84,11 +86,11 @@ def test_a_plan_keeps_every_budget_or_is_refused(data):
     count = data.draw(st.integers(3, 10))
     budgets = data.draw(st.lists(st.integers(20, 400), min_size=1, max_size=3))
     devices = [device(f"cuda:{k}", size * MB) for k, size in enumerate(budgets)]
-    wanted = Wanted(batch=data.draw(st.sampled_from([4, 8, 12])), model="m")
+    wanted = {"batch": data.draw(st.sampled_from([4, 8, 12])), "model": "m"}
     profile = costs([10**9] * count, params=data.draw(st.integers(0, 3)) * MB, own=data.draw(st.integers(0, 9)) * MB)
     plan, refusal = None, None
     try:
-        plan = search_plan(profile, machine(*devices), wanted)
+        plan = search(profile, machine(*devices), **wanted)
     except BudgetError as error:
         refusal = error
     if plan is None:
@@ -99,37 +101,37 @@ def test_a_plan_keeps_every_budget_or_is_refused(data):
     limits = {d.name: d.budget_bytes for d in devices}
     for name, peak, curve in zip(plan.devices, plan.predicted.peak_bytes, plan.memory_curve()):
         assert max(held for _, held in curve) <= peak <= limits[name]
-    assert plan.rows * plan.microbatches == wanted.batch
+    assert plan.rows * plan.settings.microbatches == wanted["batch"]
     assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_a_slow_device_is_left_out_where_the_step_is_faster_without_it():
     fast, slow = device("cuda:0"), device("cpu:0")
-    plan = search_plan(costs([10**12] * 6), machine(fast, slow, speeds="cpu=1GFLOPS"), Wanted(batch=8))
+    plan = search(costs([10**12] * 6), machine(fast, slow, speeds="cpu=1GFLOPS"), batch=8)
     assert plan.devices == ("cuda:0",)
-    kept = search_plan(costs([10**12] * 6), machine(fast, slow), Wanted(batch=8, same_order=True))
+    kept = search(costs([10**12] * 6), machine(fast, slow), batch=8, same_order=True)
     assert kept.devices == ("cuda:0", "cpu:0")
 
 
 def test_recompute_is_only_as_much_as_the_budget_asks_for():
     tight = device("cuda:0", 65 * MB)
-    plan = search_plan(costs([10**9] * 10, params=1, own=10 * MB), machine(tight), Wanted(batch=1, schedule="1f1b"))
+    plan = search(costs([10**9] * 10, params=1, own=10 * MB), machine(tight), batch=1, schedule="1f1b")
     assert 0 < len(plan.recomputed_layers) < 10
 
 
 def test_transfers_are_packed_where_the_link_is_slow():
     cards = [device("cuda:0", 100 * MB), device("cuda:1", 100 * MB)]
-    wanted = Wanted(batch=8, codec="auto", schedule="1f1b")
+    wanted = {"batch": 8, "transfer": "auto", "schedule": "1f1b"}
     profile = costs([10**9] * 4, params=2 * MB)
     slow = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e6, (1, 0): 1e6})
     fast = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e13, (1, 0): 1e13})
-    assert search_plan(profile, slow, wanted).transfer == ("int8",)
-    assert search_plan(profile, fast, wanted).transfer == ("none",)
+    assert search(profile, slow, **wanted).codecs == ("int8",)
+    assert search(profile, fast, **wanted).codecs == ("none",)
 
 
 def test_the_plan_is_told_in_words_and_drawn(tmp_path):
     made = machine(device("cuda:0"), device("cpu:0"))
-    plan = search_plan(costs([10**9] * 6), made, Wanted(batch=8, tokens=16, model="tiny", same_order=True))
+    plan = search(costs([10**9] * 6), made, batch=8, tokens=16, model="tiny", same_order=True)
     text = "\n".join(explain(plan, made, 10**9))
     assert "tiny (1.00B parameters) fits." in text
     assert "cuda:0: at most" in text
@@ -143,15 +145,16 @@ def test_the_plan_is_told_in_words_and_drawn(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        (Wanted(batch=0), "batch and accumulate must be at least 1, got 0"),
-        (Wanted(batch=8, microbatches=3), "a batch of 8 rows cannot be cut into 3 equal microbatches"),
-        (Wanted(batch=8, schedule="zigzag"), "unknown schedule 'zigzag'"),
-        (Wanted(batch=8, recompute="often"), "recompute must be True, False or 'auto', got 'often'"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"batch": 8, "accumulate": 3}, "a batch of 8 rows cannot be cut into 3 equal runs"),
+        ({"batch": 8, "microbatches": 3}, "a batch of 8 rows cannot be cut into 3 equal microbatches"),
+        ({"batch": 8, "schedule": "zigzag"}, "unknown schedule 'zigzag'"),
+        ({"batch": 8, "recompute": "often"}, "unknown recompute 'often': give one of auto, on .True., off"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(wanted, reason):
     with pytest.raises(ValueError, match=reason):
-        search_plan(costs([1] * 4), machine(device("cpu:0")), wanted)
+        search(costs([1] * 4), machine(device("cpu:0")), **wanted)
 
 
 @pytest.mark.parametrize("text", ["cuda:0", "cuda:0=", "=fast"])
@@ -168,21 +171,21 @@ def test_an_unknown_card_lists_those_there_are():
 def test_what_is_wanted_without_recompute_is_refused_with_recompute_as_a_fix():
     """The refusal was worked out for another request, one that fits, and died of it."""
     profile = costs([10**9] * 12, params=MB, own=10 * MB)
-    wanted = Wanted(batch=8, recompute=False, model="m")
+    wanted = {"batch": 8, "recompute": False, "model": "m"}
     with pytest.raises(BudgetError) as error:
-        search_plan(profile, machine(device("cuda:0", 300 * MB)), wanted)
+        search(profile, machine(device("cuda:0", 300 * MB)), **wanted)
     assert any(fix.startswith("recompute=True") for fix in error.value.fixes)
-    assert search_plan(profile, machine(device("cuda:0", 300 * MB)), Wanted(batch=8, model="m")).recompute
+    assert search(profile, machine(device("cuda:0", 300 * MB)), batch=8, model="m").recompute
 
 
 @pytest.mark.parametrize("schedule", ["interleaved", "zbv", "layer_outer"])
 def test_stages_that_share_a_device_share_its_budget(schedule):
     """Refusals came, or died, where equal shares were too small for one stage and too large for another."""
     profile = costs([10**9] * 4, params=MB, own=10 * MB)
-    wanted = Wanted(batch=4, microbatches=4, schedule=schedule, recompute=False, same_order=True)
+    wanted = {"batch": 4, "microbatches": 4, "schedule": schedule, "recompute": False, "same_order": True}
 
     def plan(budgets):
-        return search_plan(profile, machine(*(device(f"cuda:{k}", b) for k, b in enumerate(budgets))), wanted)
+        return search(profile, machine(*(device(f"cuda:{k}", b) for k, b in enumerate(budgets))), **wanted)
 
     peaks = plan([10_000 * MB] * 2).predicted.peak_bytes
     assert len(plan([int(1.2 * peak) for peak in peaks]).stages) == 2 * schedules.stages_per_rank(schedule)
@@ -191,9 +194,10 @@ def test_stages_that_share_a_device_share_its_budget(schedule):
 
 
 def test_a_batch_of_any_size_is_cut_quickly():
-    assert Wanted(batch=8).microbatch_counts() == [1, 2, 4, 8]
-    assert Wanted(batch=12, accumulate=2).microbatch_counts() == [1, 2, 3, 6]
-    assert Wanted(batch=9, accumulate=2).microbatch_counts() == []
-    counts = Wanted(batch=10**9).microbatch_counts()
+    once, twice = Settings(microbatches="auto"), Settings(microbatches="auto", accumulate=2)
+    assert microbatch_counts(once, 8) == [1, 2, 4, 8]
+    assert microbatch_counts(twice, 12) == [1, 2, 3, 6]
+    assert microbatch_counts(twice, 9) == []
+    counts = microbatch_counts(once, 10**9)
     assert max(counts) == 1000
     assert all(10**9 % count == 0 for count in counts)

@@ -84,8 +84,8 @@ def test_what_is_auto_is_chosen_by_simulating_measured_layers() -> None:
         loss, _ = trainer.forward_backward(x, y)
         plan = trainer.plan
         assert plan.predicted.basis == "measured"
-        assert plan.schedule in schedules.names()
-        assert 8 % plan.microbatches == 0
+        assert plan.settings.schedule in schedules.names()
+        assert 8 % plan.settings.microbatches == 0
         assert len(plan.devices) == 2
         gradients = [p.grad for p in own.parameters()]
         assert trainer.replan().predicted.basis == "measured"

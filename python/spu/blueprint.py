@@ -17,6 +17,7 @@ from torch import nn
 from spu.common import torch_private
 from spu.engine.layers import Layer, model_layers
 from spu.profile import LayerCost
+from spu.settings import Settings
 
 __all__ = ["blueprint", "config_names", "costs_by_rows", "export_layers", "read_config"]
 
@@ -91,19 +92,19 @@ def _real_tables(model: nn.Module) -> None:
 
 
 def costs_by_rows(
-    layers: list[Layer], tokens: int, precision: str, schedule: str = "auto"
+    layers: list[Layer], tokens: int, settings: Settings
 ) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
     """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
 
     All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
     both, whatever the rows.
     """
-    from spu.placement import fused_for, model_costs
+    from spu.placement import model_costs
 
     @lru_cache(maxsize=2)
     def counted(rows: int) -> list[LayerCost]:
         ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
-        costs, loss = model_costs(layers, ids, precision, _cross_entropy, ids, fused=fused_for(schedule, precision))
+        costs, loss = model_costs(layers, ids, settings, _cross_entropy, ids)
         assert loss is not None
         return [*costs, loss]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from spu import schedules
 from spu.common.torch_private import is_fake, pytree
 from spu.devices import Device, format_bytes
 from spu.engine.build import DTYPES
@@ -19,6 +19,7 @@ from spu.engine.microbatch import batch_rows
 from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
 from spu.profile import LayerCost, measure_device
+from spu.settings import AUTO, Recompute, Settings
 from spu.skips import carried_by
 from spu.stand_in import unmade_parameter
 from spu.timing import Detached
@@ -28,7 +29,6 @@ __all__ = [
     "check_made",
     "check_plan",
     "counted_speeds",
-    "fused_for",
     "model_costs",
     "no_loss",
     "peak_bytes",
@@ -44,14 +44,8 @@ def plan_model(
     layers: Sequence[Layer],
     sample: Any,
     devices: Sequence[Device],
+    settings: Settings,
     *,
-    schedule: str,
-    microbatches: int,
-    accumulate: int,
-    precision: str,
-    codec: str | None,
-    recompute: str | bool,
-    virtual: int | None = None,
     loss_fn: LossFn | None = None,
     targets: Any = None,
 ) -> Plan:
@@ -62,36 +56,31 @@ def plan_model(
     Args:
         layers: the model, in any precision; nothing of it is changed.
         sample: one microbatch of inputs.
+        settings: of the training, with a schedule and a number of microbatches.
         loss_fn, targets: the loss and one microbatch of its targets; default: a cross entropy over the outputs.
 
     Raises:
         ValueError: more stages than layers, or a layer that cannot be run on fake tensors.
         BudgetError: no placement fits.
     """
-    each = schedules.stages_per_rank(schedule, virtual)
+    each = settings.stages_per_rank
     if len(devices) * each > len(layers):
         on_each = f" with {each} stages on each" if each > 1 else ""
         raise ValueError(
             f"{len(devices)} devices{on_each} for {len(layers)} layers: every stage needs a layer; "
             f"pass at most {len(layers) // each} devices"
         )
-    costs, loss = model_costs(layers, sample, precision, loss_fn, targets, fused=fused_for(schedule, precision))
-    speeds, bandwidths = counted_speeds(devices, precision)
+    costs, loss = model_costs(layers, sample, settings, loss_fn, targets)
+    speeds, bandwidths = counted_speeds(devices, settings.precision)
     return make_plan(
         costs,
         devices,
+        settings,
         loss_cost=loss,
-        schedule=schedule,
-        microbatches=microbatches,
-        accumulate=accumulate,
-        precision=precision,
-        codec=codec or "none",
-        recompute=recompute,
         speeds=speeds,
         bandwidths=bandwidths,
         basis="nominal" if all(device.torch_device.type == "cpu" for device in devices) else "estimated",
-        max_microbatches=microbatches * batch_rows(sample),
-        virtual=virtual,
+        max_microbatches=settings.run_microbatches * batch_rows(sample),
         rows=batch_rows(sample),
         tokens=tokens_of(sample),
     )
@@ -100,11 +89,9 @@ def plan_model(
 def model_costs(
     layers: Sequence[Layer],
     sample: Any,
-    precision: str,
+    settings: Settings,
     loss_fn: LossFn | None = None,
     targets: Any = None,
-    *,
-    fused: bool = True,
 ) -> tuple[list[LayerCost], LayerCost | None]:
     """Costs of a model's layers, and of its loss if there are targets, for one microbatch in training.
 
@@ -112,8 +99,8 @@ def model_costs(
         ValueError: a layer cannot be run on fake tensors.
     """
 
-    rehearsal = Detached()
-    products = DTYPES[precision] if DTYPES[precision].itemsize == 2 else None
+    rehearsal, dtype = Detached(), DTYPES[settings.precision]
+    products = dtype if dtype.itemsize == 2 else None
 
     def run(layer: Layer) -> Run:
         def call(module: nn.Module, x: Any) -> Any:
@@ -134,7 +121,7 @@ def model_costs(
     runs = [run(layer) for layer in layers]
     if loss_fn is not None and targets is not None:
         runs.append(loss_run(loss_fn, targets))
-    costs = training_costs(runs, sample, DTYPES[precision], fused=fused, real=_has_values(layers, sample))
+    costs = training_costs(runs, sample, dtype, fused=settings.fused, real=_has_values(layers, sample))
     return (costs[:-1], costs[-1]) if len(costs) > len(layers) else (costs, None)
 
 
@@ -164,11 +151,6 @@ def _has_values(layers: Sequence[Layer], sample: Any) -> bool:
     return not any(t.is_meta or is_fake(t) for t in [*given, *state])
 
 
-def fused_for(schedule: str, precision: str) -> bool:
-    """Whether the trainer runs linear layers on our ops."""
-    return precision != "fp32" or (schedule != "auto" and schedules.splits_backward(schedule))
-
-
 def counted_speeds(devices: Sequence[Device], precision: str) -> tuple[list[float], list[float]]:
     """(FLOP/s, bytes/s) of each device, for balancing: CPUs by their threads, so that it is the same every time; as
     soon as there is a card, as measured once and remembered."""
@@ -189,11 +171,11 @@ def tokens_of(sample: Any) -> int:
     return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0
 
 
-def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], **settings: Any) -> None:
+def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], settings: Settings) -> None:
     """Whether a plan made elsewhere, or by hand, is one for this model, these devices and the trainer's settings.
 
     Args:
-        settings: what the plan must have been made for, by the plan's names for them.
+        settings: of the trainer; what is "auto" is the plan's to decide.
 
     Raises:
         ValueError: it is not; the message says where.
@@ -210,12 +192,29 @@ def check_plan(plan: Plan, layers: Sequence[Layer], devices: Sequence[Device], *
             f"the plan is for another model: it has {len(planned)} layers and this one {len(names)}, "
             f"and they differ at layer {at}; plan again"
         )
-    for name, given in settings.items():
-        planned_for = getattr(plan, name)
-        if planned_for != given:
+    for name in Settings.names():
+        planned_for, asked = _settled(plan, settings, name)
+        if planned_for != asked:
             raise ValueError(
-                f"the plan is for {name}={planned_for!r}, but the trainer has {given!r}; make them equal, or plan again"
+                f"the plan is for {name}={planned_for!r}, but the trainer has {asked!r}; make them equal, or plan again"
             )
+
+
+def _settled(plan: Plan, settings: Settings, name: str) -> tuple[Any, Any]:
+    """Return what a plan has decided about a setting, and what is asked, in the same form."""
+    asked = getattr(settings, name)
+    if asked in (AUTO, Recompute("auto")):
+        return None, None
+    if name == "virtual":
+        return (None, None) if settings.schedule == AUTO else (plan.virtual, settings.stages_per_rank)
+    if name == "recompute":  # by what the stages do: a plan may have been made with "auto"
+        if asked.mode == "given":
+            return sorted(plan.recomputed_layers), sorted(asked.layers)
+        return plan.recompute, asked.mode == "all"
+    if name == "transfer":  # between two devices: within one nothing is packed
+        crossed = [before.device != after.device for before, after in pairwise(plan.stages)]
+        return plan.codecs, tuple(asked if other else codec for other, codec in zip(crossed, plan.codecs))
+    return getattr(plan.settings, name), asked
 
 
 def check_fits(plan: Plan, devices: Sequence[Device], sample: Any) -> None:

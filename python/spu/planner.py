@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,51 +20,20 @@ from spu.layer_cache import reference_seconds
 from spu.plan import Plan, make_plan
 from spu.plan.machine import Machine
 from spu.plan.request import Speed
-from spu.plan.search import Wanted, search_plan
+from spu.plan.search import search_plan
 from spu.profile import LayerCost
 from spu.schedules import Timeline
+from spu.settings import AUTO, Recompute, Settings
 from spu.speed import measure_link
 from spu.timing import time_layers, time_packing, time_update
 
-__all__ = ["Planner", "Settings"]
+__all__ = ["Planner"]
 
 Times = list[list[tuple[float, float]]]
 """[devices][layers, and last the loss] (forward, backward) seconds of one microbatch."""
 
 WORTH = 0.98
 """A new placement has to bring a step down to this share of the old one's time to be worth moving for."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a trainer is to train; ``schedule`` and ``microbatches`` may be "auto".
-
-    Attributes:
-        schedule, virtual, microbatches, accumulate, precision, transfer, recompute: as the trainer takes them.
-    """
-
-    schedule: str
-    virtual: int | None
-    microbatches: int | str
-    accumulate: int
-    precision: str
-    transfer: str
-    recompute: bool | str
-
-    @property
-    def codec(self) -> str | None:
-        """Of every boundary between two devices; None for none."""
-        return None if self.transfer in ("auto", "none") else self.transfer
-
-    @property
-    def searched(self) -> bool:
-        """Whether the schedule or the number of microbatches is for a search to find."""
-        return "auto" in (self.schedule, self.microbatches)
-
-    @property
-    def fused(self) -> bool:
-        """Whether linear layers run on our ops."""
-        return placement.fused_for(self.schedule, self.precision)
 
 
 class Planner:
@@ -110,20 +79,13 @@ class Planner:
         self._batch = inputs, targets
         s = self.settings
         if s.searched:
-            return self._searched(self.times, s.microbatches, s.schedule)
-        assert isinstance(s.microbatches, int)
-        sample, wanted = self._sample(s.microbatches * s.accumulate)
+            return self._searched(self.times, s)
+        sample, wanted = self._sample(s.parts)
         plan = placement.plan_model(
             self.layers,
             sample,
             self.devices,
-            schedule=s.schedule,
-            virtual=s.virtual,
-            microbatches=s.microbatches,
-            accumulate=s.accumulate,
-            precision=s.precision,
-            codec=s.codec,
-            recompute=s.recompute,
+            s,
             loss_fn=self.loss_fn,
             targets=wanted,
         )
@@ -136,13 +98,13 @@ class Planner:
             ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
         """
         self._batch = inputs, targets
-        placement.check_plan(plan, self.layers, self.devices, **self._wanted_of(plan))
-        placement.check_fits(plan, self.devices, self._sample(plan.microbatches * plan.accumulate)[0])
+        placement.check_plan(plan, self.layers, self.devices, self.settings)
+        placement.check_fits(plan, self.devices, self._sample(plan.settings.parts)[0])
         return self.measured(plan) if measure else plan
 
     def measured(self, plan: Plan) -> Plan:
         """The same placement, with seconds that rest on measured layers."""
-        return self._fixed(plan, self.times(plan.microbatches * plan.accumulate))
+        return self._fixed(plan, self.times(plan.settings.parts))
 
     def again(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
         """Plan from what a step has measured: the placement as it is, and the fastest found.
@@ -155,14 +117,13 @@ class Planner:
             timeline: of the step.
         """
         scaled = self._corrected(plan, timeline)
-        same = self._fixed(plan, scaled(plan.microbatches * plan.accumulate))
+        same = self._fixed(plan, scaled(plan.settings.parts))
         s = self.settings
-        microbatches = s.microbatches if s.microbatches == "auto" else plan.microbatches
-        rows = batch_rows(self._batch[0])
-        own = schedules.stages_per_rank(plan.schedule)
-        if plan.virtual != own or rows % (plan.microbatches * plan.accumulate):
-            return same, self._fixed(plan, scaled(plan.microbatches * plan.accumulate), move=True)
-        return same, self._searched(scaled, microbatches, s.schedule)
+        wanted = s if s.microbatches == AUTO else replace(s, microbatches=plan.settings.microbatches)
+        own = schedules.stages_per_rank(plan.settings.schedule)
+        if plan.virtual != own or batch_rows(self._batch[0]) % plan.settings.parts:
+            return same, self._fixed(plan, scaled(plan.settings.parts), move=True)
+        return same, self._searched(scaled, wanted)
 
     def times(self, parts: int) -> Times:
         """Measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
@@ -192,27 +153,8 @@ class Planner:
         """Counted costs of the layers and the loss, for the same."""
         if parts not in self._costs:
             sample, wanted = self._sample(parts)
-            self._costs[parts] = placement.model_costs(
-                self.layers, sample, self.settings.precision, self.loss_fn, wanted, fused=self.settings.fused
-            )
+            self._costs[parts] = placement.model_costs(self.layers, sample, self.settings, self.loss_fn, wanted)
         return self._costs[parts]
-
-    def _wanted_of(self, plan: Plan) -> dict[str, Any]:
-        """The settings that a plan must have been made for, by its names for them."""
-        s = self.settings
-        wanted: dict[str, Any] = {"accumulate": s.accumulate, "precision": s.precision}
-        if s.schedule != "auto":
-            wanted |= {"schedule": s.schedule, "virtual": s.virtual}
-        if s.microbatches != "auto":
-            wanted["microbatches"] = s.microbatches
-        if s.recompute != "auto":
-            wanted["recompute"] = s.recompute
-        if s.transfer != "auto":  # else each boundary as the plan says
-            wanted["transfer"] = tuple(
-                (s.codec or "none") if before.device != after.device else codec
-                for before, after, codec in zip(plan.stages, plan.stages[1:], plan.transfer)
-            )
-        return wanted
 
     def _sample(self, parts: int) -> tuple[Any, Any]:
         """One microbatch of inputs and targets."""
@@ -224,40 +166,36 @@ class Planner:
         """Bytes per second of each device in the update, and in packing where something is packed."""
         if self._update is None:
             self._update = time_update(self.devices, DTYPES[self.settings.precision])
-            codec = self.settings.codec
-            if codec is not None:
-                self._packing = time_packing(self.devices, DTYPES[self.settings.precision], codec)
+            if self.settings.codec != "none":
+                self._packing = time_packing(self.devices, DTYPES[self.settings.precision], self.settings.codec)
         return self._update, self._packing
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """The plan with these seconds; with ``move`` its stages are placed again."""
-        costs, loss = self.costs(plan.microbatches * plan.accumulate)
+        costs, loss = self.costs(plan.settings.parts)
         update, packing = self._rates()
-        return make_plan(
+        recompute = self.settings.recompute if move else Recompute("given", plan.recomputed_layers)
+        made = make_plan(
             costs,
             self.devices,
+            replace(plan.settings, recompute=recompute),
             loss_cost=loss,
-            schedule=plan.schedule,
-            microbatches=plan.microbatches,
-            accumulate=plan.accumulate,
-            precision=plan.precision,
-            codec=plan.transfer,
-            recompute=self.settings.recompute if move else plan.recomputed_layers,
+            codecs=plan.codecs,
             model=plan.model,
             times=times,
             update_rates=update,
             pack_rates=packing,
-            links=self._links(plan.schedule, plan.virtual),
+            links=self._links(plan.settings.schedule, plan.virtual),
             layers=None if move else [stage.layers for stage in plan.stages],
-            virtual=plan.virtual,
             rows=plan.rows,
             tokens=plan.tokens,
         )
+        return replace(made, settings=plan.settings)
 
-    def _searched(self, times_of: Callable[[int], Times], microbatches: int | str, schedule: str) -> Plan:
-        s, rows = self.settings, batch_rows(self._batch[0])
+    def _searched(self, times_of: Callable[[int], Times], settings: Settings) -> Plan:
+        rows = batch_rows(self._batch[0])
         update, packing = self._rates()
-        flops, bandwidths = placement.counted_speeds(self.devices, s.precision)
+        flops, bandwidths = placement.counted_speeds(self.devices, settings.precision)
         machine = Machine(
             tuple(self.devices),
             tuple(flops),
@@ -271,21 +209,14 @@ class Planner:
             },
         )
         sample, _ = self._sample(1)
-        wanted = Wanted(
-            batch=rows,
-            tokens=placement.tokens_of(sample),
-            accumulate=s.accumulate,
-            microbatches=microbatches,
-            schedule=schedule,
-            precision=s.precision,
-            codec=s.codec or "none",
-            recompute=s.recompute,
-            same_order=True,
-        )
         return search_plan(
             lambda own: self._whole_costs(rows // own),
             machine,
-            wanted,
+            Settings.part_of(settings),
+            batch=rows,
+            tokens=placement.tokens_of(sample),
+            same_order=True,
+            one_process=True,
             times_of=lambda own: list(map(tuple, times_of(rows // own))),
         )
 
@@ -307,7 +238,7 @@ class Planner:
 
     def _corrected(self, plan: Plan, timeline: Timeline) -> Callable[[int], Times]:
         """`times`, scaled to what the stages of a measured step took."""
-        parts = plan.microbatches * plan.accumulate
+        parts = plan.settings.parts
         expected, measured = self._fixed(plan, self.times(parts)), timeline.mean_durations()
         own: dict[tuple[int, int], tuple[float, float]] = {}  # by device and layer, the loss last
         whole = [[0.0, 0.0] for _ in self.devices]

@@ -22,9 +22,10 @@ from spu.engine.unchanged import Unchanged
 from spu.engine.update import OptimizerFactory, release
 from spu.interrupts import Held, stop_if_asked
 from spu.plan import Plan
-from spu.planner import WORTH, Planner, Settings
+from spu.planner import WORTH, Planner
 from spu.precision import LossScaler
 from spu.schedules import Timeline
+from spu.settings import TrainSettings
 
 __all__ = ["Staged"]
 
@@ -40,13 +41,12 @@ class Staged(ByHand):
         self,
         model: nn.Module | Sequence[nn.Module] | None,
         devices: Sequence[Device],
-        settings: Settings,
+        settings: TrainSettings,
         *,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None,
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
         lr: float | None,
         plan: Plan | None,
-        max_grad_norm: float | None,
         loss_weight: Callable[[Any], Any] | str | None,
         raw_outputs: bool,
         scaler: LossScaler | None,
@@ -58,7 +58,7 @@ class Staged(ByHand):
         self.accumulate = settings.accumulate
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.loss_weight = loss_weight
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = settings.max_grad_norm
         self.measure = measure
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
         self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
@@ -101,7 +101,10 @@ class Staged(ByHand):
             stop_if_asked()
             taken_over = release(layers)
             self._fused = unfused(layers)
-            masters = to_precision(layers, self.precision, fused=schedules.splits_backward(plan.schedule)) | taken_over
+            masters = (
+                to_precision(layers, self.precision, fused=schedules.splits_backward(plan.settings.schedule))
+                | taken_over
+            )
             give_back(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))

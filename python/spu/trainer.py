@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu import ops, placement, schedules
+from spu import placement
+from spu.common.options import takes_keywords
 from spu.devices import Device, DeviceManager
-from spu.engine.build import DTYPES
 from spu.engine.bytes import counted_bytes
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
@@ -26,14 +26,15 @@ from spu.engine.uninterrupted import uninterrupted
 from spu.engine.update import OptimizerFactory, Update
 from spu.plan import Plan
 from spu.plan.compare import comparison, replanned
-from spu.planner import Settings
 from spu.precision import LossScaler
 from spu.schedules import Timeline
+from spu.settings import TrainSettings
 from spu.staged import Staged
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
 
 
+@takes_keywords(TrainSettings)
 class ModelParallelTrainer(Staged):
     """Trains a model cut into stages, one for each device, exactly as if it were whole.
 
@@ -49,21 +50,7 @@ class ModelParallelTrainer(Staged):
         lr: learning rate, for the default optimizer or a class.
         lr_schedule: step index -> factor on the learning rate, also on one that a torch scheduler has set. Skipped
             steps count.
-        precision: "fp16", "bf16" or "fp32": weights and products of :meth:`step`, :meth:`forward_backward` and
-            :meth:`evaluate`; buffers and inputs keep their dtype. Main gradients, master weights and moments are fp32.
-            fp16 scales the loss.
-        microbatches: how many the schedule runs at a time; "auto" as for the schedule.
-        accumulate: how many times the schedule runs for one update; a batch is cut into microbatches * accumulate.
-        schedule: "1f1b", "gpipe", "interleaved", "zb", "zbv" or "layer_outer"; see ``spu.schedules``. "auto": the one
-            with the shortest step when it is simulated with the layers' times, which are measured first.
-        virtual: stages on each device; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
         plan: a Plan made earlier, instead of planning at the first step.
-        transfer: how tensors cross between stages: "none", a codec of ``spu.ops.pack``, or "auto" (nothing is packed
-            between devices of one process: their links are faster than packing).
-        recompute: keep only each layer's input for the backward; "auto" does so where the budget asks for it.
-        max_grad_norm: clip the global gradient norm to this.
-        seed: of every random draw in the model, with the number of batches that have run forward and backward
-            (``passes_done``).
         loss_weight: ``loss_weight(targets)`` -> what the mean over a microbatch divides by, or "sum" for a loss that
             adds up over rows. Default: what torch's losses, and partials of their functions, divide by or add up; for
             another loss its targets that are not ``loss_fn.ignore_index`` (-100), or "sum" by its ``reduction``,
@@ -73,10 +60,12 @@ class ModelParallelTrainer(Staged):
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
         report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
             Bytes are counted in the first step, seconds measured in the second.
-        replan: after the second step, plan again from what it has measured; see :meth:`replan`.
+        settings: the keywords below as one object.
+        {keywords}
 
     Raises:
-        ValueError: an unknown device, precision, schedule or codec, or a number below 1; lists what there is.
+        TypeError: an unknown keyword; names the nearest one.
+        ValueError: an unknown device or a setting's value that is not allowed; says what is.
     """
 
     def __init__(
@@ -88,22 +77,14 @@ class ModelParallelTrainer(Staged):
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None = None,
         lr: float | None = None,
         lr_schedule: Callable[[int], float] | None = None,
-        precision: str = "fp16",
-        microbatches: int | str = 8,
-        accumulate: int = 1,
-        schedule: str = "1f1b",
-        virtual: int | None = None,
         plan: Plan | None = None,
-        transfer: str = "auto",
-        recompute: str | bool = "auto",
-        max_grad_norm: float | None = None,
-        seed: int = 0,
         loss_weight: Callable[[Any], Any] | str | None = None,
         raw_outputs: bool = False,
         scaler: LossScaler | None = None,
         measure: bool = False,
         report: Callable[[str], Any] | None = None,
-        replan: bool = False,
+        settings: TrainSettings | None = None,
+        **keywords: Any,
     ) -> None:
         if isinstance(optimizer, torch.optim.Optimizer):
             name = type(optimizer).__name__
@@ -111,18 +92,7 @@ class ModelParallelTrainer(Staged):
                 f"optimizer is an {name} that was made already; the trainer makes one for each stage: give its class, "
                 f"optimizer={name}, lr=..., or functools.partial({name}, lr=..., ...)"
             )
-        _one_of("precision", precision, DTYPES)
-        if microbatches != "auto":
-            _at_least_one("microbatches", microbatches)
-        settings = Settings(
-            schedule=schedule,
-            virtual=None if schedule == "auto" and virtual is None else schedules.stages_per_rank(schedule, virtual),
-            microbatches=microbatches,
-            accumulate=_at_least_one("accumulate", accumulate),
-            precision=precision,
-            transfer=_one_of("transfer", transfer, ["auto", "none", *ops.CODECS]),
-            recompute=_one_of("recompute", recompute, ["auto", True, False]),
-        )
+        settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             model,
             DeviceManager().get_devices(devices),
@@ -132,16 +102,15 @@ class ModelParallelTrainer(Staged):
             loss_weight=loss_weight,
             optimizer=optimizer,
             lr=lr,
-            max_grad_norm=max_grad_norm,
             scaler=scaler,
             plan=plan,
             measure=measure,
         )
         self.lr_schedule = lr_schedule
-        self.seed = seed
+        self.seed = settings.seed
         self.steps_done = 0
         self.passes_done = 0
-        self._report, self._replan = report, replan
+        self._report = report
         self._steps_here = 0
         self._step_s: float | None = None
 
@@ -193,7 +162,7 @@ class ModelParallelTrainer(Staged):
         """After the second step: the first one also makes what is kept, and is slower for it."""
         if self._report is not None:
             self._report(self.compare())
-        if self._replan:
+        if self.settings.replan:
             before = self._plan
             after = self.replan()
             if self._report is not None and before is not None:
@@ -226,8 +195,7 @@ class ModelParallelTrainer(Staged):
 
         Before the first step it prepares for training on batches like this one, of a row a microbatch if it is smaller.
         """
-        count = self.settings.microbatches if self._given_plan is None else self._given_plan.microbatches
-        rows = self.accumulate * (count if isinstance(count, int) else 1)
+        rows = (self.settings if self._given_plan is None else self._given_plan.settings).parts
         inputs, targets = as_dicts(inputs), as_dicts(targets)
         self.prepare(at_least(inputs, rows), at_least(targets, rows))
         return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
@@ -349,15 +317,3 @@ class ModelParallelTrainer(Staged):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _one_of(what: str, value: Any, known: Any) -> Any:
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}; there are {', '.join(map(repr, known))}")
-    return value
-
-
-def _at_least_one(what: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, got {value!r}")
-    return value

@@ -88,7 +88,7 @@ class Runner:
         self._check = LossCheck(built.stages[-1].loss_fn, weighing)
         try:
             check_generators(built.stages)
-            self.engine = engine(built.stages, self._ranks, codecs=plan.transfer, backend=backend)
+            self.engine = engine(built.stages, self._ranks, codecs=plan.codecs, backend=backend)
             self.updater = Updater(built, self.engine, scaler, optimizer=optimizer, lr=lr, max_grad_norm=max_grad_norm)
         except BaseException:
             built.restore()
@@ -107,7 +107,7 @@ class Runner:
             ValueError: a batch that cannot be split as planned, or without a counted target.
             StageError: a stage failed; the gradients are gone.
         """
-        size = self._plan.microbatches
+        size = self._plan.settings.run_microbatches
         parts = self._parts(inputs)
         inputs_by_part = split_inputs(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
@@ -148,17 +148,18 @@ class Runner:
 
     def _parts(self, inputs: Any) -> int:
         """Into how many microbatches a batch is cut: as planned, but no more than it has rows (an epoch's last one)."""
-        return max(1, min(self._plan.microbatches * self._plan.accumulate, batch_rows(inputs)))
+        return max(1, min(self._plan.settings.parts, batch_rows(inputs)))
 
     def _actions_of(self, microbatches: int) -> list[list[schedules.Action]]:
-        if microbatches == self._plan.microbatches:
+        if microbatches == self._plan.settings.microbatches:
             return self._actions
         try:
-            return dataclasses.replace(self._plan, microbatches=microbatches).actions()
+            settings = dataclasses.replace(self._plan.settings, microbatches=microbatches)
+            return dataclasses.replace(self._plan, settings=settings).actions()
         except ValueError as error:
             raise ValueError(
-                f"a batch with too few rows for {self._plan.microbatches} microbatches: {error}; leave out an epoch's "
-                "short last batch: DataLoader(drop_last=True)"
+                f"a batch with too few rows for {self._plan.settings.microbatches} microbatches: {error}; leave out an "
+                "epoch's short last batch: DataLoader(drop_last=True)"
             ) from error
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
@@ -183,7 +184,7 @@ class Runner:
         self.updater.check_open()
         modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
         training = [module for module in modules if module.training]
-        parts = min(self._plan.microbatches * self._plan.accumulate, batch_rows(inputs))  # no larger than in training
+        parts = min(self._plan.settings.parts, batch_rows(inputs))  # no larger than in training
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
             schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks),

@@ -20,15 +20,15 @@ def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str
     """
     decided: dict[str, Any] = {
         "devices": ",".join(plan.devices),
-        "schedule": plan.schedule,
-        "microbatches": plan.microbatches,
-        "accumulate": plan.accumulate,
-        "precision": plan.precision,
+        "schedule": plan.settings.schedule,
+        "microbatches": plan.settings.microbatches,
+        "accumulate": plan.settings.accumulate,
+        "precision": plan.settings.precision,
         "transfer": "auto",  # each boundary as the plan says
         "recompute": "auto",  # each layer as the plan says
     }
     if plan.rows:
-        decided["batch"] = plan.rows * plan.microbatches * plan.accumulate
+        decided["batch"] = plan.rows * plan.settings.parts
     if plan.tokens:
         decided["seq"] = plan.tokens
     for name, value in decided.items():

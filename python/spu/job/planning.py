@@ -14,7 +14,8 @@ from spu.job.config import TRANSFERS, read_count
 from spu.job.console import terminal_width
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
-from spu.plan.search import Wanted, search_plan
+from spu.plan.search import search_plan
+from spu.settings import Recompute, Settings
 
 _MOST_TOKENS = 1 << 20
 """Tables of positions are made for real, some hundred bytes a token and layer type."""
@@ -151,8 +152,15 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     layers = blueprint(options.model)
     parameters = sum({id(p): p.numel() for layer in layers for p in layer.module.parameters()}.values())
     name = Path(options.model).name.removesuffix(".json")
+    settings = _settings(options)
     plan = search_plan(
-        costs_by_rows(layers, options.seq, options.precision, options.schedule), machine, _wanted(options, name)
+        costs_by_rows(layers, options.seq, settings),
+        machine,
+        settings,
+        batch=options.batch,
+        tokens=options.seq,
+        model=name,
+        same_order=options.same_order,
     )
     lines = explain(plan, machine, parameters, time.perf_counter() - began, terminal_width())
     print("\n".join(lines), flush=True)
@@ -169,7 +177,7 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     return plan
 
 
-def _wanted(options: PlanOptions, name: str) -> Wanted:
+def _settings(options: PlanOptions) -> Settings:
     if options.recompute not in ("auto", "on", "off"):
         raise ValueError(f"--recompute {options.recompute}: give auto, on or off")
     if options.transfer not in TRANSFERS:
@@ -177,17 +185,13 @@ def _wanted(options: PlanOptions, name: str) -> Wanted:
     if not 1 <= options.seq <= _MOST_TOKENS:
         raise ValueError(f"--seq {options.seq}: give a whole number from 1 to {_MOST_TOKENS}")
     recompute: bool | str = options.recompute if options.recompute == "auto" else options.recompute == "on"
-    return Wanted(
-        batch=options.batch,
-        tokens=options.seq,
+    return Settings(
         accumulate=options.accumulate,
         microbatches=read_count("microbatches", options.microbatches) or "auto",
         schedule=options.schedule,
         precision=options.precision,
-        codec=options.transfer,
-        recompute=recompute,
-        model=name,
-        same_order=options.same_order,
+        transfer=options.transfer,
+        recompute=Recompute.of(recompute),
     )
 
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from spu.common.codecs import CODECS as CODECS
+from spu.common.codecs import Codec as Codec
+
 MAGIC = b"SPUW"
 VERSION = 1
 ALIGN_BYTES = 64
@@ -23,36 +26,6 @@ _HEADER = struct.Struct("<4sBBBBI4xq5q")
 assert _HEADER.size == HEADER_BYTES
 
 
-@dataclass(frozen=True)
-class Codec:
-    """How values are stored.
-
-    Attributes:
-        name: as users write it.
-        code: as the header holds it.
-        item_bits: payload bits of one value.
-        block: number of values (in contiguous order) that share a scale, 0 where there are none.
-        largest: magnitude of the largest code; a block's scale is its absmax / largest. 0 without scales.
-    """
-
-    name: str
-    code: int
-    item_bits: int
-    block: int
-    largest: float
-
-
-CODECS = {
-    codec.name: codec
-    for codec in (
-        Codec("fp16", 0, 16, 0, 0),
-        Codec("bf16", 1, 16, 0, 0),
-        Codec("int8", 2, 8, 64, 127),
-        Codec("int4", 3, 4, 32, 7),
-        Codec("fp8_e4m3", 4, 8, 64, 448),
-        Codec("fp8_e5m2", 5, 8, 64, 57344),
-    )
-}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _CODEC_NAMES = {codec.code: codec.name for codec in CODECS.values()}
 _DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.items()}

@@ -43,10 +43,12 @@ def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mappin
 
 def replanned(before: Plan, after: Plan) -> str:
     """A line of text: what planning again has changed."""
-    if [s.layers for s in before.stages] == [s.layers for s in after.stages] and before.schedule == after.schedule:
+    if [s.layers for s in before.stages] == [
+        s.layers for s in after.stages
+    ] and before.settings.schedule == after.settings.schedule:
         return f"planned again: the stages stay, {format_seconds(after.predicted.step_s)} a step"
     cuts = [", ".join(f"{s.device} {s.layers[1] - s.layers[0]}" for s in plan.stages) for plan in (before, after)]
-    how = f"{after.schedule}, {after.microbatches} microbatches"
+    how = f"{after.settings.schedule}, {after.settings.microbatches} microbatches"
     return f"planned again: layers {cuts[0]} -> {cuts[1]}; {how}; {format_seconds(after.predicted.step_s)} a step"
 
 

@@ -31,11 +31,11 @@ def explain(
     """The plan's table, for a terminal of ``width`` columns, with what is above and below it: lines of text."""
     size = f" ({parameters / 1e9:.2f}B parameters)" if parameters else ""
     shape = f"{plan.rows} x {plan.tokens} tokens" if plan.tokens else f"{plan.rows} rows"
-    runs = f", {plan.accumulate} times" if plan.accumulate > 1 else ""
+    runs = f", {plan.settings.accumulate} times" if plan.settings.accumulate > 1 else ""
     lines = [
         f"{plan.model or 'the model'}{size} fits.",
-        f"A step is {plan.microbatches} microbatches of {shape}{runs}; order {plan.schedule}: "
-        f"{_SCHEDULES.get(plan.schedule, 'a schedule of its own')}.",
+        f"A step is {plan.settings.microbatches} microbatches of {shape}{runs}; order {plan.settings.schedule}: "
+        f"{_SCHEDULES.get(plan.settings.schedule, 'a schedule of its own')}.",
         "",
         plan.table(width),
         "",
@@ -67,7 +67,7 @@ def _speed_lines(plan: Plan, machine: Machine) -> list[str]:
 
 def _time_line(plan: Plan) -> str:
     p = plan.predicted
-    tokens = plan.rows * plan.tokens * plan.microbatches * plan.accumulate
+    tokens = plan.rows * plan.tokens * plan.settings.parts
     rate = f", {tokens / p.step_s:,.0f} tokens/s" if tokens and p.step_s else ""
     crossing = sum(p.link_bytes)
     links = f"; {format_bytes(crossing)} cross the links in a step" if crossing else ""

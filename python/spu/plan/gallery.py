@@ -50,7 +50,8 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 def _title(plan: Plan) -> str:
     p = plan.predicted
     step = f"{format_seconds(p.step_s)} a step, {100 * p.idle_share:.0f}% idle ({p.basis})"
-    return f"{plan.model or 'plan'}: {plan.schedule}, {plan.microbatches} microbatches, {plan.precision}; {step}"
+    s = plan.settings
+    return f"{plan.model or 'plan'}: {s.schedule}, {s.microbatches} microbatches, {s.precision}; {step}"
 
 
 def _draw_bytes(axis: Any, plan: Plan) -> None:

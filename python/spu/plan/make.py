@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spu import schedules
-from spu.plan import core
 from spu.plan.memory import ITEM_BYTES, wire_bytes
 from spu.plan.needs import NOMINAL_FLOPS_PER_S, Times, counted_times, layer_needs, measured_times, plain_loss
 from spu.plan.partition import check_stages
 from spu.plan.plan import CODECS, Plan, Predicted, StagePlan
 from spu.plan.refuse import refusal
 from spu.plan.request import Placed, Request, Speed
+from spu.settings import Recompute, Settings
 
 if TYPE_CHECKING:
     from spu.devices import Device
     from spu.profile import LayerCost
 
-RECOMPUTE = {True: core.AGAIN, False: core.KEEP, "auto": core.AUTO}
-
 
 def make_plan(
     layer_costs: Sequence[LayerCost],
     devices: Sequence[Device],
+    settings: Settings,
     *,
     loss_cost: LayerCost | None = None,
-    schedule: str = "1f1b",
-    microbatches: int = 8,
-    accumulate: int = 1,
-    precision: str = "fp16",
-    codec: str | Sequence[str] = "none",
-    recompute: bool | str | Collection[int] = "auto",
+    codecs: Sequence[str] | None = None,
     max_stages: int | None = None,
     model: str = "",
     times: Sequence[Sequence[tuple[float, float]]] | None = None,
@@ -43,7 +37,6 @@ def make_plan(
     links: Sequence[float] | None = None,
     layers: Sequence[Sequence[int]] | None = None,
     max_microbatches: int | None = None,
-    virtual: int | None = None,
     rows: int = 0,
     tokens: int = 0,
     basis: str = "",
@@ -52,14 +45,10 @@ def make_plan(
 
     Args:
         layer_costs: one entry per layer, for one microbatch, in the precision of the training.
-        devices: in pipeline order; how many stages each has is the schedule's and ``virtual``'s to say.
+        devices: in pipeline order.
+        settings: of the training, with a schedule and a number of microbatches.
         loss_cost: of the loss; default: a cross entropy over the last layer's output.
-        schedule: a name that `spu.schedules.get` takes.
-        microbatches: per run of the schedule.
-        accumulate: runs of the schedule per step.
-        precision: "fp16", "bf16" or "fp32".
-        codec: "none" or a codec of `spu.ops.pack`, for all boundaries or one for each.
-        recompute: True, False, "auto": as few layers as fit the budgets; or, with ``layers``, the layers themselves.
+        codecs: "none" or a codec for each boundary; default: what the settings say, for all of them.
         max_stages: use no more than this many of the devices (where each has one stage).
         model: a name for the plan.
         times: measured (forward, backward) seconds of every layer, and last of the loss, on every device.
@@ -71,7 +60,6 @@ def make_plan(
         links: bytes per second over each boundary; by default transfers take no time.
         layers: (first, last + 1) per stage, if the boundaries are given and only to be checked and predicted.
         max_microbatches: the batch cannot be cut into more; limits what a refusal proposes.
-        virtual: stages on each device; None for the schedule's own number.
         rows, tokens: of a microbatch, to be noted in the plan.
         basis: what the times rest on, to be noted in the plan; default: what the arguments say.
 
@@ -82,8 +70,11 @@ def make_plan(
         BudgetError: no partition fits; says which budget is short by how many bytes, and what was tried and fits.
         ValueError: for more stages than layers, or arguments that make no sense.
     """
-    _check_settings(schedule, microbatches, accumulate, precision, recompute)
-    each = schedules.stages_per_rank(schedule, virtual)
+    if settings.searched:
+        raise ValueError(
+            "a plan is made for a schedule and a number of microbatches; spu.plan.search finds what is auto"
+        )
+    each = settings.stages_per_rank
     ranks = len(devices) if max_stages is None else min(len(devices), max_stages)
     stages = ranks * each
     check_stages(len(layer_costs), stages)
@@ -91,24 +82,19 @@ def make_plan(
         every, own_basis = _times(layer_costs, loss_cost, len(devices), speeds, bandwidths)
     else:
         every, own_basis = [tuple(row) for row in times], "measured"
+    _check_recomputed(settings.recompute, len(layer_costs))
     needs = [layer_needs(cost, before) for cost, before in zip(layer_costs, [None, *layer_costs])]
     last = layer_costs[-1]
     request = Request(
         layers=tuple(needs),
-        loss=plain_loss(last, ITEM_BYTES[precision]) if loss_cost is None else layer_needs(loss_cost, last),
+        loss=plain_loss(last, ITEM_BYTES[settings.precision]) if loss_cost is None else layer_needs(loss_cost, last),
         times=tuple(every[:ranks]),
         devices=tuple(devices[:ranks]),
         speeds=tuple(_speeds(update_rates, pack_rates, len(devices))[:ranks]),
-        schedule=schedule,
-        virtual=each,
-        microbatches=microbatches,
-        accumulate=accumulate,
-        precision=precision,
-        codecs=_codecs(codec, stages),
+        settings=settings,
+        codecs=_codecs(settings.codec if codecs is None else codecs, stages),
         links=_links(links, stages),
-        recompute=RECOMPUTE[recompute] if isinstance(recompute, bool | str) else core.KEEP,
         fixed=None if layers is None else _fixed(layers, len(layer_costs), stages),
-        given_again=None if isinstance(recompute, bool | str) else frozenset(recompute),
     )
     found = request.candidates()
     if not found:
@@ -154,25 +140,24 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
     timeline = schedules.simulate(request.actions, durations, request.transfers(placed))
     update_s = max(sum(u for u, home in zip(updates, request.homes) if home == r) for r in range(len(request.devices)))
     crossing = [
-        wire_bytes(request.layers[part.stop - 1].output_bytes, request.precision, codec) if boundary.copied else 0
+        wire_bytes(request.layers[part.stop - 1].output_bytes, request.settings.precision, codec)
+        if boundary.copied
+        else 0
         for part, codec, boundary in zip(placed.parts, request.codecs, request.boundaries)
     ]
     return Plan(
         model=model,
-        schedule=request.schedule,
-        microbatches=request.microbatches,
-        accumulate=request.accumulate,
+        settings=Settings.part_of(request.settings),
         rows=rows,
         tokens=tokens,
-        precision=request.precision,
-        transfer=request.codecs,
+        codecs=request.codecs,
         stages=tuple(stages),
         predicted=Predicted(
-            step_s=request.accumulate * timeline.makespan + update_s,
+            step_s=request.settings.accumulate * timeline.makespan + update_s,
             update_s=update_s,
             idle_share=timeline.idle_share,
             transfer_s=tuple(request.transfers(placed)),
-            link_bytes=tuple(2 * request.microbatches * request.accumulate * size for size in crossing),
+            link_bytes=tuple(2 * request.settings.parts * size for size in crossing),
             peak_bytes=tuple(request.predicted_peaks(placed)),
             basis=basis,
         ),
@@ -217,15 +202,9 @@ def _speeds(updates: Sequence[float] | None, packs: Sequence[float] | None, rank
     ]
 
 
-def _check_settings(schedule: str, microbatches: int, accumulate: int, precision: str, recompute: object) -> None:
-    schedules.get(schedule)
-    for name, value in (("microbatches", microbatches), ("accumulate", accumulate)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if precision not in ITEM_BYTES:
-        raise ValueError(f"precision must be one of {', '.join(map(repr, ITEM_BYTES))}, got {precision!r}")
-    if isinstance(recompute, bool | str) and recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be True, False or 'auto', got {recompute!r}")
+def _check_recomputed(recompute: Recompute, count: int) -> None:
+    if recompute.layers and max(recompute.layers) >= count:
+        raise ValueError(f"recompute names layer {max(recompute.layers)}, but there are layers 0 to {count - 1}")
 
 
 def _links(links: Sequence[float] | None, stages: int) -> tuple[float, ...]:
@@ -238,11 +217,11 @@ def _links(links: Sequence[float] | None, stages: int) -> tuple[float, ...]:
 
 def _codecs(codec: str | Sequence[str], stages: int) -> tuple[str, ...]:
     codecs = (codec,) * (stages - 1) if isinstance(codec, str) else tuple(codec)
-    for name in (codec,) if isinstance(codec, str) else codecs:
+    for name in codecs:
         if name not in CODECS:
-            raise ValueError(f"codec must be one of {', '.join(map(repr, CODECS))}, got {name!r}")
+            raise ValueError(f"codecs must be of {', '.join(map(repr, CODECS))}, got {name!r}")
     if len(codecs) != stages - 1:
-        raise ValueError(f"codec must be one name or one per boundary, {stages - 1}, got {len(codecs)}")
+        raise ValueError(f"codecs must have one name per boundary, {stages - 1}, got {len(codecs)}")
     return codecs
 
 

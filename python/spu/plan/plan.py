@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from spu import schedules
+from spu.common.codecs import CODECS as WIRE_CODECS
 from spu.common.files import write_atomically
-from spu.ops.wire import CODECS as WIRE_CODECS
+from spu.common.options import Options
 from spu.plan.curve import memory_curve
-from spu.plan.memory import ITEM_BYTES, StageBytes
+from spu.plan.memory import StageBytes
 from spu.plan.table import plan_table
+from spu.settings import Settings
 
-VERSION = 3
+VERSION = 4
 CODECS = ("none", *WIRE_CODECS)
 
 
@@ -84,13 +86,10 @@ class Plan:
 
     Attributes:
         model: the model's name.
-        schedule: name of the schedule, see `spu.schedules.get`.
-        microbatches: per run of the schedule.
-        accumulate: runs of the schedule per step.
+        settings: what it was made for; schedule and microbatches are never "auto".
         rows: sequences (rows) of one microbatch; 0 if not known.
         tokens: tokens of a sequence; 0 if not known.
-        precision: "fp16", "bf16" or "fp32".
-        transfer: codec per boundary.
+        codecs: "none" or the codec of each boundary.
         stages: one entry per stage.
         predicted: time, bubble, peaks.
         uncounted: (layer, how) for layers, or the loss, whose needs could not be counted on fake tensors: "measured" on
@@ -99,13 +98,10 @@ class Plan:
     """
 
     model: str
-    schedule: str
-    microbatches: int
-    accumulate: int
+    settings: Settings
     rows: int
     tokens: int
-    precision: str
-    transfer: tuple[str, ...]
+    codecs: tuple[str, ...]
     stages: tuple[StagePlan, ...]
     predicted: Predicted
     uncounted: tuple[tuple[str, str], ...] = ()
@@ -133,7 +129,9 @@ class Plan:
 
     def actions(self) -> list[list[schedules.Action]]:
         """One run of the schedule: what each device does."""
-        return schedules.get(self.schedule)(len(self.devices), self.microbatches, virtual=self.virtual)
+        return schedules.get(self.settings.schedule)(
+            len(self.devices), self.settings.run_microbatches, virtual=self.virtual
+        )
 
     def timeline(self) -> schedules.Timeline:
         """The predicted timeline of one run of the schedule."""
@@ -153,7 +151,8 @@ class Plan:
         """The plan as JSON text."""
         data = dataclasses.asdict(self)
         stages = [{**stage, "total_bytes": self.stages[k].total_bytes} for k, stage in enumerate(data["stages"])]
-        return json.dumps({"format": "spu plan", **data, "stages": stages}, indent=2) + "\n"
+        written = {"format": "spu plan", **data, "settings": self.settings.to_json(), "stages": stages}
+        return json.dumps(written, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any], source: str = "the plan") -> Plan:
@@ -230,6 +229,13 @@ def _check_total(stage: Any, where: str) -> None:
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     """``value`` as JSON gave it, turned into ``kind``: a dataclass, a tuple, or a plain type."""
+    if isinstance(kind, type) and issubclass(kind, Options):
+        if not isinstance(value, dict):
+            raise _BadEntry(f"{where} must be an object, got {value!r}")
+        try:
+            return kind.from_json(value, f"{where}.")
+        except ValueError as error:
+            raise _BadEntry(str(error)) from None
     if dataclasses.is_dataclass(kind):
         return _read_object(kind, value, where)
     if typing.get_origin(kind) is tuple:
@@ -270,25 +276,20 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
 
 def _check(plan: Plan) -> None:
     """Raises _BadEntry where entries do not fit together."""
-    if plan.schedule not in schedules.names():
-        raise _BadEntry(f"schedule is {plan.schedule!r}; there are {', '.join(map(repr, schedules.names()))}")
-    if plan.precision not in ITEM_BYTES:
-        raise _BadEntry(f"precision is {plan.precision!r}; there are {', '.join(map(repr, ITEM_BYTES))}")
-    for name in ("microbatches", "accumulate"):
-        if getattr(plan, name) < 1:
-            raise _BadEntry(f"{name} must be at least 1, got {getattr(plan, name)}")
+    if plan.settings.searched:
+        raise _BadEntry("settings.schedule and settings.microbatches must be a schedule and a number here, not auto")
     if not plan.stages:
         raise _BadEntry("stages is empty; a plan has at least one stage")
     boundaries = len(plan.stages) - 1
     p = plan.predicted
     for name, values in (
-        *(("transfer", plan.transfer), ("predicted.transfer_s", p.transfer_s), ("predicted.link_bytes", p.link_bytes)),
+        *(("codecs", plan.codecs), ("predicted.transfer_s", p.transfer_s), ("predicted.link_bytes", p.link_bytes)),
     ):
         if len(values) != boundaries:
             raise _BadEntry(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
-    for k, codec in enumerate(plan.transfer):
+    for k, codec in enumerate(plan.codecs):
         if codec not in CODECS:
-            raise _BadEntry(f"transfer[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
+            raise _BadEntry(f"codecs[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
     _check_layers(plan)
 
 
@@ -321,13 +322,14 @@ def _check_devices(plan: Plan) -> None:
     if len(plan.stages) % len(names):
         raise _BadEntry(f"{len(plan.stages)} stages cannot be spread evenly over {len(names)} devices; change either")
     try:
-        homes = schedules.stage_ranks(plan.schedule, len(names), plan.virtual)
+        homes = schedules.stage_ranks(plan.settings.schedule, len(names), plan.virtual)
     except ValueError as error:
         raise _BadEntry(f"{plan.virtual} stages on each of {len(names)} devices: {error}") from None
     for k, (stage, home) in enumerate(zip(plan.stages, homes, strict=True)):
         if stage.device != names[home]:
+            schedule = plan.settings.schedule
             raise _BadEntry(
-                f"stages[{k}].device is {stage.device!r}, but {plan.schedule} has that stage on {names[home]!r}; "
+                f"stages[{k}].device is {stage.device!r}, but {schedule} has that stage on {names[home]!r}; "
                 "change it, or the schedule"
             )
     if len(plan.predicted.peak_bytes) != len(names):

@@ -54,8 +54,9 @@ def state_line(layers: Sequence[LayerNeeds], precision: str, budgets: Sequence[i
 
 
 def _headline(request: Request) -> str:
-    how = f"{request.schedule}, {request.microbatches} microbatches, {request.precision}"
-    how += ", activations kept" if request.recompute == core.KEEP else ", recompute"
+    s = request.settings
+    how = f"{s.schedule}, {s.microbatches} microbatches, {s.precision}"
+    how += ", activations kept" if s.recompute.mode in ("none", "given") else ", recompute"
     if request.fixed is None:
         return f"no plan fits the budgets ({how}); the nearest one is short:"
     return f"the given layers do not fit the budgets ({how}):"
@@ -143,13 +144,13 @@ def working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, 
 
 def _other_schedules(request: Request) -> Iterator[Change]:
     for name in schedules.names():
-        if name != request.schedule and schedules.stages_per_rank(name) == request.virtual:
-            yield f'schedule="{name}"', dataclasses.replace(request, schedule=name)
+        if name != request.settings.schedule and schedules.stages_per_rank(name) == request.settings.stages_per_rank:
+            yield f'schedule="{name}"', request.changed(schedule=name)
 
 
 def _recomputed(request: Request) -> Iterator[Change]:
-    if request.recompute == core.KEEP:
-        yield "recompute=True", dataclasses.replace(request, recompute=core.AGAIN)
+    if request.settings.recompute.mode in ("none", "given"):
+        yield "recompute=True", request.changed(recompute=True)
 
 
 def _packed(request: Request) -> Iterator[Change]:
@@ -161,17 +162,13 @@ def _packed(request: Request) -> Iterator[Change]:
 def _finer(request: Request, prefix: str, limit: int | None) -> Iterator[Change]:
     """The same batch cut into 2, 4, 8 and 16 times as many microbatches."""
     for factor in (2, 4, 8, 16):
-        count = request.microbatches * factor
+        count = request.settings.run_microbatches * factor
         if limit is not None and count > limit:
             return
         label = f"{prefix}microbatches={count} (of the same batch, so each 1/{factor} as large)"
         shrink = _shrink(factor)
-        yield (
-            label,
-            dataclasses.replace(
-                request, layers=tuple(map(shrink, request.layers)), loss=shrink(request.loss), microbatches=count
-            ),
-        )
+        smaller = dataclasses.replace(request, layers=tuple(map(shrink, request.layers)), loss=shrink(request.loss))
+        yield label, smaller.changed(microbatches=count)
 
 
 def _shrink(factor: int) -> Callable[[LayerNeeds], LayerNeeds]:
@@ -188,7 +185,7 @@ def _shrink(factor: int) -> Callable[[LayerNeeds], LayerNeeds]:
 def _more_devices(request: Request) -> Iterator[Change]:
     """More devices like one of those there are; not of CPUs, whose budgets are shares of one memory."""
     cards = [rank for rank, device in enumerate(request.devices) if not device.name.startswith("cpu")]
-    if not cards or request.fixed is not None or request.virtual > 1:
+    if not cards or request.fixed is not None or request.settings.stages_per_rank > 1:
         return
     like = cards[-1]
     for more in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
@@ -216,7 +213,7 @@ def _larger(request: Request) -> Iterator[Change]:
     if len(request.devices) < 2 or request.fixed is not None:
         return
     options = []
-    everything = sum(sum(state_bytes(layer, request.precision)) for layer in request.layers)
+    everything = sum(sum(state_bytes(layer, request.settings.precision)) for layer in request.layers)
     for rank, device in enumerate(request.devices):
         low, high = device.budget_bytes, 2 * max(everything, device.budget_bytes)
         if not _with_budget(request, rank, high).candidates():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spu import schedules
 from spu.plan import core
@@ -15,9 +15,13 @@ from spu.plan.flight import actions_of, held_moments, held_together, in_flight_o
 from spu.plan.memory import Boundary, Held, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
 from spu.schedules.simulate import _runner
+from spu.settings import Settings
 
 if TYPE_CHECKING:
     from spu.devices import Device
+
+_CORE = {"none": core.KEEP, "all": core.AGAIN, "auto": core.AUTO, "given": core.KEEP}
+"""The core's numbers for the modes of `Recompute`; given layers are not for it to choose."""
 
 UPDATE_BYTES = 38
 """Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
@@ -57,12 +61,10 @@ class Request:
         layers, loss: what they need.
         times: [ranks][layers and the loss] (forward, backward) seconds of a microbatch on each device.
         devices, speeds: one per rank.
-        schedule, virtual, microbatches, accumulate, precision: of the training.
+        settings: of the training, with a schedule and a number of microbatches.
         codecs: one per boundary.
         links: bytes per second over each boundary.
-        recompute: `core.KEEP`, `core.AGAIN` or `core.AUTO`.
         fixed: boundaries that are given.
-        given_again: layers to run again that are given, with ``fixed``.
     """
 
     layers: tuple[LayerNeeds, ...]
@@ -70,21 +72,19 @@ class Request:
     times: tuple[tuple[tuple[float, float], ...], ...]
     devices: tuple[Device, ...]
     speeds: tuple[Speed, ...]
-    schedule: str
-    virtual: int
-    microbatches: int
-    accumulate: int
-    precision: str
+    settings: Settings
     codecs: tuple[str, ...]
     links: tuple[float, ...]
-    recompute: int
     fixed: tuple[range, ...] | None = None
-    given_again: frozenset[int] | None = None
+
+    def changed(self, **settings: Any) -> Request:
+        """Return the same request with other settings."""
+        return replace(self, settings=replace(self.settings, **settings))
 
     @cached_property
     def homes(self) -> list[int]:
         """The rank of each stage."""
-        return schedules.stage_ranks(self.schedule, len(self.devices), self.virtual)
+        return schedules.stage_ranks(self.settings.schedule, len(self.devices), self.settings.virtual)
 
     @cached_property
     def actions(self) -> list[list[Action]]:
@@ -109,13 +109,13 @@ class Request:
             self.loss,
             in_flight=in_flight_of(*self._schedule),
             boundaries=self.boundaries,
-            precision=self.precision,
-            deferred=schedules.splits_backward(self.schedule),
+            precision=self.settings.precision,
+            deferred=schedules.splits_backward(self.settings.schedule),
         )
 
     def problem(self, budgets: Sequence[int] | None = None) -> core.Problem:
         """The search's arrays; ``budgets`` per stage, default an equal share of its device's."""
-        p, count, stages = self.precision, len(self.layers), len(self.homes)
+        p, count, stages = self.settings.precision, len(self.layers), len(self.homes)
         memory, last = self.memory, len(self.homes) - 1
         width = count + 1
         fixed = [sum(state_bytes(layer, p, k)) for k, layer in enumerate(self.layers)]
@@ -138,11 +138,11 @@ class Request:
             if last:
                 ends["enter_fixed"][last * width + end] -= self._together(end, count)
         if budgets is None:
-            budgets = [self.devices[home].budget_bytes // self.virtual for home in self.homes]
+            budgets = [self.devices[home].budget_bytes // self.settings.stages_per_rank for home in self.homes]
         return core.Problem(
             layers=count,
             stages=stages,
-            recompute=self.recompute,
+            recompute=_CORE[self.settings.recompute.mode],
             forward=[self.times[home][k][0] for home in self.homes for k in range(count)],
             backward=[self.times[home][k][1] for home in self.homes for k in range(count)],
             fixed=fixed,
@@ -159,7 +159,8 @@ class Request:
     def _together(self, first: int, stop: int) -> int:
         """Bytes that layers ``first`` to ``stop - 1`` of one stage do not take, as they share parameters."""
         return sum(
-            sum(state_bytes(layer, self.precision, k)) - sum(state_bytes(layer, self.precision, first))
+            sum(state_bytes(layer, self.settings.precision, k))
+            - sum(state_bytes(layer, self.settings.precision, first))
             for k, layer in enumerate(self.layers[first:stop], first)
             if layer.ties
         )
@@ -170,7 +171,9 @@ class Request:
             return {}
         boundary, rate = self.boundaries[stage - 1], self.speeds[self.homes[stage]].pack_rate
         copied = boundary.copied
-        wires = {size: boundary.wires(size, self.precision)[1] for size in {x.input_bytes for x in self.layers}}
+        wires = {
+            size: boundary.wires(size, self.settings.precision)[1] for size in {x.input_bytes for x in self.layers}
+        }
         return {
             "enter_fixed": [*(wires[layer.input_bytes] for layer in self.layers), 0],
             "enter_each": [*(x.input_bytes if copied and x.input_saved else 0 for x in self.layers), 0],
@@ -182,7 +185,9 @@ class Request:
         """What it adds to a stage to end at each cut between layers: [L + 1] each."""
         if stage < last:
             boundary, rate = self.boundaries[stage], self.speeds[self.homes[stage]].pack_rate
-            wires = {size: boundary.wires(size, self.precision)[0] for size in {x.output_bytes for x in self.layers}}
+            wires = {
+                size: boundary.wires(size, self.settings.precision)[0] for size in {x.output_bytes for x in self.layers}
+            }
             return {
                 "leave_fixed": [0, *(wires[layer.output_bytes] for layer in self.layers)],
                 "leave_each": [0, *(layer.output_bytes for layer in self.layers)],
@@ -204,7 +209,9 @@ class Request:
         if len(self.homes) > len(self.layers):
             return []
         shares: list[list[int] | None] = [None]
-        if self.virtual > 1:  # stages that peak at different times may share a device though equal shares are too small
+        if (
+            self.settings.stages_per_rank > 1
+        ):  # stages that peak at different times may share a device though equal shares are too small
             shares.append([self.devices[home].budget_bytes for home in self.homes])
         for budgets in shares:
             problem = self.problem(budgets)
@@ -228,7 +235,7 @@ class Request:
 
         best = self.placed(cuts, problem)
         least = lacking(best)
-        for _ in range(len(self.layers) if self.virtual > 1 else 0):
+        for _ in range(len(self.layers) if self.settings.stages_per_rank > 1 else 0):
             ends = [0, *(part.stop for part in best.parts)]
             moved = [
                 self.placed([*ends[:k], ends[k] + step, *ends[k + 1 :]], problem)
@@ -243,9 +250,10 @@ class Request:
 
     def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
         """The partition at these cuts, with the layers that are run again."""
-        if self.given_again is not None:
+        given = self.settings.recompute
+        if given.mode == "given":
             parts = tuple(range(a, b) for a, b in pairwise(cuts))
-            return Placed(parts, tuple(tuple(k for k in part if k in self.given_again) for part in parts))
+            return Placed(parts, tuple(tuple(k for k in part if k in given.layers) for part in parts))
         scale = core.Scale(self.problem() if problem is None else problem)
         pairs = list(pairwise(cuts))
         again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
@@ -326,7 +334,7 @@ class Request:
         sizes = [self.layers[part.stop - 1].output_bytes for part in placed.parts[:-1]]
         result = []
         for size, boundary, rate in zip(sizes, self.boundaries, self.links, strict=True):
-            result.append(wire_bytes(size, self.precision, boundary.codec) / rate if boundary.copied else 0.0)
+            result.append(wire_bytes(size, self.settings.precision, boundary.codec) / rate if boundary.copied else 0.0)
         return result
 
     def updates(self, placed: Placed) -> list[float]:
@@ -343,8 +351,9 @@ class Request:
         seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
         own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
         _, ends = _runner("auto")(*skeleton._replace(seconds=own, transfers=self.transfers(placed)))
-        return self.accumulate * max(ends) + max(updates)
+        return self.settings.accumulate * max(ends) + max(updates)
 
     @property
     def _schedule(self) -> tuple[str, int, int, int]:
-        return self.schedule, len(self.devices), self.microbatches, self.virtual
+        s = self.settings
+        return s.schedule, len(self.devices), s.run_microbatches, s.stages_per_rank

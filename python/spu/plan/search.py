@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan.machine import Machine
-from spu.plan.make import RECOMPUTE, with_bases, write_plan
+from spu.plan.make import with_bases, write_plan
 from spu.plan.memory import LayerNeeds, state_bytes, wire_bytes
 from spu.plan.needs import Times, counted_times, layer_needs
 from spu.plan.partition import BudgetError
@@ -23,6 +23,7 @@ from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
 from spu.plan.request import Placed, Request
 from spu.plan.units import format_bytes
+from spu.settings import AUTO, Settings
 
 if TYPE_CHECKING:
     from spu.profile import LayerCost
@@ -36,48 +37,24 @@ SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
 _ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of a plan; "auto" leaves it to the search.
+def microbatch_counts(settings: Settings, batch: int) -> list[int]:
+    """Return the numbers of microbatches to try: divisors of the batch, so that microbatches are alike."""
+    if isinstance(settings.microbatches, int):
+        return [settings.microbatches]
+    share, rest = divmod(batch, settings.accumulate)
+    counts = [] if rest else [m for m in range(1, min(share, _MOST_MICROBATCHES) + 1) if share % m == 0]
+    return [m for m in counts if m in _spread(counts)]
 
-    Attributes:
-        batch: rows of a step.
-        tokens: of a row; noted in the plan.
-        accumulate: runs of the schedule per step.
-        microbatches: per run, or "auto".
-        schedule: a name, or "auto".
-        precision: "fp16", "bf16" or "fp32".
-        codec: a codec, "none", or "auto": for each link what is fastest.
-        recompute: True, False or "auto".
-        model: a name for the plan.
-        same_order: keep the devices in the order given, and use all of them.
+
+def schedule_names(settings: Settings) -> list[str]:
+    """Return the schedules to try.
+
+    In fp32 the linear layers of a searched plan are torch's own, which compute both gradients at once: a schedule that
+    defers weight gradients has nothing to defer there.
     """
-
-    batch: int
-    tokens: int = 0
-    accumulate: int = 1
-    microbatches: int | str = "auto"
-    schedule: str = "auto"
-    precision: str = "fp16"
-    codec: str = "none"
-    recompute: bool | str = "auto"
-    model: str = ""
-    same_order: bool = False
-
-    def microbatch_counts(self) -> list[int]:
-        """What may be tried: divisors of the batch, so that microbatches are alike."""
-        if isinstance(self.microbatches, int):
-            return [self.microbatches]
-        share, rest = divmod(self.batch, self.accumulate)
-        counts = [] if rest else [m for m in range(1, min(share, _MOST_MICROBATCHES) + 1) if share % m == 0]
-        return [m for m in counts if m in _spread(counts)]
-
-    def schedule_names(self) -> list[str]:
-        """What may be tried. In fp32 the linear layers of a searched plan are torch's own, which compute both gradients
-        at once: a schedule that puts weight gradients off has nothing to put off there."""
-        if self.schedule != "auto":
-            return [self.schedule]
-        return [n for n in schedules.names() if self.precision != "fp32" or not schedules.splits_backward(n)]
+    if settings.schedule != AUTO:
+        return [settings.schedule]
+    return [n for n in schedules.names() if settings.precision != "fp32" or not schedules.splits_backward(n)]
 
 
 _MOST_MICROBATCHES = 1 << 10
@@ -94,47 +71,57 @@ def _spread(counts: list[int]) -> set[int]:
 
 
 def search_plan(
-    costs_of: CostsOf, machine: Machine, wanted: Wanted, times_of: Callable[[int], Sequence[Times]] | None = None
+    costs_of: CostsOf,
+    machine: Machine,
+    settings: Settings,
+    *,
+    batch: int,
+    tokens: int = 0,
+    model: str = "",
+    same_order: bool = False,
+    one_process: bool = False,
+    times_of: Callable[[int], Sequence[Times]] | None = None,
 ) -> Plan:
     """The fastest plan found that keeps every budget.
 
     Args:
         costs_of: profiles the model for a number of rows; called once for each that is tried.
         machine: the devices, their speeds and links.
-        wanted: what is asked of the plan.
+        settings: of the training; "auto" leaves a setting to the search.
+        batch: rows of a step.
+        tokens: of a row; noted in the plan.
+        model: a name for the plan.
+        same_order: keep the devices in the order given, and use all of them.
+        one_process: all devices are in one process, between which "auto" packs nothing.
         times_of: rows of a microbatch -> measured seconds of every layer, and last of the loss, on each of the
             machine's devices; default: counted work at the machine's speeds.
 
     Raises:
         BudgetError: nothing fits; says which budget is short by how much and when, and what would fit.
-        ValueError: settings that make no sense.
+        ValueError: a batch that cannot be cut as the settings ask.
     """
-    _check(wanted)
-    search = _Search(costs_of, machine, wanted, times_of)
+    _check(settings, batch)
+    search = _Search(costs_of, machine, settings, batch, model, same_order, one_process, times_of)
     best = search.best()
     if best is None:
         raise search.refusal()
     request, placed = best
-    rows = wanted.batch // (wanted.accumulate * request.microbatches)
-    plan = write_plan(request, placed, model=wanted.model, basis=search.basis(request), rows=rows, tokens=wanted.tokens)
+    rows = batch // request.settings.parts
+    plan = write_plan(request, placed, model=model, basis=search.basis(request), rows=rows, tokens=tokens)
     return with_bases(plan, *costs_of(rows))
 
 
-def _check(wanted: Wanted) -> None:
-    if wanted.batch < 1 or wanted.accumulate < 1:
-        raise ValueError(f"batch and accumulate must be at least 1, got {wanted.batch} and {wanted.accumulate}")
-    if wanted.schedule != "auto":
-        schedules.get(wanted.schedule)
-    if wanted.recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be True, False or 'auto', got {wanted.recompute!r}")
-    if not wanted.microbatch_counts():
+def _check(settings: Settings, batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if not microbatch_counts(settings, batch):
         raise ValueError(
-            f"a batch of {wanted.batch} rows cannot be cut into {wanted.accumulate} equal runs: make it a multiple"
+            f"a batch of {batch} rows cannot be cut into {settings.accumulate} equal runs: make it a multiple"
         )
-    count = wanted.accumulate * wanted.microbatch_counts()[-1]
-    if wanted.batch < count or wanted.batch % count:
+    count = settings.accumulate * microbatch_counts(settings, batch)[-1]
+    if batch < count or batch % count:
         raise ValueError(
-            f"a batch of {wanted.batch} rows cannot be cut into {count} equal microbatches "
+            f"a batch of {batch} rows cannot be cut into {count} equal microbatches "
             "(microbatches x accumulate): make it a multiple"
         )
 
@@ -144,17 +131,24 @@ class _Search:
         self,
         costs_of: CostsOf,
         machine: Machine,
-        wanted: Wanted,
-        times_of: Callable[[int], Sequence[Times]] | None = None,
+        settings: Settings,
+        batch: int,
+        model: str,
+        same_order: bool,
+        one_process: bool,
+        times_of: Callable[[int], Sequence[Times]] | None,
     ) -> None:
-        self.costs_of, self.times_of, self.machine, self.wanted = costs_of, times_of, machine, wanted
+        self.costs_of, self.times_of, self.machine = costs_of, times_of, machine
+        self.settings, self.batch, self.model = settings, batch, model
+        self.same_order, self.one_process = same_order, one_process
+        self.counts = microbatch_counts(settings, batch)
         self._profiles: dict[int, tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times]]] = {}
 
     def best(self) -> tuple[Request, Placed] | None:
         """The fastest request and placement; None if nothing fits."""
-        counts = self.wanted.microbatch_counts()
-        needs, *_ = self._profile(self.wanted.batch // (self.wanted.accumulate * counts[-1]))
-        if _states(needs, self.wanted.precision) > sum(d.budget_bytes for d in self.machine.devices):
+        counts = self.counts
+        needs, *_ = self._profile(self._rows(counts[-1]))
+        if _states(needs, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
             return None  # whatever the batch: no need to look at any placement
         found = [entry for order in self._orders() for entry in self._found(order, counts)]
         if not found:  # before it is said that nothing fits, every order is tried with what takes least memory
@@ -174,8 +168,7 @@ class _Search:
         every = list(self._every_order())
         if len(every) <= _ORDERS:
             return every
-        counts = self.wanted.microbatch_counts()
-        middle = counts[len(counts) // 2]
+        middle = self.counts[len(self.counts) // 2]
         ranked = []
         for order in every:
             request = self._request(order, "1f1b", middle)
@@ -186,7 +179,7 @@ class _Search:
     def _every_order(self) -> Iterator[tuple[int, ...]]:
         """Distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
         count = len(self.machine.devices)
-        if self.wanted.same_order:
+        if self.same_order:
             yield tuple(range(count))
             return
         seen: set[tuple] = set()
@@ -219,16 +212,16 @@ class _Search:
     def _requests(self, order: Sequence[int], counts: list[int]) -> Iterator[Request]:
         # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
         for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
-            for name in self.wanted.schedule_names():
+            for name in schedule_names(self.settings):
                 request = self._request(order, name, microbatches)
                 if request is not None:
                     yield request
 
     def _request(self, order: Sequence[int], schedule: str, microbatches: int) -> Request | None:
-        wanted, machine = self.wanted, self.machine
-        virtual = schedules.stages_per_rank(schedule)
-        rows = wanted.batch // (wanted.accumulate * microbatches)
-        layers, loss, times = self._profile(rows)
+        machine = self.machine
+        settings = replace(self.settings, schedule=schedule, microbatches=microbatches)
+        virtual = settings.stages_per_rank
+        layers, loss, times = self._profile(self._rows(microbatches))
         if virtual * len(order) > len(layers):
             return None
         homes = schedules.stage_ranks(schedule, len(order), virtual)
@@ -241,26 +234,25 @@ class _Search:
                 times=tuple(times[k] for k in order),
                 devices=tuple(machine.devices[k] for k in order),
                 speeds=tuple(machine.speeds[k] for k in order),
-                schedule=schedule,
-                virtual=virtual,
-                microbatches=microbatches,
-                accumulate=wanted.accumulate,
-                precision=wanted.precision,
+                settings=settings,
                 codecs=codecs,
                 links=tuple(machine.link(a, b) for a, b in pairs),
-                recompute=RECOMPUTE[wanted.recompute],
             )
             request.actions  # noqa: B018  some schedules need a certain number of microbatches
         except ValueError:
-            if wanted.schedule != "auto":
+            if self.settings.schedule != AUTO:
                 raise
             return None
         return request
 
+    def _rows(self, microbatches: int) -> int:
+        """Rows of one of so many microbatches."""
+        return self.batch // (self.settings.accumulate * microbatches)
+
     def _codec(self, a: int, b: int, tensor_bytes: int) -> str:
         """The codec with which a tensor is over the link soonest, packing and unpacking included."""
-        if self.wanted.codec != "auto":
-            return self.wanted.codec if a != b else "none"
+        if self.settings.transfer != AUTO or self.one_process:
+            return self.settings.codec if a != b else "none"
         machine = self.machine
         if a == b or not machine.copies(a, b):
             return "none"
@@ -269,7 +261,7 @@ class _Search:
             packing = 0.0
             if codec != "none":
                 packing = tensor_bytes / machine.speeds[a].pack_rate + tensor_bytes / machine.speeds[b].pack_rate
-            return wire_bytes(tensor_bytes, self.wanted.precision, codec) / machine.link(a, b) + packing
+            return wire_bytes(tensor_bytes, self.settings.precision, codec) / machine.link(a, b) + packing
 
         return min(("none", "int8"), key=seconds)
 
@@ -315,19 +307,18 @@ class _Search:
     def refusal(self) -> BudgetError:
         """The error for a search that found nothing: the request that lacks least, and what would make it fit."""
         order = tuple(range(len(self.machine.devices)))
-        counts = self.wanted.microbatch_counts()
-        name = "1f1b" if self.wanted.schedule == "auto" else self.wanted.schedule
-        request = self._request(order, name, counts[-1])
+        name = "1f1b" if self.settings.schedule == AUTO else self.settings.schedule
+        request = self._request(order, name, self.counts[-1])
         if request is None:
             raise ValueError(
                 f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
             )
-        limit = self.wanted.batch // self.wanted.accumulate
+        limit = self.batch // self.settings.accumulate
         error = refusal(request, limit)
         budgets = [device.budget_bytes for device in request.devices]
-        text = f"{self.wanted.model or 'the model'} does not fit.\n"
-        text += state_line(request.layers, request.precision, budgets) + ".\n" + str(error)
-        less = _states(request.layers, request.precision) - sum(budgets)
+        text = f"{self.model or 'the model'} does not fit.\n"
+        text += state_line(request.layers, request.settings.precision, budgets) + ".\n" + str(error)
+        less = _states(request.layers, request.settings.precision) - sum(budgets)
         if less > 0:
             text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
         return BudgetError(

@@ -24,12 +24,13 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
 
     Where that is wider than ``width`` columns, stages are columns instead of rows.
     """
+    s = plan.settings
     how = [
-        f"{plan.schedule}, {plan.microbatches} microbatches",
-        *([f"{plan.accumulate} times per step"] if plan.accumulate > 1 else []),
-        plan.precision,
+        f"{s.schedule}, {s.microbatches} microbatches",
+        *([f"{s.accumulate} times per step"] if s.accumulate > 1 else []),
+        s.precision,
         _recompute(plan),
-        *([f"transfer {' '.join(plan.transfer)}"] if plan.transfer else []),
+        *([f"transfer {' '.join(plan.codecs)}"] if plan.codecs else []),
     ]
     rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
     lines = _lines(rows, left=3)  # stage, device and layers are words, the rest are numbers

@@ -1,0 +1,285 @@
+"""Options as fields of a dataclass: each with a sentence, its default and the check of its values.
+
+Keywords, command lines, YAML keys and JSON are made from such a dataclass, so that an option stands in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "AUTO",
+    "Kind",
+    "Options",
+    "choice",
+    "default",
+    "field_of",
+    "flag",
+    "kind_of",
+    "number",
+    "takes_keywords",
+    "text",
+    "whole",
+]
+
+AUTO = "auto"
+
+
+# Kinds of values
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The values that a setting may have, and how they are read and written.
+
+    Attributes:
+        about: a sentence for help texts.
+        allowed: the values in words, for error messages.
+        take: return the value as the code uses it, or raise ValueError or TypeError if it is not allowed.
+        parse: turn the text of a command line into a value; text that is none comes back unchanged, for ``take`` to
+            refuse.
+        plain: turn the value into JSON.
+        is_flag: whether the command line has an option without a value for it.
+        metavar: what stands for the value in help texts.
+    """
+
+    about: str
+    allowed: str
+    take: Callable[[Any], Any]
+    parse: Callable[[str], Any] = str
+    plain: Callable[[Any], Any] = lambda value: value
+    is_flag: bool = False
+    metavar: str = "TEXT"
+
+    @property
+    def help(self) -> str:
+        """The sentence, with the values where they can be listed."""
+        return f"{self.about} One{self.allowed[3:]}." if self.allowed.startswith("one of ") else self.about
+
+
+def choice(default: str | None, about: str, values: Iterable[str]) -> Any:
+    """Return a field for one of several words."""
+    known = tuple(values)
+
+    def take(value: Any) -> Any:
+        return value if isinstance(value, str) and value in known else _refuse()
+
+    return field_of(default, Kind(about, f"one of {', '.join(known)}", take))
+
+
+def whole(default: int | str | None, about: str, *, least: int = 1, auto: bool = False) -> Any:
+    """Return a field for a whole number, or "auto" where ``auto`` allows it."""
+
+    def take(value: Any) -> Any:
+        if auto and value == AUTO:
+            return value
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else _refuse()
+
+    def parse(text: str) -> Any:
+        return int(text) if text.strip().lstrip("+-").isdecimal() else text
+
+    allowed = f"a whole number of at least {least}" + (", or auto" if auto else "")
+    return field_of(default, Kind(about, allowed, take, parse, metavar="INTEGER|auto" if auto else "INTEGER"))
+
+
+def number(default: float | None, about: str, *, zero: bool = False, most: float = math.inf) -> Any:
+    """Return a field for a finite number above 0 (with ``zero``, or 0) and up to ``most``."""
+
+    def take(value: Any) -> Any:
+        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if known and (0 < value <= most or (zero and value == 0)) else _refuse()
+
+    def parse(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    allowed = "0 or a positive number" if zero else "a positive number"
+    allowed = f"from 0 to {most:g}" if math.isfinite(most) else allowed
+    return field_of(default, Kind(about, allowed, take, parse, metavar="NUMBER"))
+
+
+def flag(default: bool, about: str) -> Any:
+    """Return a field for yes or no."""
+
+    def take(value: Any) -> Any:
+        return value if isinstance(value, bool) else _refuse()
+
+    def parse(text: str) -> Any:
+        return _SWITCH.get(text.lower(), text)
+
+    return field_of(default, Kind(about, "true or false", take, parse, is_flag=True))
+
+
+def text(default: str | None, about: str) -> Any:
+    """Return a field for any text."""
+
+    def take(value: Any) -> Any:
+        return value if isinstance(value, str) else _refuse()
+
+    return field_of(default, Kind(about, "a text", take))
+
+
+def default(base: type[Options], name: str, value: Any) -> Any:
+    """Return the field ``name`` of ``base`` with another default, for a class that extends ``base``."""
+    return field_of(value, kind_of(_field_named(base, name)))
+
+
+def kind_of(field: dataclasses.Field[Any]) -> Kind:
+    """Return the kind of a setting's values."""
+    kind: Kind = field.metadata["kind"]
+    return kind
+
+
+def field_of(default: Any, kind: Kind) -> Any:
+    """Return a field of this kind; None is allowed where it is the default."""
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+def _field_named(options: type[Options], name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(options) if field.name == name)
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+# What all options can do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fields made by the functions above, checked whenever one is made."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = self.taken(field, getattr(self, field.name), self.label(field.name))
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError where settings do not go together."""
+
+    @classmethod
+    def label(cls, name: str) -> str:
+        """Return what a setting is called in messages: as the user has written it."""
+        return name
+
+    @staticmethod
+    def taken(field: dataclasses.Field[Any], value: Any, label: str) -> Any:
+        """Return a field's value as the code uses it.
+
+        Raises:
+            ValueError: it is not allowed; says what is.
+        """
+        if value is None and field.default is None:
+            return None
+        kind = kind_of(field)
+        try:
+            return kind.take(value)
+        except (ValueError, TypeError):
+            if kind.allowed.startswith("one of "):
+                raise ValueError(f"unknown {label} {value!r}: give {kind.allowed}") from None
+            raise ValueError(f"{label} {value!r} must be {kind.allowed}") from None
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def unknown(cls, name: str, what: str = "a setting") -> str:
+        """Return the words that refuse a name that is no setting: with the nearest one, or all of them."""
+        near = difflib.get_close_matches(name, cls.names(), n=1)
+        said = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.names())}"
+        return f"{name!r} is not {what}; {said}"
+
+    @classmethod
+    def given(cls, settings: Self | None, keywords: Mapping[str, Any], caller: str) -> Self:
+        """Return ``settings``, or the defaults, with the keywords of a call.
+
+        Raises:
+            TypeError: a keyword that is no setting; names the nearest one.
+            ValueError: a value that is not allowed.
+        """
+        for name in keywords:
+            if name not in cls.names():
+                raise TypeError(f"{caller}: {cls.unknown(name, 'one of its keywords')}")
+        return cls(**keywords) if settings is None else dataclasses.replace(settings, **keywords)
+
+    @classmethod
+    def part_of(cls, settings: Options) -> Self:
+        """Return those settings that this class has, of one that extends it."""
+        return cls(**{name: getattr(settings, name) for name in cls.names()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every setting as JSON."""
+        values = {field.name: (kind_of(field), getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: None if value is None else kind.plain(value) for name, (kind, value) in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Return what `to_json` wrote.
+
+        Args:
+            values: of every setting.
+            where: stands before a setting's name in messages.
+
+        Raises:
+            ValueError: a setting that is missing, unknown, or has a value that is not allowed.
+        """
+        for name in values:
+            if name not in cls.names():
+                raise ValueError(where + cls.unknown(name))
+        for field in dataclasses.fields(cls):
+            if field.name not in values:
+                raise ValueError(f"{where}{field.name} is missing")
+            cls.taken(field, values[field.name], where + field.name)
+        return cls(**values)
+
+
+# Keywords of a class
+
+Taker = TypeVar("Taker", bound=type)
+
+
+def takes_keywords(options: type[Options]) -> Callable[[Taker], Taker]:
+    """Let a class whose ``__init__`` ends in ``**keywords`` show the fields of ``options`` as its keywords.
+
+    ``inspect.signature``, ``help`` and notebooks read ``__signature__``, and the docstring's line ``{keywords}``
+    becomes a line for each field. A ``TypedDict`` with ``Unpack`` would show them to static checkers as well, but has
+    to list every field a second time: none is made from a dataclass.
+    """
+
+    def decorated(cls: Taker) -> Taker:
+        own = inspect.signature(cls)
+        shown = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        lines = []
+        for field in dataclasses.fields(options):
+            kind = kind_of(field)
+            start = None if field.default is None else kind.plain(field.default)
+            shown.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=start, annotation=field.type)
+            )
+            lines += textwrap.wrap(
+                f"{field.name}: {kind.help} ({start!r})", 116, initial_indent=" " * 8, subsequent_indent=" " * 12
+            )
+        setattr(cls, "__signature__", own.replace(parameters=shown))  # noqa: B010  mypy knows no such attribute
+        if cls.__doc__:  # not under python -OO
+            cls.__doc__ = cls.__doc__.replace(" " * 8 + "{keywords}", "\n".join(lines))
+        return cls
+
+    return decorated

@@ -1,0 +1,156 @@
+"""The settings of a training, each listed once: its type, default, allowed values and a sentence that explains it.
+
+The trainer's keywords, the options of the command line and their help, the keys of YAML files, the settings in plan
+files and in a run's config.json, and all their checks are made from the dataclasses here and from those that extend
+them. A new setting is one more field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spu import schedules
+from spu.common.codecs import CODECS
+from spu.common.options import AUTO, Kind, Options, choice, field_of, flag, number, whole
+
+__all__ = ["AUTO", "PRECISIONS", "Recompute", "Settings", "TrainSettings"]
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which layers keep only their input for the backward and run a second time there.
+
+    Attributes:
+        mode: "auto" for as few as the budgets require, "all", "none", or "given": those in ``layers``.
+        layers: their indices in the model.
+    """
+
+    mode: str
+    layers: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, value: object) -> Recompute:
+        """Return what a user means by "auto", True, False or a list of layers.
+
+        Raises:
+            ValueError: it is none of them.
+        """
+        if isinstance(value, cls):
+            return value
+        if value == AUTO and isinstance(value, str):
+            return cls("auto")
+        if isinstance(value, bool):
+            return cls("all" if value else "none")
+        if isinstance(value, Iterable) and not isinstance(value, str | Mapping):
+            layers = list(value)
+            if all(isinstance(k, int) and not isinstance(k, bool) and k >= 0 for k in layers):
+                return cls("given", frozenset(layers))
+        raise ValueError(f"recompute must be auto, True, False or a list of layers, got {value!r}")
+
+    @staticmethod
+    def parse(text: str) -> Any:
+        """Return what the words of a command line mean: auto, on, off, or layers as in 0,3,4."""
+        layers = text.split(",")
+        if all(part.strip().isdecimal() for part in layers):
+            return [int(part) for part in layers]
+        return {"on": True, "off": False}.get(text, text)
+
+    def plain(self) -> Any:
+        """Return what `of` takes, as JSON."""
+        return sorted(self.layers) if self.mode == "given" else {"auto": AUTO, "all": True, "none": False}[self.mode]
+
+    def __str__(self) -> str:
+        words = {"auto": "auto", "all": "on", "none": "off"}
+        return words.get(self.mode) or ",".join(map(str, sorted(self.layers)))
+
+    __repr__ = __str__
+
+
+def recomputed(about: str) -> Any:
+    """Return a field for `Recompute`."""
+    allowed = "one of auto, on (True), off (False), or a list of layers"
+    return field_of(Recompute("auto"), Kind(about, allowed, Recompute.of, Recompute.parse, Recompute.plain))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """How a model is laid out over devices and run. A plan rests on these, and carries them in its file."""
+
+    schedule: str = choice(
+        "1f1b",
+        "In which order the stages work. auto: the order with the shortest step when it is simulated with the layers' "
+        "times, which are measured first.",
+        [*schedules.names(), AUTO],
+    )
+    virtual: int | None = whole(
+        None, "Stages on each device. Default: the schedule's own number, 2 for interleaved and zbv, else 1."
+    )
+    microbatches: int | str = whole(
+        8, "Microbatches of one run of the schedule, or auto, as for the schedule.", auto=True
+    )
+    accumulate: int = whole(1, "Runs of the schedule for one update: a batch is cut into microbatches x accumulate.")
+    precision: str = choice(
+        "fp16",
+        "Precision of weights and products. Main gradients, master weights and moments are fp32; fp16 scales the loss.",
+        PRECISIONS,
+    )
+    transfer: str = choice(
+        AUTO,
+        "How tensors are packed between stages. auto: where a link is slow, which none is within one process.",
+        [AUTO, "none", *CODECS],
+    )
+    recompute: Recompute = recomputed(  # noqa: RUF009  it makes a field
+        "Keep only each layer's input for the backward. auto: only for as many layers as the budgets require."
+    )
+
+    def check(self) -> None:
+        if self.virtual is None:
+            return
+        if self.schedule == AUTO:
+            raise ValueError(f"{self.label('virtual')} {self.virtual} needs a schedule that is named, not auto")
+        schedules.stages_per_rank(self.schedule, self.virtual)
+
+    @property
+    def codec(self) -> str:
+        """The codec between two devices of one process, or "none", which "auto" stands for there."""
+        return "none" if self.transfer == AUTO else self.transfer
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search has to find the schedule or the number of microbatches."""
+        return AUTO in (self.schedule, self.microbatches)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """How many stages each device has."""
+        return schedules.stages_per_rank(self.schedule, self.virtual)
+
+    @property
+    def run_microbatches(self) -> int:
+        """Microbatches of one run of the schedule, where no search has to find their number."""
+        if not isinstance(self.microbatches, int):
+            raise ValueError(f"{self.label('microbatches')} is auto: only a search knows the number")
+        return self.microbatches
+
+    @property
+    def parts(self) -> int:
+        """Into how many microbatches a batch is cut at least."""
+        return self.accumulate * (self.microbatches if isinstance(self.microbatches, int) else 1)
+
+    @property
+    def fused(self) -> bool:
+        """Whether linear layers run on our ops: in 16 bits, and where the schedule defers weight gradients."""
+        return self.precision != "fp32" or (self.schedule != AUTO and schedules.splits_backward(self.schedule))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Settings):
+    """The settings of a training: how it is laid out, and what no plan depends on."""
+
+    max_grad_norm: float | None = number(None, "Clip the norm of all gradients to this.")
+    seed: int = whole(0, "Of every random draw.", least=0)
+    replan: bool = flag(False, "After the second step, plan again from what it has measured.")
