@@ -2,7 +2,7 @@
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
-# make aot     compile every Triton kernel for every architecture, check it, write docs/kernels-aot.md (ARGS="--dtypes fp16")
+# make aot     compile every Triton kernel for every architecture, check it, write build/aot.md (ARGS="--dtypes fp16")
 # make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
 # make fresh   the readme's install in a fresh environment: minutes, and the big download
 # make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
@@ -72,7 +72,7 @@ $(GPU_PHASES):
 # Half an hour on two cores; what was compiled is remembered, so that a second run takes a minute.
 aot: $(VENV)/.test
 	@mkdir -p build
-	$(BIN)/python -m spu.kernels.gate --jobs $$(nproc) $(ARGS) --cache build/aot-cache --markdown docs/kernels-aot.md > build/aot.jsonl
+	$(BIN)/python benchmarks/aot/aot_triton.py --jobs $$(nproc) $(ARGS) --cache build/aot-cache --markdown build/aot.md > build/aot.jsonl
 
 # The readme's own commands in a fresh environment: they must give the kernels.
 fresh:
@@ -112,10 +112,11 @@ $(VENV)/.lint: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.train $@
 
 # Every CUDA C++ kernel for every architecture, without a GPU: a table of registers, spills and tensor-core
-# instructions (docs/kernels-aot-cuda.md), and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
+# instructions (build/aot-cuda.md), and an error where a limit is broken. Half an hour on two cores; SPU_CUDA_ARCHS="80 90a" narrows it.
 .PHONY: aot-cuda
 aot-cuda: $(VENV)/.test $(VENV)/.cutlass
-	$(BIN)/python tests/aot_cuda.py --markdown docs/kernels-aot-cuda.md
+	@mkdir -p build
+	$(BIN)/python benchmarks/aot/aot_cuda.py --markdown build/aot-cuda.md
 
 # Headers only; what else the package requires is for its code generator.
 $(VENV)/.cutlass: $(VENV)/.torch

@@ -7,8 +7,8 @@
 #define SPU_JOIN_(arch, form, type, tile) gemm_sm##arch##_##form##_##type##_##tile
 #define SPU_JOIN(arch, form, type, tile) SPU_JOIN_(arch, form, type, tile)
 
-// A block's threads and bytes of dynamic shared memory as the sizes of symbols: tests/aot_cuda.py reads them, since
-// ptxas knows neither.
+// A block's threads and bytes of dynamic shared memory as the sizes of symbols: benchmarks/aot/aot_cuda.py reads them,
+// since ptxas knows neither.
 #ifdef SPU_REPORT
 #define SPU_REPORT_BLOCK(type, tile)                                                                 \
   extern "C" char spu_block_threads_##type##_##tile[Product<Type::type, Tile::tile>::kBlockThreads]; \

@@ -156,7 +156,7 @@ def _padded(size_bytes: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _sections(numel: int, codec: str) -> tuple[Format, int, int]:
+def sections(numel: int, codec: str) -> tuple[Format, int, int]:
     """(format, bytes of scales, bytes of payload), both padded."""
     if codec not in FORMATS:
         raise ValueError(f"unknown codec {codec!r}: use one of {', '.join(FORMATS)}")
@@ -196,7 +196,7 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
     if len(header) != HEADER_BYTES:
         raise ValueError(f"a wire header has {HEADER_BYTES} bytes, this one has {len(header)}")
     numel = x.numel()
-    found, scales_bytes, payload_bytes = _sections(numel, codec)
+    found, scales_bytes, payload_bytes = sections(numel, codec)
     wire = torch.empty(HEADER_BYTES + scales_bytes + payload_bytes, dtype=torch.uint8, device=x.device)
     head = _header_on(header, x.device)
     if numel == 0:
@@ -235,7 +235,7 @@ def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -
     """
     _check_dtype(dtype)
     numel = math.prod(shape)
-    found, scales_bytes, payload_bytes = _sections(numel, codec)
+    found, scales_bytes, payload_bytes = sections(numel, codec)
     expected = HEADER_BYTES + scales_bytes + payload_bytes
     if wire.dtype != torch.uint8 or wire.shape != (expected,):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Compiles every CUDA kernel for every architecture, without a GPU, writes what came out, and fails on a broken limit.
+"""Compile every CUDA kernel for every architecture, without a GPU; write what came out, and fail on a broken limit.
 
-``make aot-cuda``, or: python tests/aot_cuda.py [FOLDER] [--markdown FILE]. SPU_CUDA_ARCHS narrows it. Compiled objects
-are kept in the folder, and their compilers' output beside them, so that a second run compiles only what has changed.
+``make aot-cuda``, or: python benchmarks/aot/aot_cuda.py [FOLDER] [--markdown FILE]. SPU_CUDA_ARCHS narrows it. The
+folder keeps compiled objects and their compilers' output, so that a second run compiles only what has changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import cuda_gate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "build_backend"))
 os.environ.setdefault("SPU_CUDA_ARCHS", "75;80;86;89;90a;100;120")
 
@@ -103,7 +103,7 @@ def faults(one: spu_cuda.Object, output: str, rows: list[Row], disassembled: boo
 
 
 def markdown(rows: list[Row], version: str) -> str:
-    """The table of docs/kernels-aot-cuda.md."""
+    """Return the page of ``make aot-cuda``."""
     kinds = list(cuda_gate.INSTRUCTIONS)
     lines = [
         "# CUDA C++ kernels, compiled ahead of time",

@@ -1,4 +1,4 @@
-"""docs/kernels-aot.md: what ``gate.py`` compiled, as tables by architecture."""
+"""The page of ``make aot``: what ``aot_triton.py`` compiled, as tables by architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MIX = ("tensor", "shared", "global", "fp32", "special", "other")
 
 _HEAD = """# Kernels, compiled ahead of time
 
-Every Triton kernel in every configuration of the tables (`kernels/triton/tuned`; where nobody has measured they are
+Every Triton kernel in every configuration of the tables (where nobody has measured they are
 derived: `kernels/triton/derive.py`), compiled without a device with Triton {version}. This page: {count} kernels in
 {dtypes}, written by `make aot` (`ARGS="--dtypes fp16"` for some). All dtypes take about 40 CPU-minutes; what is in
 `build/aot-cache` is not compiled again, so a run that was cut off goes on and a second one takes a minute.

@@ -1,8 +1,8 @@
-"""Compiles every kernel in every configuration of the tables, without a device, and refuses what would run badly.
+"""Compile every Triton kernel in every configuration of the tables, without a device; refuse what would run badly.
 
-``python -m spu.kernels.gate --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule: no
-spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
-products, contraction as asked for. ``--markdown FILE`` writes the table; ``--sample`` compiles a few of each.
+``python benchmarks/aot/aot_triton.py --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule:
+no spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
+products, contraction as asked for. ``--markdown FILE`` writes the page; ``--sample`` compiles a few of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,9 +21,11 @@ from typing import Any
 
 import torch
 import triton
+import triton_page
 from torch import Tensor
 
-from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, report, table
+from spu.common.files import write_json
+from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, table
 from spu.kernels.ahead import Built, Launch
 from spu.kernels.config import CLASSES, DTYPE_NAMES, PRODUCTS, Config
 from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES
@@ -111,7 +112,7 @@ def _pointwise(dtype: torch.dtype, sample: bool) -> None:
     cross_entropy.linear_ce_dz(*operands, target, rows, rows, -100, as_torch)
     for name in ("int8", "int4") if sample else codec.FORMATS:
         codec.pack(x, name, bytes(codec.HEADER_BYTES))
-        _, scales, payload = codec._sections(x.numel(), name)
+        _, scales, payload = codec.sections(x.numel(), name)
         wire = torch.empty(codec.HEADER_BYTES + scales + payload, dtype=torch.uint8)
         codec.unpack(wire, x.shape, dtype, name)
     wide = _empty(_M, _N)
@@ -192,9 +193,7 @@ def _remembered(launch: Launch, arch: int, cache: Path | None, listing: bool) ->
         return Built(**json.loads(file.read_text()))
     built = ahead.build(launch, arch, listing)
     cache.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(asdict(built)))
-    beside.replace(file)
+    write_json(file, asdict(built))
     return built
 
 
@@ -244,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sm_{row['arch']} {row['name']} ({row['label']}): {'; '.join(row['faults'])}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled for {len(options.arch)} architectures, {len(bad)} refused", file=sys.stderr)
     if options.markdown is not None:
-        options.markdown.write_text(report.markdown(rows, EXCEPTIONS, dtypes))
+        options.markdown.write_text(triton_page.markdown(rows, EXCEPTIONS, dtypes))
     return 1 if bad else 0
 
 
