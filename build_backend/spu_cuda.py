@@ -44,7 +44,7 @@ GIGABYTE = 1 << 30
 def find_nvcc() -> Path | None:
     """nvcc: $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda, or one that pip installed; None if there is none.
 
-    spu.doctor looks in the same places. (In an isolated build pip hides what it installed: set NVCC there.)
+    In an isolated build pip hides what it installed: set NVCC there.
     """
     named = os.environ.get("NVCC")
     if named:

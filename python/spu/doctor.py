@@ -1,25 +1,45 @@
-"""What of spu works on this machine, what does not, why, and the one command that adds it.
+"""What of spu works on this machine, what does not, why, and one command that adds it.
 
-:func:`report` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or spu
-is imported before the probe that is about it, so that an installation that is broken anywhere can be reported on.
+``report`` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or spu is
+imported before the probe that is about it, so that an installation that is broken anywhere can be reported on.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
-from spu import installing, toolchain
+import spu
 
 __all__ = ["Row", "report"]
+
+# Packages that some part of spu needs: for what, and the versions that work.
+_PACKAGES: dict[str, tuple[str, str]] = {
+    "numpy": ("arrays", "1.26"),
+    "safetensors": ("reading models", "0.5"),
+    "transformers": ("Hugging Face models, spu train", "5.0"),
+    "rich": ("the progress display of spu train", "13"),
+    "typer": ("the spu command", "0.12"),
+    "matplotlib": ("pictures of runs and plans", "3.8"),
+}
+_TRITON = ("kernels on CUDA devices", "3.6,<3.10")
+_COMPILERS = {
+    "apt-get": "apt-get install -y g++",
+    "dnf": "dnf install -y gcc-c++",
+    "pacman": "pacman -S --noconfirm gcc",
+    "xcode-select": "xcode-select --install",
+}
 
 
 @dataclass(frozen=True)
@@ -40,145 +60,72 @@ class Row:
 
 
 def report() -> list[Row]:
-    """Probes everything; takes a few seconds, since it imports what it reports on. Never raises for a broken part."""
-    probes: list[tuple[str, Callable[[], Row | list[Row]]]] = [
-        ("python", _python),
-        ("torch", _torch),
-        ("backends", _backends),
-        ("spu._C", lambda: _extension("spu._C", "C++ kernels", _instruction_set)),
-        ("spu._host", lambda: _extension("spu._host", "schedule simulator in C++", lambda: "")),
-        ("C++ compiler", _compiler),
-        ("triton", _triton),
-        ("CUDA device", _cuda),
-        ("kernel choice", _choice),
-        ("nvcc", _nvcc),
-        ("spu._cuda", _cuda_library),
-    ]
-    probes += [(name, _package_probe(name)) for name in _PACKAGES]
+    """Probe everything; takes a few seconds, since it imports what it reports on. Never raises for a broken part."""
+    probes: dict[str, Callable[[], list[Row]]] = {
+        "python": _python,
+        "torch": _torch,
+        "packages": _packages,
+        "CUDA device": _cuda,
+        "C++ compiler": _compiler,
+        "spu._host": _simulator,
+        "backends": _backends,
+        "kernel choice": _choice,
+    }
     rows: list[Row] = []
-    for name, probe in probes:
+    for name, probe in probes.items():
         try:
-            found = probe()
+            rows += probe()
         except Exception as error:
-            found = Row(name, False, f"the check itself failed: {_text(error)}")
-        rows += found if isinstance(found, list) else [found]
+            rows.append(Row(name, False, f"the check itself failed: {_text(error)}"))
     return rows
 
 
-# Packages that some part of spu needs: for what, the first version that works, the first that may not.
-_PACKAGES: dict[str, tuple[str, str, str]] = {
-    "numpy": ("arrays", "1.26", ""),
-    "safetensors": ("reading models", "0.5", ""),
-    "transformers": ("Hugging Face models, spu train", "5.0", ""),
-    "rich": ("the progress display of spu train", "13", ""),
-    "typer": ("the spu command", "0.12", ""),
-    "matplotlib": ("pictures of runs and plans", "3.8", ""),
-}
-_TRITON = ("kernels on CUDA devices", "3.6", "3.10")
+# Probes.
 
 
-def _python() -> Row:
-    return Row("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+def _python() -> list[Row]:
+    return [Row("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
 
 
-def _torch() -> Row:
+def _torch() -> list[Row]:
+    fix = f"{_python_command()} -m pip install --upgrade 'torch>=2.11'"
     try:
         import torch
     except Exception as error:
-        return Row(
-            "torch",
-            False,
-            f"cannot be imported: {_text(error)}",
-            f"{installing.pip()} install --force-reinstall 'torch>=2.11'",
-        )
-    version = str(torch.__version__)
+        return [Row("torch", False, f"cannot be imported: {_text(error)}", f"{fix} --force-reinstall")]
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    if _numbers(version) < (2, 11):
-        return Row(
-            "torch",
-            False,
-            f"{version} ({build}); spu needs 2.11 or later",
-            f"{installing.pip()} install --upgrade 'torch>=2.11'",
-        )
-    return Row("torch", True, f"{version} ({build}), {torch.get_num_threads()} threads")
+    if _numbers(torch.__version__) < (2, 11):
+        return [Row("torch", False, f"{torch.__version__} ({build}); spu needs 2.11 or later", fix)]
+    return [Row("torch", True, f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")]
 
 
-def _backends() -> list[Row]:
-    try:
-        from spu.ops import backends
-
-        found = backends()
-    except Exception as error:
-        return [Row("backends", False, f"spu.ops cannot be imported: {_text(error)}", installing.reinstall())]
-    rows = []
-    for name, status in found.items():
-        # The dispatcher's fix explains; a row's is a command to paste.
-        fix = "" if status.available else installing.rebuild() if name == "cpu" else status.fix
-        if name == "cuda" and not status.available:
-            fix = _cuda_library().fix  # what would make it work, if anything would on this machine
-        rows.append(Row(f"backend {name}", status.available, status.reason or "available", fix))
-    return rows
-
-
-def _extension(module: str, what: str, more: Callable[[], str]) -> Row:
-    """A compiled module of ours: not there, there but not loadable, or working."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception as error:
-        return Row(module, False, f"{what}: cannot be looked for: {_text(error)}", installing.reinstall())
-    if spec is None:
-        return Row(module, False, f"{what}: not built; spu works without, slower", installing.rebuild())
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return Row(module, False, f"{what}: built, but cannot be loaded: {_text(error)}", installing.rebuild())
-    try:
-        extra = more()
-    except ValueError as error:  # SPU_CPU_ISA asks for what this processor lacks
-        return Row(module, False, f"{what}: {error}", "unset SPU_CPU_ISA")
-    return Row(module, True, f"{what}{', ' + extra if extra else ''}")
+def _packages() -> list[Row]:
+    """One row, with one command for all that is missing, broken or too old."""
+    there, faults, wanted = [], [], []
+    needed = _PACKAGES | ({"triton": _TRITON} if _has_cuda() and sys.platform == "linux" else {})
+    for name, (purpose, versions) in needed.items():
+        try:
+            version = metadata.version(name)
+            importlib.import_module(name)
+        except Exception as error:
+            missing = isinstance(error, metadata.PackageNotFoundError)
+            fault = "is not installed" if missing else f"cannot be imported: {_text(error)}"
+        else:
+            there.append(f"{name} {version}")
+            first, _, before = versions.partition(",<")
+            fits = _numbers(version) >= _numbers(first) and (not before or _numbers(version) < _numbers(before))
+            fault = "" if fits else f"is {version}, not >={versions}"
+        if fault:
+            faults.append(f"{name} {fault} (for {purpose})")
+            wanted.append(f"'{name}>={versions}'")
+    if not faults:
+        return [Row("packages", True, ", ".join(there))]
+    force = "--force-reinstall " if any("imported" in fault for fault in faults) else ""
+    fix = f"{_python_command()} -m pip install {force}{' '.join(wanted)}"
+    return [Row("packages", False, "; ".join(faults), fix)]
 
 
-def _instruction_set() -> str:
-    """Which kernels the C++ library chose, and what the processor has."""
-    flags = _cpu_flags()
-    have = "" if flags is None else f" (processor has {', '.join(flags) or 'no vector instructions that they know'})"
-    return f"runs its {importlib.import_module('spu._C').isa()} ones{have}"
-
-
-def _cpu_flags() -> list[str] | None:
-    """Those of the processor's instruction sets that kernels are compiled for; None where the system lists none."""
-    known = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return None
-    match = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return [name for name in known if name in match[1].split()] if match else None
-
-
-def _compiler() -> Row:
-    named = os.environ.get("CXX", "").split()
-    candidates = named[:1] or ["g++", "clang++", "c++"]
-    path = next((found for name in candidates if (found := shutil.which(name))), None)
-    if path is not None:
-        return Row("C++ compiler", True, path)
-    why = f"$CXX is {named[0]!r}, which is not there" if named else f"none of {', '.join(candidates)} is on the PATH"
-    return Row(
-        "C++ compiler", False, f"{why}; needed to build spu._C and spu._host only", installing.install_compiler()
-    )
-
-
-def _triton() -> Row:
-    if sys.platform != "linux":
-        return Row("triton", False, "there is no triton for this system; spu works without")
-    row = _package("triton", *_TRITON)
-    if row.works and not _has_cuda():
-        return Row("triton", True, f"{row.detail}; without a CUDA device its kernels run only under TRITON_INTERPRET=1")
-    return row
-
-
-def _cuda() -> Row:
+def _cuda() -> list[Row]:
     import torch
 
     if torch.cuda.is_available():
@@ -187,19 +134,75 @@ def _cuda() -> Row:
             f"cuda:{i} {card.name} {card.total_memory / 1e9:.1f} GB (sm_{card.major}{card.minor})"
             for i, card in enumerate(cards)
         )
-        return Row("CUDA device", True, text)
-    driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
-    if not driver:
-        return Row("CUDA device", False, "no NVIDIA driver is installed, so no card can be used; spu runs on the CPU")
+        return [Row("CUDA device", True, text)]
+    if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia/version").exists():
+        return [Row("CUDA device", False, "no NVIDIA driver is installed; spu runs on the CPU")]
     if torch.version.cuda is None:
         why = "there is an NVIDIA driver, but this torch is built for the CPU only"
-        return Row("CUDA device", False, why, f"{installing.pip()} install --force-reinstall torch")
-    why = f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no card it can use"
-    return Row("CUDA device", False, f"{why}; see which driver and cards there are", "nvidia-smi")
+        return [Row("CUDA device", False, why, f"{_python_command()} -m pip install --force-reinstall torch")]
+    why = f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no device it can use"
+    return [Row("CUDA device", False, f"{why}; see which driver and devices there are", "nvidia-smi")]
+
+
+def _compiler() -> list[Row]:
+    named = os.environ.get("CXX", "").split()
+    candidates = named[:1] or ["g++", "clang++", "c++"]
+    path = next((found for name in candidates if (found := shutil.which(name))), None)
+    if path is not None:
+        return [Row("C++ compiler", True, path)]
+    why = f"$CXX is {named[0]!r}, which is not there" if named else f"none of {', '.join(candidates)} is on the PATH"
+    fix = next((command for program, command in _COMPILERS.items() if shutil.which(program)), "")
+    root = fix.startswith("xcode") or (hasattr(os, "geteuid") and os.geteuid() == 0)
+    detail = f"{why}; the C++ kernels are built with one"
+    return [Row("C++ compiler", False, detail, fix if root or not fix else f"sudo {fix}")]
+
+
+def _simulator() -> list[Row]:
+    try:
+        importlib.import_module("spu._host")
+    except Exception as error:
+        detail = f"planning in C++ cannot be imported: {_text(error)}; spu plans without, slower"
+        return [Row("spu._host", False, detail, _build())]
+    return [Row("spu._host", True, "planning in C++")]
+
+
+def _backends() -> list[Row]:
+    """A row a backend, as the dispatcher judges it."""
+    try:
+        from spu.ops import backends
+
+        found = backends()
+    except Exception as error:
+        return [Row("backends", False, f"spu.ops cannot be imported: {_text(error)}", _build())]
+    rows = []
+    for name, status in found.items():
+        if status.available:
+            rows.append(Row(f"backend {name}", True, _kernels_of(name)))
+        else:
+            rows.append(Row(f"backend {name}", False, status.reason, _fix(name, status.reason)))
+    return rows
+
+
+def _kernels_of(backend: str) -> str:
+    if backend == "cpu":
+        return f"C++ kernels for {importlib.import_module('spu._C').isa()}"
+    if backend == "cuda":
+        architectures = importlib.import_module("spu._cuda").architectures()
+        return f"CUDA C++ kernels for sm_{', sm_'.join(architectures.split(';'))}"
+    return "plain torch" if backend == "reference" else "available"
+
+
+def _fix(backend: str, reason: str) -> str:
+    """The command that makes a backend work; empty for those of CUDA devices where there is none."""
+    if backend == "cpu":
+        return "unset SPU_CPU_ISA" if "SPU_CPU_ISA" in reason else _build()
+    if backend not in ("triton", "cuda") or not _has_cuda():
+        return ""
+    return f"{_python_command()} -m pip install 'triton>={_TRITON[1]}'" if backend == "triton" else _build(cuda=True)
 
 
 def _choice() -> list[Row]:
-    """What the tables choose for the products of a card, one row a card; nothing without one."""
+    """What the tables choose for the products of a CUDA device, one row a device; nothing without one."""
     if not _has_cuda():  # the rows above say why
         return []
     import torch
@@ -208,121 +211,77 @@ def _choice() -> list[Row]:
     from spu.ops import choose_backend, forced_backend
 
     rows = []
+    shapes = {"skinny": (16, 4096, 4096), "medium": (2048, 4096, 4096), "large": (8192, 8192, 8192)}
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         used = table.tables(capability)[0]
         probe = torch.empty(1, dtype=torch.float16, device=f"cuda:{index}")
         parts = []
-        for name, shape in (
-            ("skinny", (16, 4096, 4096)),
-            ("medium", (2048, 4096, 4096)),
-            ("large", (8192, 8192, 8192)),
-        ):
+        for name, shape in shapes.items():
             config = table.config_of(capability, "linear", torch.float16, shape)
             backend = forced_backend() or choose_backend(probe, op="linear", shape=shape)
             tile = f" ({config.kind} {config.block_m}x{config.block_n}x{config.block_k})"
             parts.append(f"{name} {backend}{tile if backend == 'triton' else ''}")
         origin = ", ".join(f"{key} {value}" for key, value in used.facts.items() if key in ("device", "date"))
         text = f"linear fp16: {'; '.join(parts)}; table {used.arch} {used.origin} {origin}".rstrip()
-        advice = "" if used.origin == "measured" else "; `spu tune` measures this card"
+        advice = "" if used.origin == "measured" else "; `spu tune` measures this device"
         rows.append(Row(f"kernels on cuda:{index}", True, text + advice))
     return rows
 
 
-def _cuda_library() -> Row:
-    """The CUDA C++ kernels: whether they are built, and whether this machine could build or use them."""
-    what = "CUDA C++ kernels"
-    if importlib.util.find_spec("spu._cuda") is None:
-        return _cuda_library_not_built(what)
-    try:
-        import torch  # noqa: F401  (the library needs torch's symbols)
-
-        architectures = importlib.import_module("spu._cuda").architectures()
-    except Exception as error:
-        return Row(
-            "spu._cuda", False, f"{what}: built, but cannot be loaded: {_text(error)}", installing.rebuild_cuda()
-        )
-    built = f"{what} for sm_{', sm_'.join(architectures.split(';'))}"
-    if not _has_cuda():
-        return Row("spu._cuda", True, f"{built}; idle, since torch sees no CUDA device")
-    from spu.ops import cuda_library
-
-    if lacks := cuda_library.uncovered(architectures):
-        fix = f"SPU_CUDA_ARCHS='{cuda_library.wanted()}' {installing.rebuild_cuda()}"
-        return Row("spu._cuda", False, f"{built}: no code for {', '.join(lacks)}", fix)
-    return Row("spu._cuda", True, f"{built}; used where the table of this card names them, or SPU_BACKEND=cuda does")
+# Commands.
 
 
-def _cuda_library_not_built(what: str) -> Row:
-    nvcc, device = _nvcc().works, _has_cuda()
-    if device and nvcc:
-        return Row(
-            "spu._cuda", False, f"{what}: not built, though nvcc is here; Triton's serve", installing.rebuild_cuda()
-        )
-    if device:
-        why = f"{what}: not built, and there is no nvcc that can build them; Triton's serve"
-        return Row(
-            "spu._cuda", False, why, f"{toolchain.install_nvcc(installing.pip())} && {installing.rebuild_cuda()}"
-        )
-    if nvcc:
-        why = f"{what}: not built; nvcc is here, but without a CUDA device they would have no use"
-        return Row("spu._cuda", False, why)
-    return Row("spu._cuda", False, f"{what}: not built; without a CUDA device they would have no use")
+def _python_command() -> str:
+    """The Python that is running: a bare pip or python may be another's."""
+    return shlex.quote(sys.executable or "python")
 
 
-def _nvcc() -> Row:
-    path = toolchain.find_nvcc()
-    if path is None:
-        named = os.environ.get("NVCC")
-        why = (
-            f"$NVCC is {named!r}, which is not there"
-            if named
-            else "not on the PATH, in $CUDA_HOME or /usr/local/cuda, nor installed by pip"
-        )
-        return Row("nvcc", False, f"{why}; only compiling CUDA code needs it", toolchain.install_nvcc(installing.pip()))
-    version = toolchain.nvcc_version(path)
-    if version is None:
-        return Row(
-            "nvcc", False, f"{path} does not run: --version says no release", toolchain.install_nvcc(installing.pip())
-        )
-    text = f"{path}, release {'.'.join(map(str, version))}"
-    if version < toolchain.OLDEST_NVCC:
-        oldest = ".".join(map(str, toolchain.OLDEST_NVCC))
-        return Row(
-            "nvcc",
-            False,
-            f"{text}; building spu._cuda needs {oldest} or later",
-            toolchain.install_nvcc(installing.pip()),
-        )
-    return Row("nvcc", True, text)
+def _build(*, cuda: bool = False) -> str:
+    """Return the command that builds the extensions, with what an isolated build would install by itself."""
+    steps = [f"{_python_command()} -m pip install 'setuptools>=77' 'pybind11>=3.0,<4' 'ninja>=1.11'"]
+    variables = "SPU_BUILD=1"
+    if cuda:
+        from spu.ops import cuda_library
+
+        steps += [_install_nvcc(), f"{_python_command()} -m pip install --no-deps nvidia-cutlass==4.2.0.0"]
+        variables += f" SPU_CUDA=1 SPU_CUDA_ARCHS='{cuda_library.wanted()}'"
+    root = Path(spu.__file__).resolve().parents[2]
+    if _is_source(root):
+        steps += [f"cd {shlex.quote(str(root))}", f"{variables} {_python_command()} setup.py build_ext --inplace"]
+    else:
+        options = "--force-reinstall --no-deps --no-cache-dir --no-build-isolation"
+        steps.append(f"{variables} {_python_command()} -m pip install {options} {shlex.quote(_installed_from())}")
+    return " && ".join(filter(None, steps))
 
 
-def _package_probe(name: str) -> Callable[[], Row]:
-    return lambda: _package(name, *_PACKAGES[name])
-
-
-def _package(name: str, purpose: str, first: str, before: str) -> Row:
-    wanted = f"{name}>={first}" + (f",<{before}" if before else "")
-    install = f"{installing.pip()} install '{wanted}'"
-    if importlib.util.find_spec(name) is None:
-        return Row(name, False, f"not installed; needed for {purpose}", install)
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:
-        return Row(name, False, f"cannot be imported: {_text(error)}", f"{install} --force-reinstall")
-    version = getattr(module, "__version__", None) or _metadata_version(name)
-    if version and (_numbers(version) < _numbers(first) or (before and _numbers(version) >= _numbers(before))):
-        return Row(name, False, f"{version}; {purpose} needs {wanted}", install)
-    return Row(name, True, version or "installed")
-
-
-def _metadata_version(name: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+def _install_nvcc() -> str:
+    """Return the command that installs nvcc of torch's CUDA version; empty where there is one on the PATH."""
+    if os.environ.get("NVCC") or os.environ.get("CUDA_HOME") or shutil.which("nvcc"):
         return ""
+    import torch
+
+    major = (torch.version.cuda or "").split(".")[0]
+    suffix = {"": "", "12": "-cu12"}.get(major, f"=={major}.*")
+    packages = (shlex.quote(f"nvidia-cuda-{part}{suffix}") for part in ("nvcc", "runtime", "cccl"))
+    return f"{_python_command()} -m pip install {' '.join(packages)}"
+
+
+def _installed_from() -> str:
+    """The source tree that spu was installed from, if pip noted one and it is there; else "." for one to be gone to."""
+    try:
+        noted = metadata.distribution("spu-torch").read_text("direct_url.json")
+        root = Path(unquote(urlparse(json.loads(noted or "{}").get("url", "")).path))
+    except (metadata.PackageNotFoundError, ValueError):
+        return "."
+    return str(root) if _is_source(root) else "."
+
+
+def _is_source(root: Path) -> bool:
+    return (root / "setup.py").exists() and (root / "csrc").is_dir()
+
+
+# Small things.
 
 
 def _has_cuda() -> bool:
@@ -341,7 +300,7 @@ def _text(error: BaseException) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version, without trailing zeros: "2.13.0+cpu" is (2, 13)."""
-    match = re.match(r"\d+(\.\d+)*", version)
+    match = re.match(r"\d+(\.\d+)*", str(version))
     parts = [int(part) for part in match[0].split(".")] if match else []
     while parts and parts[-1] == 0:
         parts.pop()
