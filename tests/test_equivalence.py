@@ -22,6 +22,7 @@ import spu
 from spu import DeviceManager, LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer, placement
 from spu.engine.build import to_precision
 from spu.engine.layers import Layer, Moment, model_layers
+from spu.settings import Settings
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -88,12 +89,12 @@ def costs_counted_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
     count = placement.model_costs
 
-    def counted(layers: Any, sample: Any, precision: str, loss_fn: Any, targets: Any, *, fused: bool) -> Any:
+    def counted(layers: Any, sample: Any, settings: Settings, loss_fn: Any, targets: Any) -> Any:
         models = [(layer.name, repr(layer.module), *(p.shape for p in layer.module.parameters())) for layer in layers]
         shapes = [t.shape for t in tree_leaves((sample, targets)) if isinstance(t, torch.Tensor)]
-        key = repr((models, shapes, precision, fused))
+        key = repr((models, shapes, settings.precision, settings.fused))
         if key not in known:
-            known[key] = count(layers, sample, precision, loss_fn, targets, fused=fused)
+            known[key] = count(layers, sample, settings, loss_fn, targets)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
