@@ -146,7 +146,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     """Changes a manifest as someone who knows the format would: with the right checksum."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    manifest["sha256"] = checkpoint._digest_of(manifest)
+    manifest["sha256"] = checkpoint.digest_of(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

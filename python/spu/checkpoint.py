@@ -36,13 +36,10 @@ from spu.checkpoint_reading import (
     VERSION,
     CheckpointError,
     Stored,
+    digest_of,
     memory,
     open_directory,
-    read_directory,
     read_manifest,
-)
-from spu.checkpoint_reading import (
-    digest_of as _digest_of,
 )
 from spu.interrupts import Held
 
@@ -86,7 +83,7 @@ def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], m
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads the checkpoint at ``path``, or the one a crashed :func:`save` left beside it.
+    """Read the checkpoint at ``path``, or the one a crashed ``save`` left beside it.
 
     Sizes and checksums are verified before anything is returned.
 
@@ -96,23 +93,13 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[st
     Raises:
         CheckpointError: missing, foreign, of a newer version, truncated or changed since it was written.
     """
-    place = Path(os.path.realpath(path))
-    try:
-        with _lock(place.parent, exclusive=False):
-            if place.exists():
-                return read_directory(place)
-            # A crash between the two renames leaves nothing in place, but one or two good ones beside it.
-            for left in filter(_is_complete, _leftovers(place)):
-                with contextlib.suppress(CheckpointError):
-                    return read_directory(left)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path}: reading failed: {error}; check its permissions") from error
-    raise CheckpointError(_missing(path, place))
+    with opened(path) as (stored, meta):
+        return {name: tensor.read() for name, tensor in stored.items()}, meta
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Stored], dict[str, Any]]]:
-    """What :func:`load` returns, but with tensors that are read when they are asked for, within ``with``.
+    """Open what ``load`` reads, with tensors that are read when they are asked for, within ``with``.
 
     Everything is verified before, in a pass that keeps nothing. No save replaces the checkpoint meanwhile.
 
@@ -133,7 +120,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Stored], di
 def _open_one(path: str | os.PathLike[str], place: Path) -> tuple[IO[bytes], dict[str, Stored], dict[str, Any]]:
     if place.exists():
         return open_directory(place)
-    for left in filter(_is_complete, _leftovers(place)):  # as in `load`
+    # A crash between the two renames leaves nothing in place, but one or two good ones beside it.
+    for left in filter(_is_complete, _leftovers(place)):
         with contextlib.suppress(CheckpointError):
             return open_directory(left)
     raise CheckpointError(_missing(path, place))
@@ -267,7 +255,7 @@ def _write(directory: Path, tensors: Mapping[str, torch.Tensor], meta_bytes: byt
             META: _write_bytes(directory / META, meta_bytes),
         }
         manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "torch": torch.__version__, "files": files}
-        manifest["sha256"] = _digest_of(manifest)
+        manifest["sha256"] = digest_of(manifest)
         _write_bytes(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_directory(directory)
         _sync_directory(directory.parent)
@@ -289,7 +277,11 @@ def _sync_file(file: IO[bytes]) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A safetensors file, written and hashed in one pass with no second copy of contiguous tensors."""
+    """Write and hash a safetensors file in one pass, with one copy at a time of tensors that need one.
+
+    The library's own ``save_file`` takes all tensors at once, contiguous and on the CPU: those of a device would all be
+    in host memory together. It cannot hash what it writes, and has no complex128.
+    """
     # Wide elements first keep every tensor aligned for readers that map the file.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     spans, offset = {}, 0

@@ -1,4 +1,9 @@
-"""Reading a checkpoint's directory: its manifest, its metadata, and its tensors, at once or one by one."""
+"""Reading a checkpoint's directory: its manifest, its metadata, and its tensors one by one.
+
+The file of tensors is a safetensors file. That library's reader is not used: it maps the file, and what was read stays
+in this process's memory until it is closed (271 MB for eight tensors of 32 MB read one after the other, version 0.8;
+34 MB here); and it has no complex128.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +76,11 @@ class Stored:
 
 
 def open_directory(directory: Path) -> tuple[IO[bytes], dict[str, Stored], dict[str, Any]]:
+    """Verify a checkpoint's sizes and checksums; return its open file of tensors, the tensors in it, the metadata.
+
+    Raises:
+        CheckpointError: foreign, of a newer version, truncated or changed since it was written.
+    """
     manifest = read_manifest(directory)
     meta = json.loads(_read_checked(directory / META, manifest))
     path = directory / TENSORS
@@ -90,12 +100,6 @@ def open_directory(directory: Path) -> tuple[IO[bytes], dict[str, Stored], dict[
 
 def _stored(name: str, entry: Mapping[str, Any], file: IO[bytes], start: int) -> Stored:
     return Stored(name, torch.Size(entry["shape"]), DTYPES[entry["dtype"]], file, start + entry["data_offsets"][0])
-
-
-def read_directory(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    manifest = read_manifest(directory)
-    meta = json.loads(_read_checked(directory / META, manifest))
-    return _read_tensors(directory / TENSORS, manifest), meta
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -146,28 +150,6 @@ def _read_checked(path: Path, manifest: Mapping[str, Any]) -> bytes:
     content = path.read_bytes()
     _check_digest(path, manifest, hashlib.sha256(content).hexdigest())
     return content
-
-
-def _read_tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Reads and verifies a safetensors file in one pass, straight into the tensors."""
-    size = _check_size(path, manifest)
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        header = _read_header(path, file, digest, size)
-        tensors = {}
-        # Allocation comes before the checksum is known; sizes were checked against the file's, so it is bounded.
-        for name in sorted(header, key=lambda key: header[key]["data_offsets"]):
-            entry = header[name]
-            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-            data = memory(tensor)
-            for start in range(0, len(data), CHUNK_BYTES):
-                piece = data[start : start + CHUNK_BYTES]
-                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-                    raise CheckpointError(damaged(path, f"it ends within tensor {name!r}"))
-                digest.update(piece)
-            tensors[name] = tensor
-    _check_digest(path, manifest, digest.hexdigest())
-    return {name: tensors[name] for name in header}
 
 
 def _read_header(path: Path, file: IO[bytes], digest: Any, size: int) -> dict[str, Any]:
