@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from memory_probe import measured_peaks
 
 from spu import schedules
+from spu.cost import LayerCost
 from spu.devices import Device
 from spu.job.model import quiet_transformers
-from spu.layer_cache import reference_seconds
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import search_plan
-from spu.profile import LayerCost
 from spu.settings import Settings
+from spu.side_by_side import side_by_side
 from spu.trainer import ModelParallelTrainer
 
 transformers = pytest.importorskip("transformers")
@@ -75,6 +76,23 @@ def trainer_of(
         recompute=recompute,
         measure=measure,
     )
+
+
+def reference_seconds(devices: list[Device]) -> list[float]:
+    """Median seconds of a product on all devices at the same time: how fast the machine is just now."""
+
+    def body(device: Device, start: Callable[[], Any]) -> float:
+        x = torch.ones(384, 384)
+        samples = []
+        torch.mm(x, x)
+        start()
+        for _ in range(15):
+            begin = time.perf_counter()
+            torch.mm(x, x)
+            samples.append(time.perf_counter() - begin)
+        return statistics.median(samples)
+
+    return side_by_side(devices, body)
 
 
 def test_predicted_step_time() -> None:
@@ -185,7 +203,16 @@ def _costs_of(work: list[int]) -> Any:
     def costs_of(rows: int) -> tuple[list[LayerCost], LayerCost]:
         def layer(name: str, units: int) -> LayerCost:
             flops = units * 10**9 * rows
-            return LayerCost(name, flops, 4000, 1000, 1000, 1000, own_bytes=1000, backward_flops=2 * flops)
+            return LayerCost(
+                name=name,
+                param_count=1000,
+                trained_count=1000,
+                own_bytes=1000,
+                input_bytes=1000,
+                output_bytes=1000,
+                forward_flops=flops,
+                backward_flops=2 * flops,
+            )
 
         return [layer(f"l{k}", units) for k, units in enumerate(work)], layer("loss", 0)
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import spu
 from spu import Device, DeviceManager, ModelParallelTrainer
+from spu.cost import LayerCost
 from spu.plan import Plan
-from spu.profile import LayerCost
 
 __all__ = ["Mismatch", "draw_case", "run_case"]
 
@@ -163,7 +163,7 @@ class Run:
             return None
         ends = [0, *case.cuts, count]
         return plan(
-            [LayerCost(str(i), 1, 4, 1, 4, 4) for i in range(count)],
+            [LayerCost(name=str(i), param_count=1, trained_count=1, forward_flops=1) for i in range(count)],
             devices,
             schedule=case.schedule,
             microbatches=case.microbatches,

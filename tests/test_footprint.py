@@ -11,6 +11,7 @@ from plans import plan
 from torch import nn
 
 from spu import DeviceManager
+from spu.cost import LayerCost
 from spu.engine.bytes import state_bytes
 from spu.footprint import Run, training_costs
 from spu.tracker import MemoryTracker, Tally
@@ -62,6 +63,83 @@ def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
         dataclasses.replace(cpu[0], budget_bytes=peak + 6 * 512 * 16)
     ]  # counted twice it took 18 bytes more for each
     assert max(plan(costs, tight, microbatches=2).predicted.peak_bytes) == peak
+
+
+def costs_of(*layers, sample, dtype=torch.float32, **how):
+    return training_costs([Run(str(k), layer) for k, layer in enumerate(layers)], sample, dtype, **how)
+
+
+def test_a_linear_layer_is_counted_as_by_hand():
+    (cost,) = costs_of(nn.Linear(64, 128), sample=torch.randn(2, 10, 64, requires_grad=True))
+    assert (cost.param_count, cost.trained_count) == (64 * 128 + 128,) * 2
+    assert (cost.input_bytes, cost.output_bytes, cost.own_bytes) == (20 * 64 * 4, 20 * 128 * 4, 0)
+    assert (cost.input_saved, cost.output_saved) == (True, False)
+    assert cost.forward_flops == 2 * 20 * 64 * 128
+    assert cost.backward_flops == 2 * cost.forward_flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_our_linear_op_does_the_work_of_torchs_and_can_defer_half_of_the_backward(dtype):
+    x = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
+    (ours,), (theirs,) = (costs_of(nn.Linear(16, 24), sample=x, dtype=dtype, fused=f) for f in (True, False))
+    assert ours.forward_flops == theirs.forward_flops == 2 * 21 * 16 * 24
+    assert ours.backward_flops == theirs.backward_flops == 2 * ours.forward_flops
+    assert (ours.weight_share, theirs.weight_share) == (0.5, 0.0)
+    assert ours.left_input
+
+
+def test_attention_and_convolution_are_counted():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    (attention,) = costs_of(Attention(), sample=torch.randn(2, 4, 32, 8))
+    assert attention.forward_flops == 2 * (2 * 4 * 32 * 32 * 8 * 2)
+    (convolution,) = costs_of(nn.Conv2d(3, 8, 3, padding=1), sample=torch.randn(2, 3, 10, 10))
+    assert convolution.forward_flops == 2 * 2 * 8 * 3 * 9 * 100
+
+
+def test_a_parameter_shared_within_a_layer_counts_once():
+    block = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    block[1].weight = block[0].weight
+    (cost,) = costs_of(block, sample=torch.randn(2, 8))
+    assert (cost.param_count, cost.forward_flops) == (64, 2 * (2 * 2 * 8 * 8))
+
+
+def test_structures_pass_from_layer_to_layer():
+    class Split(nn.Module):
+        def forward(self, x):
+            return x["a"] * 2, x["b"].half()
+
+    class Join(nn.Module):
+        def forward(self, pair):
+            return torch.cat(pair)
+
+    costs = costs_of(Split(), Join(), sample={"a": torch.zeros(3), "b": torch.zeros(5)})
+    assert [c.output_bytes for c in costs] == [3 * 4 + 5 * 2, 8 * 4]
+
+
+def test_twenty_billion_parameters_are_costed_without_their_memory():
+    with torch.device("meta"):
+        layers = [nn.TransformerEncoderLayer(6144, 48, 16384, batch_first=True) for _ in range(56)]
+    runs = [Run(str(k), layer, alike="layer") for k, layer in enumerate(layers)]
+    costs = training_costs(runs, torch.empty(1, 2048, 6144, device="meta"), torch.float32)
+    assert sum(c.param_count for c in costs) > 19 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([], "no layers"), ([nn.Linear(4, 4), nn.Linear(5, 4)], "layer '1' could not be run on fake tensors")],
+)
+def test_what_cannot_be_costed_is_named(layers, message):
+    with pytest.raises(ValueError, match=message):
+        costs_of(*layers, sample=torch.randn(2, 4))
+
+
+def test_seconds_are_work_over_speed_and_traffic_over_bandwidth():
+    cost = LayerCost(name="one", forward_flops=4, backward_flops=8, forward_traffic_bytes=10, backward_traffic_bytes=30)
+    assert cost.seconds(2.0) == (2.0, 4.0)
+    assert cost.seconds(2.0, 5.0) == (4.0, 10.0)
 
 
 def test_a_layer_is_left_as_it_was():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import plan as make_plan
 
+from spu.cost import LayerCost
 from spu.devices import Device
 from spu.plan import BudgetError, Plan
 from spu.plan.memory import ITEM_BYTES
-from spu.profile import LayerCost
 
 MB = 10**6
 
@@ -24,19 +24,35 @@ def device(name, budget=1000 * MB):
     return Device(name, torch.device(kind), (), 1, 10**12, budget, "made up")
 
 
-def layer(name, params=1000, saved=MB, output=100_000, flops=10**9, forward_s=None, backward_s=None):
-    return LayerCost(name, flops, 2 * params, params, saved, output, forward_s, backward_s)
+def layer(name, params=1000, saved=MB, output=100_000, flops=10**9):
+    return LayerCost(
+        name=name,
+        param_count=params,
+        trained_count=params,
+        own_bytes=saved,
+        input_bytes=output,
+        output_bytes=output,
+        forward_flops=flops,
+        backward_flops=2 * flops,
+        deferred_flops=flops,
+    )
 
 
 def layers(count, **numbers):
     return [layer(f"layers.{k}", **numbers) for k in range(count)]
 
 
+def seconds(count, forward_s, backward_s, devices=2):
+    """As measured: of equal layers and of a loss that takes no time, on equal devices."""
+    return [[*[(forward_s, backward_s)] * count, (0.0, 0.0)]] * devices
+
+
 CPUS = [device("cpu:0"), device("cpu:1")]
 
 
 def test_measured_layers_are_balanced_and_predicted_by_the_closed_form():
-    plan = make_plan(layers(6, forward_s=0.01, backward_s=0.02), CPUS, recompute=False, model="tiny", accumulate=2)
+    times = seconds(6, 0.01, 0.02)
+    plan = make_plan(layers(6), CPUS, times=times, recompute=False, model="tiny", accumulate=2)
     assert [stage.layers for stage in plan.stages] == [(0, 3), (3, 6)]
     assert plan.stages[1].layer_names == ("layers.3", "layers.4", "layers.5")
     assert plan.stages[0].forward_s == pytest.approx(0.03)
@@ -48,8 +64,8 @@ def test_measured_layers_are_balanced_and_predicted_by_the_closed_form():
 
 
 def test_recompute_adds_the_forward_to_the_backward():
-    costs = layers(2, forward_s=0.01, backward_s=0.02)
-    assert make_plan(costs, CPUS, recompute=True).stages[0].backward_s == pytest.approx(0.03)
+    plan = make_plan(layers(2), CPUS, times=seconds(2, 0.01, 0.02), recompute=True)
+    assert plan.stages[0].backward_s == pytest.approx(0.03)
 
 
 def test_transfers_take_wire_bytes_over_link_speed():
@@ -66,8 +82,6 @@ def test_unequal_speeds_shift_the_boundary_and_scale_the_times():
     assert plan.predicted.basis == "estimated"
     assert plan.stages[0].forward_s == pytest.approx(6e9 / 2e10)
     assert plan.stages[1].backward_s == pytest.approx(2 * 3e9 / 1e10)
-    measured = make_plan(layers(9, forward_s=0.1, backward_s=0.2), CPUS, speeds=[2e10, 1e10], recompute=False)
-    assert [stage.forward_s for stage in measured.stages] == pytest.approx([0.6, 0.6])
 
 
 def test_without_times_or_speeds_the_plan_says_nominal():
@@ -78,7 +92,7 @@ def test_without_times_or_speeds_the_plan_says_nominal():
 
 def test_the_first_stages_activations_count_by_what_is_in_flight():
     # 1f1b holds two microbatches on stage 0 and one on stage 1: under equal budgets stage 0 gets fewer layers.
-    costs = layers(6, saved=10 * MB, output=2, params=0, forward_s=1.0, backward_s=2.0)
+    costs = layers(6, saved=10 * MB, output=2, params=0)
     tight = [device("cpu:0", 45 * MB), device("cpu:1", 45 * MB)]
     plan = make_plan(costs, tight, recompute=False)
     assert [stage.layers for stage in plan.stages] == [(0, 2), (2, 6)]
@@ -94,7 +108,7 @@ def test_auto_recomputes_only_where_it_must():
 
 
 def test_given_boundaries_are_kept_and_checked():
-    costs = layers(4, forward_s=0.1, backward_s=0.2)
+    costs = layers(4)
     plan = make_plan(costs, CPUS, layers=[(0, 1), (1, 4)])
     assert [stage.layers for stage in plan.stages] == [(0, 1), (1, 4)]
     with pytest.raises(
@@ -103,10 +117,6 @@ def test_given_boundaries_are_kept_and_checked():
         make_plan(costs, CPUS, layers=[(0, 1), (2, 4)])
     with pytest.raises(BudgetError, match="the given layers do not fit the budgets"):
         make_plan(costs, [device("cpu:0", 100), device("cpu:1")], layers=[(0, 3), (3, 4)])
-
-
-def test_max_stages_leaves_devices_out():
-    assert len(make_plan(layers(4), CPUS, max_stages=1).stages) == 1
 
 
 def test_more_stages_than_layers_is_refused():
@@ -131,7 +141,7 @@ def test_a_refusal_names_the_budget_and_only_fixes_that_fit():
     ]
     # What it says would fit, does.
     make_plan(costs, tight, recompute=True)
-    finer = [dataclasses.replace(cost, saved_bytes=6 * MB, output_bytes=50_000) for cost in costs]
+    finer = [replace(cost, own_bytes=6 * MB, input_bytes=50_000, output_bytes=50_000) for cost in costs]
     make_plan(finer, tight, recompute=False, microbatches=16)
     make_plan(costs, [*tight, device("cuda:1", 120 * MB)], recompute=False)
     make_plan(costs, [tight[0], device("cuda:0", 133 * MB)], recompute=False)
@@ -167,20 +177,11 @@ def test_where_nothing_helps_only_larger_budgets_are_named():
 def test_plans_equal_brute_force_under_budgets(data, stages, schedule, precision, recompute):
     count = data.draw(st.integers(stages, 6))
     numbers = st.integers(0, 40)
-    costs = [
-        layer(
-            f"l{k}",
-            data.draw(numbers),
-            data.draw(numbers),
-            data.draw(numbers),
-            0,
-            data.draw(numbers),
-            data.draw(numbers),
-        )
-        for k in range(count)
-    ]
+    costs = [layer(f"l{k}", data.draw(numbers), data.draw(numbers), data.draw(numbers)) for k in range(count)]
+    costs = [replace(cost, input_bytes=before.output_bytes) for cost, before in zip(costs, [costs[0], *costs])]
+    times = [[*((data.draw(numbers), data.draw(numbers)) for _ in costs), (0.0, 0.0)]] * stages
     devices = [device(f"cpu:{k}", data.draw(st.integers(0, 6000))) for k in range(stages)]
-    options = {"schedule": schedule, "precision": precision, "recompute": recompute, "microbatches": 3}
+    options = {"schedule": schedule, "precision": precision, "recompute": recompute, "microbatches": 3, "times": times}
 
     def attempt(parts):
         """The slowest stage of a given placement, or None if it is refused."""
@@ -190,10 +191,10 @@ def test_plans_equal_brute_force_under_budgets(data, stages, schedule, precision
             return None
         return max(stage.forward_s + stage.backward_s for stage in plan.stages)
 
-    times = []
+    slowest = []
     for cuts in itertools.combinations(range(1, count), stages - 1):
-        times.append(attempt(list(itertools.pairwise([0, *cuts, count]))))
-    possible = [seconds for seconds in times if seconds is not None]
+        slowest.append(attempt(list(itertools.pairwise([0, *cuts, count]))))
+    possible = [seconds for seconds in slowest if seconds is not None]
     try:
         plan = make_plan(costs, devices, **options)
     except BudgetError:
@@ -223,7 +224,6 @@ def test_plans_equal_brute_force_under_budgets(data, stages, schedule, precision
         ({"schedule": "auto"}, "a plan is made for a schedule and a number of microbatches"),
         ({"speeds": [1e9]}, "speeds must have one FLOP/s above 0 per device, 2"),
         ({"links": [0.0]}, "links must have one rate above 0 per boundary, 1"),
-        ({"max_stages": 0}, "stages must be at least 1, got 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(arguments, reason):

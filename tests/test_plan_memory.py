@@ -8,20 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spu import ops
-from spu.plan.memory import Boundary, LayerNeeds, StageMemory, pinned_bytes, wire_bytes
+from spu.cost import LayerCost
+from spu.plan.memory import Boundary, StageMemory, pinned_bytes, wire_bytes
 
 
 def layer(name, params, own, inputs, output, **changes):
-    numbers = {"input_saved": False, "output_saved": False, "forward_extra": 0, "backward_extra": 0} | changes
-    return LayerNeeds(name, params, params, own, inputs, output, **numbers)
+    sizes = {"own_bytes": own, "input_bytes": inputs, "output_bytes": output}
+    return LayerCost(name=name, param_count=params, trained_count=params, **sizes, **changes)
 
 
 LAYERS = [
-    layer("a", 10, 1000, 8, 100, input_saved=True, output_saved=True, backward_extra=11),
-    layer("b", 20, 3000, 100, 200, input_saved=True, forward_extra=7),
-    layer("c", 30, 2000, 200, 300, backward_extra=40),
+    layer("a", 10, 1000, 8, 100, input_saved=True, output_saved=True, backward_extra_bytes=11),
+    layer("b", 20, 3000, 100, 200, input_saved=True, forward_extra_bytes=7),
+    layer("c", 30, 2000, 200, 300, backward_extra_bytes=40),
 ]
-LOSS = layer("loss", 0, 600, 300, 4, forward_extra=5, backward_extra=90)
+LOSS = layer("loss", 0, 600, 300, 4, forward_extra_bytes=5, backward_extra_bytes=90)
 SHARED, COPIED = Boundary("none", False), Boundary("none", True)
 
 
@@ -42,13 +43,13 @@ def test_states_of_fp32_training_are_16_bytes_per_parameter_without_masters():
 
 
 def test_parameters_that_are_not_trained_are_weights_alone():
-    frozen = LayerNeeds("frozen", 10, 0, 0, 0, 0, False, False, 0, 0)
+    frozen = LayerCost(name="frozen", param_count=10)
     held = StageMemory([frozen], LOSS, in_flight=[1], boundaries=[], precision="fp16").of(0, 0, 1)
     assert held.state_bytes == 20
 
 
 def test_a_parameter_of_two_layers_is_counted_once_and_has_a_weight_and_a_gradient_in_another_stage():
-    tied = LayerNeeds("d", 5, 5, 0, 0, 0, False, False, 0, 0, ties=((0, 10, 10),))
+    tied = layer("d", 5, 0, 0, 0, ties=((0, 10, 10),))
     held = StageMemory([*LAYERS, tied], LOSS, in_flight=(1, 1), boundaries=[SHARED], precision="fp16")
     assert held.of(0, 0, 4).state_bytes == 18 * (10 + 20 + 30 + 5)
     assert held.of(1, 1, 4).state_bytes == 18 * (20 + 30 + 5) + 6 * 10

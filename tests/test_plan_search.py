@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from plans import search
 
 from spu import schedules
+from spu.cost import LayerCost
 from spu.devices import Device
 from spu.plan import BudgetError, Plan
 from spu.plan.explain import explain
 from spu.plan.gallery import draw_plan
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import microbatch_counts
-from spu.profile import LayerCost
 from spu.settings import Settings
 
 MB = 10**6
@@ -37,16 +37,14 @@ def costs(flops, params=1000, own=MB):
     def costs_of(rows):
         def layer(name, work, count, kept):
             return LayerCost(
-                name,
-                work * rows,
-                2 * count,
-                count,
-                kept * rows,
-                1000 * rows,
+                name=name,
+                param_count=count,
+                trained_count=count,
                 own_bytes=kept * rows,
                 input_bytes=1000 * rows,
+                output_bytes=1000 * rows,
+                forward_flops=work * rows,
                 backward_flops=2 * work * rows,
-                trained_count=count,
             )
 
         return [layer(f"layers.{k}", work, params, own) for k, work in enumerate(flops)], layer("loss", 0, 0, 100)

@@ -13,7 +13,7 @@ import torch
 
 from spu import speed
 from spu.devices import Device, DeviceManager
-from spu.profile import DeviceSpeed, cache_directory, measure_device, measure_link
+from spu.speed import DeviceSpeed, cache_directory, measure_device, measure_link
 
 
 @pytest.fixture

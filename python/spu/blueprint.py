@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spu.common import torch_private
+from spu.cost.layer_cost import LayerCost
 from spu.engine.layers import Layer, model_layers
-from spu.profile import LayerCost
 from spu.settings import Settings
 
 __all__ = ["blueprint", "config_names", "costs_by_rows", "export_layers", "read_config"]
@@ -137,7 +137,7 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 def export_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module]]:
     """Any model that `torch.export` can trace, as the stretches of its graph that belong to each of its children.
 
-    For costing with `spu.profile.estimate_layers`: every layer takes the tuple of tensors that are alive before it and
+    For costing with `spu.footprint.training_costs`: every layer takes the tuple of tensors that are alive before it and
     returns those that are alive after it. The modules hold the exported model's parameters.
 
     Args:

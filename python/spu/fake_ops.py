@@ -1,4 +1,4 @@
-"""Operators whose fake form refuses what the real one takes."""
+"""Fake tensors: how they are made, and operators whose fake form refuses what the real one takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ from typing import Any
 import torch
 
 from spu.common import torch_private
-from spu.common.torch_private import TorchDispatchMode, is_fake
+from spu.common.torch_private import FakeTensorMode, TorchDispatchMode, is_fake, tree_map_only
 
-__all__ = ["FakeOps"]
+__all__ = ["FakeOps", "fake_copy", "fake_tensor"]
+
+
+def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a CPU tensor without data of this one's shape and strides; in ``dtype`` if both are floating."""
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    with mode:
+        if tensor.layout is not torch.strided:  # a sparse one: as many bytes as there can be
+            return torch.empty(tensor.shape, dtype=dtype)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
+
+
+def fake_copy(mode: FakeTensorMode, value: Any) -> Any:
+    """Return the structure with fake CPU tensors of the same shapes and dtypes in it."""
+    return tree_map_only(torch.Tensor, lambda t: fake_tensor(mode, t).requires_grad_(t.requires_grad), value)
 
 
 class FakeOps(TorchDispatchMode):

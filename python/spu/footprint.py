@@ -1,9 +1,9 @@
 """What a layer takes in training: run once on fake tensors exactly as a stage runs it, with every byte counted.
 
-`spu.profile.estimate_layers` costs a layer as plain torch would run it. Here a copy of the layer on fake tensors is put
-into the form that training uses (converted, on fused ops, with main gradients and a loss scale), its forward and its
-backward are run under `spu.tracker`, and what is live when is read off: what a microbatch leaves behind between the
-two, the most that either needs while it runs, and what it computes and moves.
+A copy of the layer on fake tensors is put into the form that training uses (converted, on fused ops, with main
+gradients and a loss scale), its forward and its backward are run under `spu.tracker`, and what is live when is read
+off: the bytes that a microbatch leaves behind between the two, the most that either needs while it runs, and what it
+computes and moves. No weights are read or needed, so a 20B model is costed on a laptop.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import nn
 
 from spu import nn as spu_nn
 from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
+from spu.cost.layer_cost import LayerCost
 from spu.engine.loss import loss_of
+from spu.fake_ops import fake_copy
 from spu.hushed import hushed
 from spu.interrupts import stop_if_asked
 from spu.precision.dtypes import state_dtypes
-from spu.profile import LayerCost, fake_copy
 from spu.rehearsal import Footprint, Run, following, layer_copy, tensor_bytes
 from spu.stand_in import hooks_off
 from spu.tracker import Tally
@@ -48,7 +49,7 @@ class _Loss(nn.Module):
         loss_fn, targets = self.how
         mode = next((t.fake_mode for t in tree_leaves(x) if isinstance(t, FakeTensor)), None)
         if mode is not None:
-            targets = fake_copy(mode, targets, torch.device("cpu"), None)
+            targets = fake_copy(mode, targets)
         value = loss_of(loss_fn, x, targets)
         return value.to(torch.promote_types(value.dtype, torch.float32)) * 1.0
 
@@ -90,7 +91,7 @@ def training_costs(
     costs: list[LayerCost] = []
     with untouched(*(run.module for run in runs)), hooks_off(), hushed(), torch.inference_mode(False):
         rehearsal = _Rehearsal(runs, sample, dtype, dtype in _HALVES if fused is None else fused, real)
-        x = fake_copy(rehearsal.mode, sample, torch.device("cpu"), None)
+        x = fake_copy(rehearsal.mode, sample)
         for run in runs:
             stop_if_asked()
             kind = _kind(run, x)
@@ -147,15 +148,12 @@ class _Rehearsal:
             with contextlib.suppress(Exception):
                 if _small(run, x):
                     return self._measured(run, _wanting(maker(), x))
-        return _bound(run, x), self._faked(following(x))
+        return _bound(run, x), fake_copy(self.mode, following(x))
 
     def _measured(self, run: Run, x: Any) -> tuple[LayerCost, Any]:
         with untouched(run.module, values=True):
             cost, after = Footprint(run, x, self.dtypes, fused=self.fused, tally=Tally(), mode=None).made()
-        return cost, self._faked(after)
-
-    def _faked(self, x: Any) -> Any:
-        return fake_copy(self.mode, x, torch.device("cpu"), None)
+        return cost, fake_copy(self.mode, after)
 
     def _true_input(self, before: list[LayerCost]) -> Any:
         """The real input of the layer after those of ``before``: they are run, from the last one whose input is known.
@@ -223,10 +221,8 @@ def _bound(run: Run, x: Any) -> LayerCost:
         basis="bound",
         forward_flops=2 * count * rows,
         backward_flops=4 * count * rows,
-        param_bytes=sum(p.numel() * p.element_size() for p in parameters),
         param_count=count,
         trained_count=sum(p.numel() for p in parameters if p.requires_grad),
-        saved_bytes=6 * given,
         own_bytes=4 * given,
         input_bytes=given,
         output_bytes=given,
@@ -258,8 +254,7 @@ def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], in
     return dataclasses.replace(
         cost,
         param_count=cost.param_count - shared,
-        param_bytes=cost.param_bytes // max(cost.param_count, 1) * (cost.param_count - shared),
-        trained_count=(cost.trained_count or 0) - trained,
+        trained_count=cost.trained_count - trained,
         ties=tuple((layer, counts[0], counts[1]) for layer, counts in sorted(ties.items())),
     )
 

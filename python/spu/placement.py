@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from spu.common.torch_private import is_fake, pytree
+from spu.cost.layer_cost import LayerCost
 from spu.devices import Device, format_bytes
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
 from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
-from spu.profile import LayerCost, measure_device
 from spu.settings import AUTO, Recompute, Settings
 from spu.skips import carried_by
+from spu.speed import measure_device
 from spu.stand_in import unmade_parameter
 from spu.timing import Detached
 

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 
 from spu import placement, schedules
+from spu.cost.layer_cost import LayerCost
 from spu.devices import Device
 from spu.engine.build import DTYPES
 from spu.engine.layers import Layer
 from spu.engine.microbatch import batch_rows, split_batch
 from spu.engine.runner import split_inputs
-from spu.layer_cache import reference_seconds
 from spu.plan import Plan, make_plan
 from spu.plan.machine import Machine
 from spu.plan.request import Speed
 from spu.plan.search import search_plan
-from spu.profile import LayerCost
 from spu.schedules import Timeline
 from spu.settings import AUTO, Recompute, Settings
 from spu.speed import measure_link
@@ -58,7 +57,6 @@ class Planner:
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
         self._times: dict[int, Times] = {}
-        self._reference: list[float] = []  # seconds of a product when the first layers were timed
         self._update: list[float] | None = None
         self._packing: list[float] | None = None
 
@@ -130,8 +128,7 @@ class Planner:
         if parts not in self._times:
             sample, wanted = self._sample(parts)
             loss = self.loss_fn if wanted is not None else placement.no_loss
-            before = reference_seconds(self.devices)
-            measured = time_layers(
+            self._times[parts] = time_layers(
                 self.layers,
                 sample,
                 wanted,
@@ -140,13 +137,6 @@ class Planner:
                 precision=self.settings.precision,
                 fused=self.settings.fused,
             )
-            beside = [(a + b) / 2 for a, b in zip(before, reference_seconds(self.devices))]
-            # Sizes that are compared must have been measured on one machine: its clock drifts between them.
-            self._reference = self._reference or beside
-            self._times[parts] = [
-                [(f * now / own, b * now / own) for f, b in row]
-                for row, now, own in zip(measured, self._reference, beside)
-            ]
         return self._times[parts]
 
     def costs(self, parts: int) -> tuple[list[LayerCost], LayerCost | None]:

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from spu import nn as spu_nn
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
-from spu.fake_ops import FakeOps
+from spu.cost.layer_cost import LayerCost
+from spu.fake_ops import FakeOps, fake_tensor
 from spu.flops import flop_formulas
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import MainGrads
-from spu.profile import LayerCost, fake_tensor
 from spu.stand_in import stand_in
 from spu.tracker import MemoryTracker, Tally, Traffic
 
@@ -94,43 +94,32 @@ class Footprint:
             forward, out = self._forward(x)
             forward_flops = counter.get_total_flops()
             after = following(out)  # the same shapes, of storages that are not counted here
-            backward = self._backward(out, base)
-            left, left_input = self._deferred(backward[1]) if self.fused else (0, False)
-        keeps, peak, traffic = forward
-        backward_peak, backward_work = backward
-        input_bytes, output_bytes = tensor_bytes(x), tensor_bytes(after)
+            backward_peak, work = self._backward(out, base)
+            backward_flops = counter.get_total_flops() - forward_flops if work else 2 * forward_flops
+            left, left_input, immediate_flops = self._deferred() if self.fused and work else (0, False, 0)
+        kept, peak, traffic = forward
         inputs, outputs = _storages(x), _storages(out)
-        input_saved = sum(t.untyped_storage().nbytes() for key, t in self.saved.items() if key in inputs)
-        output_saved = sum(t.untyped_storage().nbytes() for key, t in self.saved.items() if key in outputs)
-        own_output = sum(n for key, n in outputs.items() if key not in inputs)
-        by_dtype: dict[str, int] = {}
-        for t in self.saved.values():
-            name = str(t.dtype).removeprefix("torch.")
-            by_dtype[name] = by_dtype.get(name, 0) + t.untyped_storage().nbytes()
+        own = max(kept - sum(n for key, n in outputs.items() if key not in inputs), 0)
         return LayerCost(
             name=self.run.name,
-            basis="counted" if self.mode is not None else "measured",
-            forward_flops=forward_flops,
-            param_bytes=sum(p.numel() * p.element_size() for p in self.parameters),
             param_count=sum(p.numel() for p in self.parameters),
-            saved_bytes=sum(by_dtype.values()),
-            output_bytes=output_bytes,
-            shared_bytes=input_saved,
-            saved_by_dtype=tuple(sorted(by_dtype.items())),
             trained_count=sum(p.numel() for p in trainable),
-            input_bytes=input_bytes,
-            own_bytes=max(keeps - own_output, 0),
-            input_saved=input_saved > 0,
-            output_saved=output_saved > 0,
-            forward_extra_bytes=max(peak - keeps, 0),
-            backward_extra_bytes=max(backward_peak - keeps, 0),
-            backward_flops=None if backward_work.failed else counter.get_total_flops() - forward_flops,
-            forward_traffic_bytes=traffic,
-            backward_traffic_bytes=backward_work.moved_bytes,
-            deferred_bytes=max(left - max(keeps - own_output, 0), 0),
-            deferred_flops=backward_work.deferred_flops,
+            own_bytes=own,
+            input_bytes=tensor_bytes(x),
+            output_bytes=tensor_bytes(after),
+            input_saved=not inputs.keys().isdisjoint(self.saved),
+            output_saved=not outputs.keys().isdisjoint(self.saved),
+            forward_extra_bytes=max(peak - kept, 0),
+            backward_extra_bytes=max(backward_peak - kept, 0),
+            deferred_bytes=max(left - own, 0),
             left_bytes=left,
             left_input=left_input,
+            forward_flops=forward_flops,
+            backward_flops=backward_flops,
+            deferred_flops=work.deferred_flops - immediate_flops if work else 0,
+            forward_traffic_bytes=traffic,
+            backward_traffic_bytes=work.moved_bytes if work else 0,
+            basis="counted" if self.mode is not None else "measured",
         ), after
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
@@ -154,37 +143,33 @@ class Footprint:
             out = self.run(self.module, x)
         return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
 
-    def _backward(self, out: Any, base: int) -> tuple[int, Traffic]:
-        """The most bytes, and what was computed."""
-        roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+    def _backward(self, out: Any, base: int) -> tuple[int, Traffic | None]:
+        """The most bytes, and what was computed; None for that of a backward that fails."""
+        roots, work = _roots(out), Traffic()
         if not roots:
-            return 0, Traffic()
-        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
-        work = Traffic()
+            return 0, work
         self.tally.restart()
         try:
             with MemoryTracker(self.tally), work:
-                gradients = self._gradients(roots)
-                opened = open_scope(roots, BackwardScope(one[0], one[1], one[2], plain=True))
-                with _spared(roots, self.parameters):
-                    torch.autograd.backward(opened, gradients)
+                self._run_backward(roots)
         except Exception:  # a hook that reads values, an op without a fake kernel: what a gradient of each would take
-            fallback = Traffic()
-            fallback.failed = True
-            return self.tally.live - base + 4 * sum(p.numel() for p in self.parameters) + 2 * tensor_bytes(
-                out
-            ), fallback
+            gradients = 4 * sum(p.numel() for p in self.parameters) + 2 * tensor_bytes(out)
+            return self.tally.live - base + gradients, None
         return self.tally.peak - base, work
 
-    def _gradients(self, roots: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        made = [torch.empty_like(root) for root in roots]
-        return made if self.mode is not None else [gradient.fill_(1e-4) for gradient in made]
+    def _run_backward(self, roots: tuple[torch.Tensor, ...], deferred: list[Callable[[], None]] | None = None) -> None:
+        gradients = [torch.empty_like(root) for root in roots]
+        if self.mode is None:
+            gradients = [gradient.fill_(1e-4) for gradient in gradients]
+        one, inverse, flag = (torch.ones(1, dtype=torch.float32) for _ in range(3))
+        opened = open_scope(roots, BackwardScope(one, inverse, flag, deferred=deferred, plain=True))
+        with _spared(roots, self.parameters):
+            torch.autograd.backward(opened, gradients)
 
-    def _deferred(self, work: Traffic) -> tuple[int, bool]:
-        """Bytes that are held between a backward that puts weight gradients off and those, the layer's input left out;
-        and whether they hold the input. In ``work`` only products that are really put off stay counted as such."""
+    def _deferred(self) -> tuple[int, bool, int]:
+        """Bytes that are held between a backward that defers weight gradients and those, the layer's input left out;
+        whether they hold the input; and FLOPs of weight gradients that this backward computes all the same."""
         deferred: list[Callable[[], None]] = []
-        one = [torch.ones(1, dtype=torch.float32) for _ in range(3)]
         x = following(self.x)
         inputs, base, own = Tally(), self.tally.live, Traffic()
         # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
@@ -192,21 +177,23 @@ class Footprint:
         tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
             out = self.run(self.module, x)
-            roots = tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+            roots = _roots(out)
             if not roots:
-                return 0, False
-            scope = BackwardScope(one[0], one[1], one[2], deferred=deferred, plain=True)
+                return 0, False, 0
             try:
-                with own, _spared(roots, self.parameters):
-                    torch.autograd.backward(open_scope(roots, scope), self._gradients(roots))
+                with own:
+                    self._run_backward(roots, deferred)
             except Exception:  # as in `_backward`
-                return 0, False
+                return 0, False, 0
             finally:
                 del out, roots, x
-            work.deferred_flops -= own.deferred_flops  # done at once all the same
             left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
             deferred.clear()
-        return left
+        return *left, own.deferred_flops
+
+
+def _roots(out: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
 
 
 class _NoModules:
@@ -240,7 +227,7 @@ def layer_copy(
         if mode is None:
             made = source.detach().to(dtype, copy=True)
         else:
-            made = fake_tensor(mode, source, torch.device("cpu"), dtype)
+            made = fake_tensor(mode, source, dtype)
         return made.requires_grad_(source.requires_grad)
 
     def script(source: torch.jit.ScriptModule) -> nn.Module:

@@ -23,7 +23,6 @@ from spu.engine.microbatch import move
 from spu.engine.stage import Stage
 from spu.footprint import alike
 from spu.hushed import hushed
-from spu.layer_cache import remembered
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope
 from spu.optim import AdamW
@@ -44,7 +43,6 @@ _OF_A_KIND = (
     2  # layers of a kind that are run: more than one, lest its weights stay in a cache that the model overflows
 )
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
-_KNOWN = ("torch", "transformers", "spu")  # packages whose layers are told apart by their classes' names
 
 
 def time_layers(
@@ -82,15 +80,12 @@ def time_layers(
 
         chain = call_pinned(devices[0], prepared)
 
-        def measure() -> list[list[Seconds]]:
-            def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
-                hush()
-                bench = _Bench(chain, device, sample, targets, _own_loss(loss_fn))
-                return bench.seconds(start, repeats, watched)
+        def body(device: Device, start: Callable[[], None]) -> list[Seconds]:
+            hush()
+            bench = _Bench(chain, device, sample, targets, _own_loss(loss_fn))
+            return bench.seconds(start, repeats, watched)
 
-            return side_by_side(devices, body)
-
-        found = remembered(chain.key(sample, targets, loss_fn), devices, measure)
+        found = side_by_side(devices, body)
     return [[*(chain.of_layer(own, k) for k in range(len(layers))), own[-1]] for own in found]
 
 
@@ -181,7 +176,6 @@ class _Chain:
 
     def __init__(self, layers: Sequence[Layer], sample: Any, device: Device, precision: str, fused: bool) -> None:
         self.pieces: list[_Piece] = []
-        self._form = [precision, fused]
         self.stashed: dict[str, torch.Tensor] = {}
         self._kinds: list[Any] = []  # of each piece
         self._of: list[Any] = []  # of each layer
@@ -209,17 +203,6 @@ class _Chain:
         """The mean of the pieces of a layer's kind."""
         own = [s for s, kind in zip(seconds, self._kinds) if kind == self._of[index]]
         return statistics.fmean(s[0] for s in own), statistics.fmean(s[1] for s in own)
-
-    def key(self, sample: Any, targets: Any, loss_fn: Any) -> dict[str, Any] | None:
-        """What the seconds are true for, in words that another process understands; None if it would not."""
-        name = f"{getattr(loss_fn, '__module__', '')}.{getattr(loss_fn, '__qualname__', '<')}"
-        known = all(
-            type(m).__module__.split(".")[0] in _KNOWN for piece in self.pieces for m in piece.layer.module.modules()
-        )
-        if not known or "<" in name or any(isinstance(kind, int) for kind in self._kinds):
-            return None
-        given = [_shapes(sample), _shapes(targets)]
-        return {"kinds": [repr(kind) for kind in self._kinds], "given": repr(given), "loss": name, "form": self._form}
 
 
 class _Holder(torch.nn.Module):

@@ -91,7 +91,6 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.moved_bytes = 0
         self.deferred_flops = 0
-        self.failed = False
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _FREE}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

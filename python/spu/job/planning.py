@@ -16,6 +16,7 @@ from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
 from spu.settings import Recompute, Settings
+from spu.speed import measure_device, measure_link
 
 _MOST_TOKENS = 1 << 20
 """Tables of positions are made for real, some hundred bytes a token and layer type."""
@@ -116,8 +117,6 @@ def _absent(name: str, budgets: dict[str, str]) -> Device:
 
 def describe_machine(devices: list[Device], absent: set[str], speed: str | None, precision: str) -> Machine:
     """Speeds of the devices: measured where they are here and nothing else is said, nominal otherwise."""
-    from spu.profile import measure_device, measure_link
-
     speeds = read_speeds(speed)
     strange = [n for n in speeds if not any(n in (d.name, d.name.split(":")[0]) for d in devices)]
     if strange:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spu.plan.curve import memory_curve
 from spu.plan.make import make_plan
-from spu.plan.memory import LayerNeeds, StageBytes, StageMemory, wire_bytes
+from spu.plan.memory import StageBytes, StageMemory, wire_bytes
 from spu.plan.partition import BudgetError, partition
 from spu.plan.picture import draw_timeline
 from spu.plan.plan import Plan, Predicted, StagePlan
@@ -12,7 +12,6 @@ from spu.plan.trace import write_trace
 
 __all__ = [
     "BudgetError",
-    "LayerNeeds",
     "Plan",
     "Predicted",
     "StageBytes",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spu import schedules
+from spu.cost.layer_cost import LayerCost
 from spu.plan.memory import ITEM_BYTES, wire_bytes
-from spu.plan.needs import NOMINAL_FLOPS_PER_S, Times, counted_times, layer_needs, measured_times, plain_loss
 from spu.plan.partition import check_stages
 from spu.plan.plan import CODECS, Plan, Predicted, StagePlan
 from spu.plan.refuse import refusal
-from spu.plan.request import Placed, Request, Speed
+from spu.plan.request import Placed, Request, Speed, Times
 from spu.settings import Recompute, Settings
 
 if TYPE_CHECKING:
     from spu.devices import Device
-    from spu.profile import LayerCost
+
+NOMINAL_FLOPS_PER_S = 5e10
+"""Speed assumed of every device where neither layers nor devices were measured; such plans say "nominal"."""
 
 
 def make_plan(
@@ -27,7 +30,6 @@ def make_plan(
     *,
     loss_cost: LayerCost | None = None,
     codecs: Sequence[str] | None = None,
-    max_stages: int | None = None,
     model: str = "",
     times: Sequence[Sequence[tuple[float, float]]] | None = None,
     speeds: Sequence[float] | None = None,
@@ -49,12 +51,10 @@ def make_plan(
         settings: of the training, with a schedule and a number of microbatches.
         loss_cost: of the loss; default: a cross entropy over the last layer's output.
         codecs: "none" or a codec for each boundary; default: what the settings say, for all of them.
-        max_stages: use no more than this many of the devices (where each has one stage).
         model: a name for the plan.
         times: measured (forward, backward) seconds of every layer, and last of the loss, on every device.
-        speeds: FLOP/s of each device. Layer times measured on the first device are scaled by the ratio; layers that
-            were not measured take their counted FLOPs at this speed. By default all devices are alike.
-        bandwidths: bytes/s of each device's memory, at which counted traffic of unmeasured layers moves; default: free.
+        speeds: FLOP/s of each device, at which counted work is done where ``times`` are not given; default: all alike.
+        bandwidths: bytes/s of each device's memory, at which counted traffic moves then; default: it is free.
         update_rates: bytes/s of each device in the update; default: the update takes no time.
         pack_rates: bytes/s of each device in pack and unpack; default: they take no time.
         links: bytes per second over each boundary; by default transfers take no time.
@@ -75,22 +75,19 @@ def make_plan(
             "a plan is made for a schedule and a number of microbatches; spu.plan.search finds what is auto"
         )
     each = settings.stages_per_rank
-    ranks = len(devices) if max_stages is None else min(len(devices), max_stages)
+    ranks = len(devices)
     stages = ranks * each
     check_stages(len(layer_costs), stages)
-    if times is None:
-        every, own_basis = _times(layer_costs, loss_cost, len(devices), speeds, bandwidths)
-    else:
-        every, own_basis = [tuple(row) for row in times], "measured"
     _check_recomputed(settings.recompute, len(layer_costs))
-    needs = [layer_needs(cost, before) for cost, before in zip(layer_costs, [None, *layer_costs])]
-    last = layer_costs[-1]
+    loss = _plain_loss(layer_costs[-1], ITEM_BYTES[settings.precision]) if loss_cost is None else loss_cost
+    counted = _counted_times([*layer_costs, loss], ranks, speeds, bandwidths)
+    own_basis = "measured" if times is not None else "estimated" if speeds is not None else "nominal"
     request = Request(
-        layers=tuple(needs),
-        loss=plain_loss(last, ITEM_BYTES[settings.precision]) if loss_cost is None else layer_needs(loss_cost, last),
-        times=tuple(every[:ranks]),
-        devices=tuple(devices[:ranks]),
-        speeds=tuple(_speeds(update_rates, pack_rates, len(devices))[:ranks]),
+        layers=tuple(layer_costs),
+        loss=loss,
+        times=counted if times is None else tuple(tuple(row) for row in times),
+        devices=tuple(devices),
+        speeds=_speeds(update_rates, pack_rates, ranks),
         settings=settings,
         codecs=_codecs(settings.codec if codecs is None else codecs, stages),
         links=_links(links, stages),
@@ -164,42 +161,35 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
     )
 
 
-def _times(
-    costs: Sequence[LayerCost],
-    loss: LayerCost | None,
-    ranks: int,
-    speeds: Sequence[float] | None,
-    bandwidths: Sequence[float] | None,
-) -> tuple[list[Times], str]:
-    """[ranks] seconds of every layer and the loss, and what they rest on."""
+def _plain_loss(last: LayerCost, item_bytes: int) -> LayerCost:
+    """Cross entropy where the loss was not counted: an fp32 log-softmax in place of the last output."""
+    log_softmax = last.output_bytes // item_bytes * 4
+    return LayerCost(
+        name="loss",
+        own_bytes=log_softmax,
+        input_bytes=last.output_bytes,
+        output_bytes=4,
+        backward_extra_bytes=log_softmax,
+    )
+
+
+def _counted_times(
+    costs: Sequence[LayerCost], ranks: int, speeds: Sequence[float] | None, bandwidths: Sequence[float] | None
+) -> tuple[Times, ...]:
+    """Seconds of every layer and the loss on each of the ranks, from counted work."""
     if speeds is not None and (len(speeds) != ranks or min(speeds) <= 0):
         raise ValueError(f"speeds must have one FLOP/s above 0 per device, {ranks}, got {list(speeds)}")
-    every = [*costs, loss] if loss is not None else list(costs)
-    measured = measured_times(every)
-    rates = list(speeds) if speeds is not None else [NOMINAL_FLOPS_PER_S] * ranks
-    times = []
-    for rank in range(ranks):
-        if measured is not None:
-            factor = rates[0] / rates[rank]
-            own: Times = tuple((forward * factor, backward * factor) for forward, backward in measured)
-        else:
-            own = counted_times(every, rates[rank], None if bandwidths is None else bandwidths[rank])
-        times.append(own if loss is not None else (*own, (0.0, 0.0)))
-    return times, "measured" if measured is not None else "estimated" if speeds is not None else "nominal"
+    free: list[float | None] = [None] * ranks
+    rates = list(zip(speeds or [NOMINAL_FLOPS_PER_S] * ranks, bandwidths or free, strict=True))
+    return tuple(tuple(cost.seconds(*rate) for cost in costs) for rate in rates)
 
 
-def _speeds(updates: Sequence[float] | None, packs: Sequence[float] | None, ranks: int) -> list[Speed]:
-    default = Speed()
+def _speeds(updates: Sequence[float] | None, packs: Sequence[float] | None, ranks: int) -> tuple[Speed, ...]:
     for name, values in (("update_rates", updates), ("pack_rates", packs)):
         if values is not None and (len(values) != ranks or min(values) <= 0):
             raise ValueError(f"{name} must have one rate above 0 per device, {ranks}, got {list(values)}")
-    return [
-        Speed(
-            default.update_rate if updates is None else updates[k],
-            default.pack_rate if packs is None else packs[k],
-        )
-        for k in range(ranks)
-    ]
+    unknown = [math.inf] * ranks
+    return tuple(Speed(update, pack) for update, pack in zip(updates or unknown, packs or unknown, strict=True))
 
 
 def _check_recomputed(recompute: Recompute, count: int) -> None:

@@ -1,54 +1,17 @@
-"""What layers need, and what a stage holds in memory, in bytes, by category."""
+"""What a stage holds in memory, in bytes, by category."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
+from spu.cost.layer_cost import LayerCost
 from spu.ops import wire
 
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
 
 WIRE_BUFFERS = 2  # per boundary and direction: one being filled while the other is read
-
-
-@dataclass(frozen=True)
-class LayerNeeds:
-    """What planning knows of one layer, for one microbatch, in the precision of the training.
-
-    Attributes:
-        name: the layer's name.
-        params: number of parameters.
-        trained: how many of them are trained, and so have gradients, masters and moments.
-        own_bytes: what the forward leaves behind for the backward, the layer's input and output not counted.
-        input_bytes: what comes from the layer before.
-        output_bytes: what goes to the next layer.
-        input_saved, output_saved: whether the backward needs them.
-        forward_extra: the most that the forward takes beyond what it leaves behind.
-        backward_extra: the most that the backward takes beyond what the forward has left.
-        deferred_bytes: what weight gradients that are put off keep, beside what the forward left.
-        weight_share: the share of the backward's time that weight gradients take, where they can be put off.
-        left_bytes: what those keep between the two, the layer's input not counted.
-        left_input: whether they keep that, too.
-        ties: what earlier layers have too, and ``params`` leaves out: (the last of those, parameters, trained ones).
-    """
-
-    name: str
-    params: int
-    trained: int
-    own_bytes: int
-    input_bytes: int
-    output_bytes: int
-    input_saved: bool
-    output_saved: bool
-    forward_extra: int
-    backward_extra: int
-    deferred_bytes: int = 0
-    weight_share: float = 0.5
-    left_bytes: int = 0
-    left_input: bool = False
-    ties: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +36,7 @@ class StageBytes:
         return self.param_bytes + self.main_grad_bytes + self.master_bytes + self.moment_bytes
 
 
-def state_bytes(needs: LayerNeeds, precision: str, first: int = 0) -> tuple[int, int, int, int]:
+def state_bytes(cost: LayerCost, precision: str, first: int = 0) -> tuple[int, int, int, int]:
     """(weights, main gradients, masters, moments) of a layer in a stage that begins with layer ``first``.
 
     Per parameter: the weight in its precision; per trained one an fp32 main gradient, an fp32 master where weights have
@@ -81,9 +44,9 @@ def state_bytes(needs: LayerNeeds, precision: str, first: int = 0) -> tuple[int,
     earlier stage has there are a weight and a gradient here.
     """
     item = ITEM_BYTES[precision]
-    apart = [(params, trained) for before, params, trained in needs.ties if before < first]
-    weights, gradients = needs.params + sum(p for p, _ in apart), needs.trained + sum(t for _, t in apart)
-    return item * weights, 4 * gradients, 4 * needs.trained if item == 2 else 0, 8 * needs.trained
+    apart = [(params, trained) for before, params, trained in cost.ties if before < first]
+    weights, gradients = cost.param_count + sum(p for p, _ in apart), cost.trained_count + sum(t for _, t in apart)
+    return item * weights, 4 * gradients, 4 * cost.trained_count if item == 2 else 0, 8 * cost.trained_count
 
 
 def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
@@ -160,7 +123,7 @@ class StageMemory:
     and direction where something is copied.
 
     Args:
-        layers: what each layer needs.
+        layers: what each layer cost.
         loss: what the loss needs, on the last stage.
         in_flight: the most microbatches that each stage holds.
         boundaries: one per boundary.
@@ -170,8 +133,8 @@ class StageMemory:
 
     def __init__(
         self,
-        layers: Sequence[LayerNeeds],
-        loss: LayerNeeds,
+        layers: Sequence[LayerCost],
+        loss: LayerCost,
         *,
         in_flight: Sequence[int],
         boundaries: Sequence[Boundary],
@@ -239,13 +202,13 @@ class StageMemory:
             here += (0 if again else layer.own_bytes) + (layer.input_bytes if kept else 0)
             transient = layer.own_bytes if again else 0
             given = layer.input_bytes if k > first and not kept else 0
-            most = max(most, here + transient + given + layer.output_bytes + layer.forward_extra)
-            extra = max(layer.backward_extra, layer.forward_extra if again else 0)
+            most = max(most, here + transient + given + layer.output_bytes + layer.forward_extra_bytes)
+            extra = max(layer.backward_extra_bytes, layer.forward_extra_bytes if again else 0)
             marks.append(here + transient + extra + (tail if k < last - 1 else 0))
         each = self.each(stage, first, last, recompute)
         if final:
             logits = 0 if each - here - self.loss.own_bytes else self.loss.input_bytes
-            most = max(most, each + max(self.loss.forward_extra + logits, self.loss.backward_extra))
+            most = max(most, each + max(self.loss.forward_extra_bytes + logits, self.loss.backward_extra_bytes))
         left = 0
         for k in reversed(range(first, last)):
             most = max(most, marks[k - first] + tail + left)
@@ -268,12 +231,12 @@ class StageMemory:
         most = 0
         for k in range(first, last):
             layer = self.layers[k]
-            most = max(most, layer.forward_extra, layer.backward_extra)
+            most = max(most, layer.extra_bytes)
             if k in recompute:
-                most = max(most, layer.own_bytes + max(layer.forward_extra, layer.backward_extra))
+                most = max(most, layer.own_bytes + layer.extra_bytes)
         if stage == len(self.in_flight) - 1:
             # The logits are still there while the loss is computed.
-            most = max(most, self.loss.forward_extra + self.loss.input_bytes, self.loss.backward_extra)
+            most = max(most, self.loss.forward_extra_bytes + self.loss.input_bytes, self.loss.backward_extra_bytes)
         return most
 
     def _wire_bytes(self, stage: int, first: int, last: int) -> int:

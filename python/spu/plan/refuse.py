@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from spu import schedules
+from spu.cost.layer_cost import LayerCost
 from spu.plan import core
-from spu.plan.memory import LayerNeeds, state_bytes
+from spu.plan.memory import state_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.request import Placed, Request
 from spu.plan.units import format_bytes, format_bytes_up
@@ -42,7 +43,7 @@ def refusal(request: Request, max_microbatches: int | None = None) -> BudgetErro
     )
 
 
-def state_line(layers: Sequence[LayerNeeds], precision: str, budgets: Sequence[int]) -> str:
+def state_line(layers: Sequence[LayerCost], precision: str, budgets: Sequence[int]) -> str:
     """What training holds whatever the batch, in words, against all budgets together."""
     parts = [sum(state_bytes(layer, precision)[k] for layer in layers) for k in range(4)]
     words = ("weights", "main gradients", "fp32 masters", "AdamW's moments")
@@ -171,13 +172,13 @@ def _finer(request: Request, prefix: str, limit: int | None) -> Iterator[Change]
         yield label, smaller.changed(microbatches=count)
 
 
-def _shrink(factor: int) -> Callable[[LayerNeeds], LayerNeeds]:
+def _shrink(factor: int) -> Callable[[LayerCost], LayerCost]:
     names = ("own_bytes", "input_bytes", "output_bytes", "deferred_bytes")
 
-    def shrink(needs: LayerNeeds) -> LayerNeeds:
-        smaller = {name: -(-getattr(needs, name) // factor) for name in names}
+    def shrink(cost: LayerCost) -> LayerCost:
+        smaller = {name: -(-getattr(cost, name) // factor) for name in names}
         # Workspace may be weight gradients, which do not shrink with the microbatch: left as it is.
-        return dataclasses.replace(needs, **smaller)
+        return dataclasses.replace(cost, **smaller)
 
     return shrink
 

@@ -10,9 +10,10 @@ from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 from spu import schedules
+from spu.cost.layer_cost import LayerCost
 from spu.plan import core
 from spu.plan.flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
-from spu.plan.memory import Boundary, Held, LayerNeeds, StageBytes, StageMemory, state_bytes, wire_bytes
+from spu.plan.memory import Boundary, Held, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
 from spu.schedules.simulate import _runner
 from spu.settings import Settings
@@ -25,6 +26,10 @@ _CORE = {"none": core.KEEP, "all": core.AGAIN, "auto": core.AUTO, "given": core.
 
 UPDATE_BYTES = 38
 """Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
+
+
+Times = tuple[tuple[float, float], ...]
+"""(forward, backward) seconds of every layer, and last of the loss, for one microbatch on one device."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Request:
     """Everything that decides a plan.
 
     Attributes:
-        layers, loss: what they need.
-        times: [ranks][layers and the loss] (forward, backward) seconds of a microbatch on each device.
+        layers, loss: what they cost.
+        times: of the layers on each rank.
         devices, speeds: one per rank.
         settings: of the training, with a schedule and a number of microbatches.
         codecs: one per boundary.
@@ -67,9 +72,9 @@ class Request:
         fixed: boundaries that are given.
     """
 
-    layers: tuple[LayerNeeds, ...]
-    loss: LayerNeeds
-    times: tuple[tuple[tuple[float, float], ...], ...]
+    layers: tuple[LayerCost, ...]
+    loss: LayerCost
+    times: tuple[Times, ...]
     devices: tuple[Device, ...]
     speeds: tuple[Speed, ...]
     settings: Settings
@@ -149,8 +154,8 @@ class Request:
             own=own,
             inner=inner,
             inner_again=[layer.input_bytes for layer in self.layers],
-            extra=[max(layer.forward_extra, layer.backward_extra) for layer in self.layers],
-            extra_again=[max(layer.forward_extra, layer.backward_extra) + layer.own_bytes for layer in self.layers],
+            extra=[layer.extra_bytes for layer in self.layers],
+            extra_again=[layer.extra_bytes + layer.own_bytes for layer in self.layers],
             in_flight=list(memory.in_flight),
             budgets=list(budgets),
             **ends,
@@ -197,7 +202,7 @@ class Request:
         kept = loss.input_saved or self.layers[-1].output_saved
         return {
             "leave_each": [0] * count + [loss.own_bytes + (loss.input_bytes if kept else 0)],
-            "leave_extra": [0] * count + [max(loss.forward_extra + loss.input_bytes, loss.backward_extra)],
+            "leave_extra": [0] * count + [max(loss.forward_extra_bytes + loss.input_bytes, loss.backward_extra_bytes)],
             "leave_s": [0.0] * count + [sum(self.times[self.homes[stage]][count])],
         }
 
@@ -339,7 +344,7 @@ class Request:
 
     def updates(self, placed: Placed) -> list[float]:
         """Seconds of the update of every stage."""
-        trained = [sum(self.layers[k].trained for k in part) for part in placed.parts]
+        trained = [sum(self.layers[k].trained_count for k in part) for part in placed.parts]
         return [UPDATE_BYTES * n / self.speeds[home].update_rate for n, home in zip(trained, self.homes)]
 
     def step_s(self, placed: Placed) -> float:

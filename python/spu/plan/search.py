@@ -11,24 +11,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from spu import schedules
+from spu.cost.layer_cost import LayerCost
 from spu.plan.machine import Machine
 from spu.plan.make import with_bases, write_plan
-from spu.plan.memory import LayerNeeds, state_bytes, wire_bytes
-from spu.plan.needs import Times, counted_times, layer_needs
+from spu.plan.memory import state_bytes, wire_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
-from spu.plan.request import Placed, Request
+from spu.plan.request import Placed, Request, Times
 from spu.plan.units import format_bytes
 from spu.settings import AUTO, Settings
 
-if TYPE_CHECKING:
-    from spu.profile import LayerCost
-
-CostsOf = Callable[[int], "tuple[Sequence[LayerCost], LayerCost]"]
+CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
 """Rows of a microbatch -> costs of the layers, and of the loss."""
 
 SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
@@ -142,13 +138,13 @@ class _Search:
         self.settings, self.batch, self.model = settings, batch, model
         self.same_order, self.one_process = same_order, one_process
         self.counts = microbatch_counts(settings, batch)
-        self._profiles: dict[int, tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times]]] = {}
+        self._profiles: dict[int, tuple[tuple[LayerCost, ...], LayerCost, list[Times]]] = {}
 
     def best(self) -> tuple[Request, Placed] | None:
         """The fastest request and placement; None if nothing fits."""
         counts = self.counts
-        needs, *_ = self._profile(self._rows(counts[-1]))
-        if _states(needs, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
+        layers, *_ = self._profile(self._rows(counts[-1]))
+        if _states(layers, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
             return None  # whatever the batch: no need to look at any placement
         found = [entry for order in self._orders() for entry in self._found(order, counts)]
         if not found:  # before it is said that nothing fits, every order is tried with what takes least memory
@@ -265,19 +261,19 @@ class _Search:
 
         return min(("none", "int8"), key=seconds)
 
-    def _profile(self, rows: int) -> tuple[tuple[LayerNeeds, ...], LayerNeeds, list[Times]]:
+    def _profile(self, rows: int) -> tuple[tuple[LayerCost, ...], LayerCost, list[Times]]:
         """(layers, loss, [devices] times) for a number of rows."""
         if rows not in self._profiles:
-            costs, loss_cost = self.costs_of(rows)
-            needs = tuple(layer_needs(cost, before) for cost, before in zip(costs, [None, *costs]))
-            loss = layer_needs(loss_cost, costs[-1])
+            costs, loss = self.costs_of(rows)
             machine = self.machine
             if self.times_of is not None:
                 times = [tuple(own) for own in self.times_of(rows)]
             else:
-                every = [*costs, loss_cost]
-                times = [counted_times(every, f, b) for f, b in zip(machine.flops, machine.bandwidths)]
-            self._profiles[rows] = needs, loss, times
+                times = [
+                    tuple(cost.seconds(flops, bandwidth) for cost in [*costs, loss])
+                    for flops, bandwidth in zip(machine.flops, machine.bandwidths)
+                ]
+            self._profiles[rows] = tuple(costs), loss, times
         return self._profiles[rows]
 
     def basis(self, request: Request) -> str:
@@ -331,7 +327,7 @@ class _Search:
         )
 
 
-def _states(layers: Sequence[LayerNeeds], precision: str) -> int:
+def _states(layers: Sequence[LayerCost], precision: str) -> int:
     return sum(sum(state_bytes(layer, precision)) for layer in layers)
 
 

@@ -1,0 +1,91 @@
+"""What one layer costs: the numbers that placing a model rests on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LayerCost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What one layer, or the loss, costs for one microbatch, in the precision and the form of the training."""
+
+    name: str
+    """The layer's name."""
+
+    param_count: int = 0
+    """Number of parameters; those that an earlier layer has too are left out (see ``ties``)."""
+
+    trained_count: int = 0
+    """How many of them are trained, and so have main gradients, masters and moments."""
+
+    own_bytes: int = 0
+    """Bytes that the forward leaves behind for the backward, the layer's input and output not counted."""
+
+    input_bytes: int = 0
+    """Bytes of what comes from the layer before."""
+
+    output_bytes: int = 0
+    """Bytes of what goes to the next layer."""
+
+    input_saved: bool = False
+    """Whether the backward needs the input."""
+
+    output_saved: bool = False
+    """Whether the backward needs the output."""
+
+    forward_extra_bytes: int = 0
+    """The most bytes that the forward takes beyond those that it leaves behind, while it runs."""
+
+    backward_extra_bytes: int = 0
+    """The most bytes that the backward takes beyond those that the forward has left behind, while it runs."""
+
+    deferred_bytes: int = 0
+    """Bytes that deferred weight gradients keep beside ``own_bytes``, between input gradient and weight gradients."""
+
+    left_bytes: int = 0
+    """All bytes that deferred weight gradients keep in that time, the layer's input not counted."""
+
+    left_input: bool = False
+    """Whether deferred weight gradients keep the input, too."""
+
+    forward_flops: int = 0
+    """FLOPs (2 per multiply-add) of matrix products, convolutions and attention in the forward."""
+
+    backward_flops: int = 0
+    """The same of the backward: gradients of the input and of the parameters."""
+
+    deferred_flops: int = 0
+    """FLOPs, among ``backward_flops``, of weight gradients that can be deferred."""
+
+    forward_traffic_bytes: int = 0
+    """Bytes that all other operators of the forward read and write."""
+
+    backward_traffic_bytes: int = 0
+    """The same of the backward."""
+
+    ties: tuple[tuple[int, int, int], ...] = ()
+    """Parameters that earlier layers have too: (index of the last of those layers, parameters, trained ones) each."""
+
+    basis: str = "counted"
+    """What the numbers rest on: "counted" on fake tensors, "measured" on real ones where the layer reads values, or
+    "bound": the layer could not be run, and the sizes of its parameters and its input bound it."""
+
+    @property
+    def weight_share(self) -> float:
+        """The share of the backward's time that weight gradients take which can be deferred."""
+        return self.deferred_flops / self.backward_flops if self.backward_flops else 0.0
+
+    @property
+    def extra_bytes(self) -> int:
+        """The most bytes of workspace of an action."""
+        return max(self.forward_extra_bytes, self.backward_extra_bytes)
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float | None = None) -> tuple[float, float]:
+        """Return (forward, backward) seconds: products at ``flops_per_s``, traffic at ``bytes_per_s`` (None: free)."""
+        forward, backward = self.forward_flops / flops_per_s, self.backward_flops / flops_per_s
+        if bytes_per_s is not None:
+            forward += self.forward_traffic_bytes / bytes_per_s
+            backward += self.backward_traffic_bytes / bytes_per_s
+        return forward, backward
