@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spu import devices, hostinfo
-from spu.devices import Device, DeviceManager, call_pinned, format_bytes, parse_bytes, pin_current_thread
+from spu.devices import Device, DeviceManager, call_pinned, parse_bytes, pin_current_thread
 
 GB = 10**9
 
@@ -96,27 +96,6 @@ def test_parse_bytes_refuses_other_types(value: object) -> None:
 def test_parse_bytes_refuses_a_negative_number() -> None:
     with pytest.raises(ValueError, match="-5"):
         parse_bytes(-5)
-
-
-@pytest.mark.parametrize(
-    ("n", "expected"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.00 kB"),
-        (1_500_000_000, "1.50 GB"),
-        (999_999, "1.00 MB"),
-        (-2 * GB, "-2.00 GB"),
-    ],
-)
-def test_format_bytes(n: int, expected: str) -> None:
-    assert format_bytes(n) == expected
-
-
-@given(st.integers(0, 10**17))
-def test_what_format_bytes_writes_parse_bytes_reads(n: int) -> None:
-    read = parse_bytes(format_bytes(n))
-    assert abs(read - n) <= max(0.5, 0.006 * n), f"{n} -> {format_bytes(n)} -> {read}"
 
 
 # Names and cores.
@@ -252,7 +231,7 @@ def test_the_default_budget_is_available_memory_less_the_reserve(monkeypatch: py
     play_cpu(monkeypatch, 2, total=30 * GB, free=20 * GB)
     whole = DeviceManager().get_devices("cpu")[0]
     assert (whole.memory_bytes, whole.budget_bytes, whole.reserve_bytes) == (30 * GB, 17 * GB, 3 * GB)
-    assert "20.00 GB available less 3.00 GB" in whole.description
+    assert "20.0 GB available less 3.00 GB" in whole.description
     halves = DeviceManager().get_devices("cpu,cpu")
     assert [(d.budget_bytes, d.reserve_bytes) for d in halves] == [(17 * GB // 2, 3 * GB // 2)] * 2
 
@@ -288,13 +267,13 @@ def test_a_cpu_devices_own_budget_comes_out_of_the_shared_one(monkeypatch: pytes
     found = DeviceManager("cpu=10GB,cpu:1=4GB").get_devices("cpu,cpu,cpu")
     assert [d.budget_bytes for d in found] == [3 * GB, 4 * GB, 3 * GB]
     assert sum(d.budget_bytes for d in found) == 10 * GB
-    with pytest.raises(ValueError, match=r"cpu:1=10.00 GB leaves nothing of the cpu budget 10.00 GB for cpu:0"):
+    with pytest.raises(ValueError, match=r"cpu:1=10.0 GB leaves nothing of the cpu budget 10.0 GB for cpu:0"):
         DeviceManager("cpu=10GB,cpu:1=10GB").get_devices("cpu,cpu")
 
 
 def test_a_budget_above_what_there_is_warns_and_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2, total=32 * GB)
-    with pytest.warns(UserWarning, match=r"cpu=64GB is more than the 32.00 GB") as caught:
+    with pytest.warns(UserWarning, match=r"cpu=64GB is more than the 32.0 GB") as caught:
         manager = DeviceManager("cpu=64GB")
     assert caught[0].filename == __file__
     assert manager.get_devices("cpu")[0].budget_bytes == 64 * GB

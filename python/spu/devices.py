@@ -22,9 +22,10 @@ from typing import TypeVar
 
 import torch
 
+from spu.common.units import format_bytes
 from spu.hostinfo import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
-__all__ = ["Device", "DeviceManager", "call_pinned", "format_bytes", "parse_bytes", "pin_current_thread"]
+__all__ = ["Device", "DeviceManager", "call_pinned", "parse_bytes", "pin_current_thread"]
 
 T = TypeVar("T")
 
@@ -64,18 +65,6 @@ def parse_bytes(text: str | int, total: int | None = None) -> int:
     if size > _LARGEST:
         raise ValueError(f"{text!r} is more memory than any machine has; valid: {_SIZE_FORMS}")
     return int(size)
-
-
-def format_bytes(n: int | float) -> str:
-    """``n`` bytes for people, in powers of 1000: ``"512 B"``, ``"1.50 GB"``; :func:`parse_bytes` reads it back."""
-    sign, size = ("-" if n < 0 else ""), abs(float(n))
-    if size < 999.5:
-        return f"{sign}{size:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        size /= 1000
-        if size < 999.5:
-            return f"{sign}{size:.2f} {unit}" if size < 99.95 else f"{sign}{size:.0f} {unit}"
-    return f"{sign}{size / 1000:.2f} PB"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spu import doctor
-from spu.devices import Device, DeviceManager, format_bytes
+from spu.common.units import format_bytes
+from spu.devices import Device, DeviceManager
 from spu.speed import measure_device, measure_link, measure_loopback
 
 

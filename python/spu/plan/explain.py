@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spu.common.units import format_bytes, format_seconds
 from spu.plan.curve import peak_moment
-from spu.plan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from spu.plan.machine import Machine

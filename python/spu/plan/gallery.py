@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from spu.common.units import format_bytes, format_seconds
 from spu.plan.colors import FAINT, FILL, IDLE, OTHER_FILL, TEXT, WORDS
 from spu.plan.curve import memory_curve
-from spu.plan.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan

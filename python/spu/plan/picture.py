@@ -6,8 +6,8 @@ import os
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from spu.common.units import format_seconds
 from spu.plan.colors import FAINT, FILL, IDLE, INK, OTHER_FILL, OTHER_INK, TEXT, WORDS
-from spu.plan.units import format_seconds
 from spu.schedules import Span, Timeline
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from spu import schedules
+from spu.common.units import format_bytes, format_bytes_up
 from spu.cost.layer_cost import LayerCost
 from spu.plan import core
 from spu.plan.memory import state_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.request import Placed, Request
-from spu.plan.units import format_bytes, format_bytes_up
 
 Change = tuple[str, Request]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from spu import schedules
+from spu.common.units import format_bytes
 from spu.cost.layer_cost import LayerCost
 from spu.plan.machine import Machine
 from spu.plan.make import with_bases, write_plan
@@ -21,7 +22,6 @@ from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
 from spu.plan.request import Placed, Request, Times
-from spu.plan.units import format_bytes
 from spu.settings import AUTO, Settings
 
 CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spu.plan.units import format_bytes, format_seconds
+from spu.common.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan

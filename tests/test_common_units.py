@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spu.common.units import format_bytes, format_bytes_up, format_seconds
 from spu.devices import parse_bytes
-from spu.plan.units import format_bytes, format_bytes_up, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,18 @@ from spu.plan.units import format_bytes, format_bytes_up, format_seconds
         (99_990_000, "100 MB", "100 MB"),
         (999_999_999, "1.00 GB", "1.00 GB"),
         (335_200_000_000, "335 GB", "336 GB"),
+        (999_999, "1.00 MB", "1.00 MB"),
         (-1500, "-1.50 kB", "-1.50 kB"),
     ],
 )
 def test_bytes_with_three_digits(count, nearest, up):
     assert (format_bytes(count), format_bytes_up(count)) == (nearest, up)
+
+
+@given(st.integers(0, 10**17))
+def test_what_format_bytes_writes_parse_bytes_reads(n):
+    read = parse_bytes(format_bytes(n))
+    assert abs(read - n) <= max(0.5, 0.006 * n), f"{n} -> {format_bytes(n)} -> {read}"
 
 
 @given(st.integers(0, 10**16))
