@@ -60,9 +60,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def new_run(folder: Path, name: str, *more: str) -> list[str]:
-    model, data = str(folder / "tiny.json"), str(folder / "text.txt")
-    out = str(folder / "runs")
-    return ["train", "--model", model, "--data", data, "--out", out, "--name", name, *SETTINGS, *DEVICES, *more]
+    model, out = str(folder / "tiny.json"), str(folder / "runs")
+    data = [] if "--data" in more else ["--data", str(folder / "text.txt")]
+    return ["train", "--model", model, *data, "--out", out, "--name", name, *SETTINGS, *DEVICES, *more]
 
 
 def run_here(folder: Path, *arguments: str) -> int:
@@ -272,7 +272,7 @@ def test_bad_input_names_value_and_fix_and_writes_nothing(place, capsys, options
     (place / "GPT2").write_text(json.dumps(gpt2))
     files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "GPT2")}
     before = snapshot(place)
-    code = run_here(place, *new_run(place, "bad"), *(files.get(option, option) for option in options))
+    code = run_here(place, *new_run(place, "bad", *(files.get(option, option) for option in options)))
     error = capsys.readouterr().err
     assert code == 2, error
     for part in expected:

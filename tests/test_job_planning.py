@@ -10,7 +10,8 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from spu.cli import main
-from spu.job.planning import PlanOptions, declared_devices, plan_command
+from spu.job.config import PlanOptions
+from spu.job.planning import declared_devices, plan_command
 from spu.plan import Plan
 
 TINY = {
@@ -88,7 +89,7 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
         (("--speed", "cuda:3=rtx3070"), "--speed names cuda:3; the devices are cpu:0"),
         (
             ("--model", "internlm2-1.8b", "--microbatches", "few"),
-            "--microbatches few: give a whole number of at least 1, or auto",
+            "--microbatches 'few' must be a whole number of at least 1, or auto",
         ),
     ],
 )
@@ -109,7 +110,7 @@ def test_devices_that_are_not_here_are_declared_by_their_budget():
 
 def test_absurd_numbers_end_in_one_line_or_a_refusal_that_counts(tiny, capsys):
     assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "100000000") == 2
-    assert "--seq 100000000: give a whole number from 1 to 1048576" in capsys.readouterr().err
+    assert "--seq 100000000 must be a whole number from 1 to 1048576" in capsys.readouterr().err
     assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "64", "--batch", "1000000000") == 2
     assert "no plan fits the budgets" in "".join(capsys.readouterr())
 
@@ -123,4 +124,4 @@ def test_a_budget_that_names_a_device_twice_is_refused(budget: str) -> None:
 
 def test_a_budget_that_no_machine_has_is_refused() -> None:
     with pytest.raises(ValueError, match="cuda:0=99999999999999TB: .*more memory than any machine has"):
-        plan_command(PlanOptions(budget="cuda:0=99999999999999TB"), None, None)
+        plan_command(PlanOptions(budget="cuda:0=99999999999999TB"))

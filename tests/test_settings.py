@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from torch import nn
@@ -84,3 +87,89 @@ def test_the_trainer_shows_every_setting_in_its_signature_and_documentation():
 def test_every_setting_has_a_sentence():
     for field in Settings.__dataclass_fields__.values():
         assert kind_of(field).about.endswith("."), field.name
+
+
+ONE_MORE = """
+import importlib.util, inspect, json, sys
+from pathlib import Path
+
+import spu
+
+FIELD = '    residency: str = choice("resident", "Where weights stay between uses.", ["resident", "paged"])\\n\\n'
+spec = importlib.util.find_spec("spu.settings")
+source, check = Path(spec.origin).read_text(encoding="utf-8"), "    def check(self) -> None:\\n"
+assert source.count(check) == 1
+sys.modules["spu.settings"] = module = importlib.util.module_from_spec(spec)
+exec(compile(source.replace(check, FIELD + check), spec.origin, "exec"), module.__dict__)
+
+import torch
+from torch import nn
+
+from spu import ModelParallelTrainer, cli
+from spu.job.config import TrainConfig
+from spu.job.options import read_options
+from spu.plan import Plan
+
+
+def refusal(call, *arguments, **keywords):
+    try:
+        call(*arguments, **keywords)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("it was taken")
+
+
+def trainer(**settings):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    return ModelParallelTrainer(model, ["cpu:0", "cpu:1"], precision="fp32", microbatches=2, **settings)
+
+
+file = Path(sys.argv[1]) / "job.yaml"
+file.write_text("residency: paged")
+(values,) = read_options({"config": str(file)}, TrainConfig)
+config = TrainConfig(**values)
+assert config.to_json()["residency"] == "paged"
+assert TrainConfig.from_json(config.to_json()) == config
+file.write_text("residence: paged")
+assert "did you mean residency?" in refusal(read_options, {"config": str(file)}, TrainConfig)
+assert refusal(read_options, {"residency": "here"}, TrainConfig) == (
+    "unknown --residency 'here': give one of resident, paged"
+)
+
+assert inspect.signature(ModelParallelTrainer).parameters["residency"].default == "resident"
+assert "residency: Where weights stay between uses. One of resident, paged." in ModelParallelTrainer.__doc__
+assert refusal(trainer, residency="here") == "unknown residency 'here': give one of resident, paged"
+batch = torch.randn(4, 2)
+with trainer(residency="paged") as it:
+    plan = it.prepare(batch, batch)
+data = json.loads(plan.to_json())
+assert data["settings"]["residency"] == "paged"
+assert Plan.from_json(data) == plan
+data["settings"]["residency"] = "here"
+assert refusal(Plan.from_json, data) == "the plan: unknown settings.residency 'here': give one of resident, paged"
+with trainer(plan=plan) as it:
+    assert "the plan is for residency='paged', but the trainer has 'resident'" in refusal(it.prepare, batch, batch)
+
+for command in ("train", "plan"):
+    try:
+        cli.main([command, "--help"])
+    except SystemExit:
+        pass
+"""
+
+
+def test_a_new_setting_is_one_line(tmp_path):
+    """It reaches the command line, YAML, plan files and the trainer without another line of code."""
+    pytest.importorskip("typer")
+    pytest.importorskip("yaml")
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_MORE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--residency") == 2
+    assert done.stdout.count("Where weights stay between uses. One of resident, paged.  (resident)") == 2

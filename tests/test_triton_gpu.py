@@ -244,8 +244,8 @@ def test_ops_choose_these_kernels_and_train_a_layer() -> None:
 def test_the_training_job_learns(tmp_path: Path) -> None:
     code = (
         "from spu.job.command import train_command\n"
-        f"train_command(dict(devices='cuda:0', steps=60, evals=2), out={str(tmp_path)!r}, name='gpu', resume=None, "
-        "only_reference=False, compare=False)\n"
+        "from spu.job.config import RunOptions\n"
+        f"train_command(dict(devices='cuda:0', steps=60, evals=2), RunOptions(out={str(tmp_path)!r}, name='gpu'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -188,7 +188,8 @@ def train(phase: Phase) -> None:
     for name, settings in runs.items():
         code = (
             "from spu.job.command import train_command\n"
-            f"train_command(dict({settings}), out={str(out)!r}, name={name!r})\n"
+            "from spu.job.config import RunOptions\n"
+            f"train_command(dict({settings}), RunOptions(out={str(out)!r}, name={name!r}))\n"
         )
         if phase.run(_python("-c", code)) and not phase.dry:
             RESULTS.mkdir(parents=True, exist_ok=True)

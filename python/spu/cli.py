@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -10,10 +11,14 @@ from typing import Annotated, Any
 try:
     import typer
 except ImportError:  # the library works without its command line
-    sys.exit("spu: the command line needs more packages: pip install 'typer>=0.12' 'rich>=13' 'transformers>=5.0'")
+    packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
+    sys.exit(f"spu: the command line needs more packages: pip install {packages}")
+
+from spu.common.options import Options, kind_of
+from spu.job.config import PlanOptions, RunOptions, TrainConfig, option
+from spu.job.options import read_options
 
 BAD_INPUT, INTERRUPTED = 2, 130
-_CODECS = "auto, none, fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2"  # spu.ops has them, but imports torch
 
 app = typer.Typer(
     name="spu",
@@ -51,115 +56,58 @@ def _fail(text: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def _named(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
+def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of these dataclasses; one that is not named arrives as None.
+
+    Values arrive as texts: what they mean, and what is allowed, the fields say.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        made = []
+        for field in (field for options in classes for field in options.own_first()):
+            kind, flag = kind_of(field), option(field.name)
+            start = "" if field.default is None or field.default is False else f"  ({kind.shown(field.default)})"
+            kinds: Any = bool if kind.is_flag else list[str] if kind.once else str
+            names = f"{flag}/--no-{flag[2:]}" if kind.is_flag else flag
+            metavar = None if kind.is_flag else kind.metavar
+            shown = typer.Option(names, help=kind.help + start, metavar=metavar, show_default=False)
+            annotation = Annotated[kinds | None, shown]
+            made.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+        setattr(command, "__signature__", inspect.Signature(made))  # noqa: B010  mypy knows no such attribute
+        return command
+
+    return decorated
 
 
 @app.command()
-def train(
-    model: Annotated[
-        str | None, typer.Option(help="Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Text file. Default: Python's language reference.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new run. Default: the time.")] = None,
-    out: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
-    resume: Annotated[str | None, typer.Option(help="Go on with a run: its name or folder; alone: the latest.")] = None,
-    devices: Annotated[str | None, typer.Option(help="auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...  (auto)")] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=24GB.  (what is free)")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer, auto.  (1f1b)")
-    ] = None,
-    microbatches: Annotated[str | None, typer.Option(help="Microbatches of a pipeline round, or auto.  (8)")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Pipeline rounds for one update.  (1)")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.  (fp16)")] = None,
-    transfer: Annotated[str | None, typer.Option(help=f"Between stages: {_CODECS}.  (int8)")] = None,
-    recompute: Annotated[str | None, typer.Option(help="Recompute activations: auto, on or off.  (auto)")] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates; with --resume, more than before.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Or: tokens to train on.  (786432)")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Or: minutes to fill.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  (0.002)")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps that warm up.  (0.05)")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's.  (0.1)")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Clip the gradient norm to this.  (1.0)")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence.  (128)")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a step.  (8)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches and dropout.  (0)")] = None,
-    init_scale: Annotated[float | None, typer.Option(help="First loss scale (fp16).  (65536)")] = None,
-    growth_interval: Annotated[int | None, typer.Option(help="Good steps before the scale doubles.  (200)")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.  (100)")] = None,
-    evals: Annotated[int | None, typer.Option(help="Points of the validation curve.  (10)")] = None,
-    plan: Annotated[
-        str | None, typer.Option(help="A plan.json of spu plan: devices, schedule, stages as it says.")
-    ] = None,
-    replan: Annotated[
-        bool | None, typer.Option("--replan", help="After the second step, place the layers again by what it took.")
-    ] = None,
-    reference: Annotated[bool, typer.Option("--reference", help="Train in plain fp32 PyTorch instead.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Train both ways and print the difference.")] = False,
-    sample: Annotated[bool, typer.Option("--sample/--no-sample", help="Let the model write some lines.")] = True,
-) -> None:
+@takes(TrainConfig, RunOptions)
+def train(**given: Any) -> None:
     """Train a decoder on a text, in a pipeline over the devices, into runs/NAME."""
-    options = {key: value for key, value in locals().items() if key not in _NOT_SETTINGS}
 
     def command() -> None:
         from spu.job.command import train_command
-        from spu.job.config import read_count
 
-        options["microbatches"] = read_count("microbatches", microbatches)
-        options["data"] = data[-1] if data else None
-
-        train_command(
-            _named(options),
-            out=out,
-            name=name,
-            resume=resume,
-            plan=plan,
-            only_reference=reference,
-            compare=compare,
-            sample=sample,
-            further_data=tuple(data or ())[:-1],
-        )
+        config, options = read_options(given, TrainConfig, RunOptions)
+        train_command(config, RunOptions(**options))
 
     guarded(command)
 
 
 @app.command()
-def plan(
-    model: Annotated[
-        str, typer.Option(help="A config that comes with spu (internlm2-1.8b, -7b, -20b), a config.json, or a folder.")
-    ] = "internlm2-1.8b",
-    devices: Annotated[
-        str | None, typer.Option(help="cuda:0,cpu, cpu:0,cpu:1, ... need not be here.  (those of the budget)")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Memory to use, e.g. cuda:0=8GB,cpu=64GB.  (what is free)")] = None,
-    speed: Annotated[
-        str | None, typer.Option(help="Of devices that are not here: cuda:0=rtx3070,cpu=200GFLOPS.  (nominal)")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
-    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    accumulate: Annotated[int, typer.Option(help="Pipeline rounds for one update.")] = 1,
-    microbatches: Annotated[str, typer.Option(help="A number, or auto.")] = "auto",
-    schedule: Annotated[str, typer.Option(help="1f1b, gpipe, interleaved, zb, zbv, layer_outer, or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
-    transfer: Annotated[str, typer.Option(help=f"Between stages: {_CODECS}.")] = "auto",
-    recompute: Annotated[str, typer.Option(help="Recompute activations: auto, on or off.")] = "auto",
-    same_order: Annotated[bool, typer.Option("--same-order", help="Use every device, in the order given.")] = False,
-    out: Annotated[str, typer.Option(help="Where the plan is written.")] = "plan.json",
-    picture: Annotated[str | None, typer.Option(help="Draw it: a .png, .svg or .pdf file.")] = None,
-) -> None:
+@takes(PlanOptions)
+def plan(**given: Any) -> None:
     """Say before training whether a model fits, where each layer goes and how long a step takes."""
-    given = dict(locals())
 
     def command() -> None:
-        from spu.job.planning import PlanOptions, plan_command
+        from spu.job.planning import plan_command
 
-        options = {key: value for key, value in given.items() if key not in ("out", "picture")}
-        plan_command(PlanOptions(**options), out, picture)
+        (options,) = read_options(given, PlanOptions)
+        plan_command(PlanOptions(**options))
 
     guarded(command)
-
-
-_NOT_SETTINGS = ("name", "out", "resume", "plan", "reference", "compare", "sample")
 
 
 @app.command()

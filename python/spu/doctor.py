@@ -32,7 +32,9 @@ _PACKAGES: dict[str, tuple[str, str]] = {
     "rich": ("the progress display of spu train", "13"),
     "typer": ("the spu command", "0.12"),
     "matplotlib": ("pictures of runs and plans", "3.8"),
+    "pyyaml": ("files of options for the spu command", "6"),
 }
+_MODULES = {"pyyaml": "yaml"}
 _TRITON = ("kernels on CUDA devices", "3.6,<3.10")
 _COMPILERS = {
     "apt-get": "apt-get install -y g++",
@@ -106,7 +108,7 @@ def _packages() -> list[Row]:
     for name, (purpose, versions) in needed.items():
         try:
             version = metadata.version(name)
-            importlib.import_module(name)
+            importlib.import_module(_MODULES.get(name, name))
         except Exception as error:
             missing = isinstance(error, metadata.PackageNotFoundError)
             fault = "is not installed" if missing else f"cannot be imported: {_text(error)}"

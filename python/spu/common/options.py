@@ -29,6 +29,7 @@ __all__ = [
     "number",
     "takes_keywords",
     "text",
+    "unknown",
     "whole",
 ]
 
@@ -50,6 +51,7 @@ class Kind:
             refuse.
         plain: turn the value into JSON.
         is_flag: whether the command line has an option without a value for it.
+        once: why the command line may not name it twice, with "{values}"; "": the last one holds.
         metavar: what stands for the value in help texts.
     """
 
@@ -59,7 +61,12 @@ class Kind:
     parse: Callable[[str], Any] = str
     plain: Callable[[Any], Any] = lambda value: value
     is_flag: bool = False
+    once: str = ""
     metavar: str = "TEXT"
+
+    def shown(self, value: Any) -> str:
+        """Return a value as help texts have it."""
+        return f"{value:g}" if isinstance(value, float) else str(self.plain(value))
 
     @property
     def help(self) -> str:
@@ -77,18 +84,20 @@ def choice(default: str | None, about: str, values: Iterable[str]) -> Any:
     return field_of(default, Kind(about, f"one of {', '.join(known)}", take))
 
 
-def whole(default: int | str | None, about: str, *, least: int = 1, auto: bool = False) -> Any:
+def whole(default: int | str | None, about: str, *, least: int = 1, most: int | None = None, auto: bool = False) -> Any:
     """Return a field for a whole number, or "auto" where ``auto`` allows it."""
 
     def take(value: Any) -> Any:
         if auto and value == AUTO:
             return value
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else _refuse()
+        known = isinstance(value, int) and not isinstance(value, bool)
+        return value if known and least <= value and (most is None or value <= most) else _refuse()
 
     def parse(text: str) -> Any:
         return int(text) if text.strip().lstrip("+-").isdecimal() else text
 
-    allowed = f"a whole number of at least {least}" + (", or auto" if auto else "")
+    allowed = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+    allowed += ", or auto" if auto else ""
     return field_of(default, Kind(about, allowed, take, parse, metavar="INTEGER|auto" if auto else "INTEGER"))
 
 
@@ -122,13 +131,13 @@ def flag(default: bool, about: str) -> Any:
     return field_of(default, Kind(about, "true or false", take, parse, is_flag=True))
 
 
-def text(default: str | None, about: str) -> Any:
-    """Return a field for any text."""
+def text(default: str | None, about: str, *, once: str = "") -> Any:
+    """Return a field for any text; ``once`` as in `Kind`."""
 
     def take(value: Any) -> Any:
         return value if isinstance(value, str) else _refuse()
 
-    return field_of(default, Kind(about, "a text", take))
+    return field_of(default, Kind(about, "a text", take, once=once))
 
 
 def default(base: type[Options], name: str, value: Any) -> Any:
@@ -159,6 +168,14 @@ _SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, 
 
 
 # What all options can do
+
+
+def unknown(name: str, known: Iterable[str], what: str = "a setting") -> str:
+    """Return the words that refuse a name that is not known: with the nearest one, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    said = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"{name!r} is not {what}; {said}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +218,6 @@ class Options:
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod
-    def unknown(cls, name: str, what: str = "a setting") -> str:
-        """Return the words that refuse a name that is no setting: with the nearest one, or all of them."""
-        near = difflib.get_close_matches(name, cls.names(), n=1)
-        said = f"did you mean {near[0]}?" if near else f"there are {', '.join(cls.names())}"
-        return f"{name!r} is not {what}; {said}"
-
-    @classmethod
     def given(cls, settings: Self | None, keywords: Mapping[str, Any], caller: str) -> Self:
         """Return ``settings``, or the defaults, with the keywords of a call.
 
@@ -217,7 +227,7 @@ class Options:
         """
         for name in keywords:
             if name not in cls.names():
-                raise TypeError(f"{caller}: {cls.unknown(name, 'one of its keywords')}")
+                raise TypeError(f"{caller}: {unknown(name, cls.names(), 'one of its keywords')}")
         return cls(**keywords) if settings is None else dataclasses.replace(settings, **keywords)
 
     @classmethod
@@ -231,24 +241,33 @@ class Options:
         return {name: None if value is None else kind.plain(value) for name, (kind, value) in values.items()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
+    def from_json(cls, values: Mapping[str, Any], where: str = "", *, partly: bool = False) -> Self:
         """Return what `to_json` wrote.
 
         Args:
-            values: of every setting.
+            values: by the settings' names.
             where: stands before a setting's name in messages.
+            partly: settings that are missing have their defaults.
 
         Raises:
             ValueError: a setting that is missing, unknown, or has a value that is not allowed.
         """
         for name in values:
             if name not in cls.names():
-                raise ValueError(where + cls.unknown(name))
+                raise ValueError(where + unknown(name, cls.names()))
         for field in dataclasses.fields(cls):
-            if field.name not in values:
+            if field.name in values:
+                cls.taken(field, values[field.name], where + field.name)
+            elif not partly:
                 raise ValueError(f"{where}{field.name} is missing")
-            cls.taken(field, values[field.name], where + field.name)
         return cls(**values)
+
+    @classmethod
+    def own_first(cls) -> list[dataclasses.Field[Any]]:
+        """Return the fields in the order for people: those of the class before those of what it extends."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        order = dict.fromkeys(name for base in cls.__mro__ for name in inspect.get_annotations(base))
+        return [fields[name] for name in order if name in fields]
 
 
 # Keywords of a class

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from spu.blueprint import config_names
 from spu.job import reference, report
-from spu.job.config import PLACEMENT, TrainConfig, resume_config
+from spu.job.config import PLACEMENT, RunOptions, TrainConfig, resume_config
 from spu.job.folder import find_folder, new_folder
 from spu.job.placed import planned_settings
 from spu.job.run import Job, draw_losses, train
@@ -17,30 +16,12 @@ from spu.job.stop import Stopped, StopSignals
 from spu.plan import Plan
 
 
-def train_command(
-    given: dict[str, Any],
-    *,
-    out: str = "runs",
-    name: str | None = None,
-    resume: str | None = None,
-    plan: str | None = None,
-    only_reference: bool = False,
-    compare: bool = False,
-    sample: bool = True,
-    further_data: tuple[str, ...] = (),
-) -> Path:
+def train_command(given: dict[str, Any], options: RunOptions) -> Path:
     """Start or go on with a run and print what came of it.
 
     Args:
         given: settings of `TrainConfig` named by the user.
-        out: folder of all runs.
-        name: of a new run; None for one made from the time.
-        resume: name or folder of a run to go on with, or "latest".
-        plan: file of a plan that a new run is placed by.
-        only_reference: train the plain fp32 reference alone.
-        compare: train both and print how they differ.
-        sample: let the trained model write a few lines at the end.
-        further_data: texts that were named beside the one in ``given``, which are refused.
+        options: what else was named.
 
     Returns:
         The run's folder.
@@ -49,30 +30,27 @@ def train_command(
         ValueError: bad input; the text names the value and the fix, and nothing was written over.
         Stopped: Ctrl-C or SIGTERM; what could be saved is saved.
     """
+    plan, resume = options.plan, options.resume
+    only_reference = options.reference and not options.compare
     chosen = None if plan is None else Plan.load(plan)
     if chosen is not None and resume is not None:
         raise ValueError(f"--plan {plan} and --resume {resume}: a resumed run keeps its plan, leave --plan out")
     if chosen is not None:
         given = planned_settings(chosen, given, str(plan))
-    job = _make_job(given, out, name, resume)
-    job.given_plan, job.sample = chosen, sample
+    job = _make_job(given, options.out, options.name, resume)
+    job.given_plan, job.sample = chosen, options.sample
     job.read()
-    if further_data:
-        names = " ".join((*further_data, given["data"]))
-        raise ValueError(
-            f"--data is given {len(further_data) + 1} times, and a run has one text: cat {names} > all.txt"
-        )
-    if only_reference and not compare and job.config.planned_steps() is None:
+    if only_reference and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
     try:
         with StopSignals() as signals:
-            if compare or not only_reference:
+            if not only_reference:
                 summary = _pipeline(job, signals)
-            if compare or only_reference:
+            if options.compare or only_reference:
                 _stop_if_asked(signals)
                 result = _reference(job, signals)
                 print(f"plain fp32: validation loss {result['val_loss']:.4f}, {result['tokens_per_s']:,.0f} tokens/s")
-            if compare:
+            if options.compare:
                 draw_losses(job, summary)
                 print("\n".join(report.comparison_lines(summary, result)))
     finally:
@@ -85,7 +63,7 @@ def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | N
         for key in ("model", "data"):  # a run is resumed from any folder
             if given.get(key) is not None and given[key] not in config_names():
                 given = {**given, key: str(Path(given[key]).resolve())}
-        return Job(dataclasses.replace(TrainConfig(), **given), new_folder(out, name), new=True)
+        return Job(TrainConfig(**given), new_folder(out, name), new=True)
     if name is not None:
         raise ValueError(f"--name {name} and --resume {resume}: a resumed run keeps its name, leave --name out")
     folder = find_folder(out, resume)

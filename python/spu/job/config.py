@@ -1,4 +1,4 @@
-"""What one training run is: every setting, its default, and the checks that need neither model nor data."""
+"""What `spu train` and `spu plan` can be asked: their options beside the settings, and checks without model or data."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spu import schedules
-from spu.ops.wire import CODECS
+from spu.common.options import AUTO, Options, default, flag, number, text, whole
+from spu.settings import Settings, TrainSettings
 
-PRECISIONS = ("fp16", "bf16", "fp32")
-TRANSFERS = ("auto", "none", *CODECS)
-RECOMPUTE = ("auto", "on", "off")
 MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more take for ever
 MAX_PARTS = 4096
+MOST_PLANNED_TOKENS = 1 << 20  # tables of positions are made for real, some hundred bytes a token and layer type
 BYTE_VOCABULARY = 256
 
 # The default model: 3.08M parameters over bytes. The defaults of TrainConfig were chosen by plain fp32 runs of 800k
@@ -43,97 +41,49 @@ PLACEMENT = ("devices", "budget")
 LENGTH = ("steps", "tokens")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run. Saved in its folder, so that it can be resumed and its reference be trained.
+def option(name: str) -> str:
+    """Return the option of the command line for a field."""
+    return "--" + name.replace("_", "-")
 
-    Attributes:
-        model: a folder or file of a Hugging Face model; None for `DEFAULT_MODEL`.
-        data: a text file; None for Python's own language reference.
-        devices: names for `DeviceManager.get_devices`.
-        budget: memory budgets for `DeviceManager`, or None for what is available.
-        schedule: one of `spu.schedules`, or "auto": the planner's choice.
-        microbatches: microbatches of one round of the schedule, or "auto".
-        accumulate: rounds for one update.
-        precision: "fp16", "bf16" or "fp32".
-        transfer: codec between the stages, "auto" or "none".
-        recompute: "auto", "on" or "off".
-        steps: updates in all; None until `minutes` or `tokens` have been turned into it.
-        minutes: training time to fill, measured at the start of the run.
-        tokens: training tokens to fill.
-        lr: peak learning rate; warmed up linearly, then a cosine down to `final_lr` of it.
-        warmup: share of the steps that warm up.
-        final_lr: share of `lr` at the last step.
-        beta2: AdamW's second moment decay (the first is 0.9).
-        weight_decay: AdamW's.
-        max_grad_norm: global gradient norm to clip to.
-        seq: tokens of a sequence.
-        batch: sequences of a step.
-        seed: of weights, batches and everything random.
-        init_scale: loss scale to start from (fp16).
-        growth_interval: good steps before the loss scale doubles.
-        save_every: steps between checkpoints.
-        evals: validation points on the curve (the last one is on the whole validation set).
-        replan: after the second step, place the layers again by what it took.
-    """
 
-    model: str | None = None
-    data: str | None = None
-    devices: str = "auto"
-    budget: str | None = None
-    schedule: str = "1f1b"
-    microbatches: int | str = 8
-    accumulate: int = 1
-    precision: str = "fp16"
-    transfer: str = "int8"
-    recompute: str = "auto"
-    steps: int | None = None
-    minutes: float | None = None
-    tokens: int | None = None
-    lr: float = 2e-3
-    warmup: float = 0.05
-    final_lr: float = 0.05
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    seq: int = 128
-    batch: int = 8
-    seed: int = 0
-    init_scale: float = 2.0**16
-    growth_interval: int = 200
-    save_every: int = 100
-    evals: int = 10
-    replan: bool = False
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainSettings):
+    """What one training run is. Saved in its folder, so that it can be resumed and its reference be trained."""
+
+    label = staticmethod(option)
+
+    model: str | None = text(None, "Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
+    data: str | None = text(
+        None, "Text file. Default: Python's language reference.", once="a run has one text: cat {values} > all.txt"
+    )
+    devices: str = text(AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...")
+    budget: str | None = text(None, "Memory to use, e.g. cuda:0=8GB,cpu=24GB. Default: what is free.")
+    steps: int | None = whole(None, "Updates; with --resume, more than before.")
+    tokens: int | None = whole(None, "Or: tokens to train on. Default: 786432.")
+    minutes: float | None = number(None, "Or: minutes to fill, measured at the start of the run.")
+    lr: float = number(2e-3, "Peak learning rate: warmed up linearly, then a cosine down to its last share.")
+    warmup: float = number(0.05, "Share of the steps that warm up.", zero=True, most=1)
+    final_lr: float = number(0.05, "Share of the learning rate at the last step.", zero=True, most=1)
+    beta2: float = number(0.95, "AdamW's second moment decay; the first is 0.9.", zero=True, most=1)
+    weight_decay: float = number(0.1, "AdamW's.", zero=True)
+    seq: int = whole(128, "Tokens of a sequence.")
+    batch: int = whole(8, "Sequences of a step.")
+    init_scale: float = number(2.0**16, "First loss scale (fp16).")
+    growth_interval: int = whole(200, "Good steps before the scale doubles.")
+    save_every: int = whole(100, "Steps between checkpoints.")
+    evals: int = whole(10, "Points of the validation curve; the last one is on the whole validation set.")
+
+    # The job's own defaults of settings
+    transfer: str = default(Settings, "transfer", "int8")
+    max_grad_norm: float = default(TrainSettings, "max_grad_norm", 1.0)
 
     def check(self) -> None:
-        """Raises ValueError naming the first setting that makes no sense, its value and what to give instead."""
-        if self.schedule != "auto":
-            schedules.get(self.schedule)
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("transfer", self.transfer, TRANSFERS)
-        _one_of("recompute", self.recompute, RECOMPUTE)
-        if self.microbatches != "auto":
-            _at_least("microbatches", self.microbatches, 1)
-        for name in ("accumulate", "seq", "batch", "save_every", "growth_interval", "evals"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
-        for name in ("lr", "max_grad_norm", "init_scale", *(["minutes"] if self.minutes is not None else [])):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{_option(name)} {value} must be a positive number")
-        for name in ("warmup", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{_option(name)} {getattr(self, name)} must be from 0 to 1")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"--weight-decay {self.weight_decay} must be 0 or a positive number")
-        given = [_option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
+        super().check()
+        given = [option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
         check_step_size(self.batch, self.seq)
-        parts = self.fewest_parts
+        parts = self.parts
         if parts > MAX_PARTS:
             raise ValueError(
                 f"--microbatches {self.microbatches} x --accumulate {self.accumulate} cut a step into {parts} parts: "
@@ -144,11 +94,6 @@ class TrainConfig:
                 f"--batch {self.batch} has fewer sequences than --microbatches {self.microbatches} x --accumulate "
                 f"{self.accumulate}: give --batch {parts} or more, or fewer microbatches"
             )
-
-    @property
-    def fewest_parts(self) -> int:
-        """Into how many microbatches a step is cut at least."""
-        return self.accumulate * (self.microbatches if isinstance(self.microbatches, int) else 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -174,16 +119,47 @@ class TrainConfig:
         done = min(1.0, (step - warm) / max(1, steps - warm))
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> TrainConfig:
-        """Raises ValueError for settings that this version does not have."""
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {', '.join(unknown)}: the run was made by another version of spu")
-        return TrainConfig(**values)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """What `spu train` is asked beside the run's own configuration."""
+
+    label = staticmethod(option)
+
+    name: str | None = text(None, "Name of the new run. Default: the time.")
+    out: str = text("runs", "Folder of all runs.")
+    resume: str | None = text(None, "Go on with a run: its name or folder; alone: the latest.")
+    config: str | None = text(None, "YAML file of options, named as here; those given here win.")
+    plan: str | None = text(None, "A plan.json of spu plan: devices, schedule, stages as it says.")
+    reference: bool = flag(False, "Train in plain fp32 PyTorch instead.")
+    compare: bool = flag(False, "Train both ways and print the difference.")
+    sample: bool = flag(True, "Let the model write some lines.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Settings):
+    """What `spu plan` is asked."""
+
+    label = staticmethod(option)
+
+    model: str = text(
+        "internlm2-1.8b", "A config that comes with spu (internlm2-1.8b, -7b, -20b), a config.json, or a folder."
+    )
+    devices: str | None = text(
+        None, "cuda:0,cpu, cpu:0,cpu:1, ... which need not be here. Default: those of the budget."
+    )
+    budget: str | None = text(None, "Memory to use, e.g. cuda:0=8GB,cpu=64GB. Default: what is free.")
+    speed: str | None = text(None, "Of devices that are not here: cuda:0=rtx3070,cpu=200GFLOPS. Default: nominal ones.")
+    batch: int = whole(8, "Sequences of a step.")
+    seq: int = whole(2048, "Tokens of a sequence.", most=MOST_PLANNED_TOKENS)
+    same_order: bool = flag(False, "Use every device, in the order given.")
+    out: str = text("plan.json", "Where the plan is written.")
+    picture: str | None = text(None, "Draw it: a .png, .svg or .pdf file.")
+    config: str | None = text(None, "YAML file of options, named as here; those given here win.")
+
+    # Planning leaves to the search what training does not
+    schedule: str = default(Settings, "schedule", AUTO)
+    microbatches: int | str = default(Settings, "microbatches", AUTO)
 
 
 def check_step_size(batch: int, seq: int) -> None:
@@ -196,29 +172,6 @@ def check_step_size(batch: int, seq: int) -> None:
 
 
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores
-
-
-def read_count(name: str, text: str | None) -> int | str | None:
-    """A whole number or "auto" as it was typed; None stays None. Raises ValueError for anything else."""
-    if text is None or text == "auto":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{_option(name)} {text}: give a whole number of at least 1, or auto")
-    return int(text)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {_option(name)} {value!r}: give one of {', '.join(known)}")
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{_option(name)} {value} must be a whole number of at least {least}")
 
 
 def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
@@ -237,7 +190,7 @@ def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         if name not in (*PLACEMENT, *LENGTH) and not same:
             was = "default" if old is None else old
             raise ValueError(
-                f"{_option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
+                f"{option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
             )
     placed = dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})
     return _lengthened(placed, {name: given[name] for name in LENGTH if given.get(name) is not None})
@@ -248,10 +201,9 @@ def _lengthened(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     if not given or all(value == getattr(saved, name) for name, value in given.items()):
         return saved
     wanted = dataclasses.replace(saved, **{"steps": None, "tokens": None, "minutes": None, **given})
-    wanted.check()
     old, new = saved.planned_steps(), wanted.planned_steps()
     assert new is not None
     if old is not None and new < old:
-        words = " ".join(f"{_option(name)} {value}" for name, value in given.items())
+        words = " ".join(f"{option(name)} {value}" for name, value in given.items())
         raise ValueError(f"{words}: the run has {old} steps, which can be raised but not lowered: give {old} or more")
     return wanted if old != new else saved

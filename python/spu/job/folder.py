@@ -74,7 +74,7 @@ class RunFolder:
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved.get("format") != FORMAT:
                 raise ValueError("not written by spu train")
-            return TrainConfig.from_json(saved["settings"]), saved["corpus"]
+            return TrainConfig.from_json(saved["settings"], partly=True), saved["corpus"]
         except FileNotFoundError:
             raise ValueError(f"--resume {self.path}: no config.json there: give the name or folder of a run") from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

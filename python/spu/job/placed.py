@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from spu.job.config import option
 from spu.plan import Plan
+from spu.settings import AUTO, Recompute
 
 
 def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str, Any]:
@@ -19,13 +21,10 @@ def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str
         ValueError: the user has named a setting that the plan decides otherwise.
     """
     decided: dict[str, Any] = {
+        **{name: getattr(plan.settings, name) for name in plan.settings.names()},
         "devices": ",".join(plan.devices),
-        "schedule": plan.settings.schedule,
-        "microbatches": plan.settings.microbatches,
-        "accumulate": plan.settings.accumulate,
-        "precision": plan.settings.precision,
-        "transfer": "auto",  # each boundary as the plan says
-        "recompute": "auto",  # each layer as the plan says
+        "transfer": AUTO,  # each boundary as the plan says
+        "recompute": Recompute.of(AUTO),  # each layer as the plan says
     }
     if plan.rows:
         decided["batch"] = plan.rows * plan.settings.parts
@@ -33,8 +32,7 @@ def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str
         decided["seq"] = plan.tokens
     for name, value in decided.items():
         if name in given and given[name] != value:
-            option = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{option} {given[name]}, but {source} was made for {value}: leave the option out, or plan again"
+                f"{option(name)} {given[name]}, but {source} was made for {value}: leave the option out, or plan again"
             )
     return {**given, **decided}

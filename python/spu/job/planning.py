@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from spu.devices import Device, DeviceManager, parse_bytes
-from spu.job.config import TRANSFERS, read_count
+from spu.job.config import PlanOptions
 from spu.job.console import terminal_width
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
-from spu.settings import Recompute, Settings
+from spu.settings import Settings
 from spu.speed import measure_device, measure_link
-
-_MOST_TOKENS = 1 << 20
-"""Tables of positions are made for real, some hundred bytes a token and layer type."""
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What `spu plan` is asked; see the command's help."""
-
-    model: str = "internlm2-1.8b"
-    devices: str | None = None
-    budget: str | None = None
-    speed: str | None = None
-    batch: int = 8
-    seq: int = 2048
-    accumulate: int = 1
-    microbatches: str = "auto"
-    schedule: str = "auto"
-    precision: str = "fp16"
-    transfer: str = "auto"
-    recompute: str = "auto"
-    same_order: bool = False
 
 
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
@@ -133,7 +110,7 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     return make_machine(devices, measured, speeds, precision, links)
 
 
-def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> Plan:
+def plan_command(options: PlanOptions) -> Plan:
     """Plan, print, write.
 
     Raises:
@@ -144,14 +121,12 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     from spu.plan.explain import explain
 
     began = time.perf_counter()
-    if options.precision not in ("fp16", "bf16", "fp32"):
-        raise ValueError(f"--precision {options.precision}: give fp16, bf16 or fp32")
     devices, absent = declared_devices(options.devices, options.budget)
     machine = describe_machine(devices, absent, options.speed, options.precision)
     layers = blueprint(options.model)
     parameters = sum({id(p): p.numel() for layer in layers for p in layer.module.parameters()}.values())
     name = Path(options.model).name.removesuffix(".json")
-    settings = _settings(options)
+    settings = Settings.part_of(options)
     plan = search_plan(
         costs_by_rows(layers, options.seq, settings),
         machine,
@@ -163,35 +138,18 @@ def plan_command(options: PlanOptions, out: str | None, picture: str | None) -> 
     )
     lines = explain(plan, machine, parameters, time.perf_counter() - began, terminal_width())
     print("\n".join(lines), flush=True)
-    if out is not None:
-        plan.save(out)
-        budget = f" --budget {options.budget}" if options.budget else ""
-        where = " (where these devices are)" if absent else ""
-        print(f"written: {out}; train with it{where}: spu train --model {options.model} --plan {out}{budget}")
-    if picture is not None:
+    plan.save(options.out)
+    budget = f" --budget {options.budget}" if options.budget else ""
+    where = " (where these devices are)" if absent else ""
+    print(
+        f"written: {options.out}; train with it{where}: spu train --model {options.model} --plan {options.out}{budget}"
+    )
+    if options.picture is not None:
         from spu.plan.gallery import draw_plan
 
-        draw_plan(plan, picture)
-        print(f"drawn: {picture}")
+        draw_plan(plan, options.picture)
+        print(f"drawn: {options.picture}")
     return plan
 
 
-def _settings(options: PlanOptions) -> Settings:
-    if options.recompute not in ("auto", "on", "off"):
-        raise ValueError(f"--recompute {options.recompute}: give auto, on or off")
-    if options.transfer not in TRANSFERS:
-        raise ValueError(f"--transfer {options.transfer}: give one of {', '.join(TRANSFERS)}")
-    if not 1 <= options.seq <= _MOST_TOKENS:
-        raise ValueError(f"--seq {options.seq}: give a whole number from 1 to {_MOST_TOKENS}")
-    recompute: bool | str = options.recompute if options.recompute == "auto" else options.recompute == "on"
-    return Settings(
-        accumulate=options.accumulate,
-        microbatches=read_count("microbatches", options.microbatches) or "auto",
-        schedule=options.schedule,
-        precision=options.precision,
-        transfer=options.transfer,
-        recompute=Recompute.of(recompute),
-    )
-
-
-__all__ = ["PlanOptions", "declared_devices", "describe_machine", "plan_command"]
+__all__ = ["declared_devices", "describe_machine", "plan_command"]

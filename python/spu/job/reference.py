@@ -17,20 +17,14 @@ from spu.job.folder import RunFolder
 from spu.job.metrics import MetricsFile, save_result
 from spu.job.model import make_model
 from spu.job.stop import Stopped, StopSignals
+from spu.settings import Settings
 
 RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
 # How the pipeline does its work; the reference has none of it, so that its result does not depend on them.
-_NOT_OURS = (
-    *PLACEMENT,
-    "schedule",
-    "replan",
-    "precision",
-    "transfer",
-    "recompute",
-    "init_scale",
-    "growth_interval",
-    "save_every",
-)
+_NOT_OURS = {*PLACEMENT, *Settings.names(), "replan", "init_scale", "growth_interval", "save_every"} - {
+    "microbatches",  # cut the reference's batches as well
+    "accumulate",
+}
 
 
 def reference_key(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -62,7 +56,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
     inputs, targets = corpus.batch(config.seed, step, config.batch, config.seq)
-    parts = config.fewest_parts
+    parts = config.parts
     optimizer.zero_grad(set_to_none=True)
     loss = 0.0
     for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):

@@ -30,6 +30,7 @@ from spu.optim import AdamW
 from spu.plan import Plan, draw_timeline, write_trace
 from spu.precision import LossScaler
 from spu.schedules import Timeline
+from spu.settings import TrainSettings
 from spu.trainer import ModelParallelTrainer, StepResult
 
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
@@ -61,7 +62,6 @@ class Job:
         Raises:
             ValueError: bad settings, data or model; nothing was written.
         """
-        self.config.check()
         model_config = load_config(self.config.model)
         self.tokenizer = make_tokenizer(self.config.model, model_config)
         self._check_plan(model_config.get_text_config())
@@ -132,18 +132,11 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         DeviceManager(config.budget).get_devices(config.devices),
         optimizer=partial(AdamW, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay),
         lr_schedule=lambda step: job.config.lr_factor(step),
-        precision=config.precision,
-        microbatches=config.microbatches,
-        accumulate=config.accumulate,
-        schedule=config.schedule,
+        settings=TrainSettings.part_of(config),
+        replan=config.replan and plan is None,
         plan=plan,
         measure=plan is None or plan is job.given_plan,  # so that predicted times are of these layers here
         report=job.say,
-        replan=config.replan and plan is None,
-        transfer=config.transfer,
-        recompute="auto" if config.recompute == "auto" else config.recompute == "on",
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
         scaler=LossScaler(
             init_scale=config.init_scale, growth_interval=config.growth_interval, enabled=config.precision == "fp16"
         ),
