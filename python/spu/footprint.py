@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from spu import nn as spu_nn
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
 from spu.cost.layer_cost import LayerCost
 from spu.engine.loss import loss_of
@@ -35,7 +36,6 @@ from spu.untouched import untouched
 
 __all__ = ["Run", "loss_run", "training_costs"]
 
-_HALVES = (torch.float16, torch.bfloat16)
 _MOST_BYTES, _MOST_FLOPS = 2 << 30, 2e11
 """What a layer may take, counted roughly, that is run on real tensors to be costed; then it is bounded instead."""
 
@@ -90,7 +90,7 @@ def training_costs(
     owners: dict[int, int] = {}
     costs: list[LayerCost] = []
     with untouched(*(run.module for run in runs)), hooks_off(), hushed(), torch.inference_mode(False):
-        rehearsal = _Rehearsal(runs, sample, dtype, dtype in _HALVES if fused is None else fused, real)
+        rehearsal = _Rehearsal(runs, sample, dtype, dtype in HALVES if fused is None else fused, real)
         x = fake_copy(rehearsal.mode, sample)
         for run in runs:
             stop_if_asked()

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spu.common.dtypes import HALVES
+
 from .ops.optimizer import on_device
 from .ops.reference_optimizer import follow
-from .optim_checks import HALVES, check_grad, control
+from .optim_checks import check_grad, control
 
 
 class MasterOptimizer:

@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import foreach_add_
 
 from .master_optimizer import MasterOptimizer
 from .ops import adamw_
 from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
 from .ops.reference_optimizer import follow
-from .optim_checks import HALVES, MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
+from .optim_checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
 
 __all__ = ["AdamW", "MasterOptimizer", "clip_coefficient"]
 

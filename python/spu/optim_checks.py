@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.optimizer import PLAIN, on_device
+from spu.common.dtypes import STORAGE
 
-HALVES = (torch.float16, torch.bfloat16)
+from .ops.optimizer import PLAIN, on_device
 
 # Settings of torch.optim.AdamW that mean another update than this library makes, and those that another class has.
 _OTHER_UPDATES = ("amsgrad", "maximize")
@@ -52,7 +52,7 @@ def check_grad(param: Tensor) -> Tensor:
                 f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient: it is stepped "
                 "with a gradient of its own dtype"
             )
-    elif param.dtype not in (*HALVES, torch.float32):
+    elif param.dtype not in STORAGE:
         raise TypeError(
             f"a parameter of shape {tuple(param.shape)} is {param.dtype}: optimizers here step float16, bfloat16, "
             "float32, float64 and complex parameters"

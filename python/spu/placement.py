@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.dtypes import DTYPES
 from spu.common.torch_private import is_fake, pytree
 from spu.common.units import format_bytes
 from spu.cost.layer_cost import LayerCost
 from spu.devices import Device
-from spu.engine.build import DTYPES
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
 from spu.footprint import Run, alike, loss_run, training_costs

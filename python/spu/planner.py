@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from spu import placement, schedules
+from spu.common.dtypes import DTYPES
 from spu.cost.layer_cost import LayerCost
 from spu.devices import Device
-from spu.engine.build import DTYPES
 from spu.engine.layers import Layer
 from spu.engine.microbatch import batch_rows, split_batch
 from spu.engine.runner import split_inputs

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from spu import __version__
+from spu.common.dtypes import DTYPES
 from spu.common.files import cache_directory, write_json
 from spu.devices import Device, call_pinned
 from spu.hostinfo import cpu_model
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 _FORMAT = 1
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Sides of the square product. The small one tells whether the large one is affordable (fp16 in plain torch on a CPU is
 # two orders slower than fp32); the large ones fill the caches of a core, and a card.
 _SMALL_SIDE, _CPU_SIDE, _CUDA_SIDE = 128, 768, 4096
@@ -75,7 +75,7 @@ def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
 
     def measure() -> dict[str, float]:
         linear = _linear()
-        values = {name: _flops(linear, device.torch_device, dtype) for name, dtype in _DTYPES.items()}
+        values = {name: _flops(linear, device.torch_device, dtype) for name, dtype in DTYPES.items()}
         return values | {"memory_bandwidth": _copy_bandwidth(device.torch_device)}
 
     key = {"what": "device", "device": identity(device), "linear": linear_identity()}

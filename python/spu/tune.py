@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from spu import __version__
+from spu.common.dtypes import DTYPES
 from spu.kernels import table
 from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune_backends import LAYERS, layer_of
-from spu.tune_calls import DTYPES, REPRESENTATIVE, call_of, candidates
+from spu.tune_calls import REPRESENTATIVE, call_of, candidates
 from spu.tune_compile import Compiling
 
 __all__ = ["REPRESENTATIVE", "candidates", "measure_us", "plan_lines", "tune"]

@@ -19,7 +19,6 @@ REPRESENTATIVE = {
     "medium": (2048, 4096, 4096),
     "large": (8192, 8192, 4096),
 }
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # rows, columns, inner, warps, stages
 _TILES = (
     (128, 256, 64, 8, 3),

@@ -14,7 +14,8 @@ from types import TracebackType
 
 import torch
 
-from spu.tune_calls import DTYPES, REPRESENTATIVE, call_of, candidates
+from spu.common.dtypes import DTYPES
+from spu.tune_calls import REPRESENTATIVE, call_of, candidates
 
 Row = tuple[str, str, str]  # op, dtype, shape class
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spu import nn as spu_nn
+from spu.common.dtypes import DTYPES
 from spu.engine.layers import Layer
 from spu.engine.leaves import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from spu.devices import Device
 
 __all__ = [
-    "DTYPES",
     "Built",
     "build_stages",
     "check_parameters",
@@ -31,8 +31,6 @@ __all__ = [
     "undo_precision",
     "unfused",
 ]
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass

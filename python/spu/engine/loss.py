@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import pytree
 
 __all__ = ["OnRawOutputs", "cross_entropy", "loss_of"]
@@ -38,4 +39,4 @@ def loss_of(loss_fn: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: 
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALVES else tensor

@@ -16,7 +16,6 @@ from spu.job.config import BYTE_VOCABULARY, DEFAULT_MODEL
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _BYTES_FILE = "tokenizer.bytes"  # beside weights that were trained on bytes
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Tokenizer(Protocol):

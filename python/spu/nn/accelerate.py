@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 from torch import nn
+
+from spu.common.dtypes import DTYPES
 
 from .attention import restore_attention, use_attention
 from .blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
@@ -14,7 +15,6 @@ from .table import BLOCKS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _MARK = "_spu_accelerated"
-_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _fused_form(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -46,9 +46,9 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
     Raises:
         ValueError: for an unknown precision.
     """
-    if precision is not None and precision not in _PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(map(repr, _PRECISIONS))}, or None")
-    dtype = None if precision is None else _PRECISIONS[precision]
+    if precision is not None and precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(map(repr, DTYPES))}, or None")
+    dtype = None if precision is None else DTYPES[precision]
     for module in model.modules():
         fused = _fused_form(type(module))
         if fused is not None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.dtypes import HALVES
+
 from ..ops import attention
 from ..ops.plain import takes
 from ..ops.reference import exact
@@ -25,7 +27,6 @@ from ..ops.reference import exact
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
 _OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}
-_HALF = (torch.float16, torch.bfloat16)
 _READ = frozenset(("scaling", "dropout", "is_causal"))  # keywords that are served here
 # Keywords that reach an attention but speak of the mask, which is made by then, or of other parts of the model.
 _UNREAD = frozenset((
@@ -37,7 +38,7 @@ _UNREAD = frozenset((
 
 def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any], known: frozenset[str]) -> bool:
     """Whether this is a call that is known here in every detail, in 16 bits on a CPU."""
-    if q.device.type != "cpu" or q.dtype not in _HALF or not q.dtype == k.dtype == v.dtype:
+    if q.device.type != "cpu" or q.dtype not in HALVES or not q.dtype == k.dtype == v.dtype:
         return False
     return all(name in known or value is None for name, value in keywords.items()) and takes(q, k, v)
 
@@ -81,7 +82,7 @@ def _widened(
     module: nn.Module,
     keywords: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if mask is not None and mask.dtype in _HALF:
+    if mask is not None and mask.dtype in HALVES:
         # The lowest number hides a key; beside fp32 scores, 16 bits' lowest would leave the order of hidden ones.
         hidden = mask == torch.finfo(mask.dtype).min
         mask = mask.float().masked_fill(hidden, torch.finfo(torch.float32).min)

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.dtypes import STORAGE
 from spu.common.torch_private import constant_when_traced, operator_has_kernel
 
 from . import schema, wire
 from .schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
-_STORAGE = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "reference": (*_STORAGE, torch.float64),
-    "cpu": _STORAGE,
-    "triton": _STORAGE,
-    "cuda": _STORAGE,
+    "reference": (*STORAGE, torch.float64),
+    "cpu": STORAGE,
+    "triton": STORAGE,
+    "cuda": STORAGE,
 }
 CUDA_BACKENDS = ("triton", "cuda")  # those that serve CUDA tensors, the preferred one first
 _BUILD = (
@@ -273,7 +273,7 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
         works = cuda_candidates(dtype)
         if works:
             return works[0]
-        if dtype in _STORAGE:
+        if dtype in STORAGE:
             first = status_of(CUDA_BACKENDS[0])
             return _fall_back(first.reason, first.fix)
     return "reference"

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spu.common import torch_private
+from spu.common.dtypes import HALVES
 
 from . import wire
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -42,7 +42,7 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _HALVES else x
+    return x.float() if x.dtype in HALVES else x
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import has_onednn_sums
 
-_HALVES = (torch.float16, torch.bfloat16)
 _FEW_TERMS = (
     64  # a 16-bit sum of so few is off by a few units of its last place: pooling as models use it stays torch's
 )
@@ -39,7 +39,7 @@ _Wide = Callable[..., Any]  # (that kernel, its arguments) -> its results, summe
 
 
 def _widened(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value
 
 
 def _all_wide(call: Call, *args: Any) -> Any:
@@ -113,7 +113,7 @@ def _layer_norm(
     dw, db = (torch.zeros(n, dtype=torch.float32) for _ in "wb")
     for dy_, x_, mean_, rstd_ in zip(*(part.split(max(1, _CHUNK // n)) for part in parts), strict=True):
         wide = x_.float()
-        if mean_.dtype in _HALVES:
+        if mean_.dtype in HALVES:
             mean_, rstd_ = _unrounded(wide, rstd_)
         _, dw_, db_ = call(dy_.float(), wide, [n], mean_, rstd_, *flat, sums)
         dw += dw_ if mask[1] else 0
@@ -149,7 +149,7 @@ def _batch_norm(
 ) -> Any:
     """torch sums in fp32 here, but over a mean that it has rounded to 16 bits."""
     given = dy, x, weight, running_mean, running_var, mean, invstd, train, eps
-    if not train or mean is None or mean.dtype not in _HALVES or not (mask[1] or mask[2]):
+    if not train or mean is None or mean.dtype not in HALVES or not (mask[1] or mask[2]):
         return call(*given, mask)
     dx = call(*given, [mask[0], False, False])[0]
     wide = x.float()
@@ -228,7 +228,7 @@ def _stand_in_front(name: str, wide: _Wide, wanted: Callable[[], bool]) -> None:
     def kernel(keys: torch.DispatchKeySet, first: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = partial(found.call_boxed, keys)
         # With gradients enabled it is a forward that a checkpoint repeats, or a backward to be differentiated.
-        if first.dtype in _HALVES and not torch.is_grad_enabled() and wanted():
+        if first.dtype in HALVES and not torch.is_grad_enabled() and wanted():
             return wide(call, first, *args, **kwargs)
         return call(first, *args, **kwargs)
 

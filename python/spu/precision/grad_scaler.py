@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from spu.common import torch_private
+from spu.common.dtypes import HALVES
 
 from ..ops import grad_sqnorm
 from ..ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
@@ -25,7 +26,6 @@ from ..optim import AdamW
 from .main_grads import ParameterSink, unscale_grad
 
 _T = TypeVar("_T")
-_HALVES = (torch.float16, torch.bfloat16)
 # Those that take one dtype alone, or keep squares in the parameter's, where fp16 makes them 0 (AdamW is an Adam).
 _NOT_IN_FP16 = tuple(
     getattr(torch.optim, name) for name in ("Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
@@ -58,7 +58,7 @@ def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     handed: list[tuple[Tensor, Tensor, Tensor]] = []
     for param in _parameters(optimizer):
         main = param.grad
-        if main is None or main.dtype != torch.float32 or param.dtype not in _HALVES:
+        if main is None or main.dtype != torch.float32 or param.dtype not in HALVES:
             continue
         if param.dtype == torch.bfloat16:
             handed.append((param, main, main.to(torch.bfloat16)))
@@ -140,7 +140,7 @@ class GradScaler(torch.amp.GradScaler):
             if param.grad is not None:
                 unscale_grad(param, self._scope(param.device).inv_scale)
                 sink.at_true_scale = True
-            if param.dtype in _HALVES:
+            if param.dtype in HALVES:
                 param.grad_dtype = torch.float32
             attach_sink(param, sink)
             param.register_hook(sink.unscale)
@@ -172,7 +172,7 @@ class GradScaler(torch.amp.GradScaler):
             if grad is None:
                 continue
             sink = sink_of(param)
-            if sink is None and param.dtype in _HALVES and param.requires_grad and grad.layout == torch.strided:
+            if sink is None and param.dtype in HALVES and param.requires_grad and grad.layout == torch.strided:
                 sink, grad = self._adopt(param), cast(Tensor, param.grad)
             if not isinstance(sink, ParameterSink) or not (sink.at_true_scale or reduced):
                 scaled.append(param)

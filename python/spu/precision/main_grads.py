@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from spu.common import torch_private
+from spu.common.dtypes import STORAGE
 
 from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
 from ..ops.sink import (
@@ -244,7 +245,7 @@ class MainGrads:
         for param in dict.fromkeys(params):
             if not param.requires_grad:
                 continue
-            if param.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            if param.dtype not in STORAGE:
                 raise TypeError(
                     f"MainGrads: a parameter of shape {tuple(param.shape)} is {param.dtype}: fp32 main gradients serve "
                     "float16, bfloat16 and float32"

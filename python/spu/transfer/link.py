@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from spu import ops
+from spu.common.dtypes import STORAGE
 from spu.common.torch_private import pytree
 from spu.transfer.side import Side
 
 __all__ = ["Link", "Packet"]
-
-_PACKABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Link:
             return pytree.tree_map_only(torch.Tensor, self._send, tree)
 
     def _send(self, tensor: torch.Tensor) -> Any:
-        wanted = tensor.dtype in _PACKABLE and (tensor.requires_grad or not self._activations)
+        wanted = tensor.dtype in STORAGE and (tensor.requires_grad or not self._activations)
         tensor = tensor.detach()
         if self.codec is not None and wanted:
             wire = ops.pack(tensor, self.codec)
