@@ -27,7 +27,7 @@ def scope_of(scale: float = 1024.0) -> ops.BackwardScope:
     return ops.BackwardScope(torch.tensor([scale]), torch.tensor([1 / scale]), torch.zeros(1))
 
 
-class Recorder:
+class Recorder(ops.GradSink):
     """A sink that keeps what it was given, but not the graph of x, which would keep the parameter alive."""
 
     def __init__(self) -> None:
@@ -313,8 +313,8 @@ def test_main_gradients_of_a_linear(
     inv_scale, found_inf = torch.tensor([1 / 1024]), torch.zeros(1)
     start = torch.randn(n, k) if accumulate else torch.full((n, k), float("nan"))  # a store must not load
     main_grad, bias_grad = start.clone(), start[:, 0].clone()
-    ops.linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate=accumulate, backend=backend)
-    ops.linear_db_(dz, bias_grad, inv_scale, found_inf, accumulate=accumulate, backend=backend)
+    ops.linear_dw_(dz, x, ops.MainGrad(main_grad, inv_scale, found_inf, accumulate), backend=backend)
+    ops.linear_db_(dz, ops.MainGrad(bias_grad, inv_scale, found_inf, accumulate), backend=backend)
 
     def expected(kind: torch.dtype) -> tuple[Tensor, Tensor]:
         dw = dz.to(kind).t() @ x.to(kind) * inv_scale.to(kind)
@@ -337,14 +337,14 @@ def test_found_inf_sees_every_value(backend: str, bad: float, where: str) -> Non
         dz, x = torch.randn(13, 7).half(), torch.randn(13, 7).half()
         (dz if where == "dz" else x)[row, column] = bad
         found = torch.zeros(1)
-        ops.linear_dw_(dz, x, torch.zeros(7, 7), torch.ones(1), found, accumulate=True, backend=backend)
+        into = ops.MainGrad(torch.zeros(7, 7), torch.ones(1), found, True)
+        ops.linear_dw_(dz, x, into, backend=backend)
         assert found.item() == 1, (row, column)
-        ops.linear_dw_(x.clone().fill_(1), x.clone().fill_(1), torch.zeros(7, 7), torch.ones(1), found,
-                       accumulate=True, backend=backend)  # fmt: skip
+        ops.linear_dw_(torch.ones_like(dz), torch.ones_like(x), into, backend=backend)
         assert found.item() == 1  # never reset
         if where == "dz":
             found.zero_()
-            ops.linear_db_(dz, torch.zeros(7), torch.ones(1), found, accumulate=False, backend=backend)
+            ops.linear_db_(dz, ops.MainGrad(torch.zeros(7), torch.ones(1), found, False), backend=backend)
             assert found.item() == 1, (row, column)
 
 
@@ -353,16 +353,16 @@ def test_found_inf_sees_every_value(backend: str, bad: float, where: str) -> Non
 def test_unscale(backend: str, dtype: torch.dtype) -> None:
     grad = torch.randn(9, 14).to(dtype).t()
     main_grad, inv_scale, found = torch.full((14, 9), float("inf")), torch.tensor([0.3]), torch.zeros(1)
-    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=False, backend=backend)
+    ops.unscale_(grad, ops.MainGrad(main_grad, inv_scale, found, False), backend=backend)
     assert_equal(main_grad, grad.float() * 0.3, "stored")
-    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=True, backend=backend)
+    ops.unscale_(grad, ops.MainGrad(main_grad, inv_scale, found, True), backend=backend)
     torch.testing.assert_close(main_grad, grad.float() * 0.6)
     assert found.item() == 0
     grad[13, 8] = float("nan")
-    ops.unscale_(grad, main_grad, inv_scale, found, accumulate=True, backend=backend)
+    ops.unscale_(grad, ops.MainGrad(main_grad, inv_scale, found, True), backend=backend)
     assert found.item() == 1
     with pytest.raises(ValueError, match=r"must be float32 of shape \(14, 9\)"):
-        ops.unscale_(grad, torch.zeros(9, 14), inv_scale, found, accumulate=False)
+        ops.unscale_(grad, ops.MainGrad(torch.zeros(9, 14), inv_scale, found, False))
 
 
 @pytest.mark.leaks_threads  # Dynamo's progress monitor

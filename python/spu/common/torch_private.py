@@ -40,13 +40,11 @@ __all__ = [
     "buffers_of",
     "children_of",
     "constant_when_traced",
-    "exporting",
     "fake_mode_active",
     "flash_attention_for_cpu",
     "foreach_add_",
     "forget_compiled_call",
     "forward_mode_active",
-    "functorch_active",
     "generators_equal",
     "global_hook_tables",
     "graph_task_id",
@@ -60,7 +58,6 @@ __all__ = [
     "is_fake",
     "is_generic_key_included",
     "is_view",
-    "jit_tracing",
     "legacy_reduction",
     "operator_has_kernel",
     "operator_names",
@@ -75,6 +72,7 @@ __all__ = [
     "set_tables",
     "set_version",
     "storage_id",
+    "transformed",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
@@ -127,21 +125,8 @@ def running_node_number() -> int | None:
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Return whether autocast is on for any device. For: skipping the question for each."""
 
-functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Return whether a ``torch.func`` transform runs. For: leaving the call to torch's own ops."""
-
-jit_tracing: Callable[[], bool] = torch._C._is_tracing
-"""Return whether ``torch.jit.trace`` records. For: leaving the call to torch's own ops."""
-
-
-def exporting() -> bool:
-    """Return whether ``torch.export`` traces. For: leaving the call to torch's own ops."""
-    return compiler._is_exporting_flag
-
-
-def forward_mode_active() -> bool:
-    """Return whether forward-mode derivatives are taken. For: leaving the call to torch's own ops."""
-    return forward_ad._current_level >= 0
+_functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def constant_when_traced(function: _T) -> _T:
@@ -149,6 +134,24 @@ def constant_when_traced(function: _T) -> _T:
     run as it stands while Dynamo traces, and its result is a constant of the graph."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# While Dynamo traces, it is run as it stands, inside the transforms that it has entered, and the result is a constant
+# of the graph, which Dynamo guards by the stack of transforms.
+@constant_when_traced
+def _watched() -> bool:
+    return _functorch_active() or _jit_tracing() or compiler._is_exporting_flag
+
+
+def forward_mode_active() -> bool:
+    """Return whether forward-mode derivatives are taken. For: refusing those of a backward."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Return whether a transform, a forward-mode derivative or a recorder (``torch.func``, ``torch.jit.trace``,
+    ``torch.export``) looks at the operators that are called now. For: leaving the call to torch's own ops."""
+    return forward_ad._current_level >= 0 or _watched()
 
 
 # Tensors

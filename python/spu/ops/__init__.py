@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from .attention import attention
-from .codec import is_finite_wire, pack, unpack, wire_bytes
-from .cross_entropy import linear_cross_entropy
-from .dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
-from .gated import GATED_ACTIVATIONS, gated_mlp
-from .host import copy_in, pack_to_host, unpack_from_host
-from .linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
-from .optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
-from .reference import ACTIVATIONS
-from .sink import BackwardScope, GradSink, attach_sink, current_scope, detach_sink, open_scope, sink_of
-from .wire import CODECS
+from spu.ops.attention import attention
+from spu.ops.codec import is_finite_wire, pack, unpack, wire_bytes
+from spu.ops.cross_entropy import linear_cross_entropy
+from spu.ops.dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
+from spu.ops.gated import GATED_ACTIVATIONS, gated_mlp
+from spu.ops.host import copy_in, pack_to_host, unpack_from_host
+from spu.ops.linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
+from spu.ops.optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
+from spu.ops.reference import ACTIVATIONS
+from spu.ops.sink import BackwardScope, GradSink, MainGrad, attach_sink, current_scope, detach_sink, open_scope, sink_of
+from spu.ops.wire import CODECS
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,6 +21,7 @@ __all__ = [
     "BackendStatus",
     "BackwardScope",
     "GradSink",
+    "MainGrad",
     "adamw_",
     "attach_sink",
     "attention",

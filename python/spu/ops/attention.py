@@ -6,31 +6,33 @@ called. The backward makes the weights again from the saved log-sum-exp (Dao et 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import schema
-from .dispatch import choose_backend
-from .plain import refuse_derivatives_of_backward, takes
-from .reference import exact, wide
+from spu.ops import schema
+from spu.ops.autograd import Eager, FusedOp
+from spu.ops.dispatch import choose_backend
+from spu.ops.plain import takes
+from spu.ops.reference import exact, wide
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
-        out, lse = schema.overload("attention", backend)(q, k, v, scale, causal)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
-        return out  # type: ignore[no-any-return]
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
+    *qkv, scale, causal = inputs
+    ctx.save_for_backward(*qkv, *outputs)
+    ctx.scale, ctx.causal = scale, causal
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        refuse_derivatives_of_backward("attention", dout)
-        backward = schema.overload("attention_backward", ctx.backend)
-        return (*backward(dout, *ctx.saved_tensors, ctx.scale, ctx.causal), None, None, None)
+
+def _gradients(ctx: Any, dout: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k and v."""
+    backward = schema.overload("attention_backward", backend)
+    return backward(dout, *ctx.saved_tensors, ctx.scale, ctx.causal)  # type: ignore[no-any-return]
+
+
+_ATTENTION = FusedOp("attention", "attention", 3, _save, _gradients)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
@@ -79,7 +81,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, scale, causal)
     if choose_backend(q) == "cpu" and takes(q, k, v):
-        return _Attention.apply(q, k, v, scale, causal, "cpu")  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return schema.overload("attention", "cpu")(q, k, v, scale, causal)[0]  # type: ignore[no-any-return]
+        return Eager.apply(q, k, v, _ATTENTION, "cpu", (scale, causal), ())
     return _torch_attention(q, k, v, scale, causal)  # type: ignore[no-any-return]
 
 

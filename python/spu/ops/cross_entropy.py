@@ -10,32 +10,29 @@ time, which the input gradient and the weight's sink take at once:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.common.torch_private import BelowAutograd
-
-from . import schema, wire
-from .dispatch import DTYPES, choose_backend
-from .linear import compute_dtype
-from .plain import fake, refuse_derivatives_of_backward, takes
-from .reference import exact, wide
-from .sink import at_once, sinks_of
+from spu.ops import schema, wire
+from spu.ops.autograd import Eager, FusedOp
+from spu.ops.dispatch import DTYPES, choose_backend
+from spu.ops.linear import compute_dtype, linear_dw_
+from spu.ops.plain import fake, takes
+from spu.ops.reference import exact, wide
+from spu.ops.sink import MainGrad, at_once, sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, parameter: Tensor) -> None:
-    """``parameter``: the weight as the caller gave it, from which autocast may have made that of ``inputs``."""
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
     hidden, weight, target, ignore_index = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, target, lse)
-    ctx.parameter = parameter if ctx.needs_input_grad[1] and parameter.is_leaf else None
+    ctx.save_for_backward(hidden, weight, target, outputs[1])
+    ctx.parameter = given[1] if ctx.needs_input_grad[1] and given[1].is_leaf else None
     ctx.ignore_index = ignore_index
 
 
@@ -62,18 +59,15 @@ class _PlainWeightGradient:
         if self._total is None:
             self._total = torch.empty(self._weight.shape, dtype=torch.float32, device=dz.device)
         one = torch.ones(1, dtype=torch.float32, device=dz.device)
-        schema.overload("linear_dw_", self._backend)(dz, x, self._total, one, torch.zeros_like(one), accumulate)
+        linear_dw_(dz, x, MainGrad(self._total, one, torch.zeros_like(one), accumulate), backend=self._backend)
 
     def result(self) -> Tensor:
         total = torch.zeros_like(self._weight) if self._total is None else self._total
         return total.to(self._weight.dtype)
 
 
-def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of hidden and weight; the latter None where a sink has taken it."""
-    if dloss is None:
-        return None, None
-    refuse_derivatives_of_backward("linear_cross_entropy", dloss)
+def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of hidden and weight."""
     hidden, weight, target, lse = ctx.saved_tensors
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     (sink,) = sinks_of(ctx, (ctx.parameter,))
@@ -98,43 +92,18 @@ def _gradients(ctx: Any, dloss: Tensor | None, backend: str) -> tuple[Tensor | N
     return dhidden, None if plain is None else plain.result()
 
 
-def _register(backend: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output[1], inputs[1])
-
-    def backward(ctx: Any, dloss: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dloss, backend), None, None)
-
-    schema.register_autograd("linear_ce", backend, backward, setup)
-
-
-for _backend in schema.BACKENDS:
-    _register(_backend)
-
-
-class _LinearCE(torch.autograd.Function):
-    """The same derivative for eager code, where it costs less than a registered one."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        hidden, weight, target, ignore_index, backend, dtype = arguments
-        ctx.dtypes = hidden.dtype, weight.dtype
-        with BelowAutograd():
-            inputs = (*_operands(hidden, weight, dtype), target, ignore_index)
-            loss, lse = schema.overload("linear_ce", backend)(*inputs)
-        _save(ctx, inputs, lse, weight)
-        ctx.backend = backend
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Any, ...]:
-        gradients = zip(_gradients(ctx, dloss, ctx.backend), ctx.dtypes, strict=True)
-        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), *[None] * 4)
-
-
 def _operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     return (hidden, weight) if dtype is None else (hidden.to(dtype), weight.to(dtype))
+
+
+_LINEAR_CE = FusedOp(
+    "linear_ce",
+    "linear_cross_entropy",
+    3,
+    _save,
+    _gradients,
+    lambda hidden, weight, target, dtype: (*_operands(hidden, weight, dtype), target),
+)
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dtype: torch.dtype | None) -> None:
@@ -210,7 +179,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
         operands = _operands(rows, weight, dtype)
         losses = schema.overload("linear_ce", backend)(*operands, targets, ignore_index)[0]
     else:
-        losses = _LinearCE.apply(rows, weight, targets, ignore_index, backend, dtype)
+        losses = Eager.apply(rows, weight, targets, _LINEAR_CE, backend, (ignore_index,), (dtype,))
     return losses.sum() / (targets != ignore_index).sum()
 
 

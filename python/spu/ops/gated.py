@@ -13,41 +13,38 @@ SwiGLU and its relatives: Shazeer, arXiv:2002.05202.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.common.torch_private import BelowAutograd
-
-from . import schema
-from .dispatch import choose_backend, has_kernel
-from .linear import check_dtypes, compute_dtype
-from .plain import refuse_derivatives_of_backward, takes
-from .reference import exact, torch_activation
-from .sink import GradSink, sinks_of
+from spu.ops import schema
+from spu.ops.autograd import Eager, FusedOp
+from spu.ops.dispatch import choose_backend, has_kernel
+from spu.ops.linear import check_dtypes, compute_dtype
+from spu.ops.plain import takes
+from spu.ops.reference import exact, torch_activation
+from spu.ops.sink import GradSink, sinks_of
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], gate: Tensor, up: Tensor, parameters: tuple[Tensor, ...]) -> None:
-    """``parameters``: the weights as the caller gave them, from which autocast may have made those of ``inputs``."""
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
     x, w_gate, w_up, w_down, activation, keep = inputs
     if not keep:
         raise ValueError("spu::gated_mlp needs keep=True to be differentiated")
     needs_x, *needs_weights = ctx.needs_input_grad[:4]
     needs_gate_or_up = needs_weights[0] or needs_weights[1]
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if needs_gate_or_up else None,
         w_gate if needs_x else None,
         w_up if needs_x else None,
         w_down if needs_x or needs_gate_or_up else None,
-        gate,
-        up,
+        *outputs[1:],
     )
-    weights = zip(parameters, needs_weights, strict=True)
+    weights = zip(given[1:], needs_weights, strict=True)
     ctx.parameters = tuple(w if needed and w.is_leaf else None for w, needed in weights)
     ctx.activation = activation
 
@@ -60,11 +57,8 @@ def _weight_gradient(sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor,
     return schema.overload("linear_dw", backend)(dz, x) if needed else None
 
 
-def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None, ...]:
-    """The gradients of x, w_gate, w_up and w_down; None for those that a sink has taken."""
-    if dy is None:
-        return None, None, None, None
-    refuse_derivatives_of_backward("gated_mlp", dy)
+def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, w_gate, w_up and w_down."""
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
     needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
     gate_sink, up_sink, down_sink = sinks_of(ctx, ctx.parameters)
@@ -83,39 +77,13 @@ def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None
     return dx, d_gate, d_up, d_down
 
 
-def _register(backend: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs, *output[1:], inputs[1:4])
-
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dy, backend), None, None)
-
-    schema.register_autograd("gated_mlp", backend, backward, setup)
+def _operands(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of the computation; None: in their own."""
+    operands = x, w_gate, w_up, w_down
+    return operands if dtype is None else tuple(operand.to(dtype) for operand in operands)
 
 
-for _backend in schema.BACKENDS:
-    _register(_backend)
-
-
-class _GatedMLP(torch.autograd.Function):
-    """The same derivative for eager code, where it costs less than a registered one."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *given, activation, backend, dtype = arguments
-        ctx.dtypes = tuple(operand.dtype for operand in given)
-        with BelowAutograd():
-            inputs = (*(given if dtype is None else (operand.to(dtype) for operand in given)), activation, True)
-            y, gate, up = schema.overload("gated_mlp", backend)(*inputs)
-        _save(ctx, inputs, gate, up, tuple(given[1:]))
-        ctx.backend = backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        gradients = zip(_gradients(ctx, dy, ctx.backend), ctx.dtypes, strict=True)
-        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), None, None, None)
+_GATED_MLP = FusedOp("gated_mlp", "gated_mlp", 4, _save, _gradients, _operands)
 
 
 def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> None:
@@ -183,8 +151,7 @@ def gated_mlp(
 def _torch_gated_mlp(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None
 ) -> Tensor:
-    if dtype is not None:
-        x, w_gate, w_up, w_down = (operand.to(dtype) for operand in (x, w_gate, w_up, w_down))
+    x, w_gate, w_up, w_down = _operands(x, w_gate, w_up, w_down, dtype)
     return F.linear(torch_activation(F.linear(x, w_gate), activation) * F.linear(x, w_up), w_down)
 
 
@@ -193,12 +160,10 @@ def fused_gated_mlp(
 ) -> Tensor:
     """``gated_mlp`` of tensors that the op takes (``plain.takes``), computed in ``dtype`` (None: their own)."""
     _check(x, w_gate, w_up, w_down, dtype)
-    operands = [x, w_gate, w_up, w_down]
+    operands = (x, w_gate, w_up, w_down)
     shape = (x.shape[:-1].numel(), *w_gate.shape) if x.is_cuda else ()
     backend = choose_backend(x, dtype, op="gated_linear", shape=shape)
     needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     if needs_grad and not torch.compiler.is_compiling():
-        return _GatedMLP.apply(*operands, activation, backend, dtype)
-    if dtype is not None:
-        operands = [operand.to(dtype) for operand in operands]
-    return schema.overload("gated_mlp", backend)(*operands, activation, needs_grad)[0]
+        return Eager.apply(*operands, _GATED_MLP, backend, (activation, True), (dtype,))
+    return schema.overload("gated_mlp", backend)(*_operands(*operands, dtype), activation, needs_grad)[0]

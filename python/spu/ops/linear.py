@@ -9,67 +9,54 @@ Forward and backward follow one recipe on every backend (dy is the scaled gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.common.torch_private import BelowAutograd, any_autocast
-
-from . import schema
-from .dispatch import DTYPES, choose_backend, has_kernel
-from .plain import refuse_derivatives_of_backward, takes
-from .reference import ACTIVATIONS, autocast_enabled, exact, torch_activation
-from .sink import sink_both, sinks_of
+from spu.common.torch_private import any_autocast
+from spu.ops import schema
+from spu.ops.autograd import Eager, FusedOp
+from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
+from spu.ops.plain import takes
+from spu.ops.reference import ACTIVATIONS, autocast_enabled, exact, torch_activation
+from spu.ops.sink import MainGrad, sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
 
 
-def _save(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    y: Tensor,
-    preact: Tensor,
-    parameters: tuple[Tensor, Tensor | None],
-    transposed: bool = False,
-) -> None:
-    """Keeps for the backward what it will need of ``spu::linear``'s inputs and outputs, and no more.
-
-    ``parameters``: the weight (``transposed``: [K, N]) and bias as the caller gave them, from which autocast may have
-    made those of ``inputs``.
-    """
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
+    """Keep for the backward what it will need of ``spu::linear``'s inputs and outputs, and no more."""
     x, weight, _, activation, keep_preact = inputs
     if activation in _NEEDS_PREACT and not keep_preact:
         raise ValueError(f"spu::linear needs keep_preact=True to be differentiated with activation {activation!r}")
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    saved = y if activation == "relu" else preact if keep_preact else None
-    ctx.set_materialize_grads(False)
+    saved = outputs[0] if activation == "relu" else outputs[1] if keep_preact else None
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
     # The parameters themselves: what save_for_backward gives back is another object under saved-tensor hooks
     # (activation checkpointing), and a sink belongs to the object.
-    own_weight, own_bias = parameters
+    _, own_weight, own_bias = given
     ctx.parameters = (
         own_weight if needs_weight and own_weight.is_leaf else None,
         own_bias if needs_bias and own_bias is not None and own_bias.is_leaf else None,
     )
-    ctx.activation, ctx.transposed = activation, transposed
+    ctx.activation = activation
 
 
-def _gradients(ctx: Any, dy: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias; None for those that a sink has taken."""
-    if dy is None:
-        return None, None, None
-    refuse_derivatives_of_backward("linear_act", dy)
+def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias."""
     x, weight, saved = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
     dz, dx = _input_gradients(dy, saved, weight if needs_x else None, ctx.activation, backend)
     dw = db = None
-    left, right = (x, dz) if ctx.transposed else (dz, x)  # dw = left.T @ right
-    if weight_sink is not None and bias_sink is not None and not ctx.transposed:
-        sink_both(weight_sink, bias_sink, dz, x, backend)
+    transposed = bool(ctx.how) and ctx.how[1]  # the weight is [K, N]
+    left, right = (x, dz) if transposed else (dz, x)  # dw = left.T @ right
+    if weight_sink is not None and bias_sink is not None and not transposed:
+        weight_sink.linear_weight_and_bias(dz, x, bias_sink, backend)
         return dx, None, None
     if weight_sink is not None:
         weight_sink.linear_weight(left, right, backend)
@@ -95,41 +82,6 @@ def _input_gradients(
     return dz, None if weight is None else schema.overload("linear_dx", backend)(dz, weight)
 
 
-def _register(backend: str) -> None:
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, *output, inputs[1:3])
-
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return (*_gradients(ctx, dy, backend), None, None)
-
-    schema.register_autograd("linear", backend, backward, setup)
-
-
-for _backend in schema.BACKENDS:
-    _register(_backend)
-
-
-class _LinearAct(torch.autograd.Function):
-    """The same derivative for eager code: a registered one costs 55us a call, this one 25us (plain torch: 6us)."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, bias, activation, keep_preact, backend, dtype, transposed = arguments
-        ctx.dtypes = x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-        with BelowAutograd():
-            inputs = (*_operands(x, weight, bias, dtype, transposed), activation, keep_preact)
-            y, preact = schema.overload("linear", backend)(*inputs)
-        _save(ctx, inputs, y, preact, (weight, bias), transposed)
-        ctx.backend = backend
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        gradients = zip(_gradients(ctx, dy, ctx.backend), ctx.dtypes, strict=True)
-        return (*(None if g is None else g.to(dtype) for g, dtype in gradients), *[None] * 5)
-
-
 def _operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -139,6 +91,9 @@ def _operands(
     if dtype is None:
         return x, weight, bias
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+_LINEAR = FusedOp("linear", "linear_act", 3, _save, _gradients, _operands)
 
 
 def check_activation(activation: str) -> None:
@@ -241,7 +196,8 @@ def fused_linear_act(
     backend = choose_backend(x, dtype, op="linear", shape=shape)
     keep_preact = needs_grad and activation in _NEEDS_PREACT
     if needs_grad and not torch.compiler.is_compiling():
-        return _LinearAct.apply(x, weight, bias, activation, keep_preact, backend, dtype, transposed)
+        how = dtype, transposed
+        return Eager.apply(x, weight, bias, _LINEAR, backend, (activation, keep_preact), how)
     operands = _operands(x, weight, bias, dtype, transposed)
     return schema.overload("linear", backend)(*operands, activation, keep_preact)[0]
 
@@ -255,49 +211,17 @@ def torch_linear_act(
     return torch_activation(F.linear(x, weight, bias), activation)
 
 
-def linear_dw_(
-    dz: Tensor,
-    x: Tensor,
-    main_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    *,
-    accumulate: bool,
-    backend: str | None = None,
-) -> None:
-    """main_grad (+)= inv_scale * dz.T @ x: fp32 [N, K], contiguous; a store without a load unless ``accumulate``.
-
-    ``found_inf`` (fp32 [1]) becomes 1 if any accumulated value is not finite. For gradient sinks.
-    """
-    op = schema.overload("linear_dw_", backend or choose_backend(dz))
-    op(dz, x, main_grad, inv_scale, found_inf, accumulate)
+def linear_dw_(dz: Tensor, x: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
+    """main_grad (+)= inv_scale * dz.T @ x: fp32 [N, K], contiguous. For gradient sinks."""
+    schema.overload("linear_dw_", backend or choose_backend(dz))(dz, x, *into)
 
 
-def linear_dw_db_(
-    dz: Tensor,
-    x: Tensor,
-    main_grad: Tensor,
-    bias_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    *,
-    accumulate: bool,
-    backend: str | None = None,
-) -> None:
-    """``linear_dw_`` into main_grad and ``linear_db_`` into bias_grad, by one kernel where the backend has it."""
-    op = schema.overload("linear_dw_db_", backend or choose_backend(dz))
-    op(dz, x, main_grad, bias_grad, inv_scale, found_inf, accumulate)
+def linear_dw_db_(dz: Tensor, x: Tensor, into: MainGrad, bias_grad: Tensor, *, backend: str | None = None) -> None:
+    """``linear_dw_`` into main_grad and ``linear_db_`` into ``bias_grad``, by one kernel where the backend has it."""
+    main_grad, *how = into
+    schema.overload("linear_dw_db_", backend or choose_backend(dz))(dz, x, main_grad, bias_grad, *how)
 
 
-def linear_db_(
-    dz: Tensor,
-    main_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    *,
-    accumulate: bool,
-    backend: str | None = None,
-) -> None:
+def linear_db_(dz: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
     """main_grad (+)= inv_scale * sum over rows of dz: fp32 [N]. For gradient sinks."""
-    op = schema.overload("linear_db_", backend or choose_backend(dz))
-    op(dz, main_grad, inv_scale, found_inf, accumulate)
+    schema.overload("linear_db_", backend or choose_backend(dz))(dz, *into)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import moments, schema
-from .dispatch import DTYPES, choose_backend, forced_backend, status_of
-from .reference_optimizer import adamw_plain
+from spu.ops import moments, schema
+from spu.ops.dispatch import DTYPES, choose_backend, forced_backend, status_of
+from spu.ops.reference_optimizer import adamw_plain
+from spu.ops.sink import MainGrad
 
 PLAIN = (torch.float64, torch.complex64, torch.complex128)
 
@@ -173,26 +174,12 @@ def grad_norm(grads: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def unscale_(
-    grad: Tensor,
-    main_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    *,
-    accumulate: bool,
-    backend: str | None = None,
-) -> None:
-    """main_grad (+)= inv_scale * grad in fp32; found_inf (fp32 [1]) becomes 1 if a value is not finite.
-
-    Args:
-        grad: any floating dtype and strides, the shape of ``main_grad``.
-        main_grad: fp32, contiguous.
-        accumulate: False stores without reading.
-    """
+def unscale_(grad: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
+    """main_grad (+)= inv_scale * grad, of any floating dtype and strides and of main_grad's shape."""
+    main_grad = into.main_grad
     if main_grad.dtype != torch.float32 or grad.shape != main_grad.shape:
         raise ValueError(
             f"unscale_: main_grad must be float32 of shape {tuple(grad.shape)}, got {main_grad.dtype} "
             f"{tuple(main_grad.shape)}"
         )
-    op = schema.overload("unscale_", backend or choose_backend(grad))
-    op(grad, main_grad, inv_scale, found_inf, accumulate)
+    schema.overload("unscale_", backend or choose_backend(grad))(grad, *into)

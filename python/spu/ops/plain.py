@@ -11,25 +11,11 @@ import torch
 from torch import Tensor, compiler, nn
 from torch.autograd import forward_ad
 
-from spu.common.torch_private import (
-    FakeTensor,
-    constant_when_traced,
-    exporting,
-    forward_mode_active,
-    functorch_active,
-    jit_tracing,
-)
+from spu.common.torch_private import FakeTensor, forward_mode_active, transformed
 
 # FakeTensors stand for plain ones: what is planned or compiled on them will run on those.
 _TYPES = frozenset((Tensor, nn.Parameter, FakeTensor))
 _strided = torch.strided
-
-
-# While Dynamo traces, this is run as it stands, inside the transforms that it has entered, and the result is a constant
-# of the graph, which Dynamo guards by the stack of transforms.
-@constant_when_traced
-def _watched() -> bool:
-    return functorch_active() or jit_tracing() or exporting()
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -40,11 +26,6 @@ def plain(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _TYPES or tensor.layout is not _strided or tensor.is_nested:
             return False
     return True
-
-
-def transformed() -> bool:
-    """Whether a transform, a forward-mode derivative or a recorder looks at the ops that are called now."""
-    return forward_mode_active() or _watched()
 
 
 def takes(*tensors: Tensor | None) -> bool:

@@ -14,17 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spu.common import torch_private
-from spu.common.torch_private import graph_task_id
-
-from . import wide_sums
-from .dispatch import has_kernel
+from spu.common.torch_private import at_end_of_backward, backward_hooks, graph_task_id, will_execute
+from spu.ops import wide_sums
 
 _T = TypeVar("_T")
 
@@ -113,7 +110,7 @@ def _register(scope: BackwardScope) -> None:
     found = _SCOPES.get(task)
     if found is None:
         _SCOPES[task] = scope
-        torch_private.at_end_of_backward(_End(task))
+        at_end_of_backward(_End(task))
     elif found.family is not scope.family:
         raise RuntimeError(
             "one backward from losses with two loss scales: parameters that both reach could not be unscaled; scale "
@@ -180,15 +177,28 @@ def at_once() -> Iterator[None]:
         _SCOPES[task] = scope
 
 
+class MainGrad(NamedTuple):
+    """Where an op adds a gradient: the last arguments of ``linear_dw_``, ``linear_db_`` and ``unscale_``.
+
+    Attributes:
+        main_grad: fp32, contiguous.
+        inv_scale: fp32 [1], the contribution's factor.
+        found_inf: fp32 [1], set to 1 if a contribution is not finite; never reset.
+        accumulate: False stores without reading what is there.
+    """
+
+    main_grad: Tensor
+    inv_scale: Tensor
+    found_inf: Tensor
+    accumulate: bool
+
+
 class GradSink(Protocol):
     """Takes the gradient of one parameter in the backward of a fused op, inside a scope.
 
     Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_`` and ``linear_db_`` do the
     work; where ``current_scope().deferred`` is a list, append a call to it instead, which keeps the tensors, the scope
     and the backend's name.
-
-    A weight's sink may also have ``linear_weight_and_bias(dz, x, bias_sink, backend)``, which does what
-    ``linear_weight`` and ``bias_sink.linear_bias`` do: for backends that read dz once for both.
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -197,14 +207,9 @@ class GradSink(Protocol):
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         """db = sum over rows of dz, still scaled."""
 
-
-def sink_both(weight_sink: GradSink, bias_sink: GradSink, dz: Tensor, x: Tensor, backend: str) -> None:
-    """Hands the gradients of a layer's weight and bias to their sinks, together where the weight's can take both."""
-    together = getattr(weight_sink, "linear_weight_and_bias", None)
-    if together is not None and has_kernel("linear_dw_db_", backend):
-        together(dz, x, bias_sink, backend)
-    else:
-        weight_sink.linear_weight(dz, x, backend)
+    def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
+        """Do what ``linear_weight`` and ``bias_sink.linear_bias`` do: some backends read dz once for both."""
+        self.linear_weight(dz, x, backend)
         bias_sink.linear_bias(dz, backend)
 
 
@@ -238,7 +243,7 @@ def _is_own(hook: Callable[..., Any]) -> bool:
 
 def has_foreign_hook(param: Tensor) -> bool:
     """Whether someone else's tensor hook is to see or change the parameter's gradient."""
-    hooks: dict[int, Callable[..., Any]] | None = torch_private.backward_hooks(param)
+    hooks: dict[int, Callable[..., Any]] | None = backward_hooks(param)
     return hooks is not None and not all(map(_is_own, hooks.values()))
 
 
@@ -249,7 +254,7 @@ def accumulates(node: Any) -> bool:
     (``torch.autograd.grad``, ``backward(inputs=...)``).
     """
     try:
-        return torch_private.will_execute(node)
+        return will_execute(node)
     except RuntimeError:  # what it says of a leaf whose gradient autograd.grad returns
         return False
 

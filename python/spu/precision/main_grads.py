@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
-from spu.common import torch_private
 from spu.common.dtypes import STORAGE
-
-from ..ops import linear_db_, linear_dw_, linear_dw_db_, unscale_
-from ..ops.sink import (
+from spu.common.torch_private import post_accumulate_hooks
+from spu.ops import has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
+from spu.ops.sink import (
     BackwardScope,
     GradSink,
+    MainGrad,
     accumulates,
     adopting,
     attach_sink,
@@ -47,17 +47,17 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     )
 
 
-def _now_or_later(param: Tensor, accumulate: Callable[[BackwardScope], None]) -> None:
-    """Does a sink's work, or leaves it to whoever defers the weight gradients of this backward.
+def _now_or_later(param: Tensor, accumulate: Callable[..., None], *arguments: Any) -> None:
+    """Do a sink's work, ``accumulate(scope, *arguments)``, or leave it to whoever defers this backward's.
 
     At once where a post-accumulate hook is to see the gradient: autograd runs it at the end of this backward.
     """
     scope = current_scope()
     assert scope is not None
-    if scope.deferred is not None and not torch_private.post_accumulate_hooks(param):
-        scope.deferred.append(partial(accumulate, scope))
+    if scope.deferred is not None and not post_accumulate_hooks(param):
+        scope.deferred.append(partial(accumulate, scope, *arguments))
     else:
-        accumulate(scope)
+        accumulate(scope, *arguments)
 
 
 class ParameterSink:
@@ -78,38 +78,41 @@ class ParameterSink:
         self._lock = threading.Lock()  # backwards in several threads may meet here
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        _now_or_later(self._parameter(), partial(self._accumulate, linear_dw_, (dz, x), backend))
+        _now_or_later(self._parameter(), self._accumulate, linear_dw_, (dz, x), backend)
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
-        _now_or_later(self._parameter(), partial(self._accumulate, linear_db_, (dz,), backend))
+        _now_or_later(self._parameter(), self._accumulate, linear_db_, (dz,), backend)
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
-        """``linear_weight`` here and ``linear_bias`` there, in one op unless only one of them adds to something."""
-        if isinstance(bias_sink, ParameterSink) and not torch_private.post_accumulate_hooks(bias_sink._parameter()):
-            _now_or_later(self._parameter(), partial(self._accumulate_both, bias_sink, dz, x, backend))
+        """``linear_weight`` here and ``linear_bias`` there, in one op where the backend has a kernel for both."""
+        if (
+            isinstance(bias_sink, ParameterSink)
+            and has_kernel("linear_dw_db_", backend)
+            and not post_accumulate_hooks(bias_sink._parameter())
+        ):
+            _now_or_later(self._parameter(), self._accumulate_both, bias_sink, dz, x, backend)
         else:
             self.linear_weight(dz, x, backend)
             bias_sink.linear_bias(dz, backend)
 
-    def _accumulate(self, op: Any, operands: tuple[Tensor, ...], backend: str, scope: BackwardScope) -> None:
+    def _accumulate(
+        self, scope: BackwardScope, op: Callable[..., None], operands: tuple[Tensor, ...], backend: str
+    ) -> None:
         with self._lock:
-            scope = self._settle(scope)
-            grad, adds = self._target()
-            op(*operands, grad, scope.inv_scale, scope.found_inf, accumulate=adds, backend=backend)
-            self._keep(grad)
+            into = self._target(self._settle(scope))
+            op(*operands, into, backend=backend)
+            self._keep(into.main_grad)
 
-    def _accumulate_both(self, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str, scope: BackwardScope) -> None:
+    def _accumulate_both(self, scope: BackwardScope, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str) -> None:
         with self._lock, bias._lock:
-            scope, _ = self._settle(scope), bias._settle(scope)
-            (weight_grad, adds), (bias_grad, bias_adds) = self._target(), bias._target()
-            flags = scope.inv_scale, scope.found_inf
-            if adds == bias_adds:
-                linear_dw_db_(dz, x, weight_grad, bias_grad, *flags, accumulate=adds, backend=backend)
+            into, bias_into = self._target(self._settle(scope)), bias._target(bias._settle(scope))
+            if into.accumulate == bias_into.accumulate:
+                linear_dw_db_(dz, x, into, bias_into.main_grad, backend=backend)
             else:
-                linear_dw_(dz, x, weight_grad, *flags, accumulate=adds, backend=backend)
-                linear_db_(dz, bias_grad, *flags, accumulate=bias_adds, backend=backend)
-            self._keep(weight_grad)
-            bias._keep(bias_grad)
+                linear_dw_(dz, x, into, backend=backend)
+                linear_db_(dz, bias_into, backend=backend)
+            self._keep(into.main_grad)
+            bias._keep(bias_into.main_grad)
 
     def _settle(self, scope: BackwardScope) -> BackwardScope:
         """Makes what ``grad`` holds something to add to; the scope on the parameter's device."""
@@ -125,11 +128,13 @@ class ParameterSink:
         self.at_true_scale = True
         return scope
 
-    def _target(self) -> tuple[Tensor, bool]:
-        """(where an op writes the next contribution, whether it adds it to what is there)."""
+    def _target(self, scope: BackwardScope) -> MainGrad:
+        """Return where an op writes the next contribution."""
         param = self._parameter()
         grad = param.grad
-        return (self._take_buffer(param), False) if grad is None or not grad.is_contiguous() else (grad, True)
+        if grad is None or not grad.is_contiguous():
+            return MainGrad(self._take_buffer(param), scope.inv_scale, scope.found_inf, False)
+        return MainGrad(grad, scope.inv_scale, scope.found_inf, True)
 
     @torch.no_grad()
     def _keep(self, grad: Tensor) -> None:
@@ -206,7 +211,7 @@ class ParameterSink:
             if grad.layout != torch.strided:
                 return grad * scope.inv_scale.squeeze(0)  # a hook has to leave the layout
             value = self._take_buffer(param) if param.grad is None else grad.new_empty(grad.shape, dtype=torch.float32)
-        unscale_(grad, value, scope.inv_scale, scope.found_inf, accumulate=False)
+        unscale_(grad, MainGrad(value, scope.inv_scale, scope.found_inf, False))
         return value
 
 

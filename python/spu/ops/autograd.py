@@ -1,0 +1,94 @@
+"""The derivative of a fused op: registered for ``torch.compile``, and as an autograd function for eager code.
+
+A registered derivative costs 55 us a call, the autograd function 25 us (plain torch: 6 us). Both save the same tensors
+and compute the same gradients: an op gives its two functions to :class:`FusedOp`, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spu.common.torch_private import BelowAutograd
+from spu.ops import schema
+from spu.ops.plain import refuse_derivatives_of_backward
+
+__all__ = ["Eager", "FusedOp"]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedOp:
+    """An op with a derivative in its first tensors, on every backend.
+
+    Attributes:
+        name: of the op in ``schema.SCHEMAS``; its first output is the result, the others are for the backward.
+        public: its name in ``spu.ops``, for messages.
+        operands: how many inputs are tensors; they come first, then the op's options.
+        save: ``save(ctx, inputs, outputs, given)`` keeps on ``ctx`` what the backward needs. ``inputs`` are the op's;
+            ``given``: its tensors as the caller gave them, from which ``convert`` has made those of ``inputs``.
+        gradients: ``gradients(ctx, dy, backend)``: those of the first tensors; None for one that a sink has taken.
+        convert: ``convert(*given, *how)``: the op's tensors, for eager code.
+    """
+
+    name: str
+    public: str
+    operands: int
+    save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...], Sequence[Any]], None]
+    gradients: Callable[[Any, Tensor, str], tuple[Tensor | None, ...]]
+    convert: Callable[..., tuple[Tensor | None, ...]] = lambda *given: given
+
+    def __post_init__(self) -> None:
+        for backend in schema.BACKENDS:
+            schema.register_autograd(self.name, backend, self._backward(backend), self._setup)
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.inputs, ctx.how = len(inputs), ()
+        self.save(ctx, inputs, output, inputs[: self.operands])
+
+    def _backward(self, backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+        def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            found: tuple[Tensor | None, ...] = ()
+            if dy is not None:
+                refuse_derivatives_of_backward(self.public, dy)
+                found = self.gradients(ctx, dy, backend)
+            return (*found, *[None] * (ctx.inputs - len(found)))
+
+        return backward
+
+
+class Eager(torch.autograd.Function):
+    """``apply(*given, op, backend, options, how)``: compute an op in eager code that takes its gradient.
+
+    Args:
+        given: the op's tensors, which ``op.convert(*given, *how)`` converts.
+        op: a :class:`FusedOp`.
+        options: the op's inputs after the tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *given, op, backend, options, how = arguments
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.backend, ctx.how = op, backend, how
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given]
+        with BelowAutograd():
+            inputs = (*op.convert(*given, *how), *options)
+            outputs = schema.overload(op.name, backend)(*inputs)
+        op.save(ctx, inputs, outputs, given)
+        return outputs[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        op, dtypes = ctx.op, ctx.dtypes
+        found: tuple[Tensor | None, ...] = ()
+        if dy is not None:
+            refuse_derivatives_of_backward(op.public, dy)
+            found = op.gradients(ctx, dy, ctx.backend)
+        mine = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=False)]
+        return (*mine, *[None] * (len(dtypes) + 4 - len(mine)))
