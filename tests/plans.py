@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 from spu.plan import Plan, make_plan
+from spu.plan.machine import Machine, Speed
 from spu.plan.search import search_plan
 from spu.settings import Settings
 
 
-def plan(costs: Any, devices: Any, **options: Any) -> Plan:
-    """`make_plan` with the fields of `Settings` among its keywords."""
-    return make_plan(costs, devices, *_split(options), **options)
+def plan(costs: Any, devices: Any, speeds: Any = None, link: float = math.inf, **options: Any) -> Plan:
+    """`make_plan` with the fields of `Settings` among its keywords, on devices of these FLOP/s; all links are alike."""
+    count = len(devices)
+    links = dict.fromkeys(itertools.permutations(range(count), 2), link)
+    made_up = {} if speeds else {device.name: "a test" for device in devices}
+    flops = tuple(speeds or [5e10] * count)
+    machine = Machine(tuple(devices), flops, (math.inf,) * count, (Speed(),) * count, links, made_up)
+    return make_plan(costs, machine, *_split(options), **options)
 
 
 def search(costs_of: Any, machine: Any, **options: Any) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_what_cannot_be_costed_is_named(layers, message):
 
 def test_seconds_are_work_over_speed_and_traffic_over_bandwidth():
     cost = LayerCost(name="one", forward_flops=4, backward_flops=8, forward_traffic_bytes=10, backward_traffic_bytes=30)
-    assert cost.seconds(2.0) == (2.0, 4.0)
+    assert cost.seconds(2.0, math.inf) == (2.0, 4.0)
     assert cost.seconds(2.0, 5.0) == (4.0, 10.0)
 
 

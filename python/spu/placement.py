@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
 from spu.footprint import Run, alike, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
+from spu.plan.machine import Machine, Speed
 from spu.settings import AUTO, Recompute, Settings
 from spu.skips import carried_by
 from spu.speed import measure_device
@@ -30,7 +32,7 @@ __all__ = [
     "check_fits",
     "check_made",
     "check_plan",
-    "counted_speeds",
+    "counted_machine",
     "model_costs",
     "no_loss",
     "peak_bytes",
@@ -73,15 +75,11 @@ def plan_model(
             f"pass at most {len(layers) // each} devices"
         )
     costs, loss = model_costs(layers, sample, settings, loss_fn, targets)
-    speeds, bandwidths = counted_speeds(devices, settings.precision)
     return make_plan(
         costs,
-        devices,
+        counted_machine(devices, settings.precision),
         settings,
         loss_cost=loss,
-        speeds=speeds,
-        bandwidths=bandwidths,
-        basis="nominal" if all(device.torch_device.type == "cpu" for device in devices) else "estimated",
         max_microbatches=settings.run_microbatches * batch_rows(sample),
         rows=batch_rows(sample),
         tokens=tokens_of(sample),
@@ -153,13 +151,23 @@ def _has_values(layers: Sequence[Layer], sample: Any) -> bool:
     return not any(t.is_meta or is_fake(t) for t in [*given, *state])
 
 
-def counted_speeds(devices: Sequence[Device], precision: str) -> tuple[list[float], list[float]]:
-    """(FLOP/s, bytes/s) of each device, for balancing: CPUs by their threads, so that it is the same every time; as
-    soon as there is a card, as measured once and remembered."""
+def counted_machine(devices: Sequence[Device], precision: str) -> Machine:
+    """Return the machine that counted costs are balanced over; only its work takes time.
+
+    CPUs are as fast as they have threads, so that the same command gives the same stages every time; as soon as there
+    is a GPU, every device is as fast as it was measured once.
+    """
+    count = len(devices)
+    rest = (Speed(),) * count, dict.fromkeys(itertools.permutations(range(count), 2), math.inf)
     if all(device.torch_device.type == "cpu" for device in devices):
-        return [5e10 * d.threads for d in devices], [5e9 * d.threads for d in devices]
+        threads = [device.threads for device in devices]
+        made_up = {device.name: "50 GFLOP/s a thread" for device in devices}
+        return Machine(
+            tuple(devices), tuple(5e10 * t for t in threads), tuple(5e9 * t for t in threads), *rest, made_up
+        )
     measured = [measure_device(device) for device in devices]
-    return [max(getattr(m, precision), 1.0) for m in measured], [m.memory_bandwidth for m in measured]
+    flops = tuple(max(getattr(m, precision), 1.0) for m in measured)
+    return Machine(tuple(devices), flops, tuple(m.memory_bandwidth for m in measured), *rest)
 
 
 def no_loss(outputs: Any, targets: Any) -> torch.Tensor:
@@ -214,7 +222,7 @@ def _settled(plan: Plan, settings: Settings, name: str) -> tuple[Any, Any]:
             return sorted(plan.recomputed_layers), sorted(asked.layers)
         return plan.recompute, asked.mode == "all"
     if name == "transfer":  # between two devices: within one nothing is packed
-        crossed = [before.device != after.device for before, after in pairwise(plan.stages)]
+        crossed = [before.device != after.device for before, after in itertools.pairwise(plan.stages)]
         return plan.codecs, tuple(asked if other else codec for other, codec in zip(crossed, plan.codecs))
     return getattr(plan.settings, name), asked
 

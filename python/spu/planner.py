@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from spu.engine.layers import Layer
 from spu.engine.microbatch import batch_rows, split_batch
 from spu.engine.runner import split_inputs
 from spu.plan import Plan, make_plan
-from spu.plan.machine import Machine
-from spu.plan.request import Speed
+from spu.plan.machine import Machine, Speed
 from spu.plan.search import search_plan
 from spu.schedules import Timeline
 from spu.settings import AUTO, Recompute, Settings
@@ -57,8 +56,6 @@ class Planner:
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
         self._times: dict[int, Times] = {}
-        self._update: list[float] | None = None
-        self._packing: list[float] | None = None
 
     def plan(self, inputs: Any, targets: Any, *, measure: bool) -> Plan:
         """Place the layers for batches like this one.
@@ -152,30 +149,33 @@ class Planner:
         sample = split_inputs(inputs, parts)[0]
         return sample, None if targets is None else split_batch(targets, parts)[0]
 
-    def _rates(self) -> tuple[list[float], list[float] | None]:
-        """Bytes per second of each device in the update, and in packing where something is packed."""
-        if self._update is None:
-            self._update = time_update(self.devices, DTYPES[self.settings.precision])
-            if self.settings.codec != "none":
-                self._packing = time_packing(self.devices, DTYPES[self.settings.precision], self.settings.codec)
-        return self._update, self._packing
+    @cached_property
+    def _machine(self) -> Machine:
+        """The devices, with what was measured of updates, packing and the links of GPUs."""
+        s, devices = self.settings, self.devices
+        update, packing = time_update(devices, DTYPES[s.precision]), [math.inf] * len(devices)
+        if s.codec != "none":
+            packing = time_packing(devices, DTYPES[s.precision], s.codec)
+        machine = placement.counted_machine(devices, s.precision)
+        links = {
+            (a, b): measure_link(devices[a], devices[b])
+            for a, b in machine.links
+            if "cuda" in (devices[a].torch_device.type, devices[b].torch_device.type)
+        }
+        return replace(machine, speeds=tuple(map(Speed, update, packing)), links={**machine.links, **links})
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """The plan with these seconds; with ``move`` its stages are placed again."""
         costs, loss = self.costs(plan.settings.parts)
-        update, packing = self._rates()
         recompute = self.settings.recompute if move else Recompute("given", plan.recomputed_layers)
         made = make_plan(
             costs,
-            self.devices,
+            self._machine,
             replace(plan.settings, recompute=recompute),
             loss_cost=loss,
             codecs=plan.codecs,
             model=plan.model,
             times=times,
-            update_rates=update,
-            pack_rates=packing,
-            links=self._links(plan.settings.schedule, plan.virtual),
             layers=None if move else [stage.layers for stage in plan.stages],
             rows=plan.rows,
             tokens=plan.tokens,
@@ -184,24 +184,10 @@ class Planner:
 
     def _searched(self, times_of: Callable[[int], Times], settings: Settings) -> Plan:
         rows = batch_rows(self._batch[0])
-        update, packing = self._rates()
-        flops, bandwidths = placement.counted_speeds(self.devices, settings.precision)
-        machine = Machine(
-            tuple(self.devices),
-            tuple(flops),
-            tuple(bandwidths),
-            tuple(Speed(u, math.inf if packing is None else packing[k]) for k, u in enumerate(update)),
-            {
-                (a, b): measure_link(self.devices[a], self.devices[b])
-                for a in range(len(self.devices))
-                for b in range(len(self.devices))
-                if a != b and "cuda" in (self.devices[a].torch_device.type, self.devices[b].torch_device.type)
-            },
-        )
         sample, _ = self._sample(1)
         return search_plan(
             lambda own: self._whole_costs(rows // own),
-            machine,
+            self._machine,
             Settings.part_of(settings),
             batch=rows,
             tokens=placement.tokens_of(sample),
@@ -217,14 +203,6 @@ class Planner:
                 'schedule="auto" and microbatches="auto" need a sample of targets: prepare(inputs, targets)'
             )
         return costs, loss
-
-    def _links(self, schedule: str, virtual: int) -> list[float] | None:
-        """Bytes per second over each boundary; None where all devices share one memory."""
-        if all(device.torch_device.type == "cpu" for device in self.devices):
-            return None
-        homes = schedules.stage_ranks(schedule, len(self.devices), virtual)
-        pairs = [(self.devices[a], self.devices[b]) for a, b in itertools.pairwise(homes)]
-        return [math.inf if a is b else measure_link(a, b) for a, b in pairs]
 
     def _corrected(self, plan: Plan, timeline: Timeline) -> Callable[[int], Times]:
         """`times`, scaled to what the stages of a measured step took."""

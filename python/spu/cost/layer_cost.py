@@ -82,10 +82,9 @@ class LayerCost:
         """The most bytes of workspace of an action."""
         return max(self.forward_extra_bytes, self.backward_extra_bytes)
 
-    def seconds(self, flops_per_s: float, bytes_per_s: float | None = None) -> tuple[float, float]:
-        """Return (forward, backward) seconds: products at ``flops_per_s``, traffic at ``bytes_per_s`` (None: free)."""
-        forward, backward = self.forward_flops / flops_per_s, self.backward_flops / flops_per_s
-        if bytes_per_s is not None:
-            forward += self.forward_traffic_bytes / bytes_per_s
-            backward += self.backward_traffic_bytes / bytes_per_s
-        return forward, backward
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> tuple[float, float]:
+        """Return (forward, backward) seconds: FLOPs at ``flops_per_s`` and traffic at ``bytes_per_s``."""
+        return (
+            self.forward_flops / flops_per_s + self.forward_traffic_bytes / bytes_per_s,
+            self.backward_flops / flops_per_s + self.backward_traffic_bytes / bytes_per_s,
+        )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from spu.plan.request import Speed
 
 if TYPE_CHECKING:
     from spu.devices import Device
@@ -46,6 +45,19 @@ _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([GT])FLOPS?(?:/S)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What is known of a device's speed, beside the times of layers on it.
+
+    Attributes:
+        update_rate: bytes per second at which the update moves `UPDATE_BYTES` per parameter; infinite if not known.
+        pack_rate: bytes of tensor per second through pack or unpack; infinite if not known.
+    """
+
+    update_rate: float = math.inf
+    pack_rate: float = math.inf
+
+
+@dataclass(frozen=True)
 class Machine:
     """Devices in order, with what is known of them.
 
@@ -74,9 +86,9 @@ class Machine:
         """Whether a tensor must be copied to get from one to the other."""
         return a != b and self._has_card(a, b)
 
-    def nominal(self, name: str) -> bool:
-        """Whether a device's speed is made up."""
-        return name in self.made_up
+    def basis(self, names: Iterable[str]) -> str:
+        """Return what times of counted work on these devices rest on, as a plan says it."""
+        return "nominal" if any(name in self.made_up for name in names) else "estimated"
 
     def kind(self, k: int) -> tuple:
         """What tells a device from another one, but for its name."""
@@ -142,7 +154,6 @@ def make_machine(
     precision: str,
     links: Mapping[tuple[int, int], float] | None = None,
     update_rates: Mapping[str, float] | None = None,
-    pack_rates: Mapping[str, float] | None = None,
 ) -> Machine:
     """A machine from what was measured, and nominal figures for the rest.
 
@@ -152,7 +163,7 @@ def make_machine(
         speeds: device name or kind -> a class or a rate that replaces what was measured.
         precision: of the training.
         links: bytes/s by (from, to) index.
-        update_rates, pack_rates: bytes/s by device name; default: the memory's bandwidth.
+        update_rates: bytes/s by device name; default: the memory's bandwidth.
     """
     flops, bandwidths, rates, made_up = [], [], [], {}
     for device in devices:
@@ -164,5 +175,5 @@ def make_machine(
         flops.append(rate)
         bandwidths.append(bandwidth)
         update = (update_rates or {}).get(device.name, bandwidth)
-        rates.append(Speed(update, (pack_rates or {}).get(device.name, bandwidth / 4)))
+        rates.append(Speed(update, bandwidth / 4))
     return Machine(tuple(devices), tuple(flops), tuple(bandwidths), tuple(rates), links or {}, made_up)

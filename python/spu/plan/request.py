@@ -13,6 +13,7 @@ from spu import schedules
 from spu.cost.layer_cost import LayerCost
 from spu.plan import core
 from spu.plan.flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
+from spu.plan.machine import Machine, Speed
 from spu.plan.memory import Boundary, Held, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
 from spu.schedules.simulate import _runner
@@ -32,17 +33,10 @@ Times = tuple[tuple[float, float], ...]
 """(forward, backward) seconds of every layer, and last of the loss, for one microbatch on one device."""
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What is known of a device's speed, beside the times of layers on it.
-
-    Attributes:
-        update_rate: bytes per second at which the update moves `UPDATE_BYTES` per parameter; infinite if not known.
-        pack_rate: bytes of tensor per second through pack or unpack; infinite if not known.
-    """
-
-    update_rate: float = math.inf
-    pack_rate: float = math.inf
+def crossings(settings: Settings, order: Sequence[int]) -> list[tuple[int, int]]:
+    """The devices on both sides of every stage boundary, where the ranks are the devices of ``order``."""
+    homes = schedules.stage_ranks(settings.schedule, len(order), settings.stages_per_rank)
+    return [(order[a], order[b]) for a, b in pairwise(homes)]
 
 
 @dataclass(frozen=True)
@@ -85,6 +79,38 @@ class Request:
     def changed(self, **settings: Any) -> Request:
         """Return the same request with other settings."""
         return replace(self, settings=replace(self.settings, **settings))
+
+    @classmethod
+    def on(
+        cls,
+        machine: Machine,
+        order: Sequence[int],
+        layers: Sequence[LayerCost],
+        loss: LayerCost,
+        times: Sequence[Sequence[tuple[float, float]]] | None,
+        settings: Settings,
+        codecs: Sequence[str],
+        fixed: tuple[range, ...] | None = None,
+    ) -> Request:
+        """A request for the machine's devices in this order.
+
+        Args:
+            times: as measured, on each of the machine's devices; None: of counted work at the machine's speeds.
+        """
+        if times is None:
+            rates = zip(machine.flops, machine.bandwidths, strict=True)
+            times = [[cost.seconds(*rate) for cost in (*layers, loss)] for rate in rates]
+        return cls(
+            layers=tuple(layers),
+            loss=loss,
+            times=tuple(tuple(times[k]) for k in order),
+            devices=tuple(machine.devices[k] for k in order),
+            speeds=tuple(machine.speeds[k] for k in order),
+            settings=settings,
+            codecs=tuple(codecs),
+            links=tuple(machine.link(a, b) for a, b in crossings(settings, order)),
+            fixed=fixed,
+        )
 
     @cached_property
     def homes(self) -> list[int]:

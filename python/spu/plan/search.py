@@ -21,7 +21,7 @@ from spu.plan.memory import state_bytes, wire_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
-from spu.plan.request import Placed, Request, Times
+from spu.plan.request import Placed, Request, Times, crossings
 from spu.settings import AUTO, Settings
 
 CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
@@ -138,7 +138,7 @@ class _Search:
         self.settings, self.batch, self.model = settings, batch, model
         self.same_order, self.one_process = same_order, one_process
         self.counts = microbatch_counts(settings, batch)
-        self._profiles: dict[int, tuple[tuple[LayerCost, ...], LayerCost, list[Times]]] = {}
+        self._profiles: dict[int, tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]] = {}
 
     def best(self) -> tuple[Request, Placed] | None:
         """The fastest request and placement; None if nothing fits."""
@@ -214,26 +214,13 @@ class _Search:
                     yield request
 
     def _request(self, order: Sequence[int], schedule: str, microbatches: int) -> Request | None:
-        machine = self.machine
         settings = replace(self.settings, schedule=schedule, microbatches=microbatches)
-        virtual = settings.stages_per_rank
         layers, loss, times = self._profile(self._rows(microbatches))
-        if virtual * len(order) > len(layers):
+        if settings.stages_per_rank * len(order) > len(layers):
             return None
-        homes = schedules.stage_ranks(schedule, len(order), virtual)
-        pairs = [(order[a], order[b]) for a, b in itertools.pairwise(homes)]
-        codecs = tuple(self._codec(a, b, layers[len(layers) // 2].input_bytes) for a, b in pairs)
+        codecs = [self._codec(a, b, layers[len(layers) // 2].input_bytes) for a, b in crossings(settings, order)]
         try:
-            request = Request(
-                layers=layers,
-                loss=loss,
-                times=tuple(times[k] for k in order),
-                devices=tuple(machine.devices[k] for k in order),
-                speeds=tuple(machine.speeds[k] for k in order),
-                settings=settings,
-                codecs=codecs,
-                links=tuple(machine.link(a, b) for a, b in pairs),
-            )
+            request = Request.on(self.machine, order, layers, loss, times, settings, codecs)
             request.actions  # noqa: B018  some schedules need a certain number of microbatches
         except ValueError:
             if self.settings.schedule != AUTO:
@@ -261,26 +248,17 @@ class _Search:
 
         return min(("none", "int8"), key=seconds)
 
-    def _profile(self, rows: int) -> tuple[tuple[LayerCost, ...], LayerCost, list[Times]]:
-        """(layers, loss, [devices] times) for a number of rows."""
+    def _profile(self, rows: int) -> tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]:
+        """(layers, loss, [devices] measured times) for a number of rows."""
         if rows not in self._profiles:
-            costs, loss = self.costs_of(rows)
-            machine = self.machine
-            if self.times_of is not None:
-                times = [tuple(own) for own in self.times_of(rows)]
-            else:
-                times = [
-                    tuple(cost.seconds(flops, bandwidth) for cost in [*costs, loss])
-                    for flops, bandwidth in zip(machine.flops, machine.bandwidths)
-                ]
-            self._profiles[rows] = tuple(costs), loss, times
+            self._profiles[rows] = *self.costs_of(rows), None if self.times_of is None else self.times_of(rows)
         return self._profiles[rows]
 
     def basis(self, request: Request) -> str:
         """What the plan's times rest on."""
         if self.times_of is not None:
             return "measured"
-        return "nominal" if any(self.machine.nominal(device.name) for device in request.devices) else "estimated"
+        return self.machine.basis(device.name for device in request.devices)
 
     def _improved(self, seconds: float, request: Request, placed: Placed) -> tuple[float, Request, Placed]:
         """Boundaries moved by one layer as long as that shortens the step."""
