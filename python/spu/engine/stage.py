@@ -165,9 +165,10 @@ class Stage:
         on_host = weight.device.type == "cpu"
         weight = weight.to(value.device, value.dtype)
         # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
-        # knows it, there is no backward either, in which some losses make 0 * NaN.
+        # knows it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are
+        # 0, as they are in the whole batch, where a parameter that only these rows use is decayed too.
         if on_host and weight == 0:
-            share = torch.zeros_like(value)
+            share = torch.zeros_like(value) + sum(_zeros(outputs))
         else:
             share = torch.where(weight == 0, torch.zeros_like(value), value * weight)
         if flight is not None:
@@ -240,3 +241,10 @@ class Stage:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
         self._deferred.clear()
+
+
+def _zeros(outputs: Any) -> Iterator[Tensor]:
+    """Return a 0 for each output that needs a gradient; its gradient is 0 whatever the output's values are."""
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_complex():
+            yield leaf.flatten()[:0].sum(dtype=torch.float32)
