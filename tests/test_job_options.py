@@ -39,6 +39,9 @@ def test_a_yaml_file_has_the_names_of_the_command_line_which_wins(tmp_path):
         ("seq: 1.5", r"job.yaml: seq 1.5 must be a whole number of at least 1"),
         ("seq: true", r"job.yaml: seq True must be a whole number"),
         ("data: [a, b]", r"job.yaml: data is given 2 times, and a run has one text: cat a b > all.txt"),
+        ("seq: 1\nbatch: 8\nseq: 2", "job.yaml has seq twice: give one"),
+        ("save-every: 1\nsave_every: 2", "job.yaml has save_every twice: give one"),
+        ("lr: 1" + 400 * "0", "job.yaml: lr 10+ must be a positive number"),
         ("- seq", "must be lines of OPTION: VALUE"),
         ("seq: [", "is not YAML"),
     ],
@@ -57,6 +60,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     ("given", "reason"),
     [
         ({"microbatches": "few"}, "--microbatches 'few' must be a whole number of at least 1, or auto"),
+        ({"seq": "+-5"}, "--seq '.-5' must be a whole number of at least 1"),
         ({"lr": "fast"}, "--lr 'fast' must be a positive number"),
         ({"recompute": "yes"}, "unknown --recompute 'yes': give one of auto, on"),
     ],

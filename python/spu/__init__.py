@@ -59,6 +59,7 @@ _SUBMODULES = {
     "precision",
     "profile",
     "schedules",
+    "settings",
     "skips",
     "trainer",
     "transfer",

@@ -54,10 +54,10 @@ class Recompute:
     @staticmethod
     def parse(text: str) -> Any:
         """Return what the words of a command line mean: auto, on, off, or layers as in 0,3,4."""
-        layers = text.split(",")
-        if all(part.strip().isdecimal() for part in layers):
-            return [int(part) for part in layers]
-        return {"on": True, "off": False}.get(text, text)
+        try:
+            return [int(part) for part in text.split(",")]
+        except ValueError:
+            return {"on": True, "off": False}.get(text, text)
 
     def plain(self) -> Any:
         """Return what `of` takes, as JSON."""

@@ -71,7 +71,12 @@ class Kind:
     @property
     def help(self) -> str:
         """The sentence, with the values where they can be listed."""
-        return f"{self.about} One{self.allowed[3:]}." if self.allowed.startswith("one of ") else self.about
+        return f"{self.about} One{self.allowed[3:]}." if self.listed else self.about
+
+    @property
+    def listed(self) -> bool:
+        """Whether ``allowed`` names every value."""
+        return self.allowed.startswith("one of ")
 
 
 def choice(default: str | None, about: str, values: Iterable[str]) -> Any:
@@ -94,7 +99,7 @@ def whole(default: int | str | None, about: str, *, least: int = 1, most: int | 
         return value if known and least <= value and (most is None or value <= most) else _refuse()
 
     def parse(text: str) -> Any:
-        return int(text) if text.strip().lstrip("+-").isdecimal() else text
+        return _as(int, text)
 
     allowed = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
     allowed += ", or auto" if auto else ""
@@ -109,10 +114,7 @@ def number(default: float | None, about: str, *, zero: bool = False, most: float
         return float(value) if known and (0 < value <= most or (zero and value == 0)) else _refuse()
 
     def parse(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        return _as(float, text)
 
     allowed = "0 or a positive number" if zero else "a positive number"
     allowed = f"from 0 to {most:g}" if math.isfinite(most) else allowed
@@ -164,6 +166,14 @@ def _refuse() -> Any:
     raise ValueError
 
 
+def _as(kind: Callable[[str], Any], text: str) -> Any:
+    """Return the number that a text means, or the text."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
 _SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
@@ -208,13 +218,14 @@ class Options:
         kind = kind_of(field)
         try:
             return kind.take(value)
-        except (ValueError, TypeError):
-            if kind.allowed.startswith("one of "):
+        except (ValueError, TypeError, OverflowError):
+            if kind.listed:
                 raise ValueError(f"unknown {label} {value!r}: give {kind.allowed}") from None
             raise ValueError(f"{label} {value!r} must be {kind.allowed}") from None
 
     @classmethod
     def names(cls) -> list[str]:
+        """Return the fields' names."""
         return [field.name for field in dataclasses.fields(cls)]
 
     @classmethod

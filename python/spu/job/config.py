@@ -13,6 +13,7 @@ from spu.settings import Settings, TrainSettings
 
 MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more take for ever
 MAX_PARTS = 4096
+DEFAULT_TOKENS = 786_432  # about five minutes on two cores
 MOST_PLANNED_TOKENS = 1 << 20  # tables of positions are made for real, some hundred bytes a token and layer type
 BYTE_VOCABULARY = 256
 
@@ -59,7 +60,7 @@ class TrainConfig(TrainSettings):
     devices: str = text(AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...")
     budget: str | None = text(None, "Memory to use, e.g. cuda:0=8GB,cpu=24GB. Default: what is free.")
     steps: int | None = whole(None, "Updates; with --resume, more than before.")
-    tokens: int | None = whole(None, "Or: tokens to train on. Default: 786432.")
+    tokens: int | None = whole(None, f"Or: tokens to train on. Default: {DEFAULT_TOKENS}.")
     minutes: float | None = number(None, "Or: minutes to fill, measured at the start of the run.")
     lr: float = number(2e-3, "Peak learning rate: warmed up linearly, then a cosine down to its last share.")
     warmup: float = number(0.05, "Share of the steps that warm up.", zero=True, most=1)
@@ -169,9 +170,6 @@ def check_step_size(batch: int, seq: int) -> None:
             f"--batch {batch} x --seq {seq} is {batch * seq:.1e} tokens a step: give numbers whose product is "
             f"{MAX_STEP_TOKENS:.0e} or less"
         )
-
-
-DEFAULT_TOKENS = 786_432  # about five minutes on two cores
 
 
 def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:

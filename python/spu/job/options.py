@@ -52,13 +52,17 @@ def read_yaml(path: str, *classes: type[Options]) -> dict[str, Any]:
     import yaml  # an optional package, as all that the commands need
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        source = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(source), yaml.compose(source, yaml.SafeLoader)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}: give a YAML file of options") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"--config {path} must be lines of OPTION: VALUE, got {values!r}")
+    keys = [str(key.value).replace("-", "_") for key, _ in node.value] if values else []  # a dict has the last of each
+    if twice := [key for k, key in enumerate(keys) if key in keys[:k]]:
+        raise ValueError(f"--config {path} has {twice[0]} twice: give one")
     known = [field.name for options in classes for field in options.own_first() if field.name != "config"]
     result: dict[str, Any] = {}
     for key, value in (values or {}).items():
