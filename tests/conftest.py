@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +92,15 @@ def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             pytest.fail("threads outlive the test: " + ", ".join(t.name for t in leaked))
         time.sleep(0.02)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a checkpoint is saved: in a folder that is not there yet."""
+    return tmp_path / "run" / "checkpoint"
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of many saves: waiting for the disk is most of a small save's time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

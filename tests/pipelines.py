@@ -43,7 +43,8 @@ def reference() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def devices(count: int) -> list[spu.Device]:
+def devices(count: int = 2) -> list[spu.Device]:
+    """CPU devices with one thread each, as the plain run has."""
     return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
 
 

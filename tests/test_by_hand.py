@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -25,10 +24,6 @@ def layers(seed: int = 0) -> list[nn.Module]:
 def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-def devices(stages: int) -> list[spu.Device]:
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,6 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
     assert bits(actual) == bits(expected), f"{name}: {actual}, expected {expected}"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "checkpoint"
-
-
-@pytest.fixture
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of many saves: waiting for the disk is most of a small save's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 # Round trips.

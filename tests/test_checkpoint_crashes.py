@@ -25,17 +25,6 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "checkpoint"
-
-
-@pytest.fixture
-def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of many saves: waiting for the disk is most of a small save's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 class Crash(BaseException):
     """Not an Exception: a dead process runs no handler, and no cleaning up that touches the disk succeeds."""
 

@@ -15,11 +15,6 @@ from spu import checkpoint
 from spu.checkpoint import CheckpointError, Stored, load, opened, save
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "checkpoint"
-
-
 def test_tensors_read_one_by_one_are_those_that_were_saved(path: Path) -> None:
     tensors = {
         "wide": torch.randn(5, 7, dtype=torch.float64),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 import time
 from typing import ClassVar
@@ -11,10 +10,11 @@ from typing import ClassVar
 import pytest
 import torch
 from numeric import assert_equal
+from pipelines import devices
 from torch import nn
 
 import spu
-from spu import DeviceManager, ModelParallelTrainer, schedules
+from spu import ModelParallelTrainer, schedules
 from spu.engine.layers import parts_as_layers
 from spu.engine.loss import cross_entropy
 from spu.timing import time_layers
@@ -23,10 +23,6 @@ from spu.timing import time_layers
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def devices(count: int = 2) -> list[spu.Device]:
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
 
 
 class Rated(nn.Linear):

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from pipelines import devices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import spu
-from spu import DeviceManager, ModelParallelTrainer, StageError
+from spu import ModelParallelTrainer, StageError
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def devices(stages: int) -> list[spu.Device]:
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
 
 
 def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

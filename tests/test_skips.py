@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from pipelines import devices
 from torch import nn
 
-from spu import DeviceManager, ModelParallelTrainer, StageError, skips, use_backend
+from spu import ModelParallelTrainer, StageError, skips, use_backend
 
 WIDTH, ROWS, PARTS = 6, 8, 4
 
@@ -50,10 +50,6 @@ def make_model() -> nn.Sequential:
 def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(ROWS, WIDTH, generator=generator), torch.randint(3, (ROWS,), generator=generator)
-
-
-def devices(count: int) -> list:
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

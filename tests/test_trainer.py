@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from pipelines import devices
 from torch import nn
 
 import spu
-from spu import DeviceManager, LossScaler, ModelParallelTrainer, StageError
+from spu import LossScaler, ModelParallelTrainer, StageError
 from spu.checkpoint import CheckpointError
 from spu.plan import BudgetError
 
@@ -29,10 +30,6 @@ def layers(seed: int = 0) -> list[nn.Module]:
 def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-def devices(stages: int) -> list[spu.Device]:
-    return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
 
 
 @pytest.fixture(autouse=True)
