@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spu.common.units import format_bytes, format_bytes_up, format_seconds
+from spu.common.units import columns, format_bytes, format_bytes_up, format_seconds
 from spu.devices import parse_bytes
 
 
@@ -46,3 +46,9 @@ def test_rounded_up_is_never_less_and_close(count):
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_columns_are_as_wide_as_their_widest_cell():
+    rows = [("a", "1", "22"), ("long", "333", "4")]
+    assert columns(rows) == ["a     1    22", "long  333  4"]
+    assert columns(rows, left=1) == ["a       1  22", "long  333   4"]

@@ -1,9 +1,9 @@
-"""Bytes and seconds as people read them."""
+"""Bytes, seconds and columns of text as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def format_bytes(count: int | float) -> str:
@@ -36,3 +36,11 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= 0.9995 * scale or unit == "us":
             return f"{seconds / scale:.3g} {unit}" if seconds < 999.5 * scale else f"{seconds / scale:.0f} {unit}"
     raise AssertionError("unreachable: us takes any number")
+
+
+def columns(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]:
+    """Return aligned lines, the first ``left`` columns (default: all) to the left and the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = len(widths) if left is None else left
+    lines = ([c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))] for row in rows)
+    return ["  ".join(cells).rstrip() for cells in lines]

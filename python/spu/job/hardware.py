@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from spu import doctor
-from spu.common.units import format_bytes
+from spu.common.units import columns, format_bytes
 from spu.devices import Device, DeviceManager
 from spu.speed import measure_device, measure_link, measure_loopback
 
@@ -31,12 +29,12 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
                 device.description,
             )
         )
-    lines = table(rows)
+    lines = columns(rows)
     pairs = [(a, b) for a in found for b in found if a is not b]
     if pairs:
         links = [("link", "bandwidth"), *(row for a, b in pairs for row in _link(a, b, refresh))]
         links.append(("loopback, between two processes", _per_second(measure_loopback(refresh=refresh))))
-        lines += ["", *table(links)]
+        lines += ["", *columns(links)]
     return lines
 
 
@@ -69,9 +67,3 @@ def doctor_lines() -> list[str]:
         if row.fix:
             lines.append(f"    {'':<{width}}  add it: {row.fix}")
     return lines
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text as aligned lines, the first one a heading."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spu.common.units import format_bytes, format_seconds
+from spu.common.units import columns, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
@@ -34,11 +34,7 @@ def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mappin
     for name, before, after in zip(plan.devices, _work(plan, expected), _work(plan, timeline)):
         rows.append((f"{name} works", format_seconds(before), format_seconds(after), _difference(before, after)))
     rows += _memory_rows(plan, peak_bytes or {})
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    ]
+    return columns(rows, left=1)
 
 
 def replanned(before: Plan, after: Plan) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spu.plan.colors import WORDS
+
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
     from spu.schedules import Timeline
@@ -63,6 +65,6 @@ def peak_moment(plan: Plan, rank: int) -> str:
     when = max(curve, key=lambda point: point[1])[0]
     for span in timeline.shifted().spans:
         if ranks[plan.stages[span.stage].device] == rank and span.start <= when < span.end:
-            what = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}[span.kind]
+            what = WORDS[span.kind]
             return f"in the {what} of microbatch {span.microbatch} ({span.stage}{span.kind}{span.microbatch})"
     return "between two actions"

@@ -6,8 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from spu.common.units import format_bytes, format_seconds
-from spu.plan.colors import FAINT, FILL, IDLE, OTHER_FILL, TEXT, WORDS
+from spu.plan.colors import FAINT, IDLE, TEXT
 from spu.plan.curve import memory_curve
+from spu.plan.picture import draw_bars, new_figure
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
@@ -21,7 +22,7 @@ _CATEGORIES = {
     "wire_bytes": ("wires", "#d1495b"),
     "workspace_bytes": ("workspace", "#c5ccd4"),
 }
-_ROW, _WIDTH = 0.42, 12.0  # inches
+_ROW = 0.42  # inches
 
 
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -30,15 +31,9 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: without matplotlib; says how to install it.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'matplotlib>=3.8'") from error
     count = len(plan.devices)
     heights = [0.5 + _ROW * len(plan.stages), 0.5 + _ROW * count, 1.2 + 0.5 * count]
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 1.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(sum(heights) + 1.5, layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
     figure.suptitle(_title(plan), color=TEXT, fontsize=12, fontweight="bold", x=0.01, ha="left")
     _draw_bytes(top, plan)
@@ -82,16 +77,8 @@ def _draw_timeline(axis: Any, plan: Plan) -> None:
         axis.barh(rank, timeline.makespan, height=0.8, color=IDLE, linewidth=0)
     for kind in sorted({span.kind for span in timeline.spans}):
         spans = [span for span in timeline.spans if span.kind == kind]
-        axis.barh(
-            [ranks[plan.stages[span.stage].device] for span in spans],
-            [span.seconds for span in spans],
-            left=[span.start for span in spans],
-            height=0.8,
-            color=FILL.get(kind, OTHER_FILL),
-            edgecolor="white",
-            linewidth=0.3,
-            label=WORDS.get(kind, kind),
-        )
+        rows = [ranks[plan.stages[span.stage].device] for span in spans]
+        draw_bars(axis, spans, rows, 1.0, height=0.8, linewidth=0.3)
     axis.set_xlim(0, timeline.makespan)
     _dress(axis, list(ranks), "seconds of one run of the schedule, predicted")
     axis.legend(loc="lower right", fontsize=7, ncols=4, frameon=False, bbox_to_anchor=(1.0, 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spu.common.units import format_seconds
@@ -57,17 +58,41 @@ def draw_timeline(
     figure.savefig(os.fspath(path), dpi=DPI, facecolor="white")
 
 
-def _figure(stages: list[int], *, names: bool) -> tuple[Figure, list[Axes]]:
-    """One panel per timeline, every row of the same height; the Agg canvas, and no global state of pyplot."""
+def new_figure(height: float, **options: Any) -> Figure:
+    """A figure on the Agg canvas, of this height in inches, without pyplot and its global state.
+
+    Raises:
+        ImportError: without matplotlib; says how to install it.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as NewFigure
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'matplotlib>=3.8'") from error
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, **options)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_bars(axis: Any, spans: Sequence[Span], rows: Sequence[int], scale: float, **look: Any) -> None:
+    """Bars for spans of one kind, each in its row; ``scale`` from seconds to the axis."""
+    (kind,) = {span.kind for span in spans}
+    axis.barh(
+        rows,
+        [span.seconds * scale for span in spans],
+        left=[span.start * scale for span in spans],
+        color=FILL.get(kind, OTHER_FILL),
+        edgecolor="white",
+        label=WORDS.get(kind, kind),
+        **look,
+    )
+
+
+def _figure(stages: list[int], *, names: bool) -> tuple[Figure, list[Axes]]:
+    """One panel per timeline, every row of the same height."""
     head = _HEAD + (0.22 if names else 0.0)
     height = head + _FOOT + _ROW * sum(stages) + _GAP * (len(stages) - 1)
-    figure = NewFigure(figsize=(WIDTH_INCHES, height), dpi=DPI)
-    FigureCanvasAgg(figure)
+    figure = new_figure(height)
     axes = []
     top = height - head
     for count in stages:
@@ -86,16 +111,7 @@ def _draw_panel(axis: Any, timeline: Timeline, scale: float, longest: float, nam
         axis.barh(stage, moved.makespan * scale, left=0.0, height=_BAR, color=IDLE, linewidth=0, zorder=1)
     for kind in sorted({span.kind for span in moved.spans}):
         spans = [span for span in moved.spans if span.kind == kind]
-        axis.barh(
-            [span.stage for span in spans],
-            [span.seconds * scale for span in spans],
-            left=[span.start * scale for span in spans],
-            height=_BAR,
-            color=FILL.get(kind, OTHER_FILL),
-            edgecolor="white",
-            linewidth=0.6,
-            zorder=2,
-        )
+        draw_bars(axis, spans, [span.stage for span in spans], scale, height=_BAR, linewidth=0.6, zorder=2)
         _draw_numbers(axis, spans, scale, points_per_second, INK.get(kind, OTHER_INK))
     _dress(axis, moved, scale, longest, name)
 

@@ -9,6 +9,7 @@ from spu import schedules
 from spu.common.units import format_bytes, format_bytes_up
 from spu.cost.layer_cost import LayerCost
 from spu.plan import core
+from spu.plan.colors import WORDS
 from spu.plan.memory import state_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.request import Placed, Request
@@ -96,7 +97,7 @@ def _moment(request: Request, placed: Placed, rank: int) -> str:
             most, when = held + totals[action.stage].workspace_bytes, action
         if last[key] == action:
             held -= sizes[action.stage]
-    what = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}[when.kind]
+    what = WORDS[when.kind]
     return f"in the {what} of microbatch {when.microbatch} ({when})"
 
 

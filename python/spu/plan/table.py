@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spu.common.units import format_bytes, format_seconds
+from spu.common.units import columns, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan
@@ -65,12 +65,9 @@ def _recompute(plan: Plan) -> str:
 
 def _lines(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
     """Aligned, the first ``left`` columns to the left and the rest to the right, with a rule below the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    lines = columns(rows, left)
+    rule = "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True))
+    return [lines[0], rule, *lines[1:]]
 
 
 def _row(index: int, stage: StagePlan) -> tuple[str, ...]:
