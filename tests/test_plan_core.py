@@ -25,12 +25,12 @@ def problems(draw, most_layers=7):
 
     per_layer, ends = {name: numbers(layers) for name in core.LAYER_BYTES}, stages * (layers + 1)
     # Recomputing needs no less workspace.
-    per_layer["extra_again"] = [max(a, b) for a, b in zip(per_layer["extra"], per_layer["extra_again"])]
+    per_layer["extra_recomputed"] = [max(a, b) for a, b in zip(per_layer["extra"], per_layer["extra_recomputed"])]
     seconds = st.integers(0, 9).map(float)
     return core.Problem(
         layers=layers,
         stages=stages,
-        recompute=draw(st.sampled_from([core.KEEP, core.AGAIN, core.AUTO])),
+        recompute=draw(st.sampled_from([core.NONE, core.ALL, core.AUTO])),
         forward=numbers(stages * layers, seconds),
         backward=numbers(stages * layers, seconds),
         in_flight=numbers(stages, st.integers(1, 3)),
@@ -50,7 +50,7 @@ def one_stage(layers, **given):
 
 
 def choices(p, cuts):
-    scale = core.Scale(p)
+    scale = core.StageCosts(p)
     return [scale.weigh(s, cuts[s], cuts[s + 1]) for s in range(p.stages)]
 
 
@@ -94,29 +94,29 @@ def test_python_and_cpp_find_the_same(p):
 @given(problems())
 @settings(max_examples=80, deadline=None)
 def test_recomputing_on_demand_recomputes_no_more_than_it_must(p):
-    auto, keep = (dataclasses.replace(p, recompute=kind) for kind in (core.AUTO, core.KEEP))
+    auto, keep = (dataclasses.replace(p, recompute=kind) for kind in (core.AUTO, core.NONE))
     for cuts in itertools.islice(every_cuts(p), 5):
         for one, kept, budget in zip(choices(auto, cuts), choices(keep, cuts), p.budgets):
             if kept.needed <= budget:
                 assert one == kept
             else:
-                assert one.again == [] or one.seconds >= kept.seconds
+                assert one.recomputed == [] or one.seconds >= kept.seconds
 
 
 def test_the_fewest_seconds_are_recomputed_first():
     p = one_stage(3, recompute=core.AUTO, forward=[1.0, 2.0, 1.0], own=[10, 30, 12], budgets=[42])
     (choice,) = choices(p, [0, 3])
     assert choice.needed <= 42
-    assert choice.again == [1]  # 15 bytes a second, against 12 and 10
+    assert choice.recomputed == [1]  # 15 bytes a second, against 12 and 10
 
 
 def test_arrays_that_do_not_fit_together_are_refused():
     host = pytest.importorskip("spu._host")
-    p = one_stage(1, recompute=core.KEEP, forward=[1.0], budgets=[9])
-    assert host.partitions(p, [1.0]) == [[0, 1]]
+    p = one_stage(1, recompute=core.NONE, forward=[1.0], budgets=[9])
+    assert host.best_cuts(p, [1.0]) == [[0, 1]]
     with pytest.raises(ValueError, match="place: in_flight must have 1 values, got 2"):
-        host.partitions(dataclasses.replace(p, in_flight=[1, 2]), [])
+        host.best_cuts(dataclasses.replace(p, in_flight=[1, 2]), [])
     with pytest.raises(ValueError, match="place: 2 stages of 1 layers"):
-        host.nearest_partition(dataclasses.replace(p, stages=2))
+        host.nearest_cuts(dataclasses.replace(p, stages=2))
     with pytest.raises(ValueError, match="backend must be 'auto', 'python' or 'cpp', got 'java'"):
         core.place(p, [], "java")

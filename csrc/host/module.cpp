@@ -41,14 +41,14 @@ spu::host::Problem read_problem(const py::object& from) {
   read("fixed", p.fixed);
   read("own", p.own);
   read("inner", p.inner);
-  read("inner_again", p.inner_again);
+  read("inner_recomputed", p.inner_recomputed);
   read("extra", p.extra);
-  read("extra_again", p.extra_again);
+  read("extra_recomputed", p.extra_recomputed);
   read("in_flight", p.in_flight);
   read("budgets", p.budgets);
   read("enter_fixed", p.enter_fixed);
   read("enter_each", p.enter_each);
-  read("enter_again", p.enter_again);
+  read("enter_recomputed", p.enter_recomputed);
   read("leave_fixed", p.leave_fixed);
   read("leave_each", p.leave_each);
   read("leave_extra", p.leave_extra);
@@ -57,13 +57,13 @@ spu::host::Problem read_problem(const py::object& from) {
   return p;
 }
 
-std::vector<Integers> partitions(const py::object& from, const Seconds& slacks) {
+std::vector<Integers> best_cuts(const py::object& from, const Seconds& slacks) {
   const spu::host::Problem problem = read_problem(from);
   py::gil_scoped_release release;
   return spu::host::place(problem, slacks);
 }
 
-Integers nearest_partition(const py::object& from) {
+Integers nearest_cuts(const py::object& from) {
   const spu::host::Problem problem = read_problem(from);
   py::gil_scoped_release release;
   return spu::host::nearest(problem);
@@ -77,9 +77,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("seconds"), py::arg("transfers"),
         "(starts, ends) in seconds of every action of a flat schedule, NaN for those that can never start; the same "
         "bits as spu.schedules.simulate.run_flat. Raises ValueError for arrays that do not fit together.");
-  m.def("partitions", &partitions, py::arg("problem"), py::arg("slacks"),
+  m.def("best_cuts", &best_cuts, py::arg("problem"), py::arg("slacks"),
         "The cuts that spu.plan.core.place_python finds for a spu.plan.core.Problem. Raises ValueError for arrays that "
         "do not fit together.");
-  m.def("nearest_partition", &nearest_partition, py::arg("problem"),
-        "The cuts that spu.plan.core.nearest_python finds.");
+  m.def("nearest_cuts", &nearest_cuts, py::arg("problem"), "The cuts that spu.plan.core.nearest_python finds.");
 }

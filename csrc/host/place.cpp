@@ -35,14 +35,14 @@ void check(const Problem& p) {
   require_size(p.fixed, p.layers, "fixed");
   require_size(p.own, p.layers, "own");
   require_size(p.inner, p.layers, "inner");
-  require_size(p.inner_again, p.layers, "inner_again");
+  require_size(p.inner_recomputed, p.layers, "inner_recomputed");
   require_size(p.extra, p.layers, "extra");
-  require_size(p.extra_again, p.layers, "extra_again");
+  require_size(p.extra_recomputed, p.layers, "extra_recomputed");
   require_size(p.in_flight, p.stages, "in_flight");
   require_size(p.budgets, p.stages, "budgets");
   require_size(p.enter_fixed, ends, "enter_fixed");
   require_size(p.enter_each, ends, "enter_each");
-  require_size(p.enter_again, ends, "enter_again");
+  require_size(p.enter_recomputed, ends, "enter_recomputed");
   require_size(p.leave_fixed, ends, "leave_fixed");
   require_size(p.leave_each, ends, "leave_each");
   require_size(p.leave_extra, ends, "leave_extra");
@@ -63,9 +63,9 @@ struct Weight {
 };
 
 // Weighs every run of layers on one stage.
-class Scale {
+class StageCosts {
  public:
-  Scale(const Problem& p, std::int64_t stage)
+  StageCosts(const Problem& p, std::int64_t stage)
       : p_(p),
         stage_(stage),
         fixed_(running(p.fixed)),
@@ -88,14 +88,14 @@ class Scale {
     for (std::int64_t k = first; k < last; ++k) extra = std::max(extra, p_.extra[k]);
     const std::int64_t flying = p_.in_flight[stage_], budget = p_.budgets[stage_];
     std::int64_t needed = fixed + flying * each + extra;
-    if (p_.recompute == kKeep || (p_.recompute == kAuto && needed <= budget)) return {seconds, needed};
+    if (p_.recompute == kNone || (p_.recompute == kAuto && needed <= budget)) return {seconds, needed};
     for (const std::int64_t k : order_) {
       if (k < first || k >= last) continue;
-      const std::int64_t saved =
-          p_.own[k] + (k == first ? p_.enter_each[enter] - p_.enter_again[enter] : p_.inner[k] - p_.inner_again[k]);
+      const std::int64_t saved = p_.own[k] + (k == first ? p_.enter_each[enter] - p_.enter_recomputed[enter]
+                                                         : p_.inner[k] - p_.inner_recomputed[k]);
       if (p_.recompute == kAuto && saved <= 0) continue;
       each -= saved;
-      extra = std::max(extra, p_.extra_again[k]);
+      extra = std::max(extra, p_.extra_recomputed[k]);
       seconds += p_.forward[stage_ * p_.layers + k];
       needed = fixed + flying * each + extra;
       if (p_.recompute == kAuto && needed <= budget) break;
@@ -108,7 +108,7 @@ class Scale {
     std::vector<double> worth(static_cast<std::size_t>(p_.layers));
     std::vector<std::int64_t> order(worth.size());
     for (std::int64_t k = 0; k < p_.layers; ++k) {
-      const double saved = static_cast<double>(p_.own[k] + p_.inner[k] - p_.inner_again[k]);
+      const double saved = static_cast<double>(p_.own[k] + p_.inner[k] - p_.inner_recomputed[k]);
       const double seconds = p_.forward[stage_ * p_.layers + k];
       worth[k] = seconds > 0.0 ? saved / seconds : (saved > 0.0 ? kInfinity : 0.0);
       order[k] = k;
@@ -130,7 +130,7 @@ template <class Value>
 Table make_table(const Problem& p, Value value) {
   Table table;
   for (std::int64_t stage = 0; stage < p.stages; ++stage) {
-    const Scale scale(p, stage);
+    const StageCosts scale(p, stage);
     std::vector<double> row(static_cast<std::size_t>((p.layers + 1) * (p.layers + 1)), kInfinity);
     const std::int64_t spare = p.layers - p.stages + stage;
     for (std::int64_t first = stage; first <= (stage ? spare : 0); ++first) {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-KEEP, AGAIN, AUTO = 0, 1, 2
+NONE, ALL, AUTO = 0, 1, 2
 """Recompute: no layer, every layer, or as few as the budget asks for."""
 
 
@@ -25,20 +25,20 @@ class Problem:
 
     layers: int
     stages: int
-    recompute: int  # KEEP, AGAIN or AUTO
+    recompute: int  # NONE, ALL or AUTO
     forward: list[float]  # [S * L] seconds
     backward: list[float]  # [S * L] seconds
     fixed: list[int]  # [L] bytes held all the time
     own: list[int]  # [L] bytes per microbatch: what a layer that is kept leaves behind
     inner: list[int]  # [L] bytes per microbatch: its input, if it is not the stage's first and kept
-    inner_again: list[int]  # [L] bytes, the same if it is recomputed
+    inner_recomputed: list[int]  # [L] bytes, the same if it is recomputed
     extra: list[int]  # [L] bytes of workspace if kept
-    extra_again: list[int]  # [L] bytes of workspace if recomputed
+    extra_recomputed: list[int]  # [L] bytes of workspace if recomputed
     in_flight: list[int]  # [S] microbatches
     budgets: list[int]  # [S] bytes
     enter_fixed: list[int]  # [S * (L + 1)] bytes if the stage's first layer is the column
     enter_each: list[int]  # [S * (L + 1)] bytes of its input, per microbatch
-    enter_again: list[int]  # [S * (L + 1)] bytes, the same if the first layer is recomputed
+    enter_recomputed: list[int]  # [S * (L + 1)] bytes, the same if the first layer is recomputed
     leave_fixed: list[int]  # [S * (L + 1)] bytes if the stage ends before the column
     leave_each: list[int]  # [S * (L + 1)] bytes per microbatch
     leave_extra: list[int]  # [S * (L + 1)] bytes of workspace
@@ -46,20 +46,20 @@ class Problem:
     leave_s: list[float]  # [S * (L + 1)] seconds per microbatch
 
 
-LAYER_BYTES = ("fixed", "own", "inner", "inner_again", "extra", "extra_again")
-END_BYTES = ("enter_fixed", "enter_each", "enter_again", "leave_fixed", "leave_each", "leave_extra")
+LAYER_BYTES = ("fixed", "own", "inner", "inner_recomputed", "extra", "extra_recomputed")
+END_BYTES = ("enter_fixed", "enter_each", "enter_recomputed", "leave_fixed", "leave_each", "leave_extra")
 """Fields of a problem: bytes by layer, and by stage and cut."""
 
 
 class Choice(NamedTuple):
-    """A stage's layers weighed: seconds of a microbatch, peak bytes, and which layers are run again."""
+    """A stage's layers weighed: seconds of a microbatch, peak bytes, and which layers are recomputed."""
 
     seconds: float
     needed: int
-    again: list[int]
+    recomputed: list[int]
 
 
-class Scale:
+class StageCosts:
     """Weighs runs of layers on the stages of one problem."""
 
     def __init__(self, problem: Problem) -> None:
@@ -73,7 +73,7 @@ class Scale:
         self._orders: dict[int, list[int]] = {}
 
     def weigh(self, stage: int, first: int, last: int) -> Choice:
-        """A stage with layers ``first`` to ``last - 1``: as few run again as fit, where the problem says AUTO."""
+        """A stage with layers ``first`` to ``last - 1``: as few recomputed as fit, where the problem says AUTO."""
         p = self.problem
         enter, leave = stage * (p.layers + 1) + first, stage * (p.layers + 1) + last
         seconds = self._seconds[stage][last] - self._seconds[stage][first] + p.enter_s[enter] + p.leave_s[leave]
@@ -83,32 +83,32 @@ class Scale:
         extra = max(p.leave_extra[leave], *p.extra[first:last])
         flying, budget = p.in_flight[stage], p.budgets[stage]
         needed = fixed + flying * each + extra
-        if p.recompute == KEEP or (p.recompute == AUTO and needed <= budget):
+        if p.recompute == NONE or (p.recompute == AUTO and needed <= budget):
             return Choice(seconds, needed, [])
-        again: list[int] = []
+        recomputed: list[int] = []
         for k in self._order(stage):
             if not first <= k < last:
                 continue
-            at_end = p.enter_each[enter] - p.enter_again[enter]
-            saved = p.own[k] + (at_end if k == first else p.inner[k] - p.inner_again[k])
+            at_end = p.enter_each[enter] - p.enter_recomputed[enter]
+            saved = p.own[k] + (at_end if k == first else p.inner[k] - p.inner_recomputed[k])
             if p.recompute == AUTO and saved <= 0:
                 continue
-            again.append(k)
+            recomputed.append(k)
             each -= saved
-            extra = max(extra, p.extra_again[k])
+            extra = max(extra, p.extra_recomputed[k])
             seconds += p.forward[stage * p.layers + k]
             needed = fixed + flying * each + extra
             if p.recompute == AUTO and needed <= budget:
                 break
-        return Choice(seconds, needed, again)
+        return Choice(seconds, needed, recomputed)
 
     def _order(self, stage: int) -> list[int]:
-        """Layers by what running them again saves, most bytes for a second first; ties by index."""
+        """Layers by what recomputing them saves, most bytes for a second first; ties by index."""
         if stage not in self._orders:
             p = self.problem
 
             def worth(k: int) -> float:
-                saved = float(p.own[k] + p.inner[k] - p.inner_again[k])
+                saved = float(p.own[k] + p.inner[k] - p.inner_recomputed[k])
                 seconds = p.forward[stage * p.layers + k]
                 return saved / seconds if seconds > 0.0 else (math.inf if saved > 0 else 0.0)
 
@@ -129,13 +129,13 @@ def place(problem: Problem, slacks: Sequence[float], backend: str = "auto") -> l
         Distinct lists of the S + 1 cuts (0 first, L last): the one whose slowest stage is fastest (the most even one
         of those), then those of ``slacks``. Empty if nothing fits the budgets.
     """
-    run = _backend("partitions", backend)
+    run = _backend("best_cuts", backend)
     return place_python(problem, list(slacks)) if run is None else run(problem, list(slacks))
 
 
 def nearest(problem: Problem, backend: str = "auto") -> list[int]:
     """The cuts where the stage that is shortest of memory lacks least, whether or not that fits."""
-    run = _backend("nearest_partition", backend)
+    run = _backend("nearest_cuts", backend)
     return nearest_python(problem) if run is None else run(problem)
 
 
@@ -181,7 +181,7 @@ def _add(a: float, b: float) -> float:
 
 def _table(p: Problem, value: Callable[[Choice, int], float]) -> list[list[float]]:
     """[S][first * (L + 1) + last] the value of every run of layers on every stage that can have it."""
-    scale = Scale(p)
+    scale = StageCosts(p)
     table = []
     for stage in range(p.stages):
         row = [math.inf] * (p.layers + 1) ** 2

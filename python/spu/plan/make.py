@@ -12,7 +12,7 @@ from spu.plan.memory import ITEM_BYTES, wire_bytes
 from spu.plan.partition import check_stages
 from spu.plan.plan import CODECS, Plan, Predicted, StagePlan
 from spu.plan.refuse import refusal
-from spu.plan.request import Placed, Request
+from spu.plan.request import Placement, Request
 from spu.settings import Recompute, Settings
 
 
@@ -84,7 +84,7 @@ def with_bases(plan: Plan, layer_costs: Sequence[LayerCost], loss_cost: LayerCos
     return replace(plan, uncounted=tuple((cost.name, cost.basis) for cost in costs if cost.basis != "counted"))
 
 
-def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows: int = 0, tokens: int = 0) -> Plan:
+def write_plan(request: Request, placed: Placement, *, model: str, basis: str, rows: int = 0, tokens: int = 0) -> Plan:
     """The plan of a placement, with everything predicted."""
     durations, updates = request.durations(placed), request.updates(placed)
     held, saved = request.held(placed), request.saved(placed)
@@ -93,7 +93,7 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
         for total, own, one in zip(request.stage_bytes(placed), saved, held)
     ]
     stages = []
-    for s, (part, again) in enumerate(zip(placed.parts, placed.again, strict=True)):
+    for s, (part, recomputed) in enumerate(zip(placed.parts, placed.recomputed, strict=True)):
         device = request.devices[request.homes[s]]
         forward_s, input_s, weight_s = durations[s]
         stages.append(
@@ -102,7 +102,7 @@ def write_plan(request: Request, placed: Placed, *, model: str, basis: str, rows
                 device=device.name,
                 layers=(part.start, part.stop),
                 layer_names=tuple(request.layers[k].name for k in part),
-                recompute=again,
+                recompute=recomputed,
                 budget_bytes=device.budget_bytes,
                 each_bytes=held[s].each,
                 left_bytes=held[s].left,

@@ -40,7 +40,7 @@ def state_bytes(cost: LayerCost, precision: str, first: int = 0) -> tuple[int, i
     """(weights, main gradients, masters, moments) of a layer in a stage that begins with layer ``first``.
 
     Per parameter: the weight in its precision; per trained one an fp32 main gradient, an fp32 master where weights have
-    16 bits, and two fp32 moments. What the stage has from an earlier layer is not counted again; of what only an
+    16 bits, and two fp32 moments. What the stage has from an earlier layer is not counted twice; of what only an
     earlier stage has there are a weight and a gradient here.
     """
     item = ITEM_BYTES[precision]
@@ -66,7 +66,7 @@ def pinned_bytes(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class Held:
+class MicrobatchBytes:
     """Bytes of one microbatch on a stage.
 
     Attributes:
@@ -118,8 +118,8 @@ class StageMemory:
     """Bytes of any run of layers on any stage, for one way of training: what budgets are held against.
 
     A stage holds its state all the time. Each microbatch in flight keeps what its layers saved, or with recompute the
-    inputs of the layers that are run again, and the stage's output. On top comes what one action needs while it
-    runs; with recompute that is also what one layer saves while it is run again. Wires are two buffers per boundary
+    inputs of the layers that are recomputed, and the stage's output. On top comes what one action needs while it
+    runs; with recompute that is also what one layer saves while it is recomputed. Wires are two buffers per boundary
     and direction where something is copied.
 
     Args:
@@ -149,7 +149,7 @@ class StageMemory:
         self.deferred = deferred
 
     def of(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> StageBytes:
-        """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and runs those in ``recompute`` again."""
+        """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and recomputes those in ``recompute``."""
         here = self.layers[first:last]
         states = [state_bytes(layer, self.precision, first) for layer in here]
         param, main_grad, master, moment = (sum(state[k] for state in states) for k in range(4))
@@ -186,7 +186,7 @@ class StageMemory:
         layer = self.layers[k]
         return layer.deferred_bytes if k not in recompute else layer.left_bytes
 
-    def held(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> Held:
+    def held(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> MicrobatchBytes:
         """What one microbatch holds, moment by moment: at most what `of` counts, where all is taken at its largest.
 
         While a layer runs forward, nothing is there of those behind it; while it runs backward, they have let go of
@@ -197,13 +197,13 @@ class StageMemory:
         here, most = 0, 0
         marks = []
         for k in range(first, last):
-            layer, again = self.layers[k], k in recompute
+            layer, recomputed = self.layers[k], k in recompute
             kept = self._keeps_input(stage, first, k, recompute)
-            here += (0 if again else layer.own_bytes) + (layer.input_bytes if kept else 0)
-            transient = layer.own_bytes if again else 0
+            here += (0 if recomputed else layer.own_bytes) + (layer.input_bytes if kept else 0)
+            transient = layer.own_bytes if recomputed else 0
             given = layer.input_bytes if k > first and not kept else 0
             most = max(most, here + transient + given + layer.output_bytes + layer.forward_extra_bytes)
-            extra = max(layer.backward_extra_bytes, layer.forward_extra_bytes if again else 0)
+            extra = max(layer.backward_extra_bytes, layer.forward_extra_bytes if recomputed else 0)
             marks.append(here + transient + extra + (tail if k < last - 1 else 0))
         each = self.each(stage, first, last, recompute)
         if final:
@@ -217,15 +217,15 @@ class StageMemory:
                 elsewhere = k == first and (stage == 0 or not self.boundaries[stage - 1].copied)
                 left += layer.left_bytes + (layer.input_bytes if layer.left_input and not elsewhere else 0)
         bound = self.bound(stage, first, last, recompute) + self._workspace(stage, first, last, recompute)
-        return Held(each, left, max(min(most, bound), each, left))
+        return MicrobatchBytes(each, left, max(min(most, bound), each, left))
 
     def _keeps_input(self, stage: int, first: int, k: int, recompute: Collection[int]) -> bool:
         """Whether a microbatch in flight keeps the input of layer ``k`` in a stage that begins with ``first``."""
-        layer, again = self.layers[k], k in recompute
+        layer, recomputed = self.layers[k], k in recompute
         if k > first:
-            return again or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
+            return recomputed or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
         # The first stage's input is the user's own batch, which is there anyway.
-        return stage > 0 and self.boundaries[stage - 1].copied and (again or layer.input_saved)
+        return stage > 0 and self.boundaries[stage - 1].copied and (recomputed or layer.input_saved)
 
     def _workspace(self, stage: int, first: int, last: int, recompute: Collection[int]) -> int:
         most = 0

@@ -72,7 +72,7 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     problem = core.Problem(
         layers=count,
         stages=stages,
-        recompute=core.KEEP,
+        recompute=core.NONE,
         forward=[float(value) for value in costs] * stages,
         backward=[0.0] * (stages * count),
         in_flight=[0] * stages,

@@ -12,7 +12,7 @@ from spu.plan import core
 from spu.plan.colors import WORDS
 from spu.plan.memory import state_bytes
 from spu.plan.partition import BudgetError
-from spu.plan.request import Placed, Request
+from spu.plan.request import Placement, Request
 
 Change = tuple[str, Request]
 
@@ -64,7 +64,7 @@ def _headline(request: Request) -> str:
     return f"the given layers do not fit the budgets ({how}):"
 
 
-def _line(request: Request, placed: Placed, rank: int, peak: int) -> str:
+def _line(request: Request, placed: Placement, rank: int, peak: int) -> str:
     device = request.devices[rank]
     own = [s for s, home in enumerate(request.homes) if home == rank]
     spans = [f"{p.start} to {p.stop - 1}" if len(p) > 1 else f"{p.start}" for p in (placed.parts[s] for s in own)]
@@ -77,13 +77,13 @@ def _line(request: Request, placed: Placed, rank: int, peak: int) -> str:
     )
 
 
-def _moment(request: Request, placed: Placed, rank: int) -> str:
+def _moment(request: Request, placed: Placement, rank: int) -> str:
     """When the device holds most: always, if its state alone is too much, else the first action at the peak."""
     totals = request.stage_bytes(placed)
     own = [s for s, home in enumerate(request.homes) if home == rank]
     if sum(totals[s].state_bytes for s in own) > request.devices[rank].budget_bytes:
         return "all the time, for weights and optimizer alone"
-    each = [request.memory.bound(s, placed.parts[s].start, placed.parts[s].stop, placed.again[s]) for s in own]
+    each = [request.memory.bound(s, placed.parts[s].start, placed.parts[s].stop, placed.recomputed[s]) for s in own]
     sizes = dict(zip(own, each))
     last = {(a.stage, a.microbatch): a for a in request.actions[rank]}
     held, most, when = 0, -1, request.actions[rank][0]
@@ -101,7 +101,7 @@ def _moment(request: Request, placed: Placed, rank: int) -> str:
     return f"in the {what} of microbatch {when.microbatch} ({when})"
 
 
-def _nearest(request: Request) -> Placed:
+def _nearest(request: Request) -> Placement:
     """The partition where the device that is shortest of memory lacks least."""
     if request.fixed is not None:
         return request.placed([request.fixed[0].start, *(part.stop for part in request.fixed)])
@@ -109,14 +109,14 @@ def _nearest(request: Request) -> Placed:
     return request.placed(core.nearest(problem), problem)
 
 
-def _describe(label: str, request: Request, placed: Placed) -> str:
+def _describe(label: str, request: Request, placed: Placement) -> str:
     peaks, budgets = request.peaks(placed), [device.budget_bytes for device in request.devices]
     fullest = max(range(len(peaks)), key=lambda rank: peaks[rank] / max(budgets[rank], 1))
     peak, budget = format_bytes(peaks[fullest]), format_bytes(budgets[fullest])
     return f"{label}: the fullest device is then {request.devices[fullest].name}, {peak} of {budget}"
 
 
-def working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, Request, Placed]]:
+def working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, Request, Placement]]:
     """Changes that fit: each single one that does, or the first combination where no single one is enough."""
     found = False
     singles = [*_other_schedules(request), *_recomputed(request), *_packed(request)]

@@ -14,7 +14,7 @@ from spu.cost.layer_cost import LayerCost
 from spu.plan import core
 from spu.plan.flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
 from spu.plan.machine import Machine, Speed
-from spu.plan.memory import Boundary, Held, StageBytes, StageMemory, state_bytes, wire_bytes
+from spu.plan.memory import Boundary, MicrobatchBytes, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
 from spu.schedules.simulate import _runner
 from spu.settings import Settings
@@ -22,7 +22,7 @@ from spu.settings import Settings
 if TYPE_CHECKING:
     from spu.devices import Device
 
-_CORE = {"none": core.KEEP, "all": core.AGAIN, "auto": core.AUTO, "given": core.KEEP}
+_CORE = {"none": core.NONE, "all": core.ALL, "auto": core.AUTO, "given": core.NONE}
 """The core's numbers for the modes of `Recompute`; given layers are not for it to choose."""
 
 UPDATE_BYTES = 38
@@ -40,16 +40,16 @@ def crossings(settings: Settings, order: Sequence[int]) -> list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Placed:
+class Placement:
     """A partition with everything decided.
 
     Attributes:
         parts: layers of each stage.
-        again: layers of each stage that are run again in the backward.
+        recomputed: layers of each stage that are recomputed in the backward.
     """
 
     parts: tuple[range, ...]
-    again: tuple[tuple[int, ...], ...]
+    recomputed: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class Request:
             fixed=fixed,
             own=own,
             inner=inner,
-            inner_again=[layer.input_bytes for layer in self.layers],
+            inner_recomputed=[layer.input_bytes for layer in self.layers],
             extra=[layer.extra_bytes for layer in self.layers],
-            extra_again=[layer.extra_bytes + layer.own_bytes for layer in self.layers],
+            extra_recomputed=[layer.extra_bytes + layer.own_bytes for layer in self.layers],
             in_flight=list(memory.in_flight),
             budgets=list(budgets),
             **ends,
@@ -208,7 +208,7 @@ class Request:
         return {
             "enter_fixed": [*(wires[layer.input_bytes] for layer in self.layers), 0],
             "enter_each": [*(x.input_bytes if copied and x.input_saved else 0 for x in self.layers), 0],
-            "enter_again": [*(layer.input_bytes if copied else 0 for layer in self.layers), 0],
+            "enter_recomputed": [*(layer.input_bytes if copied else 0 for layer in self.layers), 0],
             "enter_s": [*(boundary.s_per_microbatch(layer.input_bytes, rate) for layer in self.layers), 0.0],
         }
 
@@ -232,7 +232,7 @@ class Request:
             "leave_s": [0.0] * count + [sum(self.times[self.homes[stage]][count])],
         }
 
-    def candidates(self, slacks: Sequence[float] = ()) -> list[Placed]:
+    def candidates(self, slacks: Sequence[float] = ()) -> list[Placement]:
         """Partitions within the budgets, the one with the fastest slowest stage first; none if nothing fits."""
         if self.fixed is not None:
             placed = self.placed([self.fixed[0].start, *(part.stop for part in self.fixed)])
@@ -255,13 +255,13 @@ class Request:
                 return fitting
         return []
 
-    def _nearer(self, cuts: Sequence[int], problem: core.Problem) -> list[Placed]:
+    def _nearer(self, cuts: Sequence[int], problem: core.Problem) -> list[Placement]:
         """Where moving boundaries one layer at a time leads, as long as the devices together lack less for it.
 
         The programme knows a share of its device's budget for each stage; only here do a device's stages share it.
         """
 
-        def lacking(placed: Placed) -> int:
+        def lacking(placed: Placement) -> int:
             return sum(max(peak - device.budget_bytes, 0) for peak, device in zip(self.peaks(placed), self.devices))
 
         best = self.placed(cuts, problem)
@@ -279,30 +279,30 @@ class Request:
             best, least = nearest, lacking(nearest)
         return [best]
 
-    def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placed:
-        """The partition at these cuts, with the layers that are run again."""
+    def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placement:
+        """The partition at these cuts, with the layers that are recomputed."""
         given = self.settings.recompute
         if given.mode == "given":
             parts = tuple(range(a, b) for a, b in pairwise(cuts))
-            return Placed(parts, tuple(tuple(k for k in part if k in given.layers) for part in parts))
-        scale = core.Scale(self.problem() if problem is None else problem)
+            return Placement(parts, tuple(tuple(k for k in part if k in given.layers) for part in parts))
+        scale = core.StageCosts(self.problem() if problem is None else problem)
         pairs = list(pairwise(cuts))
-        again = (tuple(sorted(scale.weigh(s, first, last).again)) for s, (first, last) in enumerate(pairs))
-        return Placed(tuple(range(a, b) for a, b in pairs), tuple(again))
+        recomputed = (tuple(sorted(scale.weigh(s, first, last).recomputed)) for s, (first, last) in enumerate(pairs))
+        return Placement(tuple(range(a, b) for a, b in pairs), tuple(recomputed))
 
-    def fits(self, placed: Placed) -> bool:
+    def fits(self, placed: Placement) -> bool:
         """Whether every device's peak is within its budget."""
         return all(peak <= device.budget_bytes for peak, device in zip(self.peaks(placed), self.devices))
 
-    def stage_bytes(self, placed: Placed) -> list[StageBytes]:
+    def stage_bytes(self, placed: Placement) -> list[StageBytes]:
         """Bytes of every stage by category."""
-        pairs = zip(placed.parts, placed.again, strict=True)
-        return [self.memory.of(s, part.start, part.stop, again) for s, (part, again) in enumerate(pairs)]
+        pairs = zip(placed.parts, placed.recomputed, strict=True)
+        return [self.memory.of(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(pairs)]
 
-    def peaks(self, placed: Placed) -> list[int]:
+    def peaks(self, placed: Placement) -> list[int]:
         """The most bytes of every device: over its stages what they hold, and the largest workspace of one."""
-        parts = list(zip(placed.parts, placed.again, strict=True))
-        each = [self.memory.bound(s, part.start, part.stop, again) for s, (part, again) in enumerate(parts)]
+        parts = list(zip(placed.parts, placed.recomputed, strict=True))
+        each = [self.memory.bound(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(parts)]
         held = [max(sum(each[s] * n for s, n in counts) for counts in row) for row in held_together(*self._schedule)]
         totals = self.stage_bytes(placed)
         return [
@@ -312,12 +312,12 @@ class Request:
             for rank in range(len(self.devices))
         ]
 
-    def held(self, placed: Placed) -> list[Held]:
+    def held(self, placed: Placement) -> list[MicrobatchBytes]:
         """What one microbatch holds on every stage."""
-        pairs = zip(placed.parts, placed.again, strict=True)
-        return [self.memory.held(s, part.start, part.stop, again) for s, (part, again) in enumerate(pairs)]
+        pairs = zip(placed.parts, placed.recomputed, strict=True)
+        return [self.memory.held(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(pairs)]
 
-    def saved(self, placed: Placed) -> list[int]:
+    def saved(self, placed: Placement) -> list[int]:
         """The most bytes that microbatches hold on every stage between actions."""
         held, most = self.held(placed), [0] * len(self.homes)
         for row in held_moments(*self._schedule):
@@ -327,7 +327,7 @@ class Request:
                 most[stage] = max(most[stage], own[0] * held[stage].each + own[1] * held[stage].left + more)
         return most
 
-    def predicted_peaks(self, placed: Placed) -> list[int]:
+    def predicted_peaks(self, placed: Placement) -> list[int]:
         """The most bytes of every device as its actions come and go; at most what `peaks` holds against budgets."""
         totals, held = self.stage_bytes(placed), self.held(placed)
         result = []
@@ -340,14 +340,14 @@ class Request:
             result.append(fixed + most)
         return result
 
-    def durations(self, placed: Placed) -> list[tuple[float, float, float]]:
+    def durations(self, placed: Placement) -> list[tuple[float, float, float]]:
         """(forward, input gradient, weight gradient) seconds of every stage."""
         result = []
         last = len(self.homes) - 1
-        for s, (part, again) in enumerate(zip(placed.parts, placed.again, strict=True)):
+        for s, (part, recomputed) in enumerate(zip(placed.parts, placed.recomputed, strict=True)):
             times = self.times[self.homes[s]]
             forward = math.fsum(times[k][0] for k in part)
-            backward = math.fsum(times[k][1] for k in part) + math.fsum(times[k][0] for k in again)
+            backward = math.fsum(times[k][1] for k in part) + math.fsum(times[k][0] for k in recomputed)
             weight = math.fsum(times[k][1] * self.layers[k].weight_share for k in part)
             packing = 0.0
             for cut, boundary in ((part.start, s - 1), (part.stop, s)):
@@ -360,7 +360,7 @@ class Request:
             result.append((forward + packing, backward + packing - weight, weight))
         return result
 
-    def transfers(self, placed: Placed) -> list[float]:
+    def transfers(self, placed: Placement) -> list[float]:
         """Seconds of one transfer over every boundary."""
         sizes = [self.layers[part.stop - 1].output_bytes for part in placed.parts[:-1]]
         result = []
@@ -368,12 +368,12 @@ class Request:
             result.append(wire_bytes(size, self.settings.precision, boundary.codec) / rate if boundary.copied else 0.0)
         return result
 
-    def updates(self, placed: Placed) -> list[float]:
+    def updates(self, placed: Placement) -> list[float]:
         """Seconds of the update of every stage."""
         trained = [sum(self.layers[k].trained_count for k in part) for part in placed.parts]
         return [UPDATE_BYTES * n / self.speeds[home].update_rate for n, home in zip(trained, self.homes)]
 
-    def step_s(self, placed: Placed) -> float:
+    def step_s(self, placed: Placement) -> float:
         """Seconds of a step: every run of the schedule, and the slowest device's update."""
         updates = [0.0] * len(self.devices)
         for update, home in zip(self.updates(placed), self.homes):

@@ -21,7 +21,7 @@ from spu.plan.memory import state_bytes, wire_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
 from spu.plan.refuse import refusal, state_line
-from spu.plan.request import Placed, Request, Times, crossings
+from spu.plan.request import Placement, Request, Times, crossings
 from spu.settings import AUTO, Settings
 
 CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
@@ -140,7 +140,7 @@ class _Search:
         self.counts = microbatch_counts(settings, batch)
         self._profiles: dict[int, tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]] = {}
 
-    def best(self) -> tuple[Request, Placed] | None:
+    def best(self) -> tuple[Request, Placement] | None:
         """The fastest request and placement; None if nothing fits."""
         counts = self.counts
         layers, *_ = self._profile(self._rows(counts[-1]))
@@ -154,7 +154,7 @@ class _Search:
         best = min(improved, key=lambda entry: entry[0], default=None)
         return None if best is None else (best[1], best[2])
 
-    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[tuple[float, Request, Placed]]:
+    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[tuple[float, Request, Placement]]:
         for request in self._requests(order, counts):
             for placed in request.candidates(SLACKS):
                 yield request.step_s(placed), request, placed
@@ -260,7 +260,7 @@ class _Search:
             return "measured"
         return self.machine.basis(device.name for device in request.devices)
 
-    def _improved(self, seconds: float, request: Request, placed: Placed) -> tuple[float, Request, Placed]:
+    def _improved(self, seconds: float, request: Request, placed: Placement) -> tuple[float, Request, Placement]:
         """Boundaries moved by one layer as long as that shortens the step."""
         problem = request.problem()
         for _ in range(_ROUNDS):
@@ -309,7 +309,7 @@ def _states(layers: Sequence[LayerCost], precision: str) -> int:
     return sum(sum(state_bytes(layer, precision)) for layer in layers)
 
 
-def _distinct(found: list[tuple[float, Request, Placed]]) -> list[tuple[float, Request, Placed]]:
+def _distinct(found: list[tuple[float, Request, Placement]]) -> list[tuple[float, Request, Placement]]:
     """The fastest of each request."""
     seen: set[int] = set()
     result = []
