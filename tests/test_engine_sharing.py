@@ -85,7 +85,7 @@ def test_what_is_set_on_a_shared_block_reaches_every_use(edit: Callable[[nn.Sequ
         assert loss == pytest.approx(F.cross_entropy(model(batch()[0]), batch()[1]).item(), 1e-6)
         model.train()
         assert trainer.step(*batch()).loss != trainer.step(*batch()).loss  # its dropout is on in both
-    assert [layer.module for layer in trainer._require_layers()] == [model[i] for i in range(5)]
+    assert [layer.module for layer in trainer._parts.layers] == [model[i] for i in range(5)]
 
 
 def test_shared_statistics_are_refused_by_name() -> None:

@@ -1,4 +1,4 @@
-"""The parts of a model on their devices, called by hand."""
+"""The model as its user gave it, whole or part by part; its parts can be called by hand."""
 
 from __future__ import annotations
 
@@ -12,63 +12,68 @@ from spu.devices import Device
 from spu.engine.bridge import Bridge, StageModule
 from spu.engine.layers import Layer, model_layers, parts_as_layers
 
-__all__ = ["ByHand"]
+__all__ = ["Parts"]
 
 
-class ByHand:
+class Parts:
     """Holds a model, whole or in parts that are added one by one, and hands the parts out on their devices.
 
     Args:
-        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with :meth:`add_module`.
-        devices: in pipeline order.
+        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with `add`.
+
+    Attributes:
+        placed: the parts are on their devices; no more can be added.
     """
 
-    def __init__(self, model: Any, devices: Sequence[Device]) -> None:
-        self.devices = list(devices)
+    def __init__(self, model: Any) -> None:
+        self.placed = False
         self._model = model
         self._layers: list[Layer] | None = None if model is None else model_layers(model)
-        self._parts: list[nn.Module] = []
+        self._added: list[nn.Module] = []
         self._stage_modules: list[StageModule] = []
-        self._settled = False  # parts have been placed
 
-    def add_module(self, part: nn.Module) -> None:
-        """Add the next part of the model; parts run in the order they were added.
+    @property
+    def given(self) -> Any:
+        """The model, or the list of parts."""
+        return self._model or self._added
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The model as a flat list of layers.
 
         Raises:
-            TypeError: not a module.
-            ValueError: the trainer was given a whole model, or has run already.
+            ValueError: there is none yet.
         """
-        if not isinstance(part, nn.Module):
-            raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
-        if self._layers is not None and not self._parts:
-            raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
-        if self._settled:
-            raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")
-        self._parts.append(part)
-        self._layers = parts_as_layers(self._parts)
-
-    def modules(self) -> Iterator[StageModule]:
-        """The parts on their devices, in order, to be called by hand; gradients cross a ``detach`` between them."""
-        if not self._stage_modules:
-            layers = self._require_layers()
-            bridge = Bridge()
-            homes = placement.place_parts(layers, self.devices)
-            for index, (layer, device) in enumerate(zip(layers, homes)):
-                layer.module.to(device.torch_device)
-                self._settled = True
-                self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
-        return iter(self._stage_modules)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter of the model, once."""
-        seen = {id(p): p for layer in self._require_layers() for p in layer.module.parameters()}
-        return iter(seen.values())
-
-    def _users_model(self) -> nn.Module:
-        """What the user gave, parts and lists of layers as a container of them."""
-        return self._model if isinstance(self._model, nn.Module) else nn.ModuleList(self._model or self._parts)
-
-    def _require_layers(self) -> list[Layer]:
         if self._layers is None:
             raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
         return self._layers
+
+    def as_module(self) -> nn.Module:
+        """Return what the user gave; parts and lists of layers as a container of them."""
+        return self._model if isinstance(self._model, nn.Module) else nn.ModuleList(self.given)
+
+    def add(self, part: nn.Module) -> None:
+        """Add the next part of the model.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: there is a whole model, or the parts have been placed.
+        """
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
+        if self._layers is not None and not self._added:
+            raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
+        if self.placed:
+            raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")
+        self._added.append(part)
+        self._layers = parts_as_layers(self._added)
+
+    def modules(self, devices: Sequence[Device]) -> Iterator[StageModule]:
+        """Yield the parts on their devices, in order, to be called by hand; the first call places them."""
+        if not self._stage_modules:
+            bridge = Bridge()
+            for index, (layer, device) in enumerate(zip(self.layers, placement.place_parts(self.layers, devices))):
+                layer.module.to(device.torch_device)
+                self.placed = True
+                self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
+        return iter(self._stage_modules)

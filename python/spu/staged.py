@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from spu import ops, schedules
-from spu.by_hand import ByHand
+from spu.by_hand import Parts
 from spu.devices import Device
 from spu.engine.build import Built, build_stages, check_parameters, give_back, to_precision, undo_precision, unfused
 from spu.engine.first_batch import check_batch
@@ -27,19 +28,38 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
 
-__all__ = ["Staged"]
+__all__ = ["LastStep", "Staged"]
 
 
-class Staged(ByHand):
+@dataclass
+class LastStep:
+    """What the last step measured: reports and plans are made from it.
+
+    Attributes:
+        done: how many steps this trainer has run, without those before a checkpoint.
+        timeline: of the last run of the schedule; None before the first one, and after the stages have moved.
+        seconds: of the whole step.
+        counted_bytes: the peak of each device in a step whose bytes were counted.
+    """
+
+    done: int = 0
+    timeline: Timeline | None = None
+    seconds: float | None = None
+    counted_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Staged:
     """A model cut into stages, which `spu.trainer` trains.
 
     Args:
+        parts: the model.
+        devices: in pipeline order.
         settings: how it is to be trained; the other arguments are the trainer's.
     """
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module] | None,
+        parts: Parts,
         devices: Sequence[Device],
         settings: TrainSettings,
         *,
@@ -52,7 +72,8 @@ class Staged(ByHand):
         scaler: LossScaler | None,
         measure: bool,
     ) -> None:
-        super().__init__(model, devices)
+        self._parts = parts
+        self.devices = list(devices)
         self.settings = settings
         self.precision = settings.precision
         self.accumulate = settings.accumulate
@@ -71,8 +92,7 @@ class Staged(ByHand):
         self._plan: Plan | None = None
         self._planner: Planner | None = None
         self._runner: Runner | None = None
-        self._peaks: dict[str, int] = {}
-        self._timeline: Timeline | None = None
+        self._last = LastStep()
 
     @property
     def plan(self) -> Plan | None:
@@ -89,7 +109,7 @@ class Staged(ByHand):
         if self._plan is not None:
             return self._plan
         inputs, targets = as_dicts(inputs), as_dicts(targets)
-        layers = self._require_layers()
+        layers = self._parts.layers
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
         planner = Planner(layers, self.devices, self.settings, self._loss)
@@ -111,7 +131,7 @@ class Staged(ByHand):
             except BaseException:
                 undo_precision(layers, masters)
                 raise
-            self._plan, self._planner, self._settled = plan, planner, True
+            self._plan, self._planner, self._parts.placed = plan, planner, True
         return plan
 
     @torch.inference_mode(False)
@@ -129,9 +149,9 @@ class Staged(ByHand):
         Raises:
             RuntimeError: before the first step.
         """
-        if self._plan is None or self._timeline is None or self._planner is None:
+        if self._plan is None or self._last.timeline is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
-        same, best = self._planner.again(self._plan, self._timeline)
+        same, best = self._planner.again(self._plan, self._last.timeline)
         old = self._ready()
         kept = Kept(old.built, old.updater.optimizers)
         if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
@@ -142,7 +162,7 @@ class Staged(ByHand):
             old.close()
             self._runner = self._build(best, kept.give_masters)
             kept.put_back(self._runner.built, self._runner.updater.optimizers)
-            self._plan, self._timeline, self._peaks = best, None, {}
+            self._plan, self._last.timeline, self._last.counted_bytes = best, None, {}
         return best
 
     def close(self) -> None:
@@ -159,7 +179,7 @@ class Staged(ByHand):
         """Move the layers to where the plan has them."""
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
-            self._require_layers(),
+            self._parts.layers,
             [range(*stage.layers) for stage in plan.stages],
             [device_of[stage.device] for stage in plan.stages],
             loss_fn=self._loss,
@@ -177,7 +197,7 @@ class Staged(ByHand):
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
         )
-        self._unchanged = Unchanged(self._model or self._parts, built)
+        self._unchanged = Unchanged(self._parts.given, built)
         return runner
 
     def _prepared(self) -> Runner:

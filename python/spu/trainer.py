@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from spu import placement
+from spu.by_hand import Parts
 from spu.common.options import takes_keywords
 from spu.devices import Device, DeviceManager
+from spu.engine.bridge import StageModule
 from spu.engine.bytes import counted_bytes
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
@@ -94,7 +96,7 @@ class ModelParallelTrainer(Staged):
             )
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
-            model,
+            Parts(model),
             DeviceManager().get_devices(devices),
             settings,
             loss_fn=loss_fn,
@@ -111,8 +113,26 @@ class ModelParallelTrainer(Staged):
         self.steps_done = 0
         self.passes_done = 0
         self._report = report
-        self._steps_here = 0
-        self._step_s: float | None = None
+
+    # The model, and its parts run by hand
+
+    def add_module(self, part: nn.Module) -> None:
+        """Add the next part of the model; parts run in the order they were added.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: the trainer was given a whole model, or has run already.
+        """
+        self._parts.add(part)
+
+    def modules(self) -> Iterator[StageModule]:
+        """Yield the parts on their devices, to be called by hand in order; gradients cross a ``detach`` between them."""
+        return self._parts.modules(self.devices)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield every parameter of the model, once."""
+        seen = {id(p): p for layer in self._parts.layers for p in layer.module.parameters()}
+        return iter(seen.values())
 
     # Training
 
@@ -132,8 +152,8 @@ class ModelParallelTrainer(Staged):
         self.prepare(inputs, targets)
         runner = self._prepared()
         with contextlib.ExitStack() as counting:
-            if self._report is not None and self._steps_here == 0:
-                self._peaks = counting.enter_context(counted_bytes(runner))
+            if self._report is not None and self._last.done == 0:
+                self._last.counted_bytes = counting.enter_context(counted_bytes(runner))
             done = self._accumulate(inputs, targets, keep_outputs=False)
             updater = runner.updater
             scale = updater.scopes[-1].scale.clone()
@@ -145,10 +165,10 @@ class ModelParallelTrainer(Staged):
                 updater.clear_gradients()
                 raise
         seconds = time.perf_counter() - begin
-        self._step_s = seconds
+        self._last.seconds = seconds
         peaks = placement.peak_bytes(self.devices)
         result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
-        if self._steps_here == 2:
+        if self._last.done == 2:
             self._look_back()
         return result
 
@@ -156,7 +176,7 @@ class ModelParallelTrainer(Staged):
         self._prepared().updater.apply(update, lr_factor)
         self.steps_done += 1
         self.passes_done += 1
-        self._steps_here += 1
+        self._last.done += 1
 
     def _look_back(self) -> None:
         """After the second step: the first one also makes what is kept, and is slower for it."""
@@ -206,7 +226,7 @@ class ModelParallelTrainer(Staged):
         done = self._ready().accumulate(
             inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
         )
-        self._timeline = done.timeline
+        self._last.timeline = done.timeline
         return done
 
     # What happened
@@ -217,9 +237,9 @@ class ModelParallelTrainer(Staged):
         Raises:
             RuntimeError: before the first step.
         """
-        if self._timeline is None:
+        if self._last.timeline is None:
             raise RuntimeError("no step has run yet: call step() or forward_backward() first")
-        return self._timeline
+        return self._last.timeline
 
     def predicted_timeline(self) -> Timeline:
         """The simulator's timeline for the plan's layer times.
@@ -237,10 +257,11 @@ class ModelParallelTrainer(Staged):
         Raises:
             RuntimeError: before the first step.
         """
-        if self._plan is None or self._timeline is None or self._step_s is None:
+        last = self._last
+        if self._plan is None or last.timeline is None or last.seconds is None:
             raise RuntimeError("no step has run yet: call step() first")
-        peaks = self._peaks | placement.peak_bytes(self.devices)
-        return "\n".join(comparison(self._plan, self._timeline, self._step_s, peaks))
+        peaks = last.counted_bytes | placement.peak_bytes(self.devices)
+        return "\n".join(comparison(self._plan, last.timeline, last.seconds, peaks))
 
     # State
 
@@ -254,7 +275,7 @@ class ModelParallelTrainer(Staged):
         if self._runner is None:
             raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
         runner = self._readable()
-        return state_for_model(self._users_model(), runner.built, runner.updater.optimizers)
+        return state_for_model(self._parts.as_module(), runner.built, runner.updater.optimizers)
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write a checkpoint that any number of stages can resume from.
