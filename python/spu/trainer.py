@@ -126,7 +126,7 @@ class ModelParallelTrainer(Staged):
         self._parts.add(part)
 
     def modules(self) -> Iterator[StageModule]:
-        """Yield the parts on their devices, to be called by hand in order; gradients cross a ``detach`` between them."""
+        """Yield the parts, on their devices, to be called by hand; gradients cross a ``detach`` between them."""
         return self._parts.modules(self.devices)
 
     def parameters(self) -> Iterator[nn.Parameter]:
