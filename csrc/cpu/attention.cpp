@@ -1,5 +1,5 @@
 // spu::attention: the torch side. See kernels.h for the arithmetic's contract.
-#include "cpu/attention.h"
+#include "cpu/ops.h"
 
 #include <algorithm>
 

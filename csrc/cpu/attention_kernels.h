@@ -16,8 +16,8 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-SPU_INLINE const void* offset_by(const void* data, cpu::Type type, int64_t elements) {
-  return static_cast<const char*>(data) + elements * (type == cpu::Type::fp32 ? 4 : 2);
+SPU_INLINE const void* offset_by(const void* data, Type type, int64_t elements) {
+  return static_cast<const char*>(data) + elements * (type == Type::fp32 ? 4 : 2);
 }
 
 // One head's matrix [tokens, head_dim].
@@ -130,11 +130,11 @@ static void store_turned(const QueryPanel& p, int64_t head_dim, const float* c, 
 }
 
 // out: a result tensor's first element of this head, whose tokens are `row` elements apart.
-static void store_queries(cpu::Type type, const QueryPanel& p, int64_t head_dim, const float* c,
-                          const vf (&factor)[kNV], void* out, int64_t row) {
+static void store_queries(Type type, const QueryPanel& p, int64_t head_dim, const float* c, const vf (&factor)[kNV],
+                          void* out, int64_t row) {
   const int64_t at = p.q0 * row;
-  if (type == cpu::Type::fp16) return store_turned(p, head_dim, c, factor, static_cast<Fp16*>(out) + at, row);
-  if (type == cpu::Type::bf16) return store_turned(p, head_dim, c, factor, static_cast<Bf16*>(out) + at, row);
+  if (type == Type::fp16) return store_turned(p, head_dim, c, factor, static_cast<Fp16*>(out) + at, row);
+  if (type == Type::bf16) return store_turned(p, head_dim, c, factor, static_cast<Bf16*>(out) + at, row);
   store_turned(p, head_dim, c, factor, static_cast<float*>(out) + at, row);
 }
 
@@ -284,9 +284,9 @@ static void query_panel_backward(const cpu::Attention& a, const BackwardPanels& 
   const cpu::Operand out = head_of(a, a.saved_out, batch, head);
   float lse[kNR] = {}, delta[kNR] = {};
   memcpy(lse, a.lse + (batch * a.heads + head) * a.queries + p.q0, sizeof(float) * static_cast<size_t>(p.valid));
-  if (a.type == cpu::Type::fp16) {
+  if (a.type == Type::fp16) {
     row_products<Fp16>(p, a.head_dim, dout, out, delta);
-  } else if (a.type == cpu::Type::bf16) {
+  } else if (a.type == Type::bf16) {
     row_products<Bf16>(p, a.head_dim, dout, out, delta);
   } else {
     row_products<float>(p, a.head_dim, dout, out, delta);
@@ -326,9 +326,9 @@ static void store_keys(const cpu::Attention& a, const float* sums, int64_t colum
 static void attention_backward(const cpu::Attention& a, int64_t begin, int64_t end) {
   const BackwardPanels b = backward_panels(a);
   const size_t sums = sizeof(float) * static_cast<size_t>(ceil_div(a.keys, kMR) * kMR * b.columns);
-  const auto store_head = a.type == cpu::Type::fp16   ? store_keys<Fp16>
-                          : a.type == cpu::Type::bf16 ? store_keys<Bf16>
-                                                      : store_keys<float>;
+  const auto store_head = a.type == Type::fp16   ? store_keys<Fp16>
+                          : a.type == Type::bf16 ? store_keys<Bf16>
+                                                 : store_keys<float>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t batch = task / a.kv_heads, kv_head = task % a.kv_heads, group = a.heads / a.kv_heads;
     const cpu::Operand k = head_of(a, a.k, batch, kv_head);

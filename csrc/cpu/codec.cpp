@@ -1,38 +1,14 @@
 // spu::pack and spu::unpack: wire format version 1 (math/wire.h).
-#include "cpu/codec.h"
+#include "cpu/ops.h"
 
 #include <cstring>
 
 #include "cpu/tensors.h"
-#include "math/wire.h"
+#include "torch/wire.h"
 
 namespace spu {
 namespace cpu {
 namespace {
-
-wire::Codec codec_of(const char* op, const std::string& name) {
-  if (name == "fp16") return wire::Codec::fp16;
-  if (name == "bf16") return wire::Codec::bf16;
-  if (name == "int8") return wire::Codec::int8;
-  if (name == "int4") return wire::Codec::int4;
-  if (name == "fp8_e4m3") return wire::Codec::fp8_e4m3;
-  if (name == "fp8_e5m2") return wire::Codec::fp8_e5m2;
-  checks::fail("spu::", op, ": unknown codec '", name, "'; choose fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2");
-}
-
-wire::Header header_of(const Tensor& x, Type type, wire::Codec codec) {
-  wire::Header h;
-  std::memset(&h, 0, sizeof h);
-  std::memcpy(h.magic, "SPUW", 4);
-  h.version = 1;
-  h.codec = static_cast<uint8_t>(codec);
-  h.source = static_cast<uint8_t>(type);  // Type and wire::Source share their numbers
-  h.ndim = static_cast<uint8_t>(x.dim());
-  h.block = static_cast<uint32_t>(wire::block_of(codec));
-  h.numel = x.numel();
-  for (int64_t i = 0; i < x.dim(); ++i) h.dims[i] = x.size(i);
-  return h;
-}
 
 Type payload_type(wire::Codec codec) {
   return codec == wire::Codec::fp16 ? Type::fp16 : Type::bf16;
@@ -49,18 +25,15 @@ struct Parts {
 
 Tensor pack(Tensor x, std::string codec_name) {
   checks::expect_cpu("pack", "x", x);
-  const wire::Codec codec = codec_of("pack", codec_name);
+  const wire::Codec codec = wire::codec_of("pack", codec_name);
   const Type type = storage_type("pack", "x", x);
-  if (x.dim() > wire::kMaxDims) {
-    checks::fail("spu::pack: x ", checks::shape(x), " has ", x.dim(), " dimensions; the wire holds up to ",
-                 wire::kMaxDims, ", flatten some");
-  }
+  wire::expect_dims("pack", x);
   const int64_t numel = x.numel();
   const Parts parts(numel, codec);
   const Tensor values = dense(x);
   Tensor out = new_empty(x, {parts.end}, ScalarType::Byte);
   uint8_t* bytes = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const wire::Header h = header_of(x, type, codec);
+  const wire::Header h = wire::header_of(x, type, codec);
   std::memcpy(bytes, &h, sizeof h);
   const KernelTable& k = kernels();
   if (!wire::is_plain(codec)) {
@@ -88,18 +61,10 @@ Tensor pack(Tensor x, std::string codec_name) {
 
 Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
   checks::expect_cpu("unpack", "wire", wire_tensor);
-  checks::expect_dtype("unpack", "wire", wire_tensor, ScalarType::Byte);
-  const wire::Codec codec = codec_of("unpack", codec_name);
-  int64_t numel = 1;
-  for (int64_t size : shape) {
-    if (size < 0) checks::fail("spu::unpack: negative size ", size, " in shape");
-    numel *= size;
-  }
+  const wire::Codec codec = wire::codec_of("unpack", codec_name);
+  const int64_t numel = wire::numel_of("unpack", shape);
+  wire::expect_wire("unpack", wire_tensor, numel, codec, codec_name);
   const Parts parts(numel, codec);
-  if (wire_tensor.numel() != parts.end) {
-    checks::fail("spu::unpack: a wire of ", numel, " values in codec ", codec_name, " has ", parts.end, " bytes, got ",
-                 wire_tensor.numel(), "; pass the shape and codec that were packed");
-  }
   Tensor out = new_empty(wire_tensor, shape, dtype);
   const Type type = storage_type("unpack", "dtype", out);
   Tensor buffer = dense(wire_tensor);

@@ -16,16 +16,16 @@ static void convert_range(const From* src, To* dst, int64_t begin, int64_t end) 
 }
 
 template <class From>
-static void convert_from(const void* src, cpu::Type to, void* dst, int64_t begin, int64_t end) {
+static void convert_from(const void* src, Type to, void* dst, int64_t begin, int64_t end) {
   const From* s = static_cast<const From*>(src);
-  if (to == cpu::Type::fp16) return convert_range(s, static_cast<Fp16*>(dst), begin, end);
-  if (to == cpu::Type::bf16) return convert_range(s, static_cast<Bf16*>(dst), begin, end);
+  if (to == Type::fp16) return convert_range(s, static_cast<Fp16*>(dst), begin, end);
+  if (to == Type::bf16) return convert_range(s, static_cast<Bf16*>(dst), begin, end);
   return convert_range(s, static_cast<float*>(dst), begin, end);
 }
 
-static void convert(cpu::Type from, const void* src, cpu::Type to, void* dst, int64_t begin, int64_t end) {
-  if (from == cpu::Type::fp16) return convert_from<Fp16>(src, to, dst, begin, end);
-  if (from == cpu::Type::bf16) return convert_from<Bf16>(src, to, dst, begin, end);
+static void convert(Type from, const void* src, Type to, void* dst, int64_t begin, int64_t end) {
+  if (from == Type::fp16) return convert_from<Fp16>(src, to, dst, begin, end);
+  if (from == Type::bf16) return convert_from<Bf16>(src, to, dst, begin, end);
   return convert_from<float>(src, to, dst, begin, end);
 }
 
@@ -124,17 +124,17 @@ static void decode_typed(void* data, int64_t numel, const float* scales, const i
   }
 }
 
-static void int8_encode(cpu::Type type, const void* x, int64_t numel, float* scales, int8_t* codes, int64_t begin,
+static void int8_encode(Type type, const void* x, int64_t numel, float* scales, int8_t* codes, int64_t begin,
                         int64_t end) {
-  if (type == cpu::Type::fp16) return encode_typed<Fp16>(x, numel, scales, codes, begin, end);
-  if (type == cpu::Type::bf16) return encode_typed<Bf16>(x, numel, scales, codes, begin, end);
+  if (type == Type::fp16) return encode_typed<Fp16>(x, numel, scales, codes, begin, end);
+  if (type == Type::bf16) return encode_typed<Bf16>(x, numel, scales, codes, begin, end);
   return encode_typed<float>(x, numel, scales, codes, begin, end);
 }
 
-static void int8_decode(cpu::Type type, void* x, int64_t numel, const float* scales, const int8_t* codes, int64_t begin,
+static void int8_decode(Type type, void* x, int64_t numel, const float* scales, const int8_t* codes, int64_t begin,
                         int64_t end) {
-  if (type == cpu::Type::fp16) return decode_typed<Fp16>(x, numel, scales, codes, begin, end);
-  if (type == cpu::Type::bf16) return decode_typed<Bf16>(x, numel, scales, codes, begin, end);
+  if (type == Type::fp16) return decode_typed<Fp16>(x, numel, scales, codes, begin, end);
+  if (type == Type::bf16) return decode_typed<Bf16>(x, numel, scales, codes, begin, end);
   return decode_typed<float>(x, numel, scales, codes, begin, end);
 }
 

@@ -145,22 +145,22 @@ static void small_decode_typed(void* data, int64_t numel, const float* scales, c
 }
 
 template <class Format>
-static void small_encode_format(cpu::Type type, const void* x, int64_t numel, float* scales, uint8_t* codes,
-                                int64_t begin, int64_t end) {
-  if (type == cpu::Type::fp16) return small_encode_typed<Format, Fp16>(x, numel, scales, codes, begin, end);
-  if (type == cpu::Type::bf16) return small_encode_typed<Format, Bf16>(x, numel, scales, codes, begin, end);
+static void small_encode_format(Type type, const void* x, int64_t numel, float* scales, uint8_t* codes, int64_t begin,
+                                int64_t end) {
+  if (type == Type::fp16) return small_encode_typed<Format, Fp16>(x, numel, scales, codes, begin, end);
+  if (type == Type::bf16) return small_encode_typed<Format, Bf16>(x, numel, scales, codes, begin, end);
   return small_encode_typed<Format, float>(x, numel, scales, codes, begin, end);
 }
 
 template <class Format>
-static void small_decode_format(cpu::Type type, void* x, int64_t numel, const float* scales, const uint8_t* codes,
+static void small_decode_format(Type type, void* x, int64_t numel, const float* scales, const uint8_t* codes,
                                 int64_t begin, int64_t end) {
-  if (type == cpu::Type::fp16) return small_decode_typed<Format, Fp16>(x, numel, scales, codes, begin, end);
-  if (type == cpu::Type::bf16) return small_decode_typed<Format, Bf16>(x, numel, scales, codes, begin, end);
+  if (type == Type::fp16) return small_decode_typed<Format, Fp16>(x, numel, scales, codes, begin, end);
+  if (type == Type::bf16) return small_decode_typed<Format, Bf16>(x, numel, scales, codes, begin, end);
   return small_decode_typed<Format, float>(x, numel, scales, codes, begin, end);
 }
 
-static void small_encode(wire::Codec codec, cpu::Type type, const void* x, int64_t numel, float* scales, uint8_t* codes,
+static void small_encode(wire::Codec codec, Type type, const void* x, int64_t numel, float* scales, uint8_t* codes,
                          int64_t begin, int64_t end) {
   if (codec == wire::Codec::int4) return small_encode_format<Int4>(type, x, numel, scales, codes, begin, end);
   if (codec == wire::Codec::fp8_e4m3) {
@@ -169,7 +169,7 @@ static void small_encode(wire::Codec codec, cpu::Type type, const void* x, int64
   return small_encode_format<Fp8<2, 15>>(type, x, numel, scales, codes, begin, end);
 }
 
-static void small_decode(wire::Codec codec, cpu::Type type, void* x, int64_t numel, const float* scales,
+static void small_decode(wire::Codec codec, Type type, void* x, int64_t numel, const float* scales,
                          const uint8_t* codes, int64_t begin, int64_t end) {
   if (codec == wire::Codec::int4) return small_decode_format<Int4>(type, x, numel, scales, codes, begin, end);
   if (codec == wire::Codec::fp8_e4m3) {

@@ -1,5 +1,5 @@
 // spu::linear_ce and spu::linear_ce_dz: the logits exist as blocks of a matrix product in the cache, never whole.
-#include "cpu/cross_entropy.h"
+#include "cpu/ops.h"
 
 #include <algorithm>
 #include <cmath>
@@ -74,7 +74,7 @@ void some_rows(const Logits& l, int64_t ignore_index, int64_t begin, int64_t end
   std::vector<float> stats(static_cast<size_t>(groups * rows * 2)), found(static_cast<size_t>(rows));
   Product product = l.product();
   product.m = rows;
-  product.a.data = static_cast<const char*>(l.hidden.data) + begin * l.hidden.row * l.hidden.keep.element_size();
+  product.a.data = static_cast<const char*>(l.hidden.data()) + begin * l.hidden.row * l.hidden.keep.element_size();
   Epilogue e = {};
   e.kind = Epilogue::softmax_stats;
   e.target = l.targets() + begin;

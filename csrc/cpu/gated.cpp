@@ -1,19 +1,11 @@
 // spu::gated_*: the torch side of the gated MLP. See kernels.h for the arithmetic's contract.
-#include "cpu/gated.h"
+#include "cpu/ops.h"
 
 #include "cpu/tensors.h"
 
 namespace spu {
 namespace cpu {
 namespace {
-
-math::Act gated_act(const char* op, const std::string& name) {
-  const math::Act act = act_of(op, name);
-  if (act == math::Act::none || act == math::Act::relu) {
-    checks::fail("spu::", op, ": a gate's activation is silu, gelu or gelu_tanh, got '", name, "'");
-  }
-  return act;
-}
 
 void expect_pair(const char* op, const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   checks::expect_same_dtype(op, a_name, a, b_name, b);
@@ -36,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   Tensor gate = new_empty(x, keep ? sizes : std::vector<int64_t>{0}, x.scalar_type()), up = empty_as(gate);
   Epilogue e = {};
   e.kind = Epilogue::gated;
-  e.act = gated_act(op, activation);
+  e.act = gate_act_of(op, activation);
   e.out_type = in.type;
   e.out = h.mutable_data_ptr();
   e.preact = keep ? gate.mutable_data_ptr() : nullptr;
@@ -50,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
 
 std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation) {
   const char* op = "gated_dz";
-  const math::Act act = gated_act(op, activation);
+  const math::Act act = gate_act_of(op, activation);
   for (const Tensor* t : {&dh, &gate, &up}) checks::expect_cpu(op, "an operand", *t);
   expect_pair(op, dh, "dh", gate, "gate");
   expect_pair(op, dh, "dh", up, "up");

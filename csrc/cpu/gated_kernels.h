@@ -46,9 +46,9 @@ static void gated_typed(math::Act act, const cpu::GatedBackward& g, int64_t begi
   gated_range<math::Act::silu>(dh, gate, up, dgate, dup, h, begin, end);
 }
 
-static void gated_backward(cpu::Type type, math::Act act, const cpu::GatedBackward& g, int64_t begin, int64_t end) {
-  if (type == cpu::Type::fp16) return gated_typed<Fp16>(act, g, begin, end);
-  if (type == cpu::Type::bf16) return gated_typed<Bf16>(act, g, begin, end);
+static void gated_backward(Type type, math::Act act, const cpu::GatedBackward& g, int64_t begin, int64_t end) {
+  if (type == Type::fp16) return gated_typed<Fp16>(act, g, begin, end);
+  if (type == Type::bf16) return gated_typed<Bf16>(act, g, begin, end);
   gated_typed<float>(act, g, begin, end);
 }
 

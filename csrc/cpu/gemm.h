@@ -199,7 +199,7 @@ static void multiply(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
   if (e.kind == cpu::Epilogue::main_grad_add) {
     g.target = reinterpret_cast<const char*>(e.main_grad), g.target_size = 4;
   } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
-    g.target = static_cast<const char*>(e.out), g.target_size = e.out_type == cpu::Type::fp32 ? 4 : 2;
+    g.target = static_cast<const char*>(e.out), g.target_size = e.out_type == Type::fp32 ? 4 : 2;
   }
   g.per = Pairs ? 2 : 1;
   g.k = ceil_div(p.a2 ? 2 * p.k : p.k, g.per);
@@ -229,7 +229,7 @@ static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   if (wants_dots(p, e)) return few_rows(p, e, threads);
 #if defined(SPU_BF16_DOT)
   // A chained product needs its second half to begin at a whole slot.
-  if (p.a.type == cpu::Type::bf16 && (!p.a2 || p.k % 2 == 0)) return multiply<true>(p, e, threads);
+  if (p.a.type == Type::bf16 && (!p.a2 || p.k % 2 == 0)) return multiply<true>(p, e, threads);
 #endif
   multiply<false>(p, e, threads);
 }

@@ -41,8 +41,8 @@ static void dot_tile(const FewRows& g, const cpu::Operand& operand, int64_t j0, 
 }
 
 static void dot_any(const FewRows& g, const cpu::Operand& b, int64_t j0, int64_t columns, float* c) {
-  if (b.type == cpu::Type::fp16) return dot_tile<Fp16>(g, b, j0, columns, c);
-  if (b.type == cpu::Type::bf16) return dot_tile<Bf16>(g, b, j0, columns, c);
+  if (b.type == Type::fp16) return dot_tile<Fp16>(g, b, j0, columns, c);
+  if (b.type == Type::bf16) return dot_tile<Bf16>(g, b, j0, columns, c);
   return dot_tile<float>(g, b, j0, columns, c);
 }
 
@@ -66,9 +66,9 @@ static bool wants_dots(const cpu::Product& p, const cpu::Epilogue& e) {
 static void few_rows(const cpu::Product& p, const cpu::Epilogue& e, int64_t threads) {
   float* a32 = cpu::workspace(cpu::kSharedA, p.m * p.k);
   const char* a = static_cast<const char*>(p.a.data);
-  const int64_t size = p.a.type == cpu::Type::fp32 ? 4 : 2;
+  const int64_t size = p.a.type == Type::fp32 ? 4 : 2;
   for (int64_t i = 0; i < p.m; ++i) {
-    convert(p.a.type, a + i * p.a.row * size, cpu::Type::fp32, a32 + i * p.k, 0, p.k);
+    convert(p.a.type, a + i * p.a.row * size, Type::fp32, a32 + i * p.k, 0, p.k);
   }
   FewRows g = {&p, &e, choose_epilogue(e), a32};
   const int64_t groups = ceil_div(p.n, kDotColumns);

@@ -96,8 +96,8 @@ static TileEpilogue typed_epilogue(const cpu::Epilogue& e) {
 static TileEpilogue choose_epilogue(const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::main_grad_add) return e.accumulate ? store_main_grad<true> : store_main_grad<false>;
   if (e.kind == cpu::Epilogue::softmax_stats) return softmax_stats;
-  if (e.out_type == cpu::Type::fp16) return typed_epilogue<Fp16>(e);
-  if (e.out_type == cpu::Type::bf16) return typed_epilogue<Bf16>(e);
+  if (e.out_type == Type::fp16) return typed_epilogue<Fp16>(e);
+  if (e.out_type == Type::bf16) return typed_epilogue<Bf16>(e);
   return typed_epilogue<float>(e);
 }
 

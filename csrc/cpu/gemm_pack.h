@@ -223,9 +223,9 @@ static void pack(float* out, const cpu::Operand& x, int64_t r0, int64_t rows, in
     if (s.col == 1) return pack_pairs_transposed<W>(out, s, kc);
     if (s.row == 1) return pack_pairs_direct<W>(out, s, kc);
     return pack_pairs_strided<W>(out, s, kc);
-  } else if (x.type == cpu::Type::fp16) {
+  } else if (x.type == Type::fp16) {
     pack_panel<W, Fp16>(out, {static_cast<const Fp16*>(x.data) + at, x.row, x.col, valid, reach}, kc);
-  } else if (x.type == cpu::Type::bf16) {
+  } else if (x.type == Type::bf16) {
     pack_panel<W, Bf16>(out, {static_cast<const Bf16*>(x.data) + at, x.row, x.col, valid, reach}, kc);
   } else {
     pack_panel<W, float>(out, {static_cast<const float*>(x.data) + at, x.row, x.col, valid, reach}, kc);

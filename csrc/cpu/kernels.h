@@ -7,12 +7,11 @@
 #include "math/activation.h"
 #include "math/adamw.h"
 #include "math/moments.h"
+#include "math/types.h"
 #include "math/wire.h"
 
 namespace spu {
 namespace cpu {
-
-enum class Type : int { fp16 = 0, bf16 = 1, fp32 = 2 };
 
 // Runs body(context, begin, end) over a partition of [0, count) on the calling thread's torch threads.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);

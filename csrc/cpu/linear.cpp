@@ -1,5 +1,5 @@
 // spu::linear* and unscale_: the torch side of the fused linear layer. See kernels.h for the arithmetic's contract.
-#include "cpu/linear.h"
+#include "cpu/ops.h"
 
 #include <tuple>
 
@@ -8,12 +8,6 @@
 namespace spu {
 namespace cpu {
 namespace {
-
-void expect_rows(const char* op, const Tensor& dz, const Matrix& g, const Tensor& x, const Matrix& in) {
-  if (g.rows != in.rows) {
-    checks::fail("spu::", op, ": dz ", checks::shape(dz), " and x ", checks::shape(x), " have different row counts");
-  }
-}
 
 Epilogue store_only(Type type, void* out) {
   Epilogue e = {};
@@ -25,12 +19,7 @@ Epilogue store_only(Type type, void* out) {
 
 float* main_grad_data(const char* op, const Tensor& main_grad, int64_t numel) {
   checks::expect_cpu(op, "main_grad", main_grad);
-  checks::expect_dtype(op, "main_grad", main_grad, ScalarType::Float);
-  if (!main_grad.is_contiguous() || main_grad.numel() != numel) {
-    checks::fail("spu::", op, ": main_grad must be contiguous with ", numel, " values, got shape ",
-                 checks::shape(main_grad));
-  }
-  return static_cast<float*>(main_grad.mutable_data_ptr());
+  return main_grad_values(op, main_grad, numel);
 }
 
 std::vector<float> row_sums(const Matrix& dz, const Tensor& rows) {
@@ -66,17 +55,12 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
                                   bool keep_preact) {
   const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
   checks::expect_same_dtype("linear", "x", x, "weight", weight);
-  if (in.cols != w.cols) {
-    checks::fail("spu::linear: x ", checks::shape(x), " has ", in.cols, " features but weight ", checks::shape(weight),
-                 " takes ", w.cols);
-  }
+  expect_input(x, in, weight, w);
   Tensor dense_bias;
   if (bias.has_value()) {
     checks::expect_cpu("linear", "bias", *bias);
     checks::expect_same_dtype("linear", "bias", *bias, "weight", weight);
-    if (bias->dim() != 1 || bias->size(0) != w.rows) {
-      checks::fail("spu::linear: bias ", checks::shape(*bias), " does not fit weight ", checks::shape(weight));
-    }
+    expect_bias(*bias, weight);
     dense_bias = dense(*bias);
   }
   Epilogue e = {};
@@ -110,9 +94,7 @@ Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
 Tensor linear_dx(Tensor dz, Tensor weight) {
   const Matrix g = as_matrix("linear_dx", "dz", dz), w = as_weight("linear_dx", weight);
   checks::expect_same_dtype("linear_dx", "dz", dz, "weight", weight);
-  if (g.cols != w.rows) {
-    checks::fail("spu::linear_dx: dz ", checks::shape(dz), " does not fit weight ", checks::shape(weight));
-  }
+  expect_output("linear_dx", dz, g, weight, w);
   Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
   if (dx.numel() > 0) {
     kernels().gemm({g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr},

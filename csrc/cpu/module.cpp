@@ -4,34 +4,16 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/attention.h"
-#include "cpu/codec.h"
-#include "cpu/cross_entropy.h"
-#include "cpu/gated.h"
 #include "cpu/kernels.h"
-#include "cpu/linear.h"
-#include "cpu/optim.h"
+#include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
-  m.impl("linear.cpu", TORCH_BOX(&spu::cpu::linear));
-  m.impl("linear_dz.cpu", TORCH_BOX(&spu::cpu::linear_dz));
-  m.impl("linear_dx.cpu", TORCH_BOX(&spu::cpu::linear_dx));
-  m.impl("linear_dw.cpu", TORCH_BOX(&spu::cpu::linear_dw));
-  m.impl("linear_db.cpu", TORCH_BOX(&spu::cpu::linear_db));
-  m.impl("linear_dw_.cpu", TORCH_BOX(&spu::cpu::linear_dw_sink));
-  m.impl("linear_db_.cpu", TORCH_BOX(&spu::cpu::linear_db_sink));
-  m.impl("unscale_.cpu", TORCH_BOX(&spu::cpu::unscale));
-  m.impl("gated_linear.cpu", TORCH_BOX(&spu::cpu::gated_linear));
-  m.impl("gated_dz.cpu", TORCH_BOX(&spu::cpu::gated_dz));
-  m.impl("gated_dx.cpu", TORCH_BOX(&spu::cpu::gated_dx));
-  m.impl("attention.cpu", TORCH_BOX(&spu::cpu::attention));
-  m.impl("attention_backward.cpu", TORCH_BOX(&spu::cpu::attention_backward));
-  m.impl("linear_ce.cpu", TORCH_BOX(&spu::cpu::linear_ce));
-  m.impl("linear_ce_dz.cpu", TORCH_BOX(&spu::cpu::linear_ce_dz));
-  m.impl("pack.cpu", TORCH_BOX(&spu::cpu::pack));
-  m.impl("unpack.cpu", TORCH_BOX(&spu::cpu::unpack));
-  m.impl("adamw_.cpu", TORCH_BOX(&spu::cpu::adamw));
-  m.impl("grad_sqnorm.cpu", TORCH_BOX(&spu::cpu::grad_sqnorm));
+  spu::cpu::register_shared(m);
+  SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
+  SPU_IMPL(m, "linear_ce", spu::cpu::linear_ce);
+  SPU_IMPL(m, "linear_ce_dz", spu::cpu::linear_ce_dz);
+  SPU_IMPL(m, "attention", spu::cpu::attention);
+  SPU_IMPL(m, "attention_backward", spu::cpu::attention_backward);
 }
 
 namespace {

@@ -1,10 +1,10 @@
 // spu::adamw_ and spu::grad_sqnorm.
-#include "cpu/optim.h"
+#include "cpu/ops.h"
 
 #include <algorithm>
 
 #include "cpu/tensors.h"
-#include "glue/adamw.h"
+#include "torch/adamw.h"
 
 namespace spu {
 namespace cpu {
@@ -35,8 +35,8 @@ double square_sum(const Tensor& grad) {
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> masters,
            std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, Tensor grad_scale,
            Tensor found_inf, double lr, double beta1, double beta2, double eps, double weight_decay) {
-  glue::Dense dense;
-  const glue::AdamWCall call = glue::adamw_call(
+  lists::Dense dense;
+  const lists::AdamWCall call = lists::adamw_call(
       {params, grads, masters, exp_avgs, exp_avg_sqs, steps}, dense,
       [](const char* what, const Tensor& t) { checks::expect_cpu("adamw_", what, t); },
       [](const char* what, const Tensor& t) { checks::expect_scalar("adamw_", what, t); });

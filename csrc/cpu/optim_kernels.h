@@ -140,7 +140,7 @@ static void adamw_of_copy(const cpu::AdamWRange& r, const math::AdamWStep& step,
 }
 
 static void adamw(const cpu::AdamWRange& r, const math::AdamWStep& step, int64_t begin, int64_t end) {
-  if (r.param_type == cpu::Type::fp16) return adamw_of_copy<Fp16>(r, step, begin, end);
+  if (r.param_type == Type::fp16) return adamw_of_copy<Fp16>(r, step, begin, end);
   return adamw_of_copy<Bf16>(r, step, begin, end);
 }
 

@@ -35,10 +35,10 @@ static void act_backward_typed(math::Act act, const void* dy, const void* saved,
   }
 }
 
-static void act_backward(cpu::Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
+static void act_backward(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t begin,
                          int64_t end) {
-  if (type == cpu::Type::fp16) return act_backward_typed<Fp16>(act, dy, saved, dz, begin, end);
-  if (type == cpu::Type::bf16) return act_backward_typed<Bf16>(act, dy, saved, dz, begin, end);
+  if (type == Type::fp16) return act_backward_typed<Fp16>(act, dy, saved, dz, begin, end);
+  if (type == Type::bf16) return act_backward_typed<Bf16>(act, dy, saved, dz, begin, end);
   return act_backward_typed<float>(act, dy, saved, dz, begin, end);
 }
 
@@ -75,10 +75,10 @@ static void column_sums_typed(const void* data, int64_t rows, int64_t cols, int6
   }
 }
 
-static void column_sums(cpu::Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end,
+static void column_sums(Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end,
                         float* out) {
-  if (type == cpu::Type::fp16) return column_sums_typed<Fp16>(data, rows, cols, begin, end, out);
-  if (type == cpu::Type::bf16) return column_sums_typed<Bf16>(data, rows, cols, begin, end, out);
+  if (type == Type::fp16) return column_sums_typed<Fp16>(data, rows, cols, begin, end, out);
+  if (type == Type::bf16) return column_sums_typed<Bf16>(data, rows, cols, begin, end, out);
   return column_sums_typed<float>(data, rows, cols, begin, end, out);
 }
 
@@ -108,10 +108,10 @@ static bool unscale_typed(const void* grad, float* main_grad, float inv_scale, b
                     : unscale_range<false>(g, main_grad, inv_scale, begin, end);
 }
 
-static bool unscale(cpu::Type type, const void* grad, float* main_grad, float inv_scale, bool accumulate, int64_t begin,
+static bool unscale(Type type, const void* grad, float* main_grad, float inv_scale, bool accumulate, int64_t begin,
                     int64_t end) {
-  if (type == cpu::Type::fp16) return unscale_typed<Fp16>(grad, main_grad, inv_scale, accumulate, begin, end);
-  if (type == cpu::Type::bf16) return unscale_typed<Bf16>(grad, main_grad, inv_scale, accumulate, begin, end);
+  if (type == Type::fp16) return unscale_typed<Fp16>(grad, main_grad, inv_scale, accumulate, begin, end);
+  if (type == Type::bf16) return unscale_typed<Bf16>(grad, main_grad, inv_scale, accumulate, begin, end);
   return unscale_typed<float>(grad, main_grad, inv_scale, accumulate, begin, end);
 }
 

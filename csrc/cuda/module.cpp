@@ -14,23 +14,10 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(spu, SPU_KEY, m) {
-  m.impl("linear.cuda", TORCH_BOX(&spu::cuda::linear));
-  m.impl("linear_dz.cuda", TORCH_BOX(&spu::cuda::linear_dz));
-  m.impl("linear_dx.cuda", TORCH_BOX(&spu::cuda::linear_dx));
-  m.impl("linear_dw.cuda", TORCH_BOX(&spu::cuda::linear_dw));
-  m.impl("linear_db.cuda", TORCH_BOX(&spu::cuda::linear_db));
-  m.impl("linear_dw_.cuda", TORCH_BOX(&spu::cuda::linear_dw_sink));
-  m.impl("linear_db_.cuda", TORCH_BOX(&spu::cuda::linear_db_sink));
-  m.impl("unscale_.cuda", TORCH_BOX(&spu::cuda::unscale));
-  m.impl("gated_dz.cuda", TORCH_BOX(&spu::cuda::gated_dz));
-  m.impl("gated_linear.cuda", TORCH_BOX(&spu::cuda::gated_linear));
-  m.impl("pack_.cuda", TORCH_BOX(&spu::cuda::pack_into));
-  m.impl("unpack_.cuda", TORCH_BOX(&spu::cuda::unpack_into));
-  m.impl("copy_in_.cuda", TORCH_BOX(&spu::cuda::copy_in));
-  m.impl("pack.cuda", TORCH_BOX(&spu::cuda::pack));
-  m.impl("unpack.cuda", TORCH_BOX(&spu::cuda::unpack));
-  m.impl("adamw_.cuda", TORCH_BOX(&spu::cuda::adamw));
-  m.impl("grad_sqnorm.cuda", TORCH_BOX(&spu::cuda::grad_sqnorm));
+  spu::cuda::register_shared(m);
+  SPU_IMPL(m, "pack_", spu::cuda::pack_into);
+  SPU_IMPL(m, "unpack_", spu::cuda::unpack_into);
+  SPU_IMPL(m, "copy_in_", spu::cuda::copy_in);
 }
 
 namespace {

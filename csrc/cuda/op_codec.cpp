@@ -1,40 +1,15 @@
 // spu::pack, unpack, pack_, unpack_ (wire format version 1, math/wire.h) and copy_in_ on a CUDA device.
-#include <cstring>
-
 #include "cuda/codec.h"
 #include "cuda/ops.h"
 #include "cuda/tensors.h"
 #include "cuda/transfer.h"
+#include "torch/wire.h"
 
 namespace spu {
 namespace cuda {
 namespace {
 
 using wire::Codec;
-
-Codec codec_of(const char* op, const std::string& name) {
-  if (name == "fp16") return Codec::fp16;
-  if (name == "bf16") return Codec::bf16;
-  if (name == "int8") return Codec::int8;
-  if (name == "int4") return Codec::int4;
-  if (name == "fp8_e4m3") return Codec::fp8_e4m3;
-  if (name == "fp8_e5m2") return Codec::fp8_e5m2;
-  checks::fail("spu::", op, ": unknown codec '", name, "'; choose fp16, bf16, int8, int4, fp8_e4m3 or fp8_e5m2");
-}
-
-wire::Header header_of(const Tensor& x, Type type, Codec codec) {
-  wire::Header h;
-  std::memset(&h, 0, sizeof h);
-  std::memcpy(h.magic, "SPUW", 4);
-  h.version = 1;
-  h.codec = static_cast<uint8_t>(codec);
-  h.source = static_cast<uint8_t>(type);  // Type and wire::Source share their numbers
-  h.ndim = static_cast<uint8_t>(x.dim());
-  h.block = static_cast<uint32_t>(wire::block_of(codec));
-  h.numel = x.numel();
-  for (int64_t i = 0; i < x.dim(); ++i) h.dims[i] = x.size(i);
-  return h;
-}
 
 // What pack and pack_ share: the checks of x, and the launch.
 struct Packing {
@@ -43,27 +18,16 @@ struct Packing {
   Tensor values;
 
   Packing(const char* op, const Tensor& x, const std::string& name)
-      : codec(codec_of(op, name)), type(storage_type(op, "x", x)), values(x) {
+      : codec(wire::codec_of(op, name)), type(storage_type(op, "x", x)), values(x) {
     expect_device(op, "x", x, x);
-    if (x.dim() > wire::kMaxDims) {
-      checks::fail("spu::", op, ": x ", checks::shape(x), " has ", x.dim(), " dimensions; the wire holds up to ",
-                   wire::kMaxDims, ", flatten some");
-    }
+    wire::expect_dims(op, x);
     values = dense(x);
   }
-  void into(uint8_t* wire) const {
+  void into(uint8_t* out) const {
     const OnDevice on(values);
-    launch_pack(codec, type, values.const_data_ptr(), header_of(values, type, codec), wire, on.stream());
+    launch_pack(codec, type, values.const_data_ptr(), wire::header_of(values, type, codec), out, on.stream());
   }
 };
-
-void expect_wire(const char* op, const Tensor& wire_tensor, int64_t numel, Codec codec, const std::string& name) {
-  checks::expect_dtype(op, "wire", wire_tensor, ScalarType::Byte);
-  if (wire_tensor.numel() != wire::wire_bytes(numel, codec)) {
-    checks::fail("spu::", op, ": a wire of ", numel, " values in codec ", name, " has ", wire::wire_bytes(numel, codec),
-                 " bytes, got ", wire_tensor.numel(), "; pass the shape and codec that were packed");
-  }
-}
 
 }  // namespace
 
@@ -76,19 +40,15 @@ Tensor pack(Tensor x, std::string codec_name) {
 
 void pack_into(Tensor x, std::string codec_name, Tensor wire_tensor) {
   const Packing packing("pack_", x, codec_name);
-  expect_wire("pack_", wire_tensor, x.numel(), packing.codec, codec_name);
+  wire::expect_wire("pack_", wire_tensor, x.numel(), packing.codec, codec_name);
   packing.into(static_cast<uint8_t*>(device_address("pack_", "wire", wire_tensor, x)));
 }
 
 Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
   expect_device("unpack", "wire", wire_tensor, wire_tensor);
-  const Codec codec = codec_of("unpack", codec_name);
-  int64_t numel = 1;
-  for (int64_t size : shape) {
-    if (size < 0) checks::fail("spu::unpack: negative size ", size, " in shape");
-    numel *= size;
-  }
-  expect_wire("unpack", wire_tensor, numel, codec, codec_name);
+  const Codec codec = wire::codec_of("unpack", codec_name);
+  const int64_t numel = wire::numel_of("unpack", shape);
+  wire::expect_wire("unpack", wire_tensor, numel, codec, codec_name);
   Tensor out = new_empty(wire_tensor, shape, dtype);
   const Type type = storage_type("unpack", "dtype", out);
   Tensor buffer = dense(wire_tensor);
@@ -102,8 +62,8 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
 
 void unpack_into(Tensor wire_tensor, std::string codec_name, Tensor out) {
   expect_device("unpack_", "out", out, out);
-  const Codec codec = codec_of("unpack_", codec_name);
-  expect_wire("unpack_", wire_tensor, out.numel(), codec, codec_name);
+  const Codec codec = wire::codec_of("unpack_", codec_name);
+  wire::expect_wire("unpack_", wire_tensor, out.numel(), codec, codec_name);
   const Type type = storage_type("unpack_", "out", out);
   const uint8_t* bytes = static_cast<const uint8_t*>(device_address("unpack_", "wire", wire_tensor, out));
   if (reinterpret_cast<uintptr_t>(bytes) % 4 != 0) {

@@ -7,11 +7,6 @@ namespace spu {
 namespace cuda {
 namespace {
 
-Matrix as_weight(const char* op, const Tensor& weight) {
-  if (weight.dim() != 2) checks::fail("spu::", op, ": weight must be [out, in], got shape ", checks::shape(weight));
-  return as_matrix(op, "weight", weight);
-}
-
 void expect_pair(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
   expect_device(op, a_name, a, a);
   expect_device(op, b_name, b, a);
@@ -20,9 +15,7 @@ void expect_pair(const char* op, const char* a_name, const Tensor& a, const char
 
 // The product of a weight gradient: dz.T @ x.
 Gemm weight_product(const char* op, const Tensor& dz, const Matrix& g, const Tensor& x, const Matrix& in) {
-  if (g.rows != in.rows) {
-    checks::fail("spu::", op, ": dz ", checks::shape(dz), " and x ", checks::shape(x), " have different row counts");
-  }
+  expect_rows(op, dz, g, x, in);
   return {Form::dw, storage_type(op, "dz", dz), g.cols, in.cols, g.rows, g.transposed(), in.operand()};
 }
 
@@ -32,18 +25,13 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
                                   bool keep_preact) {
   expect_pair("linear", "x", x, "weight", weight);
   const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
-  if (in.cols != w.cols) {
-    checks::fail("spu::linear: x ", checks::shape(x), " has ", in.cols, " features but weight ", checks::shape(weight),
-                 " takes ", w.cols);
-  }
+  expect_input(x, in, weight, w);
   Gemm g = {Form::forward, storage_type("linear", "x", x), in.rows, w.rows, in.cols, in.operand(), w.transposed()};
   g.act = act_of("linear", activation);
   Tensor dense_bias;
   if (bias.has_value()) {
     expect_pair("linear", "weight", weight, "bias", *bias);
-    if (bias->dim() != 1 || bias->size(0) != w.rows) {
-      checks::fail("spu::linear: bias ", checks::shape(*bias), " does not fit weight ", checks::shape(weight));
-    }
+    expect_bias(*bias, weight);
     dense_bias = dense(*bias);
     g.bias = dense_bias.const_data_ptr();
   }
@@ -61,7 +49,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
                                                 bool keep) {
   const char* op = "gated_linear";
-  const math::Act act = act_of(op, activation);
+  const math::Act act = gate_act_of(op, activation);
   checks::expect_same_shape(op, "w_gate", w_gate, "w_up", w_up);
   const Tensor gate = std::get<0>(linear(x, w_gate, std::nullopt, "none", false));
   expect_pair(op, "x", x, "w_up", w_up);
@@ -93,9 +81,7 @@ Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
 Tensor linear_dx(Tensor dz, Tensor weight) {
   expect_pair("linear_dx", "dz", dz, "weight", weight);
   const Matrix g = as_matrix("linear_dx", "dz", dz), w = as_weight("linear_dx", weight);
-  if (g.cols != w.rows) {
-    checks::fail("spu::linear_dx: dz ", checks::shape(dz), " does not fit weight ", checks::shape(weight));
-  }
+  expect_output("linear_dx", dz, g, weight, w);
   Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
   Gemm product = {Form::dx, storage_type("linear_dx", "dz", dz), g.rows, w.cols, g.cols, g.operand(), w.operand()};
   product.out = dx.mutable_data_ptr();
@@ -181,7 +167,7 @@ void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, 
 
 std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation) {
   const char* op = "gated_dz";
-  const math::Act act = act_of(op, activation);
+  const math::Act act = gate_act_of(op, activation);
   expect_pair(op, "dh", dh, "gate", gate);
   expect_pair(op, "dh", dh, "up", up);
   checks::expect_same_shape(op, "dh", dh, "gate", gate);

@@ -2,7 +2,7 @@
 #include "cuda/ops.h"
 #include "cuda/optim.h"
 #include "cuda/tensors.h"
-#include "glue/adamw.h"
+#include "torch/adamw.h"
 
 namespace spu {
 namespace cuda {
@@ -11,8 +11,8 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
            Tensor found_inf, double lr, double beta1, double beta2, double eps, double weight_decay) {
   if (params.empty()) return;
   const Tensor& first = params[0];
-  glue::Dense dense;
-  const glue::AdamWCall call = glue::adamw_call(
+  lists::Dense dense;
+  const lists::AdamWCall call = lists::adamw_call(
       {params, grads, masters, exp_avgs, exp_avg_sqs, steps}, dense,
       [&](const char* what, const Tensor& t) { expect_device("adamw_", what, t, first); },
       [&](const char* what, const Tensor& t) { scalar_data("adamw_", what, t, first); });
@@ -37,8 +37,8 @@ Tensor grad_sqnorm(std::vector<Tensor> grads) {
   Tensor out = new_empty(grads[0], {1}, ScalarType::Double);
   const Tensor partial = new_empty(grads[0], {square_sum_pieces(list)}, ScalarType::Double);
   const OnDevice on(grads[0]);
-  launch_square_sum(list, static_cast<double*>(partial.mutable_data_ptr()), static_cast<double*>(out.mutable_data_ptr()),
-                    on.stream());
+  launch_square_sum(list, static_cast<double*>(partial.mutable_data_ptr()),
+                    static_cast<double*>(out.mutable_data_ptr()), on.stream());
   return out;
 }
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "checks.h"
+#include "torch/checks.h"
 
 namespace spu {
 namespace cuda {

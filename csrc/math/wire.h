@@ -9,7 +9,6 @@ namespace spu {
 namespace wire {
 
 enum class Codec : uint8_t { fp16 = 0, bf16 = 1, int8 = 2, int4 = 3, fp8_e4m3 = 4, fp8_e5m2 = 5 };
-enum class Source : uint8_t { fp16 = 0, bf16 = 1, fp32 = 2 };
 
 constexpr int kMaxDims = 5;
 constexpr int64_t kAlign = 64;
@@ -18,7 +17,7 @@ struct Header {
   char magic[4];  // "SPUW"
   uint8_t version;
   uint8_t codec;
-  uint8_t source;
+  uint8_t source;  // Type
   uint8_t ndim;
   uint32_t block;  // values per scale, 0 without scales
   uint32_t pad;

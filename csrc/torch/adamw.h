@@ -1,4 +1,4 @@
-// The arguments of spu::adamw_, checked and made dense: the same for every device.
+// The arguments of spu::adamw_, checked and made dense: the same for both libraries.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,11 +8,11 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "math/moments.h"
+#include "torch/checks.h"
 
 namespace spu {
-namespace glue {
+namespace lists {
 
 // Dense stand-ins for the tensors of a call that are not; finish() writes back those that were to be changed.
 class Dense {
@@ -126,5 +126,5 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
   return call;
 }
 
-}  // namespace glue
+}  // namespace lists
 }  // namespace spu

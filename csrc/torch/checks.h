@@ -82,12 +82,17 @@ inline void expect_cpu(const char* op, const char* what, const Tensor& t) {
   if (!t.is_cpu()) fail("spu::", op, ": ", what, " must be on the CPU; use a backend of its device");
 }
 
-// A one-element fp32 tensor on the CPU: inv_scale, found_inf, step, grad_scale.
-inline void expect_scalar(const char* op, const char* what, const Tensor& t) {
-  expect_cpu(op, what, t);
+// A one-element fp32 tensor: inv_scale, found_inf, step, grad_scale.
+inline void expect_one_value(const char* op, const char* what, const Tensor& t) {
   if (t.scalar_type() != ScalarType::Float || t.numel() != 1) {
     fail("spu::", op, ": ", what, " must be one float32 value, got ", name(t.scalar_type()), ' ', shape(t));
   }
+}
+
+// The same on the CPU.
+inline void expect_scalar(const char* op, const char* what, const Tensor& t) {
+  expect_cpu(op, what, t);
+  expect_one_value(op, what, t);
 }
 
 }  // namespace checks
