@@ -20,8 +20,19 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.errors import CompileError
-from spu_build import ROOT, cuda_mode, find_compiler
-from spu_tools import COMMON_FLAGS, cores, escape, module_folder, say, shell, stable_flags, torch_link_flags
+from spu_tools import (
+    COMMON_FLAGS,
+    ROOT,
+    cores,
+    cuda_mode,
+    escape,
+    find_compiler,
+    module_folder,
+    say,
+    shell,
+    stable_flags,
+    torch_link_flags,
+)
 
 OLDEST_NVCC = (12, 4)
 KNOWN_ARCHS = {

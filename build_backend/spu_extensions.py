@@ -20,13 +20,16 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from spu_build import ROOT, build_mode, cuda_mode, find_compiler
 from spu_cuda import cuda_extension, write_cuda_ninja
 from spu_tools import (
     COMMON_FLAGS,
     IS_X86,
+    ROOT,
+    build_mode,
     cores,
+    cuda_mode,
     escape,
+    find_compiler,
     module_folder,
     python_include,
     say,

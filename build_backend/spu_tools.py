@@ -1,4 +1,4 @@
-"""What the builds of all extensions share: flags, places, and the syntax of ninja files."""
+"""What the builds of all extensions share: settings, compiler, flags, places, and the syntax of ninja files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
-from spu_build import ROOT
+import setuptools
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Without build isolation nobody else checks, and setuptools' own words would be "project.license must be valid".
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise RuntimeError(
+        f"building spu needs setuptools >= 77, this is {setuptools.__version__}: pip install -U setuptools"
+    )
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest one whose stable ABI the op libraries use
 PY_LIMITED_API = "0x030a0000"  # CPython 3.10
@@ -21,6 +30,42 @@ COMMON_FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=off",
     "-Wall", "-Wextra", f"-DSPU_X86={int(IS_X86)}", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
+
+
+def build_mode() -> str:
+    """The value of SPU_BUILD: ``"auto"`` (default), ``"0"`` (never compile) or ``"1"`` (compile or fail).
+
+    Raises:
+        ValueError: on any other value.
+    """
+    mode = os.environ.get("SPU_BUILD", "").strip().lower() or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise ValueError(f"SPU_BUILD={mode!r}: use 0 (never compile), 1 (compile or fail) or auto (the default)")
+    return mode
+
+
+def cuda_mode() -> str:
+    """The value of SPU_CUDA: ``"auto"`` (default: where nvcc and a GPU are), ``"0"`` (no) or ``"1"`` (build or fail).
+
+    Raises:
+        ValueError: on any other value.
+    """
+    mode = os.environ.get("SPU_CUDA", "").strip().lower() or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise ValueError(f"SPU_CUDA={mode!r}: use 0 (no CUDA kernels), 1 (build them or fail) or auto (the default)")
+    return mode
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler as an argument list: ``$CXX``, else the first of g++, clang++, c++ on PATH; None if none is."""
+    named = os.environ.get("CXX", "").split()
+    if named:
+        return named if shutil.which(named[0]) else None
+    for name in ("g++", "clang++", "c++"):
+        path = shutil.which(name)
+        if path is not None:
+            return [path]
+    return None
 
 
 def module_folder(name: str) -> Path | None:
