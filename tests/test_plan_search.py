@@ -191,6 +191,16 @@ def test_stages_that_share_a_device_share_its_budget(schedule):
         plan([int(0.5 * peak) for peak in peaks])
 
 
+def test_stages_on_each_device_and_layers_to_recompute_may_be_given():
+    devices = [device("cuda:0"), device("cuda:1", 9000 * MB), device("cuda:2", 8000 * MB)]  # six orders to rank
+    profile = costs([10**9] * 12)
+    plan = search(profile, machine(*devices), batch=6, schedule="interleaved", virtual=4, recompute=[1, 2])
+    assert plan.virtual == 4
+    assert plan.recomputed_layers == {1, 2}
+    with pytest.raises(ValueError, match="recompute names layer 12, but there are layers 0 to 11"):
+        search(profile, machine(*devices), batch=6, recompute=[12])
+
+
 def test_a_batch_of_any_size_is_cut_quickly():
     once, twice = Settings(microbatches="auto"), Settings(microbatches="auto", accumulate=2)
     assert microbatch_counts(once, 8) == [1, 2, 4, 8]

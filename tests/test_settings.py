@@ -9,11 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from spu import ModelParallelTrainer
+from spu.common.dtypes import DTYPES
 from spu.common.options import AUTO, kind_of
-from spu.settings import Recompute, Settings, TrainSettings
+from spu.plan.memory import ITEM_BYTES
+from spu.settings import PRECISIONS, Recompute, Settings, TrainSettings
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,21 @@ def test_the_trainer_takes_settings_as_keywords_and_as_one_object():
     given = TrainSettings(precision="fp32", microbatches=2, seed=3)
     with ModelParallelTrainer(nn.Sequential(nn.Linear(2, 2)), "cpu", settings=given, accumulate=2) as trainer:
         assert (trainer.settings.precision, trainer.settings.parts, trainer.seed) == ("fp32", 4, 3)
+
+
+def test_the_trainer_recomputes_the_layers_that_are_named():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    with ModelParallelTrainer(model, "cpu", precision="fp32", microbatches=2, recompute=[1]) as trainer:
+        assert trainer.prepare(torch.randn(2, 2)).stages[0].recompute == (1,)
+    with (
+        ModelParallelTrainer(model, "cpu", microbatches=2, recompute=[3]) as trainer,
+        pytest.raises(ValueError, match="recompute names layer 3, but there are layers 0 to 2"),
+    ):
+        trainer.prepare(torch.randn(2, 2))
+
+
+def test_precisions_have_dtypes_and_sizes():
+    assert set(PRECISIONS) == set(DTYPES) == set(ITEM_BYTES)
 
 
 def test_the_trainer_shows_every_setting_in_its_signature_and_documentation():

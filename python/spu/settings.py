@@ -63,6 +63,11 @@ class Recompute:
         """Return what `of` takes, as JSON."""
         return sorted(self.layers) if self.mode == "given" else {"auto": AUTO, "all": True, "none": False}[self.mode]
 
+    def check_within(self, count: int) -> None:
+        """Raise ValueError if a model of ``count`` layers has not all of ``layers``."""
+        if self.layers and max(self.layers) >= count:
+            raise ValueError(f"recompute names layer {max(self.layers)}, but there are layers 0 to {count - 1}")
+
     def __str__(self) -> str:
         words = {"auto": "auto", "all": "on", "none": "off"}
         return words.get(self.mode) or ",".join(map(str, sorted(self.layers)))

@@ -13,7 +13,7 @@ from spu.plan.partition import check_stages
 from spu.plan.plan import CODECS, Plan, Predicted, StagePlan
 from spu.plan.refuse import refusal
 from spu.plan.request import Placement, Request
-from spu.settings import Recompute, Settings
+from spu.settings import Settings
 
 
 def make_plan(
@@ -59,7 +59,7 @@ def make_plan(
     order = range(len(machine.devices))
     stages = len(order) * settings.stages_per_rank
     check_stages(len(layer_costs), stages)
-    _check_recomputed(settings.recompute, len(layer_costs))
+    settings.recompute.check_within(len(layer_costs))
     request = Request.on(
         machine,
         order,
@@ -149,11 +149,6 @@ def _plain_loss(last: LayerCost, item_bytes: int) -> LayerCost:
         output_bytes=4,
         backward_extra_bytes=log_softmax,
     )
-
-
-def _check_recomputed(recompute: Recompute, count: int) -> None:
-    if recompute.layers and max(recompute.layers) >= count:
-        raise ValueError(f"recompute names layer {max(recompute.layers)}, but there are layers 0 to {count - 1}")
 
 
 def _codecs(codec: str | Sequence[str], stages: int) -> tuple[str, ...]:

@@ -144,6 +144,7 @@ class _Search:
         """The fastest request and placement; None if nothing fits."""
         counts = self.counts
         layers, *_ = self._profile(self._rows(counts[-1]))
+        self.settings.recompute.check_within(len(layers))
         if _states(layers, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
             return None  # whatever the batch: no need to look at any placement
         found = [entry for order in self._orders() for entry in self._found(order, counts)]
@@ -214,7 +215,8 @@ class _Search:
                     yield request
 
     def _request(self, order: Sequence[int], schedule: str, microbatches: int) -> Request | None:
-        settings = replace(self.settings, schedule=schedule, microbatches=microbatches)
+        virtual = self.settings.virtual if schedule == self.settings.schedule else None
+        settings = replace(self.settings, schedule=schedule, virtual=virtual, microbatches=microbatches)
         layers, loss, times = self._profile(self._rows(microbatches))
         if settings.stages_per_rank * len(order) > len(layers):
             return None
