@@ -42,6 +42,7 @@ def run_kernel_tests(env: dict[str, str]) -> None:
         "-p",
         "no:cacheprovider",
         "tests/test_cpu_kernels.py",
+        "tests/test_cpu_wire_and_optimizer.py",
         "tests/test_cpu_fused.py",
         "tests/test_cpu_attention.py",
     ]

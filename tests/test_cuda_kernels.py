@@ -14,28 +14,31 @@ from types import ModuleType
 import cuda_sim
 import pytest
 import test_cpu_kernels as suite
+import test_cpu_wire_and_optimizer
 import torch
 from numeric import assert_close_to_truth, assert_equal
 from test_cpu_kernels import (  # noqa: F401  (collected here again)
     test_a_sum_that_overflows_is_found,
-    test_adamw_follows_torch,
-    test_adamw_skips_on_found_inf_and_takes_strided_state,
-    test_adamw_takes_weights_that_were_changed,
-    test_conversions_of_every_fp16_and_bf16_value,
     test_derivative_at_every_fp16_value,
     test_dz,
     test_found_inf_sees_any_element_and_is_never_reset,
-    test_grad_sqnorm,
     test_gradients,
-    test_int8_special_blocks,
     test_linear,
     test_linear_of_any_strides_is_bit_equal_to_contiguous,
     test_linear_of_leading_dimensions_and_expanded_tensors,
-    test_narrow_moments_are_the_references,
     test_no_rows_store_zeros_or_leave_alone,
     test_non_finite_values_stand_where_torch_has_them,
     test_padding_of_ragged_tiles_raises_no_alarm,
     test_unscale,
+)
+from test_cpu_wire_and_optimizer import (  # noqa: F401
+    test_adamw_follows_torch,
+    test_adamw_skips_on_found_inf_and_takes_strided_state,
+    test_adamw_takes_weights_that_were_changed,
+    test_conversions_of_every_fp16_and_bf16_value,
+    test_grad_sqnorm,
+    test_int8_special_blocks,
+    test_narrow_moments_are_the_references,
     test_wire_is_the_references_byte_for_byte,
 )
 
@@ -71,7 +74,8 @@ def library(module: ModuleType) -> str:
 
 @pytest.fixture(autouse=True)
 def on_cuda_kernels(library: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(suite, "OPS", cuda_sim.AsCpu(DEVICE))
+    for tests in (suite, test_cpu_wire_and_optimizer):
+        monkeypatch.setattr(tests, "OPS", cuda_sim.AsCpu(DEVICE))
     status = dispatch.cuda_library_status(library)
     monkeypatch.setitem(dispatch._LOADERS, "cuda", dispatch.Loader(lambda: status))
     return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 
 import pytest
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from spu import ops
 from spu.ops.moments import MOMENTS
-from spu.optim import AdamW, MasterOptimizer, clip_coefficient
+from spu.optim import AdamW, clip_coefficient
 from spu.precision import GradScaler, LossScaler, MainGrads
 
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
@@ -180,99 +179,6 @@ def test_parameters_without_a_gradient_are_skipped() -> None:
     assert set(optimizer.state) == {params[0]}
 
 
-def test_set_master_gives_the_exact_start() -> None:
-    exact = torch.randn(5)
-    param = nn.Parameter(exact.half())
-    optimizer = AdamW([param], lr=0.0)
-    optimizer.set_master(param, exact)
-    set_grads([param], [torch.ones(5)])
-    optimizer.step()
-    assert_equal(optimizer.state[param]["master"], exact, "master")
-    with pytest.raises(ValueError, match=r"master has shape \(4,\), its parameter \(5,\)"):
-        optimizer.set_master(param, torch.zeros(4))
-    with pytest.raises(TypeError, match=r"torch.float32 parameter has no master"):
-        optimizer.set_master(nn.Parameter(torch.zeros(5)), torch.zeros(5))
-
-
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_saved_state_continues_bit_for_bit(backend: str, dtype: torch.dtype) -> None:
-    params = parameters(dtype)
-    optimizer = AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], **HYPER)
-    with ops.use_backend(backend):
-        for _ in range(3):
-            set_grads(params, random_grads())
-            optimizer.step()
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        others = [nn.Parameter(p.detach().clone()) for p in params]
-        loaded = AdamW([{"params": others[:2]}, {"params": others[2:]}])
-        loaded.load_state_dict(torch.load(file, weights_only=True))
-        for a, b in zip(params, others):
-            assert set(optimizer.state[a]) == set(loaded.state[b])
-            for key, value in optimizer.state[a].items():
-                assert_equal(loaded.state[b][key], value, key)
-                assert loaded.state[b][key].data_ptr() != value.data_ptr()
-        for _ in range(3):
-            grads = random_grads()
-            set_grads(params, grads)
-            set_grads(others, grads)
-            optimizer.step()
-            loaded.step()
-    for i, (a, b) in enumerate(zip(params, others)):
-        assert_equal(b.detach(), a.detach(), f"parameter {i}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("moments", ["bf16", "int8"])
-def test_narrow_moments_are_saved_and_converted(moments: str, dtype: torch.dtype) -> None:
-    params = parameters(dtype)
-    optimizer = AdamW(params, **HYPER, moments=moments)
-    for _ in range(3):
-        set_grads(params, random_grads())
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    others = [nn.Parameter(p.detach().clone()) for p in params]
-    same, wide = AdamW(others, **HYPER, moments=moments), AdamW(twins(params), **HYPER)
-    same.load_state_dict(state)
-    wide.load_state_dict(state)
-    back = AdamW(twins(params), **HYPER, moments=moments)
-    back.load_state_dict(wide.state_dict())
-    wide_params, back_params = ([p for g in o.param_groups for p in g["params"]] for o in (wide, back))
-    for a, b, c, d in zip(params, others, wide_params, back_params):
-        for key in ("exp_avg", "exp_avg_sq"):
-            kept = optimizer.state[a][key]
-            assert_equal(same.state[b][key], kept, key)
-            assert wide.state[c][key].dtype == torch.float32
-            assert wide.state[c][key].shape == a.shape
-            assert_equal(back.state[d][key], kept, f"{key}, there and back")
-    for _ in range(2):
-        grads = random_grads()
-        set_grads(params, grads)
-        set_grads(others, grads)
-        optimizer.step()
-        same.step()
-    for a, b in zip(params, others):
-        assert_equal(b.detach(), a.detach(), "goes on bit for bit")
-
-
-def test_moments_put_into_the_state_by_a_checkpoint_are_converted_at_the_next_step() -> None:
-    param = nn.Parameter(torch.randn(100))
-    optimizer = AdamW([param], moments="int8")
-    given = {"step": torch.ones(1), "exp_avg": torch.randn(100), "exp_avg_sq": torch.rand(100)}
-    optimizer.state[param].update(given)
-    set_grads([param], [torch.randn(100)])
-    optimizer.step()
-    assert optimizer.state[param]["exp_avg"].dtype == torch.uint8
-    optimizer.state[param]["exp_avg"] = torch.zeros(7)
-    with pytest.raises(ValueError, match=r"state's exp_avg is torch.float32 \(7,\)"):
-        optimizer.step()
-
-
 def test_narrow_moments_train_as_well_as_fp32_ones() -> None:
     """A small classifier: after 120 steps the loss is within 3% of that with fp32 moments.
 
@@ -329,20 +235,6 @@ def test_an_optimizer_without_gradients_does_nothing(scaler_class: type) -> None
         optimizer.step(found_inf=1.0)
 
 
-def test_a_copied_optimizer_steps_on() -> None:
-    param = nn.Parameter(torch.randn(5))
-    optimizer = AdamW([param], moments="bf16")
-    set_grads([param], [torch.ones(5)])
-    optimizer.step()
-    copied = copy.deepcopy(optimizer)
-    (other,) = copied.param_groups[0]["params"]
-    set_grads([other], [torch.ones(5)])
-    copied.step()
-    optimizer.step()
-    assert_equal(other.detach(), param.detach())
-    assert copied.moments == "bf16"
-
-
 @every_backend
 def test_a_step_is_seen_by_the_version_counter(backend: str) -> None:
     param = nn.Parameter(torch.randn(5).half())
@@ -367,47 +259,6 @@ def test_the_default_dtype_does_not_reach_step_numbers(dtype: torch.dtype) -> No
     finally:
         torch.set_default_dtype(torch.float32)
     assert optimizer.state[param]["step"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("setting", [{"maximize": True}, {"amsgrad": True}])
-def test_a_state_of_another_update_is_refused(setting: dict[str, bool]) -> None:
-    param = nn.Parameter(torch.randn(5))
-    with pytest.raises(ValueError, match=f"saved with {next(iter(setting))}=True"):
-        AdamW([param]).load_state_dict(torch.optim.AdamW([param], **setting).state_dict())
-    with pytest.raises(ValueError, match="not decoupled"):
-        AdamW([param]).load_state_dict(torch.optim.Adam([param]).state_dict())
-
-
-def test_torchs_state_of_16_bit_parameters_gets_masters() -> None:
-    param, wide = nn.Parameter(torch.randn(5).half()), nn.Parameter(torch.randn(5))
-    theirs = torch.optim.AdamW([wide])
-    wide.grad = torch.ones(5)
-    theirs.step()
-    ours = AdamW([param])
-    ours.load_state_dict(theirs.state_dict())
-    set_grads([param], [torch.ones(5)])
-    ours.step()
-    assert ours.state[param]["master"].dtype == torch.float32
-
-
-def test_torchs_adamw_state_can_be_loaded() -> None:
-    params = parameters()
-    others = twins(params)
-    theirs, ours = torch.optim.AdamW(others, **HYPER, foreach=False), AdamW(params, **HYPER)
-    with ops.use_backend("reference"):
-        for turn in range(4):
-            grads = random_grads()
-            set_grads(params, grads)
-            set_grads(others, grads)
-            theirs.step()
-            if turn == 1:
-                ours.load_state_dict(theirs.state_dict())
-                for a, b in zip(params, others):
-                    a.data.copy_(b)
-            elif turn > 1:
-                ours.step()
-    for a, b in zip(params, others):
-        assert_equal(a.detach(), b.detach())
 
 
 def test_a_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
@@ -436,55 +287,3 @@ def test_wrong_arguments_are_named() -> None:
         AdamW([param], lr=-1)
     with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
         AdamW([param], betas=(0.9, 1.0))
-
-
-def sgd(params: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_master_optimizer_runs_any_optimizer_in_fp32(dtype: torch.dtype) -> None:
-    params = parameters(dtype)
-    others = twins(params)
-    ours, theirs = MasterOptimizer(sgd, params), sgd(others)
-    for turn in range(6):
-        grads = random_grads()
-        set_grads(params, grads)
-        ours.step(found_inf=torch.tensor([float(turn == 3)]), grad_scale=torch.tensor([0.5]))
-        if turn != 3:
-            set_grads(others, [g * 0.5 for g in grads])
-            theirs.step()
-        for i, (a, b) in enumerate(zip(params, others)):
-            assert_equal(a.detach(), b.detach().to(dtype), f"step {turn}, parameter {i}")
-    assert [m is None for m in ours.masters()] == [dtype == torch.float32] * len(params)
-    for param_group in ours.param_groups:
-        param_group["lr"] = 0.0
-    before = copy.deepcopy([p.detach() for p in params])
-    set_grads(params, random_grads())
-    ours.step()
-    assert all(torch.equal(a, b) for a, b in zip(params, before))
-
-
-def test_master_optimizer_state_continues_bit_for_bit() -> None:
-    params = parameters(torch.float16)
-    masters = [torch.randn(shape) for shape in SHAPES]
-    optimizer = MasterOptimizer(sgd, params, masters)
-    set_grads(params, random_grads())
-    optimizer.step()
-    others = parameters(torch.float16)
-    loaded = MasterOptimizer(sgd, others)
-    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for _ in range(2):
-        grads = random_grads()
-        set_grads(params, grads)
-        set_grads(others, grads)
-        optimizer.step()
-        loaded.step()
-    for a, b in zip([*params, *optimizer.masters()], [*others, *loaded.masters()]):
-        assert_equal(b.detach(), a.detach())
-    with pytest.raises(ValueError, match=r"1 masters for 4 parameters"):
-        MasterOptimizer(sgd, params, masters[:1])
-    with pytest.raises(ValueError, match=r"state has 4 masters, this optimizer 1 parameters"):
-        MasterOptimizer(sgd, params[:1]).load_state_dict(optimizer.state_dict())
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in params)

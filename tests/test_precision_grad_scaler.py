@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_equal
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import spu
 from spu.ops import sink, use_backend
-from spu.precision import main_grads
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -273,174 +270,3 @@ def test_a_backward_for_the_input_alone_leaves_the_weights_gradients(name: str) 
     for torchs, ours in zip(gradients[:2], gradients[2:], strict=True):
         for a, b in zip(ours, torchs, strict=True):
             torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("since", ["the start", "the second step"])
-def test_hooks_on_a_weight_see_what_they_see_in_torch(since: str) -> None:
-    """The scaled gradient, which they may change."""
-    x, gradients = torch.randn(4, 3), []
-    plain = nn.Linear(3, 2)
-    for model, cls in ((plain, torch.amp.GradScaler), (spu.accelerate(copy.deepcopy(plain)), spu.GradScaler)):
-        optimizer, scaler, seen = torch.optim.SGD(model.parameters(), lr=0.0), cls("cpu", init_scale=16.0), []
-
-        def mask(gradient: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(gradient.clone())
-            return gradient.clamp(-8, 8)
-
-        for turn in range(3):
-            if turn == (0 if since == "the start" else 1):
-                model.weight.register_hook(mask)
-            optimizer.zero_grad()
-            scaler.scale(model(x).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        gradients.append([*seen, model.weight.grad, model.bias.grad])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_reentrant_checkpoint_is_right_or_refused(dtype: torch.dtype) -> None:
-    """Its backward does not know the scale: from the second step on the gradients would be too large by it."""
-    layer, x = spu.accelerate(nn.Linear(4, 1, bias=False)).to(dtype), torch.ones(2, 4, dtype=dtype, requires_grad=True)
-    optimizer, scaler = spu.optim.AdamW(layer.parameters()), spu.GradScaler("cpu", init_scale=1024.0)
-    for turn, reentrant in enumerate((True, False, True)):
-        optimizer.zero_grad()
-        loss = checkpoint(layer, x, use_reentrant=reentrant).sum()
-        if turn < 2:
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            assert_equal(layer.weight.grad, torch.full((1, 4), 2.0), f"turn {turn}")
-            scaler.update()
-        else:
-            with pytest.raises(RuntimeError, match="use_reentrant=False"):
-                scaler.scale(loss).backward()
-    optimizer.zero_grad()
-    layer(x).sum().backward()  # a backward that failed leaves nothing behind
-    assert_equal(layer.weight.grad, torch.full((1, 4), 2.0), "unscaled")
-
-
-def test_parameters_on_another_device_than_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their gradients' ops get the scale and a flag there. ("meta" stands for a second device.)"""
-    devices: list[set[str]] = []
-
-    def record(*tensors: Tensor, accumulate: bool, backend: str) -> None:
-        devices.append({tensor.device.type for tensor in tensors})
-
-    monkeypatch.setattr(main_grads, "linear_dw_", record)
-    scaler, there = spu.GradScaler("cpu", init_scale=8.0), nn.Parameter(torch.empty(2, 3, device="meta"))
-    x = torch.ones(3, requires_grad=True)
-
-    def backward(_: Tensor) -> None:
-        adopted = scaler._adopt(there)
-        adopted.linear_weight(torch.empty(4, 2, device="meta"), torch.empty(4, 3, device="meta"), "reference")
-
-    y = x * 1
-    y.register_hook(backward)
-    scaler.scale(y.sum()).backward()
-    assert devices == [{"meta"}]
-
-
-def test_two_scalers_have_no_common_backward() -> None:
-    models = [spu.accelerate(nn.Linear(2, 1)) for _ in range(2)]
-    scalers = [spu.GradScaler("cpu", init_scale=scale) for scale in (8.0, 1024.0)]
-    losses = [scaler.scale(model(torch.ones(1, 2)).sum()) for scaler, model in zip(scalers, models, strict=True)]
-    with pytest.raises(RuntimeError, match="two loss scales"):
-        sum(losses).backward()
-    models[1].zero_grad()
-    first, second = scalers[0].scale([model(torch.ones(1, 2)).sum() for model in models])
-    (first + second).backward()
-    assert_equal(models[1].weight.grad, torch.ones(1, 2), "one scaler, two losses")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
-    scales = []
-    for default in (torch.float32, dtype):
-        model = spu.accelerate(Net()).float()
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(default)
-        try:
-            ours = train(spu.GradScaler, model, OPTIMIZERS["sgd"], clip=True)
-            hidden = torch.randn(4, 8, dtype=torch.float32, requires_grad=True)
-            spu.ops.linear_cross_entropy(hidden, model.head.weight, torch.tensor([1, 2, 3, 4])).backward()
-            scaler = spu.LossScaler(2.0**16)
-            assert scaler.get_scale() == 2.0**16
-            assert scaler.found_inf().dtype == torch.float32
-        finally:
-            torch.set_default_dtype(before)
-        scales.append(ours["scales"])
-    assert scales[0] == scales[1]
-
-
-def test_states_go_both_ways() -> None:
-    ours, torchs = spu.GradScaler("cpu", init_scale=128.0), torch.amp.GradScaler("cpu")
-    state = train(spu.GradScaler, Net(), OPTIMIZERS["sgd"], False)["state"]
-    torchs.load_state_dict(state)
-    ours.load_state_dict(torchs.state_dict())
-    assert ours.state_dict() == torchs.state_dict() == state
-    layer = spu.accelerate(nn.Linear(2, 2, bias=False))
-    ours.scale(layer(torch.ones(1, 2)).sum()).backward()
-    assert_equal(layer.weight.grad, torch.ones(2, 2), "the loaded scale, taken out again")
-
-
-def test_copies_and_pickles() -> None:
-    model = spu.accelerate(Net())
-    scaler = train(spu.GradScaler, model, OPTIMIZERS["sgd"], False)["scaler"]
-    for other in (copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
-        assert other.state_dict() == scaler.state_dict()
-        other.scale(loss_of(model, next(batches())[1][0])).backward()
-
-
-def test_disabled_does_nothing() -> None:
-    layer, scaler = spu.accelerate(nn.Linear(3, 3)), spu.GradScaler("cpu", enabled=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    loss = layer(torch.randn(2, 3)).sum()
-    assert scaler.scale(loss) is loss
-    loss.backward()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.state_dict() == {}
-    assert sink.sink_of(layer.weight) is None
-
-
-def test_closures_are_refused_as_torch_refuses_them() -> None:
-    layer, scaler = spu.accelerate(nn.Linear(3, 3)), spu.GradScaler("cpu")
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    scaler.scale(layer(torch.randn(2, 3)).sum()).backward()
-    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
-        scaler.step(optimizer, closure=lambda: 0.0)
-
-
-@pytest.mark.leaks_threads  # the compiler's
-def test_a_compiled_model_in_the_loop() -> None:
-    """Its fused ops return ordinary gradients; those that are adopted elsewhere are still unscaled once."""
-    model = spu.accelerate(nn.Sequential(nn.Linear(4, 4, bias=False), nn.LayerNorm(4)))
-    x, scaler = torch.randn(3, 4), spu.GradScaler("cpu", init_scale=16.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x).square().sum().backward()
-    true = [p.grad.clone() for p in model.parameters()]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for run in (compiled, model, compiled):  # the second adopts the weight
-        optimizer.zero_grad()
-        scaler.scale(run(x).square().sum()).backward()
-        scaler.unscale_(optimizer)
-        for p, grad in zip(model.parameters(), true, strict=True):
-            torch.testing.assert_close(p.grad, grad)
-        scaler.update()
-
-
-def test_the_parts_of_torch_that_we_build_on_are_there() -> None:
-    """Private names; if this fails, grad_scaler.py must follow the new torch."""
-    from torch.amp.grad_scaler import OptState
-
-    assert {"READY", "UNSCALED", "STEPPED"} <= set(OptState.__members__)
-    scaler = torch.amp.GradScaler("cpu")
-    parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    assert scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
-    scaler.scale(parameter.sum()).backward()
-    found = scaler._unscale_grads_(optimizer, torch.tensor(0.5), torch.tensor(0.0), False)
-    assert list(found) == [torch.device("cpu")]
-    assert torch.optim.AdamW([parameter], fused=True)._step_supports_amp_scaling

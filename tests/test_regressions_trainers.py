@@ -1,0 +1,151 @@
+"""A test for each fixed bug that took more than one step: several trainers of a model, plans, half-made trainers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numeric import assert_equal
+from pipelines import devices
+from test_regressions import batch, make, model_of, one_thread  # noqa: F401
+from torch import nn
+
+from spu import ModelParallelTrainer
+
+
+def test_a_second_trainer_does_not_unscale_twice() -> None:
+    """The hooks of a dropped trainer stayed on the parameters: gradients were divided by the loss scale once more."""
+    model = model_of(nn.LayerNorm(16))
+    first = make(model, precision="fp16")
+    first.forward_backward(*batch())
+    expected = model[1].weight.grad.clone()
+    with make(model, precision="fp16") as second:
+        second.forward_backward(*batch())
+        torch.testing.assert_close(model[1].weight.grad, expected)
+        with pytest.raises(RuntimeError, match="another one has taken over"):
+            first.step(*batch())
+    first.close()
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["dropped", "alive"])
+def test_a_second_trainer_finds_the_ties(keep: bool) -> None:
+    """Without close() the model kept the first trainer's aliases: the second saw two independent weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    first = make(model)
+    first.forward_backward(*batch())
+    expected = model[0].weight.grad.clone()
+    if not keep:
+        del first
+        gc.collect()
+        assert model[2].weight is model[0].weight
+    with make(model) as second:
+        second.forward_backward(*batch())
+        assert_equal(model[0].weight.grad, expected)
+    assert model[2].weight is model[0].weight
+    if keep:
+        first.close()
+
+
+def test_a_prepare_that_fails_leaves_the_ties() -> None:
+    """An optimizer that could not be made left a model with its tie cut."""
+
+    def no_optimizer(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        raise ArithmeticError("no optimizer today")
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    with make(model, optimizer=no_optimizer) as trainer, pytest.raises(ArithmeticError):
+        trainer.prepare(*batch())
+    assert model[2].weight is model[0].weight
+
+
+def test_a_closed_trainer_says_so() -> None:
+    """It spoke of futures that cannot be scheduled."""
+    trainer = make(model_of())
+    trainer.step(*batch())
+    trainer.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        trainer.step(*batch())
+    with pytest.raises(RuntimeError, match="was closed"):
+        trainer.evaluate(*batch())
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_small_batch_may_be_evaluated_first(planned: bool) -> None:
+    """Planning for it as for a training batch asked for a row in each of its microbatches."""
+    model = model_of(nn.Tanh())
+    x, y = batch(1)
+    expected = F.cross_entropy(model(x), y).item()
+    plan = None
+    if planned:
+        with make(copy.deepcopy(model)) as trainer:
+            plan = trainer.prepare(*batch())
+    with make(model, plan=plan) as trainer:
+        assert trainer.evaluate(x, y) == pytest.approx(expected, rel=1e-6)
+        trainer.step(*batch(2))
+
+
+@pytest.mark.parametrize(
+    "other", [{"schedule": "gpipe"}, {"transfer": "int8"}, {"accumulate": 2}, {"recompute": True}], ids=str
+)
+def test_a_plan_for_other_settings_is_refused(other: dict[str, Any]) -> None:
+    """Its budgets were proven for a schedule, microbatches or a precision that the trainer then did not use."""
+    with make(model_of(), **other) as trainer:
+        plan = trainer.prepare(*batch())
+    with (
+        make(model_of(), plan=plan, recompute=False, transfer="none") as trainer,
+        pytest.raises(ValueError, match=f"the plan is for {next(iter(other))}="),
+    ):
+        trainer.step(*batch())
+    with make(model_of(), plan=plan, **other) as trainer:
+        assert trainer.prepare(*batch()) is plan
+
+
+def test_a_plan_for_larger_budgets_or_smaller_batches_is_refused() -> None:
+    """Only its layers and settings were compared: what it had proven did not hold here."""
+    with make(model_of()) as trainer:
+        plan = trainer.prepare(*batch())
+    small = [dataclasses.replace(device, budget_bytes=100) for device in devices(2)]
+    with (
+        ModelParallelTrainer(model_of(), small, precision="fp32", microbatches=2, plan=plan) as trainer,
+        pytest.raises(ValueError, match=r"the plan needs .* on cpu:0, whose budget is 100 B"),
+    ):
+        trainer.step(*batch())
+    with (
+        make(model_of(), plan=plan) as trainer,
+        pytest.raises(ValueError, match="the plan is for microbatches of 4 rows, these have 8"),
+    ):
+        trainer.step(*batch(16))
+
+
+def test_a_trainer_that_cannot_be_made_gives_the_model_back_in_full_precision() -> None:
+    """An optimizer that refused its arguments left a model rounded to fp16, its fp32 values gone."""
+    model = model_of(nn.Tanh())
+    before = copy.deepcopy(model.state_dict())
+    with (
+        make(model, precision="fp16", optimizer=lambda parameters: torch.optim.SGD(parameters, rate=1.0)) as trainer,
+        pytest.raises(TypeError, match="rate"),
+    ):
+        trainer.step(*batch())
+    for name, value in model.state_dict().items():
+        assert_equal(value, before[name], name)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_second_trainer_goes_on_from_the_first_ones_masters() -> None:
+    """Its masters were made from weights that the first trainer had rounded to fp16."""
+    model = model_of(nn.Tanh())
+    exact = model[0].weight.detach().clone()
+    first = make(model, precision="fp16")
+    first.prepare(*batch())
+    with make(model, precision="fp16") as second:
+        second.prepare(*batch())
+        assert_equal(second.state_dict_for_model()["0.weight"], exact)
+    first.close()

@@ -1,0 +1,125 @@
+"""What the trainer refuses, and what it says when a stage fails."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pipelines import devices
+from test_trainer import batch, layers, one_thread  # noqa: F401
+from torch import nn
+
+from spu import ModelParallelTrainer, StageError
+from spu.plan import BudgetError
+
+
+class Fails(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.at = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise ArithmeticError("the third call fails")
+        return x * 1.0
+
+
+def test_a_failure_names_stage_action_and_microbatch_and_the_trainer_goes_on() -> None:
+    parts = layers()
+    failing = Fails()
+    with ModelParallelTrainer([*parts[:2], failing, parts[3]], devices(3), microbatches=4) as trainer:
+        trainer.prepare(*batch())
+        failing.calls, failing.at = 0, 3
+        stage = next(i for i, s in enumerate(trainer.plan.stages) if s.layers[0] <= 2 < s.layers[1])
+        with pytest.raises(
+            StageError, match=rf"stage {stage} \(cpu:{stage}\), action {stage}F2, microbatch 2.*third call"
+        ) as error:
+            trainer.step(*batch())
+        assert isinstance(error.value.__cause__, ArithmeticError)
+        assert error.value.stage == stage
+        assert str(error.value.action) == f"{stage}F2"
+        assert all(p.grad is None for p in trainer.parameters())
+        assert trainer.steps_done == 0
+        assert not trainer.step(*batch()).skipped
+
+
+def test_a_failure_in_backward_stops_everybody() -> None:
+    parts = layers()
+
+    class BadBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            raise ArithmeticError("no gradient today")
+
+    class Bad(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return BadBackward.apply(x)
+
+    with (
+        ModelParallelTrainer([*parts[:3], Bad(), parts[3]], devices(4), microbatches=4) as trainer,
+        pytest.raises(StageError, match=r"B0.*no gradient today"),
+    ):
+        trainer.step(*batch())
+
+
+def test_bad_arguments_name_the_value_and_what_there_is() -> None:
+    model = nn.Sequential(*layers())
+    with pytest.raises(ValueError, match=r"fp8.*fp32"):
+        ModelParallelTrainer(model, devices(2), precision="fp8")
+    with pytest.raises(ValueError, match=r"dualpipe.*1f1b"):
+        ModelParallelTrainer(model, devices(2), schedule="dualpipe")
+    with pytest.raises(ValueError, match=r"int3.*int8"):
+        ModelParallelTrainer(model, devices(2), transfer="int3")
+    with pytest.raises(ValueError, match=r"microbatches.*0"):
+        ModelParallelTrainer(model, devices(2), microbatches=0)
+    with pytest.raises(ValueError, match="tpu:0"):
+        ModelParallelTrainer(model, ["tpu:0"])
+    with pytest.raises(TypeError, match="Transformer"):
+        ModelParallelTrainer(nn.Transformer(8, 1, 1, 1, 8), devices(2))
+    with pytest.raises(ValueError, match="no layers"):
+        ModelParallelTrainer([], devices(2))
+
+
+def test_bad_batches_are_refused_before_anything_runs() -> None:
+    x, y = batch()
+    with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=4) as trainer:
+        with pytest.raises(ValueError, match=r"3 rows.*4 microbatches"):
+            trainer.step(x[:3], y[:3])
+        with pytest.raises(ValueError, match="no target"):
+            trainer.step(x, torch.full_like(y, -100))
+        with pytest.raises(ValueError, match="disagree"):
+            trainer.step({"a": x, "b": x[:5]}, y)
+        assert trainer.steps_done == 0
+    with (
+        ModelParallelTrainer(nn.Sequential(*layers()), devices(5), microbatches=2) as trainer,
+        pytest.raises(ValueError, match="5 devices for 4 layers"),
+    ):
+        trainer.step(x, y)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_model_is_touched() -> None:
+    model = nn.Sequential(*layers())
+    small = [dataclasses.replace(d, budget_bytes=2000) for d in devices(2)]
+    with (
+        ModelParallelTrainer(model, small, microbatches=2) as trainer,
+        pytest.raises(BudgetError, match="short"),
+    ):
+        trainer.step(*batch())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_loss_that_is_no_mean_is_refused() -> None:
+    with (
+        ModelParallelTrainer(
+            nn.Sequential(*layers()), devices(2), microbatches=2, loss_fn=lambda out, y: out
+        ) as trainer,
+        pytest.raises(StageError, match="scalar"),
+    ):
+        trainer.step(*batch())
