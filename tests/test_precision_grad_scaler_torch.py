@@ -66,8 +66,8 @@ def test_parameters_on_another_device_than_the_loss(monkeypatch: pytest.MonkeyPa
     """Their gradients' ops get the scale and a flag there. ("meta" stands for a second device.)"""
     devices: list[set[str]] = []
 
-    def record(*tensors: Tensor, accumulate: bool, backend: str) -> None:
-        devices.append({tensor.device.type for tensor in tensors})
+    def record(dz: Tensor, x: Tensor, into: spu.ops.MainGrad, *, backend: str) -> None:
+        devices.append({tensor.device.type for tensor in (dz, x, *into[:3])})
 
     monkeypatch.setattr(main_grads, "linear_dw_", record)
     scaler, there = spu.GradScaler("cpu", init_scale=8.0), nn.Parameter(torch.empty(2, 3, device="meta"))
