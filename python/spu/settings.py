@@ -105,7 +105,7 @@ class Settings(Options):
     )
     transfer: str = choice(
         AUTO,
-        "How tensors are packed between stages. auto: where a link is slow, which none is within one process.",
+        "How tensors are packed between stages. auto packs where a link is slow; none within one process is.",
         [AUTO, "none", *CODECS],
     )
     recompute: Recompute = recomputed(  # noqa: RUF009  it makes a field
