@@ -1,4 +1,4 @@
-"""What the builds of all extensions share: settings, compiler, flags, places, and the syntax of ninja files."""
+"""Shared by the builds of all extensions: settings, compiler, flags, places, and the syntax of ninja files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMMON_FLAGS = [
 
 
 def build_mode() -> str:
-    """The value of SPU_BUILD: ``"auto"`` (default), ``"0"`` (never compile) or ``"1"`` (compile or fail).
+    """Return the value of SPU_BUILD: ``"auto"`` (default), ``"0"`` (never compile) or ``"1"`` (compile or fail).
 
     Raises:
         ValueError: on any other value.
@@ -45,7 +45,7 @@ def build_mode() -> str:
 
 
 def cuda_mode() -> str:
-    """The value of SPU_CUDA: ``"auto"`` (default: where nvcc and a GPU are), ``"0"`` (no) or ``"1"`` (build or fail).
+    """Return the value of SPU_CUDA: ``"auto"`` (default: if nvcc and a GPU are there), ``"0"`` or ``"1"`` (or fail).
 
     Raises:
         ValueError: on any other value.
@@ -57,7 +57,7 @@ def cuda_mode() -> str:
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler as an argument list: ``$CXX``, else the first of g++, clang++, c++ on PATH; None if none is."""
+    """Return the C++ compiler as an argument list: ``$CXX``, else the first of g++, clang++, c++ on PATH, or None."""
     named = os.environ.get("CXX", "").split()
     if named:
         return named if shutil.which(named[0]) else None
@@ -78,7 +78,7 @@ def python_include() -> str:
 
 
 def stable_flags() -> list[str]:
-    """Compiler flags of a library over torch's stable ABI and Python's limited API."""
+    """Return the compiler flags of a library over torch's stable ABI and Python's limited API."""
     torch_folder = module_folder("torch")
     assert torch_folder is not None  # wanted_extensions() has looked
     return [
@@ -103,10 +103,10 @@ def cores() -> int:
 
 
 def escape(path: str | Path) -> str:
-    """A path in a ninja file."""
+    """Escape a path for a ninja file."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def shell(arguments: list[str]) -> str:
-    """A command in a ninja file."""
+    """Escape a command for a ninja file."""
     return shlex.join(arguments).replace("$", "$$")

@@ -75,12 +75,12 @@ class Table:
 
 
 def arch_name(capability: tuple[int, int]) -> str:
-    """(9, 0) -> "sm_90"."""
+    """Return "sm_90" for (9, 0)."""
     return f"sm_{capability[0]}{capability[1]}"
 
 
 def shape_class(rows: int, columns: int, inner: int) -> str:
-    """The class of a product [rows, inner] x [inner, columns]: one of ``CLASSES``."""
+    """Return the class of a product [rows, inner] x [inner, columns]: one of ``CLASSES``."""
     if rows <= _SKINNY_ROWS:
         return "skinny"
     tiles = -(-rows // _TILE) * -(-columns // _TILE)
@@ -90,6 +90,6 @@ def shape_class(rows: int, columns: int, inner: int) -> str:
 
 
 def key_of(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """The row of a table: "linear/fp16/large"; ops that are no products have the class "any"."""
+    """Return a table's key, such as "linear/fp16/large"; ops that are no products have the class "any"."""
     name = shape_class(shape[0], shape[1], shape[2]) if op in PRODUCTS and len(shape) == 3 else "any"
     return f"{op}/{DTYPE_NAMES[dtype]}/{name}"

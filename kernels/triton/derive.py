@@ -18,7 +18,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Shared memory that a block may have, in bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# rows, columns, inner, warps, stages by class: for cards with 99 KB a block, and for those with more.
+# rows, columns, inner, warps, stages by class: for GPUs with 99 KB a block, and for those with more.
 _NARROW = {
     "skinny": (32, 64, 128, 4, 3),
     "deep": (128, 128, 32, 8, 4),
@@ -44,7 +44,7 @@ def nearest(arch: int) -> int:
 
 
 def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
-    """The derived configuration of one product."""
+    """Return the derived configuration of one product."""
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
     on_load = op == "linear_dz_dx" and shape_class in ("skinny", "small")
@@ -79,7 +79,7 @@ def _split(tile: Config, op: str, shape_class: str) -> Config:
 
 
 def table(arch: int) -> Table:
-    """The whole derived table of an architecture."""
+    """Return the whole derived table of an architecture."""
     entries = {
         f"{op}/{dtype}/{shape_class}": Entry(config(arch, op, dtype, shape_class))
         for op in PRODUCTS

@@ -1,6 +1,6 @@
 """The tables of an architecture: configurations by op, dtype and shape class. Imports no triton.
 
-``spu tune`` writes a measured table for the user's own card into the cache directory, and its entries come first. A
+``spu tune`` writes a measured table for the user's own GPU into the cache directory, and its entries come first. A
 table that is measured for everybody is shipped as ``tuned/<arch>.json``. What neither has comes from ``derive.py``.
 """
 
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).resolve().parent / "tuned"
 
 
 def read(path: Path) -> Table:
-    """A table from its file.
+    """Read a table.
 
     Raises:
         ValueError: if it is not a table of this format; the message names the file.
@@ -45,7 +45,7 @@ def read(path: Path) -> Table:
 
 
 def write(table: Table, path: Path) -> None:
-    """Writes a table, sorted, so that two measurements can be compared line by line."""
+    """Write a table, sorted, so that two measurements can be compared line by line."""
     rows: dict[str, Any] = {}
     for key in sorted(table.entries):
         entry = table.entries[key]
@@ -65,7 +65,7 @@ def write(table: Table, path: Path) -> None:
 
 
 def user_path(arch: str) -> Path:
-    """Where ``spu tune`` writes and the choice looks first: ``$SPU_CACHE/tuned``, else ``~/.cache/spu/tuned``."""
+    """Return the file that ``spu tune`` writes and that is read first, ``tuned/<arch>.json`` in the cache directory."""
     return cache_directory() / "tuned" / f"{arch}.json"
 
 
@@ -73,13 +73,13 @@ _FOLLOWERS: list[Callable[[], None]] = []
 
 
 def follows_tables(cached: _Cached) -> _Cached:
-    """Marks an lru_cache whose results depend on the tables: ``forget`` empties it."""
+    """Mark an lru_cache whose results depend on the tables: ``forget`` empties it."""
     _FOLLOWERS.append(cached.cache_clear)  # type: ignore[attr-defined]
     return cached
 
 
 def forget() -> None:
-    """Reads the tables again at the next need, as after a measurement."""
+    """Have the tables read again at the next need, as after a measurement."""
     for clear in _FOLLOWERS:
         clear()
 
@@ -87,7 +87,7 @@ def forget() -> None:
 @follows_tables
 @lru_cache(maxsize=16)
 def tables(capability: tuple[int, int]) -> tuple[Table, ...]:
-    """The tables of an architecture: the user's own, the shipped one, the derived one, as far as they exist.
+    """Return an architecture's tables: the user's own, the shipped one, the derived one, as far as they exist.
 
     Read once; ``forget`` reads again. An architecture that spu does not know has the tables of the nearest older one.
     """
@@ -97,20 +97,20 @@ def tables(capability: tuple[int, int]) -> tuple[Table, ...]:
 
 
 def entry_of(capability: tuple[int, int], key: str) -> Entry | None:
-    """The first table's row for a key, None where no table has it."""
+    """Return the first table's row for a key, None where no table has it."""
     return next((table.entries[key] for table in tables(capability) if key in table.entries), None)
 
 
 @follows_tables
 @lru_cache(maxsize=4096)
 def config_of(capability: tuple[int, int], op: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Config:
-    """The configuration of a product [rows, inner] x [inner, columns], ``shape`` = (rows, columns, inner)."""
+    """Return the configuration of a product [rows, inner] x [inner, columns], ``shape`` = (rows, columns, inner)."""
     entry = entry_of(capability, key_of(op, dtype, shape))
     return Config() if entry is None else entry.config
 
 
 def preferred_backend(capability: tuple[int, int], op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """The backend that was measured fastest, None where nothing was measured."""
+    """Return the backend that was measured fastest, None where nothing was measured."""
     if dtype not in DTYPE_NAMES:
         return None
     entry = entry_of(capability, key_of(op, dtype, shape))

@@ -7,8 +7,8 @@ the size and SHA-256 of the other two, and its own. It is written beside its pla
 2. the checkpoint in place, if any, is renamed to ``.NAME.spu-old``;
 3. ``.NAME.spu-new`` is renamed to ``NAME``, and ``.NAME.spu-old`` is deleted.
 
-After a crash in 1 the old one is in place; between 2 and 3 nothing is, and :func:`load` takes ``.NAME.spu-new``, which
-is complete; after 3 the new one is in place. The next :func:`save` puts back or deletes what a crash left. Saves into
+After a crash in 1 the old one is in place; between 2 and 3 nothing is, and ``load`` takes ``.NAME.spu-new``, which
+is complete; after 3 the new one is in place. The next ``save`` puts back or deletes what a crash left. Saves into
 one parent directory wait for each other (a lock on that directory, which dies with its process). Nothing is pickled.
 """
 
@@ -52,7 +52,7 @@ __all__ = ["CheckpointError", "Stored", "exists", "load", "opened", "save"]
 
 
 def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes a checkpoint at ``path``, replacing the one there only once the new one is complete and on the disk.
+    """Write a checkpoint at ``path``, replacing the one there only once the new one is complete and on the disk.
 
     Args:
         path: the checkpoint's directory; its parents are made. A checkpoint there is replaced, all else is refused.
@@ -104,7 +104,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Stored], di
     Everything is verified before, in a pass that keeps nothing. No save replaces the checkpoint meanwhile.
 
     Raises:
-        CheckpointError: as :func:`load`.
+        CheckpointError: as ``load``.
     """
     place = Path(os.path.realpath(path))
     with contextlib.ExitStack() as stack:
@@ -128,7 +128,7 @@ def _open_one(path: str | os.PathLike[str], place: Path) -> tuple[IO[bytes], dic
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`load` finds something at ``path``: a checkpoint, or what a crashed :func:`save` left beside it."""
+    """Return whether ``load`` finds something at ``path``: a checkpoint, or what a crashed ``save`` left beside it."""
     place = Path(os.path.realpath(path))
     return place.exists() or any(map(_is_complete, _leftovers(place)))
 
@@ -137,12 +137,12 @@ def exists(path: str | os.PathLike[str]) -> bool:
 
 
 def _leftovers(place: Path) -> tuple[Path, Path]:
-    """Where the new checkpoint is written, and where the old one waits to be deleted."""
+    """Return where the new checkpoint is written, and where the old one waits to be deleted."""
     return place.with_name(f".{place.name}.spu-new"), place.with_name(f".{place.name}.spu-old")
 
 
 def _is_complete(directory: Path) -> bool:
-    """Whether ``directory`` holds a manifest that is whole and files of the sizes it says."""
+    """Return whether ``directory`` holds a manifest that is whole and files of the sizes it says."""
     try:
         manifest = read_manifest(directory)
         return all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
@@ -151,7 +151,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _tidy(place: Path) -> None:
-    """Puts back what a crashed save left if nothing is in place, deletes it otherwise; refuses foreign things."""
+    """Put back what a crashed save left if nothing is in place, delete it otherwise; refuse foreign things."""
     if not place.exists():
         left = next(filter(_is_complete, _leftovers(place)), None)
         if left is not None:
@@ -182,7 +182,7 @@ def _swap(place: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(directory: Path, *, exclusive: bool) -> Iterator[None]:
-    """Holds the advisory lock of ``directory``, where the file system has such locks."""
+    """Hold the advisory lock of ``directory``, where the file system has such locks."""
     if fcntl is None:
         yield
         return
@@ -200,7 +200,7 @@ def _lock(directory: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes renames and new names in ``directory`` durable; some systems cannot open directories, and need it not."""
+    """Make renames and new names in ``directory`` durable; some systems cannot open directories, and need it not."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except (PermissionError, IsADirectoryError):
@@ -233,7 +233,7 @@ def _meta_bytes(meta: Mapping[str, Any]) -> bytes:
 
 
 def _check_meta(value: Any, where: str) -> None:
-    """JSON would turn other keys into text without a word, and say nothing of where a value it cannot hold is."""
+    """Refuse what JSON would change without a word, or without saying where it is."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -247,7 +247,7 @@ def _check_meta(value: Any, where: str) -> None:
 
 
 def _write(directory: Path, tensors: Mapping[str, torch.Tensor], meta_bytes: bytes) -> None:
-    """Writes and syncs a complete checkpoint in ``directory``; removes it again if that fails."""
+    """Write and sync a complete checkpoint in ``directory``; remove it if that fails."""
     directory.mkdir()
     try:
         files = {

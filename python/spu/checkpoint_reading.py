@@ -57,10 +57,10 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """The tensor, on the CPU, in memory of its own.
+        """Return the tensor, on the CPU, in memory of its own.
 
         Raises:
-            CheckpointError: the disk cannot read it any more.
+            CheckpointError: it cannot be read any more.
         """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         data = memory(tensor)
@@ -153,7 +153,7 @@ def _read_checked(path: Path, manifest: Mapping[str, Any]) -> bytes:
 
 
 def _read_header(path: Path, file: IO[bytes], digest: Any, size: int) -> dict[str, Any]:
-    """The header, checked far enough that reading by it is safe even if it was damaged."""
+    """Return the header, checked far enough that reading by it is safe even if it was damaged."""
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
     if length > min(size - 8, _MAX_HEADER_BYTES):
@@ -177,7 +177,7 @@ def _read_header(path: Path, file: IO[bytes], digest: Any, size: int) -> dict[st
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied; valid while the tensor lives."""
+    """Return the bytes of a contiguous CPU tensor, not copied; valid while the tensor lives."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return memoryview(b"")

@@ -1,4 +1,4 @@
-"""What of spu works on this machine, what does not, why, and one command that adds it.
+"""A report of what works on this machine, what does not, why, and the command that adds it.
 
 ``report`` only looks: it installs nothing and prints nothing. Every probe is guarded, and nothing of torch or spu is
 imported before the probe that is about it, so that an installation that is broken anywhere can be reported on.
@@ -102,7 +102,7 @@ def _torch() -> list[Row]:
 
 
 def _packages() -> list[Row]:
-    """One row, with one command for all that is missing, broken or too old."""
+    """Return one row, with one command for all packages that are missing, broken or too old."""
     there, faults, wanted = [], [], []
     needed = _PACKAGES | ({"triton": _TRITON} if _has_cuda() and sys.platform == "linux" else {})
     for name, (purpose, versions) in needed.items():
@@ -169,7 +169,7 @@ def _simulator() -> list[Row]:
 
 
 def _backends() -> list[Row]:
-    """A row a backend, as the dispatcher judges it."""
+    """Return a row a backend, as the dispatcher judges it."""
     try:
         from spu.ops import backends
 
@@ -195,7 +195,7 @@ def _kernels_of(backend: str) -> str:
 
 
 def _fix(backend: str, reason: str) -> str:
-    """The command that makes a backend work; empty for those of CUDA devices where there is none."""
+    """Return the command that makes a backend work; empty where it needs a CUDA device and there is none."""
     if backend == "cpu":
         return "unset SPU_CPU_ISA" if "SPU_CPU_ISA" in reason else _build()
     if backend not in ("triton", "cuda") or not _has_cuda():
@@ -204,7 +204,7 @@ def _fix(backend: str, reason: str) -> str:
 
 
 def _choice() -> list[Row]:
-    """What the tables choose for the products of a CUDA device, one row a device; nothing without one."""
+    """Return a row a CUDA device: what the tables choose for its products."""
     if not _has_cuda():  # the rows above say why
         return []
     import torch
@@ -235,7 +235,7 @@ def _choice() -> list[Row]:
 
 
 def _python_command() -> str:
-    """The Python that is running: a bare pip or python may be another's."""
+    """Return the Python that is running: a bare pip or python may be another's."""
     return shlex.quote(sys.executable or "python")
 
 
@@ -270,7 +270,7 @@ def _install_nvcc() -> str:
 
 
 def _installed_from() -> str:
-    """The source tree that spu was installed from, if pip noted one and it is there; else "." for one to be gone to."""
+    """Return the source tree that spu was installed from, if pip noted one and it is there; else "."."""
     try:
         noted = metadata.distribution("spu-torch").read_text("direct_url.json")
         root = Path(unquote(urlparse(json.loads(noted or "{}").get("url", "")).path))
@@ -296,12 +296,12 @@ def _has_cuda() -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, without trailing zeros: "2.13.0+cpu" is (2, 13)."""
+    """Return the leading numbers of a version, without trailing zeros: (2, 13) for "2.13.0+cpu"."""
     match = re.match(r"\d+(\.\d+)*", str(version))
     parts = [int(part) for part in match[0].split(".")] if match else []
     while parts and parts[-1] == 0:
