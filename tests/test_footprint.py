@@ -123,7 +123,7 @@ def test_structures_pass_from_layer_to_layer():
 def test_twenty_billion_parameters_are_costed_without_their_memory():
     with torch.device("meta"):
         layers = [nn.TransformerEncoderLayer(6144, 48, 16384, batch_first=True) for _ in range(56)]
-    runs = [Run(str(k), layer, alike="layer") for k, layer in enumerate(layers)]
+    runs = [Run(str(k), layer, alike=True) for k, layer in enumerate(layers)]
     costs = training_costs(runs, torch.empty(1, 2048, 6144, device="meta"), torch.float32)
     assert sum(c.param_count for c in costs) > 19 * 10**9
 
@@ -162,7 +162,7 @@ def test_layers_that_say_they_are_alike_are_run_once():
         return module(x)
 
     layers = [nn.Linear(8, 8) for _ in range(5)]
-    runs = [Run(f"l{k}", layer, call, "linear") for k, layer in enumerate(layers)]
+    runs = [Run(f"l{k}", layer, call, alike=True) for k, layer in enumerate(layers)]
     costs = training_costs(runs, torch.zeros(2, 8), torch.float32, fused=False)
     assert len(calls) == 1
     assert [cost.name for cost in costs] == [f"l{k}" for k in range(5)]

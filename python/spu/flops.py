@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,78 +13,72 @@ from spu.common import torch_private
 
 __all__ = ["flop_formulas"]
 
+Shape = Sequence[int]
+
 
 def flop_formulas() -> dict[Any, Any]:
-    """FLOPs of the ops that torch's counter does not know: ours, where they are registered, and CPU attention."""
-
-    def input_gradient(dz: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(dz) * weight[0] * weight[1]
-
-    def weight_gradient(dz: Sequence[int], x: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(dz) * dz[-1] * x[-1]
-
-    def linear(x: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * _rows(x) * weight[0] * weight[1]
-
-    def gated(x: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return 2 * linear(x, w_gate)
-
-    def gated_mlp(
-        x: Sequence[int], w_gate: Sequence[int], w_up: Sequence[int], w_down: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return 2 * linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
-
-    def gated_gradient(
-        dgate: Sequence[int], dup: Sequence[int], w_gate: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return 2 * input_gradient(dgate, w_gate)
-
-    def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def our_attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        batch, tokens, heads, head_dim = q
-        return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
-
-    def our_attention_gradient(
-        dout: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return our_attention(q, k, v) * 5 // 2
-
-    def input_gradient_with_activation(
-        dy: Sequence[int], saved: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any
-    ) -> int:
-        return input_gradient(dy, weight)
-
-    formulas: dict[Any, Any] = {}
+    """Return formulas, by op, from the shapes of its arguments: of ours that are registered, and of CPU attention."""
+    formulas = {getattr(torch.ops.spu, name): made for name, made in _OURS.items() if hasattr(torch.ops.spu, name)}
     cpu_attention = torch_private.flash_attention_for_cpu()
-    if cpu_attention is not None:
-        formulas[cpu_attention] = attention
-    ours = {
-        "linear": linear,
-        "linear_dx": input_gradient,
-        "linear_dw": weight_gradient,
-        "linear_dw_": weight_gradient,
-        "linear_dz_dx": input_gradient_with_activation,
-        "linear_dw_db_": weight_gradient,
-        "gated_linear": gated,
-        "gated_dx": gated_gradient,
-        "gated_dh": input_gradient,
-        "gated_mlp": gated_mlp,
-        "attention": our_attention,
-        "attention_backward": our_attention_gradient,
-        "linear_ce": linear,
-        "linear_ce_dz": linear,
-    }
-    for name, formula in ours.items():
-        if hasattr(torch.ops.spu, name):
-            formulas[getattr(torch.ops.spu, name)] = formula
-    return formulas
+    return formulas if cpu_attention is None else {**formulas, cpu_attention: _torchs_attention}
 
 
-def _rows(shape: Sequence[int]) -> int:
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """Of the product, and of its input's gradient, which has ``dz`` in place of ``x``."""
+    return 2 * _rows(x) * weight[0] * weight[1]
+
+
+def _linear_dz_dx(dy: Shape, saved: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _linear(dy, weight)
+
+
+def _linear_dw(dz: Shape, x: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _rows(dz) * dz[-1] * x[-1]
+
+
+def _gated_linear(x: Shape, w_gate: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _linear(x, w_gate)
+
+
+def _gated_dx(dgate: Shape, dup: Shape, w_gate: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _linear(dgate, w_gate)
+
+
+def _gated_mlp(x: Shape, w_gate: Shape, w_up: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
+    return 2 * _linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
+
+
+def _attention(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
+    batch, tokens, heads, head_dim = q
+    return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
+
+
+def _attention_backward(dout: Shape, q: Shape, k: Shape, *_: Any, **__: Any) -> int:
+    return _attention(q, k) * 5 // 2
+
+
+def _torchs_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _rows(shape: Shape) -> int:
     """Elements of all dimensions but the last."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
+    return math.prod(shape[:-1])
+
+
+_OURS = {
+    "linear": _linear,
+    "linear_dx": _linear,
+    "linear_dw": _linear_dw,
+    "linear_dw_": _linear_dw,
+    "linear_dz_dx": _linear_dz_dx,
+    "linear_dw_db_": _linear_dw,
+    "gated_linear": _gated_linear,
+    "gated_dx": _gated_dx,
+    "gated_dh": _linear,
+    "gated_mlp": _gated_mlp,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+    "linear_ce": _linear,
+    "linear_ce_dz": _linear,
+}

@@ -14,7 +14,7 @@ import functools
 import gc
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def training_costs(
         x = fake_copy(rehearsal.mode, sample)
         for run in runs:
             stop_if_asked()
-            kind = _kind(run, x)
+            kind = kind_of(run.module, x) if run.alike else None
             made = known.get(kind) if kind is not None else None
             if made is None:
                 made = rehearsal.made(x, costs)
@@ -259,22 +259,20 @@ def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], in
     )
 
 
-def _kind(run: Run, x: Any) -> Any:
-    """What decides the costs of a layer that says what it is like; None for one that does not."""
-    if run.alike is None:
-        return None
-    state = itertools.chain(run.module.named_parameters(), run.module.named_buffers())
-    shapes = tuple((name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state)
-    given = tuple((tuple(t.shape), t.dtype) for t in tree_leaves(x) if isinstance(t, torch.Tensor))
-    return (run.alike, shapes, given, run.module.training)
+def kind_of(module: nn.Module, x: Any) -> tuple[Any, ...]:
+    """Return what tells a layer's cost and time from another's: its modules' classes and plain settings, the shapes of
+    its parameters, its buffers and its input."""
+    settings = [
+        (name, type(part), tuple(sorted((key, repr(v)) for key, v in vars(part).items() if _is_setting(key, v))))
+        for name, part in module.named_modules()
+    ]
+    state = itertools.chain(module.named_parameters(), module.named_buffers())
+    shapes = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state]
+    given = [(tuple(t.shape), t.dtype) for t in _tensors(x)]
+    return tuple(settings), tuple(shapes), tuple(given), module.training
 
 
-def alike(module: nn.Module, ignore: Sequence[str] = ("layer_idx", "index")) -> tuple[Any, ...]:
-    """What tells one layer's code from another's: classes and plain settings of all its modules, by name."""
-
-    def settings(part: nn.Module) -> Iterator[tuple[str, Any]]:
-        for key, value in vars(part).items():
-            if key not in ignore and not key.startswith("_") and isinstance(value, str | int | float | bool):
-                yield key, value
-
-    return tuple((name, type(part), tuple(sorted(settings(part)))) for name, part in module.named_modules())
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute is a plain one that may change what the layer computes: not its place in the model."""
+    own = name in ("layer_idx", "index") or name.startswith("_")
+    return isinstance(value, str | int | float | bool) and not own

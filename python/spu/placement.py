@@ -19,7 +19,7 @@ from spu.cost.layer_cost import LayerCost
 from spu.devices import Device
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import batch_rows
-from spu.footprint import Run, alike, loss_run, training_costs
+from spu.footprint import Run, loss_run, training_costs
 from spu.plan import Plan, make_plan, partition
 from spu.plan.machine import Machine, Speed
 from spu.settings import AUTO, Recompute, Settings
@@ -107,16 +107,8 @@ def model_costs(
             with carried_by(rehearsal):
                 return replace(layer, module=module, products=products).run(x, sample, _ANY)
 
-        return Run(layer.name, layer.module, call, kind(layer))
-
-    def kind(layer: Layer) -> Any:
-        if not layer.wants_inputs:  # only of decoders' layers is it known that nothing else tells them apart
-            return None
-        try:
-            hash(made := alike(layer.module))
-        except TypeError:
-            return None
-        return made
+        # Only of decoders' layers is it known that nothing else tells them apart.
+        return Run(layer.name, layer.module, call, alike=layer.wants_inputs)
 
     runs = [run(layer) for layer in layers]
     if loss_fn is not None and targets is not None:

@@ -36,14 +36,14 @@ class Run:
         name: the layer's.
         module: holds its parameters, on any device; nothing of it is changed.
         call: ``call(module, x)`` with the module's copy; default ``module(x)``.
-        alike: layers with an equal, hashable ``alike`` and equal parameters cost the same; None: like no other.
+        alike: it costs what another costs that has the same classes, settings and shapes; False: like no other.
         foreign: what it runs may keep what it is given where nobody can find it: no fake tensors, if that can be.
     """
 
     name: str
     module: nn.Module
     call: Callable[[nn.Module, Any], Any] | None = None
-    alike: Any = None
+    alike: bool = False
     foreign: bool = False
 
     def __call__(self, module: nn.Module, x: Any) -> Any:

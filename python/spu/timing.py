@@ -21,7 +21,7 @@ from spu.engine.build import to_precision
 from spu.engine.layers import Layer, Moment
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
-from spu.footprint import alike
+from spu.footprint import kind_of
 from spu.hushed import hushed
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope
@@ -148,20 +148,6 @@ def time_packing(devices: Sequence[Device], dtype: torch.dtype, codec: str, repe
     return side_by_side(devices, body)
 
 
-def _kind(layer: Layer, x: Any) -> tuple[Any, ...] | None:
-    """What tells a layer's time from another's; None for one that cannot be told."""
-    state = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in layer.module.parameters())
-    try:
-        hash(kind := (alike(layer.module), state, _shapes(x)))
-    except TypeError:
-        return None
-    return kind
-
-
-def _shapes(x: Any) -> tuple[Any, ...]:
-    return tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(x) if isinstance(t, torch.Tensor))
-
-
 @dataclasses.dataclass
 class _Piece:
     """A copy of a layer that stands for its kind, and what it was given."""
@@ -185,7 +171,7 @@ class _Chain:
         carrier = Detached(None, self.stashed)
         with torch.no_grad(), carried_by(carrier):
             for index, layer in enumerate(layers):
-                kind = _kind(layer, x) or id(layer)
+                kind = kind_of(layer.module, x)
                 self._of.append(kind)
                 if self._kinds.count(kind) < _OF_A_KIND:
                     module = layer_copy(layer.module)
