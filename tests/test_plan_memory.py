@@ -105,7 +105,7 @@ def test_wires_are_two_buffers_per_boundary_and_direction_where_something_is_cop
 
 
 def test_a_cpu_beside_a_card_pins_its_wires_in_powers_of_two():
-    to_card = memory(Boundary("none", True, before_on_card=False, after_on_card=True))
+    to_card = memory(Boundary("none", True, before_on_gpu=False, after_on_gpu=True))
     assert to_card.of(0, 0, 2).wire_bytes == 2 * 2 * 256
     assert to_card.of(1, 2, 3).wire_bytes == 2 * 2 * 200
 

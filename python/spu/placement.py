@@ -249,7 +249,7 @@ def place_parts(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Devi
 
 
 def peak_bytes(devices: Sequence[Device]) -> dict[str, int]:
-    """The most memory in use so far: of each card by torch's allocator, and of the whole process for the CPU."""
+    """The most memory in use so far: of each GPU by torch's allocator, and of the whole process for the CPU."""
     peaks = {}
     for device in devices:
         if device.torch_device.type == "cuda":

@@ -44,7 +44,7 @@ __all__ = [
 
 _FORMAT = 1
 # Sides of the square product. The small one tells whether the large one is affordable (fp16 in plain torch on a CPU is
-# two orders slower than fp32); the large ones fill the caches of a core, and a card.
+# two orders slower than fp32); the large ones fill the caches of a core, and a GPU.
 _SMALL_SIDE, _CPU_SIDE, _CUDA_SIDE = 128, 768, 4096
 _SECONDS_EACH = 0.15
 # Beyond the last-level caches of one core's reach, small enough to be touched in a few milliseconds.
@@ -83,10 +83,10 @@ def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
 
 
 def measure_link(a: Device, b: Device, *, pinned: bool = True, refresh: bool = False) -> float:
-    """Bytes/s from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a card).
+    """Bytes/s from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a GPU).
 
-    Between CPU devices that is a copy in the host's memory, between cards one from peer to peer; for copies from and to
-    a card host memory is page-locked, or pageable with ``pinned=False``.
+    Between CPU devices that is a copy in the host's memory, between GPUs one from peer to peer; for copies from and to
+    a GPU host memory is page-locked, or pageable with ``pinned=False``.
     """
 
     def measure() -> dict[str, float]:

@@ -49,7 +49,9 @@ class _Copier:
         script: Callable[[torch.jit.ScriptModule], nn.Module] | None,
     ) -> None:
         self._make, self._script = tensor, script
-        self._made: dict[int, tuple[Any, Any]] = {}  # by id: the original, lest its id is used again, and the copy
+        self._made: dict[
+            int, tuple[Any, Any]
+        ] = {}  # by id: the original, which keeps its id from being reused, and the copy
 
     def module(self, source: nn.Module) -> nn.Module:
         if id(source) in self._made:

@@ -39,9 +39,7 @@ __all__ = ["Detached", "time_layers", "time_packing", "time_update"]
 Seconds = tuple[float, float]
 _UPDATED = 1 << 20  # parameters of the update that is timed
 _PACKED = 1 << 18  # values of the tensor that is packed
-_OF_A_KIND = (
-    2  # layers of a kind that are run: more than one, lest its weights stay in a cache that the model overflows
-)
+_OF_A_KIND = 2  # layers of a kind that are run; the weights of a single one would stay in the cache
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
 
 

@@ -69,11 +69,11 @@ def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contex
 
 @contextlib.contextmanager
 def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
-    """Puts torch's generators back at the end: the CPU's, and those of the cards in use."""
-    cards: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    if device is not None and device.type == "cuda" and not cards:
-        cards = [device]
-    with torch.random.fork_rng(devices=cards):
+    """Puts torch's generators back at the end: the CPU's, and those of the GPUs in use."""
+    gpus: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    if device is not None and device.type == "cuda" and not gpus:
+        gpus = [device]
+    with torch.random.fork_rng(devices=gpus):
         yield
 
 

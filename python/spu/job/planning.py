@@ -21,11 +21,11 @@ from spu.speed import measure_device, measure_link
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
     """The devices to plan for, and the names of those that are not here.
 
-    A card that this machine does not have needs a budget, which then is its memory. Default: the devices that the
+    A GPU that this machine does not have needs a budget, which then is its memory. Default: the devices that the
     budget names; else what is here.
 
     Raises:
-        ValueError: an absent card without a budget, or what `DeviceManager` refuses.
+        ValueError: an absent GPU without a budget, or what `DeviceManager` refuses.
     """
     budgets = _split_budget(budget)
     names = [n.strip().lower() for n in devices.split(",") if n.strip()] if devices else list(budgets)

@@ -15,7 +15,7 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     """Bytes held on each device from each change on.
 
     State and wires are there all the time; each microbatch in flight adds what its stage keeps, from the start of its
-    forward to the end of its backward, and what is left for a weight gradient that is put off until that is done;
+    forward to the end of its backward, and what a deferred weight gradient keeps until that is done;
     forwards and backwards add their stage's workspace while they run.
 
     Args:

@@ -39,7 +39,7 @@ REACHED = 0.5
 """Share of a published peak that training is taken to reach."""
 
 PCIE, HOST = 12e9, 10e9
-"""Nominal bytes/s between a card and the host (pinned), and between two CPU devices."""
+"""Nominal bytes/s between a GPU and the host (pinned), and between two CPU devices."""
 
 _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([GT])FLOPS?(?:/S)?", re.IGNORECASE)
 

@@ -71,7 +71,7 @@ class MicrobatchBytes:
 
     Attributes:
         each: between its forward and its backward.
-        left: between its input gradient and its weight gradients, where these are put off.
+        left: between its input gradient and its weight gradients, where these are deferred.
         most: while one of its actions runs.
     """
 
@@ -87,13 +87,13 @@ class Boundary:
     Attributes:
         codec: "none" or a codec of `spu.ops.pack`.
         copied: the receiver gets a copy; False between devices that share memory, with codec "none".
-        before_on_card, after_on_card: whether the device on that side is a card; a CPU beside one pins its wires.
+        before_on_gpu, after_on_gpu: whether the device on that side is a GPU; a CPU beside one pins its wires.
     """
 
     codec: str
     copied: bool
-    before_on_card: bool = False
-    after_on_card: bool = False
+    before_on_gpu: bool = False
+    after_on_gpu: bool = False
 
     def s_per_microbatch(self, tensor_bytes: int, rate: float) -> float:
         """Seconds that packing one tensor and unpacking another of this size take a device that packs at ``rate``."""
@@ -108,9 +108,9 @@ class Boundary:
         if not self.copied:
             return 0, tensor_bytes
         one = wire_bytes(tensor_bytes, precision, self.codec)
-        mixed = self.before_on_card != self.after_on_card
-        before = pinned_bytes(one) if mixed and not self.before_on_card else one
-        after = pinned_bytes(one) if mixed and not self.after_on_card else one
+        mixed = self.before_on_gpu != self.after_on_gpu
+        before = pinned_bytes(one) if mixed and not self.before_on_gpu else one
+        after = pinned_bytes(one) if mixed and not self.after_on_gpu else one
         return 2 * WIRE_BUFFERS * before, 2 * WIRE_BUFFERS * after
 
 
@@ -128,7 +128,7 @@ class StageMemory:
         in_flight: the most microbatches that each stage holds.
         boundaries: one per boundary.
         precision: "fp16", "bf16" or "fp32".
-        deferred: the schedule puts weight gradients off.
+        deferred: the schedule defers weight gradients.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class StageMemory:
         return total + self.loss.own_bytes + (self.loss.input_bytes if kept else 0)
 
     def bound(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> int:
-        """As `each`; where weight gradients are put off, with what they keep beside it."""
+        """As `each`; where weight gradients are deferred, with what they keep beside it."""
         total = self.each(stage, first, last, recompute)
         if self.deferred:
             total += sum(self._deferred(k, recompute) for k in range(first, last))
@@ -189,8 +189,8 @@ class StageMemory:
     def held(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> MicrobatchBytes:
         """What one microbatch holds, moment by moment: at most what `of` counts, where all is taken at its largest.
 
-        While a layer runs forward, nothing is there of those behind it; while it runs backward, they have let go of
-        theirs, but for what weight gradients that are put off keep and for the gradient that came in.
+        While a layer runs forward, nothing is there of those behind it; while it runs backward, theirs is free
+        already, except what deferred weight gradients keep and the gradient that came in.
         """
         final = stage == len(self.in_flight) - 1
         tail = 0 if final else self.layers[last - 1].output_bytes

@@ -36,10 +36,10 @@ class StagePlan(StageBytes):
         recompute: indices of the layers that keep only their input and run again in the backward.
         budget_bytes: what the device may use, for all of its stages together.
         each_bytes: what one microbatch in flight keeps; ``saved_bytes`` is the most of them at a time.
-        left_bytes: what of it is left between input gradient and weight gradients, where these are put off.
+        left_bytes: what a microbatch keeps between input gradient and weight gradients, where these are deferred.
         forward_s: predicted seconds of one forward.
         backward_s: predicted seconds of one backward, recomputation included.
-        weight_s: the part of it that weight gradients take, which a schedule may put off.
+        weight_s: the part of it that weight gradients take, which a schedule may defer.
         update_s: predicted seconds of the update of the stage's weights, once a step.
     """
 

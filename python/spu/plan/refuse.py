@@ -186,10 +186,10 @@ def _shrink(factor: int) -> Callable[[LayerCost], LayerCost]:
 
 def _more_devices(request: Request) -> Iterator[Change]:
     """More devices like one of those there are; not of CPUs, whose budgets are shares of one memory."""
-    cards = [rank for rank, device in enumerate(request.devices) if not device.name.startswith("cpu")]
-    if not cards or request.fixed is not None or request.settings.stages_per_rank > 1:
+    gpus = [rank for rank, device in enumerate(request.devices) if not device.name.startswith("cpu")]
+    if not gpus or request.fixed is not None or request.settings.stages_per_rank > 1:
         return
-    like = cards[-1]
+    like = gpus[-1]
     for more in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
         if len(request.devices) + more > len(request.layers):
             return

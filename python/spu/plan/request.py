@@ -125,12 +125,12 @@ class Request:
     @cached_property
     def boundaries(self) -> list[Boundary]:
         """How each stage boundary is crossed."""
-        cards = [not self.devices[home].name.startswith("cpu") for home in self.homes]
+        on_gpu = [not self.devices[home].name.startswith("cpu") for home in self.homes]
         result = []
         for k, codec in enumerate(self.codecs):
             same = self.homes[k] == self.homes[k + 1]
-            shared = same or not (cards[k] or cards[k + 1])
-            result.append(Boundary(codec, codec != "none" or not shared, cards[k], cards[k + 1]))
+            shared = same or not (on_gpu[k] or on_gpu[k + 1])
+            result.append(Boundary(codec, codec != "none" or not shared, on_gpu[k], on_gpu[k + 1]))
         return result
 
     @cached_property
