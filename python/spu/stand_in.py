@@ -49,9 +49,8 @@ class _Copier:
         script: Callable[[torch.jit.ScriptModule], nn.Module] | None,
     ) -> None:
         self._make, self._script = tensor, script
-        self._made: dict[
-            int, tuple[Any, Any]
-        ] = {}  # by id: the original, which keeps its id from being reused, and the copy
+        # By id: the original, which keeps its id from being reused, and the copy.
+        self._made: dict[int, tuple[Any, Any]] = {}
 
     def module(self, source: nn.Module) -> nn.Module:
         if id(source) in self._made:
