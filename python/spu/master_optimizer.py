@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spu.common.dtypes import HALVES
-
-from .ops.optimizer import on_device
-from .ops.reference_optimizer import follow
-from .optim_checks import check_grad, control
+from spu.ops.optimizer import on_device
+from spu.ops.reference_optimizer import follow
+from spu.optim_checks import check_grad, control
 
 
 class MasterOptimizer:

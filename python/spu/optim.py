@@ -10,12 +10,11 @@ from torch import Tensor
 
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import foreach_add_
-
-from .master_optimizer import MasterOptimizer
-from .ops import adamw_
-from .ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
-from .ops.reference_optimizer import follow
-from .optim_checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
+from spu.master_optimizer import MasterOptimizer
+from spu.ops import adamw_
+from spu.ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
+from spu.ops.reference_optimizer import follow
+from spu.optim_checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
 
 __all__ = ["AdamW", "MasterOptimizer", "clip_coefficient"]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from spu.common.dtypes import STORAGE
-
-from .ops.optimizer import PLAIN, on_device
+from spu.ops.optimizer import PLAIN, on_device
 
 # Settings of torch.optim.AdamW that mean another update than this library makes, and those that another class has.
 _OTHER_UPDATES = ("amsgrad", "maximize")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .accelerate import accelerate, is_accelerated, restore
-from .linear import Linear
+from spu.nn.accelerate import accelerate, is_accelerated, restore
+from spu.nn.linear import Linear
 
 __all__ = ["Linear", "accelerate", "is_accelerated", "restore"]

@@ -7,11 +7,10 @@ from typing import TypeVar
 from torch import nn
 
 from spu.common.dtypes import DTYPES
-
-from .attention import restore_attention, use_attention
-from .blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
-from .linear import Linear
-from .table import BLOCKS
+from spu.nn.attention import restore_attention, use_attention
+from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
+from spu.nn.linear import Linear
+from spu.nn.table import BLOCKS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _MARK = "_spu_accelerated"

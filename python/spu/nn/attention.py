@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from spu.common.dtypes import HALVES
-
-from ..ops import attention
-from ..ops.plain import takes
-from ..ops.reference import exact
+from spu.ops import attention
+from spu.ops.plain import takes
+from spu.ops.reference import exact
 
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"

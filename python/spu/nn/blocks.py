@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from spu.common.torch_private import MODULE_HOOKS, has_global_module_hook
-
-from ..ops import GATED_ACTIVATIONS
-from ..ops.gated import fused_gated_mlp
-from ..ops.linear import compute_dtype
-from ..ops.plain import takes
-from .attention import register_attention
-from .linear import Linear, fused_linear, torch_linear
-from .table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
+from spu.nn.attention import register_attention
+from spu.nn.linear import Linear, fused_linear, torch_linear
+from spu.nn.table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
+from spu.ops import GATED_ACTIVATIONS
+from spu.ops.gated import fused_gated_mlp
+from spu.ops.linear import compute_dtype
+from spu.ops.plain import takes
 
 
 def from_library(cls: type) -> bool:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import ACTIVATIONS
-from ..ops.linear import fused_linear_act, torch_linear_act
-from ..ops.plain import plain, takes
-from ..ops.reference import torch_activation
+from spu.ops import ACTIVATIONS
+from spu.ops.linear import fused_linear_act, torch_linear_act
+from spu.ops.plain import plain, takes
+from spu.ops.reference import torch_activation
 
 
 class Linear(nn.Linear):

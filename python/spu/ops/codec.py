@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import schema, wire
-from .dispatch import choose_backend
-from .wire import wire_bytes
+from spu.ops import schema, wire
+from spu.ops.dispatch import choose_backend
+from spu.ops.wire import wire_bytes
 
 __all__ = ["is_finite_wire", "pack", "unpack", "wire_bytes"]
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference_attention
-from . import reference_fused as fused
-from .reference import wide
+from spu.ops import reference_attention
+from spu.ops import reference_fused as fused
+from spu.ops.reference import wide
 
 
 def _op(name: str, backend: str) -> Any:

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import constant_when_traced, operator_has_kernel
-
-from . import schema, wire
-from .schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
+from spu.ops import schema, wire
+from spu.ops.schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (*STORAGE, torch.float64),
@@ -146,7 +145,7 @@ def _load_cuda() -> BackendStatus:
         module = importlib.import_module("spu._cuda")  # importing it registers the kernels
     except ImportError as error:
         return unavailable(f"spu._cuda cannot be imported: {error}", _BUILD_CUDA)
-    from . import cuda_library
+    from spu.ops import cuda_library
 
     if lacks := cuda_library.uncovered(module.architectures()):
         reason = f"spu._cuda was compiled for {module.architectures()}, which has no code for {', '.join(lacks)}"
@@ -291,8 +290,7 @@ def select_cuda(op: str, dtype: torch.dtype, capability: tuple[int, int], shape:
     None where they say nothing, or name a backend that does not work here.
     """
     from spu.kernels import table
-
-    from . import cuda_library
+    from spu.ops import cuda_library
 
     preferred = table.preferred_backend(capability, op, dtype, shape)
     if preferred == "cuda" and not cuda_library.takes(op, shape):  # measured on aligned rows

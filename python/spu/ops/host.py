@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import composed, schema, wire
-from .dispatch import DTYPES, choose_backend, select_cuda, status_of
+from spu.ops import composed, schema, wire
+from spu.ops.dispatch import DTYPES, choose_backend, select_cuda, status_of
 
 __all__ = ["copy_in", "pack_to_host", "unpack_from_host"]
 

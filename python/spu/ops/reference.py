@@ -17,8 +17,7 @@ from torch import Tensor
 
 from spu.common import torch_private
 from spu.common.dtypes import HALVES
-
-from . import wire
+from spu.ops import wire
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 

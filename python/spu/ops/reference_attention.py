@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import exact, wide
+from spu.ops.reference import exact, wide
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import wire
+from spu.ops import wire
 
 _PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import activate, activate_backward, exact, rows_of, wide
+from spu.ops.reference import activate, activate_backward, exact, rows_of, wide
 
 _CHUNK_BYTES = 64 << 20  # of wide logits at a time
 

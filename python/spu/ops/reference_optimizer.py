@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .moments import load_moment, moments_of, noise, stored_moment
+from spu.ops.moments import load_moment, moments_of, noise, stored_moment
 
 
 def adamw_(

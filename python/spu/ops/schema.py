@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from . import composed, reference, reference_attention, reference_codec, reference_fused, reference_optimizer, wire
+from spu.ops import (
+    composed,
+    reference,
+    reference_attention,
+    reference_codec,
+    reference_fused,
+    reference_optimizer,
+    wire,
+)
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .grad_scaler import GradScaler
-from .main_grads import MainGrads
-from .scaler import LossScaler
+from spu.precision.grad_scaler import GradScaler
+from spu.precision.main_grads import MainGrads
+from spu.precision.scaler import LossScaler
 
 __all__ = ["GradScaler", "LossScaler", "MainGrads"]

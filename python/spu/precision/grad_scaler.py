@@ -19,11 +19,10 @@ from torch.amp.grad_scaler import OptState
 
 from spu.common import torch_private
 from spu.common.dtypes import HALVES
-
-from ..ops import grad_sqnorm
-from ..ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
-from ..optim import AdamW
-from .main_grads import ParameterSink, unscale_grad
+from spu.ops import grad_sqnorm
+from spu.ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
+from spu.optim import AdamW
+from spu.precision.main_grads import ParameterSink, unscale_grad
 
 _T = TypeVar("_T")
 # Those that take one dtype alone, or keep squares in the parameter's, where fp16 makes them 0 (AdamW is an Adam).

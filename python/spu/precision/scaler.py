@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from spu.common import torch_private
-
-from ..ops.sink import BackwardScope, open_scope
+from spu.ops.sink import BackwardScope, open_scope
 
 _STATE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
