@@ -31,7 +31,7 @@ class Rated(nn.Linear):
     slow: ClassVar[str] = "cpu:0"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(20e-3 if self.slow in threading.current_thread().name else 0.0)
+        time.sleep(40e-3 if self.slow in threading.current_thread().name else 0.0)
         return super().forward(x)
 
 
