@@ -29,13 +29,13 @@ from memory_probe import measured_peaks
 
 from spu import schedules
 from spu.cost import LayerCost
-from spu.devices import Device
-from spu.job.model import quiet_transformers
+from spu.devices.manager import Device
+from spu.devices.side_by_side import side_by_side
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import search_plan
 from spu.settings import Settings
-from spu.side_by_side import side_by_side
-from spu.trainer import ModelParallelTrainer
+from spu.train.model import quiet_transformers
+from spu.trainer.trainer import ModelParallelTrainer
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from spu.checkpoint import load, save
+from spu.checkpoint.writing import load, save
 
 
 def some(step: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,10 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import kernels
-from spu.ops import reference_codec, reference_fused, reference_optimizer, wire
+from spu.common import wire
+from spu.ops.reference import codec as reference_codec
+from spu.ops.reference import fused as reference_fused
+from spu.ops.reference import optimizer as reference_optimizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

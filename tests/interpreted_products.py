@@ -17,7 +17,7 @@ from spu import kernels
 from spu.kernels import accumulation, derive
 from spu.kernels.config import KINDS, Config
 from spu.kernels.launch import for_alignment
-from spu.ops import reference_fused
+from spu.ops.reference import fused as reference_fused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = [(40, 67, 70), (5, 1, 3)]  # rows, out, in

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spu.cli import main
-from spu.job import command, run  # noqa: F401  (imported once, before the forks)
-from spu.job.metrics import read_metrics, train_rows
+from spu.cli.app import main
+from spu.train import loop as run  # noqa: F401  (imported once, before the forks)
+from spu.train.metrics import read_metrics, train_rows
 
 CONFIG = {
     "model_type": "llama",

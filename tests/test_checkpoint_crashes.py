@@ -17,8 +17,8 @@ import pytest
 import torch
 from checkpoints import save_step, step_at
 
-from spu import checkpoint
-from spu.checkpoint import CheckpointError, load
+from spu.checkpoint import writing as checkpoint
+from spu.checkpoint.writing import CheckpointError, load
 
 FILES = ("manifest.json", "meta.json", "tensors.safetensors")
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

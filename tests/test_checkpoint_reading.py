@@ -11,8 +11,8 @@ import pytest
 import torch
 from checkpoints import save_step
 
-from spu import checkpoint
-from spu.checkpoint import CheckpointError, Stored, load, opened, save
+from spu.checkpoint import writing as checkpoint
+from spu.checkpoint.writing import CheckpointError, Stored, load, opened, save
 
 
 def test_tensors_read_one_by_one_are_those_that_were_saved(path: Path) -> None:

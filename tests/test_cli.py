@@ -16,8 +16,8 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from spu.cli import main
-from spu.job.metrics import read_metrics, train_rows
+from spu.cli.app import main
+from spu.train.metrics import read_metrics, train_rows
 
 TINY = {
     "model_type": "llama",
@@ -200,9 +200,9 @@ def test_fp32_pipeline_equals_plain_pytorch_on_the_same_batches(place):
 
 
 def test_the_saved_model_is_the_trained_one_with_tied_embeddings_too(place):
-    from spu.job.data import make_corpus
-    from spu.job.model import ByteTokenizer, make_model
-    from spu.job.reference import evaluate
+    from spu.train.data import make_corpus
+    from spu.train.model import ByteTokenizer, make_model
+    from spu.train.plain import evaluate
 
     (place / "tied.json").write_text(json.dumps({**TINY, "tie_word_embeddings": True}))
     assert run_here(place, *new_run(place, "tied", "--model", str(place / "tied.json"), "--steps", "4")) == 0

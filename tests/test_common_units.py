@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spu.common.units import columns, format_bytes, format_bytes_up, format_seconds
-from spu.devices import parse_bytes
+from spu.devices.manager import parse_bytes
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spu import devices, hostinfo
-from spu.devices import Device, DeviceManager, call_pinned, parse_bytes, pin_current_thread
+from spu.devices import host as hostinfo
+from spu.devices import manager as devices
+from spu.devices.manager import Device, DeviceManager, call_pinned, parse_bytes, pin_current_thread
 
 GB = 10**9
 
@@ -355,7 +356,7 @@ def test_a_budget_that_no_machine_has_is_refused(size: str | int) -> None:
 
 
 def test_a_cpu_beyond_the_cores_is_unknown_unless_a_list_names_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spu.devices.usable_cores", lambda: [0, 1])
+    monkeypatch.setattr("spu.devices.manager.usable_cores", lambda: [0, 1])
     for spec in ("cpu:2", ["cpu:0", "cpu:2"], "cpu:100"):
         with pytest.raises(ValueError, match=r"unknown device 'cpu:\d+': the 2 cores make cpu:0 to cpu:1; there is: "):
             DeviceManager().get_devices(spec)

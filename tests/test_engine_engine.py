@@ -12,13 +12,13 @@ import torch
 from pipelines import batch, every_schedule, reference, trainer
 from torch import nn
 
+from spu.common.tracker import Tally
 from spu.engine.engine import Engine, Round
-from spu.engine.layers import Moment
 from spu.engine.local import LocalEngine
 from spu.engine.runner import Runner
 from spu.engine.stage import Stage
+from spu.model.layers import Moment
 from spu.schedules import Action, Span, Timeline
-from spu.tracker import Tally
 
 __all__ = ["reference"]
 

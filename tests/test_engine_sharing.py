@@ -263,7 +263,7 @@ def test_a_loss_with_the_model_and_a_parameter_of_its_own_is_refused() -> None:
 def test_stages_planned_again_keep_shared_blocks_and_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for worth in (-1e9, 1e9):  # the stages stay, or are built again
-        monkeypatch.setattr("spu.staged.WORTH", worth)
+        monkeypatch.setattr("spu.trainer.staged.WORTH", worth)
         torch.manual_seed(1)
         model, loss = twice(Block()).eval(), Scaled()
         with make(model, 3, loss_fn=loss, precision="fp16", lr=0.1) as trainer:

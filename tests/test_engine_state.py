@@ -17,8 +17,8 @@ from pipelines import trainer as trainer_of
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.checkpoint import CheckpointError, Stored
-from spu.optim import AdamW
+from spu.checkpoint.writing import CheckpointError, Stored
+from spu.optim.adamw import AdamW
 
 
 @pytest.fixture(autouse=True)

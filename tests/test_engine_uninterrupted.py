@@ -12,7 +12,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.engine.uninterrupted import uninterrupted
-from spu.optim import AdamW
+from spu.optim.adamw import AdamW
 
 
 class Slow(AdamW):

@@ -12,8 +12,8 @@ from numeric import assert_equal
 from test_trainer_edits import batch, make, mlp, one_thread  # noqa: F401
 from torch import nn
 
-from spu.checkpoint import CheckpointError
-from spu.optim import AdamW
+from spu.checkpoint.writing import CheckpointError
+from spu.optim.adamw import AdamW
 
 
 class Makes:

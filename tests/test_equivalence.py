@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import spu
-from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer, placement
+from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
-from spu.engine.layers import Layer, Moment, model_layers
+from spu.model.layers import Layer, Moment, model_layers
 from spu.settings import Settings
+from spu.trainer import placement
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 

@@ -13,7 +13,8 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 
 from spu import ops
-from spu.ops import cross_entropy, reference_fused, schema
+from spu.ops import cross_entropy, schema
+from spu.ops.reference import fused as reference_fused
 from spu.ops.sink import BackwardScope, open_scope
 from spu.precision import LossScaler, MainGrads
 

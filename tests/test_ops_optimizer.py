@@ -9,8 +9,9 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import ops
-from spu.ops import reference_optimizer, schema
-from spu.optim import clip_coefficient
+from spu.ops import schema
+from spu.ops.reference import optimizer as reference_optimizer
+from spu.optim.adamw import clip_coefficient
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 

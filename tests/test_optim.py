@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spu import ops
 from spu.ops.moments import MOMENTS
-from spu.optim import AdamW, clip_coefficient
+from spu.optim.adamw import AdamW, clip_coefficient
 from spu.precision import GradScaler, LossScaler, MainGrads
 
 HYPER = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from spu import ops
-from spu.optim import AdamW, MasterOptimizer
+from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import GradScaler
 
 HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}

@@ -13,7 +13,7 @@ from test_optim import HYPER, parameters, random_grads, set_grads, twins
 from torch import nn
 
 from spu import ops
-from spu.optim import AdamW
+from spu.optim.adamw import AdamW
 
 
 def test_set_master_gives_the_exact_start() -> None:

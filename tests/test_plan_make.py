@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import plan as make_plan
 
 from spu.cost import LayerCost
-from spu.devices import Device
+from spu.devices.manager import Device
 from spu.plan import BudgetError, Plan
 from spu.plan.memory import ITEM_BYTES
 

@@ -12,12 +12,12 @@ from plans import search
 
 from spu import schedules
 from spu.cost import LayerCost
-from spu.devices import Device
+from spu.devices.manager import Device
 from spu.plan import BudgetError, Plan
-from spu.plan.explain import explain
-from spu.plan.gallery import draw_plan
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import microbatch_counts
+from spu.plan.show.explain import explain
+from spu.plan.show.gallery import draw_plan
 from spu.settings import Settings
 
 MB = 10**6

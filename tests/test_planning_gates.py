@@ -12,8 +12,8 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer
+from spu.cost.count import Run, training_costs
 from spu.engine.engine import StageError
-from spu.footprint import Run, training_costs
 from spu.plan import Plan
 
 

@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spu.schedules import (
-    Action,
-    ScheduleError,
-    format_grid,
-    parse_grid,
-    peak_in_flight,
-    peak_on_ranks,
-    ranks_of,
-)
+from spu.schedules import Action, ScheduleError, format_grid, parse_grid, peak_in_flight, peak_on_ranks, ranks_of
 
 
 @given(st.integers(0, 10**6), st.sampled_from("FBIW"), st.integers(0, 10**6))

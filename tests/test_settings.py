@@ -124,8 +124,8 @@ import torch
 from torch import nn
 
 from spu import ModelParallelTrainer, cli
-from spu.job.config import TrainConfig
-from spu.job.options import read_options
+from spu.train.config import TrainConfig
+from spu.train.options import read_options
 from spu.plan import Plan
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import spu
 from spu import LossScaler, ModelParallelTrainer
-from spu.checkpoint import CheckpointError
+from spu.checkpoint.writing import CheckpointError
 
 
 def layers(seed: int = 0) -> list[nn.Module]:

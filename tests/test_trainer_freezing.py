@@ -108,8 +108,8 @@ def test_a_weight_that_is_thawed_too_late_is_still_saved(tmp_path: Path) -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_planning_again_keeps_what_rests(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizers of the new stages did not hold it: its moments were lost, and thawing it was refused."""
-    monkeypatch.setattr("spu.staged.WORTH", math.inf)
-    monkeypatch.setattr("spu.planner.WORTH", math.inf)
+    monkeypatch.setattr("spu.trainer.staged.WORTH", math.inf)
+    monkeypatch.setattr("spu.trainer.planner.WORTH", math.inf)
     results = []
     for again in (False, True):
         model = net()

@@ -13,7 +13,19 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 
 from spu import kernels, ops
-from spu.ops import reference, reference_codec, reference_fused, reference_optimizer, wire
+from spu.common import wire
+from spu.ops.reference import (
+    codec as reference_codec,
+)
+from spu.ops.reference import (
+    fused as reference_fused,
+)
+from spu.ops.reference import (
+    linear as reference,
+)
+from spu.ops.reference import (
+    optimizer as reference_optimizer,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -243,8 +255,8 @@ def test_ops_choose_these_kernels_and_train_a_layer() -> None:
 @pytest.mark.timeout(500)
 def test_the_training_job_learns(tmp_path: Path) -> None:
     code = (
-        "from spu.job.command import train_command\n"
-        "from spu.job.config import RunOptions\n"
+        "from spu.cli.train import train_command\n"
+        "from spu.train.config import RunOptions\n"
         f"train_command(dict(devices='cuda:0', steps=60, evals=2), RunOptions(out={str(tmp_path)!r}, name='gpu'))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=480)

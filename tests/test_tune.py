@@ -10,9 +10,10 @@ import torch
 
 table = pytest.importorskip("spu.kernels.table", reason="spu.kernels is not there: spu runs in place, not installed")
 
-from spu import tune, tune_calls  # noqa: E402
 from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table  # noqa: E402
 from spu.kernels.derive import SHARED_BYTES  # noqa: E402
+from spu.tune import calls as tune_calls  # noqa: E402
+from spu.tune import run as tune  # noqa: E402
 
 
 @pytest.mark.parametrize("arch", [75, 86, 90])

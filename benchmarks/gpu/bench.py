@@ -34,7 +34,7 @@ _SQUARE = "8192x8192x8192"
 
 def peaks() -> dict[str, float]:
     """The card's ceilings: bytes/s of a copy, FLOP/s of cuBLAS."""
-    from spu.tune import measure_us
+    from spu.tune.run import measure_us
 
     device = torch.device("cuda")
     size = min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
@@ -47,7 +47,7 @@ def peaks() -> dict[str, float]:
 
 
 def _measure(case: Case, ceilings: dict[str, float]) -> Row:
-    from spu.tune import measure_us
+    from spu.tune.run import measure_us
 
     row: Row = {"group": case.group, "shape": case.shape, "peer": case.peer}
     try:

@@ -125,7 +125,7 @@ def build(phase: Phase) -> None:
             shutil.copytree(ROOT / "python" / "spu", SITE / "spu", ignore=ignore, dirs_exist_ok=True)
             shutil.copytree(ROOT / "kernels" / "triton", SITE / "spu" / "kernels", dirs_exist_ok=True)
     phase.run(_python("-c", "import spu, spu.kernels; print(spu.__version__, spu.__file__)"))
-    rows = "from spu.doctor import report\nfor row in report(): print('-+'[row.works], row.name, row.detail)"
+    rows = "from spu.cli.doctor import report\nfor row in report(): print('-+'[row.works], row.name, row.detail)"
     phase.run(_python("-c", rows))
 
 
@@ -187,8 +187,8 @@ def train(phase: Phase) -> None:
     shutil.rmtree(out, ignore_errors=True)
     for name, settings in runs.items():
         code = (
-            "from spu.job.command import train_command\n"
-            "from spu.job.config import RunOptions\n"
+            "from spu.cli.train import train_command\n"
+            "from spu.train.config import RunOptions\n"
             f"train_command(dict({settings}), RunOptions(out={str(out)!r}, name={name!r}))\n"
         )
         if phase.run(_python("-c", code)) and not phase.dry:

@@ -1,6 +1,6 @@
 """Packing and unpacking of the sections of a wire: fp32 scales, then payload, each padded with zeros to 64 bytes.
 
-The 64-byte header belongs to the format's owner (``spu.ops.wire``) and is passed in: it is made of static facts, and
+The 64-byte header belongs to the format's owner (``spu.common.wire``) and is passed in: it is made of static facts, and
 no kernel reads it. A block's scale is absmax / (largest code); a scale below fp32's normal range counts as 0; a block
 with a non-finite value stores a NaN scale and so decodes to NaN. fp8 is coded by integer arithmetic, so that every
 architecture and the interpreter give the same bits.

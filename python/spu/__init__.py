@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spu.devices import Device as Device
-    from spu.devices import DeviceManager as DeviceManager
+    from spu.devices.manager import Device as Device
+    from spu.devices.manager import DeviceManager as DeviceManager
     from spu.engine.engine import StageError as StageError
-    from spu.engine.randomness import LayerRandomness as LayerRandomness
     from spu.engine.result import StepResult as StepResult
+    from spu.model.randomness import LayerRandomness as LayerRandomness
     from spu.nn import accelerate as accelerate
     from spu.nn import restore as restore
     from spu.ops import backends as backends
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from spu.precision import GradScaler as GradScaler
     from spu.precision import LossScaler as LossScaler
     from spu.precision import MainGrads as MainGrads
-    from spu.trainer import ModelParallelTrainer as ModelParallelTrainer
+    from spu.trainer.trainer import ModelParallelTrainer as ModelParallelTrainer
 
 # Public names and where they live. Loaded at first use, so that `import spu` costs little and one broken optional
 # dependency does not take the rest of the library with it.
 _EXPORTS = {
-    "Device": "spu.devices",
-    "DeviceManager": "spu.devices",
+    "Device": "spu.devices.manager",
+    "DeviceManager": "spu.devices.manager",
     "GradScaler": "spu.precision",
-    "LayerRandomness": "spu.engine.randomness",
+    "LayerRandomness": "spu.model.randomness",
     "LossScaler": "spu.precision",
     "MainGrads": "spu.precision",
-    "ModelParallelTrainer": "spu.trainer",
+    "ModelParallelTrainer": "spu.trainer.trainer",
     "StageError": "spu.engine.engine",
     "StepResult": "spu.engine.result",
     "accelerate": "spu.nn",
@@ -47,22 +47,25 @@ _EXPORTS = {
 }
 _SUBMODULES = {
     "checkpoint",
+    "cli",
+    "cost",
     "devices",
-    "doctor",
     "engine",
-    "integrations",
     "kernels",
+    "memory",
+    "model",
     "nn",
     "ops",
     "optim",
     "plan",
     "precision",
-    "profile",
     "schedules",
     "settings",
     "skips",
+    "train",
     "trainer",
     "transfer",
+    "tune",
 }
 
 __all__ = ["__version__", *sorted(_EXPORTS)]

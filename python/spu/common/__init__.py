@@ -1,1 +1,1 @@
-"""Small things that every part of spu may use. They import nothing else of spu."""
+"""Small helpers that every room may use: they know nothing of the rooms above."""

@@ -1,7 +1,1 @@
-"""What layers cost: counted on fake tensors in the form that training gives them."""
-
-from __future__ import annotations
-
-from spu.cost.layer_cost import LayerCost
-
-__all__ = ["LayerCost"]
+"""What a layer costs: counted on fake tensors, or measured on the devices, as a stage runs it."""

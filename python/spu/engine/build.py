@@ -12,15 +12,15 @@ from torch import nn
 
 from spu import nn as spu_nn
 from spu.common.dtypes import DTYPES
-from spu.engine.layers import Layer
+from spu.common.interrupts import Held
 from spu.engine.leaves import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
-from spu.interrupts import Held
+from spu.model.layers import Layer
 from spu.precision.dtypes import convert_state, state_dtypes
 
 if TYPE_CHECKING:
-    from spu.devices import Device
+    from spu.devices.manager import Device
 
 __all__ = [
     "Built",

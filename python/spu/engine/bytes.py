@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spu.common.tracker import Tally
 from spu.engine.build import Built
-from spu.tracker import Tally
 
 if TYPE_CHECKING:
     from spu.engine.runner import Runner

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spu.common import torch_private
 from spu.common.torch_private import pytree
-from spu.engine.aliases import View, memory_of, share_memory, views_among
+from spu.model.aliases import View, memory_of, share_memory, views_among
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
 __all__ = ["Arrived", "Layout", "arrive", "check_known", "depart"]

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from spu.common.tracker import Tally
 from spu.engine.stage import Stage
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
-from spu.tracker import Tally
 
 __all__ = ["Engine", "Round", "StageError"]
 

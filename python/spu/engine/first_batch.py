@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from spu.common import torch_private
-from spu.engine.layers import Layer
 from spu.engine.loss import cross_entropy
+from spu.model.layers import Layer
 
 __all__ = ["check_batch"]
 

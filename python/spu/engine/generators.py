@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from spu.common.torch_private import generators_equal
-from spu.engine.layers import Layer
-from spu.engine.randomness import LOSS
+from spu.model.layers import Layer
+from spu.model.randomness import LOSS
 
 if TYPE_CHECKING:
     from spu.engine.stage import Stage

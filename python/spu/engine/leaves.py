@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spu.common import torch_private
-from spu.engine.layers import Layer
+from spu.model.layers import Layer
 
 __all__ = ["check_leaves", "loss_part", "move_loss"]
 

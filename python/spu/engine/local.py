@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from spu import ops
+from spu.common.interrupts import Held
 from spu.common.torch_private import pytree
+from spu.common.tracker import MemoryTracker, Tally
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import Round, StageError
-from spu.engine.layers import Moment
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.engine.worker import Worker
-from spu.interrupts import Held
+from spu.model.layers import Moment
 from spu.schedules import Action, Span, Timeline
-from spu.tracker import MemoryTracker, Tally
 from spu.transfer import Link, side_for
 
 __all__ = ["LocalEngine"]

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
 from spu.engine.loss import loss_of
 from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows
-from spu.engine.randomness import LayerRandomness
-from spu.hushed import hushed
-from spu.untouched import untouched
+from spu.model.randomness import LayerRandomness
+from spu.model.untouched import untouched
 
 __all__ = ["LossCheck"]
 

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from spu.checkpoint import CheckpointError, Stored
+from spu.checkpoint.writing import CheckpointError, Stored
 from spu.common import torch_private
 from spu.engine.build import Built
-from spu.optim import AdamW, MasterOptimizer
+from spu.optim.adamw import AdamW, MasterOptimizer
 
 __all__ = [
     "OptimizerState",

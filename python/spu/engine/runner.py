@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spu import schedules
+from spu.common.interrupts import Held
 from spu.common.torch_private import pytree
 from spu.engine.ambient import callers_autocast
 from spu.engine.build import Built
@@ -22,7 +23,6 @@ from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.update import OptimizerFactory, Updater
-from spu.interrupts import Held
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.common.torch_private import MODULE_TABLES, buffers_of, children_of, parameters_of
-from spu.engine.layers import Layer
+from spu.model.layers import Layer
 
 if TYPE_CHECKING:
-    from spu.devices import Device
+    from spu.devices.manager import Device
 
 __all__ = ["TiedUse", "Twin", "separate", "untie"]
 

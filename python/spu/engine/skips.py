@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spu.common import torch_private
-from spu.engine.aliases import share_memory
 from spu.engine.channel import Exchange
+from spu.model.aliases import share_memory
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
 __all__ = ["StageSkips", "check_all_popped"]

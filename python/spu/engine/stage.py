@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
-from spu.engine.layers import Layer, Moment
 from spu.engine.leaves import check_leaves
 from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
-from spu.engine.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.engine.skips import StageSkips
 from spu.memory.residency import RESIDENT, Residency
+from spu.model.layers import Layer, Moment
+from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.ops.cut import Cut, LeafCut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.skips import carried_by, current_carrier
 
 if TYPE_CHECKING:
-    from spu.devices import Device
+    from spu.devices.manager import Device
 
 __all__ = ["Stage"]
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu import checkpoint
-from spu.checkpoint import CheckpointError, Stored
+from spu.checkpoint import writing as checkpoint
+from spu.checkpoint.writing import CheckpointError, Stored
+from spu.common.interrupts import Held
 from spu.engine.build import Built
 from spu.engine.optimizer_state import (
     Optimizers,
@@ -22,8 +23,7 @@ from spu.engine.optimizer_state import (
     optimizer_state,
     restore_optimizers,
 )
-from spu.interrupts import Held
-from spu.optim import AdamW, MasterOptimizer
+from spu.optim.adamw import AdamW, MasterOptimizer
 
 __all__ = ["Kept", "load_training", "model_state", "save_training", "state_for_model"]
 

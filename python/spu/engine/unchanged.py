@@ -11,7 +11,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.engine.build import Built
-from spu.engine.layers import Layer
+from spu.model.layers import Layer
 
 __all__ = ["Unchanged"]
 

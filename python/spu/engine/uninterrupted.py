@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spu.interrupts import Held
+from spu.common.interrupts import Held
 
 __all__ = ["uninterrupted"]
 

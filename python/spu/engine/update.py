@@ -15,15 +15,15 @@ from torch import nn
 
 from spu import ops
 from spu.common import torch_private
+from spu.common.interrupts import Held
 from spu.engine.build import Built
 from spu.engine.engine import Engine
-from spu.engine.layers import Layer
 from spu.engine.optimizer_state import remember_rates
 from spu.engine.sharing import TiedUse
 from spu.engine.stage import Stage
-from spu.interrupts import Held
+from spu.model.layers import Layer
 from spu.ops.sink import has_foreign_hook
-from spu.optim import AdamW, MasterOptimizer, clip_coefficient
+from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
 from spu.precision import LossScaler, MainGrads
 
 __all__ = ["OptimizerFactory", "Update", "Updater", "release"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from spu.devices import Device, pin_current_thread
+from spu.devices.manager import Device, pin_current_thread
 
 __all__ = ["Worker"]
 

@@ -21,7 +21,7 @@ from torch import nn
 from spu.common.dtypes import HALVES
 from spu.ops import attention
 from spu.ops.plain import takes
-from spu.ops.reference import exact
+from spu.ops.reference.linear import exact
 
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"

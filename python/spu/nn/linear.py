@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spu.ops import ACTIVATIONS
 from spu.ops.linear import fused_linear_act, torch_linear_act
 from spu.ops.plain import plain, takes
-from spu.ops.reference import torch_activation
+from spu.ops.reference.linear import torch_activation
 
 
 class Linear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spu.common.wire import CODECS
 from spu.ops.attention import attention
 from spu.ops.codec import is_finite_wire, pack, unpack, wire_bytes
 from spu.ops.cross_entropy import linear_cross_entropy
@@ -10,9 +11,8 @@ from spu.ops.gated import GATED_ACTIVATIONS, gated_mlp
 from spu.ops.host import copy_in, pack_to_host, unpack_from_host
 from spu.ops.linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
 from spu.ops.optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
-from spu.ops.reference import ACTIVATIONS
+from spu.ops.reference.linear import ACTIVATIONS
 from spu.ops.sink import BackwardScope, GradSink, MainGrad, attach_sink, current_scope, detach_sink, open_scope, sink_of
-from spu.ops.wire import CODECS
 
 __all__ = [
     "ACTIVATIONS",

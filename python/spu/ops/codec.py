@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spu.ops import schema, wire
+from spu.common import wire
+from spu.common.wire import wire_bytes
+from spu.ops import schema
 from spu.ops.dispatch import choose_backend
-from spu.ops.wire import wire_bytes
 
 __all__ = ["is_finite_wire", "pack", "unpack", "wire_bytes"]
 

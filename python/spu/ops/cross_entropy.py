@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.ops import schema, wire
+from spu.common import wire
+from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend
 from spu.ops.linear import compute_dtype, linear_dw_
 from spu.ops.plain import fake, takes
-from spu.ops.reference import exact, wide
+from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import MainGrad, at_once, sinks_of
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient

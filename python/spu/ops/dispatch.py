@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common import wire
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import constant_when_traced, operator_has_kernel
-from spu.ops import schema, wire
+from spu.ops import schema
 from spu.ops.schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {

@@ -25,7 +25,7 @@ from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.linear import check_dtypes, compute_dtype
 from spu.ops.plain import takes
-from spu.ops.reference import exact, torch_activation
+from spu.ops.reference.linear import exact, torch_activation
 from spu.ops.sink import GradSink, sinks_of
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spu.ops import composed, schema, wire
+from spu.common import wire
+from spu.ops import schema
 from spu.ops.dispatch import DTYPES, choose_backend, select_cuda, status_of
+from spu.ops.reference import composed
 
 __all__ = ["copy_in", "pack_to_host", "unpack_from_host"]
 

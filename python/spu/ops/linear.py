@@ -21,7 +21,7 @@ from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.plain import takes
-from spu.ops.reference import ACTIVATIONS, autocast_enabled, exact, torch_activation
+from spu.ops.reference.linear import ACTIVATIONS, autocast_enabled, exact, torch_activation
 from spu.ops.sink import MainGrad, sinks_of
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")

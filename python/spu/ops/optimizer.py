@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spu.ops import moments, schema
 from spu.ops.dispatch import DTYPES, choose_backend, forced_backend, status_of
-from spu.ops.reference_optimizer import adamw_plain
+from spu.ops.reference.optimizer import adamw_plain
 from spu.ops.sink import MainGrad
 
 PLAIN = (torch.float64, torch.complex64, torch.complex128)

@@ -14,14 +14,24 @@ from typing import Any
 
 import torch
 
-from spu.ops import (
+from spu.common import wire
+from spu.ops.reference import (
+    attention as reference_attention,
+)
+from spu.ops.reference import (
+    codec as reference_codec,
+)
+from spu.ops.reference import (
     composed,
-    reference,
-    reference_attention,
-    reference_codec,
-    reference_fused,
-    reference_optimizer,
-    wire,
+)
+from spu.ops.reference import (
+    fused as reference_fused,
+)
+from spu.ops.reference import (
+    linear as reference,
+)
+from spu.ops.reference import (
+    optimizer as reference_optimizer,
 )
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")

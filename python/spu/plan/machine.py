@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spu.devices import Device
+    from spu.devices.manager import Device
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spu import schedules
-from spu.cost.layer_cost import LayerCost
+from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine
 from spu.plan.memory import ITEM_BYTES, wire_bytes
 from spu.plan.partition import check_stages
 from spu.plan.plan import CODECS, Plan, Predicted, StagePlan
-from spu.plan.refuse import refusal
+from spu.plan.refusal import refusal
 from spu.plan.request import Placement, Request
 from spu.settings import Settings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
-from spu.cost.layer_cost import LayerCost
-from spu.ops import wire
+from spu.common import wire
+from spu.plan.layer_cost import LayerCost
 
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""

@@ -16,9 +16,9 @@ from spu import schedules
 from spu.common.codecs import CODECS as WIRE_CODECS
 from spu.common.files import write_atomically
 from spu.common.options import Options
-from spu.plan.curve import memory_curve
 from spu.plan.memory import StageBytes
-from spu.plan.table import plan_table
+from spu.plan.show.curve import memory_curve
+from spu.plan.show.table import plan_table
 from spu.settings import Settings
 
 VERSION = 4

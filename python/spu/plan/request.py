@@ -10,9 +10,9 @@ from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
 from spu import schedules
-from spu.cost.layer_cost import LayerCost
 from spu.plan import core
-from spu.plan.flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
+from spu.plan.in_flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
+from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
 from spu.plan.memory import Boundary, MicrobatchBytes, StageBytes, StageMemory, state_bytes, wire_bytes
 from spu.schedules import Action
@@ -20,7 +20,7 @@ from spu.schedules.simulate import _runner
 from spu.settings import Settings
 
 if TYPE_CHECKING:
-    from spu.devices import Device
+    from spu.devices.manager import Device
 
 _CORE = {"none": core.NONE, "all": core.ALL, "auto": core.AUTO, "given": core.NONE}
 """The core's numbers for the modes of `Recompute`; given layers are not for it to choose."""

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from spu import schedules
 from spu.common.units import format_bytes
-from spu.cost.layer_cost import LayerCost
+from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine
 from spu.plan.make import with_bases, write_plan
 from spu.plan.memory import state_bytes, wire_bytes
 from spu.plan.partition import BudgetError
 from spu.plan.plan import Plan
-from spu.plan.refuse import refusal, state_line
+from spu.plan.refusal import refusal, state_line
 from spu.plan.request import Placement, Request, Times, crossings
 from spu.settings import AUTO, Settings
 

@@ -21,7 +21,7 @@ from spu.common import torch_private
 from spu.common.dtypes import HALVES
 from spu.ops import grad_sqnorm
 from spu.ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
-from spu.optim import AdamW
+from spu.optim.adamw import AdamW
 from spu.precision.main_grads import ParameterSink, unscale_grad
 
 _T = TypeVar("_T")

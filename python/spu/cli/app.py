@@ -1,0 +1,212 @@
+"""The `spu` command: train, plan, devices, doctor, tune. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+try:
+    import typer
+except ImportError:  # the library works without its command line
+    packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
+    sys.exit(f"spu: the command line needs more packages: pip install {packages}")
+
+from spu.common.options import Options, kind_of
+from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
+from spu.train.options import read_options
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="spu",
+    help="Train PyTorch models that do not fit the card you own, exactly and fast.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a command; a user's mistake becomes one message and exit code 2, Ctrl-C 130. SPU_TRACEBACK=1 shows all."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        from spu.train.signals import Stopped
+
+        if isinstance(error, Stopped):
+            _fail(str(error), error.code)
+        if os.environ.get("SPU_TRACEBACK"):
+            raise
+        if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
+            _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
+        if isinstance(error, ValueError):
+            _fail(f"error: {error}", BAD_INPUT)
+        if isinstance(error, OSError):
+            _fail(f"error: {error.filename or ''}: {error.strerror or error}: check the path and the room on it", 1)
+        raise
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"spu: {text}", file=sys.stderr, flush=True)
+    raise typer.Exit(code)
+
+
+def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of these dataclasses; one that is not named arrives as None.
+
+    Values arrive as texts: what they mean, and what is allowed, the fields say.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        made = []
+        for field in (field for options in classes for field in options.own_first()):
+            kind, flag = kind_of(field), option(field.name)
+            start = "" if field.default is None or field.default is False else f"  ({kind.shown(field.default)})"
+            kinds: Any = bool if kind.is_flag else list[str] if kind.once else str
+            names = f"{flag}/--no-{flag[2:]}" if kind.is_flag else flag
+            metavar = None if kind.is_flag else kind.metavar
+            shown = typer.Option(names, help=kind.help + start, metavar=metavar, show_default=False)
+            annotation = Annotated[kinds | None, shown]
+            made.append(
+                inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+        setattr(command, "__signature__", inspect.Signature(made))  # noqa: B010  mypy knows no such attribute
+        return command
+
+    return decorated
+
+
+@app.command()
+@takes(TrainConfig, RunOptions)
+def train(**given: Any) -> None:
+    """Train a decoder on a text, in a pipeline over the devices, into runs/NAME."""
+
+    def command() -> None:
+        from spu.cli.train import train_command
+
+        config, options = read_options(given, TrainConfig, RunOptions)
+        train_command(config, RunOptions(**options))
+
+    guarded(command)
+
+
+@app.command()
+@takes(PlanOptions)
+def plan(**given: Any) -> None:
+    """Say before training whether a model fits, where each layer goes and how long a step takes."""
+
+    def command() -> None:
+        from spu.cli.plan import plan_command
+
+        (options,) = read_options(given, PlanOptions)
+        plan_command(PlanOptions(**options))
+
+    guarded(command)
+
+
+@app.command()
+def devices(
+    devices: Annotated[str, typer.Option(help="As in train.")] = "auto",
+    budget: Annotated[str | None, typer.Option(help="As in train.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of remembering.")] = False,
+) -> None:
+    """Show the devices: memory, budget, measured speeds and link bandwidths."""
+
+    def command() -> None:
+        from spu.cli.devices import device_lines
+
+        print("\n".join(device_lines(devices, budget, refresh)))
+
+    guarded(command)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what works on this machine, what does not, why, and the command that adds it."""
+
+    def command() -> None:
+        from spu.cli.devices import doctor_lines
+
+        print("\n".join(doctor_lines()))
+
+    guarded(command)
+
+
+@app.command()
+def tune(
+    device: Annotated[str, typer.Option(help="Which card.")] = "cuda:0",
+    ops: Annotated[str | None, typer.Option(help="Comma-separated products.  (all)")] = None,
+    dtypes: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, fp32.")] = "fp16,bf16",
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time; a later run goes on.")] = None,
+    out: Annotated[str | None, typer.Option(help="Another file than the user's table.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Show what would be measured on sm_90; measure nothing.")] = False,
+) -> None:
+    """Measure the kernels' configurations on this card and keep the fastest."""
+
+    def command() -> None:
+        from pathlib import Path
+
+        from spu.kernels.config import PRODUCTS
+        from spu.tune import run as tuning
+
+        names = tuple(ops.split(",")) if ops else PRODUCTS
+        kinds = tuple(dtypes.split(","))
+        if dry:
+            print("\n".join(tuning.plan_lines(90, names, kinds)))
+            return
+        seconds = None if minutes is None else 60 * minutes
+        path = tuning.tune(device, names, kinds, out=None if out is None else Path(out), seconds=seconds)
+        print(f"written to {path}")
+
+    guarded(command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from spu import __version__
+
+        print(f"spu {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `spu`: runs the command and ends the process with the command's exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for index, argument in enumerate(arguments):
+        bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
+        if argument == "--resume" and bare:
+            arguments[index] = "--resume=latest"
+    try:
+        code = app(args=arguments or ["--help"], prog_name="spu", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the base class of usage errors moved between typer's versions
+            raise
+        print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
+        code = BAD_INPUT
+    sys.exit(code or 0)
+
+
+def _given(error: Any, arguments: list[str]) -> str:
+    """The value that a usage error complains about, which its own text may lack."""
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        places = [index for index, argument in enumerate(arguments[:-1]) if argument == name]
+        if places:
+            return f" (given: {arguments[places[-1] + 1]!r})"
+    return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`spu devices` and `spu doctor` as plain text."""
+
+from __future__ import annotations
+
+from spu.cli import doctor
+from spu.common.units import columns, format_bytes
+from spu.devices.manager import Device, DeviceManager
+from spu.devices.speed import measure_device, measure_link, measure_loopback
+
+
+def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[str]:
+    """A table of devices with measured speeds, and one of the links between them.
+
+    Raises:
+        ValueError: an unknown device or budget.
+    """
+    found = DeviceManager(budget).get_devices(spec)
+    rows: list[tuple[str, ...]] = [("device", "memory", "budget", "fp32", "bf16", "fp16", "memory speed", "what")]
+    for device in found:
+        speed = measure_device(device, refresh=refresh)
+        flops = (_flops(value) for value in (speed.fp32, speed.bf16, speed.fp16))
+        rows.append(
+            (
+                device.name,
+                format_bytes(device.memory_bytes),
+                format_bytes(device.budget_bytes),
+                *flops,
+                _per_second(speed.memory_bandwidth),
+                device.description,
+            )
+        )
+    lines = columns(rows)
+    pairs = [(a, b) for a in found for b in found if a is not b]
+    if pairs:
+        links = [("link", "bandwidth"), *(row for a, b in pairs for row in _link(a, b, refresh))]
+        links.append(("loopback, between two processes", _per_second(measure_loopback(refresh=refresh))))
+        lines += ["", *columns(links)]
+    return lines
+
+
+def _link(a: Device, b: Device, refresh: bool) -> list[tuple[str, str]]:
+    """A row, or two where the host's memory may be page-locked or pageable."""
+    name = f"{a.name} -> {b.name}"
+    if {a.torch_device.type, b.torch_device.type} != {"cpu", "cuda"}:
+        return [(name, _per_second(measure_link(a, b, refresh=refresh)))]
+    return [
+        (f"{name}, {words}", _per_second(measure_link(a, b, pinned=pinned, refresh=refresh)))
+        for words, pinned in (("page-locked", True), ("pageable", False))
+    ]
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e12:.1f} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.1f} GFLOP/s"
+
+
+def _per_second(value: float) -> str:
+    return f"{format_bytes(value)}/s"
+
+
+def doctor_lines() -> list[str]:
+    """What works and what does not; below what does not, the command that adds it."""
+    lines = []
+    rows = doctor.report()
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        lines.append(f"{'ok' if row.works else '--'}  {row.name:<{width}}  {row.detail}")
+        if row.fix:
+            lines.append(f"    {'':<{width}}  add it: {row.fix}")
+    return lines

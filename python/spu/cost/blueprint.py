@@ -1,0 +1,160 @@
+"""A model to plan for without its weights: from a config, shapes alone, on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spu.common import torch_private
+from spu.model.layers import Layer, model_layers
+from spu.plan.layer_cost import LayerCost
+from spu.settings import Settings
+
+__all__ = ["blueprint", "config_names", "costs_by_rows", "export_layers", "read_config"]
+
+
+def config_names() -> list[str]:
+    """The configs that come with spu."""
+    folder = resources.files("spu") / "configs"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """The values of a config: one that comes with spu, by name, a JSON file, or a folder with a config.json.
+
+    Raises:
+        ValueError: none of these, or not a JSON object with a model_type.
+    """
+    name = source
+    if source in config_names():
+        text = (resources.files("spu") / "configs" / f"{source}.json").read_text(encoding="utf-8")
+    else:
+        file = Path(source)
+        file = file / "config.json" if file.is_dir() else file
+        if not file.is_file():
+            raise ValueError(
+                f"--model {source}: no such file or folder with a config.json; with spu come the configs "
+                f"{', '.join(config_names())}"
+            )
+        name, text = file.name, file.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--model {source}: {name} is not JSON ({error}); give a Hugging Face config") from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError(f"--model {source}: {name} has no model_type; give the config.json of a Hugging Face model")
+    return values
+
+
+def blueprint(source: str) -> list[Layer]:
+    """The layers of a decoder on the meta device: shapes and code, no weights.
+
+    Args:
+        source: as in `read_config`.
+
+    Raises:
+        ValueError: not a config, or one of a model that transformers cannot make.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    values = read_config(source)
+    kind = values["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"--model {source}: model_type {kind!r} is not one that transformers knows; give a decoder")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        _real_tables(model)
+    except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        text = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"--model {source}: no causal decoder can be made from it: {text}") from error
+    return model_layers(model)
+
+
+def _real_tables(model: nn.Module) -> None:
+    """Modules that hold tables but no weights (rotary embeddings) are made again with values: layers' inputs come from
+    running them."""
+    for name, module in list(model.named_modules()):
+        tables = [b for b in torch_private.buffers_of(module).values() if b is not None and b.is_meta]
+        if tables and not list(module.parameters()):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, type(module)(config=model.config))  # type: ignore[call-arg]
+
+
+def costs_by_rows(
+    layers: list[Layer], tokens: int, settings: Settings
+) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
+    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
+
+    All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
+    both, whatever the rows.
+    """
+    from spu.trainer.placement import model_costs
+
+    @lru_cache(maxsize=2)
+    def counted(rows: int) -> list[LayerCost]:
+        ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+        costs, loss = model_costs(layers, ids, settings, _cross_entropy, ids)
+        assert loss is not None
+        return [*costs, loss]
+
+    def costs_of(rows: int) -> tuple[list[LayerCost], LayerCost]:
+        if rows <= 2:
+            every = counted(rows)
+        else:
+            every = [_along(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
+        return every[:-1], every[-1]
+
+    return costs_of
+
+
+def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
+    """The line through the costs of one row and of two."""
+
+    def value(a: Any, b: Any) -> Any:
+        if isinstance(a, tuple):
+            return tuple(value(x, y) for x, y in zip(a, b, strict=True))
+        return a + (b - a) * (rows - 1) if type(a) is int else a
+
+    fields = [field.name for field in dataclasses.fields(LayerCost)]
+    return LayerCost(**{name: value(getattr(one, name), getattr(two, name)) for name in fields})
+
+
+def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
+
+
+def export_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module]]:
+    """Any model that `torch.export` can trace, as the stretches of its graph that belong to each of its children.
+
+    For costing with `spu.cost.count.training_costs`: every layer takes the tuple of tensors that are alive before it
+    and returns those that are alive after it. The modules hold the exported model's parameters.
+
+    Args:
+        model: with at least one child module.
+        example_inputs: positional arguments of its forward.
+
+    Returns:
+        (name, layer) pairs in the order of the graph; the first one takes ``example_inputs``.
+
+    Raises:
+        ValueError: the model cannot be exported.
+    """
+    from spu.model.export import cut_graph
+
+    try:
+        program = torch.export.export(model, example_inputs, strict=False)
+    except Exception as error:
+        text = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{type(model).__name__} cannot be exported: {text}; give its layers as a list") from error
+    return cut_graph(program.module())

@@ -1,0 +1,308 @@
+"""One layer run forward and backward as a stage runs it, on copies, with every byte counted."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spu import nn as spu_nn
+from spu.common import torch_private
+from spu.common.fake_ops import FakeOps, fake_tensor
+from spu.common.flops import flop_formulas
+from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
+from spu.common.tracker import MemoryTracker, Tally, Traffic
+from spu.model.stand_in import stand_in
+from spu.ops.cut import cut
+from spu.ops.sink import BackwardScope, open_scope
+from spu.plan.layer_cost import LayerCost
+from spu.precision import MainGrads
+
+__all__ = ["Footprint", "Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One layer and how it is run.
+
+    Attributes:
+        name: the layer's.
+        module: holds its parameters, on any device; nothing of it is changed.
+        call: ``call(module, x)`` with the module's copy; default ``module(x)``.
+        alike: it costs what another costs that has the same classes, settings and shapes; False: like no other.
+        foreign: what it runs may keep what it is given where nobody can find it: no fake tensors, if that can be.
+    """
+
+    name: str
+    module: nn.Module
+    call: Callable[[nn.Module, Any], Any] | None = None
+    alike: bool = False
+    foreign: bool = False
+
+    def __call__(self, module: nn.Module, x: Any) -> Any:
+        """Run a copy of the module."""
+        return module(x) if self.call is None else self.call(module, x)
+
+
+class Footprint:
+    """One layer's run. Local names are dropped as a stage would drop them: what is still referenced is counted.
+
+    Args:
+        run: the layer.
+        x: its input: fake tensors of ``mode``, or real ones if that is None.
+        dtypes: as in `layer_copy`.
+        fused: put linear layers on our ops.
+        tally: what is live of all layers' runs.
+        mode: run on fakes of it; None: on real tensors.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        x: Any,
+        dtypes: dict[int, torch.dtype],
+        *,
+        fused: bool,
+        tally: Tally,
+        mode: FakeTensorMode | None,
+    ) -> None:
+        self.run, self.x, self.fused, self.tally, self.mode = run, x, fused, tally, mode
+        self.module = layer_copy(run.module, mode, dtypes)
+        if fused:
+            spu_nn.accelerate(self.module)
+        self.parameters = list(self.module.parameters())
+        self.saved: dict[int, torch.Tensor] = {}
+
+    def made(self) -> tuple[LayerCost, Any]:
+        """The cost, and the next layer's input."""
+        counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+        trainable = [p for p in self.parameters if p.requires_grad]
+        with on_fakes(self.mode), MainGrads(trainable) as grads, counter:
+            grads.begin_step()
+            for parameter in trainable:  # the buffer of an earlier microbatch, which this one adds to
+                parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            x = following(self.x)
+            base = self.tally.live
+            forward, out = self._forward(x)
+            forward_flops = counter.get_total_flops()
+            after = following(out)  # the same shapes, of storages that are not counted here
+            backward_peak, work = self._backward(out, base)
+            backward_flops = counter.get_total_flops() - forward_flops if work else 2 * forward_flops
+            left, left_input, immediate_flops = self._deferred() if self.fused and work else (0, False, 0)
+        kept, peak, traffic = forward
+        inputs, outputs = _storages(x), _storages(out)
+        own = max(kept - sum(n for key, n in outputs.items() if key not in inputs), 0)
+        return LayerCost(
+            name=self.run.name,
+            param_count=sum(p.numel() for p in self.parameters),
+            trained_count=sum(p.numel() for p in trainable),
+            own_bytes=own,
+            input_bytes=tensor_bytes(x),
+            output_bytes=tensor_bytes(after),
+            input_saved=not inputs.keys().isdisjoint(self.saved),
+            output_saved=not outputs.keys().isdisjoint(self.saved),
+            forward_extra_bytes=max(peak - kept, 0),
+            backward_extra_bytes=max(backward_peak - kept, 0),
+            deferred_bytes=max(left - own, 0),
+            left_bytes=left,
+            left_input=left_input,
+            forward_flops=forward_flops,
+            backward_flops=backward_flops,
+            deferred_flops=work.deferred_flops - immediate_flops if work else 0,
+            forward_traffic_bytes=traffic,
+            backward_traffic_bytes=work.moved_bytes if work else 0,
+            basis="counted" if self.mode is not None else "measured",
+        ), after
+
+    def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
+        """(bytes kept, the output's included; most bytes; bytes moved), and the output."""
+        state = {torch_private.storage_id(t) for t in itertools.chain(self.parameters, self.module.buffers())}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if torch_private.storage_id(tensor) not in state:
+                self.saved[torch_private.storage_id(tensor)] = tensor.detach()
+            # A node that holds its own output is never freed, if its backward does not run.
+            return tensor if tensor.is_leaf else tensor.detach()
+
+        started = self.tally.live
+        work = Traffic()
+        self.tally.restart()
+        with (
+            MemoryTracker(self.tally),
+            work,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            out = self.run(self.module, x)
+        return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
+
+    def _backward(self, out: Any, base: int) -> tuple[int, Traffic | None]:
+        """The most bytes, and what was computed; None for that of a backward that fails."""
+        roots, work = _roots(out), Traffic()
+        if not roots:
+            return 0, work
+        self.tally.restart()
+        try:
+            with MemoryTracker(self.tally), work:
+                self._run_backward(roots)
+        except Exception:  # a hook that reads values, an op without a fake kernel: what a gradient of each would take
+            gradients = 4 * sum(p.numel() for p in self.parameters) + 2 * tensor_bytes(out)
+            return self.tally.live - base + gradients, None
+        return self.tally.peak - base, work
+
+    def _run_backward(self, roots: tuple[torch.Tensor, ...], deferred: list[Callable[[], None]] | None = None) -> None:
+        gradients = [torch.empty_like(root) for root in roots]
+        if self.mode is None:
+            gradients = [gradient.fill_(1e-4) for gradient in gradients]
+        one, inverse, flag = (torch.ones(1, dtype=torch.float32) for _ in range(3))
+        opened = open_scope(roots, BackwardScope(one, inverse, flag, deferred=deferred, plain=True))
+        with _spared(roots, self.parameters):
+            torch.autograd.backward(opened, gradients)
+
+    def _deferred(self) -> tuple[int, bool, int]:
+        """Bytes that are held between a backward that defers weight gradients and those, the layer's input left out;
+        whether they hold the input; and FLOPs of weight gradients that this backward computes all the same."""
+        deferred: list[Callable[[], None]] = []
+        x = following(self.x)
+        inputs, base, own = Tally(), self.tally.live, Traffic()
+        # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
+        passed_on = tensor_bytes([t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad])
+        tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
+        with MemoryTracker(self.tally):
+            out = self.run(self.module, x)
+            roots = _roots(out)
+            if not roots:
+                return 0, False, 0
+            try:
+                with own:
+                    self._run_backward(roots, deferred)
+            except Exception:  # as in `_backward`
+                return 0, False, 0
+            finally:
+                del out, roots, x
+            left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
+            deferred.clear()
+        return *left, own.deferred_flops
+
+
+def _roots(out: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+
+
+class _NoModules:
+    """In place of the FLOP counter's watch over modules: its global hooks would keep blocks from being run fused."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def layer_copy(
+    module: nn.Module, mode: FakeTensorMode | None = None, dtypes: dict[int, torch.dtype] | None = None
+) -> nn.Module:
+    """A stand-in for a layer, on fake tensors of ``mode``, or on copies of its own tensors.
+
+    Args:
+        dtypes: by id, of its parameters and buffers in training; default: as they are. Other tensors are replaced where
+            they want gradients.
+    """
+    if dtypes is None:
+        dtypes = {id(t): t.dtype for t in (*module.parameters(), *module.buffers())}
+
+    def tensor(source: torch.Tensor) -> torch.Tensor:
+        if id(source) not in dtypes and not source.requires_grad:
+            return source
+        dtype = dtypes.get(id(source), source.dtype)
+        if mode is None:
+            made = source.detach().to(dtype, copy=True)
+        else:
+            made = fake_tensor(mode, source, dtype)
+        return made.requires_grad_(source.requires_grad)
+
+    def script(source: torch.jit.ScriptModule) -> nn.Module:
+        with torch.no_grad():  # or the copies would be results of the originals, which got their gradients
+            made = copy.deepcopy(source)
+        for own, original in zip([*made.parameters(), *made.buffers()], [*source.parameters(), *source.buffers()]):
+            own.data = own.data.to(dtypes.get(id(original), original.dtype))
+            own.requires_grad_(original.requires_grad)
+        return made
+
+    with on_fakes(mode):
+        return stand_in(module, tensor, script if mode is None else None)
+
+
+@contextlib.contextmanager
+def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Run operators on fake tensors of ``mode``; on real ones if it is None."""
+    if mode is None:
+        yield
+    else:
+        with mode, FakeOps():
+            yield
+
+
+@contextlib.contextmanager
+def _spared(roots: tuple[torch.Tensor, ...], own: list[nn.Parameter]) -> Iterator[None]:
+    """While it lasts a backward leaves no gradient in leaves that are not the layer's own, and their hooks do not run.
+
+    Code may reach parameters that its module does not register: by an enclosing function, or a list of modules.
+    """
+    mine = {id(parameter) for parameter in own}
+    leaves: dict[int, Any] = {}  # torch's stubs have no None for hooks
+    nodes, seen = [root.grad_fn for root in roots], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, torch.Tensor) and id(leaf) not in mine:
+            leaves[id(leaf)] = leaf
+        nodes += [before for before, _ in node.next_functions]
+    kept = [
+        (t, t.grad, torch_private.backward_hooks(t), torch_private.post_accumulate_hooks(t)) for t in leaves.values()
+    ]
+    try:
+        for leaf in leaves.values():
+            leaf.grad = None
+            torch_private.set_hooks(leaf, None, None)
+        yield
+    finally:
+        for leaf, gradient, hooks, post_hooks in kept:
+            leaf.grad = gradient
+            torch_private.set_hooks(leaf, hooks, post_hooks)
+
+
+def following(value: Any) -> Any:
+    """The value at the start of a graph of its own, as the input of the next layer, of storages of its own."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if isinstance(leaf, FakeTensor):
+            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        else:
+            made = leaf.detach().clone()
+        return cut(made)[0] if leaf.requires_grad else made
+
+    return tree_map(one, value)
+
+
+def _storages(value: Any) -> dict[int, int]:
+    leaves = (t for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+    return {torch_private.storage_id(t): t.untyped_storage().nbytes() for t in leaves}
+
+
+def tensor_bytes(value: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))

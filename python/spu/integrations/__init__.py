@@ -1,1 +1,0 @@
-"""Adapters between `spu` and other libraries. Nothing here is imported until it is asked for."""

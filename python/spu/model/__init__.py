@@ -1,0 +1,1 @@
+"""A model as a flat list of layers, their random draws and their recompute; models to plan for without weights."""

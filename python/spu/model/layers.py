@@ -1,0 +1,187 @@
+"""What the trainer accepts as a model, as a flat list of named layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.common import torch_private
+from spu.model.randomness import LayerRandomness
+from spu.model.replay import Habits, run_twice
+from spu.precision.dtypes import is_mixed, products_in
+
+__all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in training a layer runs; with the layer's name it decides every random draw."""
+
+    run_seed: int
+    step: int
+    microbatch: int
+
+
+@dataclass
+class Layer:
+    """One indivisible piece of the model.
+
+    Attributes:
+        name: unique in the model.
+        module: called as ``module(x)``, or as ``module(x, inputs)`` if ``wants_inputs``.
+        wants_inputs: the module also reads the microbatch's own inputs (masks, positions).
+        parameter_names: local parameter and buffer name -> name in the user's model, for checkpoints.
+        products: the 16-bit dtype that matrix products cast their operands to; None: as they are.
+    """
+
+    name: str
+    module: nn.Module
+    wants_inputs: bool = False
+    parameter_names: dict[str, str] = field(default_factory=dict)
+    products: torch.dtype | None = None
+    _habits: Habits = field(default_factory=Habits, init=False)
+    _unknown: tuple[torch.Generator, Moment] | None = field(default=None, init=False)
+    _mixed: bool | None = field(default=None, init=False)
+
+    def run(self, x: Any, inputs: Any, moment: Moment, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
+        """Call the module, with random draws that depend on ``moment`` and the layer's name alone.
+
+        Args:
+            x, inputs: what it is called with.
+            moment: decides its draws from default generators.
+            on_own: called with a generator of the layer's own before it is drawn from.
+
+        Raises:
+            RuntimeError: it draws from a generator whose state no checkpoint could hold.
+        """
+
+        def own(generator: torch.Generator) -> None:
+            self._check_own(generator, moment)
+            if on_own is not None:
+                on_own(generator)
+
+        with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name, on_own=own):
+            if self.products is None:
+                return self._call(x, inputs)
+            if self._mixed is None:
+                self._mixed = is_mixed(self.module, self.products)
+            with products_in(self.products, self._mixed, x):
+                return self._call(x, inputs)
+
+    def _call(self, x: Any, inputs: Any) -> Any:
+        return self.module(x, inputs) if self.wants_inputs else self.module(x)
+
+    def run_checkpointed(self, x: Any, inputs: Any, moment: Moment) -> Any:
+        """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
+
+        Raises:
+            RuntimeError: the layer could not be repeated: it changes its input, or a large buffer, in some microbatches
+                only.
+        """
+        return run_twice(
+            self.module, self.name, x, lambda again, own: self.run(again, inputs, moment, own), self._habits
+        )
+
+    def _check_own(self, generator: torch.Generator, moment: Moment) -> None:
+        if any(torch_private.generators_equal(generator, known) for _, known in self.named_generators()):
+            return
+        # One that is made in the forward and seeded there needs no checkpoint: it is never met a second time.
+        unknown = self._unknown
+        if unknown is not None and torch_private.generators_equal(unknown[0], generator) and unknown[1] != moment:
+            raise RuntimeError(
+                f"layer {self.name!r} draws from a generator (generator=) that is no attribute of its modules, so that "
+                "no checkpoint could hold its state: keep it in one, as self.generator = torch.Generator()"
+            )
+        self._unknown = (generator, moment)
+
+    def named_generators(self) -> Iterator[tuple[str, torch.Generator]]:
+        """Generators of the layer's own, which its modules have as attributes."""
+        for path, module in self.module.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Generator):
+                    yield ".".join(filter(None, (self.name, path, name))), value
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their name in the user's model, one that is used twice under both names."""
+        for local, parameter in self.module.named_parameters(remove_duplicate=False):
+            yield self.name_of(local), parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Buffers that belong to the model's state (persistent ones), by their name in the user's model."""
+        persistent = self.module.state_dict(keep_vars=True)
+        for local, buffer in self.module.named_buffers(remove_duplicate=False):
+            if local in persistent:
+                yield self.name_of(local), buffer
+
+    def name_of(self, local: str) -> str:
+        """In the user's model, of what has a local name in the module."""
+        return self.parameter_names.get(local, f"{self.name}.{local}")
+
+
+def model_layers(model: Any) -> list[Layer]:
+    """The layers of an ``nn.Sequential``, a list of modules, or a Hugging Face decoder.
+
+    Raises:
+        ValueError: an empty model.
+        TypeError: a model that has no known order of layers.
+    """
+    if isinstance(model, nn.Sequential):
+        own = type(model).forward
+        if own is not nn.Sequential.forward and not hasattr(type(model), "spu_plain"):
+            raise TypeError(
+                f"{type(model).__name__} is an nn.Sequential with a forward of its own, which a pipeline of its layers "
+                "would not call: move what it does into a layer"
+            )
+        # not named_children(), which leaves out the second use of a shared module
+        return _named(torch_private.children_of(model).items())
+    if isinstance(model, (list, tuple, nn.ModuleList)):
+        return parts_as_layers(list(model))
+    if isinstance(model, nn.Module) and _is_adapted(model):
+        from spu.model import huggingface
+
+        return model_layers(huggingface.adapted_base(model))
+    if isinstance(model, nn.Module) and _is_hugging_face(model):
+        from spu.model import huggingface
+
+        return _named(huggingface.decoder_layers(model))
+    raise TypeError(
+        f"cannot tell the order of the layers of a {type(model).__name__}; pass an nn.Sequential, "
+        "a list of layers, or a Hugging Face decoder with a base_model_pp_plan"
+    )
+
+
+def parts_as_layers(parts: Sequence[nn.Module]) -> list[Layer]:
+    """Layers named by their index."""
+    for index, part in enumerate(parts):
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"layer {index} is a {type(part).__name__}, not an nn.Module")
+    return _named((str(index), part) for index, part in enumerate(parts))
+
+
+def _named(pairs: Any) -> list[Layer]:
+    layers = []
+    for name, module in pairs:
+        names: Callable[[], dict[str, str]] | None = getattr(module, "parameter_names", None)
+        layers.append(
+            Layer(name, module, bool(getattr(module, "wants_inputs", False)), names() if callable(names) else {})
+        )
+    if not layers:
+        raise ValueError("the model has no layers; pass at least one")
+    return layers
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    """A PeftModel; peft is not imported to ask."""
+    return type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model")
+
+
+def _is_hugging_face(model: nn.Module) -> bool:
+    if not hasattr(model, "config"):
+        return False
+    from spu.model import huggingface
+
+    return huggingface.is_decoder(model)

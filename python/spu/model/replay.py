@@ -1,0 +1,174 @@
+"""Running a layer again in the backward (recompute), so that it finds all that the first run found.
+
+The first run's input, what it popped, its buffers and attributes, the state of its own generators: a later microbatch
+may have changed them in between. What the second run changes is thrown away: no batch counts twice in running
+statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spu.common import torch_private
+from spu.common.torch_private import generators_equal, pytree
+from spu.model.aliases import Copy
+from spu.skips import Recorded, carried_by, current_carrier
+
+__all__ = ["Habits", "run_twice"]
+
+_LARGE_BYTES = 1 << 16  # of a buffer; masks and tables, which nothing changes, are not copied for every microbatch
+
+_Run = Callable[[Any, Callable[[torch.Generator], None]], Any]
+
+
+@dataclass
+class Habits:
+    """What a layer's runs have been seen to change.
+
+    Attributes:
+        in_place: its input; None before the first run.
+        constant: not these of its large buffers, by module and name.
+    """
+
+    in_place: bool | None = None
+    constant: set[tuple[str, str]] = field(default_factory=set)
+
+
+def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -> Any:
+    """Run a layer and keep only its input for the backward, which runs it again.
+
+    Args:
+        module: the layer's.
+        name: for messages.
+        x: its input.
+        run: ``run(x, own)`` -> its output; calls ``own`` with a generator of the layer's before it draws from it.
+        habits: the layer's, kept by the caller from one microbatch to the next.
+
+    Raises:
+        RuntimeError: the layer could not be repeated.
+    """
+    copied = habits.in_place is not False
+    tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    versions = [torch_private.version(tensor) for tensor in tensors]
+    again = _Again(module, name, habits.constant, Copy(x) if copied else None)
+    once = [x]  # not checkpoint's to keep, if it is changed
+    output = checkpoint(
+        lambda *given: run(given[0] if given else again.input(once), again.own),
+        *(() if copied else (x,)),
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (carried_by(again.skips), again),
+    )
+    again.end_first()
+    changed = versions != [torch_private.version(tensor) for tensor in tensors]
+    if changed and not copied:
+        raise RuntimeError(
+            f"layer {name!r} changes its input in place in this microbatch, and did not in those before, so that "
+            "running it again would not repeat it: change a copy there, or train with recompute=False"
+        )
+    habits.in_place = habits.in_place or changed
+    return output
+
+
+class _Again:
+    """The context of a layer's second run; entered again for each, as a layer may run a backward of its own."""
+
+    def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Copy | None) -> None:
+        self.skips = Recorded(current_carrier())
+        self._name = name
+        self._x = x
+        self._constant = constant
+        self._spaces = [
+            (path, space, {key: self._kept(path, key, value) for key, value in space.items()})
+            for path, part in module.named_modules()
+            for space in (torch_private.buffers_of(part), vars(part))
+        ]
+        self._generators: list[tuple[torch.Generator, Tensor]] = []  # of the layer's own: states before the first draw
+        self._left: list[ExitStack] = []  # for each second run that goes on: what puts back what it has replaced
+
+    def _kept(self, path: str, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.requires_grad:
+            return value
+        large = value.numel() * value.element_size() > _LARGE_BYTES
+        return _Kept(value, None if large and (path, key) in self._constant else value.clone())
+
+    def input(self, once: list[Any]) -> Any:
+        """The first run's input, taken from the list, and later what is as it was before that run."""
+        if not self._left:
+            return once.pop()
+        assert self._x is not None
+        return self._x.made()
+
+    def own(self, generator: torch.Generator) -> None:
+        """The layer is about to draw from a generator of its own."""
+        if not self._left and not any(generators_equal(generator, known) for known, _ in self._generators):
+            self._generators.append((generator, generator.get_state()))
+
+    def end_first(self) -> None:
+        """After the first run: of large buffers that it did not change nothing is kept, now and in later microbatches.
+
+        Raises:
+            RuntimeError: it has changed one that earlier microbatches left alone, and whose value is lost.
+        """
+        for path, _, kept in self._spaces:
+            for key, was in kept.items():
+                if not isinstance(was, _Kept) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
+                    continue
+                if torch_private.version(was.tensor) == was.version:
+                    was.copy = None
+                    self._constant.add((path, key))
+                elif was.copy is None:
+                    raise RuntimeError(self._lost(path, key))
+
+    def __enter__(self) -> None:
+        undo = ExitStack()
+        for path, space, kept in self._spaces:
+            undo.callback(_become, space, dict(space))
+            _become(space, {key: self._value(path, key, was) for key, was in kept.items()})
+        for generator, state in self._generators:
+            undo.callback(generator.set_state, generator.get_state())
+            generator.set_state(state)
+        undo.enter_context(self.skips.again())
+        self._left.append(undo)
+
+    def __exit__(self, *error: object) -> None:
+        self._left.pop().close()
+
+    def _value(self, path: str, key: str, was: Any) -> Any:
+        """What the first run found, for a run to change."""
+        if not isinstance(was, _Kept):
+            return was
+        if was.copy is None and torch_private.version(was.tensor) != was.version:
+            raise RuntimeError(self._lost(path, key))
+        return (was.tensor if was.copy is None else was.copy).clone()
+
+    def _lost(self, path: str, key: str) -> str:
+        where = ".".join(filter(None, (self._name, path, key)))
+        return (
+            f"{where!r} was changed in this microbatch, and not in those before, so that running layer {self._name!r} "
+            "again would not repeat it: train with recompute=False"
+        )
+
+
+class _Kept:
+    """A tensor's value before the first run."""
+
+    def __init__(self, tensor: Tensor, copy: Tensor | None) -> None:
+        self.tensor = tensor
+        self.version = torch_private.version(tensor)
+        self.copy = copy  # None: the tensor has that value still
+
+
+def _become(space: dict[str, Any], then: dict[str, Any]) -> None:
+    for key in [key for key in space if key not in then]:
+        del space[key]
+    for key, value in then.items():
+        if key not in space or space[key] is not value:
+            space[key] = value

@@ -1,0 +1,344 @@
+"""Running a user's code and leaving no trace of it in what Python holds.
+
+Planning runs layers and losses that may count their calls, fill caches and keep what they see. Tensors are taken care
+of by running copies (`spu.model.stand_in`); everything else that the code can reach is noted here before and put back:
+attributes, lists, dicts and sets, variables of enclosing functions, module and class variables that the code names,
+caches of `functools`, generators of random numbers. Objects of the standard library, of torch and of other installed
+packages are left alone, but for containers and modules.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.common import torch_private
+from spu.common.torch_private import TorchDispatchMode
+
+__all__ = ["untouched"]
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
+_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "triton", "spu"}
+_CONTAINERS = (dict, list, set, collections.deque, bytearray)
+_HOLDERS = ("collections", "weakref", "queue")  # of the standard library, objects that hold others
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+@contextlib.contextmanager
+def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """While it lasts code may change what it reaches from ``roots``; at the end all of that is as it was.
+
+    Random number generators, the default dtype and whether gradients are computed are put back too.
+
+    Args:
+        roots: modules, functions, anything that will be called.
+        values: the code is run on real tensors, and may write into ones that were there before and give them gradients:
+            put those back too, and call no hooks of theirs.
+
+    Yields:
+        With ``values``, what has to be entered in every other thread that writes into such tensors first.
+    """
+    seen = _Seen(roots, values)
+    dtype, python = torch.get_default_dtype(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy is not None else None
+    kept = _Kept(seen.tensors) if values else None
+    watched = contextlib.nullcontext if kept is None else functools.partial(_Writes, kept)
+    try:
+        with frozen_rng(), torch.enable_grad(), watched():
+            yield watched
+    finally:
+        if kept is not None:
+            kept.put_back()
+        seen.put_back()
+        torch.set_default_dtype(dtype)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
+
+
+@contextlib.contextmanager
+def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
+    """Puts torch's generators back at the end: the CPU's, and those of the GPUs in use."""
+    gpus: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    if device is not None and device.type == "cuda" and not gpus:
+        gpus = [device]
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
+class _Seen:
+    """What can be reached from some roots, as it was. Identities are compared, never values."""
+
+    def __init__(self, roots: tuple[Any, ...], values: bool) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._values = values
+        self._known: dict[int, Any] = {}  # keeps what it names alive, so that no id is used twice
+        self._undo: list[Callable[[], object]] = []
+        self._left: list[Any] = list(roots)
+        while self._left:
+            with contextlib.suppress(Exception):  # an object may refuse to be looked at
+                self._note(self._left.pop())
+
+    def put_back(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def _note(self, value: Any) -> None:
+        if isinstance(value, _ATOMS) or id(value) in self._known:
+            return
+        self._known[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            self._tensor(value)
+        elif isinstance(value, _CONTAINERS):
+            self._container(value)
+        elif isinstance(value, tuple | frozenset):
+            self._left.extend(value)
+        elif isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType):
+            self._left += [value.__self__, value.__func__]
+        elif isinstance(value, functools.partial):
+            self._left += [value.func, value.args, value.keywords]
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._undo.append(functools.partial(_forget, value, value.cache_info().misses))
+            self._left.append(value.__wrapped__)
+        elif isinstance(value, types.CellType):
+            self._cell(value)
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, torch.Generator):
+            self._undo.append(functools.partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._undo.append(functools.partial(value.setstate, value.getstate()))
+        elif isinstance(value, property | staticmethod | classmethod):
+            self._left += [getattr(value, name, None) for name in ("fget", "__func__")]
+        elif _walked(value):
+            self._object(value)
+
+    def _tensor(self, tensor: Any) -> None:  # a torch.Tensor, whose stubs have no None for hooks
+        self.tensors.append(tensor)
+        if type(tensor) is not torch.Tensor or tensor.__dict__:
+            self._attributes(tensor)
+        if tensor.is_inference():  # has no version
+            return
+        gradient, version = tensor.grad if tensor.is_leaf else None, torch_private.version(tensor)
+        hooks = torch_private.backward_hooks(tensor)
+        post_hooks = torch_private.post_accumulate_hooks(tensor) if tensor.is_leaf else None
+        self._left.append(gradient)
+        bare = self._values and tensor.is_leaf and tensor.requires_grad
+        if bare:
+            tensor.grad = None
+            torch_private.set_hooks(tensor, None, None)
+
+        def undo() -> None:
+            if tensor.is_leaf and tensor.grad is not gradient:
+                tensor.grad = gradient
+            if bare:
+                torch_private.set_hooks(tensor, hooks, post_hooks)
+            if torch_private.version(tensor) != version:
+                torch_private.set_version(tensor, version)
+
+        self._undo.append(undo)
+
+    def _container(self, value: Any) -> None:
+        before = list(_items(value))
+
+        def undo() -> None:
+            now = list(_items(value))
+            if len(now) == len(before) and all(_same(a, b) for a, b in zip(now, before)):
+                return
+            value.clear()
+            (value.update if isinstance(value, dict | set) else value.extend)(before)
+
+        self._undo.append(undo)
+        if not isinstance(value, bytearray):
+            self._left.extend(value.items() if isinstance(value, dict) else value)
+        self._attributes(value)
+
+    def _function(self, function: types.FunctionType) -> None:
+        if _library(function.__module__):
+            return
+        self._left += [*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__, function.__dict__]
+        self._left.append(getattr(function, "__wrapped__", None))
+        names = set(_names(function.__code__))
+        self._variables(function.__globals__, names)
+
+    def _variables(self, space: dict[str, Any], names: set[str]) -> None:
+        """Module variables that code names: their values, and which name has which."""
+        before = {name: space[name] for name in names if name in space}
+        modules = [v for v in before.values() if isinstance(v, types.ModuleType) and id(v) not in self._known]
+
+        def undo() -> None:
+            for name in names:
+                if name in before:
+                    if space.get(name, space) is not before[name]:
+                        space[name] = before[name]
+                else:
+                    space.pop(name, None)
+
+        self._undo.append(undo)
+        self._left += [v for v in before.values() if not isinstance(v, types.ModuleType)]
+        for module in modules:
+            if not _library(module.__name__):
+                self._variables(vars(module), names)
+
+    def _cell(self, cell: types.CellType) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # empty
+            return
+
+        def undo() -> None:
+            cell.cell_contents = content
+
+        self._undo.append(undo)
+        self._left.append(content)
+
+    def _class(self, cls: type) -> None:
+        if _library(cls.__module__) or _installed(cls.__module__):
+            return
+        before = {name: value for name, value in vars(cls).items() if not _dunder(name)}
+
+        def undo() -> None:
+            now = {name: value for name, value in vars(cls).items() if not _dunder(name)}
+            for name in now.keys() - before.keys():
+                delattr(cls, name)
+            for name, value in before.items():
+                if now.get(name, cls) is not value:
+                    setattr(cls, name, value)
+
+        self._undo.append(undo)
+        self._left += [vars(cls).get("__call__"), *before.values(), *cls.__bases__]
+
+    def _object(self, value: Any) -> None:
+        self._attributes(value)
+        self._left.append(type(value))
+
+    def _attributes(self, value: Any) -> None:
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            before = dict(own)
+
+            def undo() -> None:
+                if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
+                    own.clear()
+                    own.update(before)
+
+            self._undo.append(undo)
+            self._left.extend(v for k, v in before.items() if not (isinstance(value, nn.Module) and _hooks(k)))
+        for name in {n for cls in type(value).__mro__ for n in _slots(cls)}:
+            if hasattr(value, name):
+                entry = getattr(value, name)
+                self._undo.append(functools.partial(object.__setattr__, value, name, entry))
+                self._left.append(entry)
+
+
+_UNDECLARED = ("running_mean", "running_var")
+"""Arguments that batch norms write though their schemas do not say so."""
+
+
+class _Kept:
+    """Values, from before they were written, of tensors that code may reach; shared by threads."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._there: dict[int, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # a sparse one has no storage
+                self._there.setdefault(torch_private.storage_id(tensor), []).append(tensor)
+        self._before: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Call before it is written."""
+        key = torch_private.storage_id(tensor) if tensor.layout is torch.strided else 0
+        with self._lock:
+            if key in self._there and key not in self._before:
+                self._before[key] = [(t, t.detach().clone()) for t in self._there[key]]
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for kept in self._before.values():
+                for tensor, value in kept:
+                    tensor.detach().copy_(value)
+
+
+class _Writes(TorchDispatchMode):
+    """Sees what the operators of a thread are about to write."""
+
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(torch_private.schema_of(func).arguments):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name in _UNDECLARED:
+                given = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in given if isinstance(given, list | tuple) else [given]:
+                    if isinstance(tensor, torch.Tensor):
+                        self._kept.keep(tensor)
+        return func(*args, **kwargs)
+
+
+def _forget(cached: Any, misses: int) -> None:
+    if cached.cache_info().misses != misses:
+        cached.cache_clear()
+
+
+def _items(value: Any) -> Any:
+    return value.items() if isinstance(value, dict) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2:
+        return a[0] is b[0] and a[1] is b[1]
+    return a is b
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _slots(cls: type) -> list[str]:
+    own = [] if _library(cls.__module__) else cls.__dict__.get("__slots__", ())
+    return [own] if isinstance(own, str) else [n for n in own if not _dunder(n)]
+
+
+def _dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _hooks(name: str) -> bool:
+    return name.startswith("_") and "_hooks" in name
+
+
+def _library(module: str | None) -> bool:
+    return (module or "builtins").split(".")[0] in _LIBRARIES
+
+
+def _installed(module: str | None) -> bool:
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return any(part in file for part in _INSTALLED)
+
+
+def _walked(value: Any) -> bool:
+    """Whether an object's attributes are looked at: a module's, and those of a class of the user's."""
+    module = type(value).__module__
+    if isinstance(value, nn.Module | types.SimpleNamespace) or module in _HOLDERS:
+        return True
+    return not isinstance(value, types.ModuleType) and not _library(module) and not _installed(module)

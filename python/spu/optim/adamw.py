@@ -1,0 +1,291 @@
+"""Optimizers over fp32 main gradients: fp16 and bf16 parameters have fp32 masters, a step may be skipped on device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from spu.common.dtypes import HALVES
+from spu.common.torch_private import foreach_add_
+from spu.ops import adamw_
+from spu.ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
+from spu.ops.reference.optimizer import follow
+from spu.optim.checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
+from spu.optim.master import MasterOptimizer
+
+__all__ = ["AdamW", "MasterOptimizer", "clip_coefficient"]
+
+_SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
+
+
+def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_, on the device.
+
+    Args:
+        sqnorm_total: fp64 (or fp32) [1], the squared norm of all gradients (``spu.ops.grad_sqnorm``).
+        max_norm: positive.
+
+    Returns:
+        fp32 [1].
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}; pass None to the trainer to clip nothing")
+    return (max_norm / (sqnorm_total.sqrt() + 1e-6)).clamp(max=1.0).to(torch.float32)
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's update (decoupled weight decay, arXiv:1711.05101) in one pass per parameter.
+
+    fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 ``master`` in the state, whose value they
+    receive rounded to nearest even. A 16-bit weight that somebody changes between steps (load_state_dict, a clamp,
+    averaged weights) is taken into its master, element by element. Nothing in ``step`` waits for a device. Gradients
+    are fp32 and are not changed. fp64 and complex parameters, with gradients of their own dtype, are stepped by plain
+    torch operations; their moments have their dtype.
+
+    With a GradScaler (``spu``'s or torch's) it takes found_inf, and an unscaling that is still to do, from its
+    ``found_inf`` and ``grad_scale`` attributes, which ``GradScaler.step`` sets.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        amsgrad, maximize, capturable, differentiable: refused, by name, unless False.
+        foreach, fused: torch's choices of an implementation; they change nothing here.
+        moments: how the two moments are kept: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8 bits and a scale for 64 values),
+            8, 4 or 2.1 bytes a parameter together. Those below fp32 are rounded stochastically, the same way at every
+            run (``spu.ops.moments``). A state saved with other moments is converted when it is loaded.
+
+    Raises:
+        ValueError: for hyperparameters out of range.
+    """
+
+    _step_supports_amp_scaling = True  # tells GradScaler.step that this class skips on its own
+    _loading: dict[str, Any] | None = None  # the state that load_state_dict is about
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        moments: str = "fp32",
+    ) -> None:
+        if moments not in MOMENTS:
+            raise ValueError(f"moments is {moments!r}: choose one of {', '.join(map(repr, MOMENTS))}")
+        given = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "differentiable": differentiable}
+        check_settings(given | {"lr": lr})
+        betas = float(betas[0]), float(betas[1])
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._set_up(moments)
+
+    def _set_up(self, moments: str) -> None:
+        self.moments = moments
+        self._constants = Constants()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"moments": self.moments}  # torch's keeps settings, state and groups alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._loading is not None:  # called by torch's load_state_dict, before the user's post-hooks
+            self._restore_exactly(self._loading)
+        if "_constants" not in self.__dict__:  # a copy, made by copy.deepcopy or pickle
+            self._set_up(state.get("moments", "fp32"))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            ValueError: also for a setting of torch.optim.AdamW that this class does not have.
+        """
+        check_settings(param_group)
+        super().add_param_group(param_group)
+
+    def set_master(self, param: Tensor, value: Tensor) -> None:
+        """Gives a 16-bit parameter its exact fp32 value. Copies it; the parameter becomes what it rounds to."""
+        if param.dtype not in HALVES:
+            raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
+        if value.shape != param.shape:
+            raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+        master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+        self.state[param]["master"] = master.contiguous()
+        if value is not param:
+            param.data.copy_(master)
+
+    @torch.no_grad()
+    def master(self, param: Tensor) -> Tensor:
+        """The fp32 value that is updated for a parameter: its master, or the parameter itself."""
+        master = self.state.get(param, {}).get("master")
+        if master is None or param.dtype not in HALVES:
+            return param.detach()
+        follow(master, param)
+        return master
+
+    def _prepare(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        plain = param.dtype in PLAIN
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros(1, dtype=torch.float32, device=param.device)
+            for key in _SIGNED:
+                state[key] = torch.zeros_like(param) if plain else new_moment(param.shape, self.moments, param.device)
+        step = state["step"]
+        if not isinstance(step, Tensor) or step.shape != (1,):  # put here by hand
+            state["step"] = step_number(step, param)
+        if param.dtype in HALVES and "master" not in state:  # torch's state has none
+            self.set_master(param, param)
+        for key in _SIGNED:  # of a checkpoint, they may have been put here in another form
+            state[key] = self._as_kept(key, state[key], param)
+        return state
+
+    def _as_kept(self, key: str, moment: Tensor, param: Tensor) -> Tensor:
+        """A moment in the form that this optimizer keeps, rounded to nearest; itself if it has it."""
+        if param.dtype in PLAIN and moment.shape == param.shape:
+            return moment.to(param.dtype)
+        if not fits(moment, param.shape):
+            raise ValueError(
+                f"the state's {key} is {moment.dtype} {tuple(moment.shape)}, which is no moment of a parameter of "
+                f"shape {tuple(param.shape)}: load the state of the same model"
+            )
+        if moments_of(moment) == self.moments:
+            return moment
+        signed = _SIGNED[key]
+        return stored_moment(load_moment(moment, param.shape, signed=signed), self.moments, signed=signed)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, with gradients enabled.
+            found_inf: fp32 [1]; if 1, nothing changes (neither values, moments nor step numbers).
+            grad_scale: fp32 [1], multiplies every gradient (the clip coefficient).
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            TypeError: for a gradient that is sparse, or not fp32 (an fp64 or complex parameter's: not of its dtype);
+                nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = control("found_inf", getattr(self, "found_inf", None) if found_inf is None else found_inf)
+        grad_scale = control("grad_scale", grad_scale)
+        divisor = control("grad_scale", getattr(self, "grad_scale", None))  # of gradients that are still scaled
+        if divisor is not None:
+            factor = divisor.double().reciprocal().float()
+            grad_scale = factor if grad_scale is None else grad_scale * factor
+        work: list[tuple[dict[str, Any], dict[torch.device, list[Tensor]]]] = []
+        for group in self.param_groups:  # all are looked at before any is stepped
+            check_settings(group)
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    check_grad(param)
+                    by_device.setdefault(param.device, []).append(param)
+            work.append((group, by_device))
+        for _, by_device in work:
+            for param in (param for params in by_device.values() for param in params):
+                self._prepare(param)
+        for group, by_device in work:
+            for device, params in by_device.items():
+                self._step_device(group, device, params, found_inf, grad_scale)
+        return loss
+
+    def _step_device(
+        self,
+        group: dict[str, Any],
+        device: torch.device,
+        params: list[Tensor],
+        found_inf: Tensor | None,
+        grad_scale: Tensor | None,
+    ) -> None:
+        found = self._constants.unless(found_inf, 0.0, device)
+        scale = self._constants.unless(grad_scale, 1.0, device)
+        grads = [check_grad(param) for param in params]
+        states = [self.state[param] for param in params]
+        steps = [state["step"] for state in states]
+        foreach_add_(steps, (found == 0).float().squeeze(0))
+        beta1, beta2 = group["betas"]
+        adamw_(
+            params,
+            grads,
+            [state.get("master") for state in states],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            steps,
+            grad_scale=scale,
+            found_inf=found,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores groups and state exactly: masters and moments are not narrowed to fp16, as torch would.
+
+        Also takes a state of torch.optim.AdamW for the same parameters, and moments of any form. Hooks are torch's.
+
+        Raises:
+            ValueError: for a torch state whose settings mean another update than this class makes.
+        """
+        # Behind the user's hooks, which may return another state, and before anything changes.
+        last = self.register_load_state_dict_pre_hook(_begin_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            self._loading = None
+
+    @torch.no_grad()
+    def _restore_exactly(self, saved: dict[str, Any]) -> None:
+        """Replaces what torch has narrowed to the parameters' dtypes by what was saved."""
+        saved_ids = [index for group in saved["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for group in self.param_groups:  # how torch ran, which says nothing of the update
+            group.update({name: False for name in MODES if group.get(name)})
+        for index, param in zip(saved_ids, params, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
+                if key == "step":
+                    self.state[param][key] = step_number(value, param).clone()
+                elif isinstance(value, Tensor):
+                    self.state[param][key] = self._restored(key, value, param)
+
+    def _restored(self, key: str, value: Tensor, param: Tensor) -> Tensor:
+        if param.dtype in PLAIN:
+            dtype = param.dtype
+        else:
+            dtype = torch.uint8 if key in _SIGNED and value.dtype == torch.uint8 else torch.float32
+        own = value.detach().to(device=param.device, dtype=dtype, copy=True)
+        return self._as_kept(key, own, param) if key in _SIGNED else own
+
+
+def _begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    check_saved(state_dict["param_groups"])
+    cast(AdamW, optimizer)._loading = state_dict

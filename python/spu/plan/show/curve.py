@@ -1,0 +1,70 @@
+"""What each device holds over time: a plan's bytes along a timeline, predicted or measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spu.plan.show.colors import WORDS
+
+if TYPE_CHECKING:
+    from spu.plan.plan import Plan
+    from spu.schedules import Timeline
+
+
+def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tuple[float, int]]]:
+    """Bytes held on each device from each change on.
+
+    State and wires are there all the time; each microbatch in flight adds what its stage keeps, from the start of its
+    forward to the end of its backward, and what a deferred weight gradient keeps until that is done;
+    forwards and backwards add their stage's workspace while they run.
+
+    Args:
+        plan: whose bytes.
+        timeline: whose times; default the predicted one.
+
+    Returns:
+        One list per device, in the order of ``plan.devices``, of (seconds, bytes), by time.
+    """
+    timeline = (timeline or plan.timeline()).shifted()
+    ranks = {name: rank for rank, name in enumerate(plan.devices)}
+    home = [ranks[stage.device] for stage in plan.stages]
+    changes: list[list[tuple[float, int, int]]] = [[] for _ in ranks]  # (when, frees first, bytes)
+    opened: set[tuple[int, int]] = set()
+    for span in timeline.spans:
+        stage, key = plan.stages[span.stage], (span.stage, span.microbatch)
+        own = changes[home[span.stage]]
+        if key not in opened:
+            opened.add(key)
+            own.append((span.start, 1, stage.each_bytes))
+        if span.kind == "W":
+            own.append((span.end, 0, -stage.left_bytes))
+            continue
+        own += [(span.start, 1, stage.workspace_bytes), (span.end, 0, -stage.workspace_bytes)]
+        if span.kind != "F":
+            left = stage.left_bytes if span.kind == "I" else 0
+            own.append((span.end, 0, left - stage.each_bytes))
+    curves = []
+    for rank, own in enumerate(changes):
+        held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, home) if k == rank)
+        curve = [(0.0, held)]
+        for when, _, count in sorted(own):
+            held += count
+            if curve[-1][0] == when:
+                curve[-1] = (when, held)
+            else:
+                curve.append((when, held))
+        curves.append(curve)
+    return curves
+
+
+def peak_moment(plan: Plan, rank: int) -> str:
+    """When a device holds most, in words: the action that runs then."""
+    timeline = plan.timeline()
+    ranks = {name: index for index, name in enumerate(plan.devices)}
+    curve = memory_curve(plan, timeline)[rank]
+    when = max(curve, key=lambda point: point[1])[0]
+    for span in timeline.shifted().spans:
+        if ranks[plan.stages[span.stage].device] == rank and span.start <= when < span.end:
+            what = WORDS[span.kind]
+            return f"in the {what} of microbatch {span.microbatch} ({span.stage}{span.kind}{span.microbatch})"
+    return "between two actions"

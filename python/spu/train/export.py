@@ -1,0 +1,61 @@
+"""The end of a run: the trained model in full precision, within the memory that training needed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.train.config import TrainConfig
+from spu.train.data import Corpus
+from spu.train.model import Tokenizer
+from spu.train.sample import choose_prompt, sample_text
+from spu.trainer.trainer import ModelParallelTrainer
+
+__all__ = ["free_memory", "sample_of", "save_model", "take_exact"]
+
+SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
+
+
+@torch.no_grad()
+def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
+    """End a trainer, and give its model's parameters their values in full precision, on the CPU.
+
+    They take the room of the gradients, which go first. Let go of the trainer then: masters and moments are its.
+    """
+    trainer.close()
+    for parameter in model.parameters():
+        parameter.grad = None
+    free_memory()
+    exact = trainer.state_dict_for_model()
+    model.to("cpu")
+    for name, parameter in model.named_parameters():  # each once: what is tied stays so
+        parameter.data = exact.pop(name)
+
+
+def free_memory() -> None:
+    """Collect what is gone, and give it back to the system: glibc keeps freed tensors below 32 MB, scattered, for
+    itself."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """As transformers reads it, with the tokenizer beside it."""
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+def sample_of(model: Any, tokenizer: Tokenizer, corpus: Corpus, config: TrainConfig) -> tuple[str, str]:
+    """A prompt from the validation text, and how the model goes on with it."""
+    prompt = choose_prompt(corpus.validation, tokenizer, PROMPT_TOKENS)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))
+    return sample_text(model, tokenizer, prompt, tokens=tokens, seed=config.seed)

@@ -1,0 +1,44 @@
+"""Ends a run that cannot get anywhere: its loss is not finite, or every step is skipped."""
+
+from __future__ import annotations
+
+import math
+
+from spu.train.config import TrainConfig
+from spu.trainer.trainer import StepResult
+
+__all__ = ["MAX_BAD_LOSSES", "MAX_SKIPPED", "Guard"]
+
+MAX_BAD_LOSSES = 5  # in a row; a skipped step leaves the weights alone, so that the next batch has its chance
+MAX_SKIPPED = 40  # in a row: a loss scale of 2**16 has been halved to nothing by then
+
+
+class Guard:
+    """Ends a run that cannot get anywhere.
+
+    Attributes:
+        sound: the last loss was finite, so that the weights are worth a checkpoint.
+
+    Raises (from `check`):
+        ValueError: the loss is not finite from the start or for some steps in a row, or every step is skipped.
+    """
+
+    def __init__(self) -> None:
+        self._bad = self._skipped = 0
+        self._good = False
+        self.sound = True
+
+    def check(self, step: int, result: StepResult, config: TrainConfig) -> None:
+        self.sound = math.isfinite(result.loss)
+        self._bad = 0 if self.sound else self._bad + 1
+        self._skipped = self._skipped + 1 if result.skipped else 0
+        what = f"check the weights, --lr {config.lr:g} and --precision {config.precision}"
+        if self._bad and (not self._good or self._bad >= MAX_BAD_LOSSES):
+            when = "from the start" if not self._good else f"for {self._bad} steps"
+            raise ValueError(f"the loss is {result.loss} {when} (step {step}): {what}, or train with --precision fp32")
+        if self._skipped >= MAX_SKIPPED:
+            raise ValueError(
+                f"{self._skipped} steps in a row were skipped, down to a loss scale of {result.loss_scale:g} (step "
+                f"{step}): {what}, or give a smaller --init-scale"
+            )
+        self._good = self._good or not self._bad

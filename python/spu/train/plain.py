@@ -1,0 +1,127 @@
+"""The same training in plain PyTorch: fp32, one device, `torch.optim.AdamW`, nothing of spu's in the step."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spu.settings import Settings
+from spu.train import progress as console
+from spu.train.config import PLACEMENT, TrainConfig
+from spu.train.data import Corpus
+from spu.train.metrics import MetricsFile, save_result
+from spu.train.model import make_model
+from spu.train.run_folder import RunFolder
+from spu.train.signals import Stopped, StopSignals
+
+RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
+# How the pipeline does its work; the reference has none of it, so that its result does not depend on them.
+_NOT_OURS = {*PLACEMENT, *Settings.names(), "replan", "init_scale", "growth_interval", "save_every"} - {
+    "microbatches",  # cut the reference's batches as well
+    "accumulate",
+}
+
+
+def reference_key(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What the reference's result depends on."""
+    settings = {name: value for name, value in config.to_json().items() if name not in _NOT_OURS}
+    return {**settings, "corpus": corpus.sha256}
+
+
+def mean_loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in fp32 of next-token targets int64 [batch, tokens]."""
+    logits = model(input_ids=inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Mean loss over all targets of `batches`."""
+    model.eval()
+    with torch.no_grad():
+        total = sum(mean_loss(model, x, y).item() * y.numel() for x, y in batches)
+    model.train()
+    return total / sum(y.numel() for _, y in batches)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, corpus: Corpus, step: int
+) -> dict:
+    """One update on the batch of `step`, in the pipeline's microbatches. Returns the row for the metrics."""
+    begin = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * config.lr_factor(step)
+    inputs, targets = corpus.batch(config.seed, step, config.batch, config.seq)
+    parts = config.parts
+    optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
+        share = mean_loss(model, x, y) * (y.numel() / targets.numel())
+        share.backward()
+        loss += share.item()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+    optimizer.step()
+    speed = targets.numel() / (time.perf_counter() - begin)
+    return {"loss": loss, "grad_norm": norm, "tokens_per_s": speed}
+
+
+def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
+    """Train and validate; write reference.json and reference_metrics.jsonl into the run's folder.
+
+    Returns:
+        {"key", "steps", "val_loss", "tokens_per_s", "seconds"}
+
+    Raises:
+        Stopped: interrupted; nothing is kept but the metrics so far.
+        ValueError: the loss is not finite at the end.
+    """
+    steps = config.planned_steps()
+    assert steps is not None, "the run has fixed its steps before"
+    model = make_model(config.model, config.seed).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+    )
+    metrics = MetricsFile(folder / METRICS)
+    metrics.keep_up_to(-1)
+    curve = corpus.validation_batches(config.batch, config.seq, curve_windows(config))
+    seconds, shown = 0.0, console.RunningMean()
+    with console.open_view("fp32 reference", steps) as view:
+        for step in range(steps):
+            row = train_step(model, optimizer, config, corpus, step)
+            seconds += config.tokens_per_step / row["tokens_per_s"]
+            metrics.append(step=step + 1, tokens=(step + 1) * config.tokens_per_step, **row)
+            view.update(console.Progress(step + 1, shown.add(row["loss"]), row["tokens_per_s"]))
+            if is_eval_step(config, step + 1, steps):
+                metrics.append(step=step + 1, val_loss=evaluate(model, curve))
+            if signals.asked is not None:
+                raise Stopped(signals.asked, f"reference stopped at step {step + 1}; it starts over next time")
+    val_loss = evaluate(model, corpus.validation_batches(config.batch, config.seq))
+    if not math.isfinite(val_loss):
+        raise ValueError(
+            f"the reference diverged: its validation loss is {val_loss} after {steps} steps; it was not written: start "
+            f"a new run with a smaller --lr than {config.lr:g}"
+        )
+    result = {
+        "key": reference_key(config, corpus),
+        "steps": steps,
+        "val_loss": val_loss,
+        "tokens_per_s": steps * config.tokens_per_step / seconds,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+    }
+    save_result(folder / RESULT, result)
+    return result
+
+
+def curve_windows(config: TrainConfig) -> int:
+    """Sequences of a validation point on the curve: two batches."""
+    return 2 * config.batch
+
+
+def is_eval_step(config: TrainConfig, done: int, steps: int) -> bool:
+    """Whether a point of the validation curve follows after `done` of `steps` steps; it always does after the last."""
+    return done * config.evals // steps > (done - 1) * config.evals // steps

@@ -1,0 +1,49 @@
+"""Let a trained model go on with a text."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from spu.train.model import Tokenizer
+
+TEMPERATURE = 0.7
+_SEARCHED = 20_000  # tokens
+_PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")
+
+
+def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch.Tensor:
+    """Up to `tokens` token ids that open a paragraph of prose in a text's `ids` [tokens], or the first ones."""
+    text = tokenizer.decode(ids[:_SEARCHED].tolist())
+    found = _PARAGRAPH.search(text)
+    if found is None:
+        return ids[:tokens]
+    return tokenizer.encode(found[1].encode())[:tokens]
+
+
+def sample_text(
+    model: nn.Module, tokenizer: Tokenizer, prompt: torch.Tensor, *, tokens: int = 200, seed: int = 0
+) -> tuple[str, str]:
+    """(prompt, continuation) as text; the same for the same arguments.
+
+    Args:
+        model: a causal decoder of transformers.
+        prompt: token ids [prompt tokens].
+        tokens: to draw, at temperature `TEMPERATURE`.
+        seed: of the draws.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    ids, past, drawn = prompt.long()[None], None, []
+    with torch.no_grad():
+        for _ in range(tokens):
+            out = model(input_ids=ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            probabilities = torch.softmax(out.logits[0, -1].float() / TEMPERATURE, dim=-1)
+            ids = torch.multinomial(probabilities, 1, generator=generator)[None]
+            drawn.append(int(ids))
+    model.train(was_training)
+    return tokenizer.decode(prompt.tolist()), tokenizer.decode(drawn)

@@ -1,0 +1,79 @@
+"""The model as its user gave it, whole or part by part; its parts can be called by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from spu.devices.manager import Device
+from spu.model.layers import Layer, model_layers, parts_as_layers
+from spu.trainer import placement
+from spu.trainer.bridge import Bridge, StageModule
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """Holds a model, whole or in parts that are added one by one, and hands the parts out on their devices.
+
+    Args:
+        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with `add`.
+
+    Attributes:
+        placed: the parts are on their devices; no more can be added.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.placed = False
+        self._model = model
+        self._layers: list[Layer] | None = None if model is None else model_layers(model)
+        self._added: list[nn.Module] = []
+        self._stage_modules: list[StageModule] = []
+
+    @property
+    def given(self) -> Any:
+        """The model, or the list of parts."""
+        return self._model or self._added
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The model as a flat list of layers.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self._layers is None:
+            raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
+        return self._layers
+
+    def as_module(self) -> nn.Module:
+        """Return what the user gave; parts and lists of layers as a container of them."""
+        return self._model if isinstance(self._model, nn.Module) else nn.ModuleList(self.given)
+
+    def add(self, part: nn.Module) -> None:
+        """Add the next part of the model.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: there is a whole model, or the parts have been placed.
+        """
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
+        if self._layers is not None and not self._added:
+            raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
+        if self.placed:
+            raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")
+        self._added.append(part)
+        self._layers = parts_as_layers(self._added)
+
+    def modules(self, devices: Sequence[Device]) -> Iterator[StageModule]:
+        """Yield the parts on their devices, in order, to be called by hand; the first call places them."""
+        if not self._stage_modules:
+            bridge = Bridge()
+            for index, (layer, device) in enumerate(zip(self.layers, placement.place_parts(self.layers, devices))):
+                layer.module.to(device.torch_device)
+                self.placed = True
+                self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
+        return iter(self._stage_modules)

@@ -1,0 +1,236 @@
+"""A trainer's plans: from counted costs, from measured layers, from a search, and again from what a step measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from spu import schedules
+from spu.common.dtypes import DTYPES
+from spu.cost.measure import time_layers, time_packing, time_update
+from spu.devices.manager import Device
+from spu.devices.speed import measure_link
+from spu.engine.microbatch import batch_rows, split_batch
+from spu.engine.runner import split_inputs
+from spu.model.layers import Layer
+from spu.plan import Plan, make_plan
+from spu.plan.layer_cost import LayerCost
+from spu.plan.machine import Machine, Speed
+from spu.plan.search import search_plan
+from spu.schedules import Timeline
+from spu.settings import AUTO, Recompute, Settings
+from spu.trainer import placement
+
+__all__ = ["Planner"]
+
+Times = list[list[tuple[float, float]]]
+"""[devices][layers, and last the loss] (forward, backward) seconds of one microbatch."""
+
+WORTH = 0.98
+"""A new placement has to bring a step down to this share of the old one's time to be worth moving for."""
+
+
+class Planner:
+    """Makes the plans of one model on its devices.
+
+    Args:
+        layers: the model, in any precision; planning changes nothing of it.
+        devices: in pipeline order; all of them are used.
+        settings: of the training.
+        loss_fn: as in the trainer.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        devices: Sequence[Device],
+        settings: Settings,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+    ) -> None:
+        placement.check_made(layers)
+        self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
+        self._batch: tuple[Any, Any] = (None, None)
+        self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
+        self._times: dict[int, Times] = {}
+
+    def plan(self, inputs: Any, targets: Any, *, measure: bool) -> Plan:
+        """Place the layers for batches like this one.
+
+        With a given schedule and number of microbatches by counted costs, so that the same command gives the same
+        stages every time; what is "auto" is searched for among simulations of layers that are measured here and now.
+
+        Args:
+            inputs, targets: a whole batch; targets may be None.
+            measure: predict seconds by measured layers; a search always does.
+
+        Raises:
+            ValueError: more stages than layers, a batch that cannot be split, a layer that cannot run on fakes.
+            BudgetError: nothing fits.
+        """
+        self._batch = inputs, targets
+        s = self.settings
+        if s.searched:
+            return self._searched(self.times, s)
+        sample, wanted = self._sample(s.parts)
+        plan = placement.plan_model(
+            self.layers,
+            sample,
+            self.devices,
+            s,
+            loss_fn=self.loss_fn,
+            targets=wanted,
+        )
+        return self.measured(plan) if measure else plan
+
+    def given(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
+        """A plan made elsewhere, with its seconds measured here if asked.
+
+        Raises:
+            ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
+        """
+        self._batch = inputs, targets
+        placement.check_plan(plan, self.layers, self.devices, self.settings)
+        placement.check_fits(plan, self.devices, self._sample(plan.settings.parts)[0])
+        return self.measured(plan) if measure else plan
+
+    def measured(self, plan: Plan) -> Plan:
+        """The same placement, with seconds that rest on measured layers."""
+        return self._fixed(plan, self.times(plan.settings.parts))
+
+    def again(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
+        """Plan from what a step has measured: the placement as it is, and the fastest found.
+
+        The layers' seconds are scaled so that every stage takes what it took; a layer is taken to be as much slower or
+        faster than expected on another device as that device has been on the whole.
+
+        Args:
+            plan: the one that the step ran by.
+            timeline: of the step.
+        """
+        scaled = self._corrected(plan, timeline)
+        same = self._fixed(plan, scaled(plan.settings.parts))
+        s = self.settings
+        wanted = s if s.microbatches == AUTO else replace(s, microbatches=plan.settings.microbatches)
+        own = schedules.stages_per_rank(plan.settings.schedule)
+        if plan.virtual != own or batch_rows(self._batch[0]) % plan.settings.parts:
+            return same, self._fixed(plan, scaled(plan.settings.parts), move=True)
+        return same, self._searched(scaled, wanted)
+
+    def times(self, parts: int) -> Times:
+        """Measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
+        if parts not in self._times:
+            sample, wanted = self._sample(parts)
+            loss = self.loss_fn if wanted is not None else placement.no_loss
+            self._times[parts] = time_layers(
+                self.layers,
+                sample,
+                wanted,
+                self.devices,
+                loss,
+                precision=self.settings.precision,
+                fused=self.settings.fused,
+            )
+        return self._times[parts]
+
+    def costs(self, parts: int) -> tuple[list[LayerCost], LayerCost | None]:
+        """Counted costs of the layers and the loss, for the same."""
+        if parts not in self._costs:
+            sample, wanted = self._sample(parts)
+            self._costs[parts] = placement.model_costs(self.layers, sample, self.settings, self.loss_fn, wanted)
+        return self._costs[parts]
+
+    def _sample(self, parts: int) -> tuple[Any, Any]:
+        """One microbatch of inputs and targets."""
+        inputs, targets = self._batch
+        sample = split_inputs(inputs, parts)[0]
+        return sample, None if targets is None else split_batch(targets, parts)[0]
+
+    @cached_property
+    def _machine(self) -> Machine:
+        """The devices, with what was measured of updates, packing and the links of GPUs."""
+        s, devices = self.settings, self.devices
+        update, packing = time_update(devices, DTYPES[s.precision]), [math.inf] * len(devices)
+        if s.codec != "none":
+            packing = time_packing(devices, DTYPES[s.precision], s.codec)
+        machine = placement.counted_machine(devices, s.precision)
+        links = {
+            (a, b): measure_link(devices[a], devices[b])
+            for a, b in machine.links
+            if "cuda" in (devices[a].torch_device.type, devices[b].torch_device.type)
+        }
+        return replace(machine, speeds=tuple(map(Speed, update, packing)), links={**machine.links, **links})
+
+    def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
+        """The plan with these seconds; with ``move`` its stages are placed again."""
+        costs, loss = self.costs(plan.settings.parts)
+        recompute = self.settings.recompute if move else Recompute("given", plan.recomputed_layers)
+        made = make_plan(
+            costs,
+            self._machine,
+            replace(plan.settings, recompute=recompute),
+            loss_cost=loss,
+            codecs=plan.codecs,
+            model=plan.model,
+            times=times,
+            layers=None if move else [stage.layers for stage in plan.stages],
+            rows=plan.rows,
+            tokens=plan.tokens,
+        )
+        return replace(made, settings=plan.settings)
+
+    def _searched(self, times_of: Callable[[int], Times], settings: Settings) -> Plan:
+        rows = batch_rows(self._batch[0])
+        sample, _ = self._sample(1)
+        return search_plan(
+            lambda own: self._whole_costs(rows // own),
+            self._machine,
+            Settings.part_of(settings),
+            batch=rows,
+            tokens=placement.tokens_of(sample),
+            same_order=True,
+            one_process=True,
+            times_of=lambda own: list(map(tuple, times_of(rows // own))),
+        )
+
+    def _whole_costs(self, parts: int) -> tuple[list[LayerCost], LayerCost]:
+        costs, loss = self.costs(parts)
+        if loss is None:
+            raise ValueError(
+                'schedule="auto" and microbatches="auto" need a sample of targets: prepare(inputs, targets)'
+            )
+        return costs, loss
+
+    def _corrected(self, plan: Plan, timeline: Timeline) -> Callable[[int], Times]:
+        """`times`, scaled to what the stages of a measured step took."""
+        parts = plan.settings.parts
+        expected, measured = self._fixed(plan, self.times(parts)), timeline.mean_durations()
+        own: dict[tuple[int, int], tuple[float, float]] = {}  # by device and layer, the loss last
+        whole = [[0.0, 0.0] for _ in self.devices]
+        for index, stage in enumerate(expected.stages):
+            device = plan.devices.index(stage.device)
+            took_forward = measured[index, "F"]
+            took_backward = measured.get((index, "B"), 0.0) or measured[index, "I"] + measured[index, "W"]
+            factors = _ratio(took_forward, stage.forward_s), _ratio(took_backward, stage.backward_s)
+            last = [len(self.layers)] if index == len(expected.stages) - 1 else []
+            own.update({(device, k): factors for k in [*range(*stage.layers), *last]})
+            whole[device][0] += took_forward + took_backward
+            whole[device][1] += stage.forward_s + stage.backward_s
+        overall = [_ratio(*pair) for pair in whole]
+
+        def scaled(other_parts: int) -> Times:
+            result = []
+            for device, row in enumerate(self.times(other_parts)):
+                factors = [own.get((device, k), (overall[device],) * 2) for k in range(len(row))]
+                result.append([(f * a, b * c) for (f, b), (a, c) in zip(row, factors)])
+            return result
+
+        return scaled
+
+
+def _ratio(took: float, expected: float) -> float:
+    return took / expected if expected > 0.0 and took > 0.0 else 1.0

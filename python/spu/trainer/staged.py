@@ -1,0 +1,224 @@
+"""A model on its stages: planned, built, checked before every use, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu import ops, schedules
+from spu.common.interrupts import Held, stop_if_asked
+from spu.devices.manager import Device
+from spu.engine.build import Built, build_stages, check_parameters, give_back, to_precision, undo_precision, unfused
+from spu.engine.first_batch import check_batch
+from spu.engine.loss import OnRawOutputs, cross_entropy
+from spu.engine.loss_weight import weighing_of
+from spu.engine.microbatch import as_dicts
+from spu.engine.runner import Runner
+from spu.engine.state import Kept
+from spu.engine.unchanged import Unchanged
+from spu.engine.update import OptimizerFactory, release
+from spu.plan import Plan
+from spu.precision import LossScaler
+from spu.schedules import Timeline
+from spu.settings import TrainSettings
+from spu.trainer.manual import Parts
+from spu.trainer.planner import WORTH, Planner
+
+__all__ = ["LastStep", "Staged"]
+
+
+@dataclass
+class LastStep:
+    """What the last step measured: reports and plans are made from it.
+
+    Attributes:
+        done: how many steps this trainer has run, without those before a checkpoint.
+        timeline: of the last run of the schedule; None before the first one, and after the stages have moved.
+        seconds: of the whole step.
+        counted_bytes: the peak of each device in a step whose bytes were counted.
+    """
+
+    done: int = 0
+    timeline: Timeline | None = None
+    seconds: float | None = None
+    counted_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class Staged:
+    """A model cut into stages, which `spu.trainer` trains.
+
+    Args:
+        parts: the model.
+        devices: in pipeline order.
+        settings: how it is to be trained; the other arguments are the trainer's.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        devices: Sequence[Device],
+        settings: TrainSettings,
+        *,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+        optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
+        lr: float | None,
+        plan: Plan | None,
+        loss_weight: Callable[[Any], Any] | str | None,
+        raw_outputs: bool,
+        scaler: LossScaler | None,
+        measure: bool,
+    ) -> None:
+        self._parts = parts
+        self.devices = list(devices)
+        self.settings = settings
+        self.precision = settings.precision
+        self.accumulate = settings.accumulate
+        self.loss_fn = cross_entropy if loss_fn is None else loss_fn
+        self.loss_weight = loss_weight
+        self.max_grad_norm = settings.max_grad_norm
+        self.measure = measure
+        self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
+        self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
+        self._weighing = weighing_of(self.loss_fn, loss_weight)
+        self._optimizer, self._lr = optimizer, lr
+        self._backend = ops.forced_backend()
+        self._fused: list[nn.Module] = []
+        self._unchanged: Unchanged | None = None
+        self._given_plan = plan
+        self._plan: Plan | None = None
+        self._planner: Planner | None = None
+        self._runner: Runner | None = None
+        self._last = LastStep()
+
+    @property
+    def plan(self) -> Plan | None:
+        """Where everything goes; None before :meth:`prepare` or the first step."""
+        return self._plan
+
+    @torch.inference_mode(False)
+    def prepare(self, inputs: Any, targets: Any = None) -> Plan:
+        """Plan on a sample batch and set the stages up; the first step does it by itself.
+
+        Raises:
+            ValueError: more stages than layers, or no placement under the budgets; nothing was moved or converted.
+        """
+        if self._plan is not None:
+            return self._plan
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
+        layers = self._parts.layers
+        check_parameters(layers)
+        check_batch(layers, inputs, targets, self.loss_fn)
+        planner = Planner(layers, self.devices, self.settings, self._loss)
+        with Held():  # Ctrl-C within torch's fake mode would leave it on for good
+            if self._given_plan is None:
+                plan = planner.plan(inputs, targets, measure=self.measure)
+            else:
+                plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
+            stop_if_asked()
+            taken_over = release(layers)
+            self._fused = unfused(layers)
+            masters = (
+                to_precision(layers, self.precision, fused=schedules.splits_backward(plan.settings.schedule))
+                | taken_over
+            )
+            give_back(layers, taken_over)
+            try:
+                self._runner = self._build(plan, lambda built: built.masters.update(masters))
+            except BaseException:
+                undo_precision(layers, masters)
+                raise
+            self._plan, self._planner, self._parts.placed = plan, planner, True
+        return plan
+
+    @torch.inference_mode(False)
+    def replan(self) -> Plan:
+        """Plan again from the times that the last step measured, and move the layers if that makes a step shorter.
+
+        Schedule and number of microbatches stay, unless they were "auto". Nothing that training has made is lost:
+        weights, moments and loss scale are those of the step before, and so are the next losses (to the last bit where
+        nothing is packed between the stages).
+
+        Returns:
+            The plan from now on; where nothing moves (nor may, with an optimizer that keeps sums of each stage's own),
+            the same stages with times that rest on the measured step.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._plan is None or self._last.timeline is None or self._planner is None:
+            raise RuntimeError("no step has run yet: call step() first")
+        same, best = self._planner.again(self._plan, self._last.timeline)
+        old = self._ready()
+        kept = Kept(old.built, old.updater.optimizers)
+        if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
+            self._plan = same
+            return same
+        with Held(), kept.unfrozen():
+            old.updater.clear_gradients()
+            old.close()
+            self._runner = self._build(best, kept.give_masters)
+            kept.put_back(self._runner.built, self._runner.updater.optimizers)
+            self._plan, self._last.timeline, self._last.counted_bytes = best, None, {}
+        return best
+
+    def close(self) -> None:
+        """End the worker threads and give the model back; harmless when called twice.
+
+        Linear layers and blocks get their own classes back. Weights stay in the precision they were trained in:
+        :meth:`state_dict_for_model` has them in full, also after this.
+        """
+        if self._runner is not None:
+            self._runner.close()
+            self._runner.built.unfuse()
+
+    def _build(self, plan: Plan, add_masters: Callable[[Built], None]) -> Runner:
+        """Move the layers to where the plan has them."""
+        device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
+        built = build_stages(
+            self._parts.layers,
+            [range(*stage.layers) for stage in plan.stages],
+            [device_of[stage.device] for stage in plan.stages],
+            loss_fn=self._loss,
+            recompute=plan.recomputed_layers,
+        )
+        add_masters(built)
+        built.fused = list(self._fused)
+        runner = Runner(
+            built,
+            plan,
+            self.scaler,
+            backend=self._backend,
+            weighing=self._weighing,
+            optimizer=self._optimizer,
+            lr=self._lr,
+            max_grad_norm=self.max_grad_norm,
+        )
+        self._unchanged = Unchanged(self._parts.given, built)
+        return runner
+
+    def _prepared(self) -> Runner:
+        assert self._runner is not None
+        return self._runner
+
+    def _ready(self, *, training: bool = True) -> Runner:
+        """To run, as the calling thread would: with the backend that is forced around the call."""
+        runner = self._prepared()
+        assert self._unchanged is not None
+        runner.updater.check_open()
+        runner.updater.check_whole()
+        self._unchanged.check(training=training)
+        runner.engine.backend = ops.forced_backend() or self._backend
+        return runner
+
+    def _readable(self) -> Runner:
+        """With a state that is this trainer's, whole, and in the model that it was made of."""
+        runner = self._prepared()
+        assert self._unchanged is not None
+        runner.updater.check_own()
+        runner.updater.check_whole()
+        self._unchanged.check(training=False)
+        return runner

@@ -1,0 +1,340 @@
+"""Train a model over several devices: cut into stages, run by a schedule, updated as one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.common.options import takes_keywords
+from spu.devices.manager import Device, DeviceManager
+from spu.engine.bytes import counted_bytes
+from spu.engine.generators import generator_states, set_generator_states
+from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import as_dicts, at_least
+from spu.engine.result import StepResult
+from spu.engine.runner import Pass
+from spu.engine.state import load_training, save_training, state_for_model
+from spu.engine.uninterrupted import uninterrupted
+from spu.engine.update import OptimizerFactory, Update
+from spu.plan import Plan
+from spu.plan.show.compare import comparison, replanned
+from spu.precision import LossScaler
+from spu.schedules import Timeline
+from spu.settings import TrainSettings
+from spu.trainer import placement
+from spu.trainer.bridge import StageModule
+from spu.trainer.manual import Parts
+from spu.trainer.staged import Staged
+
+__all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
+
+
+@takes_keywords(TrainSettings)
+class ModelParallelTrainer(Staged):
+    """Trains a model cut into stages, one for each device, exactly as if it were whole.
+
+    Args:
+        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with :meth:`add_module`.
+            It is trained in place: after the first step it holds the precision's dtype. Between steps it is yours:
+            values that you change are trained on.
+        devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
+        loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets, or their sum; default: :func:`cross_entropy`.
+            Parameters of a module are trained too, in their own dtype.
+        optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our
+            AdamW.
+        lr: learning rate, for the default optimizer or a class.
+        lr_schedule: step index -> factor on the learning rate, also on one that a torch scheduler has set. Skipped
+            steps count.
+        plan: a Plan made earlier, instead of planning at the first step.
+        loss_weight: ``loss_weight(targets)`` -> what the mean over a microbatch divides by, or "sum" for a loss that
+            adds up over rows. Default: what torch's losses, and partials of their functions, divide by or add up; for
+            another loss its targets that are not ``loss_fn.ignore_index`` (-100), or "sum" by its ``reduction``,
+            which is checked in the steps 1, 2, 4, 8, ...
+        raw_outputs: give ``loss_fn`` the model's outputs as they are; default: 16-bit ones in fp32.
+        scaler: a LossScaler of your own, for fp16.
+        measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
+        report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
+            Bytes are counted in the first step, seconds measured in the second.
+        settings: the keywords below as one object.
+        {keywords}
+
+    Raises:
+        TypeError: an unknown keyword; names the nearest one.
+        ValueError: an unknown device or a setting's value that is not allowed; says what is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module] | None = None,
+        devices: str | Sequence[str | torch.device | Device] | Device = "auto",
+        *,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None = None,
+        lr: float | None = None,
+        lr_schedule: Callable[[int], float] | None = None,
+        plan: Plan | None = None,
+        loss_weight: Callable[[Any], Any] | str | None = None,
+        raw_outputs: bool = False,
+        scaler: LossScaler | None = None,
+        measure: bool = False,
+        report: Callable[[str], Any] | None = None,
+        settings: TrainSettings | None = None,
+        **keywords: Any,
+    ) -> None:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            name = type(optimizer).__name__
+            raise TypeError(
+                f"optimizer is an {name} that was made already; the trainer makes one for each stage: give its class, "
+                f"optimizer={name}, lr=..., or functools.partial({name}, lr=..., ...)"
+            )
+        settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
+        super().__init__(
+            Parts(model),
+            DeviceManager().get_devices(devices),
+            settings,
+            loss_fn=loss_fn,
+            raw_outputs=raw_outputs,
+            loss_weight=loss_weight,
+            optimizer=optimizer,
+            lr=lr,
+            scaler=scaler,
+            plan=plan,
+            measure=measure,
+        )
+        self.lr_schedule = lr_schedule
+        self.seed = settings.seed
+        self.steps_done = 0
+        self.passes_done = 0
+        self._report = report
+
+    # The model, and its parts run by hand
+
+    def add_module(self, part: nn.Module) -> None:
+        """Add the next part of the model; parts run in the order they were added.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: the trainer was given a whole model, or has run already.
+        """
+        self._parts.add(part)
+
+    def modules(self) -> Iterator[StageModule]:
+        """Yield the parts, on their devices, to be called by hand; gradients cross a ``detach`` between them."""
+        return self._parts.modules(self.devices)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield every parameter of the model, once."""
+        seen = {id(p): p for layer in self._parts.layers for p in layer.module.parameters()}
+        return iter(seen.values())
+
+    # Training
+
+    @torch.inference_mode(False)
+    def step(self, inputs: Any, targets: Any) -> StepResult:
+        """Forward and backward of a whole batch, and one update.
+
+        Args:
+            inputs: a tensor, or a pytree of tensors, [batch, ...] each.
+            targets: likewise; what ``loss_fn`` compares the outputs with.
+
+        Raises:
+            ValueError: a batch that cannot be split as asked, or without a counted target.
+            StageError: a stage failed; the update did not happen and the gradients are gone.
+        """
+        begin = time.perf_counter()
+        self.prepare(inputs, targets)
+        runner = self._prepared()
+        with contextlib.ExitStack() as counting:
+            if self._report is not None and self._last.done == 0:
+                self._last.counted_bytes = counting.enter_context(counted_bytes(runner))
+            done = self._accumulate(inputs, targets, keep_outputs=False)
+            updater = runner.updater
+            scale = updater.scopes[-1].scale.clone()
+            factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
+            try:
+                update = updater.reduce()
+                uninterrupted(lambda: self._update(update, factor))
+            except BaseException:
+                updater.clear_gradients()
+                raise
+        seconds = time.perf_counter() - begin
+        self._last.seconds = seconds
+        peaks = placement.peak_bytes(self.devices)
+        result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
+        if self._last.done == 2:
+            self._look_back()
+        return result
+
+    def _update(self, update: Update, lr_factor: float) -> None:
+        self._prepared().updater.apply(update, lr_factor)
+        self.steps_done += 1
+        self.passes_done += 1
+        self._last.done += 1
+
+    def _look_back(self) -> None:
+        """After the second step: the first one also makes what is kept, and is slower for it."""
+        if self._report is not None:
+            self._report(self.compare())
+        if self.settings.replan:
+            before = self._plan
+            after = self.replan()
+            if self._report is not None and before is not None:
+                self._report(replanned(before, after))
+
+    @torch.inference_mode(False)
+    def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
+        """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
+
+        Each call draws its dropout afresh, as each :meth:`step` does; a checkpoint knows how many there were.
+
+        In fp16 an update of your own leaves the step out where ``trainer.scaler.found_inf()`` is not 0, and then, or
+        after it, calls ``trainer.scaler.update()``: without that a scale that is too large stays so.
+
+        Args:
+            inputs, targets: as :meth:`step` takes them.
+            keep_outputs: False drops each microbatch's outputs as :meth:`step` does: no plan counts a whole batch's.
+
+        Returns:
+            The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
+        """
+        done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
+        self._prepared().updater.reduce()
+        self.passes_done += 1
+        return done.loss, done.outputs
+
+    @torch.inference_mode(False)
+    def evaluate(self, inputs: Any, targets: Any) -> float:
+        """Mean loss of a batch, in evaluation mode and without gradients.
+
+        Before the first step it prepares for training on batches like this one, of a row a microbatch if it is smaller.
+        """
+        rows = (self.settings if self._given_plan is None else self._given_plan.settings).parts
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
+        self.prepare(at_least(inputs, rows), at_least(targets, rows))
+        return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
+
+    def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
+        inputs, targets = as_dicts(inputs), as_dicts(targets)
+        self.prepare(inputs, targets)
+        done = self._ready().accumulate(
+            inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
+        )
+        self._last.timeline = done.timeline
+        return done
+
+    # What happened
+
+    def timeline(self) -> Timeline:
+        """The last step's pipeline as it ran, in seconds from its start.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if self._last.timeline is None:
+            raise RuntimeError("no step has run yet: call step() or forward_backward() first")
+        return self._last.timeline
+
+    def predicted_timeline(self) -> Timeline:
+        """The simulator's timeline for the plan's layer times.
+
+        Raises:
+            RuntimeError: before :meth:`prepare` or the first step.
+        """
+        if self._plan is None:
+            raise RuntimeError("there is no plan yet: call prepare() or step() first")
+        return self._plan.timeline()
+
+    def compare(self) -> str:
+        """Predicted beside measured of the last step, as a table: time, idle share, each device's work and peak bytes.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        last = self._last
+        if self._plan is None or last.timeline is None or last.seconds is None:
+            raise RuntimeError("no step has run yet: call step() first")
+        peaks = last.counted_bytes | placement.peak_bytes(self.devices)
+        return "\n".join(comparison(self._plan, last.timeline, last.seconds, peaks))
+
+    # State
+
+    def state_dict_for_model(self) -> dict[str, torch.Tensor]:
+        """Parameters in full precision and buffers by their names in the model, copied to the CPU.
+
+        Raises:
+            RuntimeError: before :meth:`prepare` or the first step, and where the values would not be those of one step
+                or not this trainer's: after an update that failed half-way, or when another trainer has taken over.
+        """
+        if self._runner is None:
+            raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
+        runner = self._readable()
+        return state_for_model(self._parts.as_module(), runner.built, runner.updater.optimizers)
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint that any number of stages can resume from.
+
+        Args:
+            path: the checkpoint's directory; replaced atomically if it is one.
+            extra: JSON of your own, returned by :meth:`load`.
+
+        Raises:
+            CheckpointError: writing failed, or the optimizer or a module keeps what cannot be saved.
+            RuntimeError: as :meth:`state_dict_for_model`; the checkpoint that was there stays.
+        """
+        if self._runner is None:
+            raise RuntimeError("nothing to save yet: call prepare() or step() first")
+        self._readable()
+        meta = {
+            "step": self.steps_done,
+            "passes": self.passes_done,
+            "seed": self.seed,
+            "precision": self.precision,
+            "scaler": self.scaler.state_dict(),
+            "generators": generator_states(self._runner.built.stages),
+            "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
+            "extra": extra or {},
+        }
+        save_training(path, self._runner.built, self._runner.updater.optimizers, meta)
+
+    @torch.inference_mode(False)
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint: weights, optimizer, loss scale and step. Call :meth:`prepare` first.
+
+        Returns:
+            The ``extra`` of :meth:`save`.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model or optimizer: nothing was changed. Or the disk failed
+                in the middle, after all had been verified: nothing but another load() is possible then.
+            RuntimeError: before :meth:`prepare`.
+        """
+        if self._runner is None:
+            raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
+        updater = self._runner.updater
+        updater.check_own()
+
+        def begin() -> None:
+            updater.broken = f"a load of {path} failed half-way"
+
+        meta = load_training(path, self._runner.built, updater.optimizers, begin)
+        if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
+            self.scaler.load_state_dict(meta["scaler"])
+        self.steps_done = meta["step"]
+        self.passes_done = meta.get("passes", self.steps_done)
+        set_generator_states(self._runner.built.stages, meta.get("generators", {}))
+        self.seed = meta["seed"]
+        updater.broken = ""
+        return meta["extra"]
+
+    def __enter__(self) -> ModelParallelTrainer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""`spu tune`: measure the kernels' configurations on the user's GPU."""

@@ -1,0 +1,62 @@
+"""Compiles the configurations that ``spu tune`` is going to time, in other processes, ahead of the measurement.
+
+A card waits for the compiler otherwise: seconds a configuration on one core, against milliseconds of measuring. What is
+made lands in Triton's own cache on disk, where the launch of the same kernel finds it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from types import TracebackType
+
+import torch
+
+from spu.common.dtypes import DTYPES
+from spu.tune.calls import REPRESENTATIVE, call_of, candidates
+
+Row = tuple[str, str, str]  # op, dtype, shape class
+
+
+def compile_row(row: Row, arch: int, index: int) -> int:
+    """Compiles candidate ``index`` of a row for an architecture (80 is sm_80); returns the number of kernels."""
+    from spu.kernels import ahead
+
+    op, dtype, shape_class = row
+    torch.set_num_threads(1)
+    config = candidates(op, DTYPES[dtype], shape_class, arch)[index]
+    with ahead.recording() as launches:
+        call_of(op, DTYPES[dtype], REPRESENTATIVE[shape_class], torch.device("cpu"))(config)
+    for launch in launches:
+        ahead.build(launch, arch, listing=False)
+    return len(launches)
+
+
+class Compiling:
+    """The compilations of some rows, in order; leave the ``with`` block to give up those that have not begun.
+
+    Args:
+        rows: (op, dtype, shape class) each.
+        arch: 80 for sm_80.
+        jobs: processes; by default one a core, at most 16.
+    """
+
+    def __init__(self, rows: Iterable[Row], arch: int, jobs: int | None = None) -> None:
+        self._pool = ProcessPoolExecutor(jobs or min(os.cpu_count() or 1, 16), mp_context=get_context("spawn"))
+        self._running: dict[Row, list[Future[int]]] = {}
+        for row in rows:
+            count = len(candidates(row[0], DTYPES[row[1]], row[2], arch))
+            self._running[row] = [self._pool.submit(compile_row, row, arch, index) for index in range(count)]
+
+    def wait(self, row: Row) -> None:
+        """Until a row's candidates are compiled; what failed will fail, and be said, when it is measured."""
+        for future in self._running.pop(row, []):
+            future.exception()
+
+    def __enter__(self) -> Compiling:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,225 @@
+"""``spu tune``: measures the kernels' configurations on this card and keeps the best in the user's own table.
+
+For every product, dtype and shape class the derived configurations and their neighbours are timed on one representative
+shape, beside cuBLAS with our epilogue; the fastest goes into ``spu.kernels.table.user_path`` with the device, versions
+and date. Then, where another backend serves the card as well (CUDA C++), whole layers are timed on each, forward and
+backward with these configurations, and the faster one is named. The table is written after every row, so that a run
+that is cut off keeps what it has measured, and a later run goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from spu import __version__
+from spu.common.dtypes import DTYPES
+from spu.kernels import table
+from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
+from spu.tune.backends import LAYERS, layer_of
+from spu.tune.calls import REPRESENTATIVE, call_of, candidates
+from spu.tune.compile import Compiling
+
+__all__ = ["REPRESENTATIVE", "candidates", "measure_us", "plan_lines", "tune"]
+
+_WARM_UP, _ROUNDS, _ROUND_SECONDS = 3, 5, 0.02
+
+
+def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    for dtype in dtypes:
+        for op in ops:
+            for shape_class in CLASSES:
+                yield op, dtype, shape_class
+
+
+def plan_lines(arch: int, ops: tuple[str, ...] = PRODUCTS, dtypes: tuple[str, ...] = ("fp16", "bf16")) -> list[str]:
+    """What a run would measure, a line a row; measures nothing."""
+    lines = []
+    for op, dtype, shape_class in _rows(ops, dtypes):
+        count = len(candidates(op, DTYPES[dtype], shape_class, arch))
+        m, n, k = REPRESENTATIVE[shape_class]
+        lines.append(f"{op}/{dtype}/{shape_class}: {count} configurations at {m} x {n} x {k}")
+    return lines
+
+
+def measure_us(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call on the device in microseconds, by events around rounds of calls, after a warm-up."""
+    for _ in range(_WARM_UP):
+        function()
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize(device)
+    calls = max(1, min(1000, int(_ROUND_SECONDS / max(time.perf_counter() - began, 1e-6))))
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int) -> tuple[Entry, list[str]]:
+    """The fastest configuration of a row and what was said of those that failed."""
+    call, best, notes = call_of(op, DTYPES[dtype], REPRESENTATIVE[shape_class], device), None, []
+    for config in candidates(op, DTYPES[dtype], shape_class, arch):
+        try:
+            took = measure_us(lambda config=config: call(config), device)  # type: ignore[misc]
+        except Exception as error:  # a configuration that does not fit is no candidate; anything else is said
+            if isinstance(error, torch.AcceleratorError):  # the context is gone
+                raise
+            notes.append(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            continue
+        if best is None or best.time_us is None or took < best.time_us:
+            best = Entry(config, "triton", took)
+    assert best is not None, f"no configuration of {op} {dtype} {shape_class} ran: {notes}"
+    return best, notes
+
+
+def _facts(device: torch.device) -> dict[str, str]:
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "spu": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def tune(
+    device: str = "cuda:0",
+    ops: tuple[str, ...] = PRODUCTS,
+    dtypes: tuple[str, ...] = ("fp16", "bf16"),
+    *,
+    out: Path | None = None,
+    seconds: float | None = None,
+    jobs: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measures and writes the user's table; returns its path.
+
+    Args:
+        device: which card.
+        ops: of ``spu.kernels.config.PRODUCTS``.
+        dtypes: of fp16, bf16, fp32.
+        out: another file than the user's table.
+        seconds: stop after this time, between two rows.
+        jobs: processes that compile ahead of the measurement; by default one a core, at most 16.
+        say: takes a line for every row.
+
+    Raises:
+        ValueError: without a CUDA device, or for an unknown op or dtype.
+    """
+    unknown = [name for name in ops if name not in PRODUCTS] + [name for name in dtypes if name not in DTYPES]
+    if unknown:
+        raise ValueError(f"unknown {unknown}: ops are {', '.join(PRODUCTS)}, dtypes {', '.join(DTYPES)}")
+    if not torch.cuda.is_available():
+        raise ValueError("spu tune measures a CUDA device and torch sees none: see `spu doctor`")
+    where = torch.device(device)
+    capability = torch.cuda.get_device_capability(where)
+    name, facts, arch = arch_name(capability), _facts(where), 10 * capability[0] + capability[1]
+    path = out or table.user_path(name)
+    run = _Run(path, Table(name, "measured", dict(_kept(path, facts)), facts), say)
+    began = time.monotonic()
+
+    def late() -> bool:
+        over = seconds is not None and time.monotonic() - began > seconds
+        if over:
+            say(f"stopped after {seconds:.0f} s; run again to go on")
+        return over
+
+    wanted = [row for row in _rows(ops, dtypes) if not run.has(row)]
+    with torch.cuda.device(where), Compiling(wanted, arch, jobs) as compiling:
+        for dtype in dtypes:
+            for row in (row for row in wanted if row[1] == dtype):
+                if late():
+                    return path
+                compiling.wait(row)
+                run.keep(row, *_best(*row, where, arch))
+            for row in _rows(tuple(op for op in LAYERS if op in ops), (dtype,)):
+                if late():
+                    return path
+                run.choose_backend(row, where)
+    forget_tables()
+    return path
+
+
+class _Run:
+    """The table that is being made: every change is written at once."""
+
+    def __init__(self, path: Path, made: Table, say: Callable[[str], None]) -> None:
+        self._path, self._table, self._say = path, made, say
+        self._entries = dict(made.entries)
+
+    def has(self, row: tuple[str, str, str]) -> bool:
+        entry = self._entries.get("/".join(row))
+        return entry is not None and entry.time_us is not None
+
+    def keep(self, row: tuple[str, str, str], entry: Entry, notes: list[str]) -> None:
+        key, config = "/".join(row), entry.config
+        self._entries[key] = entry
+        self._write()
+        tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+        self._say(f"{key}: {entry.time_us:.1f} us with {config.kind} {tile}")
+        for note in notes:
+            self._say(note)
+
+    def choose_backend(self, row: tuple[str, str, str], device: torch.device) -> None:
+        """Times a row's whole layer on every backend that serves the card, if there is more than one."""
+        from spu.ops.dispatch import cuda_candidates
+
+        op, dtype, shape_class = row
+        names, key = cuda_candidates(DTYPES[dtype]), "/".join(row)
+        entry = self._entries.get(key)
+        if entry is None or len(names) < 2 or set(entry.layer_us) >= set(names):
+            return
+        configs = {o: self._entries[f"{o}/{dtype}/{shape_class}"].config for o in LAYERS[op] if self.has((o, *row[1:]))}
+        if set(configs) != set(LAYERS[op]):
+            return
+        shape, times = REPRESENTATIVE[shape_class], dict[str, float]()
+        for name in names:
+            call = layer_of(op, name, DTYPES[dtype], shape, device, configs)
+            try:
+                times[name] = measure_us(call, device)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._say(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                times[name] = float("inf")
+        best = min(times, key=lambda name: times[name])
+        self._entries[key] = dataclasses.replace(entry, backend=best, layer_us=times)
+        self._write()
+        self._say(f"{key}: forward and backward {', '.join(f'{n} {us:.0f} us' for n, us in times.items())}: {best}")
+
+    def _write(self) -> None:
+        table.write(dataclasses.replace(self._table, entries=self._entries), self._path)
+
+
+def forget_tables() -> None:
+    """Has kernels and dispatch read the tables again."""
+    from spu.ops.dispatch import select_cuda
+
+    table.forget()
+    select_cuda.cache_clear()
+
+
+def _kept(path: Path, facts: dict[str, str]) -> dict[str, Entry]:
+    """The rows of an earlier run on the same device with the same versions."""
+    if not path.is_file():
+        return {}
+    earlier = table.read(path)
+    same = all(earlier.facts.get(key) == facts[key] for key in ("device", "torch", "triton", "spu"))
+    return dict(earlier.entries) if same else {}

@@ -1,0 +1,127 @@
+"""`spu plan` as users run it: for devices that are not here, from configs and files; and training by what it wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from spu.cli.app import main
+from spu.cli.plan import declared_devices, plan_command
+from spu.plan import Plan
+from spu.train.config import PlanOptions
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return end.value.code or 0
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+def test_a_config_that_does_not_fit_is_refused_in_words(tmp_path, capfd):
+    options = ("--budget", "cuda:0=8GB,cpu=64GB", "--speed", "cpu=desktop-cpu", "--seq", "1024", "--batch", "4")
+    assert run("plan", "--model", "internlm2-7b", *options, "--out", str(tmp_path / "plan.json")) == 2
+    text = capfd.readouterr().err
+    assert "internlm2-7b does not fit." in text
+    assert "training needs 139 GB whatever the batch" in text
+    assert "short by" in text
+    assert "what would fit:" in text
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
+    plan = tmp_path / "plan.json"
+    options = ("--devices", "cpu:0,cpu:1", "--speed", "cpu=1GFLOPS", "--same-order", "--schedule", "1f1b")
+    made = run("plan", "--model", str(tiny), *options, "--batch", "4", "--seq", "16", "--out", str(plan))
+    assert made == 0, capfd.readouterr().err
+    assert "tiny" in capfd.readouterr().out
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    train = (
+        "train",
+        "--model",
+        str(tiny),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "3",
+    )
+    assert run(*train, "--plan", str(plan), "--name", "a", "--evals", "1") == 0, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert any(line.split() == ["predicted", "measured"] for line in out.splitlines())
+    asked, trained = Plan.load(plan), Plan.load(tmp_path / "a" / "plan.json")
+    assert [s.layers for s in trained.stages] == [s.layers for s in asked.stages]
+    assert trained.predicted.basis == "measured"
+    assert run(*train, "--plan", str(plan), "--name", "b", "--schedule", "gpipe") == 2
+    assert "was made for 1f1b: leave the option out, or plan again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--model", "gpt-17"), "no such file or folder with a config.json"),
+        (("--devices", "cuda:7,cpu"), "cuda:7 is not on this machine: say how much memory it has, --budget cuda:7=8GB"),
+        (("--budget", "cuda:7=lots"), "budget cuda:7=lots: 'lots' is not a size"),
+        (("--budget", "cuda:7"), "is not DEVICE=SIZE"),
+        (("--speed", "cuda:3=rtx3070"), "--speed names cuda:3; the devices are cpu:0"),
+        (
+            ("--model", "internlm2-1.8b", "--microbatches", "few"),
+            "--microbatches 'few' must be a whole number of at least 1, or auto",
+        ),
+    ],
+)
+def test_bad_input_is_named(arguments, reason, tmp_path, capfd):
+    speed = () if "--speed" in arguments else ("--speed", "cpu=1GFLOPS")
+    assert run("plan", "--budget", "cpu=8GB", *arguments, *speed, "--out", str(tmp_path / "p.json")) == 2
+    assert reason in capfd.readouterr().err
+
+
+def test_devices_that_are_not_here_are_declared_by_their_budget():
+    found, absent = declared_devices(None, "cuda:7=8GB,cpu=900TB")
+    assert [(d.name, d.budget_bytes) for d in found] == [("cuda:7", 8 * 10**9), ("cpu:0", 900 * 10**12)]
+    assert absent == {"cuda:7", "cpu:0"}
+    here, absent = declared_devices("cpu:0,cpu:1", "cpu=1GB")
+    assert [d.budget_bytes for d in here] == [5 * 10**8] * 2
+    assert not absent
+
+
+def test_absurd_numbers_end_in_one_line_or_a_refusal_that_counts(tiny, capsys):
+    assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "100000000") == 2
+    assert "--seq 100000000 must be a whole number from 1 to 1048576" in capsys.readouterr().err
+    assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "64", "--batch", "1000000000") == 2
+    assert "no plan fits the budgets" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("budget", ["cuda:0=8GB,cuda:0=9GB,cpu=24GB", "cuda=8GB,cuda:0=9GB", "cpu=1GB,CPU=2GB"])
+def test_a_budget_that_names_a_device_twice_is_refused(budget: str) -> None:
+    """The last one won without a word."""
+    with pytest.raises(ValueError, match=r"names (cuda:0|cpu) twice, \dGB and \dGB: give one"):
+        declared_devices(None, budget)
+
+
+def test_a_budget_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="cuda:0=99999999999999TB: .*more memory than any machine has"):
+        plan_command(PlanOptions(budget="cuda:0=99999999999999TB"))

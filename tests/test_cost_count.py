@@ -1,0 +1,198 @@
+"""What training takes, counted on fakes, against what the same training really takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from memory_probe import measured_peaks
+from plans import plan
+from torch import nn
+
+from spu import DeviceManager
+from spu.common.tracker import MemoryTracker, Tally
+from spu.cost import LayerCost
+from spu.cost.count import Run, training_costs
+from spu.engine.bytes import state_bytes
+from spu.trainer.trainer import ModelParallelTrainer
+
+
+def model():
+    torch.manual_seed(0)
+    block = [m for _ in range(4) for m in (nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))]
+    return nn.Sequential(nn.Embedding(128, 64), *block, nn.Linear(64, 128))
+
+
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", True), ("fp16", False)])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb", "zbv"])
+def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recompute, schedule):
+    ids = torch.randint(0, 128, (16, 64))
+    settings = {"precision": precision, "recompute": recompute, "schedule": schedule, "microbatches": 8}
+    with ModelParallelTrainer(model(), ["cpu:0", "cpu:1"], **settings) as trainer:
+        measured = measured_peaks(trainer, (ids, ids))
+        predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
+    for name, peak in measured.items():
+        assert 0.98 * peak <= predicted[name] <= 1.05 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_tied_parameter_is_planned_once(stages):
+    tied = nn.Sequential(nn.Embedding(4096, 16), nn.Linear(16, 16), nn.Linear(16, 4096, bias=False))
+    tied[2].weight = tied[0].weight
+    ids = torch.randint(0, 4096, (2, 4))
+    with ModelParallelTrainer(tied, [f"cpu:{k}" for k in range(stages)], microbatches=2) as trainer:
+        planned = sum(stage.state_bytes for stage in trainer.prepare(ids, ids).stages)
+        trainer.step(ids, ids)
+        held = sum(state_bytes(trainer._runner.built, trainer._runner.updater.optimizers, list(range(stages))))
+    shared, other = 16 * 4096, 16 * 17
+    assert planned == 18 * (shared + other) + (6 * shared if stages == 2 else 0)
+    gradients = 4 * (shared * stages + other)
+    assert planned - gradients == pytest.approx(held, abs=64)  # a step's count is 4 bytes
+
+
+def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
+    tied = nn.Sequential(nn.Embedding(512, 16), nn.Linear(16, 16), nn.Linear(16, 512, bias=False))
+    tied[2].weight = tied[0].weight
+    costs = training_costs(
+        [Run(str(k), layer) for k, layer in enumerate(tied)], torch.zeros(2, 4).long(), torch.float16
+    )
+    cpu = DeviceManager().get_devices(["cpu"])
+    peak = max(plan(costs, cpu, microbatches=2).predicted.peak_bytes)
+    tight = [
+        dataclasses.replace(cpu[0], budget_bytes=peak + 6 * 512 * 16)
+    ]  # counted twice it took 18 bytes more for each
+    assert max(plan(costs, tight, microbatches=2).predicted.peak_bytes) == peak
+
+
+def costs_of(*layers, sample, dtype=torch.float32, **how):
+    return training_costs([Run(str(k), layer) for k, layer in enumerate(layers)], sample, dtype, **how)
+
+
+def test_a_linear_layer_is_counted_as_by_hand():
+    (cost,) = costs_of(nn.Linear(64, 128), sample=torch.randn(2, 10, 64, requires_grad=True))
+    assert (cost.param_count, cost.trained_count) == (64 * 128 + 128,) * 2
+    assert (cost.input_bytes, cost.output_bytes, cost.own_bytes) == (20 * 64 * 4, 20 * 128 * 4, 0)
+    assert (cost.input_saved, cost.output_saved) == (True, False)
+    assert cost.forward_flops == 2 * 20 * 64 * 128
+    assert cost.backward_flops == 2 * cost.forward_flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_our_linear_op_does_the_work_of_torchs_and_can_defer_half_of_the_backward(dtype):
+    x = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
+    (ours,), (theirs,) = (costs_of(nn.Linear(16, 24), sample=x, dtype=dtype, fused=f) for f in (True, False))
+    assert ours.forward_flops == theirs.forward_flops == 2 * 21 * 16 * 24
+    assert ours.backward_flops == theirs.backward_flops == 2 * ours.forward_flops
+    assert (ours.weight_share, theirs.weight_share) == (0.5, 0.0)
+    assert ours.left_input
+
+
+def test_attention_and_convolution_are_counted():
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    (attention,) = costs_of(Attention(), sample=torch.randn(2, 4, 32, 8))
+    assert attention.forward_flops == 2 * (2 * 4 * 32 * 32 * 8 * 2)
+    (convolution,) = costs_of(nn.Conv2d(3, 8, 3, padding=1), sample=torch.randn(2, 3, 10, 10))
+    assert convolution.forward_flops == 2 * 2 * 8 * 3 * 9 * 100
+
+
+def test_a_parameter_shared_within_a_layer_counts_once():
+    block = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    block[1].weight = block[0].weight
+    (cost,) = costs_of(block, sample=torch.randn(2, 8))
+    assert (cost.param_count, cost.forward_flops) == (64, 2 * (2 * 2 * 8 * 8))
+
+
+def test_structures_pass_from_layer_to_layer():
+    class Split(nn.Module):
+        def forward(self, x):
+            return x["a"] * 2, x["b"].half()
+
+    class Join(nn.Module):
+        def forward(self, pair):
+            return torch.cat(pair)
+
+    costs = costs_of(Split(), Join(), sample={"a": torch.zeros(3), "b": torch.zeros(5)})
+    assert [c.output_bytes for c in costs] == [3 * 4 + 5 * 2, 8 * 4]
+
+
+def test_twenty_billion_parameters_are_costed_without_their_memory():
+    with torch.device("meta"):
+        layers = [nn.TransformerEncoderLayer(6144, 48, 16384, batch_first=True) for _ in range(56)]
+    runs = [Run(str(k), layer, alike=True) for k, layer in enumerate(layers)]
+    costs = training_costs(runs, torch.empty(1, 2048, 6144, device="meta"), torch.float32)
+    assert sum(c.param_count for c in costs) > 19 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([], "no layers"), ([nn.Linear(4, 4), nn.Linear(5, 4)], "layer '1' could not be run on fake tensors")],
+)
+def test_what_cannot_be_costed_is_named(layers, message):
+    with pytest.raises(ValueError, match=message):
+        costs_of(*layers, sample=torch.randn(2, 4))
+
+
+def test_seconds_are_work_over_speed_and_traffic_over_bandwidth():
+    cost = LayerCost(name="one", forward_flops=4, backward_flops=8, forward_traffic_bytes=10, backward_traffic_bytes=30)
+    assert cost.seconds(2.0, math.inf) == (2.0, 4.0)
+    assert cost.seconds(2.0, 5.0) == (4.0, 10.0)
+
+
+def test_a_layer_is_left_as_it_was():
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    (cost,) = training_costs([Run("one", layer)], torch.zeros(3, 4, dtype=torch.float16), torch.float16)
+    assert cost.param_count == 4 * 4 + 4 + 2 * 4
+    assert type(layer[0]) is nn.Linear
+    assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_layers_that_say_they_are_alike_are_run_once():
+    calls = []
+
+    def call(module, x):
+        calls.append(module)
+        return module(x)
+
+    layers = [nn.Linear(8, 8) for _ in range(5)]
+    runs = [Run(f"l{k}", layer, call, alike=True) for k, layer in enumerate(layers)]
+    costs = training_costs(runs, torch.zeros(2, 8), torch.float32, fused=False)
+    assert len(calls) == 1
+    assert [cost.name for cost in costs] == [f"l{k}" for k in range(5)]
+    assert len({cost.own_bytes for cost in costs}) == 1
+
+
+def test_a_layer_that_reads_values_is_named():
+    class Peeking(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"'peek' could not be run on fake tensors"):
+        training_costs([Run("peek", Peeking())], torch.zeros(2), torch.float32)
+    with pytest.raises(ValueError, match="no layers"):
+        training_costs([], torch.zeros(2), torch.float32)
+
+
+def test_storages_are_counted_once_and_until_they_are_freed():
+    tally = Tally()
+    with MemoryTracker(tally):
+        a = torch.ones(100)
+        view = a.view(10, 10)
+        b = a + 1
+        a.add_(1)
+        assert (tally.live, tally.peak) == (800, 800)
+        del b
+        assert tally.live == 400
+        tally.restart()
+        c = torch.empty(50)
+        assert tally.holds(view)
+    assert (tally.live, tally.peak) == (600, 600)
+    del a, view, c
+    assert tally.live == 0

@@ -1,0 +1,145 @@
+"""What the host says of itself, read from files that the tests write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spu.devices import host as hostinfo
+
+GB = 10**9
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A host with 32 GB, 20 GB of it available, four cores, and no cgroup files."""
+    monkeypatch.setattr(hostinfo, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(hostinfo, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(hostinfo, "_CPUS", tmp_path / "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    write(
+        tmp_path / "proc/meminfo",
+        f"MemTotal: {32 * GB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {20 * GB // 1024} kB\n",
+    )
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_memory_without_a_container_is_the_systems(host: Path) -> None:
+    assert hostinfo.host_memory() == (32 * GB, 20 * GB)
+
+
+def test_a_v2_limit_binds_and_its_page_cache_counts_as_available(host: Path) -> None:
+    write(host / "proc/self/cgroup", "0::/user/job\n")
+    write(host / "cgroup/user/job/memory.max", f"{8 * GB}\n")
+    write(host / "cgroup/user/job/memory.current", f"{5 * GB}\n")
+    write(host / "cgroup/user/job/memory.stat", f"anon 1\ninactive_file {2 * GB}\nfile 3\n")
+    write(host / "cgroup/user/memory.max", "max\n")
+    assert hostinfo.host_memory() == (8 * GB, 5 * GB)
+
+
+def test_a_parents_v2_limit_binds_too(host: Path) -> None:
+    write(host / "proc/self/cgroup", "0::/user/job\n")
+    write(host / "cgroup/user/job/memory.max", "max\n")
+    write(host / "cgroup/user/memory.max", f"{6 * GB}\n")
+    assert hostinfo.host_memory() == (6 * GB, 6 * GB)
+
+
+def test_inside_a_container_the_root_group_is_read(host: Path) -> None:
+    # The path in /proc/self/cgroup can be the host's, which the container cannot see.
+    write(host / "proc/self/cgroup", "0::/docker/0123\n")
+    write(host / "cgroup/memory.max", f"{4 * GB}\n")
+    write(host / "cgroup/memory.current", f"{GB}\n")
+    assert hostinfo.host_memory() == (4 * GB, 3 * GB)
+
+
+def test_a_v1_limit_binds_and_its_no_limit_does_not(host: Path) -> None:
+    write(host / "proc/self/cgroup", "5:cpuset:/\n4:memory:/job\n0::/\n")
+    limit = host / "cgroup/memory/job/memory.limit_in_bytes"
+    write(limit, "9223372036854771712\n")
+    assert hostinfo.host_memory() == (32 * GB, 20 * GB)
+    write(limit, f"{3 * GB}\n")
+    write(limit.with_name("memory.usage_in_bytes"), f"{2 * GB}\n")
+    write(limit.with_name("memory.stat"), f"total_inactive_file {GB}\n")
+    assert hostinfo.host_memory() == (3 * GB, 2 * GB)
+
+
+def test_a_container_that_is_full_has_nothing_available(host: Path) -> None:
+    write(host / "proc/self/cgroup", "0::/\n")
+    write(host / "cgroup/memory.max", f"{4 * GB}\n")
+    write(host / "cgroup/memory.current", f"{5 * GB}\n")
+    assert hostinfo.host_memory() == (4 * GB, 0)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "0::", "a:b", "::::"])
+def test_a_malformed_cgroup_file_is_no_limit(host: Path, text: str) -> None:
+    write(host / "proc/self/cgroup", text)
+    assert hostinfo.host_memory() == (32 * GB, 20 * GB)
+    assert hostinfo.effective_cores() == 4
+
+
+def test_without_meminfo_three_quarters_of_the_memory_count_as_available(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host / "proc/meminfo").unlink()
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
+    assert hostinfo.host_memory() == (4096000, 3072000)
+
+
+def test_where_nothing_is_known_a_size_is_assumed_aloud(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> int:
+        raise ValueError(name)
+
+    (host / "proc/meminfo").unlink()
+    monkeypatch.setattr(os, "sysconf", refuse)
+    with pytest.warns(UserWarning, match="8 GB assumed"):
+        assert hostinfo.host_memory()[0] == 8 * GB
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("bad", 4)])
+def test_a_v2_cpu_quota_limits_the_cores(host: Path, quota: str, cores: int) -> None:
+    write(host / "proc/self/cgroup", "0::/job\n")
+    write(host / "cgroup/job/cpu.max", quota)
+    assert hostinfo.effective_cores() == cores
+
+
+def test_a_v1_cpu_quota_limits_the_cores(host: Path) -> None:
+    write(host / "proc/self/cgroup", "3:cpu,cpuacct:/job\n")
+    write(host / "cgroup/cpu,cpuacct/job/cpu.cfs_quota_us", "300000\n")
+    write(host / "cgroup/cpu,cpuacct/job/cpu.cfs_period_us", "100000\n")
+    assert hostinfo.effective_cores() == 3
+    write(host / "cgroup/cpu,cpuacct/job/cpu.cfs_quota_us", "-1\n")
+    assert hostinfo.effective_cores() == 4
+
+
+def test_hyperthreads_are_put_side_by_side_and_counted_once(host: Path) -> None:
+    for core in range(4):
+        write(host / f"cpu/cpu{core}/topology/physical_package_id", "0")
+        write(host / f"cpu/cpu{core}/topology/core_id", str(core % 2))
+    assert hostinfo.usable_cores() == [0, 2, 1, 3]
+    assert hostinfo.physical_cores([0, 2]) == 1
+    assert hostinfo.physical_cores([0, 1]) == 2
+
+
+def test_without_a_topology_every_core_is_its_own(host: Path) -> None:
+    assert hostinfo.usable_cores() == [0, 1, 2, 3]
+    assert hostinfo.physical_cores([0, 1, 2]) == 3
+
+
+def test_the_processors_name_is_read_or_made_up(host: Path) -> None:
+    write(host / "proc/cpuinfo", "processor: 0\nmodel name\t: Quick CPU 9\n")
+    assert hostinfo.cpu_model() == "Quick CPU 9"
+    (host / "proc/cpuinfo").unlink()
+    assert hostinfo.cpu_model()
+
+
+def test_the_real_host_has_memory_and_cores() -> None:
+    total, available = hostinfo.host_memory()
+    assert 0 < available <= total
+    assert 1 <= hostinfo.effective_cores() <= len(hostinfo.usable_cores())

@@ -1,0 +1,315 @@
+"""A split decoder must give the bits of the whole model: loss, logits and every gradient."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from numeric import assert_close_to_truth  # noqa: E402
+
+from spu.model import huggingface as hf  # noqa: E402
+from spu.nn import attention as hf_attention  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
+FAMILIES = ("InternLM3", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text", "Phi3")
+SCALING_FAMILIES = ("Granite", "Cohere")  # these scale the embedding or the logits in their own forward
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(family: str, **overrides):
+    config_class = getattr(transformers, f"{family}Config", None)
+    if config_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}Config")
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if family.startswith("Gemma"):
+        options["head_dim"] = 8
+    if family in ("Gemma2", "Gemma3Text", "Mistral"):
+        options["sliding_window"] = 8
+    if family.startswith("Gemma3"):
+        options["final_logit_softcapping"] = 2.0
+    if family == "Granite":
+        options.update(embedding_multiplier=3.0, logits_scaling=2.0)
+    options.update(overrides)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**options))
+    return model.train()
+
+
+def make_inputs(kind: str):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(64, (2, 16), generator=generator)
+    if kind == "ids":
+        return ids
+    mask = torch.ones_like(ids)
+    mask[0, 11:] = 0
+    if kind == "mask":
+        return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.arange(16).flip(0).repeat(2, 1)}
+
+
+def run_split(layers, inputs, cuts=()):
+    """Logits of the split model; at each cut the graph is detached, as between stages. Returns (logits, backward)."""
+    x, bridges = inputs, []
+    for index, (_, layer) in enumerate(layers):
+        if index in cuts:
+            leaf = x.detach().requires_grad_(True)
+            bridges.append((x, leaf))
+            x = leaf
+        x = layer(x, inputs) if index else layer(inputs, inputs)
+
+    def backward(loss):
+        loss.backward()
+        for output, leaf in reversed(bridges):
+            output.backward(leaf.grad)
+
+    return x, backward
+
+
+def loss_of(logits):
+    targets = torch.randint(64, (32,), generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if not torch.equal(actual, expected):
+        where = (actual != expected).nonzero()[0].tolist()
+        values = actual[tuple(where)].item(), expected[tuple(where)].item()
+        raise AssertionError(f"{what} {tuple(actual.shape)} differs at {where}: {values[0]!r} against {values[1]!r}")
+
+
+def assert_split_is_exact(model, inputs, cuts=(2, 4)):
+    whole = copy.deepcopy(model)
+    kwargs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+    expected = whole(**kwargs, use_cache=False).logits
+    loss = loss_of(expected)
+    loss.backward()
+
+    logits, backward = run_split(hf.decoder_layers(model), inputs, cuts)
+    assert_same_bits(logits, expected, "logits")
+    split_loss = loss_of(logits)
+    backward(split_loss)
+    assert_same_bits(split_loss, loss, "loss")
+    gradients = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert_same_bits(parameter.grad, gradients[name].grad, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("kind", ["ids", "mask", "positions"])
+@pytest.mark.parametrize("family", FAMILIES + SCALING_FAMILIES)
+def test_split_equals_whole(family, kind):
+    # A tied weight used on both sides of a cut sums its two gradients in another order: compared untied here.
+    assert_split_is_exact(make_model(family, tie_word_embeddings=False), make_inputs(kind))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_tied_embeddings_share_the_parameter(family):
+    model = make_model(family, tie_word_embeddings=True)
+    layers = dict(hf.decoder_layers(model))
+    assert layers["embed"].embed_tokens.weight is layers["head"].lm_head.weight
+    assert_split_is_exact(make_model(family, tie_word_embeddings=True), make_inputs("ids"), cuts=())
+
+
+def test_what_follows_the_head_is_honoured():
+    capped = make_model("Gemma3Text", final_logit_softcapping=0.01)
+    layers = hf.decoder_layers(capped)
+    logits, _ = run_split(layers, make_inputs("ids"))
+    assert logits.abs().max() <= 0.01
+
+
+@pytest.mark.parametrize("family", ["InternLM3", "Qwen2", "Gemma3Text"])
+def test_half_parts_equal_transformers_own_half_model(family, tmp_path):
+    """`.half()` on the parts gives the model that transformers loads in fp16 (its rotary tables stay fp32)."""
+    model = make_model(family, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    hf_attention.use_attention(loaded)
+    ids = make_inputs("ids")
+    layers = hf.decoder_layers(model)
+    for _, layer in layers:
+        layer.half()
+    with torch.no_grad():
+        logits, _ = run_split(layers, ids)
+        assert logits.dtype == torch.float16
+        assert_same_bits(logits, loaded(input_ids=ids, use_cache=False).logits, "fp16 logits")
+    calls = layers[1][1]._context.layer_calls(torch.zeros(2, 16, 32), ids)
+    assert calls[0][1]["position_embeddings"][0].dtype == torch.float32
+
+
+def test_parameter_names_cover_the_state_dict_once():
+    model = make_model("Qwen3", tie_word_embeddings=False)
+    names: dict[str, torch.Tensor] = {}
+    for _, layer in hf.decoder_layers(model):
+        local = dict(layer.named_parameters())
+        for key, full in layer.parameter_names().items():
+            assert full not in names
+            names[full] = local[key]
+    own = dict(model.named_parameters())
+    assert names.keys() == own.keys()
+    assert all(names[key] is own[key] for key in own)
+
+
+def test_layer_names_follow_the_model():
+    names = [name for name, _ in hf.decoder_layers(make_model("InternLM3"))]
+    assert names == ["embed", "layers.0", "layers.1", "layers.2", "layers.3", "head"]
+
+
+def test_stages_in_threads_do_not_disturb_each_other():
+    """Microbatches with masks of their own, in threads at once: each gets its own result."""
+    layers = hf.decoder_layers(make_model("Gemma2"))
+    batches, expected = [], []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(64, (2, 16), generator=generator)
+        mask = (torch.arange(16) < torch.tensor([[16], [4 + 2 * seed]])).long()
+        batches.append({"input_ids": ids, "attention_mask": mask} if seed else ids)
+    with torch.no_grad():
+        expected = [run_split(layers, batch)[0] for batch in batches]
+    failures: list[str] = []
+
+    def work(which: int) -> None:
+        torch.set_num_threads(1)
+        for _ in range(10):
+            with torch.no_grad():
+                logits, _ = run_split(layers, batches[which])
+            if not torch.equal(logits, expected[which]):
+                failures.append(f"batch {which}")
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_context_is_computed_once_per_shape_and_once_per_masked_batch(monkeypatch):
+    layers = hf.decoder_layers(make_model("Llama"))
+    context = layers[1][1]._context
+    runs = []
+    original = context.run
+    monkeypatch.setattr(context, "run", lambda *a: runs.append(1) or original(*a))
+    with torch.no_grad():
+        run_split(layers, make_inputs("ids"))
+        run_split(layers, make_inputs("ids") + 0)
+        assert len(runs) == 1, "ids of one shape share one context"
+        masked = make_inputs("mask")
+        run_split(layers, masked)
+        assert len(runs) == 2, "the layers of one masked batch share one context"
+        before = run_split(layers, masked)[0]
+        masked["attention_mask"][1, 3:] = 0
+        after = run_split(layers, masked)[0]
+    assert not torch.equal(before, after), "a mask changed in place is seen"
+
+
+def test_evaluation_under_inference_mode_does_not_spoil_training():
+    layers = hf.decoder_layers(make_model("Llama"))
+    with torch.inference_mode():
+        run_split(layers, make_inputs("ids"))
+    logits, backward = run_split(layers, make_inputs("ids"))
+    backward(loss_of(logits))
+
+
+def test_layers_run_on_fake_and_meta_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layers = hf.decoder_layers(make_model("Mistral"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = copy.deepcopy(layers[1][1])
+        out = fake(mode.from_tensor(torch.zeros(2, 16, 32)), mode.from_tensor(make_inputs("ids")))
+    assert out.shape == (2, 16, 32)
+    meta = copy.deepcopy(layers[1][1]).to("meta")
+    assert meta(torch.zeros(2, 16, 32, device="meta"), make_inputs("ids").to("meta")).device.type == "meta"
+    real = layers[1][1](torch.zeros(2, 16, 32), make_inputs("ids"))
+    assert type(real) is torch.Tensor, "fake contexts are not kept for real tensors"
+
+
+def test_models_that_cannot_be_split_are_refused_by_name():
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no base_model_pp_plan.*Llama"):
+        hf.decoder_layers(gpt2)
+    with pytest.raises(ValueError, match=r"LlamaModel has no language-model head.*AutoModelForCausalLM"):
+        hf.decoder_layers(make_model("Llama").model)
+    with pytest.raises(ValueError, match="Linear is not a transformers model"):
+        hf.decoder_layers(torch.nn.Linear(2, 2))
+    stray = make_model("Llama")
+    stray.model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"outside its pipeline plan \(model.extra.weight"):
+        hf.decoder_layers(stray)
+
+
+def test_is_decoder():
+    assert hf.is_decoder(make_model("Llama"))
+    assert not hf.is_decoder(torch.nn.Linear(2, 2))
+
+
+def test_unknown_inputs_are_refused():
+    embed = hf.decoder_layers(make_model("Llama"))[0][1]
+    with pytest.raises(ValueError, match="remove labels"):
+        embed({"input_ids": make_inputs("ids"), "labels": make_inputs("ids")})
+    with pytest.raises(TypeError, match="input_ids"):
+        embed(3)
+
+
+def attention_inputs(dtype):
+    q = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return q, q[:, :2] * 0.5, q[:, 2:] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_half_attention_with_a_mask_is_fp32_rounded_once(family, dtype):
+    attention = hf_attention.eager_attention if family == "Gemma2" else hf_attention.sdpa_attention
+    module = make_model(family).model.layers[1].self_attn
+    q, k, v = attention_inputs(dtype)
+    mask = torch.zeros(16, 16).masked_fill(torch.ones(16, 16, dtype=torch.bool).triu(1), float("-inf"))[None, None]
+    truth, _ = attention(module, q.float(), k.float(), v.float(), mask, scaling=0.3)
+    actual, _ = attention(module, q, k, v, mask.to(dtype), scaling=0.3)
+    assert_same_bits(actual, truth.to(dtype), "attention output")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_attention_without_a_mask_is_as_exact(dtype):
+    """The fused kernel adds in another order: a value half-way between two may round the other way."""
+    module = make_model("Llama").model.layers[1].self_attn
+    q, k, v = attention_inputs(dtype)
+    for causal in (None, False):
+        truth, _ = hf_attention.sdpa_attention(
+            module, q.double(), k.double(), v.double(), None, scaling=0.3, is_causal=causal
+        )
+        plain = truth.float().to(dtype)
+        actual, _ = hf_attention.sdpa_attention(module, q, k, v, None, scaling=0.3, is_causal=causal)
+        assert_close_to_truth(actual, plain, truth, factor=1.0)
+
+
+def test_attention_is_switched_only_from_torchs_own():
+    model = make_model("Llama")
+    hf.decoder_layers(model)
+    assert model.config._attn_implementation == "spu"
+    eager = make_model("Gemma2")
+    eager.set_attn_implementation("eager")
+    hf.decoder_layers(eager)
+    assert eager.config._attn_implementation == "spu_eager"

@@ -1,0 +1,65 @@
+"""MasterOptimizer: any optimizer of torch, on fp32 masters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from numeric import assert_equal
+from test_optim import SHAPES, parameters, random_grads, set_grads, twins
+from torch import Tensor
+
+from spu.optim.adamw import MasterOptimizer
+
+
+def sgd(params: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_master_optimizer_runs_any_optimizer_in_fp32(dtype: torch.dtype) -> None:
+    params = parameters(dtype)
+    others = twins(params)
+    ours, theirs = MasterOptimizer(sgd, params), sgd(others)
+    for turn in range(6):
+        grads = random_grads()
+        set_grads(params, grads)
+        ours.step(found_inf=torch.tensor([float(turn == 3)]), grad_scale=torch.tensor([0.5]))
+        if turn != 3:
+            set_grads(others, [g * 0.5 for g in grads])
+            theirs.step()
+        for i, (a, b) in enumerate(zip(params, others)):
+            assert_equal(a.detach(), b.detach().to(dtype), f"step {turn}, parameter {i}")
+    assert [m is None for m in ours.masters()] == [dtype == torch.float32] * len(params)
+    for param_group in ours.param_groups:
+        param_group["lr"] = 0.0
+    before = copy.deepcopy([p.detach() for p in params])
+    set_grads(params, random_grads())
+    ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, before))
+
+
+def test_master_optimizer_state_continues_bit_for_bit() -> None:
+    params = parameters(torch.float16)
+    masters = [torch.randn(shape) for shape in SHAPES]
+    optimizer = MasterOptimizer(sgd, params, masters)
+    set_grads(params, random_grads())
+    optimizer.step()
+    others = parameters(torch.float16)
+    loaded = MasterOptimizer(sgd, others)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        grads = random_grads()
+        set_grads(params, grads)
+        set_grads(others, grads)
+        optimizer.step()
+        loaded.step()
+    for a, b in zip([*params, *optimizer.masters()], [*others, *loaded.masters()]):
+        assert_equal(b.detach(), a.detach())
+    with pytest.raises(ValueError, match=r"1 masters for 4 parameters"):
+        MasterOptimizer(sgd, params, masters[:1])
+    with pytest.raises(ValueError, match=r"state has 4 masters, this optimizer 1 parameters"):
+        MasterOptimizer(sgd, params[:1]).load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)

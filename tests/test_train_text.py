@@ -1,0 +1,139 @@
+"""What is given as text and is none, or is in another form: recognised by its content, refused with the fix."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from spu.cli.app import main  # noqa: E402
+from spu.train import data as data_module  # noqa: E402
+from spu.train.data import make_corpus, read_text, tokenise  # noqa: E402
+from spu.train.model import ByteTokenizer, FileTokenizer  # noqa: E402
+from spu.train.text import clean_text, is_utf8  # noqa: E402
+
+TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "fix"),
+    [
+        (b"PAR1" + bytes(100) + b"PAR1", "a Parquet file", "pandas.read_parquet"),
+        (b"ARROW1" + bytes(100), "an Arrow file", "pandas.read_feather"),
+        (gzip.compress(TEXT.encode()), "compressed by gzip", "gunzip -k FILE"),
+        (bz2.compress(TEXT.encode()), "compressed by bzip2", "bunzip2 -k FILE"),
+        (lzma.compress(TEXT.encode()), "compressed by xz", "unxz -k FILE"),
+        (b"\x28\xb5\x2f\xfd" + bytes(50), "compressed by zstd", "unzstd FILE"),
+        (b"PK\x03\x04" + bytes(50), "a zip archive", "unzip FILE"),
+        (b"text.txt" + bytes(249) + b"ustar" + bytes(255), "a tar archive", "tar -xf FILE"),
+        (b"%PDF-1.7\n" + bytes(50), "a PDF", "pdftotext FILE"),
+        (b"\x93NUMPY\x01" + bytes(50), "a NumPy array", "give the text"),
+        (b"\x80\x04\x95" + bytes(50), "a pickle", "give the text"),
+        (TEXT.encode("utf-16"), "UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE > FILE.utf8"),
+        (TEXT.encode("utf-16-le"), "UTF-16LE text", "iconv -f UTF-16LE -t UTF-8 FILE"),
+        (TEXT.encode("utf-16-be"), "UTF-16BE text", "iconv -f UTF-16BE -t UTF-8 FILE"),
+        (TEXT.encode("utf-32"), "UTF-32 text", "iconv -f UTF-32 -t UTF-8 FILE"),
+        (TEXT.encode("latin-1"), r"not in UTF-8 \(byte 4 is 0xe0\)", "iconv -f ISO-8859-1 -t UTF-8 FILE"),
+        (json.dumps({"text": TEXT}).encode(), "JSON,", "write the texts in it to a file"),
+        (json.dumps([{"text": TEXT}] * 3, indent=1).encode(), "JSON,", "write the texts in it to a file"),
+        (json.dumps([TEXT, TEXT]).encode(), "JSON,", "write the texts in it to a file"),
+        (f"{json.dumps({'text': TEXT})}\n".encode() * 3, "JSON Lines", r"json.loads\(l\)\['text'\]"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(content: bytes, what: str, fix: str) -> None:
+    """Training on such bytes went well, without a word."""
+    with pytest.raises(ValueError, match=f"--data FILE is (text, but )?{what}.*{fix}"):
+        clean_text("FILE", content)
+
+
+@pytest.mark.parametrize("text", ["[Chapter 1]\nOnce.", "{ hello }", "(a) [b] {c}\n", "PARIS", "[1] A footnote.", ""])
+def test_text_that_looks_a_little_like_something_else_is_text(text: str) -> None:
+    assert clean_text("FILE", text.encode()) == text.encode()
+
+
+def test_line_ends_and_a_byte_order_mark_are_not_trained_on() -> None:
+    assert clean_text("FILE", b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r") == b"one\ntwo\n\nthree\r"
+
+
+def test_a_character_across_two_pieces_is_utf8() -> None:
+    assert is_utf8(b"x" * ((1 << 20) - 1) + "é".encode())
+    assert not is_utf8(b"x" * ((1 << 20) - 1) + "é".encode()[:1])
+    with pytest.raises(ValueError, match=r"byte 1048575 is 0xe9"):
+        clean_text("FILE", b"x" * ((1 << 20) - 1) + b"\xe9t\xe9")
+
+
+def test_other_bytes_are_for_models_of_bytes_and_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(bytes(range(256)) * 8)
+    said: list[str] = []
+    corpus = make_corpus(str(tmp_path / "bytes"), ByteTokenizer(), 16, said.append)
+    assert len(corpus.train) + len(corpus.validation) == 2048
+    assert said == [f"{tmp_path / 'bytes'} is not text: it is trained on byte by byte"]
+    tokenizer = ByteTokenizer()
+    tokenizer.name = "tokenizer of m"
+    with pytest.raises(ValueError, match="is not text in UTF-8, which tokenizer of m needs"):
+        make_corpus(str(tmp_path / "bytes"), tokenizer, 16)
+
+
+def test_a_file_is_refused_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(64))
+    with pytest.raises(ValueError, match=r"--data .*t.parquet is a Parquet file"):
+        read_text(str(tmp_path / "t.parquet"))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", str(tmp_path / "t.parquet"), "--out", str(tmp_path / "runs")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It replaced the first without a word."""
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text(TEXT)
+    second.write_text(TEXT)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--data", str(first), "--data", str(second), "--out", str(tmp_path / "runs")])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"spu: error: --data is given 2 times, and a run has one text: cat {first} {second} > all.txt\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def trained_tokenizer(folder: Path, kind: str) -> FileTokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "byte-level":  # as GPT-2, Llama 3, Qwen
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:  # as Llama 2: a space before the beginning, which a second piece must not get
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *byte_tokens])
+    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return FileTokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("join", ["\n", " "], ids=["lines", "one line"])
+def test_tokenising_piece_by_piece_gives_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, join: str
+) -> None:
+    tokenizer = trained_tokenizer(tmp_path, kind)
+    text = (join.join(TEXT.splitlines()) + "\n\n  indented\n").encode()
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(data_module, "_PIECE", 500)
+    monkeypatch.setattr(data_module, "_REPORT_S", -1.0)
+    said: list[str] = []
+    assert torch.equal(tokenise(text, tokenizer, "FILE", said.append), whole)
+    assert len(said) >= 3, "it was not cut"
+    assert said[-1].startswith("tokenising FILE: ")

@@ -1,0 +1,127 @@
+"""Plans from settings: searched for, measured, and made again from a step's own times; with nothing lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from typing import ClassVar
+
+import pytest
+import torch
+from numeric import assert_equal
+from pipelines import devices
+from torch import nn
+
+import spu
+from spu import ModelParallelTrainer, schedules
+from spu.cost.measure import time_layers
+from spu.engine.loss import cross_entropy
+from spu.model.layers import parts_as_layers
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Rated(nn.Linear):
+    """A linear layer that takes its time on one device."""
+
+    slow: ClassVar[str] = "cpu:0"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(40e-3 if self.slow in threading.current_thread().name else 0.0)
+        return super().forward(x)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(4) for layer in (Rated(6, 6), nn.Tanh())))
+
+
+def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, 6, generator=generator), torch.randint(6, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize(("slow", "more", "precision"), [("cpu:0", 1, "fp32"), ("cpu:1", 0, "fp16")])
+def test_layers_move_to_the_faster_device_and_training_goes_on_to_the_bit(
+    slow: str, more: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rated, "slow", slow)
+    lines: list[str] = []
+    losses, parts = [], []
+    for replan in (False, True):
+        own = model()
+        how = {"precision": precision, "microbatches": 2, "lr": 0.05, "report": lines.append, "replan": replan}
+        with ModelParallelTrainer(own, devices(), **how) as trainer, spu.use_backend("reference"):
+            losses.append([trainer.step(*batch()).loss for _ in range(3)])
+            parts.append([stage.layers[1] - stage.layers[0] for stage in trainer.plan.stages])
+            assert trainer.steps_done == 3
+            state = trainer.state_dict_for_model()
+        if not replan:
+            expected = state
+    assert parts[1][more] > parts[0][more]
+    assert losses[0] == losses[1]
+    for name, value in state.items():
+        assert_equal(value, expected[name], name)
+    assert any(line.startswith("planned again: layers cpu:0 ") for line in lines)
+
+
+def test_what_is_auto_is_chosen_by_simulating_measured_layers() -> None:
+    own = model()
+    plain = copy.deepcopy(own)
+    x, y = batch()
+    with ModelParallelTrainer(
+        own, devices(), precision="fp32", schedule="auto", microbatches="auto", loss_fn=nn.CrossEntropyLoss()
+    ) as trainer:
+        loss, _ = trainer.forward_backward(x, y)
+        plan = trainer.plan
+        assert plan.predicted.basis == "measured"
+        assert plan.settings.schedule in schedules.names()
+        assert 8 % plan.settings.microbatches == 0
+        assert len(plan.devices) == 2
+        gradients = [p.grad for p in own.parameters()]
+        assert trainer.replan().predicted.basis == "measured"
+    expected = nn.functional.cross_entropy(plain(x), y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_search_needs_targets_and_replanning_a_step() -> None:
+    with ModelParallelTrainer(model(), devices(), schedule="auto") as trainer:
+        with pytest.raises(RuntimeError, match="no step has run yet"):
+            trainer.replan()
+        with pytest.raises(ValueError, match="need a sample of targets"):
+            trainer.prepare(batch()[0])
+    with pytest.raises(ValueError, match=r"microbatches.*'some'"):
+        ModelParallelTrainer(model(), devices(), microbatches="some")
+
+
+def test_predicted_beside_measured_comes_after_the_second_step_with_each_devices_bytes() -> None:
+    said: list[str] = []
+    with ModelParallelTrainer(model(), devices(), precision="fp32", microbatches=4, report=said.append) as trainer:
+        trainer.step(*batch())
+        assert said == []
+        trainer.step(*batch())
+        trainer.step(*batch())
+        peaks = trainer.plan.predicted.peak_bytes
+    (text,) = said
+    rows = {tuple(line.split()[:2]): line for line in text.splitlines()}
+    for name, predicted in zip(("cpu:0", "cpu:1"), peaks):
+        off = float(rows[name, "peak"].split()[-1].rstrip("%"))
+        assert -10 < off < 10, f"{name}: predicted {predicted}: {rows[name, 'peak']}"
+    assert ("idle", "share") in rows
+
+
+def test_layers_of_a_kind_are_timed_twice_and_every_layer_and_the_loss_get_seconds() -> None:
+    layers = parts_as_layers([nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)])
+    x, y = batch()
+    rows = time_layers(layers, x, y, devices(), cross_entropy, precision="fp32", repeats=1)
+    assert [len(row) for row in rows] == [6, 6]
+    for row in rows:
+        assert len({row[0], row[2], row[3], row[4]}) == 1
+        assert min(row[-1]) > 0
