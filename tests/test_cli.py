@@ -375,7 +375,8 @@ def test_doctor_and_devices_print_their_tables(capsys, tmp_path, monkeypatch):
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys, spu.cli\ntry: spu.cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        "import sys\nfrom spu.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
