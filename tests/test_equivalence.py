@@ -24,7 +24,7 @@ from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
 from spu.model.layers import Layer, Moment, model_layers
 from spu.settings import Settings
-from spu.trainer import placement
+from spu.trainer import planner
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -84,7 +84,7 @@ PIPELINES = [
 def costs_counted_once() -> Iterator[None]:
     """Nine tenths of these tests' time went into counting the same few models' costs, hundreds of times."""
     known: dict[Any, Any] = {}
-    count = placement.model_costs
+    count = planner.model_costs
 
     def counted(layers: Any, sample: Any, settings: Settings, loss_fn: Any, targets: Any) -> Any:
         models = [(layer.name, repr(layer.module), *(p.shape for p in layer.module.parameters())) for layer in layers]
@@ -95,7 +95,7 @@ def costs_counted_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placement, "model_costs", counted)
+        patch.setattr(planner, "model_costs", counted)
         yield
 
 

@@ -18,6 +18,19 @@ from typing import IO, Any
 
 import torch
 
+__all__ = [
+    "CHUNK_BYTES",
+    "DTYPES",
+    "NAMES",
+    "CheckpointError",
+    "Stored",
+    "damaged",
+    "digest_of",
+    "memory",
+    "open_directory",
+    "read_manifest",
+]
+
 FORMAT, VERSION = "spu-checkpoint", 1
 TENSORS, META, MANIFEST = "tensors.safetensors", "meta.json", "manifest.json"
 CHUNK_BYTES = 1 << 24

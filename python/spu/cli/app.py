@@ -18,6 +18,8 @@ from spu.common.options import Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
 from spu.train.options import read_options
 
+__all__ = ["app", "devices", "doctor", "guarded", "main", "options", "plan", "takes", "train", "tune"]
+
 BAD_INPUT, INTERRUPTED = 2, 130
 
 app = typer.Typer(

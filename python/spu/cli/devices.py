@@ -7,6 +7,8 @@ from spu.common.units import columns, format_bytes
 from spu.devices.manager import Device, DeviceManager
 from spu.devices.speed import measure_device, measure_link, measure_loopback
 
+__all__ = ["device_lines", "doctor_lines"]
+
 
 def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[str]:
     """A table of devices with measured speeds, and one of the links between them.

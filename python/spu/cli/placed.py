@@ -8,6 +8,8 @@ from spu.plan import Plan
 from spu.settings import AUTO, Recompute
 from spu.train.config import option
 
+__all__ = ["planned_settings"]
+
 
 def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str, Any]:
     """Settings of `TrainConfig` with those that the plan decides.

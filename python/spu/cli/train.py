@@ -16,6 +16,8 @@ from spu.train.loop import Job, draw_losses, train
 from spu.train.run_folder import find_folder, new_folder
 from spu.train.signals import Stopped, StopSignals
 
+__all__ = ["train_command"]
+
 
 def train_command(given: dict[str, Any], options: RunOptions) -> Path:
     """Start or go on with a run and print what came of it.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+__all__ = ["columns", "format_bytes", "format_bytes_up", "format_seconds"]
+
 
 def format_bytes(count: int | float) -> str:
     """``count`` bytes in powers of 1000 with three digits: "0 B", "64 B", "1.50 GB"; rounded to nearest."""

@@ -17,6 +17,26 @@ import torch
 from spu.common.codecs import CODECS as CODECS
 from spu.common.codecs import Codec as Codec
 
+__all__ = [
+    "ALIGN_BYTES",
+    "DTYPES",
+    "HEADER_BYTES",
+    "MAGIC",
+    "MAX_NDIM",
+    "VERSION",
+    "Header",
+    "block_count",
+    "check_source",
+    "codec_of",
+    "header",
+    "numel_of",
+    "packed_bytes",
+    "parse_header",
+    "payload_bytes",
+    "scales_bytes",
+    "wire_bytes",
+]
+
 MAGIC = b"SPUW"
 VERSION = 1
 ALIGN_BYTES = 64

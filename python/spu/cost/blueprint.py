@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spu.common import torch_private
+from spu.cost.layers import model_costs
+from spu.model.export import cut_graph
 from spu.model.layers import Layer, model_layers
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
@@ -99,7 +101,6 @@ def costs_by_rows(
     All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
     both, whatever the rows.
     """
-    from spu.trainer.placement import model_costs
 
     @lru_cache(maxsize=2)
     def counted(rows: int) -> list[LayerCost]:
@@ -150,8 +151,6 @@ def export_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tup
     Raises:
         ValueError: the model cannot be exported.
     """
-    from spu.model.export import cut_graph
-
     try:
         program = torch.export.export(model, example_inputs, strict=False)
     except Exception as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,10 @@ from spu.common.tracker import Tally
 from spu.engine.build import Built
 
 if TYPE_CHECKING:
+    from spu.devices.manager import Device
     from spu.engine.runner import Runner
 
-__all__ = ["counted_bytes", "state_bytes"]
+__all__ = ["counted_bytes", "peak_bytes", "state_bytes"]
 
 
 @contextmanager
@@ -54,3 +56,23 @@ def state_bytes(built: Built, optimizers: list, ranks: list[int]) -> list[int]:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         storages[rank].update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
     return [sum(own.values()) for own in storages]
+
+
+def peak_bytes(devices: Sequence[Device]) -> dict[str, int]:
+    """The most memory in use so far: of each GPU by torch's allocator, and of the whole process for the CPU."""
+    peaks = {}
+    for device in devices:
+        if device.torch_device.type == "cuda":
+            peaks[device.name] = torch.cuda.max_memory_allocated(device.torch_device)
+        else:
+            peaks["cpu"] = _peak_resident_bytes()
+    return peaks
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

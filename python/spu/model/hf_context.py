@@ -21,6 +21,8 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
 
+__all__ = ["Context", "Inputs", "LayerCall", "Recorder", "copy_without_children", "is_fake", "split_inputs"]
+
 Inputs = torch.Tensor | dict[str, torch.Tensor]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 _KEPT_CONTEXTS = 16  # contexts of that many different (shape, device, dtype) are kept

@@ -12,6 +12,8 @@ from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fus
 from spu.nn.linear import Linear
 from spu.nn.table import BLOCKS
 
+__all__ = ["accelerate", "is_accelerated", "restore"]
+
 _Model = TypeVar("_Model", bound=nn.Module)
 _MARK = "_spu_accelerated"
 

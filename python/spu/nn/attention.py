@@ -23,6 +23,16 @@ from spu.ops import attention
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact
 
+__all__ = [
+    "EAGER_NAME",
+    "SDPA_NAME",
+    "eager_attention",
+    "register_attention",
+    "restore_attention",
+    "sdpa_attention",
+    "use_attention",
+]
+
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
 _OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}

@@ -21,6 +21,18 @@ from spu.ops.gated import fused_gated_mlp
 from spu.ops.linear import compute_dtype
 from spu.ops.plain import takes
 
+__all__ = [
+    "MIXINS",
+    "FusedBlock",
+    "FusedGated",
+    "FusedPair",
+    "FusedSequential",
+    "FusedTransposedLinear",
+    "activation_of",
+    "from_library",
+    "fused_class",
+]
+
 
 def from_library(cls: type) -> bool:
     """Whether a class was defined in one of the libraries that the table speaks of."""

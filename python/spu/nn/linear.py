@@ -13,6 +13,8 @@ from spu.ops.linear import fused_linear_act, torch_linear_act
 from spu.ops.plain import plain, takes
 from spu.ops.reference.linear import torch_activation
 
+__all__ = ["Linear", "fused_linear", "torch_linear"]
+
 
 class Linear(nn.Linear):
     """``act(x @ weight.T + bias)`` in one op; parameters, state_dict keys and initialisation are nn.Linear's.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+__all__ = ["ACTIVATIONS", "BLOCKS", "LIBRARIES", "Block", "GatedBlock", "PairBlock", "TransposedLinear"]
+
 LIBRARIES = ("transformers", "transformers_modules")  # a class counts only if it was defined in one of these
 
 

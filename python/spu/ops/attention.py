@@ -19,6 +19,8 @@ from spu.ops.dispatch import choose_backend
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, wide
 
+__all__ = ["attention"]
+
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
     *qkv, scale, causal = inputs

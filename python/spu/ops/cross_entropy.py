@@ -26,6 +26,8 @@ from spu.ops.plain import fake, takes
 from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import MainGrad, at_once, sinks_of
 
+__all__ = ["linear_cross_entropy"]
+
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
 

@@ -15,6 +15,21 @@ import torch
 from spu.kernels import table
 from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table, arch_name
 
+__all__ = [
+    "DTYPES",
+    "FORMS",
+    "candidates",
+    "choose_tiles",
+    "derived",
+    "packed_tiles",
+    "serves",
+    "takes",
+    "tile_table",
+    "tiles",
+    "uncovered",
+    "wanted",
+]
+
 FORMS = ("linear", "linear_dx", "linear_dw")
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _ALIGNED = 8  # the tensor-core products read rows of 16 bytes

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["Cut", "LeafCut", "cut", "cut_leaf"]
+
 
 class Cut:
     """Where the gradient of a cut tensor arrives.

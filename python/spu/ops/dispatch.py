@@ -29,6 +29,22 @@ from spu.common.torch_private import constant_when_traced, operator_has_kernel
 from spu.ops import schema
 from spu.ops.schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
+__all__ = [
+    "CUDA_BACKENDS",
+    "DTYPES",
+    "BackendStatus",
+    "Loader",
+    "backends",
+    "choose_backend",
+    "cuda_candidates",
+    "cuda_library_status",
+    "forced_backend",
+    "has_kernel",
+    "select_cuda",
+    "status_of",
+    "use_backend",
+]
+
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (*STORAGE, torch.float64),
     "cpu": STORAGE,

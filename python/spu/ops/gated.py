@@ -28,6 +28,8 @@ from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
 from spu.ops.sink import GradSink, sinks_of
 
+__all__ = ["GATED_ACTIVATIONS", "fused_gated_mlp", "gated_mlp"]
+
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 

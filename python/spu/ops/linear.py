@@ -24,6 +24,18 @@ from spu.ops.plain import takes
 from spu.ops.reference.linear import ACTIVATIONS, autocast_enabled, exact, torch_activation
 from spu.ops.sink import MainGrad, sinks_of
 
+__all__ = [
+    "check_activation",
+    "check_dtypes",
+    "compute_dtype",
+    "fused_linear_act",
+    "linear_act",
+    "linear_db_",
+    "linear_dw_",
+    "linear_dw_db_",
+    "torch_linear_act",
+]
+
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
 _FLOATS = DTYPES["reference"]
 

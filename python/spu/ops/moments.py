@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["MOMENTS", "fits", "load_moment", "moment_bytes", "moments_of", "new_moment", "noise", "stored_moment"]
+
 MOMENTS = ("fp32", "bf16", "int8")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -15,6 +15,8 @@ from spu.ops.dispatch import DTYPES, choose_backend, forced_backend, status_of
 from spu.ops.reference.optimizer import adamw_plain
 from spu.ops.sink import MainGrad
 
+__all__ = ["PLAIN", "adamw_", "grad_norm", "grad_sqnorm", "on_device", "unscale_"]
+
 PLAIN = (torch.float64, torch.complex64, torch.complex128)
 
 

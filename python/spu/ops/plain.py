@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from spu.common.torch_private import FakeTensor, forward_mode_active, transformed
 
+__all__ = ["fake", "plain", "refuse_derivatives_of_backward", "takes"]
+
 # FakeTensors stand for plain ones: what is planned or compiled on them will run on those.
 _TYPES = frozenset((Tensor, nn.Parameter, FakeTensor))
 _strided = torch.strided

@@ -34,6 +34,17 @@ from spu.ops.reference import (
     optimizer as reference_optimizer,
 )
 
+__all__ = [
+    "BACKENDS",
+    "COMPOSED",
+    "COMPOSED_REFERENCE",
+    "FAKES",
+    "SCHEMAS",
+    "overload",
+    "register_autograd",
+    "register_backend",
+]
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 _LIBRARY = torch.library.Library("spu", "DEF")  # kept alive: the ops vanish with it

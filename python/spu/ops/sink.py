@@ -23,6 +23,22 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spu.common.torch_private import at_end_of_backward, backward_hooks, graph_task_id, will_execute
 from spu.ops import wide_sums
 
+__all__ = [
+    "BackwardScope",
+    "GradSink",
+    "MainGrad",
+    "accumulates",
+    "adopting",
+    "at_once",
+    "attach_sink",
+    "current_scope",
+    "detach_sink",
+    "has_foreign_hook",
+    "open_scope",
+    "sink_of",
+    "sinks_of",
+]
+
 _T = TypeVar("_T")
 
 

@@ -28,6 +28,8 @@ from torch import Tensor
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import has_onednn_sums
 
+__all__ = ["Call", "install"]
+
 _FEW_TERMS = (
     64  # a 16-bit sum of so few is off by a few units of its last place: pooling as models use it stays torch's
 )

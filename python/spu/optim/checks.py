@@ -11,6 +11,8 @@ from torch import Tensor
 from spu.common.dtypes import STORAGE
 from spu.ops.optimizer import PLAIN, on_device
 
+__all__ = ["MODES", "Constants", "check_grad", "check_saved", "check_settings", "control", "step_number"]
+
 # Settings of torch.optim.AdamW that mean another update than this library makes, and those that another class has.
 _OTHER_UPDATES = ("amsgrad", "maximize")
 MODES = ("capturable", "differentiable")

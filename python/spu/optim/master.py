@@ -13,6 +13,8 @@ from spu.ops.optimizer import on_device
 from spu.ops.reference.optimizer import follow
 from spu.optim.checks import check_grad, control
 
+__all__ = ["MasterOptimizer"]
+
 
 class MasterOptimizer:
     """Any torch optimizer, run on fp32 parameters and on the fp32 masters of 16-bit ones.

@@ -11,6 +11,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+__all__ = [
+    "END_BYTES",
+    "LAYER_BYTES",
+    "Choice",
+    "Problem",
+    "StageCosts",
+    "nearest",
+    "nearest_python",
+    "place",
+    "place_python",
+]
+
 NONE, ALL, AUTO = 0, 1, 2
 """Recompute: no layer, every layer, or as few as the budget asks for."""
 

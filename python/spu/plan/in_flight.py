@@ -8,6 +8,8 @@ from spu import schedules
 from spu.schedules import Action
 from spu.schedules.simulate import FlatSchedule, flatten
 
+__all__ = ["actions_of", "held_moments", "held_together", "in_flight_of", "skeleton_of"]
+
 
 @lru_cache(maxsize=256)
 def actions_of(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[Action]]:

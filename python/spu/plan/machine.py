@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from spu.devices.manager import Device
 
+__all__ = [
+    "CLASSES",
+    "REACHED",
+    "Card",
+    "Machine",
+    "Speed",
+    "given_speed",
+    "make_machine",
+    "nominal_speed",
+    "read_speeds",
+]
+
 
 @dataclass(frozen=True)
 class Card:

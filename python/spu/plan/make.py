@@ -15,6 +15,8 @@ from spu.plan.refusal import refusal
 from spu.plan.request import Placement, Request
 from spu.settings import Settings
 
+__all__ = ["make_plan", "with_bases", "write_plan"]
+
 
 def make_plan(
     layer_costs: Sequence[LayerCost],

@@ -8,6 +8,18 @@ from dataclasses import dataclass, fields
 from spu.common import wire
 from spu.plan.layer_cost import LayerCost
 
+__all__ = [
+    "ITEM_BYTES",
+    "WIRE_BUFFERS",
+    "Boundary",
+    "MicrobatchBytes",
+    "StageBytes",
+    "StageMemory",
+    "pinned_bytes",
+    "state_bytes",
+    "wire_bytes",
+]
+
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from spu.plan import core
 
+__all__ = ["BudgetError", "check_stages", "partition"]
+
 
 class BudgetError(ValueError):
     """No partition fits the budgets.

@@ -21,6 +21,8 @@ from spu.plan.show.curve import memory_curve
 from spu.plan.show.table import plan_table
 from spu.settings import Settings
 
+__all__ = ["CODECS", "VERSION", "Plan", "Predicted", "StagePlan"]
+
 VERSION = 4
 CODECS = ("none", *WIRE_CODECS)
 

@@ -14,6 +14,8 @@ from spu.plan.partition import BudgetError
 from spu.plan.request import Placement, Request
 from spu.plan.show.colors import WORDS
 
+__all__ = ["Change", "refusal", "state_line", "working_changes"]
+
 Change = tuple[str, Request]
 
 

@@ -22,6 +22,8 @@ from spu.settings import Settings
 if TYPE_CHECKING:
     from spu.devices.manager import Device
 
+__all__ = ["UPDATE_BYTES", "Placement", "Request", "Times", "crossings"]
+
 _CORE = {"none": core.NONE, "all": core.ALL, "auto": core.AUTO, "given": core.NONE}
 """The core's numbers for the modes of `Recompute`; given layers are not for it to choose."""
 

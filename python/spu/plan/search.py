@@ -24,6 +24,8 @@ from spu.plan.refusal import refusal, state_line
 from spu.plan.request import Placement, Request, Times, crossings
 from spu.settings import AUTO, Settings
 
+__all__ = ["SLACKS", "CostsOf", "microbatch_counts", "schedule_names", "search_plan"]
+
 CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
 """Rows of a microbatch -> costs of the layers, and of the loss."""
 

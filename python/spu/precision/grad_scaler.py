@@ -24,6 +24,8 @@ from spu.ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_
 from spu.optim.adamw import AdamW
 from spu.precision.main_grads import ParameterSink, unscale_grad
 
+__all__ = ["GradScaler"]
+
 _T = TypeVar("_T")
 # Those that take one dtype alone, or keep squares in the parameter's, where fp16 makes them 0 (AdamW is an Adam).
 _NOT_IN_FP16 = tuple(

@@ -34,6 +34,8 @@ from spu.ops.sink import (
     sink_of,
 )
 
+__all__ = ["MainGrads", "ParameterSink", "unscale_grad"]
+
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
     """Whether a fused op can write into this tensor."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from spu.common import torch_private
 from spu.ops.sink import BackwardScope, open_scope
 
+__all__ = ["LossScaler"]
+
 _STATE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 

@@ -6,6 +6,22 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+__all__ = [
+    "KINDS",
+    "Action",
+    "Actions",
+    "ScheduleError",
+    "check_counts",
+    "check_virtual",
+    "format_grid",
+    "one_stage_each",
+    "parse_grid",
+    "peak_in_flight",
+    "peak_on_ranks",
+    "ranks_of",
+    "stage_count",
+]
+
 KINDS = ("F", "B", "I", "W")
 """F forward, B full backward, I gradient of the stage's input, W gradient of its weights (I then W equals B)."""
 

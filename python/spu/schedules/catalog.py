@@ -12,6 +12,8 @@ from spu.schedules.layer_outer import layer_outer, layer_outer_bound
 from spu.schedules.one_f_one_b import one_f_one_b, one_f_one_b_bound
 from spu.schedules.zero_bubble import zb, zb_bound, zbv, zbv_bound
 
+__all__ = ["ScheduleFunction", "get", "in_flight_bound", "names", "splits_backward", "stage_ranks", "stages_per_rank"]
+
 
 class ScheduleFunction(Protocol):
     """What `get` returns."""

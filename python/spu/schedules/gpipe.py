@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
+__all__ = ["forward_only", "gpipe", "gpipe_bound"]
+
 
 def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The GPipe schedule: every stage runs all its forwards, then all its backwards.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from spu.schedules.actions import Action, check_counts, check_virtual
 from spu.schedules.one_f_one_b import one_f_one_b
 
+__all__ = ["interleaved", "interleaved_bound"]
+
 
 def interleaved(ranks: int, microbatches: int, *, virtual: int = 2) -> list[list[Action]]:
     """The interleaved 1F1B schedule: stage ``s`` is on rank ``s % ranks``, ``virtual`` stages on each.

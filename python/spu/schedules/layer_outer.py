@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from spu.schedules.actions import Action, check_counts, check_virtual
 
+__all__ = ["layer_outer", "layer_outer_bound"]
+
 
 def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The layer-outer schedule: stage ``s`` is on rank ``s % ranks``; a rank finishes a stage before its next one.

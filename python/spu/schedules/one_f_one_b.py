@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
+__all__ = ["one_f_one_b", "one_f_one_b_bound"]
+
 
 def one_f_one_b(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The 1F1B schedule: a few forwards to fill the pipeline, then forward and backward in turn, then what is left.

@@ -11,6 +11,8 @@ from spu.schedules.actions import KINDS, Action, Actions, ranks_of
 from spu.schedules.timeline import Span, Timeline
 from spu.schedules.validate import find_deadlock, marked_error
 
+__all__ = ["Durations", "FlatSchedule", "flatten", "run_flat", "simulate"]
+
 Durations = Mapping[Any, float] | Sequence[tuple[float, ...]]
 """Seconds by ``(stage, kind)`` or by ``Action``, or per stage a pair (F, B) or a triple (F, I, W)."""
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from spu.schedules.actions import Action, peak_in_flight
 
+__all__ = ["Span", "Timeline"]
+
 
 class Span(NamedTuple):
     """One action in time. ``start`` and ``end`` are seconds on any common clock."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from spu.schedules.actions import KINDS, Action, Actions, ScheduleError, check_counts, format_grid, stage_count
 
+__all__ = ["find_deadlock", "marked_error", "needs", "validate"]
+
 
 def validate(
     actions: Actions,

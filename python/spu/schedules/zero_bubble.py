@@ -10,6 +10,8 @@ import itertools
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
+__all__ = ["zb", "zb_bound", "zbv", "zbv_bound"]
+
 
 def zb(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
     """The ZB-H1 schedule: 1F1B with W put off, never holding more than 1F1B's first rank does.

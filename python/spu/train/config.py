@@ -11,6 +11,23 @@ from typing import Any
 from spu.common.options import AUTO, Options, default, flag, number, text, whole
 from spu.settings import Settings, TrainSettings
 
+__all__ = [
+    "BYTE_VOCABULARY",
+    "DEFAULT_MODEL",
+    "DEFAULT_TOKENS",
+    "LENGTH",
+    "MAX_PARTS",
+    "MAX_STEP_TOKENS",
+    "MOST_PLANNED_TOKENS",
+    "PLACEMENT",
+    "PlanOptions",
+    "RunOptions",
+    "TrainConfig",
+    "check_step_size",
+    "option",
+    "resume_config",
+]
+
 MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more take for ever
 MAX_PARTS = 4096
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores

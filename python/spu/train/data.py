@@ -14,6 +14,8 @@ import torch
 from spu.train.model import Tokenizer
 from spu.train.text import clean_text, is_utf8
 
+__all__ = ["MAX_VALIDATION_TOKENS", "VALIDATION_SHARE", "Corpus", "make_corpus", "read_text", "tokenise"]
+
 VALIDATION_SHARE = 0.05  # the end of the text
 MAX_VALIDATION_TOKENS = 65_536  # more makes the figure steadier by less than a thousandth
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -9,6 +9,8 @@ from typing import Any
 
 from spu.common.files import write_atomically, write_json
 
+__all__ = ["MetricsFile", "last_saved", "read_metrics", "save_result", "train_rows", "validation_rows"]
+
 
 def _finite(value: Any) -> Any:
     """JSON has no infinity: a skipped step's gradient norm becomes null."""

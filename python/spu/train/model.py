@@ -13,6 +13,18 @@ from torch import nn
 from spu.cost.blueprint import read_config
 from spu.train.config import BYTE_VOCABULARY, DEFAULT_MODEL
 
+__all__ = [
+    "ByteTokenizer",
+    "FileTokenizer",
+    "Tokenizer",
+    "default_config",
+    "has_weights",
+    "load_config",
+    "make_model",
+    "make_tokenizer",
+    "quiet_transformers",
+]
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 _BYTES_FILE = "tokenizer.bytes"  # beside weights that were trained on bytes
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -9,6 +9,8 @@ from typing import Any
 from spu.common.options import Options, kind_of, unknown
 from spu.train.config import option
 
+__all__ = ["read_options", "read_yaml"]
+
 
 def read_options(given: Mapping[str, Any], *classes: type[Options]) -> list[dict[str, Any]]:
     """Return the values that a user has named, for each of a command's dataclasses.

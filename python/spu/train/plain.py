@@ -19,6 +19,8 @@ from spu.train.model import make_model
 from spu.train.run_folder import RunFolder
 from spu.train.signals import Stopped, StopSignals
 
+__all__ = ["curve_windows", "evaluate", "is_eval_step", "mean_loss", "reference_key", "train_reference", "train_step"]
+
 RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
 # How the pipeline does its work; the reference has none of it, so that its result does not depend on them.
 _NOT_OURS = {*PLACEMENT, *Settings.names(), "replan", "init_scale", "growth_interval", "save_every"} - {

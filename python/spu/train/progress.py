@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
+__all__ = ["PlainView", "Progress", "RichView", "RunningMean", "View", "open_view", "terminal_width"]
+
 _LINES = 20  # plain lines of a whole run
 _WIDE = 130  # columns that everything needs; below, the bar and the time spent are left out
 _SMOOTHING = 0.9  # of the shown training loss

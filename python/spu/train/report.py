@@ -8,6 +8,8 @@ from typing import Any
 from spu.train.metrics import train_rows, validation_rows
 from spu.train.progress import RunningMean
 
+__all__ = ["comparison_lines", "difference_percent", "draw_loss", "summary_lines"]
+
 _TRAIN, _VALIDATION, _REFERENCE, _SKIPPED = "#4c78a8", "#d1495b", "#8d8d8d", "#f2a541"
 
 

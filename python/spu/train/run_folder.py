@@ -11,6 +11,8 @@ from typing import Any
 from spu.common.files import write_json
 from spu.train.config import TrainConfig
 
+__all__ = ["FORMAT", "RunFolder", "find_folder", "new_folder"]
+
 try:
     import fcntl
 except ImportError:  # Windows: two processes in one run are not kept apart there

@@ -9,6 +9,8 @@ from torch import nn
 
 from spu.train.model import Tokenizer
 
+__all__ = ["TEMPERATURE", "choose_prompt", "sample_text"]
+
 TEMPERATURE = 0.7
 _SEARCHED = 20_000  # tokens
 _PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")

@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+__all__ = ["StopSignals", "Stopped"]
+
 
 class Stopped(Exception):
     """The run was asked to stop and has ended cleanly; `code` is the shell's exit code for the signal."""

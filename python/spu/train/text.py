@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 
+__all__ = ["clean_text", "is_utf8"]
+
 # How files begin that are often given for text, what they are, and what to do.
 _UNPACK = "unpack it first: {command}, and give the file that comes out"
 _TABLE = "write its text column to a file first, e.g. with pandas.read_{kind}({path!r})['text'], and give that"

@@ -9,7 +9,7 @@ from torch import nn
 
 from spu.devices.manager import Device
 from spu.model.layers import Layer, model_layers, parts_as_layers
-from spu.trainer import placement
+from spu.plan import partition
 from spu.trainer.bridge import Bridge, StageModule
 
 __all__ = ["Parts"]
@@ -72,8 +72,17 @@ class Parts:
         """Yield the parts on their devices, in order, to be called by hand; the first call places them."""
         if not self._stage_modules:
             bridge = Bridge()
-            for index, (layer, device) in enumerate(zip(self.layers, placement.place_parts(self.layers, devices))):
+            for index, (layer, device) in enumerate(zip(self.layers, _place(self.layers, devices))):
                 layer.module.to(device.torch_device)
                 self.placed = True
                 self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
         return iter(self._stage_modules)
+
+
+def _place(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Device]:
+    """A device for each part of a hand-run model: one each where there are enough, else runs of equal bytes."""
+    if len(layers) <= len(devices):
+        return list(devices[: len(layers)])
+    sizes = [1.0 + sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers]
+    ranges = partition(sizes, len(devices))
+    return [device for indices, device in zip(ranges, devices) for _ in indices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,19 +13,20 @@ import torch
 
 from spu import schedules
 from spu.common.dtypes import DTYPES
+from spu.cost.layers import LossFn, check_made, model_costs
 from spu.cost.measure import time_layers, time_packing, time_update
 from spu.devices.manager import Device
-from spu.devices.speed import measure_link
+from spu.devices.speed import measure_device, measure_link
 from spu.engine.microbatch import batch_rows, split_batch
 from spu.engine.runner import split_inputs
 from spu.model.layers import Layer
 from spu.plan import Plan, make_plan
+from spu.plan.check import check_fits, check_plan
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
 from spu.plan.search import search_plan
 from spu.schedules import Timeline
 from spu.settings import AUTO, Recompute, Settings
-from spu.trainer import placement
 
 __all__ = ["Planner"]
 
@@ -52,7 +54,7 @@ class Planner:
         settings: Settings,
         loss_fn: Callable[[Any, Any], torch.Tensor],
     ) -> None:
-        placement.check_made(layers)
+        check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
@@ -77,7 +79,7 @@ class Planner:
         if s.searched:
             return self._searched(self.times, s)
         sample, wanted = self._sample(s.parts)
-        plan = placement.plan_model(
+        plan = plan_model(
             self.layers,
             sample,
             self.devices,
@@ -94,8 +96,9 @@ class Planner:
             ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
         """
         self._batch = inputs, targets
-        placement.check_plan(plan, self.layers, self.devices, self.settings)
-        placement.check_fits(plan, self.devices, self._sample(plan.settings.parts)[0])
+        check_plan(plan, [layer.name for layer in self.layers], self.devices, self.settings)
+        sample, _ = self._sample(plan.settings.parts)
+        check_fits(plan, self.devices, batch_rows(sample), tokens_of(sample))
         return self.measured(plan) if measure else plan
 
     def measured(self, plan: Plan) -> Plan:
@@ -125,7 +128,7 @@ class Planner:
         """Measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._times:
             sample, wanted = self._sample(parts)
-            loss = self.loss_fn if wanted is not None else placement.no_loss
+            loss = self.loss_fn if wanted is not None else no_loss
             self._times[parts] = time_layers(
                 self.layers,
                 sample,
@@ -141,7 +144,7 @@ class Planner:
         """Counted costs of the layers and the loss, for the same."""
         if parts not in self._costs:
             sample, wanted = self._sample(parts)
-            self._costs[parts] = placement.model_costs(self.layers, sample, self.settings, self.loss_fn, wanted)
+            self._costs[parts] = model_costs(self.layers, sample, self.settings, self.loss_fn, wanted)
         return self._costs[parts]
 
     def _sample(self, parts: int) -> tuple[Any, Any]:
@@ -157,7 +160,7 @@ class Planner:
         update, packing = time_update(devices, DTYPES[s.precision]), [math.inf] * len(devices)
         if s.codec != "none":
             packing = time_packing(devices, DTYPES[s.precision], s.codec)
-        machine = placement.counted_machine(devices, s.precision)
+        machine = counted_machine(devices, s.precision)
         links = {
             (a, b): measure_link(devices[a], devices[b])
             for a, b in machine.links
@@ -191,7 +194,7 @@ class Planner:
             self._machine,
             Settings.part_of(settings),
             batch=rows,
-            tokens=placement.tokens_of(sample),
+            tokens=tokens_of(sample),
             same_order=True,
             one_process=True,
             times_of=lambda own: list(map(tuple, times_of(rows // own))),
@@ -234,3 +237,75 @@ class Planner:
 
 def _ratio(took: float, expected: float) -> float:
     return took / expected if expected > 0.0 and took > 0.0 else 1.0
+
+
+def plan_model(
+    layers: Sequence[Layer],
+    sample: Any,
+    devices: Sequence[Device],
+    settings: Settings,
+    *,
+    loss_fn: LossFn | None = None,
+    targets: Any = None,
+) -> Plan:
+    """Balance the layers' counted costs over the devices, under every device's budget.
+
+    Costs are counted, not measured, so that the same command gives the same stages, and so the same bits, every time.
+
+    Args:
+        layers: the model, in any precision; nothing of it is changed.
+        sample: one microbatch of inputs.
+        settings: of the training, with a schedule and a number of microbatches.
+        loss_fn, targets: the loss and one microbatch of its targets; default: a cross entropy over the outputs.
+
+    Raises:
+        ValueError: more stages than layers, or a layer that cannot be run on fake tensors.
+        BudgetError: no placement fits.
+    """
+    each = settings.stages_per_rank
+    if len(devices) * each > len(layers):
+        on_each = f" with {each} stages on each" if each > 1 else ""
+        raise ValueError(
+            f"{len(devices)} devices{on_each} for {len(layers)} layers: every stage needs a layer; "
+            f"pass at most {len(layers) // each} devices"
+        )
+    costs, loss = model_costs(layers, sample, settings, loss_fn, targets)
+    return make_plan(
+        costs,
+        counted_machine(devices, settings.precision),
+        settings,
+        loss_cost=loss,
+        max_microbatches=settings.run_microbatches * batch_rows(sample),
+        rows=batch_rows(sample),
+        tokens=tokens_of(sample),
+    )
+
+
+def counted_machine(devices: Sequence[Device], precision: str) -> Machine:
+    """Return the machine that counted costs are balanced over; only its work takes time.
+
+    CPUs are as fast as they have threads, so that the same command gives the same stages every time; as soon as there
+    is a GPU, every device is as fast as it was measured once.
+    """
+    count = len(devices)
+    rest = (Speed(),) * count, dict.fromkeys(itertools.permutations(range(count), 2), math.inf)
+    if all(device.torch_device.type == "cpu" for device in devices):
+        threads = [device.threads for device in devices]
+        made_up = {device.name: "50 GFLOP/s a thread" for device in devices}
+        return Machine(
+            tuple(devices), tuple(5e10 * t for t in threads), tuple(5e9 * t for t in threads), *rest, made_up
+        )
+    measured = [measure_device(device) for device in devices]
+    flops = tuple(max(getattr(m, precision), 1.0) for m in measured)
+    return Machine(tuple(devices), flops, tuple(m.memory_bandwidth for m in measured), *rest)
+
+
+def no_loss(outputs: Any, targets: Any) -> torch.Tensor:
+    """Stands for the loss where there are no targets."""
+    return outputs.float().mean()
+
+
+def tokens_of(sample: Any) -> int:
+    """Tokens of a sequence, where the sample is of token ids; else 0."""
+    ids = sample.get("input_ids") if isinstance(sample, dict) else sample
+    return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0

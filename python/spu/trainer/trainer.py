@@ -14,7 +14,7 @@ from torch import nn
 
 from spu.common.options import takes_keywords
 from spu.devices.manager import Device, DeviceManager
-from spu.engine.bytes import counted_bytes
+from spu.engine.bytes import counted_bytes, peak_bytes
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import as_dicts, at_least
@@ -28,7 +28,6 @@ from spu.plan.show.compare import comparison, replanned
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
-from spu.trainer import placement
 from spu.trainer.bridge import StageModule
 from spu.trainer.manual import Parts
 from spu.trainer.staged import Staged
@@ -166,7 +165,7 @@ class ModelParallelTrainer(Staged):
                 raise
         seconds = time.perf_counter() - begin
         self._last.seconds = seconds
-        peaks = placement.peak_bytes(self.devices)
+        peaks = peak_bytes(self.devices)
         result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
         if self._last.done == 2:
             self._look_back()
@@ -260,7 +259,7 @@ class ModelParallelTrainer(Staged):
         last = self._last
         if self._plan is None or last.timeline is None or last.seconds is None:
             raise RuntimeError("no step has run yet: call step() first")
-        peaks = last.counted_bytes | placement.peak_bytes(self.devices)
+        peaks = last.counted_bytes | peak_bytes(self.devices)
         return "\n".join(comparison(self._plan, last.timeline, last.seconds, peaks))
 
     # State

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from spu.kernels.config import Config
 
+__all__ = ["LAYERS", "layer_of"]
+
 # the op that asks the table for a backend, and the products that its layer runs
 LAYERS: dict[str, tuple[str, ...]] = {
     "linear": ("linear", "linear_dz_dx", "linear_dw"),

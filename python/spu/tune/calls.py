@@ -11,6 +11,8 @@ from torch import Tensor
 from spu.kernels.config import Config
 from spu.kernels.derive import SHARED_BYTES
 
+__all__ = ["REPRESENTATIVE", "call_of", "candidates"]
+
 # rows, columns, inner of the shape that stands for its class
 REPRESENTATIVE = {
     "skinny": (16, 4096, 4096),

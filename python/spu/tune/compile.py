@@ -17,6 +17,8 @@ import torch
 from spu.common.dtypes import DTYPES
 from spu.tune.calls import REPRESENTATIVE, call_of, candidates
 
+__all__ = ["Compiling", "Row", "compile_row"]
+
 Row = tuple[str, str, str]  # op, dtype, shape class
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from spu.ops.reference.linear import exact, wide
 
+__all__ = ["IMPLEMENTATIONS", "attention", "attention_backward"]
+
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
     """[B, T, G, D] -> wide [B, heads, T, D], each key and value head repeated for its query heads."""

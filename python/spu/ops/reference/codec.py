@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spu.common import wire
 
+__all__ = ["IMPLEMENTATIONS", "pack", "unpack"]
+
 _PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 

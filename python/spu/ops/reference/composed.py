@@ -18,6 +18,25 @@ from spu.ops.reference import attention as reference_attention
 from spu.ops.reference import fused
 from spu.ops.reference.linear import wide
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "attention",
+    "attention_backward",
+    "copy_in_",
+    "gated_dh",
+    "gated_dx",
+    "gated_dz",
+    "gated_linear",
+    "gated_mlp",
+    "implementation",
+    "linear_ce",
+    "linear_ce_dz",
+    "linear_dw_db_",
+    "linear_dz_dx",
+    "pack_",
+    "unpack_",
+]
+
 
 def _op(name: str, backend: str) -> Any:
     return getattr(getattr(torch.ops.spu, name), backend)

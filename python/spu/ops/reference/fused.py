@@ -11,6 +11,18 @@ from torch import Tensor
 
 from spu.ops.reference.linear import activate, activate_backward, exact, rows_of, wide
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "cross_entropy_dz",
+    "cross_entropy_rows",
+    "gate_up",
+    "gated_dx",
+    "gated_dz",
+    "gated_linear",
+    "linear_ce",
+    "linear_ce_dz",
+]
+
 _CHUNK_BYTES = 64 << 20  # of wide logits at a time
 
 

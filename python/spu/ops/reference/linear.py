@@ -18,6 +18,26 @@ from torch import Tensor
 from spu.common import torch_private, wire
 from spu.common.dtypes import HALVES
 
+__all__ = [
+    "ACTIVATIONS",
+    "IMPLEMENTATIONS",
+    "activate",
+    "activate_backward",
+    "autocast_enabled",
+    "exact",
+    "linear",
+    "linear_db",
+    "linear_db_",
+    "linear_dw",
+    "linear_dw_",
+    "linear_dx",
+    "linear_dz",
+    "rows_of",
+    "torch_activation",
+    "unscale_",
+    "wide",
+]
+
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from spu.ops.moments import load_moment, moments_of, noise, stored_moment
 
+__all__ = ["IMPLEMENTATIONS", "adamw_", "adamw_on_device", "adamw_plain", "follow", "grad_sqnorm"]
+
 
 def adamw_(
     params: Sequence[Tensor],

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from spu.plan.plan import Plan
     from spu.schedules import Timeline
 
+__all__ = ["comparison", "replanned"]
+
 
 def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mapping[str, int] | None = None) -> list[str]:
     """Lines of text: time of a step, bubble, each device's work and peak bytes, predicted and measured.

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from spu.plan.plan import Plan
     from spu.schedules import Timeline
 
+__all__ = ["memory_curve", "peak_moment"]
+
 
 def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tuple[float, int]]]:
     """Bytes held on each device from each change on.

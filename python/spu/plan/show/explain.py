@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from spu.plan.machine import Machine
     from spu.plan.plan import Plan
 
+__all__ = ["explain"]
+
 _SCHEDULES = {
     "gpipe": "all forwards, then all backwards",
     "1f1b": "one forward, one backward in turn",

@@ -13,6 +13,8 @@ from spu.plan.show.picture import draw_bars, new_figure
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
 
+__all__ = ["draw_plan"]
+
 _CATEGORIES = {
     "param_bytes": ("weights", "#4c78a8"),
     "main_grad_bytes": ("main gradients", "#72b7b2"),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["draw_bars", "draw_timeline", "new_figure"]
+
 WIDTH_INCHES, DPI = 12.0, 150
 _ROW, _HEAD, _FOOT, _GAP = 0.46, 0.86, 0.62, 0.54  # inches
 _LEFT, _RIGHT = 0.85, 0.95  # inches beside the rows

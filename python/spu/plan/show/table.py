@@ -10,6 +10,8 @@ from spu.common.units import columns, format_bytes, format_seconds
 if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan
 
+__all__ = ["plan_table"]
+
 _HEADS = (
     *("stage", "device", "layers"),
     *("weights", "main grads", "masters", "moments", "activations", "wires", "workspace", "total", "budget"),

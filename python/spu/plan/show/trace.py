@@ -10,6 +10,8 @@ from typing import Any
 from spu.plan.show.colors import WORDS
 from spu.schedules import Timeline
 
+__all__ = ["write_trace"]
+
 
 def write_trace(timeline: Timeline, path: str | os.PathLike[str], predicted: Timeline | None = None) -> None:
     """Writes Chrome trace events: a process per timeline, a thread per stage, a complete event ("X") per action.

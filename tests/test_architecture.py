@@ -1,0 +1,155 @@
+"""The house: imports run downward, no room and no module is in a cycle, and files stay small enough to read."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python"
+
+# Rooms from the lowest level to the highest; docs/architecture.md says what each one is for. A room imports from lower
+# levels only, also inside functions and for types alone.
+LEVELS = [
+    {"common", "schedules", "skips"},
+    {"ops", "checkpoint", "settings"},
+    {"devices", "nn", "optim", "transfer", "tune"},
+    {"plan", "precision"},
+    {"model", "memory"},
+    {"engine"},
+    {"cost"},
+    {"trainer"},
+    {"train"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+Edge = tuple[str, str]
+
+
+def module_names() -> dict[str, Path]:
+    names = {}
+    for path in sorted((PACKAGE / "spu").rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = module_names()
+FILES = sorted(
+    [*MODULES.values(), ROOT / "setup.py"]
+    + [path for folder in ("build_backend", "kernels", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+)
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, wherever in the file."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in MODULES or node.module in MODULES:
+                    yield whole if whole in MODULES else node.module
+
+
+EDGES: list[Edge] = sorted(
+    {(name, other) for name, path in MODULES.items() if name != "spu" for other in imported(path) if other != name}
+)
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def find_cycle(edges: list[Edge]) -> list[str]:
+    """A cycle in a graph, as the names along it; empty if there is none."""
+    after: dict[str, list[str]] = {}
+    for a, b in edges:
+        after.setdefault(a, []).append(b)
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in after.get(name, []):
+            if found := visit(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in list(after) if (found := visit(name, []))), [])
+
+
+def test_the_search_for_cycles_finds_one() -> None:
+    assert find_cycle([("a", "b"), ("b", "c")]) == []
+    assert find_cycle([("z", "a"), ("a", "b"), ("b", "c"), ("c", "a")]) == ["a", "b", "c", "a"]
+
+
+def test_every_room_has_a_level_and_there_are_at_most_ten() -> None:
+    rooms = {room(name) for name in MODULES} - {""}
+    assert rooms == set(LEVEL)
+    assert len(LEVELS) <= 10
+
+
+def test_imports_run_downward() -> None:
+    assert len(EDGES) > 200
+    upward = [
+        f"{a} (level {LEVEL[room(a)]}) imports {b} (level {LEVEL[room(b)]})"
+        for a, b in EDGES
+        if room(b) and room(a) != room(b) and LEVEL[room(a)] <= LEVEL[room(b)]
+    ]
+    assert upward == []
+
+
+def test_no_module_is_in_a_cycle() -> None:
+    # A package's __init__ imports its modules, and they import each other, not the package.
+    assert find_cycle(EDGES) == []
+
+
+def test_few_modules_lie_loose() -> None:
+    assert len(list((PACKAGE / "spu").glob("*.py"))) <= 7
+
+
+def test_the_map_names_every_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for name in LEVEL:
+        assert f"{name}/" in page or f"{name}.py" in page, name
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in FILES])
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1}"
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=name) for name, path in MODULES.items()])
+def test_modules_share_one_style(path: Path) -> None:
+    tree = parsed(path)
+    assert ast.get_docstring(tree), "no docstring"
+    relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    assert relative == [], "relative imports"
+    if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
+        names = [
+            t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+        ]
+        assert "__all__" in names
