@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from spu.cli.devices import device_lines
 from spu.devices import speed
 from spu.devices.manager import Device, DeviceManager
-from spu.devices.speed import DeviceSpeed, cache_directory, measure_device, measure_link
+from spu.devices.speed import cache_directory, measure_device, measure_link
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every measuring thread have its core to itself, whatever the machine does."""
+    monkeypatch.setattr(speed, "thread_time", lambda: 2 * speed.perf_counter())
 
 
 @pytest.fixture
@@ -48,11 +55,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_real_device_and_link_are_measured_and_remembered(cache: Path, cpus: list[Device]) -> None:
     rng, threads = torch.get_rng_state(), torch.get_num_threads()
     found = measure_device(cpus[0])
-    for field in dataclasses.fields(DeviceSpeed):
-        value = getattr(found, field.name)
-        assert 1e7 < value < 1e15, f"{field.name}: {value}"
+    for name, value in dataclasses.asdict(found).items():
+        assert name == "busy" or 1e7 < value < 1e15, f"{name}: {value}"
     link = measure_link(cpus[0], cpus[1])
-    assert 1e7 < link < 1e13
+    assert 1e7 < link.bytes_per_s < 1e13
     assert measure_device(cpus[0]) == found
     assert measure_link(cpus[0], cpus[1]) == link
     assert len(list(cache.iterdir())) == 2
@@ -67,10 +73,10 @@ def test_the_loopback_is_measured_and_remembered(cache: Path) -> None:
 
 
 def test_pageable_memory_is_a_link_of_its_own(cache: Path, cpus: list[Device], counted: list[str]) -> None:
-    card = dataclasses.replace(cpus[1], name="cuda:0")
-    pinned, pageable = (speed.measure_link(cpus[0], card, pinned=how) for how in (True, False))
+    gpu = dataclasses.replace(cpus[1], name="cuda:0")
+    pinned, pageable = (measure_link(cpus[0], gpu, pinned=how) for how in (True, False))
     assert pinned != pageable
-    assert speed.measure_link(cpus[0], card, pinned=False) == pageable
+    assert measure_link(cpus[0], gpu, pinned=False) == pageable
     assert counted == ["link", "link"]
 
 
@@ -87,6 +93,41 @@ def test_a_second_look_measures_nothing_and_refresh_measures_again(
     assert measure_device(cpus[0]) == again
 
 
+@pytest.mark.parametrize(("own_s", "busy"), [(0.79, True), (0.81, False)])
+def test_figures_of_a_busy_cpu_are_used_but_not_remembered(
+    cache: Path, cpus: list[Device], counted: list[str], monkeypatch: pytest.MonkeyPatch, own_s: float, busy: bool
+) -> None:
+    monkeypatch.setattr(speed, "perf_counter", lambda: float(len(counted)))  # a second for each figure
+    monkeypatch.setattr(speed, "thread_time", lambda: own_s * len(counted))
+    first, link = measure_device(cpus[0]), measure_link(cpus[0], cpus[1])
+    assert (first.busy, link.busy) == (busy, busy)
+    assert min(first.fp32, link.bytes_per_s) > 1e9
+    assert len(list(cache.glob("*"))) == (0 if busy else 2)
+    assert (measure_device(cpus[0]) != first) == busy
+    lines = "\n".join(device_lines("cpu,cpu", None))
+    assert lines.count("busy: not remembered") == (4 if busy else 0)  # two devices, two links
+
+
+def test_a_busy_cpu_leaves_what_is_remembered(
+    cache: Path, cpus: list[Device], counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = measure_device(cpus[0])
+    monkeypatch.setattr(speed, "thread_time", lambda: 0.0)
+    assert measure_device(cpus[0], refresh=True).busy
+    assert measure_device(cpus[0]) == first
+
+
+def test_a_thread_that_waits_for_a_gpu_is_not_busy(
+    cache: Path, cpus: list[Device], counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "identity", lambda device: {"name": device.name})
+    monkeypatch.setattr(speed, "thread_time", lambda: 0.0)
+    gpu = dataclasses.replace(cpus[1], name="cuda:0", torch_device=torch.device("cuda:0"), cores=())
+    assert not measure_link(cpus[0], gpu).busy
+    assert not measure_link(gpu, cpus[0]).busy
+    assert not measure_device(gpu).busy
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -98,7 +139,7 @@ def test_a_second_look_measures_nothing_and_refresh_measures_again(
     ],
     ids=["cores", "threads", "cpu", "versions", "kernel"],
 )
-def test_other_hardware_versions_or_kernels_are_measured_anew(
+def test_other_hardware_versions_or_kernels_are_measured_again(
     cache: Path, cpus: list[Device], counted: list[str], monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
     # Not really pinned: cores that are not there cannot be.
@@ -129,7 +170,7 @@ def test_each_direction_of_a_link_is_its_own(cache: Path, cpus: list[Device], co
         lambda entry: json.dumps(entry | {"values": dict.fromkeys(entry["values"], -1.0)}),
     ],
 )
-def test_a_damaged_entry_is_measured_anew_and_mended(
+def test_a_damaged_entry_is_measured_again_and_mended(
     cache: Path, cpus: list[Device], counted: list[str], damage: Callable[[Any], str]
 ) -> None:
     measure_device(cpus[0])

@@ -9,9 +9,11 @@ from spu.devices.speed import measure_device, measure_link, measure_loopback
 
 __all__ = ["device_lines", "doctor_lines"]
 
+_BUSY = "busy: not remembered"
+
 
 def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[str]:
-    """A table of devices with measured speeds, and one of the links between them.
+    """Return a table of devices with measured speeds, and one of the links between them.
 
     Raises:
         ValueError: an unknown device or budget.
@@ -28,7 +30,7 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
                 format_bytes(device.budget_bytes),
                 *flops,
                 _per_second(speed.memory_bandwidth),
-                device.description,
+                f"{device.description}{'; ' + _BUSY if speed.busy else ''}",
             )
         )
     lines = columns(rows)
@@ -41,14 +43,16 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
 
 
 def _link(a: Device, b: Device, refresh: bool) -> list[tuple[str, str]]:
-    """A row, or two where the host's memory may be page-locked or pageable."""
-    name = f"{a.name} -> {b.name}"
-    if {a.torch_device.type, b.torch_device.type} != {"cpu", "cuda"}:
-        return [(name, _per_second(measure_link(a, b, refresh=refresh)))]
-    return [
-        (f"{name}, {words}", _per_second(measure_link(a, b, pinned=pinned, refresh=refresh)))
-        for words, pinned in (("page-locked", True), ("pageable", False))
-    ]
+    """Return a row, or two where the host's memory may be page-locked or pageable."""
+    kinds = [("", True)]
+    if {a.torch_device.type, b.torch_device.type} == {"cpu", "cuda"}:
+        kinds = [(", page-locked", True), (", pageable", False)]
+    rows = []
+    for words, pinned in kinds:
+        speed = measure_link(a, b, pinned=pinned, refresh=refresh)
+        busy = f" ({_BUSY})" if speed.busy else ""
+        rows.append((f"{a.name} -> {b.name}{words}", f"{_per_second(speed.bytes_per_s)}{busy}"))
+    return rows
 
 
 def _flops(value: float) -> str:
@@ -60,7 +64,7 @@ def _per_second(value: float) -> str:
 
 
 def doctor_lines() -> list[str]:
-    """What works and what does not; below what does not, the command that adds it."""
+    """Return lines about every part: whether it works, and if not, the command that adds it."""
     lines = []
     rows = doctor.report()
     width = max(len(row.name) for row in rows)

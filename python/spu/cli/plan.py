@@ -106,7 +106,7 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     for a, first in enumerate(devices):
         for b, second in enumerate(devices):
             if a != b and first.name in measured and second.name in measured:
-                links[a, b] = measure_link(first, second)
+                links[a, b] = measure_link(first, second).bytes_per_s
     return make_machine(devices, measured, speeds, precision, links)
 
 

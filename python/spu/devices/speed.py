@@ -2,12 +2,14 @@
 
 The cache is one file a figure under ``$SPU_CACHE``, else ``$XDG_CACHE_HOME/spu``, else ``~/.cache/spu``; each holds the
 hardware, the settings and the versions it is true for, and is ignored when any of these differs or the file is damaged.
+
+A figure that a CPU reached while something else had its cores is used, but not remembered: the CPU time of the
+measuring thread is then much less than the time on the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -17,10 +19,10 @@ import os
 import platform
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -33,8 +35,8 @@ from spu.devices.manager import Device, call_pinned
 
 __all__ = [
     "DeviceSpeed",
+    "LinkSpeed",
     "cache_directory",
-    "cached_values",
     "identity",
     "linear_identity",
     "measure_device",
@@ -47,69 +49,114 @@ _FORMAT = 1
 # two orders slower than fp32); the large ones fill the caches of a core, and a GPU.
 _SMALL_SIDE, _CPU_SIDE, _CUDA_SIDE = 128, 768, 4096
 _SECONDS_EACH = 0.15
-# Beyond the last-level caches of one core's reach, small enough to be touched in a few milliseconds.
+# More than the caches of a core hold, and copied in a few milliseconds.
 _COPY_BYTES = 64 << 20
 _LINK_BYTES = 32 << 20
+# A measuring thread that had its core for a smaller share of the time shared it with somebody.
+_QUIET_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """What a device reaches: FLOP/s of a square linear layer (2 per multiply-add) by dtype, and bytes/s of a copy.
+    """FLOP/s of a square linear layer (2 per multiply-add) by dtype, and bytes/s of a copy.
 
-    ``memory_bandwidth`` counts bytes read and bytes written.
+    Attributes:
+        fp32, bf16, fp16: FLOP/s; 0 in a dtype that the device cannot do.
+        memory_bandwidth: bytes read and bytes written, per second.
+        busy: something else had the device's cores meanwhile: the figures are not remembered.
     """
 
     fp32: float
     bf16: float
     fp16: float
     memory_bandwidth: float
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """Bytes/s of a link; ``busy`` as in `DeviceSpeed`."""
+
+    bytes_per_s: float
+    busy: bool = False
+
+
+Values = dict[str, float]
 
 
 def measure_device(device: Device, *, refresh: bool = False) -> DeviceSpeed:
-    """Measures ``device`` as a stage on it would find it: in a thread with its cores and its thread count.
+    """Measure the device as a stage on it finds it: in a thread with its cores and its thread count.
 
-    Takes about a second; remembered afterwards (``refresh=True`` measures again). The linear layer is
-    ``spu.ops.linear_act`` where it works, else torch's.
+    The linear layer is ``spu.ops.linear_act`` where it works, else torch's. Takes about a second.
+
+    Args:
+        device: which one.
+        refresh: measure also where figures are remembered.
     """
-    names = [field.name for field in dataclasses.fields(DeviceSpeed)]
+    linear = _linear()
 
-    def measure() -> dict[str, float]:
-        linear = _linear()
+    def measure() -> Values:
         values = {name: _flops(linear, device.torch_device, dtype) for name, dtype in DTYPES.items()}
         return values | {"memory_bandwidth": _copy_bandwidth(device.torch_device)}
 
     key = {"what": "device", "device": identity(device), "linear": linear_identity()}
-    return DeviceSpeed(**cached_values(key, names, lambda: call_pinned(device, measure), refresh))
+    names = [*DTYPES, "memory_bandwidth"]
+    values, busy = _cached_values(key, names, lambda: _measure_on(device, measure), refresh)
+    return DeviceSpeed(**values, busy=busy)
 
 
-def measure_link(a: Device, b: Device, *, pinned: bool = True, refresh: bool = False) -> float:
-    """Bytes/s from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a GPU).
+def measure_link(a: Device, b: Device, *, pinned: bool = True, refresh: bool = False) -> LinkSpeed:
+    """Measure the link from ``a`` to ``b``: one tensor copied by a thread of ``b`` (of ``a`` where ``b`` is a GPU).
 
     Between CPU devices that is a copy in the host's memory, between GPUs one from peer to peer; for copies from and to
     a GPU host memory is page-locked, or pageable with ``pinned=False``.
     """
 
-    def measure() -> dict[str, float]:
+    def measure() -> Values:
         return {"bytes_per_s": _link_bandwidth(a.torch_device, b.torch_device, pinned)}
 
     key = {"what": "link", "from": identity(a), "to": identity(b)}
     if not pinned:
         key["memory"] = "pageable"
     worker = a if b.torch_device.type == "cuda" else b
-    return cached_values(key, ["bytes_per_s"], lambda: call_pinned(worker, measure), refresh)["bytes_per_s"]
+    gpu = "cuda" in (a.torch_device.type, b.torch_device.type)
+    values, busy = _cached_values(key, ["bytes_per_s"], lambda: _measure_on(worker, measure, waits=gpu), refresh)
+    return LinkSpeed(values["bytes_per_s"], busy)
 
 
 def measure_loopback(*, refresh: bool = False) -> float:
-    """Bytes/s from one process of this machine to another over TCP: of two threads with a socket between them."""
+    """Return bytes/s from one process of this machine to another over TCP: of two threads with a socket between them.
+
+    These threads wait for one another, so that their CPU time does not tell whether the machine is busy.
+    """
     key = {"what": "loopback", "cpu": cpu_model(), "machine": platform.machine()}
-    return cached_values(key, ["bytes_per_s"], lambda: {"bytes_per_s": _loopback_bandwidth()}, refresh)["bytes_per_s"]
+    values, _ = _cached_values(key, ["bytes_per_s"], lambda: ({"bytes_per_s": _loopback_bandwidth()}, False), refresh)
+    return values["bytes_per_s"]
 
 
 # Measuring.
 
 
+def _measure_on(device: Device, measure: Callable[[], Values], *, waits: bool = False) -> tuple[Values, bool]:
+    """Return what ``measure`` returns in a thread pinned to the device, and whether others had its cores meanwhile.
+
+    Args:
+        device: where.
+        measure: takes all its time on the CPU, where the device is one.
+        waits: it also waits for a GPU, and so its CPU time tells nothing.
+    """
+
+    def timed() -> tuple[Values, bool]:
+        wall, own = perf_counter(), thread_time()
+        values = measure()
+        busy = thread_time() - own < _QUIET_SHARE * (perf_counter() - wall)
+        return values, busy and not waits and device.torch_device.type == "cpu"
+
+    return call_pinned(device, timed)
+
+
 def _linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Our linear layer, or torch's where ours cannot be had or does not run."""
+    """Return our linear layer, or torch's where ours is missing or does not run."""
     try:
         from spu.ops import linear_act
 
@@ -120,7 +167,7 @@ def _linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def _flops(linear: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the median product; 0 if the device cannot do it in this dtype."""
+    """Return FLOP/s of the median product; 0 if the device cannot do it in this dtype."""
     try:
         side, seconds = _SMALL_SIDE, _linear_seconds(linear, _SMALL_SIDE, device, dtype, 0.0)
         large = _CUDA_SIDE if device.type == "cuda" else _CPU_SIDE
@@ -179,14 +226,14 @@ def _loopback_bandwidth() -> float:
 
 
 def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s: float) -> float:
-    """Median seconds of one call, after an unmeasured one; samples as the budget holds, at least 1, at most 20."""
+    """Return median seconds of a call, after an unmeasured one; 1 to 20 samples, as many as ``budget_s`` allows."""
 
     def once() -> float:
-        start = time.perf_counter()
+        start = perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return perf_counter() - start
 
     once()
     samples = [once()]
@@ -199,15 +246,16 @@ def _median_seconds(function: Callable[[], Any], device: torch.device, budget_s:
 
 
 def identity(device: Device) -> dict[str, Any]:
+    """Return what decides how fast the device is, as JSON takes it."""
     if device.torch_device.type == "cuda":
-        card = torch.cuda.get_device_properties(device.torch_device)
-        return {"card": card.name, "memory": card.total_memory, "index": device.torch_device.index}
+        gpu = torch.cuda.get_device_properties(device.torch_device)
+        return {"gpu": gpu.name, "memory": gpu.total_memory, "index": device.torch_device.index}
     cores = list(device.cores)
     return {"cpu": cpu_model(), "machine": platform.machine(), "cores": cores, "threads": device.threads}
 
 
 def linear_identity() -> list[Any]:
-    """What decides which linear kernel runs: a forced backend, the build of the C++ one and its instruction set."""
+    """Return what decides which linear kernel runs: a forced backend, the C++ one's build and its instruction set."""
     build = None
     try:
         module = importlib.import_module("spu._C")
@@ -226,23 +274,29 @@ def _versions() -> dict[str, Any]:
 # The cache.
 
 
-def cached_values(
-    key: dict[str, Any], names: list[str], measure: Callable[[], dict[str, float]], refresh: bool = False
-) -> dict[str, float]:
-    """The remembered values of ``key``, else measured ones. A cache that cannot be read or written is done without."""
+def _cached_values(
+    key: dict[str, Any], names: list[str], measure: Callable[[], tuple[Values, bool]], refresh: bool
+) -> tuple[Values, bool]:
+    """Return the remembered values of ``key``, else measured ones, and whether the device was busy meanwhile.
+
+    Values of a busy device are not written. A cache that cannot be read or written is done without.
+    """
     key = json.loads(json.dumps(key | _versions()))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = cache_directory() / f"{key['what']}-{digest[:16]}.json"
-    values = None if refresh else _read(path, key, names)
-    if values is None:
-        values = measure()
+    remembered = None if refresh else _read(path, key, names)
+    if remembered is not None:
+        return remembered, False
+    values, busy = measure()
+    if not busy:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"key": key, "values": values})
-    return values
+    return values, busy
 
 
-def _read(path: Path, key: dict[str, Any], names: list[str]) -> dict[str, float] | None:
+def _read(path: Path, key: dict[str, Any], names: list[str]) -> Values | None:
+    """Return the file's values; None if it is missing, damaged or about something else."""
     try:
         entry = json.loads(path.read_bytes())
         values = {name: float(entry["values"][name]) for name in names}

@@ -162,7 +162,7 @@ class Planner:
             packing = time_packing(devices, DTYPES[s.precision], s.codec)
         machine = counted_machine(devices, s.precision)
         links = {
-            (a, b): measure_link(devices[a], devices[b])
+            (a, b): measure_link(devices[a], devices[b]).bytes_per_s
             for a, b in machine.links
             if "cuda" in (devices[a].torch_device.type, devices[b].torch_device.type)
         }
