@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from memory_probe import measured_peaks
 
 from spu import schedules
-from spu.cost import LayerCost
 from spu.devices.manager import Device
 from spu.devices.side_by_side import side_by_side
+from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import search_plan
 from spu.settings import Settings

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import spu
 from spu import Device, DeviceManager, ModelParallelTrainer
-from spu.cost import LayerCost
 from spu.plan import Plan
+from spu.plan.layer_cost import LayerCost
 
 __all__ = ["Mismatch", "draw_case", "run_case"]
 

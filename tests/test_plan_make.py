@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import plan as make_plan
 
-from spu.cost import LayerCost
 from spu.devices.manager import Device
 from spu.plan import BudgetError, Plan
+from spu.plan.layer_cost import LayerCost
 from spu.plan.memory import ITEM_BYTES
 
 MB = 10**6

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spu import ops
-from spu.cost import LayerCost
+from spu.plan.layer_cost import LayerCost
 from spu.plan.memory import Boundary, StageMemory, pinned_bytes, wire_bytes
 
 

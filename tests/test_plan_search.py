@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from plans import search
 
 from spu import schedules
-from spu.cost import LayerCost
 from spu.devices.manager import Device
 from spu.plan import BudgetError, Plan
+from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import microbatch_counts
 from spu.plan.show.explain import explain
