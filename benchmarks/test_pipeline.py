@@ -29,7 +29,7 @@ from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, schedules
 from spu.engine import local
-from spu.engine.worker import Worker
+from spu.engine.local import Worker
 from spu.schedules import Span, simulate
 from spu.transfer import side_for
 

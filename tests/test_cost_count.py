@@ -14,7 +14,7 @@ from torch import nn
 from spu import DeviceManager
 from spu.common.tracker import MemoryTracker, Tally
 from spu.cost.count import Run, training_costs
-from spu.engine.bytes import state_bytes
+from spu.engine.result import state_bytes
 from spu.plan.layer_cost import LayerCost
 from spu.trainer.trainer import ModelParallelTrainer
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, StageError, schedules
 from spu.engine.channel import Aborted, Exchange
+from spu.engine.local import Worker
 from spu.engine.stage import Stage
-from spu.engine.worker import Worker
 from spu.model.layers import Moment
 from spu.precision import main_grads
 

@@ -13,7 +13,7 @@ from torch import nn
 from spu import nn as spu_nn
 from spu.common.dtypes import DTYPES
 from spu.common.interrupts import Held
-from spu.engine.leaves import loss_part, move_loss
+from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
 from spu.model.layers import Layer

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,17 +17,46 @@ from spu import ops
 from spu.common.interrupts import Held
 from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
+from spu.devices.manager import Device, pin_current_thread
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import Round, StageError
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
-from spu.engine.worker import Worker
 from spu.model.layers import Moment
 from spu.schedules import Action, Span, Timeline
 from spu.transfer import Link, side_for
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "Worker"]
+
+T = TypeVar("T")
+
+
+class Worker:
+    """A thread that runs one task at a time, with the cores, the thread count and the CUDA device of ``device``.
+
+    A process forked from this one has none of its threads. There, the first task starts one.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._start()
+
+    def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
+        if self._process != os.getpid():
+            self._start()
+        return self._pool.submit(task, *args)
+
+    def close(self) -> None:
+        """Wait for the running task and end the thread; harmless when called twice."""
+        if self._process == os.getpid():
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix=f"spu {self.device.name}", initializer=pin_current_thread, initargs=(self.device,)
+        )
 
 
 class LocalEngine:

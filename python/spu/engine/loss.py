@@ -1,18 +1,39 @@
-"""The loss that is used where none is given, and what a loss is given."""
+"""The loss: the default one, what a loss is given and trains, and what its mean divides by.
+
+A microbatch counts as much as its part of the divisor: the mean over a batch is the sum of its microbatches' means,
+each times its share. For torch's losses the divisor is known, by the table here; for any other it is taken to be the
+number of targets that are not ``ignore_index``, which `spu.engine.loss_check` compares with the loss itself.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from spu.common import torch_private
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import pytree
+from spu.engine.microbatch import count_targets, target_weights
+from spu.model.layers import Layer
 
-__all__ = ["OnRawOutputs", "cross_entropy", "loss_of"]
+__all__ = [
+    "SUM",
+    "OnRawOutputs",
+    "Weighing",
+    "cross_entropy",
+    "loss_of",
+    "loss_part",
+    "move_loss",
+    "weighing_of",
+]
+
+SUM = "sum"  # a loss_weight: losses of microbatches add up as they are
 
 
 def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -40,3 +61,214 @@ def loss_of(loss_fn: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+# A loss with parameters
+
+
+def loss_part(loss_fn: Any, layers: Iterable[Layer]) -> Layer | None:
+    """A loss that is a module, or a method or partial of one, as something that the last stage trains.
+
+    Returns:
+        None without parameters to train, and for a loss that holds the model itself.
+
+    Raises:
+        ValueError: it holds the model's layers and parameters of its own as well.
+    """
+    found = _modules_of(loss_fn)
+    holder = found[0] if len(found) == 1 else nn.ModuleList(found)
+    if not any(p.requires_grad for p in holder.parameters()):
+        return None
+    modules = [m for layer in layers for m in layer.module.modules()]
+    within = {id(m) for m in modules if torch_private.parameters_of(m) or torch_private.buffers_of(m)}
+    if any(id(m) in within for m in holder.modules()):
+        known = {id(p) for m in modules for p in torch_private.parameters_of(m).values()}
+        own = [name for name, p in holder.named_parameters() if id(p) not in known and p.requires_grad]
+        if own:
+            raise ValueError(
+                f"loss_fn holds layers of the model, and {own[0]!r}, which is none of theirs and would not be trained: "
+                "give loss_fn its own parameters only (a single parameter of the model may be among them)"
+            )
+        return None
+    return Layer("loss_fn", holder)
+
+
+def move_loss(loss_fn: Any, device: torch.device) -> None:
+    """Parameters and buffers of a loss to where it is computed."""
+    for module in _modules_of(loss_fn):
+        module.to(device)
+
+
+def _modules_of(loss_fn: Any) -> list[nn.Module]:
+    if isinstance(loss_fn, nn.Module):
+        return [loss_fn]
+    if isinstance(loss_fn, functools.partial):
+        inner = _modules_of(loss_fn.func)
+        given = [v for v in (*loss_fn.args, *loss_fn.keywords.values()) if isinstance(v, nn.Module)]
+        return list({id(m): m for m in [*inner, *given]}.values())
+    owner = getattr(loss_fn, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+# What a mean divides by
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a loss was told, by keywords of a partial or as attributes, which are read each time."""
+
+    given: dict[str, Any]
+    owner: Any
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        return self.given.get(name, getattr(self.owner, name, default))
+
+
+def _classes(targets: torch.Tensor, setting: _Setting) -> Any:
+    """Of class indices: the weights of those that count. Of probabilities [N, classes, ...]: how many there are."""
+    if targets.is_floating_point():
+        return targets.numel() / max(targets.shape[1] if targets.dim() > 1 else targets.shape[0], 1)
+    counted = targets != setting("ignore_index", -100)
+    weight = setting("weight")
+    if weight is None:
+        return counted.sum()
+    each = weight.detach().to(targets.device, torch.float64)[torch.where(counted, targets, 0)]
+    return torch.where(counted, each, 0.0).sum()
+
+
+def _elements(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.numel()
+
+
+def _rows(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.shape[0]
+
+
+def _divergence(targets: torch.Tensor, setting: _Setting) -> int:
+    return targets.shape[0] if setting("reduction", "mean") == "batchmean" else targets.numel()
+
+
+class _Divisor(Protocol):
+    def __call__(self, targets: Any, setting: _Setting) -> Any: ...
+
+
+# loss function -> what its mean divides by, given the targets
+_DIVISORS: dict[Any, _Divisor] = {
+    cross_entropy: _classes,
+    F.cross_entropy: _classes,
+    F.nll_loss: _classes,
+    F.mse_loss: _elements,
+    F.l1_loss: _elements,
+    F.smooth_l1_loss: _elements,
+    F.huber_loss: _elements,
+    F.binary_cross_entropy: _elements,
+    F.binary_cross_entropy_with_logits: _elements,
+    F.poisson_nll_loss: _elements,
+    F.soft_margin_loss: _elements,
+    F.hinge_embedding_loss: _elements,
+    F.kl_div: _divergence,
+    F.multi_margin_loss: _rows,
+    F.multilabel_margin_loss: _rows,
+    F.multilabel_soft_margin_loss: _rows,
+}
+
+# forward of a module -> the function that it calls; a subclass that overrides it is not among these
+_FORWARDS: dict[Any, Any] = {
+    nn.CrossEntropyLoss.forward: F.cross_entropy,
+    nn.NLLLoss.forward: F.nll_loss,
+    nn.MSELoss.forward: F.mse_loss,
+    nn.L1Loss.forward: F.l1_loss,
+    nn.SmoothL1Loss.forward: F.smooth_l1_loss,
+    nn.HuberLoss.forward: F.huber_loss,
+    nn.BCELoss.forward: F.binary_cross_entropy,
+    nn.BCEWithLogitsLoss.forward: F.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss.forward: F.poisson_nll_loss,
+    nn.SoftMarginLoss.forward: F.soft_margin_loss,
+    nn.HingeEmbeddingLoss.forward: F.hinge_embedding_loss,
+    nn.KLDivLoss.forward: F.kl_div,
+    nn.MultiMarginLoss.forward: F.multi_margin_loss,
+    nn.MultiLabelMarginLoss.forward: F.multilabel_margin_loss,
+    nn.MultiLabelSoftMarginLoss.forward: F.multilabel_soft_margin_loss,
+}
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How microbatches of a batch are weighed.
+
+    Attributes:
+        weigh: targets of a microbatch -> how much it counts; None: losses add up, each counts 1.
+        ignore_index: the integer target that does not count.
+        known: there is nothing to check: torch's loss, or the user's own ``loss_weight``.
+    """
+
+    weigh: Callable[[Any], Any] | None
+    ignore_index: int
+    known: bool
+
+    def shares(self, targets: list[Any]) -> list[torch.Tensor]:
+        """Each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 each for a sum.
+
+        Raises:
+            ValueError: as :func:`target_weights`.
+        """
+        if self.weigh is None:
+            return [torch.ones(()) for _ in targets]
+        return target_weights(targets, self.weigh, self.ignore_index)
+
+
+def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = None) -> Weighing:
+    """How to weigh a loss.
+
+    Args:
+        loss_fn: a torch loss, its function, a partial of one, or any other callable.
+        loss_weight: the user's own: targets -> how much they count, or "sum".
+
+    Raises:
+        ValueError: it has reduction="none", or class weights that are negative or not finite.
+    """
+    function, setting = _unwrapped(loss_fn)
+    reduction = _reduction_of(setting)
+    ignore_index = setting("ignore_index", -100)
+    if isinstance(loss_weight, str) and loss_weight != SUM:
+        raise ValueError(f"unknown loss_weight {loss_weight!r}; there is {SUM!r}, or give a function of the targets")
+    if loss_weight is not None:
+        return Weighing(None if loss_weight == SUM else loss_weight, ignore_index, known=True)  # type: ignore[arg-type]
+    if reduction not in ("mean", "batchmean", SUM):
+        raise ValueError(f"loss_fn has reduction={reduction!r}, but a step needs one number: give it 'mean' or 'sum'")
+    divisor = _DIVISORS.get(function) if callable(function) else None
+    weight = setting("weight")
+    if divisor is _classes and isinstance(weight, torch.Tensor) and not ((weight >= 0) & weight.isfinite()).all():
+        raise ValueError(f"loss_fn.weight must be 0 or more, and finite, got {weight.tolist()}")
+    if reduction == SUM:
+        return Weighing(None, ignore_index, known=divisor is not None)
+    if divisor is not None:
+        return Weighing(functools.partial(divisor, setting=setting), ignore_index, known=True)
+    return Weighing(functools.partial(count_targets, ignore_index=ignore_index), ignore_index, known=False)
+
+
+def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
+    """The function that is called at last, as it is in `_DIVISORS` if it is there, and how it was set."""
+    given: dict[str, Any] = {}
+    plain = True  # no argument was bound by its place
+    while True:
+        owner = getattr(loss_fn, "__self__", None)
+        if isinstance(loss_fn, functools.partial):
+            given, plain, loss_fn = {**loss_fn.keywords, **given}, plain and not loss_fn.args, loss_fn.func
+        elif isinstance(owner, nn.Module) and loss_fn.__name__ in ("forward", "__call__"):
+            loss_fn = owner
+        elif (inner := torch_private.inner_of_compiled(loss_fn)) is not None:
+            loss_fn = inner
+        else:
+            break
+    function = loss_fn
+    if isinstance(loss_fn, nn.Module):
+        function = None if "forward" in vars(loss_fn) else _FORWARDS.get(type(loss_fn).forward)
+    return (function if plain else None), _Setting(given, loss_fn)
+
+
+def _reduction_of(setting: _Setting) -> Any:
+    size_average, reduce = setting.given.get("size_average"), setting.given.get("reduce")
+    if size_average is not None or reduce is not None:
+        return torch_private.legacy_reduction(size_average, reduce)
+    return setting("reduction", "mean")

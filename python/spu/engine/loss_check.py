@@ -16,8 +16,7 @@ from torch import nn
 
 from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
-from spu.engine.loss import loss_of
-from spu.engine.loss_weight import Weighing
+from spu.engine.loss import Weighing, loss_of
 from spu.engine.microbatch import batch_rows
 from spu.model.randomness import LayerRandomness
 from spu.model.untouched import untouched

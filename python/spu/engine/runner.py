@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,12 @@ import torch
 from spu import schedules
 from spu.common.interrupts import Held
 from spu.common.torch_private import pytree
-from spu.engine.ambient import callers_autocast
 from spu.engine.build import Built
 from spu.engine.engine import Engine, Round
 from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine
+from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
-from spu.engine.loss_weight import Weighing
 from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.update import OptimizerFactory, Updater
@@ -163,7 +162,7 @@ class Runner:
             ) from error
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        return callers_autocast(stage.device.torch_device.type for stage in self.built.stages)
+        return _callers_autocast(stage.device.torch_device.type for stage in self.built.stages)
 
     def _check_trained(self, inputs: Any) -> None:
         """Raises RuntimeError where plain torch's backward would find no graph to run."""
@@ -220,3 +219,23 @@ class Runner:
         with Held():
             self.engine.close()
             self.updater.close()
+
+
+def _callers_autocast(kinds: Iterable[str]) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast that is on here, to be entered there.
+
+    Args:
+        kinds: of devices, such as "cpu".
+    """
+    caches = torch.is_autocast_cache_enabled()
+    active = [(kind, torch.get_autocast_dtype(kind)) for kind in set(kinds) if torch.is_autocast_enabled(kind)]
+    if not active:
+        return nullcontext
+
+    def enter() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for kind, dtype in active:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=caches))
+        return stack
+
+    return enter

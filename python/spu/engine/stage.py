@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
-from spu.engine.leaves import check_leaves
 from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
@@ -206,7 +205,7 @@ class Stage:
         if not self._leaves_known:  # once: what a layer's code reaches is the same in every microbatch
             foreign = scope.plain or flight.from_outside
             own = self._parameters
-            check_leaves([r for r, _ in pairs], own, self.elsewhere, foreign=foreign, stage=self.index)
+            _check_leaves([r for r, _ in pairs], own, self.elsewhere, foreign=foreign, stage=self.index)
             self._leaves_known = True
         if pairs:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
@@ -248,3 +247,50 @@ def _zeros(outputs: Any) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(outputs):
         if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_complex():
             yield leaf.flatten()[:0].sum(dtype=torch.float32)
+
+
+def _check_leaves(
+    roots: Iterable[Any], own: Iterable[nn.Parameter], elsewhere: Mapping[int, str], *, foreign: bool, stage: int
+) -> None:
+    """Whether a stage's backward ends where its gradients are looked after.
+
+    Args:
+        roots: tensors that the backward starts from.
+        own: the stage's parameters.
+        elsewhere: id -> name of the other stages' parameters.
+        foreign: parameters that the trainer does not know are fine.
+
+    Raises:
+        RuntimeError: it ends in a parameter of another stage, or in a foreign one.
+    """
+    known = {id(parameter) for parameter in own}
+    for leaf in _leaves(roots):
+        if id(leaf) in known:
+            continue
+        if id(leaf) in elsewhere:
+            raise RuntimeError(
+                f"parameter {elsewhere[id(leaf)]!r} of another stage is used in stage {stage} by code that does not "
+                "hold it: both stages would add to its gradient at the same time. Make it a parameter of the module "
+                "that uses it too (self.weight = other.weight), a loss_fn an nn.Module that does so"
+            )
+        if not foreign and isinstance(leaf, nn.Parameter):
+            raise RuntimeError(
+                f"stage {stage} uses a parameter of shape {tuple(leaf.shape)} that is in no layer: it would not be "
+                "updated, and its gradient would stay multiplied by the loss scale. Make it a parameter of the module "
+                "that uses it, a loss_fn an nn.Module that holds it; the trainer then trains it"
+            )
+
+
+def _leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
+    stack = [root.grad_fn for root in roots if isinstance(root, torch.Tensor) and root.grad_fn is not None]
+    seen, leaves = set(stack), []
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.append(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return leaves

@@ -14,8 +14,7 @@ from spu.common.interrupts import Held, stop_if_asked
 from spu.devices.manager import Device
 from spu.engine.build import Built, build_stages, check_parameters, give_back, to_precision, undo_precision, unfused
 from spu.engine.first_batch import check_batch
-from spu.engine.loss import OnRawOutputs, cross_entropy
-from spu.engine.loss_weight import weighing_of
+from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
 from spu.engine.microbatch import as_dicts
 from spu.engine.runner import Runner
 from spu.engine.state import Kept

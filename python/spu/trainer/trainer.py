@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.interrupts import Held
 from spu.common.options import takes_keywords
 from spu.devices.manager import Device, DeviceManager
-from spu.engine.bytes import counted_bytes, peak_bytes
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import as_dicts, at_least
-from spu.engine.result import StepResult
+from spu.engine.result import StepResult, counted_bytes, peak_bytes
 from spu.engine.runner import Pass
 from spu.engine.state import load_training, save_training, state_for_model
-from spu.engine.uninterrupted import uninterrupted
 from spu.engine.update import OptimizerFactory, Update
 from spu.plan import Plan
 from spu.plan.show.compare import comparison, replanned
@@ -159,7 +158,8 @@ class ModelParallelTrainer(Staged):
             factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
             try:
                 update = updater.reduce()
-                uninterrupted(lambda: self._update(update, factor))
+                with Held():  # Ctrl-C waits: all stages are updated, or none
+                    self._update(update, factor)
             except BaseException:
                 updater.clear_gradients()
                 raise

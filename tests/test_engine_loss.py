@@ -15,8 +15,8 @@ from pipelines import trainer
 from torch import Tensor, nn
 
 from spu import ModelParallelTrainer
+from spu.engine.loss import weighing_of
 from spu.engine.loss_check import LossCheck
-from spu.engine.loss_weight import weighing_of
 from spu.ops import linear_cross_entropy
 
 partial = functools.partial
