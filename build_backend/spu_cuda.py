@@ -53,7 +53,8 @@ GIGABYTE = 1 << 30
 
 
 def find_nvcc() -> Path | None:
-    """nvcc: $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda, or one that pip installed; None if there is none.
+    """Return nvcc: $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda, or one that pip installed; None if there is
+    none.
 
     In an isolated build pip hides what it installed: set NVCC there.
     """
@@ -71,7 +72,7 @@ def find_nvcc() -> Path | None:
 
 
 def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
-    """(major, minor), or None if it does not run."""
+    """Return (major, minor), or None if nvcc does not run."""
     try:
         text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -81,7 +82,7 @@ def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
 
 
 def toolkit(nvcc: Path) -> Path:
-    """The folder that nvcc's headers and libraries belong to; nvcc itself says it (it may be a wrapper on PATH)."""
+    """Return the folder of nvcc's headers and libraries. nvcc itself is asked for it: it may be a wrapper on PATH."""
     dry = subprocess.run([str(nvcc), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, timeout=60)
     found = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
     return Path(found[1].strip()).resolve() if found else nvcc.resolve().parent.parent
@@ -93,7 +94,7 @@ def cudart(home: Path) -> Path | None:
 
 
 def has_gpu() -> bool:
-    """Whether the NVIDIA driver shows a card. Only decides what SPU_CUDA=auto does."""
+    """Tell whether the NVIDIA driver shows a GPU. Only decides what SPU_CUDA=auto does."""
     signs = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/usr/lib/wsl/lib/libcuda.so.1")  # Jetson, WSL
     return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path(sign).exists() for sign in signs)
 
@@ -106,7 +107,7 @@ def cutlass_include() -> Path | None:
 
 
 def architectures() -> list[str]:
-    """What SPU_CUDA_ARCHS names, e.g. ``["75", "80", "90a"]``.
+    """Return the architectures in SPU_CUDA_ARCHS, e.g. ``["75", "80", "90a"]``.
 
     Raises:
         ValueError: for a name that is not known; the message lists those that are.
@@ -119,7 +120,7 @@ def architectures() -> list[str]:
 
 
 def missing() -> list[str]:
-    """What building spu._cuda needs and this machine lacks, in words."""
+    """Return, in words, what building spu._cuda needs and this machine lacks."""
     nvcc = find_nvcc()
     if nvcc is None:
         return ["nvcc (install the CUDA toolkit 12.4 or later, or set CUDA_HOME)"]
@@ -140,12 +141,12 @@ def missing() -> list[str]:
 
 
 def wants_cuda() -> bool:
-    """Whether spu._cuda is going to be built, as far as that can be said before its build requirements are there."""
+    """Tell whether spu._cuda is going to be built, as far as that is known before its build requirements are there."""
     return cuda_mode() == "1" or (cuda_mode() == "auto" and find_nvcc() is not None and has_gpu())
 
 
 def cuda_extension() -> Extension | None:
-    """spu._cuda, if it is to be built here.
+    """Return spu._cuda, if it is to be built here.
 
     Raises:
         CompileError: SPU_CUDA=1 and something is missing; the message says what and how to get it.
@@ -181,7 +182,7 @@ def _code(arch: str, *, ptx: bool = False) -> str:
 
 
 def _products(arch: str, archs: list[str]) -> list[Object]:
-    """The matrix products for one generation of tensor cores: an object for each form, with all types and tiles."""
+    """Return the matrix products for one generation of tensor cores: an object a form, with all types and tiles."""
     if arch == "90":
         source, code, gigabytes = "gemm_wgmma.cu", ["-gencode=arch=compute_90a,code=sm_90a"], 3.5
     elif arch == "75":
@@ -204,20 +205,22 @@ def _products(arch: str, archs: list[str]) -> list[Object]:
 
 
 def products_of(name: str) -> list[tuple[str, str]]:
-    """(type, tile) of each kernel in an object of matrix products, by its name, e.g. "gemm_sm80_forward"."""
+    """Return (type, tile) of each kernel in an object of matrix products, by its name, e.g. "gemm_sm80_forward"."""
     arch, form = name.removeprefix("gemm_sm").split("_")
     dtypes = ("fp16",) if arch == "75" else ("fp16", "bf16")
     return [(dtype, tile) for dtype in dtypes for tile in (FORMS[form][:1] if arch == "90" else FORMS[form])]
 
 
 def generations(archs: list[str]) -> list[str]:
-    """The generations of tensor cores whose products are compiled for these architectures, the slowest build first."""
+    """Return the generations of tensor cores whose products are compiled for these architectures, the slowest build
+    first.
+    """
     some_mma = any(name not in ("75", "90a") for name in archs)
     return [*(["90"] if "90a" in archs else []), *(["80"] if some_mma else []), *(["75"] if "75" in archs else [])]
 
 
 def device_objects(archs: list[str], *, products: bool = True) -> list[Object]:
-    """The objects that nvcc compiles, those that take longest first; without ``products`` only the small ones.
+    """Return the objects that nvcc compiles, the slowest first; without ``products`` only the small ones.
 
     -fmad=false: a multiply-add is fused where the arithmetic says so, as on the CPU; the products themselves are not
     made of multiply-adds.
@@ -233,7 +236,7 @@ def device_objects(archs: list[str], *, products: bool = True) -> list[Object]:
 
 
 def nvcc_command(nvcc: Path, one: Object) -> list[str]:
-    """The command that compiles an object, without its output."""
+    """Return the command that compiles an object, without its output."""
     include = cutlass_include()
     command = [str(nvcc), "-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     if "CXX" in os.environ and (compiler := find_compiler()) is not None:
@@ -243,7 +246,7 @@ def nvcc_command(nvcc: Path, one: Object) -> list[str]:
 
 
 def host_command(home: Path, archs: list[str], products: list[str]) -> list[str]:
-    """The command that compiles the files without device code; ``products`` are the generations that are linked."""
+    """Return the command that compiles the files without device code; ``products``: the generations that are linked."""
     compiler = find_compiler()
     assert compiler is not None
     have = [f"-DSPU_SM{arch}={int(arch in products)}" for arch in ("75", "80", "90")]
@@ -253,7 +256,7 @@ def host_command(home: Path, archs: list[str], products: list[str]) -> list[str]
 
 
 def memory_gigabytes() -> float:
-    """Memory that is free for compilers."""
+    """Return the memory that is free for compilers."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -262,13 +265,13 @@ def memory_gigabytes() -> float:
 
 
 def heavy_jobs() -> int:
-    """How many of the largest compilations may run at once: one for each 4 GB of memory, at most one a core."""
+    """Return how many of the largest compilations may run at once: one for each 4 GB of memory, at most one a core."""
     most = int(os.environ.get("MAX_JOBS") or cores())
     return max(1, min(most, int(memory_gigabytes() // 4)))
 
 
 def write_cuda_ninja(folder: Path, *, products: bool = True, extra: tuple[str, ...] = ()) -> Path:
-    """Writes the ninja file of spu._cuda into ``folder``; returns the path of the library it makes.
+    """Write the ninja file of spu._cuda into ``folder``; return the path of the library it makes.
 
     Args:
         products: False leaves out the matrix products on tensor cores, nearly all of the work (for tests).

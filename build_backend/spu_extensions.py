@@ -49,7 +49,7 @@ ISA_FLAGS = {
 
 
 def isa_flags(source: str) -> list[str]:
-    """Extra compiler flags of one source file, from its name's suffix."""
+    """Return the extra compiler flags of one source file, from its name's suffix."""
     stem = Path(source).stem
     return next((flags for suffix, flags in ISA_FLAGS.items() if stem.endswith(suffix)), [])
 
@@ -60,12 +60,12 @@ def _sources(folder: str) -> list[str]:
 
 
 def _building() -> bool:
-    """Whether this run of setup.py makes a package; others only ask about it, before its requirements are there."""
+    """Tell whether this run of setup.py makes a package. Others only ask about it, before requirements are there."""
     return not {"egg_info", "dist_info", "sdist", "clean", "--version", "--name"} & set(sys.argv[1:])
 
 
 def _no_toolchain() -> list[str]:
-    """What compiling needs of the machine, and it lacks, in words."""
+    """Return, in words, what compiling needs of the machine, and the machine lacks."""
     lacks = []
     if os.name != "posix":
         lacks.append(f"a supported platform (the native build knows Linux and macOS, this is {sys.platform})")
@@ -75,7 +75,7 @@ def _no_toolchain() -> list[str]:
 
 
 def _missing() -> list[str]:
-    """What compiling needs of the environment, and it lacks, in words."""
+    """Return, in words, what compiling needs of the environment, and the environment lacks."""
     lacks = []
     torch_folder = module_folder("torch")
     if torch_folder is None:
@@ -100,7 +100,7 @@ def _ninja() -> str | None:
 
 
 def wanted_extensions() -> list[Extension]:
-    """The extensions to build here; an empty list makes a pure-Python wheel.
+    """Return the extensions to build here; an empty list makes a pure-Python wheel.
 
     Raises:
         CompileError: what compiling needs is missing, though there is a compiler or SPU_BUILD=1 asks for it. A package
@@ -138,7 +138,7 @@ def wanted_extensions() -> list[Extension]:
 
 
 def _flags(extension: Extension) -> tuple[list[str], list[str]]:
-    """(compiler flags, linker flags) of one extension."""
+    """Return (compiler flags, linker flags) of one extension."""
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     if extension.name == "spu._C":
         return COMMON_FLAGS + stable_flags(), [*link, *torch_link_flags()]
@@ -148,7 +148,7 @@ def _flags(extension: Extension) -> tuple[list[str], list[str]]:
 
 
 def write_ninja(extension: Extension, folder: Path) -> Path:
-    """Writes the ninja file of one extension into ``folder``; returns the path of the library it makes."""
+    """Write the ninja file of one extension into ``folder``; return the path of the library it makes."""
     compiler = find_compiler()
     assert compiler is not None
     compile_flags, link_flags = _flags(extension)

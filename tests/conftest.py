@@ -34,7 +34,7 @@ class TorchRandom:
 
 
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
-if importlib.util.find_spec("hypothesis") is not None:  # the tests on a card run without it
+if importlib.util.find_spec("hypothesis") is not None:  # the tests on a GPU run without it
     hypothesis = importlib.import_module("hypothesis")
     hypothesis.register_random(TORCH_RANDOM)
     # The same examples on every run: a change is judged by its own tests, and `make fuzz` is there to look further.

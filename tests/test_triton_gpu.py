@@ -181,7 +181,7 @@ def test_leading_dimensions_are_kept(kind: str) -> None:
 
 def test_tensors_of_another_device_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs two cards")
+        pytest.skip("needs two GPUs")
     x, w = torch.randn(64, 128).half().to("cuda:1"), torch.randn(96, 128).half().to("cuda:1")
     with torch.cuda.device(0), ops.use_backend("triton"):
         y = ops.linear_act(x, w)

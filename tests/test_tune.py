@@ -1,4 +1,4 @@
-"""spu tune without a card: what it would try, and a run with the clock and the card replaced."""
+"""spu tune without a GPU: what it would try, and a run with the clock and the GPU replaced."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_plan_has_a_line_a_row() -> None:
 
 def test_without_a_card_the_error_says_so() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a card")
+        pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="spu doctor"):
         tune.tune()
     with pytest.raises(ValueError, match="'linear_dq'"):
@@ -43,7 +43,7 @@ def test_without_a_card_the_error_says_so() -> None:
 
 
 class Card:
-    """An sm_90 card on which 64-row tiles are fastest, and the CUDA C++ layer faster than Triton's."""
+    """An sm_90 GPU on which 64-row tiles are fastest, and the CUDA C++ layer faster than Triton's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.measured = 0
@@ -81,32 +81,32 @@ class Nothing:
 def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card, said = Card(monkeypatch), []
+    gpu, said = Card(monkeypatch), []
     path = tmp_path / "sm_90.json"
     ops = ("linear", "linear_dz_dx", "linear_dw")
     tune.tune("cpu", ops, ("fp16",), out=path, seconds=0.0, say=said.append)
     assert not path.exists()
     assert "run again" in said[-1]
     tune.tune("cpu", ops[:1], ("fp16",), out=path, say=said.append)
-    first, cut = card.measured, table.read(path)
+    first, cut = gpu.measured, table.read(path)
     assert {entry.backend for entry in cut.entries.values()} == {"triton"}  # the layer's other products are not there
     assert any("shared memory" in line for line in said)
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
     made = table.read(path)
-    assert card.measured > first
+    assert gpu.measured > first
     assert made.origin == "measured"
     for shape_class in ("small", "medium", "large"):
         entry = made.entries[f"linear/fp16/{shape_class}"]
         assert (entry.config.kind, entry.config.block_m, entry.time_us) == ("tile", 64, 1.0)
         assert (entry.backend, entry.layer_us) == ("cuda", {"triton": 9.0, "cuda": 7.0})
         assert made.entries[f"linear_dw/fp16/{shape_class}"].backend == "triton"
-    again = card.measured
+    again = gpu.measured
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
-    assert card.measured == again, "everything was there"
+    assert gpu.measured == again, "everything was there"
     changed = dataclasses.replace(made, facts={**made.facts, "torch": "another"})
     table.write(changed, path)
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
-    assert card.measured > again, "another version is measured anew"
+    assert gpu.measured > again, "another version is measured once more"
 
 
 def test_the_users_table_comes_first_then_the_shipped_one_then_the_derived(

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   const int index = tensor_of_block(group);
   const math::AdamWItem t = group.item[index];
   const AdamWSettings& s = settings;
-  // Two powers in fp64 for a block, not for a thread: consumer cards are slow at them.
+  // Two powers in fp64 for a block, not for a thread: consumer GPUs are slow at them.
   if (threadIdx.x == 0) shared = math::adamw_constants(*t.step, s.lr, s.beta1, s.beta2, s.eps, s.weight_decay);
   __syncthreads();
   const math::AdamWStep k = shared;

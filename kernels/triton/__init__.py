@@ -56,7 +56,7 @@ __all__ = ["available", *_HOME]
 
 
 def available() -> bool:
-    """Whether triton is installed (not whether there is a device to run it on)."""
+    """Tell whether triton is installed (not whether there is a device to run it on)."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -1,6 +1,6 @@
 """fp16 accumulation of fp16 products: asked for by name, checked while it runs, given up where it is too inexact.
 
-GeForce cards multiply twice as fast where the tensor cores add up in fp16. With it on, the products of ``OPS`` (forward
+GeForce GPUs multiply twice as fast where the tensor cores add up in fp16. With it on, the products of ``OPS`` (forward
 and input gradient) sum ``block_k`` terms in fp16 and add those sums in fp32; weight gradients never do. A tensor core
 rounds its fp16 sum at least once for 16 terms, so an element of a @ b is off by at most
 
@@ -40,7 +40,7 @@ _WANTED = _Wanted()
 
 @contextmanager
 def fp16_accumulation(enabled: bool = True) -> Iterator[None]:
-    """Inside, in this thread, fp16 products may be summed in fp16 (``enabled=False``: may not). Off by default.
+    """Allow fp16 products to be summed in fp16 inside, in this thread (``enabled=False``: forbid it). Off by default.
 
     ``SPU_FP16_ACCUMULATION=1`` switches it on for a whole process, its backward threads included.
     """
@@ -52,7 +52,7 @@ def fp16_accumulation(enabled: bool = True) -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Whether it is on in this thread."""
+    """Tell whether it is on in this thread."""
     value = _WANTED.value
     return _FROM_ENVIRONMENT if value is None else value
 
@@ -66,7 +66,7 @@ class Watch:
         self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def due(self) -> bool:
-        """Counts a call; whether it is to be checked. Reads an earlier check's result if that has arrived."""
+        """Count a call; tell whether it is to be checked. Read an earlier check's result if that has arrived."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False  # a CUDA graph must not hold an event's question
         if self._arriving is not None:
@@ -78,7 +78,9 @@ class Watch:
         return self.usable and self._arriving is None and self._calls % CHECK_EVERY == 1
 
     def compare(self, half: Tensor, full: Tensor) -> None:
-        """Takes the same rows summed in fp16 and in fp32, both fp32 [rows, columns]; only asks for a comparison."""
+        """Take the same rows summed in fp16 and in fp32, both fp32 [rows, columns]; start a comparison without waiting
+        for it.
+        """
         difference, size = (half - full).abs().amax(1), full.abs().amax(1)
         share = torch.where(
             size.isfinite(), difference / size.clamp_min(1e-30), 0.0
@@ -108,7 +110,7 @@ _WATCHES: dict[tuple[str, torch.device, int, int], Watch] = {}
 
 
 def watch_of(op: str, a: Tensor, b: Tensor) -> Watch | None:
-    """The watch of a product a @ b, None where it is not to be summed in fp16."""
+    """Return the watch of a product a @ b, None where it is not to be summed in fp16."""
     if op not in OPS or a.dtype != torch.float16:
         return None
     k, n = b.shape

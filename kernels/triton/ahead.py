@@ -90,7 +90,7 @@ class Built:
 
 
 def _specialised(name: str, value: Any) -> tuple[tuple[str, str, bool] | None, Any]:
-    """(argument, None), or (None, value) for what becomes a constant."""
+    """Return (argument, None), or (None, value) for an argument that becomes a constant."""
     if isinstance(value, torch.Tensor):
         return (name, f"*{_ELEMENT[value.dtype]}", value.data_ptr() % _ALIGN == 0), None
     if isinstance(value, float):
@@ -103,7 +103,7 @@ def _specialised(name: str, value: Any) -> tuple[tuple[str, str, bool] | None, A
 
 
 def specialise(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The launch that Triton would compile for a call's arguments."""
+    """Return the launch that Triton would compile for a call's arguments."""
     named = dict(zip(kernel.arg_names, args)) | {key: kwargs[key] for key in kwargs if key in kernel.arg_names}
     declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     arguments, constants = [], []
@@ -122,7 +122,7 @@ def specialise(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @contextmanager
 def recording() -> Iterator[dict[Launch, None]]:
-    """Inside, launches are kept (each once, in order) and not run; not for several threads."""
+    """Keep launches (each once, in order) inside, and do not run them; not for several threads."""
     kept: dict[Launch, None] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -137,7 +137,7 @@ def recording() -> Iterator[dict[Launch, None]]:
 
 
 def build(launch: Launch, arch: int, listing: bool = True) -> Built:
-    """Compiles for an architecture (80 is sm_80); no device is needed. Without ``listing``, ``limits`` are left empty.
+    """Compile for an architecture (80 is sm_80); no device is needed. Without ``listing``, ``limits`` are left empty.
 
     Raises:
         whatever Triton raises when a kernel does not compile, or does not fit.
@@ -170,7 +170,7 @@ def build(launch: Launch, arch: int, listing: bool = True) -> Built:
 
 
 def _resources(cubin: bytes, arch: int, listing: bool) -> tuple[int, int, Limits]:
-    """(registers, bytes of stack) of a thread and the code's limits, by the cuobjdump that comes with Triton."""
+    """Return (registers, bytes of stack) of a thread and the code's limits, by the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -15,7 +15,7 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def widen(x):
-    """fp16, bf16 or fp32 -> fp32, exactly."""
+    """Convert fp16, bf16 or fp32 to fp32, exactly."""
     if INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -23,7 +23,7 @@ def widen(x):
 
 @triton.jit
 def narrow(v, dtype: tl.constexpr):
-    """fp32 -> ``dtype``, to nearest, ties to even; NaN stays NaN."""
+    """Convert fp32 to ``dtype``, to nearest, ties to even; NaN stays NaN."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = v.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -34,7 +34,7 @@ def narrow(v, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, HALF: tl.constexpr = False):
-    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as fp32, not TF32.
+    """Compute acc + a @ b with fp32 accumulation; fp32 operands are multiplied as fp32, not TF32.
 
     With HALF, fp16 operands: a @ b is summed in fp16, and that sum is added in fp32.
     """
@@ -48,13 +48,13 @@ def dot(a, b, acc, HALF: tl.constexpr = False):
 
 @triton.jit
 def nonfinite(v):
-    """True where v is infinite or NaN."""
+    """Return True where v is infinite or NaN."""
     return (v - v) != 0.0
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The activation of an fp32 tensor.
+    """Compute the activation of an fp32 tensor.
 
     gelu: z/2 (1 + erf(z / sqrt 2)); gelu_tanh: z/2 (1 + tanh u) with u = sqrt(2/pi) (z + 0.044715 z^3), written as
     z sigmoid(2u), which does not cancel for negative z; silu: z sigmoid(z). (Hendrycks and Gimpel, arXiv:1606.08415.)
@@ -74,7 +74,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def backprop(dy, saved, ACTIVATION: tl.constexpr):
-    """dy * act'(saved) of fp32 tensors; saved is z, except for relu: y.
+    """Compute dy * act'(saved) of fp32 tensors; saved is z, except for relu: y.
 
     With s the logistic function: silu' = s(z) (1 + z (1 - s(z))); gelu' = Phi(z) + z phi(z); gelu_tanh' = s + 2 z s
     (1 - s) u'(z) at s = s(2u), u = sqrt(2/pi) (z + 0.044715 z^3).

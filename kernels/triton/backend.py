@@ -10,7 +10,7 @@ from spu.kernels.arith import INTERPRET
 
 
 def interpreted() -> bool:
-    """Whether kernels run interpreted (TRITON_INTERPRET=1): then on CPU tensors too."""
+    """Tell whether kernels run interpreted (TRITON_INTERPRET=1): then on CPU tensors too."""
     return bool(INTERPRET.value)
 
 

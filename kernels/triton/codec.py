@@ -48,8 +48,9 @@ FORMATS = {
 
 @triton.jit
 def _fp8_code(value, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """The 8 bits of fp32 ``value`` to nearest even, saturating. Subnormals: adding a power of two whose last place is
-    theirs rounds to it."""
+    """Return the 8 bits of fp32 ``value`` to nearest even, saturating. A subnormal is rounded by adding a power of two
+    whose last place is that of subnormals.
+    """
     bits = value.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80
     size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), LARGEST)
@@ -65,7 +66,7 @@ def _fp8_code(value, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.con
 
 @triton.jit
 def _fp8_value(code, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
-    """The fp32 value of finite fp8 codes."""
+    """Return the fp32 value of finite fp8 codes."""
     code = code.to(tl.uint32)
     sign = (code & 0x80) << 24
     size = (code & 0x7F) << (23 - MANTISSA)
@@ -81,7 +82,7 @@ def quantize_kernel(
     x, header, wire, scales, payload, numel, blocks, slots,
     CODEC: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr, HEADER: tl.constexpr,
 ):  # fmt: skip
-    """x [numel] -> scales fp32 [slots] and codes for ``blocks`` blocks of the padded payload."""
+    """Turn x [numel] into scales fp32 [slots] and codes for ``blocks`` blocks of the padded payload."""
     if tl.program_id(0) == 0:
         lanes = tl.arange(0, HEADER)
         tl.store(wire + lanes, tl.load(header + lanes))
@@ -117,7 +118,7 @@ def quantize_kernel(
 def dequantize_kernel(
     scales, payload, out, numel, CODEC: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """out [numel] = codes times their block's scale."""
+    """Compute out [numel] = codes times their block's scale."""
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < numel
     scale = tl.load(scales + offsets // BLOCK, mask=inside, other=0.0)
@@ -142,7 +143,7 @@ def convert_kernel(
     source, header, wire, target, numel, target_numel, WITH_HEADER: tl.constexpr, SIZE: tl.constexpr,
     HEADER: tl.constexpr,
 ):  # fmt: skip
-    """target[i] = source[i] in target's dtype; 0 in the padding numel <= i < target_numel."""
+    """Compute target[i] = source[i] in target's dtype; 0 in the padding numel <= i < target_numel."""
     if WITH_HEADER and tl.program_id(0) == 0:
         lanes = tl.arange(0, HEADER)
         tl.store(wire + lanes, tl.load(header + lanes))
@@ -157,7 +158,7 @@ def _padded(size_bytes: int) -> int:
 
 @lru_cache(maxsize=4096)
 def sections(numel: int, codec: str) -> tuple[Format, int, int]:
-    """(format, bytes of scales, bytes of payload), both padded."""
+    """Return (format, bytes of scales, bytes of payload), both padded."""
     if codec not in FORMATS:
         raise ValueError(f"unknown codec {codec!r}: use one of {', '.join(FORMATS)}")
     found = FORMATS[codec]
@@ -168,7 +169,7 @@ def sections(numel: int, codec: str) -> tuple[Format, int, int]:
 
 @lru_cache(maxsize=1024)
 def _header_on(header: bytes, device: torch.device) -> Tensor:
-    """The header on a device: copied there once, since a copy from the host costs more than a small pack."""
+    """Return the header on a device: copied there once, since a copy from the host costs more than a small pack."""
     return torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device)
 
 
@@ -178,7 +179,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
-    """Encodes a tensor of any shape and strides, in one launch.
+    """Encode a tensor of any shape and strides, in one launch.
 
     Args:
         x: fp16, bf16 or fp32.
@@ -221,7 +222,7 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
 
 
 def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> Tensor:
-    """Decodes what ``pack`` made; looks at no value of the header.
+    """Decode the result of ``pack`` without a look at any value of the header.
 
     Args:
         wire: uint8, contiguous.

@@ -32,7 +32,7 @@ _INT32 = 2**31 - 1
 
 @triton.jit
 def _take(top, total, z):
-    """The running maximum and sum of exp(. - maximum) [BM] after the logits z [BM, BN]; masked ones are -inf."""
+    """Return the running maximum and sum of exp(. - maximum) [BM] after the logits z [BM, BN]; masked ones are -inf."""
     new = tl.maximum(top, tl.max(z, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
@@ -40,7 +40,7 @@ def _take(top, total, z):
 
 @triton.jit
 def _loss(value, wanted, V, ignore_index):
-    """``value`` of rows with a target, 0 of ignored ones, NaN where the target is outside the vocabulary."""
+    """Return ``value`` for rows with a target, 0 for ignored ones, NaN where the target is outside the vocabulary."""
     value = tl.where((wanted >= 0) & (wanted < V), value, float("nan"))
     return tl.where(wanted != ignore_index, value, 0.0)
 
@@ -50,7 +50,7 @@ def linear_ce_kernel(
     hidden, weight, target, parts, R, V, K, stride_hr, stride_hk, stride_wv, stride_wk, tiles_each,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """hidden [R, K], weight [V, K], target [R] -> parts [3, shares, R] fp32. Grid (row tiles, shares)."""
+    """Compute parts [3, shares, R] fp32 from hidden [R, K], weight [V, K], target [R]. Grid (row tiles, shares)."""
     m, share = tl.program_id(0), tl.program_id(1)
     rows = m * BM + tl.arange(0, BM)
     wanted = tl.load(target + rows, mask=rows < R, other=-1)
@@ -75,7 +75,7 @@ def linear_ce_kernel(
 
 @triton.jit
 def combine_ce_kernel(parts, target, loss, lse, R, V, shares, ignore_index, ROWS: tl.constexpr):
-    """loss and lse [R] fp32 from the shares, in order."""
+    """Compute loss and lse [R] fp32 from the shares, in order."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < R
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -103,7 +103,7 @@ def linear_ce_dz_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dz [R, V] = (softmax(logits) - onehot(target)) * grad_rows, rounded once; 0 in ignored rows."""
+    """Compute dz [R, V] = (softmax(logits) - onehot(target)) * grad_rows, rounded once; 0 in ignored rows."""
     m, n = tile_at(tl.program_id(0), tl.cdiv(R, BM), tl.cdiv(V, BN), GROUP_M)
     z = add_product(
         tl.zeros((BM, BN), tl.float32),
@@ -123,7 +123,7 @@ def linear_ce_dz_kernel(
 
 @triton.jit
 def logits_ce_kernel(logits, target, loss, lse, V, ignore_index, SIZE: tl.constexpr):
-    """loss and lse of one row of stored logits [R, V] a program."""
+    """Compute loss and lse from stored logits [R, V], one row a program."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * V
     wanted = tl.load(target + row)
@@ -144,7 +144,7 @@ def logits_ce_kernel(logits, target, loss, lse, V, ignore_index, SIZE: tl.conste
 
 @triton.jit
 def logits_dz_kernel(logits, target, lse, grad_rows, V, ignore_index, SIZE: tl.constexpr):
-    """Stored logits [R, V] -> their gradient, in place. Grid (rows, column tiles)."""
+    """Replace stored logits [R, V] by their gradient. Grid (rows, column tiles)."""
     row = tl.program_id(0)
     cols = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     at = logits + row.to(tl.int64) * V + cols
@@ -211,7 +211,8 @@ def _plan(
 def linear_ce(
     hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse) of every row, fp32 [R]: lse = log sum exp(hidden @ weight.T), loss = lse - logit of the target.
+    """Return (loss, lse) of every row, fp32 [R]: lse = log sum exp(hidden @ weight.T), loss = lse - logit of the
+    target.
 
     Args:
         hidden: [R, K]; fp16, bf16 or fp32, any strides.
@@ -256,7 +257,7 @@ def linear_ce_dz(
     ignore_index: int,
     config: Config | None = None,
 ) -> Tensor:
-    """dz = (softmax(logits) - onehot(target)) * grad_rows -> [R, V] in the storage dtype, rounded once.
+    """Compute dz = (softmax(logits) - onehot(target)) * grad_rows -> [R, V] in the storage dtype, rounded once.
 
     Args:
         hidden, weight, target, ignore_index: as in ``linear_ce``.

@@ -4,7 +4,7 @@ A tile must fit the shared memory (stages x (rows + columns) x inner x 2 bytes),
 (rows x columns / threads <= 128 a thread, 64 for the two accumulators of a gated product), and there should be more
 tiles than multiprocessors.
 
-A derivative applied on load is worked out again for every column of tiles, some 30 instructions an element: with 128
+A derivative applied on load is recomputed for every column of tiles, some 30 instructions an element: with 128
 columns about twice the tensor cores' time for the element. A pass of its own reads and writes 6 bytes an element, a few
 percent of a product over thousands of columns. So ``linear_dz_dx`` applies it on load where launches are what costs
 (few rows, few tiles) and before the product elsewhere.

@@ -23,7 +23,7 @@ def finish_kernel(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of the sum of ``count`` parts [count, numel], added up in order; N columns."""
+    """Apply the epilogue to the sum of ``count`` parts [count, numel], added up in order; N columns."""
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < numel
     acc = widen(tl.load(parts + offsets, mask=inside, other=0.0))
@@ -38,7 +38,7 @@ def finish_kernel(
 
 @triton.jit
 def dz_kernel(dy, saved, dz, numel, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
-    """dz = dy * act'(saved), rounded once."""
+    """Compute dz = dy * act'(saved), rounded once."""
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < numel
     value = backprop(
@@ -51,7 +51,7 @@ def dz_kernel(dy, saved, dz, numel, ACTIVATION: tl.constexpr, SIZE: tl.constexpr
 
 @triton.jit
 def column_sum_kernel(x, parts, M, N, stride_m, stride_n, chunk, BM: tl.constexpr, BN: tl.constexpr):
-    """parts [P, N] fp32: the sums over ``chunk`` rows each of x [M, N]."""
+    """Compute parts [P, N] fp32: the sums over ``chunk`` rows each of x [M, N]."""
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * chunk
     total = tl.zeros((BM, BN), tl.float32)
@@ -72,7 +72,7 @@ def finish(
     activation: str = "none",
     preact: Tensor | None = None,
 ) -> None:
-    """out = act(z) and preact = z with z = parts.sum(0) + bias, each rounded once; parts [count, *out.shape]."""
+    """Compute z = parts.sum(0) + bias, out = act(z) and preact = z, each rounded once; parts [count, *out.shape]."""
     numel = out.numel()
     if numel:
         finish_kernel[(ceil_div(numel, SIZE),)](
@@ -85,7 +85,9 @@ def finish(
 def finish_main_grad(
     parts: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool, count: int = 1
 ) -> None:
-    """main_grad (+)= inv_scale * parts.sum(0), found_inf |= not finite; parts [count, *main_grad.shape], contiguous."""
+    """Compute main_grad (+)= inv_scale * parts.sum(0), found_inf |= not finite; parts [count, *main_grad.shape],
+    contiguous.
+    """
     numel = main_grad.numel()
     if numel:
         finish_kernel[(ceil_div(numel, SIZE),)](
@@ -95,7 +97,7 @@ def finish_main_grad(
 
 
 def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """dz = dy * act'(saved), contiguous, in dy's dtype."""
+    """Compute dz = dy * act'(saved), contiguous, in dy's dtype."""
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     numel = dz.numel()
     if numel:
@@ -105,7 +107,9 @@ def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
 
 
 def column_sums(x: Tensor) -> tuple[Tensor, int]:
-    """(parts [P, N] fp32, P): sums over equal shares of the rows of x [M, N], M > 0; their sum is the column sum."""
+    """Return (parts [P, N] fp32, P): sums over equal shares of the rows of x [M, N], M > 0; their sum is the column
+    sum.
+    """
     m, n = x.shape
     count = min(_MOST_PARTS, ceil_div(m, _ROWS_A_PART))
     chunk = ceil_div(ceil_div(m, count), SUM_ROWS) * SUM_ROWS

@@ -40,7 +40,9 @@ def gated_linear_kernel(
     ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K]; w_gate, w_up [N, K]; h [M, N] from the fp32 accumulators, and with KEEP gate and up: rounded once."""
+    """Compute h [M, N] from x [M, K] and w_gate, w_up [N, K] with fp32 accumulators; with KEEP also gate and up: each
+    rounded once.
+    """
     m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     r, c, inner = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     wide = inner.to(tl.int64)
@@ -69,7 +71,9 @@ def gated_linear_kernel(
 def gated_dz_kernel(
     dh, gate, up, dgate, dup, h, numel, ACTIVATION: tl.constexpr, GRADIENTS: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    """h = act(gate) * up; with GRADIENTS dgate = dh * up * act'(gate), dup = dh * act(gate). fp32, rounded once."""
+    """Compute h = act(gate) * up; with GRADIENTS dgate = dh * up * act'(gate), dup = dh * act(gate). fp32, rounded
+    once.
+    """
     offsets = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = offsets < numel
     g = widen(tl.load(gate + offsets, mask=inside, other=0.0))
@@ -87,7 +91,7 @@ def _write_gated_dh(
     acc, m, first_col, gate, up, dgate, dup, h, M, N,
     ACTIVATION: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dgate, dup and h of the tile acc of dh; a wide one in halves, whose results fit the registers."""
+    """Write dgate, dup and h of the tile acc of dh; a wide one in halves, whose results fit the registers."""
     if COLUMNS > _EPILOGUE_COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
         _write_gated_dh(left, m, first_col, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2)
@@ -112,7 +116,7 @@ def gated_dh_kernel(
     ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """gated_dz_kernel's results from dh = dy [M, K] @ w_down [K, N], which stays in fp32 and in registers."""
+    """Compute gated_dz_kernel's results from dh = dy [M, K] @ w_down [K, N], which stays in fp32 and in registers."""
     m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = add_product(
         tl.zeros((BM, BN), tl.float32),
@@ -130,7 +134,7 @@ def gated_dx_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, N] = dgate [M, K] @ w_gate [K, N] + dup [M, K] @ w_up [K, N], in one accumulator."""
+    """Compute dx [M, N] = dgate [M, K] @ w_gate [K, N] + dup [M, K] @ w_up [K, N], in one accumulator."""
     m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     acc = add_product(
         tl.zeros((BM, BN), tl.float32),
@@ -160,7 +164,7 @@ def _plan(
     strides: tuple[int, ...],
     override: Config | None,
 ) -> tuple[bool, tuple[int], dict[str, Any]]:
-    """(whether torch makes the products, grid, constants)."""
+    """Return (whether torch makes the products, grid, constants)."""
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, shape[1]))
     m, n, _ = shape
     constants = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
@@ -178,7 +182,7 @@ def _check_weights(w_gate: Tensor, w_up: Tensor) -> None:
 def gated_linear(
     x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep: bool = True, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h = act(gate) * up, gate = x @ w_gate.T, up = x @ w_up.T, accumulated in fp32; each rounded once.
+    """Compute h = act(gate) * up, gate = x @ w_gate.T, up = x @ w_up.T, accumulated in fp32; each rounded once.
 
     Args:
         x: [..., K]; fp16, bf16 or fp32, any strides.
@@ -219,7 +223,7 @@ def gated_linear(
 
 
 def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(dgate, dup, h) from the scaled dh and the saved gate and up, all of one shape and dtype.
+    """Return (dgate, dup, h) from the scaled dh and the saved gate and up, all of one shape and dtype.
 
     dgate = dh * up * act'(gate), dup = dh * act(gate), h = act(gate) * up: in fp32, each rounded once.
     """
@@ -238,7 +242,7 @@ def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
 def gated_dh(
     dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``gated_dz`` of dh = dy @ w_down, in the epilogue of that product: dh is neither stored nor rounded.
+    """Compute ``gated_dz`` of dh = dy @ w_down, in the epilogue of that product: dh is neither stored nor rounded.
 
     Args:
         dy: [..., M], the scaled gradient of the block's result.
@@ -277,12 +281,12 @@ def gated_dh(
 
 
 def _wide(constants: dict[str, Any], strides: tuple[int, ...]) -> bool:
-    """Whether offsets within a tile leave 32 bits."""
+    """Tell whether offsets within a tile leave 32 bits."""
     return 2 * max(constants["BM"], constants["BN"], constants["BK"]) * (max(map(abs, strides)) + 1) > _INT32
 
 
 def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: Config | None = None) -> Tensor:
-    """dx = dgate @ w_gate + dup @ w_up in one fp32 accumulation, rounded once.
+    """Compute dx = dgate @ w_gate + dup @ w_up in one fp32 accumulation, rounded once.
 
     Args:
         dgate, dup: [..., N], still scaled.

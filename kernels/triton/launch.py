@@ -29,7 +29,7 @@ POINTWISE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
-    """Triton's compile options of a product."""
+    """Return Triton's compile options of a product."""
     return {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -38,26 +38,26 @@ def options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up. (triton.cdiv takes 2 us on the host.)"""
+    """Return a / b rounded up. (triton.cdiv takes 2 us on the host.)"""
     return -(-a // b)
 
 
 @lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
+    """Return the compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=64)
 def programs_at_once(device: torch.device) -> int:
-    """The number of multiprocessors, which is what a persistent grid fills."""
+    """Return the number of multiprocessors: a persistent grid has one program for each."""
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> Config:
-    """The table's configuration of a product (rows, columns, inner) on a device."""
+    """Return the table's configuration of a product (rows, columns, inner) on a device."""
     if device.type != "cuda":
         return _INTERPRETED
     return table.config_of(capability(device), op, dtype, shape)
@@ -68,7 +68,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def for_alignment(config: Config, dtype: torch.dtype, strides: tuple[int, ...]) -> Config:
-    """``config``, or a smaller tile where rows do not start at multiples of 16 bytes.
+    """Return ``config``, or a smaller tile where rows do not start at multiples of 16 bytes.
 
     Elements are then loaded one by one, each with an address of its own, and those of a large tile do not fit the
     registers. ``strides`` are those of all operands and results, in elements.
@@ -87,8 +87,9 @@ def _small(config: Config) -> Config:
 
 @contextmanager
 def descriptors_allowed() -> Iterator[None]:
-    """Gives kernels launched inside, which make tensor descriptors, their memory. Triton keeps one allocator a thread;
-    a user's own is put back."""
+    """Give kernels launched inside, which make tensor descriptors, their memory. Triton keeps one allocator a thread; a
+    user's own is restored.
+    """
     allocator = getattr(_allocation, "_allocator", None)
     previous = allocator.get() if isinstance(allocator, ContextVar) else None
     triton.set_allocator(_workspace)
@@ -100,7 +101,7 @@ def descriptors_allowed() -> Iterator[None]:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., K] -> [rows, K]; also for K = 0, where reshape(-1, 0) is ambiguous."""
+    """Return [..., K] as [rows, K]; also for K = 0, where reshape(-1, 0) is ambiguous."""
     if x.dim() == 2:
         return x
     rows = 1
@@ -110,13 +111,13 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def check_activation(activation: str) -> None:
-    """Raises ValueError for an unknown activation."""
+    """Raise ValueError for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
 
 
 def check_operands(names: str, *tensors: Tensor) -> None:
-    """Raises unless all share a storage dtype and a device."""
+    """Raise unless all share a storage dtype and a device."""
     first = tensors[0]
     if first.dtype not in STORAGE_DTYPES:
         raise TypeError(f"{names}: dtype {first.dtype} is not supported: use float16, bfloat16 or float32")
@@ -130,7 +131,7 @@ def check_operands(names: str, *tensors: Tensor) -> None:
 
 
 def check_sink(main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises unless main_grad is contiguous fp32 of ``shape`` beside ``like``, and the scalars fp32."""
+    """Raise unless main_grad is contiguous fp32 of ``shape`` beside ``like``, and the scalars fp32."""
     check_operands("main_grad, inv_scale and found_inf", main_grad, inv_scale, found_inf)
     if main_grad.shape != shape:
         raise ValueError(f"main_grad {tuple(main_grad.shape)} does not fit the gradient: need {shape}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _TENSOR = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "QGMMA", "IMMA")
 # Multiply-adds of a 16-bit tensor-core instruction of one warp, m16n8k16, and of a warp scheduler's tensor core a cycle
-# (the architectures' white papers; sm_86, 89 and 120 are GeForce cards, fp32 accumulation at half the rate).
+# (the architectures' white papers; sm_86, 89 and 120 are GeForce GPUs, fp32 accumulation at half the rate).
 _HMMA_PRODUCTS = {"16816": 2048, "1688": 1024}
 _TENSOR_RATE = {75: 64, 80: 256, 86: 64, 89: 64, 90: 512, 100: 1024, 120: 64}
 _FP16_SUMS_FASTER = (86, 89, 120)
@@ -61,7 +61,7 @@ class _Instruction:
 
 
 def read(sass: str, arch: int) -> Limits:
-    """The limits that a listing of ``cuobjdump -sass`` shows; ``arch`` 80 is sm_80."""
+    """Return the limits that a listing of ``cuobjdump -sass`` shows; ``arch`` 80 is sm_80."""
     code = [_Instruction(int(at, 16), name, rest) for at, name, rest in _LINE.findall(sass)]
     code = [one for one in code if one.stem != "NOP"]
     loop = _hottest(code)
@@ -74,7 +74,7 @@ def read(sass: str, arch: int) -> Limits:
 
 
 def _hottest(code: list[_Instruction]) -> list[_Instruction]:
-    """The instructions of the innermost loop that multiplies most; all of them where no loop does."""
+    """Return the instructions of the innermost loop that multiplies most; all of them where no loop does."""
     best: list[_Instruction] = []
     most = 0.0
     for one in code:

@@ -19,7 +19,7 @@ def linear_fwd(
     keep_preact: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = act(z), z = x @ weight.T + bias, accumulated in fp32; y and z are each rounded once.
+    """Compute y = act(z), z = x @ weight.T + bias, accumulated in fp32; y and z are each rounded once.
 
     Args:
         x: [..., K] of any strides; fp16, bf16 or fp32.
@@ -56,7 +56,7 @@ def linear_fwd(
 
 
 def linear_dz(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """dz = dy * act'(saved) in fp32, rounded once; saved is z, except for relu: y.
+    """Compute dz = dy * act'(saved) in fp32, rounded once; saved is z, except for relu: y.
 
     Args:
         dy, saved: of one shape, any strides; fp16, bf16 or fp32.
@@ -72,7 +72,7 @@ def linear_dz(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
 
 
 def linear_dx(dz: Tensor, weight: Tensor, config: Config | None = None) -> Tensor:
-    """dx = dz @ weight, accumulated in fp32, rounded once.
+    """Compute dx = dz @ weight, accumulated in fp32, rounded once.
 
     Args:
         dz: [..., N] of any strides, still scaled.
@@ -87,7 +87,8 @@ def linear_dx(dz: Tensor, weight: Tensor, config: Config | None = None) -> Tenso
 def linear_dz_dx(
     dy: Tensor, saved: Tensor, weight: Tensor, activation: str, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(dz, dx): in one pass over dy, the derivative applied as the product loads it, where the configuration is a tile.
+    """Return (dz, dx) from one pass over dy: the product applies the derivative as it loads, where the configuration is
+    a tile.
 
     To the bit, dz is ``linear_dz(dy, saved, activation)`` and dx, for one configuration, ``linear_dx(dz, weight)``.
     """
@@ -125,7 +126,7 @@ def _check_rows(dz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_dw(dz: Tensor, x: Tensor, config: Config | None = None) -> Tensor:
-    """dw = dz.T @ x over all rows, accumulated in fp32, rounded once: [N, K] in dz's dtype."""
+    """Compute dw = dz.T @ x over all rows, accumulated in fp32, rounded once: [N, K] in dz's dtype."""
     rows, inputs = _check_rows(dz, x)
     dw = torch.empty((rows.shape[1], inputs.shape[1]), dtype=dz.dtype, device=dz.device)
     multiply("linear_dw", rows.t(), inputs, dw, config=config)
@@ -142,7 +143,7 @@ def linear_dw_(
     bias_grad: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """main_grad (+)= inv_scale * dz.T @ x in fp32, never rounded to 16 bits; deterministic.
+    """Compute main_grad (+)= inv_scale * dz.T @ x in fp32, never rounded to 16 bits; deterministic.
 
     Args:
         dz: [..., N], the scaled gradient of the pre-activation; fp16, bf16 or fp32.
@@ -179,12 +180,12 @@ def linear_dw_db_(
     accumulate: bool,
     config: Config | None = None,
 ) -> None:
-    """``linear_dw_`` with its bias gradient, in the order of the op's schema."""
+    """Compute ``linear_dw_`` and its bias gradient, with the arguments of the op's schema."""
     linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate, bias_grad, config)
 
 
 def linear_db(dz: Tensor) -> Tensor:
-    """db = sum over rows of dz, accumulated in fp32: [N] in dz's dtype."""
+    """Compute db = sum over rows of dz, accumulated in fp32: [N] in dz's dtype."""
     rows = rows_of(dz)
     db = torch.empty(rows.shape[1], dtype=dz.dtype, device=dz.device)
     if rows.shape[0] == 0:
@@ -195,13 +196,15 @@ def linear_db(dz: Tensor) -> Tensor:
 
 
 def linear_db_(dz: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad [N] (+)= inv_scale * sum over rows of dz; found_inf as in ``linear_dw_``."""
+    """Compute main_grad [N] (+)= inv_scale * sum over rows of dz; found_inf as in ``linear_dw_``."""
     rows = rows_of(dz)
     check_sink(main_grad, inv_scale, found_inf, (rows.shape[1],), dz)
     add_column_sums(rows, main_grad, inv_scale, found_inf, accumulate)
 
 
 def unscale_(grad: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad (+)= inv_scale * grad in fp32; any strides and floating dtype; found_inf: see ``linear_dw_``."""
+    """Compute main_grad (+)= inv_scale * grad in fp32, for any strides and floating dtype; found_inf: see
+    ``linear_dw_``.
+    """
     check_sink(main_grad, inv_scale, found_inf, tuple(grad.shape), grad)
     finish_main_grad(grad.contiguous(), main_grad, inv_scale, found_inf, accumulate)

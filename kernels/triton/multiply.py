@@ -74,7 +74,9 @@ PLAIN = Epilogue()
 
 
 def _can_describe(dtype: torch.dtype, strides: tuple[int, ...], aligned: bool) -> bool:
-    """Whether tensor descriptors can load both operands: one stride of each is 1, the other a multiple of 16 bytes."""
+    """Tell whether tensor descriptors can load both operands: one stride of each is 1, the other a multiple of 16
+    bytes.
+    """
     if dtype == torch.float32 or not aligned:
         return False
     for first, second in (strides[:2], strides[2:]):
@@ -96,7 +98,7 @@ def plan(
     form: Form,
     override: Config | None,
 ) -> Plan:
-    """The launch of a product (M, N, K) with strides (am, ak, bk, bn)."""
+    """Return the launch of a product (M, N, K) with strides (am, ak, bk, bn)."""
     m, n, k = shape
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, n))
     if config.kind == "descriptor" and (k == 0 or not _can_describe(dtype, strides, aligned)):
@@ -147,7 +149,7 @@ def multiply(
     derivative: Derivative | None = None,
     config: Config | None = None,
 ) -> None:
-    """out = epilogue(a @ b), accumulated in fp32.
+    """Compute out = epilogue(a @ b), accumulated in fp32.
 
     Args:
         op: whose row of the table is used: "linear", "linear_dx" or "linear_dw".
@@ -222,7 +224,7 @@ def _finish(parts: Tensor, out: Tensor, e: Epilogue, count: int) -> None:
 
 
 def _sum_bias(a: Tensor, e: Epilogue) -> None:
-    """The bias gradient by a pass of its own, where the product does not see whole rows of ``a`` [N, tokens]."""
+    """Compute the bias gradient in its own pass, where the product does not see whole rows of ``a`` [N, tokens]."""
     if e.bias_grad is not None:
         assert e.inv_scale is not None
         assert e.found_inf is not None
@@ -230,7 +232,7 @@ def _sum_bias(a: Tensor, e: Epilogue) -> None:
 
 
 def add_column_sums(x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad [N] (+)= inv_scale * sum over rows of x [M, N]."""
+    """Compute main_grad [N] (+)= inv_scale * sum over rows of x [M, N]."""
     if x.shape[0] == 0:
         if not accumulate:
             main_grad.zero_()
@@ -240,7 +242,7 @@ def add_column_sums(x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: 
 
 
 def _by_torch(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> None:
-    """The product by torch (cuBLAS on CUDA devices), then our epilogue."""
+    """Multiply by torch (cuBLAS on CUDA devices), then run our epilogue."""
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         if e.main_grad:
             if a.device.type == "cuda" and a.dtype != torch.float32:

@@ -28,7 +28,7 @@ _FIELDS = 6  # target, grad, exp_avg, exp_avg_sq, step, 16-bit copy
 
 @triton.jit
 def _one_minus_power(count, log_beta):
-    """1 - beta^count to fp32 accuracy: by its series where the power is near 1 and the difference would cancel."""
+    """Return 1 - beta^count to fp32 accuracy: by its series near 0, where the difference would cancel."""
     x = count * log_beta
     series = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * (1 / 8))))
     series = -x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * series)))
@@ -47,7 +47,7 @@ def adamw_kernel(
     log_beta1, log_beta2, COPY: tl.constexpr, COPIES: tl.constexpr, ALIGNED: tl.constexpr, FIELDS: tl.constexpr,
     SIZE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One AdamW step (arXiv:1711.05101) in torch's order of operations; nothing where found_inf is set.
+    """Do one AdamW step (arXiv:1711.05101) in torch's order of operations; nothing where found_inf is set.
 
     keep = 1 - lr * weight_decay, beta_left = 1 - beta. addresses int64 [tensors, FIELDS], numels int64 [tensors],
     blocks int32 [programs, 2]. With COPIES the result is also stored as COPY, the parameters' 16-bit type.
@@ -91,9 +91,9 @@ def square_sum_kernel(
     addresses, numels, blocks, parts, arrived, out,
     ALIGNED: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out fp64 [1] = the sum of all squares, taken in fp64: fp32's end at values of 1.8e19. Every program leaves its
-    share's sum in parts fp64 [programs]; the one that arrives last adds them up, in their order whoever it is, and
-    leaves the counter ``arrived`` at 0 again.
+    """Compute out fp64 [1] = the sum of all squares. In fp32 they overflow from values of 1.8e19 on. Every program
+    leaves its share's sum in parts fp64 [programs]. The one that arrives last adds them up in their order, whichever
+    program it is, and sets the counter ``arrived`` back to 0.
     """
     which = tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
@@ -142,7 +142,7 @@ def _where(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> _Whe
 
 
 def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Values on the device; the host does not wait for the copy."""
+    """Return the values on the device; the host does not wait for the copy."""
     here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return here.to(device, non_blocking=True)
 
@@ -180,7 +180,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update of every parameter in one launch, on the device alone.
+    """Update every parameter by AdamW in one launch, on the device alone.
 
     Args:
         params: of one dtype and device; fp16 or bf16 with ``masters``, fp32 without.
@@ -213,7 +213,7 @@ def adamw_(
 
 
 def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
-    """The sum of the squares of all elements -> fp64 [1], in one launch, always with the same bits.
+    """Return the sum of the squares of all elements: fp64 [1], in one launch, always with the same bits.
 
     Args:
         grads: fp32, on one device, at least one. Not one list on two streams at once: its launches share a counter.

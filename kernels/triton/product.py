@@ -104,7 +104,9 @@ def product_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles or fewer if PERSISTENT, parts of the inner dimension of ``chunk`` each)."""
+    """Compute a product tile by tile. Grid (tiles or fewer if PERSISTENT, parts of the inner dimension of ``chunk``
+    each).
+    """
     if PERSISTENT:
         for index in range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0)):
             _tile(
@@ -129,7 +131,8 @@ def descriptor_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """The persistent product with tensor descriptors (TMA). BY_ROWS: the operand's second stride is 1, else its first.
+    """Compute the persistent product with tensor descriptors (TMA). BY_ROWS: the operand's second stride is 1, else its
+    first.
 
     Loads beyond the edges give zeros. (The arguments are product_kernel's; saved, dz and chunk are not used.)
     """

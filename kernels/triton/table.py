@@ -79,7 +79,7 @@ def follows_tables(cached: _Cached) -> _Cached:
 
 
 def forget() -> None:
-    """Have the tables read again at the next need, as after a measurement."""
+    """Make the tables be read from disk at the next need, as after a measurement."""
     for clear in _FOLLOWERS:
         clear()
 

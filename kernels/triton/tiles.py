@@ -10,7 +10,9 @@ from spu.kernels.arith import activate, backprop, dot, narrow, nonfinite, widen
 
 @triton.jit
 def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row, column) of a tile; GROUP_M rows of tiles are walked together, so that they share columns in the cache."""
+    """Return (row, column) of a tile; GROUP_M rows of tiles are walked together, so that they share columns in the
+    cache.
+    """
     width = GROUP_M * tiles_n
     first = index // width * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)
@@ -20,7 +22,7 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def start_of(pointer, index, stride):
-    """pointer + index * stride in 64 bits."""
+    """Return pointer + index * stride in 64 bits."""
     return pointer + tl.cast(index, tl.int64) * stride
 
 
@@ -30,7 +32,7 @@ def add_product(
     DERIVATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr, HALF: tl.constexpr = False,
 ):  # fmt: skip
-    """acc + a @ b over k_first <= k < k_last; a and b point at row 0 of the tile and at k = 0.
+    """Return acc + a @ b over k_first <= k < k_last; a and b point at row 0 of the tile and at k = 0.
 
     With DERIVATIVE, a holds dy: what is multiplied is dz = dy * act'(saved), rounded to the storage dtype as if it had
     been stored; it is stored (to ``dz``, laid out like a) by the tiles of ``column`` 0.
@@ -71,7 +73,7 @@ def add_product(
 def sum_rows_of_a(
     a, stride_ar, stride_ak, rows_left, K, BM: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """[BM] fp32: the sum of a's tile over all k, in one fixed order."""
+    """Return [BM] fp32: the sum of a's tile over all k, in one fixed order."""
     r, inner = tl.arange(0, BM), tl.arange(0, BK)
     if WIDE:
         r, inner = r.to(tl.int64), inner.to(tl.int64)
@@ -89,7 +91,7 @@ def write_output(
     acc, bias, out, preact, offsets, inside, cols, in_cols,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_PREACT: tl.constexpr,
 ):  # fmt: skip
-    """z = acc + bias and act(z), each rounded once."""
+    """Write z = acc + bias and act(z), each rounded once."""
     if HAS_BIAS:
         added = widen(tl.load(bias + cols, mask=in_cols, other=0.0))
         acc += added if len(acc.shape) == 1 else added[None, :]
@@ -100,7 +102,7 @@ def write_output(
 
 @triton.jit
 def write_main_grad(acc, main_grad, inv_scale, found_inf, offsets, inside, ACCUMULATE: tl.constexpr):
-    """main_grad (+)= inv_scale * acc, and found_inf = 1 if any of acc is not finite."""
+    """Compute main_grad (+)= inv_scale * acc, and found_inf = 1 if any of acc is not finite."""
     value = acc * tl.load(inv_scale)
     if ACCUMULATE:  # else a store without a load: 0 * inf of a stale buffer would be NaN
         value += tl.load(main_grad + offsets, mask=inside, other=0.0)

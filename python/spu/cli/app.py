@@ -24,7 +24,7 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 app = typer.Typer(
     name="spu",
-    help="Train PyTorch models that do not fit the card you own, exactly and fast.",
+    help="Train PyTorch models that do not fit the GPU you own, exactly and fast.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -116,7 +116,7 @@ def plan(**given: Any) -> None:
 def devices(
     devices: Annotated[str, typer.Option(help="As in train.")] = "auto",
     budget: Annotated[str | None, typer.Option(help="As in train.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of remembering.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure, also where results are cached.")] = False,
 ) -> None:
     """Show the devices: memory, budget, measured speeds and link bandwidths."""
 
@@ -142,14 +142,14 @@ def doctor() -> None:
 
 @app.command()
 def tune(
-    device: Annotated[str, typer.Option(help="Which card.")] = "cuda:0",
+    device: Annotated[str, typer.Option(help="Which GPU.")] = "cuda:0",
     ops: Annotated[str | None, typer.Option(help="Comma-separated products.  (all)")] = None,
     dtypes: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, fp32.")] = "fp16,bf16",
     minutes: Annotated[float | None, typer.Option(help="Stop after this time; a later run goes on.")] = None,
     out: Annotated[str | None, typer.Option(help="Another file than the user's table.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Show what would be measured on sm_90; measure nothing.")] = False,
 ) -> None:
-    """Measure the kernels' configurations on this card and keep the fastest."""
+    """Measure the kernels' configurations on this GPU and keep the fastest."""
 
     def command() -> None:
         from pathlib import Path
@@ -185,7 +185,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `spu`: runs the command and ends the process with the command's exit code."""
+    """Run `spu`: the command, then end the process with the command's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for index, argument in enumerate(arguments):
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _given(error: Any, arguments: list[str]) -> str:
-    """The value that a usage error complains about, which its own text may lack."""
+    """Return the value that a usage error complains about, which its own text may lack."""
     for name in getattr(getattr(error, "param", None), "opts", ()):
         places = [index for index, argument in enumerate(arguments[:-1]) if argument == name]
         if places:

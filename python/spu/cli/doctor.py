@@ -131,10 +131,10 @@ def _cuda() -> list[Row]:
     import torch
 
     if torch.cuda.is_available():
-        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         text = ", ".join(
-            f"cuda:{i} {card.name} {card.total_memory / 1e9:.1f} GB (sm_{card.major}{card.minor})"
-            for i, card in enumerate(cards)
+            f"cuda:{i} {gpu.name} {gpu.total_memory / 1e9:.1f} GB (sm_{gpu.major}{gpu.minor})"
+            for i, gpu in enumerate(gpus)
         )
         return [Row("CUDA device", True, text)]
     if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia/version").exists():

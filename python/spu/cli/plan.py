@@ -19,7 +19,7 @@ from spu.train.progress import terminal_width
 
 
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
-    """The devices to plan for, and the names of those that are not here.
+    """Return the devices to plan for, and the names of those that are not here.
 
     A GPU that this machine does not have needs a budget, which then is its memory. Default: the devices that the
     budget names; else what is here.
@@ -35,7 +35,7 @@ def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Devi
     here = [f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     twice = [n for k, n in enumerate(names) if n.startswith("cuda") and _full(n) in map(_full, names[:k])]
     if twice:
-        raise ValueError(f"--devices {devices}: {_full(twice[0])} is named twice; cards are cuda:0, cuda:1, ...")
+        raise ValueError(f"--devices {devices}: {_full(twice[0])} is named twice; GPUs are cuda:0, cuda:1, ...")
     absent = {_full(n) for n in names if n.startswith("cuda") and _full(n) not in here}
     known = [n for n in names if _full(n) not in absent]
     found: dict[str, Device] = {}
@@ -93,7 +93,7 @@ def _absent(name: str, budgets: dict[str, str]) -> Device:
 
 
 def describe_machine(devices: list[Device], absent: set[str], speed: str | None, precision: str) -> Machine:
-    """Speeds of the devices: measured where they are here and nothing else is said, nominal otherwise."""
+    """Return the speeds of the devices: measured where they are here and nothing else is said, nominal otherwise."""
     speeds = read_speeds(speed)
     strange = [n for n in speeds if not any(n in (d.name, d.name.split(":")[0]) for d in devices)]
     if strange:

@@ -20,7 +20,7 @@ __all__ = ["train_command"]
 
 
 def train_command(given: dict[str, Any], options: RunOptions) -> Path:
-    """Start or go on with a run and print what came of it.
+    """Start or go on with a run and print its result.
 
     Args:
         given: settings of `TrainConfig` named by the user.

@@ -81,6 +81,6 @@ class Held:
 
 
 def stop_if_asked() -> None:
-    """A place in a long `Held` where it may end early: raises what is kept, if there is something."""
+    """Raise the interrupt that is kept, if there is one: a place in a long `Held` where it may end early."""
     if _holding and _holding[0]._raised is not None and threading.current_thread() is threading.main_thread():
         raise _holding[0]._raised

@@ -130,8 +130,9 @@ _jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 
 def constant_when_traced(function: _T) -> _T:
-    """Mark a function as ``torch.compiler.assume_constant_result`` does, without importing all of Dynamo for it: it is
-    run as it stands while Dynamo traces, and its result is a constant of the graph."""
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, without the import of all of Dynamo. Dynamo
+    runs the function as it stands while it traces, and takes the result for a constant of the graph.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

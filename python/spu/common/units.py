@@ -9,17 +9,17 @@ __all__ = ["columns", "format_bytes", "format_bytes_up", "format_seconds"]
 
 
 def format_bytes(count: int | float) -> str:
-    """``count`` bytes in powers of 1000 with three digits: "0 B", "64 B", "1.50 GB"; rounded to nearest."""
+    """Format ``count`` bytes in powers of 1000 with three digits: "0 B", "64 B", "1.50 GB"; rounded to nearest."""
     return _in_units(round(count), lambda a, b: (2 * a + b) // (2 * b))
 
 
 def format_bytes_up(count: int | float) -> str:
-    """As `format_bytes`, rounded up: a budget written so is never smaller than ``count``."""
+    """Like `format_bytes`, rounded up: a budget written so is never smaller than ``count``."""
     return _in_units(math.ceil(count), lambda a, b: -(-a // b))
 
 
 def _in_units(count: int, divide: Callable[[int, int], int]) -> str:
-    """``divide`` rounds as asked, in whole numbers: a float would lose the last bytes of a large count."""
+    """Format with ``divide`` for the rounding, in whole numbers: a float would lose the last bytes of a large count."""
     if count < 0:
         return "-" + _in_units(-count, divide)
     if count < 1000:
@@ -33,7 +33,7 @@ def _in_units(count: int, divide: Callable[[int, int], int]) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration with three digits: "12.3 ms", "1.50 s", "250 us"."""
+    """Format a duration with three digits: "12.3 ms", "1.50 s", "250 us"."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if abs(seconds) >= 0.9995 * scale or unit == "us":
             return f"{seconds / scale:.3g} {unit}" if seconds < 999.5 * scale else f"{seconds / scale:.0f} {unit}"

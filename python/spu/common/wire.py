@@ -52,7 +52,7 @@ _DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.items()}
 
 
 def codec_of(name: str) -> Codec:
-    """Looks a codec up by name.
+    """Return the codec of a name.
 
     Raises:
         ValueError: for an unknown name; the message lists the known ones.
@@ -63,7 +63,7 @@ def codec_of(name: str) -> Codec:
 
 
 def check_source(shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Raises unless a tensor of this shape and dtype can be packed."""
+    """Raise unless a tensor of this shape and dtype can be packed."""
     if dtype not in DTYPES:
         raise TypeError(f"cannot pack {dtype}: a wire holds float16, bfloat16 or float32; convert with .to() first")
     if len(shape) > MAX_NDIM:
@@ -78,7 +78,7 @@ def _padded(size_bytes: int) -> int:
 
 
 def numel_of(shape: Sequence[int]) -> int:
-    """Product of the dimensions; also right for symbolic ones."""
+    """Return the product of the dimensions; also right for symbolic ones."""
     numel = 1
     for size in shape:
         numel = numel * size
@@ -86,22 +86,22 @@ def numel_of(shape: Sequence[int]) -> int:
 
 
 def block_count(numel: int, codec: Codec) -> int:
-    """Number of scales on the wire."""
+    """Return the number of scales on the wire."""
     return (numel + codec.block - 1) // codec.block if codec.block else 0
 
 
 def scales_bytes(numel: int, codec: Codec) -> int:
-    """Size of the scales section, padded."""
+    """Return the size of the scales section, padded."""
     return _padded(4 * block_count(numel, codec))
 
 
 def payload_bytes(numel: int, codec: Codec) -> int:
-    """Size of the payload, before padding."""
+    """Return the size of the payload, before padding."""
     return (numel * codec.item_bits + 7) // 8
 
 
 def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
-    """Size of the wire in bytes: static, from shape, source dtype and codec alone.
+    """Return the size of the wire in bytes, from shape, source dtype and codec alone.
 
     Raises:
         ValueError: for an unknown codec or more than five dimensions.
@@ -112,13 +112,15 @@ def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
 
 
 def packed_bytes(numel: int, codec: str) -> int:
-    """Size of a wire of ``numel`` values in bytes; the shape does not matter. Raises ValueError as `codec_of`."""
+    """Return the size in bytes of a wire of ``numel`` values; the shape does not matter. Raise ValueError like
+    `codec_of`.
+    """
     found = codec_of(codec)
     return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))
 
 
 def header(shape: Sequence[int], dtype: torch.dtype, codec: str) -> bytes:
-    """The 64 header bytes."""
+    """Return the 64 header bytes."""
     found, dims = codec_of(codec), [*shape, *([0] * (MAX_NDIM - len(shape)))]
     return _HEADER.pack(
         MAGIC, VERSION, found.code, DTYPES[dtype], len(shape), found.block, numel_of(shape), *map(int, dims)
@@ -135,7 +137,7 @@ class Header:
 
 
 def parse_header(data: bytes) -> Header:
-    """Reads and validates a header.
+    """Read and validate a header.
 
     Raises:
         ValueError: if the bytes are not a header of this version; the message names the field and its value.

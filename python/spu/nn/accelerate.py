@@ -19,7 +19,7 @@ _MARK = "_spu_accelerated"
 
 
 def _fused_form(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that replaces ``cls``, or None."""
+    """Return the class that replaces ``cls``, or None."""
     if cls is nn.Linear:
         return Linear
     if cls is nn.Sequential:
@@ -29,7 +29,7 @@ def _fused_form(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def accelerate(model: _Model, precision: str | None = None) -> _Model:
-    """Puts a model's linear layers, activations after them and MLP blocks on fused ops, in place, and returns it.
+    """Put a model's linear layers, activations after them and MLP blocks on fused ops, in place, and return it.
 
     What changes: every ``nn.Linear``; in an ``nn.Sequential``, a linear layer and the ReLU, GELU or SiLU after it run
     as one op; of Hugging Face transformers, the MLP blocks of Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2,
@@ -62,7 +62,7 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
 
 
 def restore(model: _Model) -> _Model:
-    """Undoes ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay, without a precision.
+    """Undo ``accelerate``, in place; modules that were built as ``spu.nn.Linear`` stay, without a precision.
 
     Raises:
         ValueError: if a module's class was changed again since; nothing is restored then.
@@ -79,12 +79,12 @@ def restore(model: _Model) -> _Model:
 
 
 def is_accelerated(module: nn.Module) -> bool:
-    """Whether ``accelerate`` has changed this module, not looking at its children."""
+    """Tell whether ``accelerate`` has changed this module, without a look at its children."""
     return _MARK in module.__dict__ or isinstance(module, Linear)
 
 
 def _plain_form(name: str, module: nn.Module) -> type[nn.Module]:
-    """The class that an accelerated module had."""
+    """Return the class that an accelerated module had."""
     cls = type(module)
     if cls is Linear:
         return nn.Linear

@@ -46,7 +46,7 @@ _UNREAD = frozenset((
 
 
 def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any], known: frozenset[str]) -> bool:
-    """Whether this is a call that is known here in every detail, in 16 bits on a CPU."""
+    """Tell whether this is a call that is known here in every detail, in 16 bits on a CPU."""
     if q.device.type != "cpu" or q.dtype not in HALVES or not q.dtype == k.dtype == v.dtype:
         return False
     return all(name in known or value is None for name, value in keywords.items()) and takes(q, k, v)
@@ -55,7 +55,7 @@ def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[st
 def _fused(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keywords: dict[str, Any]
 ) -> torch.Tensor | None:
-    """``spu.ops.attention`` as transformers calls one without a mask: heads first; None where it does not fit.
+    """Call ``spu.ops.attention`` as transformers calls one without a mask: heads first. None where it does not fit.
 
     Causal unless told otherwise, or for one query. An empty static cache has more keys than there are causal queries:
     those behind them are not seen.
@@ -107,7 +107,7 @@ def sdpa_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scaled dot-product attention, accumulated in fp32 for fp16 and bf16 on the CPU.
+    """Compute scaled dot-product attention, accumulated in fp32 for fp16 and bf16 on the CPU.
 
     Args:
         module: the attention module that calls (transformers reads its head grouping from it).
@@ -139,7 +139,7 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model's own eager attention (the one with logit softcapping), widened like `sdpa_attention`."""
+    """Compute the model's own eager attention (the one with logit softcapping), widened like `sdpa_attention`."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     if not _serves(query, key, value, kwargs, _READ | _UNREAD | {"softcap"}):
         return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
@@ -180,15 +180,15 @@ def use_attention(model: nn.Module) -> None:
         return
     for part in _parts(model):
         current = part.config._attn_implementation
-        if current not in _OURS or any(current in _names_asked_for(home) for home in _homes(part)):
+        if current not in _OURS or any(current in _names_asked_for(name) for name in _source_modules(part)):
             continue
-        attentions = _homes(part, "Attention")
-        if current == "sdpa" or all(hasattr(sys.modules[home], "eager_attention_forward") for home in attentions):
+        attentions = _source_modules(part, "Attention")
+        if current == "sdpa" or all(hasattr(sys.modules[name], "eager_attention_forward") for name in attentions):
             part.set_attn_implementation({"": _OURS[current]})
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undoes :func:`use_attention`."""
+    """Undo :func:`use_attention`."""
     plain = {ours: theirs for theirs, ours in _OURS.items()}
     for part in _parts(model):
         if part.config._attn_implementation in plain:
@@ -196,7 +196,7 @@ def restore_attention(model: nn.Module) -> None:
 
 
 def _parts(model: nn.Module) -> Iterator[Any]:
-    """The transformers models in a model, one for each configuration, that can be given an attention."""
+    """Return the transformers models in a model, one for each configuration, that can be given an attention."""
     transformers = sys.modules.get("transformers")
     seen: set[int] = set()
     for module in model.modules():
@@ -207,18 +207,18 @@ def _parts(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def _homes(model: nn.Module, suffix: str = "") -> set[str]:
-    """Names of the Python modules that define the model's classes (whose names end so)."""
+def _source_modules(model: nn.Module, suffix: str = "") -> set[str]:
+    """Return the names of the Python modules that define the model's classes (whose names end so)."""
     return {type(m).__module__ for m in model.modules() if type(m).__name__.endswith(suffix)}
 
 
 @lru_cache(maxsize=1024)
-def _names_asked_for(home: str) -> frozenset[str]:
-    """The attentions that a module's source compares a configuration's with, as in ``== "sdpa"``."""
-    if home.startswith(("torch.", "spu.")):
+def _names_asked_for(module: str) -> frozenset[str]:
+    """Return the attentions that a module's source compares a configuration's with, as in ``== "sdpa"``."""
+    if module.startswith(("torch.", "spu.")):
         return frozenset()
     try:
-        source = inspect.getsource(sys.modules[home])
+        source = inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         return frozenset()
     compared = re.findall(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)([^\n]*)", source)

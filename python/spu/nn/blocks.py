@@ -35,18 +35,18 @@ __all__ = [
 
 
 def from_library(cls: type) -> bool:
-    """Whether a class was defined in one of the libraries that the table speaks of."""
+    """Tell whether a class was defined in one of the libraries that the table lists."""
     return cls.__module__.split(".")[0] in LIBRARIES
 
 
 def _unwatched(module: nn.Module) -> bool:
-    """No one would notice if the module were not called."""
+    """Tell whether no one would notice if the module were not called."""
     state = module.__dict__
     return not any(state[name] for name in MODULE_HOOKS) and "forward" not in state
 
 
 def activation_of(module: object) -> str | None:
-    """The op's name for an activation module, None for one that it does not have or that is watched by hooks."""
+    """Return the op's name for an activation module, None for one that it does not have or that has hooks."""
     cls = type(module)
     known = cls.__module__ == "torch.nn.modules.activation" or from_library(cls)
     if not isinstance(module, nn.Module) or not known or not _unwatched(module):
@@ -57,7 +57,7 @@ def activation_of(module: object) -> str | None:
 
 
 def _is_linear(module: object) -> bool:
-    """A linear layer without an activation that may be run as part of its block."""
+    """Tell whether a module is a linear layer without an activation that may be run as part of its block."""
     cls = type(module)
     if cls is Linear:
         plain = module.activation == "none"  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ class FusedTransposedLinear(FusedBlock):
     """transformers' Conv1D."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Compute x [..., in] -> [..., out]."""
         y = fused_linear(self, x, "none", transposed=True)
         if y is not None:
             return y
@@ -102,7 +102,7 @@ class FusedGated(FusedBlock):
     """down(act(gate(x)) * up(x)) in one op."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Compute x [..., in] -> [..., out]."""
         block = self.spu_block
         assert isinstance(block, GatedBlock)
         layers = [getattr(self, name) for name in (block.gate, block.up, block.down)]
@@ -121,7 +121,7 @@ class FusedPair(FusedBlock):
     """A linear layer and its activation in one op, then the rest."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Compute x [..., in] -> [..., out]."""
         block = self.spu_block
         assert isinstance(block, PairBlock)
         linear, activation = getattr(self, block.linear), activation_of(getattr(self, block.activation))
@@ -140,7 +140,7 @@ class FusedSequential(FusedBlock):
     """nn.Sequential, with every linear layer that an activation follows in one op."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.Sequential's."""
+        """Run like nn.Sequential, pairs of layers fused."""
         if torch.jit.is_scripting():
             for module in self:  # type: ignore[attr-defined]
                 input = module(input)
@@ -167,7 +167,7 @@ _CLASSES: dict[tuple[type, type, Block | None], type[FusedBlock]] = {}
 
 
 def fused_class(mixin: type[FusedBlock], plain: type[nn.Module], block: Block | None) -> type[FusedBlock]:
-    """The subclass of a module's class that runs it fused; one for each class."""
+    """Return the subclass of a module's class that runs it fused; one for each class."""
     found = _CLASSES.get((mixin, plain, block))
     if found is not None:
         return found

@@ -47,7 +47,7 @@ class Linear(nn.Linear):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] -> [..., out_features]."""
+        """Compute input [..., in_features] -> [..., out_features]."""
         if torch.jit.is_scripting():
             return _scripted(input, self.weight, self.bias, self.activation)
         else:  # TorchScript compiles the branch that it takes, and no more
@@ -72,7 +72,7 @@ def _scripted(input: Tensor, weight: Tensor, bias: Optional[Tensor], activation:
 
 
 def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor | None:
-    """act(x @ weight.T + bias) with a module's parameters, in its ``spu_dtype`` and then back in x's, if it has one.
+    """Compute act(x @ weight.T + bias) with a module's parameters, in its ``spu_dtype`` (if any), and return x's dtype.
 
     Args:
         module: with ``weight`` and ``bias`` (or None).
@@ -89,7 +89,9 @@ def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool
 
 
 def torch_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool = False) -> Tensor:
-    """The same by torch's own ops. ``spu_dtype`` holds for plain tensors only: others have a precision of their own."""
+    """Compute the same by torch's own ops. ``spu_dtype`` holds for plain tensors only: others have a precision of their
+    own.
+    """
     weight, bias, dtype = module.weight, module.bias, getattr(module, "spu_dtype", None)
     if dtype is None or not plain(x, weight, bias) or not x.dtype.is_floating_point:  # type: ignore[arg-type]
         return torch_activation(F.linear(x, weight.t() if transposed else weight, bias), activation)  # type: ignore

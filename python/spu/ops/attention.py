@@ -1,7 +1,7 @@
 """``attention``: softmax(scale * q @ k.T) @ v for 16-bit tensors, accumulated in fp32, without the matrix of scores.
 
 On a CPU the kernels are this library's own: plain torch's fp16 attention is scalar there. Elsewhere torch's own are
-called. The backward makes the weights again from the saved log-sum-exp (Dao et al., arXiv:2205.14135).
+called. The backward recomputes the weights from the saved log-sum-exp (Dao et al., arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
-    """softmax(scale * q @ k.T) @ v for every head.
+    """Compute softmax(scale * q @ k.T) @ v for every head.
 
     Args:
         q: [batch, tokens, heads, head_dim]; fp16, bf16 or fp32, strides as they are.

@@ -16,7 +16,7 @@ __all__ = ["is_finite_wire", "pack", "unpack", "wire_bytes"]
 
 
 def pack(x: Tensor, codec: str) -> Tensor:
-    """Encodes a tensor.
+    """Encode a tensor.
 
     "fp16" and "bf16" convert the values. The others store blocks of values (in contiguous order) with one fp32 scale
     each, absmax / largest code, and round half to even:
@@ -63,7 +63,7 @@ def _check_header(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> s
 
 
 def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str | None = None) -> Tensor:
-    """Decodes what ``pack`` made.
+    """Decode the result of ``pack``.
 
     Args:
         buffer: uint8 [wire_bytes(shape, dtype, codec)].
@@ -92,8 +92,8 @@ def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str 
 
 
 def is_finite_wire(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> bool:
-    """Whether all values that ``unpack`` makes of a wire are finite, read off its scales, or its values where it has
-    none. It waits for the device.
+    """Tell whether ``unpack`` would return finite values only. This reads the wire's scales, or its values where it has
+    no scales, and waits for the device.
     """
     found, numel = wire.codec_of(codec), wire.numel_of(shape)
     body = buffer[wire.HEADER_BYTES :]

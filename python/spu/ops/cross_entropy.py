@@ -40,7 +40,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Ranges of rows whose logit gradients take a bounded number of bytes."""
+    """Yield ranges of rows whose logit gradients take a bounded number of bytes."""
     limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_DEVICE)
     rows, step = hidden.shape[0], max(1, limit // max(1, hidden.element_size() * weight.shape[0]))
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
@@ -85,7 +85,7 @@ def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Te
         if needs_hidden:
             pieces.append(schema.overload("linear_dx", backend)(dz, weight))
         if sink is not None:
-            with at_once():  # put off, the logit gradients of all pieces would be kept, which never exist together here
+            with at_once():  # deferred work would keep the logit gradients of all pieces
                 sink.linear_weight(dz, x, backend)
         elif plain is not None:
             plain.add(dz, x)
@@ -139,7 +139,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, dt
 
 
 def _check_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """On the host only: elsewhere it would wait for the device."""
+    """Raise ValueError for a target outside the vocabulary. On the CPU only: elsewhere this would be a wait."""
     low, high = (int(value) for value in torch.aminmax(target))
     if low >= 0 and high < vocabulary:
         return
@@ -152,7 +152,7 @@ def _check_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
-    """The mean cross-entropy of ``hidden @ weight.T`` over the targets that are not ``ignore_index``.
+    """Compute the mean cross-entropy of ``hidden @ weight.T`` over the targets that are not ``ignore_index``.
 
     ``F.cross_entropy(F.linear(hidden, weight).float(), target)`` in much less memory: logits and their gradients exist
     for a bounded number of rows at a time.

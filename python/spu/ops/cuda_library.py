@@ -36,7 +36,7 @@ _ALIGNED = 8  # the tensor-core products read rows of 16 bytes
 
 
 def tiles(arch: int) -> dict[str, Config]:
-    """The tiles that products are compiled with for an architecture (80 for sm_80), by name, the default one first."""
+    """Return the tiles that products are compiled with for an architecture (80 for sm_80), by name, default first."""
     if arch == 90:
         return {"large": Config("tile", 128, 128, 64, 1, 8, 6)}
     inner, stages = (64, 4) if arch >= 80 else (32, 2)
@@ -47,13 +47,13 @@ def tiles(arch: int) -> dict[str, Config]:
 
 
 def candidates(arch: int, op: str) -> list[Config]:
-    """What a measurement of one of ``FORMS`` has to try."""
+    """Return the configurations that a measurement of one of ``FORMS`` has to try."""
     found = tiles(arch)
     return [found["large"]] if op == "linear_dw" else list(found.values())
 
 
 def derived(arch: int) -> Table:
-    """The table that nobody has measured: small tiles where large ones are fewer than multiprocessors."""
+    """Return a table without measurements: small tiles where large ones are fewer than multiprocessors."""
     known = tiles(arch)
     entries = {}
     for op in FORMS:
@@ -65,13 +65,13 @@ def derived(arch: int) -> Table:
 
 
 def tile_table(capability: tuple[int, int]) -> Table:
-    """The user's table for a device, else the derived one."""
+    """Return the user's table for a device, else the derived one."""
     own = table.user_path(f"cuda_{arch_name(capability)}")
     return table.read(own) if own.is_file() else derived(10 * capability[0] + capability[1])
 
 
 def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None = None) -> bytes:
-    """A table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile.
+    """Return a table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile.
 
     Args:
         trial: rows that come before the table's: a measurement sets one of ``candidates`` after the other with
@@ -84,7 +84,7 @@ def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None 
 
 
 def serves(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a library compiled for architectures ("75;80;90a") has code for a device.
+    """Tell whether a library compiled for architectures ("75;80;90a") has code for a device.
 
     Machine code runs on its own major version from its minor version on ("90a" on 9.0 alone); the last architecture
     is there as PTX too, for what comes later, and so are the products of sm_80.
@@ -101,7 +101,7 @@ def serves(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def uncovered(architectures: str) -> list[str]:
-    """The CUDA devices here that a library has no code for, in words."""
+    """Return the CUDA devices here that a library has no code for, in words."""
     found = []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -111,7 +111,7 @@ def uncovered(architectures: str) -> list[str]:
 
 
 def wanted() -> str:
-    """SPU_CUDA_ARCHS for the devices here."""
+    """Return the value of SPU_CUDA_ARCHS for the devices here."""
     known = {"90": "90a"}
     found = {
         f"{major}{minor}" for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
@@ -120,12 +120,12 @@ def wanted() -> str:
 
 
 def takes(op: str, shape: tuple[int, ...]) -> bool:
-    """Whether a product of a shape (rows, columns, inner) can run on this library's tensor cores."""
+    """Tell whether a product of a shape (rows, columns, inner) can run on this library's tensor cores."""
     return op not in PRODUCTS or len(shape) != 3 or all(size % _ALIGNED == 0 for size in shape[1:])
 
 
 def choose_tiles(module: object) -> None:
-    """Tells the loaded library the tiles for each device here."""
+    """Tell the loaded library the tiles for each device here."""
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         module.set_tiles(10 * capability[0] + capability[1], packed_tiles(capability))  # type: ignore[attr-defined]

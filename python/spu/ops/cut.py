@@ -29,7 +29,7 @@ class LeafCut:
 
     @property
     def gradient(self) -> Tensor | None:
-        """As `Cut.gradient`."""
+        """Like `Cut.gradient`."""
         return self._leaf.grad
 
 
@@ -49,7 +49,7 @@ class _Start(torch.autograd.Function):
 
 
 def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
-    """The tensor at the start of a graph of its own, and where its gradient will arrive.
+    """Return the tensor at the start of a graph of its own, and the object that receives its gradient.
 
     Unlike ``detach().requires_grad_()`` it is no leaf, so that a layer may change it in place (``ReLU(inplace=True)``),
     as it may in a graph that was never cut.
@@ -61,6 +61,8 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
 
 
 def cut_leaf(tensor: Tensor, *, view: bool = False) -> tuple[Tensor, LeafCut]:
-    """As `cut` for a leaf, or with ``view`` for a view of one: one again, which autograd lets nobody change."""
+    """Like `cut`, for a leaf. With ``view``, for a view of a leaf: the result is a view too, which autograd lets nobody
+    change.
+    """
     leaf = tensor.detach().requires_grad_()
     return (leaf.view_as(leaf) if view else leaf), LeafCut(leaf)

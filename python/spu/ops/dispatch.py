@@ -138,7 +138,9 @@ def _load_triton() -> BackendStatus:
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with its first tensor's device as the current one: Triton launches on that, whatever it is given."""
+    """Return the kernel with its first tensor's device as the current one, because Triton launches on the current
+    device.
+    """
 
     def run(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
         tensor = first if isinstance(first, Tensor) else first[0] if first else None
@@ -174,7 +176,7 @@ def _load_cuda() -> BackendStatus:
 
 
 def cuda_library_status(key: str) -> BackendStatus:
-    """Status of the loaded library, whose kernels are registered for a dispatch key ("CUDA")."""
+    """Return the status of the loaded library, whose kernels are registered for a dispatch key ("CUDA")."""
     return _library_status("cuda", key, "spu._cuda", _BUILD_CUDA)
 
 
@@ -202,17 +204,17 @@ _AUTOMATIC: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
 def backends() -> dict[str, BackendStatus]:
-    """All backends by name, each with the reason and the fix when it is unavailable."""
+    """Return all backends by name, each with the reason and the fix when it is unavailable."""
     return {"reference": _REFERENCE} | {name: one.status() for name, one in _LOADERS.items()}
 
 
 def status_of(name: str) -> BackendStatus:
-    """One backend's status; loads no other."""
+    """Return one backend's status; load no other."""
     return _REFERENCE if name == "reference" else _LOADERS[name].status()
 
 
 def has_kernel(op: str, backend: str) -> bool:
-    """Whether a backend serves an op by a kernel of its own, not by a composition of smaller ops."""
+    """Tell whether a backend serves an op by a kernel of its own, not by a composition of smaller ops."""
     return op not in status_of(backend).composed
 
 
@@ -222,7 +224,7 @@ def _check_name(name: str, origin: str) -> None:
 
 
 def forced_backend() -> str | None:
-    """The backend forced in this thread or by ``SPU_BACKEND``; None means automatic.
+    """Return the backend forced in this thread or by ``SPU_BACKEND``; None means automatic.
 
     Hand it to a worker thread and enter ``use_backend(name)`` there: the override is not inherited by threads.
     """
@@ -231,7 +233,7 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces a backend for the ops called inside, in this thread. None: as outside (does nothing).
+    """Force a backend for the ops called inside, in this thread. None changes nothing.
 
     Raises:
         ValueError: for an unknown name.
@@ -296,13 +298,13 @@ def _automatic(device_type: str, dtype: torch.dtype) -> str:
 
 
 def cuda_candidates(dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that can serve CUDA tensors of a dtype here, the preferred one first."""
+    """Return the backends that can serve CUDA tensors of a dtype here, the preferred one first."""
     return tuple(name for name in CUDA_BACKENDS if dtype in DTYPES[name] and status_of(name).available)
 
 
 @lru_cache(maxsize=4096)
 def select_cuda(op: str, dtype: torch.dtype, capability: tuple[int, int], shape: tuple[int, ...]) -> str | None:
-    """The backend that the tables prefer for an op of a shape (rows, columns, inner) on an architecture.
+    """Return the backend that the tables prefer for an op of a shape (rows, columns, inner) on an architecture.
 
     None where they say nothing, or name a backend that does not work here.
     """
@@ -318,7 +320,8 @@ def select_cuda(op: str, dtype: torch.dtype, capability: tuple[int, int], shape:
 def choose_backend(
     tensor: Tensor, dtype: torch.dtype | None = None, *, op: str = "", shape: tuple[int, ...] = ()
 ) -> str:
-    """The backend that will serve ``tensor``: the forced one, else the fastest that supports its device and dtype.
+    """Return the backend that will serve ``tensor``: the forced one, else the fastest that supports its device and
+    dtype.
 
     Args:
         dtype: of the computation; default: the tensor's.

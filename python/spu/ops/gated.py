@@ -1,6 +1,6 @@
 """``gated_mlp``: (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T, with a backward that knows the loss scale.
 
-The backward keeps x, gate and up alone (the two pre-products, in the storage dtype): h = act(gate) * up is made again
+The backward keeps x, gate and up alone (the two pre-products, in the storage dtype): h = act(gate) * up is recomputed
 where the down projection's weight gradient needs it. With dy the scaled gradient of the result:
 
     dh = dy @ w_down
@@ -52,7 +52,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
 
 
 def _weight_gradient(sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor, backend: str) -> Tensor | None:
-    """dz.T @ x: handed to the sink, or returned, or not needed."""
+    """Compute dz.T @ x: give it to the sink, or return it, or do nothing if it is not needed."""
     if sink is not None:
         sink.linear_weight(dz, x, backend)
         return None
@@ -80,7 +80,7 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
 
 
 def _operands(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """The tensors in the dtype of the computation; None: in their own."""
+    """Return the tensors in the dtype of the computation (None: in their own)."""
     operands = x, w_gate, w_up, w_down
     return operands if dtype is None else tuple(operand.to(dtype) for operand in operands)
 
@@ -121,7 +121,7 @@ def gated_mlp(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T: SwiGLU for "silu", GEGLU for the gelus.
+    """Compute y = (act(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T: SwiGLU for "silu", GEGLU for the gelus.
 
     Args:
         x: [..., K] of any strides; fp16, bf16, fp32 (fp64 on the reference backend).
@@ -160,7 +160,7 @@ def _torch_gated_mlp(
 def fused_gated_mlp(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, dtype: torch.dtype | None
 ) -> Tensor:
-    """``gated_mlp`` of tensors that the op takes (``plain.takes``), computed in ``dtype`` (None: their own)."""
+    """Compute ``gated_mlp`` of tensors that the op takes (``plain.takes``), in ``dtype`` (None: their own)."""
     _check(x, w_gate, w_up, w_down, dtype)
     operands = (x, w_gate, w_up, w_down)
     shape = (x.shape[:-1].numel(), *w_gate.shape) if x.is_cuda else ()

@@ -25,7 +25,7 @@ __all__ = ["copy_in", "pack_to_host", "unpack_from_host"]
 
 
 def _by_kernel(op: str, on_device: Tensor, stores: bool | None) -> bool:
-    """Whether the CUDA library's kernel does the crossing."""
+    """Tell whether the CUDA library's kernel does the crossing."""
     if not on_device.is_cuda:
         return False
     if stores is None:
@@ -47,7 +47,7 @@ def _run(op: str, on_device: Tensor, stores: bool | None, *arguments: object) ->
 
 @torch.no_grad()
 def pack_to_host(x: Tensor, codec: str, out: Tensor | None = None, *, stores: bool | None = None) -> Tensor:
-    """The wire of a tensor in host memory: ``pack`` and the copy in one call.
+    """Pack a tensor into host memory: ``pack`` and the copy in one call.
 
     Args:
         x: fp16, bf16 or fp32, of up to 5 dimensions, any device.
@@ -74,7 +74,7 @@ def pack_to_host(x: Tensor, codec: str, out: Tensor | None = None, *, stores: bo
 
 @torch.no_grad()
 def unpack_from_host(packed: Tensor, out: Tensor, codec: str, *, stores: bool | None = None) -> Tensor:
-    """Unpacks a wire that lies in host memory into a tensor on a device.
+    """Unpack a wire in host memory into a tensor on a device.
 
     Args:
         packed: uint8, as ``pack_to_host`` makes it.
@@ -92,7 +92,7 @@ def unpack_from_host(packed: Tensor, out: Tensor, codec: str, *, stores: bool | 
 
 @torch.no_grad()
 def copy_in(sources: Sequence[Tensor], targets: Sequence[Tensor], *, stores: bool | None = None) -> None:
-    """Copies a list of tensors, each widened or narrowed to its target's dtype on arrival.
+    """Copy a list of tensors, each widened or narrowed to its target's dtype on arrival.
 
     Args:
         sources: on the host (pinned, if they are to be copied without waiting) or the targets' device; contiguous.

@@ -84,7 +84,7 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, Tenso
 def _input_gradients(
     dy: Tensor, saved: Tensor | None, weight: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz, dx), in one op where the backend has a kernel for both; no dx without a weight."""
+    """Return (dz, dx), from one op where the backend has a kernel for both; no dx without a weight."""
     if activation == "none":
         dz = dy
     elif weight is not None and has_kernel("linear_dz_dx", backend):
@@ -97,7 +97,7 @@ def _input_gradients(
 def _operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [..., K], weight [N, K] and bias [N] in the dtype of the computation; None: in their own."""
+    """Return x [..., K], weight [N, K] and bias [N] in the dtype of the computation (None: in their own)."""
     if transposed:
         weight = weight.t()
     if dtype is None:
@@ -109,13 +109,15 @@ _LINEAR = FusedOp("linear", "linear_act", 3, _save, _gradients, _operands)
 
 
 def check_activation(activation: str) -> None:
-    """Raises ValueError for an unknown one."""
+    """Raise ValueError for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
-    """``weight`` as [N, K]; ``dtype``: what all operands will be converted to, or None."""
+    """Check the arguments and return ``weight`` as [N, K]. ``dtype``: the dtype that all operands will be converted to,
+    or None.
+    """
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear_act: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}: x must be [..., in] and weight "
@@ -141,7 +143,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
 
 
 def check_dtypes(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
-    """Raises TypeError if ``x``, or the ``dtype`` that it will be converted to (None: not), is none of spu's."""
+    """Raise TypeError if spu does not support the dtype of ``x``, or the ``dtype`` that it will be converted to (None:
+    not).
+    """
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"{name.split(':')[0]}: dtype is {dtype}: use float16, bfloat16 or float32")
     if not x.dtype.is_floating_point or (dtype is None and x.dtype not in _FLOATS):
@@ -149,8 +153,8 @@ def check_dtypes(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-    """What a fused op converts its operands to: the one asked for, else by torch's rule for a linear under autocast
-    (every floating operand but fp64 becomes autocast's dtype), else None: nothing is converted.
+    """Return the dtype that a fused op converts its operands to, None for no conversion. It is the one asked for, else
+    torch's choice for a linear layer under autocast: every floating operand but fp64 gets autocast's dtype.
     """
     if dtype is not None or not any_autocast() or x.dtype == torch.float64:
         return dtype
@@ -167,7 +171,7 @@ def linear_act(
     dtype: torch.dtype | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """y = act(x @ weight.T + bias), accumulated in fp32 and rounded once.
+    """Compute y = act(x @ weight.T + bias), accumulated in fp32 and rounded once.
 
     Args:
         x: [..., K] of any strides; fp16, bf16, fp32 (fp64 on the reference backend).
@@ -196,7 +200,7 @@ def linear_act(
 def fused_linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None, transposed: bool = False
 ) -> Tensor:
-    """``linear_act`` of tensors that the op takes (``plain.takes``)."""
+    """Compute ``linear_act`` of tensors that the op takes (``plain.takes``)."""
     dtype = compute_dtype(x, dtype)
     _check(x, weight.t() if transposed else weight, bias, dtype)
     needs_grad = torch.is_grad_enabled() and (
@@ -218,22 +222,24 @@ def fused_linear_act(
 def torch_linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype | None, transposed: bool = False
 ) -> Tensor:
-    """The same by torch's own ops, in ``dtype`` (None: the operands' own), which torch rounds after each."""
+    """Compute the same by torch's own ops, in ``dtype`` (None: the operands' own). Torch rounds after each op."""
     x, weight, bias = _operands(x, weight, bias, dtype, transposed)
     return torch_activation(F.linear(x, weight, bias), activation)
 
 
 def linear_dw_(dz: Tensor, x: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
-    """main_grad (+)= inv_scale * dz.T @ x: fp32 [N, K], contiguous. For gradient sinks."""
+    """Compute main_grad (+)= inv_scale * dz.T @ x: fp32 [N, K], contiguous. For gradient sinks."""
     schema.overload("linear_dw_", backend or choose_backend(dz))(dz, x, *into)
 
 
 def linear_dw_db_(dz: Tensor, x: Tensor, into: MainGrad, bias_grad: Tensor, *, backend: str | None = None) -> None:
-    """``linear_dw_`` into main_grad and ``linear_db_`` into ``bias_grad``, by one kernel where the backend has it."""
+    """Compute ``linear_dw_`` into main_grad and ``linear_db_`` into ``bias_grad``, by one kernel where the backend has
+    it.
+    """
     main_grad, *how = into
     schema.overload("linear_dw_db_", backend or choose_backend(dz))(dz, x, main_grad, bias_grad, *how)
 
 
 def linear_db_(dz: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
-    """main_grad (+)= inv_scale * sum over rows of dz: fp32 [N]. For gradient sinks."""
+    """Compute main_grad (+)= inv_scale * sum over rows of dz: fp32 [N]. For gradient sinks."""
     schema.overload("linear_db_", backend or choose_backend(dz))(dz, *into)

@@ -28,12 +28,12 @@ def _scale_bytes(numel: int) -> int:
 
 
 def moment_bytes(numel: int) -> int:
-    """Bytes of an 8-bit moment of ``numel`` values."""
+    """Return the bytes of an 8-bit moment of ``numel`` values."""
     return _scale_bytes(numel) + numel
 
 
 def new_moment(shape: Sequence[int], moments: str, device: torch.device) -> Tensor:
-    """A moment of zeros, for a parameter of a shape.
+    """Return a moment of zeros for a parameter of a shape.
 
     Raises:
         ValueError: for a name that is not of ``MOMENTS``.
@@ -45,25 +45,25 @@ def new_moment(shape: Sequence[int], moments: str, device: torch.device) -> Tens
 
 
 def moments_of(moment: Tensor) -> str:
-    """The name in ``MOMENTS`` of a tensor's form; KeyError for another dtype."""
+    """Return the name in ``MOMENTS`` of a tensor's form. Raise KeyError for another dtype."""
     return _NAMES[moment.dtype]
 
 
 def fits(moment: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a moment of a parameter of this shape."""
+    """Tell whether a tensor is a moment of a parameter of this shape."""
     if moment.dtype == torch.uint8:
         return moment.shape == (moment_bytes(torch.Size(shape).numel()),)
     return moment.dtype in _NAMES and moment.shape == torch.Size(shape)
 
 
 def noise(numel: int, step: Tensor) -> Tensor:
-    """int64 [numel] of 32 bits each: a hash of the step (fp32 [1]) and the element's index."""
+    """Return int64 [numel] of 32 random bits each: a hash of the step (fp32 [1]) and the element's index."""
     seed = _mixed(step.reshape(1).to(torch.int64) & _WORD)
     return _mixed((torch.arange(numel, device=step.device) * 0x9E3779B9 + seed) & _WORD)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of A. Appleby's MurmurHash3 on the low 32 bits of int64."""
+    """Apply the finaliser of A. Appleby's MurmurHash3 to the low 32 bits of int64."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & _WORD
     x = x ^ (x >> 13)
@@ -72,7 +72,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def load_moment(moment: Tensor, shape: Sequence[int], *, signed: bool) -> Tensor:
-    """The fp32 values of a moment; the tensor itself if it holds them.
+    """Return the fp32 values of a moment; the tensor itself if it holds them.
 
     Args:
         signed: True for the first moment, False for the second.
@@ -91,12 +91,12 @@ def load_moment(moment: Tensor, shape: Sequence[int], *, signed: bool) -> Tensor
 
 
 def _format(signed: bool) -> tuple[int, int]:
-    """(bits of an fp32 pattern that a code cuts off, the code of 1)."""
+    """Return (bits of an fp32 pattern that a code cuts off, the code of 1)."""
     return (20, 127) if signed else (19, 255)
 
 
 def stored_moment(values: Tensor, moments: str, bits: Tensor | None = None, *, signed: bool) -> Tensor:
-    """fp32 values in the form of a moment.
+    """Return fp32 values in the form of a moment.
 
     Args:
         bits: int64, 16 random bits for each value, in any shape: rounds stochastically; None: to nearest.

@@ -63,12 +63,12 @@ def _check_scalar(name: str, value: Tensor, device: torch.device | None = None) 
 
 
 def on_device(value: Tensor, device: torch.device) -> Tensor:
-    """On a device, without waiting where that is safe (a copy to the host must have arrived when it is read)."""
+    """Copy to a device, without waiting where that is safe (a copy to the host must have arrived when it is read)."""
     return value.to(device, non_blocking=device.type != "cpu")
 
 
 def _adamw_backend(param: Tensor, exp_avg: Tensor) -> str:
-    """The backend for a parameter: Triton's kernel keeps fp32 moments only."""
+    """Return the backend for a parameter: Triton's kernel supports fp32 moments only."""
     name = choose_backend(param, op="adamw_")
     if name != "triton" or exp_avg.dtype == torch.float32:
         return name
@@ -111,7 +111,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update of every parameter, one op call for each dtype and device; nothing where found_inf is set.
+    """Update every parameter by AdamW, one op call for each dtype and device; change nothing where found_inf is set.
 
     Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch.optim.AdamW's formula.
 
@@ -171,13 +171,13 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
 
 
 def grad_norm(grads: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients taken as one vector -> fp32 [1], on the device (no host sync)."""
+    """Return the 2-norm of all gradients taken as one vector: fp32 [1], on the device (no host sync)."""
     return grad_sqnorm(grads).sqrt().to(torch.float32)
 
 
 @torch.no_grad()
 def unscale_(grad: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
-    """main_grad (+)= inv_scale * grad, of any floating dtype and strides and of main_grad's shape."""
+    """Compute main_grad (+)= inv_scale * grad, of any floating dtype and strides and of main_grad's shape."""
     main_grad = into.main_grad
     if main_grad.dtype != torch.float32 or grad.shape != main_grad.shape:
         raise ValueError(

@@ -21,7 +21,7 @@ _strided = torch.strided
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether all are torch's own tensors in dense memory, or None: no subclasses, nothing sparse or nested."""
+    """Tell whether all are torch's own tensors in dense memory, or None: no subclasses, nothing sparse or nested."""
     for tensor in tensors:
         if tensor is None:
             continue
@@ -31,17 +31,17 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Whether spu's ops may serve a call with these tensors; torch's own must otherwise."""
+    """Tell whether spu's ops may serve a call with these tensors; torch's own ops must serve all others."""
     return plain(*tensors) and not transformed()
 
 
 def fake(*tensors: Tensor) -> bool:
-    """Whether one of them is a FakeTensor, so that no values can be read."""
+    """Tell whether one of them is a FakeTensor, so that no values can be read."""
     return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def refuse_derivatives_of_backward(op: str, dy: Tensor) -> None:
-    """Raises RuntimeError where a backward is itself to be differentiated: in any op of spu it would go unseen."""
+    """Raise RuntimeError where a backward is itself to be differentiated: no op of spu supports that."""
     instead = "use torch's own ops there (spu.restore(model))"
     if torch.is_grad_enabled() and not compiler.is_compiling():
         raise RuntimeError(f"spu.ops.{op} has no second derivative: do not pass create_graph=True, or {instead}")

@@ -208,7 +208,7 @@ def _define() -> None:
 
 
 def register_backend(backend: str, implementations: Mapping[str, Callable[..., Any]], *keys: str) -> None:
-    """Gives a backend that is written in Python its kernels, for the dispatch keys named ("CUDA", "CPU").
+    """Register the kernels of a backend that is written in Python, for the dispatch keys named ("CUDA", "CPU").
 
     Raises:
         ValueError: for an op that does not exist, and where one is missing that a backend may not lack.
@@ -223,7 +223,7 @@ def register_backend(backend: str, implementations: Mapping[str, Callable[..., A
 
 
 def register_autograd(name: str, backend: str, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
-    """Gives ``spu::name.backend`` its derivative; see ``torch.library.register_autograd``."""
+    """Register the derivative of ``spu::name.backend``; see ``torch.library.register_autograd``."""
     torch.library.register_autograd(f"spu::{name}.{backend}", backward, setup_context=setup, lib=_LIBRARY)
 
 
@@ -231,7 +231,7 @@ _define()
 
 
 def overload(name: str, backend: str) -> Any:
-    """The callable ``torch.ops.spu.<name>.<backend>``."""
+    """Return the callable ``torch.ops.spu.<name>.<backend>``."""
     return _OVERLOADS[name, backend]
 
 

@@ -77,7 +77,7 @@ class BackwardScope:
         wide_sums.install(_makes_main_grads)
 
     def on(self, device: torch.device) -> BackwardScope:
-        """The same scale on another device, with a found_inf of its own there; itself on its own device."""
+        """Return the same scale on another device, with a found_inf of its own there; itself on its own device."""
         if device == self.scale.device:
             return self
         found = self._elsewhere.get(device)
@@ -92,18 +92,18 @@ _SCOPES: dict[int, BackwardScope] = {}  # of the backwards that run now
 
 
 def current_scope() -> BackwardScope | None:
-    """The scope of the backward that is running on this thread; None outside one, or without a scope."""
+    """Return the scope of the backward that is running on this thread; None outside one, or without a scope."""
     return _SCOPES.get(graph_task_id())
 
 
 def _makes_main_grads() -> bool:
-    """Whether a backward runs on this thread that knows a loss scale, or may reach a parameter with a sink."""
+    """Tell whether a backward runs on this thread that knows a loss scale, or may reach a parameter with a sink."""
     task = graph_task_id()
     return task != -1 and (task in _SCOPES or len(_SINKS) > 0)
 
 
 def adopting() -> bool:
-    """Whether a backward runs now, on any thread, in a scope that adopts parameters: a GradScaler's."""
+    """Tell whether a backward runs now, on any thread, in a scope that adopts parameters: a GradScaler's."""
     return any(scope.adopt is not None for scope in list(_SCOPES.values()))
 
 
@@ -155,7 +155,7 @@ def _identity(scope: BackwardScope, tensors: list[Tensor]) -> tuple[Tensor, ...]
 
 
 def open_scope(value: _T, scope: BackwardScope) -> _T:
-    """Returns ``value`` unchanged, but a backward from it runs in ``scope``.
+    """Return ``value`` unchanged, but make a backward from it run in ``scope``.
 
     It does not multiply: seed the backward with gradients that already carry the scale, or use
     ``LossScaler.scale``.
@@ -180,8 +180,9 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """While it lasts, sinks of this backward do their work at once, also where it is put off otherwise: for an op that
-    makes its operands piece by piece, and would keep all of them."""
+    """Make the sinks of this backward do their work at once inside, also where it is deferred otherwise. For an op that
+    makes its operands piece by piece, and would have to keep all of them.
+    """
     task, scope = graph_task_id(), current_scope()
     if scope is None or scope.deferred is None:
         yield
@@ -218,10 +219,10 @@ class GradSink(Protocol):
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        """dw = dz.T @ x, dz [..., N] and x [..., K] in the storage dtype, dz still scaled."""
+        """Add dw = dz.T @ x, with dz [..., N] and x [..., K] in the storage dtype, dz still scaled."""
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
-        """db = sum over rows of dz, still scaled."""
+        """Add db = sum over rows of dz, still scaled."""
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
         """Do what ``linear_weight`` and ``bias_sink.linear_bias`` do: some backends read dz once for both."""
@@ -233,7 +234,7 @@ _SINKS = WeakTensorKeyDictionary()
 
 
 def attach_sink(param: Tensor, sink: GradSink) -> None:
-    """From now on fused ops hand this parameter's gradient to ``sink`` (inside a scope). Replaces an earlier one.
+    """Make fused ops give this parameter's gradient to ``sink`` (inside a scope). Replaces an earlier sink.
 
     Hold the parameter weakly in the sink (``torch.utils.weak.TensorWeakRef``), or neither is ever freed.
     """
@@ -244,12 +245,12 @@ def attach_sink(param: Tensor, sink: GradSink) -> None:
 
 
 def detach_sink(param: Tensor) -> None:
-    """Removes the parameter's sink, if it has one."""
+    """Remove the parameter's sink, if it has one."""
     _SINKS.pop(param, None)
 
 
 def sink_of(param: Tensor) -> GradSink | None:
-    """The parameter's sink, or None."""
+    """Return the parameter's sink, or None."""
     return _SINKS.get(param)
 
 
@@ -258,13 +259,13 @@ def _is_own(hook: Callable[..., Any]) -> bool:
 
 
 def has_foreign_hook(param: Tensor) -> bool:
-    """Whether someone else's tensor hook is to see or change the parameter's gradient."""
+    """Tell whether someone else's tensor hook is to see or change the parameter's gradient."""
     hooks: dict[int, Callable[..., Any]] | None = backward_hooks(param)
     return hooks is not None and not all(map(_is_own, hooks.values()))
 
 
 def accumulates(node: Any) -> bool:
-    """Whether the backward that runs now will add to the ``grad`` of the parameter whose AccumulateGrad node this is.
+    """Tell whether the backward that runs now will add to the ``grad`` of the parameter with this AccumulateGrad node.
 
     It will not if it was asked for the gradients of other tensors, or for this one's as a result
     (``torch.autograd.grad``, ``backward(inputs=...)``).
@@ -276,7 +277,8 @@ def accumulates(node: Any) -> bool:
 
 
 def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> list[GradSink | None]:
-    """For the backward of a fused op: who takes each parameter's gradient; None: the op returns it to autograd.
+    """Return the sink that takes each parameter's gradient in a fused op's backward; None: the op returns it to
+    autograd.
 
     It is returned for None and outside a scope, where the gradient is not to be added to the parameter's, and where a
     hook of the user's on the parameter is to see it (in the operands' dtype and scaled, as in torch).

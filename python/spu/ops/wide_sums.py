@@ -49,14 +49,14 @@ def _all_wide(call: Call, *args: Any) -> Any:
 
 
 def _in_place(call: Call, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """An op that adds into its first argument, which autograd has made of zeros and expects back."""
+    """Run an op that adds into its first argument, which autograd has made of zeros and expects as the result."""
     wide = self.float()
     call(wide, *map(_widened, args), **kwargs)
     return self.copy_(wide)
 
 
 def _accumulating(flag: int) -> _Wide:
-    """As ``_in_place``, where the argument at this place says that values are added, not stored."""
+    """Return a function like ``_in_place`` for ops with an argument, at this place, for whether values are added."""
 
     def run(call: Call, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adds = kwargs.get("accumulate", args[flag] if len(args) > flag else False)
@@ -66,7 +66,7 @@ def _accumulating(flag: int) -> _Wide:
 
 
 def _terms(size: Sequence[int], step: Sequence[int]) -> int:
-    """How many windows share an element, at most."""
+    """Return how many windows share an element, at most."""
     return math.prod(-(-k // s) for k, s in zip(size, step, strict=True))
 
 
@@ -124,8 +124,8 @@ def _layer_norm(
 
 
 def _unrounded(x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """layer_norm's mean and 1 / sqrt(variance + eps) of rows in fp32: rows may share the error of rounded ones, and
-    then their sum has it too.
+    """Return layer_norm's mean and 1 / sqrt(variance + eps) of rows in fp32. Rows may share the error of rounded ones,
+    and then their sum has it too.
 
     The backward is not told eps; but every row says between which bounds it is, by its rounded value.
     """
@@ -149,7 +149,7 @@ def _batch_norm(
     eps: float,
     mask: list[bool],
 ) -> Any:
-    """torch sums in fp32 here, but over a mean that it has rounded to 16 bits."""
+    """Form the mean in fp32: torch sums in fp32 here, but over a mean that it has rounded to 16 bits."""
     given = dy, x, weight, running_mean, running_var, mean, invstd, train, eps
     if not train or mean is None or mean.dtype not in HALVES or not (mask[1] or mask[2]):
         return call(*given, mask)
@@ -162,7 +162,9 @@ def _batch_norm(
 
 
 def _convolution(call: Call, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
-    """oneDNN's kernels sum in fp32; torch's own, for what the processor has no oneDNN kernel for, in 16 bits."""
+    """Sum in fp32 where torch does not: oneDNN's kernels do, but torch's own, for processors without such a kernel, sum
+    in 16 bits.
+    """
     *options, mask = args
     if not (mask[1] or mask[2]) or _has_onednn(x.dtype):
         return call(dy, x, weight, *options, mask)
@@ -208,7 +210,7 @@ _LOCK = threading.Lock()
 
 
 def install(wanted: Callable[[], bool]) -> None:
-    """Puts the kernels in place, once in a process.
+    """Register the kernels, once in a process.
 
     Args:
         wanted: whether the backward that runs now, on this thread, makes main gradients.

@@ -22,7 +22,7 @@ _SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether the
 
 
 def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
-    """min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_, on the device.
+    """Return min(1, max_norm / (norm + 1e-6)), the factor of torch.nn.utils.clip_grad_norm_, on the device.
 
     Args:
         sqnorm_total: fp64 (or fp32) [1], the squared norm of all gradients (``spu.ops.grad_sqnorm``).
@@ -109,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
             self._set_up(state.get("moments", "fp32"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's.
+        """Add a group, as torch's optimizers do.
 
         Raises:
             ValueError: also for a setting of torch.optim.AdamW that this class does not have.
@@ -118,7 +118,7 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Gives a 16-bit parameter its exact fp32 value. Copies it; the parameter becomes what it rounds to."""
+        """Give a 16-bit parameter its exact fp32 value. The value is copied; the parameter gets it rounded."""
         if param.dtype not in HALVES:
             raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
         if value.shape != param.shape:
@@ -130,7 +130,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def master(self, param: Tensor) -> Tensor:
-        """The fp32 value that is updated for a parameter: its master, or the parameter itself."""
+        """Return the fp32 value that is updated for a parameter: its master, or the parameter itself."""
         master = self.state.get(param, {}).get("master")
         if master is None or param.dtype not in HALVES:
             return param.detach()
@@ -154,7 +154,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def _as_kept(self, key: str, moment: Tensor, param: Tensor) -> Tensor:
-        """A moment in the form that this optimizer keeps, rounded to nearest; itself if it has it."""
+        """Return a moment in the form that this optimizer keeps, rounded to nearest; itself if it has that form."""
         if param.dtype in PLAIN and moment.shape == param.shape:
             return moment.to(param.dtype)
         if not fits(moment, param.shape):
@@ -175,7 +175,7 @@ class AdamW(torch.optim.Optimizer):
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> Any:
-        """One update of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Args:
             closure: re-evaluates the model and returns the loss, with gradients enabled.
@@ -248,7 +248,7 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores groups and state exactly: masters and moments are not narrowed to fp16, as torch would.
+        """Restore groups and state exactly: masters and moments are not narrowed to fp16, as torch would.
 
         Also takes a state of torch.optim.AdamW for the same parameters, and moments of any form. Hooks are torch's.
 
@@ -265,7 +265,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _restore_exactly(self, saved: dict[str, Any]) -> None:
-        """Replaces what torch has narrowed to the parameters' dtypes by what was saved."""
+        """Replace the values that torch has narrowed to the parameters' dtypes by the saved ones."""
         saved_ids = [index for group in saved["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for group in self.param_groups:  # how torch ran, which says nothing of the update

@@ -19,7 +19,7 @@ MODES = ("capturable", "differentiable")
 
 
 def control(name: str, value: Tensor | float | None) -> Tensor | None:
-    """``found_inf`` or ``grad_scale`` of a step as fp32 [1], or None.
+    """Return ``found_inf`` or ``grad_scale`` of a step as fp32 [1], or None.
 
     Raises:
         TypeError: for anything else.
@@ -34,7 +34,7 @@ def control(name: str, value: Tensor | float | None) -> Tensor | None:
 
 
 def check_grad(param: Tensor) -> Tensor:
-    """The parameter's gradient, dense and fp32, or in an fp64 or complex parameter's own dtype.
+    """Return the parameter's gradient, dense and fp32, or in an fp64 or complex parameter's own dtype.
 
     Raises:
         TypeError: it is not; the message says what to do.
@@ -67,7 +67,7 @@ def check_grad(param: Tensor) -> Tensor:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError where torch.optim.AdamW's settings ask for what ``spu.optim.AdamW`` does not have."""
+    """Raise ValueError where torch.optim.AdamW's settings ask for an update that ``spu.optim.AdamW`` does not have."""
     for name in (*_OTHER_UPDATES, *MODES):
         if settings.get(name):
             raise ValueError(f"{name}={settings[name]} is not in spu.optim.AdamW: use torch.optim.AdamW for it")
@@ -77,7 +77,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def check_saved(groups: Iterable[dict[str, Any]]) -> None:
-    """Raises ValueError where a saved state's settings mean another update than ``spu.optim.AdamW`` makes."""
+    """Raise ValueError where a saved state's settings mean another update than that of ``spu.optim.AdamW``."""
     for group in groups:
         for name in _OTHER_UPDATES:
             if group.get(name):
@@ -87,7 +87,7 @@ def check_saved(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def step_number(value: Any, param: Tensor) -> Tensor:
-    """A state's ``step`` (torch before 1.12, and converters, kept a number) as this library keeps it: fp32 [1]."""
+    """Return a state's ``step`` as fp32 [1]. Torch before 1.12, and converters, kept a number."""
     if isinstance(value, Tensor):
         return value.detach().to(device=param.device, dtype=torch.float32).reshape(1)
     return torch.full((1,), float(value), dtype=torch.float32, device=param.device)
@@ -100,7 +100,7 @@ class Constants:
         self._made: dict[tuple[torch.device, float], Tensor] = {}
 
     def unless(self, given: Tensor | None, default: float, device: torch.device) -> Tensor:
-        """What is given, on a device; the constant where it is None."""
+        """Return the given value on a device; the constant where it is None."""
         if given is not None:
             return on_device(given, device)
         if (device, default) not in self._made:

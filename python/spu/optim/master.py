@@ -59,19 +59,19 @@ class MasterOptimizer:
         return self.optimizer.param_groups
 
     def masters(self) -> list[Tensor | None]:
-        """The fp32 master of each parameter, None for those that are fp32 themselves."""
+        """Return the fp32 master of each parameter, None for those that are fp32 themselves."""
         pairs = zip(self._params, self._targets, strict=True)
         return [None if target is param else self._followed(param, target) for param, target in pairs]
 
     def target(self, param: nn.Parameter) -> Tensor:
-        """The fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself.
+        """Return the fp32 tensor that the inner optimizer updates for a parameter: its master, or the parameter itself.
 
         Itself also where it is none of this optimizer's: one that was frozen when the optimizer was made.
         """
         return next((target for own, target in zip(self._params, self._targets, strict=True) if own is param), param)
 
     def master(self, param: nn.Parameter) -> Tensor:
-        """As :meth:`target`, without its graph."""
+        """Like :meth:`target`, without its graph."""
         return self._followed(param, self.target(param))
 
     @staticmethod
@@ -83,7 +83,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, *, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """One update, or none if found_inf is set (read on the host: one wait for the device).
+        """Update once, or not at all if found_inf is set (read on the host: one wait for the device).
 
         Args:
             found_inf: fp32 [1].
@@ -109,7 +109,7 @@ class MasterOptimizer:
                     param.copy_(target)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets (or zeroes) the parameters' gradients."""
+        """Drop (or zero) the parameters' gradients."""
         for param in self._params:
             if set_to_none:
                 param.grad = None
@@ -117,12 +117,12 @@ class MasterOptimizer:
                 param.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state and the masters."""
+        """Return the inner optimizer's state and the masters."""
         return {"optimizer": self.optimizer.state_dict(), "masters": self.masters()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores both; 16-bit parameters receive their masters' values."""
+        """Restore both; 16-bit parameters receive their masters' values."""
         masters = state_dict["masters"]
         if len(masters) != len(self._params):
             raise ValueError(f"the state has {len(masters)} masters, this optimizer {len(self._params)} parameters")

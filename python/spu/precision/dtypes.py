@@ -20,7 +20,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, torch_private.NormBase)
 
 
 def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, torch.dtype]:
-    """id of a parameter or buffer -> the dtype that it has in training; those that are not in it keep their own.
+    """Return the dtype that each parameter or buffer has in training, by id; those that are missing keep their own.
 
     Floating-point parameters get ``dtype``. Those of normalisations stay fp32, and so do their running statistics:
     torch's kernels take 16-bit rows beside them. Other buffers (positions, masks, constants, complex ones) are left
@@ -60,7 +60,7 @@ def convert_state(modules: Iterable[nn.Module], dtypes: dict[int, torch.dtype]) 
 
 
 def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether operations of a module, given tensors in ``dtype``, may meet others: see :class:`_Widening`."""
+    """Tell whether operations of a module, given tensors in ``dtype``, may meet others: see :class:`_Widening`."""
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):  # its short cut in evaluation wants one dtype everywhere
             return True
@@ -76,7 +76,7 @@ def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def products_in(dtype: torch.dtype, mixed: bool, given: Any) -> Iterator[None]:
-    """A layer's run in a 16-bit precision: products cast their operands to ``dtype``, as under ``torch.autocast``.
+    """Run a layer in a 16-bit precision inside: products cast their operands to ``dtype``, as under ``torch.autocast``.
 
     Weights are in it already, so that no cast is worth caching.
 

@@ -35,7 +35,7 @@ _ADOPTING = threading.Lock()  # backwards of several devices run in several thre
 
 
 def _several_processes() -> bool:
-    """Whether gradients may be sums over processes by now (DistributedDataParallel, or an all-reduce by hand)."""
+    """Tell whether gradients may be sums over processes by now (DistributedDataParallel, or an all-reduce by hand)."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
@@ -45,13 +45,13 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _as_optimizer(params: list[Tensor]) -> Any:
-    """All that torch's class reads of an optimizer to unscale its gradients."""
+    """Return an object with all that torch's class reads of an optimizer to unscale its gradients."""
     return SimpleNamespace(param_groups=[{"params": params}])
 
 
 @contextmanager
 def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While it lasts, bf16 parameters have bf16 gradients, rounded once from the fp32 ones, which come back after it.
+    """Give bf16 parameters bf16 gradients inside, rounded once from the fp32 ones, which come back at the end.
 
     An optimizer that does not know of main gradients may mix them with state of the parameter's dtype, or hand both to
     a kernel that reads one dtype. fp16 would lose small gradients at true scale: those stay fp32, where that works.
@@ -104,7 +104,7 @@ class GradScaler(torch.amp.GradScaler):
         self._root_of: tuple[Tensor, int] | None = None  # the scale that it was made for, and its version
 
     def scale(self, outputs: Any) -> Any:
-        """outputs * scale, as torch's; backwards from the result know the scale."""
+        """Return outputs * scale, as torch's; backwards from the result know the scale."""
         scaled = super().scale(outputs)
         return self._in_scope(scaled) if self._enabled else scaled
 
@@ -116,7 +116,7 @@ class GradScaler(torch.amp.GradScaler):
         return type(value)(inner) if isinstance(value, (list, tuple)) else inner  # type: ignore[call-arg,return-value]
 
     def _scope(self, device: torch.device) -> BackwardScope:
-        """This scale's scope on a device. Later scales have scopes of their own: a scaled loss keeps its scale."""
+        """Return this scale's scope on a device. Later scales have other scopes: a scaled loss keeps its scale."""
         present = cast(Tensor, self._scale)
         root = self._root
         if (
@@ -132,7 +132,9 @@ class GradScaler(torch.amp.GradScaler):
         return root.on(device)
 
     def _adopt(self, param: Tensor) -> GradSink | None:
-        """Gives a parameter the sink that makes its gradients arrive unscaled, and unscales what it has already."""
+        """Give a parameter the sink that makes its gradients arrive unscaled, and unscale the gradient that it has
+        already.
+        """
         with _ADOPTING:
             found = sink_of(param)
             if found is not None:
@@ -148,7 +150,7 @@ class GradScaler(torch.amp.GradScaler):
             return sink
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """torch's: divides those of the optimizer's gradients by the scale that are not at true scale yet."""
+        """Divide by the scale, as torch's, those of the optimizer's gradients that are not at true scale yet."""
         super().unscale_(optimizer)
         if self._enabled:
             for param in _parameters(optimizer):
@@ -159,7 +161,7 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        """Unscales what is still scaled; the result speaks for all of the optimizer's gradients.
+        """Unscale the gradients that are still scaled; the result speaks for all of the optimizer's gradients.
 
         It speaks of the values that are there now, as torch's does: what a backward saw may have been zeroed, repaired,
         clipped, replaced or reduced since, and no counter tells of a write through ``.data`` or by a foreign kernel.
@@ -189,7 +191,7 @@ class GradScaler(torch.amp.GradScaler):
         return found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """torch's: unscales if that has not been done, and updates unless a gradient is not finite.
+        """Unscale if that has not been done, and update unless a gradient is not finite, as torch's.
 
         With an optimizer that skips on its own (``spu.optim.AdamW``, torch's with ``fused=True``) nothing waits for
         the device. Other optimizers than ``spu.optim.AdamW`` find bf16 gradients in bf16 parameters, as in plain torch.

@@ -38,7 +38,7 @@ __all__ = ["MainGrads", "ParameterSink", "unscale_grad"]
 
 
 def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
-    """Whether a fused op can write into this tensor."""
+    """Tell whether a fused op can write into this tensor."""
     return (
         grad is not None
         and grad.dtype == torch.float32
@@ -86,7 +86,9 @@ class ParameterSink:
         _now_or_later(self._parameter(), self._accumulate, linear_db_, (dz,), backend)
 
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
-        """``linear_weight`` here and ``linear_bias`` there, in one op where the backend has a kernel for both."""
+        """Do ``linear_weight`` here and ``linear_bias`` in the bias's sink, in one op where the backend has a kernel
+        for both.
+        """
         if (
             isinstance(bias_sink, ParameterSink)
             and has_kernel("linear_dw_db_", backend)
@@ -117,7 +119,7 @@ class ParameterSink:
             bias._keep(bias_into.main_grad)
 
     def _settle(self, scope: BackwardScope) -> BackwardScope:
-        """Makes what ``grad`` holds something to add to; the scope on the parameter's device."""
+        """Make ``grad`` a tensor that can be added to; return the scope on the parameter's device."""
         param = self._parameter()
         if self.adopted:
             scope = scope.on(param.device)
@@ -167,7 +169,7 @@ class ParameterSink:
         param.grad_dtype = torch.float32
 
     def unscale(self, grad: Tensor | None) -> Tensor | None:
-        """Tensor hook: inside a scope, the gradient unscaled to fp32 and checked; outside, the gradient as it is."""
+        """Tensor hook: return the gradient unscaled to fp32 and checked inside a scope, the gradient itself outside."""
         scope, param = current_scope(), self._param()
         if grad is None or param is None:  # None: all uses were fused and went to the sink
             return grad
@@ -219,8 +221,9 @@ class ParameterSink:
 
 @torch.no_grad()
 def unscale_grad(param: Tensor, inv_scale: Tensor) -> None:
-    """Brings a scaled ``param.grad`` to true scale in fp32; in place, if it is that already: it may be a view of a
-    buffer of the user's."""
+    """Bring a scaled ``param.grad`` to true scale in fp32. An fp32 gradient is changed in place: it may be a view of a
+    buffer of the user's.
+    """
     grad = param.grad
     assert grad is not None
     if grad.dtype == torch.float32 and grad.layout == torch.strided:
@@ -267,7 +270,7 @@ class MainGrads:
         return list(self._params)
 
     def begin_step(self) -> None:
-        """Empties every ``p.grad`` (buffers are kept for reuse) and makes sure that the contract's machinery is there.
+        """Empty every ``p.grad`` (buffers are kept for reuse) and make sure that hooks and sinks are attached.
 
         ``grad_dtype`` is set again each time: load_state_dict(assign=True), ``to("meta")`` and others lose it.
         """
@@ -284,12 +287,12 @@ class MainGrads:
             sink.begin_step()
 
     def require_scope(self, required: bool) -> None:
-        """While required, a gradient from a backward outside a scope raises; by default it is added as it is."""
+        """Raise for gradients from a backward outside a scope, if required; by default they are added as they are."""
         for sink in self._sinks:
             sink.needs_scope = required
 
     def close(self) -> None:
-        """Removes hooks and sinks and frees kept buffers; gradients stay as they are."""
+        """Remove hooks and sinks and free kept buffers; gradients stay as they are."""
         for hook in self._hooks:
             hook.remove()
         for param, sink in zip(self._params, self._sinks, strict=False):

@@ -16,12 +16,12 @@ _STATE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale, rounded as torch.amp.GradScaler rounds it."""
+    """Return 1 / scale, rounded as torch.amp.GradScaler rounds it."""
     return scale.double().reciprocal().float()
 
 
 def _indexed(device: str | torch.device) -> torch.device:
-    """The device as tensors on it name it: "cuda" becomes "cuda:0", "cpu:1" becomes "cpu"."""
+    """Return the device as tensors on it name it: "cuda" becomes "cuda:0", "cpu:1" becomes "cpu"."""
     found = torch.device(device)
     if found.type == "cpu":
         return torch.device("cpu")
@@ -42,7 +42,7 @@ class LossScaler:
 
     Args:
         init_scale: the first scale; growth_factor, backoff_factor, growth_interval: as in torch.amp.GradScaler.
-        enabled: False keeps the scale at 1 for ever; non-finite gradients are still found.
+        enabled: False keeps the scale at 1; non-finite gradients are still found.
         device: where the scale itself lives. With scopes on accelerators, make it one of theirs: ``found_inf`` gathers
             their flags there, and a copy to the CPU waits for the device.
 
@@ -78,7 +78,7 @@ class LossScaler:
         self._family = object()
 
     def scope(self, device: str | torch.device | None = None, owner: str = "") -> BackwardScope:
-        """The scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""
+        """Return the scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""
         key = (_indexed(self.device if device is None else device), owner)
         found = self._scopes.get(key)
         if found is None:
@@ -88,20 +88,20 @@ class LossScaler:
         return found
 
     def begin_step(self) -> None:
-        """Copies the present scale into every scope and clears every found_inf, in place and on the devices."""
+        """Copy the present scale into every scope and clear every found_inf, in place and on the devices."""
         for scope in list(self._scopes.values()):
             scope.scale.copy_(self._scale, non_blocking=scope.scale.device.type != "cpu")
             scope.inv_scale.copy_(_reciprocal(scope.scale))
             scope.found_inf.zero_()
 
     def scale(self, loss: Tensor, owner: str = "") -> Tensor:
-        """loss * scale, and a backward from it runs in this scaler's scope for the loss's device."""
+        """Return loss * scale; a backward from it runs in this scaler's scope for the loss's device."""
         scope = self.scope(loss.device, owner)
         # Zero-dimensional, so that types promote as with torch.amp.GradScaler.
         return open_scope(loss * scope.scale.squeeze(0), scope)
 
     def found_inf(self) -> Tensor:
-        """fp32 [1] on the scaler's device: 1 if any scope met a non-finite gradient in this step."""
+        """Return fp32 [1] on the scaler's device: 1 if any scope met a non-finite gradient in this step."""
         asynchronous = self.device.type != "cpu"  # a copy to the host must have arrived when it is read
         flags = [scope.found_inf.to(self.device, non_blocking=asynchronous) for scope in list(self._scopes.values())]
         if not flags:
@@ -109,7 +109,8 @@ class LossScaler:
         return torch.stack(flags).amax(0) if len(flags) > 1 else flags[0].clone()
 
     def update(self, found_inf: Tensor | None = None) -> None:
-        """Backs off after a step with found_inf, grows after ``growth_interval`` good ones in a row; on the device.
+        """Lower the scale after a step with found_inf, raise it after ``growth_interval`` good ones in a row; on the
+        device.
 
         Args:
             found_inf: fp32 [1], what the step was decided by; default: what the backwards saw (:meth:`found_inf`).
@@ -125,11 +126,11 @@ class LossScaler:
             )
 
     def get_scale(self) -> float:
-        """The present scale. Waits for the device."""
+        """Return the present scale. Waits for the device."""
         return self._scale.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """The keys and values of torch.amp.GradScaler; empty if disabled, like its. Waits for the device."""
+        """Return the keys and values of torch.amp.GradScaler; empty if disabled, like its. Waits for the device."""
         if not self.enabled:
             return {}
         return {
@@ -141,7 +142,7 @@ class LossScaler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a state of this class or of torch.amp.GradScaler; does nothing if disabled.
+        """Load a state of this class or of torch.amp.GradScaler; do nothing if disabled.
 
         Raises:
             ValueError: if entries are missing (an empty state comes from a disabled scaler).

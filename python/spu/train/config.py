@@ -28,7 +28,7 @@ __all__ = [
     "resume_config",
 ]
 
-MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more take for ever
+MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more would not end
 MAX_PARTS = 4096
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores
 MOST_PLANNED_TOKENS = 1 << 20  # tables of positions are made for real, some hundred bytes a token and layer type
@@ -118,7 +118,9 @@ class TrainConfig(TrainSettings):
         return self.batch * self.seq
 
     def planned_steps(self) -> int | None:
-        """Updates in all, from `steps`, `tokens` or the default; None if `minutes` have to be measured first."""
+        """Return the number of updates, from `steps`, `tokens` or the default; None if `minutes` have to be measured
+        first.
+        """
         if self.steps is not None:
             return self.steps
         if self.minutes is not None:
@@ -127,7 +129,9 @@ class TrainConfig(TrainSettings):
         return max(1, tokens // self.tokens_per_step)
 
     def lr_factor(self, step: int) -> float:
-        """Share of `lr` for the update after `step` updates: linear warm-up, then a cosine down to `final_lr`."""
+        """Return the share of `lr` for the update after `step` updates: linear warm-up, then a cosine down to
+        `final_lr`.
+        """
         steps = self.planned_steps()
         if steps is None:
             raise ValueError("the number of steps is not known yet")
@@ -181,7 +185,7 @@ class PlanOptions(Settings):
 
 
 def check_step_size(batch: int, seq: int) -> None:
-    """Raises ValueError for a step that is larger than any machine trains."""
+    """Raise ValueError for a step that is larger than any machine trains."""
     if batch * seq > MAX_STEP_TOKENS:
         raise ValueError(
             f"--batch {batch} x --seq {seq} is {batch * seq:.1e} tokens a step: give numbers whose product is "
@@ -190,7 +194,7 @@ def check_step_size(batch: int, seq: int) -> None:
 
 
 def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The configuration to go on with: the saved one, placed again or made longer if asked.
+    """Return the configuration to go on with: the saved one, placed on other devices or made longer if asked.
 
     Args:
         saved: of the run.
@@ -212,7 +216,7 @@ def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
 
 
 def _lengthened(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """More steps for a run: its learning rate follows the longer schedule from where it goes on."""
+    """Give a run more steps: its learning rate follows the longer schedule from the step where it goes on."""
     if not given or all(value == getattr(saved, name) for name, value in given.items()):
         return saved
     wanted = dataclasses.replace(saved, **{"steps": None, "tokens": None, "minutes": None, **given})

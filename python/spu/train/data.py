@@ -26,7 +26,7 @@ _REPORT_S = 5.0
 
 
 def read_text(data: str | None) -> tuple[str, bytes]:
-    """(name, contents) of a text file, or of Python's language reference, which every CPython ships.
+    """Return (name, contents) of a text file, or of Python's language reference, which every CPython ships.
 
     Raises:
         ValueError: missing, a folder, unreadable, empty, or what `clean_text` refuses.
@@ -66,7 +66,7 @@ class Corpus:
     validation: torch.Tensor
 
     def batch(self, seed: int, step: int, batch: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (the next tokens) of a step, int64 [batch, seq]: a function of the arguments alone."""
+        """Return inputs and targets (the next tokens) of a step, int64 [batch, seq], from the arguments alone."""
         generator = torch.Generator().manual_seed((seed * _GOLDEN + step * 2 + 1) % 2**63)
         starts = torch.randint(len(self.train) - seq, (batch,), generator=generator)
         index = starts[:, None] + torch.arange(seq + 1)
@@ -76,7 +76,7 @@ class Corpus:
     def validation_batches(
         self, batch: int, seq: int, windows: int | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and targets int64 [up to batch, seq] of windows side by side over the validation part.
+        """Return inputs and targets int64 [up to batch, seq] of windows side by side over the validation part.
 
         Args:
             batch: sequences of a batch.
@@ -119,13 +119,13 @@ def make_corpus(data: str | None, tokenizer: Tokenizer, seq: int, say: Callable[
 
 
 def tokenise(text: bytes, tokenizer: Tokenizer, name: str, say: Callable[[str], object] = print) -> torch.Tensor:
-    """Token ids of a text, piece by piece where that gives the same ids, so that memory and time do not run away."""
+    """Return the token ids of a text, piece by piece where that gives the same ids, to bound memory and time."""
     if tokenizer.name == "bytes" or len(text) <= 2 * _PIECE:
         return tokenizer.encode(text)
     newline = tokenizer.encode(b"\n")
 
     def encode_next(piece: bytes) -> torch.Tensor:
-        """What stands behind a line: many tokenizers put a space before the beginning of a text."""
+        """Encode text that follows a line: many tokenizers put a space before the beginning of a text."""
         ids = tokenizer.encode(b"\n" + piece)
         return ids[len(newline) :] if torch.equal(ids[: len(newline)], newline) else tokenizer.encode(piece)
 

@@ -26,7 +26,7 @@ SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
 def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
     """End a trainer, and give its model's parameters their values in full precision, on the CPU.
 
-    They take the room of the gradients, which go first. Let go of the trainer then: masters and moments are its.
+    The gradients are freed first, to make room. Drop the trainer afterwards: it owns masters and moments.
     """
     trainer.close()
     for parameter in model.parameters():
@@ -39,8 +39,9 @@ def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
 
 
 def free_memory() -> None:
-    """Collect what is gone, and give it back to the system: glibc keeps freed tensors below 32 MB, scattered, for
-    itself."""
+    """Collect garbage, and return freed memory to the system: glibc keeps freed tensors below 32 MB, scattered, for
+    itself.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -48,13 +49,13 @@ def free_memory() -> None:
 
 
 def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """As transformers reads it, with the tokenizer beside it."""
+    """Save the model as transformers reads it, with the tokenizer beside it."""
     model.save_pretrained(folder)
     tokenizer.save(folder)
 
 
 def sample_of(model: Any, tokenizer: Tokenizer, corpus: Corpus, config: TrainConfig) -> tuple[str, str]:
-    """A prompt from the validation text, and how the model goes on with it."""
+    """Return a prompt from the validation text, and the model's continuation of it."""
     prompt = choose_prompt(corpus.validation, tokenizer, PROMPT_TOKENS)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))

@@ -13,7 +13,7 @@ __all__ = ["MetricsFile", "last_saved", "read_metrics", "save_result", "train_ro
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a skipped step's gradient norm becomes null."""
+    """Replace infinities, such as a skipped step's gradient norm, by None: JSON has no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -36,7 +36,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out. A missing file has none."""
+    """Return the rows of a metrics file without a last line that a crash cut short. A missing file has none."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -51,17 +51,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def train_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of training steps."""
+    """Return the rows of training steps."""
     return [row for row in rows if "loss" in row]
 
 
 def validation_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of validations."""
+    """Return the rows of validations."""
     return [row for row in rows if "val_loss" in row]
 
 
 def last_saved(rows: list[dict[str, Any]]) -> int:
-    """The last step of which a checkpoint was written; 0 if there is none."""
+    """Return the last step of which a checkpoint was written; 0 if there is none."""
     return max((row["step"] for row in rows if row.get("saved")), default=0)
 
 

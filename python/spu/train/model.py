@@ -48,7 +48,7 @@ class ByteTokenizer:
     name = "bytes"
 
     def encode(self, text: bytes) -> torch.Tensor:
-        """Bytes -> uint8 [bytes]."""
+        """Return the bytes as uint8 [bytes]."""
         return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
     def decode(self, ids: list[int]) -> str:
@@ -69,7 +69,7 @@ class FileTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
     def encode(self, text: bytes) -> torch.Tensor:
-        """UTF-8 text -> int32 [tokens]."""
+        """Return the tokens of UTF-8 text as int32 [tokens]."""
         ids = self._tokenizer(text.decode("utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int32)
 
@@ -91,7 +91,9 @@ def quiet_transformers() -> None:
 
 
 def default_config() -> Any:
-    """The default model's config; a plain Llama where transformers has no InternLM3 (it is the same architecture)."""
+    """Return the default model's config; a plain Llama where transformers has no InternLM3 (it is the same
+    architecture).
+    """
     import transformers
 
     config_class = getattr(transformers, "InternLM3Config", None) or transformers.LlamaConfig
@@ -99,8 +101,8 @@ def default_config() -> Any:
 
 
 def load_config(source: str | None) -> Any:
-    """The Hugging Face config of `source`: a folder with config.json, such a file, the name of a config that comes with
-    spu, or None for the default.
+    """Return the Hugging Face config of `source`: a folder with config.json, such a file, the name of a config that
+    comes with spu, or None for the default.
 
     Raises:
         ValueError: missing, not a config, or one that needs remote code.
@@ -119,7 +121,7 @@ def load_config(source: str | None) -> Any:
 
 
 def has_weights(source: str | None) -> bool:
-    """True if `source` is a folder with safetensors.
+    """Tell whether `source` is a folder with safetensors.
 
     Raises:
         ValueError: a folder whose only weights are pickled ones.
@@ -135,7 +137,7 @@ def has_weights(source: str | None) -> bool:
 
 
 def make_model(source: str | None, seed: int) -> nn.Module:
-    """A causal decoder in fp32, from weights or with random ones: a function of its arguments alone.
+    """Return a causal decoder in fp32, from weights or with random ones: a function of its arguments alone.
 
     Raises:
         ValueError: nothing usable at `source`; the text says what is wrong with it.
@@ -182,7 +184,8 @@ def _load(source: str, config: Any) -> nn.Module:
 
 
 def make_tokenizer(source: str | None, config: Any) -> Tokenizer:
-    """The tokenizer beside a model's files, else bytes: for a config alone, or weights that were trained on them.
+    """Return the tokenizer beside a model's files, else bytes: for a config alone, or weights that were trained on
+    bytes.
 
     Raises:
         ValueError: weights that were not, without a tokenizer; bytes do not fit the model's vocabulary; or the

@@ -30,19 +30,19 @@ _NOT_OURS = {*PLACEMENT, *Settings.names(), "replan", "init_scale", "growth_inte
 
 
 def reference_key(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
-    """What the reference's result depends on."""
+    """Return all that the reference's result depends on."""
     settings = {name: value for name, value in config.to_json().items() if name not in _NOT_OURS}
     return {**settings, "corpus": corpus.sha256}
 
 
 def mean_loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in fp32 of next-token targets int64 [batch, tokens]."""
+    """Return the mean cross-entropy in fp32 of next-token targets int64 [batch, tokens]."""
     logits = model(input_ids=inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean loss over all targets of `batches`."""
+    """Return the mean loss over all targets of `batches`."""
     model.eval()
     with torch.no_grad():
         total = sum(mean_loss(model, x, y).item() * y.numel() for x, y in batches)
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]])
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, corpus: Corpus, step: int
 ) -> dict:
-    """One update on the batch of `step`, in the pipeline's microbatches. Returns the row for the metrics."""
+    """Update once on the batch of `step`, in the pipeline's microbatches. Return the row for the metrics."""
     begin = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
@@ -120,10 +120,10 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
 
 
 def curve_windows(config: TrainConfig) -> int:
-    """Sequences of a validation point on the curve: two batches."""
+    """Return the sequences of a validation point on the curve: two batches."""
     return 2 * config.batch
 
 
 def is_eval_step(config: TrainConfig, done: int, steps: int) -> bool:
-    """Whether a point of the validation curve follows after `done` of `steps` steps; it always does after the last."""
+    """Tell whether a point of the validation curve follows `done` of `steps` steps; one always follows the last."""
     return done * config.evals // steps > (done - 1) * config.evals // steps

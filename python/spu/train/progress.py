@@ -43,7 +43,7 @@ class RunningMean:
         self._sum = self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """The mean with one more value, which is left out if it is not finite."""
+        """Return the mean with one more value, which is left out if it is not finite."""
         if math.isfinite(value):
             self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
             self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
@@ -101,7 +101,7 @@ class RichView:
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that is written to; None where it is none."""
+    """Return the columns of the terminal that is written to; None where it is none."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -126,7 +126,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def open_view(title: str, total: int, done: int = 0) -> Iterator[View]:
-    """A view of `total` steps, `done` of which were done before; lives on standard output."""
+    """Open a view of `total` steps, `done` of which were done before, on standard output."""
     if not sys.stdout.isatty():
         yield PlainView(title, total, done, sys.stdout)
         return

@@ -22,7 +22,7 @@ def draw_loss(
     final_val: float | None = None,
     reference: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Training and validation loss over tokens, and the reference's validation beside them, as a PNG.
+    """Draw training and validation loss over tokens, with the reference's validation beside them, as a PNG.
 
     Args:
         path: the picture.
@@ -81,12 +81,12 @@ def _points(rows: list[dict[str, Any]], tokens: dict[int, int]) -> tuple[list[in
 
 
 def difference_percent(val_loss: float, reference: float) -> float:
-    """How much higher (+) or lower (-) the pipeline's validation loss is, in percent of the reference's."""
+    """Return how much higher (+) or lower (-) the pipeline's validation loss is, in percent of the reference's."""
     return 100.0 * (val_loss - reference) / reference
 
 
 def comparison_lines(summary: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """The pipeline beside plain fp32: validation loss, speed, relative difference."""
+    """Return the pipeline beside plain fp32: validation loss, speed, relative difference."""
     ours, theirs = summary["val_loss"], reference["val_loss"]
     return [
         f"spu        validation {ours:.4f}  {summary['tokens_per_s']:,.0f} tokens/s",
@@ -97,7 +97,7 @@ def comparison_lines(summary: dict[str, Any], reference: dict[str, Any]) -> list
 
 
 def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    """What is printed at the end of a run."""
+    """Return the lines that are printed at the end of a run."""
     lines = [
         f"trained {summary['parameters'] / 1e6:.2f}M parameters on {summary['tokens']:,} tokens of {summary['corpus']} "
         f"in {summary['seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s",

@@ -66,7 +66,7 @@ class RunFolder:
         write_json(self / "config.json", {"format": FORMAT, "settings": config.to_json(), "corpus": corpus})
 
     def read_config(self) -> tuple[TrainConfig, dict[str, Any]]:
-        """(settings, name and hash of the text) of an existing run.
+        """Return (settings, name and hash of the text) of an existing run.
 
         Raises:
             ValueError: not a run, or its config.json is damaged.
@@ -83,12 +83,12 @@ class RunFolder:
             raise ValueError(f"--resume {self.path}: {file.name} cannot be used ({error}): give another run") from error
 
     def check_new(self) -> None:
-        """Raises ValueError if something is there already."""
+        """Raise ValueError if something is there already."""
         if self.path.exists() and not self._unused():
             raise ValueError(self._exists())
 
     def _unused(self) -> bool:
-        """A run that was killed before its settings were written has left nothing to go on with."""
+        """Tell whether a run was killed before its settings were written, so that nothing can go on from it."""
         return self.path.is_dir() and {file.name for file in self.path.iterdir()} <= {".lock", ".config.json.new"}
 
     def _exists(self) -> str:
@@ -116,7 +116,7 @@ class RunFolder:
 
 
 def new_folder(out: str, name: str | None) -> RunFolder:
-    """The folder of a new run, not made yet: `out`/`name`, or a name from the time that no run has.
+    """Return the folder of a new run, not made yet: `out`/`name`, or a name from the time that no run has.
 
     Raises:
         ValueError: a name that is a path, or that is taken.
@@ -135,7 +135,7 @@ def new_folder(out: str, name: str | None) -> RunFolder:
 
 
 def find_folder(out: str, which: str) -> RunFolder:
-    """The folder of an existing run: a path, a name in `out`, or "latest".
+    """Return the folder of an existing run: a path, a name in `out`, or "latest".
 
     Raises:
         ValueError: there is no such run; the text lists what there is.

@@ -17,7 +17,7 @@ _PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")
 
 
 def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch.Tensor:
-    """Up to `tokens` token ids that open a paragraph of prose in a text's `ids` [tokens], or the first ones."""
+    """Return up to `tokens` token ids that open a paragraph of prose in a text's `ids` [tokens], or the first ones."""
     text = tokenizer.decode(ids[:_SEARCHED].tolist())
     found = _PARAGRAPH.search(text)
     if found is None:
@@ -28,7 +28,7 @@ def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch
 def sample_text(
     model: nn.Module, tokenizer: Tokenizer, prompt: torch.Tensor, *, tokens: int = 200, seed: int = 0
 ) -> tuple[str, str]:
-    """(prompt, continuation) as text; the same for the same arguments.
+    """Return (prompt, continuation) as text; the same for the same arguments.
 
     Args:
         model: a causal decoder of transformers.

@@ -47,7 +47,8 @@ _PIECE = 1 << 20
 
 
 def clean_text(path: str, content: bytes) -> bytes:
-    """The contents of a text file in UTF-8, without a byte-order mark and with lines that end in a newline alone.
+    """Return the contents of a text file in UTF-8, without a byte-order mark and with lines that end in a newline
+    alone.
 
     What is no text of any kind comes back as it is: a model of bytes can be trained on it (see `is_utf8`).
 
@@ -95,7 +96,7 @@ def _refused(path: str, what: str, fix: str) -> ValueError:
 
 
 def _half_zeros(head: bytes) -> bool:
-    """Whether every second byte is mostly 0, and the others are not: UTF-16 of a European language."""
+    """Tell whether every second byte is mostly 0, and the others are not: UTF-16 of a European language."""
     if len(head) < 8:
         return False
     even, odd = (head[k::2].count(0) / len(head[k::2]) for k in (0, 1))

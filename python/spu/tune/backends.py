@@ -28,7 +28,9 @@ def layer_of(
     device: torch.device,
     configs: Mapping[str, Config],
 ) -> Callable[[], object]:
-    """The layer (rows, columns, inner) as a call: by Triton's kernels in ``configs``, or by another backend's ops."""
+    """Return the layer (rows, columns, inner) as a call: by Triton's kernels in ``configs``, or by another backend's
+    ops.
+    """
     m, n, k = shape
 
     def random(*size: int) -> Tensor:

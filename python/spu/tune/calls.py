@@ -37,7 +37,7 @@ _SPLITS = (4, 8)
 
 
 def candidates(op: str, dtype: torch.dtype, shape_class: str, arch: int) -> list[Config]:
-    """The configurations to try: tiles that fit the shared memory, in the kinds that the op and card know.
+    """Return the configurations to try: tiles that fit the shared memory, in the kinds that the op and the GPU support.
 
     Args:
         arch: 80 for sm_80.
@@ -77,7 +77,7 @@ def _kinds(op: str, tile: Config, shape_class: str, arch: int, wide: bool) -> li
 def call_of(
     op: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device
 ) -> Callable[[Config], object]:
-    """The op at one shape (rows, columns, inner) as a function of its configuration; on the CPU with any values."""
+    """Return the op at one shape (rows, columns, inner) as a function of its configuration. On the CPU: any values."""
     from spu import kernels
 
     m, n, k = shape

@@ -1,7 +1,7 @@
-"""Compiles the configurations that ``spu tune`` is going to time, in other processes, ahead of the measurement.
+"""Compile the configurations that ``spu tune`` is going to time, in other processes, ahead of the measurement.
 
-A card waits for the compiler otherwise: seconds a configuration on one core, against milliseconds of measuring. What is
-made lands in Triton's own cache on disk, where the launch of the same kernel finds it.
+Otherwise the GPU waits for the compiler: seconds a configuration on one core, against milliseconds of measuring. The
+result goes to Triton's own cache on disk, where the launch of the same kernel finds it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Row = tuple[str, str, str]  # op, dtype, shape class
 
 
 def compile_row(row: Row, arch: int, index: int) -> int:
-    """Compiles candidate ``index`` of a row for an architecture (80 is sm_80); returns the number of kernels."""
+    """Compile candidate ``index`` of a row for an architecture (80 is sm_80); return the number of kernels."""
     from spu.kernels import ahead
 
     op, dtype, shape_class = row
@@ -53,7 +53,7 @@ class Compiling:
             self._running[row] = [self._pool.submit(compile_row, row, arch, index) for index in range(count)]
 
     def wait(self, row: Row) -> None:
-        """Until a row's candidates are compiled; what failed will fail, and be said, when it is measured."""
+        """Wait until a row's candidates are compiled. A failed one will fail, and be reported, when it is measured."""
         for future in self._running.pop(row, []):
             future.exception()
 

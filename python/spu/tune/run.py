@@ -1,8 +1,8 @@
-"""``spu tune``: measures the kernels' configurations on this card and keeps the best in the user's own table.
+"""``spu tune``: measure the kernels' configurations on this GPU and keep the best in the user's own table.
 
 For every product, dtype and shape class the derived configurations and their neighbours are timed on one representative
 shape, beside cuBLAS with our epilogue; the fastest goes into ``spu.kernels.table.user_path`` with the device, versions
-and date. Then, where another backend serves the card as well (CUDA C++), whole layers are timed on each, forward and
+and date. Then, where another backend serves the GPU as well (CUDA C++), whole layers are timed on each, forward and
 backward with these configurations, and the faster one is named. The table is written after every row, so that a run
 that is cut off keeps what it has measured, and a later run goes on where it ended.
 """
@@ -39,7 +39,7 @@ def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def plan_lines(arch: int, ops: tuple[str, ...] = PRODUCTS, dtypes: tuple[str, ...] = ("fp16", "bf16")) -> list[str]:
-    """What a run would measure, a line a row; measures nothing."""
+    """Return the list of what a run would measure, a line a row; measure nothing."""
     lines = []
     for op, dtype, shape_class in _rows(ops, dtypes):
         count = len(candidates(op, DTYPES[dtype], shape_class, arch))
@@ -49,7 +49,9 @@ def plan_lines(arch: int, ops: tuple[str, ...] = PRODUCTS, dtypes: tuple[str, ..
 
 
 def measure_us(function: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call on the device in microseconds, by events around rounds of calls, after a warm-up."""
+    """Return the median time of a call on the device in microseconds, by events around rounds of calls, after a
+    warm-up.
+    """
     for _ in range(_WARM_UP):
         function()
     torch.cuda.synchronize(device)
@@ -70,7 +72,7 @@ def measure_us(function: Callable[[], object], device: torch.device) -> float:
 
 
 def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int) -> tuple[Entry, list[str]]:
-    """The fastest configuration of a row and what was said of those that failed."""
+    """Return the fastest configuration of a row and the errors of those that failed."""
     call, best, notes = call_of(op, DTYPES[dtype], REPRESENTATIVE[shape_class], device), None, []
     for config in candidates(op, DTYPES[dtype], shape_class, arch):
         try:
@@ -109,10 +111,10 @@ def tune(
     jobs: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Measures and writes the user's table; returns its path.
+    """Measure, and write the user's table; return its path.
 
     Args:
-        device: which card.
+        device: which GPU.
         ops: of ``spu.kernels.config.PRODUCTS``.
         dtypes: of fp16, bf16, fp32.
         out: another file than the user's table.
@@ -178,7 +180,7 @@ class _Run:
             self._say(note)
 
     def choose_backend(self, row: tuple[str, str, str], device: torch.device) -> None:
-        """Times a row's whole layer on every backend that serves the card, if there is more than one."""
+        """Time a row's whole layer on every backend that serves the GPU, if there is more than one."""
         from spu.ops.dispatch import cuda_candidates
 
         op, dtype, shape_class = row
@@ -209,7 +211,7 @@ class _Run:
 
 
 def forget_tables() -> None:
-    """Has kernels and dispatch read the tables again."""
+    """Make kernels and dispatch read the tables from disk at the next call."""
     from spu.ops.dispatch import select_cuda
 
     table.forget()
@@ -217,7 +219,7 @@ def forget_tables() -> None:
 
 
 def _kept(path: Path, facts: dict[str, str]) -> dict[str, Entry]:
-    """The rows of an earlier run on the same device with the same versions."""
+    """Return the rows of an earlier run on the same device with the same versions."""
     if not path.is_file():
         return {}
     earlier = table.read(path)

@@ -14,12 +14,12 @@ __all__ = ["IMPLEMENTATIONS", "attention", "attention_backward"]
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, T, G, D] -> wide [B, heads, T, D], each key and value head repeated for its query heads."""
+    """Return [B, T, G, D] as wide [B, heads, T, D], each key and value head repeated for its query heads."""
     return wide(x).transpose(1, 2).repeat_interleave(heads // x.shape[2], dim=1)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """scale * q @ k.T, [B, H, T, S]; -inf where a query does not see a key."""
+    """Compute scale * q @ k.T, [B, H, T, S]; -inf where a query does not see a key."""
     scores = _heads_first(q, q.shape[2]) @ _heads_first(k, q.shape[2]).transpose(2, 3) * scale
     if causal:
         unseen = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -29,7 +29,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
 
 @exact
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """out = softmax(scale * q @ k.T) @ v, rounded once, and the scores' log-sum-exp (fp32) [B, H, T]."""
+    """Compute out = softmax(scale * q @ k.T) @ v, rounded once, and the log-sum-exp of the scores (fp32) [B, H, T]."""
     scores = _scores(q, k, scale, causal)
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp() @ _heads_first(v, q.shape[2])
@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tu
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [B, T, H, D], dk and dv [B, S, G, D], each rounded once; weights are made again from ``lse``."""
+    """Compute dq [B, T, H, D], dk and dv [B, S, G, D], each rounded once. The weights are recomputed from ``lse``."""
     heads = q.shape[2]
     p = (_scores(q, k, scale, causal) - lse[..., None]).exp()
     d, o = _heads_first(dout, heads), _heads_first(out, heads)

@@ -18,7 +18,9 @@ _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 def _scales_of(blocks: Tensor, codec: wire.Codec) -> Tensor:
-    """[B, block] fp32 -> [B]: absmax / largest code; NaN for a non-finite block; 0 where that is subnormal."""
+    """Return the scales [B] of blocks [B, block] fp32: absmax / largest code; NaN for a non-finite block; 0 where that
+    is subnormal.
+    """
     if blocks.numel() == 0:
         return blocks.new_empty(blocks.shape[0])
     absmax = blocks.abs().amax(1)
@@ -28,7 +30,7 @@ def _scales_of(blocks: Tensor, codec: wire.Codec) -> Tensor:
 
 
 def _codes_of(quotient: Tensor, codec: wire.Codec) -> Tensor:
-    """fp32 values in units of their scale [B, block] -> one code a value, uint8 [B * block]; ties go to even."""
+    """Round fp32 values in units of their scale [B, block] to one code a value, uint8 [B * block]; ties go to even."""
     bounded = quotient.clamp(-codec.largest, codec.largest).reshape(-1)
     if codec.name in _FP8:
         return bounded.to(_FP8[codec.name]).view(torch.uint8)
@@ -36,26 +38,26 @@ def _codes_of(quotient: Tensor, codec: wire.Codec) -> Tensor:
 
 
 def _values_of(codes: Tensor, codec: wire.Codec) -> Tensor:
-    """uint8 codes -> fp32 values in units of their scale."""
+    """Return fp32 values, in units of their scale, of uint8 codes."""
     if codec.name in _FP8:
         return codes.view(_FP8[codec.name]).float()
     return codes.view(torch.int8).float()
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """int4 codes, one a byte [n] -> two a byte [(n + 1) // 2], the first in the low four bits."""
+    """Put int4 codes, one a byte [n], two into a byte [(n + 1) // 2], the first in the low four bits."""
     nibbles = F.pad(codes & 15, (0, codes.shape[0] % 2)).view(-1, 2)
     return nibbles[:, 0] | nibbles[:, 1] << 4
 
 
 def _singles(packed: Tensor, numel: int) -> Tensor:
-    """The inverse of ``_pairs``, sign-extended to int8 patterns."""
+    """Invert ``_pairs``, sign-extended to int8 patterns."""
     nibbles = torch.stack([packed & 15, packed >> 4], dim=1).view(-1)[:numel]
     return (nibbles ^ 8) - 8  # in uint8 arithmetic this wraps to the two's complement
 
 
 def pack(x: Tensor, codec: str) -> Tensor:
-    """x of any shape and strides -> wire, uint8 [wire_bytes]. The padding is zero."""
+    """Encode x of any shape and strides into a wire, uint8 [wire_bytes]. The padding is zero."""
     found, numel = wire.codec_of(codec), x.numel()
     out = torch.zeros(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8, device=x.device)
     head = bytearray(wire.header(x.shape, x.dtype, codec))
@@ -78,7 +80,7 @@ def pack(x: Tensor, codec: str) -> Tensor:
 
 
 def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> Tensor:
-    """wire -> tensor of ``shape`` and ``dtype``; looks at no value of the header."""
+    """Decode a wire into a tensor of ``shape`` and ``dtype``, without a look at any value of the header."""
     found, numel = wire.codec_of(codec), wire.numel_of(shape)
     if buffer.storage_offset() % 4 or not buffer.is_contiguous():
         buffer = buffer.clone(memory_format=torch.contiguous_format)  # views of wider types need aligned bytes

@@ -43,7 +43,7 @@ def _op(name: str, backend: str) -> Any:
 
 
 def linear_dz_dx(backend: str, dy: Tensor, saved: Tensor, weight: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The derivative, then the product."""
+    """Compute the derivative, then the product."""
     dz = _op("linear_dz", backend)(dy, saved, activation)
     return dz, _op("linear_dx", backend)(dz, weight)
 
@@ -58,7 +58,7 @@ def linear_dw_db_(
     found_inf: Tensor,
     accumulate: bool,
 ) -> None:
-    """One after the other."""
+    """Compute one after the other."""
     _op("linear_dw_", backend)(dz, x, main_grad, inv_scale, found_inf, accumulate)
     _op("linear_db_", backend)(dz, bias_grad, inv_scale, found_inf, accumulate)
 
@@ -66,7 +66,7 @@ def linear_dw_db_(
 def gated_linear(
     backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two products and plain torch's activation."""
+    """Compute two products and plain torch's activation."""
     linear = _op("linear", backend)
     gate, up = (linear(x, weight, None, "none", False)[0] for weight in (w_gate, w_up))
     h = fused.gate_up(wide(gate), wide(up), activation, x.dtype)
@@ -74,19 +74,19 @@ def gated_linear(
 
 
 def gated_dz(backend: str, dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference: pointwise."""
+    """Compute the reference, which is pointwise."""
     return fused.gated_dz(dh, gate, up, activation)  # type: ignore[no-any-return]
 
 
 def gated_dh(
     backend: str, dy: Tensor, w_down: Tensor, gate: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The product, then ``gated_dz``."""
+    """Compute the product, then ``gated_dz``."""
     return _op("gated_dz", backend)(_op("linear_dx", backend)(dy, w_down), gate, up, activation)  # type: ignore[no-any-return]
 
 
 def gated_dx(backend: str, dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """Two products, added in fp32."""
+    """Compute two products, added in fp32."""
     linear_dx = _op("linear_dx", backend)
     return (wide(linear_dx(dgate, w_gate)) + wide(linear_dx(dup, w_up))).to(dgate.dtype)
 
@@ -94,7 +94,7 @@ def gated_dx(backend: str, dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Ten
 def gated_mlp(
     backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole block, of every backend: ``gated_linear`` and the down projection."""
+    """Compute the whole block, for every backend: ``gated_linear`` and the down projection."""
     h, gate, up = _op("gated_linear", backend)(x, w_gate, w_up, activation, keep)
     return _op("linear", backend)(h, w_down, None, "none", False)[0], gate, up
 
@@ -104,40 +104,40 @@ def _logits(backend: str, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_ce(backend: str, hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The reference's loop around the backend's product."""
+    """Run the reference's loop around the backend's product."""
     return fused.cross_entropy_rows(hidden, weight, target, ignore_index, partial(_logits, backend))
 
 
 def linear_ce_dz(
     backend: str, hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_rows: Tensor, ignore_index: int
 ) -> Tensor:
-    """The reference's formula on the backend's product."""
+    """Apply the reference's formula to the backend's product."""
     logits = _logits(backend, hidden, weight)
     return fused.cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
 
 
 def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    """The reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
+    """Compute the reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
     return reference_attention.attention(*args)  # type: ignore[no-any-return]
 
 
 def attention_backward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference."""
+    """Compute the reference."""
     return reference_attention.attention_backward(*args)  # type: ignore[no-any-return]
 
 
 def pack_(backend: str, x: Tensor, codec: str, wire: Tensor) -> None:
-    """Packed on x's device, then copied: by the copy engine where that is a CUDA device and the wire is pinned."""
+    """Pack on x's device, then copy: by the copy engine where that is a CUDA device and the wire is pinned."""
     wire.copy_(_op("pack", backend)(x, codec), non_blocking=wire.is_cuda or wire.is_pinned())
 
 
 def unpack_(backend: str, wire: Tensor, codec: str, out: Tensor) -> None:
-    """Copied to out's device, then unpacked there."""
+    """Copy to out's device, then unpack there."""
     out.copy_(_op("unpack", backend)(wire.to(out.device, non_blocking=True), list(out.shape), out.dtype, codec))
 
 
 def copy_in_(backend: str, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copied as they are, converted on arrival: torch would convert on the host, and wait."""
+    """Copy first, convert on arrival: torch would convert on the host, and wait."""
     for source, target in zip(sources, targets, strict=True):
         as_is = source.dtype == target.dtype or source.device == target.device
         target.copy_(source if as_is else source.to(target.device, non_blocking=True), non_blocking=True)
@@ -162,5 +162,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def implementation(name: str, backend: str) -> Callable[..., Any]:
-    """The composition of op ``name`` from the overloads of ``backend``."""
+    """Return the composition of op ``name`` from the overloads of ``backend``."""
     return partial(IMPLEMENTATIONS[name], backend)

@@ -27,13 +27,13 @@ _CHUNK_BYTES = 64 << 20  # of wide logits at a time
 
 
 def gate_up(gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
-    """h = act(gate) * up in the precision of the (wide) operands, rounded once to ``dtype``."""
+    """Compute h = act(gate) * up in the precision of the (wide) operands, rounded once to ``dtype``."""
     return (activate(gate, activation) * up).to(dtype).contiguous()
 
 
 @exact
 def gated_linear(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """gate = x @ w_gate.T, up = x @ w_up.T, h = act(gate) * up; x [..., K], weights [N, K] -> [..., N] each.
+    """Compute gate = x @ w_gate.T, up = x @ w_up.T, h = act(gate) * up; x [..., K], weights [N, K] -> [..., N] each.
 
     h comes from the unrounded products and is rounded once. gate and up are rounded on their own, for the backward,
     and empty unless ``keep``.
@@ -47,7 +47,7 @@ def gated_linear(x: Tensor, w_gate: Tensor, w_up: Tensor, activation: str, keep:
 
 @exact
 def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dgate = dh * up * act'(gate), dup = dh * act(gate), and h again: each in fp32, rounded once."""
+    """Compute dgate = dh * up * act'(gate), dup = dh * act(gate), and recompute h: each in fp32, rounded once."""
     g, u, d = wide(gate), wide(up), wide(dh)
     acted = activate(g, activation)
     dgate = activate_backward(d * u, g, activation)
@@ -56,7 +56,7 @@ def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
 
 @exact
 def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor:
-    """dx = dgate @ w_gate + dup @ w_up, accumulated in fp32, rounded once. [..., N] -> [..., K]."""
+    """Compute dx = dgate @ w_gate + dup @ w_up, accumulated in fp32, rounded once. [..., N] -> [..., K]."""
     dx = rows_of(wide(dgate)).mm(wide(w_gate)) + rows_of(wide(dup)).mm(wide(w_up))
     return dx.to(dgate.dtype).view(*dgate.shape[:-1], w_gate.shape[1])
 
@@ -67,7 +67,7 @@ def _row_chunks(rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def _target_logits(logits: Tensor, target: Tensor, kept: Tensor) -> Tensor:
-    """The logit of every row's target, 0 for ignored rows. logits [R, V], target and kept [R]."""
+    """Return the logit of every row's target, 0 for ignored rows. logits [R, V], target and kept [R]."""
     found = logits.gather(1, torch.where(kept, target, 0)[:, None])[:, 0]
     return torch.where(kept, found, torch.zeros_like(found))
 
@@ -79,7 +79,7 @@ def cross_entropy_rows(
     ignore_index: int,
     product: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """``linear_ce`` with the wide logits of some rows made by ``product(hidden, weight)``."""
+    """Compute ``linear_ce`` with the wide logits of some rows made by ``product(hidden, weight)``."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss, lse = (torch.empty(rows, dtype=dtype, device=hidden.device) for _ in range(2))
@@ -91,7 +91,7 @@ def cross_entropy_rows(
 
 
 def cross_entropy_dz(logits: Tensor, target: Tensor, lse: Tensor, grad_rows: Tensor, ignore_index: int) -> Tensor:
-    """``linear_ce_dz`` from wide logits [R, V], which it overwrites; not yet rounded."""
+    """Compute ``linear_ce_dz`` from wide logits [R, V], which are overwritten; the result is not yet rounded."""
     kept = (target != ignore_index)[:, None]
     grads = torch.where(kept[:, 0], grad_rows, torch.zeros_like(grad_rows))[:, None]
     dz = logits.sub_(lse[:, None]).exp_()
@@ -101,7 +101,7 @@ def cross_entropy_dz(logits: Tensor, target: Tensor, lse: Tensor, grad_rows: Ten
 
 @exact
 def linear_ce(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """loss = lse - logits[target], lse = log sum exp(logits), logits = hidden @ weight.T, for every row.
+    """Compute loss = lse - logits[target], lse = log sum exp(logits), logits = hidden @ weight.T, for every row.
 
     hidden [R, K], weight [V, K], target int64 [R] -> fp32 (fp64 for fp64 operands) [R] each. The loss of a row whose
     target is ``ignore_index`` is 0. Logits are never rounded, and exist for a bounded number of rows at a time.
@@ -113,7 +113,7 @@ def linear_ce(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int)
 def linear_ce_dz(
     hidden: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_rows: Tensor, ignore_index: int
 ) -> Tensor:
-    """dz = (softmax(logits) - onehot(target)) * grad_rows, rounded once to the storage dtype. -> [R, V].
+    """Compute dz = (softmax(logits) - onehot(target)) * grad_rows, rounded once to the storage dtype. -> [R, V].
 
     lse and grad_rows (the scaled gradient of every row's loss) are fp32 [R]. Ignored rows are zero whatever
     grad_rows holds.

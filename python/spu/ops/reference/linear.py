@@ -42,12 +42,12 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """torch.is_autocast_enabled, which refuses to be asked about meta tensors."""
+    """Return torch.is_autocast_enabled(device_type); False for meta tensors, which torch refuses to answer for."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def exact(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps autocast out: it would narrow the fp32 products again."""
+    """Keep autocast out: it would narrow the fp32 products."""
 
     @wraps(function)
     def run(first: Tensor, *args: Any) -> Any:
@@ -64,12 +64,12 @@ def wide(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., C] -> [rows, C]."""
+    """Return [..., C] as [rows, C]."""
     return x.reshape(wire.numel_of(x.shape[:-1]), x.shape[-1])
 
 
 def torch_activation(z: Tensor, activation: str) -> Tensor:
-    """act(z) as torch has it; "gelu" is exact (erf), "gelu_tanh" its tanh approximation. "none" returns z itself."""
+    """Compute act(z) as torch does; "gelu" is exact (erf), "gelu_tanh" its tanh form. "none" returns z itself."""
     if activation == "none":
         return z
     if activation == "relu":
@@ -81,7 +81,7 @@ def torch_activation(z: Tensor, activation: str) -> Tensor:
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z) below autograd, the same for a value wherever it stands.
+    """Compute act(z) below autograd; a value gives the same result at every position.
 
     gelu(inf) is inf, and that of -inf (-inf * 0) is NaN: torch's scalar code, its tails of vectors and its fp64 say so,
     but its fp32 vectors on CPUs give NaN for both.
@@ -92,7 +92,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 @exact
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preact: bool) -> tuple[Tensor, Tensor]:
-    """y = act(x @ weight.T + bias), and z in the storage dtype if ``keep_preact``, else an empty tensor."""
+    """Compute y = act(x @ weight.T + bias), and z in the storage dtype if ``keep_preact``, else an empty tensor."""
     z = F.linear(wide(x), wide(weight), None if bias is None else wide(bias))
     if torch_private.is_view(z):
         # Of the product's rows, for 3-d x: autograd refuses to have a view changed in place later.
@@ -105,7 +105,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep
 
 
 def activate_backward(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """dy * act'(saved). ``saved`` is z, except for relu: y."""
+    """Compute dy * act'(saved). ``saved`` is z, except for relu: y."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, saved, 0)
     if activation == "silu":
@@ -116,30 +116,32 @@ def activate_backward(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
 
 @exact
 def linear_dz(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """dz = dy * act'(saved), rounded once. ``saved`` is z, except for relu: y."""
+    """Compute dz = dy * act'(saved), rounded once. ``saved`` is z, except for relu: y."""
     return activate_backward(wide(dy), wide(saved), activation).to(dy.dtype).contiguous()
 
 
 @exact
 def linear_dx(dz: Tensor, weight: Tensor) -> Tensor:
-    """dx = dz @ weight. dz [..., N], weight [N, K] -> [..., K]."""
+    """Compute dx = dz @ weight. dz [..., N], weight [N, K] -> [..., K]."""
     dx = rows_of(wide(dz)).mm(wide(weight))
     return dx.to(dz.dtype).view(*dz.shape[:-1], weight.shape[1])
 
 
 @exact
 def linear_dw(dz: Tensor, x: Tensor) -> Tensor:
-    """dw = dz.T @ x over all rows. dz [..., N], x [..., K] -> [N, K]."""
+    """Compute dw = dz.T @ x over all rows. dz [..., N], x [..., K] -> [N, K]."""
     return rows_of(wide(dz)).t().mm(rows_of(wide(x))).to(dz.dtype)
 
 
 def linear_db(dz: Tensor) -> Tensor:
-    """db = sum over rows of dz. [..., N] -> [N]."""
+    """Compute db = sum over rows of dz. [..., N] -> [N]."""
     return rows_of(wide(dz)).sum(0).to(dz.dtype)
 
 
 def _into_main_grad(value: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad (+)= inv_scale * value, and found_inf = 1 if any of value is not finite. Consumes fp32 ``value``."""
+    """Compute main_grad (+)= inv_scale * value, and found_inf = 1 if any of value is not finite. Overwrites fp32
+    ``value``.
+    """
     value = value.contiguous()
     if value.numel():
         # The op that GradScaler uses: one pass that multiplies and checks.
@@ -154,18 +156,18 @@ def _into_main_grad(value: Tensor, main_grad: Tensor, inv_scale: Tensor, found_i
 def linear_dw_(
     dz: Tensor, x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool
 ) -> None:
-    """main_grad (+)= inv_scale * dz.T @ x, in fp32, never rounded to 16 bits."""
+    """Compute main_grad (+)= inv_scale * dz.T @ x, in fp32, never rounded to 16 bits."""
     product = rows_of(dz.float()).t().mm(rows_of(x.float()))
     _into_main_grad(product, main_grad, inv_scale, found_inf, accumulate)
 
 
 def linear_db_(dz: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad (+)= inv_scale * sum over rows of dz, in fp32."""
+    """Compute main_grad (+)= inv_scale * sum over rows of dz, in fp32."""
     _into_main_grad(rows_of(dz.float()).sum(0), main_grad, inv_scale, found_inf, accumulate)
 
 
 def unscale_(grad: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
-    """main_grad (+)= inv_scale * grad, in fp32."""
+    """Compute main_grad (+)= inv_scale * grad, in fp32."""
     value = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     _into_main_grad(value, main_grad, inv_scale, found_inf, accumulate)
 

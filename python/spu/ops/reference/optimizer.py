@@ -24,7 +24,7 @@ def adamw_(
     found_inf: Tensor,
     *hyper: float,
 ) -> None:
-    """One AdamW update of every parameter (Loshchilov and Hutter, arXiv:1711.05101), torch's order of operations.
+    """Update every parameter by AdamW (Loshchilov and Hutter, arXiv:1711.05101), in torch's order of operations.
 
     Bit-equal in fp32 to ``torch.optim.AdamW(foreach=False, fused=False)`` on the CPU. ``masters`` is empty for fp32
     parameters; all parameters of a call share one dtype and device, and one form of moments (``moments.py``).
@@ -56,7 +56,7 @@ def adamw_(
 
 
 def follow(master: Tensor, weight: Tensor) -> None:
-    """Takes a 16-bit weight into its fp32 master where somebody has changed the weight since the last update.
+    """Take a 16-bit weight into its fp32 master where somebody has changed the weight since the last update.
 
     Element by element: one that the master still rounds to keeps the master's low bits. A version counter would not do:
     writes through ``.data`` leave it. Nothing waits for the device.
@@ -68,7 +68,7 @@ def follow(master: Tensor, weight: Tensor) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Of two 16-bit tensors; four elements at a time, because torch compares them one by one."""
+    """Compare the bits of two 16-bit tensors, four elements at a time, because torch compares them one by one."""
     if not (a.is_contiguous() and b.is_contiguous() and a.storage_offset() % 4 == b.storage_offset() % 4 == 0):
         return torch.equal(a, b)
     a, b, even = a.reshape(-1), b.reshape(-1), a.numel() // 4 * 4
@@ -85,7 +85,7 @@ def adamw_plain(
     found_inf: Tensor,
     *hyper: float,
 ) -> None:
-    """One update of an fp64 or complex parameter, complex ones as pairs of real numbers, as torch does."""
+    """Update an fp64 or complex parameter, complex ones as pairs of real numbers, as torch does."""
     values = target, grad, exp_avg, exp_avg_sq
     if target.is_complex():
         values = tuple(torch.view_as_real(value.resolve_conj()) for value in values)  # type: ignore[assignment]
@@ -124,7 +124,7 @@ def adamw_on_device(
     found_inf: Tensor,
     *hyper: float,
 ) -> None:
-    """The same update without a host sync: the step number and found_inf are read on the device only."""
+    """Do the same update without a host sync: the step number and found_inf are read on the device only."""
     lr, beta1, beta2, eps, weight_decay = hyper
     keep = found_inf.squeeze() == 0  # zero-dimensional, like all scalars here: a parameter may be that too
     count = step.squeeze().double()
