@@ -29,7 +29,7 @@ from memory_probe import measured_peaks
 
 from spu import schedules
 from spu.devices.manager import Device
-from spu.devices.side_by_side import side_by_side
+from spu.devices.pin import side_by_side
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import search_plan

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from spu.cost.blueprint import config_names, export_layers, read_config
-from spu.cost.count import Run, training_costs
+from spu.cost.count import model_costs
+from spu.model.layers import Layer
 
 
 class Residual(nn.Module):
@@ -34,7 +35,7 @@ def test_any_model_that_exports_is_cut_into_layers_that_compute_the_same():
     for _, layer in layers:
         value = layer(value)
     torch.testing.assert_close(value[0], model(x), rtol=0, atol=0)
-    costs = training_costs([Run(name, layer) for name, layer in layers], (x,), torch.float32)
+    costs, _ = model_costs([Layer(name, layer) for name, layer in layers], (x,), torch.float32)
     assert sum(cost.param_count for cost in costs) == sum(p.numel() for p in model.parameters())
     assert sum(cost.forward_flops for cost in costs) == 2 * 2 * (8 * 16 + 2 * 2 * 16 * 32 + 16 * 4)
 

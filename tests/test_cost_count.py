@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -13,8 +14,9 @@ from torch import nn
 
 from spu import DeviceManager
 from spu.common.tracker import MemoryTracker, Tally
-from spu.cost.count import Run, training_costs
+from spu.cost.count import model_costs
 from spu.engine.result import state_bytes
+from spu.model.layers import Layer
 from spu.plan.layer_cost import LayerCost
 from spu.trainer.trainer import ModelParallelTrainer
 
@@ -55,9 +57,7 @@ def test_a_tied_parameter_is_planned_once(stages):
 def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
     tied = nn.Sequential(nn.Embedding(512, 16), nn.Linear(16, 16), nn.Linear(16, 512, bias=False))
     tied[2].weight = tied[0].weight
-    costs = training_costs(
-        [Run(str(k), layer) for k, layer in enumerate(tied)], torch.zeros(2, 4).long(), torch.float16
-    )
+    costs = costs_of(*tied, sample=torch.zeros(2, 4).long(), dtype=torch.float16)
     cpu = DeviceManager().get_devices(["cpu"])
     peak = max(plan(costs, cpu, microbatches=2).predicted.peak_bytes)
     tight = [
@@ -67,7 +67,8 @@ def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
 
 
 def costs_of(*layers, sample, dtype=torch.float32, **how):
-    return training_costs([Run(str(k), layer) for k, layer in enumerate(layers)], sample, dtype, **how)
+    costs, _ = model_costs([Layer(str(k), layer) for k, layer in enumerate(layers)], sample, dtype, **how)
+    return costs
 
 
 def test_a_linear_layer_is_counted_as_by_hand():
@@ -121,10 +122,14 @@ def test_structures_pass_from_layer_to_layer():
 
 
 def test_twenty_billion_parameters_are_costed_without_their_memory():
+    class Block(nn.TransformerEncoderLayer):
+        def forward(self, x, inputs):
+            return super().forward(x)
+
     with torch.device("meta"):
-        layers = [nn.TransformerEncoderLayer(6144, 48, 16384, batch_first=True) for _ in range(56)]
-    runs = [Run(str(k), layer, alike=True) for k, layer in enumerate(layers)]
-    costs = training_costs(runs, torch.empty(1, 2048, 6144, device="meta"), torch.float32)
+        blocks = [Block(6144, 48, 16384, batch_first=True) for _ in range(56)]
+    layers = [Layer(str(k), block, wants_inputs=True) for k, block in enumerate(blocks)]
+    costs, _ = model_costs(layers, torch.empty(1, 2048, 6144, device="meta"), torch.float32)
     assert sum(c.param_count for c in costs) > 19 * 10**9
 
 
@@ -134,7 +139,7 @@ def test_twenty_billion_parameters_are_costed_without_their_memory():
 )
 def test_what_cannot_be_costed_is_named(layers, message):
     with pytest.raises(ValueError, match=message):
-        costs_of(*layers, sample=torch.randn(2, 4))
+        costs_of(*layers, sample=torch.empty(2, 4, device="meta"))
 
 
 def test_seconds_are_work_over_speed_and_traffic_over_bandwidth():
@@ -146,7 +151,7 @@ def test_seconds_are_work_over_speed_and_traffic_over_bandwidth():
 def test_a_layer_is_left_as_it_was():
     layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    (cost,) = training_costs([Run("one", layer)], torch.zeros(3, 4, dtype=torch.float16), torch.float16)
+    (cost,) = costs_of(layer, sample=torch.zeros(3, 4, dtype=torch.float16), dtype=torch.float16)
     assert cost.param_count == 4 * 4 + 4 + 2 * 4
     assert type(layer[0]) is nn.Linear
     assert all(p.grad is None and p.dtype == torch.float32 for p in layer.parameters())
@@ -154,30 +159,19 @@ def test_a_layer_is_left_as_it_was():
         assert torch.equal(value, before[name]), name
 
 
-def test_layers_that_say_they_are_alike_are_run_once():
-    calls = []
+def test_a_decoders_layers_that_are_alike_are_run_once():
+    calls = itertools.count()  # a list would be put back
 
-    def call(module, x):
-        calls.append(module)
-        return module(x)
+    class Counting(nn.Linear):
+        def forward(self, x, inputs):
+            next(calls)
+            return super().forward(x)
 
-    layers = [nn.Linear(8, 8) for _ in range(5)]
-    runs = [Run(f"l{k}", layer, call, alike=True) for k, layer in enumerate(layers)]
-    costs = training_costs(runs, torch.zeros(2, 8), torch.float32, fused=False)
-    assert len(calls) == 1
+    layers = [Layer(f"l{k}", Counting(8, 8), wants_inputs=True) for k in range(5)]
+    costs, _ = model_costs(layers, torch.zeros(2, 8), torch.float32)
+    assert next(calls) == 1
     assert [cost.name for cost in costs] == [f"l{k}" for k in range(5)]
     assert len({cost.own_bytes for cost in costs}) == 1
-
-
-def test_a_layer_that_reads_values_is_named():
-    class Peeking(nn.Module):
-        def forward(self, x):
-            return x if x.sum().item() > 0 else -x
-
-    with pytest.raises(ValueError, match=r"'peek' could not be run on fake tensors"):
-        training_costs([Run("peek", Peeking())], torch.zeros(2), torch.float32)
-    with pytest.raises(ValueError, match="no layers"):
-        training_costs([], torch.zeros(2), torch.float32)
 
 
 def test_storages_are_counted_once_and_until_they_are_freed():

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from spu.devices import host as hostinfo
 from spu.devices import manager as devices
-from spu.devices.manager import Device, DeviceManager, call_pinned, parse_bytes, pin_current_thread
+from spu.devices.manager import Device, DeviceManager, parse_bytes
+from spu.devices.pin import call_pinned, pin_current_thread
 
 GB = 10**9
 

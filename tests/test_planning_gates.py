@@ -12,8 +12,9 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer
-from spu.cost.count import Run, training_costs
+from spu.cost.count import model_costs
 from spu.engine.engine import StageError
+from spu.model.layers import Layer
 from spu.plan import Plan
 
 
@@ -158,13 +159,13 @@ def test_a_layer_that_fails_is_an_error_of_the_step_and_keeps_its_own_text():
 def test_on_the_meta_device_a_layer_that_fails_is_an_error():
     layer = Calls(lambda h: h if h.sum().item() else -h)
     with pytest.raises(ValueError, match="'peek' could not be run on fake tensors"):
-        training_costs([Run("peek", layer)], torch.empty(2, 2, device="meta"), torch.float32)
+        model_costs([Layer("peek", layer)], torch.empty(2, 2, device="meta"), torch.float32)
 
 
 def test_a_layer_that_is_too_large_to_be_run_is_bounded():
     layer = Calls(lambda h: h if h.sum().item() else -h)
     layer.weight = nn.Parameter(torch.empty(1).expand(1 << 20, 1 << 20), requires_grad=False)
-    (cost,) = training_costs([Run("large", layer)], torch.ones(2, 2), torch.float32, fused=False, real=True)
+    (cost,), _ = model_costs([Layer("large", layer)], torch.ones(2, 2), torch.float32)
     assert (cost.basis, cost.param_count, cost.input_bytes) == ("bound", 1 << 40, 16)
 
 

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Carrier", "Rehearsal", "carried_by", "pop", "stash"]
+__all__ = ["Carrier", "Shelf", "carried_by", "pop", "stash"]
 
 
 class Carrier(Protocol):
@@ -40,7 +40,7 @@ class Carrier(Protocol):
         """Give it back, once."""
 
 
-class _Shelf:
+class Shelf:
     """The carrier of a plain model: what one thread has stashed and not yet popped."""
 
     def __init__(self) -> None:
@@ -53,15 +53,6 @@ class _Shelf:
         if name not in self.tensors:
             raise ValueError(_nothing(name, self.tensors))
         return self.tensors.pop(name)
-
-
-class Rehearsal(_Shelf):
-    """A carrier for layers that are called one by one, perhaps several times each, to learn what they cost."""
-
-    def pop(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            raise ValueError(_nothing(name, self.tensors))
-        return self.tensors[name]
 
 
 class Recorded:
@@ -94,7 +85,7 @@ class Recorded:
 
 class _Current(threading.local):
     def __init__(self) -> None:
-        self.carrier: Carrier = _Shelf()
+        self.carrier: Carrier = Shelf()
 
 
 _CURRENT = _Current()

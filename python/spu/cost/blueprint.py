@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spu.common import torch_private
-from spu.cost.layers import model_costs
+from spu.common.dtypes import DTYPES
+from spu.cost.count import model_costs
 from spu.model.export import cut_graph
 from spu.model.layers import Layer, model_layers
 from spu.plan.layer_cost import LayerCost
@@ -25,13 +26,13 @@ __all__ = ["blueprint", "config_names", "costs_by_rows", "export_layers", "read_
 
 
 def config_names() -> list[str]:
-    """The configs that come with spu."""
+    """Return the names of the configs that come with spu."""
     folder = resources.files("spu") / "configs"
     return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """The values of a config: one that comes with spu, by name, a JSON file, or a folder with a config.json.
+    """Return the values of a config: one that comes with spu, by name, a JSON file, or a folder with a config.json.
 
     Raises:
         ValueError: none of these, or not a JSON object with a model_type.
@@ -58,7 +59,7 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def blueprint(source: str) -> list[Layer]:
-    """The layers of a decoder on the meta device: shapes and code, no weights.
+    """Return the layers of a decoder on the meta device: shapes and code, no weights.
 
     Args:
         source: as in `read_config`.
@@ -84,8 +85,8 @@ def blueprint(source: str) -> list[Layer]:
 
 
 def _real_tables(model: nn.Module) -> None:
-    """Modules that hold tables but no weights (rotary embeddings) are made again with values: layers' inputs come from
-    running them."""
+    """Replace modules that hold tables but no weights (rotary embeddings) by ones with values: they are run to make
+    layers' inputs."""
     for name, module in list(model.named_modules()):
         tables = [b for b in torch_private.buffers_of(module).values() if b is not None and b.is_meta]
         if tables and not list(module.parameters()):
@@ -96,16 +97,16 @@ def _real_tables(model: nn.Module) -> None:
 def costs_by_rows(
     layers: list[Layer], tokens: int, settings: Settings
 ) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
-    """Rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
+    """Return a function: rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
 
-    All of a decoder's costs are those of a row times the rows, plus what there is without any: two runs on fakes tell
-    both, whatever the rows.
+    Every cost of a decoder is linear in the rows, so that two runs on fakes, of one row and of two, tell all others.
     """
 
     @lru_cache(maxsize=2)
     def counted(rows: int) -> list[LayerCost]:
         ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
-        costs, loss = model_costs(layers, ids, settings, _cross_entropy, ids)
+        dtype = DTYPES[settings.precision]
+        costs, loss = model_costs(layers, ids, dtype, fused=settings.fused, loss_fn=_cross_entropy, targets=ids)
         assert loss is not None
         return [*costs, loss]
 
@@ -120,7 +121,7 @@ def costs_by_rows(
 
 
 def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
-    """The line through the costs of one row and of two."""
+    """Return the costs of ``rows`` on the line through those of one row and of two."""
 
     def value(a: Any, b: Any) -> Any:
         if isinstance(a, tuple):
@@ -136,10 +137,10 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def export_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module]]:
-    """Any model that `torch.export` can trace, as the stretches of its graph that belong to each of its children.
+    """Return the layers of any model that `torch.export` can trace: the parts of its graph that come from each child.
 
-    For costing with `spu.cost.count.training_costs`: every layer takes the tuple of tensors that are alive before it
-    and returns those that are alive after it. The modules hold the exported model's parameters.
+    Every layer takes the tuple of tensors that are alive before it and returns those that are alive after it. The
+    modules hold the exported model's parameters.
 
     Args:
         model: with at least one child module.

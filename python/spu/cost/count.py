@@ -1,9 +1,12 @@
-"""What a layer takes in training: run once on fake tensors exactly as a stage runs it, with every byte counted.
+"""What layers cost in training: each run once on fake tensors as a stage runs it, with every byte counted.
 
 A copy of the layer on fake tensors is put into the form that training uses (converted, on fused ops, with main
-gradients and a loss scale), its forward and its backward are run under `spu.common.tracker`, and what is live when is
-read off: the bytes that a microbatch leaves behind between the two, the most that either needs while it runs, and
-what it computes and moves. No weights are read or needed, so a 20B model is costed on a laptop.
+gradients and a loss scale). Its forward and its backward are run under `spu.common.tracker`, which tells what is live
+when: the bytes that a microbatch leaves behind between the two, the most that either needs while it runs, and what
+it computes and moves. No weights are read or needed, so a 20B model is costed on a laptop.
+
+A layer that cannot be run on fake tensors, because it reads values, is run on real copies; one that is too large for
+that, or fails there too, is bounded by its sizes.
 """
 
 from __future__ import annotations
@@ -20,177 +23,186 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu import nn as spu_nn
 from spu.common.dtypes import HALVES
 from spu.common.fake_ops import fake_copy
 from spu.common.interrupts import stop_if_asked
 from spu.common.quiet import hushed
-from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
+from spu.common.torch_private import FakeTensor, FakeTensorMode, is_fake, tree_map, tree_map_only
 from spu.common.tracker import Tally
-from spu.cost.rehearsal import Footprint, Run, following, layer_copy, tensor_bytes
+from spu.cost.footprint import DetachedSkips, Footprint, TrainingForm, following, tensor_bytes, tensors_in
 from spu.engine.loss import loss_of
+from spu.model.layers import Layer
 from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
 from spu.plan.layer_cost import LayerCost
 from spu.precision.dtypes import state_dtypes
 
-__all__ = ["Run", "loss_run", "training_costs"]
+__all__ = ["LossFn", "kind_of", "model_costs"]
+
+LossFn = Callable[[Any, Any], torch.Tensor]
 
 _MOST_BYTES, _MOST_FLOPS = 2 << 30, 2e11
 """What a layer may take, counted roughly, that is run on real tensors to be costed; then it is bounded instead."""
 
 
+def model_costs(
+    layers: Sequence[Layer],
+    sample: Any,
+    dtype: torch.dtype,
+    *,
+    fused: bool | None = None,
+    loss_fn: LossFn | None = None,
+    targets: Any = None,
+) -> tuple[list[LayerCost], LayerCost | None]:
+    """Return costs of layers that are run one after the other, and of the loss if there are targets.
+
+    The layers, what they reach and the process stay as they are: copies are run, with hooks off.
+
+    Args:
+        layers: of a model, in order.
+        sample: one microbatch's inputs: a tensor or a structure of them, real, meta or fake.
+        dtype: of the training; parameters are taken in it, inputs and buffers as they are (`spu.precision.dtypes`).
+        fused: put linear layers on our ops; default: in 16-bit precisions, as the trainer does.
+        loss_fn, targets: the loss, and one microbatch of its targets.
+
+    Raises:
+        ValueError: there are no layers; or one of a model without values cannot be run on fakes: the message names it.
+    """
+    if not layers:
+        raise ValueError("there are no layers to cost; give at least one")
+    products = dtype if dtype in HALVES else None
+    chain = [dataclasses.replace(layer, products=products) for layer in layers]
+    if loss_fn is not None and targets is not None:
+        chain.append(Layer("loss", _Loss(loss_fn, targets)))
+    costs: list[LayerCost] = []
+    known: dict[Any, tuple[LayerCost, Any]] = {}
+    owners: dict[int, int] = {}
+    with untouched(*(layer.module for layer in chain)), hooks_off(), hushed(), torch.inference_mode(False):
+        counter = _Counter(chain, sample, dtype, dtype in HALVES if fused is None else fused)
+        x = fake_copy(counter.mode, sample)
+        for layer in chain:
+            stop_if_asked()
+            # Only of decoders' layers is it known that nothing else tells them apart.
+            kind = kind_of(layer.module, x) if layer.wants_inputs else None
+            found = known.get(kind) if kind is not None else None
+            if found is None:
+                found = counter.cost(x, costs)
+                if kind is not None:
+                    known[kind] = found
+            own = dataclasses.replace(found[0], name=layer.name)
+            costs.append(_counted_once(own, layer.module, owners, len(costs)))
+            x = found[1]
+    _check_released(counter.tally)
+    return costs[: len(layers)], costs[-1] if len(costs) > len(layers) else None
+
+
 class _Loss(nn.Module):
-    def __init__(self, loss_fn: Callable[[Any, Any], torch.Tensor], targets: Any) -> None:
+    """The loss as a last layer without parameters."""
+
+    def __init__(self, loss_fn: LossFn, targets: Any) -> None:
         super().__init__()
         self.how = (loss_fn, targets)
 
     def forward(self, x: Any) -> torch.Tensor:
         loss_fn, targets = self.how
-        mode = next((t.fake_mode for t in tree_leaves(x) if isinstance(t, FakeTensor)), None)
+        mode = next((t.fake_mode for t in tensors_in(x) if isinstance(t, FakeTensor)), None)
         if mode is not None:
             targets = fake_copy(mode, targets)
         value = loss_of(loss_fn, x, targets)
         return value.to(torch.promote_types(value.dtype, torch.float32)) * 1.0
 
 
-def loss_run(loss_fn: Callable[[Any, Any], torch.Tensor], targets: Any) -> Run:
-    """The loss as a last layer without parameters; ``targets`` are one microbatch's."""
-    return Run("loss", _Loss(loss_fn, targets), foreign=not _stateless(loss_fn))
-
-
 def _stateless(loss_fn: Any) -> bool:
-    """Whether a loss is known to keep nothing: torch's, our own, and partials of them."""
+    """Tell whether a loss is known to keep nothing: torch's, our own, and partials of them."""
     if isinstance(loss_fn, functools.partial):
         return _stateless(loss_fn.func)
-    home = type(loss_fn).__module__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__module__", None)
-    return (home or "").split(".")[0] in ("torch", "spu", "transformers")
+    module = type(loss_fn).__module__ if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__module__", None)
+    return (module or "").split(".")[0] in ("torch", "spu", "transformers")
 
 
-def training_costs(
-    runs: Sequence[Run], sample: Any, dtype: torch.dtype, *, fused: bool | None = None, real: bool = False
-) -> list[LayerCost]:
-    """Costs of layers run one after the other in training.
-
-    Nothing of the layers, of what they reach or of the process is changed: copies are run, with hooks off.
-
-    Args:
-        runs: the layers, in order.
-        sample: one microbatch's inputs: a tensor or a structure of them, real, meta or fake.
-        dtype: of the training; parameters are taken in it, inputs and buffers as they are (`spu.precision.dtypes`).
-        fused: whether linear layers run on our ops; default: in 16-bit precisions, as the trainer does.
-        real: a layer that cannot be run on fake tensors is run on real ones, or else bounded; never an error.
-
-    Raises:
-        ValueError: there are no layers, or (without ``real``) one cannot run without values; the message names it.
-    """
-    if not runs:
-        raise ValueError("there are no layers to cost; give at least one")
-    known: dict[Any, tuple[LayerCost, Any]] = {}
-    owners: dict[int, int] = {}
-    costs: list[LayerCost] = []
-    with untouched(*(run.module for run in runs)), hooks_off(), hushed(), torch.inference_mode(False):
-        rehearsal = _Rehearsal(runs, sample, dtype, dtype in HALVES if fused is None else fused, real)
-        x = fake_copy(rehearsal.mode, sample)
-        for run in runs:
-            stop_if_asked()
-            kind = kind_of(run.module, x) if run.alike else None
-            made = known.get(kind) if kind is not None else None
-            if made is None:
-                made = rehearsal.made(x, costs)
-                if kind is not None:
-                    known[kind] = made
-            costs.append(_counted_once(dataclasses.replace(made[0], name=run.name), run.module, owners, len(costs)))
-            x = made[1]
-    _check_let_go(rehearsal.tally)
-    return costs
-
-
-def _check_let_go(tally: Tally) -> None:
-    """Warns of fake tensors that are still held."""
+def _check_released(tally: Tally) -> None:
+    """Warn of fake tensors that are still held."""
     if tally.live:
         gc.collect()
     if tally.live:
         warnings.warn(
             "a layer keeps tensors of planning, which have no values, where spu cannot take them out again: keep them "
             "in attributes or plain containers, or give the trainer a plan= made in another process",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-class _Rehearsal:
-    """Runs of layers one after the other: on fakes, else on real tensors, else a bound."""
+class _Counter:
+    """Costs layers one after the other: on fakes, else on real tensors, else by a bound."""
 
-    def __init__(self, runs: Sequence[Run], sample: Any, dtype: torch.dtype, fused: bool, real: bool) -> None:
-        self.runs, self.fused, self.real = runs, fused, real
+    def __init__(self, layers: Sequence[Layer], sample: Any, dtype: torch.dtype, fused: bool) -> None:
+        self.layers = layers
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tally = Tally()
-        state = [t for run in runs for t in itertools.chain(run.module.parameters(), run.module.buffers())]
-        self.dtypes = {id(t): t.dtype for t in state} | state_dtypes([run.module for run in runs], dtype)
-        self._values = (0, sample)  # the real input of the layer of that index
+        state = [t for layer in layers for t in itertools.chain(layer.module.parameters(), layer.module.buffers())]
+        dtypes = {id(t): t.dtype for t in state} | state_dtypes([layer.module for layer in layers], dtype)
+        self.form = TrainingForm(dtypes, fused, sample, DetachedSkips())
+        self._has_values = not any(t.is_meta or is_fake(t) for t in [*tensors_in(sample), *state])
+        self._known_input = (0, sample)  # the real input of the layer of that index
 
-    def made(self, x: Any, before: list[LayerCost]) -> tuple[LayerCost, Any]:
-        """The cost of the layer after those of ``before``, and the next one's input, on fakes as ``x`` is."""
-        run = self.runs[len(before)]
-        foreign = self.real and run.foreign and _small(run, x)
-        if not foreign:
+    def cost(self, x: Any, before: list[LayerCost]) -> tuple[LayerCost, Any]:
+        """Return the cost of the layer after those of ``before``, and the next one's input, on fakes as ``x`` is."""
+        layer = self.layers[len(before)]
+        # A loss of the user's may keep what it is given where nobody can find it: no fakes, if that can be.
+        keeps = isinstance(layer.module, _Loss) and not _stateless(layer.module.how[0])
+        real_first = keeps and self._has_values and _small(layer, x)
+        if not real_first:
             try:
-                footprint = Footprint(run, x, self.dtypes, fused=self.fused, tally=self.tally, mode=self.mode)
-                return footprint.made()
+                return Footprint(layer, x, self.form, self.tally, self.mode).cost()
             except Exception as error:
-                if not self.real:
+                if not self._has_values:
                     raise ValueError(
-                        f"layer {run.name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
+                        f"layer {layer.name!r} could not be run on fake tensors: {type(error).__name__}: {error}; "
                         "check the example inputs, and that its forward does not read values (.item(), if on a tensor)"
                     ) from error
         makers: list[Callable[[], Any]] = [lambda: self._true_input(before), lambda: _made_up(x)]
-        for maker in reversed(makers) if foreign else makers:
+        for maker in reversed(makers) if real_first else makers:
             with contextlib.suppress(Exception):
-                if _small(run, x):
-                    return self._measured(run, _wanting(maker(), x))
-        return _bound(run, x), fake_copy(self.mode, following(x))
-
-    def _measured(self, run: Run, x: Any) -> tuple[LayerCost, Any]:
-        with untouched(run.module, values=True):
-            cost, after = Footprint(run, x, self.dtypes, fused=self.fused, tally=Tally(), mode=None).made()
-        return cost, fake_copy(self.mode, after)
+                if _small(layer, x):
+                    given = _wanting(maker(), x)
+                    with untouched(layer.module, values=True):
+                        cost, after = Footprint(layer, given, self.form, Tally(), None).cost()
+                    return cost, fake_copy(self.mode, after)
+        return _bound(layer, x), fake_copy(self.mode, following(x))
 
     def _true_input(self, before: list[LayerCost]) -> Any:
-        """The real input of the layer after those of ``before``: they are run, from the last one whose input is known.
+        """Run the layers of ``before``, from the last one whose input is known; return the next one's real input.
 
         Raises:
             ValueError: that would take too long.
         """
-        start, x = self._values
+        start, x = self._known_input
         for index in range(start, len(before)):
-            run = self.runs[index]
-            if sum(cost.forward_flops for cost in before[start:]) > _MOST_FLOPS or not _small(run, x):
+            layer = self.layers[index]
+            if sum(cost.forward_flops for cost in before[start:]) > _MOST_FLOPS or not _small(layer, x):
                 raise ValueError("too much work")
-            with untouched(run.module, values=True), torch.no_grad():
-                module = layer_copy(run.module, None, self.dtypes)
-                if self.fused:
-                    spu_nn.accelerate(module)
-                x = following(run(module, x))
-            self._values = index + 1, x
+            with untouched(layer.module, values=True), torch.no_grad():
+                x = following(self.form.run(self.form.copied(layer, None), x))
+            self._known_input = index + 1, x
         return x
 
 
-def _small(run: Run, x: Any) -> bool:
-    """Whether a layer can be run on real tensors in little time and memory, as far as its size tells."""
-    count = sum(p.numel() for p in run.module.parameters())
+def _small(layer: Layer, x: Any) -> bool:
+    """Tell whether a layer can be run on real tensors in little time and memory, as far as its sizes tell."""
+    count = sum(p.numel() for p in layer.module.parameters())
     if 6 * count + 16 * tensor_bytes(x) > _MOST_BYTES:
         return False
     return 6 * count * _rows(x) <= _MOST_FLOPS
 
 
 def _rows(x: Any) -> int:
-    """How often a product uses a parameter: elements of all dimensions but the last one's."""
-    sized = [t for t in _tensors(x) if t.dim()]
+    """Return how often a product uses a parameter: elements of all dimensions but the last one's."""
+    sized = [t for t in tensors_in(x) if t.dim()]
     return max((t.numel() // (t.shape[-1] or 1) if t.is_floating_point() else t.numel() for t in sized), default=1)
 
 
 def _made_up(x: Any) -> Any:
-    """Real tensors like fake ones: normal numbers; integers are zeros, which most uses of an index allow."""
+    """Return real tensors like fake ones: normal numbers; integers are zeros, which most uses of an index allow."""
 
     def one(fake: torch.Tensor) -> torch.Tensor:
         made = torch.zeros(fake.shape, dtype=fake.dtype)
@@ -202,8 +214,8 @@ def _made_up(x: Any) -> Any:
 
 
 def _wanting(values: Any, fakes: Any) -> Any:
-    """Real tensors that want gradients where the fakes do."""
-    wants = iter([t.requires_grad for t in _tensors(fakes)])
+    """Return real tensors that want gradients where the fakes do."""
+    wants = iter([t.requires_grad for t in tensors_in(fakes)])
 
     def one(leaf: Any) -> Any:
         return leaf.detach().requires_grad_(next(wants)) if isinstance(leaf, torch.Tensor) else leaf
@@ -211,13 +223,13 @@ def _wanting(values: Any, fakes: Any) -> Any:
     return tree_map(one, values)
 
 
-def _bound(run: Run, x: Any) -> LayerCost:
-    """The cost of a layer that cannot be run: several times its input, and its parameters' gradients."""
-    parameters = list(run.module.parameters())
+def _bound(layer: Layer, x: Any) -> LayerCost:
+    """Return the cost of a layer that cannot be run: several times its input, and its parameters' gradients."""
+    parameters = list(layer.module.parameters())
     count, given = sum(p.numel() for p in parameters), tensor_bytes(x)
     rows = _rows(x)
     return LayerCost(
-        name=run.name,
+        name=layer.name,
         basis="bound",
         forward_flops=2 * count * rows,
         backward_flops=4 * count * rows,
@@ -235,12 +247,15 @@ def _bound(run: Run, x: Any) -> LayerCost:
     )
 
 
-def _tensors(x: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(x) if isinstance(t, torch.Tensor)]
-
-
 def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], index: int) -> LayerCost:
-    """The cost without earlier layers' parameters, which become its ties; ``owners`` has the last layer of each."""
+    """Return the cost without earlier layers' parameters, which become its ties.
+
+    Args:
+        cost: of the layer alone.
+        module: the layer's.
+        owners: id of a parameter -> the last layer that has it; this layer's are added.
+        index: the layer's.
+    """
     ties: dict[int, list[int]] = {}
     for parameter in module.parameters():
         if id(parameter) in owners:
@@ -260,19 +275,19 @@ def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], in
 
 
 def kind_of(module: nn.Module, x: Any) -> tuple[Any, ...]:
-    """Return what tells a layer's cost and time from another's: its modules' classes and plain settings, the shapes of
-    its parameters, its buffers and its input."""
+    """Return what decides a layer's cost and time, to be compared with another's: its modules' classes and plain
+    settings, and the shapes of its parameters, its buffers and its input."""
     settings = [
         (name, type(part), tuple(sorted((key, repr(v)) for key, v in vars(part).items() if _is_setting(key, v))))
         for name, part in module.named_modules()
     ]
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     shapes = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state]
-    given = [(tuple(t.shape), t.dtype) for t in _tensors(x)]
+    given = [(tuple(t.shape), t.dtype) for t in tensors_in(x)]
     return tuple(settings), tuple(shapes), tuple(given), module.training
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Whether an attribute is a plain one that may change what the layer computes: not its place in the model."""
+    """Tell whether an attribute is a plain one that may change what the layer computes: not its place in the model."""
     own = name in ("layer_idx", "index") or name.startswith("_")
     return isinstance(value, str | int | float | bool) and not own

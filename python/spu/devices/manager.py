@@ -11,23 +11,18 @@ fragments; never more than half of what is available. A container's memory limit
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TypeVar
 
 import torch
 
 from spu.common.units import format_bytes
 from spu.devices.host import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
-__all__ = ["Device", "DeviceManager", "call_pinned", "parse_bytes", "pin_current_thread"]
-
-T = TypeVar("T")
+__all__ = ["Device", "DeviceManager", "parse_bytes"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
@@ -268,41 +263,6 @@ class DeviceManager:
             how = f"{format_bytes(available)} available less {format_bytes(reserve)} kept for the driver"
         text = f"{model}; budget {format_bytes(budget)}: {how}"
         return Device(name, torch.device(name), (), 1, total, budget, text, reserve)
-
-
-def pin_current_thread(device: Device) -> None:
-    """Binds the calling thread to the device's cores and thread count, or to its card."""
-    if device.torch_device.type == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(device.torch_device)
-    if not device.cores:
-        return
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, device.cores)
-    # Torch's thread count is per thread, and OpenMP's pool of this thread inherits its affinity.
-    torch.set_num_threads(device.threads)
-
-
-def call_pinned(device: Device, function: Callable[[], T]) -> T:
-    """``function()`` in a new thread pinned to ``device``; its result or its exception.
-
-    A thread of its own, since an OpenMP pool keeps the affinity it was created with.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            pin_current_thread(device)
-            results.append(function())
-        except BaseException as error:  # handed to the caller, whatever it is
-            errors.append(error)
-
-    thread = threading.Thread(target=body, name=f"spu-{device.name}")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:

@@ -31,7 +31,8 @@ from spu import __version__
 from spu.common.dtypes import DTYPES
 from spu.common.files import cache_directory, write_json
 from spu.devices.host import cpu_model
-from spu.devices.manager import Device, call_pinned
+from spu.devices.manager import Device
+from spu.devices.pin import call_pinned
 
 __all__ = [
     "DeviceSpeed",

@@ -17,7 +17,8 @@ from spu import ops
 from spu.common.interrupts import Held
 from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
-from spu.devices.manager import Device, pin_current_thread
+from spu.devices.manager import Device
+from spu.devices.pin import pin_current_thread
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import Round, StageError
 from spu.engine.microbatch import move

@@ -14,32 +14,31 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import MODULE_HOOKS, MODULE_TABLES
 
-__all__ = ["hooks_off", "stand_in", "unmade_parameter"]
+__all__ = ["hooks_off", "stand_in"]
 
 _LIBRARIES = ("torch", "spu")
 
 
 def stand_in(
-    module: nn.Module,
+    value: Any,
     tensor: Callable[[torch.Tensor], torch.Tensor],
     script: Callable[[torch.jit.ScriptModule], nn.Module] | None = None,
-) -> nn.Module:
-    """The module and what it holds as new objects; tensors and modules that several places share stay shared.
+) -> Any:
+    """Return a module and what it holds as new objects; tensors and modules that several places share stay shared.
 
-    Lists, dicts and tuples in its attributes are new too, with the modules and tensors in them; bound methods are bound
-    to the new objects; what `torch.compile` has wrapped is taken out of it. Hooks of the user's do nothing, but are
-    there, because fused blocks look for them; those of torch's own (weight_norm's, say) stay. All other objects are
-    those of the original.
+    Lists, dicts and tuples in its attributes are new too, with the modules and tensors in them. Bound methods are bound
+    to the new objects. What `torch.compile` has wrapped is taken out of it. The user's hooks do nothing, but are there,
+    because fused blocks look for them; torch's own (weight_norm's) stay. All other objects are the original ones.
 
     Args:
-        module: nothing of it is changed, and no code of its own runs: it need not be copyable.
+        value: a module, or a method of one. It is not changed, and none of its code runs: it need not be copyable.
         tensor: ``tensor(original)`` -> what to put in its place.
         script: makes the stand-in of a TorchScript module, whose tensors are out of reach.
 
     Raises:
         TypeError: there is a TorchScript module, and no ``script``.
     """
-    return _Copier(tensor, script).module(module)
+    return _Copier(tensor, script).value(value)
 
 
 class _Copier:
@@ -81,7 +80,7 @@ class _Copier:
                 own[name] = self.value(own[name])
 
     def value(self, value: Any) -> Any:
-        """What stands for an attribute, or for an entry of one."""
+        """Return what replaces an attribute, or an entry of one."""
         if isinstance(value, torch.Tensor):
             return self.tensor(value)
         if isinstance(value, nn.Module):
@@ -112,17 +111,18 @@ class _Copier:
 
 
 def _quiet(hook: Any) -> Any:
-    home = getattr(hook, "__module__", None) or type(hook).__module__
-    return hook if home.split(".")[0] in _LIBRARIES else _nothing
+    """Return the hook if it is a library's, else one that does nothing."""
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return hook if module.split(".")[0] in _LIBRARIES else _do_nothing
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of a hook."""
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 @contextlib.contextmanager
 def hooks_off(*modules: nn.Module) -> Iterator[None]:
-    """While it lasts the user's hooks on these modules and their children, and those on all modules, do nothing."""
+    """Replace the user's hooks by ones that do nothing: those on these modules and their children, and global ones."""
     owners = [vars(part) for module in modules for part in module.modules()]
     tables = torch_private.global_hook_tables()
     tables += [owner[name] for owner in owners for name in MODULE_HOOKS if owner.get(name)]
@@ -134,12 +134,3 @@ def hooks_off(*modules: nn.Module) -> Iterator[None]:
     finally:
         for table, own in zip(tables, before):
             table.update({key: hook for key, hook in own.items() if key in table})
-
-
-def unmade_parameter(module: nn.Module) -> str | None:
-    """The name of a parameter or buffer that has no shape yet (of a lazy module); None if all have one."""
-    for named in (module.named_parameters(), module.named_buffers()):
-        for name, tensor in named:
-            if torch.nn.parameter.is_lazy(tensor):
-                return name
-    return None

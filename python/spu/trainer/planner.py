@@ -1,4 +1,4 @@
-"""A trainer's plans: from counted costs, from measured layers, from a search, and again from what a step measured."""
+"""A trainer's plans: from counted costs, from measured layers, from a search, or from what a step has measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from spu import schedules
 from spu.common.dtypes import DTYPES
-from spu.cost.layers import LossFn, check_made, model_costs
+from spu.cost.count import LossFn, model_costs
 from spu.cost.measure import time_layers, time_packing, time_update
 from spu.devices.manager import Device
 from spu.devices.speed import measure_device, measure_link
@@ -52,7 +52,7 @@ class Planner:
         layers: Sequence[Layer],
         devices: Sequence[Device],
         settings: Settings,
-        loss_fn: Callable[[Any, Any], torch.Tensor],
+        loss_fn: LossFn,
     ) -> None:
         check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
@@ -61,14 +61,14 @@ class Planner:
         self._times: dict[int, Times] = {}
 
     def plan(self, inputs: Any, targets: Any, *, measure: bool) -> Plan:
-        """Place the layers for batches like this one.
+        """Return a plan for batches like this one.
 
-        With a given schedule and number of microbatches by counted costs, so that the same command gives the same
-        stages every time; what is "auto" is searched for among simulations of layers that are measured here and now.
+        Where schedule and number of microbatches are given, counted costs are balanced, so that the same command gives
+        the same stages, and so the same bits, every time. Where one is "auto", a search simulates measured layers.
 
         Args:
             inputs, targets: a whole batch; targets may be None.
-            measure: predict seconds by measured layers; a search always does.
+            measure: predict seconds from measured layers; a search always does.
 
         Raises:
             ValueError: more stages than layers, a batch that cannot be split, a layer that cannot run on fakes.
@@ -78,19 +78,32 @@ class Planner:
         s = self.settings
         if s.searched:
             return self._searched(self.times, s)
-        sample, wanted = self._sample(s.parts)
-        plan = plan_model(
-            self.layers,
-            sample,
-            self.devices,
+        self._check_enough_layers()
+        sample, _ = self._sample(s.parts)
+        costs, loss = self.costs(s.parts)
+        rows = batch_rows(sample)
+        plan = make_plan(
+            costs,
+            counted_machine(self.devices, s.precision),
             s,
-            loss_fn=self.loss_fn,
-            targets=wanted,
+            loss_cost=loss,
+            max_microbatches=s.run_microbatches * rows,
+            rows=rows,
+            tokens=tokens_of(sample),
         )
         return self.measured(plan) if measure else plan
 
+    def _check_enough_layers(self) -> None:
+        devices, layers, each = len(self.devices), len(self.layers), self.settings.stages_per_rank
+        if devices * each > layers:
+            on_each = f" with {each} stages on each" if each > 1 else ""
+            raise ValueError(
+                f"{devices} devices{on_each} for {layers} layers: every stage needs a layer; "
+                f"pass at most {layers // each} devices"
+            )
+
     def given(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
-        """A plan made elsewhere, with its seconds measured here if asked.
+        """Check a plan that was made elsewhere, and return it, with its seconds measured here if asked.
 
         Raises:
             ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
@@ -102,14 +115,14 @@ class Planner:
         return self.measured(plan) if measure else plan
 
     def measured(self, plan: Plan) -> Plan:
-        """The same placement, with seconds that rest on measured layers."""
+        """Return the same placement with seconds that rest on measured layers."""
         return self._fixed(plan, self.times(plan.settings.parts))
 
     def again(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
-        """Plan from what a step has measured: the placement as it is, and the fastest found.
+        """Plan from what a step has measured: return the placement as it is, and the fastest found.
 
-        The layers' seconds are scaled so that every stage takes what it took; a layer is taken to be as much slower or
-        faster than expected on another device as that device has been on the whole.
+        The layers' seconds are scaled so that every stage takes as long as it took. On a device where a layer has not
+        run it is assumed to be off its expected time by the same factor as all that has run there.
 
         Args:
             plan: the one that the step ran by.
@@ -125,30 +138,28 @@ class Planner:
         return same, self._searched(scaled, wanted)
 
     def times(self, parts: int) -> Times:
-        """Measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
+        """Return measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._times:
             sample, wanted = self._sample(parts)
             loss = self.loss_fn if wanted is not None else no_loss
+            s = self.settings
             self._times[parts] = time_layers(
-                self.layers,
-                sample,
-                wanted,
-                self.devices,
-                loss,
-                precision=self.settings.precision,
-                fused=self.settings.fused,
+                self.layers, sample, wanted, self.devices, loss, precision=s.precision, fused=s.fused
             )
         return self._times[parts]
 
     def costs(self, parts: int) -> tuple[list[LayerCost], LayerCost | None]:
-        """Counted costs of the layers and the loss, for the same."""
+        """Return counted costs of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._costs:
             sample, wanted = self._sample(parts)
-            self._costs[parts] = model_costs(self.layers, sample, self.settings, self.loss_fn, wanted)
+            dtype, fused = DTYPES[self.settings.precision], self.settings.fused
+            self._costs[parts] = model_costs(
+                self.layers, sample, dtype, fused=fused, loss_fn=self.loss_fn, targets=wanted
+            )
         return self._costs[parts]
 
     def _sample(self, parts: int) -> tuple[Any, Any]:
-        """One microbatch of inputs and targets."""
+        """Return one microbatch of inputs and of targets."""
         inputs, targets = self._batch
         sample = split_inputs(inputs, parts)[0]
         return sample, None if targets is None else split_batch(targets, parts)[0]
@@ -169,7 +180,7 @@ class Planner:
         return replace(machine, speeds=tuple(map(Speed, update, packing)), links={**machine.links, **links})
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
-        """The plan with these seconds; with ``move`` its stages are placed again."""
+        """Return the plan with these seconds; with ``move`` its stages are placed by them."""
         costs, loss = self.costs(plan.settings.parts)
         recompute = self.settings.recompute if move else Recompute("given", plan.recomputed_layers)
         made = make_plan(
@@ -209,7 +220,7 @@ class Planner:
         return costs, loss
 
     def _corrected(self, plan: Plan, timeline: Timeline) -> Callable[[int], Times]:
-        """`times`, scaled to what the stages of a measured step took."""
+        """Return `times`, scaled to the seconds that the stages of a measured step took."""
         parts = plan.settings.parts
         expected, measured = self._fixed(plan, self.times(parts)), timeline.mean_durations()
         own: dict[tuple[int, int], tuple[float, float]] = {}  # by device and layer, the loss last
@@ -239,53 +250,23 @@ def _ratio(took: float, expected: float) -> float:
     return took / expected if expected > 0.0 and took > 0.0 else 1.0
 
 
-def plan_model(
-    layers: Sequence[Layer],
-    sample: Any,
-    devices: Sequence[Device],
-    settings: Settings,
-    *,
-    loss_fn: LossFn | None = None,
-    targets: Any = None,
-) -> Plan:
-    """Balance the layers' counted costs over the devices, under every device's budget.
-
-    Costs are counted, not measured, so that the same command gives the same stages, and so the same bits, every time.
-
-    Args:
-        layers: the model, in any precision; nothing of it is changed.
-        sample: one microbatch of inputs.
-        settings: of the training, with a schedule and a number of microbatches.
-        loss_fn, targets: the loss and one microbatch of its targets; default: a cross entropy over the outputs.
-
-    Raises:
-        ValueError: more stages than layers, or a layer that cannot be run on fake tensors.
-        BudgetError: no placement fits.
-    """
-    each = settings.stages_per_rank
-    if len(devices) * each > len(layers):
-        on_each = f" with {each} stages on each" if each > 1 else ""
-        raise ValueError(
-            f"{len(devices)} devices{on_each} for {len(layers)} layers: every stage needs a layer; "
-            f"pass at most {len(layers) // each} devices"
-        )
-    costs, loss = model_costs(layers, sample, settings, loss_fn, targets)
-    return make_plan(
-        costs,
-        counted_machine(devices, settings.precision),
-        settings,
-        loss_cost=loss,
-        max_microbatches=settings.run_microbatches * batch_rows(sample),
-        rows=batch_rows(sample),
-        tokens=tokens_of(sample),
-    )
+def check_made(layers: Sequence[Layer]) -> None:
+    """Raise ValueError where a parameter or buffer of a lazy module has no shape yet; name it."""
+    for layer in layers:
+        for name, tensor in itertools.chain(layer.module.named_parameters(), layer.module.named_buffers()):
+            if torch.nn.parameter.is_lazy(tensor):
+                kind = type(layer.module).__name__
+                raise ValueError(
+                    f"layer {layer.name!r} has a parameter without a shape yet, {name!r} of a {kind}: call the model "
+                    "once on a sample batch, model(inputs), before it is given to the trainer"
+                )
 
 
 def counted_machine(devices: Sequence[Device], precision: str) -> Machine:
-    """Return the machine that counted costs are balanced over; only its work takes time.
+    """Return the machine that counted costs are balanced over: links, packing and updates take no time.
 
-    CPUs are as fast as they have threads, so that the same command gives the same stages every time; as soon as there
-    is a GPU, every device is as fast as it was measured once.
+    CPUs have nominal speeds, in proportion to their threads, so that the same command gives the same stages every time.
+    As soon as there is a GPU, every device has its measured speed.
     """
     count = len(devices)
     rest = (Speed(),) * count, dict.fromkeys(itertools.permutations(range(count), 2), math.inf)
@@ -301,11 +282,11 @@ def counted_machine(devices: Sequence[Device], precision: str) -> Machine:
 
 
 def no_loss(outputs: Any, targets: Any) -> torch.Tensor:
-    """Stands for the loss where there are no targets."""
+    """Replace the loss where there are no targets."""
     return outputs.float().mean()
 
 
 def tokens_of(sample: Any) -> int:
-    """Tokens of a sequence, where the sample is of token ids; else 0."""
+    """Return the tokens of a sequence, where the sample is of token ids; else 0."""
     ids = sample.get("input_ids") if isinstance(sample, dict) else sample
     return int(ids.shape[1]) if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point() else 0

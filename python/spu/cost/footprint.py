@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,71 +17,88 @@ from spu import nn as spu_nn
 from spu.common import torch_private
 from spu.common.fake_ops import FakeOps, fake_tensor
 from spu.common.flops import flop_formulas
-from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map, tree_map_only
+from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 from spu.common.tracker import MemoryTracker, Tally, Traffic
+from spu.model.layers import Layer, Moment
 from spu.model.stand_in import stand_in
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
 from spu.plan.layer_cost import LayerCost
 from spu.precision import MainGrads
+from spu.skips import Shelf, carried_by
 
-__all__ = ["Footprint", "Run"]
+__all__ = ["DetachedSkips", "Footprint", "TrainingForm", "following", "layer_copy", "tensor_bytes", "tensors_in"]
+
+
+class DetachedSkips(Shelf):
+    """Carry skips between layers that are run one by one, perhaps several times: what is popped starts a new graph.
+
+    Args:
+        device: where to pop; default where it was stashed.
+        tensors: what was stashed, shared with others.
+    """
+
+    def __init__(self, device: torch.device | None = None, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.tensors = self.tensors if tensors is None else tensors
+
+    def pop(self, name: str) -> torch.Tensor:
+        """Return a stashed tensor, as often as asked."""
+        tensor = self.tensors[name] = super().pop(name)
+        if self.device is not None and tensor.device != self.device:
+            tensor = tensor.to(self.device)
+        return cut(tensor.detach())[0] if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True)
-class Run:
-    """One layer and how it is run.
+class TrainingForm:
+    """How a layer's copy is made and called, so that it runs as in training.
 
     Attributes:
-        name: the layer's.
-        module: holds its parameters, on any device; nothing of it is changed.
-        call: ``call(module, x)`` with the module's copy; default ``module(x)``.
-        alike: it costs what another costs that has the same classes, settings and shapes; False: like no other.
-        foreign: what it runs may keep what it is given where nobody can find it: no fake tensors, if that can be.
+        dtypes: as in `layer_copy`.
+        fused: put linear layers on our ops.
+        inputs: the microbatch's own, for layers that want them.
+        skips: what layers have stashed.
     """
 
-    name: str
-    module: nn.Module
-    call: Callable[[nn.Module, Any], Any] | None = None
-    alike: bool = False
-    foreign: bool = False
+    dtypes: dict[int, torch.dtype]
+    fused: bool
+    inputs: Any
+    skips: DetachedSkips
 
-    def __call__(self, module: nn.Module, x: Any) -> Any:
-        """Run a copy of the module."""
-        return module(x) if self.call is None else self.call(module, x)
+    def copied(self, layer: Layer, mode: FakeTensorMode | None) -> Layer:
+        """Return a copy of the layer, on fake tensors of ``mode`` or on real ones."""
+        module = layer_copy(layer.module, mode, self.dtypes)
+        if self.fused:
+            spu_nn.accelerate(module)
+        return replace(layer, module=module)
+
+    def run(self, layer: Layer, x: Any) -> Any:
+        """Call a layer's copy."""
+        with carried_by(self.skips):
+            return layer.run(x, self.inputs, Moment(0, 0, 1))
 
 
 class Footprint:
-    """One layer's run. Local names are dropped as a stage would drop them: what is still referenced is counted.
+    """One layer's run. Local names are dropped as a stage drops them: what is still referenced is counted.
 
     Args:
-        run: the layer.
+        layer: of the model; a copy of it is run.
         x: its input: fake tensors of ``mode``, or real ones if that is None.
-        dtypes: as in `layer_copy`.
-        fused: put linear layers on our ops.
-        tally: what is live of all layers' runs.
-        mode: run on fakes of it; None: on real tensors.
+        form: of the copy.
+        tally: counts live bytes of all layers' runs.
+        mode: run on fake tensors of it; None: on real ones.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        x: Any,
-        dtypes: dict[int, torch.dtype],
-        *,
-        fused: bool,
-        tally: Tally,
-        mode: FakeTensorMode | None,
-    ) -> None:
-        self.run, self.x, self.fused, self.tally, self.mode = run, x, fused, tally, mode
-        self.module = layer_copy(run.module, mode, dtypes)
-        if fused:
-            spu_nn.accelerate(self.module)
-        self.parameters = list(self.module.parameters())
+    def __init__(self, layer: Layer, x: Any, form: TrainingForm, tally: Tally, mode: FakeTensorMode | None) -> None:
+        self.x, self.form, self.tally, self.mode = x, form, tally, mode
+        self.layer = form.copied(layer, mode)
+        self.parameters = list(self.layer.module.parameters())
         self.saved: dict[int, torch.Tensor] = {}
 
-    def made(self) -> tuple[LayerCost, Any]:
-        """The cost, and the next layer's input."""
+    def cost(self) -> tuple[LayerCost, Any]:
+        """Run the layer, and return its cost and the next layer's input."""
         counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         trainable = [p for p in self.parameters if p.requires_grad]
@@ -96,12 +113,12 @@ class Footprint:
             after = following(out)  # the same shapes, of storages that are not counted here
             backward_peak, work = self._backward(out, base)
             backward_flops = counter.get_total_flops() - forward_flops if work else 2 * forward_flops
-            left, left_input, immediate_flops = self._deferred() if self.fused and work else (0, False, 0)
+            left, left_input, immediate_flops = self._deferred() if self.form.fused and work else (0, False, 0)
         kept, peak, traffic = forward
         inputs, outputs = _storages(x), _storages(out)
         own = max(kept - sum(n for key, n in outputs.items() if key not in inputs), 0)
         return LayerCost(
-            name=self.run.name,
+            name=self.layer.name,
             param_count=sum(p.numel() for p in self.parameters),
             trained_count=sum(p.numel() for p in trainable),
             own_bytes=own,
@@ -123,8 +140,8 @@ class Footprint:
         ), after
 
     def _forward(self, x: Any) -> tuple[tuple[int, int, int], Any]:
-        """(bytes kept, the output's included; most bytes; bytes moved), and the output."""
-        state = {torch_private.storage_id(t) for t in itertools.chain(self.parameters, self.module.buffers())}
+        """Run the forward; return (bytes kept, the output's included; most bytes; bytes moved), and the output."""
+        state = {torch_private.storage_id(t) for t in itertools.chain(self.parameters, self.layer.module.buffers())}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if torch_private.storage_id(tensor) not in state:
@@ -140,11 +157,11 @@ class Footprint:
             work,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            out = self.run(self.module, x)
+            out = self.form.run(self.layer, x)
         return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
 
     def _backward(self, out: Any, base: int) -> tuple[int, Traffic | None]:
-        """The most bytes, and what was computed; None for that of a backward that fails."""
+        """Run the backward; return the most bytes, and what was computed: None if the backward fails."""
         roots, work = _roots(out), Traffic()
         if not roots:
             return 0, work
@@ -167,16 +184,20 @@ class Footprint:
             torch.autograd.backward(opened, gradients)
 
     def _deferred(self) -> tuple[int, bool, int]:
-        """Bytes that are held between a backward that defers weight gradients and those, the layer's input left out;
-        whether they hold the input; and FLOPs of weight gradients that this backward computes all the same."""
+        """Run a backward that defers weight gradients.
+
+        Returns:
+            Bytes that the deferred ones hold, without the layer's input; whether they hold the input; FLOPs of weight
+            gradients that were not deferred.
+        """
         deferred: list[Callable[[], None]] = []
         x = following(self.x)
         inputs, base, own = Tally(), self.tally.live, Traffic()
-        # The gradient of the input is still there, but is the layer's before: its output's gradient, or a wire.
-        passed_on = tensor_bytes([t for t in tree_leaves(x) if isinstance(t, torch.Tensor) and t.requires_grad])
+        # The gradient of the input is still there, but belongs to the layer before: its output's gradient, or a wire.
+        passed_on = tensor_bytes([t for t in tensors_in(x) if t.requires_grad])
         tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
-            out = self.run(self.module, x)
+            out = self.form.run(self.layer, x)
             roots = _roots(out)
             if not roots:
                 return 0, False, 0
@@ -193,11 +214,11 @@ class Footprint:
 
 
 def _roots(out: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+    return tuple(t for t in tensors_in(out) if t.requires_grad)
 
 
 class _NoModules:
-    """In place of the FLOP counter's watch over modules: its global hooks would keep blocks from being run fused."""
+    """Replaces the FLOP counter's watch over modules, whose global hooks would keep blocks from being run fused."""
 
     parents = ("Global",)
 
@@ -208,17 +229,17 @@ class _NoModules:
         pass
 
 
-def layer_copy(
-    module: nn.Module, mode: FakeTensorMode | None = None, dtypes: dict[int, torch.dtype] | None = None
-) -> nn.Module:
-    """A stand-in for a layer, on fake tensors of ``mode``, or on copies of its own tensors.
+def layer_copy(module: Any, mode: FakeTensorMode | None = None, dtypes: dict[int, torch.dtype] | None = None) -> Any:
+    """Return a stand-in for a module, or for a method of one, on fake tensors or on copies of its own tensors.
 
     Args:
-        dtypes: by id, of its parameters and buffers in training; default: as they are. Other tensors are replaced where
-            they want gradients.
+        module: of a layer, or a loss.
+        mode: of the fake tensors; None: real ones.
+        dtypes: by id, of parameters and buffers in training; default: a module's as they are. Other tensors are
+            replaced where they want gradients.
     """
     if dtypes is None:
-        dtypes = {id(t): t.dtype for t in (*module.parameters(), *module.buffers())}
+        dtypes = {id(t): t.dtype for t in itertools.chain(module.parameters(), module.buffers())}
 
     def tensor(source: torch.Tensor) -> torch.Tensor:
         if id(source) not in dtypes and not source.requires_grad:
@@ -254,7 +275,7 @@ def on_fakes(mode: FakeTensorMode | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spared(roots: tuple[torch.Tensor, ...], own: list[nn.Parameter]) -> Iterator[None]:
-    """While it lasts a backward leaves no gradient in leaves that are not the layer's own, and their hooks do not run.
+    """Let a backward leave no gradient in leaves that are not the layer's own, and call none of their hooks.
 
     Code may reach parameters that its module does not register: by an enclosing function, or a list of modules.
     """
@@ -285,24 +306,29 @@ def _spared(roots: tuple[torch.Tensor, ...], own: list[nn.Parameter]) -> Iterato
 
 
 def following(value: Any) -> Any:
-    """The value at the start of a graph of its own, as the input of the next layer, of storages of its own."""
+    """Return the value with storages of its own, at the start of a new graph: the input of the next layer."""
 
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if isinstance(leaf, FakeTensor):
-            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            made: torch.Tensor = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
         else:
-            made = leaf.detach().clone()
-        return cut(made)[0] if leaf.requires_grad else made
+            made = tensor.detach().clone()
+        return cut(made)[0] if tensor.requires_grad else made
 
-    return tree_map(one, value)
+    return tree_map_only(torch.Tensor, one, value)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of a structure, in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _storages(value: Any) -> dict[int, int]:
-    leaves = (t for t in tree_leaves(value) if isinstance(t, torch.Tensor))
-    return {torch_private.storage_id(t): t.untyped_storage().nbytes() for t in leaves}
+    return {torch_private.storage_id(t): t.untyped_storage().nbytes() for t in tensors_in(value)}
 
 
 def tensor_bytes(value: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, torch.Tensor))
+    """Return the bytes of a structure's tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors_in(value))
