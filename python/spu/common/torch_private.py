@@ -164,7 +164,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def set_version(tensor: torch.Tensor, number: int) -> None:
-    """Set what :func:`version` returns. For: a rehearsal that leaves no trace."""
+    """Set what :func:`version` returns. For: planning, which leaves no trace."""
     torch._C._autograd._unsafe_set_version_counter((tensor,), (number,))
 
 
@@ -189,7 +189,7 @@ def post_accumulate_hooks(tensor: torch.Tensor) -> dict[int, Callable[..., Any]]
 
 
 def set_hooks(tensor: torch.Tensor, backward: Any, post_accumulate: Any) -> None:
-    """Replace both kinds of hooks; None removes. For: a rehearsal that leaves no trace."""
+    """Replace both kinds of hooks; None removes. For: planning, which leaves no trace."""
     owner: Any = tensor  # torch's stubs have no None for hooks
     owner._backward_hooks = backward
     if post_accumulate is None and owner._post_accumulate_grad_hooks is not None:
@@ -261,7 +261,7 @@ def has_global_module_hook() -> bool:
 
 
 def global_hook_tables() -> list[dict[int, Any]]:
-    """Return the tables of hooks on all modules. For: a rehearsal without the user's hooks."""
+    """Return the tables of hooks on all modules. For: planning without the user's hooks."""
     return [getattr(_module, f"_global{name}") for name in MODULE_HOOKS]
 
 

@@ -92,6 +92,7 @@ def model_costs(
             own = dataclasses.replace(found[0], name=layer.name)
             costs.append(_counted_once(own, layer.module, owners, len(costs)))
             x = found[1]
+    counter.form.skips.tensors.clear()
     _check_released(counter.tally)
     return costs[: len(layers)], costs[-1] if len(costs) > len(layers) else None
 
