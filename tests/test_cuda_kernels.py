@@ -125,7 +125,7 @@ def test_adamw_over_more_tensors_than_one_launch_takes() -> None:
 def test_unaligned_tensors_take_the_narrow_path() -> None:
     whole = torch.randn(2049).half()
     view = whole[1:]  # two bytes off
-    for codec in suite.CODECS:
+    for codec in test_cpu_wire_and_optimizer.CODECS:
         assert_equal(suite.OPS.pack.cpu(view, codec), suite.OPS.pack.cpu(view.clone(), codec), codec)
         wire = suite.OPS.pack.cpu(view, codec)
         shifted = torch.empty(len(wire) + 1, dtype=torch.uint8)[1:].copy_(wire)
@@ -182,7 +182,7 @@ def test_gated_linear_is_the_references_up_to_rounding() -> None:
 def test_packing_into_memory_that_is_there() -> None:
     """Simulated, host memory serves as what the kernels of a device see of pinned memory."""
     x = torch.randn(7, 45).half()
-    for codec in suite.CODECS:
+    for codec in test_cpu_wire_and_optimizer.CODECS:
         expected = suite.OPS.pack.cpu(x, codec)
         wire = torch.full_like(expected, 77).pin_memory() if REAL else torch.full_like(expected, 77)
         torch.ops.spu.pack_.cuda(x.to(DEVICE), codec, wire)
