@@ -76,6 +76,19 @@ def edges(*, types: bool) -> list[Edge]:
     return sorted({(name, other) for name, other in found if name not in ("spu", other)})
 
 
+def names_of(path: Path) -> set[str]:
+    """Names that a module has when it has been imported, also those under ``if`` and ``try``."""
+    found: set[str] = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
 def room(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
@@ -127,6 +140,18 @@ def test_no_module_is_in_a_cycle() -> None:
     # A package's __init__ imports its modules, and they import each other, not the package. A plan prints itself by
     # functions that name its type: within a room that much is allowed.
     assert find_cycle(edges(types=False)) == []
+
+
+def test_what_is_imported_from_the_package_is_there() -> None:
+    """Benchmarks and functions import what nothing else runs."""
+    absent = []
+    for path in FILES:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES and node.module != "spu":
+                there = names_of(MODULES[node.module])
+                names = [a.name for a in node.names if a.name not in there and f"{node.module}.{a.name}" not in MODULES]
+                absent += [f"{path.relative_to(ROOT)}: from {node.module} import {name}" for name in names]
+    assert absent == []
 
 
 def test_few_modules_lie_loose() -> None:
