@@ -1,4 +1,4 @@
-"""Runs of `spu train` killed before their n-th change of the disk, and gone on with. Run by test_job_crashes.py.
+"""Runs of `spu train` killed before their n-th change of the disk, and gone on with. Run by test_train_crashes.py.
 
     python tests/killed_runs.py FOLDER FIRST STRIDE COUNT
 

@@ -12,7 +12,9 @@ from spu.plan import Plan
 from spu.train import plain as reference
 from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, resume_config
-from spu.train.loop import Job, draw_losses, train
+from spu.train.job import Job
+from spu.train.loop import train
+from spu.train.results import draw_losses
 from spu.train.run_folder import find_folder, new_folder
 from spu.train.signals import Stopped, StopSignals
 

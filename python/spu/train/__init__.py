@@ -1,1 +1,16 @@
-"""A training run, as `spu train` does it: configuration, data, loop, records, checkpoints, export."""
+"""A training run, as `spu train` does it.
+
+In the order in which a run meets them:
+
+    options.py, config.py   what a user names on the command line and in a YAML file; the settings of a run
+    run_folder.py           runs/NAME: where it is, its lock and its config.json
+    data.py, text.py        a text as tokens and batches; how a text file is read
+    model.py                the model and its tokenizer
+    job.py                  a run before it trains: all of the above, checked against each other
+    loop.py                 prepare, the loop over steps, finish
+    guard.py, signals.py    what ends a run early: a loss that is not finite; Ctrl-C and SIGTERM
+    metrics.py, progress.py metrics.jsonl; what the terminal shows
+    export.py, sample.py    the trained model in full precision; a few lines that it writes
+    results.py, report.py   summary.json and pictures; how they are drawn and printed
+    plain.py                the same training in plain PyTorch, to compare with
+"""

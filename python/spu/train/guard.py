@@ -1,20 +1,22 @@
-"""Ends a run that cannot get anywhere: its loss is not finite, or every step is skipped."""
+"""The end of a run that cannot succeed: its loss is not finite, or every step is skipped."""
 
 from __future__ import annotations
 
 import math
 
 from spu.train.config import TrainConfig
+from spu.train.job import Job
+from spu.train.metrics import last_saved, read_metrics
 from spu.trainer.trainer import StepResult
 
-__all__ = ["MAX_BAD_LOSSES", "MAX_SKIPPED", "Guard"]
+__all__ = ["MAX_BAD_LOSSES", "MAX_SKIPPED", "Guard", "diverged"]
 
 MAX_BAD_LOSSES = 5  # in a row; a skipped step leaves the weights alone, so that the next batch has its chance
 MAX_SKIPPED = 40  # in a row: a loss scale of 2**16 has been halved to nothing by then
 
 
 class Guard:
-    """Ends a run that cannot get anywhere.
+    """Watches the steps of a run, and ends one that cannot succeed.
 
     Attributes:
         sound: the last loss was finite, so that the weights are worth a checkpoint.
@@ -42,3 +44,15 @@ class Guard:
                 f"{step}): {what}, or give a smaller --init-scale"
             )
         self._good = self._good or not self._bad
+
+
+def diverged(job: Job, what: str, step: int) -> ValueError:
+    """Return the error that ends a run whose loss is not finite at its end."""
+    config = job.config
+    saved = last_saved(read_metrics(job.folder.metrics))
+    kept = f"the checkpoint is that of step {saved}" if saved else "there is no checkpoint"
+    less = f"a smaller --lr than {config.lr:g}" + ("" if config.precision == "fp32" else ", or --precision fp32")
+    return ValueError(
+        f"the run diverged: the {what} is not finite after step {step}; no model was written, and {kept}: start a new "
+        f"run with {less}"
+    )

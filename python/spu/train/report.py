@@ -1,4 +1,4 @@
-"""What is left of a run to look at: loss.png, summary.json and the lines printed at its end."""
+"""The picture of a run's losses, and the lines printed at its end."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""A run before it trains: its settings, its text and the plan that it keeps, and the checks that they fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spu.plan import Plan
+from spu.train.config import TrainConfig
+from spu.train.data import Corpus, make_corpus
+from spu.train.model import Tokenizer, load_config, make_tokenizer
+from spu.train.progress import View
+from spu.train.run_folder import RunFolder
+
+__all__ = ["Job"]
+
+
+@dataclass
+class Job:
+    """One run: its settings, its folder, its text, and the view that shows its progress."""
+
+    config: TrainConfig
+    folder: RunFolder
+    new: bool
+    replaced: bool = False  # placed on other devices than before
+    lengthened: bool = False  # given more steps than before
+    sample: bool = True  # let the trained model write a few lines
+    saved_corpus: dict[str, Any] | None = None
+    given_plan: Plan | None = None  # of a file that the user named
+    corpus: Corpus = field(init=False)
+    tokenizer: Tokenizer = field(init=False)
+    view: View | None = None  # while training
+
+    def say(self, text: str) -> None:
+        """Show lines beside the progress."""
+        (print if self.view is None else self.view.say)(text)
+
+    def read(self) -> None:
+        """Read the text and check that it and the model fit together.
+
+        Raises:
+            ValueError: bad settings, data or model; nothing was written.
+        """
+        model_config = load_config(self.config.model)
+        self.tokenizer = make_tokenizer(self.config.model, model_config)
+        self._check_plan(model_config.get_text_config())
+        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.config.seq > longest:
+            source = f"the plan was made for {self.given_plan.model}: " if self.given_plan is not None else ""
+            raise ValueError(
+                f"{source}--seq {self.config.seq} is longer than the model's {longest} positions: "
+                f"give {longest} or less"
+            )
+        self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq, self.say)
+        top = max(int(part.max()) for part in (self.corpus.train, self.corpus.validation))
+        if top >= model_config.get_text_config().vocab_size:
+            raise ValueError(
+                f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has "
+                f"{model_config.get_text_config().vocab_size}; give files that belong together"
+            )
+        saved = self.saved_corpus
+        if saved is not None and saved["sha256"] != self.corpus.sha256:
+            raise ValueError(
+                f"--data {self.corpus.name} has changed since the run began: put it back, or start a new run"
+            )
+
+    def _check_plan(self, model_config: Any) -> None:
+        """Raise ValueError if the plan that the user named is another model's."""
+        plan = self.given_plan
+        if plan is None:
+            return
+        layers, here = plan.stages[-1].layers[1], model_config.num_hidden_layers + 2
+        if layers != here:
+            raise ValueError(
+                f"--plan was made for {plan.model}, of {layers} layers with embedding and head; --model has {here}: "
+                "give the model that it was made for, or plan again with spu plan --model"
+            )
+
+    @property
+    def corpus_record(self) -> dict[str, Any]:
+        return {"name": self.corpus.name, "sha256": self.corpus.sha256}
+
+    @property
+    def unit(self) -> str:
+        return "byte" if self.tokenizer.name == "bytes" else "token"
+
+    def plan(self) -> Plan | None:
+        """Return the plan that the run began with, so that going on changes no bit.
+
+        None for a new run, or one that goes on with other devices.
+        """
+        if self.given_plan is not None:
+            return self.given_plan
+        file = self.folder / "plan.json"
+        return None if self.new or self.replaced or not file.exists() else Plan.load(file)
+
+    def open_folder(self) -> None:
+        """Make the folder of a new run; lock it."""
+        if self.new:
+            self.folder.create(self.config, self.corpus_record)
+            self.new = False
+        else:
+            self.folder.lock()
