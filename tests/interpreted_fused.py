@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spu import kernels
 from spu.common import wire
+from spu.common.codecs import CODECS
 from spu.ops.reference import codec as reference_codec
 from spu.ops.reference import fused as reference_fused
 from spu.ops.reference import optimizer as reference_optimizer
@@ -77,7 +78,7 @@ def awkward(n: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("codec", wire.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wires_have_the_reference_bits(dtype: torch.dtype, codec: str) -> None:
     for n in (1, 31, 63, 64, 513, 1000, 2049):
@@ -101,7 +102,7 @@ def test_every_code_of_fp8_is_its_own(codec: str) -> None:
     kind = torch.float8_e4m3fn if codec == "fp8_e4m3" else torch.float8_e5m2
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
     values = codes.view(kind).float()
-    largest = wire.CODECS[codec].largest
+    largest = CODECS[codec].largest
     values = values[values.isfinite()]
     blocks = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(-1, 63)
     x = torch.cat([torch.full((len(blocks), 1), largest), blocks], 1)  # every block's absmax is the largest code

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -162,3 +165,12 @@ def test_a_table_that_is_too_wide_has_stages_as_columns():
         *("layers", "weights", "main", "masters", "moments", "activations", "wires", "workspace", "total", "budget"),
         *("forward", "backward", "update"),
     ]
+
+
+def test_a_plan_is_read_without_torch(tmp_path):
+    PLAN.save(tmp_path / "plan.json")
+    code = "import sys\nfrom spu.plan import Plan\nPlan.load(sys.argv[1])\nassert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, str(tmp_path / "plan.json")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spu import kernels, ops
 from spu.common import wire
+from spu.common.codecs import CODECS
 from spu.ops.reference import (
     codec as reference_codec,
 )
@@ -206,7 +207,7 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
     assert_close_to_truth(dz, plain, truth, eps=400 * bound, name="dz")
 
 
-@pytest.mark.parametrize("codec", wire.CODECS)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wires_have_the_reference_bits(dtype: torch.dtype, codec: str) -> None:
     x = (torch.randn(100_003) * torch.logspace(-6, 4, 100_003)).to(dtype)

@@ -1,10 +1,25 @@
-"""The codecs of packed tensors: how values are stored on a wire. Imports no torch, for command lines and plans."""
+"""The codecs of packed tensors, and the sizes of a wire. Imports no torch, for command lines and plans."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CODECS", "Codec"]
+__all__ = [
+    "ALIGN_BYTES",
+    "CODECS",
+    "HEADER_BYTES",
+    "Codec",
+    "block_count",
+    "codec_of",
+    "numel_of",
+    "packed_bytes",
+    "payload_bytes",
+    "scales_bytes",
+]
+
+HEADER_BYTES = 64
+ALIGN_BYTES = 64  # of the sections after the header
 
 
 @dataclass(frozen=True)
@@ -37,3 +52,49 @@ CODECS = {
         Codec("fp8_e5m2", 5, 8, 64, 57344),
     )
 }
+
+
+def codec_of(name: str) -> Codec:
+    """Return the codec of a name.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}: use one of {', '.join(map(repr, CODECS))}")
+    return CODECS[name]
+
+
+def _padded(size_bytes: int) -> int:
+    return (size_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
+
+
+def numel_of(shape: Sequence[int]) -> int:
+    """Return the product of the dimensions; also right for symbolic ones."""
+    numel = 1
+    for size in shape:
+        numel = numel * size
+    return numel
+
+
+def block_count(numel: int, codec: Codec) -> int:
+    """Return the number of scales on the wire."""
+    return (numel + codec.block - 1) // codec.block if codec.block else 0
+
+
+def scales_bytes(numel: int, codec: Codec) -> int:
+    """Return the size of the scales section, padded."""
+    return _padded(4 * block_count(numel, codec))
+
+
+def payload_bytes(numel: int, codec: Codec) -> int:
+    """Return the size of the payload, before padding."""
+    return (numel * codec.item_bits + 7) // 8
+
+
+def packed_bytes(numel: int, codec: str) -> int:
+    """Return the size in bytes of a wire of ``numel`` values; the shape does not matter. Raise ValueError like
+    `codec_of`.
+    """
+    found = codec_of(codec)
+    return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))

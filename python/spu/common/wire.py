@@ -1,4 +1,4 @@
-"""Layout of a packed tensor ("wire"), version 1: pure arithmetic on sizes and bytes, no tensor work.
+"""Layout of a packed tensor ("wire"), version 1: its header, and which tensors it can hold. Sizes: ``codecs.py``.
 
 One uint8 buffer, little endian: a 64-byte header, then the scales (fp32, one per block, padded to 64 bytes), then the
 payload (padded to 64 bytes). int4 holds two values a byte, the first of each pair in the low four bits, in two's
@@ -14,90 +14,41 @@ from dataclasses import dataclass
 
 import torch
 
-from spu.common.codecs import CODECS as CODECS
-from spu.common.codecs import Codec as Codec
+from spu.common.codecs import CODECS, HEADER_BYTES, codec_of, numel_of, packed_bytes
 
 __all__ = [
-    "ALIGN_BYTES",
-    "DTYPES",
-    "HEADER_BYTES",
+    "DTYPE_CODES",
     "MAGIC",
     "MAX_NDIM",
     "VERSION",
     "Header",
-    "block_count",
     "check_source",
-    "codec_of",
     "header",
-    "numel_of",
-    "packed_bytes",
     "parse_header",
-    "payload_bytes",
-    "scales_bytes",
     "wire_bytes",
 ]
 
 MAGIC = b"SPUW"
 VERSION = 1
-ALIGN_BYTES = 64
-HEADER_BYTES = 64
 MAX_NDIM = 5
 _HEADER = struct.Struct("<4sBBBBI4xq5q")
 assert _HEADER.size == HEADER_BYTES
 
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _CODEC_NAMES = {codec.code: codec.name for codec in CODECS.values()}
-_DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.items()}
-
-
-def codec_of(name: str) -> Codec:
-    """Return the codec of a name.
-
-    Raises:
-        ValueError: for an unknown name; the message lists the known ones.
-    """
-    if name not in CODECS:
-        raise ValueError(f"unknown codec {name!r}: use one of {', '.join(map(repr, CODECS))}")
-    return CODECS[name]
+_DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def check_source(shape: Sequence[int], dtype: torch.dtype) -> None:
     """Raise unless a tensor of this shape and dtype can be packed."""
-    if dtype not in DTYPES:
+    if dtype not in DTYPE_CODES:
         raise TypeError(f"cannot pack {dtype}: a wire holds float16, bfloat16 or float32; convert with .to() first")
     if len(shape) > MAX_NDIM:
         raise ValueError(
             f"cannot pack a tensor of {len(shape)} dimensions {tuple(shape)}: a wire header has room for {MAX_NDIM}; "
             "flatten some of them first"
         )
-
-
-def _padded(size_bytes: int) -> int:
-    return (size_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
-
-
-def numel_of(shape: Sequence[int]) -> int:
-    """Return the product of the dimensions; also right for symbolic ones."""
-    numel = 1
-    for size in shape:
-        numel = numel * size
-    return numel
-
-
-def block_count(numel: int, codec: Codec) -> int:
-    """Return the number of scales on the wire."""
-    return (numel + codec.block - 1) // codec.block if codec.block else 0
-
-
-def scales_bytes(numel: int, codec: Codec) -> int:
-    """Return the size of the scales section, padded."""
-    return _padded(4 * block_count(numel, codec))
-
-
-def payload_bytes(numel: int, codec: Codec) -> int:
-    """Return the size of the payload, before padding."""
-    return (numel * codec.item_bits + 7) // 8
 
 
 def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
@@ -111,19 +62,11 @@ def wire_bytes(shape: Sequence[int], dtype: torch.dtype, codec: str) -> int:
     return packed_bytes(numel_of(shape), codec)
 
 
-def packed_bytes(numel: int, codec: str) -> int:
-    """Return the size in bytes of a wire of ``numel`` values; the shape does not matter. Raise ValueError like
-    `codec_of`.
-    """
-    found = codec_of(codec)
-    return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))
-
-
 def header(shape: Sequence[int], dtype: torch.dtype, codec: str) -> bytes:
     """Return the 64 header bytes."""
     found, dims = codec_of(codec), [*shape, *([0] * (MAX_NDIM - len(shape)))]
     return _HEADER.pack(
-        MAGIC, VERSION, found.code, DTYPES[dtype], len(shape), found.block, numel_of(shape), *map(int, dims)
+        MAGIC, VERSION, found.code, DTYPE_CODES[dtype], len(shape), found.block, numel_of(shape), *map(int, dims)
     )
 
 

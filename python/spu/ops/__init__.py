@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spu.common.wire import CODECS
+from spu.common.codecs import CODECS
 from spu.ops.attention import attention
 from spu.ops.codec import is_finite_wire, pack, unpack, wire_bytes
 from spu.ops.cross_entropy import linear_cross_entropy

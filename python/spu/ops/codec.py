@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spu.common import wire
+from spu.common.codecs import HEADER_BYTES, block_count, codec_of, numel_of
 from spu.common.wire import wire_bytes
 from spu.ops import schema
 from spu.ops.dispatch import choose_backend
@@ -43,7 +44,7 @@ def pack(x: Tensor, codec: str) -> Tensor:
         ValueError: unknown codec, or too many dimensions.
         TypeError: another dtype.
     """
-    wire.codec_of(codec)
+    codec_of(codec)
     wire.check_source(x.shape, x.dtype)
     return schema.overload("pack", choose_backend(x, op="pack"))(x.detach(), codec)
 
@@ -54,7 +55,7 @@ def _check_header(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype) -> s
             f"unpack: reading the header of a wire on {buffer.device} would wait for the device: pass codec=, or move "
             "the wire to the CPU"
         )
-    found = wire.parse_header(bytes(buffer[: wire.HEADER_BYTES].tolist()))
+    found = wire.parse_header(bytes(buffer[:HEADER_BYTES].tolist()))
     if found.shape != tuple(shape):
         raise ValueError(f"unpack: the wire holds a tensor of shape {found.shape}, not {tuple(shape)}")
     if found.dtype != dtype:
@@ -95,10 +96,10 @@ def is_finite_wire(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, cod
     """Tell whether ``unpack`` would return finite values only. This reads the wire's scales, or its values where it has
     no scales, and waits for the device.
     """
-    found, numel = wire.codec_of(codec), wire.numel_of(shape)
-    body = buffer[wire.HEADER_BYTES :]
+    found, numel = codec_of(codec), numel_of(shape)
+    body = buffer[HEADER_BYTES:]
     if codec in ("fp16", "bf16"):
         plain = torch.float16 if codec == "fp16" else torch.bfloat16
         return bool(body[: 2 * numel].view(plain).to(dtype).isfinite().all())
-    scales = body[: 4 * wire.block_count(numel, found)].view(torch.float32)
+    scales = body[: 4 * block_count(numel, found)].view(torch.float32)
     return bool((scales * found.largest).isfinite().all())

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.common import wire
+from spu.common.codecs import numel_of
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend
@@ -176,7 +176,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     if not takes(hidden, weight, target):
         return _torch_cross_entropy(hidden, weight, target, ignore_index, dtype)
     _check(hidden, weight, target, ignore_index, dtype)
-    rows, targets = hidden.reshape(wire.numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
+    rows, targets = hidden.reshape(numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
     backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         operands = _operands(rows, weight, dtype)

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 
 import torch
 
+from spu.common.dtypes import HALVES, NAMES
 from spu.kernels import table
 from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table, arch_name
 
 __all__ = [
-    "DTYPES",
     "FORMS",
     "candidates",
     "choose_tiles",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 FORMS = ("linear", "linear_dx", "linear_dw")
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES = tuple(NAMES[dtype] for dtype in HALVES)
 _ALIGNED = 8  # the tensor-core products read rows of 16 bytes
 
 
@@ -57,7 +57,7 @@ def derived(arch: int) -> Table:
     known = tiles(arch)
     entries = {}
     for op in FORMS:
-        for dtype in DTYPES.values():
+        for dtype in _DTYPES:
             for shape_class in CLASSES:
                 small = "small" in known and op != "linear_dw" and shape_class not in ("medium", "large")
                 entries[f"{op}/{dtype}/{shape_class}"] = Entry(known["small" if small else "large"])
@@ -79,7 +79,7 @@ def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None 
     """
     fallback = derived(10 * capability[0] + capability[1]).entries
     rows = {**fallback, **tile_table(capability).entries, **(trial or {})}
-    keys = [f"{op}/{dtype}/{name}" for op in FORMS for dtype in DTYPES.values() for name in CLASSES]
+    keys = [f"{op}/{dtype}/{name}" for op in FORMS for dtype in _DTYPES for name in CLASSES]
     return bytes(int(rows[key].config.block_m < 128) for key in keys)
 
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spu.common.dtypes import DTYPES
+
 __all__ = ["MOMENTS", "fits", "load_moment", "moment_bytes", "moments_of", "new_moment", "noise", "stored_moment"]
 
 MOMENTS = ("fp32", "bf16", "int8")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+_DTYPES = {name: DTYPES.get(name, torch.uint8) for name in MOMENTS}  # "int8": a buffer of bytes
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _BLOCK, _ALIGN = 64, 64
 _ONE, _INFINITY, _LEAST_SCALE = 0x3F800000, 0x7F800000, 2.0**-126

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
-from spu.common import wire
+from spu.common.codecs import packed_bytes
 from spu.plan.layer_cost import LayerCost
 
 __all__ = [
@@ -69,7 +69,7 @@ def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
     """
     if codec == "none":
         return output_bytes
-    return wire.packed_bytes(output_bytes // ITEM_BYTES[precision], codec)
+    return packed_bytes(output_bytes // ITEM_BYTES[precision], codec)
 
 
 def pinned_bytes(count: int) -> int:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spu.common import wire
+from spu.common.codecs import HEADER_BYTES, Codec, block_count, codec_of, numel_of, payload_bytes, scales_bytes
 
 __all__ = ["IMPLEMENTATIONS", "pack", "unpack"]
 
@@ -17,7 +18,7 @@ _PLAIN = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
-def _scales_of(blocks: Tensor, codec: wire.Codec) -> Tensor:
+def _scales_of(blocks: Tensor, codec: Codec) -> Tensor:
     """Return the scales [B] of blocks [B, block] fp32: absmax / largest code; NaN for a non-finite block; 0 where that
     is subnormal.
     """
@@ -29,7 +30,7 @@ def _scales_of(blocks: Tensor, codec: wire.Codec) -> Tensor:
     return torch.where(torch.isfinite(absmax), scales, torch.full_like(scales, float("nan")))
 
 
-def _codes_of(quotient: Tensor, codec: wire.Codec) -> Tensor:
+def _codes_of(quotient: Tensor, codec: Codec) -> Tensor:
     """Round fp32 values in units of their scale [B, block] to one code a value, uint8 [B * block]; ties go to even."""
     bounded = quotient.clamp(-codec.largest, codec.largest).reshape(-1)
     if codec.name in _FP8:
@@ -37,7 +38,7 @@ def _codes_of(quotient: Tensor, codec: wire.Codec) -> Tensor:
     return bounded.round().to(torch.int8).view(torch.uint8)
 
 
-def _values_of(codes: Tensor, codec: wire.Codec) -> Tensor:
+def _values_of(codes: Tensor, codec: Codec) -> Tensor:
     """Return fp32 values, in units of their scale, of uint8 codes."""
     if codec.name in _FP8:
         return codes.view(_FP8[codec.name]).float()
@@ -58,38 +59,38 @@ def _singles(packed: Tensor, numel: int) -> Tensor:
 
 def pack(x: Tensor, codec: str) -> Tensor:
     """Encode x of any shape and strides into a wire, uint8 [wire_bytes]. The padding is zero."""
-    found, numel = wire.codec_of(codec), x.numel()
+    found, numel = codec_of(codec), x.numel()
     out = torch.zeros(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8, device=x.device)
     head = bytearray(wire.header(x.shape, x.dtype, codec))
-    out[: wire.HEADER_BYTES].copy_(torch.frombuffer(head, dtype=torch.uint8))
+    out[:HEADER_BYTES].copy_(torch.frombuffer(head, dtype=torch.uint8))
     flat = x.reshape(-1)
-    start = wire.HEADER_BYTES + wire.scales_bytes(numel, found)
-    payload = out[start : start + wire.payload_bytes(numel, found)]
+    start = HEADER_BYTES + scales_bytes(numel, found)
+    payload = out[start : start + payload_bytes(numel, found)]
     if codec in _PLAIN:
         payload.view(_PLAIN[codec]).copy_(flat)
         return out
-    count = wire.block_count(numel, found)
+    count = block_count(numel, found)
     blocks = F.pad(flat.float(), (0, count * found.block - numel)).view(count, found.block)
     scales = _scales_of(blocks, found)
     usable = torch.isfinite(scales) & (scales > 0)
     quotient = blocks / torch.where(usable, scales, torch.ones_like(scales))[:, None]
     codes = _codes_of(torch.where(usable[:, None], quotient, torch.zeros_like(quotient)), found)[:numel]
     payload.copy_(_pairs(codes) if codec == "int4" else codes)
-    out[wire.HEADER_BYTES : wire.HEADER_BYTES + 4 * count].view(torch.float32).copy_(scales)
+    out[HEADER_BYTES : HEADER_BYTES + 4 * count].view(torch.float32).copy_(scales)
     return out
 
 
 def unpack(buffer: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> Tensor:
     """Decode a wire into a tensor of ``shape`` and ``dtype``, without a look at any value of the header."""
-    found, numel = wire.codec_of(codec), wire.numel_of(shape)
+    found, numel = codec_of(codec), numel_of(shape)
     if buffer.storage_offset() % 4 or not buffer.is_contiguous():
         buffer = buffer.clone(memory_format=torch.contiguous_format)  # views of wider types need aligned bytes
-    start = wire.HEADER_BYTES + wire.scales_bytes(numel, found)
-    payload = buffer[start : start + wire.payload_bytes(numel, found)]
+    start = HEADER_BYTES + scales_bytes(numel, found)
+    payload = buffer[start : start + payload_bytes(numel, found)]
     if codec in _PLAIN:
         return payload.view(_PLAIN[codec]).to(dtype, copy=True).view(tuple(shape))
-    count = wire.block_count(numel, found)
-    scales = buffer[wire.HEADER_BYTES : wire.HEADER_BYTES + 4 * count].view(torch.float32)
+    count = block_count(numel, found)
+    scales = buffer[HEADER_BYTES : HEADER_BYTES + 4 * count].view(torch.float32)
     values = _values_of(_singles(payload, numel) if codec == "int4" else payload, found)
     blocks = F.pad(values, (0, count * found.block - numel)).view(count, found.block) * scales[:, None]
     return blocks.reshape(-1)[:numel].to(dtype, copy=True).view(tuple(shape))

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spu.common import torch_private, wire
+from spu.common import torch_private
+from spu.common.codecs import numel_of
 from spu.common.dtypes import HALVES
 
 __all__ = [
@@ -65,7 +66,7 @@ def wide(x: Tensor) -> Tensor:
 
 def rows_of(x: Tensor) -> Tensor:
     """Return [..., C] as [rows, C]."""
-    return x.reshape(wire.numel_of(x.shape[:-1]), x.shape[-1])
+    return x.reshape(numel_of(x.shape[:-1]), x.shape[-1])
 
 
 def torch_activation(z: Tensor, activation: str) -> Tensor:
