@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.common.interrupts import Held, stop_if_asked
+from spu.common.interrupts import delayed_interrupts, stop_if_asked
+from spu.engine import state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +32,7 @@ def ctrl_c() -> Iterator[None]:
 
 def test_what_a_handler_raises_waits_for_the_end() -> None:
     told, done = [], []
-    with pytest.raises(KeyboardInterrupt), Held(lambda: told.append(1)):
+    with pytest.raises(KeyboardInterrupt), delayed_interrupts(lambda: told.append(1)):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         done.append(1)
@@ -41,7 +43,7 @@ def test_what_a_handler_raises_waits_for_the_end() -> None:
 def test_a_handler_that_raises_nothing_runs_at_once_and_ends_nothing() -> None:
     heard = []
     signal.signal(signal.SIGINT, lambda signum, frame: heard.append(signum))
-    with Held(lambda: pytest.fail("nothing was raised")):
+    with delayed_interrupts(lambda: pytest.fail("nothing was raised")):
         signal.raise_signal(signal.SIGINT)
         assert heard == [signal.SIGINT]
         stop_if_asked()
@@ -49,11 +51,11 @@ def test_a_handler_that_raises_nothing_runs_at_once_and_ends_nothing() -> None:
 
 def test_an_inner_one_is_told_and_the_outer_one_raises() -> None:
     told, done = [], []
-    with pytest.raises(KeyboardInterrupt), Held():
+    with pytest.raises(KeyboardInterrupt), delayed_interrupts():
         signal.raise_signal(signal.SIGINT)
-        with Held(lambda: told.append("late")):
+        with delayed_interrupts(lambda: told.append("late")):
             done.append(1)
-        with Held(lambda: told.append("at once")):
+        with delayed_interrupts(lambda: told.append("at once")):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -65,13 +67,13 @@ def test_an_inner_one_is_told_and_the_outer_one_raises() -> None:
 
 def test_an_ignored_signal_stays_ignored_and_other_threads_have_nothing_to_hold() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Held():
+    with delayed_interrupts():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     inside: list[object] = []
 
     def other() -> None:
-        with Held():
+        with delayed_interrupts():
             inside.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=other)
@@ -102,6 +104,27 @@ def test_ctrl_c_ends_a_step_after_the_actions_at_hand() -> None:
         assert all(p.grad is None for p in trainer.parameters())
         armed.clear()
         trainer.step(x, y)
+
+
+def test_a_load_that_ctrl_c_falls_into_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values were those of the checkpoint, but the trainer said that the load had failed half-way."""
+    x, y = torch.randn(4, 4), torch.zeros(4, dtype=torch.long)
+    restore = state.restore_optimizers
+
+    def presses(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        restore(*args)
+
+    with ModelParallelTrainer([nn.Linear(4, 4)], ["cpu:0"], precision="fp32", microbatches=2) as trainer:
+        trainer.step(x, y)
+        trainer.save(tmp_path / "checkpoint")
+        trainer.step(x, y)
+        monkeypatch.setattr(state, "restore_optimizers", presses)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.load(tmp_path / "checkpoint")
+        assert trainer.steps_done == 1
+        trainer.step(x, y)
+        assert trainer.steps_done == 2
 
 
 def test_ctrl_c_while_planning_leaves_no_fake_mode_behind(monkeypatch: pytest.MonkeyPatch) -> None:

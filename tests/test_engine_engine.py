@@ -17,7 +17,7 @@ from spu.engine.engine import Engine, Round
 from spu.engine.local import LocalEngine
 from spu.engine.runner import Runner
 from spu.engine.stage import Stage
-from spu.model.layers import Moment
+from spu.model.layers import DrawKey
 from spu.schedules import Action, Span, Timeline
 
 __all__ = ["reference"]
@@ -59,25 +59,25 @@ class SerialEngine:
 
     def _perform(self, action: Action, work: Round, messages: dict[tuple[str, int, int], Any]) -> None:
         stage, index = self.stages[action.stage], action.microbatch
-        moment = Moment(work.run_seed, work.step, work.first_microbatch + index)
+        key = DrawKey(work.run_seed, work.step, work.first_microbatch + index)
         if action.kind == "W":
-            stage.weight_backward(moment)
+            stage.weight_backward(key)
         elif action.kind == "F":
             x = work.inputs[index] if stage.is_first else messages.pop(("F", stage.index, index))
-            out = stage.forward(x, work.inputs[index], moment, train=work.train)
+            out = stage.forward(x, work.inputs[index], key, train=work.train)
             if not stage.is_last:
                 messages["F", stage.index + 1, index] = out
                 return
             assert work.targets is not None
             assert work.weights is not None
             scope = work.scopes[stage.index] if work.scopes is not None else None
-            work.losses[index] = stage.loss(out, work.targets[index], work.weights[index], moment, scope)
+            work.losses[index] = stage.loss(out, work.targets[index], work.weights[index], key, scope)
             if work.keep_outputs:
                 work.outputs[index] = out.detach()
         else:
             assert work.scopes is not None
             gradients = None if stage.is_last else messages.pop(("B", stage.index, index))
-            gradients = stage.backward(gradients, moment, work.scopes[stage.index], defer=action.kind == "I")
+            gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=action.kind == "I")
             if not stage.is_first:
                 messages["B", stage.index - 1, index] = gradients
 

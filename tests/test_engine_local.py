@@ -19,7 +19,7 @@ from spu import DeviceManager, ModelParallelTrainer, StageError, schedules
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.local import Worker
 from spu.engine.stage import Stage
-from spu.model.layers import Moment
+from spu.model.layers import DrawKey
 from spu.precision import main_grads
 
 
@@ -168,9 +168,9 @@ def test_weight_gradients_of_linear_layers_are_computed_in_w(schedule: str, monk
         places.append(getattr(running, "w", False))
         real_product(*operands, **how)
 
-    def weight_backward(self: Stage, moment: Moment) -> None:
+    def weight_backward(self: Stage, key: DrawKey) -> None:
         running.w = True
-        real_action(self, moment)
+        real_action(self, key)
         running.w = False
 
     monkeypatch.setattr(main_grads, "linear_dw_", linear_dw_)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import spu
 from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
-from spu.model.layers import Layer, Moment, model_layers
+from spu.model.layers import DrawKey, Layer, model_layers
 from spu.settings import Settings
 from spu.trainer import planner
 
@@ -127,7 +127,7 @@ def plain_pass(
     for index, (part_x, part_y) in enumerate(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True)):
         hidden = part_x
         for layer in layers or ():
-            hidden = layer.run(hidden, None, Moment(0, step, index))
+            hidden = layer.run(hidden, None, DrawKey(0, step, index))
         for name, module in () if layers else model.named_children():
             with LayerRandomness(0, step, index, name):
                 hidden = module(hidden)

@@ -55,32 +55,32 @@ class Shelf:
         return self.tensors.pop(name)
 
 
-class Recorded:
+class ReplayedSkips:
     """Repeats a layer's pops in a recomputation: the same tensors again; what it stashes has been stashed already."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
         self._popped: dict[str, Tensor] = {}
-        self._again = False
+        self._replaying = False
 
     def stash(self, name: str, tensor: Tensor) -> None:
-        if not self._again:
+        if not self._replaying:
             self._carrier.stash(name, tensor)
 
     def pop(self, name: str) -> Tensor:
-        if not self._again:
+        if not self._replaying:
             self._popped[name] = self._carrier.pop(name)
         return self._popped[name]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def replaying(self) -> Iterator[None]:
         """The recomputation, on whatever thread it runs; also while the first run goes on (a backward in a forward)."""
-        before, self._again = self._again, True
+        before, self._replaying = self._replaying, True
         try:
             with carried_by(self):
                 yield
         finally:
-            self._again = before
+            self._replaying = before
 
 
 class _Current(threading.local):

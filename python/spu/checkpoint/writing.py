@@ -41,7 +41,7 @@ from spu.checkpoint.reading import (
     open_directory,
     read_manifest,
 )
-from spu.common.interrupts import Held
+from spu.common.interrupts import delayed_interrupts
 
 try:
     import fcntl
@@ -70,10 +70,10 @@ def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], m
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _lock(place.parent, exclusive=True):
-            with Held():
+            with delayed_interrupts():
                 _tidy(place)
             _write(_leftovers(place)[0], tensors, meta_bytes)
-            with Held():
+            with delayed_interrupts():
                 _swap(place)
     except OSError as error:
         raise CheckpointError(

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Held", "stop_if_asked"]
+__all__ = ["delayed_interrupts", "stop_if_asked"]
 
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 ]
-_holding: list[Held] = []  # of the main thread, the only one that runs signal handlers
+_holding: list[delayed_interrupts] = []  # of the main thread, the only one that runs signal handlers
 
 
-class Held:
+class delayed_interrupts:
     """Within ``with``, what a signal handler raises is kept and raised at the end: nothing inside is cut in two.
 
     Python runs signal handlers between any two operations of the main thread. Ctrl-C, whose handler raises, may thus
@@ -34,9 +34,9 @@ class Held:
         self._raised: BaseException | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._tell = [] if on_interrupt is None else [on_interrupt]
-        self._outer: Held | None = None
+        self._outer: delayed_interrupts | None = None
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> delayed_interrupts:
         if threading.current_thread() is not threading.main_thread():
             return self
         if _holding:

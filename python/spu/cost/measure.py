@@ -24,7 +24,7 @@ from spu.devices.pin import call_pinned, side_by_side
 from spu.engine.build import to_precision
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
-from spu.model.layers import Layer, Moment
+from spu.model.layers import DrawKey, Layer
 from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
 from spu.ops.sink import BackwardScope
@@ -156,7 +156,7 @@ class _Chain:
                     own.module.to(device.torch_device)
                     self.pieces.append((own, x, index))
                     fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)  # a layer may change its input in place
-                    outputs[kind] = own.run(fresh, whole if own.wants_inputs else None, _MOMENT)
+                    outputs[kind] = own.run(fresh, whole if own.wants_inputs else None, _KEY)
                 self._kinds.append(kind)
                 x = outputs[kind]
         self.last = x
@@ -218,14 +218,14 @@ class _Bench:
         for stage, x in zip(stages, [*self._given, self._last]):
             fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)
             begin = _now(self.device)
-            outputs.append(stage.forward(fresh, self._whole if stage.wants_inputs else None, _MOMENT, train=True))
+            outputs.append(stage.forward(fresh, self._whole if stage.wants_inputs else None, _KEY, train=True))
             forward.append(_now(self.device) - begin)
         loss = self._run_loss()
         backward = []
         for stage, out in zip(reversed(stages), reversed(outputs)):
             made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in pytree.tree_leaves(out)]
             begin = _now(self.device)
-            stage.backward(made, _MOMENT, self._scope)
+            stage.backward(made, _KEY, self._scope)
             backward.append(_now(self.device) - begin)
         *pieces, empty = zip(forward, reversed(backward))
         return [*pieces, loss, empty]
@@ -234,14 +234,14 @@ class _Bench:
         if self._targets is None:
             return 0.0, 0.0
         begin = _now(self.device)
-        out = self._loss.forward(self._last, None, _MOMENT, train=True)
-        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32), _MOMENT, self._scope)
+        out = self._loss.forward(self._last, None, _KEY, train=True)
+        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32), _KEY, self._scope)
         middle = _now(self.device)
-        self._loss.backward(None, _MOMENT, self._scope)
+        self._loss.backward(None, _KEY, self._scope)
         return middle - begin, _now(self.device) - middle
 
 
-_MOMENT = Moment(0, 0, 1)
+_KEY = DrawKey(0, 0, 1)
 
 
 def _now(device: Device) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from spu import nn as spu_nn
 from spu.common.dtypes import DTYPES
-from spu.common.interrupts import Held
+from spu.common.interrupts import delayed_interrupts
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spu.devices.manager import Device
 
 __all__ = [
-    "Built",
+    "BuiltStages",
     "build_stages",
     "check_parameters",
     "give_back",
@@ -34,7 +34,7 @@ __all__ = [
 
 
 @dataclass
-class Built:
+class BuiltStages:
     """Stages ready to run. Between runs the model is as the user has it; see `spu.engine.sharing`.
 
     Attributes:
@@ -69,7 +69,7 @@ class Built:
             for twin in self.twins:
                 twin.check()
         finally:
-            with Held():
+            with delayed_interrupts():
                 for use in self.tied:
                     use.restore()
 
@@ -161,7 +161,7 @@ def build_stages(
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor],
     recompute: Collection[int] = (),
-) -> Built:
+) -> BuiltStages:
     """Move layers to their devices and give every stage leaves of its own.
 
     Args:
@@ -182,8 +182,10 @@ def build_stages(
         for layer in own:
             layer.module.to(device.torch_device)
         is_last = index == len(placed) - 1
-        again = [i in recompute for i in ranges[index]]
-        stages.append(Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=again, parts=parts[index]))
+        only_input = [i in recompute for i in ranges[index]]
+        stages.append(
+            Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=only_input, parts=parts[index])
+        )
     aliases = {id(use.alias) for use in tied}
     owned: list[dict[str, nn.Parameter]] = []
     for own in parts:
@@ -200,4 +202,4 @@ def build_stages(
         stage.elsewhere = {key: everything[key] for key in everything.keys() - {id(p) for p in stage.parameters()}}
     for use in tied:
         use.restore()
-    return Built(stages, owned, tied, twins)
+    return BuiltStages(stages, owned, tied, twins)

@@ -19,7 +19,7 @@ from spu.common.torch_private import pytree
 from spu.model.aliases import View, memory_of, share_memory, views_among
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
-__all__ = ["Arrived", "Layout", "arrive", "check_known", "depart"]
+__all__ = ["Arrival", "Layout", "arrive", "check_known", "depart"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _Index:
 
 
 @dataclass
-class Arrived:
+class Arrival:
     """The output on the other side.
 
     Attributes:
@@ -129,7 +129,7 @@ def _tangled(tensor: Tensor, tensors: list[Tensor], others: list[tuple[str, Tens
     return ""
 
 
-def arrive(message: Any, *, train: bool) -> Arrived:
+def arrive(message: Any, *, train: bool) -> Arrival:
     """What the next stage begins with: with ``train`` the start of a graph of its own.
 
     Args:
@@ -161,7 +161,7 @@ def arrive(message: Any, *, train: bool) -> Arrived:
         for leaf in how.leaves
     ]
     watched = [(t, torch_private.version(t), kind.tangled) for t, kind in zip(begun, how.kinds) if kind.tangled]
-    return Arrived(pytree.tree_unflatten(leaves, how.spec), [*ends, None], watched)
+    return Arrival(pytree.tree_unflatten(leaves, how.spec), [*ends, None], watched)
 
 
 # Tensors that nobody sees

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from spu import ops
-from spu.common.interrupts import Held
+from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
 from spu.devices.manager import Device
@@ -24,7 +24,7 @@ from spu.engine.engine import Round, StageError
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
-from spu.model.layers import Moment
+from spu.model.layers import DrawKey
 from spu.schedules import Action, Span, Timeline
 from spu.transfer import Link, side_for
 
@@ -88,8 +88,8 @@ class LocalEngine:
         self.backend = backend
         self._process, self._busy = os.getpid(), False
         self.tallies: list[Tally] | None = None  # where workers count what they allocate; see `counted_bytes`
-        homes = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
-        self._workers = [Worker(homes[rank]) for rank in range(len(homes))]
+        device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
+        self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
         self._forward_links, self._backward_links = [], []
         boundaries = len(self.stages) - 1
         each = [codecs] * boundaries if codecs is None or isinstance(codecs, str) else list(codecs)
@@ -111,7 +111,7 @@ class LocalEngine:
         exchange = Exchange()
         spans: list[list[Span]] = [[] for _ in self._workers]
         start = time.perf_counter()
-        with Held():
+        with delayed_interrupts():
             try:
                 self._together(
                     [partial(self._run_actions, rank, work, exchange, own) for rank, own in enumerate(spans)],
@@ -166,7 +166,7 @@ class LocalEngine:
         reports: SimpleQueue[Future[Any] | None] = SimpleQueue()
         futures: list[Future[Any]] = []
         self._busy = True
-        with Held(partial(reports.put, None)):
+        with delayed_interrupts(partial(reports.put, None)):
             try:
                 for task, rank in zip(tasks, ranks):
                     futures.append(self._workers[rank].submit(task))
@@ -222,16 +222,16 @@ class LocalEngine:
 
     def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> float:
         """Run one action and return when its inputs had arrived, so that waiting counts as idle."""
-        moment = Moment(work.run_seed, work.step, work.first_microbatch + action.microbatch)
+        key = DrawKey(work.run_seed, work.step, work.first_microbatch + action.microbatch)
         if action.kind == "F":
-            return self._forward(stage, action.microbatch, moment, work, exchange)
+            return self._forward(stage, action.microbatch, key, work, exchange)
         if action.kind == "W":
             begin = time.perf_counter()
-            stage.weight_backward(moment)
+            stage.weight_backward(key)
             return begin
-        return self._backward(stage, action.microbatch, moment, work, exchange, defer=action.kind == "I")
+        return self._backward(stage, action.microbatch, key, work, exchange, defer=action.kind == "I")
 
-    def _forward(self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange) -> float:
+    def _forward(self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange) -> float:
         device = stage.device.torch_device
         message = work.inputs[index] if stage.is_first else exchange.take(("F", stage.index, index))
         begin = time.perf_counter()
@@ -244,7 +244,7 @@ class LocalEngine:
             inputs = x if stage.is_first else move(work.inputs[index], device)
         skips = StageSkips(exchange, index, device, train=work.train)
         with work.autocast():
-            output = stage.forward(x, inputs, moment, train=work.train, skips=skips)
+            output = stage.forward(x, inputs, key, train=work.train, skips=skips)
         skips.send()
         if not stage.is_last:
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
@@ -255,11 +255,11 @@ class LocalEngine:
             assert work.weights is not None
             scope = work.scopes[stage.index] if work.scopes is not None else None
             with work.autocast():
-                work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], moment, scope)
+                work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], key, scope)
         return begin
 
     def _backward(
-        self, stage: Stage, index: int, moment: Moment, work: Round, exchange: Exchange, *, defer: bool
+        self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange, *, defer: bool
     ) -> float:
         assert work.scopes is not None
         gradients = None
@@ -269,7 +269,7 @@ class LocalEngine:
             message = exchange.take(("B", stage.index, index))
             begin = time.perf_counter()
             gradients = self._backward_links[stage.index].receive(message)
-        gradients = stage.backward(gradients, moment, work.scopes[stage.index], defer=defer)
+        gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=defer)
         if not stage.is_first:
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
         return begin

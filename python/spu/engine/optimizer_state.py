@@ -12,7 +12,7 @@ from torch import nn
 
 from spu.checkpoint.writing import CheckpointError, Stored
 from spu.common import torch_private
-from spu.engine.build import Built
+from spu.engine.build import BuiltStages
 from spu.optim.adamw import AdamW, MasterOptimizer
 
 __all__ = [
@@ -76,7 +76,7 @@ class OptimizerState:
         return OptimizerState(rest["kind"], {**tensors, **rest["plain"]}, rest["groups"], rest["owned"])
 
 
-def optimizer_state(built: Built, optimizers: Optimizers) -> OptimizerState:
+def optimizer_state(built: BuiltStages, optimizers: Optimizers) -> OptimizerState:
     """The state as it is: nothing is copied."""
     found = {
         f"{name}/{key}": value
@@ -90,7 +90,7 @@ def optimizer_state(built: Built, optimizers: Optimizers) -> OptimizerState:
     return OptimizerState(_kind(optimizers), found, groups, counts)
 
 
-def check_optimizers(built: Built, optimizers: Optimizers, state: OptimizerState) -> None:
+def check_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
     """Whether these optimizers can go on from a state.
 
     Raises:
@@ -107,7 +107,7 @@ def check_optimizers(built: Built, optimizers: Optimizers, state: OptimizerState
         )
 
 
-def restore_optimizers(built: Built, optimizers: Optimizers, state: OptimizerState) -> None:
+def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
     """Put a state back, which `check_optimizers` has let pass; parameters that it does not name start afresh."""
     by_name: dict[str, dict[str, Any]] = {}
     for full, value in state.entries.items():

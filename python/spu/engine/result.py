@@ -12,7 +12,7 @@ import torch
 
 from spu.common.torch_private import pytree
 from spu.common.tracker import Tally
-from spu.engine.build import Built
+from spu.engine.build import BuiltStages
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
@@ -104,7 +104,7 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
 
 
-def state_bytes(built: Built, optimizers: list, ranks: list[int]) -> list[int]:
+def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[int]:
     """Bytes of weights and optimizer state on each rank, from the tensors themselves."""
     storages: list[dict[int, int]] = [{} for _ in range(max(ranks) + 1)]
     for stage, optimizer, rank in zip(built.stages, optimizers, ranks):

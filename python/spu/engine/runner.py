@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spu import schedules
-from spu.common.interrupts import Held
+from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
-from spu.engine.build import Built
+from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine, Round
 from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine
@@ -68,7 +68,7 @@ class Runner:
 
     def __init__(
         self,
-        built: Built,
+        built: BuiltStages,
         plan: Plan,
         scaler: LossScaler,
         *,
@@ -195,7 +195,7 @@ class Runner:
             autocast=self._autocast(),
         )
         checks = self._watch(parts)
-        with Held():  # no module is left in evaluation mode
+        with delayed_interrupts():  # no module is left in evaluation mode
             try:
                 for module in training:
                     module.training = False
@@ -216,7 +216,7 @@ class Runner:
 
     def close(self) -> None:
         """End the worker threads and give the model back with its ties; harmless when called twice."""
-        with Held():
+        with delayed_interrupts():
             self.engine.close()
             self.updater.close()
 

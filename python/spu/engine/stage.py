@@ -16,7 +16,7 @@ from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
 from spu.memory.residency import RESIDENT, Residency
-from spu.model.layers import Layer, Moment
+from spu.model.layers import DrawKey, Layer
 from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.ops.cut import Cut, LeafCut
 from spu.ops.sink import BackwardScope, open_scope
@@ -89,13 +89,13 @@ class Stage:
         """The stage's leaves, each once, in order of first use: its own aliases, also while the model has none."""
         return list(self._parameters)
 
-    def forward(self, x: Any, inputs: Any, moment: Moment, *, train: bool, skips: StageSkips | None = None) -> Any:
+    def forward(self, x: Any, inputs: Any, key: DrawKey, *, train: bool, skips: StageSkips | None = None) -> Any:
         """Run one microbatch and remember what its backward needs.
 
         Args:
             x: the previous stage's outputs, or the microbatch's inputs for the first stage, on this device.
             inputs: the microbatch's inputs, on this device, if ``wants_inputs``.
-            moment: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
+            key: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
             train: keep the graph.
             skips: carries what layers stash for other stages.
 
@@ -108,14 +108,14 @@ class Stage:
             x = arrived.tree
             if skips is not None:
                 skips.arrived = pytree.tree_leaves(x)
-        randomness = BackwardRandomness(moment.run_seed, moment.step, moment.microbatch)
+        randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch)
         with carried_by(skips or current_carrier()):
-            for layer, again in zip(self.layers, self.recompute, strict=True):
+            for layer, recompute in zip(self.layers, self.recompute, strict=True):
                 randomness.layer(layer.name)
-                step = layer.run_checkpointed if again and train else layer.run
+                step = layer.run_checkpointed if recompute and train else layer.run
                 self.residency.fetch(layer.module)
                 try:
-                    x = step(x, inputs, moment)
+                    x = step(x, inputs, key)
                 finally:
                     self.residency.release(layer.module)
         randomness.end()
@@ -129,14 +129,14 @@ class Stage:
         if train:
             ends = [] if arrived is None else arrived.ends
             outputs = [] if self.is_last else pytree.tree_leaves(x)
-            self._in_flight[moment.microbatch] = _InFlight(ends, outputs, skips, randomness, from_outside)
+            self._in_flight[key.microbatch] = _InFlight(ends, outputs, skips, randomness, from_outside)
         return x
 
     def _buffers(self) -> Iterator[Tensor]:
         return (buffer for layer in self.layers for buffer in layer.module.buffers())
 
     def loss(
-        self, outputs: Any, targets: Any, weight: torch.Tensor, moment: Moment, scope: BackwardScope | None
+        self, outputs: Any, targets: Any, weight: torch.Tensor, key: DrawKey, scope: BackwardScope | None
     ) -> torch.Tensor:
         """The microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar.
 
@@ -144,16 +144,16 @@ class Stage:
             outputs: what :meth:`forward` returned on the last stage.
             targets: the microbatch's targets, on any device.
             weight: the microbatch's share, 0-dimensional fp32.
-            moment: as given to :meth:`forward`.
+            key: as given to :meth:`forward`.
             scope: the scale of the backward to come; None when there is none.
         """
         targets = move(targets, self.device.torch_device)
         if self.watch_loss is not None:
             self.watch_loss(outputs, targets)
-        flight = None if scope is None else self._in_flight[moment.microbatch]
+        flight = None if scope is None else self._in_flight[key.microbatch]
         if flight is not None:
             flight.randomness.layer(LOSS)
-        with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, LOSS):
+        with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS):
             value = loss_of(self.loss_fn, outputs, targets)
         if flight is not None:
             flight.randomness.end()
@@ -174,12 +174,12 @@ class Stage:
             flight.outputs.append(share)
         return share.detach()
 
-    def backward(self, gradients: Any, moment: Moment, scope: BackwardScope, *, defer: bool = False) -> Any:
+    def backward(self, gradients: Any, key: DrawKey, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.
 
         Args:
             gradients: flat list, one scaled gradient (or None) for each leaf of the message; ignored by the last stage.
-            moment: as given to :meth:`forward`.
+            key: as given to :meth:`forward`.
             scope: the loss scale, its inverse, and where to note a non-finite gradient.
             defer: leave the weight gradients of fused ops to :meth:`weight_backward`; those of other parameters are
                 computed here either way.
@@ -187,9 +187,9 @@ class Stage:
         Returns:
             Flat list of the scaled gradients of the stage's inputs, None where there is none.
         """
-        flight = self._in_flight.pop(moment.microbatch)
+        flight = self._in_flight.pop(key.microbatch)
         if defer:
-            scope = replace(scope, deferred=self._deferred.setdefault(moment.microbatch, []))
+            scope = replace(scope, deferred=self._deferred.setdefault(key.microbatch, []))
         if self.is_last:
             (loss,) = flight.outputs
             roots, gradients = [loss], [scope.scale.reshape(()).to(loss.dtype)]
@@ -215,9 +215,9 @@ class Stage:
             flight.skips.send_gradients()
         return [None if end is None else end.gradient for end in flight.cuts]
 
-    def weight_backward(self, moment: Moment) -> None:
+    def weight_backward(self, key: DrawKey) -> None:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
-        left = self._deferred.pop(moment.microbatch)
+        left = self._deferred.pop(key.microbatch)
         left.reverse()
         with self._fetched():
             while left:  # emptied in place: each of them holds activations, and the scope, which holds the list

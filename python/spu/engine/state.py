@@ -13,8 +13,7 @@ from torch import nn
 
 from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, Stored
-from spu.common.interrupts import Held
-from spu.engine.build import Built
+from spu.engine.build import BuiltStages
 from spu.engine.optimizer_state import (
     Optimizers,
     OptimizerState,
@@ -25,12 +24,14 @@ from spu.engine.optimizer_state import (
 )
 from spu.optim.adamw import AdamW, MasterOptimizer
 
-__all__ = ["Kept", "load_training", "model_state", "save_training", "state_for_model"]
+__all__ = ["Carried", "load_training", "model_state", "save_training", "state_for_model"]
 
 _FORMAT = "spu-trainer"
 
 
-def _named(built: Built, optimizers: Optimizers) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
+def _named(
+    built: BuiltStages, optimizers: Optimizers
+) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
     """Every parameter by each of its names, an alias standing for its owner, with the optimizer that updates it."""
     owner = {id(p): (use.owner, use.owner_stage) for use in built.tied for p in (use.alias, use.owner)}
     found = {}
@@ -42,7 +43,7 @@ def _named(built: Built, optimizers: Optimizers) -> dict[str, tuple[nn.Parameter
     return found
 
 
-def save_training(path: str | Path, built: Built, optimizers: Optimizers, meta: dict[str, Any]) -> None:
+def save_training(path: str | Path, built: BuiltStages, optimizers: Optimizers, meta: dict[str, Any]) -> None:
     """Write a checkpoint of a whole training run, ``meta`` with it.
 
     Raises:
@@ -58,7 +59,7 @@ def save_training(path: str | Path, built: Built, optimizers: Optimizers, meta: 
 
 
 def load_training(
-    path: str | Path, built: Built, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
+    path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Put a checkpoint of :func:`save_training` back, into a model cut into any number of stages, and return its meta.
 
@@ -80,20 +81,19 @@ def load_training(
             raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
         model = _with_prefix(tensors, "model:")
         _check_model(model_state(built, optimizers), model)
-        with Held():
-            begin()
-            _restore_model(built, optimizers, model)
-            restore_optimizers(built, optimizers, state)
-            own = {name: stored.read() for name, stored in _with_prefix(tensors, "extra:").items()}
-            for name, packed in extra.items():
-                keepers[name].set_extra_state(_unpacked(packed, own))
+        begin()
+        _restore_model(built, optimizers, model)
+        restore_optimizers(built, optimizers, state)
+        own = {name: stored.read() for name, stored in _with_prefix(tensors, "extra:").items()}
+        for name, packed in extra.items():
+            keepers[name].set_extra_state(_unpacked(packed, own))
     return meta
 
 
-class Kept:
+class Carried:
     """What training has made so far, held while the stages are built anew; the old ones may be closed meanwhile."""
 
-    def __init__(self, built: Built, optimizers: Optimizers) -> None:
+    def __init__(self, built: BuiltStages, optimizers: Optimizers) -> None:
         self._model = model_state(built, optimizers)
         self._optimizer = optimizer_state(built, optimizers)
         self._attached = any(map(is_attached, optimizers))
@@ -120,17 +120,17 @@ class Kept:
             for parameter in self._resting:
                 parameter.requires_grad_(False)
 
-    def give_masters(self, built: Built) -> None:
+    def give_masters(self, built: BuiltStages) -> None:
         """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
         built.masters.update(self._masters)
 
-    def put_back(self, built: Built, optimizers: Optimizers) -> None:
+    def put_back(self, built: BuiltStages, optimizers: Optimizers) -> None:
         """Into the new stages and their optimizers."""
         _restore_model(built, optimizers, self._model)
         restore_optimizers(built, optimizers, self._optimizer)
 
 
-def model_state(built: Built, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """Parameters in full precision (the fp32 master where there is one) and persistent buffers, by model name."""
     state = {}
     for name, (parameter, optimizer) in _named(built, optimizers).items():
@@ -141,7 +141,7 @@ def model_state(built: Built, optimizers: Optimizers) -> dict[str, torch.Tensor]
     return state
 
 
-def state_for_model(model: nn.Module, built: Built, optimizers: Optimizers) -> dict[str, Any]:
+def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
     """The model's own state_dict, hooks and extra state included, with parameters in full precision, on the CPU."""
     exact = {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
     state: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def state_for_model(model: nn.Module, built: Built, optimizers: Optimizers) -> d
     return state
 
 
-def _extra_states(built: Built) -> dict[str, nn.Module]:
+def _extra_states(built: BuiltStages) -> dict[str, nn.Module]:
     """Modules that keep a state of their own (``get_extra_state``), by its name in the model."""
     found: dict[str, nn.Module] = {}
     for stage in built.stages:
@@ -217,7 +217,7 @@ def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.
             )
 
 
-def _restore_model(built: Built, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
+def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
     """Put :func:`model_state` back, which `_check_model` has let pass, into any number of stages."""
     current = model_state(built, optimizers)
     with torch.no_grad():

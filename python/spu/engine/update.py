@@ -15,8 +15,8 @@ from torch import nn
 
 from spu import ops
 from spu.common import torch_private
-from spu.common.interrupts import Held
-from spu.engine.build import Built
+from spu.common.interrupts import delayed_interrupts
+from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine
 from spu.engine.optimizer_state import remember_rates
 from spu.engine.sharing import TiedUse
@@ -59,7 +59,7 @@ class Updater:
 
     def __init__(
         self,
-        built: Built,
+        built: BuiltStages,
         engine: Engine,
         scaler: LossScaler,
         *,
@@ -176,7 +176,7 @@ class Updater:
 
     def clear_gradients(self) -> None:
         """Drop every gradient, after a step that failed half-way."""
-        with Held():
+        with delayed_interrupts():
             self._end_backward()
             for stage in self._built.stages:
                 for parameter in stage.parameters():
@@ -233,7 +233,7 @@ def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
     return masters
 
 
-def _modules(built: Built) -> Iterator[nn.Module]:
+def _modules(built: BuiltStages) -> Iterator[nn.Module]:
     return (module for stage in built.stages for layer in stage.parts for module in layer.module.modules())
 
 

@@ -39,7 +39,7 @@ class _Current(threading.local):
 
 
 _CURRENT = _Current()
-_ON_CARD: dict[int, Source] = {}  # by index: autograd runs a card's backward in a thread of its own
+_ON_GPU: dict[int, Source] = {}  # by index: autograd runs a GPU's backward in a thread of its own
 _LOCK = threading.Lock()
 _users = 0  # how many contexts are entered, on all threads
 _real: tuple[Any, ...] = ()  # torch's default generators while stand-ins are in their place
@@ -47,8 +47,8 @@ _real: tuple[Any, ...] = ()  # torch's default generators while stand-ins are in
 
 def _source() -> Source | None:
     source = _CURRENT.source
-    if source is None and _ON_CARD:
-        source = _ON_CARD.get(torch.cuda.current_device())
+    if source is None and _ON_GPU:
+        source = _ON_GPU.get(torch.cuda.current_device())
     return source
 
 
@@ -57,14 +57,14 @@ class drawn_from:
 
     Args:
         source: their generators.
-        card: also those of the autograd thread of the card with this index.
+        gpu: also those of the autograd thread of the GPU with this index.
     """
 
-    __slots__ = ("_before", "_card", "_included", "_source")
+    __slots__ = ("_before", "_gpu", "_included", "_source")
 
-    def __init__(self, source: Source, card: int | None = None) -> None:
+    def __init__(self, source: Source, gpu: int | None = None) -> None:
         self._source = source
-        self._card = card
+        self._gpu = gpu
 
     def __enter__(self) -> None:
         if not _libraries:
@@ -72,14 +72,14 @@ class drawn_from:
         self._included = torch_private.is_generic_key_included()
         torch_private.include_generic_key(True)
         self._before, _CURRENT.source = _CURRENT.source, self._source
-        if self._card is not None:
-            _ON_CARD[self._card] = self._source
+        if self._gpu is not None:
+            _ON_GPU[self._gpu] = self._source
         _stand_in(1)
 
     def __exit__(self, *error: object) -> None:
         _stand_in(-1)
-        if self._card is not None:
-            _ON_CARD.pop(self._card, None)
+        if self._gpu is not None:
+            _ON_GPU.pop(self._gpu, None)
         _CURRENT.source = self._before
         torch_private.include_generic_key(self._included)
 
@@ -104,15 +104,15 @@ def _stand_in(change: int) -> None:
     with _LOCK:
         _users += change
         if change == 1 == _users:
-            on_cards = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-            _real = (torch.random.default_generator, on_cards)
+            on_gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+            _real = (torch.random.default_generator, on_gpus)
             torch.random.default_generator = _Default(_real[0])  # type: ignore[assignment]
-            if on_cards:
-                torch.cuda.default_generators = tuple(map(_Default, on_cards))  # type: ignore[assignment]
+            if on_gpus:
+                torch.cuda.default_generators = tuple(map(_Default, on_gpus))  # type: ignore[assignment]
         elif _users == 0:
-            torch.random.default_generator, on_cards = _real
-            if on_cards:
-                torch.cuda.default_generators = on_cards
+            torch.random.default_generator, on_gpus = _real
+            if on_gpus:
+                torch.cuda.default_generators = on_gpus
 
 
 def _after_fork() -> None:
@@ -196,8 +196,8 @@ def _put(args: tuple[Any, ...], place: int, generator: torch.Generator, kwargs: 
 
 
 def _is_default(generator: torch.Generator) -> bool:
-    on_cards = _real[1] if _real else torch.cuda.default_generators
-    return any(torch_private.generators_equal(generator, default) for default in (torch.default_generator, *on_cards))
+    on_gpus = _real[1] if _real else torch.cuda.default_generators
+    return any(torch_private.generators_equal(generator, default) for default in (torch.default_generator, *on_gpus))
 
 
 def _with_generator(func: Any, arguments: list[str]) -> Any:
@@ -276,7 +276,7 @@ def _rrelu(
 
 def _from_default(generator: torch.Generator, func: Any, args: Any, kwargs: Any) -> Any:
     # A fused kernel such as flash attention draws from the device's default generator alone. One stage worker owns a
-    # card, so lending that generator the state races with nobody. The CPU's default generator is shared.
+    # GPU, so lending that generator the state races with nobody. The CPU's default generator is shared.
     device = generator.device
     if device.type != "cuda":
         raise RuntimeError(

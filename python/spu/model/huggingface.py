@@ -16,7 +16,7 @@ from torch import nn
 from spu.model.hf_context import Context, Inputs, copy_without_children, is_fake, split_inputs
 from spu.nn.attention import register_attention, use_attention
 
-__all__ = ["Embed", "Head", "Layer", "decoder_layers", "is_decoder", "register_attention"]
+__all__ = ["DecoderLayer", "Embed", "Head", "decoder_layers", "is_decoder", "register_attention"]
 
 _WORKS = "decoders with a base_model_pp_plan work, e.g. InternLM3, Llama, Qwen2, Qwen3, Mistral, Gemma, Phi3"
 
@@ -62,7 +62,7 @@ class Embed(_Part):
         return self._context.run(embeds, x)[0][0]
 
 
-class Layer(_Part):
+class DecoderLayer(_Part):
     """One decoder layer with the keyword inputs that the base model would give it."""
 
     def __init__(self, layer: nn.Module, index: int, name: str, context: Context) -> None:
@@ -147,7 +147,7 @@ def adapted_base(model: Any) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Cut a causal language model of transformers into [("embed", Embed), ("layers.0", Layer), ..., ("head", Head)].
+    """Cut a causal language model into [("embed", Embed), ("layers.0", DecoderLayer), ..., ("head", Head)].
 
     The parts share the model's modules and parameters (also tied ones); they are called `part(x, inputs)`, where
     `inputs` is the microbatch's input (token ids or a dict with attention_mask, position_ids) and `x` the output of
@@ -175,7 +175,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     plain = _check_context(model, context, embed_tokens)
     layers: list[tuple[str, nn.Module]] = [("embed", Embed(embed_tokens, f"{prefix}.{embed_name}", context, plain))]
     for index, layer in enumerate(getattr(base, layers_name)):
-        layers.append((f"layers.{index}", Layer(layer, index, f"{prefix}.{layers_name}.{index}", context)))
+        layers.append((f"layers.{index}", DecoderLayer(layer, index, f"{prefix}.{layers_name}.{index}", context)))
     head = Head(getattr(base, norm_name), f"{prefix}.{norm_name}", lm_head, head_name, model)
     return [*layers, ("head", head)]
 

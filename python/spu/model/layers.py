@@ -14,11 +14,11 @@ from spu.model.randomness import LayerRandomness
 from spu.model.replay import Habits, run_twice
 from spu.precision.dtypes import is_mixed, products_in
 
-__all__ = ["Layer", "Moment", "model_layers", "parts_as_layers"]
+__all__ = ["DrawKey", "Layer", "model_layers", "parts_as_layers"]
 
 
 @dataclass(frozen=True)
-class Moment:
+class DrawKey:
     """Where in training a layer runs; with the layer's name it decides every random draw."""
 
     run_seed: int
@@ -44,15 +44,15 @@ class Layer:
     parameter_names: dict[str, str] = field(default_factory=dict)
     products: torch.dtype | None = None
     _habits: Habits = field(default_factory=Habits, init=False)
-    _unknown: tuple[torch.Generator, Moment] | None = field(default=None, init=False)
+    _unknown: tuple[torch.Generator, DrawKey] | None = field(default=None, init=False)
     _mixed: bool | None = field(default=None, init=False)
 
-    def run(self, x: Any, inputs: Any, moment: Moment, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
+    def run(self, x: Any, inputs: Any, key: DrawKey, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
         """Call the module, with random draws that depend on ``moment`` and the layer's name alone.
 
         Args:
             x, inputs: what it is called with.
-            moment: decides its draws from default generators.
+            key: decides its draws from default generators.
             on_own: called with a generator of the layer's own before it is drawn from.
 
         Raises:
@@ -60,11 +60,11 @@ class Layer:
         """
 
         def own(generator: torch.Generator) -> None:
-            self._check_own(generator, moment)
+            self._check_own(generator, key)
             if on_own is not None:
                 on_own(generator)
 
-        with LayerRandomness(moment.run_seed, moment.step, moment.microbatch, self.name, on_own=own):
+        with LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own):
             if self.products is None:
                 return self._call(x, inputs)
             if self._mixed is None:
@@ -75,28 +75,26 @@ class Layer:
     def _call(self, x: Any, inputs: Any) -> Any:
         return self.module(x, inputs) if self.wants_inputs else self.module(x)
 
-    def run_checkpointed(self, x: Any, inputs: Any, moment: Moment) -> Any:
+    def run_checkpointed(self, x: Any, inputs: Any, key: DrawKey) -> Any:
         """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
 
         Raises:
             RuntimeError: the layer could not be repeated: it changes its input, or a large buffer, in some microbatches
                 only.
         """
-        return run_twice(
-            self.module, self.name, x, lambda again, own: self.run(again, inputs, moment, own), self._habits
-        )
+        return run_twice(self.module, self.name, x, lambda given, own: self.run(given, inputs, key, own), self._habits)
 
-    def _check_own(self, generator: torch.Generator, moment: Moment) -> None:
+    def _check_own(self, generator: torch.Generator, key: DrawKey) -> None:
         if any(torch_private.generators_equal(generator, known) for _, known in self.named_generators()):
             return
         # One that is made in the forward and seeded there needs no checkpoint: it is never met a second time.
         unknown = self._unknown
-        if unknown is not None and torch_private.generators_equal(unknown[0], generator) and unknown[1] != moment:
+        if unknown is not None and torch_private.generators_equal(unknown[0], generator) and unknown[1] != key:
             raise RuntimeError(
                 f"layer {self.name!r} draws from a generator (generator=) that is no attribute of its modules, so that "
                 "no checkpoint could hold its state: keep it in one, as self.generator = torch.Generator()"
             )
-        self._unknown = (generator, moment)
+        self._unknown = (generator, key)
 
     def named_generators(self) -> Iterator[tuple[str, torch.Generator]]:
         """Generators of the layer's own, which its modules have as attributes."""

@@ -97,7 +97,7 @@ class BackwardRandomness:
     """
 
     def __init__(self, run_seed: int, step: int, microbatch: int) -> None:
-        self._moment = (run_seed, step, microbatch)
+        self._key = (run_seed, step, microbatch)
         self._starts: list[int] = []
         self._names: list[str] = []
         self._sources: dict[str, LayerRandomness] = {}
@@ -122,7 +122,7 @@ class BackwardRandomness:
         name = self._running()
         source = self._sources.get(name)
         if source is None:
-            source = self._sources[name] = LayerRandomness(*self._moment, f"{name}\0backward")
+            source = self._sources[name] = LayerRandomness(*self._key, f"{name}\0backward")
         return source.generator(device)
 
     def own(self, generator: torch.Generator) -> None:

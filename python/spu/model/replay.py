@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from spu.common import torch_private
 from spu.common.torch_private import generators_equal, pytree
 from spu.model.aliases import Copy
-from spu.skips import Recorded, carried_by, current_carrier
+from spu.skips import ReplayedSkips, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
 
@@ -57,16 +57,16 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
     copied = habits.in_place is not False
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     versions = [torch_private.version(tensor) for tensor in tensors]
-    again = _Again(module, name, habits.constant, Copy(x) if copied else None)
+    replay = _Replay(module, name, habits.constant, Copy(x) if copied else None)
     once = [x]  # not checkpoint's to keep, if it is changed
     output = checkpoint(
-        lambda *given: run(given[0] if given else again.input(once), again.own),
+        lambda *given: run(given[0] if given else replay.input(once), replay.own),
         *(() if copied else (x,)),
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (carried_by(again.skips), again),
+        context_fn=lambda: (carried_by(replay.skips), replay),
     )
-    again.end_first()
+    replay.end_first()
     changed = versions != [torch_private.version(tensor) for tensor in tensors]
     if changed and not copied:
         raise RuntimeError(
@@ -77,27 +77,27 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
     return output
 
 
-class _Again:
+class _Replay:
     """The context of a layer's second run; entered again for each, as a layer may run a backward of its own."""
 
     def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Copy | None) -> None:
-        self.skips = Recorded(current_carrier())
+        self.skips = ReplayedSkips(current_carrier())
         self._name = name
         self._x = x
         self._constant = constant
         self._spaces = [
-            (path, space, {key: self._kept(path, key, value) for key, value in space.items()})
+            (path, space, {key: self._snapshot(path, key, value) for key, value in space.items()})
             for path, part in module.named_modules()
             for space in (torch_private.buffers_of(part), vars(part))
         ]
         self._generators: list[tuple[torch.Generator, Tensor]] = []  # of the layer's own: states before the first draw
         self._left: list[ExitStack] = []  # for each second run that goes on: what puts back what it has replaced
 
-    def _kept(self, path: str, key: str, value: Any) -> Any:
+    def _snapshot(self, path: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.requires_grad:
             return value
         large = value.numel() * value.element_size() > _LARGE_BYTES
-        return _Kept(value, None if large and (path, key) in self._constant else value.clone())
+        return _Snapshot(value, None if large and (path, key) in self._constant else value.clone())
 
     def input(self, once: list[Any]) -> Any:
         """The first run's input, taken from the list, and later what is as it was before that run."""
@@ -119,7 +119,7 @@ class _Again:
         """
         for path, _, kept in self._spaces:
             for key, was in kept.items():
-                if not isinstance(was, _Kept) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
+                if not isinstance(was, _Snapshot) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
                     continue
                 if torch_private.version(was.tensor) == was.version:
                     was.copy = None
@@ -135,7 +135,7 @@ class _Again:
         for generator, state in self._generators:
             undo.callback(generator.set_state, generator.get_state())
             generator.set_state(state)
-        undo.enter_context(self.skips.again())
+        undo.enter_context(self.skips.replaying())
         self._left.append(undo)
 
     def __exit__(self, *error: object) -> None:
@@ -143,7 +143,7 @@ class _Again:
 
     def _value(self, path: str, key: str, was: Any) -> Any:
         """What the first run found, for a run to change."""
-        if not isinstance(was, _Kept):
+        if not isinstance(was, _Snapshot):
             return was
         if was.copy is None and torch_private.version(was.tensor) != was.version:
             raise RuntimeError(self._lost(path, key))
@@ -157,7 +157,7 @@ class _Again:
         )
 
 
-class _Kept:
+class _Snapshot:
     """A tensor's value before the first run."""
 
     def __init__(self, tensor: Tensor, copy: Tensor | None) -> None:

@@ -102,14 +102,14 @@ def ranks_of(actions: Actions) -> list[int]:
     Raises:
         ScheduleError: if two ranks have actions of one stage.
     """
-    homes: dict[int, int] = {}
+    found: dict[int, int] = {}
     for rank, row in enumerate(actions):
         for action in row:
-            if homes.setdefault(action.stage, rank) != rank:
+            if found.setdefault(action.stage, rank) != rank:
                 raise ScheduleError(
-                    f"stage {action.stage} is on rank {homes[action.stage]}, but {action} is in the list of rank {rank}"
+                    f"stage {action.stage} is on rank {found[action.stage]}, but {action} is in the list of rank {rank}"
                 )
-    return [homes.get(stage, stage % len(actions)) for stage in range(stage_count(actions))]
+    return [found.get(stage, stage % len(actions)) for stage in range(stage_count(actions))]
 
 
 def peak_in_flight(actions: Actions) -> list[int]:

@@ -46,9 +46,9 @@ def forward_only(ranks: int, microbatches: int, *, stage_ranks: Sequence[int] | 
         One list of actions per rank.
     """
     check_counts(ranks, microbatches)
-    homes = list(range(ranks)) if stage_ranks is None else list(stage_ranks)
+    rank_of = list(range(ranks)) if stage_ranks is None else list(stage_ranks)
     groups = [range(first, min(first + ranks, microbatches)) for first in range(0, microbatches, ranks)]
     return [
-        [Action(stage, "F", i) for group in groups for stage, home in enumerate(homes) if home == rank for i in group]
+        [Action(stage, "F", i) for group in groups for stage, own in enumerate(rank_of) if own == rank for i in group]
         for rank in range(ranks)
     ]

@@ -69,10 +69,10 @@ class Timeline:
             if span.stage < 0 or not (math.isfinite(span.start) and math.isfinite(span.end)) or span.end < span.start:
                 raise ValueError(f"{span} is no span: the stage is at least 0 and the end not before the start")
         count = max([stages, *(span.stage + 1 for span in ordered)])
-        homes = tuple(range(count)) if ranks is None else tuple(ranks)
-        if len(homes) < count:
-            raise ValueError(f"there are {count} stages, but ranks has {len(homes)} entries; give one for each stage")
-        timeline = cls(len(homes), tuple(ordered), homes)
+        rank_of = tuple(range(count)) if ranks is None else tuple(ranks)
+        if len(rank_of) < count:
+            raise ValueError(f"there are {count} stages, but ranks has {len(rank_of)} entries; give one for each stage")
+        timeline = cls(len(rank_of), tuple(ordered), rank_of)
         for rank in range(timeline.rank_count):
             for before, after in itertools.pairwise(timeline.of_rank(rank)):
                 if after.start < before.end:

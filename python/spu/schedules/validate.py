@@ -35,11 +35,11 @@ def validate(
             in the ranks' lists, then by rank.
     """
     check_counts(ranks, microbatches)
-    homes = range(ranks) if stage_ranks is None else stage_ranks
+    rank_of = range(ranks) if stage_ranks is None else stage_ranks
     if len(actions) != ranks:
         raise ScheduleError(f"the schedule has {len(actions)} lists of actions for {ranks} ranks")
-    bad = min((found for row in range(ranks) for found in _row_faults(actions, row, homes, microbatches, forward_only)),
-              key=lambda found: (found[1], found[0]), default=None)  # fmt: skip
+    faults = (fault for row in range(ranks) for fault in _row_faults(actions, row, rank_of, microbatches, forward_only))
+    bad = min(faults, key=lambda fault: (fault[1], fault[0]), default=None)
     if bad is None:
         bad = find_deadlock(actions)
     if bad is not None:
@@ -118,10 +118,10 @@ class _Seen:
 
 
 def _row_faults(
-    actions: Actions, row: int, homes: Sequence[int], microbatches: int, forward_only: bool
+    actions: Actions, row: int, rank_of: Sequence[int], microbatches: int, forward_only: bool
 ) -> Iterator[tuple[int, int, str]]:
     """The first fault that one rank's list shows by itself, as (row, position, reason)."""
-    seen = {stage: _Seen() for stage, home in enumerate(homes) if home == row}
+    seen = {stage: _Seen() for stage, rank in enumerate(rank_of) if rank == row}
     for position, action in enumerate(actions[row]):
         if action.stage not in seen:
             own = ", ".join(map(str, seen)) or "none"

@@ -10,15 +10,23 @@ import torch
 from torch import nn
 
 from spu import ops, schedules
-from spu.common.interrupts import Held, stop_if_asked
+from spu.common.interrupts import delayed_interrupts, stop_if_asked
 from spu.devices.manager import Device
-from spu.engine.build import Built, build_stages, check_parameters, give_back, to_precision, undo_precision, unfused
+from spu.engine.build import (
+    BuiltStages,
+    build_stages,
+    check_parameters,
+    give_back,
+    to_precision,
+    undo_precision,
+    unfused,
+)
 from spu.engine.first_batch import check_batch
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
 from spu.engine.microbatch import as_dicts
 from spu.engine.runner import Runner
-from spu.engine.state import Kept
-from spu.engine.unchanged import Unchanged
+from spu.engine.state import Carried
+from spu.engine.structure import StructureCheck
 from spu.engine.update import OptimizerFactory, release
 from spu.plan import Plan
 from spu.precision import LossScaler
@@ -27,7 +35,7 @@ from spu.settings import TrainSettings
 from spu.trainer.manual import Parts
 from spu.trainer.planner import WORTH, Planner
 
-__all__ = ["LastStep", "Staged"]
+__all__ = ["LastStep", "StagedModel"]
 
 
 @dataclass
@@ -47,7 +55,7 @@ class LastStep:
     counted_bytes: dict[str, int] = field(default_factory=dict)
 
 
-class Staged:
+class StagedModel:
     """A model cut into stages, which `spu.trainer` trains.
 
     Args:
@@ -86,7 +94,7 @@ class Staged:
         self._optimizer, self._lr = optimizer, lr
         self._backend = ops.forced_backend()
         self._fused: list[nn.Module] = []
-        self._unchanged: Unchanged | None = None
+        self._structure: StructureCheck | None = None
         self._given_plan = plan
         self._plan: Plan | None = None
         self._planner: Planner | None = None
@@ -112,7 +120,7 @@ class Staged:
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
         planner = Planner(layers, self.devices, self.settings, self._loss)
-        with Held():  # Ctrl-C within torch's fake mode would leave it on for good
+        with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
             if self._given_plan is None:
                 plan = planner.plan(inputs, targets, measure=self.measure)
             else:
@@ -152,15 +160,15 @@ class Staged:
             raise RuntimeError("no step has run yet: call step() first")
         same, best = self._planner.again(self._plan, self._last.timeline)
         old = self._ready()
-        kept = Kept(old.built, old.updater.optimizers)
-        if best.predicted.step_s > WORTH * same.predicted.step_s or kept.differs_by_stage:
+        carried = Carried(old.built, old.updater.optimizers)
+        if best.predicted.step_s > WORTH * same.predicted.step_s or carried.differs_by_stage:
             self._plan = same
             return same
-        with Held(), kept.unfrozen():
+        with delayed_interrupts(), carried.unfrozen():
             old.updater.clear_gradients()
             old.close()
-            self._runner = self._build(best, kept.give_masters)
-            kept.put_back(self._runner.built, self._runner.updater.optimizers)
+            self._runner = self._build(best, carried.give_masters)
+            carried.put_back(self._runner.built, self._runner.updater.optimizers)
             self._plan, self._last.timeline, self._last.counted_bytes = best, None, {}
         return best
 
@@ -174,7 +182,7 @@ class Staged:
             self._runner.close()
             self._runner.built.unfuse()
 
-    def _build(self, plan: Plan, add_masters: Callable[[Built], None]) -> Runner:
+    def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
         """Move the layers to where the plan has them."""
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
@@ -196,7 +204,7 @@ class Staged:
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
         )
-        self._unchanged = Unchanged(self._parts.given, built)
+        self._structure = StructureCheck(self._parts.given, built)
         return runner
 
     def _prepared(self) -> Runner:
@@ -206,18 +214,18 @@ class Staged:
     def _ready(self, *, training: bool = True) -> Runner:
         """To run, as the calling thread would: with the backend that is forced around the call."""
         runner = self._prepared()
-        assert self._unchanged is not None
+        assert self._structure is not None
         runner.updater.check_open()
         runner.updater.check_whole()
-        self._unchanged.check(training=training)
+        self._structure.check(training=training)
         runner.engine.backend = ops.forced_backend() or self._backend
         return runner
 
     def _readable(self) -> Runner:
         """With a state that is this trainer's, whole, and in the model that it was made of."""
         runner = self._prepared()
-        assert self._unchanged is not None
+        assert self._structure is not None
         runner.updater.check_own()
         runner.updater.check_whole()
-        self._unchanged.check(training=False)
+        self._structure.check(training=False)
         return runner

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.common.interrupts import Held
+from spu.common.interrupts import delayed_interrupts
 from spu.common.options import takes_keywords
 from spu.devices.manager import Device, DeviceManager
 from spu.engine.generators import generator_states, set_generator_states
@@ -29,13 +29,13 @@ from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.trainer.bridge import StageModule
 from spu.trainer.manual import Parts
-from spu.trainer.staged import Staged
+from spu.trainer.staged import StagedModel
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
 
 
 @takes_keywords(TrainSettings)
-class ModelParallelTrainer(Staged):
+class ModelParallelTrainer(StagedModel):
     """Trains a model cut into stages, one for each device, exactly as if it were whole.
 
     Args:
@@ -158,7 +158,7 @@ class ModelParallelTrainer(Staged):
             factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
             try:
                 update = updater.reduce()
-                with Held():  # Ctrl-C waits: all stages are updated, or none
+                with delayed_interrupts():  # Ctrl-C waits: all stages are updated, or none
                     self._update(update, factor)
             except BaseException:
                 updater.clear_gradients()
@@ -319,17 +319,20 @@ class ModelParallelTrainer(Staged):
         updater = self._runner.updater
         updater.check_own()
 
-        def begin() -> None:
-            updater.broken = f"a load of {path} failed half-way"
+        with contextlib.ExitStack() as whole:
 
-        meta = load_training(path, self._runner.built, updater.optimizers, begin)
-        if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
-            self.scaler.load_state_dict(meta["scaler"])
-        self.steps_done = meta["step"]
-        self.passes_done = meta.get("passes", self.steps_done)
-        set_generator_states(self._runner.built.stages, meta.get("generators", {}))
-        self.seed = meta["seed"]
-        updater.broken = ""
+            def begin() -> None:
+                whole.enter_context(delayed_interrupts())  # from the first changed value to the last
+                updater.broken = f"a load of {path} failed half-way"
+
+            meta = load_training(path, self._runner.built, updater.optimizers, begin)
+            if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
+                self.scaler.load_state_dict(meta["scaler"])
+            self.steps_done = meta["step"]
+            self.passes_done = meta.get("passes", self.steps_done)
+            set_generator_states(self._runner.built.stages, meta.get("generators", {}))
+            self.seed = meta["seed"]
+            updater.broken = ""
         return meta["extra"]
 
     def __enter__(self) -> ModelParallelTrainer:

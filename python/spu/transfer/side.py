@@ -18,7 +18,7 @@ import torch
 
 from spu.common.torch_private import pytree
 
-__all__ = ["CardSide", "HostSide", "Side", "Ticket", "side_for"]
+__all__ = ["GpuSide", "HostSide", "Side", "Ticket", "side_for"]
 
 
 class Ticket(Protocol):
@@ -38,7 +38,7 @@ class Side(Protocol):
         """End it; harmless when called twice."""
 
 
-class _CardTicket:
+class _GpuTicket:
     def __init__(self, tree: Any, event: torch.cuda.Event) -> None:
         self._tree, self._event = tree, event
 
@@ -60,20 +60,20 @@ def _used_by(stream: torch.cuda.Stream, tree: Any) -> None:
             tensor.record_stream(stream)
 
 
-class CardSide:
+class GpuSide:
     """Side streams of the cards at both ends of a link; the copy runs on the first one's.
 
-    A copy between two cards is ordered with the current streams of both: with a side stream on each, it waits for
+    A copy between two gpus is ordered with the current streams of both: with a side stream on each, it waits for
     neither's computations and holds neither up.
     """
 
-    def __init__(self, cards: Sequence[torch.device]) -> None:
-        self._cards = list(cards)
-        self._streams = [torch.cuda.Stream(card) for card in self._cards]
+    def __init__(self, gpus: Sequence[torch.device]) -> None:
+        self._gpus = list(gpus)
+        self._streams = [torch.cuda.Stream(gpu) for gpu in self._gpus]
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
         copying = self._streams[0]
-        copying.wait_stream(torch.cuda.current_stream(self._cards[0]))
+        copying.wait_stream(torch.cuda.current_stream(self._gpus[0]))
         _used_by(copying, given)
         with contextlib.ExitStack() as streams:
             for stream in reversed(self._streams):
@@ -81,7 +81,7 @@ class CardSide:
             tree = task()
             for stream in self._streams[1:]:
                 copying.wait_stream(stream)
-            return _CardTicket(tree, copying.record_event())
+            return _GpuTicket(tree, copying.record_event())
 
     def close(self) -> None:
         pass
@@ -123,7 +123,7 @@ def side_for(source: torch.device, target: torch.device, beside: bool | None) ->
     """
     if beside is False or (source == target and beside is None):
         return None
-    cards = [end for end in (source, target) if end.type == "cuda"]
-    if cards:
-        return CardSide(cards)
+    gpus = [end for end in (source, target) if end.type == "cuda"]
+    if gpus:
+        return GpuSide(gpus)
     return HostSide("link") if beside else None

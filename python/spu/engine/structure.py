@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from spu.common import torch_private
-from spu.engine.build import Built
+from spu.engine.build import BuiltStages
 from spu.model.layers import Layer
 
-__all__ = ["Unchanged"]
+__all__ = ["StructureCheck"]
 
 _ANEW = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
 
@@ -34,7 +34,7 @@ class _Seen:
         return _Seen(key, parameter, parameter.requires_grad, (parameter.dtype, parameter.device, parameter.shape))
 
 
-class Unchanged:
+class StructureCheck:
     """Remembers a prepared model, and finds what has been replaced, added, converted or unfrozen since.
 
     Changed *values* are no change: they are trained on. Nor are parameters that are frozen later: they rest.
@@ -44,7 +44,7 @@ class Unchanged:
         built: its stages, with nothing of theirs in the model.
     """
 
-    def __init__(self, model: Any, built: Built) -> None:
+    def __init__(self, model: Any, built: BuiltStages) -> None:
         self._rows = []
         known: set[int] = set()
         for name, module, layer in _modules(model, built):
@@ -126,7 +126,7 @@ def _named(name: str, key: str, layer: Layer | None) -> str:
     return _join(name, key) if layer is None else layer.name_of(_join(name, key))
 
 
-def _modules(model: Any, built: Built) -> Iterator[tuple[str, nn.Module, Layer | None]]:
+def _modules(model: Any, built: BuiltStages) -> Iterator[tuple[str, nn.Module, Layer | None]]:
     """Everything that the stages hold, and what else the user's model is made of: name, module, its layer."""
     for stage in built.stages:
         for layer in stage.parts:
