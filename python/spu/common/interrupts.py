@@ -81,6 +81,6 @@ class delayed_interrupts:
 
 
 def stop_if_asked() -> None:
-    """Raise the interrupt that is kept, if there is one: a place in a long `Held` where it may end early."""
+    """Raise the interrupt that waits, if there is one; called where a long `delayed_interrupts` may end early."""
     if _holding and _holding[0]._raised is not None and threading.current_thread() is threading.main_thread():
         raise _holding[0]._raised

@@ -19,7 +19,7 @@ from spu.common.fake_ops import FakeOps, fake_tensor
 from spu.common.flops import flop_formulas
 from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 from spu.common.tracker import MemoryTracker, Tally, Traffic
-from spu.model.layers import Layer, Moment
+from spu.model.layers import DrawKey, Layer
 from spu.model.stand_in import stand_in
 from spu.ops.cut import cut
 from spu.ops.sink import BackwardScope, open_scope
@@ -77,7 +77,7 @@ class TrainingForm:
     def run(self, layer: Layer, x: Any) -> Any:
         """Call a layer's copy."""
         with carried_by(self.skips):
-            return layer.run(x, self.inputs, Moment(0, 0, 1))
+            return layer.run(x, self.inputs, DrawKey(0, 0, 1))
 
 
 class Footprint:
