@@ -6,11 +6,13 @@ import itertools
 import math
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spu.plan import partition
+from spu.plan.partition import best_cuts, minimise, runs
 
 
 def every_partition(layers, stages):
@@ -64,3 +66,29 @@ def test_eighty_layers_on_eight_devices_take_under_a_second():
     start = time.perf_counter()
     partition([1.0 + k % 3 for k in range(80)], 8)
     assert time.perf_counter() - start < 1.0
+
+
+@given(st.data(), sizes)
+@settings(max_examples=120, deadline=None)
+def test_tables_with_stages_that_do_not_fit_equal_brute_force(data, size):
+    layers, stages = size
+    values = st.lists(st.integers(0, 9), min_size=(layers + 1) ** 2, max_size=(layers + 1) ** 2)
+    full = [np.array(data.draw(values), dtype=np.float64).reshape(layers + 1, -1) for _ in range(stages)]
+    tables = [np.where(runs(layers) & (table < 7), table, math.inf) for table in full]
+
+    def own(parts):
+        return [table[part.start, part.stop] for table, part in zip(tables, parts, strict=True)]
+
+    fitting = [row for parts in every_partition(layers, stages) if max(row := own(parts)) < math.inf]
+    found = [own([range(a, b) for a, b in itertools.pairwise(cuts)]) for cuts in best_cuts(tables, [1.0, math.inf])]
+    if not fitting:
+        assert found == []
+        return
+    slowest = min(map(max, fitting))
+    assert max(found[0]) == slowest
+    assert sum(v * v for v in found[0]) == min(sum(v * v for v in row) for row in fitting if max(row) <= slowest)
+    assert min(map(sum, found)) == min(map(sum, fitting))
+    smallest, cuts = minimise([np.where(runs(layers), table, math.inf) for table in full], np.maximum)
+    every = [max(t[p.start, p.stop] for t, p in zip(full, parts)) for parts in every_partition(layers, stages)]
+    assert smallest == min(every)
+    assert (cuts[0], cuts[-1]) == (0, layers)

@@ -29,7 +29,7 @@ from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
 from spu.ops.sink import BackwardScope
 from spu.optim.adamw import AdamW
-from spu.plan.request import UPDATE_BYTES
+from spu.plan.memory import UPDATE_BYTES
 from spu.precision import MainGrads
 from spu.skips import carried_by
 

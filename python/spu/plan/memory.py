@@ -10,6 +10,7 @@ from spu.plan.layer_cost import LayerCost
 
 __all__ = [
     "ITEM_BYTES",
+    "UPDATE_BYTES",
     "WIRE_BUFFERS",
     "Boundary",
     "MicrobatchBytes",
@@ -22,6 +23,9 @@ __all__ = [
 
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
+
+UPDATE_BYTES = 38
+"""Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
 
 WIRE_BUFFERS = 2  # per boundary and direction: one being filled while the other is read
 
@@ -107,7 +111,7 @@ class Boundary:
     before_on_gpu: bool = False
     after_on_gpu: bool = False
 
-    def s_per_microbatch(self, tensor_bytes: int, rate: float) -> float:
+    def packing_s(self, tensor_bytes: int, rate: float) -> float:
         """Seconds that packing one tensor and unpacking another of this size take a device that packs at ``rate``."""
         return 0.0 if self.codec == "none" else 2.0 * tensor_bytes / rate
 

@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from spu import schedules
 from spu.common.units import format_bytes, format_bytes_up
-from spu.plan import core
+from spu.plan.in_flight import Held, walk
 from spu.plan.layer_cost import LayerCost
 from spu.plan.memory import state_bytes
-from spu.plan.partition import BudgetError
-from spu.plan.request import Placement, Request
+from spu.plan.placement import Placement
+from spu.plan.request import Request
 from spu.plan.show.colors import WORDS
+from spu.schedules import Action
 
-__all__ = ["Change", "refusal", "state_line", "working_changes"]
+__all__ = ["BudgetError", "refusal", "states"]
 
 Change = tuple[str, Request]
 
 
-def refusal(request: Request, max_microbatches: int | None = None) -> BudgetError:
-    """The error that says what is short, and what was tried and would fit.
+class BudgetError(ValueError):
+    """No partition fits the budgets.
+
+    Attributes:
+        stage: the stage that is shortest of memory in the partition that comes nearest to fitting.
+        device: its device's name.
+        needed_bytes: what that stage needs.
+        budget_bytes: what it may use.
+        short_bytes: the difference.
+        fixes: what would fit, each tried.
+    """
+
+    def __init__(
+        self, message: str, *, stage: int, needed_bytes: int, budget_bytes: int, device: str, fixes: Sequence[str]
+    ) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.device = device
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+        self.short_bytes = needed_bytes - budget_bytes
+        self.fixes = tuple(fixes)
+
+
+def refusal(request: Request, max_microbatches: int | None = None, model: str | None = None) -> BudgetError:
+    """Return the error that says what is short, and what was tried and would fit.
 
     Args:
         request: one that has no candidates.
         max_microbatches: the batch cannot be cut into more.
+        model: its name, where no order of devices and no schedule fits: what training holds is then said first.
     """
-    placed = _nearest(request)
-    peaks = request.peaks(placed)
+    placed, budgets = request.closest(), request.budgets
     names = [device.name for device in request.devices]
-    budgets = [device.budget_bytes for device in request.devices]
+    peaks = placed.bounds
     short = [rank for rank, peak in enumerate(peaks) if peak > budgets[rank]]
     assert short, "a request is refused although its nearest placement fits"
-    lines = [_line(request, placed, rank, peaks[rank]) for rank in short]
-    fixes = [_describe(label, changed, found) for label, changed, found in working_changes(request, max_microbatches)]
+    fixes = [_describe(label, found) for label, found in _working_changes(request, max_microbatches)]
     fixes.append("budgets of " + ", ".join(f"{format_bytes_up(peaks[r])} for {names[r]}" for r in short))
+    text = "\n  ".join([_headline(request), *(_line(placed, rank) for rank in short)])
+    text += "\n  ".join(["\nwhat would fit:", *fixes])
+    if model is not None:
+        less = states(request.layers, request.settings.precision) - sum(budgets)
+        text = f"{model or 'the model'} does not fit.\n{_state_line(request)}.\n{text}"
+        if less > 0:
+            text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
     worst = max(short, key=lambda rank: peaks[rank] - budgets[rank])
     return BudgetError(
-        "\n  ".join([_headline(request), *lines]) + "\n  ".join(["\nwhat would fit:", *fixes]),
-        stage=request.homes.index(worst),
+        text,
+        stage=request.ranks.index(worst),
         device=names[worst],
         needed_bytes=peaks[worst],
         budget_bytes=budgets[worst],
@@ -46,14 +78,19 @@ def refusal(request: Request, max_microbatches: int | None = None) -> BudgetErro
     )
 
 
-def state_line(layers: Sequence[LayerCost], precision: str, budgets: Sequence[int]) -> str:
-    """What training holds whatever the batch, in words, against all budgets together."""
-    parts = [sum(state_bytes(layer, precision)[k] for layer in layers) for k in range(4)]
+def states(layers: Sequence[LayerCost], precision: str) -> int:
+    """Return the bytes that training holds whatever the batch: weights, gradients and optimizer states."""
+    return sum(sum(state_bytes(layer, precision)) for layer in layers)
+
+
+def _state_line(request: Request) -> str:
+    """Return what training holds whatever the batch, in words, against all budgets together."""
+    parts = [sum(sizes) for sizes in zip(*(state_bytes(layer, request.settings.precision) for layer in request.layers))]
     words = ("weights", "main gradients", "fp32 masters", "AdamW's moments")
     list_ = ", ".join(f"{word} {format_bytes(size)}" for word, size in zip(words, parts) if size)
     return (
         f"training needs {format_bytes(sum(parts))} whatever the batch ({list_}); the budgets together are "
-        f"{format_bytes(sum(budgets))}"
+        f"{format_bytes(sum(request.budgets))}"
     )
 
 
@@ -66,84 +103,62 @@ def _headline(request: Request) -> str:
     return f"the given layers do not fit the budgets ({how}):"
 
 
-def _line(request: Request, placed: Placement, rank: int, peak: int) -> str:
-    device = request.devices[rank]
-    own = [s for s, home in enumerate(request.homes) if home == rank]
+def _line(placed: Placement, rank: int) -> str:
+    """Return what a device is short of, and when."""
+    device, peak, own = placed.request.devices[rank], placed.bounds[rank], placed.of_rank(rank)
     spans = [f"{p.start} to {p.stop - 1}" if len(p) > 1 else f"{p.start}" for p in (placed.parts[s] for s in own)]
     which = ("layer " if len(own) == 1 and len(placed.parts[own[0]]) == 1 else "layers ") + " and ".join(spans)
     place = f"stage {own[0]}" if len(own) == 1 else "stages " + ", ".join(map(str, own))
     missing = format_bytes_up(peak - device.budget_bytes)
     return (
         f"{device.name} ({place}) needs {format_bytes(peak)} for {which} and may use "
-        f"{format_bytes(device.budget_bytes)}: short by {missing} {_moment(request, placed, rank)}"
+        f"{format_bytes(device.budget_bytes)}: short by {missing} {_moment(placed, rank)}"
     )
 
 
-def _moment(request: Request, placed: Placement, rank: int) -> str:
-    """When the device holds most: always, if its state alone is too much, else the first action at the peak."""
-    totals = request.stage_bytes(placed)
-    own = [s for s, home in enumerate(request.homes) if home == rank]
-    if sum(totals[s].state_bytes for s in own) > request.devices[rank].budget_bytes:
+def _moment(placed: Placement, rank: int) -> str:
+    """Return when the device holds most: always, if its state alone is too much, else the first action at the peak."""
+    totals, each = placed.stages, placed.microbatch_bounds
+    if sum(totals[s].state_bytes for s in placed.of_rank(rank)) > placed.request.budgets[rank]:
         return "all the time, for weights and optimizer alone"
-    each = [request.memory.bound(s, placed.parts[s].start, placed.parts[s].stop, placed.recomputed[s]) for s in own]
-    sizes = dict(zip(own, each))
-    last = {(a.stage, a.microbatch): a for a in request.actions[rank]}
-    held, most, when = 0, -1, request.actions[rank][0]
-    opened = set()
-    for action in request.actions[rank]:
-        key = action.stage, action.microbatch
-        if key not in opened:
-            opened.add(key)
-            held += sizes[action.stage]
-        if held + totals[action.stage].workspace_bytes > most:
-            most, when = held + totals[action.stage].workspace_bytes, action
-        if last[key] == action:
-            held -= sizes[action.stage]
-    what = WORDS[when.kind]
-    return f"in the {what} of microbatch {when.microbatch} ({when})"
+
+    def size(moment: tuple[Action, Held]) -> int:
+        action, held = moment
+        beside = sum((full + left) * each[s] for s, full, left in held)
+        return beside + each[action.stage] + totals[action.stage].workspace_bytes
+
+    when, _ = max(walk(placed.request.actions[rank]), key=size)
+    return f"in the {WORDS[when.kind]} of microbatch {when.microbatch} ({when})"
 
 
-def _nearest(request: Request) -> Placement:
-    """The partition where the device that is shortest of memory lacks least."""
-    if request.fixed is not None:
-        return request.placed([request.fixed[0].start, *(part.stop for part in request.fixed)])
-    problem = request.problem()
-    return request.placed(core.nearest(problem), problem)
-
-
-def _describe(label: str, request: Request, placed: Placement) -> str:
-    peaks, budgets = request.peaks(placed), [device.budget_bytes for device in request.devices]
+def _describe(label: str, placed: Placement) -> str:
+    peaks, budgets = placed.bounds, placed.request.budgets
     fullest = max(range(len(peaks)), key=lambda rank: peaks[rank] / max(budgets[rank], 1))
     peak, budget = format_bytes(peaks[fullest]), format_bytes(budgets[fullest])
-    return f"{label}: the fullest device is then {request.devices[fullest].name}, {peak} of {budget}"
+    return f"{label}: the fullest device is then {placed.request.devices[fullest].name}, {peak} of {budget}"
 
 
-def working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, Request, Placement]]:
-    """Changes that fit: each single one that does, or the first combination where no single one is enough."""
-    found = False
+def _working_changes(request: Request, limit: int | None) -> Iterator[tuple[str, Placement]]:
+    """Yield changes that fit: each single one that does, or the first combination where no single one is enough."""
     singles = [*_other_schedules(request), *_recomputed(request), *_packed(request)]
-    groups: list[list[Change]] = [[change] for change in singles]
-    groups += [list(_finer(request, "", limit)), list(_more_devices(request))]
+    groups: list[Iterable[Change]] = [[change] for change in singles]
+    groups += [_finer(request, "", limit), _more_devices(request)]
     groups += [[change] for change in _larger(request)]
-    for group in groups:
-        for label, changed in group:
-            if placed := changed.candidates():
-                found = True
-                yield label, changed, placed[0]
-                break
-    if found:
-        return
-    pairs = [
-        (f"{label} and {more}", twice)
-        for label, changed in _other_schedules(request)
-        for more, twice in _recomputed(changed)
-    ]
-    for label, changed in [*singles, *pairs]:
-        pairs += _finer(changed, f"{label} and ", limit)
-    for label, changed in pairs:
-        if placed := changed.candidates():
-            yield label, changed, placed[0]
-            return
+    found = [first for group in groups if (first := _first_that_fits(group))]
+    if not found:
+        pairs = [
+            (f"{label} and {more}", twice)
+            for label, changed in _other_schedules(request)
+            for more, twice in _recomputed(changed)
+        ]
+        finer = [_finer(changed, f"{label} and ", limit) for label, changed in [*singles, *pairs]]
+        found = [first] if (first := _first_that_fits(chain(pairs, *finer))) else []
+    yield from found
+
+
+def _first_that_fits(changes: Iterable[Change]) -> tuple[str, Placement] | None:
+    fitting = ((label, placed[0]) for label, changed in changes if (placed := changed.candidates()))
+    return next(fitting, None)
 
 
 def _other_schedules(request: Request) -> Iterator[Change]:
@@ -160,78 +175,62 @@ def _recomputed(request: Request) -> Iterator[Change]:
 def _packed(request: Request) -> Iterator[Change]:
     """Packed wires, where there are wires to pack."""
     if any(boundary.copied and boundary.codec == "none" for boundary in request.boundaries):
-        yield 'transfer="int8"', dataclasses.replace(request, codecs=("int8",) * len(request.codecs))
+        yield 'transfer="int8"', replace(request, codecs=("int8",) * len(request.codecs))
 
 
 def _finer(request: Request, prefix: str, limit: int | None) -> Iterator[Change]:
-    """The same batch cut into 2, 4, 8 and 16 times as many microbatches."""
+    """Yield the same batch cut into 2, 4, 8 and 16 times as many microbatches."""
     for factor in (2, 4, 8, 16):
         count = request.settings.run_microbatches * factor
         if limit is not None and count > limit:
             return
         label = f"{prefix}microbatches={count} (of the same batch, so each 1/{factor} as large)"
-        shrink = _shrink(factor)
-        smaller = dataclasses.replace(request, layers=tuple(map(shrink, request.layers)), loss=shrink(request.loss))
+        layers = tuple(_shrunk(layer, factor) for layer in request.layers)
+        smaller = replace(request, layers=layers, loss=_shrunk(request.loss, factor))
         yield label, smaller.changed(microbatches=count)
 
 
-def _shrink(factor: int) -> Callable[[LayerCost], LayerCost]:
+def _shrunk(cost: LayerCost, factor: int) -> LayerCost:
+    """Return the cost of a smaller microbatch. Workspace stays: it may be weight gradients, which do not shrink."""
     names = ("own_bytes", "input_bytes", "output_bytes", "deferred_bytes")
-
-    def shrink(cost: LayerCost) -> LayerCost:
-        smaller = {name: -(-getattr(cost, name) // factor) for name in names}
-        # Workspace may be weight gradients, which do not shrink with the microbatch: left as it is.
-        return dataclasses.replace(cost, **smaller)
-
-    return shrink
+    return replace(cost, **{name: -(-getattr(cost, name) // factor) for name in names})
 
 
 def _more_devices(request: Request) -> Iterator[Change]:
-    """More devices like one of those there are; not of CPUs, whose budgets are shares of one memory."""
+    """Yield more devices like the last GPU; not like CPUs, whose budgets are shares of one memory."""
     gpus = [rank for rank, device in enumerate(request.devices) if not device.name.startswith("cpu")]
     if not gpus or request.fixed is not None or request.settings.stages_per_rank > 1:
         return
-    like = gpus[-1]
+    like, order = gpus[-1], request.order
     for more in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
-        if len(request.devices) + more > len(request.layers):
+        if len(order) + more > len(request.layers):
             return
-        yield (
-            f"{more} more device{'s' if more > 1 else ''} like {request.devices[like].name}",
-            dataclasses.replace(
-                request,
-                devices=_inserted(request.devices, like, more),
-                times=_inserted(request.times, like, more),
-                speeds=_inserted(request.speeds, like, more),
-                codecs=(*request.codecs, *[request.codecs[-1] if request.codecs else "none"] * more),
-                links=(*request.links, *[request.links[-1] if request.links else float("inf")] * more),
-            ),
-        )
-
-
-def _inserted(values: tuple, rank: int, more: int) -> tuple:
-    return (*values[: rank + 1], *[values[rank]] * more, *values[rank + 1 :])
+        codecs = (*request.codecs, *[request.codecs[-1] if request.codecs else "none"] * more)
+        longer = (*order[: like + 1], *[order[like]] * more, *order[like + 1 :])
+        label = f"{more} more device{'s' if more > 1 else ''} like {request.devices[like].name}"
+        yield label, replace(request, order=longer, codecs=codecs)
 
 
 def _larger(request: Request) -> Iterator[Change]:
-    """A larger budget for one device alone, the smallest that fits (to 1%), for the device that needs least more."""
-    if len(request.devices) < 2 or request.fixed is not None:
+    """Yield a larger budget for one device alone, the smallest that fits (to 1%), the smallest increase first."""
+    if len(request.order) < 2 or request.fixed is not None:
         return
     options = []
-    everything = sum(sum(state_bytes(layer, request.settings.precision)) for layer in request.layers)
-    for rank, device in enumerate(request.devices):
-        low, high = device.budget_bytes, 2 * max(everything, device.budget_bytes)
+    everything = states(request.layers, request.settings.precision)
+    for rank, budget in enumerate(request.budgets):
+        low, high = budget, 2 * max(everything, budget)
         if not _with_budget(request, rank, high).candidates():
             continue
         while high - low > max(high // 100, 1):
             middle = (low + high) // 2
             low, high = (low, middle) if _with_budget(request, rank, middle).candidates() else (middle, high)
-        options.append((high - device.budget_bytes, rank, high))
+        options.append((high - budget, rank, high))
     for _, rank, budget in sorted(options):
         name = request.devices[rank].name
         yield f"a budget of {format_bytes_up(budget)} for {name} alone", _with_budget(request, rank, budget)
 
 
 def _with_budget(request: Request, rank: int, budget: int) -> Request:
-    devices = list(request.devices)
-    devices[rank] = dataclasses.replace(devices[rank], budget_bytes=budget)
-    return dataclasses.replace(request, devices=tuple(devices))
+    devices = list(request.machine.devices)
+    devices[request.order[rank]] = replace(request.devices[rank], budget_bytes=budget)
+    return replace(request, machine=replace(request.machine, devices=tuple(devices)))

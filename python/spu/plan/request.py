@@ -1,57 +1,39 @@
-"""Everything that decides a plan, and from it the search's problem and a partition's bytes and times."""
+"""Everything that decides a plan, and the partitions that serve it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from spu import schedules
-from spu.plan import core
-from spu.plan.in_flight import actions_of, held_moments, held_together, in_flight_of, skeleton_of
+from spu.plan.in_flight import actions_of, in_flight_of
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
-from spu.plan.memory import Boundary, MicrobatchBytes, StageBytes, StageMemory, state_bytes, wire_bytes
+from spu.plan.memory import Boundary, StageMemory
+from spu.plan.partition import best_cuts, minimise
+from spu.plan.placement import Placement
+from spu.plan.stage_table import LayerArrays, StageTable
 from spu.schedules import Action
-from spu.schedules.simulate import _runner
 from spu.settings import Settings
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
 
-__all__ = ["UPDATE_BYTES", "Placement", "Request", "Times", "crossings"]
-
-_CORE = {"none": core.NONE, "all": core.ALL, "auto": core.AUTO, "given": core.NONE}
-"""The core's numbers for the modes of `Recompute`; given layers are not for it to choose."""
-
-UPDATE_BYTES = 38
-"""Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
-
+__all__ = ["Request", "Times", "crossings"]
 
 Times = tuple[tuple[float, float], ...]
 """(forward, backward) seconds of every layer, and last of the loss, for one microbatch on one device."""
 
 
 def crossings(settings: Settings, order: Sequence[int]) -> list[tuple[int, int]]:
-    """The devices on both sides of every stage boundary, where the ranks are the devices of ``order``."""
-    homes = schedules.stage_ranks(settings.schedule, len(order), settings.stages_per_rank)
-    return [(order[a], order[b]) for a, b in pairwise(homes)]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A partition with everything decided.
-
-    Attributes:
-        parts: layers of each stage.
-        recomputed: layers of each stage that are recomputed in the backward.
-    """
-
-    parts: tuple[range, ...]
-    recomputed: tuple[tuple[int, ...], ...]
+    """Return the devices on both sides of every stage boundary, where the ranks are the devices of `order`."""
+    ranks = schedules.stage_ranks(settings.schedule, len(order), settings.stages_per_rank)
+    return [(order[a], order[b]) for a, b in pairwise(ranks)]
 
 
 @dataclass(frozen=True)
@@ -59,334 +41,169 @@ class Request:
     """Everything that decides a plan.
 
     Attributes:
+        machine: devices, speeds and links.
+        order: the machine's device of each rank.
         layers, loss: what they cost.
-        times: of the layers on each rank.
-        devices, speeds: one per rank.
+        measured: seconds of the layers and the loss on each device of the machine; None: counted work at its speeds.
         settings: of the training, with a schedule and a number of microbatches.
         codecs: one per boundary.
-        links: bytes per second over each boundary.
-        fixed: boundaries that are given.
+        fixed: the layers of each stage, if they are given.
     """
 
+    machine: Machine
+    order: tuple[int, ...]
     layers: tuple[LayerCost, ...]
     loss: LayerCost
-    times: tuple[Times, ...]
-    devices: tuple[Device, ...]
-    speeds: tuple[Speed, ...]
+    measured: Sequence[Sequence[tuple[float, float]]] | None
     settings: Settings
     codecs: tuple[str, ...]
-    links: tuple[float, ...]
     fixed: tuple[range, ...] | None = None
 
     def changed(self, **settings: Any) -> Request:
         """Return the same request with other settings."""
         return replace(self, settings=replace(self.settings, **settings))
 
-    @classmethod
-    def on(
-        cls,
-        machine: Machine,
-        order: Sequence[int],
-        layers: Sequence[LayerCost],
-        loss: LayerCost,
-        times: Sequence[Sequence[tuple[float, float]]] | None,
-        settings: Settings,
-        codecs: Sequence[str],
-        fixed: tuple[range, ...] | None = None,
-    ) -> Request:
-        """A request for the machine's devices in this order.
-
-        Args:
-            times: as measured, on each of the machine's devices; None: of counted work at the machine's speeds.
-        """
-        if times is None:
-            rates = zip(machine.flops, machine.bandwidths, strict=True)
-            times = [[cost.seconds(*rate) for cost in (*layers, loss)] for rate in rates]
-        return cls(
-            layers=tuple(layers),
-            loss=loss,
-            times=tuple(tuple(times[k]) for k in order),
-            devices=tuple(machine.devices[k] for k in order),
-            speeds=tuple(machine.speeds[k] for k in order),
-            settings=settings,
-            codecs=tuple(codecs),
-            links=tuple(machine.link(a, b) for a, b in crossings(settings, order)),
-            fixed=fixed,
-        )
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of each rank."""
+        return tuple(self.machine.devices[k] for k in self.order)
 
     @cached_property
-    def homes(self) -> list[int]:
+    def speeds(self) -> tuple[Speed, ...]:
+        """The speeds of each rank."""
+        return tuple(self.machine.speeds[k] for k in self.order)
+
+    @cached_property
+    def times(self) -> tuple[Times, ...]:
+        """Seconds of the layers and the loss on each rank."""
+        if self.measured is not None:
+            return tuple(tuple(self.measured[k]) for k in self.order)
+        costs, m = (*self.layers, self.loss), self.machine
+        return tuple(tuple(cost.seconds(m.flops[k], m.bandwidths[k]) for cost in costs) for k in self.order)
+
+    @cached_property
+    def links(self) -> list[float]:
+        """Bytes per second over each boundary."""
+        return [self.machine.link(a, b) for a, b in crossings(self.settings, self.order)]
+
+    @property
+    def basis(self) -> str:
+        """What the plan's times rest on."""
+        return "measured" if self.measured is not None else self.machine.basis(d.name for d in self.devices)
+
+    @cached_property
+    def ranks(self) -> list[int]:
         """The rank of each stage."""
-        return schedules.stage_ranks(self.settings.schedule, len(self.devices), self.settings.virtual)
+        return schedules.stage_ranks(self.settings.schedule, len(self.order), self.settings.virtual)
+
+    @property
+    def schedule(self) -> tuple[str, int, int, int]:
+        """The schedule's name, ranks, microbatches of a run, and stages on each rank."""
+        s = self.settings
+        return s.schedule, len(self.order), s.run_microbatches, s.stages_per_rank
 
     @cached_property
     def actions(self) -> list[list[Action]]:
         """One run of the schedule."""
-        return actions_of(*self._schedule)
+        return actions_of(*self.schedule)
 
     @cached_property
     def boundaries(self) -> list[Boundary]:
         """How each stage boundary is crossed."""
-        on_gpu = [not self.devices[home].name.startswith("cpu") for home in self.homes]
+        on_gpu = [not self.devices[rank].name.startswith("cpu") for rank in self.ranks]
         result = []
         for k, codec in enumerate(self.codecs):
-            same = self.homes[k] == self.homes[k + 1]
+            same = self.ranks[k] == self.ranks[k + 1]
             shared = same or not (on_gpu[k] or on_gpu[k + 1])
             result.append(Boundary(codec, codec != "none" or not shared, on_gpu[k], on_gpu[k + 1]))
         return result
 
     @cached_property
     def memory(self) -> StageMemory:
+        """The bytes of any stage."""
         return StageMemory(
             self.layers,
             self.loss,
-            in_flight=in_flight_of(*self._schedule),
+            in_flight=in_flight_of(*self.schedule),
             boundaries=self.boundaries,
             precision=self.settings.precision,
             deferred=schedules.splits_backward(self.settings.schedule),
         )
 
-    def problem(self, budgets: Sequence[int] | None = None) -> core.Problem:
-        """The search's arrays; ``budgets`` per stage, default an equal share of its device's."""
-        p, count, stages = self.settings.precision, len(self.layers), len(self.homes)
-        memory, last = self.memory, len(self.homes) - 1
-        width = count + 1
-        fixed = [sum(state_bytes(layer, p, k)) for k, layer in enumerate(self.layers)]
-        own = [layer.own_bytes + (layer.deferred_bytes if memory.deferred else 0) for layer in self.layers]
-        before = [self.layers[k - 1] if k else None for k in range(count)]
-        inner = [
-            layer.input_bytes if layer.input_saved or (back is not None and back.output_saved) else 0
-            for layer, back in zip(self.layers, before)
-        ]
-        ends: dict[str, list] = {name: [0] * (stages * width) for name in core.END_BYTES}
-        ends |= {name: [0.0] * (stages * width) for name in ("enter_s", "leave_s")}
-        for s in range(stages):
-            at = slice(s * width, (s + 1) * width)
-            for name, values in {**self._entering(s), **self._leaving(s, last)}.items():
-                ends[name][at] = values
-        # A first stage has whatever is before its end, a last one whatever is behind its beginning; between them a
-        # parameter counts as another stage's, though a middle stage may have it all to itself.
-        for end in range(width) if any(layer.ties for layer in self.layers) else ():
-            ends["leave_fixed"][end] -= self._together(0, end)
-            if last:
-                ends["enter_fixed"][last * width + end] -= self._together(end, count)
-        if budgets is None:
-            budgets = [self.devices[home].budget_bytes // self.settings.stages_per_rank for home in self.homes]
-        return core.Problem(
-            layers=count,
-            stages=stages,
-            recompute=_CORE[self.settings.recompute.mode],
-            forward=[self.times[home][k][0] for home in self.homes for k in range(count)],
-            backward=[self.times[home][k][1] for home in self.homes for k in range(count)],
-            fixed=fixed,
-            own=own,
-            inner=inner,
-            inner_recomputed=[layer.input_bytes for layer in self.layers],
-            extra=[layer.extra_bytes for layer in self.layers],
-            extra_recomputed=[layer.extra_bytes + layer.own_bytes for layer in self.layers],
-            in_flight=list(memory.in_flight),
-            budgets=list(budgets),
-            **ends,
-        )
+    @cached_property
+    def budgets(self) -> list[int]:
+        """The budget of each rank."""
+        return [device.budget_bytes for device in self.devices]
 
-    def _together(self, first: int, stop: int) -> int:
-        """Bytes that layers ``first`` to ``stop - 1`` of one stage do not take, as they share parameters."""
-        return sum(
-            sum(state_bytes(layer, self.settings.precision, k))
-            - sum(state_bytes(layer, self.settings.precision, first))
-            for k, layer in enumerate(self.layers[first:stop], first)
-            if layer.ties
-        )
+    @cached_property
+    def arrays(self) -> LayerArrays:
+        """The layers' costs as arrays."""
+        return LayerArrays(self)
 
-    def _entering(self, stage: int) -> dict[str, list]:
-        """What it adds to a stage to begin at each cut between layers: [L + 1] each."""
-        if stage == 0:
-            return {}
-        boundary, rate = self.boundaries[stage - 1], self.speeds[self.homes[stage]].pack_rate
-        copied = boundary.copied
-        wires = {
-            size: boundary.wires(size, self.settings.precision)[1] for size in {x.input_bytes for x in self.layers}
-        }
-        return {
-            "enter_fixed": [*(wires[layer.input_bytes] for layer in self.layers), 0],
-            "enter_each": [*(x.input_bytes if copied and x.input_saved else 0 for x in self.layers), 0],
-            "enter_recomputed": [*(layer.input_bytes if copied else 0 for layer in self.layers), 0],
-            "enter_s": [*(boundary.s_per_microbatch(layer.input_bytes, rate) for layer in self.layers), 0.0],
-        }
+    @cached_property
+    def tables(self) -> list[StageTable]:
+        """Every run of layers on each stage, which may use an equal share of its device's budget."""
+        return self._tables(self.settings.stages_per_rank)
 
-    def _leaving(self, stage: int, last: int) -> dict[str, list]:
-        """What it adds to a stage to end at each cut between layers: [L + 1] each."""
-        if stage < last:
-            boundary, rate = self.boundaries[stage], self.speeds[self.homes[stage]].pack_rate
-            wires = {
-                size: boundary.wires(size, self.settings.precision)[0] for size in {x.output_bytes for x in self.layers}
-            }
-            return {
-                "leave_fixed": [0, *(wires[layer.output_bytes] for layer in self.layers)],
-                "leave_each": [0, *(layer.output_bytes for layer in self.layers)],
-                "leave_s": [0.0, *(boundary.s_per_microbatch(layer.output_bytes, rate) for layer in self.layers)],
-            }
-        loss, count = self.loss, len(self.layers)
-        kept = loss.input_saved or self.layers[-1].output_saved
-        return {
-            "leave_each": [0] * count + [loss.own_bytes + (loss.input_bytes if kept else 0)],
-            "leave_extra": [0] * count + [max(loss.forward_extra_bytes + loss.input_bytes, loss.backward_extra_bytes)],
-            "leave_s": [0.0] * count + [sum(self.times[self.homes[stage]][count])],
-        }
+    def _tables(self, shares: int) -> list[StageTable]:
+        return [StageTable(self, stage, self.budgets[rank] // shares) for stage, rank in enumerate(self.ranks)]
 
     def candidates(self, slacks: Sequence[float] = ()) -> list[Placement]:
-        """Partitions within the budgets, the one with the fastest slowest stage first; none if nothing fits."""
+        """Return partitions within the budgets, the one with the fastest slowest stage first; none if nothing fits."""
         if self.fixed is not None:
-            placed = self.placed([self.fixed[0].start, *(part.stop for part in self.fixed)])
-            return [placed] if self.fits(placed) else []
-        if len(self.homes) > len(self.layers):
+            placed = self.closest()
+            return [placed] if placed.fits else []
+        if len(self.ranks) > len(self.layers):
             return []
-        shares: list[list[int] | None] = [None]
-        if (
-            self.settings.stages_per_rank > 1
-        ):  # stages that peak at different times may share a device though equal shares are too small
-            shares.append([self.devices[home].budget_bytes for home in self.homes])
-        for budgets in shares:
-            problem = self.problem(budgets)
-            found = [self.placed(cuts, problem) for cuts in core.place(problem, slacks)]
-            fitting = [placed for placed in found if self.fits(placed)]
+        alternatives = [self.tables]
+        if self.settings.stages_per_rank > 1:
+            # Stages that peak at different times may share a device though equal shares of its budget are too small.
+            alternatives.append(self._tables(1))
+        for tables in alternatives:
+            found = [self.placed(cuts, tables) for cuts in best_cuts([t.fitting() for t in tables], slacks)]
+            fitting = [placed for placed in found if placed.fits]
             if not fitting:
-                starts = [core.nearest(problem), *([0, *(p.stop for p in placed.parts)] for placed in found)]
-                fitting = [near for cuts in starts for near in self._nearer(cuts, problem) if self.fits(near)]
+                starts = [self.closest(tables), *found]
+                fitting = [near for near in (self._nearer(start, tables) for start in starts) if near.fits]
             if fitting:
                 return fitting
         return []
 
-    def _nearer(self, cuts: Sequence[int], problem: core.Problem) -> list[Placement]:
-        """Where moving boundaries one layer at a time leads, as long as the devices together lack less for it.
+    def closest(self, tables: Sequence[StageTable] | None = None) -> Placement:
+        """Return the partition where the stage that is shortest of memory lacks least, or the given one."""
+        if self.fixed is not None:
+            return self.placed([0, *(part.stop for part in self.fixed)])
+        tables = self.tables if tables is None else tables
+        return self.placed(minimise([table.lacking() for table in tables], np.maximum)[1], tables)
 
-        The programme knows a share of its device's budget for each stage; only here do a device's stages share it.
+    def _nearer(self, start: Placement, tables: Sequence[StageTable]) -> Placement:
+        """Move boundaries one layer at a time as long as the devices together lack less for it.
+
+        A table knows a share of its device's budget; only here do a device's stages share all of it.
         """
-
-        def lacking(placed: Placement) -> int:
-            return sum(max(peak - device.budget_bytes, 0) for peak, device in zip(self.peaks(placed), self.devices))
-
-        best = self.placed(cuts, problem)
-        least = lacking(best)
+        best = start
         for _ in range(len(self.layers) if self.settings.stages_per_rank > 1 else 0):
-            ends = [0, *(part.stop for part in best.parts)]
-            moved = [
-                self.placed([*ends[:k], ends[k] + step, *ends[k + 1 :]], problem)
-                for k, step in product(range(1, len(ends) - 1), (-1, 1))
-                if ends[k - 1] < ends[k] + step < ends[k + 1]
-            ]
-            nearest = min(moved, key=lacking, default=best)
-            if not least or lacking(nearest) >= least:
+            nearest = min(self.moved(best, tables), key=lambda placed: placed.lacking_bytes, default=best)
+            if not best.lacking_bytes or nearest.lacking_bytes >= best.lacking_bytes:
                 break
-            best, least = nearest, lacking(nearest)
-        return [best]
+            best = nearest
+        return best
 
-    def placed(self, cuts: Sequence[int], problem: core.Problem | None = None) -> Placement:
-        """The partition at these cuts, with the layers that are recomputed."""
-        given = self.settings.recompute
-        if given.mode == "given":
-            parts = tuple(range(a, b) for a, b in pairwise(cuts))
-            return Placement(parts, tuple(tuple(k for k in part if k in given.layers) for part in parts))
-        scale = core.StageCosts(self.problem() if problem is None else problem)
-        pairs = list(pairwise(cuts))
-        recomputed = (tuple(sorted(scale.weigh(s, first, last).recomputed)) for s, (first, last) in enumerate(pairs))
-        return Placement(tuple(range(a, b) for a, b in pairs), tuple(recomputed))
-
-    def fits(self, placed: Placement) -> bool:
-        """Whether every device's peak is within its budget."""
-        return all(peak <= device.budget_bytes for peak, device in zip(self.peaks(placed), self.devices))
-
-    def stage_bytes(self, placed: Placement) -> list[StageBytes]:
-        """Bytes of every stage by category."""
-        pairs = zip(placed.parts, placed.recomputed, strict=True)
-        return [self.memory.of(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(pairs)]
-
-    def peaks(self, placed: Placement) -> list[int]:
-        """The most bytes of every device: over its stages what they hold, and the largest workspace of one."""
-        parts = list(zip(placed.parts, placed.recomputed, strict=True))
-        each = [self.memory.bound(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(parts)]
-        held = [max(sum(each[s] * n for s, n in counts) for counts in row) for row in held_together(*self._schedule)]
-        totals = self.stage_bytes(placed)
+    def moved(self, placed: Placement, tables: Sequence[StageTable] | None = None) -> list[Placement]:
+        """Return the partitions with one boundary moved by one layer."""
+        cuts = placed.cuts
         return [
-            held[rank]
-            + sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
-            + max(b.workspace_bytes for b, home in zip(totals, self.homes) if home == rank)
-            for rank in range(len(self.devices))
+            self.placed([*cuts[:k], cuts[k] + step, *cuts[k + 1 :]], tables)
+            for k, step in product(range(1, len(cuts) - 1), (-1, 1))
+            if cuts[k - 1] < cuts[k] + step < cuts[k + 1]
         ]
 
-    def held(self, placed: Placement) -> list[MicrobatchBytes]:
-        """What one microbatch holds on every stage."""
-        pairs = zip(placed.parts, placed.recomputed, strict=True)
-        return [self.memory.held(s, part.start, part.stop, recomputed) for s, (part, recomputed) in enumerate(pairs)]
-
-    def saved(self, placed: Placement) -> list[int]:
-        """The most bytes that microbatches hold on every stage between actions."""
-        held, most = self.held(placed), [0] * len(self.homes)
-        for row in held_moments(*self._schedule):
-            for stage, kind, counts in row:
-                own = next((full, left) for s, full, left in counts if s == stage)
-                more = held[stage].left if kind == "W" else held[stage].each
-                most[stage] = max(most[stage], own[0] * held[stage].each + own[1] * held[stage].left + more)
-        return most
-
-    def predicted_peaks(self, placed: Placement) -> list[int]:
-        """The most bytes of every device as its actions come and go; at most what `peaks` holds against budgets."""
-        totals, held = self.stage_bytes(placed), self.held(placed)
-        result = []
-        for rank, row in enumerate(held_moments(*self._schedule)):
-            fixed = sum(b.state_bytes + b.wire_bytes for b, home in zip(totals, self.homes) if home == rank)
-            most = 0
-            for stage, kind, counts in row:
-                others = sum(full * held[s].each + left * held[s].left for s, full, left in counts)
-                most = max(most, others + (held[stage].left if kind == "W" else held[stage].most))
-            result.append(fixed + most)
-        return result
-
-    def durations(self, placed: Placement) -> list[tuple[float, float, float]]:
-        """(forward, input gradient, weight gradient) seconds of every stage."""
-        result = []
-        last = len(self.homes) - 1
-        for s, (part, recomputed) in enumerate(zip(placed.parts, placed.recomputed, strict=True)):
-            times = self.times[self.homes[s]]
-            forward = math.fsum(times[k][0] for k in part)
-            backward = math.fsum(times[k][1] for k in part) + math.fsum(times[k][0] for k in recomputed)
-            weight = math.fsum(times[k][1] * self.layers[k].weight_share for k in part)
-            packing = 0.0
-            for cut, boundary in ((part.start, s - 1), (part.stop, s)):
-                if 0 <= boundary < last:
-                    size = self.layers[cut].input_bytes
-                    rate = self.speeds[self.homes[s]].pack_rate
-                    packing += self.boundaries[boundary].s_per_microbatch(size, rate) / 2
-            if s == last:
-                forward, backward = forward + times[-1][0], backward + times[-1][1]
-            result.append((forward + packing, backward + packing - weight, weight))
-        return result
-
-    def transfers(self, placed: Placement) -> list[float]:
-        """Seconds of one transfer over every boundary."""
-        sizes = [self.layers[part.stop - 1].output_bytes for part in placed.parts[:-1]]
-        result = []
-        for size, boundary, rate in zip(sizes, self.boundaries, self.links, strict=True):
-            result.append(wire_bytes(size, self.settings.precision, boundary.codec) / rate if boundary.copied else 0.0)
-        return result
-
-    def updates(self, placed: Placement) -> list[float]:
-        """Seconds of the update of every stage."""
-        trained = [sum(self.layers[k].trained_count for k in part) for part in placed.parts]
-        return [UPDATE_BYTES * n / self.speeds[home].update_rate for n, home in zip(trained, self.homes)]
-
-    def step_s(self, placed: Placement) -> float:
-        """Seconds of a step: every run of the schedule, and the slowest device's update."""
-        updates = [0.0] * len(self.devices)
-        for update, home in zip(self.updates(placed), self.homes):
-            updates[home] += update
-        skeleton = skeleton_of(*self._schedule)
-        seconds = [(f, i + w, i, w) for f, i, w in self.durations(placed)]
-        own = [seconds[stage][kind] for stage, kind in zip(skeleton.stages, skeleton.kinds)]
-        _, ends = _runner("auto")(*skeleton._replace(seconds=own, transfers=self.transfers(placed)))
-        return self.settings.accumulate * max(ends) + max(updates)
-
-    @property
-    def _schedule(self) -> tuple[str, int, int, int]:
-        s = self.settings
-        return s.schedule, len(self.devices), s.run_microbatches, s.stages_per_rank
+    def placed(self, cuts: Sequence[int], tables: Sequence[StageTable] | None = None) -> Placement:
+        """Return the partition at these cuts, with the layers that are recomputed."""
+        parts = tuple(range(first, stop) for first, stop in pairwise(cuts))
+        given = self.settings.recompute
+        if given.mode == "given":
+            return Placement(self, parts, tuple(tuple(k for k in part if k in given.layers) for part in parts))
+        tables = self.tables if tables is None else tables
+        recomputed = (table.recomputed(part.start, part.stop) for table, part in zip(tables, parts, strict=True))
+        return Placement(self, parts, tuple(recomputed))

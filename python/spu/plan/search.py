@@ -1,6 +1,6 @@
 """The search for the fastest plan: devices, schedule, microbatches, boundaries, recompute and codecs, by simulation.
 
-For every order of devices, schedule and number of microbatches the exact programme (`spu.plan.core`) gives a handful of
+For every order of devices, schedule and number of microbatches the exact programme (`spu.plan.partition`) gives a few
 partitions; each is simulated, the fastest are improved by moving boundaries one layer at a time, and the plan with the
 shortest predicted step wins.
 """
@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from spu import schedules
-from spu.common.units import format_bytes
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine
-from spu.plan.make import with_bases, write_plan
-from spu.plan.memory import state_bytes, wire_bytes
-from spu.plan.partition import BudgetError
+from spu.plan.memory import wire_bytes
+from spu.plan.placement import Placement
 from spu.plan.plan import Plan
-from spu.plan.refusal import refusal, state_line
-from spu.plan.request import Placement, Request, Times, crossings
+from spu.plan.refusal import BudgetError, refusal, states
+from spu.plan.request import Request, Times, crossings
 from spu.settings import AUTO, Settings
 
 __all__ = ["SLACKS", "CostsOf", "microbatch_counts", "schedule_names", "search_plan"]
@@ -103,10 +101,7 @@ def search_plan(
     best = search.best()
     if best is None:
         raise search.refusal()
-    request, placed = best
-    rows = batch // request.settings.parts
-    plan = write_plan(request, placed, model=model, basis=search.basis(request), rows=rows, tokens=tokens)
-    return with_bases(plan, *costs_of(rows))
+    return best.plan(model=model, rows=batch // best.request.settings.parts, tokens=tokens)
 
 
 def _check(settings: Settings, batch: int) -> None:
@@ -124,46 +119,46 @@ def _check(settings: Settings, batch: int) -> None:
         )
 
 
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        costs_of: CostsOf,
-        machine: Machine,
-        settings: Settings,
-        batch: int,
-        model: str,
-        same_order: bool,
-        one_process: bool,
-        times_of: Callable[[int], Sequence[Times]] | None,
-    ) -> None:
-        self.costs_of, self.times_of, self.machine = costs_of, times_of, machine
-        self.settings, self.batch, self.model = settings, batch, model
-        self.same_order, self.one_process = same_order, one_process
-        self.counts = microbatch_counts(settings, batch)
-        self._profiles: dict[int, tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]] = {}
+    """One search; fields as the arguments of `search_plan`."""
 
-    def best(self) -> tuple[Request, Placement] | None:
-        """The fastest request and placement; None if nothing fits."""
+    costs_of: CostsOf
+    machine: Machine
+    settings: Settings
+    batch: int
+    model: str
+    same_order: bool
+    one_process: bool
+    times_of: Callable[[int], Sequence[Times]] | None
+    _profiles: dict[int, tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.counts = microbatch_counts(self.settings, self.batch)
+
+    def best(self) -> Placement | None:
+        """Return the fastest placement; None if nothing fits."""
         counts = self.counts
         layers, *_ = self._profile(self._rows(counts[-1]))
         self.settings.recompute.check_within(len(layers))
-        if _states(layers, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
+        if states(layers, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
             return None  # whatever the batch: no need to look at any placement
-        found = [entry for order in self._orders() for entry in self._found(order, counts)]
+        found = [placed for order in self._orders() for placed in self._found(order, counts)]
         if not found:  # before it is said that nothing fits, every order is tried with what takes least memory
-            found = [entry for order in self._every_order() for entry in self._found(order, counts[-1:])]
-        found.sort(key=lambda entry: float(f"{entry[0]:.3e}"))  # of equally fast ones the simplest schedule
-        improved = [self._improved(*entry) for entry in _distinct(found)[:_IMPROVED]]
-        best = min(improved, key=lambda entry: entry[0], default=None)
-        return None if best is None else (best[1], best[2])
+            found = [placed for order in self._every_order() for placed in self._found(order, counts[-1:])]
+        found.sort(key=lambda placed: float(f"{placed.step_s:.3e}"))  # of equally fast ones the simplest schedule
+        fastest: dict[int, Placement] = {}
+        for placed in found:
+            fastest.setdefault(id(placed.request), placed)
+        improved = [_improved(placed) for placed in list(fastest.values())[:_IMPROVED]]
+        return min(improved, key=lambda placed: placed.step_s, default=None)
 
-    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[tuple[float, Request, Placement]]:
+    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[Placement]:
         for request in self._requests(order, counts):
-            for placed in request.candidates(SLACKS):
-                yield request.step_s(placed), request, placed
+            yield from request.candidates(SLACKS)
 
     def _orders(self) -> list[tuple[int, ...]]:
-        """Orders of devices worth a full search: those that are fastest under one schedule."""
+        """Return orders of devices worth a full search: those that are fastest under one schedule."""
         every = list(self._every_order())
         if len(every) <= _ORDERS:
             return every
@@ -171,7 +166,7 @@ class _Search:
         ranked = []
         for order in every:
             request = self._request(order, "1f1b", middle)
-            times = [request.step_s(placed) for placed in request.candidates(SLACKS)] if request is not None else []
+            times = [placed.step_s for placed in request.candidates(SLACKS)] if request is not None else []
             ranked.append((min(times, default=math.inf), order))
         return [order for seconds, order in sorted(ranked)[:_ORDERS] if math.isfinite(seconds)]
 
@@ -224,7 +219,7 @@ class _Search:
             return None
         codecs = [self._codec(a, b, layers[len(layers) // 2].input_bytes) for a, b in crossings(settings, order)]
         try:
-            request = Request.on(self.machine, order, layers, loss, times, settings, codecs)
+            request = Request(self.machine, tuple(order), tuple(layers), loss, times, settings, tuple(codecs))
             request.actions  # noqa: B018  some schedules need a certain number of microbatches
         except ValueError:
             if self.settings.schedule != AUTO:
@@ -258,32 +253,8 @@ class _Search:
             self._profiles[rows] = *self.costs_of(rows), None if self.times_of is None else self.times_of(rows)
         return self._profiles[rows]
 
-    def basis(self, request: Request) -> str:
-        """What the plan's times rest on."""
-        if self.times_of is not None:
-            return "measured"
-        return self.machine.basis(device.name for device in request.devices)
-
-    def _improved(self, seconds: float, request: Request, placed: Placement) -> tuple[float, Request, Placement]:
-        """Boundaries moved by one layer as long as that shortens the step."""
-        problem = request.problem()
-        for _ in range(_ROUNDS):
-            cuts = [0, *(part.stop for part in placed.parts)]
-            moves = []
-            for k, step in itertools.product(range(1, len(cuts) - 1), (-1, 1)):
-                moved = [*cuts[:k], cuts[k] + step, *cuts[k + 1 :]]
-                if cuts[k - 1] < moved[k] < cuts[k + 1]:
-                    other = request.placed(moved, problem)
-                    if request.fits(other):
-                        moves.append((request.step_s(other), other))
-            best = min(moves, key=lambda entry: entry[0], default=None)
-            if best is None or best[0] >= seconds:
-                break
-            seconds, placed = best
-        return seconds, request, placed
-
     def refusal(self) -> BudgetError:
-        """The error for a search that found nothing: the request that lacks least, and what would make it fit."""
+        """Return the error for a search that found nothing: what all devices lack, and what would fit."""
         order = tuple(range(len(self.machine.devices)))
         name = "1f1b" if self.settings.schedule == AUTO else self.settings.schedule
         request = self._request(order, name, self.counts[-1])
@@ -291,34 +262,15 @@ class _Search:
             raise ValueError(
                 f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
             )
-        limit = self.batch // self.settings.accumulate
-        error = refusal(request, limit)
-        budgets = [device.budget_bytes for device in request.devices]
-        text = f"{self.model or 'the model'} does not fit.\n"
-        text += state_line(request.layers, request.settings.precision, budgets) + ".\n" + str(error)
-        less = _states(request.layers, request.settings.precision) - sum(budgets)
-        if less > 0:
-            text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
-        return BudgetError(
-            text,
-            stage=error.stage,
-            device=error.device,
-            needed_bytes=error.needed_bytes,
-            budget_bytes=error.budget_bytes,
-            fixes=error.fixes,
-        )
+        return refusal(request, self.batch // self.settings.accumulate, self.model)
 
 
-def _states(layers: Sequence[LayerCost], precision: str) -> int:
-    return sum(sum(state_bytes(layer, precision)) for layer in layers)
-
-
-def _distinct(found: list[tuple[float, Request, Placement]]) -> list[tuple[float, Request, Placement]]:
-    """The fastest of each request."""
-    seen: set[int] = set()
-    result = []
-    for entry in found:
-        if id(entry[1]) not in seen:
-            seen.add(id(entry[1]))
-            result.append(entry)
-    return result
+def _improved(placed: Placement) -> Placement:
+    """Move boundaries by one layer as long as that shortens the step."""
+    for _ in range(_ROUNDS):
+        moves = [other for other in placed.request.moved(placed) if other.fits]
+        best = min(moves, key=lambda other: other.step_s, default=placed)
+        if best.step_s >= placed.step_s:
+            break
+        placed = best
+    return placed

@@ -11,7 +11,7 @@ from spu.schedules.actions import KINDS, Action, Actions, ranks_of
 from spu.schedules.timeline import Span, Timeline
 from spu.schedules.validate import find_deadlock, marked_error
 
-__all__ = ["Durations", "FlatSchedule", "flatten", "run_flat", "simulate"]
+__all__ = ["Durations", "FlatSchedule", "flatten", "run_flat", "runner", "simulate"]
 
 Durations = Mapping[Any, float] | Sequence[tuple[float, ...]]
 """Seconds by ``(stage, kind)`` or by ``Action``, or per stage a pair (F, B) or a triple (F, I, W)."""
@@ -59,7 +59,7 @@ def simulate(
         RuntimeError: for backend "cpp" where `spu._host` is not built.
     """
     flat = flatten(actions, durations, transfers)
-    starts, ends = _runner(backend)(*flat)
+    starts, ends = runner(backend)(*flat)
     if any(math.isnan(end) for end in ends):
         fault = find_deadlock(actions)
         assert fault is not None, "the simulator stopped in a schedule without deadlock"
@@ -72,7 +72,13 @@ def _span(action: Action, start: float, end: float) -> Span:
     return Span(action.stage, action.kind, action.microbatch, start, end)
 
 
-def _runner(backend: str) -> Callable[..., tuple[list[float], list[float]]]:
+def runner(backend: str) -> Callable[..., tuple[list[float], list[float]]]:
+    """Return `run_flat`, or the function of the C++ library that gives the same.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: for backend "cpp" where `spu._host` is not built.
+    """
     if backend not in ("auto", "python", "cpp"):
         raise ValueError(f"backend must be 'auto', 'python' or 'cpp', got {backend!r}")
     if backend == "python":
