@@ -17,12 +17,11 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.dtypes import DTYPES
 from spu.cost.count import model_costs
-from spu.model.export import cut_graph
 from spu.model.layers import Layer, model_layers
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
 
-__all__ = ["blueprint", "config_names", "costs_by_rows", "export_layers", "read_config"]
+__all__ = ["blueprint", "config_names", "costs_by_rows", "read_config"]
 
 
 def config_names() -> list[str]:
@@ -134,27 +133,3 @@ def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
 
 def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())
-
-
-def export_layers(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[tuple[str, nn.Module]]:
-    """Return the layers of any model that `torch.export` can trace: the parts of its graph that come from each child.
-
-    Every layer takes the tuple of tensors that are alive before it and returns those that are alive after it. The
-    modules hold the exported model's parameters.
-
-    Args:
-        model: with at least one child module.
-        example_inputs: positional arguments of its forward.
-
-    Returns:
-        (name, layer) pairs in the order of the graph; the first one takes ``example_inputs``.
-
-    Raises:
-        ValueError: the model cannot be exported.
-    """
-    try:
-        program = torch.export.export(model, example_inputs, strict=False)
-    except Exception as error:
-        text = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ValueError(f"{type(model).__name__} cannot be exported: {text}; give its layers as a list") from error
-    return cut_graph(program.module())

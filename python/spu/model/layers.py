@@ -12,9 +12,10 @@ from torch import nn
 from spu.common import torch_private
 from spu.model.randomness import LayerRandomness
 from spu.model.replay import Habits, run_twice
+from spu.model.traced import traced_layers
 from spu.precision.dtypes import is_mixed, products_in
 
-__all__ = ["DrawKey", "Layer", "model_layers", "parts_as_layers"]
+__all__ = ["DrawKey", "Layer", "has_order", "layers_by_tracing", "model_layers", "parts_as_layers"]
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,28 @@ class Layer:
         return self.parameter_names.get(local, f"{self.name}.{local}")
 
 
+def has_order(model: Any) -> bool:
+    """Tell whether a model's layers have a known order; any other module's is found by tracing it on a batch."""
+    if not isinstance(model, nn.Module) or isinstance(model, (nn.Sequential, nn.ModuleList)) or _is_adapted(model):
+        return True
+    return _is_hugging_face(model) and not _is_without_plan(model)
+
+
+def layers_by_tracing(model: nn.Module, inputs: Any) -> list[Layer]:
+    """Return the layers of a module that is neither a list of them nor a decoder; ``inputs``: a batch.
+
+    Raises:
+        ValueError: it cannot be cut exactly.
+    """
+    return _named(traced_layers(model, inputs))
+
+
 def model_layers(model: Any) -> list[Layer]:
     """The layers of an ``nn.Sequential``, a list of modules, or a Hugging Face decoder.
 
     Raises:
         ValueError: an empty model.
-        TypeError: a model that has no known order of layers.
+        TypeError: no module, or a sequence with a forward of its own.
     """
     if isinstance(model, nn.Sequential):
         own = type(model).forward
@@ -147,8 +164,8 @@ def model_layers(model: Any) -> list[Layer]:
 
         return _named(huggingface.decoder_layers(model))
     raise TypeError(
-        f"cannot tell the order of the layers of a {type(model).__name__}; pass an nn.Sequential, "
-        "a list of layers, or a Hugging Face decoder with a base_model_pp_plan"
+        f"a {type(model).__name__} is no nn.Module; pass an nn.Sequential, a list of layers, a Hugging Face decoder "
+        "with a base_model_pp_plan, or another module"
     )
 
 
@@ -183,3 +200,8 @@ def _is_hugging_face(model: nn.Module) -> bool:
     from spu.model import huggingface
 
     return huggingface.is_decoder(model)
+
+
+def _is_without_plan(model: Any) -> bool:
+    """Tell whether a transformers model is neither a language model nor has a pipeline plan (an encoder classifier)."""
+    return not getattr(model.config, "base_model_pp_plan", None) and model.get_output_embeddings() is None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spu.devices.manager import Device
-from spu.model.layers import Layer, model_layers, parts_as_layers
+from spu.model.layers import Layer, has_order, layers_by_tracing, model_layers, parts_as_layers
 from spu.plan import partition
 from spu.trainer.bridge import Bridge, StageModule
 
@@ -19,7 +19,8 @@ class Parts:
     """Holds a model, whole or in parts that are added one by one, and hands the parts out on their devices.
 
     Args:
-        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with `add`.
+        model: an ``nn.Sequential``, a list of layers, a Hugging Face decoder, or any other module, which `layers_for`
+            cuts into layers; or None, with `add`.
 
     Attributes:
         placed: the parts are on their devices; no more can be added.
@@ -28,7 +29,8 @@ class Parts:
     def __init__(self, model: Any) -> None:
         self.placed = False
         self._model = model
-        self._layers: list[Layer] | None = None if model is None else model_layers(model)
+        self._is_traced = model is not None and not has_order(model)
+        self._layers: list[Layer] | None = None if model is None or self._is_traced else model_layers(model)
         self._added: list[nn.Module] = []
         self._stage_modules: list[StageModule] = []
 
@@ -44,9 +46,29 @@ class Parts:
         Raises:
             ValueError: there is none yet.
         """
+        if self._layers is None and self._is_traced:
+            raise ValueError(
+                f"the layers of a {type(self._model).__name__} are found on a first batch: call prepare(inputs, "
+                "targets) first, or give the trainer an nn.Sequential or a list of layers"
+            )
         if self._layers is None:
             raise ValueError("the trainer has no model: pass one, or call add_module() for each part")
         return self._layers
+
+    def layers_for(self, inputs: Any) -> list[Layer]:
+        """Return the model's layers; where they have no known order, as they are found on a batch of inputs.
+
+        Raises:
+            ValueError: there is no model yet, or it cannot be cut exactly.
+        """
+        if self._is_traced and not self.placed:
+            self._layers = layers_by_tracing(self._model, inputs)
+        return self.layers
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return every parameter of the model, once."""
+        modules = [self._model] if self._is_traced else [layer.module for layer in self.layers]
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
 
     def as_module(self) -> nn.Module:
         """Return what the user gave; parts and lists of layers as a container of them."""
@@ -61,7 +83,7 @@ class Parts:
         """
         if not isinstance(part, nn.Module):
             raise TypeError(f"add_module takes an nn.Module, got {type(part).__name__}")
-        if self._layers is not None and not self._added:
+        if self._model is not None:
             raise ValueError("this trainer was given a whole model; add parts to ModelParallelTrainer(devices=...)")
         if self.placed:
             raise ValueError("parts cannot be added any more: the trainer has placed the ones it has")

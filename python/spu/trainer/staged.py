@@ -111,12 +111,14 @@ class StagedModel:
         """Plan on a sample batch and set the stages up; the first step does it by itself.
 
         Raises:
-            ValueError: more stages than layers, or no placement under the budgets; nothing was moved or converted.
+            ValueError: more stages than layers, a model that cannot be cut into layers, or no placement under the
+                budgets; nothing was moved or converted.
         """
         if self._plan is not None:
             return self._plan
         inputs, targets = as_dicts(inputs), as_dicts(targets)
-        layers = self._parts.layers
+        with delayed_interrupts():  # Ctrl-C while the model is traced would leave torch patched
+            layers = self._parts.layers_for(inputs)
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
         planner = Planner(layers, self.devices, self.settings, self._loss)

@@ -39,7 +39,8 @@ class ModelParallelTrainer(StagedModel):
     """Trains a model cut into stages, one for each device, exactly as if it were whole.
 
     Args:
-        model: an ``nn.Sequential``, a list of layers, or a Hugging Face decoder; or None, with :meth:`add_module`.
+        model: an ``nn.Sequential``, a list of layers, a Hugging Face decoder, or any other module that can be cut into
+            layers (`spu.model.traced`); or None, with :meth:`add_module`.
             It is trained in place: after the first step it holds the precision's dtype. Between steps it is yours:
             values that you change are trained on.
         devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
@@ -129,8 +130,7 @@ class ModelParallelTrainer(StagedModel):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter of the model, once."""
-        seen = {id(p): p for layer in self._parts.layers for p in layer.module.parameters()}
-        return iter(seen.values())
+        return iter(self._parts.parameters())
 
     # Training
 
