@@ -23,7 +23,7 @@ GB = 10**9
 def play_cpu(
     monkeypatch: pytest.MonkeyPatch, cores: int | Iterable[int], total: int = 32 * GB, free: int = 20 * GB
 ) -> None:
-    """A machine with these cores, this memory and no card."""
+    """A machine with these cores, this memory and no GPU."""
     numbers = set(range(cores)) if isinstance(cores, int) else set(cores)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: numbers, raising=False)
     monkeypatch.setattr(hostinfo, "_physical_core", lambda core: (0, core))
@@ -32,14 +32,14 @@ def play_cpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def play_cards(monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, int, int]) -> None:
-    """Adds cards: (model, total bytes, free bytes)."""
+def play_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int, int]) -> None:
+    """Add GPUs: (model, total bytes, free bytes)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=cards[i][0], total_memory=cards[i][1])
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name=gpus[i][0], total_memory=gpus[i][1])
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (cards[i][2], cards[i][1]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (gpus[i][2], gpus[i][1]))
 
 
 # Sizes.
@@ -103,7 +103,7 @@ def test_parse_bytes_refuses_a_negative_number() -> None:
 # Names and cores.
 
 
-def test_auto_without_a_card_is_the_cpu_in_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_gpu_is_the_cpu_in_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 8)
     found = DeviceManager().get_devices()
     assert [(d.name, d.cores, d.threads) for d in found] == [("cpu:0", (0, 1, 2, 3), 4), ("cpu:1", (4, 5, 6, 7), 4)]
@@ -115,9 +115,9 @@ def test_auto_with_one_core_is_one_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(d.name, d.cores) for d in DeviceManager().get_devices("auto")] == [("cpu:0", (5,))]
 
 
-def test_auto_with_cards_is_all_of_them_and_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_with_gpus_is_all_of_them_and_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 4)
-    play_cards(monkeypatch, ("RTX 2070", 8 * GB, 7 * GB), ("RTX 4060", 8 * GB, 8 * GB))
+    play_gpus(monkeypatch, ("RTX 2070", 8 * GB, 7 * GB), ("RTX 4060", 8 * GB, 8 * GB))
     found = DeviceManager().get_devices()
     assert [d.name for d in found] == ["cuda:0", "cuda:1", "cpu:0"]
     assert [d.torch_device for d in found[:2]] == [torch.device("cuda:0"), torch.device("cuda:1")]
@@ -144,7 +144,7 @@ def test_auto_with_cards_is_all_of_them_and_one_cpu(monkeypatch: pytest.MonkeyPa
 )
 def test_specs(monkeypatch: pytest.MonkeyPatch, spec: object, names: list[str]) -> None:
     play_cpu(monkeypatch, 6)
-    play_cards(monkeypatch, ("A", 8 * GB, 7 * GB), ("B", 8 * GB, 8 * GB))
+    play_gpus(monkeypatch, ("A", 8 * GB, 7 * GB), ("B", 8 * GB, 8 * GB))
     found = DeviceManager().get_devices(spec)  # type: ignore[arg-type]
     assert [d.name for d in found] == names
     cores = [core for d in found for core in d.cores]
@@ -168,9 +168,9 @@ def test_an_unknown_device_is_named_beside_what_there_is(monkeypatch: pytest.Mon
     assert repr(bad.split(",")[0]) in str(caught.value)
 
 
-def test_a_missing_card_is_refused_and_the_present_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused_and_the_present_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2)
-    play_cards(monkeypatch, ("RTX 2070", 8 * GB, 7 * GB))
+    play_gpus(monkeypatch, ("RTX 2070", 8 * GB, 7 * GB))
     with pytest.raises(ValueError, match=r"unknown device 'cuda:1'.*cuda:0 \(RTX 2070\)"):
         DeviceManager().get_devices("cuda:0,cuda:1")
 
@@ -240,15 +240,15 @@ def test_the_default_budget_is_available_memory_less_the_reserve(monkeypatch: py
 
 def test_the_reserve_never_takes_more_than_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2, total=64 * GB, free=2 * GB)
-    play_cards(monkeypatch, ("A", 24 * GB, 100 * 10**6))
-    card, cpu = DeviceManager().get_devices()
+    play_gpus(monkeypatch, ("A", 24 * GB, 100 * 10**6))
+    gpu, cpu = DeviceManager().get_devices()
     assert cpu.budget_bytes == GB
-    assert card.budget_bytes == 50 * 10**6
+    assert gpu.budget_bytes == 50 * 10**6
 
 
-def test_a_card_keeps_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_keeps_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2)
-    play_cards(monkeypatch, ("A", 8 * GB, 7 * GB), ("B", 2 * GB, 2 * GB))
+    play_gpus(monkeypatch, ("A", 8 * GB, 7 * GB), ("B", 2 * GB, 2 * GB))
     first, second, _ = DeviceManager().get_devices()
     assert (first.memory_bytes, first.budget_bytes, first.reserve_bytes) == (8 * GB, 7 * GB - 400 * 10**6, 400 * 10**6)
     assert second.reserve_bytes == 256 << 20
@@ -256,7 +256,7 @@ def test_a_card_keeps_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_given_budgets_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 4)
-    play_cards(monkeypatch, ("A", 8 * GB, 8 * GB))
+    play_gpus(monkeypatch, ("A", 8 * GB, 8 * GB))
     found = DeviceManager(" CUDA:0 = 6 GiB , cpu=24GB,").get_devices(["cuda:0", "cpu", "cpu"])
     assert [d.budget_bytes for d in found] == [6 << 30, 12 * GB, 12 * GB]
     assert [d.reserve_bytes for d in found] == [0, 0, 0]
@@ -308,9 +308,9 @@ def test_a_budget_for_a_cpu_device_that_is_not_there_is_refused(monkeypatch: pyt
         DeviceManager("cpu:2=1GB").get_devices("cpu,cpu")
 
 
-def test_a_budget_for_cards_in_general_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_for_gpus_in_general_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 4)
-    play_cards(monkeypatch, ("A", 8 * GB, 8 * GB))
+    play_gpus(monkeypatch, ("A", 8 * GB, 8 * GB))
     with pytest.raises(ValueError, match="cuda:0=8GB"):
         DeviceManager("cuda=8GB")
 
@@ -341,9 +341,9 @@ def test_a_pinned_calls_exception_reaches_the_caller() -> None:
         call_pinned(DeviceManager().get_devices("cpu")[0], fail)
 
 
-def test_pinning_to_a_card_changes_nothing() -> None:
+def test_pinning_to_a_gpu_changes_nothing() -> None:
     before = torch.get_num_threads()
-    pin_current_thread(Device("cuda:0", torch.device("cuda:0"), (), 1, GB, GB, "a card"))
+    pin_current_thread(Device("cuda:0", torch.device("cuda:0"), (), 1, GB, GB, "a GPU"))
     assert torch.get_num_threads() == before
 
 

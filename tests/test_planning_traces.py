@@ -6,6 +6,7 @@ import collections
 import functools
 import queue
 import random
+import types
 import warnings
 import weakref
 
@@ -257,6 +258,22 @@ def test_the_first_step_is_that_of_the_plain_model(name):
 
 def _unregistered(net):
     return getattr(net[1], "parts", [])
+
+
+def test_modules_that_name_one_another_are_looked_at_once(monkeypatch):
+    first, second = types.ModuleType("first"), types.ModuleType("second")
+    first.second, second.first, second.count = second, first, 0
+    monkeypatch.setitem(globals(), "first", first)
+
+    def counts(h):
+        first.second.first.second.count += 1
+        return h
+
+    with ModelParallelTrainer(model(Calls(counts)), ["cpu:0"], precision="fp32", microbatches=2) as trainer:
+        trainer.prepare(*batch())
+        assert second.count == 0
+        trainer.step(*batch())
+        assert second.count == 2
 
 
 class Queues(nn.Module):

@@ -20,7 +20,7 @@ def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str
         source: the plan's file, for messages.
 
     Raises:
-        ValueError: the user has named a setting that the plan decides otherwise.
+        ValueError: the user has given a setting another value than the plan.
     """
     decided: dict[str, Any] = {
         **{name: getattr(plan.settings, name) for name in plan.settings.names()},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 
 import torch
 
-from spu.devices.manager import Device, DeviceManager, parse_bytes
+from spu.devices.manager import Device, DeviceManager, parse_bytes, split_pair
 from spu.devices.speed import measure_device, measure_link
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
@@ -16,6 +17,8 @@ from spu.plan.search import search_plan
 from spu.settings import Settings
 from spu.train.config import PlanOptions
 from spu.train.progress import terminal_width
+
+__all__ = ["declared_devices", "describe_machine", "plan_command"]
 
 
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
@@ -69,15 +72,11 @@ def _split_budget(budget: str | None) -> dict[str, str]:
     result: dict[str, str] = {}
     for piece in (budget or "").split(","):
         if piece.strip():
-            name, sign, value = piece.partition("=")
-            if not sign or not name.strip() or not value.strip():
-                raise ValueError(
-                    f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write cuda:0=8GB,cpu=64GB"
-                )
-            full = _full(name.strip().lower())
+            name, value = split_pair(piece, str(budget))
+            full = _full(name.lower())
             if full in result:
-                raise ValueError(f"budget {budget!r} names {full} twice, {result[full]} and {value.strip()}: give one")
-            result[full] = value.strip()
+                raise ValueError(f"budget {budget!r} names {full} twice, {result[full]} and {value}: give one")
+            result[full] = value
     return result
 
 
@@ -98,15 +97,13 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     strange = [n for n in speeds if not any(n in (d.name, d.name.split(":")[0]) for d in devices)]
     if strange:
         raise ValueError(f"--speed names {strange[0]}; the devices are {', '.join(d.name for d in devices)}")
-    measured, links = {}, {}
+    measured = {}
     for device in devices:
         if device.name not in absent and device.name not in speeds:
             figures = measure_device(device)
             measured[device.name] = (max(getattr(figures, precision), 1.0), figures.memory_bandwidth)
-    for a, first in enumerate(devices):
-        for b, second in enumerate(devices):
-            if a != b and first.name in measured and second.name in measured:
-                links[a, b] = measure_link(first, second).bytes_per_s
+    known = [(index, device) for index, device in enumerate(devices) if device.name in measured]
+    links = {(a, b): measure_link(x, y).bytes_per_s for (a, x), (b, y) in itertools.permutations(known, 2)}
     return make_machine(devices, measured, speeds, precision, links)
 
 
@@ -150,6 +147,3 @@ def plan_command(options: PlanOptions) -> Plan:
         draw_plan(plan, options.picture)
         print(f"drawn: {options.picture}")
     return plan
-
-
-__all__ = ["declared_devices", "describe_machine", "plan_command"]

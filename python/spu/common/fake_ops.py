@@ -28,8 +28,8 @@ def fake_copy(mode: FakeTensorMode, value: Any) -> Any:
 
 
 class FakeOps(TorchDispatchMode):
-    """Inside a FakeTensorMode: grouped products of every dtype, random draws from a generator, and no writes to real
-    tensors: the mode itself lets ``add_`` and ``sub_`` of a number through to them.
+    """Lets a FakeTensorMode run grouped products of every dtype and random draws from a generator, and write to no real
+    tensor: the mode itself lets ``add_`` and ``sub_`` of a number through to them.
 
     Entered after the fake mode and before trackers, so that these count the operator itself, not what stands for it.
     """
@@ -55,7 +55,7 @@ class FakeOps(TorchDispatchMode):
 
 
 def _spared(value: Any, stand_ins: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """A fake tensor in place of a real one."""
+    """Return a fake tensor in place of a real one, and add both to ``stand_ins``."""
     if not isinstance(value, torch.Tensor) or is_fake(value) or value.layout is not torch.strided:
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -17,14 +17,14 @@ Shape = Sequence[int]
 
 
 def flop_formulas() -> dict[Any, Any]:
-    """Return formulas, by op, from the shapes of its arguments: of ours that are registered, and of CPU attention."""
+    """Return, by op, functions of its arguments' shapes: for our registered ops, and for CPU attention."""
     formulas = {getattr(torch.ops.spu, name): made for name, made in _OURS.items() if hasattr(torch.ops.spu, name)}
     cpu_attention = torch_private.flash_attention_for_cpu()
     return formulas if cpu_attention is None else {**formulas, cpu_attention: _torchs_attention}
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    """Of the product, and of its input's gradient, which has ``dz`` in place of ``x``."""
+    """Return the FLOPs of the product, and of its input's gradient, which has ``dz`` in place of ``x``."""
     return 2 * _rows(x) * weight[0] * weight[1]
 
 
@@ -62,7 +62,7 @@ def _torchs_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
 
 
 def _rows(shape: Shape) -> int:
-    """Elements of all dimensions but the last."""
+    """Return the product of all dimensions but the last."""
     return math.prod(shape[:-1])
 
 

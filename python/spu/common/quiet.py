@@ -1,4 +1,4 @@
-"""Nothing on the screen from code that planning runs."""
+"""Keep the screen free of what code prints that planning runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["hushed"]
 
 
 class _Deaf:
-    """A stream that drops what some threads write."""
+    """A stream that drops the output of some threads."""
 
     def __init__(self, stream: Any, threads: set[int]) -> None:
         self._stream, self._threads = stream, threads
@@ -28,12 +28,12 @@ class _Deaf:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[Callable[[], None]]:
-    """What this thread prints or warns of goes nowhere: training will say it again, of what really happens.
+    """Drop what this thread prints and warns of: training will print it too, then of real values.
 
-    Nor does torch log that a fake operator failed, which has a way round here.
+    Nor does torch log that a fake operator failed, which planning handles.
 
     Yields:
-        What any other thread may call to be hushed too.
+        A function that other threads call to have their output dropped too.
     """
     threads = {threading.get_ident()}
     logger = logging.getLogger("torch._subclasses.fake_tensor")

@@ -41,11 +41,11 @@ class Tally:
             self.peak = max(self.peak, self.live)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's storage is one that was counted."""
+        """Tell whether the tensor's storage was counted."""
         return storage_id(tensor) in self._known
 
     def restart(self) -> None:
-        """Let the peak start again from what is live now."""
+        """Set the peak to the bytes that are live now."""
         with self._lock:
             self.peak = self.live
 
@@ -56,10 +56,10 @@ class Tally:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While active in a thread, counts the storage of every tensor that an operator there makes.
+    """Counts the storage of every tensor that an operator makes in the threads that have entered it.
 
-    Works on real, meta and fake tensors alike, which is how a prediction made on fake tensors and a measurement of the
-    real ones count the same thing. What a kernel allocates inside itself is not seen; nor are tensors from before.
+    Works on real, meta and fake tensors alike, so that predictions on fake tensors and measurements on real ones count
+    the same bytes. Memory that a kernel allocates for itself is not seen, nor are tensors from before.
 
     Args:
         tally: where to count; default: one of its own.
@@ -81,7 +81,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 _FREE = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided", "new_empty")
-"""Operators whose time is not that of the bytes they move."""
+"""Operators whose time does not depend on the bytes that they move."""
 
 
 class Traffic(TorchDispatchMode):

@@ -1,6 +1,6 @@
-"""The machine under us: its cores, its memory, and what a container leaves of them (cgroup v1 and v2).
+"""The cores and the memory of this machine, within the limits of a container (cgroup v1 and v2).
 
-Everything is read from files of the system, each of which may be missing: the answer is then the plainer one.
+Everything is read from files of the system. Where one is missing, the machine has no such limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NO_LIMIT = 1 << 60
 
 
 def usable_cores() -> list[int]:
-    """Logical cores this process may use, those of one physical core side by side."""
+    """Return the logical cores that this process may use, those of one physical core side by side."""
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
     else:
@@ -30,7 +30,7 @@ def usable_cores() -> list[int]:
 
 
 def effective_cores() -> int:
-    """Cores this process may use, less what a container's CPU quota takes away."""
+    """Return how many cores this process may use: no more than a container's CPU quota."""
     count = len(usable_cores())
     quota = None
     for directory in _cgroup_dirs("cpu"):
@@ -48,18 +48,19 @@ def effective_cores() -> int:
 
 
 def physical_cores(cores: Iterable[int]) -> int:
+    """Return how many physical cores these logical ones belong to."""
     return len({_physical_core(core) for core in cores})
 
 
 def _physical_core(core: int) -> tuple[int, int]:
-    """(package, core in it); hyperthreads of one core agree. Where the system does not say, each is its own."""
+    """Return (package, core in it), the same for hyperthreads of one core; unique where the system does not say."""
     topology = _CPUS / f"cpu{core}" / "topology"
     package, inner = _read_int(topology / "physical_package_id"), _read_int(topology / "core_id")
     return (package, inner) if package is not None and inner is not None else (0, core)
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         for line in (_PROC / "cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -70,7 +71,7 @@ def cpu_model() -> str:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, available) bytes of the host, or of the container this process runs in."""
+    """Return (total, available) bytes of the host, or of the container that this process runs in."""
     total, available = _system_memory()
     for directory in _cgroup_dirs("memory"):
         v2 = (directory / "memory.max").exists()
@@ -78,7 +79,7 @@ def host_memory() -> tuple[int, int]:
         if limit is None or limit >= _NO_LIMIT:
             continue
         used = _read_int(directory / ("memory.current" if v2 else "memory.usage_in_bytes")) or 0
-        # The page cache counts as used and is given back on demand.
+        # The page cache counts as used, but is freed on demand.
         cache = _stat(directory / "memory.stat", "inactive_file" if v2 else "total_inactive_file")
         total = min(total, limit)
         available = min(available, max(0, limit - max(0, used - cache)))
@@ -98,7 +99,7 @@ def _system_memory() -> tuple[int, int]:
 
 
 def _cgroup_dirs(controller: str) -> list[Path]:
-    """Directories of this process's cgroup for ``controller`` and of its parents: a limit at any level binds."""
+    """Return the directories of this process's cgroup for ``controller`` and its parents, any of which may limit it."""
     found: list[Path] = []
     try:
         lines = (_PROC / "self/cgroup").read_text().splitlines()
@@ -123,7 +124,7 @@ def _read_int(path: Path) -> int | None:
 
 
 def _stat(path: Path, key: str) -> int:
-    """The number after ``key`` in a file of "key number" lines; 0 when there is none."""
+    """Return the number after ``key`` in a file of "key number" lines; 0 when there is none."""
     try:
         for line in path.read_text().splitlines():
             fields = line.split()

@@ -4,7 +4,7 @@ A CPU device (``cpu:0``, ``cpu:1``, ...) is our name for a set of cores: torch i
 own disjoint cores, so that their stages run side by side. All of them share the host's memory, and so one budget.
 
 The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB) for the
-system and Python; a twentieth of a card's memory (at least 256 MiB) for the driver's context and the allocator's
+system and Python; a twentieth of a GPU's memory (at least 256 MiB) for the driver's context and the allocator's
 fragments; never more than half of what is available. A container's memory limit and CPU quota are respected.
 """
 
@@ -22,7 +22,7 @@ import torch
 from spu.common.units import format_bytes
 from spu.devices.host import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
-__all__ = ["Device", "DeviceManager", "parse_bytes"]
+__all__ = ["Device", "DeviceManager", "parse_bytes", "split_pair"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
@@ -31,7 +31,7 @@ _SIZE_FORMS = "8GB, 7.5GB, 512MB (powers of 1000), 8GiB (powers of 1024), 100000
 
 
 def parse_bytes(text: str | int, total: int | None = None) -> int:
-    """Bytes of a size such as ``"8GB"``, ``"8 GiB"``, ``"512mb"`` or, when ``total`` is given, ``"80%"``.
+    """Return the bytes of a size such as "8GB", "8 GiB", "512mb" or, when ``total`` is given, "80%".
 
     Units in any case: B, kB, MB, GB, TB, PB are powers of 1000, KiB, MiB, ... powers of 1024. An int is bytes already.
 
@@ -69,11 +69,11 @@ class Device:
     Attributes:
         name: ours: ``"cpu:0"``, ``"cuda:0"``.
         torch_device: torch's: every ``cpu:k`` is ``torch.device("cpu")``.
-        cores: logical cores a CPU device owns; empty for a card.
+        cores: logical cores that a CPU device owns; empty for a GPU.
         threads: torch threads a stage here runs with.
         memory_bytes: the whole memory behind the device; every ``cpu:k`` shows the host's, which they share.
         budget_bytes: what spu may use of it.
-        description: model, cores, and how the budget came about.
+        description: model, cores, and where the budget comes from.
         reserve_bytes: what the default budget left out; 0 when the budget was given.
     """
 
@@ -98,7 +98,7 @@ class DeviceManager:
 
     Args:
         budget: ``"cuda:0=8GB,cpu=24GB"`` or a mapping of the same. Keys: ``cpu`` (split evenly among all ``cpu:k``),
-            ``cpu:K``, ``cuda:K``. Values: see :func:`parse_bytes`; ``%`` is of the device's whole memory. Other devices
+            ``cpu:K``, ``cuda:K``. Values: see `parse_bytes`; ``%`` is of the device's whole memory. Other devices
             get the default.
 
     Raises:
@@ -111,12 +111,12 @@ class DeviceManager:
         self._budgets = self._parse_budgets(budget)
 
     def get_devices(self, spec: Spec = "auto") -> list[Device]:
-        """The devices named by ``spec``, in its order.
+        """Return the devices named by ``spec``, in its order.
 
         Args:
-            spec: ``"auto"`` (every card and one CPU device where there are cards, else the CPU in two halves, or one
+            spec: ``"auto"`` (every GPU and one CPU device where there are GPUs, else the CPU in two halves, or one
                 device if it has one core), a name (``"cpu"``: all cores), a comma-separated text, or a sequence of
-                names, ``torch.device`` and :class:`Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the
+                names, ``torch.device`` and `Device` (kept as they are). A bare ``"cpu"`` or ``"cuda"`` takes the
                 lowest index not named otherwise: ``["cpu", "cpu"]`` is ``["cpu:0", "cpu:1"]``. With more ``cpu:k`` than
                 cores they share cores in turn, one thread each.
 
@@ -141,10 +141,10 @@ class DeviceManager:
         return [made[name] for name in names]
 
     def known(self) -> str:
-        """The names that :meth:`get_devices` accepts here, for messages."""
-        cards = [f"cuda:{i} ({card[0]})" for i, card in enumerate(self._cuda)]
+        """Return the names that `get_devices` accepts here, for messages."""
+        gpus = [f"cuda:{i} ({gpu[0]})" for i, gpu in enumerate(self._cuda)]
         cpu = f"cpu or cpu:0, cpu:1, ... ({len(usable_cores())} cores)"
-        return ", ".join([*cards, cpu]) + ("" if cards else "; torch sees no CUDA device")
+        return ", ".join([*gpus, cpu]) + ("" if gpus else "; torch sees no CUDA device")
 
     def _items(self, spec: Spec) -> list[str | Device]:
         if isinstance(spec, str) and spec.strip().lower() == "auto":
@@ -168,16 +168,16 @@ class DeviceManager:
         return items
 
     def _check_name(self, text: str) -> str:
-        """``text`` as a lower-case name of a device that can exist here."""
+        """Return ``text`` as a lower-case name; raise ValueError if no such device can exist here."""
         name = text.strip().lower()
         match = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", name)
-        missing_card = match is not None and match[1] == "cuda" and int(match[2] or 0) >= len(self._cuda)
-        if match is None or missing_card:
+        missing_gpu = match is not None and match[1] == "cuda" and int(match[2] or 0) >= len(self._cuda)
+        if match is None or missing_gpu:
             raise ValueError(f"unknown device {text.strip()!r}; there is: {self.known()}")
         return match[1] + (f":{int(match[2])}" if match[2] else "")
 
     def _check_cpus(self, names: list[str]) -> None:
-        """More CPU devices than cores share them in turn, but only where a list names them all."""
+        """Raise ValueError for an index beyond the cores, unless a list names more CPU devices than cores, and all."""
         count = max(len(usable_cores()), len(names))
         for name in names:
             if _index(name) >= count:
@@ -191,14 +191,14 @@ class DeviceManager:
             return {}
         pairs: Iterable[tuple[str, str | int]]
         if isinstance(budget, str):
-            pairs = [_split_pair(piece, budget) for piece in budget.split(",") if piece.strip()]
+            pairs = [split_pair(piece, budget) for piece in budget.split(",") if piece.strip()]
         else:
             pairs = budget.items()
         budgets: dict[str, int] = {}
         for key, value in pairs:
             name = self._check_name(key)
             if name == "cuda":
-                raise ValueError(f"budget {key}={value}: name the card, for example cuda:0={value}")
+                raise ValueError(f"budget {key}={value}: name the GPU, for example cuda:0={value}")
             if name in budgets:
                 raise ValueError(
                     f"budget {key}={value}: {name} has one already, {format_bytes(budgets[name])}; give one"
@@ -218,7 +218,7 @@ class DeviceManager:
         return budgets
 
     def _cpu_budgets(self, names: list[str]) -> dict[str, tuple[int, int, str]]:
-        """(budget, reserve, how it came about) of each CPU device: they share the host's memory."""
+        """Return (budget, reserve, where it comes from) of each CPU device: they share the host's memory."""
         unused = [n for n in self._budgets if n.startswith("cpu:") and n not in names]
         if unused and names:
             raise ValueError(
@@ -266,7 +266,7 @@ class DeviceManager:
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
-    """``parts`` disjoint runs of ``cores``, as even as can be; single cores in turn when there are fewer than parts."""
+    """Return ``parts`` disjoint runs of cores of about equal length; single cores in turn where there are fewer."""
     if parts > len(cores):
         return [(cores[i % len(cores)],) for i in range(parts)]
     bounds = [len(cores) * i // parts for i in range(parts + 1)] if parts else []
@@ -274,7 +274,7 @@ def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
 
 
 def _assign_names(names: list[str], known: str) -> list[str]:
-    """Full names: each bare "cpu" or "cuda" takes the lowest index of its kind that no other entry names."""
+    """Return full names: each bare "cpu" or "cuda" gets the lowest index of its kind that no other entry names."""
     used = [n for n in names if ":" in n]
     twice = next((n for n in used if used.count(n) > 1), None)
     if twice is not None:
@@ -289,7 +289,8 @@ def _assign_names(names: list[str], known: str) -> list[str]:
     return result
 
 
-def _split_pair(piece: str, budget: str) -> tuple[str, str]:
+def split_pair(piece: str, budget: str) -> tuple[str, str]:
+    """Return (device, size) of an entry of a budget; raise ValueError where it is not DEVICE=SIZE."""
     key, sign, value = piece.partition("=")
     if not sign or not key.strip() or not value.strip():
         raise ValueError(f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write e.g. cuda:0=8GB,cpu=24GB")
@@ -301,7 +302,7 @@ def _index(name: str) -> int:
 
 
 def _ranges(cores: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` as "0-2,5"."""
+    """Return (0, 1, 2, 5) as "0-2,5"."""
     runs: list[list[int]] = []
     for core in sorted(cores):
         if runs and core == runs[-1][1] + 1:
@@ -312,18 +313,18 @@ def _ranges(cores: Sequence[int]) -> str:
 
 
 def _cuda_memory() -> list[tuple[str, int, int]]:
-    """(model, total bytes, available bytes) of each card that torch can use."""
+    """Return (model, total bytes, available bytes) of each GPU that torch can use."""
     if not torch.cuda.is_available():
         return []
-    cards = []
+    gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         try:
             available = int(torch.cuda.mem_get_info(i)[0])
-        except RuntimeError:  # a card whose context cannot be made now (full, or in exclusive use)
+        except RuntimeError:  # a GPU whose context cannot be made now (full, or in exclusive use)
             available = int(properties.total_memory)
-        cards.append((str(properties.name), int(properties.total_memory), available))
-    return cards
+        gpus.append((str(properties.name), int(properties.total_memory), available))
+    return gpus
 
 
 def _host_reserve(total: int, available: int) -> int:

@@ -1,10 +1,10 @@
-"""Running a user's code and leaving no trace of it in what Python holds.
+"""Run a user's code, and put back afterwards whatever it has changed in Python's objects.
 
-Planning runs layers and losses that may count their calls, fill caches and keep what they see. Tensors are taken care
-of by running copies (`spu.model.stand_in`); everything else that the code can reach is noted here before and put back:
-attributes, lists, dicts and sets, variables of enclosing functions, module and class variables that the code names,
-caches of `functools`, generators of random numbers. Objects of the standard library, of torch and of other installed
-packages are left alone, but for containers and modules.
+Planning runs layers and losses that may count their calls, fill caches and keep what they see. Their tensors are
+copies (`spu.model.stand_in`). Everything else that the code can reach is noted here before, and put back: attributes,
+lists, dicts and sets, variables of enclosing functions, module and class variables that the code names, caches of
+`functools`, generators of random numbers. Objects of the standard library, of torch and of other installed packages
+are left alone, but for containers and modules.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 @contextlib.contextmanager
 def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
-    """While it lasts code may change what it reaches from ``roots``; at the end all of that is as it was.
+    """Put back at the end whatever code has changed of the objects that it reaches from ``roots``.
 
-    Random number generators, the default dtype and whether gradients are computed are put back too.
+    Generators of random numbers, the default dtype and whether gradients are computed are put back too.
 
     Args:
         roots: modules, functions, anything that will be called.
-        values: the code is run on real tensors, and may write into ones that were there before and give them gradients:
-            put those back too, and call no hooks of theirs.
+        values: the code runs on real tensors, and may write into older ones and give them gradients: put those back
+            too, and call no hooks of theirs.
 
     Yields:
-        With ``values``, what has to be entered in every other thread that writes into such tensors first.
+        A function that makes a context: with ``values``, other threads enter one before they run such code.
     """
-    seen = _Seen(roots, values)
+    reached = _Reached(roots, values)
     dtype, python = torch.get_default_dtype(), random.getstate()
     numpy = sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy is not None else None
-    kept = _Kept(seen.tensors) if values else None
+    kept = _Values(reached.tensors) if values else None
     watched = contextlib.nullcontext if kept is None else functools.partial(_Writes, kept)
     try:
         with frozen_rng(), torch.enable_grad(), watched():
@@ -60,7 +60,7 @@ def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contex
     finally:
         if kept is not None:
             kept.put_back()
-        seen.put_back()
+        reached.put_back()
         torch.set_default_dtype(dtype)
         random.setstate(python)
         if numpy is not None:
@@ -69,7 +69,7 @@ def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contex
 
 @contextlib.contextmanager
 def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
-    """Puts torch's generators back at the end: the CPU's, and those of the GPUs in use."""
+    """Put torch's generators back at the end: the CPU's, and those of the GPUs in use."""
     gpus: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     if device is not None and device.type == "cuda" and not gpus:
         gpus = [device]
@@ -77,8 +77,8 @@ def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-class _Seen:
-    """What can be reached from some roots, as it was. Identities are compared, never values."""
+class _Reached:
+    """The objects that can be reached from some roots, and how to put them back. Compares identities, never values."""
 
     def __init__(self, roots: tuple[Any, ...], values: bool) -> None:
         self.tensors: list[torch.Tensor] = []
@@ -175,50 +175,47 @@ class _Seen:
         self._variables(function.__globals__, names)
 
     def _variables(self, space: dict[str, Any], names: set[str]) -> None:
-        """Module variables that code names: their values, and which name has which."""
-        before = {name: space[name] for name in names if name in space}
-        modules = [v for v in before.values() if isinstance(v, types.ModuleType) and id(v) not in self._known]
+        """Note the module variables that code names, also in modules of the user's among them."""
+        spaces = [space]
+        for own in spaces:  # grows: packages and their modules may name one another
+            read = functools.partial(lambda own: {name: own[name] for name in names if name in own}, own)
+            for value in self._named(read, own.__setitem__, own.__delitem__).values():
+                if not isinstance(value, types.ModuleType):
+                    self._left.append(value)
+                elif not _library(value.__name__) and all(vars(value) is not other for other in spaces):
+                    spaces.append(vars(value))
+
+    def _named(
+        self, read: Callable[[], dict[str, Any]], put: Callable[[str, Any], object], drop: Callable[[str], object]
+    ) -> dict[str, Any]:
+        """Note which names have which values: as ``read()`` returns them now, ``put`` and ``drop`` set them later."""
+        before = read()
 
         def undo() -> None:
-            for name in names:
-                if name in before:
-                    if space.get(name, space) is not before[name]:
-                        space[name] = before[name]
-                else:
-                    space.pop(name, None)
+            now = read()
+            for name in now.keys() - before.keys():
+                drop(name)
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    put(name, value)
 
         self._undo.append(undo)
-        self._left += [v for v in before.values() if not isinstance(v, types.ModuleType)]
-        for module in modules:
-            if not _library(module.__name__):
-                self._variables(vars(module), names)
+        return before
 
     def _cell(self, cell: types.CellType) -> None:
-        try:
+        with contextlib.suppress(ValueError):  # it is empty
             content = cell.cell_contents
-        except ValueError:  # empty
-            return
-
-        def undo() -> None:
-            cell.cell_contents = content
-
-        self._undo.append(undo)
-        self._left.append(content)
+            self._undo.append(lambda: setattr(cell, "cell_contents", content))
+            self._left.append(content)
 
     def _class(self, cls: type) -> None:
         if _library(cls.__module__) or _installed(cls.__module__):
             return
-        before = {name: value for name, value in vars(cls).items() if not _dunder(name)}
-
-        def undo() -> None:
-            now = {name: value for name, value in vars(cls).items() if not _dunder(name)}
-            for name in now.keys() - before.keys():
-                delattr(cls, name)
-            for name, value in before.items():
-                if now.get(name, cls) is not value:
-                    setattr(cls, name, value)
-
-        self._undo.append(undo)
+        before = self._named(
+            lambda: {name: value for name, value in vars(cls).items() if not _dunder(name)},
+            functools.partial(setattr, cls),
+            functools.partial(delattr, cls),
+        )
         self._left += [vars(cls).get("__call__"), *before.values(), *cls.__bases__]
 
     def _object(self, value: Any) -> None:
@@ -228,14 +225,7 @@ class _Seen:
     def _attributes(self, value: Any) -> None:
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
-            before = dict(own)
-
-            def undo() -> None:
-                if own.keys() != before.keys() or any(own[k] is not v for k, v in before.items()):
-                    own.clear()
-                    own.update(before)
-
-            self._undo.append(undo)
+            before = self._named(own.copy, own.__setitem__, own.__delitem__)
             self._left.extend(v for k, v in before.items() if not (isinstance(value, nn.Module) and _hooks(k)))
         for name in {n for cls in type(value).__mro__ for n in _slots(cls)}:
             if hasattr(value, name):
@@ -248,23 +238,23 @@ _UNDECLARED = ("running_mean", "running_var")
 """Arguments that batch norms write though their schemas do not say so."""
 
 
-class _Kept:
-    """Values, from before they were written, of tensors that code may reach; shared by threads."""
+class _Values:
+    """The values that tensors had before code wrote them; shared by threads."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        self._there: dict[int, list[torch.Tensor]] = {}
+        self._reached: dict[int, list[torch.Tensor]] = {}
         for tensor in tensors:
             with contextlib.suppress(NotImplementedError, RuntimeError):  # a sparse one has no storage
-                self._there.setdefault(torch_private.storage_id(tensor), []).append(tensor)
+                self._reached.setdefault(torch_private.storage_id(tensor), []).append(tensor)
         self._before: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._lock = threading.Lock()
 
     def keep(self, tensor: torch.Tensor) -> None:
-        """Call before it is written."""
+        """Copy a tensor's storage, unless that was done or no code reaches it. Call before it is written."""
         key = torch_private.storage_id(tensor) if tensor.layout is torch.strided else 0
         with self._lock:
-            if key in self._there and key not in self._before:
-                self._before[key] = [(t, t.detach().clone()) for t in self._there[key]]
+            if key in self._reached and key not in self._before:
+                self._before[key] = [(t, t.detach().clone()) for t in self._reached[key]]
 
     def put_back(self) -> None:
         with torch.no_grad():
@@ -274,9 +264,9 @@ class _Kept:
 
 
 class _Writes(TorchDispatchMode):
-    """Sees what the operators of a thread are about to write."""
+    """Keeps the values of tensors that the operators of a thread are about to write."""
 
-    def __init__(self, kept: _Kept) -> None:
+    def __init__(self, kept: _Values) -> None:
         super().__init__()
         self._kept = kept
 
@@ -337,7 +327,7 @@ def _installed(module: str | None) -> bool:
 
 
 def _walked(value: Any) -> bool:
-    """Whether an object's attributes are looked at: a module's, and those of a class of the user's."""
+    """Tell whether to look at an object's attributes: a module's, and those of a class of the user's."""
     module = type(value).__module__
     if isinstance(value, nn.Module | types.SimpleNamespace) or module in _HOLDERS:
         return True
