@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from spu.devices.speed import cache_directory, measure_device, measure_link
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every measuring thread have its core to itself, whatever the machine does."""
-    monkeypatch.setattr(speed, "thread_time", lambda: 2 * speed.perf_counter())
+    monkeypatch.setattr(speed, "thread_time", itertools.count(step=3600).__next__)  # an hour for each figure
 
 
 @pytest.fixture
