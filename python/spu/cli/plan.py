@@ -1,4 +1,4 @@
-"""`spu plan`: from a config and a description of devices to a plan, its picture and its words, or a refusal."""
+"""`spu plan`: make a plan from a config and a description of devices; print, draw and write it, or say why not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from spu.devices.host import host_memory
 from spu.devices.manager import Device, DeviceManager, parse_bytes, split_pair
 from spu.devices.speed import measure_device, measure_link
 from spu.plan import Plan
@@ -20,9 +21,11 @@ from spu.train.progress import terminal_width
 
 __all__ = ["declared_devices", "describe_machine", "plan_command"]
 
+_DECLARED = "declared; budget "
+
 
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
-    """Return the devices to plan for, and the names of those that are not here.
+    """Return the devices to plan for, and the names of those that this machine does not have.
 
     A GPU that this machine does not have needs a budget, which then is its memory. Default: the devices that the
     budget names; else what is here.
@@ -31,37 +34,36 @@ def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Devi
         ValueError: an absent GPU without a budget, or what `DeviceManager` refuses.
     """
     budgets = _split_budget(budget)
-    names = [n.strip().lower() for n in devices.split(",") if n.strip()] if devices else list(budgets)
-    manager = DeviceManager()
+    names = [_full(n.strip().lower()) for n in devices.split(",") if n.strip()] if devices else list(budgets)
     if not names or names == ["auto"]:
         return DeviceManager(budget).get_devices("auto"), set()
-    here = [f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
-    twice = [n for k, n in enumerate(names) if n.startswith("cuda") and _full(n) in map(_full, names[:k])]
-    if twice:
-        raise ValueError(f"--devices {devices}: {_full(twice[0])} is named twice; GPUs are cuda:0, cuda:1, ...")
-    absent = {_full(n) for n in names if n.startswith("cuda") and _full(n) not in here}
-    known = [n for n in names if _full(n) not in absent]
-    found: dict[str, Device] = {}
-    if known:
-        kept = {k: v for k, v in budgets.items() if _full(k) not in absent}
-        total = manager.get_devices("cpu")[0].memory_bytes
-        own = {k: v for k, v in kept.items() if not k.startswith("cpu") or v.endswith("%") or parse_bytes(v) <= total}
-        made = DeviceManager(own or None).get_devices(known)
-        for device in made:
-            given = kept.get(device.name, kept.get("cpu") if device.name.startswith("cpu") else None)
-            if given is not None and not given.endswith("%") and parse_bytes(given) > total:
-                share = parse_bytes(given) // (1 if device.name in kept else len(made))
-                device = dataclasses.replace(
-                    device, budget_bytes=share, memory_bytes=share, description=f"declared; budget {given}"
-                )
-                absent.add(device.name)
-            found[device.name] = device
-    result, rest = [], iter(found.values())
-    for name in names:
-        result.append(
-            _absent(_full(name), budgets) if _full(name) in absent and name.startswith("cuda") else next(rest)
-        )
-    return result, absent
+    gpus = [name for name in names if name.startswith("cuda")]
+    twice = next((name for name in gpus if gpus.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--devices {devices}: {twice} is named twice; GPUs are cuda:0, cuda:1, ...")
+    here = {f"cuda:{k}" for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
+    absent = {name for name in gpus if name not in here}
+    present = [name for name in names if name not in absent]
+    given = {name: size for name, size in budgets.items() if name not in absent}
+    made = iter(_present(present, given) if present else [])
+    result = [_absent(name, budgets) if name in absent else next(made) for name in names]
+    return result, absent | {device.name for device in result if device.description.startswith(_DECLARED)}
+
+
+def _present(names: list[str], budgets: dict[str, str]) -> list[Device]:
+    """Return devices of this machine; CPUs may have budgets that it does not have, and then are declared."""
+    total, _ = host_memory()
+    large = {k for k, v in budgets.items() if k[:3] == "cpu" and not v.endswith("%") and parse_bytes(v) > total}
+    found = DeviceManager({k: v for k, v in budgets.items() if k not in large} or None).get_devices(names)
+    result = []
+    for device in found:
+        key = device.name if device.name in budgets else device.name.split(":")[0]
+        if key in large:
+            share = parse_bytes(budgets[key]) // (1 if key == device.name else len(found))
+            text = f"{_DECLARED}{budgets[key]}"
+            device = dataclasses.replace(device, budget_bytes=share, memory_bytes=share, description=text)
+        result.append(device)
+    return result
 
 
 def _full(name: str) -> str:
@@ -88,11 +90,11 @@ def _absent(name: str, budgets: dict[str, str]) -> Device:
         size = parse_bytes(given)
     except ValueError as error:
         raise ValueError(f"budget {name}={given}: {error}") from None
-    return Device(name, torch.device(name), (), 1, size, size, f"declared; budget {given}")
+    return Device(name, torch.device(name), (), 1, size, size, f"{_DECLARED}{given}")
 
 
 def describe_machine(devices: list[Device], absent: set[str], speed: str | None, precision: str) -> Machine:
-    """Return the speeds of the devices: measured where they are here and nothing else is said, nominal otherwise."""
+    """Return the devices with their speeds: measured where they are here and no speed is given, else nominal."""
     speeds = read_speeds(speed)
     strange = [n for n in speeds if not any(n in (d.name, d.name.split(":")[0]) for d in devices)]
     if strange:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from spu.common import torch_private
 from spu.common.dtypes import DTYPES
 from spu.cost.count import model_costs
+from spu.engine.loss import cross_entropy
 from spu.model.layers import Layer, model_layers
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
@@ -105,7 +105,7 @@ def costs_by_rows(
     def counted(rows: int) -> list[LayerCost]:
         ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
         dtype = DTYPES[settings.precision]
-        costs, loss = model_costs(layers, ids, dtype, fused=settings.fused, loss_fn=_cross_entropy, targets=ids)
+        costs, loss = model_costs(layers, ids, dtype, fused=settings.fused, loss_fn=cross_entropy, targets=ids)
         assert loss is not None
         return [*costs, loss]
 
@@ -113,14 +113,14 @@ def costs_by_rows(
         if rows <= 2:
             every = counted(rows)
         else:
-            every = [_along(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
+            every = [_interpolated(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
         return every[:-1], every[-1]
 
     return costs_of
 
 
-def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
-    """Return the costs of ``rows`` on the line through those of one row and of two."""
+def _interpolated(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
+    """Return the costs of ``rows``, which lie on the line through those of one row and of two."""
 
     def value(a: Any, b: Any) -> Any:
         if isinstance(a, tuple):
@@ -129,7 +129,3 @@ def _along(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
 
     fields = [field.name for field in dataclasses.fields(LayerCost)]
     return LayerCost(**{name: value(getattr(one, name), getattr(two, name)) for name in fields})
-
-
-def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten())

@@ -102,7 +102,7 @@ class Planner:
                 f"pass at most {layers // each} devices"
             )
 
-    def given(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
+    def checked(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
         """Check a plan that was made elsewhere, and return it, with its seconds measured here if asked.
 
         Raises:
@@ -118,7 +118,7 @@ class Planner:
         """Return the same placement with seconds that rest on measured layers."""
         return self._fixed(plan, self.times(plan.settings.parts))
 
-    def again(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
+    def after_step(self, plan: Plan, timeline: Timeline) -> tuple[Plan, Plan]:
         """Plan from what a step has measured: return the placement as it is, and the fastest found.
 
         The layers' seconds are scaled so that every stage takes as long as it took. On a device where a layer has not

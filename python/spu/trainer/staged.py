@@ -126,7 +126,7 @@ class StagedModel:
             if self._given_plan is None:
                 plan = planner.plan(inputs, targets, measure=self.measure)
             else:
-                plan = planner.given(self._given_plan, inputs, targets, measure=self.measure)
+                plan = planner.checked(self._given_plan, inputs, targets, measure=self.measure)
             stop_if_asked()
             taken_over = release(layers)
             self._fused = unfused(layers)
@@ -160,7 +160,7 @@ class StagedModel:
         """
         if self._plan is None or self._last.timeline is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
-        same, best = self._planner.again(self._plan, self._last.timeline)
+        same, best = self._planner.after_step(self._plan, self._last.timeline)
         old = self._ready()
         carried = Carried(old.built, old.updater.optimizers)
         if best.predicted.step_s > WORTH * same.predicted.step_s or carried.differs_by_stage:
