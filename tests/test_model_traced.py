@@ -273,3 +273,17 @@ def test_two_trainers_of_one_model_one_after_the_other() -> None:
     first.close()
     assert type(model.stem) is nn.Conv2d
     assert type(model.head) is nn.Linear
+
+
+@pytest.mark.usefixtures("reference")
+def test_a_checkpoint_of_a_module_in_several_stages(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    with trainer(Cell(), 3) as t:
+        t.step(*rows())
+        t.save(tmp_path / "saved")
+        expected = [t.step(*rows()).loss for _ in range(2)]
+    for ranks in (1, 3):
+        with trainer(Cell(), ranks) as t:
+            t.prepare(*rows())
+            t.load(tmp_path / "saved")
+            assert [t.step(*rows()).loss for _ in range(2)] == pytest.approx(expected, rel=1e-6)

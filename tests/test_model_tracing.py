@@ -47,6 +47,7 @@ class Bad(nn.Module):
             x = x * random.random()
         if self.what == "buffer":
             self.total.add_(x.detach().sum())
+            return self.second(x) + self.total
         if self.what == "counter":
             self.calls += 1
         if self.what == "type":
@@ -54,6 +55,14 @@ class Bad(nn.Module):
         if self.what == "function":
             x = Doubled.apply(x)
         return self.second(x) * self.scale
+
+
+class Stateful(Bad):
+    def get_extra_state(self) -> Any:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = state["calls"]
 
 
 class Doubled(torch.autograd.Function):
@@ -75,16 +84,20 @@ class Doubled(torch.autograd.Function):
         ("autocast", "switches gradients, inference mode or autocast"),
         ("draw", "makes or holds a tensor"),
         ("python draw", "draws random numbers between modules"),
-        ("buffer", "uses buffer 'total' between modules"),
+        ("buffer", "uses buffer 'total' in several places"),
         ("counter", "changes attributes of the model"),
         ("type", "computes something else"),
         ("function", "switches gradients"),
+        ("state", "keeps a state of its own"),
     ],
 )
 def test_what_a_trace_cannot_hold_is_refused_by_name(what: str, reason: str) -> None:
-    model = Bad(what)
+    model = Stateful(what) if what == "state" else Bad(what)
     state = copy.deepcopy(vars(model))
-    with trainer(model) as t, pytest.raises(ValueError, match=f"Bad cannot be cut into layers: .*{reason}.*as a list"):
+    with (
+        trainer(model) as t,
+        pytest.raises(ValueError, match=f"cannot be cut into layers: .*{reason}.*as a list"),
+    ):
         t.step(*rows())
     assert (model.calls, model.training) == (state["calls"], True)
     assert model.total == 0
@@ -156,3 +169,50 @@ def test_a_hook_on_the_model_and_parts_by_hand_are_refused() -> None:
             t.step(*rows())
     with pytest.raises(ValueError, match="fails on the first batch"), trainer(Bad("")) as t:
         t.step(torch.randn(8, 5), rows()[1])
+
+
+class Scaled(nn.Module):
+    """Uses buffers between its modules, and has tensors that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(2, 2)
+        self.idle = nn.Parameter(torch.randn(3))
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("rest", torch.randn(2))
+        self.register_buffer("table", torch.randn(8), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x - self.mean) * self.table
+        x = self.second(x)
+        self.seen.add_(x.detach().sum())
+        return x
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.usefixtures("reference")
+def test_buffers_between_modules_and_state_that_nothing_uses(recompute: bool, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Scaled(), rows()
+    plain = copy.deepcopy(model)
+    with trainer(model, recompute=recompute) as t:
+        for _ in range(2):
+            loss, _ = t.forward_backward(x, y)
+            plain.zero_grad()
+            assert_equal(loss, plain_pass(plain, x, y, 4, F.cross_entropy), "loss")
+            assert_equal(model.first.weight.grad, plain.first.weight.grad, "gradient")
+            assert_equal(model.seen, plain.seen, "buffer")
+        model.mean.mul_(2)
+        plain.mean.mul_(2)
+        assert_equal(t.forward_backward(x, y)[0], plain_pass(plain, x, y, 4, F.cross_entropy), "loss after a change")
+        t.save(tmp_path / "saved")
+        other = Scaled()
+        with trainer(other) as again:
+            again.prepare(x, y)
+            again.load(tmp_path / "saved")
+            for name, value in other.state_dict().items():
+                assert_equal(value, model.state_dict()[name], name)
+        model.mean = torch.zeros(6)
+        with pytest.raises(Exception, match="buffer 'mean' was replaced"):
+            t.step(x, y)

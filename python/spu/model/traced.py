@@ -120,7 +120,25 @@ def _cut(model: nn.Module, inputs: Any, whole: set[str]) -> list[tuple[str, Part
         part = Part(model, alive, own, wanted, tree if k == 0 else None, outputs if is_last else None, watch)
         layers.append((unique, part))
         alive = list(wanted) if not is_last else []
+    _complete(model, [part for _, part in layers])
     return layers
+
+
+def _complete(model: nn.Module, parts: list[Part]) -> None:
+    """Give the last part what none has of the model's state.
+
+    Raises:
+        Untraceable: several parts use a buffer, which one of them might change.
+    """
+    held = [path for part in parts for path in part.buffers_held]
+    twice = next((path for path in held if held.count(path) > 1), None)
+    if twice is not None:
+        raise Untraceable(f"its forward uses buffer {twice!r} in several places: use it in one, or within a module")
+    known = {id(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+    state = model.state_dict(keep_vars=True)
+    tensors: list[tuple[str, torch.Tensor]] = [*model.named_parameters(remove_duplicate=False)]
+    tensors += [(name, t) for name, t in model.named_buffers(remove_duplicate=False) if name in state]
+    parts[-1].take_rest(model, [name for name, tensor in tensors if id(tensor) not in known])
 
 
 def _traced(

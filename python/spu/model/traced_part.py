@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,68 @@ class Watch:
 
 
 class _Holder(nn.Module):
-    """Stands where a module was that is not called whole: it has the children and parameters that are used."""
+    """Stands where a module was that is not called whole: it has the children and tensors of it that are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._owned = _Owned(self)
+
+    def hold(self, owner: nn.Module, name: str, path: str) -> None:
+        """Use a parameter or buffer of the module that this stands for; ``path``: its name in the model.
+
+        Raises:
+            Untraceable: it would not stay the same tensor in both.
+        """
+        if name in torch_private.parameters_of(owner):
+            if isinstance(owner, _NORMS):
+                raise Untraceable(f"its forward uses {path!r} of a normalisation without calling it")
+            self.register_parameter(name, torch_private.parameters_of(owner)[name])
+            return
+        buffer = torch_private.buffers_of(owner)[name]
+        if buffer is not None and buffer.is_floating_point() and buffer.dtype != torch.float32:
+            raise Untraceable(f"buffer {path!r} belongs to no module that is called whole, and is not in fp32")
+        self.register_buffer(name, buffer, persistent=path in owner.state_dict(prefix=path[: -len(name)]))
+        self._owned.add(owner, name, path)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._owned.moved(self)
+        return self
+
+    def check(self) -> None:
+        """Raise RuntimeError for a buffer that was replaced in the user's module."""
+        self._owned.check()
+
+
+class _Owned:
+    """Buffers that a holder shares with the user's modules; no copy of the holder has a part in it."""
+
+    def __init__(self, holder: nn.Module) -> None:
+        self._holder = id(holder)
+        self._rows: list[tuple[nn.Module, str, str]] = []
+        self._seen: dict[str, torch.Tensor | None] = {}
+
+    @property
+    def paths(self) -> list[str]:
+        return list(self._seen)
+
+    def add(self, owner: nn.Module, name: str, path: str) -> None:
+        self._rows.append((owner, name, path))
+        self._seen[path] = torch_private.buffers_of(owner)[name]
+
+    def moved(self, holder: nn.Module) -> None:
+        if id(holder) == self._holder:
+            for owner, name, path in self._rows:
+                self._seen[path] = torch_private.buffers_of(holder)[name]
+                torch_private.buffers_of(owner)[name] = self._seen[path]
+
+    def check(self) -> None:
+        for owner, name, path in self._rows:
+            if torch_private.buffers_of(owner).get(name) is not self._seen[path]:
+                raise RuntimeError(
+                    f"buffer {path!r} was replaced after this trainer prepared: copy the values into the one of then "
+                    "(buffer.copy_(...)), or save() the trainer, make a new one for the model, prepare() and load()"
+                )
 
 
 class Part(nn.Module):
@@ -110,6 +171,10 @@ class Part(nn.Module):
             self._hold(model, path)
         self._dies = _last_uses(own, set(_nodes(wanted)))
 
+    @property
+    def _holders(self) -> list[_Holder]:
+        return [module for module in self.model.modules() if isinstance(module, _Holder)]
+
     def parameter_names(self) -> dict[str, str]:
         """Return local names of parameters and buffers with their names in the user's model."""
         named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
@@ -124,15 +189,23 @@ class Part(nn.Module):
 
     def _hold(self, model: nn.Module, path: str) -> None:
         above, _, name = path.rpartition(".")
-        holder, owner = self._holder(above), model.get_submodule(above)
+        holder = self._holder(above)
         if isinstance(holder, _Holder):
-            if isinstance(owner, _NORMS):
-                raise Untraceable(f"its forward uses {path!r} of a normalisation without calling it")
-            if name in torch_private.buffers_of(owner):
-                raise Untraceable(
-                    f"its forward uses buffer {path!r} between modules: use it in the forward of a module"
-                )
-            holder.register_parameter(name, torch_private.parameters_of(owner)[name])
+            holder.hold(model.get_submodule(above), name, path)
+
+    def take_rest(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Hold parameters and buffers that no part uses: they belong to the model's state."""
+        for path in paths:
+            above, _, _ = path.rpartition(".")
+            owner = model.get_submodule(above)
+            if above and not any(True for _ in owner.children()):
+                self._place(model, above)
+            self._hold(model, path)
+
+    @property
+    def buffers_held(self) -> list[str]:
+        """Names of the buffers that it uses and no module that is called whole has."""
+        return [path for holder in self._holders for path in holder._owned.paths]
 
     def _holder(self, path: str) -> nn.Module:
         """Return what stands at a place in the model: the user's own module, or a holder, which is made if needed."""
@@ -151,6 +224,8 @@ class Part(nn.Module):
         if self._tree is not None:
             self._watch.check()
             given = (self._tree.tensors_of(given),)
+        for holder in self._holders:
+            holder.check()
         values: dict[fx.Node, Any] = dict(zip(self._alive, given, strict=True))
         del given
 

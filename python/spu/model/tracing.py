@@ -56,7 +56,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called whole."""
         name = module_qualified_name.partition(".")[2]
-        return bool(name) and (name in self._whole or has_hooks(m) or not _is_opened(m))
+        return bool(name) and (name in self._whole or has_hooks(m) or _has_own_state(m) or not _is_opened(m))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a call of a module, or what it does if it is looked into."""
@@ -70,6 +70,8 @@ class Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         if has_hooks(m):
             raise Untraceable("it has a hook, but a pipeline never calls the whole: register it on a module in it")
+        if _has_own_state(m):
+            raise Untraceable("it keeps a state of its own (get_extra_state): keep it in a module in it")
         self.opened[name] = m
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -126,6 +128,10 @@ class Tracer(fx.Tracer):
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a module has forward or backward hooks."""
     return any(getattr(module, hooks, None) for hooks in torch_private.MODULE_HOOKS)
+
+
+def _has_own_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def overrides_call(cls: type) -> bool:
