@@ -1,4 +1,4 @@
-"""In-tree PEP 517 backend: setuptools, plus build requirements that follow what is really compiled.
+"""In-tree PEP 517 backend: setuptools, plus build requirements for the parts that are really compiled.
 
 The static requirement is setuptools alone. torch (its headers and one library), pybind11 and ninja are asked for only
 when the extensions are going to be compiled, so that ``SPU_BUILD=0 pip install .`` downloads none of them.

@@ -1,4 +1,4 @@
-"""What is compiled and how: the extensions, their flags, and a build_ext command that runs ninja.
+"""The compiled parts: the extensions, their flags, and a build_ext command that runs ninja.
 
 ``spu._C``     csrc/cpu/*.cpp. Tensor kernels over LibTorch's stable ABI and Python's limited API (abi3): one binary
                for torch 2.11 and later and CPython 3.10 and later. Files named ``*_avx2.cpp`` and ``*_avx512.cpp``

@@ -51,7 +51,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made of a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction;
+    """The compiler's result for a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction;
     ``mix``, ``peak_share`` and ``load_bytes`` are ``limits.Limits``'."""
 
     name: str

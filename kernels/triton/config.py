@@ -1,4 +1,4 @@
-"""What a kernel is launched with, the tables that say it, and the classes of shapes they go by. Imports no triton."""
+"""Configurations of launches, the tables that hold them, and the classes of shapes in tables. Imports no triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMALL_TILES, _MEDIUM_TILES, _DEEP_INNER = 128, 1024, 8192
 
 @dataclass(frozen=True)
 class Config:
-    """How one product is launched.
+    """The configuration of one product's launch.
 
     Attributes:
         kind: "tile" one program a tile; "persistent" a program walks over tiles; "descriptor" persistent with tensor

@@ -176,7 +176,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """What does not change between calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles."""
+    """The constants of all calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles."""
 
     by_torch: bool
     row_tiles: int

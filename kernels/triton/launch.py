@@ -1,4 +1,4 @@
-"""What launchers share: the device's facts, each looked up once, and the compiler options of a configuration."""
+"""Helpers of all launchers: the device's facts, each looked up once, and the compiler options of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel's machine code says of its limits: the instruction mix of its hottest loop, and what that mix permits.
+"""The limits that a kernel's machine code shows: the instruction mix of its hottest loop, and what that mix permits.
 
 The hottest loop is the innermost backward branch with the most multiplications (of tensor cores, else of fp32); a
 kernel without one counts as a whole. An estimate and no measurement: it knows issue slots and bytes, not latencies.

@@ -29,7 +29,7 @@ _POINTER_COLUMNS = 128
 
 
 class Plan(NamedTuple):
-    """What does not change between calls of one shape; ``launch`` is the kernel on its grid."""
+    """The constants of all calls of one shape; ``launch`` is the kernel on its grid."""
 
     kind: str
     parts: int
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What happens to the fp32 accumulators. ``main_grad``: the fields up to bias_grad; otherwise those after it."""
+    """The work on the fp32 accumulators. ``main_grad``: the fields up to bias_grad; otherwise those after it."""
 
     main_grad: bool = False
     inv_scale: Tensor | None = None
@@ -60,7 +60,7 @@ class Derivative(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What is static of an epilogue and a derivative."""
+    """The static part of an epilogue and a derivative."""
 
     main_grad: bool = False
     activation: str = "none"

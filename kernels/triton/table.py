@@ -1,7 +1,7 @@
 """The tables of an architecture: configurations by op, dtype and shape class. Imports no triton.
 
 ``spu tune`` writes a measured table for the user's own GPU into the cache directory, and its entries come first. A
-table that is measured for everybody is shipped as ``tuned/<arch>.json``. What neither has comes from ``derive.py``.
+table that is measured for everybody is shipped as ``tuned/<arch>.json``. ``derive.py`` makes what is in neither.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The settings of a training, each listed once: its type, default, allowed values and a sentence that explains it.
 
-The trainer's keywords, the options of the command line and their help, the keys of YAML files, the settings in plan
-files and in a run's config.json, and all their checks are made from the dataclasses here and from those that extend
-them. A new setting is one more field.
+The dataclasses here, and those that extend them, are the only list. From them are made: the trainer's keywords, the
+options of the command line and their help, the keys of YAML files, the settings in plan files and in config.json, and
+all checks. A new setting is one more field.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recompute:
 
     @classmethod
     def of(cls, value: object) -> Recompute:
-        """Return what a user means by "auto", True, False or a list of layers.
+        """Return the Recompute for a user's "auto", True, False or list of layers.
 
         Raises:
             ValueError: it is none of them.
@@ -60,7 +60,7 @@ class Recompute:
             return {"on": True, "off": False}.get(text, text)
 
     def plain(self) -> Any:
-        """Return what `of` takes, as JSON."""
+        """Return what ``of`` takes, as JSON."""
         return sorted(self.layers) if self.mode == "given" else {"auto": AUTO, "all": True, "none": False}[self.mode]
 
     def check_within(self, count: int) -> None:
@@ -76,14 +76,14 @@ class Recompute:
 
 
 def recomputed(about: str) -> Any:
-    """Return a field for `Recompute`."""
+    """Return a field for ``Recompute``."""
     allowed = "one of auto, on (True), off (False), or a list of layers"
     return field_of(Recompute("auto"), Kind(about, allowed, Recompute.of, Recompute.parse, Recompute.plain))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Options):
-    """How a model is laid out over devices and run. A plan rests on these, and carries them in its file."""
+    """The settings of a plan: how a model is laid out over devices and run. A plan carries them in its file."""
 
     schedule: str = choice(
         "1f1b",

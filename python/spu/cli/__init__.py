@@ -1,1 +1,1 @@
-"""The `spu` command: one module for each subcommand."""
+"""The ``spu`` command: one module for each subcommand."""

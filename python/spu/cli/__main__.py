@@ -1,4 +1,4 @@
-"""``python -m spu.cli``: the `spu` command."""
+"""``python -m spu.cli``: the ``spu`` command."""
 
 from __future__ import annotations
 

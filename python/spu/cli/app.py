@@ -1,4 +1,4 @@
-"""The `spu` command: train, plan, devices, doctor, tune. Heavy modules are imported by the command that needs them."""
+"""The ``spu`` command: train, plan, devices, doctor, tune. Each command imports its own heavy modules."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _fail(text: str, code: int) -> None:
 def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of these dataclasses; one that is not named arrives as None.
 
-    Values arrive as texts: what they mean, and what is allowed, the fields say.
+    Values arrive as texts. The fields define their meaning and the values that are allowed.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -185,7 +185,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `spu`: the command, then end the process with the command's exit code."""
+    """Run ``spu``: the command, then end the process with the command's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for index, argument in enumerate(arguments):
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")

@@ -1,4 +1,4 @@
-"""`spu devices` and `spu doctor` as plain text."""
+"""``spu devices`` and ``spu doctor`` as plain text."""
 
 from __future__ import annotations
 

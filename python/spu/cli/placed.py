@@ -12,7 +12,7 @@ __all__ = ["planned_settings"]
 
 
 def planned_settings(plan: Plan, given: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return the settings of `TrainConfig` with those that the plan decides.
+    """Return the settings of ``TrainConfig`` with those that the plan decides.
 
     Args:
         plan: of the run.

@@ -1,4 +1,4 @@
-"""What `spu train` does with its options: a new run or an old one, through the pipeline, the reference, or both."""
+"""The command ``spu train``: a new run or an old one, through the pipeline, the reference, or both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train_command(given: dict[str, Any], options: RunOptions) -> Path:
     """Start or go on with a run and print its result.
 
     Args:
-        given: settings of `TrainConfig` named by the user.
+        given: settings of ``TrainConfig`` named by the user.
         options: what else was named.
 
     Returns:

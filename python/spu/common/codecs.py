@@ -24,7 +24,7 @@ ALIGN_BYTES = 64  # of the sections after the header
 
 @dataclass(frozen=True)
 class Codec:
-    """How values are stored.
+    """One way to store values.
 
     Attributes:
         name: as users write it.
@@ -94,7 +94,7 @@ def payload_bytes(numel: int, codec: Codec) -> int:
 
 def packed_bytes(numel: int, codec: str) -> int:
     """Return the size in bytes of a wire of ``numel`` values; the shape does not matter. Raise ValueError like
-    `codec_of`.
+    ``codec_of``.
     """
     found = codec_of(codec)
     return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))

@@ -17,7 +17,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     The folder must exist. Processes and threads may write to one path at once: the last one to finish wins.
 
     Raises:
-        OSError: if it cannot be written; what was at ``path`` is unchanged.
+        OSError: if it cannot be written; the old file at ``path`` is unchanged.
     """
     place = Path(path)
     part = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}.new")

@@ -19,7 +19,7 @@ _holding: list[delayed_interrupts] = []  # of the main thread, the only one that
 
 
 class delayed_interrupts:
-    """Within ``with``, what a signal handler raises is kept and raised at the end: nothing inside is cut in two.
+    """Keep the exception that a signal handler raises inside, and raise it at the end: nothing inside is cut in two.
 
     Python runs signal handlers between any two operations of the main thread. Ctrl-C, whose handler raises, may thus
     come while a lock of ``threading`` or ``concurrent.futures`` is half taken, or within the ``except`` that takes care
@@ -81,6 +81,6 @@ class delayed_interrupts:
 
 
 def stop_if_asked() -> None:
-    """Raise the interrupt that waits, if there is one; called where a long `delayed_interrupts` may end early."""
+    """Raise the interrupt that waits, if there is one; called where a long ``delayed_interrupts`` may end early."""
     if _holding and _holding[0]._raised is not None and threading.current_thread() is threading.main_thread():
         raise _holding[0]._raised

@@ -134,7 +134,7 @@ def flag(default: bool, about: str) -> Any:
 
 
 def text(default: str | None, about: str, *, once: str = "") -> Any:
-    """Return a field for any text; ``once`` as in `Kind`."""
+    """Return a field for any text; ``once`` as in ``Kind``."""
 
     def take(value: Any) -> Any:
         return value if isinstance(value, str) else _refuse()
@@ -203,7 +203,7 @@ class Options:
 
     @classmethod
     def label(cls, name: str) -> str:
-        """Return what a setting is called in messages: as the user has written it."""
+        """Return a setting's name in messages: as the user has written it."""
         return name
 
     @staticmethod
@@ -253,7 +253,7 @@ class Options:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "", *, partly: bool = False) -> Self:
-        """Return what `to_json` wrote.
+        """Return what ``to_json`` wrote.
 
         Args:
             values: by the settings' names.

@@ -164,7 +164,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def set_version(tensor: torch.Tensor, number: int) -> None:
-    """Set what :func:`version` returns. For: planning, which leaves no trace."""
+    """Set what ``version`` returns. For: planning, which leaves no trace."""
     torch._C._autograd._unsafe_set_version_counter((tensor,), (number,))
 
 
@@ -210,7 +210,7 @@ def has_alias(tensor: torch.Tensor) -> bool:
 
 
 def generators_equal(a: torch.Generator, b: torch.Generator) -> bool:
-    """Return whether two objects are one generator: the dispatcher hands on another object than it was given."""
+    """Return whether two objects are one generator: the dispatcher passes on another object than it was given."""
     return a._cdata == b._cdata  # type: ignore[attr-defined]
 
 
@@ -317,7 +317,7 @@ def grouped_mm() -> Any:
 
 
 def unsafe_view(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a view that autograd does not take for one. For: a result that is changed in place."""
+    """Return a view that autograd does not treat as one. For: a result that is changed in place."""
     return torch.ops.aten._unsafe_view(tensor, shape)  # type: ignore[no-any-return]
 
 
@@ -363,17 +363,17 @@ _KEYS = torch._C.DispatchKeySet(_KEY)
 
 
 def is_generic_key_included() -> bool:
-    """Return whether operators of this thread go through :data:`GENERIC_KEY`'s kernels."""
+    """Return whether operators of this thread go through ``GENERIC_KEY``'s kernels."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_KEY)
 
 
 def include_generic_key(included: bool) -> None:
-    """Let operators of this thread go through :data:`GENERIC_KEY`'s kernels, or not."""
+    """Let operators of this thread go through ``GENERIC_KEY``'s kernels, or not."""
     torch._C._dispatch_tls_set_dispatch_key_included(_KEY, included)
 
 
 def without_generic_key() -> Any:
-    """Return a context in which operators pass :data:`GENERIC_KEY` by."""
+    """Return a context in which operators pass ``GENERIC_KEY`` by."""
     return torch._C._ExcludeDispatchKeyGuard(_KEYS)
 
 

@@ -14,7 +14,7 @@ def format_bytes(count: int | float) -> str:
 
 
 def format_bytes_up(count: int | float) -> str:
-    """Like `format_bytes`, rounded up: a budget written so is never smaller than ``count``."""
+    """Like ``format_bytes``, rounded up: a budget written so is never smaller than ``count``."""
     return _in_units(math.ceil(count), lambda a, b: -(-a // b))
 
 

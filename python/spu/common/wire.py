@@ -72,7 +72,7 @@ def header(shape: Sequence[int], dtype: torch.dtype, codec: str) -> bytes:
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says."""
+    """The fields of a header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

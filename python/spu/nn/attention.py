@@ -115,11 +115,11 @@ def sdpa_attention(
         key: [batch, kv_heads, tokens, head_dim]
         value: [batch, kv_heads, tokens, head_dim]
         attention_mask: bool or float, broadcastable to [batch, heads, tokens, tokens], or None for causal.
-        **kwargs: whatever the model passes to transformers' `sdpa_attention_forward`, which serves a call with any
+        **kwargs: whatever the model passes to transformers' ``sdpa_attention_forward``, which serves a call with any
             that is not known here.
 
     Returns:
-        ([batch, tokens, heads, head_dim] in the dtype of `query`, None)
+        ([batch, tokens, heads, head_dim] in the dtype of ``query``, None)
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -139,7 +139,7 @@ def eager_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the model's own eager attention (the one with logit softcapping), widened like `sdpa_attention`."""
+    """Compute the model's own eager attention (the one with logit softcapping), widened like ``sdpa_attention``."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     if not _serves(query, key, value, kwargs, _READ | _UNREAD | {"softcap"}):
         return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
@@ -148,7 +148,7 @@ def eager_attention(
 
 
 def register_attention() -> bool:
-    """Make `attn_implementation="spu"` and `"spu_eager"` known to transformers, with their masks. Idempotent.
+    """Make ``attn_implementation="spu"`` and ``"spu_eager"`` known to transformers, with their masks. Idempotent.
 
     Returns:
         False where transformers is too old (before 4.48) to be given an attention.
@@ -188,7 +188,7 @@ def use_attention(model: nn.Module) -> None:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undo :func:`use_attention`."""
+    """Undo ``use_attention``."""
     plain = {ours: theirs for theirs, ours in _OURS.items()}
     for part in _parts(model):
         if part.config._attn_implementation in plain:

@@ -1,8 +1,8 @@
 """The fused forms of whole blocks. A module gets one by a change of class, to a subclass of its own.
 
-Whether the fused form serves is decided at every call, from what the block is then: parts that were replaced (adapters,
-quantised layers) or watched by hooks are run one by one, as they were. So is everything for tensors that the fused ops
-do not take (``spu.ops.plain``).
+Every call decides whether the fused form serves, from the block's state at that time: parts that were replaced
+(adapters, quantised layers) or watched by hooks are run one by one, as they were. So is everything for tensors that the
+fused ops do not take (``spu.ops.plain``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The derivative of a fused op: registered for ``torch.compile``, and as an autograd function for eager code.
 
 A registered derivative costs 55 us a call, the autograd function 25 us (plain torch: 6 us). Both save the same tensors
-and compute the same gradients: an op gives its two functions to :class:`FusedOp`, once.
+and compute the same gradients: an op gives its two functions to ``FusedOp``, once.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Eager(torch.autograd.Function):
 
     Args:
         given: the op's tensors, which ``op.convert(*given, *how)`` converts.
-        op: a :class:`FusedOp`.
+        op: a ``FusedOp``.
         options: the op's inputs after the tensors.
     """
 

@@ -165,8 +165,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
 
     Returns:
         The loss, zero-dimensional, fp32 (fp64 for fp64); NaN if no target counts, as in torch. Differentiable once in
-        hidden and weight. Works under ``torch.compile``; inside ``torch.autocast`` the product is in its dtype. What
-        ``linear_act`` leaves to torch's own ops is left to them here too, with all logits at once.
+        hidden and weight. Works under ``torch.compile``; inside ``torch.autocast`` the product is in its dtype. Calls
+        that ``linear_act`` leaves to torch's own ops go there too, with all logits at once.
 
     Raises:
         ValueError: shapes or devices that do not fit; on the CPU also a target outside the vocabulary.

@@ -11,7 +11,7 @@ __all__ = ["Cut", "LeafCut", "cut", "cut_leaf"]
 
 
 class Cut:
-    """Where the gradient of a cut tensor arrives.
+    """The place where the gradient of a cut tensor arrives.
 
     Attributes:
         gradient: set by the backward that reaches the cut; None until then, or if it never does.
@@ -22,14 +22,14 @@ class Cut:
 
 
 class LeafCut:
-    """Where the gradient of a leaf arrives."""
+    """The place where the gradient of a leaf arrives."""
 
     def __init__(self, leaf: Tensor) -> None:
         self._leaf = leaf
 
     @property
     def gradient(self) -> Tensor | None:
-        """Like `Cut.gradient`."""
+        """Like ``Cut.gradient``."""
         return self._leaf.grad
 
 
@@ -61,8 +61,6 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
 
 
 def cut_leaf(tensor: Tensor, *, view: bool = False) -> tuple[Tensor, LeafCut]:
-    """Like `cut`, for a leaf. With ``view``, for a view of a leaf: the result is a view too, which autograd lets nobody
-    change.
-    """
+    """Like ``cut``, for a leaf. With ``view`` the result is a view, which autograd lets nobody change."""
     leaf = tensor.detach().requires_grad_()
     return (leaf.view_as(leaf) if view else leaf), LeafCut(leaf)

@@ -64,7 +64,7 @@ _BUILD_CUDA = (
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can be used here; if not, the ``reason`` and a ``fix``.
+    """The state of a backend: ``available`` here, or a ``reason`` why not and a ``fix``.
 
     ``device_types`` are those whose tensors it takes; empty: any. ``composed`` names the ops that it has no kernel for:
     they are built from its smaller ops.

@@ -41,7 +41,7 @@ _FLOATS = DTYPES["reference"]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
-    """Keep for the backward what it will need of ``spu::linear``'s inputs and outputs, and no more."""
+    """Keep the inputs and outputs of ``spu::linear`` that the backward needs, and no more."""
     x, weight, _, activation, keep_preact = inputs
     if activation in _NEEDS_PREACT and not keep_preact:
         raise ValueError(f"spu::linear needs keep_preact=True to be differentiated with activation {activation!r}")

@@ -1,4 +1,4 @@
-"""How the loss scale reaches an op's backward, and who takes the weight gradient there.
+"""The loss scale's way to an op's backward, and the sink of the weight gradient there.
 
 A *scope* (scale, inv_scale, found_inf) belongs to one run of the autograd engine: an identity node near the loss
 registers it under the engine's graph-task id as soon as its backward runs, and a callback that the engine holds until
@@ -195,7 +195,7 @@ def at_once() -> Iterator[None]:
 
 
 class MainGrad(NamedTuple):
-    """Where an op adds a gradient: the last arguments of ``linear_dw_``, ``linear_db_`` and ``unscale_``.
+    """The place where an op adds a gradient: the last arguments of ``linear_dw_``, ``linear_db_`` and ``unscale_``.
 
     Attributes:
         main_grad: fp32, contiguous.

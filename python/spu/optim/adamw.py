@@ -183,7 +183,7 @@ class AdamW(torch.optim.Optimizer):
             grad_scale: fp32 [1], multiplies every gradient (the clip coefficient).
 
         Returns:
-            What the closure returned.
+            The closure's result.
 
         Raises:
             TypeError: for a gradient that is sparse, or not fp32 (an fp64 or complex parameter's: not of its dtype);

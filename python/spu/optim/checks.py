@@ -1,4 +1,4 @@
-"""What the optimizers take, what they refuse before anything has changed, and the constants of a step."""
+"""Checks of gradients and settings, made before a step has changed anything, and the constants of a step."""
 
 from __future__ import annotations
 

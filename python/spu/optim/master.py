@@ -19,7 +19,7 @@ __all__ = ["MasterOptimizer"]
 class MasterOptimizer:
     """Any torch optimizer, run on fp32 parameters and on the fp32 masters of 16-bit ones.
 
-    A 16-bit weight that somebody changes between steps is taken into its master, as `AdamW` does.
+    A 16-bit weight that somebody changes between steps is taken into its master, as ``AdamW`` does.
 
     Args:
         factory: makes the optimizer from a list of fp32 tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
@@ -71,7 +71,7 @@ class MasterOptimizer:
         return next((target for own, target in zip(self._params, self._targets, strict=True) if own is param), param)
 
     def master(self, param: nn.Parameter) -> Tensor:
-        """Like :meth:`target`, without its graph."""
+        """Like ``target``, without its graph."""
         return self._followed(param, self.target(param))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a 16-bit precision touches: parameters, and the operands of matrix products. All else keeps its dtype."""
+"""The dtypes of a 16-bit precision: of parameters, and of the operands of products. All else keeps its own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def state_dtypes(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[int, 
 
 
 def convert_state(modules: Iterable[nn.Module], dtypes: dict[int, torch.dtype]) -> None:
-    """Convert parameters, gradients with them, and buffers in place, to what :func:`state_dtypes` says."""
+    """Convert parameters, gradients with them, and buffers in place, to what ``state_dtypes`` says."""
     for module in {id(m): m for top in modules for m in top.modules()}.values():
         for parameter in torch_private.parameters_of(module).values():
             if parameter is None or dtypes.get(id(parameter), parameter.dtype) == parameter.dtype:
@@ -60,7 +60,7 @@ def convert_state(modules: Iterable[nn.Module], dtypes: dict[int, torch.dtype]) 
 
 
 def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Tell whether operations of a module, given tensors in ``dtype``, may meet others: see :class:`_Widening`."""
+    """Tell whether operations of a module, given tensors in ``dtype``, may meet others: see ``_Widening``."""
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):  # its short cut in evaluation wants one dtype everywhere
             return True

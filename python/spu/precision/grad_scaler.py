@@ -86,7 +86,7 @@ def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler for models with fused layers: an existing loop changes its import and nothing else.
 
-    Arguments, methods, state_dict and the order of calls are torch's. What differs:
+    Arguments, methods, state_dict and the order of calls are torch's. The differences:
 
     - parameters of fused ops (``spu.accelerate``, ``spu.nn``, ``spu.ops``) have fp32 gradients at true scale as soon as
       the backward is over; ``unscale_`` and ``step`` leave those as they are and skip on their overflows all the same;

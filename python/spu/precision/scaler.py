@@ -113,7 +113,7 @@ class LossScaler:
         device.
 
         Args:
-            found_inf: fp32 [1], what the step was decided by; default: what the backwards saw (:meth:`found_inf`).
+            found_inf: fp32 [1], what the step was decided by; default: what the backwards saw (``found_inf``).
         """
         if self.enabled:
             torch_private.update_scale_(

@@ -1,4 +1,4 @@
-"""A training run, as `spu train` does it.
+"""A training run, as ``spu train`` does it.
 
 In the order in which a run meets them:
 

@@ -1,4 +1,4 @@
-"""What `spu train` and `spu plan` can be asked: their options beside the settings, and checks without model or data."""
+"""The options of ``spu train`` and ``spu plan`` beside the settings, and checks that need no model and no data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def option(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(TrainSettings):
-    """What one training run is. Saved in its folder, so that it can be resumed and its reference be trained."""
+    """The settings of one training run. Saved in its folder, so that it can be resumed and its reference be trained."""
 
     label = staticmethod(option)
 
@@ -118,9 +118,7 @@ class TrainConfig(TrainSettings):
         return self.batch * self.seq
 
     def planned_steps(self) -> int | None:
-        """Return the number of updates, from `steps`, `tokens` or the default; None if `minutes` have to be measured
-        first.
-        """
+        """Return the number of updates, from ``steps``, ``tokens`` or the default; None if ``minutes`` decide."""
         if self.steps is not None:
             return self.steps
         if self.minutes is not None:
@@ -129,8 +127,8 @@ class TrainConfig(TrainSettings):
         return max(1, tokens // self.tokens_per_step)
 
     def lr_factor(self, step: int) -> float:
-        """Return the share of `lr` for the update after `step` updates: linear warm-up, then a cosine down to
-        `final_lr`.
+        """Return the share of ``lr`` for the update after ``step`` updates: linear warm-up, then a cosine down to
+        ``final_lr``.
         """
         steps = self.planned_steps()
         if steps is None:
@@ -144,7 +142,7 @@ class TrainConfig(TrainSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Options):
-    """What `spu train` is asked beside the run's own configuration."""
+    """The options of ``spu train`` beside the run's own configuration."""
 
     label = staticmethod(option)
 
@@ -160,7 +158,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Settings):
-    """What `spu plan` is asked."""
+    """The options of ``spu plan``."""
 
     label = staticmethod(option)
 

@@ -29,7 +29,7 @@ def read_text(data: str | None) -> tuple[str, bytes]:
     """Return (name, contents) of a text file, or of Python's language reference, which every CPython ships.
 
     Raises:
-        ValueError: missing, a folder, unreadable, empty, or what `clean_text` refuses.
+        ValueError: missing, a folder, unreadable, empty, or what ``clean_text`` refuses.
     """
     if data is None:
         from pydoc_data.topics import topics
@@ -81,7 +81,7 @@ class Corpus:
         Args:
             batch: sequences of a batch.
             seq: tokens of a sequence.
-            windows: that many, spread evenly; None for all (up to `MAX_VALIDATION_TOKENS` tokens).
+            windows: that many, spread evenly; None for all (up to ``MAX_VALIDATION_TOKENS`` tokens).
         """
         count = (len(self.validation) - 1) // seq
         wanted = min(count, max(1, MAX_VALIDATION_TOKENS // seq) if windows is None else windows)
@@ -94,13 +94,13 @@ def make_corpus(data: str | None, tokenizer: Tokenizer, seq: int, say: Callable[
     """Read, tokenise and split a text.
 
     Args:
-        data: see `read_text`.
+        data: see ``read_text``.
         tokenizer: of the model.
         seq: tokens of a sequence.
         say: takes lines about the progress where it takes long.
 
     Raises:
-        ValueError: see `read_text`; or too short for one training and one validation sequence.
+        ValueError: see ``read_text``; or too short for one training and one validation sequence.
     """
     name, text = read_text(data)
     if not is_utf8(text):

@@ -21,7 +21,7 @@ class Guard:
     Attributes:
         sound: the last loss was finite, so that the weights are worth a checkpoint.
 
-    Raises (from `check`):
+    Raises (from ``check``):
         ValueError: the loss is not finite from the start or for some steps in a row, or every step is skipped.
     """
 

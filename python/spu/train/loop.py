@@ -1,6 +1,6 @@
-"""A run of `spu train`, from settings to a trained model: prepare, a loop over the steps, finish.
+"""A run of ``spu train``, from settings to a trained model: prepare, a loop over the steps, finish.
 
-`train` reads from the top down; `Loop` is the part to copy for a loop of your own.
+``train`` reads from the top down; ``Loop`` is the part to copy for a loop of your own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
 
     Raises:
         Stopped: a signal asked for it; the checkpoint is of the last step done.
-        ValueError: see `make_trainer`, `Guard` and `CheckpointError`; an existing checkpoint is left as it was.
+        ValueError: see ``make_trainer``, ``Guard`` and ``CheckpointError``; an existing checkpoint is left as it was.
     """
     model = make_model(job.config.model, job.config.seed).train()
     parameters = sum(p.numel() for p in model.parameters())
@@ -130,7 +130,7 @@ def _resume(job: Job, trainer: ModelParallelTrainer) -> int:
 
 
 def settle_steps(job: Job, trainer: ModelParallelTrainer) -> None:
-    """Turn `minutes` into a number of steps by timing a few that update nothing; afterwards it is fixed for good."""
+    """Turn ``minutes`` into a number of steps by timing a few that update nothing; afterwards it is fixed for good."""
     config = job.config
     if config.planned_steps() is not None:
         return
@@ -149,7 +149,7 @@ class Loop:
     """The steps of a run that are left to do: train, record, validate, show and save.
 
     Attributes:
-        timelines: of the last `TIMELINES` steps.
+        timelines: of the last ``TIMELINES`` steps.
     """
 
     def __init__(self, job: Job, trainer: ModelParallelTrainer, done: int) -> None:
@@ -169,7 +169,7 @@ class Loop:
 
         Raises:
             Stopped: a signal asked for it.
-            ValueError: the loss is not finite, see `Guard`.
+            ValueError: the loss is not finite, see ``Guard``.
         """
         with open_view(f"train {self.job.folder.name}", self.steps, self.done) as view:
             self.job.view = view
@@ -208,7 +208,7 @@ class Loop:
         return result
 
     def _save_if_due(self, step: int, stop: int | None) -> None:
-        """Save every `save_every` steps, at the last one and where a signal asks to stop; then raise Stopped.
+        """Save every ``save_every`` steps, at the last one and where a signal asks to stop; then raise Stopped.
 
         A checkpoint is never replaced by weights whose loss is not finite: saving then waits for a finite loss.
         """
@@ -240,7 +240,7 @@ def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
 
 
 def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the mean loss over all targets of `batches`, on the pipeline."""
+    """Return the mean loss over all targets of ``batches``, on the pipeline."""
     total = sum(trainer.evaluate(x, y) * y.numel() for x, y in batches)
     return total / sum(y.numel() for _, y in batches)
 

@@ -24,7 +24,7 @@ class MetricsFile:
         self.path = path
 
     def keep_up_to(self, step: int) -> None:
-        """Drop what was written after `step` (a killed run is ahead of its checkpoint), and a torn last line."""
+        """Drop what was written after ``step`` (a killed run is ahead of its checkpoint), and a torn last line."""
         if not self.path.exists():
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]

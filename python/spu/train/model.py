@@ -101,7 +101,7 @@ def default_config() -> Any:
 
 
 def load_config(source: str | None) -> Any:
-    """Return the Hugging Face config of `source`: a folder with config.json, such a file, the name of a config that
+    """Return the Hugging Face config of ``source``: a folder with config.json, such a file, the name of a config that
     comes with spu, or None for the default.
 
     Raises:
@@ -121,7 +121,7 @@ def load_config(source: str | None) -> Any:
 
 
 def has_weights(source: str | None) -> bool:
-    """Tell whether `source` is a folder with safetensors.
+    """Tell whether ``source`` is a folder with safetensors.
 
     Raises:
         ValueError: a folder whose only weights are pickled ones.
@@ -140,7 +140,7 @@ def make_model(source: str | None, seed: int) -> nn.Module:
     """Return a causal decoder in fp32, from weights or with random ones: a function of its arguments alone.
 
     Raises:
-        ValueError: nothing usable at `source`; the text says what is wrong with it.
+        ValueError: nothing usable at ``source``; the text says what is wrong with it.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The same training in plain PyTorch: fp32, one device, `torch.optim.AdamW`, nothing of spu's in the step."""
+"""The same training in plain PyTorch: fp32, one device, ``torch.optim.AdamW``, nothing of spu's in the step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mean_loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the mean loss over all targets of `batches`."""
+    """Return the mean loss over all targets of ``batches``."""
     model.eval()
     with torch.no_grad():
         total = sum(mean_loss(model, x, y).item() * y.numel() for x, y in batches)
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]])
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, corpus: Corpus, step: int
 ) -> dict:
-    """Update once on the batch of `step`, in the pipeline's microbatches. Return the row for the metrics."""
+    """Update once on the batch of ``step``, in the pipeline's microbatches. Return the row for the metrics."""
     begin = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
@@ -125,5 +125,5 @@ def curve_windows(config: TrainConfig) -> int:
 
 
 def is_eval_step(config: TrainConfig, done: int, steps: int) -> bool:
-    """Tell whether a point of the validation curve follows `done` of `steps` steps; one always follows the last."""
+    """Tell whether a point of the validation curve follows ``done`` of ``steps`` steps; one always follows the last."""
     return done * config.evals // steps > (done - 1) * config.evals // steps

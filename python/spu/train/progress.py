@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def open_view(title: str, total: int, done: int = 0) -> Iterator[View]:
-    """Open a view of `total` steps, `done` of which were done before, on standard output."""
+    """Open a view of ``total`` steps, ``done`` of which were done before, on standard output."""
     if not sys.stdout.isatty():
         yield PlainView(title, total, done, sys.stdout)
         return

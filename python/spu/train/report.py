@@ -28,7 +28,7 @@ def draw_loss(
         path: the picture.
         title: above it.
         rows: of metrics.jsonl.
-        unit: what a token is.
+        unit: of a token: "byte" or "token".
         final_val: loss on the whole validation set.
         reference: rows of the reference's metrics.
     """

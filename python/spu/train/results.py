@@ -1,4 +1,4 @@
-"""What a trained run leaves in its folder: the summary's numbers, and pictures of its losses and its pipeline."""
+"""The results of a run in its folder: the summary's numbers, and pictures of its losses and its pipeline."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ FORMAT = "spu-run"
 
 
 class RunFolder:
-    """`runs/NAME` with config.json, metrics.jsonl, checkpoint/ and what the report adds."""
+    """``runs/NAME`` with config.json, metrics.jsonl, checkpoint/ and what the report adds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +116,7 @@ class RunFolder:
 
 
 def new_folder(out: str, name: str | None) -> RunFolder:
-    """Return the folder of a new run, not made yet: `out`/`name`, or a name from the time that no run has.
+    """Return the folder of a new run, not made yet: ``out``/``name``, or a name from the time that no run has.
 
     Raises:
         ValueError: a name that is a path, or that is taken.
@@ -135,7 +135,7 @@ def new_folder(out: str, name: str | None) -> RunFolder:
 
 
 def find_folder(out: str, which: str) -> RunFolder:
-    """Return the folder of an existing run: a path, a name in `out`, or "latest".
+    """Return the folder of an existing run: a path, a name in ``out``, or "latest".
 
     Raises:
         ValueError: there is no such run; the text lists what there is.

@@ -17,7 +17,7 @@ _PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")
 
 
 def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch.Tensor:
-    """Return up to `tokens` token ids that open a paragraph of prose in a text's `ids` [tokens], or the first ones."""
+    """Return up to ``tokens`` ids that open a paragraph of prose in a text's ``ids`` [tokens], or the first ones."""
     text = tokenizer.decode(ids[:_SEARCHED].tolist())
     found = _PARAGRAPH.search(text)
     if found is None:
@@ -33,7 +33,7 @@ def sample_text(
     Args:
         model: a causal decoder of transformers.
         prompt: token ids [prompt tokens].
-        tokens: to draw, at temperature `TEMPERATURE`.
+        tokens: to draw, at temperature ``TEMPERATURE``.
         seed: of the draws.
     """
     was_training = model.training

@@ -11,7 +11,7 @@ __all__ = ["StopSignals", "Stopped"]
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has ended cleanly; `code` is the shell's exit code for the signal."""
+    """The run was asked to stop and has ended cleanly; ``code`` is the shell's exit code for the signal."""
 
     def __init__(self, signum: int, text: str) -> None:
         super().__init__(text)
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Within `with`: the first signal is noted in `asked`, a second SIGINT interrupts at once as always."""
+    """Within ``with``: the first signal is noted in ``asked``, a second SIGINT interrupts at once as always."""
 
     def __init__(self) -> None:
         self.asked: int | None = None

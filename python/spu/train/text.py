@@ -1,4 +1,4 @@
-"""Whether a file is text that can be trained on; what it is instead, and how to make text of it."""
+"""Checks that a file is text that can be trained on; else the error says what it is, and how to make text of it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def clean_text(path: str, content: bytes) -> bytes:
     """Return the contents of a text file in UTF-8, without a byte-order mark and with lines that end in a newline
     alone.
 
-    What is no text of any kind comes back as it is: a model of bytes can be trained on it (see `is_utf8`).
+    Bytes that are no text of any kind come back unchanged: a model of bytes can be trained on it (see ``is_utf8``).
 
     Args:
         path: for messages.

@@ -1,4 +1,4 @@
-"""What ``spu tune`` tries and calls: configurations by op, dtype and shape class, and each op at the class's shape."""
+"""The candidates and calls of ``spu tune``: configurations by op, dtype and shape class, and each op as a call."""
 
 from __future__ import annotations
 
