@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass
 class BuiltStages:
-    """Stages ready to run. Between runs the model is as the user has it; see `spu.engine.sharing`.
+    """Stages ready to run. Between runs the model is the user's; see `spu.engine.sharing`.
 
     Attributes:
         stages: in pipeline order.
@@ -55,7 +55,7 @@ class BuiltStages:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While stages run: each has leaves and modules of its own, made as the user's are now.
+        """Give each stage leaves and modules of its own, equal to the user's present ones, while the block runs.
 
         Raises:
             RuntimeError: a forward changed what several stages share.
@@ -81,23 +81,23 @@ class BuiltStages:
             twin.restore()
 
     def unfuse(self) -> None:
-        """Give linear layers and blocks their own classes back, but those that the user had fused before."""
+        """Give linear layers and blocks their own classes back, except those that the user had fused before."""
         while self.fused:
-            with contextlib.suppress(ValueError):  # a class that somebody changed again since
+            with contextlib.suppress(ValueError):  # its class has been changed since
                 spu_nn.restore(self.fused.pop())
 
 
 def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False) -> dict[int, torch.Tensor]:
     """Convert floating-point parameters in place, and return the fp32 values that rounding lost.
 
-    What keeps fp32, or its own dtype: `spu.precision.dtypes`. In a 16-bit precision, linear layers also become
-    :class:`spu.nn.Linear`, whose backward knows the loss scale, and layers run their products in that precision.
+    `spu.precision.dtypes` says which parameters keep fp32 or their own dtype. In a 16-bit precision, linear layers also
+    become :class:`spu.nn.Linear`, whose backward knows the loss scale, and layers run their products in that precision.
 
     Args:
         layers: the model.
         precision: "fp16", "bf16" or "fp32".
-        fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that put weight gradients off
-            need it, since plain autograd computes both gradients of a layer at once.
+        fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that defer weight
+            gradients need it, since plain autograd computes both gradients of a layer at once.
 
     Returns:
         parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
@@ -119,7 +119,7 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
 
 
 def give_back(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
-    """Parameters as another trainer's exact values round to their dtype: they held what those rounded to in its."""
+    """Set parameters from another trainer's exact values, which that trainer's own precision had rounded."""
     for layer in layers:
         for parameter in layer.module.parameters():
             if id(parameter) in masters:
@@ -127,13 +127,13 @@ def give_back(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None
 
 
 def unfused(layers: Sequence[Layer]) -> list[nn.Module]:
-    """The layers' modules of which nothing runs on fused ops yet."""
+    """Return the layers' modules in which nothing runs on fused ops yet."""
     modules = [layer.module for layer in layers]
     return [module for module in modules if not any(map(spu_nn.is_accelerated, module.modules()))]
 
 
 def check_parameters(layers: Sequence[Layer]) -> None:
-    """Raises ValueError for a complex parameter that is to be trained."""
+    """Raise ValueError for a complex parameter that is to be trained."""
     for layer in layers:
         for name, parameter in layer.named_parameters():
             if parameter.is_complex() and parameter.requires_grad:
@@ -145,7 +145,7 @@ def check_parameters(layers: Sequence[Layer]) -> None:
 
 
 def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
-    """Give rounded parameters their fp32 values back, and linear layers their own class, where training never began."""
+    """Give rounded parameters their fp32 values back, and linear layers their own class, if training never began."""
     for layer in layers:
         layer.products = None
         spu_nn.restore(layer.module)

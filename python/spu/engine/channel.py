@@ -10,7 +10,7 @@ __all__ = ["Aborted", "Exchange"]
 
 
 class Aborted(Exception):
-    """Raised in a worker that waits or goes on after another one failed."""
+    """Raised in a worker that waits or continues after another one failed."""
 
 
 class Exchange:
@@ -44,12 +44,12 @@ class Exchange:
             return self._messages.pop(key)
 
     def has(self, key: Hashable) -> bool:
-        """Whether a message is there to be taken without waiting."""
+        """Tell whether a message can be taken without waiting."""
         with self._condition:
             return key in self._messages
 
     def untaken(self) -> list[Any]:
-        """The keys of all messages sent and not yet taken."""
+        """Return the keys of all messages sent and not yet taken."""
         with self._condition:
             return list(self._messages)
 
@@ -64,5 +64,5 @@ class Exchange:
         return self._aborted
 
     def __len__(self) -> int:
-        """Messages sent and not yet taken; 0 after a complete run."""
+        """Count the messages sent and not yet taken; 0 after a complete run."""
         return len(self._messages)

@@ -1,4 +1,4 @@
-"""What a stage hands to the next one: its output's tensors, each memory once, and how they are put together again.
+"""The message from a stage to the next: its output's tensors, each memory once, and how to rebuild the output.
 
 Plain autograd sees one tensor where a layer returns it twice, or together with a view of it; cut one by one these would
 have gradients of their own, and a change of one in place would not reach the others' graphs.
@@ -24,13 +24,13 @@ __all__ = ["Arrival", "Layout", "arrive", "check_known", "depart"]
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the receiver must know of a tensor.
+    """Properties of a tensor that the receiver needs.
 
     Attributes:
-        requires_grad: the tensor did.
-        leaf, leaf_view: it is a leaf that does (a parameter), or a view of one: autograd lets nobody change these in
-            place.
-        tangled: what else has its memory, so that a change in place could not be carried there; empty for nothing.
+        requires_grad: the tensor requires a gradient.
+        leaf, leaf_view: it is a leaf that requires a gradient (a parameter), or a view of one: autograd forbids changes
+            of these in place.
+        tangled: name of another tensor with the same memory, where a change in place would be missed; empty: none.
     """
 
     requires_grad: bool
@@ -55,11 +55,11 @@ class _Index:
 
 @dataclass
 class Arrival:
-    """The output on the other side.
+    """The output in the stage that receives it.
 
     Attributes:
-        tree: what the next layer gets.
-        ends: where the gradient of each sent tensor arrives, None for what has none.
+        tree: the input of the next layer.
+        ends: receives the gradient of each sent tensor; None for a tensor without one.
     """
 
     tree: Any
@@ -67,10 +67,10 @@ class Arrival:
     _watched: list[tuple[Tensor, int, str]]
 
     def check(self) -> None:
-        """After the stage's forward.
+        """Check, after the stage's forward, that no shared memory was changed in place.
 
         Raises:
-            RuntimeError: a tensor was changed in place whose memory something has that could not see it.
+            RuntimeError: a tensor was changed in place whose memory another stage uses without seeing the change.
         """
         for tensor, version, other in self._watched:
             if torch_private.version(tensor) != version:
@@ -80,13 +80,15 @@ class Arrival:
                 )
 
 
-def depart(tree: Any, kept: Iterable[tuple[str, Tensor]], held: Callable[[], Iterable[Tensor]]) -> tuple[Any, ...]:
-    """The message of an output: its tensors, each memory once, and the layout.
+def depart(
+    tree: Any, stashed: Iterable[tuple[str, Tensor]], buffers: Callable[[], Iterable[Tensor]]
+) -> tuple[Any, ...]:
+    """Return the message of an output: its tensors, each memory once, and the layout.
 
     Args:
-        tree: what the stage's last layer has returned.
-        kept: what goes to other stages another way, by name.
-        held: gives what the stage keeps for later microbatches (buffers).
+        tree: the output of the stage's last layer.
+        stashed: (name, tensor) of tensors that skip to other stages.
+        buffers: returns the tensors that the stage keeps for later microbatches.
     """
     leaves, spec = pytree.tree_flatten(tree)
     views = views_among(leaves)
@@ -97,11 +99,11 @@ def depart(tree: Any, kept: Iterable[tuple[str, Tensor]], held: Callable[[], Ite
             places[index] = len(tensors)
             tensors.append(leaf)
     layout = [_placed(index, leaf, places, views) for index, leaf in enumerate(leaves)]
-    others = list(kept)
+    others = list(stashed)
     kinds = [_kind(tensor, _tangled(tensor, tensors, others)) for tensor in tensors]
     for index, (tensor, kind) in enumerate(zip(tensors, kinds)):
-        # A buffer that is handed on: the next microbatch may change it before this one's has been read.
-        if not kind.requires_grad and memory_of(tensor) and any(share_memory(tensor, own) for own in held()):
+        # A buffer as output: the next microbatch may change it before this one's value has been read.
+        if not kind.requires_grad and memory_of(tensor) and any(share_memory(tensor, own) for own in buffers()):
             tensors[index] = tensor.clone()
             kinds[index] = replace(kind, tangled="a buffer")
     return tensors, Layout(layout, spec, kinds)
@@ -130,11 +132,11 @@ def _tangled(tensor: Tensor, tensors: list[Tensor], others: list[tuple[str, Tens
 
 
 def arrive(message: Any, *, train: bool) -> Arrival:
-    """What the next stage begins with: with ``train`` the start of a graph of its own.
+    """Rebuild the output in the next stage; with ``train`` as the start of a graph of its own.
 
     Args:
-        message: as `depart` made it, its tensors on this device; or any structure of tensors.
-        train: gradients are to arrive at its ends.
+        message: from `depart`, with its tensors on this device; or any structure of tensors.
+        train: gradients will arrive at its ends.
     """
     if not (isinstance(message, tuple) and len(message) == 2 and isinstance(message[1], Layout)):
         leaves, spec = pytree.tree_flatten(message)
@@ -164,14 +166,14 @@ def arrive(message: Any, *, train: bool) -> Arrival:
     return Arrival(pytree.tree_unflatten(leaves, how.spec), [*ends, None], watched)
 
 
-# Tensors that nobody sees
+# Tensors that pytree does not see
 
 
 def check_known(tree: Any, what: str) -> None:
-    """Whether all tensors are where pytree finds them: others would cross uncut and uncopied.
+    """Check that pytree finds all tensors: others would cross without being cut or copied.
 
     Raises:
-        TypeError: an object of the structure holds some; the message begins with ``what``.
+        TypeError: an object in the structure holds tensors; the message begins with ``what``.
     """
     for leaf in pytree.tree_leaves(tree):
         if not isinstance(leaf, Tensor) and _hides_tensors(leaf, set(), 4):

@@ -1,4 +1,4 @@
-"""What an engine promises: it runs a schedule over stages, and tasks for each of them, until it is closed."""
+"""The protocol of an engine: it runs a schedule over stages, and tasks for each of them, until it is closed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StageError(RuntimeError):
 
     Attributes:
         stage: index of the stage.
-        action: what it was doing, e.g. ``1B3`` for stage 1, backward, microbatch 3; None outside the schedule.
+        action: the action that failed, e.g. ``1B3`` for stage 1, backward, microbatch 3; None outside the schedule.
     """
 
     def __init__(self, stage: int, device: str, action: Action | None, cause: BaseException) -> None:
@@ -69,13 +69,13 @@ class Round:
 
 
 class Engine(Protocol):
-    """Runs schedules over stages. `spu.engine.local.LocalEngine` does so with threads of this process.
+    """An object that runs schedules over stages; `spu.engine.local.LocalEngine` does so with threads of this process.
 
     Attributes:
         stages: in pipeline order.
         ranks: the rank of each stage.
         backend: a forced kernel backend, or None for automatic choice; may be changed between runs.
-        tallies: one for each rank, where it counts the bytes that its actions allocate; None: they are not counted.
+        tallies: one for each rank, which counts the bytes that its actions allocate; None: bytes are not counted.
     """
 
     stages: list[Stage]
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """Run a schedule to its end, leave losses and outputs in ``work``, and return the measured timeline.
 
         Raises:
-            StageError: a stage failed; every other one has stopped, and nothing of the round is kept.
+            StageError: a stage failed; every other one has stopped, and the round leaves nothing behind.
             KeyboardInterrupt: likewise.
         """
 

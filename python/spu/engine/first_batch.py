@@ -1,4 +1,4 @@
-"""What is wrong with a first batch that would train without a word, and not as it is meant."""
+"""Mistakes in a first batch that would train without an error, but not as intended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_batch"]
 
 
 def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:
-    """Look at the first batch of a model and at the model's mode.
+    """Check the first batch of a model, and warn if the model is in evaluation mode.
 
     Raises:
         ValueError: a language model's targets are its inputs, not shifted: it would learn to repeat what it reads.
@@ -45,7 +45,7 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _same_tokens(inputs: Any, targets: Any) -> bool:
-    """Whether every counted target is the token at its own place, and some are not the next one."""
+    """Tell whether every counted target is the token at its own place, and some are not the next token."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if not (isinstance(ids, torch.Tensor) and isinstance(targets, torch.Tensor) and ids.shape == targets.shape):
         return False

@@ -1,4 +1,4 @@
-"""Generators of the model's own (``generator=`` of random operators): who draws from them, and their states."""
+"""The model's own generators (``generator=`` of random operators): which stages use them, and their states."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _named(stages: Sequence[Stage]) -> Iterator[tuple[int, str, torch.Generator]
 
 
 def check_generators(stages: Sequence[Stage]) -> None:
-    """Whether each generator is drawn from in one stage alone.
+    """Check that each generator is used in one stage alone.
 
     Raises:
-        ValueError: two stages share one: they would take turns as the schedule has it, and not as the layers do.
+        ValueError: two stages share one: their order would depend on the schedule, not on the layers.
     """
     users: list[tuple[torch.Generator, int, str]] = []
     for index, name, generator in _named(stages):
@@ -44,12 +44,12 @@ def check_generators(stages: Sequence[Stage]) -> None:
 
 
 def generator_states(stages: Sequence[Stage]) -> dict[str, str]:
-    """The states of the model's own generators by their names, in hexadecimal."""
+    """Return the states of the model's own generators, by name, in hexadecimal."""
     return {name: bytes(generator.get_state().tolist()).hex() for _, name, generator in _named(stages)}
 
 
 def set_generator_states(stages: Sequence[Stage], states: dict[str, str]) -> None:
-    """Puts back what `generator_states` gave; generators that it does not name keep their states."""
+    """Restore the states of `generator_states`; generators that it does not name keep theirs."""
     for _, name, generator in _named(stages):
         if name in states:
             generator.set_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))

@@ -68,8 +68,8 @@ class LocalEngine:
         ranks: the rank of each stage, by default one each; stages of one rank are on one device.
         codecs: how tensors are packed over each boundary, None or "none" for not at all; one name for all. Between two
             stages of one rank nothing is packed or copied.
-        beside: packing and copying run beside the stages' work: None: where a card is at one end of a link; True or
-            False for all links between two ranks. See `spu.transfer.side`.
+        beside: packing and copying run beside the stages' work: None: if a GPU is at one end of a link; True or False
+            for all links between two ranks. See `spu.transfer.side`.
         backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
             variables do not reach other threads.
     """
@@ -87,7 +87,7 @@ class LocalEngine:
         self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
         self._process, self._busy = os.getpid(), False
-        self.tallies: list[Tally] | None = None  # where workers count what they allocate; see `counted_bytes`
+        self.tallies: list[Tally] | None = None  # workers count allocated bytes here; see `counted_bytes`
         device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
         self._forward_links, self._backward_links = [], []
@@ -105,7 +105,7 @@ class LocalEngine:
         """Run one schedule to its end and return the measured timeline.
 
         Raises:
-            StageError: a stage failed; every other one has stopped, and nothing of the round is kept.
+            StageError: a stage failed; every other one has stopped, and the round leaves nothing behind.
             KeyboardInterrupt: likewise.
         """
         exchange = Exchange()
@@ -113,6 +113,7 @@ class LocalEngine:
         start = time.perf_counter()
         with delayed_interrupts():
             try:
+                # (2) in docs/architecture.md
                 self._together(
                     [partial(self._run_actions, rank, work, exchange, own) for rank, own in enumerate(spans)],
                     range(len(spans)),
@@ -145,7 +146,7 @@ class LocalEngine:
         return self._together([partial(guarded, stage) for stage in self.stages], self.ranks, None)
 
     def sent_bytes(self) -> int:
-        """Bytes that have crossed the stage boundaries so far, both directions."""
+        """Return the bytes that have crossed the stage boundaries so far, both directions."""
         return sum(link.sent_bytes for link in (*self._forward_links, *self._backward_links))
 
     def close(self) -> None:
@@ -160,7 +161,8 @@ class LocalEngine:
     ) -> list[Any]:
         """Run each task in its rank's worker; at the first failure stop the others, wait for them, and raise it.
 
-        Main waits on a `SimpleQueue`, and Ctrl-C puts a word into it: nobody else knows when it is to stop.
+        The main thread waits on a `SimpleQueue`; on Ctrl-C its signal handler puts None there, because no worker sees
+        the signal.
         """
         self._check_fork()
         reports: SimpleQueue[Future[Any] | None] = SimpleQueue()
@@ -187,7 +189,7 @@ class LocalEngine:
 
     @staticmethod
     def _wait(running: int, reports: SimpleQueue[Future[Any] | None], exchange: Exchange | None) -> None:
-        """Until all have reported; a failure, or a word that it is to stop, stops them after the action they are in."""
+        """Wait until all have reported; a failure, or None for Ctrl-C, stops each after its present action."""
         while running:
             report = reports.get()
             if exchange is not None and (report is None or report.cancelled() or report.exception() is not None):
@@ -195,7 +197,7 @@ class LocalEngine:
             running -= report is not None
 
     def _check_fork(self) -> None:
-        """In a forked process workers start again, unless it was forked while they worked."""
+        """Let workers restart in a forked process; raise RuntimeError if it was forked while they worked."""
         if self._process != os.getpid():
             if self._busy:
                 raise RuntimeError(
@@ -246,7 +248,7 @@ class LocalEngine:
         with work.autocast():
             output = stage.forward(x, inputs, key, train=work.train, skips=skips)
         skips.send()
-        if not stage.is_last:
+        if not stage.is_last:  # (4) in docs/architecture.md
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
             return begin
         if work.keep_outputs:
@@ -270,7 +272,7 @@ class LocalEngine:
             begin = time.perf_counter()
             gradients = self._backward_links[stage.index].receive(message)
         gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=defer)
-        if not stage.is_first:
+        if not stage.is_first:  # (4) in docs/architecture.md, backwards
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
         return begin
 

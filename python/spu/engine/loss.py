@@ -1,4 +1,4 @@
-"""The loss: the default one, what a loss is given and trains, and what its mean divides by.
+"""The loss: the default one, its inputs and parameters, and the divisor of its mean.
 
 A microbatch counts as much as its part of the divisor: the mean over a batch is the sum of its microbatches' means,
 each times its share. For torch's losses the divisor is known, by the table here; for any other it is taken to be the
@@ -37,7 +37,7 @@ SUM = "sum"  # a loss_weight: losses of microbatches add up as they are
 
 
 def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The default loss: mean cross entropy in fp32.
+    """Return the mean cross entropy in fp32: the default loss.
 
     Args:
         outputs: logits [..., classes].
@@ -47,12 +47,13 @@ def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class OnRawOutputs(functools.partial):  # type: ignore[type-arg]
-    """A loss that is given the model's outputs as they are."""
+    """A loss that takes the model's outputs in their own dtype."""
 
 
 def loss_of(loss_fn: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: Any) -> torch.Tensor:
-    """The loss of a microbatch. It sees 16-bit outputs in fp32: a sum over rows would overflow, or stop growing, in 16
-    bits.
+    """Return the loss of a microbatch.
+
+    16-bit outputs are converted to fp32: a sum over rows would overflow, or stop growing, in 16 bits.
     """
     if not isinstance(loss_fn, OnRawOutputs):
         outputs = pytree.tree_map_only(torch.Tensor, _wide, outputs)
@@ -67,13 +68,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def loss_part(loss_fn: Any, layers: Iterable[Layer]) -> Layer | None:
-    """A loss that is a module, or a method or partial of one, as something that the last stage trains.
+    """Return a loss that is a module, or a method or partial of one, as a layer that the last stage trains.
 
     Returns:
-        None without parameters to train, and for a loss that holds the model itself.
+        None if it has no parameters to train, or holds the model itself.
 
     Raises:
-        ValueError: it holds the model's layers and parameters of its own as well.
+        ValueError: it holds both layers of the model and parameters of its own.
     """
     found = _modules_of(loss_fn)
     holder = found[0] if len(found) == 1 else nn.ModuleList(found)
@@ -94,7 +95,7 @@ def loss_part(loss_fn: Any, layers: Iterable[Layer]) -> Layer | None:
 
 
 def move_loss(loss_fn: Any, device: torch.device) -> None:
-    """Parameters and buffers of a loss to where it is computed."""
+    """Move a loss's parameters and buffers to the device that computes it."""
     for module in _modules_of(loss_fn):
         module.to(device)
 
@@ -110,12 +111,12 @@ def _modules_of(loss_fn: Any) -> list[nn.Module]:
     return [owner] if isinstance(owner, nn.Module) else []
 
 
-# What a mean divides by
+# The divisor of a mean
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a loss was told, by keywords of a partial or as attributes, which are read each time."""
+    """A loss's settings, from keywords of a partial or from attributes, which are read each time."""
 
     given: dict[str, Any]
     owner: Any
@@ -125,7 +126,7 @@ class _Setting:
 
 
 def _classes(targets: torch.Tensor, setting: _Setting) -> Any:
-    """Of class indices: the weights of those that count. Of probabilities [N, classes, ...]: how many there are."""
+    """Sum the weights of class indices that count; count probabilities [N, classes, ...]."""
     if targets.is_floating_point():
         return targets.numel() / max(targets.shape[1] if targets.dim() > 1 else targets.shape[0], 1)
     counted = targets != setting("ignore_index", -100)
@@ -194,12 +195,12 @@ _FORWARDS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Weighing:
-    """How microbatches of a batch are weighed.
+    """The weights of a batch's microbatches.
 
     Attributes:
         weigh: targets of a microbatch -> how much it counts; None: losses add up, each counts 1.
         ignore_index: the integer target that does not count.
-        known: there is nothing to check: torch's loss, or the user's own ``loss_weight``.
+        known: nothing needs a check: it is torch's loss, or the user's own ``loss_weight``.
     """
 
     weigh: Callable[[Any], Any] | None
@@ -207,7 +208,7 @@ class Weighing:
     known: bool
 
     def shares(self, targets: list[Any]) -> list[torch.Tensor]:
-        """Each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 each for a sum.
+        """Return each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 for a sum.
 
         Raises:
             ValueError: as :func:`target_weights`.
@@ -218,7 +219,7 @@ class Weighing:
 
 
 def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = None) -> Weighing:
-    """How to weigh a loss.
+    """Return how to weigh the microbatches of a loss.
 
     Args:
         loss_fn: a torch loss, its function, a partial of one, or any other callable.
@@ -248,7 +249,7 @@ def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = N
 
 
 def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:
-    """The function that is called at last, as it is in `_DIVISORS` if it is there, and how it was set."""
+    """Return the innermost function of a loss, the key in `_DIVISORS` if it is known, and its settings."""
     given: dict[str, Any] = {}
     plain = True  # no argument was bound by its place
     while True:

@@ -1,8 +1,9 @@
-"""Whether microbatches of a loss, weighed as they are, make the gradients of the whole batch's loss.
+"""A check that the weighted losses of microbatches have the gradients of the whole batch's loss.
 
-What a function of the user's divides by cannot be read from it. So it is tried, on the real outputs of some steps: the
-gradient of the whole batch's loss must be, row by row, each microbatch's own times its share. (Losses alone would not
-tell: at the start of training they are much the same in all microbatches.) Nothing is left of these calls in the loss.
+The divisor of a user's function cannot be read from its code. So the function is called on real outputs of some steps.
+The gradient of the whole batch's loss must be, row by row, each microbatch's own gradient times its share (losses
+alone are no evidence: at the start of training they are nearly equal in all microbatches). The calls leave no trace in
+the loss's state.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from spu.model.untouched import untouched
 
 __all__ = ["LossCheck"]
 
-_BYTES = 1 << 24  # of outputs that are looked at; rows of the first two microbatches in any case
+_BYTES = 1 << 24  # of outputs that are checked; rows of the first two microbatches in any case
 _REFUSAL = (
     "loss_fn cannot be computed by microbatches as it is: microbatch {index} has {share:.4g} of the batch's targets, "
     "but counts {found:.4g} in the whole batch's loss, or its rows act on other microbatches, or it is NaN. "
@@ -38,11 +39,11 @@ _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative, of outputs
 
 
 class LossCheck:
-    """Collects outputs and targets in the steps 1, 2, 4, 8, ..., and looks at them at their end.
+    """Collects outputs and targets in the steps 1, 2, 4, 8, ..., and checks them at the end of each.
 
     Args:
         loss_fn: the user's.
-        weighing: what is taken for true.
+        weighing: the weights to check.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], torch.Tensor], weighing: Weighing) -> None:
@@ -54,7 +55,7 @@ class LossCheck:
         self._warned = False
 
     def begin(self, parts: int) -> bool:
-        """Before a batch: whether the loss's arguments are to be handed to :meth:`add`."""
+        """Begin a batch; tell whether the loss's arguments must be passed to :meth:`add`."""
         self._seen, self._bytes = [], 0
         if self._weighing.known or parts < 2:
             return False
@@ -62,7 +63,7 @@ class LossCheck:
         return self._batches & (self._batches - 1) == 0
 
     def add(self, outputs: Any, targets: Any) -> None:
-        """The arguments of one microbatch's loss, of which some rows are copied."""
+        """Copy some rows of the arguments of one microbatch's loss."""
         if self._bytes >= _BYTES and len(self._seen) >= 2:
             return
         rows = batch_rows(targets)
@@ -79,10 +80,10 @@ class LossCheck:
         self._bytes += size * kept // rows
 
     def end(self) -> None:
-        """After the batch.
+        """End the batch and check the collected rows.
 
         Raises:
-            ValueError: the loss is no such mean.
+            ValueError: the loss is not such a mean.
         """
         seen, self._seen = self._seen, []
         if len(seen) < 2:
@@ -124,7 +125,7 @@ class LossCheck:
         self._warned = True
 
     def _gradient(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Of the loss in all outputs that have rows, fp64 [rows, elements]."""
+        """Return the loss's gradient in all outputs that have rows, fp64 [rows, elements]."""
         rows = batch_rows(targets)
         leaves, spec = pytree.tree_flatten(outputs)
         leaves = [
@@ -145,7 +146,7 @@ def _has(leaf: Any, rows: int) -> bool:
 
 
 def _joined(seen: list[tuple[Any, Any]]) -> tuple[Any, Any] | None:
-    """All microbatches as one, joined where they have rows; None where that cannot be."""
+    """Return all microbatches as one, joined along their rows; None if that is impossible."""
     sizes = [batch_rows(targets) for _, targets in seen]
     flat = [pytree.tree_flatten(part) for part in seen]
     joined = []

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def as_dicts(batch: Any) -> Any:
-    """The batch with every mapping that pytrees do not know, such as transformers' BatchEncoding, as a dict."""
+    """Return the batch with every mapping unknown to pytrees, such as transformers' BatchEncoding, as a dict."""
 
     def plain(leaf: Any) -> Any:
         return {key: as_dicts(value) for key, value in leaf.items()} if isinstance(leaf, Mapping) else leaf
@@ -71,13 +71,13 @@ def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
 
 
 def batch_rows(batch: Any) -> int:
-    """The batch size: dimension 0 of the first tensor that has one; 1 without any."""
+    """Return the batch size: dimension 0 of the first tensor that has one; 1 if there is none."""
     leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
     return next((leaf.shape[0] for leaf in leaves), 1)
 
 
 def at_least(batch: Any, rows: int) -> Any:
-    """The batch, its rows in turn again and again until there are ``rows``: a sample to plan on."""
+    """Repeat the batch's rows in order until there are ``rows``: a sample for planning."""
 
     def longer(leaf: torch.Tensor) -> torch.Tensor:
         if leaf.dim() == 0 or not 0 < leaf.shape[0] < rows:
@@ -88,7 +88,7 @@ def at_least(batch: Any, rows: int) -> Any:
 
 
 def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:
-    """How many targets count in a mean loss: integers other than ``ignore_index``, or all elements of floating ones."""
+    """Count the targets of a mean loss: integers other than ``ignore_index``, or all elements of floating ones."""
     counts: list[Any] = []
     for leaf in pytree.tree_leaves(targets):
         if not isinstance(leaf, torch.Tensor):
@@ -103,14 +103,14 @@ def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:
 def target_weights(
     targets: list[Any], loss_weight: Callable[[Any], Any] | None = None, ignore_index: int = -100
 ) -> list[torch.Tensor]:
-    """Each microbatch's share of the batch's mean loss, as 0-dimensional fp32 tensors that add up to 1.
+    """Return each microbatch's share of the batch's mean loss, as 0-dimensional fp32 tensors that add up to 1.
 
     The mean over a batch is the sum over its microbatches of ``share * mean over the microbatch``, whatever their
     sizes and however many of their targets are masked.
 
     Raises:
         ValueError: no target counts at all, or a count is negative or not finite (checked only where the counts are on
-            the host; on a card such a batch's shares are NaN).
+            the host; on a GPU such a batch's shares are NaN).
     """
     weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
     counts = [torch.as_tensor(weigh(part), dtype=torch.float64).detach() for part in targets]
@@ -127,12 +127,12 @@ def target_weights(
 
 
 def move(tree: Any, device: torch.device) -> Any:
-    """The pytree with every tensor on ``device``."""
+    """Return the pytree with every tensor on ``device``."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=device.type != "cpu"), tree)
 
 
 def unscaled_leaves(tree: Any) -> Any:
-    """The pytree with tensors whose gradients, where the user wants some, leave the step at their true scale."""
+    """Return the pytree; gradients of tensors that require one leave the step at their true scale."""
 
     def unscaled(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.requires_grad and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What optimizers have made so far, by parameter name and by stage: for checkpoints and for stages built anew."""
+"""The optimizers' state by parameter name and by stage, for checkpoints and for rebuilt stages."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionar
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """All state of a model's optimizers but masters, which are the model's.
+    """All state of a model's optimizers except master weights, which belong to the model's state.
 
     Attributes:
         kind: the optimizer's class, by name; "" where nothing is trained.
-        entries: ``NAME/KEY`` -> a parameter's state: a tensor, or whatever else the optimizer put there.
-        groups: for each stage and each of its parameter groups what differs from the optimizer's defaults.
-        owned: for each stage how many parameters it updates.
+        entries: ``NAME/KEY`` -> a parameter's state: a tensor, or another value of the optimizer.
+        groups: for each stage and parameter group, the values that differ from the optimizer's defaults.
+        owned: the number of parameters that each stage updates.
     """
 
     kind: str
@@ -49,12 +49,12 @@ class OptimizerState:
 
     @property
     def differs_by_stage(self) -> bool:
-        """Whether groups hold what only the same stages can go on with."""
+        """Whether groups hold values that only the same stages can use."""
         own = [groups for groups, count in zip(self.groups, self.owned) if count]
         return any(groups != own[0] for groups in own)
 
     def split(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors, and the rest as JSON.
+        """Return the tensors, and the rest as JSON.
 
         Raises:
             CheckpointError: neither can hold an entry; the message names it.
@@ -71,13 +71,13 @@ class OptimizerState:
 
     @staticmethod
     def joined(tensors: Mapping[str, torch.Tensor | Stored], rest: Mapping[str, Any] | None) -> OptimizerState:
-        """Of what :meth:`split` gave; ``rest`` is None in checkpoints that were written without it."""
+        """Join the two parts of :meth:`split`; ``rest`` is None in checkpoints that were written without it."""
         rest = rest or {"kind": "", "plain": {}, "groups": [], "owned": []}
         return OptimizerState(rest["kind"], {**tensors, **rest["plain"]}, rest["groups"], rest["owned"])
 
 
 def optimizer_state(built: BuiltStages, optimizers: Optimizers) -> OptimizerState:
-    """The state as it is: nothing is copied."""
+    """Return the present state; nothing is copied."""
     found = {
         f"{name}/{key}": value
         for owned, optimizer in zip(built.owned, optimizers)
@@ -91,7 +91,7 @@ def optimizer_state(built: BuiltStages, optimizers: Optimizers) -> OptimizerStat
 
 
 def check_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
-    """Whether these optimizers can go on from a state.
+    """Check that these optimizers can continue from a state.
 
     Raises:
         CheckpointError: it is of another class of optimizer, or bound to other stages.
@@ -108,7 +108,7 @@ def check_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimize
 
 
 def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
-    """Put a state back, which `check_optimizers` has let pass; parameters that it does not name start afresh."""
+    """Restore a state that `check_optimizers` has accepted; parameters that it does not name start without state."""
     by_name: dict[str, dict[str, Any]] = {}
     for full, value in state.entries.items():
         name, _, key = full.rpartition("/")
@@ -139,14 +139,14 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
 
 
 def remember_rates(optimizer: AdamW | MasterOptimizer) -> None:
-    """Of an optimizer that has just been made: a rate that is another one later is part of the state."""
+    """Remember the rates of a new optimizer: a rate that differs later is part of the state."""
     inner = _inner(optimizer)
     assert inner is not None
     _RATES[inner] = [float(group["lr"]) for group in inner.param_groups]
 
 
 def is_attached(optimizer: AdamW | MasterOptimizer | None) -> bool:
-    """Whether a scheduler or a hook of the user's holds on to this very optimizer."""
+    """Tell whether a scheduler or a hook of the user's refers to this optimizer object."""
     inner = _inner(optimizer)
     if inner is None:
         return False
@@ -162,7 +162,7 @@ def _inner(optimizer: AdamW | MasterOptimizer | None) -> torch.optim.Optimizer |
 
 
 def _changed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    """A group's values that are not the optimizer's defaults: what it keeps there from step to step."""
+    """Return a group's values that differ from the optimizer's defaults: its state from step to step."""
     missing = object()
     changed = {}
     for key, value in group.items():
@@ -184,7 +184,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _entries(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> dict[str, Any]:
-    """The optimizer's own state of a parameter, to read or to change."""
+    """Return the optimizer's own state of a parameter, to read or to change."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, AdamW):

@@ -1,4 +1,4 @@
-"""What came out of a step: the result a user reads, the bytes that it took, and microbatches' results as one."""
+"""The result of a step as the user reads it, the bytes that it took, and microbatches' results joined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["StepResult", "counted_bytes", "join_outputs", "peak_bytes", "state_b
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. Values stay on their device until an attribute is read, which waits for it."""
+    """The result of one step. Values stay on their device; reading an attribute waits for it."""
 
     loss_tensor: torch.Tensor
     grad_norm_tensor: torch.Tensor
@@ -60,7 +60,7 @@ class StepResult:
 
 
 def sum_losses(losses: dict[int, torch.Tensor]) -> torch.Tensor:
-    """The batch's loss from its microbatches' shares, added in microbatch order."""
+    """Return the batch's loss: its microbatches' shares, added in microbatch order."""
     total = torch.zeros((), dtype=torch.float32)
     for index in sorted(losses):
         total = total.to(losses[index].device) + losses[index]
@@ -68,7 +68,7 @@ def sum_losses(losses: dict[int, torch.Tensor]) -> torch.Tensor:
 
 
 def join_outputs(outputs: list[Any]) -> Any:
-    """The microbatches' outputs joined along dimension 0; outputs without a batch dimension are listed."""
+    """Join the microbatches' outputs along dimension 0; list outputs without a batch dimension."""
     columns = [pytree.tree_flatten(output) for output in outputs]
     spec = columns[0][1]
     leaves = [list(column) for column in zip(*(leaves for leaves, _ in columns))]
@@ -78,11 +78,11 @@ def join_outputs(outputs: list[Any]) -> Any:
 
 @contextmanager
 def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
-    """While active, workers count; the dict has the most bytes of each device, by name, when the block is left.
+    """Count bytes while the block runs; at its end the dict has each device's peak, by name.
 
-    What was there before is counted by what is known to be there: weights, optimizer state, and main gradients, which
-    are made here if no step has made them yet, so that a first step holds what all others do. Counting slows a step
-    down, so its times are not to be looked at. What a kernel allocates within itself is not seen.
+    Memory from before the block is counted from known tensors: weights, optimizer state, and main gradients. Main
+    gradients are allocated here if there are none yet, so that a first step holds as much as all others. Counting slows
+    a step down: its times are not usable. Memory that a kernel allocates internally is not counted.
     """
     peaks: dict[str, int] = {}
     stages, ranks = runner.built.stages, runner.engine.ranks
@@ -105,7 +105,7 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
 
 
 def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[int]:
-    """Bytes of weights and optimizer state on each rank, from the tensors themselves."""
+    """Return the bytes of weights and optimizer state on each rank, from the tensors themselves."""
     storages: list[dict[int, int]] = [{} for _ in range(max(ranks) + 1)]
     for stage, optimizer, rank in zip(built.stages, optimizers, ranks):
         tensors: list[torch.Tensor] = list(stage.parameters())
@@ -116,7 +116,7 @@ def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[
 
 
 def peak_bytes(devices: Sequence[Device]) -> dict[str, int]:
-    """The most memory in use so far: of each GPU by torch's allocator, and of the whole process for the CPU."""
+    """Return the peak bytes so far: of each GPU by torch's allocator, and of the whole process for the CPU."""
     peaks = {}
     for device in devices:
         if device.torch_device.type == "cuda":

@@ -33,13 +33,13 @@ __all__ = ["Pass", "Runner", "split_inputs"]
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward and backward of a whole batch left behind, but for the gradients.
+    """The results of a forward and backward of a whole batch, except the gradients.
 
     Attributes:
         loss: mean over the batch's counted targets, fp32, 0-dimensional.
         outputs: the last stage's, the whole batch in one; None if they were not to be kept.
         counted: how many targets counted.
-        timeline: of the last run of the schedule, in seconds from its start.
+        timeline: the last run of the schedule, in seconds from its start.
     """
 
     loss: torch.Tensor
@@ -49,7 +49,7 @@ class Pass:
 
 
 def split_inputs(inputs: Any, parts: int) -> list[Any]:
-    """A batch of inputs as microbatches, in their own dtypes. Raises ValueError as `split_batch`."""
+    """Split a batch of inputs into microbatches, in their own dtypes. Raises ValueError as `split_batch`."""
     return [unscaled_leaves(part) for part in split_batch(inputs, parts)]
 
 
@@ -58,10 +58,10 @@ class Runner:
 
     Args:
         built: the stages.
-        plan: what they were built by.
+        plan: the plan that they were built by.
         scaler: the loss scaler.
         backend: a forced kernel backend, or None.
-        weighing: how much a microbatch counts.
+        weighing: the weights of microbatches.
         optimizer, lr, max_grad_norm: as `Updater` takes them.
         engine: makes the engine that runs the stages, from the arguments of `LocalEngine`.
     """
@@ -95,7 +95,7 @@ class Runner:
         built.masters.clear()  # the optimizers own them now
 
     def accumulate(self, inputs: Any, targets: Any, *, seed: int, step: int, keep_outputs: bool = False) -> Pass:
-        """Forward and backward of a whole batch; gradients are left where `Updater.reduce` finds them.
+        """Run forward and backward of a whole batch; gradients stay in the parameters, for `Updater.reduce`.
 
         Args:
             inputs, targets: pytrees of tensors, [batch, ...] each.
@@ -108,6 +108,7 @@ class Runner:
         """
         size = self._plan.settings.run_microbatches
         parts = self._parts(inputs)
+        # (1) in docs/architecture.md
         inputs_by_part = split_inputs(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
         weights = self._weighing.shares(targets_by_part)
@@ -146,7 +147,7 @@ class Runner:
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
 
     def _parts(self, inputs: Any) -> int:
-        """Into how many microbatches a batch is cut: as planned, but no more than it has rows (an epoch's last one)."""
+        """Return the number of microbatches: as planned, but at most the batch's rows (an epoch's last batch)."""
         return max(1, min(self._plan.settings.parts, batch_rows(inputs)))
 
     def _actions_of(self, microbatches: int) -> list[list[schedules.Action]]:
@@ -165,7 +166,7 @@ class Runner:
         return _callers_autocast(stage.device.torch_device.type for stage in self.built.stages)
 
     def _check_trained(self, inputs: Any) -> None:
-        """Raises RuntimeError where plain torch's backward would find no graph to run."""
+        """Raise RuntimeError if plain torch's backward would find no graph to run."""
         parameters = (p for stage in self.built.stages for p in stage.parameters())
         wanted = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
         if all(parameter.grad is None for parameter in parameters) and not any(True for _ in wanted):
@@ -175,7 +176,7 @@ class Runner:
             )
 
     def evaluate(self, inputs: Any, targets: Any, *, seed: int, step: int) -> torch.Tensor:
-        """Mean loss of a batch in evaluation mode and without gradients, fp32, 0-dimensional.
+        """Return the mean loss of a batch in evaluation mode, without gradients, fp32, 0-dimensional.
 
         Raises:
             RuntimeError: the trainer was closed.
@@ -209,7 +210,7 @@ class Runner:
         return sum_losses(work.losses)
 
     def _watch(self, parts: int) -> bool:
-        """Before a batch: whether its loss will be checked."""
+        """Begin a batch; tell whether its loss will be checked."""
         checks = self._check.begin(parts)
         self.built.stages[-1].watch_loss = self._check.add if checks else None
         return checks
@@ -222,7 +223,7 @@ class Runner:
 
 
 def _callers_autocast(kinds: Iterable[str]) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast that is on here, to be entered there.
+    """Return the calling thread's autocast state, as a context for other threads, which do not inherit it.
 
     Args:
         kinds: of devices, such as "cpu".

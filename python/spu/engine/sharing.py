@@ -1,9 +1,9 @@
-"""What several stages share: the user has it once, every stage has it for itself while stages run.
+"""Parameters and modules in several stages: one object in the user's model, one for each stage while stages run.
 
-A parameter that several stages use is one leaf in the user's model. Stages run in threads of their own, so that each
-later one gets an *alias*, a leaf with a gradient buffer of its own. A module that several stages use gets a *twin* in
-each later stage, an object around the same parameters. Between runs the model is the user's: aliases are gone, and what
-was changed meanwhile (values, frozen or not, modes, attributes) is taken over before the next run.
+A parameter that several stages use is one leaf in the user's model. Stages run in threads of their own. So each later
+stage gets an *alias*, a leaf with a gradient buffer of its own. A module that several stages use gets a *twin* in each
+later stage, an object around the same parameters. Between runs the model is the user's: aliases are gone, and changes
+(values, frozen or not, modes, attributes) are copied before the next run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TiedUse:
     places: list[tuple[nn.Module, str]]
 
     def enter(self) -> None:
-        """Put the alias where the stage uses the parameter, with the owner's values of now."""
+        """Put the alias where the stage uses the parameter, with the owner's present values."""
         self.alias.requires_grad_(self.owner.requires_grad)
         if self.alias.device != self.owner.device:
             self.alias.data.copy_(self.owner.data)
@@ -58,7 +58,7 @@ class Twin:
     Attributes:
         layer: runs the twin until `restore`.
         module: the user's.
-        pairs: name in the layer, the user's module, its twin; for the module and all that it holds.
+        pairs: (name in the layer, the user's module, its twin) of the module and of all its submodules.
     """
 
     layer: Layer
@@ -68,7 +68,7 @@ class Twin:
     _attributes: list[tuple[str, nn.Module, dict[str, Any]]] = field(default_factory=list)
 
     def enter(self) -> None:
-        """Take over what was changed in the user's module since the last run."""
+        """Copy the changes in the user's module since the last run."""
         self._buffers, self._attributes = [], []
         for name, original, twin in self.pairs:
             theirs = {key: value for key, value in vars(original).items() if key not in MODULE_TABLES}
@@ -87,7 +87,7 @@ class Twin:
                     self._buffers.append((_join(name, key), module, held, _version(held)))
 
     def check(self) -> None:
-        """After a run.
+        """Check, after a run, that no forward changed shared state.
 
         Raises:
             RuntimeError: a forward has changed a buffer or an attribute, which each stage then has for itself.
@@ -161,7 +161,7 @@ def _twin(layer: Layer) -> Twin:
 
 
 def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """The module and its children as new objects around the same parameters and buffers."""
+    """Copy the module and its children as new objects around the same parameters and buffers."""
     if id(module) not in made:
         copy = made[id(module)] = module.__new__(type(module))
         copy.__dict__ = dict(module.__dict__)

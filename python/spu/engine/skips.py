@@ -1,4 +1,4 @@
-"""What a stage stashes for later stages and pops from earlier ones, in one microbatch."""
+"""The tensors that a stage stashes for later stages and pops from earlier ones, in one microbatch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["StageSkips", "check_all_popped"]
 
 
 class StageSkips:
-    """The carrier of one stage's forward of one microbatch, and the way of the gradients in its backward.
+    """The carrier of one stage's forward of one microbatch, which also returns the gradients in its backward.
 
-    A message is always there when it is asked for: a stage sends what it stashed before its output, and the gradients
-    of what it popped before those of its input.
+    No message is waited for: a stage sends its stashed tensors before its output, and the gradients of popped tensors
+    before those of its input.
 
     Args:
         exchange: the mailboxes of this run.
-        microbatch: which one.
+        microbatch: its number.
         device: the stage's.
         train: gradients will come back.
     """
@@ -61,22 +61,22 @@ class StageSkips:
             self._watched.append((name, tensor, torch_private.version(tensor)))
         return tensor
 
-    def kept(self) -> list[tuple[str, Tensor]]:
-        """What was stashed and goes to other stages, each with words for it."""
+    def outgoing(self) -> list[tuple[str, Tensor]]:
+        """Return the stashed tensors that go to other stages, each with words for messages."""
         return [(f"{name!r}, which was stashed,", tensor) for name, tensor in self._here.items()]
 
     def check(self) -> None:
-        """After the forward.
+        """Check, after the forward, the memory that popped tensors share with the stage's input.
 
         Raises:
-            RuntimeError: what was popped was changed in place by way of the stage's input.
+            RuntimeError: a popped tensor was changed in place through the stage's input.
         """
         for name, tensor, version in self._watched:
             if torch_private.version(tensor) != version:
                 raise RuntimeError(_changed(name))
 
     def send(self) -> None:
-        """After the forward: what was stashed and not popped here goes on its way."""
+        """Send, after the forward, the tensors that were stashed and not popped here."""
         for name, tensor in self._here.items():
             base = torch_private.view_base(tensor)
             fixed = tensor.requires_grad and (tensor if base is None else base).is_leaf
@@ -88,7 +88,7 @@ class StageSkips:
         self._here = {}
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Before the backward: what was sent, with its gradient, where there is one."""
+        """Return, before the backward, the sent tensors that have a gradient, each with its gradient."""
         pairs = []
         for name, tensor in self._sent.items():
             key = ("skip gradient", name, self._microbatch)
@@ -98,7 +98,7 @@ class StageSkips:
         return pairs
 
     def send_gradients(self) -> None:
-        """After the backward: the gradients of what was popped go back."""
+        """Send back, after the backward, the gradients of popped tensors."""
         for name, end in self._taken.items():
             self._exchange.put(("skip gradient", name, self._microbatch), end.gradient)
 
@@ -108,10 +108,10 @@ class _Skip:
     """A stashed tensor on its way.
 
     Attributes:
-        tensor: its values.
-        version: of them.
-        requires_grad, leaf: whether the stashed tensor did, and was.
-        fixed: it is a leaf that does, or a view of one: autograd lets nobody change it in place.
+        tensor: its values, detached.
+        version: their version counter when they were sent.
+        requires_grad, leaf: of the stashed tensor.
+        fixed: it is a leaf that requires a gradient, or a view of one: autograd forbids changes in place.
     """
 
     tensor: Tensor
@@ -129,7 +129,7 @@ def _changed(name: str) -> str:
 
 
 def check_all_popped(exchange: Exchange) -> None:
-    """At the end of a run. Raises ValueError for what was stashed and never popped."""
+    """Raise ValueError, at the end of a run, for a tensor that was stashed and never popped."""
     for kind, name, _ in exchange.untaken():
         if kind == "skip":
             raise ValueError(f"{name!r} was stashed, but no later layer has popped it: pop it, or do not stash it")

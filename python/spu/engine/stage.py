@@ -30,9 +30,9 @@ __all__ = ["Stage"]
 
 @dataclass
 class _InFlight:
-    """What one microbatch leaves behind between its forward and its backward."""
+    """The state of one microbatch between its forward and its backward."""
 
-    cuts: list[Cut | LeafCut | None]  # where the gradients of the stage's inputs arrive; None for what has none
+    cuts: list[Cut | LeafCut | None]  # receive the gradients of the stage's inputs; None for an input without one
     outputs: list[Any]  # the stage's outputs, or its scaled loss
     skips: StageSkips | None
     randomness: BackwardRandomness
@@ -49,7 +49,7 @@ class Stage:
         is_last: the stage computes the loss.
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
         recompute: for each layer, whether it keeps only its input for the backward; none does by default.
-        parts: what the stage trains, if that is more than its layers: the loss may be a module with parameters.
+        parts: everything that the stage trains, by default its layers: the loss may be a module with parameters.
         residency: brings each layer's weights to the device for its work; by default they are always there.
 
     Attributes:
@@ -81,12 +81,12 @@ class Stage:
         self.elsewhere: dict[int, str] = {}
         found = {id(p): p for layer in self.parts for _, p in layer.named_parameters()}
         self._parameters, self._leaves_known = list(found.values()), False
-        self.watch_loss: Callable[[Any, Any], None] | None = None  # is given the arguments of each loss
+        self.watch_loss: Callable[[Any, Any], None] | None = None  # called with the arguments of each loss
         self._in_flight: dict[int, _InFlight] = {}
         self._deferred: dict[int, list[Callable[[], None]]] = {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stage's leaves, each once, in order of first use: its own aliases, also while the model has none."""
+        """Return the stage's leaves, each once, in order of first use; its aliases too."""
         return list(self._parameters)
 
     def forward(self, x: Any, inputs: Any, key: DrawKey, *, train: bool, skips: StageSkips | None = None) -> Any:
@@ -113,7 +113,7 @@ class Stage:
             for layer, recompute in zip(self.layers, self.recompute, strict=True):
                 randomness.layer(layer.name)
                 step = layer.run_checkpointed if recompute and train else layer.run
-                self.residency.fetch(layer.module)
+                self.residency.fetch(layer.module)  # (3) in docs/architecture.md
                 try:
                     x = step(x, inputs, key)
                 finally:
@@ -125,7 +125,7 @@ class Stage:
             skips.check()
         if not self.is_last:
             check_known(x, f"layer {self.layers[-1].name if self.layers else ''!r} hands to the next stage")
-            x = depart(x, skips.kept() if skips is not None else (), self._buffers)
+            x = depart(x, skips.outgoing() if skips is not None else (), self._buffers)
         if train:
             ends = [] if arrived is None else arrived.ends
             outputs = [] if self.is_last else pytree.tree_leaves(x)
@@ -138,10 +138,10 @@ class Stage:
     def loss(
         self, outputs: Any, targets: Any, weight: torch.Tensor, key: DrawKey, scope: BackwardScope | None
     ) -> torch.Tensor:
-        """The microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar.
+        """Return the microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar.
 
         Args:
-            outputs: what :meth:`forward` returned on the last stage.
+            outputs: from :meth:`forward` of the last stage.
             targets: the microbatch's targets, on any device.
             weight: the microbatch's share, 0-dimensional fp32.
             key: as given to :meth:`forward`.
@@ -180,7 +180,7 @@ class Stage:
         Args:
             gradients: flat list, one scaled gradient (or None) for each leaf of the message; ignored by the last stage.
             key: as given to :meth:`forward`.
-            scope: the loss scale, its inverse, and where to note a non-finite gradient.
+            scope: the loss scale, its inverse, and the flag for a non-finite gradient.
             defer: leave the weight gradients of fused ops to :meth:`weight_backward`; those of other parameters are
                 computed here either way.
 
@@ -202,12 +202,13 @@ class Stage:
         ]
         if flight.skips is not None:
             pairs += flight.skips.gradients()
-        if not self._leaves_known:  # once: what a layer's code reaches is the same in every microbatch
+        if not self._leaves_known:  # once: a layer's code reaches the same parameters in every microbatch
             foreign = scope.plain or flight.from_outside
             own = self._parameters
             _check_leaves([r for r, _ in pairs], own, self.elsewhere, foreign=foreign, stage=self.index)
             self._leaves_known = True
         if pairs:
+            # (5) in docs/architecture.md
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             with self._fetched(), flight.randomness.during(self.device.torch_device):
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
@@ -216,12 +217,12 @@ class Stage:
         return [None if end is None else end.gradient for end in flight.cuts]
 
     def weight_backward(self, key: DrawKey) -> None:
-        """Compute the weight gradients that a :meth:`backward` with ``defer`` has left, in its order."""
-        left = self._deferred.pop(key.microbatch)
-        left.reverse()
+        """Compute the weight gradients that a :meth:`backward` with ``defer`` has deferred, in its order."""
+        deferred = self._deferred.pop(key.microbatch)
+        deferred.reverse()
         with self._fetched():
-            while left:  # emptied in place: each of them holds activations, and the scope, which holds the list
-                left.pop()()
+            while deferred:  # emptied in place: each holds activations, and the scope, which holds the list
+                deferred.pop()()
 
     @contextlib.contextmanager
     def _fetched(self) -> Iterator[None]:
@@ -252,13 +253,13 @@ def _zeros(outputs: Any) -> Iterator[Tensor]:
 def _check_leaves(
     roots: Iterable[Any], own: Iterable[nn.Parameter], elsewhere: Mapping[int, str], *, foreign: bool, stage: int
 ) -> None:
-    """Whether a stage's backward ends where its gradients are looked after.
+    """Check that a stage's backward ends in parameters of that stage.
 
     Args:
         roots: tensors that the backward starts from.
         own: the stage's parameters.
         elsewhere: id -> name of the other stages' parameters.
-        foreign: parameters that the trainer does not know are fine.
+        foreign: allow parameters that the trainer does not know.
 
     Raises:
         RuntimeError: it ends in a parameter of another stage, or in a foreign one.

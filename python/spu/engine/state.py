@@ -1,4 +1,4 @@
-"""A trainer's state as named tensors, whatever its stages are: what checkpoints hold."""
+"""A trainer's state as named tensors, independent of its stages: the content of checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FORMAT = "spu-trainer"
 def _named(
     built: BuiltStages, optimizers: Optimizers
 ) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
-    """Every parameter by each of its names, an alias standing for its owner, with the optimizer that updates it."""
+    """Return every parameter by each of its names, with its optimizer; for an alias its owner."""
     owner = {id(p): (use.owner, use.owner_stage) for use in built.tied for p in (use.alias, use.owner)}
     found = {}
     for stage in built.stages:
@@ -47,7 +47,7 @@ def save_training(path: str | Path, built: BuiltStages, optimizers: Optimizers, 
     """Write a checkpoint of a whole training run, ``meta`` with it.
 
     Raises:
-        CheckpointError: writing failed, or the optimizer keeps what cannot be saved; the message names it.
+        CheckpointError: writing failed, or the optimizer's state cannot be saved; the message names it.
     """
     tensors = {f"model:{name}": tensor for name, tensor in model_state(built, optimizers).items()}
     own, rest = optimizer_state(built, optimizers).split()
@@ -61,11 +61,11 @@ def save_training(path: str | Path, built: BuiltStages, optimizers: Optimizers, 
 def load_training(
     path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Put a checkpoint of :func:`save_training` back, into a model cut into any number of stages, and return its meta.
+    """Load a checkpoint of :func:`save_training` into a model cut into any number of stages, and return its meta.
 
     Args:
-        begin: called when it has been checked, before the first value is changed: what fails after it, a disk that
-            does not read any more, leaves some values of before.
+        begin: called after all checks, before the first value is changed: a failure after it (of the disk) leaves
+            some old values.
 
     Raises:
         CheckpointError: missing, damaged, or of another model or optimizer.
@@ -91,7 +91,7 @@ def load_training(
 
 
 class Carried:
-    """What training has made so far, held while the stages are built anew; the old ones may be closed meanwhile."""
+    """The state of a training, kept while its stages are rebuilt; the old stages may be closed meanwhile."""
 
     def __init__(self, built: BuiltStages, optimizers: Optimizers) -> None:
         self._model = model_state(built, optimizers)
@@ -106,12 +106,12 @@ class Carried:
 
     @property
     def differs_by_stage(self) -> bool:
-        """Whether the optimizers hold what only the same stages can go on with, or others hold on to them."""
+        """Whether the optimizers hold values for the same stages only, or schedulers and hooks refer to them."""
         return self._optimizer.differs_by_stage or self._attached
 
     @contextlib.contextmanager
     def unfrozen(self) -> Iterator[None]:
-        """While stages are built: what was frozen since the old ones were stays its optimizer's, with its moments."""
+        """Unfreeze, while new stages are built, the parameters frozen since the old ones: they keep their moments."""
         for parameter in self._resting:
             parameter.requires_grad_(True)
         try:
@@ -121,17 +121,17 @@ class Carried:
                 parameter.requires_grad_(False)
 
     def give_masters(self, built: BuiltStages) -> None:
-        """Before the optimizers are made: the fp32 values that 16-bit parameters were rounded from."""
+        """Hand over the fp32 values of 16-bit parameters; call it before the optimizers are made."""
         built.masters.update(self._masters)
 
     def put_back(self, built: BuiltStages, optimizers: Optimizers) -> None:
-        """Into the new stages and their optimizers."""
+        """Restore the state in the new stages and their optimizers."""
         _restore_model(built, optimizers, self._model)
         restore_optimizers(built, optimizers, self._optimizer)
 
 
 def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """Parameters in full precision (the fp32 master where there is one) and persistent buffers, by model name."""
+    """Return parameters in full precision (the fp32 master if there is one) and persistent buffers, by model name."""
     state = {}
     for name, (parameter, optimizer) in _named(built, optimizers).items():
         state[name] = _master(parameter, optimizer)
@@ -142,10 +142,10 @@ def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.T
 
 
 def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
-    """The model's own state_dict, hooks and extra state included, with parameters in full precision, on the CPU."""
+    """Return the model's own state_dict on the CPU, with hooks and extra state, and parameters in full precision."""
     exact = {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
     state: dict[str, Any] = {}
-    copies: dict[int, torch.Tensor] = {}  # what is tied is so there too
+    copies: dict[int, torch.Tensor] = {}  # ties stay ties
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             if id(value) not in copies:
@@ -157,7 +157,7 @@ def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers
 
 
 def _extra_states(built: BuiltStages) -> dict[str, nn.Module]:
-    """Modules that keep a state of their own (``get_extra_state``), by its name in the model."""
+    """Return the modules with a state of their own (``get_extra_state``), by its name in the model."""
     found: dict[str, nn.Module] = {}
     for stage in built.stages:
         for layer in stage.parts:
@@ -168,10 +168,10 @@ def _extra_states(built: BuiltStages) -> dict[str, nn.Module]:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """As JSON, with its tensors put aside under names.
+    """Return a value as JSON; its tensors go into ``tensors`` by name.
 
     Raises:
-        CheckpointError: there is something else in it.
+        CheckpointError: it holds another type.
     """
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach()
@@ -201,7 +201,7 @@ def _unpacked(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> An
 
 
 def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor | Stored]) -> None:
-    """Raises CheckpointError for names or shapes that do not belong to this model."""
+    """Raise CheckpointError for names or shapes that do not belong to this model."""
     missing = sorted(current.keys() - state.keys())
     foreign = sorted(state.keys() - current.keys())
     if missing or foreign:
@@ -218,7 +218,7 @@ def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.
 
 
 def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
-    """Put :func:`model_state` back, which `_check_model` has let pass, into any number of stages."""
+    """Restore a :func:`model_state` that `_check_model` has accepted, into any number of stages."""
     current = model_state(built, optimizers)
     with torch.no_grad():
         for name, tensor in current.items():
@@ -231,7 +231,7 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
-    """The fp32 value that a parameter's was rounded from, also while it is frozen; itself where there is none."""
+    """Return the fp32 master of a parameter, also of a frozen one; the parameter itself if it has none."""
     return parameter.detach() if optimizer is None else optimizer.master(parameter)
 
 

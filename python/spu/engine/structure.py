@@ -1,4 +1,4 @@
-"""Whether the model is still the one that the stages were built from: optimizers know the parameters of then."""
+"""A check that the model still has the structure that its stages and optimizers were built from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from spu.model.layers import Layer
 
 __all__ = ["StructureCheck"]
 
-_ANEW = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
+_REMEDY = "save() the trainer, make a new one for the model as it is now, prepare() and load()"
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A parameter as it was."""
+    """A parameter as it was when the stages were built."""
 
     key: str
     parameter: nn.Parameter | None
@@ -35,13 +35,13 @@ class _Seen:
 
 
 class StructureCheck:
-    """Remembers a prepared model, and finds what has been replaced, added, converted or unfrozen since.
+    """Remembers a prepared model, and finds parameters and modules replaced, added, converted or unfrozen since.
 
-    Changed *values* are no change: they are trained on. Nor are parameters that are frozen later: they rest.
+    New *values* are allowed: training continues from them. So is a parameter frozen later: it is not updated.
 
     Args:
-        model: what the user gave: a module, or a list of them.
-        built: its stages, with nothing of theirs in the model.
+        model: the user's module, or list of modules.
+        built: its stages, which are not running.
     """
 
     def __init__(self, model: Any, built: BuiltStages) -> None:
@@ -56,9 +56,9 @@ class StructureCheck:
         self._list = (model, list(model)) if isinstance(model, (list, nn.ModuleList)) else None
 
     def check(self, *, training: bool = True) -> None:
-        """Raises RuntimeError for what has changed; parameters that were unfrozen matter to training only."""
+        """Raise RuntimeError for a change; a parameter that was unfrozen is an error in training only."""
         if self._list is not None and not _same(list(self._list[0]), self._list[1]):
-            raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_ANEW}")
+            raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_REMEDY}")
         for name, module, layer, children, parameters in self._rows:
             if layer is None and any(getattr(module, hooks, None) for hooks in torch_private.MODULE_HOOKS):
                 raise RuntimeError(
@@ -70,13 +70,13 @@ class StructureCheck:
                 changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))
                 raise RuntimeError(
                     f"module {_named(name, changed, layer)!r} was replaced, added or removed after this trainer "
-                    f"prepared, which trains the one of then: undo it, or {_ANEW}"
+                    f"prepared, which trains the one of then: undo it, or {_REMEDY}"
                 )
             if own.keys() != {seen.key for seen in parameters}:
                 added = sorted(own.keys() ^ {seen.key for seen in parameters})[0]
                 raise RuntimeError(
                     f"parameter {_named(name, added, layer)!r} was added or removed after this trainer prepared, which "
-                    f"would not train it: undo it, or {_ANEW}"
+                    f"would not train it: undo it, or {_REMEDY}"
                 )
             for seen in parameters:
                 problem = _problem(seen, own[seen.key], training)
@@ -85,16 +85,16 @@ class StructureCheck:
 
 
 def _table(table: Any) -> dict[str, Any]:
-    """A module's parameters or children; a TorchScript module's are no dict."""
+    """Return a module's parameters or children as a dict; a TorchScript module's table is none."""
     return table if isinstance(table, dict) else dict(table.items())
 
 
 def _problem(seen: _Seen, now: nn.Parameter | None, training: bool) -> str:
-    """What has become of a parameter that cannot be gone on with; "" for nothing."""
+    """Say why training cannot continue with a parameter; "" if it can."""
     if now is not seen.parameter:
         return (
             "was replaced after this trainer prepared, which trains the one of then: copy the values into that one "
-            f"(parameter.data.copy_(...)), or {_ANEW}"
+            f"(parameter.data.copy_(...)), or {_REMEDY}"
         )
     if now is None:
         return ""
@@ -109,7 +109,7 @@ def _problem(seen: _Seen, now: nn.Parameter | None, training: bool) -> str:
     if training and now.requires_grad and not seen.trained:
         return (
             "was frozen when this trainer prepared and is not any more: no optimizer would update it. Freeze it again, "
-            f"or {_ANEW}: it then trains too"
+            f"or {_REMEDY}: it then trains too"
         )
     return ""
 
@@ -127,7 +127,7 @@ def _named(name: str, key: str, layer: Layer | None) -> str:
 
 
 def _modules(model: Any, built: BuiltStages) -> Iterator[tuple[str, nn.Module, Layer | None]]:
-    """Everything that the stages hold, and what else the user's model is made of: name, module, its layer."""
+    """Yield (name, module, layer) of the stages' modules, then of the user's model with layer None."""
     for stage in built.stages:
         for layer in stage.parts:
             for name, module in layer.module.named_modules():

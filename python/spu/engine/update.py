@@ -33,7 +33,7 @@ OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
 @dataclass
 class Update:
-    """What an update did; tensors of one element, on the scaler's device."""
+    """The values that an update depends on; tensors of one element, on the scaler's device."""
 
     sqnorm: torch.Tensor  # fp64: finite where every gradient is
     found_inf: torch.Tensor  # fp32
@@ -67,8 +67,8 @@ class Updater:
         lr: float | None,
         max_grad_norm: float | None,
     ) -> None:
-        self.closed = True  # until there is something to close
-        self.broken = ""  # why the weights are not all those of one step, until a checkpoint is loaded
+        self.closed = True  # until it has put hooks and sinks on parameters
+        self.broken = ""  # why the weights belong to no single step; cleared when a checkpoint is loaded
         self._built = built
         self._engine = engine
         self._scaler = scaler
@@ -102,7 +102,7 @@ class Updater:
             grads.require_scope(self._scaler.enabled)
 
     def _check_hooks(self) -> None:
-        """A tied parameter's gradient is whole only after the last stage's backward: no hook could see or change it."""
+        """Raise ValueError for a hook on a tied parameter, whose gradient is complete only after the last backward."""
         for use in self._built.tied:
             if has_foreign_hook(use.owner) or torch_private.post_accumulate_hooks(use.owner):
                 names = (name for name, p in self._built.owned[use.owner_stage].items() if p is use.owner)
@@ -113,28 +113,29 @@ class Updater:
                 )
 
     def check_open(self) -> None:
-        """Raises RuntimeError if the trainer was closed."""
+        """Raise RuntimeError if the trainer was closed."""
         if self.closed:
             raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
 
     def check_whole(self) -> None:
-        """Raises RuntimeError if the weights are not those of one step."""
+        """Raise RuntimeError if the weights are not those of one step."""
         if self.broken:
             raise RuntimeError(f"{self.broken}: load a checkpoint, or make a new trainer for a new model")
 
     def check_own(self) -> None:
-        """Raises RuntimeError if another trainer has taken over the model, and with it the exact values."""
+        """Raise RuntimeError if another trainer has taken over the model, and with it the exact values."""
         if any(module in _UPDATERS and _UPDATERS[module]() is not self for module in _modules(self._built)):
             raise RuntimeError("another trainer has taken over this one's model: ask that one for its state")
 
     def reduce(self) -> Update:
-        """Add up the gradients of tied parameters; then the norm over all of them and whether any was not finite."""
+        """Add up the gradients of tied parameters; return the norm over all gradients, and found_inf."""
         self._end_backward()
+        # (6) in docs/architecture.md
         for use in self._built.tied:
             _add_tied(use)
         sums = self._engine.each(lambda stage: ops.grad_sqnorm(self._gradients(stage)))
         total = torch.stack([each.to(self._scaler.device) for each in sums]).sum(0)
-        # What is not finite in one microbatch is not finite in the sum, unless a hook of the user's has repaired it.
+        # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
         return Update(total, (~total.isfinite()).to(torch.float32))
 
     def apply(self, update: Update, lr_factor: float) -> None:
@@ -151,7 +152,7 @@ class Updater:
             scale = clip.to(device) if clip is not None else None
             optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
 
-        with self._rates(lr_factor):
+        with self._rates(lr_factor):  # (7) in docs/architecture.md
             try:
                 self._engine.each(step)
             except BaseException as error:
@@ -161,8 +162,10 @@ class Updater:
 
     @contextlib.contextmanager
     def _rates(self, factor: float) -> Iterator[None]:
-        """The schedule's factor on every rate, for one update: between updates ``group["lr"]`` is the user's, or a
-        torch scheduler's, to change."""
+        """Multiply every rate by ``factor`` for one update.
+
+        Between updates ``group["lr"]`` belongs to the user, or to a torch scheduler.
+        """
         groups = [group for optimizer in self.optimizers for group in _groups(optimizer)] if factor != 1.0 else []
         changed = [(group, group["lr"], group["lr"] * factor) for group in groups]
         for group, _, now in changed:
@@ -183,7 +186,7 @@ class Updater:
                     parameter.grad = None
 
     def masters(self) -> dict[int, torch.Tensor]:
-        """fp32 values of the 16-bit parameters, by parameter id."""
+        """Return the fp32 values of the 16-bit parameters, by parameter id."""
         found: dict[int, torch.Tensor] = {}
         for owned, optimizer in zip(self._built.owned, self.optimizers):
             for parameter in owned.values():
@@ -217,7 +220,7 @@ _UPDATERS: WeakKeyDictionary[nn.Module, weakref.ref[Updater]] = WeakKeyDictionar
 
 
 def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
-    """Close what another trainer that was not closed has left in these layers.
+    """Close every other trainer that still has its hooks and ties in these layers.
 
     Returns:
         The fp32 values that it held of 16-bit parameters, by parameter id.
@@ -276,7 +279,7 @@ def _make_optimizer(
 
 
 def _is_ours(factory: Any) -> bool:
-    """Whether a class, or a ``functools.partial`` of one, makes our AdamW, which keeps masters by itself."""
+    """Tell whether a class, or a ``functools.partial`` of one, makes our AdamW, which keeps masters by itself."""
     made = factory.func if isinstance(factory, partial) else factory
     return isinstance(made, type) and issubclass(made, AdamW)
 

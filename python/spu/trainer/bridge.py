@@ -30,7 +30,7 @@ __all__ = ["Bridge", "StageModule"]
 
 _Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
-_MAX_PENDING = 256  # outputs per stage whose consumer has not come yet
+_MAX_PENDING = 256  # outputs that no later stage has taken yet
 
 
 def _key(tensor: torch.Tensor) -> _Key:
@@ -43,7 +43,7 @@ def _key(tensor: torch.Tensor) -> _Key:
 
 
 class _Passage:
-    """Whether a crossing has run. The output's hook holds this alone: holding the output would keep both for ever."""
+    """The state of a crossing. The output's hook refers to this only: a cycle would keep the output for ever."""
 
     def __init__(self) -> None:
         self.running = False
@@ -72,7 +72,7 @@ class _Crossing:
     def carry(self, gradient: torch.Tensor | None) -> None:
         if gradient is None:
             return
-        # A nested backward is a graph task of its own: the loss scale's scope has to be opened for it again.
+        # A nested backward is a graph task of its own: it needs the loss scale's scope too.
         scope = current_scope()
         gradient = gradient.to(self.output.device, self.output.dtype)
         self.passage.running = True
@@ -86,7 +86,7 @@ class _Crossing:
 
 
 class _HandCarrier:
-    """What hand-run parts stash for later ones. It keeps its graph, which is the trouble where the loop detaches."""
+    """The tensors that hand-run parts stash for later ones, with their graph: an error if the loop detaches."""
 
     def __init__(self) -> None:
         self.stage = 0
@@ -151,7 +151,7 @@ class Bridge:
                 )
 
     def _source_leaf(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The leaf a tensor was made from by a chain of one-input operations (``.to``, ``.contiguous``).
+        """Return the leaf from which one-input operations (``.to``, ``.contiguous``) made a tensor.
 
         None if there is none, or if the chain meets a pending output: then nothing was detached, and autograd carries
         the gradient by itself.

@@ -1,4 +1,4 @@
-"""The model as its user gave it, whole or part by part; its parts can be called by hand."""
+"""The model, given whole or part by part; its parts can be called by hand."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Parts:
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
     def as_module(self) -> nn.Module:
-        """Return what the user gave; parts and lists of layers as a container of them."""
+        """Return the user's module; of parts and lists of layers a container."""
         return self._model if isinstance(self._model, nn.Module) else nn.ModuleList(self.given)
 
     def add(self, part: nn.Module) -> None:
@@ -102,7 +102,7 @@ class Parts:
 
 
 def _place(layers: Sequence[Layer], devices: Sequence[Device]) -> list[Device]:
-    """A device for each part of a hand-run model: one each where there are enough, else runs of equal bytes."""
+    """Return a device for each part of a hand-run model: one each if there are enough, else runs of equal bytes."""
     if len(layers) <= len(devices):
         return list(devices[: len(layers)])
     sizes = [1.0 + sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers]

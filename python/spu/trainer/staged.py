@@ -40,10 +40,10 @@ __all__ = ["LastStep", "StagedModel"]
 
 @dataclass
 class LastStep:
-    """What the last step measured: reports and plans are made from it.
+    """The measurements of the last step, for reports and plans.
 
     Attributes:
-        done: how many steps this trainer has run, without those before a checkpoint.
+        done: number of steps of this trainer, without those before a checkpoint.
         timeline: of the last run of the schedule; None before the first one, and after the stages have moved.
         seconds: of the whole step.
         counted_bytes: the peak of each device in a step whose bytes were counted.
@@ -56,12 +56,12 @@ class LastStep:
 
 
 class StagedModel:
-    """A model cut into stages, which `spu.trainer` trains.
+    """A model cut into stages; the base of `ModelParallelTrainer`.
 
     Args:
         parts: the model.
         devices: in pipeline order.
-        settings: how it is to be trained; the other arguments are the trainer's.
+        settings: of the training; the other arguments are the trainer's.
     """
 
     def __init__(
@@ -145,15 +145,15 @@ class StagedModel:
 
     @torch.inference_mode(False)
     def replan(self) -> Plan:
-        """Plan again from the times that the last step measured, and move the layers if that makes a step shorter.
+        """Plan from the times that the last step measured, and move the layers if that makes a step shorter.
 
-        Schedule and number of microbatches stay, unless they were "auto". Nothing that training has made is lost:
-        weights, moments and loss scale are those of the step before, and so are the next losses (to the last bit where
+        Schedule and number of microbatches stay, unless they were "auto". Nothing of the training is lost:
+        weights, moments and loss scale are those of the step before, and so are the next losses (to the last bit if
         nothing is packed between the stages).
 
         Returns:
-            The plan from now on; where nothing moves (nor may, with an optimizer that keeps sums of each stage's own),
-            the same stages with times that rest on the measured step.
+            The plan from now on. If nothing moves (an optimizer that keeps values for each stage forbids it), it has the
+            same stages, with times from the measured step.
 
         Raises:
             RuntimeError: before the first step.
@@ -185,7 +185,7 @@ class StagedModel:
             self._runner.built.unfuse()
 
     def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
-        """Move the layers to where the plan has them."""
+        """Move the layers to their planned devices, and build their stages and optimizers."""
         device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
         built = build_stages(
             self._parts.layers,
@@ -214,7 +214,7 @@ class StagedModel:
         return self._runner
 
     def _ready(self, *, training: bool = True) -> Runner:
-        """To run, as the calling thread would: with the backend that is forced around the call."""
+        """Return the runner, after all checks, with the backend that the calling thread forces."""
         runner = self._prepared()
         assert self._structure is not None
         runner.updater.check_open()
@@ -224,7 +224,7 @@ class StagedModel:
         return runner
 
     def _readable(self) -> Runner:
-        """With a state that is this trainer's, whole, and in the model that it was made of."""
+        """Return the runner after a check that its state is complete and belongs to this trainer and this model."""
         runner = self._prepared()
         assert self._structure is not None
         runner.updater.check_own()

@@ -132,11 +132,11 @@ class ModelParallelTrainer(StagedModel):
         """Yield every parameter of the model, once."""
         return iter(self._parts.parameters())
 
-    # Training
+    # Training (the steps (1) to (7) in docs/architecture.md)
 
     @torch.inference_mode(False)
     def step(self, inputs: Any, targets: Any) -> StepResult:
-        """Forward and backward of a whole batch, and one update.
+        """Run forward and backward of a whole batch, and one update.
 
         Args:
             inputs: a tensor, or a pytree of tensors, [batch, ...] each.
@@ -178,7 +178,7 @@ class ModelParallelTrainer(StagedModel):
         self._last.done += 1
 
     def _look_back(self) -> None:
-        """After the second step: the first one also makes what is kept, and is slower for it."""
+        """Report and replan after the second step: the first is slower, since it also allocates lasting tensors."""
         if self._report is not None:
             self._report(self.compare())
         if self.settings.replan:
@@ -189,16 +189,16 @@ class ModelParallelTrainer(StagedModel):
 
     @torch.inference_mode(False)
     def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
-        """Loss and outputs of a whole batch; the gradients are left in every parameter's ``.grad``.
+        """Return loss and outputs of a whole batch; leave the gradients in every parameter's ``.grad``.
 
-        Each call draws its dropout afresh, as each :meth:`step` does; a checkpoint knows how many there were.
+        Each call has its own dropout masks, as each :meth:`step` has; a checkpoint stores the number of calls.
 
-        In fp16 an update of your own leaves the step out where ``trainer.scaler.found_inf()`` is not 0, and then, or
-        after it, calls ``trainer.scaler.update()``: without that a scale that is too large stays so.
+        In fp16 an update of your own must be skipped if ``trainer.scaler.found_inf()`` is not 0. Call
+        ``trainer.scaler.update()`` in both cases: otherwise a scale that is too large never shrinks.
 
         Args:
             inputs, targets: as :meth:`step` takes them.
-            keep_outputs: False drops each microbatch's outputs as :meth:`step` does: no plan counts a whole batch's.
+            keep_outputs: False drops each microbatch's outputs, as :meth:`step` does; plans do not count them all.
 
         Returns:
             The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
@@ -210,9 +210,9 @@ class ModelParallelTrainer(StagedModel):
 
     @torch.inference_mode(False)
     def evaluate(self, inputs: Any, targets: Any) -> float:
-        """Mean loss of a batch, in evaluation mode and without gradients.
+        """Return the mean loss of a batch, in evaluation mode and without gradients.
 
-        Before the first step it prepares for training on batches like this one, of a row a microbatch if it is smaller.
+        Before the first step it prepares for training on batches like this one, with at least a row a microbatch.
         """
         rows = (self.settings if self._given_plan is None else self._given_plan.settings).parts
         inputs, targets = as_dicts(inputs), as_dicts(targets)
@@ -231,7 +231,7 @@ class ModelParallelTrainer(StagedModel):
     # What happened
 
     def timeline(self) -> Timeline:
-        """The last step's pipeline as it ran, in seconds from its start.
+        """Return the measured timeline of the last step, in seconds from its start.
 
         Raises:
             RuntimeError: before the first step.
@@ -241,7 +241,7 @@ class ModelParallelTrainer(StagedModel):
         return self._last.timeline
 
     def predicted_timeline(self) -> Timeline:
-        """The simulator's timeline for the plan's layer times.
+        """Return the simulated timeline for the plan's layer times.
 
         Raises:
             RuntimeError: before :meth:`prepare` or the first step.
@@ -251,7 +251,7 @@ class ModelParallelTrainer(StagedModel):
         return self._plan.timeline()
 
     def compare(self) -> str:
-        """Predicted beside measured of the last step, as a table: time, idle share, each device's work and peak bytes.
+        """Return a table of the last step, predicted beside measured: time, idle share, devices' work, peak bytes.
 
         Raises:
             RuntimeError: before the first step.
@@ -265,7 +265,7 @@ class ModelParallelTrainer(StagedModel):
     # State
 
     def state_dict_for_model(self) -> dict[str, torch.Tensor]:
-        """Parameters in full precision and buffers by their names in the model, copied to the CPU.
+        """Return parameters in full precision, and buffers, by their names in the model, copied to the CPU.
 
         Raises:
             RuntimeError: before :meth:`prepare` or the first step, and where the values would not be those of one step
@@ -304,7 +304,7 @@ class ModelParallelTrainer(StagedModel):
 
     @torch.inference_mode(False)
     def load(self, path: str | Path) -> dict[str, Any]:
-        """Go on from a checkpoint: weights, optimizer, loss scale and step. Call :meth:`prepare` first.
+        """Restore weights, optimizer, loss scale and step from a checkpoint. Call :meth:`prepare` first.
 
         Returns:
             The ``extra`` of :meth:`save`.
