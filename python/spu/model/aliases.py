@@ -37,7 +37,7 @@ class View:
     requires_grad: bool
 
     def on(self, base: Tensor) -> Tensor:
-        """The view of ``base``, which has the other tensor's values."""
+        """Return the view of ``base``, which has the other tensor's values."""
         if self.is_base:
             return base
         if not self.requires_grad:
@@ -46,7 +46,7 @@ class View:
 
 
 def memory_of(tensor: Any) -> int | None:
-    """What tells the tensor's memory apart from other tensors'; None for what is no plain tensor, or empty."""
+    """Return a key of the tensor's memory; None for an empty tensor, or an object that is no plain tensor."""
     if (
         not isinstance(tensor, Tensor)
         or tensor.layout != torch.strided
@@ -60,7 +60,7 @@ _PLAIN = Tensor.__torch_dispatch__
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether some element of one may be an element of the other."""
+    """Tell whether some element of one may be an element of the other."""
     memory = memory_of(a)
     if memory is None or memory != memory_of(b):
         return False
@@ -69,7 +69,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def views_among(leaves: Sequence[Any]) -> dict[int, View]:
-    """Which of the tensors are views of another one of them; the others stand for themselves."""
+    """Return the tensors that are views of another one in the list, by index."""
     groups: dict[int, list[int]] = {}
     for index, leaf in enumerate(leaves):
         memory = memory_of(leaf)
@@ -81,7 +81,7 @@ def views_among(leaves: Sequence[Any]) -> dict[int, View]:
 def _views(leaves: Sequence[Tensor], group: list[int]) -> dict[int, View]:
     found: dict[int, View] = {}
     bases: list[int] = []
-    # What needs a gradient, and holds most, comes first: the others are views of it.
+    # Tensors that require a gradient, and the largest, come first: the others are views of them.
     for index in sorted(group, key=lambda i: (not leaves[i].requires_grad, -leaves[i].numel(), i)):
         leaf = leaves[index]
         base = next((b for b in bases if _within(leaf, leaves[b])), None)
@@ -103,7 +103,7 @@ def _views(leaves: Sequence[Tensor], group: list[int]) -> dict[int, View]:
 
 
 def _within(leaf: Tensor, base: Tensor) -> bool:
-    """Whether every element of ``leaf`` is one of ``base``, so that a view can say where."""
+    """Tell whether every element of ``leaf`` is one of ``base``, so that it can be rebuilt as a view."""
     if leaf is base:
         return True
     if leaf.requires_grad and not _related(leaf, base):
@@ -116,13 +116,13 @@ def _within(leaf: Tensor, base: Tensor) -> bool:
 
 
 def _related(a: Tensor, b: Tensor) -> bool:
-    """Whether autograd knows that they share memory: a gradient of one is then one of the other."""
+    """Tell whether autograd knows that they share memory: a gradient of one is then one of the other."""
     ours, theirs = torch_private.view_base(a), torch_private.view_base(b)
     return (a if ours is None else ours) is (b if theirs is None else theirs)
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether its elements are all those between its first and its last, each once."""
+    """Tell whether the tensor has every element between its first and its last, each once."""
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1):
         if stride != expected:
@@ -132,7 +132,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of the storage that the tensor uses, and the one after its last."""
+    """Return the first byte of the storage that the tensor uses, and the byte after its last."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
     first = int(tensor.storage_offset()) * tensor.element_size()
     return first, first + span * tensor.element_size()
@@ -150,7 +150,7 @@ class Copy:
                 self._leaves[index] = None if index in self._views else leaf.detach().clone()
 
     def made(self) -> Any:
-        """A structure with these values in new memory, where what required a gradient does, and is no leaf."""
+        """Return a structure with these values in new memory; what required a gradient still does, and is no leaf."""
         leaves = list(self._leaves)
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):

@@ -1,12 +1,12 @@
-"""Where random operators of one thread draw from: a source of its own, in place of the process's default generators.
+"""A source of random numbers for one thread, in place of the process's default generators.
 
 The dispatcher has a key that tensors never carry and that nothing else uses. Every random operator has a kernel under
 it, all other operators fall through, so that a thread that includes the key pays nothing for them (a dispatch mode
 makes it pay for each). Torch's own ``vmap`` meets random operators in the same way. The autograd engine hands the key
 on to the threads that run a backward.
 
-What saves and restores the state of the default generator (``torch.utils.checkpoint``, ``fork_rng``) goes through
-``torch.random``; while a source is in use its functions reach the source of the calling thread.
+Code that saves and restores the state of the default generator (``torch.utils.checkpoint``, ``fork_rng``) calls
+functions of ``torch.random``; while a source is in use these reach the source of the calling thread.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Source", "drawn_from"]
 
 
 class Source(Protocol):
-    """What random operators draw from."""
+    """The generators of random operators."""
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """In place of the device's default generator."""
+        """Return the generator that replaces the device's default one."""
 
     def own(self, generator: torch.Generator) -> None:
-        """Called before an operator draws from a generator that it was given by the caller."""
+        """Note that an operator is about to draw from a generator that its caller passed."""
 
 
 class _Current(threading.local):
@@ -41,7 +41,7 @@ class _Current(threading.local):
 _CURRENT = _Current()
 _ON_GPU: dict[int, Source] = {}  # by index: autograd runs a GPU's backward in a thread of its own
 _LOCK = threading.Lock()
-_users = 0  # how many contexts are entered, on all threads
+_users = 0  # number of entered contexts, on all threads
 _real: tuple[Any, ...] = ()  # torch's default generators while stand-ins are in their place
 
 
@@ -99,7 +99,7 @@ class _Default:
 
 
 def _stand_in(change: int) -> None:
-    """Puts stand-ins for the default generators where torch's functions for their state look, while there are users."""
+    """Replace the default generators in `torch.random`, and torch.cuda's, by stand-ins while there are users."""
     global _users, _real
     with _LOCK:
         _users += change
@@ -116,7 +116,7 @@ def _stand_in(change: int) -> None:
 
 
 def _after_fork() -> None:
-    """Another thread may have been in the midst of it."""
+    """Reset the stand-ins in a forked process: another thread may have been changing them."""
     global _LOCK, _users
     _LOCK = threading.Lock()
     if _users:
@@ -146,7 +146,7 @@ def _register() -> None:
 
 
 def _random_operators() -> Iterator[Any]:
-    """All that draw by themselves: what is composed of others is met where they are called."""
+    """Yield the random operators that draw themselves, not those composed of others."""
     for full in torch_private.operator_names():
         space, _, name = full.partition("::")
         packet, _, overload = name.partition(".")
@@ -158,7 +158,7 @@ def _random_operators() -> Iterator[Any]:
             yield func
 
 
-_NO_DRAWS = ("_fused_sdp_choice", "_nested_tensor_softmax_with_shape")  # marked as random all the same
+_NO_DRAWS = ("_fused_sdp_choice", "_nested_tensor_softmax_with_shape")  # tagged as random, but draw nothing
 
 
 def _kernel(func: Any) -> Callable[..., Any]:
@@ -201,7 +201,7 @@ def _is_default(generator: torch.Generator) -> bool:
 
 
 def _with_generator(func: Any, arguments: list[str]) -> Any:
-    """The overload of the same operator that takes the same and a generator, or None."""
+    """Return the overload of the same operator that also takes a generator, or None."""
     packet = func.overloadpacket
     for name in packet.overloads():
         other = getattr(packet, name)
@@ -215,7 +215,7 @@ def _with_generator(func: Any, arguments: list[str]) -> Any:
 
 
 def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Fake tensors, which have no values, and fused attention with dropout 0, which is marked as random as well."""
+    """Tell whether a call draws nothing: on fake tensors, or fused attention with dropout 0."""
     if (
         torch_private.fake_mode_active()
         or torch.compiler.is_compiling()

@@ -1,10 +1,10 @@
-"""What a decoder's base model hands to each of its layers, computed without the layers.
+"""The keyword inputs that a decoder's base model gives each of its layers, computed without the layers.
 
 A transformers decoder layer takes more than the hidden state: rotary embeddings, masks, positions. The base model's
-own `forward` makes them, so that code is run, on a *shell*: a copy of the base model whose layers are recorders
-(return what they are given, keep the keyword arguments), whose final norm is the identity and which holds no
-weights. Nothing of it depends on the values of the hidden states (checked once, in `huggingface.py`), so that any
-stage can do it alone, from the batch's inputs.
+own `forward` makes them. So that code runs, on a *shell*: a copy of the base model without weights, whose layers are
+recorders (return their input, keep the keyword arguments) and whose final norm is the identity. The result does not
+depend on the values of the hidden states (checked once, in `huggingface.py`). So any stage can compute it alone, from
+the batch's inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ALLOWED_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Recorder(nn.Module):
-    """Stands for a decoder layer: returns its input and notes what it was called with.
+    """Replaces a decoder layer: returns its input and records its arguments.
 
     Plain attributes of the layer (such as its attention type) are copied, because a base model's forward may read them.
     """
@@ -47,7 +47,7 @@ class Recorder(nn.Module):
         return hidden
 
     def take(self) -> tuple[torch.Tensor, LayerCall]:
-        """The one call since the last `take`: (hidden state, (args, kwargs))."""
+        """Return the one call since the last `take`: (hidden state, (args, kwargs))."""
         calls = self._calls
         self._calls = []
         if len(calls) != 1:
@@ -56,7 +56,7 @@ class Recorder(nn.Module):
 
 
 def copy_without_children(module: nn.Module) -> nn.Module:
-    """A shallow copy of `module` whose own tables of children, parameters and buffers are new, with no child."""
+    """Return a shallow copy of `module` with new tables of children, parameters and buffers, and no child."""
     clone = copy.copy(module)
     buffers = {k: b if b is None else b.detach().clone() for k, b in torch_private.buffers_of(module).items()}
     torch_private.set_tables(clone, dict(torch_private.parameters_of(module)), buffers, {})
@@ -64,7 +64,7 @@ def copy_without_children(module: nn.Module) -> nn.Module:
 
 
 def split_inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Inputs of a microbatch as a dict with "input_ids" and, if given, "attention_mask" and "position_ids"."""
+    """Return a microbatch's inputs as a dict: "input_ids" and, if given, "attention_mask" and "position_ids"."""
     if isinstance(inputs, torch.Tensor):
         return {"input_ids": inputs}
     if not isinstance(inputs, dict) or "input_ids" not in inputs:
@@ -125,10 +125,10 @@ class Context:
         return self._shells[device]
 
     def run(self, embeds: torch.Tensor, inputs: Inputs) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor]:
-        """One forward of the shell on `embeds` [batch, tokens, hidden]; gradients flow if they are enabled.
+        """Run the shell's forward on `embeds` [batch, tokens, hidden]; gradients flow if they are enabled.
 
         Returns:
-            (what each layer was given as hidden state, each layer's (args, kwargs), what the base model returned)
+            (each layer's hidden state, each layer's (args, kwargs), the base model's output)
         """
         rest = split_inputs(inputs)
         rest = {k: v for k, v in rest.items() if k != "input_ids"}
@@ -140,7 +140,7 @@ class Context:
         return [hidden for hidden, _ in taken], [call for _, call in taken], output.last_hidden_state
 
     def layer_calls(self, hidden: torch.Tensor, inputs: Inputs) -> list[LayerCall]:
-        """The (args, kwargs) of every layer for a hidden state [batch, tokens, hidden] of a microbatch's `inputs`.
+        """Return the (args, kwargs) of every layer for a hidden state [batch, tokens, hidden] of `inputs`.
 
         Cached per (shape, dtype, device) when the inputs are token ids alone; else for the last inputs of each thread.
         """
@@ -181,7 +181,7 @@ class Context:
             return self.run(embeds, inputs)[1]
 
     def _fake_layer_calls(self, hidden: torch.Tensor) -> list[LayerCall]:
-        """The same for a fake or meta hidden state: computed for real on the CPU for unmasked ids, then converted."""
+        """Return the same for a fake or meta hidden state: computed on the CPU for unmasked ids, then converted."""
         with unset_fake_temporarily():
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
             calls = self._compute(torch.Size(hidden.shape), hidden.dtype, torch.device("cpu"), ids)
@@ -197,5 +197,5 @@ class Context:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no values."""
+    """Tell whether a tensor has a shape and no values."""
     return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"

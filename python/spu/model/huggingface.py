@@ -36,7 +36,7 @@ class _Part(nn.Module):
         self._names = names  # child name here -> module name in the model
 
     def parameter_names(self) -> dict[str, str]:
-        """Local state_dict names -> the Hugging Face model's own state_dict names."""
+        """Map local state_dict names to the Hugging Face model's own state_dict names."""
         return {key: _renamed(key, self._names) for key in self.state_dict()}
 
 
@@ -46,7 +46,7 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 
 class Embed(_Part):
-    """Token embedding and whatever the base model does before its first layer (such as Gemma's scaling)."""
+    """Token embedding, and the base model's operations before its first layer (such as Gemma's scaling)."""
 
     def __init__(self, embed_tokens: nn.Module, name: str, context: Context, plain: bool | None) -> None:
         super().__init__({"embed_tokens": name})
@@ -55,7 +55,7 @@ class Embed(_Part):
         self._plain = plain  # the first layer gets the embedding itself; None: not known, the weights are not there
 
     def forward(self, x: Inputs, inputs: Inputs | None = None) -> torch.Tensor:
-        """Token ids int64 [batch, tokens] (or a dict with "input_ids") -> hidden states [batch, tokens, hidden]."""
+        """Embed token ids int64 [batch, tokens] (or a dict with "input_ids") as hidden states [batch, tokens, hidden]."""
         embeds = self.embed_tokens(split_inputs(x)["input_ids"])
         if self._plain or (self._plain is None and is_fake(embeds)):
             return embeds
@@ -72,14 +72,14 @@ class DecoderLayer(_Part):
         self._context = context
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] -> the same shape; `inputs`: the microbatch's whole input."""
+        """Turn hidden states [batch, tokens, hidden] into the same shape; `inputs`: the microbatch's whole input."""
         args, kwargs = self._context.layer_calls(x, inputs)[self.index]
         out = self.layer(x, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 
 class _BaseOutput(dict):
-    """What a base model returns, as far as a head needs it; fields that only inference fills are None."""
+    """A base model's output, with the fields that a head needs; fields that only inference fills are None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -91,7 +91,7 @@ class _BaseOutput(dict):
 
 
 class _Stub(nn.Module):
-    """Stands for the base model inside the head's shell: returns the hidden state it was made with."""
+    """Replaces the base model inside the head's shell: returns the hidden state it was made with."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Stub(nn.Module):
 
 
 class Head(_Part):
-    """Final norm, language-model head and what the model's own forward does to the logits."""
+    """Final norm, language-model head, and the model's own operations on the logits."""
 
     def __init__(self, norm: nn.Module, norm_name: str, lm_head: nn.Module, head_name: str, model: nn.Module) -> None:
         super().__init__({"norm": norm_name, "lm_head": head_name})
@@ -118,7 +118,7 @@ class Head(_Part):
         return self.__dict__["_shell"]
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Hidden states [batch, tokens, hidden] -> logits [batch, tokens, vocabulary]."""
+        """Turn hidden states [batch, tokens, hidden] into logits [batch, tokens, vocabulary]."""
         shell = copy_without_children(self._whole)  # private to this call: stages run in threads
         shell.add_module(self._base_name, _Stub(self.norm(x)))
         shell.add_module(self._head_name, self.lm_head)
@@ -126,13 +126,13 @@ class Head(_Part):
 
 
 def is_decoder(model: object) -> bool:
-    """True for any transformers model; `decoder_layers` says which of them can be split. Imports nothing."""
+    """Tell whether a model is from transformers, without importing it; `decoder_layers` says which can be split."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def adapted_base(model: Any) -> nn.Module:
-    """The model within a PeftModel, whose layers hold the adapters.
+    """Return the model within a PeftModel, whose layers hold the adapters.
 
     Raises:
         ValueError: the adapter is more than layers of the model: prompts before the input, a term of the loss.
@@ -181,7 +181,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _plan_names(model: nn.Module) -> tuple[str, str, str]:
-    """(embedding, layers, norm): child names of the base model from its pipeline plan."""
+    """Return (embedding, layers, norm): child names of the base model, from its pipeline plan."""
     name = type(model).__name__
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -209,7 +209,7 @@ def _plan_names(model: nn.Module) -> tuple[str, str, str]:
 
 
 def _refuse_unplanned(model: nn.Module, prefix: str, planned: set[str], head_name: str) -> None:
-    """ValueError when some parameter lies outside the embedding, the layers, the norm and the head."""
+    """Raise ValueError for a parameter outside the embedding, the layers, the norm and the head."""
     known = (*(f"{prefix}.{n}." for n in planned), f"{head_name}.")
     stray = [name for name, _ in model.named_parameters() if not name.startswith(known)]
     if stray:
@@ -219,9 +219,9 @@ def _refuse_unplanned(model: nn.Module, prefix: str, planned: set[str], head_nam
 
 
 def _check_context(model: nn.Module, context: Context, embed_tokens: nn.Module) -> bool | None:
-    """Prove on four tokens that the shell stands for the base model; True if layer 0 gets the bare embedding.
+    """Prove on four tokens that the shell replaces the base model; return whether layer 0 gets the bare embedding.
 
-    None if the weights are on the meta device, where nothing can be proved.
+    Returns None if the weights are on the meta device, where nothing can be proved.
 
     Raises:
         ValueError: the base model changes hidden states between layers, or gives its layers something that depends on

@@ -1,4 +1,4 @@
-"""What the trainer accepts as a model, as a flat list of named layers."""
+"""A model as a flat list of named layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["DrawKey", "Layer", "has_order", "layers_by_tracing", "model_layers",
 
 @dataclass(frozen=True)
 class DrawKey:
-    """Where in training a layer runs; with the layer's name it decides every random draw."""
+    """The place of a layer's run in the training; with the layer's name it decides every random draw."""
 
     run_seed: int
     step: int
@@ -49,10 +49,10 @@ class Layer:
     _mixed: bool | None = field(default=None, init=False)
 
     def run(self, x: Any, inputs: Any, key: DrawKey, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
-        """Call the module, with random draws that depend on ``moment`` and the layer's name alone.
+        """Call the module, with random draws that depend on ``key`` and the layer's name alone.
 
         Args:
-            x, inputs: what it is called with.
+            x, inputs: the module's arguments.
             key: decides its draws from default generators.
             on_own: called with a generator of the layer's own before it is drawn from.
 
@@ -77,18 +77,17 @@ class Layer:
         return self.module(x, inputs) if self.wants_inputs else self.module(x)
 
     def run_checkpointed(self, x: Any, inputs: Any, key: DrawKey) -> Any:
-        """As :meth:`run`, keeping only the layer's input for the backward, which runs the layer again.
+        """Run as :meth:`run`, but keep only the layer's input for the backward, which recomputes the layer.
 
         Raises:
-            RuntimeError: the layer could not be repeated: it changes its input, or a large buffer, in some microbatches
-                only.
+            RuntimeError: it cannot be recomputed: it changes its input, or a large buffer, in some microbatches only.
         """
         return run_twice(self.module, self.name, x, lambda given, own: self.run(given, inputs, key, own), self._habits)
 
     def _check_own(self, generator: torch.Generator, key: DrawKey) -> None:
         if any(torch_private.generators_equal(generator, known) for _, known in self.named_generators()):
             return
-        # One that is made in the forward and seeded there needs no checkpoint: it is never met a second time.
+        # One that is made and seeded in the forward needs no checkpoint: no later run uses it.
         unknown = self._unknown
         if unknown is not None and torch_private.generators_equal(unknown[0], generator) and unknown[1] != key:
             raise RuntimeError(
@@ -98,26 +97,26 @@ class Layer:
         self._unknown = (generator, key)
 
     def named_generators(self) -> Iterator[tuple[str, torch.Generator]]:
-        """Generators of the layer's own, which its modules have as attributes."""
+        """Yield the generators that the layer's modules have as attributes, by name."""
         for path, module in self.module.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, torch.Generator):
                     yield ".".join(filter(None, (self.name, path, name))), value
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by their name in the user's model, one that is used twice under both names."""
+        """Yield parameters by their name in the user's model, one that is used twice under both names."""
         for local, parameter in self.module.named_parameters(remove_duplicate=False):
             yield self.name_of(local), parameter
 
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Buffers that belong to the model's state (persistent ones), by their name in the user's model."""
+        """Yield buffers that belong to the model's state (persistent ones), by their name in the user's model."""
         persistent = self.module.state_dict(keep_vars=True)
         for local, buffer in self.module.named_buffers(remove_duplicate=False):
             if local in persistent:
                 yield self.name_of(local), buffer
 
     def name_of(self, local: str) -> str:
-        """In the user's model, of what has a local name in the module."""
+        """Return the name in the user's model of a local parameter or buffer."""
         return self.parameter_names.get(local, f"{self.name}.{local}")
 
 
@@ -138,7 +137,7 @@ def layers_by_tracing(model: nn.Module, inputs: Any) -> list[Layer]:
 
 
 def model_layers(model: Any) -> list[Layer]:
-    """The layers of an ``nn.Sequential``, a list of modules, or a Hugging Face decoder.
+    """Return the layers of an ``nn.Sequential``, a list of modules, or a Hugging Face decoder.
 
     Raises:
         ValueError: an empty model.
@@ -170,7 +169,7 @@ def model_layers(model: Any) -> list[Layer]:
 
 
 def parts_as_layers(parts: Sequence[nn.Module]) -> list[Layer]:
-    """Layers named by their index."""
+    """Return modules as layers, named by their index."""
     for index, part in enumerate(parts):
         if not isinstance(part, nn.Module):
             raise TypeError(f"layer {index} is a {type(part).__name__}, not an nn.Module")
@@ -190,7 +189,7 @@ def _named(pairs: Any) -> list[Layer]:
 
 
 def _is_adapted(model: nn.Module) -> bool:
-    """A PeftModel; peft is not imported to ask."""
+    """Tell whether a model is a PeftModel, without importing peft."""
     return type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model")
 
 

@@ -24,7 +24,7 @@ LOSS = "(loss)"  # the loss function's name for its draws
 
 
 def layer_seed(run_seed: int, step: int, microbatch: int, layer_name: str) -> int:
-    """A 63-bit seed for one layer of one microbatch of one step; the same on every machine and Python version."""
+    """Return a 63-bit seed for one layer of one microbatch of one step, equal on all machines and Python versions."""
     key = f"{run_seed}\0{step}\0{microbatch}\0{layer_name}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
@@ -43,7 +43,7 @@ class LayerRandomness:
         on_own: called with a generator of the caller's before something draws from it.
 
     Attributes:
-        draws: how often something has drawn, or looked at the generator, inside.
+        draws: number of draws, and of reads of the generator, inside.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LayerRandomness:
         self._context = None  # a cycle: made for every layer of every microbatch, they would keep the collector busy
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The one that stands for the device's default generator."""
+        """Return the generator that replaces the device's default one."""
         self.draws += 1
         generator = self._generators.get(device)
         if generator is None:
@@ -81,17 +81,16 @@ class LayerRandomness:
         return generator
 
     def own(self, generator: torch.Generator) -> None:
-        """Something is about to draw from a generator of the caller's."""
+        """Note that an operator is about to draw from a generator of the caller's."""
         if self._on_own is not None:
             self._on_own(generator)
 
 
 class BackwardRandomness:
-    """What draws in the backward of one microbatch: a node's draws are those of the layer whose forward made it.
+    """Random draws in the backward of one microbatch: a node draws for the layer whose forward made it.
 
-    A layer's backward has generators of its own. A replay (``torch.utils.checkpoint``) that sets the state it saved
-    in the forward finds the forward's draws again; what draws afresh in a backward draws the same in every schedule
-    and split.
+    A layer's backward has generators of its own. A recomputation (``torch.utils.checkpoint``) that restores a state saved
+    in the forward repeats the forward's draws. New draws in a backward are equal in every schedule and split.
 
     Nodes are told apart by the sequence number that autograd gives each node of one thread.
     """
@@ -105,20 +104,20 @@ class BackwardRandomness:
         self._last = 0
 
     def layer(self, name: str) -> None:
-        """In the forward: from here on nodes belong to this layer."""
+        """Assign the nodes that the forward makes from now on to this layer."""
         self._starts.append(_sequence_number())
         self._names.append(name)
 
     def end(self) -> None:
-        """In the forward: from here on nodes belong to nothing."""
+        """Assign the nodes that are made from now on to no layer."""
         self._end = _sequence_number()
 
     def during(self, device: torch.device) -> drawn_from:
-        """The context of the backward."""
+        """Return the context of the backward."""
         return drawn_from(self, (device.index or 0) if device.type == "cuda" else None)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The one of the layer whose backward is running, for what draws from the device's default generator."""
+        """Return the generator of the layer whose backward is running, in place of the device's default one."""
         name = self._running()
         source = self._sources.get(name)
         if source is None:
@@ -126,7 +125,7 @@ class BackwardRandomness:
         return source.generator(device)
 
     def own(self, generator: torch.Generator) -> None:
-        """Refuses: a pipeline runs forwards and backwards in another order than a plain loop.
+        """Refuse: a pipeline runs forwards and backwards in another order than a plain loop.
 
         Raises:
             RuntimeError: always.

@@ -1,8 +1,8 @@
-"""Running a layer again in the backward (recompute), so that it finds all that the first run found.
+"""Recompute: a layer's forward runs a second time in the backward, from the same state as the first time.
 
-The first run's input, what it popped, its buffers and attributes, the state of its own generators: a later microbatch
-may have changed them in between. What the second run changes is thrown away: no batch counts twice in running
-statistics.
+That state is the first run's input, its popped tensors, its buffers and attributes, and the states of its own
+generators: a later microbatch may have changed them in between. Changes by the second run are discarded: no batch
+counts twice in running statistics.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from spu.skips import ReplayedSkips, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
 
-_LARGE_BYTES = 1 << 16  # of a buffer; masks and tables, which nothing changes, are not copied for every microbatch
+_LARGE_BYTES = 1 << 16  # of a buffer; constant masks and tables are not copied for every microbatch
 
 _Run = Callable[[Any, Callable[[torch.Generator], None]], Any]
 
 
 @dataclass
 class Habits:
-    """What a layer's runs have been seen to change.
+    """The changes that a layer's runs made so far.
 
     Attributes:
-        in_place: its input; None before the first run.
-        constant: not these of its large buffers, by module and name.
+        in_place: whether a run changed its input; None before the first run.
+        constant: large buffers that no run changed, by module and name.
     """
 
     in_place: bool | None = None
@@ -42,7 +42,7 @@ class Habits:
 
 
 def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -> Any:
-    """Run a layer and keep only its input for the backward, which runs it again.
+    """Run a layer and keep only its input for the backward, which recomputes it.
 
     Args:
         module: the layer's.
@@ -52,13 +52,13 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
         habits: the layer's, kept by the caller from one microbatch to the next.
 
     Raises:
-        RuntimeError: the layer could not be repeated.
+        RuntimeError: the layer cannot be recomputed.
     """
     copied = habits.in_place is not False
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     versions = [torch_private.version(tensor) for tensor in tensors]
     replay = _Replay(module, name, habits.constant, Copy(x) if copied else None)
-    once = [x]  # not checkpoint's to keep, if it is changed
+    once = [x]  # checkpoint must not keep it, if it is changed
     output = checkpoint(
         lambda *given: run(given[0] if given else replay.input(once), replay.own),
         *(() if copied else (x,)),
@@ -78,7 +78,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
 
 
 class _Replay:
-    """The context of a layer's second run; entered again for each, as a layer may run a backward of its own."""
+    """The context of a layer's recomputation; entered several times if the layer runs a backward of its own."""
 
     def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Copy | None) -> None:
         self.skips = ReplayedSkips(current_carrier())
@@ -90,8 +90,8 @@ class _Replay:
             for path, part in module.named_modules()
             for space in (torch_private.buffers_of(part), vars(part))
         ]
-        self._generators: list[tuple[torch.Generator, Tensor]] = []  # of the layer's own: states before the first draw
-        self._left: list[ExitStack] = []  # for each second run that goes on: what puts back what it has replaced
+        self._generators: list[tuple[torch.Generator, Tensor]] = []  # own ones, with the state before the first draw
+        self._undo: list[ExitStack] = []  # for each active recomputation: restores the replaced values
 
     def _snapshot(self, path: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.requires_grad:
@@ -100,22 +100,22 @@ class _Replay:
         return _Snapshot(value, None if large and (path, key) in self._constant else value.clone())
 
     def input(self, once: list[Any]) -> Any:
-        """The first run's input, taken from the list, and later what is as it was before that run."""
-        if not self._left:
+        """Return the first run's input, taken from the list; later an equal copy of it."""
+        if not self._undo:
             return once.pop()
         assert self._x is not None
         return self._x.made()
 
     def own(self, generator: torch.Generator) -> None:
-        """The layer is about to draw from a generator of its own."""
-        if not self._left and not any(generators_equal(generator, known) for known, _ in self._generators):
+        """Save the state of a generator of the layer's before its first draw."""
+        if not self._undo and not any(generators_equal(generator, known) for known, _ in self._generators):
             self._generators.append((generator, generator.get_state()))
 
     def end_first(self) -> None:
-        """After the first run: of large buffers that it did not change nothing is kept, now and in later microbatches.
+        """End the first run: drop the copies of large buffers that it did not change, also in later microbatches.
 
         Raises:
-            RuntimeError: it has changed one that earlier microbatches left alone, and whose value is lost.
+            RuntimeError: it changed one that earlier microbatches did not change, so that no copy exists.
         """
         for path, _, kept in self._spaces:
             for key, was in kept.items():
@@ -136,13 +136,13 @@ class _Replay:
             undo.callback(generator.set_state, generator.get_state())
             generator.set_state(state)
         undo.enter_context(self.skips.replaying())
-        self._left.append(undo)
+        self._undo.append(undo)
 
     def __exit__(self, *error: object) -> None:
-        self._left.pop().close()
+        self._undo.pop().close()
 
     def _value(self, path: str, key: str, was: Any) -> Any:
-        """What the first run found, for a run to change."""
+        """Return a value as the first run found it, free to be changed."""
         if not isinstance(was, _Snapshot):
             return was
         if was.copy is None and torch_private.version(was.tensor) != was.version:
@@ -163,7 +163,7 @@ class _Snapshot:
     def __init__(self, tensor: Tensor, copy: Tensor | None) -> None:
         self.tensor = tensor
         self.version = torch_private.version(tensor)
-        self.copy = copy  # None: the tensor has that value still
+        self.copy = copy  # None: the tensor still has that value
 
 
 def _become(space: dict[str, Any], then: dict[str, Any]) -> None:

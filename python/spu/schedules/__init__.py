@@ -1,4 +1,4 @@
-"""In which order stages work: schedules as data, their validator and their simulator. Imports no torch."""
+"""The order in which stages work: schedules as data, their validator and their simulator. Imports no torch."""
 
 from __future__ import annotations
 

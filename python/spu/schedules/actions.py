@@ -1,4 +1,4 @@
-"""What a rank does, one action at a time, and how a schedule of them is printed."""
+"""The actions of a rank, and schedules of them as text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action that ``text`` names.
+        """Return the action that ``text`` names.
 
         Raises:
             ValueError: if the text is not STAGE KIND MICROBATCH, such as ``2F0``.
@@ -61,18 +61,18 @@ stages; ``Action.stage`` counts over all of them, in the order in which a microb
 
 
 def parse_grid(text: str) -> list[list[Action]]:
-    """One list of actions per non-empty line of ``text``: the actions of a rank, separated by blanks."""
+    """Return one list of actions per non-empty line of ``text``: the actions of a rank, separated by blanks."""
     return [[Action.parse(word) for word in line.split()] for line in text.splitlines() if line.strip()]
 
 
 def format_grid(actions: Actions, *, mark: tuple[int, int] | None = None, note: str = "") -> str:
-    """The schedule as text: a column per rank, a line per position in the ranks' lists.
+    """Return the schedule as text: a column per rank, a line per position in the ranks' lists.
 
     Args:
         actions: one list per rank.
         mark: (rank, position) of a cell to put in brackets; a position past the end of its list marks the
             place where an action is missing.
-        note: what to write behind the arrow on the marked line.
+        note: text behind the arrow on the marked line.
     """
     steps = max([len(row) for row in actions] + ([mark[1] + 1] if mark else [0]))
     heads = [f"rank {index}" for index in range(len(actions))]
@@ -92,12 +92,12 @@ def format_grid(actions: Actions, *, mark: tuple[int, int] | None = None, note: 
 
 
 def stage_count(actions: Actions) -> int:
-    """How many stages a schedule has: one more than the highest it names, and one for each rank at least."""
+    """Return the number of stages of a schedule: one more than the highest index, and at least one for each rank."""
     return max([len(actions), *(action.stage + 1 for row in actions for action in row)])
 
 
 def ranks_of(actions: Actions) -> list[int]:
-    """The rank of each stage, taken from where its actions are; a stage without any is counted round the ranks.
+    """Return the rank of each stage, from the list that has its actions; stage ``s`` without any is on ``s % ranks``.
 
     Raises:
         ScheduleError: if two ranks have actions of one stage.
@@ -113,10 +113,10 @@ def ranks_of(actions: Actions) -> list[int]:
 
 
 def peak_in_flight(actions: Actions) -> list[int]:
-    """Per stage, the most microbatches whose forward has begun and whose backward has not yet ended.
+    """Return, per stage, the most microbatches whose forward has begun and whose backward has not yet ended.
 
-    This is what the saved activations of a stage are multiplied by. With a split backward the weight gradient (W)
-    is what ends it. A microbatch that has no backward in the schedule is let go when its forward ends.
+    The saved activations of a stage are multiplied by this number. With a split backward a microbatch ends with its
+    weight gradient (W). Without a backward in the schedule it ends with its forward.
     """
     peaks = [0] * stage_count(actions)
     for row in actions:
@@ -127,11 +127,11 @@ def peak_in_flight(actions: Actions) -> list[int]:
 
 
 def peak_on_ranks(actions: Actions, sizes: Sequence[float] | None = None) -> list[float]:
-    """Per rank, the most that is held at one time: microbatches in flight, as in `peak_in_flight`, over its stages.
+    """Return, per rank, the most microbatches in flight at one time, as in `peak_in_flight`, over its stages.
 
     Args:
         actions: one list per rank.
-        sizes: what one microbatch in flight at each stage counts, such as the bytes that it saves; 1 by default.
+        sizes: the weight of one microbatch in flight at each stage, such as its saved bytes; 1 by default.
     """
     weights = [1] * stage_count(actions) if sizes is None else sizes
     return [
@@ -141,7 +141,7 @@ def peak_on_ranks(actions: Actions, sizes: Sequence[float] | None = None) -> lis
 
 
 def _held(row: Sequence[Action]) -> Iterator[dict[int, int]]:
-    """After the beginning of each action of a rank: stage -> microbatches in flight there."""
+    """Yield, at the beginning of each action of a rank, stage -> microbatches in flight there."""
     last = {(a.stage, a.microbatch): a.kind for a in row}  # the kind of the last action of each microbatch
     open_: set[tuple[int, int]] = set()
     count: dict[int, int] = {}
@@ -157,18 +157,18 @@ def _held(row: Sequence[Action]) -> Iterator[dict[int, int]]:
 
 
 def check_counts(ranks: int, microbatches: int) -> None:
-    """Raises TypeError or ValueError unless both are positive integers."""
+    """Raise TypeError or ValueError unless both are positive integers."""
     _check_positive("ranks", ranks)
     _check_positive("microbatches", microbatches)
 
 
 def check_virtual(virtual: int) -> None:
-    """Raises TypeError or ValueError unless the number of stages on each rank is a positive integer."""
+    """Raise TypeError or ValueError unless the number of stages on each rank is a positive integer."""
     _check_positive("virtual", virtual)
 
 
 def one_stage_each(name: str, virtual: int) -> None:
-    """Raises ValueError where a schedule of one stage on each rank is asked for more."""
+    """Raise ValueError if a schedule with one stage on each rank gets another number."""
     if virtual != 1:
         raise ValueError(
             f"schedule {name!r} has one stage on each rank, so virtual must be 1, got {virtual!r}; "

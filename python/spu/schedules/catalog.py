@@ -1,4 +1,4 @@
-"""The schedules by name, and which rank runs which of their stages."""
+"""The schedules by name, and the rank of each of their stages."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["ScheduleFunction", "get", "in_flight_bound", "names", "splits_backwa
 
 
 class ScheduleFunction(Protocol):
-    """What `get` returns."""
+    """The type of the functions that `get` returns."""
 
     def __call__(self, ranks: int, microbatches: int, *, virtual: int = ...) -> list[list[Action]]:
-        """One list of actions per rank."""
+        """Return one list of actions per rank."""
         ...
 
 
 class _Entry(NamedTuple):
     make: ScheduleFunction
     bound: Callable[[int, int, int], list[int]]
-    virtual: int  # stages on each rank where nothing else is asked for
+    virtual: int  # stages on each rank by default
     any_virtual: bool = False
     splits_backward: bool = False
-    turns_back: bool = False  # stages go down the ranks and up again, instead of round and round
+    turns_back: bool = False  # stages go down the ranks and back up, instead of round
 
 
 _SCHEDULES = {
@@ -43,12 +43,12 @@ _SCHEDULES = {
 
 
 def names() -> list[str]:
-    """The names that `get` takes."""
+    """Return the names that `get` takes."""
     return list(_SCHEDULES)
 
 
 def get(name: str) -> ScheduleFunction:
-    """The schedule function ``f(ranks, microbatches, *, virtual) -> actions`` of this name.
+    """Return the schedule function ``f(ranks, microbatches, *, virtual) -> actions`` of this name.
 
     Raises:
         ValueError: for an unknown name; lists those there are.
@@ -57,11 +57,11 @@ def get(name: str) -> ScheduleFunction:
 
 
 def stages_per_rank(name: str, virtual: int | None = None) -> int:
-    """How many stages each rank has under a schedule.
+    """Return the number of stages on each rank under a schedule.
 
     Args:
         name: of the schedule.
-        virtual: what is asked for; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
+        virtual: the number asked for; None for the schedule's own number (2 for "interleaved" and "zbv", else 1).
 
     Raises:
         ValueError: the schedule cannot have that many, or its name is unknown.
@@ -80,11 +80,11 @@ def stages_per_rank(name: str, virtual: int | None = None) -> int:
 
 
 def stage_ranks(name: str, ranks: int, virtual: int | None = None) -> list[int]:
-    """The rank of each stage under a schedule, in the order in which a microbatch passes the stages.
+    """Return the rank of each stage under a schedule, in the order in which a microbatch passes the stages.
 
     Args:
         name: of the schedule.
-        ranks: how many devices.
+        ranks: number of devices.
         virtual: stages on each rank; None for the schedule's own number.
 
     Raises:
@@ -98,12 +98,12 @@ def stage_ranks(name: str, ranks: int, virtual: int | None = None) -> list[int]:
 
 
 def splits_backward(name: str) -> bool:
-    """Whether a schedule has I and W in place of B."""
+    """Tell whether a schedule has I and W in place of B."""
     return _entry(name).splits_backward
 
 
 def in_flight_bound(name: str, ranks: int, microbatches: int, virtual: int | None = None) -> list[int]:
-    """Per rank, what a schedule's `peak_on_ranks` never exceeds: microbatches of a stage held at one time."""
+    """Return, per rank, an upper bound of a schedule's `peak_on_ranks`: microbatches of a stage held at one time."""
     check_counts(ranks, microbatches)
     return _entry(name).bound(ranks, microbatches, stages_per_rank(name, virtual))
 

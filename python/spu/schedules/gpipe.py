@@ -10,7 +10,7 @@ __all__ = ["forward_only", "gpipe", "gpipe_bound"]
 
 
 def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
-    """The GPipe schedule: every stage runs all its forwards, then all its backwards.
+    """Return the GPipe schedule: every stage runs all its forwards, then all its backwards.
 
     Backwards run in ascending microbatch order, not in GPipe's descending one, so that weight gradients are summed in
     the order in which one device would sum them; the makespan is the same. Every stage holds the activations of all
@@ -28,19 +28,19 @@ def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Actio
 
 
 def gpipe_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches that each rank holds at most."""
+    """Return the most microbatches that each rank holds."""
     return [microbatches] * ranks
 
 
 def forward_only(ranks: int, microbatches: int, *, stage_ranks: Sequence[int] | None = None) -> list[list[Action]]:
-    """Only the forwards: evaluation.
+    """Return a schedule of forwards only, for evaluation.
 
     Args:
-        ranks: how many devices work side by side.
-        microbatches: how many microbatches each stage runs, in ascending order.
-        stage_ranks: the rank of each stage, by default one stage for each rank. Where a rank has several, it takes
-            ``ranks`` microbatches through one of them before it turns to its next, so that all ranks stay busy and
-            few outputs wait.
+        ranks: number of devices that work side by side.
+        microbatches: number of microbatches that each stage runs, in ascending order.
+        stage_ranks: the rank of each stage, by default one stage for each rank. A rank with several takes ``ranks``
+            microbatches through one of them before it turns to its next, so that all ranks stay busy and few outputs
+            wait.
 
     Returns:
         One list of actions per rank.

@@ -9,13 +9,13 @@ __all__ = ["interleaved", "interleaved_bound"]
 
 
 def interleaved(ranks: int, microbatches: int, *, virtual: int = 2) -> list[list[Action]]:
-    """The interleaved 1F1B schedule: stage ``s`` is on rank ``s % ranks``, ``virtual`` stages on each.
+    """Return the interleaved 1F1B schedule: stage ``s`` is on rank ``s % ranks``, ``virtual`` stages on each.
 
     Ranks take groups of ``ranks`` microbatches through one of their stages before they turn to their next, so a
     microbatch needs ``1 / virtual`` of the time to reach the last rank: with equal stages the idle share is about
     ``(p - 1) / (v * m + p - 1)``, at the price of ``v`` times the transfers. Rank ``r`` holds at most
-    ``2 * (p - r - 1) + (v - 1) * p + 1`` microbatches of a stage. A last group that is not full is what is left of a
-    full one. With ``virtual=1`` it is 1F1B.
+    ``2 * (p - r - 1) + (v - 1) * p + 1`` microbatches of a stage. A last group that is not full has the
+    actions of a full one without the missing microbatches. With ``virtual=1`` it is 1F1B.
 
     Returns:
         One list of actions per rank.
@@ -40,12 +40,12 @@ def _rank_actions(rank: int, ranks: int, microbatches: int, virtual: int) -> lis
     for forward, backward in zip(forwards[warmup:], backwards):
         row += [forward, backward]
     row += backwards[len(forwards) - warmup :]
-    # Groups were counted full: whatever order can be run with more microbatches can be run without some of them.
+    # The last group was counted as full: an order that runs with more microbatches also runs without some of them.
     return [action for action in row if action.microbatch < microbatches]
 
 
 def interleaved_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches of a stage that each rank holds at most, over all of its stages."""
+    """Return the most microbatches of a stage that each rank holds, over all of its stages."""
     if virtual == 1:
         return [min(microbatches, ranks - rank) for rank in range(ranks)]
     return [min(microbatches * virtual, 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1) for rank in range(ranks)]

@@ -8,11 +8,11 @@ __all__ = ["layer_outer", "layer_outer_bound"]
 
 
 def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
-    """The layer-outer schedule: stage ``s`` is on rank ``s % ranks``; a rank finishes a stage before its next one.
+    """Return the layer-outer schedule: stage ``s`` is on rank ``s % ranks``; a rank ends a stage before its next.
 
     A rank runs the forwards of all microbatches through its first stage, then all through its second, and so on;
-    then all backwards in the reverse order of stages. A stage's weights are then needed twice a step, however many
-    microbatches there are, which is what streaming weights from the host asks for. Every stage holds the activations
+    then all backwards in the reverse order of stages. A stage's weights are then needed twice a step, for any
+    number of microbatches, as weights streamed from the host require. Every stage holds the activations
     of all microbatches at its peak. The idle share of equal stages is ``(p - 1) / (v * m + p - 1)`` for ``m >= p``.
 
     Returns:
@@ -32,5 +32,5 @@ def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list
 
 
 def layer_outer_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches of a stage that each rank holds at most, over all of its stages."""
+    """Return the most microbatches of a stage that each rank holds, over all of its stages."""
     return [microbatches * virtual] * ranks

@@ -8,7 +8,7 @@ __all__ = ["one_f_one_b", "one_f_one_b_bound"]
 
 
 def one_f_one_b(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
-    """The 1F1B schedule: a few forwards to fill the pipeline, then forward and backward in turn, then what is left.
+    """Return the 1F1B schedule: forwards to fill the pipeline, forward and backward in turn, the last backwards.
 
     Rank ``r`` of ``p`` holds the activations of at most ``min(m, p - r)`` microbatches, whereas GPipe holds ``m``;
     with equal stages the idle share is GPipe's, ``(p - 1) / (m + p - 1)``. Backwards run in ascending order.
@@ -34,5 +34,5 @@ def _rank_actions(stage: int, ranks: int, microbatches: int) -> list[Action]:
 
 
 def one_f_one_b_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches that each rank holds at most."""
+    """Return the most microbatches that each rank holds."""
     return [min(microbatches, ranks - rank) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""When every action of a schedule would run, given how long each takes."""
+"""The times of a schedule's actions, computed from their durations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def simulate(
     *,
     backend: str = "auto",
 ) -> Timeline:
-    """Runs a schedule on a clock: every action starts as soon as its rank is free and its inputs have arrived.
+    """Run a schedule on a clock: every action starts as soon as its rank is free and its inputs have arrived.
 
     An input arrives ``transfers[b]`` seconds after the action that made it ended, or after the transfer before it:
     transfers over boundary ``b`` (between stages b and b + 1) keep neither rank busy, and those of one direction take
@@ -94,7 +94,7 @@ def runner(backend: str) -> Callable[..., tuple[list[float], list[float]]]:
 
 
 def flatten(actions: Actions, durations: Durations, transfers: float | Sequence[float]) -> FlatSchedule:
-    """The schedule, its durations and transfers as checked arrays."""
+    """Return the schedule, its durations and transfers as checked arrays."""
     first, stages, kinds, microbatches, seconds = [0], [], [], [], []
     for row_index, row in enumerate(actions):
         for position, action in enumerate(row):
@@ -154,7 +154,7 @@ def run_flat(
     seconds: list[float],
     transfers: list[float],
 ) -> tuple[list[float], list[float]]:
-    """The simulator itself: (starts, ends) of every action, NaN for those that can never start.
+    """Return (starts, ends) of every action, seconds, NaN for those that can never start: the simulator itself.
 
     The definition of what ``csrc/host/simulate.cpp`` computes: the same sums and maxima in the same order.
     """
@@ -206,5 +206,5 @@ def run_flat(
 
 
 def _later(a: float, b: float) -> float:
-    """The later of two times; NaN, which stands for never, wins."""
+    """Return the later of two times; NaN, which means never, wins."""
     return b if math.isnan(b) or b > a else a

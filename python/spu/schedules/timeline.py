@@ -1,4 +1,4 @@
-"""When each action ran, or is predicted to run: one type for both."""
+"""The measured or predicted times of actions: one type for both."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every stage did, and when.
+    """The actions of every stage with their times.
 
     Attributes:
         stages: number of stages, those without a span included.
         spans: ordered by stage, then by start; spans of one rank do not overlap.
-        ranks: the rank of each stage; stage ``s`` on rank ``s`` where nothing else is said.
+        ranks: the rank of each stage; by default stage ``s`` on rank ``s``.
     """
 
     stages: int
@@ -53,7 +53,7 @@ class Timeline:
         *,
         ranks: Sequence[int] | None = None,
     ) -> Timeline:
-        """A timeline of spans in any order.
+        """Make a timeline of spans in any order.
 
         Args:
             spans: ``Span``s or equal tuples; times on any one clock.
@@ -118,28 +118,28 @@ class Timeline:
         return [*peaks, *[0] * (self.stages - len(peaks))][: self.stages]
 
     def of(self, stage: int) -> list[Span]:
-        """The spans of one stage, by start."""
+        """Return the spans of one stage, by start."""
         return [span for span in self.spans if span.stage == stage]
 
     def of_rank(self, rank: int) -> list[Span]:
-        """The spans of all stages of one rank, by start."""
+        """Return the spans of all stages of one rank, by start."""
         return sorted((s for s in self.spans if self.ranks[s.stage] == rank), key=lambda s: (s.start, s.end))
 
     def mean_durations(self) -> dict[tuple[int, str], float]:
-        """Mean seconds per (stage, kind): what `simulate` takes to ask how well these times could have been packed."""
+        """Return mean seconds per (stage, kind), as `simulate` takes them, to see how short these times could be packed."""
         parts: dict[tuple[int, str], list[float]] = {}
         for span in self.spans:
             parts.setdefault((span.stage, span.kind), []).append(span.seconds)
         return {key: math.fsum(values) / len(values) for key, values in parts.items()}
 
     def shifted(self) -> Timeline:
-        """The same timeline with its first action at 0."""
+        """Return the same timeline with its first action at 0."""
         origin = self.start
         moved = (span._replace(start=span.start - origin, end=span.end - origin) for span in self.spans)
         return Timeline(self.stages, tuple(moved), self.ranks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for a JSON file."""
+        """Return plain lists and numbers, for a JSON file."""
         return {
             "stages": self.stages,
             "ranks": list(self.ranks),
@@ -148,5 +148,5 @@ class Timeline:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timeline:
-        """The inverse of `to_dict`; also reads files without ranks, in which every stage has its own."""
+        """Invert `to_dict`; also read files without ranks, in which every stage has its own."""
         return cls.from_spans((Span(*span) for span in data["spans"]), int(data["stages"]), ranks=data.get("ranks"))

@@ -17,7 +17,7 @@ def validate(
     stage_ranks: Sequence[int] | None = None,
     forward_only: bool = False,
 ) -> None:
-    """Checks that every rank does all of its stages' work, in an order that all ranks together can run.
+    """Check that every rank does all of its stages' work, in an order that all ranks together can run.
 
     On each stage every microbatch has one F, and then either one B or one I followed by one W. A stage's forwards, and
     its actions that add weight gradients (B and W), are in ascending microbatch order: the sums are then those of one
@@ -25,8 +25,8 @@ def validate(
 
     Args:
         actions: one list of actions per rank.
-        ranks: how many ranks there must be.
-        microbatches: how many microbatches each stage must process.
+        ranks: required number of ranks.
+        microbatches: number of microbatches that each stage must process.
         stage_ranks: the rank of each stage, as `stage_ranks` gives it; by default one stage for each rank.
         forward_only: expect forwards alone, as for evaluation.
 
@@ -47,13 +47,13 @@ def validate(
 
 
 def marked_error(actions: Actions, row: int, position: int, reason: str) -> ScheduleError:
-    """The error that shows the grid with one action marked."""
+    """Return the error that shows the grid with one action marked."""
     grid = format_grid(actions, mark=(row, position), note=reason)
     return ScheduleError(f"invalid schedule, rank {row}, position {position}: {reason}\n{grid}")
 
 
 def needs(action: Action, stages: int) -> list[tuple[Action, ...]]:
-    """What must have ended before ``action`` starts: groups of which one member each is enough."""
+    """Return the actions that must end before ``action`` starts: groups, one member of each is enough."""
     stage, kind, i = action
     if kind == "F":
         return [(Action(stage - 1, "F", i),)] if stage else []
@@ -66,7 +66,7 @@ def needs(action: Action, stages: int) -> list[tuple[Action, ...]]:
 
 
 def find_deadlock(actions: Actions) -> tuple[int, int, str] | None:
-    """Runs the schedule without a clock; (row, position, reason) of the first action that can never start."""
+    """Run the schedule without a clock; return (row, position, reason) of the first action that can never start."""
     done: set[Action] = set()
     heads = [0] * len(actions)
     stages = stage_count(actions)
@@ -97,7 +97,7 @@ def _missing(action: Action, stages: int, done: set[Action]) -> str:
 
 
 class _Seen:
-    """What one stage has done before an action."""
+    """The actions of one stage so far."""
 
     def __init__(self) -> None:
         self.positions: dict[tuple[str, int], int] = {}  # (kind, microbatch) -> where
@@ -109,7 +109,7 @@ class _Seen:
             self.newest["F" if action.kind == "F" else "gradient"] = action.microbatch
 
     def unfinished(self, i: int, forward_only: bool) -> str:
-        """The kind of action that microbatch ``i`` still lacks, or the empty string."""
+        """Return the kind of action that microbatch ``i`` still lacks, or the empty string."""
         if ("F", i) not in self.positions:
             return "F"
         if forward_only or ("B", i) in self.positions or ("W", i) in self.positions:
@@ -120,7 +120,7 @@ class _Seen:
 def _row_faults(
     actions: Actions, row: int, rank_of: Sequence[int], microbatches: int, forward_only: bool
 ) -> Iterator[tuple[int, int, str]]:
-    """The first fault that one rank's list shows by itself, as (row, position, reason)."""
+    """Yield the first fault in one rank's own list, as (row, position, reason)."""
     seen = {stage: _Seen() for stage, rank in enumerate(rank_of) if rank == row}
     for position, action in enumerate(actions[row]):
         if action.stage not in seen:

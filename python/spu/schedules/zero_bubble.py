@@ -1,7 +1,7 @@
 """Schedules that split the backward, so that weight gradients fill the bubble (Qi et al., "Zero Bubble", 2023).
 
-``I`` (the gradient of a stage's input) is what the rank before waits for; ``W`` (the gradient of its weights) can be
-done at any time after, and is done where a rank would otherwise wait.
+The rank before waits for ``I`` (the gradient of a stage's input). ``W`` (the gradient of its weights) can run at any
+time after, and runs when a rank would otherwise wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["zb", "zb_bound", "zbv", "zbv_bound"]
 
 
 def zb(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
-    """The ZB-H1 schedule: 1F1B with W put off, never holding more than 1F1B's first rank does.
+    """Return the ZB-H1 schedule: 1F1B with W deferred, holding at most as much as 1F1B's first rank.
 
     Every rank holds at most ``min(m, p)`` microbatches between F and W. With equal stages in which F, I and W take the
     same time, the idle share is ``(p - 1) / (3 * m + p - 1)``, a third of 1F1B's, for ``m >= p``.
@@ -43,7 +43,7 @@ def _zb_actions(stage: int, ranks: int, microbatches: int) -> list[Action]:
 
 
 def zbv(ranks: int, microbatches: int, *, virtual: int = 2) -> list[list[Action]]:
-    """The ZB-V schedule: stages go down the ranks and back up (Qi et al., "Controllable Memory", 2024).
+    """Return the ZB-V schedule: stages go down the ranks and back up (Qi et al., "Controllable Memory", 2024).
 
     Rank ``r`` of ``p`` has the stages ``r`` and ``2 * p - 1 - r``: the first rank also has the last stage, so that
     backwards begin where forwards did. Every rank holds at most ``min(2 * m, 2 * p)`` microbatches of a stage (half a
@@ -72,22 +72,23 @@ def _zbv_actions(rank: int, ranks: int, microbatches: int) -> list[Action]:
         *(back + forward) * rank,
         *(back + up_backward) * (ranks - rank),
         *(forward + down_backward + back + up_backward) * (count - ranks),
-        *[(down, "I"), (up, "I")] * rank,  # nobody may wait for the last I's: their W's come at the end
+        *[(down, "I"), (up, "I")]
+        * rank,  # the last I's first, so that no rank waits for them: their W's come at the end
         *down_backward * (ranks - rank),
         *[(up, "W")] * rank,
         *[(down, "W")] * rank,
     ]
     numbers = {(stage, kind): itertools.count() for stage in (down, up) for kind in "FIW"}
     row = (Action(stage, kind, next(numbers[stage, kind])) for stage, kind in work)
-    # What can be run with more microbatches can be run without some of them.
+    # An order that runs with more microbatches also runs without some of them.
     return [action for action in row if action.microbatch < microbatches]
 
 
 def zb_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches that each rank holds at most, W included."""
+    """Return the most microbatches that each rank holds, W included."""
     return [min(microbatches, ranks)] * ranks
 
 
 def zbv_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Microbatches of a stage that each rank holds at most, over both stages, W included."""
+    """Return the most microbatches of a stage that each rank holds, over both stages, W included."""
     return [min(2 * microbatches, 2 * ranks)] * ranks

@@ -152,8 +152,8 @@ class StagedModel:
         nothing is packed between the stages).
 
         Returns:
-            The plan from now on. If nothing moves (an optimizer that keeps values for each stage forbids it), it has the
-            same stages, with times from the measured step.
+            The plan from now on. If nothing moves (an optimizer with values for each stage forbids it), it has the same
+            stages, with times from the measured step.
 
         Raises:
             RuntimeError: before the first step.

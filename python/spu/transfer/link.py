@@ -18,7 +18,7 @@ __all__ = ["Link", "Packet"]
 
 @dataclass(frozen=True)
 class Packet:
-    """A packed tensor on its way: the wire, and what the receiver must know to unpack it without reading a header."""
+    """A packed tensor: the wire, and the shape, dtype and codec, so that no header must be read."""
 
     wire: torch.Tensor
     shape: torch.Size
@@ -30,9 +30,9 @@ class Link:
     """Carries pytrees of tensors to ``target``.
 
     With a codec, floating-point tensors are packed on the sender's device, so that only the wire crosses, and are
-    unpacked on the receiver's. Integers, and everything where ``codec`` is None, cross as they are: between two
-    stages on the same device a tensor is handed over, not copied. So do, from a CPU, tensors that the codec would make
-    infinite or NaN: a mask's -inf in a block would take its finite values with it.
+    unpacked on the receiver's. Integers, and everything where ``codec`` is None, cross unpacked: between two
+    stages on the same device a tensor is passed on, not copied. So do, from a CPU, tensors that the codec would make
+    infinite or NaN: a mask's -inf would spoil the finite values of its block.
 
     Args:
         target: the device that receives.
@@ -51,13 +51,13 @@ class Link:
         self._side = side
 
     def send(self, tree: Any) -> Any:
-        """On the sender's thread: detach, pack, and start the copy; beside its work where there is a side."""
+        """Detach, pack, and start the copy, on the sender's thread or beside its work."""
         if self._side is None:
             return pytree.tree_map_only(torch.Tensor, self._send, tree)
         return self._side.start(partial(self._send_beside, tree, ops.forced_backend()), tree)
 
     def receive(self, message: Any) -> Any:
-        """On the receiver's thread: wait for what comes from a side, and unpack what was packed."""
+        """Wait for a copy that runs beside, and unpack packed tensors; called on the receiver's thread."""
         if self._side is not None:
             message = message.arrive(self.target)
         return pytree.tree_map_only(Packet, _unpack, message)
@@ -76,7 +76,7 @@ class Link:
         tensor = tensor.detach()
         if self.codec is not None and wanted:
             wire = ops.pack(tensor, self.codec)
-            # Where a card packs, nobody waits to look.
+            # A GPU's wire is not checked: the host would wait for it.
             if tensor.is_cuda or ops.is_finite_wire(wire, tensor.shape, tensor.dtype, codec=self.codec):
                 self.sent_bytes += wire.numel()
                 return Packet(self._copy(wire), tensor.shape, tensor.dtype, self.codec)

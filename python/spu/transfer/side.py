@@ -1,9 +1,8 @@
-"""Where a wire is packed and copied beside the stages' own work: a side stream of a card, or a thread of the host.
+"""Packing and copying beside the stages' own work: on a side stream of a GPU, or in a thread of the host.
 
-A card computes on its current stream; what is to be sent goes to a stream of its own that waits for what the current
-one has queued so far, and the receiver waits for the event at the end of it. Neither worker waits in between. On a CPU
-the cores are the stages' own, so that a thread beside them only takes turns with them: it is there for tests and for
-measuring just that.
+A GPU computes on its current stream. The copy runs on a stream of its own, which waits for the work enqueued so far on
+the current one; the receiver waits for the event at its end. Neither worker waits in between. On a CPU the cores belong
+to the stages, so a thread beside them only takes turns with them: it exists for tests, and to measure just that.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ __all__ = ["GpuSide", "HostSide", "Side", "Ticket", "side_for"]
 
 
 class Ticket(Protocol):
-    """What is on its way."""
+    """A transfer in progress."""
 
     def arrive(self, target: torch.device) -> Any:
-        """On the receiver's thread: the tensors, to be used by ``target`` from now on."""
+        """Return the tensors, usable by ``target`` from now on; called on the receiver's thread."""
 
 
 class Side(Protocol):
     """Runs copies in the order in which they are handed in, beside the work of the thread that hands them in."""
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
-        """``task()`` makes the tree that is sent from ``given``, which this thread has computed or queued."""
+        """Start ``task()``, which makes the tree to send from ``given``, computed or enqueued by this thread."""
 
     def close(self) -> None:
         """End it; harmless when called twice."""
@@ -53,17 +52,17 @@ class _GpuTicket:
 
 
 def _used_by(stream: torch.cuda.Stream, tree: Any) -> None:
-    """Memory of these tensors must not be given away before the stream is done with it."""
+    """Keep the memory of these tensors from reuse until the stream has used them."""
     for leaf in pytree.tree_leaves(tree):
-        tensor = getattr(leaf, "wire", leaf)  # of a packed one
+        tensor = getattr(leaf, "wire", leaf)  # of a packet
         if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
             tensor.record_stream(stream)
 
 
 class GpuSide:
-    """Side streams of the cards at both ends of a link; the copy runs on the first one's.
+    """Side streams of the GPUs at both ends of a link; the copy runs on the first GPU's.
 
-    A copy between two gpus is ordered with the current streams of both: with a side stream on each, it waits for
+    A copy between two GPUs is ordered with the current streams of both: with a side stream on each, it waits for
     neither's computations and holds neither up.
     """
 
@@ -116,10 +115,10 @@ class HostSide:
 
 
 def side_for(source: torch.device, target: torch.device, beside: bool | None) -> Side | None:
-    """The side of a link from ``source`` to ``target``; None where the sender does the copying itself.
+    """Return the side of a link from ``source`` to ``target``; None if the sender itself copies.
 
     Args:
-        beside: None: where a card is at one end; True: always; False: never.
+        beside: None: if a GPU is at one end; True: always; False: never.
     """
     if beside is False or (source == target and beside is None):
         return None
