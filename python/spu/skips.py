@@ -31,7 +31,7 @@ __all__ = ["Carrier", "Shelf", "carried_by", "pop", "stash"]
 
 
 class Carrier(Protocol):
-    """Where stashed tensors go and popped ones come from."""
+    """Takes stashed tensors and returns popped ones."""
 
     def stash(self, name: str, tensor: Tensor) -> None:
         """Take a tensor."""
@@ -56,7 +56,7 @@ class Shelf:
 
 
 class ReplayedSkips:
-    """Repeats a layer's pops in a recomputation: the same tensors again; what it stashes has been stashed already."""
+    """Repeats a layer's pops in a recomputation with the same tensors, and ignores its stashes: the first run's count."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
@@ -74,7 +74,7 @@ class ReplayedSkips:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """The recomputation, on whatever thread it runs; also while the first run goes on (a backward in a forward)."""
+        """Replay the pops while the block runs: a recomputation, perhaps within the first run (a backward in a forward)."""
         before, self._replaying = self._replaying, True
         try:
             with carried_by(self):
@@ -117,13 +117,13 @@ def pop(name: str) -> Tensor:
 
 
 def current_carrier() -> Carrier:
-    """The carrier of this thread."""
+    """Return the carrier of this thread."""
     return _CURRENT.carrier
 
 
 @contextmanager
 def carried_by(carrier: Carrier) -> Iterator[None]:
-    """While it lasts, this thread's stashes and pops go to ``carrier``."""
+    """Send this thread's stashes and pops to ``carrier`` while the block runs."""
     before, _CURRENT.carrier = _CURRENT.carrier, carrier
     try:
         yield

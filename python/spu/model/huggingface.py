@@ -55,7 +55,7 @@ class Embed(_Part):
         self._plain = plain  # the first layer gets the embedding itself; None: not known, the weights are not there
 
     def forward(self, x: Inputs, inputs: Inputs | None = None) -> torch.Tensor:
-        """Embed token ids int64 [batch, tokens] (or a dict with "input_ids") as hidden states [batch, tokens, hidden]."""
+        """Embed token ids int64 [batch, tokens] (or a dict with "input_ids") as states [batch, tokens, hidden]."""
         embeds = self.embed_tokens(split_inputs(x)["input_ids"])
         if self._plain or (self._plain is None and is_fake(embeds)):
             return embeds

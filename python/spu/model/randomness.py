@@ -89,8 +89,8 @@ class LayerRandomness:
 class BackwardRandomness:
     """Random draws in the backward of one microbatch: a node draws for the layer whose forward made it.
 
-    A layer's backward has generators of its own. A recomputation (``torch.utils.checkpoint``) that restores a state saved
-    in the forward repeats the forward's draws. New draws in a backward are equal in every schedule and split.
+    A layer's backward has generators of its own. A recomputation (``torch.utils.checkpoint``) that restores the state
+    saved in the forward repeats the forward's draws. New draws in a backward are equal in every schedule and split.
 
     Nodes are told apart by the sequence number that autograd gives each node of one thread.
     """

@@ -126,7 +126,7 @@ class Timeline:
         return sorted((s for s in self.spans if self.ranks[s.stage] == rank), key=lambda s: (s.start, s.end))
 
     def mean_durations(self) -> dict[tuple[int, str], float]:
-        """Return mean seconds per (stage, kind), as `simulate` takes them, to see how short these times could be packed."""
+        """Return mean seconds per (stage, kind), as `simulate` takes them."""
         parts: dict[tuple[int, str], list[float]] = {}
         for span in self.spans:
             parts.setdefault((span.stage, span.kind), []).append(span.seconds)

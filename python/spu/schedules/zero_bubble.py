@@ -72,8 +72,7 @@ def _zbv_actions(rank: int, ranks: int, microbatches: int) -> list[Action]:
         *(back + forward) * rank,
         *(back + up_backward) * (ranks - rank),
         *(forward + down_backward + back + up_backward) * (count - ranks),
-        *[(down, "I"), (up, "I")]
-        * rank,  # the last I's first, so that no rank waits for them: their W's come at the end
+        *[(down, "I"), (up, "I")] * rank,  # the last I's, which other ranks wait for; their W's come at the end
         *down_backward * (ranks - rank),
         *[(up, "W")] * rank,
         *[(down, "W")] * rank,
