@@ -56,7 +56,7 @@ class Shelf:
 
 
 class ReplayedSkips:
-    """Repeats a layer's pops in a recomputation with the same tensors, and ignores its stashes: the first run's count."""
+    """Repeats a layer's pops in a recomputation with the same tensors, and ignores its stashes."""
 
     def __init__(self, carrier: Carrier) -> None:
         self._carrier = carrier
@@ -74,7 +74,7 @@ class ReplayedSkips:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Replay the pops while the block runs: a recomputation, perhaps within the first run (a backward in a forward)."""
+        """Replay the pops of a recomputation; it may be within the first run (a backward in a forward)."""
         before, self._replaying = self._replaying, True
         try:
             with carried_by(self):
@@ -92,7 +92,7 @@ _CURRENT = _Current()
 
 
 def stash(name: str, tensor: Tensor) -> None:
-    """Leaves a tensor for a later layer of the same forward, which takes it by `pop`.
+    """Leave a tensor for a later layer of the same forward, which takes it by `pop`.
 
     Args:
         name: any text; in use until it is popped.
@@ -108,7 +108,7 @@ def stash(name: str, tensor: Tensor) -> None:
 
 
 def pop(name: str) -> Tensor:
-    """Takes what an earlier layer of this forward has stashed under a name, on this layer's device.
+    """Return the tensor that an earlier layer of this forward stashed under a name, on this layer's device.
 
     Raises:
         ValueError: nothing was stashed under that name, or it was popped before.
