@@ -17,7 +17,7 @@ from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import microbatch_counts
 from spu.plan.show.explain import explain
-from spu.plan.show.gallery import draw_plan
+from spu.plan.show.picture import draw_plan
 from spu.settings import Settings
 
 MB = 10**6

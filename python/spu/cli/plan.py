@@ -144,7 +144,7 @@ def plan_command(options: PlanOptions) -> Plan:
         f"written: {options.out}; train with it{where}: spu train --model {options.model} --plan {options.out}{budget}"
     )
     if options.picture is not None:
-        from spu.plan.show.gallery import draw_plan
+        from spu.plan.show.picture import draw_plan
 
         draw_plan(plan, options.picture)
         print(f"drawn: {options.picture}")

@@ -1,4 +1,4 @@
-"""What a stage holds in memory, in bytes, by category."""
+"""The bytes that a stage holds in memory, by category."""
 
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ class StageBytes:
 
     @property
     def total_bytes(self) -> int:
+        """All of them together."""
         return sum(getattr(self, entry.name) for entry in fields(StageBytes))
 
     @property
     def state_bytes(self) -> int:
-        """What is held all the time: weights, main gradients, masters and moments."""
+        """The bytes held all the time: weights, main gradients, masters and moments."""
         return self.param_bytes + self.main_grad_bytes + self.master_bytes + self.moment_bytes
 
 
 def state_bytes(cost: LayerCost, precision: str, first: int = 0) -> tuple[int, int, int, int]:
-    """(weights, main gradients, masters, moments) of a layer in a stage that begins with layer ``first``.
+    """Return the bytes (weights, main gradients, masters, moments) of a layer in a stage that begins with `first`.
 
-    Per parameter: the weight in its precision; per trained one an fp32 main gradient, an fp32 master where weights have
-    16 bits, and two fp32 moments. What the stage has from an earlier layer is not counted twice; of what only an
-    earlier stage has there are a weight and a gradient here.
+    A parameter has a weight in its precision; a trained one also an fp32 main gradient, an fp32 master where weights
+    have 16 bits, and two fp32 moments. A parameter that an earlier layer of the same stage has, too, is counted there
+    alone; of one that only an earlier stage has, a weight and a gradient are counted here.
     """
     item = ITEM_BYTES[precision]
     apart = [(params, trained) for before, params, trained in cost.ties if before < first]
@@ -66,7 +67,7 @@ def state_bytes(cost: LayerCost, precision: str, first: int = 0) -> tuple[int, i
 
 
 def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
-    """Bytes on the wire for a tensor of ``output_bytes`` in ``precision``; codec "none" sends it as it is.
+    """Return the bytes on the wire for a tensor of `output_bytes` in `precision`; codec "none" sends it as it is.
 
     Raises:
         ValueError: for an unknown codec.
@@ -77,7 +78,7 @@ def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
 
 
 def pinned_bytes(count: int) -> int:
-    """What page-locked host memory for ``count`` bytes takes: torch's allocator rounds up to a power of two."""
+    """Return the page-locked host memory that `count` bytes take: torch's allocator rounds up to a power of two."""
     return 1 << (count - 1).bit_length() if count > 0 else 0
 
 
@@ -101,7 +102,7 @@ class Boundary:
     """How a stage boundary is crossed.
 
     Attributes:
-        codec: "none" or a codec of `spu.ops.pack`.
+        codec: "none" or the name of a codec.
         copied: the receiver gets a copy; False between devices that share memory, with codec "none".
         before_on_gpu, after_on_gpu: whether the device on that side is a GPU; a CPU beside one pins its wires.
     """
@@ -112,14 +113,14 @@ class Boundary:
     after_on_gpu: bool = False
 
     def packing_s(self, tensor_bytes: int, rate: float) -> float:
-        """Seconds that packing one tensor and unpacking another of this size take a device that packs at ``rate``."""
+        """Return the seconds in which a device packs one tensor and unpacks another, at `rate` bytes per second."""
         return 0.0 if self.codec == "none" else 2.0 * tensor_bytes / rate
 
     def wires(self, tensor_bytes: int, precision: str) -> tuple[int, int]:
-        """Bytes of the wire buffers on the (sending, receiving) side of activations of ``tensor_bytes``.
+        """Return the bytes of the wire buffers on the (sending, receiving) side of activations of `tensor_bytes`.
 
-        Where nothing is copied the sender's own tensor is the wire; what the receiver sends back, a gradient of the
-        same size, is the receiver's.
+        Where nothing is copied, the sender's own tensor is the wire; the gradient that comes back has the same size and
+        is the receiver's.
         """
         if not self.copied:
             return 0, tensor_bytes
@@ -130,45 +131,34 @@ class Boundary:
         return 2 * WIRE_BUFFERS * before, 2 * WIRE_BUFFERS * after
 
 
+@dataclass(frozen=True)
 class StageMemory:
     """Bytes of any run of layers on any stage, for one way of training: what budgets are held against.
 
-    A stage holds its state all the time. Each microbatch in flight keeps what its layers saved, or with recompute the
-    inputs of the layers that are recomputed, and the stage's output. On top comes what one action needs while it
-    runs; with recompute that is also what one layer saves while it is recomputed. Wires are two buffers per boundary
-    and direction where something is copied.
+    A stage holds its state all the time. Each microbatch in flight keeps what its layers saved, or the inputs of the
+    layers that are recomputed, and the stage's output. Workspace is the most that one action needs beyond that; with
+    recompute it includes what one layer saves while it is recomputed.
 
-    Args:
-        layers: what each layer cost.
-        loss: what the loss needs, on the last stage.
+    Attributes:
+        layers: what each layer costs.
+        loss: what the loss costs, on the last stage.
         in_flight: the most microbatches that each stage holds.
         boundaries: one per boundary.
         precision: "fp16", "bf16" or "fp32".
-        deferred: the schedule defers weight gradients.
+        deferred: whether the schedule defers weight gradients.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerCost],
-        loss: LayerCost,
-        *,
-        in_flight: Sequence[int],
-        boundaries: Sequence[Boundary],
-        precision: str,
-        deferred: bool = False,
-    ) -> None:
-        self.layers = layers
-        self.loss = loss
-        self.precision = precision
-        self.boundaries = boundaries
-        self.in_flight = in_flight
-        self.deferred = deferred
+    layers: Sequence[LayerCost]
+    loss: LayerCost
+    in_flight: Sequence[int]
+    boundaries: Sequence[Boundary]
+    precision: str
+    deferred: bool = False
 
     def of(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> StageBytes:
-        """Bytes if ``stage`` holds layers ``first`` to ``last - 1`` and recomputes those in ``recompute``."""
-        here = self.layers[first:last]
-        states = [state_bytes(layer, self.precision, first) for layer in here]
-        param, main_grad, master, moment = (sum(state[k] for state in states) for k in range(4))
+        """Return the bytes if `stage` holds layers `first` to `last - 1` and recomputes those in `recompute`."""
+        states = [state_bytes(layer, self.precision, first) for layer in self.layers[first:last]]
+        param, main_grad, master, moment = (sum(sizes) for sizes in zip(*states, strict=True))
         return StageBytes(
             param_bytes=param,
             main_grad_bytes=main_grad,
@@ -180,7 +170,7 @@ class StageMemory:
         )
 
     def each(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> int:
-        """Bytes that one microbatch in flight keeps."""
+        """Return the bytes that one microbatch keeps between its forward and its backward."""
         total = 0
         for k in range(first, last):
             layer = self.layers[k]
@@ -192,21 +182,17 @@ class StageMemory:
         return total + self.loss.own_bytes + (self.loss.input_bytes if kept else 0)
 
     def bound(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> int:
-        """As `each`; where weight gradients are deferred, with what they keep beside it."""
+        """Return the most bytes that one microbatch keeps, with those of deferred weight gradients beside `each`."""
         total = self.each(stage, first, last, recompute)
-        if self.deferred:
-            total += sum(self._deferred(k, recompute) for k in range(first, last))
+        for k in range(first, last) if self.deferred else ():
+            total += self.layers[k].left_bytes if k in recompute else self.layers[k].deferred_bytes
         return total
 
-    def _deferred(self, k: int, recompute: Collection[int]) -> int:
-        layer = self.layers[k]
-        return layer.deferred_bytes if k not in recompute else layer.left_bytes
-
     def held(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> MicrobatchBytes:
-        """What one microbatch holds, moment by moment: at most what `of` counts, where all is taken at its largest.
+        """Return the bytes of one microbatch as its layers run, at most those of `of`.
 
-        While a layer runs forward, nothing is there of those behind it; while it runs backward, theirs is free
-        already, except what deferred weight gradients keep and the gradient that came in.
+        While a layer runs forward, the layers after it hold nothing yet. While it runs backward, they hold nothing any
+        more, except what deferred weight gradients keep and the gradient that came in.
         """
         final = stage == len(self.in_flight) - 1
         tail = 0 if final else self.layers[last - 1].output_bytes
@@ -236,7 +222,7 @@ class StageMemory:
         return MicrobatchBytes(each, left, max(min(most, bound), each, left))
 
     def _keeps_input(self, stage: int, first: int, k: int, recompute: Collection[int]) -> bool:
-        """Whether a microbatch in flight keeps the input of layer ``k`` in a stage that begins with ``first``."""
+        """Tell whether a microbatch in flight keeps the input of layer `k` in a stage that begins with `first`."""
         layer, recomputed = self.layers[k], k in recompute
         if k > first:
             return recomputed or layer.input_saved or (self.layers[k - 1].output_saved and k - 1 not in recompute)
@@ -244,14 +230,10 @@ class StageMemory:
         return stage > 0 and self.boundaries[stage - 1].copied and (recomputed or layer.input_saved)
 
     def _workspace(self, stage: int, first: int, last: int, recompute: Collection[int]) -> int:
-        most = 0
-        for k in range(first, last):
-            layer = self.layers[k]
-            most = max(most, layer.extra_bytes)
-            if k in recompute:
-                most = max(most, layer.own_bytes + layer.extra_bytes)
+        layers = enumerate(self.layers[first:last], first)
+        most = max(layer.extra_bytes + (layer.own_bytes if k in recompute else 0) for k, layer in layers)
         if stage == len(self.in_flight) - 1:
-            # The logits are still there while the loss is computed.
+            # The logits are kept while the loss is computed.
             most = max(most, self.loss.forward_extra_bytes + self.loss.input_bytes, self.loss.backward_extra_bytes)
         return most
 
