@@ -1,4 +1,4 @@
-"""Where everything goes: partition under budgets, prediction, the plan as a file, the pipeline as a picture."""
+"""Planning: layers on devices under budgets, predictions, the plan as a file, the pipeline as a picture."""
 
 from __future__ import annotations
 

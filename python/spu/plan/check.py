@@ -1,4 +1,4 @@
-"""Whether a plan that was made elsewhere, or by hand, serves this model, these devices and these settings."""
+"""Checks of a plan that was made elsewhere, or by hand: is it for this model, these devices and these settings?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_fits", "check_plan"]
 
 
 def check_plan(plan: Plan, names: Sequence[str], devices: Sequence[Device], settings: Settings) -> None:
-    """Whether a plan made elsewhere, or by hand, is one for this model, these devices and the trainer's settings.
+    """Check that a plan is for this model, these devices and the trainer's settings.
 
     Args:
         names: of the model's layers, in order.
@@ -63,7 +63,7 @@ def _settled(plan: Plan, settings: Settings, name: str) -> tuple[Any, Any]:
 
 
 def check_fits(plan: Plan, devices: Sequence[Device], rows: int, tokens: int) -> None:
-    """Whether what a plan needs is within these devices' budgets, and these microbatches within the plan.
+    """Check that a plan's peaks are within these devices' budgets, and that these microbatches are no larger than its.
 
     Raises:
         ValueError: a budget is smaller than the plan's peak, or a microbatch has more rows or tokens than it counted.

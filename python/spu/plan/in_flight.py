@@ -1,4 +1,4 @@
-"""What a schedule has in flight, worked out once for all the placements that are tried under it."""
+"""The microbatches that a schedule has in flight, counted once for all the placements that are tried under it."""
 
 from __future__ import annotations
 

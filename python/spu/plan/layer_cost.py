@@ -1,4 +1,4 @@
-"""What one layer costs: the numbers that placing a model rests on."""
+"""The cost of one layer: the numbers that planning rests on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["LayerCost"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """What one layer, or the loss, costs for one microbatch, in the precision and the form of the training."""
+    """The cost of one layer, or of the loss, for one microbatch, in the precision and the form of the training."""
 
     name: str
     """The layer's name."""
@@ -74,7 +74,7 @@ class LayerCost:
 
     @property
     def weight_share(self) -> float:
-        """The share of the backward's time that weight gradients take which can be deferred."""
+        """The share of the backward's time that deferrable weight gradients take."""
         return self.deferred_flops / self.backward_flops if self.backward_flops else 0.0
 
     @property

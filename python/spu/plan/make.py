@@ -1,4 +1,4 @@
-"""Makes a plan for given settings: places layers on devices under their budgets; or says why not."""
+"""Making a plan for given settings: layers are placed on devices under their budgets, or it is said why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan: which layers go where, in which order they run, what that takes. Written as JSON, by hand too."""
+"""A plan: which layers go where, in which order they run, and what that takes. It is written as JSON, also by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StagePlan(StageBytes):
         device: the device's name, such as ``cpu:0``.
         layers: (first, last + 1), indices into the model's layers.
         layer_names: their names.
-        recompute: indices of the layers that keep only their input and run again in the backward.
+        recompute: indices of the layers that keep only their input and are recomputed in the backward.
         budget_bytes: what the device may use, for all of its stages together.
         each_bytes: what one microbatch in flight keeps; ``saved_bytes`` is the most of them at a time.
         left_bytes: what a microbatch keeps between input gradient and weight gradients, where these are deferred.
@@ -60,7 +60,7 @@ class StagePlan(StageBytes):
 
 @dataclass(frozen=True)
 class Predicted:
-    """What the simulator says of a step.
+    """The prediction of a step, by simulation.
 
     Attributes:
         step_s: seconds of a step: every run of the schedule, loss and packing included, and the update.
@@ -111,12 +111,12 @@ class Plan:
 
     @property
     def recompute(self) -> bool:
-        """Whether any layer runs again in the backward."""
+        """Whether any layer is recomputed in the backward."""
         return any(stage.recompute for stage in self.stages)
 
     @property
     def recomputed_layers(self) -> frozenset[int]:
-        """The layers that do."""
+        """The layers that are."""
         return frozenset(k for stage in self.stages for k in stage.recompute)
 
     @property
@@ -130,27 +130,27 @@ class Plan:
         return len(self.stages) // len(self.devices)
 
     def actions(self) -> list[list[schedules.Action]]:
-        """One run of the schedule: what each device does."""
+        """Return one run of the schedule: what each device does."""
         return schedules.get(self.settings.schedule)(
             len(self.devices), self.settings.run_microbatches, virtual=self.virtual
         )
 
     def timeline(self) -> schedules.Timeline:
-        """The predicted timeline of one run of the schedule."""
+        """Return the predicted timeline of one run of the schedule."""
         actions = self.actions()
         durations = [(s.forward_s, max(s.backward_s - s.weight_s, 0.0), s.weight_s) for s in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)
 
     def memory_curve(self) -> list[list[tuple[float, int]]]:
-        """For each device, in the order of `devices`: (seconds, bytes held from then on) over one run."""
+        """Return for each device, in the order of `devices`, (seconds, bytes held from then on) over one run."""
         return memory_curve(self)
 
     def table(self, width: int | None = None) -> str:
-        """The plan as a table of plain text; with stages as columns where it is wider than ``width``."""
+        """Return the plan as a table of plain text, with stages as columns where it is wider than `width`."""
         return plan_table(self, width)
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
+        """Return the plan as JSON text."""
         data = dataclasses.asdict(self)
         stages = [{**stage, "total_bytes": self.stages[k].total_bytes} for k, stage in enumerate(data["stages"])]
         written = {"format": "spu plan", **data, "settings": self.settings.to_json(), "stages": stages}
@@ -158,10 +158,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any], source: str = "the plan") -> Plan:
-        """The plan that ``text``, or what a JSON parser made of it, describes.
+        """Return the plan that `text` describes.
 
         Args:
-            text: what `to_json` returned, perhaps edited.
+            text: what `to_json` returned, perhaps edited; or the object that a JSON parser made of it.
             source: what to call it in errors, such as its file name.
 
         Raises:
@@ -182,12 +182,12 @@ class Plan:
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as a JSON file; an existing file is replaced only once the new one is complete."""
+        """Write the plan as a JSON file; an existing file is replaced only when the new one is complete."""
         write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             ValueError: if the file is missing or not a plan; names the file and the entry.
@@ -230,7 +230,7 @@ def _check_total(stage: Any, where: str) -> None:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as JSON gave it, turned into ``kind``: a dataclass, a tuple, or a plain type."""
+    """Return `value`, as JSON gave it, turned into `kind`: a dataclass, a tuple, or a plain type."""
     if isinstance(kind, type) and issubclass(kind, Options):
         if not isinstance(value, dict):
             raise _BadEntry(f"{where} must be an object, got {value!r}")
@@ -277,7 +277,7 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check(plan: Plan) -> None:
-    """Raises _BadEntry where entries do not fit together."""
+    """Raise _BadEntry where entries do not fit together."""
     if plan.settings.searched:
         raise _BadEntry("settings.schedule and settings.microbatches must be a schedule and a number here, not auto")
     if not plan.stages:
@@ -319,19 +319,19 @@ def _check_layers(plan: Plan) -> None:
 
 
 def _check_devices(plan: Plan) -> None:
-    """The schedule says which device has which of the stages."""
+    """Raise _BadEntry where a stage is on another device than its schedule says."""
     names = plan.devices
     if len(plan.stages) % len(names):
         raise _BadEntry(f"{len(plan.stages)} stages cannot be spread evenly over {len(names)} devices; change either")
     try:
-        homes = schedules.stage_ranks(plan.settings.schedule, len(names), plan.virtual)
+        ranks = schedules.stage_ranks(plan.settings.schedule, len(names), plan.virtual)
     except ValueError as error:
         raise _BadEntry(f"{plan.virtual} stages on each of {len(names)} devices: {error}") from None
-    for k, (stage, home) in enumerate(zip(plan.stages, homes, strict=True)):
-        if stage.device != names[home]:
+    for k, (stage, rank) in enumerate(zip(plan.stages, ranks, strict=True)):
+        if stage.device != names[rank]:
             schedule = plan.settings.schedule
             raise _BadEntry(
-                f"stages[{k}].device is {stage.device!r}, but {schedule} has that stage on {names[home]!r}; "
+                f"stages[{k}].device is {stage.device!r}, but {schedule} has that stage on {names[rank]!r}; "
                 "change it, or the schedule"
             )
     if len(plan.predicted.peak_bytes) != len(names):

@@ -1,4 +1,4 @@
-"""The search for the fastest plan: devices, schedule, microbatches, boundaries, recompute and codecs, by simulation.
+"""The search for the fastest plan over devices, schedule, microbatches, boundaries, recompute and codecs.
 
 For every order of devices, schedule and number of microbatches the exact programme (`spu.plan.partition`) gives a few
 partitions; each is simulated, the fastest are improved by moving boundaries one layer at a time, and the plan with the
@@ -28,7 +28,7 @@ CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
 """Rows of a microbatch -> costs of the layers, and of the loss."""
 
 SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
-"""How much slower than the best a slowest stage may be where all together are faster: few microbatches want that."""
+"""How much slower than the best the slowest stage may be, if all stages together are then faster."""
 
 _ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
 
@@ -58,7 +58,7 @@ _MOST_MICROBATCHES = 1 << 10
 
 
 def _spread(counts: list[int]) -> set[int]:
-    """At most eight of them, the largest included, about a factor of two apart."""
+    """Return at most eight of them, the largest included, about a factor of two apart."""
     kept: list[int] = []
     for m in reversed(counts):
         if not kept or 2 * m <= kept[-1] or len(counts) <= 8:
@@ -78,7 +78,7 @@ def search_plan(
     one_process: bool = False,
     times_of: Callable[[int], Sequence[Times]] | None = None,
 ) -> Plan:
-    """The fastest plan found that keeps every budget.
+    """Return the fastest plan that is found and keeps every budget.
 
     Args:
         costs_of: profiles the model for a number of rows; called once for each that is tried.
@@ -171,7 +171,7 @@ class _Search:
         return [order for seconds, order in sorted(ranked)[:_ORDERS] if math.isfinite(seconds)]
 
     def _every_order(self) -> Iterator[tuple[int, ...]]:
-        """Distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
+        """Yield distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
         count = len(self.machine.devices)
         if self.same_order:
             yield tuple(range(count))
@@ -228,11 +228,11 @@ class _Search:
         return request
 
     def _rows(self, microbatches: int) -> int:
-        """Rows of one of so many microbatches."""
+        """Return the rows of one of so many microbatches."""
         return self.batch // (self.settings.accumulate * microbatches)
 
     def _codec(self, a: int, b: int, tensor_bytes: int) -> str:
-        """The codec with which a tensor is over the link soonest, packing and unpacking included."""
+        """Return the codec with which a tensor crosses the link fastest, packing and unpacking included."""
         if self.settings.transfer != AUTO or self.one_process:
             return self.settings.codec if a != b else "none"
         machine = self.machine
@@ -248,7 +248,7 @@ class _Search:
         return min(("none", "int8"), key=seconds)
 
     def _profile(self, rows: int) -> tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]:
-        """(layers, loss, [devices] measured times) for a number of rows."""
+        """Return (layers, loss, [devices] measured times) for a number of rows."""
         if rows not in self._profiles:
             self._profiles[rows] = *self.costs_of(rows), None if self.times_of is None else self.times_of(rows)
         return self._profiles[rows]

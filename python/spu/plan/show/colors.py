@@ -1,4 +1,4 @@
-"""The one meaning of each colour in our pictures; told apart also by colour-blind readers, and in grey."""
+"""The meaning of each colour in our pictures; colour-blind readers can tell them apart, also in grey."""
 
 from __future__ import annotations
 

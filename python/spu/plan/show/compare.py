@@ -1,4 +1,4 @@
-"""Predicted beside measured: what a plan promised and what a step was."""
+"""Predicted beside measured: a plan and a step that ran by it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["comparison", "replanned"]
 
 
 def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mapping[str, int] | None = None) -> list[str]:
-    """Lines of text: time of a step, bubble, each device's work and peak bytes, predicted and measured.
+    """Return lines of text: time of a step, bubble, each device's work and peak bytes, predicted and measured.
 
     Args:
         plan: what was predicted.
@@ -40,7 +40,7 @@ def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mappin
 
 
 def replanned(before: Plan, after: Plan) -> str:
-    """A line of text: what planning again has changed."""
+    """Return a line of text: what planning again has changed."""
     if [s.layers for s in before.stages] == [
         s.layers for s in after.stages
     ] and before.settings.schedule == after.settings.schedule:
@@ -51,7 +51,7 @@ def replanned(before: Plan, after: Plan) -> str:
 
 
 def _work(plan: Plan, timeline: Timeline) -> list[float]:
-    """Seconds of work on each device."""
+    """Return the seconds of work on each device."""
     ranks = {name: rank for rank, name in enumerate(plan.devices)}
     seconds = [0.0] * len(ranks)
     for span in timeline.spans:

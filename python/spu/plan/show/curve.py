@@ -1,4 +1,4 @@
-"""What each device holds over time: a plan's bytes along a timeline, predicted or measured."""
+"""The bytes that each device holds over time: a plan's, along a predicted or a measured timeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["memory_curve", "peak_moment"]
 
 
 def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tuple[float, int]]]:
-    """Bytes held on each device from each change on.
+    """Return the bytes held on each device from each change on.
 
     State and wires are there all the time; each microbatch in flight adds what its stage keeps, from the start of its
     forward to the end of its backward, and what a deferred weight gradient keeps until that is done;
@@ -29,12 +29,12 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     """
     timeline = (timeline or plan.timeline()).shifted()
     ranks = {name: rank for rank, name in enumerate(plan.devices)}
-    home = [ranks[stage.device] for stage in plan.stages]
+    rank_of = [ranks[stage.device] for stage in plan.stages]
     changes: list[list[tuple[float, int, int]]] = [[] for _ in ranks]  # (when, frees first, bytes)
     opened: set[tuple[int, int]] = set()
     for span in timeline.spans:
         stage, key = plan.stages[span.stage], (span.stage, span.microbatch)
-        own = changes[home[span.stage]]
+        own = changes[rank_of[span.stage]]
         if key not in opened:
             opened.add(key)
             own.append((span.start, 1, stage.each_bytes))
@@ -47,7 +47,7 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
             own.append((span.end, 0, left - stage.each_bytes))
     curves = []
     for rank, own in enumerate(changes):
-        held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, home) if k == rank)
+        held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, rank_of) if k == rank)
         curve = [(0.0, held)]
         for when, _, count in sorted(own):
             held += count
@@ -60,7 +60,7 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
 
 
 def peak_moment(plan: Plan, rank: int) -> str:
-    """When a device holds most, in words: the action that runs then."""
+    """Return in words when a device holds most: the action that runs then."""
     timeline = plan.timeline()
     ranks = {name: index for index, name in enumerate(plan.devices)}
     curve = memory_curve(plan, timeline)[rank]

@@ -1,4 +1,4 @@
-"""A plan in words that somebody new to it understands."""
+"""A plan in words for newcomers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def explain(
     planned_s: float | None = None,
     width: int | None = None,
 ) -> list[str]:
-    """The plan's table, for a terminal of ``width`` columns, with what is above and below it: lines of text."""
+    """Return lines of text: the plan's table for a terminal of `width` columns, with sentences above and below it."""
     size = f" ({parameters / 1e9:.2f}B parameters)" if parameters else ""
     shape = f"{plan.rows} x {plan.tokens} tokens" if plan.tokens else f"{plan.rows} rows"
     runs = f", {plan.settings.accumulate} times" if plan.settings.accumulate > 1 else ""

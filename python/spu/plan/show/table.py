@@ -22,9 +22,9 @@ _HOW = {"measured": "(measured on real ones)", "bound": "(a bound from its sizes
 
 
 def plan_table(plan: Plan, width: int | None = None) -> str:
-    """What runs where and what it takes: a line above, a row per stage, a line below.
+    """Return the text: a line above, a row for each stage, a line below.
 
-    Where that is wider than ``width`` columns, stages are columns instead of rows.
+    Where that is wider than `width` columns, stages are columns instead of rows.
     """
     s = plan.settings
     how = [
@@ -66,7 +66,7 @@ def _recompute(plan: Plan) -> str:
 
 
 def _lines(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
-    """Aligned, the first ``left`` columns to the left and the rest to the right, with a rule below the first row."""
+    """Return aligned lines, the first `left` columns to the left, the rest to the right, a rule below the first row."""
     lines = columns(rows, left)
     rule = "  ".join("-" * max(map(len, column)) for column in zip(*rows, strict=True))
     return [lines[0], rule, *lines[1:]]

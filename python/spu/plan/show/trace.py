@@ -14,7 +14,7 @@ __all__ = ["write_trace"]
 
 
 def write_trace(timeline: Timeline, path: str | os.PathLike[str], predicted: Timeline | None = None) -> None:
-    """Writes Chrome trace events: a process per timeline, a thread per stage, a complete event ("X") per action.
+    """Write Chrome trace events: a process per timeline, a thread per stage, a complete event ("X") per action.
 
     Args:
         timeline: what ran.
