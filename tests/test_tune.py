@@ -42,7 +42,7 @@ def test_without_a_card_the_error_says_so() -> None:
         tune.tune(ops=("linear_dq",))
 
 
-class Card:
+class Gpu:
     """An sm_90 GPU on which 64-row tiles are fastest, and the CUDA C++ layer faster than Triton's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +81,7 @@ class Nothing:
 def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, said = Card(monkeypatch), []
+    gpu, said = Gpu(monkeypatch), []
     path = tmp_path / "sm_90.json"
     ops = ("linear", "linear_dz_dx", "linear_dw")
     tune.tune("cpu", ops, ("fp16",), out=path, seconds=0.0, say=said.append)

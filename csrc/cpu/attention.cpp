@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
   a.out = out.mutable_data_ptr(), a.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t heads = q.size(0) * a.heads;
   if (lse.numel() == 0) return {out, lse};
-  // A head's panels are shared out only where there are fewer heads than threads: each task packs its keys again.
+  // A head's panels are shared out only where there are fewer heads than threads: each task packs its keys itself.
   a.query_chunks = std::max<int64_t>(1, threads() / heads);
   const KernelTable& table = kernels();
   for_ranges(heads * a.query_chunks, 1, [&](int64_t begin, int64_t end) { table.attention(a, begin, end); });

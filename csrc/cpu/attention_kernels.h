@@ -3,7 +3,7 @@
 // A panel of kNR queries is taken at a time and its scores are made transposed, S^T [keys, kNR] = K Q^T: the lanes of
 // a vector are queries, so that the softmax over the keys needs no sums across lanes, and S^T lies in memory as the
 // packed right-hand side of the product that follows, O^T = V^T S^T. A panel's scores for all keys are kept (64 or 128
-// bytes a key), never those of two panels. The backward makes them again from the saved log-sum-exp, as in Dao et al.,
+// bytes a key), never those of two panels. The backward recomputes them from the saved log-sum-exp, as in Dao et al.,
 // "FlashAttention" (2022). Every sum runs in an order that depends on the shape alone.
 #pragma once
 
@@ -196,7 +196,7 @@ static void attention(const cpu::Attention& a, int64_t begin, int64_t end) {
   }
 }
 
-// What the backward of one key and value head works on.
+// The operands of the backward of one key and value head.
 struct BackwardPanels {
   float *k, *v, *k_turned;    // A panels: keys x head_dim twice, head_dim x keys
   float *dk, *dv;             // [keys rounded up, columns], sums over the queries

@@ -21,7 +21,7 @@ namespace SPU_ISA_NS {
 constexpr int64_t kKC = kNR >= 32 ? 256 : 384;
 constexpr int64_t kMC = 120 / kMR * kMR;
 constexpr int64_t kTaskColumns = cpu::kStatColumns;
-// Bounds of what is packed at a time: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
+// Bounds of one packing: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
 // ranges, C waits in fp32 between them, kNS of its columns at a time.
 constexpr int64_t kKS = 2048;
 constexpr int64_t kNS = 4096;

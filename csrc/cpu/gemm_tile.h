@@ -1,4 +1,4 @@
-// What an epilogue gets, and how it walks over it. Included in the namespace of an instruction set.
+// The input of an epilogue, and how it walks over it. Included in the namespace of an instruction set.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -1,4 +1,4 @@
-// What each instruction set provides: a table of functions on raw pointers. No torch header and no standard library
+// The kernels of one instruction set: a table of functions on raw pointers. No torch header and no standard library
 // container is visible to the files compiled with wider instructions, see math/hd.h.
 #pragma once
 

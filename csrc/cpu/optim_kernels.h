@@ -26,7 +26,7 @@ SPU_INLINE vu lane_numbers(Lanes<I...>) {
   return (vu){uint32_t(I)...};
 }
 
-// Vector i of a block of n values; all of it is there if Whole, else what is missing reads as 0 and is not written.
+// Vector i of a block of n values; all of it exists if Whole, else missing values read as 0 and are not written.
 template <bool Whole, class T>
 SPU_INLINE vf take(const T* block, int i, int64_t n) {
   const int64_t left = n - i * kLanes;

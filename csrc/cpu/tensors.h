@@ -1,4 +1,4 @@
-// What the op files share beside torch/tensors.h: operands, new tensors in large pages, contiguous views that are
+// Shared by the op files, beside torch/tensors.h: operands, new tensors in large pages, contiguous views that are
 // written back.
 #pragma once
 

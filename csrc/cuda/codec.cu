@@ -48,7 +48,7 @@ struct Format<Codec::fp8_e4m3> : Fp8<3, 7> {};
 template <>
 struct Format<Codec::fp8_e5m2> : Fp8<2, 15> {};
 
-// Where a wire's sections lie, and what a pack kernel also writes.
+// The places of a wire's sections, and the rest that a pack kernel writes.
 struct Wire {
   uint8_t* bytes;
   int64_t numel, scales, payload, payload_end, end;

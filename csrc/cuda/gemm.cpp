@@ -14,7 +14,7 @@ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-// Rows of 16-bit values that start at multiples of 16 bytes, one after another: what the tensor-core kernels read.
+// Rows of 16-bit values that start at multiples of 16 bytes, one after another, as the tensor-core kernels read.
 bool rows_aligned(const void* data, int64_t length, int64_t stride) {
   return aligned(data) && length % 8 == 0 && stride % 8 == 0 && stride >= length;
 }

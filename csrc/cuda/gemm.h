@@ -20,7 +20,7 @@ namespace cuda {
 enum class Form : int { forward = 0, dx = 1, dw = 2 };
 constexpr int kForms = 3, kTensorCoreTypes = 2;
 
-// What a product's sizes say about the tile that suits it; the names and bounds of spu.kernels.table.shape_class.
+// The class of a product's sizes, for the choice of a tile; the names and bounds of spu.kernels.table.shape_class.
 enum class ShapeClass : int { skinny = 0, deep = 1, small = 2, medium = 3, large = 4 };
 constexpr int kClasses = 5;
 ShapeClass shape_class(int64_t m, int64_t n, int64_t k);

@@ -1,4 +1,4 @@
-// What the CUTLASS epilogues of both generations share: element functions over fragments, and the found_inf flag.
+// Shared by the CUTLASS epilogues of both generations: element functions over fragments, and the found_inf flag.
 #pragma once
 
 #define CUTLASS_SKIP_REDUCTION_INIT 1  // or each launch would reset found_inf

@@ -71,7 +71,7 @@ struct Product {
     }
   };
 
-  // A load that is skipped on a null pointer; AddIf and Activate then do not look at what it returns.
+  // A load that is skipped on a null pointer; AddIf and Activate then ignore its result.
   struct OptionalLoad : evt::VisitorAuxLoad<Map, Output, Stride> {
     using Load = evt::VisitorAuxLoad<Map, Output, Stride>;
     using Load::Load;

@@ -1,4 +1,4 @@
-// What the op files share beside torch/tensors.h: operands, checks of the device.
+// Shared by the op files, beside torch/tensors.h: operands, checks of the device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -8,7 +8,7 @@
 namespace spu {
 namespace math {
 
-// What is the same for every element, computed once in fp64 from the 1-based step number.
+// The constants of a step, computed once in fp64 from the 1-based step number.
 struct AdamWStep {
   float decay;         // 1 - lr * weight_decay
   float one_minus_b1;  // 1 - beta1
@@ -35,7 +35,7 @@ struct AdamWState {
   F param, m, v;
 };
 
-// The master, but the 16-bit weight where somebody has changed that since: it is no longer what the master rounds to.
+// The master; or the 16-bit weight, where it differs from the rounded master because somebody has changed it.
 template <class F>
 SPU_HD F following(F master, F rounded, F weight) {
   return weight == rounded ? master : weight;

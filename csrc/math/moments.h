@@ -62,7 +62,7 @@ SPU_HD U moment_noise(U index, uint32_t seed) {
   return mix<U>(index * 0x9e3779b9u + seed);
 }
 
-// noise: 16 bits. What is not finite is rounded to nearest, and nothing finite becomes infinite.
+// noise: 16 bits. A value that is not finite is rounded to nearest, and nothing finite becomes infinite.
 template <class F, class U = typename Ops<F>::UInt>
 SPU_HD U stochastic_bf16(F x, U noise) {
   const U u = Ops<F>::bits(x), infinity = U{} + 0x7f800000u;

@@ -1,4 +1,4 @@
-// What the op files of both libraries share: storage types, tensors seen as matrices, checks of shapes.
+// Shared by the op files of both libraries: storage types, tensors seen as matrices, checks of shapes.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
