@@ -87,11 +87,11 @@ def test_workspace_is_the_most_of_one_action():
     assert memory().of(1, 2, 3).workspace_bytes == 300 + 5
 
 
-def test_weight_gradients_that_are_put_off_keep_their_operands():
+def test_deferred_weight_gradients_keep_their_operands():
     layers = [layer("a", 1, 1000, 0, 10, deferred_bytes=50)]
     usual = {"in_flight": [3], "boundaries": [], "precision": "fp16"}
-    kept, put_off = (StageMemory(layers, LOSS, deferred=d, **usual).of(0, 0, 1).saved_bytes for d in (False, True))
-    assert put_off - kept == 3 * 50
+    kept, deferred = (StageMemory(layers, LOSS, deferred=d, **usual).of(0, 0, 1).saved_bytes for d in (False, True))
+    assert deferred - kept == 3 * 50
 
 
 def test_wires_are_two_buffers_per_boundary_and_direction_where_something_is_copied():
@@ -104,10 +104,10 @@ def test_wires_are_two_buffers_per_boundary_and_direction_where_something_is_cop
     assert (memory().of(0, 0, 2).wire_bytes, memory().of(1, 1, 3).wire_bytes) == (0, 100)
 
 
-def test_a_cpu_beside_a_card_pins_its_wires_in_powers_of_two():
-    to_card = memory(Boundary("none", True, before_on_gpu=False, after_on_gpu=True))
-    assert to_card.of(0, 0, 2).wire_bytes == 2 * 2 * 256
-    assert to_card.of(1, 2, 3).wire_bytes == 2 * 2 * 200
+def test_a_cpu_beside_a_gpu_pins_its_wires_in_powers_of_two():
+    to_gpu = memory(Boundary("none", True, before_on_gpu=False, after_on_gpu=True))
+    assert to_gpu.of(0, 0, 2).wire_bytes == 2 * 2 * 256
+    assert to_gpu.of(1, 2, 3).wire_bytes == 2 * 2 * 200
 
 
 @given(st.integers(0, 1 << 40))

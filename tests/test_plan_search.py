@@ -118,11 +118,11 @@ def test_recompute_is_only_as_much_as_the_budget_asks_for():
 
 
 def test_transfers_are_packed_where_the_link_is_slow():
-    cards = [device("cuda:0", 100 * MB), device("cuda:1", 100 * MB)]
+    gpus = [device("cuda:0", 100 * MB), device("cuda:1", 100 * MB)]
     wanted = {"batch": 8, "transfer": "auto", "schedule": "1f1b"}
     profile = costs([10**9] * 4, params=2 * MB)
-    slow = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e6, (1, 0): 1e6})
-    fast = make_machine(cards, {}, {}, "fp16", links={(0, 1): 1e13, (1, 0): 1e13})
+    slow = make_machine(gpus, {}, {}, "fp16", links={(0, 1): 1e6, (1, 0): 1e6})
+    fast = make_machine(gpus, {}, {}, "fp16", links={(0, 1): 1e13, (1, 0): 1e13})
     assert search(profile, slow, **wanted).codecs == ("int8",)
     assert search(profile, fast, **wanted).codecs == ("none",)
 
@@ -161,7 +161,7 @@ def test_speeds_that_cannot_be_read_are_named(text):
         read_speeds(text)
 
 
-def test_an_unknown_card_lists_those_there_are():
+def test_an_unknown_class_of_gpu_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"speed cuda:0=abacus: give a rate such as 20TFLOPS, or one of a100, "):
         machine(device("cuda:0"), speeds="cuda:0=abacus")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from spu import schedules
+from spu.plan.show.colors import WORDS
 from spu.schedules import Action
 from spu.schedules.simulate import FlatSchedule, flatten
 
-__all__ = ["Held", "actions_of", "held_moments", "in_flight_of", "skeleton_of", "walk"]
+__all__ = ["Held", "actions_of", "held_moments", "in_flight_of", "skeleton_of", "walk", "words_of_peak"]
 
 Held = tuple[tuple[int, int, int], ...]
 """What a rank holds beside the action that runs: for each of its stages (stage, microbatches between forward and
@@ -48,6 +49,12 @@ def walk(row: Sequence[Action]) -> Iterator[tuple[Action, Held]]:
         yield action, tuple((stage, full[stage], left[stage]) for stage in stages)
         full[s] += action.kind == "F"
         left[s] += action.kind == "I"
+
+
+def words_of_peak(row: Sequence[Action], size: Callable[[Action, Held], int]) -> str:
+    """Return in words the first action of a rank in which it holds most, where `size` tells the bytes."""
+    when, _ = max(walk(row), key=lambda moment: size(*moment))
+    return f"in the {WORDS[when.kind]} of microbatch {when.microbatch} ({when})"
 
 
 @lru_cache(maxsize=256)

@@ -8,12 +8,11 @@ from itertools import chain
 
 from spu import schedules
 from spu.common.units import format_bytes, format_bytes_up
-from spu.plan.in_flight import Held, walk
+from spu.plan.in_flight import Held, words_of_peak
 from spu.plan.layer_cost import LayerCost
 from spu.plan.memory import state_bytes
 from spu.plan.placement import Placement
 from spu.plan.request import Request
-from spu.plan.show.colors import WORDS
 from spu.schedules import Action
 
 __all__ = ["BudgetError", "refusal", "states"]
@@ -122,13 +121,11 @@ def _moment(placed: Placement, rank: int) -> str:
     if sum(totals[s].state_bytes for s in placed.of_rank(rank)) > placed.request.budgets[rank]:
         return "all the time, for weights and optimizer alone"
 
-    def size(moment: tuple[Action, Held]) -> int:
-        action, held = moment
+    def size(action: Action, held: Held) -> int:
         beside = sum((full + left) * each[s] for s, full, left in held)
         return beside + each[action.stage] + totals[action.stage].workspace_bytes
 
-    when, _ = max(walk(placed.request.actions[rank]), key=size)
-    return f"in the {WORDS[when.kind]} of microbatch {when.microbatch} ({when})"
+    return words_of_peak(placed.request.actions[rank], size)
 
 
 def _describe(label: str, placed: Placement) -> str:

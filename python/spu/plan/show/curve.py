@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spu.plan.show.colors import WORDS
+from spu.plan.in_flight import Held, words_of_peak
+from spu.schedules import Action
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
@@ -61,12 +62,10 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
 
 def peak_moment(plan: Plan, rank: int) -> str:
     """Return in words when a device holds most: the action that runs then."""
-    timeline = plan.timeline()
-    ranks = {name: index for index, name in enumerate(plan.devices)}
-    curve = memory_curve(plan, timeline)[rank]
-    when = max(curve, key=lambda point: point[1])[0]
-    for span in timeline.shifted().spans:
-        if ranks[plan.stages[span.stage].device] == rank and span.start <= when < span.end:
-            what = WORDS[span.kind]
-            return f"in the {what} of microbatch {span.microbatch} ({span.stage}{span.kind}{span.microbatch})"
-    return "between two actions"
+    stages = plan.stages
+
+    def size(action: Action, held: Held) -> int:
+        own, beside = stages[action.stage], sum(n * stages[s].each_bytes + m * stages[s].left_bytes for s, n, m in held)
+        return beside + (own.left_bytes if action.kind == "W" else own.each_bytes + own.workspace_bytes)
+
+    return words_of_peak(plan.actions()[rank], size)
