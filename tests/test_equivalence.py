@@ -23,7 +23,6 @@ import spu
 from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
 from spu.model.layers import DrawKey, Layer, model_layers
-from spu.settings import Settings
 from spu.trainer import planner
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
@@ -86,12 +85,12 @@ def costs_counted_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
     count = planner.model_costs
 
-    def counted(layers: Any, sample: Any, settings: Settings, loss_fn: Any, targets: Any) -> Any:
+    def counted(layers: Any, sample: Any, dtype: torch.dtype, *, fused: bool, loss_fn: Any, targets: Any) -> Any:
         models = [(layer.name, repr(layer.module), *(p.shape for p in layer.module.parameters())) for layer in layers]
         shapes = [t.shape for t in tree_leaves((sample, targets)) if isinstance(t, torch.Tensor)]
-        key = repr((models, shapes, settings.precision, settings.fused))
+        key = repr((models, shapes, dtype, fused))
         if key not in known:
-            known[key] = count(layers, sample, settings, loss_fn, targets)
+            known[key] = count(layers, sample, dtype, fused=fused, loss_fn=loss_fn, targets=targets)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,7 +22,7 @@ __all__ = ["RESIDENT", "Residency", "Resident"]
 
 
 class Residency(Protocol):
-    """Brings a layer's weights to the device that computes with them, and takes them away again.
+    """Brings a layer's weights to the device that computes with them, and takes them away afterwards.
 
     An implementation that moves a parameter swaps its ``data`` as a whole: copying in place into memory that autograd
     has saved for a backward would change its version counter, and the backward would raise.
