@@ -40,10 +40,6 @@ class Tally:
             self.live += count
             self.peak = max(self.peak, self.live)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Tell whether the tensor's storage was counted."""
-        return storage_id(tensor) in self._known
-
     def restart(self) -> None:
         """Set the peak to the bytes that are live now."""
         with self._lock:

@@ -50,12 +50,13 @@ def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contex
     """
     reached = _Reached(roots, values)
     dtype, python = torch.get_default_dtype(), random.getstate()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     numpy = sys.modules.get("numpy")
     drawn = numpy.random.get_state() if numpy is not None else None
     kept = _Values(reached.tensors) if values else None
     watched = contextlib.nullcontext if kept is None else functools.partial(_Writes, kept)
     try:
-        with frozen_rng(), torch.enable_grad(), watched():
+        with torch.random.fork_rng(devices=gpus), torch.enable_grad(), watched():
             yield watched
     finally:
         if kept is not None:
@@ -65,16 +66,6 @@ def untouched(*roots: Any, values: bool = False) -> Iterator[Callable[[], contex
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(drawn)
-
-
-@contextlib.contextmanager
-def frozen_rng(device: torch.device | None = None) -> Iterator[None]:
-    """Put torch's generators back at the end: the CPU's, and those of the GPUs in use."""
-    gpus: list[Any] = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    if device is not None and device.type == "cuda" and not gpus:
-        gpus = [device]
-    with torch.random.fork_rng(devices=gpus):
-        yield
 
 
 class _Reached:
