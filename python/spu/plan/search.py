@@ -22,15 +22,18 @@ from spu.plan.refusal import BudgetError, refusal, states
 from spu.plan.request import Request, Times, crossings
 from spu.settings import AUTO, Settings
 
-__all__ = ["SLACKS", "CostsOf", "microbatch_counts", "schedule_names", "search_plan"]
+__all__ = ["CostsOf", "microbatch_counts", "search_plan"]
 
 CostsOf = Callable[[int], tuple[Sequence[LayerCost], LayerCost]]
 """Rows of a microbatch -> costs of the layers, and of the loss."""
 
-SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
+_SLACKS = (1.0, 1.15, 1.5, 2.5, math.inf)
 """How much slower than the best the slowest stage may be, if all stages together are then faster."""
 
 _ORDERS, _IMPROVED, _ROUNDS = 3, 3, 12
+
+_MOST_MICROBATCHES = 1 << 10
+"""More are not tried: every action of a run is simulated."""
 
 
 def microbatch_counts(settings: Settings, batch: int) -> list[int]:
@@ -39,10 +42,16 @@ def microbatch_counts(settings: Settings, batch: int) -> list[int]:
         return [settings.microbatches]
     share, rest = divmod(batch, settings.accumulate)
     counts = [] if rest else [m for m in range(1, min(share, _MOST_MICROBATCHES) + 1) if share % m == 0]
-    return [m for m in counts if m in _spread(counts)]
+    if len(counts) <= 8:
+        return counts
+    kept = counts[-1:]  # at most eight, the largest included, about a factor of two apart
+    for m in reversed(counts):
+        if 2 * m <= kept[0]:
+            kept.insert(0, m)
+    return kept[-8:]
 
 
-def schedule_names(settings: Settings) -> list[str]:
+def _schedule_names(settings: Settings) -> list[str]:
     """Return the schedules to try.
 
     In fp32 the linear layers of a searched plan are torch's own, which compute both gradients at once: a schedule that
@@ -51,19 +60,6 @@ def schedule_names(settings: Settings) -> list[str]:
     if settings.schedule != AUTO:
         return [settings.schedule]
     return [n for n in schedules.names() if settings.precision != "fp32" or not schedules.splits_backward(n)]
-
-
-_MOST_MICROBATCHES = 1 << 10
-"""More are not tried: every action of a run is simulated."""
-
-
-def _spread(counts: list[int]) -> set[int]:
-    """Return at most eight of them, the largest included, about a factor of two apart."""
-    kept: list[int] = []
-    for m in reversed(counts):
-        if not kept or 2 * m <= kept[-1] or len(counts) <= 8:
-            kept.append(m)
-    return set(kept[:8])
 
 
 def search_plan(
@@ -155,7 +151,7 @@ class _Search:
 
     def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[Placement]:
         for request in self._requests(order, counts):
-            yield from request.candidates(SLACKS)
+            yield from request.candidates(_SLACKS)
 
     def _orders(self) -> list[tuple[int, ...]]:
         """Return orders of devices worth a full search: those that are fastest under one schedule."""
@@ -166,7 +162,7 @@ class _Search:
         ranked = []
         for order in every:
             request = self._request(order, "1f1b", middle)
-            times = [placed.step_s for placed in request.candidates(SLACKS)] if request is not None else []
+            times = [placed.step_s for placed in request.candidates(_SLACKS)] if request is not None else []
             ranked.append((min(times, default=math.inf), order))
         return [order for seconds, order in sorted(ranked)[:_ORDERS] if math.isfinite(seconds)]
 
@@ -206,7 +202,7 @@ class _Search:
     def _requests(self, order: Sequence[int], counts: list[int]) -> Iterator[Request]:
         # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
         for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
-            for name in schedule_names(self.settings):
+            for name in _schedule_names(self.settings):
                 request = self._request(order, name, microbatches)
                 if request is not None:
                     yield request
