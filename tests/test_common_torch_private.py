@@ -274,12 +274,13 @@ def test_what_compile_has_wrapped_is_found() -> None:
     assert len(runs) == 1
 
 
-@canary("DropoutNd", "NormBase", "RECURRENT", uses="layers that draw, that keep fp32 statistics, that want one dtype")
+@canary("DropoutNd", "Moved", "NormBase", "RECURRENT", uses="layers that draw, keep fp32 statistics, share buffers")
 def test_bases_of_layers() -> None:
     assert issubclass(nn.Dropout2d, private.DropoutNd)
     assert issubclass(nn.InstanceNorm2d, private.NormBase)
-    calls = torch.nn.modules.rnn._VF
-    assert {calls.lstm, calls.gru, calls.rnn_tanh, calls.rnn_relu} == private.RECURRENT
+    told = type("Told", (private.Moved,), {"moved": lambda self: setattr(self, "was_told", True)})()
+    assert nn.Sequential(told).to(torch.float64)[0].was_told
+    assert {getattr(nn.modules.rnn._VF, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")} == private.RECURRENT
 
 
 @canary("legacy_reduction", uses="weighing microbatches by a loss's old arguments")
@@ -389,9 +390,8 @@ def test_fake_tensors() -> None:
 @canary("pytree", "tree_leaves", "tree_map", "tree_map_only", uses="batches and outputs of any structure")
 def test_trees() -> None:
     tree = {"a": [1, (torch.ones(1), None)]}
-    leaves, spec = private.pytree.tree_flatten(tree)
-    assert private.pytree.tree_unflatten(leaves, spec) == tree
-    assert private.tree_leaves(tree) == leaves == [1, tree["a"][1][0], None]  # type: ignore[index]
+    assert private.pytree.tree_unflatten(*private.pytree.tree_flatten(tree)) == tree
+    assert private.tree_leaves(tree) == private.pytree.tree_flatten(tree)[0] == [1, tree["a"][1][0], None]  # type: ignore[index]
     assert private.tree_map(str, {"a": 1}) == {"a": "1"}
     assert private.tree_map_only(int, lambda n: n + 1, [1, "x"]) == [2, "x"]
 

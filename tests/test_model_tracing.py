@@ -213,6 +213,7 @@ def test_buffers_between_modules_and_state_that_nothing_uses(recompute: bool, tm
             again.load(tmp_path / "saved")
             for name, value in other.state_dict().items():
                 assert_equal(value, model.state_dict()[name], name)
+        assert [name for name, _ in model.named_buffers()] == ["mean", "seen", "rest", "table"]
         model.mean = torch.zeros(6)
         with pytest.raises(Exception, match="buffer 'mean' was replaced"):
             t.step(x, y)

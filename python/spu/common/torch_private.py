@@ -32,6 +32,7 @@ __all__ = [
     "DropoutNd",
     "FakeTensor",
     "FakeTensorMode",
+    "Moved",
     "NormBase",
     "TorchDispatchMode",
     "any_autocast",
@@ -237,6 +238,18 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """Return the module's own table of children: with those that it has twice. For: a layer that is used twice."""
     return module._modules
+
+
+class Moved(nn.Module):
+    """A module that is told when ``.to()`` and its like have replaced its buffers."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.moved()
+        return self
+
+    def moved(self) -> None:
+        """Do what is to be done then."""
 
 
 def set_tables(

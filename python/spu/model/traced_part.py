@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Watch:
                 )
 
 
-class _Holder(nn.Module):
+class _Holder(torch_private.Moved):
     """Stands where a module was that is not called whole: it has the children and tensors of it that are used."""
 
     def __init__(self) -> None:
@@ -95,10 +95,9 @@ class _Holder(nn.Module):
         self.register_buffer(name, buffer, persistent=path in owner.state_dict(prefix=path[: -len(name)]))
         self._owned.add(owner, name, path)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
+    def moved(self) -> None:
+        """Give the user's modules the buffers that it has now."""
         self._owned.moved(self)
-        return self
 
     def check(self) -> None:
         """Raise RuntimeError for a buffer that was replaced in the user's module."""
