@@ -1,4 +1,4 @@
-"""Ctrl-C waits until what must not be left half done is over."""
+"""Ctrl-C waits until work that must not be cut in two has ended."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _holding: list[delayed_interrupts] = []  # of the main thread, the only one that
 class delayed_interrupts:
     """Keep the exception that a signal handler raises inside, and raise it at the end: nothing inside is cut in two.
 
-    Python runs signal handlers between any two operations of the main thread. Ctrl-C, whose handler raises, may thus
-    come while a lock of ``threading`` or ``concurrent.futures`` is half taken, or within the ``except`` that takes care
-    of an earlier Ctrl-C. Handlers run at once as always; only their exception waits.
+    Python runs signal handlers between any two operations of the main thread. Ctrl-C, whose handler raises, may
+    come while a lock of ``threading`` or ``concurrent.futures`` is half taken, or within the ``except`` that handles
+    an earlier Ctrl-C. Handlers run at once as always; only their exception waits.
 
     Args:
-        on_interrupt: called, within the handler, when there is something to be raised at the end: a wish to come to it.
-            It may be called more than once and must take no lock; ``SimpleQueue.put`` takes none.
+        on_interrupt: called within the handler when an exception waits, to ask the work to end early. It may be called
+            more than once and must take no lock; ``SimpleQueue.put`` takes none.
     """
 
     def __init__(self, on_interrupt: Callable[[], Any] | None = None) -> None:
