@@ -214,18 +214,17 @@ def _read_plan(data: Any) -> Plan:
         for k, stage in enumerate(stages):
             _check_total(stage, f"stages[{k}]")
         content["stages"] = [{key: value for key, value in stage.items() if key != "total_bytes"} for stage in stages]
-    return cast(Plan, _read(Plan, content, ""))
+    return cast(Plan, _read(Plan, {"uncounted": [], **content}, ""))  # a file may leave that out
 
 
 def _check_total(stage: Any, where: str) -> None:
     if not isinstance(stage, dict):
         raise _BadEntry(f"{where} must be an object, got {stage!r}")
-    parts = [stage.get(entry.name) for entry in dataclasses.fields(StageBytes)]
+    parts: list[Any] = [stage.get(entry.name) for entry in dataclasses.fields(StageBytes)]
     total = stage.get("total_bytes")
-    if total is not None and all(isinstance(part, int) for part in parts) and total != sum(cast("list[int]", parts)):
+    if total is not None and all(isinstance(part, int) for part in parts) and total != sum(parts):
         raise _BadEntry(
-            f"{where}.total_bytes is {total!r}, but its parts add up to {sum(cast('list[int]', parts))}; "
-            "correct it or leave it out"
+            f"{where}.total_bytes is {total!r}, but its parts add up to {sum(parts)}; correct it or leave it out"
         )
 
 
@@ -254,9 +253,6 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-_OPTIONAL: dict[Any, dict[str, Any]] = {Plan: {"uncounted": []}}
-"""Entries that a file may leave out."""
-
 _TYPE_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -266,7 +262,6 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind)]
     prefix = f"{where}." if where else ""
-    value = {**_OPTIONAL.get(kind, {}), **value}
     missing = [name for name in names if name not in value]
     if missing:
         raise _BadEntry(f"{prefix}{missing[0]} is missing")
@@ -282,11 +277,9 @@ def _check(plan: Plan) -> None:
         raise _BadEntry("settings.schedule and settings.microbatches must be a schedule and a number here, not auto")
     if not plan.stages:
         raise _BadEntry("stages is empty; a plan has at least one stage")
-    boundaries = len(plan.stages) - 1
-    p = plan.predicted
-    for name, values in (
-        *(("codecs", plan.codecs), ("predicted.transfer_s", p.transfer_s), ("predicted.link_bytes", p.link_bytes)),
-    ):
+    boundaries, p = len(plan.stages) - 1, plan.predicted
+    lists = {"codecs": plan.codecs, "predicted.transfer_s": p.transfer_s, "predicted.link_bytes": p.link_bytes}
+    for name, values in lists.items():
         if len(values) != boundaries:
             raise _BadEntry(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
     for k, codec in enumerate(plan.codecs):
