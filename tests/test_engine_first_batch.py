@@ -120,6 +120,9 @@ def test_a_model_with_adapters_trains_as_the_model_within_it() -> None:
     ):
         with pytest.raises(ValueError, match="adds prompts to the input outside the model's layers: use LoRA"):
             make(peft.get_peft_model(decoder(), config))
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1)
+    with pytest.raises(ValueError, match="ADALORA adds a term to the loss outside the model's layers: use LoRA"):
+        make(peft.get_peft_model(decoder(), config))
 
 
 @pytest.mark.parametrize(
