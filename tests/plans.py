@@ -17,8 +17,8 @@ def plan(costs: Any, devices: Any, speeds: Any = None, link: float = math.inf, *
     count = len(devices)
     links = dict.fromkeys(itertools.permutations(range(count), 2), link)
     made_up = {} if speeds else {device.name: "a test" for device in devices}
-    flops = tuple(speeds or [5e10] * count)
-    machine = Machine(tuple(devices), flops, (math.inf,) * count, (Speed(),) * count, links, made_up)
+    rates = tuple(Speed(flops, math.inf) for flops in speeds or [5e10] * count)
+    machine = Machine(tuple(devices), rates, links, made_up)
     return make_plan(costs, machine, *_split(options), **options)
 
 

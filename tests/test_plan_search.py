@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from spu.plan import BudgetError, Plan
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import make_machine, read_speeds
 from spu.plan.search import microbatch_counts
+from spu.plan.show.curve import memory_curve
 from spu.plan.show.explain import explain
 from spu.plan.show.picture import draw_plan
 from spu.settings import Settings
@@ -73,7 +75,8 @@ def test_unequal_devices_come_within_8_percent_of_the_best_split_by_hand(work, r
     devices = [device(f"cpu:{k}") for k in range(len(ratios))]
     text = ",".join(f"cpu:{k}={ratio}GFLOPS" for k, ratio in enumerate(ratios))
     wanted = {"batch": 8, "microbatches": 8, "schedule": "1f1b"}
-    made = make_machine(devices, {}, read_speeds(text), "fp16", update_rates={d.name: 1e30 for d in devices})
+    made = make_machine(devices, {}, read_speeds(text), "fp16")
+    made = replace(made, speeds=tuple(replace(speed, update_rate=1e30) for speed in made.speeds))
     plan = search(costs([w * 10**9 for w in work]), made, **wanted)
     assert plan.timeline().makespan <= best_by_hand(work, ratios, 8) / 0.92
 
@@ -97,7 +100,7 @@ def test_a_plan_keeps_every_budget_or_is_refused(data):
         assert refusal.short_bytes > 0
         return
     limits = {d.name: d.budget_bytes for d in devices}
-    for name, peak, curve in zip(plan.devices, plan.predicted.peak_bytes, plan.memory_curve()):
+    for name, peak, curve in zip(plan.devices, plan.predicted.peak_bytes, memory_curve(plan)):
         assert max(held for _, held in curve) <= peak <= limits[name]
     assert plan.rows * plan.settings.microbatches == wanted["batch"]
     assert Plan.from_json(plan.to_json()) == plan

@@ -42,8 +42,7 @@ def requests(draw):
     layers = [replace(layer, input_bytes=before.output_bytes) for layer, before in zip(layers, [layers[0], *layers])]
     names = [f"{draw(st.sampled_from(['cpu', 'cuda']))}:{k}" for k in range(ranks)]
     devices = [Device(n, torch.device(n[:-2]), (), 1, 10**6, draw(st.integers(50, 900)), "made up") for n in names]
-    rates = (1.0,) * ranks
-    machine = Machine(tuple(devices), rates, rates, (Speed(),) * ranks)
+    machine = Machine(tuple(devices), (Speed(1.0, 1.0),) * ranks)
     times = [[(float(draw(st.integers(0, 9))), float(draw(st.integers(0, 9)))) for _ in range(count + 1)]] * ranks
     chosen = Settings(schedule=schedule, microbatches=6, recompute=draw(st.sampled_from(["auto", True, False])))
     return Request(
@@ -98,7 +97,7 @@ def one_stage(budget, forward, own, recompute="auto"):
     device = Device("cpu:0", torch.device("cpu"), (), 1, 10**6, budget, "made up")
     times = [[*((seconds, 1.0) for seconds in forward), (0.0, 0.0)]]
     chosen = Settings(schedule="gpipe", microbatches=2, recompute=recompute)
-    machine = Machine((device,), (1.0,), (1.0,), (Speed(),))
+    machine = Machine((device,), (Speed(1.0, 1.0),))
     return Request(machine, (0,), layers, LayerCost(name="loss"), times, chosen, ())
 
 

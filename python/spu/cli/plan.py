@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from spu.common.units import split_pairs
 from spu.devices.host import host_memory
-from spu.devices.manager import Device, DeviceManager, parse_bytes, split_pair
+from spu.devices.manager import Device, DeviceManager, parse_bytes
 from spu.devices.speed import measure_device, measure_link
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
@@ -72,13 +73,11 @@ def _full(name: str) -> str:
 
 def _split_budget(budget: str | None) -> dict[str, str]:
     result: dict[str, str] = {}
-    for piece in (budget or "").split(","):
-        if piece.strip():
-            name, value = split_pair(piece, str(budget))
-            full = _full(name.lower())
-            if full in result:
-                raise ValueError(f"budget {budget!r} names {full} twice, {result[full]} and {value}: give one")
-            result[full] = value
+    for name, value in split_pairs(budget or ""):
+        full = _full(name.lower())
+        if full in result:
+            raise ValueError(f"budget {budget!r} names {full} twice, {result[full]} and {value}: give one")
+        result[full] = value
     return result
 
 

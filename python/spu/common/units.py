@@ -1,11 +1,11 @@
-"""Bytes, seconds and columns of text as people read them."""
+"""Bytes, seconds, columns of text and DEVICE=VALUE pairs as people read and write them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["columns", "format_bytes", "format_bytes_up", "format_seconds"]
+__all__ = ["columns", "format_bytes", "format_bytes_up", "format_seconds", "split_pairs"]
 
 
 def format_bytes(count: int | float) -> str:
@@ -46,3 +46,16 @@ def columns(rows: Sequence[Sequence[str]], left: int | None = None) -> list[str]
     left = len(widths) if left is None else left
     lines = ([c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))] for row in rows)
     return ["  ".join(cells).rstrip() for cells in lines]
+
+
+def split_pairs(
+    text: str, what: str = "budget", form: str = "SIZE", example: str = "cuda:0=8GB,cpu=24GB"
+) -> list[tuple[str, str]]:
+    """Return the (device, value) entries of a text; raise ValueError where one is not DEVICE=`form`."""
+    pairs = []
+    for piece in filter(str.strip, text.split(",")):
+        key, sign, value = map(str.strip, piece.partition("="))
+        if not sign or not key or not value:
+            raise ValueError(f"{piece.strip()!r} in {what} {text!r} is not DEVICE={form}; write e.g. {example}")
+        pairs.append((key, value))
+    return pairs

@@ -19,10 +19,10 @@ from decimal import Decimal
 
 import torch
 
-from spu.common.units import format_bytes
+from spu.common.units import format_bytes, split_pairs
 from spu.devices.host import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
-__all__ = ["Device", "DeviceManager", "parse_bytes", "split_pair"]
+__all__ = ["Device", "DeviceManager", "parse_bytes"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
@@ -191,7 +191,7 @@ class DeviceManager:
             return {}
         pairs: Iterable[tuple[str, str | int]]
         if isinstance(budget, str):
-            pairs = [split_pair(piece, budget) for piece in budget.split(",") if piece.strip()]
+            pairs = split_pairs(budget)
         else:
             pairs = budget.items()
         budgets: dict[str, int] = {}
@@ -287,14 +287,6 @@ def _assign_names(names: list[str], known: str) -> list[str]:
             used.append(name)
         result.append(name)
     return result
-
-
-def split_pair(piece: str, budget: str) -> tuple[str, str]:
-    """Return (device, size) of an entry of a budget; raise ValueError where it is not DEVICE=SIZE."""
-    key, sign, value = piece.partition("=")
-    if not sign or not key.strip() or not value.strip():
-        raise ValueError(f"{piece.strip()!r} in budget {budget!r} is not DEVICE=SIZE; write e.g. cuda:0=8GB,cpu=24GB")
-    return key.strip(), value.strip()
 
 
 def _index(name: str) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from spu.common.units import split_pairs
+
 if TYPE_CHECKING:
     from spu.devices.manager import Device
 
@@ -39,13 +41,17 @@ _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([GT])FLOPS?(?:/S)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a device beside the times of layers on it.
+    """The speed of a device.
 
     Attributes:
+        flops: FLOP/s reached in the training's precision.
+        bandwidth: bytes/s of memory.
         update_rate: bytes per second at which the update moves `UPDATE_BYTES` per parameter; infinite if not known.
         pack_rate: bytes of tensor per second through pack or unpack; infinite if not known.
     """
 
+    flops: float
+    bandwidth: float
     update_rate: float = math.inf
     pack_rate: float = math.inf
 
@@ -56,16 +62,12 @@ class Machine:
 
     Attributes:
         devices: with their budgets.
-        flops: FLOP/s reached in the training's precision.
-        bandwidths: bytes/s of memory.
-        speeds: of update and packing.
+        speeds: of each.
         links: bytes/s by (from, to) index; others are nominal.
         made_up: names of the devices whose speeds are nominal, with where these come from.
     """
 
     devices: tuple[Device, ...]
-    flops: tuple[float, ...]
-    bandwidths: tuple[float, ...]
     speeds: tuple[Speed, ...]
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     made_up: Mapping[str, str] = field(default_factory=dict)
@@ -85,8 +87,8 @@ class Machine:
 
     def kind(self, k: int) -> tuple:
         """Return what tells a device from another one, the name left out."""
-        device = self.devices[k]
-        return (device.torch_device.type, device.budget_bytes, self.flops[k], self.bandwidths[k])
+        device, speed = self.devices[k], self.speeds[k]
+        return (device.torch_device.type, device.budget_bytes, speed.flops, speed.bandwidth)
 
     def _has_gpu(self, a: int, b: int) -> bool:
         return any(not self.devices[k].name.startswith("cpu") for k in (a, b))
@@ -121,15 +123,8 @@ def read_speeds(text: str | None) -> dict[str, str]:
     Raises:
         ValueError: an entry that is not DEVICE=SPEED.
     """
-    result = {}
-    for piece in (text or "").split(","):
-        if not piece.strip():
-            continue
-        name, sign, value = piece.partition("=")
-        if not sign or not name.strip() or not value.strip():
-            raise ValueError(f"{piece.strip()!r} in speed {text!r} is not DEVICE=SPEED; write e.g. cuda:0=rtx3070")
-        result[name.strip().lower()] = value.strip()
-    return result
+    given = text or ""
+    return {name.lower(): value for name, value in split_pairs(given, "speed", "SPEED", "cuda:0=rtx3070")}
 
 
 def make_machine(
@@ -138,7 +133,6 @@ def make_machine(
     speeds: Mapping[str, str],
     precision: str,
     links: Mapping[tuple[int, int], float] | None = None,
-    update_rates: Mapping[str, float] | None = None,
 ) -> Machine:
     """Return a machine from what was measured, with nominal figures for the rest.
 
@@ -148,17 +142,13 @@ def make_machine(
         speeds: device name or kind -> a class or a rate that replaces what was measured.
         precision: of the training.
         links: bytes/s by (from, to) index.
-        update_rates: bytes/s by device name; default: the memory's bandwidth.
     """
-    flops, bandwidths, rates, made_up = [], [], [], {}
+    reached, made_up = [], {}
     for device in devices:
         given = speeds.get(device.name, speeds.get(device.name.split(":")[0]))
         if given is None and device.name in measured:
             rate, bandwidth = measured[device.name]
         else:
             rate, bandwidth, made_up[device.name] = nominal_speed(device.name, given, precision)
-        flops.append(rate)
-        bandwidths.append(bandwidth)
-        update = (update_rates or {}).get(device.name, bandwidth)
-        rates.append(Speed(update, bandwidth / 4))
-    return Machine(tuple(devices), tuple(flops), tuple(bandwidths), tuple(rates), links or {}, made_up)
+        reached.append(Speed(rate, bandwidth, update_rate=bandwidth, pack_rate=bandwidth / 4))
+    return Machine(tuple(devices), tuple(reached), links or {}, made_up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -74,24 +74,24 @@ class Placement:
     @cached_property
     def bounds(self) -> list[int]:
         """What budgets are held against: what each device's stages hold together, and the largest workspace of one."""
-        each, result = self.microbatch_bounds, []
-        for rank, row in enumerate(held_moments(*self.request.schedule)):
-            most = max(each[stage] + sum((full + left) * each[s] for s, full, left in held) for stage, _, held in row)
-            workspace = max(self.stages[s].workspace_bytes for s in self.of_rank(rank))
-            result.append(self._always(rank) + most + workspace)
-        return result
+        one = [MicrobatchBytes(size, size, size) for size in self.microbatch_bounds]
+        workspaces = [
+            max(self.stages[s].workspace_bytes for s in self.of_rank(r)) for r in range(len(self.request.order))
+        ]
+        return [self._always(r) + self._in_flight(r, one) + extra for r, extra in enumerate(workspaces)]
 
     @cached_property
     def peaks(self) -> list[int]:
         """The most bytes of every device as its actions come and go: what is predicted, at most `bounds`."""
-        one, result = self.microbatch, []
-        for rank, row in enumerate(held_moments(*self.request.schedule)):
-            most = 0
-            for stage, kind, held in row:
-                others = sum(full * one[s].each + left * one[s].left for s, full, left in held)
-                most = max(most, others + (one[stage].left if kind == "W" else one[stage].most))
-            result.append(self._always(rank) + most)
-        return result
+        return [self._always(r) + self._in_flight(r, self.microbatch) for r in range(len(self.request.order))]
+
+    def _in_flight(self, rank: int, one: Sequence[MicrobatchBytes]) -> int:
+        """Return the most bytes of a rank's microbatches at a time, where `one` says what each stage holds of one."""
+        most = 0
+        for stage, kind, held in held_moments(*self.request.schedule)[rank]:
+            others = sum(full * one[s].each + left * one[s].left for s, full, left in held)
+            most = max(most, others + (one[stage].left if kind == "W" else one[stage].most))
+        return most
 
     def of_rank(self, rank: int) -> list[int]:
         """Return the stages of a rank."""
@@ -184,7 +184,10 @@ class Placement:
 
     def _stage_plan(self, s: int) -> StagePlan:
         device, one = self.request.devices[self.request.ranks[s]], self.microbatch[s]
-        total = replace(self.stages[s], saved_bytes=self._saved_bytes(s), workspace_bytes=one.most - one.each)
+        alone = [MicrobatchBytes(0, 0, 0)] * len(self.parts)
+        alone[s] = replace(one, most=one.each)  # between actions
+        saved = self._in_flight(self.request.ranks[s], alone)
+        total = replace(self.stages[s], saved_bytes=saved, workspace_bytes=one.most - one.each)
         forward_s, input_s, weight_s = self.durations[s]
         return StagePlan(
             **vars(total),
@@ -200,12 +203,3 @@ class Placement:
             weight_s=weight_s,
             update_s=self.updates[s],
         )
-
-    def _saved_bytes(self, s: int) -> int:
-        """Return the most bytes that microbatches hold on a stage between actions."""
-        one, most = self.microbatch[s], 0
-        for stage, kind, held in held_moments(*self.request.schedule)[self.request.ranks[s]]:
-            if stage == s:
-                full, left = next((full, left) for other, full, left in held if other == s)
-                most = max(most, full * one.each + left * one.left + (one.left if kind == "W" else one.each))
-        return most

@@ -17,7 +17,6 @@ from spu.common.codecs import CODECS as WIRE_CODECS
 from spu.common.files import write_atomically
 from spu.common.options import Options
 from spu.plan.memory import StageBytes
-from spu.plan.show.curve import memory_curve
 from spu.plan.show.table import plan_table
 from spu.settings import Settings
 
@@ -140,10 +139,6 @@ class Plan:
         actions = self.actions()
         durations = [(s.forward_s, max(s.backward_s - s.weight_s, 0.0), s.weight_s) for s in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)
-
-    def memory_curve(self) -> list[list[tuple[float, int]]]:
-        """Return for each device, in the order of `devices`, (seconds, bytes held from then on) over one run."""
-        return memory_curve(self)
 
     def table(self, width: int | None = None) -> str:
         """Return the plan as a table of plain text, with stages as columns where it is wider than `width`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, product
@@ -78,8 +78,9 @@ class Request:
         """Seconds of the layers and the loss on each rank."""
         if self.measured is not None:
             return tuple(tuple(self.measured[k]) for k in self.order)
-        costs, m = (*self.layers, self.loss), self.machine
-        return tuple(tuple(cost.seconds(m.flops[k], m.bandwidths[k]) for cost in costs) for k in self.order)
+        return tuple(
+            tuple(cost.seconds(s.flops, s.bandwidth) for cost in (*self.layers, self.loss)) for s in self.speeds
+        )
 
     @cached_property
     def links(self) -> list[float]:
@@ -163,8 +164,11 @@ class Request:
             found = [self.placed(cuts, tables) for cuts in best_cuts([t.fitting() for t in tables], slacks)]
             fitting = [placed for placed in found if placed.fits]
             if not fitting:
+                # A table knows a share of its device's budget; only here do a device's stages share all of it.
                 starts = [self.closest(tables), *found]
-                fitting = [near for near in (self._nearer(start, tables) for start in starts) if near.fits]
+                rounds = len(self.layers) if self.settings.stages_per_rank > 1 else 0
+                near = [self.improved(start, lambda p: p.lacking_bytes, rounds, tables) for start in starts]
+                fitting = [placed for placed in near if placed.fits]
             if fitting:
                 return fitting
         return []
@@ -176,27 +180,26 @@ class Request:
         tables = self.tables if tables is None else tables
         return self.placed(minimise([table.lacking() for table in tables], np.maximum)[1], tables)
 
-    def _nearer(self, start: Placement, tables: Sequence[StageTable]) -> Placement:
-        """Move boundaries one layer at a time as long as the devices together lack less for it.
-
-        A table knows a share of its device's budget; only here do a device's stages share all of it.
-        """
-        best = start
-        for _ in range(len(self.layers) if self.settings.stages_per_rank > 1 else 0):
-            nearest = min(self.moved(best, tables), key=lambda placed: placed.lacking_bytes, default=best)
-            if not best.lacking_bytes or nearest.lacking_bytes >= best.lacking_bytes:
+    def improved(
+        self,
+        placed: Placement,
+        value: Callable[[Placement], float],
+        rounds: int,
+        tables: Sequence[StageTable] | None = None,
+    ) -> Placement:
+        """Move boundaries one layer at a time, in at most so many rounds, as long as that makes `value` smaller."""
+        for _ in range(rounds):
+            cuts = placed.cuts
+            moves = [
+                self.placed([*cuts[:k], cuts[k] + step, *cuts[k + 1 :]], tables)
+                for k, step in product(range(1, len(cuts) - 1), (-1, 1))
+                if cuts[k - 1] < cuts[k] + step < cuts[k + 1]
+            ]
+            best = min(moves, key=value, default=placed)
+            if value(best) >= value(placed):
                 break
-            best = nearest
-        return best
-
-    def moved(self, placed: Placement, tables: Sequence[StageTable] | None = None) -> list[Placement]:
-        """Return the partitions with one boundary moved by one layer."""
-        cuts = placed.cuts
-        return [
-            self.placed([*cuts[:k], cuts[k] + step, *cuts[k + 1 :]], tables)
-            for k, step in product(range(1, len(cuts) - 1), (-1, 1))
-            if cuts[k - 1] < cuts[k] + step < cuts[k + 1]
-        ]
+            placed = best
+        return placed
 
     def placed(self, cuts: Sequence[int], tables: Sequence[StageTable] | None = None) -> Placement:
         """Return the partition at these cuts, with the layers that are recomputed."""

@@ -146,8 +146,12 @@ class _Search:
         fastest: dict[int, Placement] = {}
         for placed in found:
             fastest.setdefault(id(placed.request), placed)
-        improved = [_improved(placed) for placed in list(fastest.values())[:_IMPROVED]]
-        return min(improved, key=lambda placed: placed.step_s, default=None)
+
+        def seconds(placed: Placement) -> float:
+            return placed.step_s if placed.fits else math.inf
+
+        improved = [p.request.improved(p, seconds, _ROUNDS) for p in list(fastest.values())[:_IMPROVED]]
+        return min(improved, key=seconds, default=None)
 
     def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[Placement]:
         for request in self._requests(order, counts):
@@ -155,7 +159,7 @@ class _Search:
 
     def _orders(self) -> list[tuple[int, ...]]:
         """Return orders of devices worth a full search: those that are fastest under one schedule."""
-        every = list(self._every_order())
+        every = self._every_order()
         if len(every) <= _ORDERS:
             return every
         middle = self.counts[len(self.counts) // 2]
@@ -166,38 +170,24 @@ class _Search:
             ranked.append((min(times, default=math.inf), order))
         return [order for seconds, order in sorted(ranked)[:_ORDERS] if math.isfinite(seconds)]
 
-    def _every_order(self) -> Iterator[tuple[int, ...]]:
-        """Yield distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
-        count = len(self.machine.devices)
-        if self.same_order:
-            yield tuple(range(count))
-            return
-        seen: set[tuple] = set()
-        for order in self._likely_orders(count):
-            kind = tuple(self.machine.kind(k) for k in order)
-            if kind not in seen:
-                seen.add(kind)
-                yield order
-
-    def _likely_orders(self, count: int) -> Iterator[tuple[int, ...]]:
-        ranks = range(count)
-        if count <= 4:
-            for size in range(count, 0, -1):
-                yield from itertools.permutations(ranks, size)
-            return
-        rate = [self.machine.flops[k] for k in ranks]
-        budget = [device.budget_bytes for device in self.machine.devices]
-        yield tuple(ranks)
-        fastest_first = sorted(ranks, key=lambda k: -rate[k])
-        smallest = 1 if max(rate) > 1.5 * min(rate) else count  # leaving one out of many equal ones does not pay
-        for size in range(count, smallest - 1, -1):
-            for order in (
-                fastest_first[:size],
-                fastest_first[:size][::-1],
-                sorted(fastest_first[:size], key=lambda k: -budget[k]),
-                sorted(fastest_first[:size], key=lambda k: budget[k]),
-            ):
-                yield tuple(order)
+    def _every_order(self) -> list[tuple[int, ...]]:
+        """Return distinct orders: all of all subsets of up to four devices, else a few that are likely to be good."""
+        speeds, ranks = self.machine.speeds, range(len(self.machine.devices))
+        orders = [tuple(ranks)]
+        if not self.same_order and len(ranks) <= 4:
+            orders = [order for size in reversed(ranks) for order in itertools.permutations(ranks, size + 1)]
+        elif not self.same_order:
+            budget, rate = [d.budget_bytes for d in self.machine.devices], [speed.flops for speed in speeds]
+            fastest_first = sorted(ranks, key=lambda k: -rate[k])
+            # Leaving one out of many equal ones does not pay.
+            for size in reversed(ranks) if max(rate) > 1.5 * min(rate) else ranks[-1:]:
+                fast = fastest_first[: size + 1]
+                large = sorted(fast, key=lambda k: -budget[k]), sorted(fast, key=lambda k: budget[k])
+                orders += map(tuple, (fast, fast[::-1], *large))
+        kinds: dict[tuple, tuple[int, ...]] = {}
+        for order in orders:
+            kinds.setdefault(tuple(self.machine.kind(k) for k in order), order)
+        return list(kinds.values())
 
     def _requests(self, order: Sequence[int], counts: list[int]) -> Iterator[Request]:
         # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
@@ -259,14 +249,3 @@ class _Search:
                 f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
             )
         return refusal(request, self.batch // self.settings.accumulate, self.model)
-
-
-def _improved(placed: Placement) -> Placement:
-    """Move boundaries by one layer as long as that shortens the step."""
-    for _ in range(_ROUNDS):
-        moves = [other for other in placed.request.moved(placed) if other.fits]
-        best = min(moves, key=lambda other: other.step_s, default=placed)
-        if best.step_s >= placed.step_s:
-            break
-        placed = best
-    return placed

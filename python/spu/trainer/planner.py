@@ -177,7 +177,9 @@ class Planner:
             for a, b in machine.links
             if "cuda" in (devices[a].torch_device.type, devices[b].torch_device.type)
         }
-        return replace(machine, speeds=tuple(map(Speed, update, packing)), links={**machine.links, **links})
+        known = zip(machine.speeds, update, packing)
+        speeds = tuple(replace(speed, update_rate=moved, pack_rate=packed) for speed, moved, packed in known)
+        return replace(machine, speeds=speeds, links={**machine.links, **links})
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """Return the plan with these seconds; with ``move`` its stages are placed by them."""
@@ -268,17 +270,13 @@ def counted_machine(devices: Sequence[Device], precision: str) -> Machine:
     CPUs have nominal speeds, in proportion to their threads, so that the same command gives the same stages every time.
     As soon as there is a GPU, every device has its measured speed.
     """
-    count = len(devices)
-    rest = (Speed(),) * count, dict.fromkeys(itertools.permutations(range(count), 2), math.inf)
+    links = dict.fromkeys(itertools.permutations(range(len(devices)), 2), math.inf)
     if all(device.torch_device.type == "cpu" for device in devices):
-        threads = [device.threads for device in devices]
-        made_up = {device.name: "50 GFLOP/s a thread" for device in devices}
-        return Machine(
-            tuple(devices), tuple(5e10 * t for t in threads), tuple(5e9 * t for t in threads), *rest, made_up
-        )
+        nominal = tuple(Speed(5e10 * device.threads, 5e9 * device.threads) for device in devices)
+        return Machine(tuple(devices), nominal, links, {device.name: "50 GFLOP/s a thread" for device in devices})
     measured = [measure_device(device) for device in devices]
-    flops = tuple(max(getattr(m, precision), 1.0) for m in measured)
-    return Machine(tuple(devices), flops, tuple(m.memory_bandwidth for m in measured), *rest)
+    speeds = tuple(Speed(max(getattr(m, precision), 1.0), m.memory_bandwidth) for m in measured)
+    return Machine(tuple(devices), speeds, links)
 
 
 def no_loss(outputs: Any, targets: Any) -> torch.Tensor:

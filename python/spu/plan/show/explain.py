@@ -63,7 +63,7 @@ def _speed_lines(plan: Plan, machine: Machine) -> list[str]:
         where = machine.made_up.get(device.name)
         source = f"NOMINAL, {where}" if where else "measured here"
         used = "" if device.name in plan.devices else "; not used: the step is faster without it"
-        lines.append(f"{device.name}: speed taken as {machine.flops[k] / 1e12:.3g} TFLOP/s ({source}){used}")
+        lines.append(f"{device.name}: speed taken as {machine.speeds[k].flops / 1e12:.3g} TFLOP/s ({source}){used}")
     return lines
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from spu.common.units import columns, format_bytes, format_seconds
+from spu.plan.memory import StageBytes
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan
@@ -75,16 +77,6 @@ def _lines(rows: Sequence[tuple[str, ...]], left: int) -> list[str]:
 def _row(index: int, stage: StagePlan) -> tuple[str, ...]:
     names = stage.layer_names
     layers = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
-    sizes = (
-        stage.param_bytes,
-        stage.main_grad_bytes,
-        stage.master_bytes,
-        stage.moment_bytes,
-        stage.saved_bytes,
-        stage.wire_bytes,
-        stage.workspace_bytes,
-        stage.total_bytes,
-        stage.budget_bytes,
-    )
+    sizes = (*(getattr(stage, part.name) for part in fields(StageBytes)), stage.total_bytes, stage.budget_bytes)
     times = (stage.forward_s, stage.backward_s, stage.update_s)
     return (str(index), stage.device, layers, *map(format_bytes, sizes), *map(format_seconds, times))
