@@ -278,17 +278,13 @@ def _counted_once(cost: LayerCost, module: nn.Module, owners: dict[int, int], in
 def kind_of(module: nn.Module, x: Any) -> tuple[Any, ...]:
     """Return what decides a layer's cost and time, to be compared with another's: its modules' classes and plain
     settings, and the shapes of its parameters, its buffers and its input."""
-    settings = [
-        (name, type(part), tuple(sorted((key, repr(v)) for key, v in vars(part).items() if _is_setting(key, v))))
-        for name, part in module.named_modules()
-    ]
+    settings = []
+    for name, part in module.named_modules():
+        # Plain attributes may change what the layer computes; its place in the model does not.
+        own = {key: v for key, v in vars(part).items() if key not in ("layer_idx", "index") and key[:1] != "_"}
+        plain = sorted((key, repr(v)) for key, v in own.items() if isinstance(v, str | int | float | bool))
+        settings.append((name, type(part), tuple(plain)))
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     shapes = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state]
     given = [(tuple(t.shape), t.dtype) for t in tensors_in(x)]
     return tuple(settings), tuple(shapes), tuple(given), module.training
-
-
-def _is_setting(name: str, value: Any) -> bool:
-    """Tell whether an attribute is a plain one that may change what the layer computes: not its place in the model."""
-    own = name in ("layer_idx", "index") or name.startswith("_")
-    return isinstance(value, str | int | float | bool) and not own

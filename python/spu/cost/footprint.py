@@ -217,16 +217,10 @@ def _roots(out: Any) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in tensors_in(out) if t.requires_grad)
 
 
-class _NoModules:
+class _NoModules(contextlib.nullcontext[None]):
     """Replaces the FLOP counter's watch over modules, whose global hooks would keep blocks from being run fused."""
 
     parents = ("Global",)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 def layer_copy(module: Any, mode: FakeTensorMode | None = None, dtypes: dict[int, torch.dtype] | None = None) -> Any:

@@ -10,7 +10,7 @@ from spu.plan.show.colors import WORDS
 from spu.schedules import Action
 from spu.schedules.simulate import FlatSchedule, flatten
 
-__all__ = ["Held", "actions_of", "held_moments", "in_flight_of", "skeleton_of", "walk", "words_of_peak"]
+__all__ = ["Held", "actions_of", "held_moments", "skeleton_of", "walk", "words_of_peak"]
 
 Held = tuple[tuple[int, int, int], ...]
 """What a rank holds beside the action that runs: for each of its stages (stage, microbatches between forward and
@@ -21,12 +21,6 @@ backward, microbatches between input gradient and weight gradient)."""
 def actions_of(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[list[Action]]:
     """Return what each rank does in one run."""
     return schedules.get(schedule)(ranks, microbatches, virtual=virtual)
-
-
-@lru_cache(maxsize=256)
-def in_flight_of(schedule: str, ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches that each stage holds."""
-    return schedules.peak_in_flight(actions_of(schedule, ranks, microbatches, virtual))
 
 
 @lru_cache(maxsize=256)

@@ -162,17 +162,14 @@ class Plan:
         Raises:
             ValueError: if it is not a plan of this version or does not hold together; names the entry and the fix.
         """
-        if isinstance(text, str):
-            try:
-                data = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source} is not JSON: {error}") from None
-        else:
-            data = dict(text)
+        try:
+            data = json.loads(text) if isinstance(text, str) else dict(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from None
         try:
             plan = _read_plan(data)
             _check(plan)
-        except _BadEntry as error:
+        except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
         return plan
 
@@ -194,15 +191,11 @@ class Plan:
         return cls.from_json(text, source=os.fspath(path))
 
 
-class _BadEntry(Exception):
-    """An entry that cannot be read; its text says where and why."""
-
-
 def _read_plan(data: Any) -> Plan:
     if not isinstance(data, dict) or data.get("format") != "spu plan":
-        raise _BadEntry('not an spu plan (no "format": "spu plan"); `spu plan` writes one')
+        raise ValueError('not an spu plan (no "format": "spu plan"); `spu plan` writes one')
     if data.get("version") != VERSION:
-        raise _BadEntry(f"version is {data.get('version')!r}, this spu reads {VERSION}; make the plan again")
+        raise ValueError(f"version is {data.get('version')!r}, this spu reads {VERSION}; make the plan again")
     content = {key: value for key, value in data.items() if key != "format"}
     stages = content.get("stages")
     if isinstance(stages, list):
@@ -214,37 +207,30 @@ def _read_plan(data: Any) -> Plan:
 
 def _check_total(stage: Any, where: str) -> None:
     if not isinstance(stage, dict):
-        raise _BadEntry(f"{where} must be an object, got {stage!r}")
+        raise ValueError(f"{where} must be an object, got {stage!r}")
     parts: list[Any] = [stage.get(entry.name) for entry in dataclasses.fields(StageBytes)]
     total = stage.get("total_bytes")
     if total is not None and all(isinstance(part, int) for part in parts) and total != sum(parts):
-        raise _BadEntry(
+        raise ValueError(
             f"{where}.total_bytes is {total!r}, but its parts add up to {sum(parts)}; correct it or leave it out"
         )
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     """Return `value`, as JSON gave it, turned into `kind`: a dataclass, a tuple, or a plain type."""
-    if isinstance(kind, type) and issubclass(kind, Options):
-        if not isinstance(value, dict):
-            raise _BadEntry(f"{where} must be an object, got {value!r}")
-        try:
-            return kind.from_json(value, f"{where}.")
-        except ValueError as error:
-            raise _BadEntry(str(error)) from None
     if dataclasses.is_dataclass(kind):
         return _read_object(kind, value, where)
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, list) or (items[-1] is not ... and len(value) != len(items)):
-            raise _BadEntry(f"{where} must be a list{'' if items[-1] is ... else f' of {len(items)}'}, got {value!r}")
+            raise ValueError(f"{where} must be a list{'' if items[-1] is ... else f' of {len(items)}'}, got {value!r}")
         return tuple(_read(items[0], entry, f"{where}[{k}]") for k, entry in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:
-        raise _BadEntry(f"{where} must be {_TYPE_WORDS[kind]}, got {value!r}")
+        raise ValueError(f"{where} must be {_TYPE_WORDS[kind]}, got {value!r}")
     if kind in (int, float) and not 0 <= value < math.inf:
-        raise _BadEntry(f"{where} must be finite and not negative, got {value!r}")
+        raise ValueError(f"{where} must be finite and not negative, got {value!r}")
     return value
 
 
@@ -253,33 +239,35 @@ _TYPE_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "t
 
 def _read_object(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise _BadEntry(f"{where or 'the plan'} must be an object, got {value!r}")
+        raise ValueError(f"{where or 'the plan'} must be an object, got {value!r}")
+    if issubclass(kind, Options):
+        return kind.from_json(value, f"{where}.")
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind)]
     prefix = f"{where}." if where else ""
     missing = [name for name in names if name not in value]
     if missing:
-        raise _BadEntry(f"{prefix}{missing[0]} is missing")
+        raise ValueError(f"{prefix}{missing[0]} is missing")
     unknown = [name for name in value if name not in names]
     if unknown:
-        raise _BadEntry(f"{prefix}{unknown[0]} is not an entry of a plan; there are {', '.join(names)}")
+        raise ValueError(f"{prefix}{unknown[0]} is not an entry of a plan; there are {', '.join(names)}")
     return kind(**{name: _read(hints[name], value[name], prefix + name) for name in names})
 
 
 def _check(plan: Plan) -> None:
-    """Raise _BadEntry where entries do not fit together."""
+    """Raise ValueError where entries do not fit together."""
     if plan.settings.searched:
-        raise _BadEntry("settings.schedule and settings.microbatches must be a schedule and a number here, not auto")
+        raise ValueError("settings.schedule and settings.microbatches must be a schedule and a number here, not auto")
     if not plan.stages:
-        raise _BadEntry("stages is empty; a plan has at least one stage")
+        raise ValueError("stages is empty; a plan has at least one stage")
     boundaries, p = len(plan.stages) - 1, plan.predicted
     lists = {"codecs": plan.codecs, "predicted.transfer_s": p.transfer_s, "predicted.link_bytes": p.link_bytes}
     for name, values in lists.items():
         if len(values) != boundaries:
-            raise _BadEntry(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
+            raise ValueError(f"{name} must have one entry per boundary, {boundaries}, got {len(values)}")
     for k, codec in enumerate(plan.codecs):
         if codec not in CODECS:
-            raise _BadEntry(f"codecs[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
+            raise ValueError(f"codecs[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
     _check_layers(plan)
 
 
@@ -288,18 +276,18 @@ def _check_layers(plan: Plan) -> None:
     for k, stage in enumerate(plan.stages):
         first, stop = stage.layers
         if first != expected or stop <= first:
-            raise _BadEntry(
+            raise ValueError(
                 f"stages[{k}].layers is [{first}, {stop}], but must start at {expected} and hold at least one layer: "
                 "stages take consecutive layers, [first, last + 1]"
             )
         if len(stage.layer_names) != stop - first:
-            raise _BadEntry(
+            raise ValueError(
                 f"stages[{k}].layers [{first}, {stop}] are {stop - first} layers, but layer_names has "
                 f"{len(stage.layer_names)}; move the names together with the layers"
             )
         outside = [index for index in stage.recompute if not first <= index < stop]
         if outside:
-            raise _BadEntry(
+            raise ValueError(
                 f"stages[{k}].recompute names layer {outside[0]}, which is not one of its [{first}, {stop}]"
             )
         expected = stop
@@ -307,22 +295,22 @@ def _check_layers(plan: Plan) -> None:
 
 
 def _check_devices(plan: Plan) -> None:
-    """Raise _BadEntry where a stage is on another device than its schedule says."""
+    """Raise ValueError where a stage is on another device than its schedule says."""
     names = plan.devices
     if len(plan.stages) % len(names):
-        raise _BadEntry(f"{len(plan.stages)} stages cannot be spread evenly over {len(names)} devices; change either")
+        raise ValueError(f"{len(plan.stages)} stages cannot be spread evenly over {len(names)} devices; change either")
     try:
         ranks = schedules.stage_ranks(plan.settings.schedule, len(names), plan.virtual)
     except ValueError as error:
-        raise _BadEntry(f"{plan.virtual} stages on each of {len(names)} devices: {error}") from None
+        raise ValueError(f"{plan.virtual} stages on each of {len(names)} devices: {error}") from None
     for k, (stage, rank) in enumerate(zip(plan.stages, ranks, strict=True)):
         if stage.device != names[rank]:
             schedule = plan.settings.schedule
-            raise _BadEntry(
+            raise ValueError(
                 f"stages[{k}].device is {stage.device!r}, but {schedule} has that stage on {names[rank]!r}; "
                 "change it, or the schedule"
             )
     if len(plan.predicted.peak_bytes) != len(names):
-        raise _BadEntry(
+        raise ValueError(
             f"predicted.peak_bytes must have one entry per device, {len(names)}, got {len(plan.predicted.peak_bytes)}"
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spu import schedules
-from spu.plan.in_flight import actions_of, in_flight_of
+from spu.plan.in_flight import actions_of
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
 from spu.plan.memory import Boundary, StageMemory
@@ -125,7 +125,7 @@ class Request:
         return StageMemory(
             self.layers,
             self.loss,
-            in_flight=in_flight_of(*self.schedule),
+            in_flight=schedules.peak_in_flight(self.actions),
             boundaries=self.boundaries,
             precision=self.settings.precision,
             deferred=schedules.splits_backward(self.settings.schedule),

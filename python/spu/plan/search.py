@@ -153,10 +153,6 @@ class _Search:
         improved = [p.request.improved(p, seconds, _ROUNDS) for p in list(fastest.values())[:_IMPROVED]]
         return min(improved, key=seconds, default=None)
 
-    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[Placement]:
-        for request in self._requests(order, counts):
-            yield from request.candidates(_SLACKS)
-
     def _orders(self) -> list[tuple[int, ...]]:
         """Return orders of devices worth a full search: those that are fastest under one schedule."""
         every = self._every_order()
@@ -189,13 +185,12 @@ class _Search:
             kinds.setdefault(tuple(self.machine.kind(k) for k in order), order)
         return list(kinds.values())
 
-    def _requests(self, order: Sequence[int], counts: list[int]) -> Iterator[Request]:
+    def _found(self, order: Sequence[int], counts: list[int]) -> Iterator[Placement]:
         # Fewer microbatches than devices leave devices idle; they are for batches that cannot be cut further.
         for microbatches in [m for m in counts if m >= len(order)] or counts[-1:]:
             for name in _schedule_names(self.settings):
-                request = self._request(order, name, microbatches)
-                if request is not None:
-                    yield request
+                if (request := self._request(order, name, microbatches)) is not None:
+                    yield from request.candidates(_SLACKS)
 
     def _request(self, order: Sequence[int], schedule: str, microbatches: int) -> Request | None:
         virtual = self.settings.virtual if schedule == self.settings.schedule else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from spu.common.units import columns, format_bytes, format_seconds
@@ -28,13 +28,11 @@ def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mappin
     expected = plan.timeline()
     rows = [
         ("", "predicted", "measured", ""),
-        ("step", format_seconds(p.step_s), format_seconds(step_s), _difference(p.step_s, step_s)),
-        ("pipeline", *(format_seconds(t.makespan) for t in (expected, timeline)),
-         _difference(expected.makespan, timeline.makespan)),
+        _row("step", p.step_s, step_s),
+        _row("pipeline", expected.makespan, timeline.makespan),
         ("idle share", f"{100 * p.idle_share:.1f}%", f"{100 * timeline.idle_share:.1f}%", ""),
-    ]  # fmt: skip
-    for name, before, after in zip(plan.devices, _work(plan, expected), _work(plan, timeline)):
-        rows.append((f"{name} works", format_seconds(before), format_seconds(after), _difference(before, after)))
+    ]
+    rows += map(_row, [f"{name} works" for name in plan.devices], _work(plan, expected), _work(plan, timeline))
     rows += _memory_rows(plan, peak_bytes or {})
     return columns(rows, left=1)
 
@@ -60,17 +58,17 @@ def _work(plan: Plan, timeline: Timeline) -> list[float]:
 
 
 def _memory_rows(plan: Plan, measured: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
-    rows = []
     predicted = dict(zip(plan.devices, plan.predicted.peak_bytes))
-    for name, peak in predicted.items():
-        if name in measured:
-            rows.append((f"{name} peak", format_bytes(peak), format_bytes(measured[name]),
-                         _difference(peak, measured[name])))  # fmt: skip
+    both = [(name, peak, measured[name]) for name, peak in predicted.items() if name in measured]
+    rows = [_row(f"{name} peak", peak, found, format_bytes) for name, peak, found in both]
     cpus = [peak for name, peak in predicted.items() if name.startswith("cpu")]
     if "cpu" in measured and cpus:
         rows.append(("cpu peak", format_bytes(sum(cpus)), format_bytes(measured["cpu"]), "with Python and libraries"))
     return rows
 
 
-def _difference(predicted: float, measured: float) -> str:
-    return f"{100 * (measured / predicted - 1):+.1f}%" if predicted > 0 else ""
+def _row(
+    name: str, before: float, after: float, words: Callable[[float], str] = format_seconds
+) -> tuple[str, str, str, str]:
+    """Return predicted and measured in words, with their difference."""
+    return name, words(before), words(after), f"{100 * (after / before - 1):+.1f}%" if before > 0 else ""

@@ -49,14 +49,10 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     curves = []
     for rank, own in enumerate(changes):
         held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, rank_of) if k == rank)
-        curve = [(0.0, held)]
+        curve = {0.0: held}
         for when, _, count in sorted(own):
-            held += count
-            if curve[-1][0] == when:
-                curve[-1] = (when, held)
-            else:
-                curve.append((when, held))
-        curves.append(curve)
+            curve[when] = held = held + count
+        curves.append(list(curve.items()))
     return curves
 
 
