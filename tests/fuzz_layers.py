@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spu
 
-__all__ = ["LENGTH", "WIDTH", "as_plain", "draw_layers"]
+__all__ = ["JUMPS", "LENGTH", "WIDTH", "as_plain", "draw_layers"]
 
 WIDTH, LENGTH = 8, 3
 
@@ -310,7 +310,7 @@ _SIMPLE: dict[str, Callable[[random.Random], nn.Module]] = {
 }
 _FLAT = {"batch norm": lambda r: nn.BatchNorm1d(WIDTH)}
 _LONG = {"convolution": lambda r: Sequence(), "attention": lambda r: Attention()}
-_JUMPS = {"batch norm", "experts", "looks at values", "selects by values", "draws sometimes"}
+JUMPS = {"batch norm", "experts", "looks at values", "selects by values", "draws sometimes"}
 _NOISES = ["randn", "randint", "exponential", "bernoulli", "permutation", "gumbel"]
 
 
@@ -330,7 +330,7 @@ def _draw_one(r: random.Random, long: bool, smooth: bool, depth: int) -> tuple[l
         noise = r.choice(_NOISES)
         return [noise], [Call(lambda x, gain, noise=noise: _noise(x, gain, noise))]
     menu = {**_SIMPLE, **(_LONG if long else _FLAT)}
-    name = r.choice([name for name in sorted(menu) if not (smooth and name in _JUMPS)])
+    name = r.choice([name for name in sorted(menu) if not (smooth and name in JUMPS)])
     return [name], [menu[name](r)]
 
 
