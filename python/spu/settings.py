@@ -15,9 +15,21 @@ from spu import schedules
 from spu.common.codecs import CODECS
 from spu.common.options import AUTO, Kind, Options, choice, field_of, flag, number, whole
 
-__all__ = ["AUTO", "PRECISIONS", "Recompute", "Settings", "TrainSettings"]
+__all__ = [
+    "ACTIVATIONS",
+    "AUTO",
+    "PRECISIONS",
+    "RESIDENCIES",
+    "STATES",
+    "Recompute",
+    "Settings",
+    "TrainSettings",
+]
 
 PRECISIONS = ("fp16", "bf16", "fp32")
+RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
+STATES = ("fp32", "exact", "compact")
+ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,25 @@ class Settings(Options):
     )
     recompute: Recompute = recomputed(  # noqa: RUF009  it makes a field
         "Keep only each layer's input for the backward. auto: only for as many layers as the budgets require."
+    )
+
+    residency: str = choice(
+        AUTO,
+        "Where layers are while they are not worked on. resident: on their device. offloaded: their weights there, "
+        "optimizer state and gradients in the tier below. streamed: everything below. auto: resident if that fits.",
+        RESIDENCIES,
+    )
+    state: str = choice(
+        "fp32",
+        "Form of the optimizer's state. fp32: 12 bytes a 16-bit weight. exact: 4.1, the same fp32 master as a 16-bit "
+        "correction of the weight, moments of 8 bits. compact: 3.1, a master of 24 bits.",
+        STATES,
+    )
+    activations: str = choice(
+        AUTO,
+        "Where a streamed model's activations between layers wait for the backward. keep: on the device. exact, fp16, "
+        "int8: in the tier below, as they are or packed. auto: on the device while they fit, else below, exact.",
+        ACTIVATIONS,
     )
 
     def check(self) -> None:
