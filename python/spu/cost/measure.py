@@ -29,7 +29,7 @@ from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
 from spu.ops.sink import BackwardScope
 from spu.optim.adamw import AdamW
-from spu.plan.memory import UPDATE_BYTES
+from spu.plan.memory import update_bytes
 from spu.precision import MainGrads
 from spu.skips import carried_by
 
@@ -87,7 +87,7 @@ def time_layers(
 
 
 def time_update(devices: Sequence[Device], dtype: torch.dtype) -> list[float]:
-    """Return bytes per second that every device reaches in norm and AdamW, counted as `UPDATE_BYTES` per parameter."""
+    """Return bytes per second that every device reaches in norm and AdamW, counted as `update_bytes` per parameter."""
 
     def body(device: Device, start: Callable[[], object]) -> float:
         parameter = torch.nn.Parameter(torch.zeros(_UPDATED // 1024, 1024, dtype=dtype, device=device.torch_device))
@@ -100,7 +100,7 @@ def time_update(devices: Sequence[Device], dtype: torch.dtype) -> list[float]:
             ops.grad_norm([gradient])
             optimizer.step()
 
-        return UPDATE_BYTES * parameter.numel() / _median_seconds(device, start, update, 5)
+        return update_bytes("fp32") * parameter.numel() / _median_seconds(device, start, update, 5)
 
     return side_by_side(devices, body)
 

@@ -36,6 +36,9 @@ REACHED = 0.5
 PCIE, HOST = 12e9, 10e9
 """Nominal bytes/s between a GPU and the host (pinned), and between two CPU devices."""
 
+DISK = 2.5e9, 1.25e9
+"""Nominal bytes/s (read, written) of an NVMe drive: a quarter of what DeepNVMe measured of four (PCIe 4)."""
+
 _RATE = re.compile(r"(\d+(?:\.\d*)?)\s*([GT])FLOPS?(?:/S)?", re.IGNORECASE)
 
 
@@ -46,7 +49,7 @@ class Speed:
     Attributes:
         flops: FLOP/s reached in the training's precision.
         bandwidth: bytes/s of memory.
-        update_rate: bytes per second at which the update moves `UPDATE_BYTES` per parameter; infinite if not known.
+        update_rate: bytes/s at which an update moves `memory.update_bytes` per parameter; infinite if not known.
         pack_rate: bytes of tensor per second through pack or unpack; infinite if not known.
     """
 
@@ -65,12 +68,22 @@ class Machine:
         speeds: of each.
         links: bytes/s by (from, to) index; others are nominal.
         made_up: names of the devices whose speeds are nominal, with where these come from.
+        disk: bytes/s (read, written) of the disk below the devices.
     """
 
     devices: tuple[Device, ...]
     speeds: tuple[Speed, ...]
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     made_up: Mapping[str, str] = field(default_factory=dict)
+    disk: tuple[float, float] = DISK
+
+    @property
+    def host_rate(self) -> float:
+        """Bytes/s at which the host updates what a GPU trains: of the first CPU device, else nominal."""
+        cpus = [speed for device, speed in zip(self.devices, self.speeds) if device.name.startswith("cpu")]
+        if not cpus:
+            return REACHED * CLASSES["desktop-cpu"][2]
+        return cpus[0].update_rate if math.isfinite(cpus[0].update_rate) else cpus[0].bandwidth
 
     def link(self, a: int, b: int) -> float:
         """Return the bytes per second from one device to another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 
@@ -10,7 +11,7 @@ from spu.plan.layer_cost import LayerCost
 
 __all__ = [
     "ITEM_BYTES",
-    "UPDATE_BYTES",
+    "STATE_BYTES",
     "WIRE_BUFFERS",
     "Boundary",
     "MicrobatchBytes",
@@ -18,14 +19,16 @@ __all__ = [
     "StageMemory",
     "pinned_bytes",
     "state_bytes",
+    "update_bytes",
     "wire_bytes",
 ]
 
 ITEM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Bytes per weight and per activation element, by precision."""
 
-UPDATE_BYTES = 38
-"""Memory traffic per trained parameter at the end of a step: the norm reads 4 bytes, AdamW reads and writes 34."""
+STATE_BYTES = {"fp32": (4.0, 8.0), "exact": (2.0, 2.125), "compact": (1.0, 2.125)}
+"""Bytes of (master or its correction, moments) per trained parameter with a 16-bit weight, by the form of the state.
+A moment of 8 bits has an fp32 scale for each block of 64."""
 
 WIRE_BUFFERS = 2  # per boundary and direction: one being filled while the other is read
 
@@ -53,17 +56,28 @@ class StageBytes:
         return self.param_bytes + self.main_grad_bytes + self.master_bytes + self.moment_bytes
 
 
-def state_bytes(cost: LayerCost, precision: str, first: int = 0) -> tuple[int, int, int, int]:
+def state_bytes(cost: LayerCost, precision: str, first: int = 0, state: str = "fp32") -> tuple[int, int, int, int]:
     """Return the bytes (weights, main gradients, masters, moments) of a layer in a stage that begins with `first`.
 
-    A parameter has a weight in its precision; a trained one also an fp32 main gradient, an fp32 master where weights
-    have 16 bits, and two fp32 moments. A parameter that an earlier layer of the same stage has, too, is counted there
-    alone; of one that only an earlier stage has, a weight and a gradient are counted here.
+    A parameter has a weight in its precision; a trained one also an fp32 main gradient, a master or its correction
+    where weights have 16 bits, and two moments, in the form `state` of `STATE_BYTES`. A parameter that an earlier layer
+    of the same stage has, too, is counted there alone; of one that only an earlier stage has, a weight and a gradient
+    are counted here.
     """
     item = ITEM_BYTES[precision]
     apart = [(params, trained) for before, params, trained in cost.ties if before < first]
     weights, gradients = cost.param_count + sum(p for p, _ in apart), cost.trained_count + sum(t for _, t in apart)
-    return item * weights, 4 * gradients, 4 * cost.trained_count if item == 2 else 0, 8 * cost.trained_count
+    master, moments = (math.ceil(size * cost.trained_count) for size in STATE_BYTES[state])
+    return item * weights, 4 * gradients, master if item == 2 else 0, moments
+
+
+def update_bytes(state: str) -> int:
+    """Return the memory traffic of an update per trained parameter with a 16-bit weight, in this form of the state.
+
+    Gradients are read for the norm and for the step, and set to 0; the state is read and written, and so is the weight,
+    which is not read where there is an fp32 master.
+    """
+    return math.ceil(12 + 2 * sum(STATE_BYTES[state]) + (2 if state == "fp32" else 4))
 
 
 def wire_bytes(output_bytes: int, precision: str, codec: str) -> int:
@@ -146,6 +160,7 @@ class StageMemory:
         boundaries: one per boundary.
         precision: "fp16", "bf16" or "fp32".
         deferred: whether the schedule defers weight gradients.
+        state: form of the optimizer's state.
     """
 
     layers: Sequence[LayerCost]
@@ -154,10 +169,11 @@ class StageMemory:
     boundaries: Sequence[Boundary]
     precision: str
     deferred: bool = False
+    state: str = "fp32"
 
     def of(self, stage: int, first: int, last: int, recompute: Collection[int] = ()) -> StageBytes:
         """Return the bytes if `stage` holds layers `first` to `last - 1` and recomputes those in `recompute`."""
-        states = [state_bytes(layer, self.precision, first) for layer in self.layers[first:last]]
+        states = [state_bytes(layer, self.precision, first, self.state) for layer in self.layers[first:last]]
         param, main_grad, master, moment = (sum(sizes) for sizes in zip(*states, strict=True))
         return StageBytes(
             param_bytes=param,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from spu import schedules
 from spu.plan.in_flight import held_moments, skeleton_of
-from spu.plan.memory import UPDATE_BYTES, MicrobatchBytes, StageBytes, wire_bytes
+from spu.plan.memory import MicrobatchBytes, StageBytes, update_bytes, wire_bytes
 from spu.plan.plan import Plan, Predicted, StagePlan
 from spu.schedules.simulate import runner
 from spu.settings import Settings
@@ -74,16 +74,21 @@ class Placement:
     @cached_property
     def bounds(self) -> list[int]:
         """What budgets are held against: what each device's stages hold together, and the largest workspace of one."""
-        one = [MicrobatchBytes(size, size, size) for size in self.microbatch_bounds]
-        workspaces = [
-            max(self.stages[s].workspace_bytes for s in self.of_rank(r)) for r in range(len(self.request.order))
-        ]
-        return [self._always(r) + self._in_flight(r, one) + extra for r, extra in enumerate(workspaces)]
+        return [self._always(r) + self.bound_in_flight(r) for r in range(len(self.request.order))]
 
     @cached_property
     def peaks(self) -> list[int]:
         """The most bytes of every device as its actions come and go: what is predicted, at most `bounds`."""
-        return [self._always(r) + self._in_flight(r, self.microbatch) for r in range(len(self.request.order))]
+        return [self._always(r) + self.peak_in_flight(r) for r in range(len(self.request.order))]
+
+    def bound_in_flight(self, rank: int) -> int:
+        """Return at most the bytes of a rank's microbatches and its workspace at a time."""
+        one = [MicrobatchBytes(size, size, size) for size in self.microbatch_bounds]
+        return self._in_flight(rank, one) + max(self.stages[s].workspace_bytes for s in self.of_rank(rank))
+
+    def peak_in_flight(self, rank: int) -> int:
+        """Return the most bytes of a rank's microbatches at a time, the work on one of them included."""
+        return self._in_flight(rank, self.microbatch)
 
     def _in_flight(self, rank: int, one: Sequence[MicrobatchBytes]) -> int:
         """Return the most bytes of a rank's microbatches at a time, where `one` says what each stage holds of one."""
@@ -138,7 +143,8 @@ class Placement:
         """Seconds of the update of every stage."""
         request = self.request
         trained = [sum(request.layers[k].trained_count for k in part) for part in self.parts]
-        return [UPDATE_BYTES * n / request.speeds[rank].update_rate for n, rank in zip(trained, request.ranks)]
+        each = update_bytes(request.settings.state)
+        return [each * n / request.speeds[rank].update_rate for n, rank in zip(trained, request.ranks)]
 
     @property
     def update_s(self) -> float:

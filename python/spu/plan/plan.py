@@ -18,11 +18,12 @@ from spu.common.files import write_atomically
 from spu.common.options import Options
 from spu.plan.memory import StageBytes
 from spu.plan.show.table import plan_table
+from spu.plan.streaming import StreamingPlan
 from spu.settings import Settings
 
 __all__ = ["CODECS", "VERSION", "Plan", "Predicted", "StagePlan"]
 
-VERSION = 4
+VERSION = 5
 CODECS = ("none", *WIRE_CODECS)
 
 
@@ -95,6 +96,7 @@ class Plan:
         predicted: time, bubble, peaks.
         uncounted: (layer, how) for layers, or the loss, whose needs could not be counted on fake tensors: "measured" on
             real ones in a copy, or "bound": taken from the sizes of parameters and input.
+        streaming: how layers move between tiers; None if all of them stay on their devices.
         version: of the file format.
     """
 
@@ -106,6 +108,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     predicted: Predicted
     uncounted: tuple[tuple[str, str], ...] = ()
+    streaming: StreamingPlan | None = None
     version: int = field(default=VERSION)
 
     @property
@@ -202,7 +205,7 @@ def _read_plan(data: Any) -> Plan:
         for k, stage in enumerate(stages):
             _check_total(stage, f"stages[{k}]")
         content["stages"] = [{key: value for key, value in stage.items() if key != "total_bytes"} for stage in stages]
-    return cast(Plan, _read(Plan, {"uncounted": [], **content}, ""))  # a file may leave that out
+    return cast(Plan, _read(Plan, {"uncounted": [], "streaming": None, **content}, ""))  # a file may leave these out
 
 
 def _check_total(stage: Any, where: str) -> None:
@@ -218,6 +221,8 @@ def _check_total(stage: Any, where: str) -> None:
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     """Return `value`, as JSON gave it, turned into `kind`: a dataclass, a tuple, or a plain type."""
+    if type(None) in typing.get_args(kind):
+        return None if value is None else _read(typing.get_args(kind)[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _read_object(kind, value, where)
     if typing.get_origin(kind) is tuple:
@@ -268,6 +273,8 @@ def _check(plan: Plan) -> None:
     for k, codec in enumerate(plan.codecs):
         if codec not in CODECS:
             raise ValueError(f"codecs[{k}] is {codec!r}; there are {', '.join(map(repr, CODECS))}")
+    if plan.streaming is not None:
+        plan.streaming.check(len(plan.stages))
     _check_layers(plan)
 
 

@@ -14,8 +14,9 @@ from spu.plan.memory import state_bytes
 from spu.plan.placement import Placement
 from spu.plan.request import Request
 from spu.schedules import Action
+from spu.settings import Settings
 
-__all__ = ["BudgetError", "refusal", "states"]
+__all__ = ["BudgetError", "refusal", "shrunk", "states"]
 
 Change = tuple[str, Request]
 
@@ -62,7 +63,7 @@ def refusal(request: Request, max_microbatches: int | None = None, model: str | 
     text = "\n  ".join([_headline(request), *(_line(placed, rank) for rank in short)])
     text += "\n  ".join(["\nwhat would fit:", *fixes])
     if model is not None:
-        less = states(request.layers, request.settings.precision) - sum(budgets)
+        less = states(request.layers, request.settings) - sum(budgets)
         text = f"{model or 'the model'} does not fit.\n{_state_line(request)}.\n{text}"
         if less > 0:
             text += f"\nno placement can fit before the budgets together grow by {format_bytes(less)}"
@@ -77,15 +78,17 @@ def refusal(request: Request, max_microbatches: int | None = None, model: str | 
     )
 
 
-def states(layers: Sequence[LayerCost], precision: str) -> int:
+def states(layers: Sequence[LayerCost], settings: Settings) -> int:
     """Return the bytes that training holds whatever the batch: weights, gradients and optimizer states."""
-    return sum(sum(state_bytes(layer, precision)) for layer in layers)
+    return sum(sum(state_bytes(layer, settings.precision, state=settings.state)) for layer in layers)
 
 
 def _state_line(request: Request) -> str:
     """Return what training holds whatever the batch, in words, against all budgets together."""
-    parts = [sum(sizes) for sizes in zip(*(state_bytes(layer, request.settings.precision) for layer in request.layers))]
-    words = ("weights", "main gradients", "fp32 masters", "AdamW's moments")
+    precision, state = request.settings.precision, request.settings.state
+    parts = [sum(sizes) for sizes in zip(*(state_bytes(layer, precision, 0, state) for layer in request.layers))]
+    masters = "fp32 masters" if state == "fp32" else "corrections"
+    words = ("weights", "main gradients", masters, "AdamW's moments")
     list_ = ", ".join(f"{word} {format_bytes(size)}" for word, size in zip(words, parts) if size)
     return (
         f"training needs {format_bytes(sum(parts))} whatever the batch ({list_}); the budgets together are "
@@ -182,12 +185,12 @@ def _finer(request: Request, prefix: str, limit: int | None) -> Iterator[Change]
         if limit is not None and count > limit:
             return
         label = f"{prefix}microbatches={count} (of the same batch, so each 1/{factor} as large)"
-        layers = tuple(_shrunk(layer, factor) for layer in request.layers)
-        smaller = replace(request, layers=layers, loss=_shrunk(request.loss, factor))
+        layers = tuple(shrunk(layer, factor) for layer in request.layers)
+        smaller = replace(request, layers=layers, loss=shrunk(request.loss, factor))
         yield label, smaller.changed(microbatches=count)
 
 
-def _shrunk(cost: LayerCost, factor: int) -> LayerCost:
+def shrunk(cost: LayerCost, factor: int) -> LayerCost:
     """Return the cost of a smaller microbatch. Workspace stays: it may be weight gradients, which do not shrink."""
     names = ("own_bytes", "input_bytes", "output_bytes", "deferred_bytes")
     return replace(cost, **{name: -(-getattr(cost, name) // factor) for name in names})
@@ -213,7 +216,7 @@ def _larger(request: Request) -> Iterator[Change]:
     if len(request.order) < 2 or request.fixed is not None:
         return
     options = []
-    everything = states(request.layers, request.settings.precision)
+    everything = states(request.layers, request.settings)
     for rank, budget in enumerate(request.budgets):
         low, high = budget, 2 * max(everything, budget)
         if not _with_budget(request, rank, high).candidates():

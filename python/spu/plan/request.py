@@ -129,6 +129,7 @@ class Request:
             boundaries=self.boundaries,
             precision=self.settings.precision,
             deferred=schedules.splits_backward(self.settings.schedule),
+            state=self.settings.state,
         )
 
     @cached_property

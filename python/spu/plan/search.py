@@ -137,7 +137,7 @@ class _Search:
         counts = self.counts
         layers, *_ = self._profile(self._rows(counts[-1]))
         self.settings.recompute.check_within(len(layers))
-        if states(layers, self.settings.precision) > sum(d.budget_bytes for d in self.machine.devices):
+        if states(layers, self.settings) > sum(d.budget_bytes for d in self.machine.devices):
             return None  # whatever the batch: no need to look at any placement
         found = [placed for order in self._orders() for placed in self._found(order, counts)]
         if not found:  # before it is said that nothing fits, every order is tried with what takes least memory

@@ -27,7 +27,7 @@ class LayerArrays:
     """The layers' costs as arrays, for all stages of a request alike: [L] each, or [first, stop] of every run."""
 
     def __init__(self, request: Request) -> None:
-        layers, precision = request.layers, request.settings.precision
+        layers, precision, state = request.layers, request.settings.precision, request.settings.state
         deferred = request.memory.deferred
         self.inputs = _bytes(layer.input_bytes for layer in layers)
         self.own = _bytes(layer.own_bytes + (layer.deferred_bytes if deferred else 0) for layer in layers)
@@ -38,10 +38,11 @@ class LayerArrays:
         self.extra, self.extra_recomputed = _largest_between(extra), extra + [layer.own_bytes for layer in layers]
         self.each = sums_between(self.own)
         self.each[:-1] += sums_between(self.inner)[1:]  # where the first layer's input is, its stage says
-        self.states = sums_between(_bytes(sum(state_bytes(layer, precision, k)) for k, layer in enumerate(layers)))
+        own = (sum(state_bytes(layer, precision, k, state)) for k, layer in enumerate(layers))
+        self.states = sums_between(_bytes(own))
         for k, layer in enumerate(layers):
             if layer.ties:  # what the layers of a run share is counted once
-                states = _bytes(sum(state_bytes(layer, precision, first)) for first in range(k + 1))
+                states = _bytes(sum(state_bytes(layer, precision, first, state)) for first in range(k + 1))
                 self.states[: k + 1, k + 1 :] += (states - states[k])[:, None]
 
 

@@ -1,0 +1,184 @@
+"""Making a plan for a model that is larger than its device: its layers move between tiers, one stage after another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from spu.common.units import format_bytes, format_bytes_up
+from spu.plan.layer_cost import LayerCost
+from spu.plan.machine import Machine
+from spu.plan.placement import Placement
+from spu.plan.plan import Plan
+from spu.plan.refusal import BudgetError, shrunk
+from spu.plan.request import Request, Times
+from spu.plan.streamed import Streamed
+from spu.settings import AUTO, STATES, Recompute, Settings
+
+if TYPE_CHECKING:
+    from spu.devices.tiers import Tiers
+
+__all__ = ["StreamingRequest", "grouped", "make_streaming_plan"]
+
+_SLOTS = (2, 3, 4)
+
+
+def grouped(layers: Sequence[LayerCost], most: int | None = None) -> list[range]:
+    """Return runs of layers, each with at most so many parameters together, or as many as the largest layer alone."""
+    most = max(layer.param_count for layer in layers) if most is None else most
+    cuts, count = [0], 0
+    for k, layer in enumerate(layers):
+        if k > cuts[-1] and count + layer.param_count > most:
+            cuts.append(k)
+            count = 0
+        count += layer.param_count
+    return [range(first, stop) for first, stop in itertools.pairwise([*cuts, len(layers)])]
+
+
+@dataclass(frozen=True)
+class StreamingRequest:
+    """What is to be streamed; fields as the arguments of `make_streaming_plan`."""
+
+    layers: tuple[LayerCost, ...]
+    loss: LayerCost
+    machine: Machine
+    settings: Settings
+    tiers: Tiers
+    measured: Sequence[Times] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where the settings ask for what streaming does not do, or nothing would move."""
+        s = self.settings
+        if s.accumulate != 1:
+            raise ValueError(
+                f"{s.label('accumulate')} {s.accumulate}: a streamed model runs all microbatches of a step through a "
+                f"layer at once, so raise microbatches instead: {s.run_microbatches * s.accumulate} of them"
+            )
+        if not any(self._stores(k) for k in self.devices):
+            device = self.machine.devices[self.devices[0]].name
+            what = "disk=FOLDER:100GB" if device.startswith("cpu") else "cpu=32GB or disk=FOLDER:100GB"
+            raise ValueError(
+                f"{s.label('residency')} {s.residency} would move nothing: there is no tier below {device}. Give one: "
+                f"{what}, in the budget or as tiers="
+            )
+
+    @cached_property
+    def devices(self) -> list[int]:
+        """The devices to try: GPUs, the fastest first; the CPU where there is none."""
+        names = [device.name for device in self.machine.devices]
+        gpus = [k for k, name in enumerate(names) if not name.startswith("cpu")]
+        return sorted(gpus, key=lambda k: -self.machine.speeds[k].flops) or [0]
+
+    def _stores(self, device: int) -> list[str]:
+        """The tiers that can hold what a device streams."""
+        on_gpu = not self.machine.devices[device].name.startswith("cpu")
+        host, disk = self.tiers.host_bytes > 0, self.tiers.disk is not None
+        return (["host"] if on_gpu and host else []) + (["disk"] if disk and (host or not on_gpu) else [])
+
+    def cases(self) -> Iterator[Streamed]:
+        """Yield every way that the settings allow, the simplest first."""
+        s = self.settings
+        residencies = ("offloaded", "streamed") if s.residency == AUTO else (s.residency,)
+        activations = ("keep", "exact") if s.activations == AUTO else (s.activations,)
+        for device, placed in ((k, placed) for k in self.devices for placed in self._placed(k)):
+            for residency, store, waits in itertools.product(residencies, self._stores(device), activations):
+                for slots in _SLOTS if residency == "streamed" else _SLOTS[:1]:
+                    for state_slots in (1, 2):
+                        yield Streamed(placed, self.tiers, residency, store, slots, state_slots, waits)
+
+    def _placed(self, device: int) -> Iterator[Placement]:
+        """Yield the stages on a device with the layers that may be recomputed: none, all, or those that are given."""
+        s, count = self.settings, len(self.layers)
+        parts = grouped(self.layers)
+        settings = replace(s, schedule="layer_outer", virtual=len(parts))
+        codecs = ("none",) * (len(parts) - 1)
+        request = Request(self.machine, (device,), self.layers, self.loss, self.measured, settings, codecs)
+        none, every = frozenset[int](), frozenset(range(count))
+        sets = {"none": [none], "all": [every], "given": [s.recompute.layers], "auto": [none, every]}
+        for layers in sets[s.recompute.mode]:
+            yield Placement(request, tuple(parts), tuple(tuple(k for k in part if k in layers) for part in parts))
+
+    def best(self) -> Streamed | None:
+        """Return the fastest way that fits every tier; of equally fast ones the simplest."""
+        fitting = [case for case in self.cases() if not case.lacking]
+        return min(fitting, key=lambda case: float(f"{case.step_s:.3e}"), default=None)
+
+    def refusal(self) -> BudgetError:
+        """Return the error that says which tiers are short in the way that comes nearest, and what would fit."""
+        near = min(self.cases(), key=lambda case: sum(case.lacking.values()))
+        s, lacking = near.placed.request.settings, near.lacking
+        needs = {tier.name: tier for tier in near.tier_bytes}
+        device = near.tier_bytes[0].name
+        bound = {device: near.bound_bytes, **{name: tier.peak_bytes for name, tier in needs.items() if name != device}}
+        fixes = [label for label, changed in self._changes() if changed.best() is not None]
+        fixes.append("budgets of " + ", ".join(f"{format_bytes_up(bound[name])} for {name}" for name in lacking))
+        lines = [
+            f"{name} is short by {format_bytes_up(short)}: needs {format_bytes(bound[name])} and may use "
+            f"{format_bytes(needs[name].budget_bytes)}"
+            for name, short in lacking.items()
+        ]
+        how = f"{near.residency} through {device}, {s.microbatches} microbatches, {s.precision}, state {s.state}"
+        text = "\n  ".join([f"no plan fits the budgets ({how}); the nearest one:", *lines])
+        text += "\n  ".join(["\nwhat would fit:", *fixes])
+        worst = max(lacking, key=lacking.__getitem__)
+        budget = needs[worst].budget_bytes
+        return BudgetError(text, stage=0, needed_bytes=bound[worst], budget_bytes=budget, device=worst, fixes=fixes)
+
+    def _changes(self) -> Iterator[tuple[str, StreamingRequest]]:
+        """Yield changes of one setting that take less memory."""
+        s = self.settings
+        for state in STATES[STATES.index(s.state) + 1 :]:
+            yield f'state="{state}"', replace(self, settings=replace(s, state=state))
+        if s.activations not in (AUTO, "exact"):
+            yield 'activations="exact"', replace(self, settings=replace(s, activations="exact"))
+        if s.activations != "int8":
+            yield 'activations="int8"', replace(self, settings=replace(s, activations="int8"))
+        if s.residency == "offloaded":
+            yield 'residency="streamed"', replace(self, settings=replace(s, residency="streamed"))
+        if s.recompute.mode in ("none", "given"):
+            yield "recompute=True", replace(self, settings=replace(s, recompute=Recompute("all")))
+        for factor in (2, 4, 8):
+            count = factor * s.run_microbatches
+            layers = tuple(shrunk(layer, factor) for layer in self.layers)
+            finer = replace(self, layers=layers, loss=shrunk(self.loss, factor))
+            label = f"microbatches={count} (of the same batch, so each 1/{factor} as large)"
+            yield label, replace(finer, settings=replace(s, microbatches=count))
+
+
+def make_streaming_plan(
+    layer_costs: Sequence[LayerCost],
+    loss: LayerCost,
+    machine: Machine,
+    settings: Settings,
+    tiers: Tiers,
+    *,
+    model: str = "",
+    rows: int = 0,
+    tokens: int = 0,
+    times: Sequence[Times] | None = None,
+) -> Plan:
+    """Return the fastest plan that moves layers between tiers and keeps every budget.
+
+    Args:
+        layer_costs, loss: for one microbatch, in the precision of the training.
+        machine: its fastest GPU computes, or its first CPU where there is none.
+        settings: of the training; the schedule is `layer_outer` whatever they say, with a stage for each layer.
+        tiers: what there is below the device.
+        model, rows, tokens: noted in the plan.
+        times: measured (forward, backward) seconds of every layer, and last of the loss, on every device; default:
+            counted work at the machine's speeds.
+
+    Raises:
+        BudgetError: nothing fits; says which tiers are short by how much, and what was tried and fits.
+        ValueError: settings that streaming cannot serve, or no tier below the device.
+    """
+    settings.recompute.check_within(len(layer_costs))
+    request = StreamingRequest(tuple(layer_costs), loss, machine, settings, tiers, times)
+    request.check()
+    best = request.best()
+    if best is None:
+        raise request.refusal()
+    return best.plan(model=model, rows=rows, tokens=tokens)

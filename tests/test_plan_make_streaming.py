@@ -1,0 +1,134 @@
+"""Plans that move layers between tiers: bytes of every tier by hand, seconds, refusals that name what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_plan_make import MB, device, layer, layers
+
+from spu.devices.tiers import Tiers
+from spu.plan import BudgetError, Plan
+from spu.plan.layer_cost import LayerCost
+from spu.plan.machine import Machine, Speed
+from spu.plan.make_streaming import grouped, make_streaming_plan
+from spu.settings import Settings
+
+DISK = Tiers(0, Path("/spill"), 1000 * MB)
+LOSS = LayerCost(name="loss", input_bytes=100_000, output_bytes=4)
+
+
+def stream(costs, tiers=DISK, *, budget=1000 * MB, flops=1e12, update_rate=1e12, disk=(1e9, 1e9), **settings):
+    machine = Machine((device("cpu:0", budget),), (Speed(flops, 1e12, update_rate),), disk=disk)
+    options = {"residency": "streamed", "microbatches": 4, "activations": "keep", "recompute": True, **settings}
+    return make_streaming_plan(costs, LOSS, machine, Settings(**options), tiers, model="tiny", rows=2, tokens=100)
+
+
+def page(count: int) -> int:
+    return -(-count // 4096) * 4096
+
+
+def test_every_tier_holds_what_is_counted_by_hand():
+    plan = stream(layers(6, params=100_000))
+    s = plan.streaming
+    assert s is not None
+    assert [stage.layers for stage in plan.stages] == [(k, k + 1) for k in range(6)]
+    assert (plan.settings.schedule, plan.settings.residency, plan.devices) == ("layer_outer", "streamed", ("cpu:0",))
+    weights, grads, state = page(200_000), page(400_000), page(1_200_000)
+    assert s.ring_bytes == s.slots * weights + s.state_slots * (grads + state)
+    tiers = {tier.name: tier for tier in s.tiers}
+    assert list(tiers) == ["cpu:0", "disk"]
+    assert tiers["disk"].peak_bytes == 6 * (weights + grads + state)
+    # 4 microbatches of 5 inputs that wait, gradients of the 3 others, and a layer that is recomputed
+    waiting = 4 * 5 * 100_000 + 3 * 100_000
+    assert s.ring_bytes + waiting < tiers["cpu:0"].peak_bytes < s.ring_bytes + waiting + 2 * MB
+    assert tiers["cpu:0"].peak_bytes == plan.predicted.peak_bytes[0]
+    # What is in the slots at the end of a forward and of a backward is not read again.
+    assert s.disk_read_bytes == 2 * (6 - s.slots) * weights + 6 * (grads + state)
+    assert s.disk_written_bytes == 6 * (200_000 + state + grads)
+    assert s.link_in_bytes == s.link_out_bytes == 0
+
+
+def test_a_slow_disk_is_the_step_and_a_fast_one_is_hidden():
+    slow, fast = stream(layers(8, params=100_000), disk=(1e6, 1e6)), stream(layers(8, params=100_000))
+    s, f = slow.streaming, fast.streaming
+    assert s is not None
+    assert f is not None
+    assert s.bottleneck == "disk"
+    assert s.disk_s == pytest.approx((s.disk_read_bytes + s.disk_written_bytes) / 1e6)
+    assert s.disk_s <= slow.predicted.step_s < 1.1 * s.disk_s
+    assert f.bottleneck == "compute"
+    # 8 layers x 4 microbatches of forward, recompute and backward: 4e9 FLOP at 1e12 a second; 38 bytes an update
+    assert f.compute_s == pytest.approx(8 * 4 * 4e-3 + 8 * 100_000 * 38 / 1e12, rel=0.01)
+    assert f.compute_s <= fast.predicted.step_s < 1.1 * f.compute_s
+    assert s.limit_s == s.disk_s
+    # A step of 800 tokens is hidden by the fast disk and not by the slow one: from so many tokens each would be.
+    assert 0 < f.hidden_tokens < 800 < s.hidden_tokens
+    assert s.hidden_tokens == pytest.approx(1000 * f.hidden_tokens, rel=0.02)
+
+
+def test_offloaded_weights_stay_and_states_move():
+    plan = stream(layers(6, params=100_000), residency="offloaded", state="exact")
+    s = plan.streaming
+    assert s is not None
+    assert s.residency == ("offloaded",) * 6
+    grads, state = page(400_000), page(412_500)
+    assert s.tiers[1].peak_bytes == 6 * (grads + state)
+    assert s.disk_read_bytes == 6 * (grads + state)
+    assert s.ring_bytes == s.state_slots * (grads + state)
+    assert s.tiers[0].peak_bytes > 6 * page(200_000) + s.ring_bytes
+
+
+def test_frozen_layers_have_weights_alone_which_are_never_written():
+    frozen = [LayerCost(**{**vars(c), "trained_count": 0}) for c in layers(6, params=100_000)]
+    s = stream(frozen).streaming
+    assert s is not None
+    assert s.tiers[1].peak_bytes == 6 * page(200_000)
+    assert s.disk_written_bytes == 0
+
+
+def test_activations_wait_on_the_disk_where_they_do_not_fit():
+    costs = layers(8, params=1000, output=10 * MB, saved=1000)
+    kept = stream(costs, budget=400 * MB, activations="auto").streaming
+    parked = stream(costs, budget=200 * MB, activations="auto").streaming
+    packed = stream(costs, budget=200 * MB, activations="int8").streaming
+    assert kept is not None
+    assert parked is not None
+    assert packed is not None
+    assert (kept.activations, parked.activations, packed.activations) == ("keep", "exact", "int8")
+    assert parked.disk_written_bytes - kept.disk_written_bytes == 4 * 7 * 10 * MB
+    assert 0.5 < (packed.disk_written_bytes - kept.disk_written_bytes) / (4 * 7 * 10 * MB) < 0.54
+    assert parked.tiers[0].peak_bytes < 200 * MB
+
+
+def test_small_neighbours_share_a_stage_that_is_no_larger_than_the_largest():
+    costs = [layer(str(k), params=p) for k, p in enumerate((10, 4, 4, 4, 9, 1, 1, 10, 3))]
+    assert grouped(costs) == [range(1), range(1, 3), range(3, 4), range(4, 6), range(6, 7), range(7, 8), range(8, 9)]
+
+
+def test_a_plan_with_streaming_is_read_as_it_was_written():
+    plan = stream(layers(4))
+    assert Plan.from_json(plan.to_json()) == plan
+    broken = plan.to_json().replace('"store": "disk"', '"store": "tape"')
+    with pytest.raises(ValueError, match="streaming.store is 'tape'; there are 'host', 'disk'"):
+        Plan.from_json(broken)
+
+
+def test_a_refusal_names_every_tier_that_is_short_and_what_fits():
+    costs = layers(8, params=1_000_000)
+    with pytest.raises(BudgetError) as error:
+        stream(costs, Tiers(0, Path("/spill"), 100 * MB))
+    text = str(error.value)
+    assert "disk is short by 44.1 MB: needs 144 MB and may use 100 MB" in text
+    assert error.value.device == "disk"
+    assert error.value.fixes[:2] == ('state="exact"', 'state="compact"')
+    assert stream(costs, Tiers(0, Path("/spill"), 100 * MB), state="exact").streaming is not None
+    with pytest.raises(BudgetError, match="cpu:0 is short by"):
+        stream(costs, budget=10 * MB)
+
+
+def test_what_streaming_cannot_do_is_refused_by_name():
+    with pytest.raises(ValueError, match="accumulate 3: .*raise microbatches instead: 12 of them"):
+        stream(layers(4), accumulate=3)
+    with pytest.raises(ValueError, match="would move nothing: there is no tier below cpu:0. Give one: disk=FOLDER"):
+        stream(layers(4), Tiers(10**9))
