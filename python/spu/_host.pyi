@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+from typing_extensions import Buffer
+
 def simulate(
     first: Sequence[int],
     stages: Sequence[int],
@@ -8,3 +10,5 @@ def simulate(
     seconds: Sequence[float],
     transfers: Sequence[float],
 ) -> tuple[list[float], list[float]]: ...
+def crc32c(data: Buffer, before: int = 0) -> int: ...
+def crc32c_by_tables(data: Buffer, before: int = 0) -> int: ...

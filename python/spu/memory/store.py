@@ -24,17 +24,20 @@ class Ticket(Protocol):
     """A read or a write in progress."""
 
     def wait(self) -> None:
-        """Return when it is done.
+        """Return when it is done; may be called again, from any thread.
 
         Raises:
-            StoreError: it failed; names the region's owner, the file and the system's reason.
+            StoreError: it failed; names the region, the file and the system's reason.
         """
 
 
 class Store(Protocol):
     """Regions of bytes on one tier. All are allocated at the start; nothing is allocated while they are used.
 
-    Reads and writes of one region never overlap: the caller waits for one before it starts the next.
+    Reads and writes of one region never overlap: the caller waits for one before it starts the next. Those of several
+    regions may: a store takes reads in the order in which they were asked for, writes likewise, and reads and writes in
+    turns. After the first failure of its tier every call but `close` raises `StoreError` at once; so does every call in
+    a forked process, which has the memory but not the threads.
     """
 
     def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
@@ -46,10 +49,15 @@ class Store(Protocol):
 
         Raises:
             StoreError: there is no room for all of them; says how much is needed and how much is there.
+            ValueError: for sizes that are not aligned.
         """
 
     def read(self, region: Region, into: Tensor) -> Ticket:
-        """Start to copy the first bytes of a region into ``into`` (uint8, contiguous, aligned, on the CPU)."""
+        """Start to copy the first bytes of a region into ``into``: uint8, contiguous, on the CPU, aligned at both ends.
+
+        Raises:
+            ValueError: for another tensor.
+        """
 
     def write(self, region: Region, data: Tensor) -> Ticket:
         """Start to copy ``data`` (likewise) over the first bytes of a region."""
@@ -57,14 +65,19 @@ class Store(Protocol):
     def home(self, region: Region) -> Tensor:
         """Return the region itself as uint8 memory, to look at and to change between runs.
 
-        A store that keeps checksums cannot know what is changed there: call `exposed` first.
+        Its storage is the region and nothing else. A store that keeps checksums cannot know what is changed there: call
+        `exposed` first.
         """
 
     def exposed(self, regions: Sequence[Region]) -> None:
-        """Note that these regions' homes may be changed from now on, until `hidden`."""
+        """Note that these regions' homes may be changed from now on, until `hidden`: no reads or writes in between."""
 
     def hidden(self, regions: Sequence[Region]) -> None:
         """Take the present bytes of these regions' homes as theirs; reads see them from now on."""
 
     def close(self) -> None:
-        """Give the room back, waiting for what is in progress; harmless when called twice."""
+        """Give the room back, waiting for what is in progress; harmless when called twice.
+
+        A home that a tensor still views stays as it is until the last such tensor is gone: a model is not emptied
+        behind its user's back.
+        """

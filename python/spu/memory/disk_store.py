@@ -1,0 +1,248 @@
+"""Regions in a file on a disk: the tier below the host."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from torch import Tensor
+
+from spu.common.units import format_bytes, format_bytes_up
+from spu.memory.checksum import Checksums, checksum_name
+from spu.memory.disk_file import Bytes, DiskFile
+from spu.memory.io_threads import IOThreads, Request
+from spu.memory.layout import Layout
+from spu.memory.mapped import Mapped
+from spu.memory.slab import Slab
+from spu.memory.store import Region, StoreError
+
+__all__ = ["PIECE_BYTES", "DiskStore"]
+
+PIECE_BYTES = 4 << 20
+"""Bytes of a transfer, and of what one checksum covers."""
+
+# Frees the blocks of the file under a mapping; elsewhere than on Linux they stay until the mapping ends.
+_REMOVE = getattr(mmap, "MADV_REMOVE", mmap.MADV_DONTNEED)
+
+
+class DiskStore:
+    """A store in one preallocated file, read and written directly, with a checksum for every `PIECE_BYTES`.
+
+    A region's home is a view of a shared mapping of the file. Direct transfers and the mapping agree as long as they do
+    not overlap in time, which is what `exposed` and `hidden` are for.
+
+    Args:
+        folder: where the file is made; it must exist.
+        limit_bytes: the most that the file may take; None for what is free.
+        threads: that transfer at once. Two keep a disk busy while a checksum is computed.
+        direct: False uses the page cache though direct I/O may be possible.
+
+    Attributes:
+        direct: whether transfers go past the page cache; known after `allocate`.
+        note: why they do not; "" otherwise.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], limit_bytes: int | None = None, *, threads: int = 2, direct: bool = True
+    ) -> None:
+        self.folder = Path(folder)
+        self.direct = False
+        self.note = ""
+        self._limit = limit_bytes
+        self._thread_count = threads
+        self._ask_direct = direct
+        self._pid = os.getpid()
+        self._closed = False
+        self._parts: _Parts | None = None
+        self._mapped: Mapped | None = None
+        self._exposed: set[Region] = set()
+
+    def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
+        """Make the file, with all its blocks; see `Store.allocate`."""
+        if self._parts is not None or self._closed:
+            raise ValueError("a store is allocated once")
+        layout = Layout(names, sizes)
+        if self._limit is not None and layout.size > self._limit:
+            raise StoreError(
+                f"{self.folder}: {format_bytes_up(layout.size)} are needed, the budget allows "
+                f"{format_bytes(self._limit)}; say disk=DIR:{format_bytes_up(layout.size).replace(' ', '')} or more"
+            )
+        file = DiskFile(self.folder, layout.size, direct=self._ask_direct)
+        self.direct, self.note = file.direct, file.note
+        self._parts = _Parts(layout, file, self._thread_count)
+        return list(range(len(layout.sizes)))
+
+    def read(self, region: Region, into: Tensor) -> Request:
+        """Read directly into ``into``, and compare the checksums; see `Store.read`."""
+        return self._transfer(region, into, _Parts.read_piece, write=False)
+
+    def write(self, region: Region, data: Tensor) -> Request:
+        """Write directly from ``data``; see `Store.write`."""
+        return self._transfer(region, data, _Parts.write_piece, write=True)
+
+    def _transfer(self, region: Region, tensor: Tensor, work: _PieceWork, *, write: bool) -> Request:
+        parts = self._open()
+        parts.layout.check(region, tensor)
+        if region in self._exposed:
+            raise ValueError(f"{parts.layout.names[region]} may be changed at its home; call hidden() first")
+        data: Bytes = tensor.detach().numpy()
+
+        def run(thread: int, piece: int) -> None:
+            work(parts, thread, region, piece, data)
+
+        return parts.threads.submit(run, -(-len(data) // PIECE_BYTES), write=write)
+
+    def home(self, region: Region) -> Tensor:
+        """Return a view of the shared mapping, which is made when it is first asked for; see `Store.home`.
+
+        An error of the disk under a mapping ends the process with SIGBUS: the system has no other way to tell it.
+        """
+        parts = self._open()
+        if self._mapped is None and parts.layout.size:
+            try:
+                self._mapped = Mapped(parts.file.map())
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{self.folder}: the file cannot be mapped: {error}") from error
+        start, size = parts.layout.starts[region], parts.layout.sizes[region]
+        return Slab(0).view(0, 0) if self._mapped is None else self._mapped.view(start, size)
+
+    def exposed(self, regions: Sequence[Region]) -> None:
+        """Refuse reads and writes of these regions until `hidden`; see `Store.exposed`."""
+        self._open()
+        self._exposed.update(regions)
+
+    def hidden(self, regions: Sequence[Region]) -> None:
+        """Bring what was changed to the disk, and take new checksums by reading it; see `Store.hidden`.
+
+        Only changed pages are written; all are read, so that what is damaged later is noticed. The page cache is left.
+        """
+        parts = self._open()
+        for region in regions:
+            start, size = parts.layout.starts[region], parts.layout.sizes[region]
+            if self._mapped is not None:
+                try:
+                    self._mapped.flush(start, size)
+                except OSError as error:
+                    raise StoreError(parts.threads.fail(parts.text(region, "writing", start, size, error))) from error
+                self._mapped.advise(mmap.MADV_DONTNEED, start, size)
+            parts.file.drop_cache(start, size)
+        for request in [parts.take_all(region) for region in regions]:
+            request.wait()
+        self._exposed.difference_update(regions)
+
+    def _open(self) -> _Parts:
+        if self._parts is None:
+            raise StoreError(f"{self.folder}: the store is closed" if self._closed else "allocate regions first")
+        self._parts.threads.check()
+        return self._parts
+
+    def close(self) -> None:
+        """Finish what is queued, and free the blocks of the regions that no tensor views; see `Store.close`."""
+        parts, self._parts = self._parts, None
+        mapped, self._mapped = self._mapped, None
+        self._closed = True
+        if parts is None:
+            return
+        # A thread that does not answer may be in the middle of a transfer: it keeps the file.
+        ended = parts.threads.close()
+        if mapped is not None and os.getpid() == self._pid:  # never from a forked process: the file is its parent's too
+            with contextlib.suppress(OSError):  # no holes in this file system: the last tensor frees the blocks
+                mapped.close(_REMOVE, keep=True)
+        if ended:
+            parts.bounce.close()
+            parts.file.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_parts", None) is not None:
+            self.close()
+
+
+class _Parts:
+    """What a store has once its regions are known, and what a thread does with one piece of one of them."""
+
+    def __init__(self, layout: Layout, file: DiskFile, threads: int) -> None:
+        self.layout = layout
+        self.file = file
+        counts = [-(-size // PIECE_BYTES) for size in layout.sizes]
+        self._first_piece = [0, *accumulate(counts)]
+        self._sums = Checksums(self._first_piece[-1])
+        largest = min(PIECE_BYTES, max(layout.sizes, default=0))
+        self.bounce = Slab(largest * threads)
+        self._bounces: list[Bytes] = [slot.numpy() for slot in self.bounce.slots([largest] * threads)]
+        self.threads = IOThreads(str(file.folder), threads)
+
+    def _place(self, region: Region, piece: int) -> tuple[int, int, int]:
+        """Return the number of a region's piece among all, its place in the file and its bytes."""
+        at = piece * PIECE_BYTES
+        size = min(PIECE_BYTES, self.layout.sizes[region] - at)
+        return self._first_piece[region] + piece, self.layout.starts[region] + at, size
+
+    def read_piece(self, thread: int, region: Region, piece: int, data: Bytes) -> None:
+        number, at, size = self._place(region, piece)
+        wanted = data[piece * PIECE_BYTES :][:size]
+        if not self._sums.written(number):
+            ctypes.memset(wanted.ctypes.data, 0, len(wanted))
+            return
+        # A checksum covers a whole piece: if less is wanted, the rest has to be read as well.
+        whole = wanted if len(wanted) == size else self._bounces[thread][:size]
+        self._get(region, number, at, whole)
+        if whole is not wanted:
+            wanted[:] = whole[: len(wanted)]
+
+    def write_piece(self, thread: int, region: Region, piece: int, data: Bytes) -> None:
+        number, at, size = self._place(region, piece)
+        given = data[piece * PIECE_BYTES :][:size]
+        whole = given
+        if len(given) < size:
+            whole = self._bounces[thread][:size]
+            if self._sums.written(number):
+                self._get(region, number, at, whole)
+            else:
+                whole[len(given) :] = 0
+            whole[: len(given)] = given
+        self._sums.take(number, whole)
+        try:
+            self.file.write(at, whole)
+        except OSError as error:
+            raise StoreError(self.text(region, "writing", at, size, error)) from error
+
+    def _get(self, region: Region, number: int, at: int, whole: Bytes) -> None:
+        self._load(region, at, whole)
+        if not self._sums.agrees(number, whole):
+            raise StoreError(
+                f"{self.layout.names[region]}: the {len(whole)} bytes at byte {at} of the file in {self.file.folder} "
+                f"are not those that were written ({checksum_name} differs): the disk or the memory is damaged. Go on "
+                "from the last checkpoint, on another disk"
+            )
+
+    def _load(self, region: Region, at: int, whole: Bytes) -> None:
+        try:
+            self.file.read(at, whole)
+        except OSError as error:
+            raise StoreError(self.text(region, "reading", at, len(whole), error)) from error
+
+    def take_all(self, region: Region) -> Request:
+        """Start to take checksums of what the file holds now."""
+
+        def run(thread: int, piece: int) -> None:
+            number, at, size = self._place(region, piece)
+            whole = self._bounces[thread][:size]
+            self._load(region, at, whole)
+            self._sums.take(number, whole)
+
+        return self.threads.submit(run, -(-self.layout.sizes[region] // PIECE_BYTES))
+
+    def text(self, region: Region, doing: str, at: int, size: int, error: OSError) -> str:
+        """Return what to say of a failed transfer."""
+        return (
+            f"{self.layout.names[region]}: {doing} {size} bytes at byte {at} of the file in {self.file.folder} failed: "
+            f"{error.strerror or error}"
+        )
+
+
+_PieceWork = Callable[[_Parts, int, Region, int, Bytes], None]
