@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 import time
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,8 +18,13 @@ from torch import nn
 import spu
 from spu import ModelParallelTrainer, schedules
 from spu.cost.measure import time_layers
+from spu.devices.manager import DeviceManager
+from spu.devices.tiers import parse_tiers
 from spu.engine.loss import cross_entropy
 from spu.model.layers import parts_as_layers
+from spu.plan import BudgetError, Plan
+from spu.settings import TrainSettings
+from spu.trainer.planner import Planner
 
 
 @pytest.fixture(autouse=True)
@@ -125,3 +132,54 @@ def test_layers_of_a_kind_are_timed_twice_and_every_layer_and_the_loss_get_secon
     for row in rows:
         assert len({row[0], row[2], row[3], row[4]}) == 1
         assert min(row[-1]) > 0
+
+
+# Layers that move between tiers
+
+
+def streaming(tmp_path: Path, budget: int = 10**6, **settings: Any) -> Planner:
+    how = {"residency": "streamed", "microbatches": 2, "precision": "fp16", **settings}
+    cpu = dataclasses.replace(DeviceManager().get_devices("cpu")[0], budget_bytes=budget)
+    tiers = parse_tiers(f"disk={tmp_path}:1GB")
+    return Planner(parts_as_layers(model()), [cpu], TrainSettings(**how), cross_entropy, tiers)
+
+
+def test_a_streamed_plan_has_a_stage_for_each_layer_of_weights(tmp_path: Path) -> None:
+    plan = streaming(tmp_path).plan(*batch(), measure=False)
+    assert plan.streaming is not None
+    assert [stage.layers for stage in plan.stages] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert plan.settings.schedule == "layer_outer"
+    assert plan.streaming.residency == ("streamed",) * 4
+    assert [action.stage for action in plan.actions()[0]][:4] == [0, 0, 1, 1]
+
+
+def test_a_streamed_plan_is_taken_and_measured_as_it_is(tmp_path: Path) -> None:
+    plan = streaming(tmp_path).plan(*batch(), measure=False)
+    again = Plan.from_json(plan.to_json())
+    measured = streaming(tmp_path).checked(again, *batch(), measure=True)
+    assert measured.predicted.basis == "measured"
+    assert measured.streaming is not None
+    assert plan.streaming is not None
+    assert measured.streaming.tiers == plan.streaming.tiers
+    assert [s.layers for s in measured.stages] == [s.layers for s in plan.stages]
+    assert streaming(tmp_path, residency="auto", schedule="gpipe").checked(again, *batch(), measure=False) == again
+    with pytest.raises(ValueError, match="residency='streamed', but the trainer has 'resident'"):
+        streaming(tmp_path, residency="resident").checked(again, *batch(), measure=False)
+    with pytest.raises(ValueError, match="plan needs .* on cpu:0, whose budget is 100 B"):
+        streaming(tmp_path, budget=100).checked(again, *batch(), measure=False)
+
+
+def test_auto_streams_only_what_does_not_fit(tmp_path: Path) -> None:
+    plan = streaming(tmp_path, residency="auto").plan(*batch(), measure=False)
+    assert plan.streaming is None
+    need = plan.predicted.peak_bytes[0]
+    with pytest.raises(BudgetError, match=r"(?s)no plan fits .*no plan fits .*cpu:0 is short by"):
+        streaming(tmp_path, need // 20, residency="auto").plan(*batch(), measure=False)
+
+
+def test_streaming_from_nowhere_is_an_error() -> None:
+    with pytest.raises(ValueError, match="would move nothing: there is no tier below cpu:0. Give one: disk=FOLDER"):
+        ModelParallelTrainer(model(), "cpu", residency="streamed").prepare(*batch())
+    two = DeviceManager().get_devices(["cpu", "cpu"])
+    with pytest.raises(ValueError, match="streams through one device, and there are 2 CPU devices: give devices cpu"):
+        ModelParallelTrainer(model(), two, residency="offloaded", tiers="disk=/tmp:1GB").prepare(*batch())

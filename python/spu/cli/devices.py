@@ -6,6 +6,7 @@ from spu.cli import doctor
 from spu.common.units import columns, format_bytes
 from spu.devices.manager import Device, DeviceManager
 from spu.devices.speed import measure_device, measure_link, measure_loopback
+from spu.devices.tiers import split_budget
 
 __all__ = ["device_lines", "doctor_lines"]
 
@@ -18,7 +19,7 @@ def device_lines(spec: str, budget: str | None, refresh: bool = False) -> list[s
     Raises:
         ValueError: an unknown device or budget.
     """
-    found = DeviceManager(budget).get_devices(spec)
+    found = DeviceManager(split_budget(budget)[0]).get_devices(spec)
     rows: list[tuple[str, ...]] = [("device", "memory", "budget", "fp32", "bf16", "fp16", "memory speed", "what")]
     for device in found:
         speed = measure_device(device, refresh=refresh)

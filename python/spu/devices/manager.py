@@ -22,7 +22,7 @@ import torch
 from spu.common.units import format_bytes, split_pairs
 from spu.devices.host import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
-__all__ = ["Device", "DeviceManager", "parse_bytes"]
+__all__ = ["Device", "DeviceManager", "default_devices", "parse_bytes"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
@@ -139,6 +139,10 @@ class DeviceManager:
             if name not in made:
                 made[name] = self._cuda_device(name)
         return [made[name] for name in names]
+
+    def host_budget(self) -> int:
+        """Return what the budgets give CPUs, together; 0 if nothing."""
+        return sum(size for name, size in self._budgets.items() if name.startswith("cpu"))
 
     def known(self) -> str:
         """Return the names that `get_devices` accepts here, for messages."""
@@ -263,6 +267,12 @@ class DeviceManager:
             how = f"{format_bytes(available)} available less {format_bytes(reserve)} kept for the driver"
         text = f"{model}; budget {format_bytes(budget)}: {how}"
         return Device(name, torch.device(name), (), 1, total, budget, text, reserve)
+
+
+def default_devices(spec: Spec, residency: str) -> Spec:
+    """Return ``spec``, where "auto" is one device with all cores if layers are to be streamed and there is no GPU."""
+    streams = residency in ("offloaded", "streamed")
+    return "cpu" if streams and isinstance(spec, str) and spec == "auto" and not torch.cuda.is_available() else spec
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:

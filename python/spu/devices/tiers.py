@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spu.common.units import format_bytes, split_pairs
-from spu.devices.manager import parse_bytes
+from spu.devices.manager import Device, parse_bytes
 
 __all__ = ["Tiers", "parse_tiers", "split_budget"]
 
@@ -38,6 +39,13 @@ class Tiers:
             raise ValueError(f"disk={self.disk}: {there} is a file; name a folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"disk={self.disk}: nothing can be written in {there}; name another folder")
+
+    def beside(self, devices: Sequence[Device]) -> Tiers:
+        """Return the tiers with the memory of CPU devices beside a GPU as the host's, where none is given."""
+        cpus = [device.budget_bytes for device in devices if device.torch_device.type == "cpu"]
+        if self.host_bytes or len(cpus) == len(devices):
+            return self
+        return replace(self, host_bytes=sum(cpus))
 
     def __str__(self) -> str:
         host = [f"cpu={format_bytes(self.host_bytes)}"] if self.host_bytes else []

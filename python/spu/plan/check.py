@@ -12,8 +12,21 @@ from spu.settings import AUTO, Recompute, Settings
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
+    from spu.devices.tiers import Tiers
 
-__all__ = ["check_fits", "check_plan"]
+__all__ = ["check_fits", "check_plan", "used_devices"]
+
+
+def used_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
+    """Return those of a trainer's devices that a plan runs on, by rank: one if layers are streamed, else all.
+
+    Names count only among several devices: another machine may give its own to a plan's devices.
+    """
+    if plan.streaming is None or len(devices) < 2:
+        return list(devices)
+    kind = plan.devices[0].split(":")[0]
+    named = [device for device in devices if device.name == plan.devices[0]]
+    return (named or [device for device in devices if device.name.startswith(kind)] or list(devices))[:1]
 
 
 def check_plan(plan: Plan, names: Sequence[str], devices: Sequence[Device], settings: Settings) -> None:
@@ -26,6 +39,7 @@ def check_plan(plan: Plan, names: Sequence[str], devices: Sequence[Device], sett
     Raises:
         ValueError: it is not; the message says where.
     """
+    devices = used_devices(plan, devices)
     if len(plan.devices) != len(devices):
         raise ValueError(
             f"the plan is for {len(plan.devices)} devices, but there are {len(devices)} devices; make them equal"
@@ -50,6 +64,10 @@ def _settled(plan: Plan, settings: Settings, name: str) -> tuple[Any, Any]:
     asked = getattr(settings, name)
     if asked in (AUTO, Recompute("auto")):
         return None, None
+    if plan.streaming is None and name in ("residency", "activations"):
+        return ("resident", asked) if name == "residency" else (None, None)
+    if plan.streaming is not None and name in ("schedule", "virtual"):  # there is one order of streaming
+        return None, None
     if name == "virtual":
         return (None, None) if settings.schedule == AUTO else (plan.virtual, settings.stages_per_rank)
     if name == "recompute":  # by what the stages do: a plan may have been made with "auto"
@@ -62,17 +80,22 @@ def _settled(plan: Plan, settings: Settings, name: str) -> tuple[Any, Any]:
     return getattr(plan.settings, name), asked
 
 
-def check_fits(plan: Plan, devices: Sequence[Device], rows: int, tokens: int) -> None:
-    """Check that a plan's peaks are within these devices' budgets, and that these microbatches are no larger than its.
+def check_fits(plan: Plan, devices: Sequence[Device], rows: int, tokens: int, tiers: Tiers) -> None:
+    """Check that a plan's peaks are within these budgets, and that these microbatches are no larger than its.
 
     Raises:
         ValueError: a budget is smaller than the plan's peak, or a microbatch has more rows or tokens than it counted.
     """
-    for device, peak in zip(devices, plan.predicted.peak_bytes, strict=True):
-        if peak > device.budget_bytes:
+    used = used_devices(plan, devices)
+    needs = [(d.name, peak, d.budget_bytes) for d, peak in zip(used, plan.predicted.peak_bytes, strict=True)]
+    budgets = {"host": tiers.host_bytes, "disk": tiers.disk_bytes}
+    if plan.streaming is not None:
+        needs += [(tier.name, tier.peak_bytes, budgets[tier.name]) for tier in plan.streaming.tiers[1:]]
+    for name, peak, budget in needs:
+        if peak > budget:
             raise ValueError(
-                f"the plan needs {format_bytes(peak)} on {device.name}, whose budget is "
-                f"{format_bytes(device.budget_bytes)}: plan again, or give it more"
+                f"the plan needs {format_bytes(peak)} on {name}, whose budget is {format_bytes(budget)}: plan again, "
+                "or give it more"
             )
     for what, planned, given in (
         ("rows", plan.rows, rows),

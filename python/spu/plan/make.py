@@ -13,7 +13,7 @@ from spu.plan.refusal import refusal
 from spu.plan.request import Request
 from spu.settings import Settings
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "plain_loss"]
 
 
 def make_plan(
@@ -63,7 +63,7 @@ def make_plan(
         machine=machine,
         order=tuple(range(len(machine.devices))),
         layers=tuple(layer_costs),
-        loss=_plain_loss(layer_costs[-1], ITEM_BYTES[settings.precision]) if loss_cost is None else loss_cost,
+        loss=plain_loss(layer_costs[-1], settings.precision) if loss_cost is None else loss_cost,
         measured=times,
         settings=settings,
         codecs=_checked_codecs((settings.codec,) * (stages - 1) if codecs is None else codecs, stages),
@@ -75,9 +75,9 @@ def make_plan(
     return found[0].plan(model=model, rows=rows, tokens=tokens)
 
 
-def _plain_loss(last: LayerCost, item_bytes: int) -> LayerCost:
+def plain_loss(last: LayerCost, precision: str) -> LayerCost:
     """Return the cost of a cross entropy that was not counted: an fp32 log-softmax in place of the last output."""
-    log_softmax = last.output_bytes // item_bytes * 4
+    log_softmax = last.output_bytes // ITEM_BYTES[precision] * 4
     return LayerCost(
         name="loss",
         own_bytes=log_softmax,

@@ -21,7 +21,7 @@ from spu.settings import AUTO, STATES, Recompute, Settings
 if TYPE_CHECKING:
     from spu.devices.tiers import Tiers
 
-__all__ = ["StreamingRequest", "grouped", "make_streaming_plan"]
+__all__ = ["StreamingRequest", "grouped", "make_streaming_plan", "predict_streaming"]
 
 _SLOTS = (2, 3, 4)
 
@@ -49,15 +49,30 @@ class StreamingRequest:
     tiers: Tiers
     measured: Sequence[Times] | None = None
 
+    @cached_property
+    def below(self) -> Tiers:
+        """The tiers below the device that computes."""
+        return self.tiers.beside(self.machine.devices)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a tier below a device, and the settings are such that one run is a step."""
+        return self.settings.accumulate == 1 and len(self.devices) == 1 and bool(self._stores(self.devices[0]))
+
     def check(self) -> None:
         """Raise ValueError where the settings ask for what streaming does not do, or nothing would move."""
         s = self.settings
+        if len(self.devices) > 1:
+            raise ValueError(
+                f"{s.label('residency')} {s.residency} streams through one device, and there are {len(self.devices)} "
+                "CPU devices: give devices cpu, which has all cores"
+            )
         if s.accumulate != 1:
             raise ValueError(
                 f"{s.label('accumulate')} {s.accumulate}: a streamed model runs all microbatches of a step through a "
                 f"layer at once, so raise microbatches instead: {s.run_microbatches * s.accumulate} of them"
             )
-        if not any(self._stores(k) for k in self.devices):
+        if not self._stores(self.devices[0]):
             device = self.machine.devices[self.devices[0]].name
             what = "disk=FOLDER:100GB" if device.startswith("cpu") else "cpu=32GB or disk=FOLDER:100GB"
             raise ValueError(
@@ -67,15 +82,16 @@ class StreamingRequest:
 
     @cached_property
     def devices(self) -> list[int]:
-        """The devices to try: GPUs, the fastest first; the CPU where there is none."""
-        names = [device.name for device in self.machine.devices]
-        gpus = [k for k, name in enumerate(names) if not name.startswith("cpu")]
-        return sorted(gpus, key=lambda k: -self.machine.speeds[k].flops) or [0]
+        """The device that computes: the fastest GPU, of equal ones the largest; all CPUs where there is none."""
+        devices, speeds = self.machine.devices, self.machine.speeds
+        gpus = [k for k, device in enumerate(devices) if not device.name.startswith("cpu")]
+        best = sorted(gpus, key=lambda k: (-speeds[k].flops, -devices[k].budget_bytes))[:1]
+        return best or list(range(len(devices)))
 
     def _stores(self, device: int) -> list[str]:
         """The tiers that can hold what a device streams."""
         on_gpu = not self.machine.devices[device].name.startswith("cpu")
-        host, disk = self.tiers.host_bytes > 0, self.tiers.disk is not None
+        host, disk = self.below.host_bytes > 0, self.below.disk is not None
         return (["host"] if on_gpu and host else []) + (["disk"] if disk and (host or not on_gpu) else [])
 
     def cases(self) -> Iterator[Streamed]:
@@ -83,11 +99,12 @@ class StreamingRequest:
         s = self.settings
         residencies = ("offloaded", "streamed") if s.residency == AUTO else (s.residency,)
         activations = ("keep", "exact") if s.activations == AUTO else (s.activations,)
-        for device, placed in ((k, placed) for k in self.devices for placed in self._placed(k)):
-            for residency, store, waits in itertools.product(residencies, self._stores(device), activations):
+        stores = self._stores(self.devices[0])
+        for placed in self._placed(self.devices[0]):
+            for residency, store, waits in itertools.product(residencies, stores, activations):
                 for slots in _SLOTS if residency == "streamed" else _SLOTS[:1]:
                     for state_slots in (1, 2):
-                        yield Streamed(placed, self.tiers, residency, store, slots, state_slots, waits)
+                        yield Streamed(placed, self.below, residency, store, slots, state_slots, waits)
 
     def _placed(self, device: int) -> Iterator[Placement]:
         """Yield the stages on a device with the layers that may be recomputed: none, all, or those that are given."""
@@ -101,19 +118,32 @@ class StreamingRequest:
         for layers in sets[s.recompute.mode]:
             yield Placement(request, tuple(parts), tuple(tuple(k for k in part if k in layers) for part in parts))
 
+    def plan(self, *, model: str = "", rows: int = 0, tokens: int = 0, max_microbatches: int | None = None) -> Plan:
+        """Return the fastest plan; arguments and errors as of `make_plan` and `make_streaming_plan`."""
+        self.settings.recompute.check_within(len(self.layers))
+        self.check()
+        best = self.best()
+        if best is None:
+            raise self.refusal(max_microbatches)
+        return best.plan(model=model, rows=rows, tokens=tokens)
+
     def best(self) -> Streamed | None:
         """Return the fastest way that fits every tier; of equally fast ones the simplest."""
         fitting = [case for case in self.cases() if not case.lacking]
         return min(fitting, key=lambda case: float(f"{case.step_s:.3e}"), default=None)
 
-    def refusal(self) -> BudgetError:
-        """Return the error that says which tiers are short in the way that comes nearest, and what would fit."""
+    def refusal(self, most: int | None = None) -> BudgetError:
+        """Return the error that says which tiers are short in the way that comes nearest, and what would fit.
+
+        Args:
+            most: the batch cannot be cut into more microbatches.
+        """
         near = min(self.cases(), key=lambda case: sum(case.lacking.values()))
         s, lacking = near.placed.request.settings, near.lacking
         needs = {tier.name: tier for tier in near.tier_bytes}
         device = near.tier_bytes[0].name
         bound = {device: near.bound_bytes, **{name: tier.peak_bytes for name, tier in needs.items() if name != device}}
-        fixes = [label for label, changed in self._changes() if changed.best() is not None]
+        fixes = [label for label, changed in self._changes(most) if changed.best() is not None]
         fixes.append("budgets of " + ", ".join(f"{format_bytes_up(bound[name])} for {name}" for name in lacking))
         lines = [
             f"{name} is short by {format_bytes_up(short)}: needs {format_bytes(bound[name])} and may use "
@@ -121,13 +151,13 @@ class StreamingRequest:
             for name, short in lacking.items()
         ]
         how = f"{near.residency} through {device}, {s.microbatches} microbatches, {s.precision}, state {s.state}"
-        text = "\n  ".join([f"no plan fits the budgets ({how}); the nearest one:", *lines])
+        text = "\n  ".join([f"no plan fits the budgets ({how}); the nearest one is short:", *lines])
         text += "\n  ".join(["\nwhat would fit:", *fixes])
         worst = max(lacking, key=lacking.__getitem__)
         budget = needs[worst].budget_bytes
         return BudgetError(text, stage=0, needed_bytes=bound[worst], budget_bytes=budget, device=worst, fixes=fixes)
 
-    def _changes(self) -> Iterator[tuple[str, StreamingRequest]]:
+    def _changes(self, most: int | None) -> Iterator[tuple[str, StreamingRequest]]:
         """Yield changes of one setting that take less memory."""
         s = self.settings
         for state in STATES[STATES.index(s.state) + 1 :]:
@@ -142,6 +172,8 @@ class StreamingRequest:
             yield "recompute=True", replace(self, settings=replace(s, recompute=Recompute("all")))
         for factor in (2, 4, 8):
             count = factor * s.run_microbatches
+            if most is not None and count > most:
+                return
             layers = tuple(shrunk(layer, factor) for layer in self.layers)
             finer = replace(self, layers=layers, loss=shrunk(self.loss, factor))
             label = f"microbatches={count} (of the same batch, so each 1/{factor} as large)"
@@ -175,10 +207,33 @@ def make_streaming_plan(
         BudgetError: nothing fits; says which tiers are short by how much, and what was tried and fits.
         ValueError: settings that streaming cannot serve, or no tier below the device.
     """
-    settings.recompute.check_within(len(layer_costs))
     request = StreamingRequest(tuple(layer_costs), loss, machine, settings, tiers, times)
-    request.check()
-    best = request.best()
-    if best is None:
-        raise request.refusal()
-    return best.plan(model=model, rows=rows, tokens=tokens)
+    return request.plan(model=model, rows=rows, tokens=tokens)
+
+
+def predict_streaming(
+    plan: Plan,
+    layer_costs: Sequence[LayerCost],
+    loss: LayerCost,
+    machine: Machine,
+    tiers: Tiers,
+    times: Sequence[Times] | None = None,
+) -> Plan:
+    """Return a streamed plan as it is, predicted from other costs, speeds or times; see `make_streaming_plan`.
+
+    Raises:
+        ValueError: its stages have different residencies.
+    """
+    assert plan.streaming is not None
+    s = plan.streaming
+    if len(set(s.residency)) > 1:
+        raise ValueError(f"streaming.residency is {s.residency}: give all stages the same one")
+    names = [device.name for device in machine.devices]
+    device = names.index(plan.devices[0]) if plan.devices[0] in names else 0
+    codecs, layers = ("none",) * (len(plan.stages) - 1), tuple(layer_costs)
+    request = Request(machine, (device,), layers, loss, times, plan.settings, codecs)
+    placed = Placement(request, tuple(range(*x.layers) for x in plan.stages), tuple(x.recompute for x in plan.stages))
+    case = Streamed(
+        placed, tiers.beside(machine.devices), s.residency[0], s.store, s.slots, s.state_slots, s.activations
+    )
+    return replace(case.plan(model=plan.model, rows=plan.rows, tokens=plan.tokens), settings=plan.settings)

@@ -38,6 +38,11 @@ class Placement:
     recomputed: tuple[tuple[int, ...], ...]
 
     @property
+    def settings(self) -> Settings:
+        """The settings that it serves."""
+        return self.request.settings
+
+    @property
     def cuts(self) -> list[int]:
         """The first layer of every stage, and the number of layers."""
         return [0, *(part.stop for part in self.parts)]

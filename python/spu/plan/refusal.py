@@ -44,6 +44,12 @@ class BudgetError(ValueError):
         self.short_bytes = needed_bytes - budget_bytes
         self.fixes = tuple(fixes)
 
+    def after(self, other: BudgetError) -> BudgetError:
+        """Return the error that says both, the other one first."""
+        same = {"stage": self.stage, "needed_bytes": self.needed_bytes, "budget_bytes": self.budget_bytes}
+        fixes = (*other.fixes, *self.fixes)
+        return BudgetError(f"{other}\n{self}", **same, device=self.device, fixes=fixes)
+
 
 def refusal(request: Request, max_microbatches: int | None = None, model: str | None = None) -> BudgetError:
     """Return the error that says what is short, and what was tried and would fit.

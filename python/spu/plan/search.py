@@ -11,16 +11,22 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from spu import schedules
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine
+from spu.plan.make_streaming import StreamingRequest
 from spu.plan.memory import wire_bytes
 from spu.plan.placement import Placement
 from spu.plan.plan import Plan
 from spu.plan.refusal import BudgetError, refusal, states
 from spu.plan.request import Request, Times, crossings
+from spu.plan.streamed import Streamed
 from spu.settings import AUTO, Settings
+
+if TYPE_CHECKING:
+    from spu.devices.tiers import Tiers
 
 __all__ = ["CostsOf", "microbatch_counts", "search_plan"]
 
@@ -73,6 +79,7 @@ def search_plan(
     same_order: bool = False,
     one_process: bool = False,
     times_of: Callable[[int], Sequence[Times]] | None = None,
+    tiers: Tiers | None = None,
 ) -> Plan:
     """Return the fastest plan that is found and keeps every budget.
 
@@ -87,17 +94,24 @@ def search_plan(
         one_process: all devices are in one process, between which "auto" packs nothing.
         times_of: rows of a microbatch -> measured seconds of every layer, and last of the loss, on each of the
             machine's devices; default: counted work at the machine's speeds.
+        tiers: what there is below the devices; None for nothing.
 
     Raises:
         BudgetError: nothing fits; says which budget is short by how much and when, and what would fit.
         ValueError: a batch that cannot be cut as the settings ask.
     """
     _check(settings, batch)
-    search = _Search(costs_of, machine, settings, batch, model, same_order, one_process, times_of)
-    best = search.best()
+    search = _Search(costs_of, machine, settings, batch, model, same_order, one_process, times_of, tiers)
+    if settings.residency not in (AUTO, "resident"):
+        search.streaming(search.counts[-1]).check()
+        found: list[Placement | Streamed | None] = [search.best_streamed()]
+    else:
+        found = [search.best(), search.best_streamed() if search.may_stream else None]
+    best = min((way for way in found if way is not None), key=lambda way: way.step_s, default=None)
     if best is None:
         raise search.refusal()
-    return best.plan(model=model, rows=batch // best.request.settings.parts, tokens=tokens)
+    parts = best.settings.parts
+    return best.plan(model=model, rows=batch // parts, tokens=tokens)
 
 
 def _check(settings: Settings, batch: int) -> None:
@@ -127,6 +141,7 @@ class _Search:
     same_order: bool
     one_process: bool
     times_of: Callable[[int], Sequence[Times]] | None
+    tiers: Tiers | None = None
     _profiles: dict[int, tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,6 +167,24 @@ class _Search:
 
         improved = [p.request.improved(p, seconds, _ROUNDS) for p in list(fastest.values())[:_IMPROVED]]
         return min(improved, key=seconds, default=None)
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether streaming is allowed and there is a tier to stream from."""
+        return self.settings.residency == AUTO and self.tiers is not None and self.streaming(self.counts[-1]).possible
+
+    def streaming(self, microbatches: int) -> StreamingRequest:
+        """Return what is to be streamed with so many microbatches."""
+        if self.tiers is None:
+            raise ValueError(f"residency {self.settings.residency} needs tiers to stream from")
+        layers, loss, times = self._profile(self._rows(microbatches))
+        settings = replace(self.settings, schedule="layer_outer", virtual=None, microbatches=microbatches)
+        return StreamingRequest(tuple(layers), loss, self.machine, settings, self.tiers, times)
+
+    def best_streamed(self) -> Streamed | None:
+        """Return the fastest way to stream; of equally fast ones the one with fewest microbatches."""
+        found = [best for count in self.counts if (best := self.streaming(count).best()) is not None]
+        return min(found, key=lambda case: float(f"{case.step_s:.3e}"), default=None)
 
     def _orders(self) -> list[tuple[int, ...]]:
         """Return orders of devices worth a full search: those that are fastest under one schedule."""
@@ -235,7 +268,12 @@ class _Search:
         return self._profiles[rows]
 
     def refusal(self) -> BudgetError:
-        """Return the error for a search that found nothing: what all devices lack, and what would fit."""
+        """Return the error for a search that found nothing: what all devices and tiers lack, and what would fit."""
+        streamed = None
+        if self.may_stream or self.settings.residency not in (AUTO, "resident"):
+            streamed = self.streaming(self.counts[-1]).refusal(self.batch)
+            if not self.may_stream:
+                return streamed
         order = tuple(range(len(self.machine.devices)))
         name = "1f1b" if self.settings.schedule == AUTO else self.settings.schedule
         request = self._request(order, name, self.counts[-1])
@@ -243,4 +281,5 @@ class _Search:
             raise ValueError(
                 f"{len(order)} devices are more than the model has layers for; name fewer, or another schedule"
             )
-        return refusal(request, self.batch // self.settings.accumulate, self.model)
+        resident = refusal(request, self.batch // self.settings.accumulate, self.model)
+        return resident if streamed is None else streamed.after(resident)

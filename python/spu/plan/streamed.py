@@ -13,6 +13,7 @@ from spu.plan.placement import Placement
 from spu.plan.plan import Plan, StagePlan
 from spu.plan.streaming import RESOURCES, StreamingPlan, TierBytes
 from spu.plan.visits import Visit, simulate_visits
+from spu.settings import Settings
 
 if TYPE_CHECKING:
     from spu.devices.tiers import Tiers
@@ -75,8 +76,13 @@ class Streamed:
     @cached_property
     def regions(self) -> list[Regions]:
         """The regions of every stage."""
-        item = ITEM_BYTES[self.placed.request.settings.precision]
+        item = ITEM_BYTES[self.settings.precision]
         return [Regions.of(stage, item) for stage in self.placed.stages]
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that it serves."""
+        return self.placed.request.settings
 
     @property
     def on_gpu(self) -> bool:
@@ -85,7 +91,7 @@ class Streamed:
 
     @property
     def microbatches(self) -> int:
-        return self.placed.request.settings.run_microbatches
+        return self.settings.run_microbatches
 
     @property
     def _streams(self) -> bool:
@@ -115,7 +121,7 @@ class Streamed:
         """The same in the form in which they wait below; nothing if they are kept."""
         if self.activations == "keep":
             return [0 for _ in self._boundaries]
-        codec, precision = self.activations.replace("exact", "none"), self.placed.request.settings.precision
+        codec, precision = self.activations.replace("exact", "none"), self.settings.precision
         return [wire_bytes(size, precision, codec) for size in self._boundaries]
 
     @property

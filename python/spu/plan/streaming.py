@@ -100,5 +100,6 @@ class StreamingPlan:
             raise ValueError(f"streaming.residency must have one entry per stage, {stages}, got {len(self.residency)}")
         if self.slots < 2:
             raise ValueError(f"streaming.slots is {self.slots}: one is filled while another is used, give 2 or more")
-        if not self.tiers:
-            raise ValueError("streaming.tiers is empty; the device is one")
+        names = [tier.name for tier in self.tiers[1:]]
+        if not self.tiers or names not in (["host"], ["disk"], ["host", "disk"]):
+            raise ValueError(f"streaming.tiers must be the device, then host, disk or both, got {names}")

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
-from spu.devices.manager import DeviceManager
+from spu.devices.manager import DeviceManager, default_devices
+from spu.devices.tiers import split_budget
 from spu.optim.adamw import AdamW
 from spu.precision import LossScaler
 from spu.schedules import Timeline
@@ -72,9 +73,15 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         ValueError: unknown device, more stages than layers, no placement under the budgets, unknown settings.
     """
     config, plan = job.config, job.plan()
+    budget, tiers = split_budget(config.budget)
+    manager = DeviceManager(budget)
+    devices = manager.get_devices(default_devices(config.devices, config.residency))
+    if all(device.torch_device.type != "cpu" for device in devices):
+        tiers = dataclasses.replace(tiers, host_bytes=manager.host_budget())
     trainer = ModelParallelTrainer(
         model,
-        DeviceManager(config.budget).get_devices(config.devices),
+        devices,
+        tiers=tiers,
         optimizer=partial(AdamW, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay),
         lr_schedule=lambda step: job.config.lr_factor(step),
         settings=TrainSettings.part_of(config),

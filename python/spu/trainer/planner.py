@@ -17,13 +17,16 @@ from spu.cost.count import LossFn, model_costs
 from spu.cost.measure import time_layers, time_packing, time_update
 from spu.devices.manager import Device
 from spu.devices.speed import measure_device, measure_link
+from spu.devices.tiers import Tiers
 from spu.engine.microbatch import batch_rows, split_batch
 from spu.engine.runner import split_inputs
 from spu.model.layers import Layer
-from spu.plan import Plan, make_plan
+from spu.plan import BudgetError, Plan, make_plan
 from spu.plan.check import check_fits, check_plan
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
+from spu.plan.make import plain_loss
+from spu.plan.make_streaming import StreamingRequest, predict_streaming
 from spu.plan.search import search_plan
 from spu.schedules import Timeline
 from spu.settings import AUTO, Recompute, Settings
@@ -32,6 +35,8 @@ __all__ = ["Planner"]
 
 Times = list[list[tuple[float, float]]]
 """[devices][layers, and last the loss] (forward, backward) seconds of one microbatch."""
+
+NO_TIERS = Tiers()
 
 WORTH = 0.98
 """A new placement has to bring a step down to this share of the old one's time to be worth moving for."""
@@ -45,6 +50,7 @@ class Planner:
         devices: in pipeline order; all of them are used.
         settings: of the training.
         loss_fn: as in the trainer.
+        tiers: what there is below the devices.
     """
 
     def __init__(
@@ -53,9 +59,11 @@ class Planner:
         devices: Sequence[Device],
         settings: Settings,
         loss_fn: LossFn,
+        tiers: Tiers = NO_TIERS,
     ) -> None:
         check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
+        self.tiers = tiers.beside(devices)
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
         self._times: dict[int, Times] = {}
@@ -78,20 +86,48 @@ class Planner:
         s = self.settings
         if s.searched:
             return self._searched(self.times, s)
+        machine = counted_machine(self.devices, s.precision)
+        makers = [self._resident] if s.residency in (AUTO, "resident") else [self._streamed]
+        if s.residency == AUTO and self._streaming(machine).possible:
+            makers.append(self._streamed)
+        found, errors = [], []
+        for make in makers:
+            try:
+                found.append(make(machine))
+            except BudgetError as error:
+                errors.append(error)
+        if not found:
+            raise errors[0] if len(errors) == 1 else errors[1].after(errors[0])
+        plan = min(found, key=lambda way: float(f"{way.predicted.step_s:.2e}"))  # where both are as fast, resident
+        return self.measured(plan) if measure else plan
+
+    def _resident(self, machine: Machine) -> Plan:
+        s = self.settings
         self._check_enough_layers()
         sample, _ = self._sample(s.parts)
         costs, loss = self.costs(s.parts)
         rows = batch_rows(sample)
-        plan = make_plan(
+        return make_plan(
             costs,
-            counted_machine(self.devices, s.precision),
+            machine,
             s,
             loss_cost=loss,
             max_microbatches=s.run_microbatches * rows,
             rows=rows,
             tokens=tokens_of(sample),
         )
-        return self.measured(plan) if measure else plan
+
+    def _streamed(self, machine: Machine) -> Plan:
+        sample, _ = self._sample(self.settings.parts)
+        request = self._streaming(machine)
+        return request.plan(
+            max_microbatches=batch_rows(self._batch[0]), rows=batch_rows(sample), tokens=tokens_of(sample)
+        )
+
+    def _streaming(self, machine: Machine) -> StreamingRequest:
+        costs, loss = self.costs(self.settings.parts)
+        loss = plain_loss(costs[-1], self.settings.precision) if loss is None else loss
+        return StreamingRequest(tuple(costs), loss, machine, self.settings, self.tiers)
 
     def _check_enough_layers(self) -> None:
         devices, layers, each = len(self.devices), len(self.layers), self.settings.stages_per_rank
@@ -111,7 +147,7 @@ class Planner:
         self._batch = inputs, targets
         check_plan(plan, [layer.name for layer in self.layers], self.devices, self.settings)
         sample, _ = self._sample(plan.settings.parts)
-        check_fits(plan, self.devices, batch_rows(sample), tokens_of(sample))
+        check_fits(plan, self.devices, batch_rows(sample), tokens_of(sample), self.tiers)
         return self.measured(plan) if measure else plan
 
     def measured(self, plan: Plan) -> Plan:
@@ -131,6 +167,8 @@ class Planner:
         scaled = self._corrected(plan, timeline)
         same = self._fixed(plan, scaled(plan.settings.parts))
         s = self.settings
+        if plan.streaming is not None:  # there is one device, and one order
+            return same, same
         wanted = s if s.microbatches == AUTO else replace(s, microbatches=plan.settings.microbatches)
         own = schedules.stages_per_rank(plan.settings.schedule)
         if plan.virtual != own or batch_rows(self._batch[0]) % plan.settings.parts:
@@ -184,6 +222,9 @@ class Planner:
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """Return the plan with these seconds; with ``move`` its stages are placed by them."""
         costs, loss = self.costs(plan.settings.parts)
+        if plan.streaming is not None:
+            loss = plain_loss(costs[-1], plan.settings.precision) if loss is None else loss
+            return predict_streaming(plan, costs, loss, self._machine, self.tiers, list(map(tuple, times)))
         recompute = self.settings.recompute if move else Recompute("given", plan.recomputed_layers)
         made = make_plan(
             costs,
@@ -211,6 +252,7 @@ class Planner:
             same_order=True,
             one_process=True,
             times_of=lambda own: list(map(tuple, times_of(rows // own))),
+            tiers=self.tiers,
         )
 
     def _whole_costs(self, parts: int) -> tuple[list[LayerCost], LayerCost]:

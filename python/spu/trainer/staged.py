@@ -12,6 +12,7 @@ from torch import nn
 from spu import ops, schedules
 from spu.common.interrupts import delayed_interrupts, stop_if_asked
 from spu.devices.manager import Device
+from spu.devices.tiers import Tiers
 from spu.engine.build import (
     BuiltStages,
     build_stages,
@@ -29,6 +30,7 @@ from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
 from spu.engine.update import OptimizerFactory, release
 from spu.plan import Plan
+from spu.plan.check import used_devices
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
@@ -78,6 +80,7 @@ class StagedModel:
         raw_outputs: bool,
         scaler: LossScaler | None,
         measure: bool,
+        tiers: Tiers,
     ) -> None:
         self._parts = parts
         self.devices = list(devices)
@@ -88,6 +91,7 @@ class StagedModel:
         self.loss_weight = loss_weight
         self.max_grad_norm = settings.max_grad_norm
         self.measure = measure
+        self.tiers = tiers
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
         self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
         self._weighing = weighing_of(self.loss_fn, loss_weight)
@@ -121,7 +125,7 @@ class StagedModel:
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
-        planner = Planner(layers, self.devices, self.settings, self._loss)
+        planner = Planner(layers, self.devices, self.settings, self._loss, self.tiers)
         with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
             if self._given_plan is None:
                 plan = planner.plan(inputs, targets, measure=self.measure)
@@ -186,7 +190,9 @@ class StagedModel:
 
     def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
         """Move the layers to their planned devices, and build their stages and optimizers."""
-        device_of = dict(zip(plan.devices, self.devices))  # by rank: another machine may name them otherwise
+        device_of = dict(
+            zip(plan.devices, used_devices(plan, self.devices))
+        )  # by rank: another machine may name them otherwise
         built = build_stages(
             self._parts.layers,
             [range(*stage.layers) for stage in plan.stages],

@@ -14,7 +14,8 @@ from torch import nn
 
 from spu.common.interrupts import delayed_interrupts
 from spu.common.options import takes_keywords
-from spu.devices.manager import Device, DeviceManager
+from spu.devices.manager import Device, DeviceManager, default_devices
+from spu.devices.tiers import Tiers, parse_tiers
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import as_dicts, at_least
@@ -58,6 +59,8 @@ class ModelParallelTrainer(StagedModel):
             which is checked in the steps 1, 2, 4, 8, ...
         raw_outputs: give ``loss_fn`` the model's outputs as they are; default: 16-bit ones in fp32.
         scaler: a LossScaler of your own, for fp16.
+        tiers: what there is below the devices for layers to be streamed from, as "cpu=32GB,disk=/data/spill:100GB" or
+            `spu.devices.tiers.Tiers`. Beside a GPU, a CPU device's memory is such a tier, too.
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
         report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
             Bytes are counted in the first step, seconds measured in the second.
@@ -82,6 +85,7 @@ class ModelParallelTrainer(StagedModel):
         loss_weight: Callable[[Any], Any] | str | None = None,
         raw_outputs: bool = False,
         scaler: LossScaler | None = None,
+        tiers: Tiers | str | None = None,
         measure: bool = False,
         report: Callable[[str], Any] | None = None,
         settings: TrainSettings | None = None,
@@ -96,7 +100,7 @@ class ModelParallelTrainer(StagedModel):
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             Parts(model),
-            DeviceManager().get_devices(devices),
+            DeviceManager().get_devices(default_devices(devices, settings.residency)),
             settings,
             loss_fn=loss_fn,
             raw_outputs=raw_outputs,
@@ -106,7 +110,9 @@ class ModelParallelTrainer(StagedModel):
             scaler=scaler,
             plan=plan,
             measure=measure,
+            tiers=tiers if isinstance(tiers, Tiers) else parse_tiers(tiers or ""),
         )
+        self.tiers.check()
         self.lr_schedule = lr_schedule
         self.seed = settings.seed
         self.steps_done = 0
