@@ -114,7 +114,7 @@ from pathlib import Path
 
 import spu
 
-FIELD = '    residency: str = choice("resident", "Where weights stay between uses.", ["resident", "paged"])\\n\\n'
+FIELD = '    paging: str = choice("never", "Where weights stay between uses.", ["never", "often"])\\n\\n'
 spec = importlib.util.find_spec("spu.settings")
 source, check = Path(spec.origin).read_text(encoding="utf-8"), "    def check(self) -> None:\\n"
 assert source.count(check) == 1
@@ -145,30 +145,30 @@ def trainer(**settings):
 
 
 file = Path(sys.argv[1]) / "job.yaml"
-file.write_text("residency: paged")
+file.write_text("paging: often")
 (values,) = read_options({"config": str(file)}, TrainConfig)
 config = TrainConfig(**values)
-assert config.to_json()["residency"] == "paged"
+assert config.to_json()["paging"] == "often"
 assert TrainConfig.from_json(config.to_json()) == config
-file.write_text("residence: paged")
-assert "did you mean residency?" in refusal(read_options, {"config": str(file)}, TrainConfig)
-assert refusal(read_options, {"residency": "here"}, TrainConfig) == (
-    "unknown --residency 'here': give one of resident, paged"
+file.write_text("pagin: often")
+assert "did you mean paging?" in refusal(read_options, {"config": str(file)}, TrainConfig)
+assert refusal(read_options, {"paging": "here"}, TrainConfig) == (
+    "unknown --paging 'here': give one of never, often"
 )
 
-assert inspect.signature(ModelParallelTrainer).parameters["residency"].default == "resident"
-assert "residency: Where weights stay between uses. One of resident, paged." in ModelParallelTrainer.__doc__
-assert refusal(trainer, residency="here") == "unknown residency 'here': give one of resident, paged"
+assert inspect.signature(ModelParallelTrainer).parameters["paging"].default == "never"
+assert "paging: Where weights stay between uses. One of never, often." in ModelParallelTrainer.__doc__
+assert refusal(trainer, paging="here") == "unknown paging 'here': give one of never, often"
 batch = torch.randn(4, 2)
-with trainer(residency="paged") as it:
+with trainer(paging="often") as it:
     plan = it.prepare(batch, batch)
 data = json.loads(plan.to_json())
-assert data["settings"]["residency"] == "paged"
+assert data["settings"]["paging"] == "often"
 assert Plan.from_json(data) == plan
-data["settings"]["residency"] = "here"
-assert refusal(Plan.from_json, data) == "the plan: unknown settings.residency 'here': give one of resident, paged"
+data["settings"]["paging"] = "here"
+assert refusal(Plan.from_json, data) == "the plan: unknown settings.paging 'here': give one of never, often"
 with trainer(plan=plan) as it:
-    assert "the plan is for residency='paged', but the trainer has 'resident'" in refusal(it.prepare, batch, batch)
+    assert "the plan is for paging='often', but the trainer has 'never'" in refusal(it.prepare, batch, batch)
 
 for command in ("train", "plan"):
     try:
@@ -191,5 +191,5 @@ def test_a_new_setting_is_one_line(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--residency") == 2
-    assert done.stdout.count("Where weights stay between uses. One of resident, paged.  (resident)") == 2
+    assert done.stdout.count("--paging") == 2
+    assert done.stdout.count("Where weights stay between uses. One of never, often.  (never)") == 2
