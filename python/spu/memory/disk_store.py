@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -186,7 +185,7 @@ class _Parts:
         number, at, size = self._place(region, piece)
         wanted = data[piece * PIECE_BYTES :][:size]
         if not self._sums.written(number):
-            ctypes.memset(wanted.ctypes.data, 0, len(wanted))
+            wanted[:] = 0
             return
         # A checksum covers a whole piece: if less is wanted, the rest has to be read as well.
         whole = wanted if len(wanted) == size else self._bounces[thread][:size]
