@@ -14,6 +14,7 @@ __all__ = [
     "codec_of",
     "numel_of",
     "packed_bytes",
+    "parked_bytes",
     "payload_bytes",
     "scales_bytes",
 ]
@@ -98,3 +99,16 @@ def packed_bytes(numel: int, codec: str) -> int:
     """
     found = codec_of(codec)
     return HEADER_BYTES + scales_bytes(numel, found) + _padded(payload_bytes(numel, found))
+
+
+def parked_bytes(numel: int, item_bytes: int, codec: str | None) -> int:
+    """Return the bytes that an activation takes where it waits for the backward: packed, or as it is where a codec is
+    None or would not make it smaller.
+
+    Args:
+        numel: its values.
+        item_bytes: bytes of one of them.
+        codec: a name in ``CODECS``, or None for exact.
+    """
+    plain = numel * item_bytes
+    return _padded(plain if codec is None else min(plain, packed_bytes(numel, codec)))

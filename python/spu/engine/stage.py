@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,12 @@ from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
+from spu.memory.activations import ActivationStore
 from spu.memory.residency import RESIDENT, Residency
+from spu.model.kept import Park
 from spu.model.layers import DrawKey, Layer
 from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
-from spu.ops.cut import Cut, LeafCut
+from spu.ops.cut import Cut, LeafCut, hollow
 from spu.ops.sink import BackwardScope, open_scope
 from spu.skips import carried_by, current_carrier
 
@@ -51,6 +54,7 @@ class Stage:
         recompute: for each layer, whether it keeps only its input for the backward; none does by default.
         parts: everything that the stage trains, by default its layers: the loss may be a module with parameters.
         residency: brings each layer's weights to the device for its work; by default they are always there.
+        activations: where the inputs of recomputed layers wait for the backward; None: on the device.
 
     Attributes:
         elsewhere: id -> name of parameters of other stages.
@@ -67,11 +71,13 @@ class Stage:
         recompute: Sequence[bool] = (),
         parts: Sequence[Layer] | None = None,
         residency: Residency = RESIDENT,
+        activations: ActivationStore | None = None,
     ) -> None:
         self.index = index
         self.layers = layers
         self.device = device
         self.residency = residency
+        self.activations = activations
         self.is_first = index == 0
         self.is_last = is_last
         self.loss_fn = loss_fn
@@ -110,9 +116,11 @@ class Stage:
                 skips.arrived = pytree.tree_leaves(x)
         randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch)
         with carried_by(skips or current_carrier()):
-            for layer, recompute in zip(self.layers, self.recompute, strict=True):
+            for position, (layer, recompute) in enumerate(zip(self.layers, self.recompute, strict=True)):
                 randomness.layer(layer.name)
-                step = layer.run_checkpointed if recompute and train else layer.run
+                step: Callable[..., Any] = layer.run
+                if recompute and train:
+                    step = partial(layer.run_checkpointed, park=self._park(key.microbatch, position))
                 self.residency.fetch(layer.module)  # (3) in docs/architecture.md
                 try:
                     x = step(x, inputs, key)
@@ -123,14 +131,23 @@ class Stage:
             arrived.check()
         if skips is not None:
             skips.check()
+            skips.arrived = []
         if not self.is_last:
             check_known(x, f"layer {self.layers[-1].name if self.layers else ''!r} hands to the next stage")
             x = depart(x, skips.outgoing() if skips is not None else (), self._buffers)
         if train:
             ends = [] if arrived is None else arrived.ends
             outputs = [] if self.is_last else pytree.tree_leaves(x)
+            if self.activations is not None:
+                outputs = _without_values(outputs)
             self._in_flight[key.microbatch] = _InFlight(ends, outputs, skips, randomness, from_outside)
         return x
+
+    def _park(self, microbatch: int, position: int) -> Park | None:
+        """Return what takes a layer's input away; None for the batch's own, which its owner holds."""
+        if self.activations is None or (self.is_first and position == 0):
+            return None
+        return partial(self.activations.park, (self.index, microbatch, position))
 
     def _buffers(self) -> Iterator[Tensor]:
         return (buffer for layer in self.layers for buffer in layer.module.buffers())
@@ -214,6 +231,8 @@ class Stage:
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         if flight.skips is not None:
             flight.skips.send_gradients()
+        if self.activations is not None:
+            self.activations.release(self.index, key.microbatch)
         return [None if end is None else end.gradient for end in flight.cuts]
 
     def weight_backward(self, key: DrawKey) -> None:
@@ -241,6 +260,13 @@ class Stage:
         """Forget unfinished microbatches, after a failure."""
         self._in_flight.clear()
         self._deferred.clear()
+        if self.activations is not None:
+            self.activations.clear()
+
+
+def _without_values(outputs: Iterable[Any]) -> list[Any]:
+    """Return what a backward needs of a message's leaves: a gradient's place for each."""
+    return [hollow(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in outputs]
 
 
 def _zeros(outputs: Any) -> Iterator[Tensor]:

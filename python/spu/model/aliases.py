@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from spu.common import torch_private
-from spu.common.torch_private import pytree
 
-__all__ = ["Copy", "View", "memory_of", "share_memory", "views_among"]
+__all__ = ["View", "memory_of", "share_memory", "views_among"]
 
 
 @dataclass(frozen=True)
@@ -136,25 +135,3 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
     first = int(tensor.storage_offset()) * tensor.element_size()
     return first, first + span * tensor.element_size()
-
-
-class Copy:
-    """The values of a structure's tensors as they are now, from which equal structures can be made."""
-
-    def __init__(self, tree: Any) -> None:
-        self._leaves, self._spec = pytree.tree_flatten(tree)
-        self._views = views_among(self._leaves)
-        self._needs_grad = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in self._leaves]
-        for index, leaf in enumerate(self._leaves):
-            if isinstance(leaf, Tensor):
-                self._leaves[index] = None if index in self._views else leaf.detach().clone()
-
-    def made(self) -> Any:
-        """Return a structure with these values in new memory; what required a gradient still does, and is no leaf."""
-        leaves = list(self._leaves)
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                leaves[index] = (leaf.detach().requires_grad_() if self._needs_grad[index] else leaf).clone()
-        for index, view in self._views.items():
-            leaves[index] = view.on(leaves[view.of])
-        return pytree.tree_unflatten(leaves, self._spec)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spu.common import torch_private
+from spu.model.kept import Park
 from spu.model.randomness import LayerRandomness
 from spu.model.replay import Habits, run_twice
 from spu.model.traced import traced_layers
@@ -76,13 +77,21 @@ class Layer:
     def _call(self, x: Any, inputs: Any) -> Any:
         return self.module(x, inputs) if self.wants_inputs else self.module(x)
 
-    def run_checkpointed(self, x: Any, inputs: Any, key: DrawKey) -> Any:
+    def run_checkpointed(self, x: Any, inputs: Any, key: DrawKey, park: Park | None = None) -> Any:
         """Run as :meth:`run`, but keep only the layer's input for the backward, which recomputes the layer.
+
+        Args:
+            x, inputs, key: as for :meth:`run`.
+            park: takes the input away until then; None: it is kept where it is.
 
         Raises:
             RuntimeError: it cannot be recomputed: it changes its input, or a large buffer, in some microbatches only.
         """
-        return run_twice(self.module, self.name, x, lambda given, own: self.run(given, inputs, key, own), self._habits)
+
+        def run(given: Any, own: Callable[[torch.Generator], None]) -> Any:
+            return self.run(given, inputs, key, own)
+
+        return run_twice(self.module, self.name, x, run, self._habits, park)
 
     def _check_own(self, generator: torch.Generator, key: DrawKey) -> None:
         if any(torch_private.generators_equal(generator, known) for _, known in self.named_generators()):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spu.common import torch_private
 from spu.common.torch_private import generators_equal, pytree
-from spu.model.aliases import Copy
+from spu.model.kept import Kept, Park
 from spu.skips import ReplayedSkips, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
@@ -41,7 +41,7 @@ class Habits:
     constant: set[tuple[str, str]] = field(default_factory=set)
 
 
-def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -> Any:
+def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits, park: Park | None = None) -> Any:
     """Run a layer and keep only its input for the backward, which recomputes it.
 
     Args:
@@ -50,6 +50,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
         x: its input.
         run: ``run(x, own)`` -> its output; calls ``own`` with a generator of the layer's before it draws from it.
         habits: the layer's, kept by the caller from one microbatch to the next.
+        park: takes the input away until the backward; None: it is kept.
 
     Raises:
         RuntimeError: the layer cannot be recomputed.
@@ -57,11 +58,12 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
     copied = habits.in_place is not False
     tensors = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
     versions = [torch_private.version(tensor) for tensor in tensors]
-    replay = _Replay(module, name, habits.constant, Copy(x) if copied else None)
-    once = [x]  # checkpoint must not keep it, if it is changed
+    kept = Kept(x, clone=copied) if copied or park is not None else None
+    replay = _Replay(module, name, habits.constant, kept)
+    once = [x]  # checkpoint must not keep it, if it is changed or parked
     output = checkpoint(
         lambda *given: run(given[0] if given else replay.input(once), replay.own),
-        *(() if copied else (x,)),
+        *((x,) if kept is None else ()),
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (carried_by(replay.skips), replay),
@@ -74,13 +76,15 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits) -
             "running it again would not repeat it: change a copy there, or train with recompute=False"
         )
     habits.in_place = habits.in_place or changed
+    if kept is not None and park is not None:
+        kept.park(park, output)
     return output
 
 
 class _Replay:
     """The context of a layer's recomputation; entered several times if the layer runs a backward of its own."""
 
-    def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Copy | None) -> None:
+    def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Kept | None) -> None:
         self.skips = ReplayedSkips(current_carrier())
         self._name = name
         self._x = x

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "LeafCut", "cut", "cut_leaf"]
+__all__ = ["Cut", "LeafCut", "cut", "cut_leaf", "hollow"]
 
 
 class Cut:
@@ -64,3 +64,25 @@ def cut_leaf(tensor: Tensor, *, view: bool = False) -> tuple[Tensor, LeafCut]:
     """Like ``cut``, for a leaf. With ``view`` the result is a view, which autograd lets nobody change."""
     leaf = tensor.detach().requires_grad_()
     return (leaf.view_as(leaf) if view else leaf), LeafCut(leaf)
+
+
+class _Hollow(torch.autograd.Function):
+    """Identity of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        return gradient
+
+
+def hollow(tensor: Tensor) -> Tensor:
+    """Return a tensor without values that a backward can begin with in place of this one, whose memory may be freed.
+
+    It has the shape, dtype and device, but only one element. What the graph has saved of the tensor stays.
+    """
+    with torch.enable_grad():
+        return _Hollow.apply(tensor)  # type: ignore[no-any-return]

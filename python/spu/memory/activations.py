@@ -1,0 +1,248 @@
+"""Activations between layers, in the tier below the device from their forward until their backward.
+
+With recompute, a layer keeps one thing from its forward to its backward: its input. When all microbatches go through a
+layer before the next one begins, that is one input for each layer and microbatch, all at one time. Here they are copied
+to regions of a store as soon as the layer has run, as they are or packed, and come back before the layer runs again::
+
+    forward     the layer has run -> its input is copied into a slot -> the device's memory is free -> slot is written
+    backward    the next inputs are read into slots, in the order of the backward -> copied to the device -> recompute
+
+Slots are a fixed ring in host memory, page-locked beside a GPU. Copies between a slot and a GPU run on a side stream. A
+CPU runs the same code without one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spu import ops
+from spu.common.codecs import ALIGN_BYTES, codec_of, parked_bytes
+from spu.common.dtypes import STORAGE
+from spu.common.wire import MAX_NDIM, wire_bytes
+from spu.memory.slots import Piece, Record, Ring, rounded
+from spu.memory.store import Region, Store
+from spu.transfer.side import side_for
+
+__all__ = ["ActivationStore", "Counts", "Place", "region_bytes"]
+
+Place = tuple[int, int, int]
+"""Whose input it is: the stage's index, the microbatch's number, the layer's position in the stage."""
+
+
+@dataclass
+class Counts:
+    """What was parked since the store was made, in bytes.
+
+    Attributes:
+        parked: what the parked tensors took on the device.
+        stored: what they took below.
+        kept: of inputs that stayed on the device: no region was free or large enough, a layer hands its input on, or
+            elements of a tensor share their places.
+    """
+
+    parked: int = 0
+    stored: int = 0
+    kept: int = 0
+
+
+def region_bytes(numels: Sequence[int], item_bytes: int, codec: str | None) -> int:
+    """Return the bytes of a region for one layer's input of one microbatch.
+
+    Args:
+        numels: the values of each of its tensors.
+        item_bytes: bytes of a value.
+        codec: as for `ActivationStore`.
+    """
+    return rounded(sum(parked_bytes(numel, item_bytes, codec) for numel in numels))
+
+
+class ActivationStore:
+    """Holds the inputs of recomputed layers in a tier below, and brings them back in the order of the backward.
+
+    Used by the thread of one rank, and by the backward that it waits for. An input for which no region is left, or
+    none is large enough, stays on the device: the backward is right all the same, and ``counts.kept`` tells.
+
+    Args:
+        store: the tier.
+        regions: of the store, each with its bytes; one is needed for every layer's input of every microbatch.
+        device: where the stages compute.
+        codec: what packs values that need a gradient; None: they come back bit for bit. What needs none, what is
+            smaller as it is, and (on a CPU, where it is known) what would not be finite, is never packed.
+        slots: of the ring: how many inputs are on their way at one time.
+
+    Attributes:
+        counts: what it has done so far.
+        slot_bytes: bytes of the ring.
+
+    Raises:
+        ValueError: an unknown codec, fewer than two slots, or no region.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        regions: Sequence[tuple[Region, int]],
+        device: torch.device,
+        *,
+        codec: str | None = None,
+        slots: int = 3,
+    ) -> None:
+        if codec is not None:
+            codec_of(codec)
+        if slots < 2:
+            raise ValueError(f"slots is {slots}: at least 2 are needed, one that is read while the other is used")
+        if not regions:
+            raise ValueError("an ActivationStore needs a region for every layer's input of every microbatch, got none")
+        self.counts = Counts()
+        self._codec = codec
+        self._device = device
+        self._free = sorted((size, region) for region, size in regions)
+        self._ring = Ring(store, device, side_for(device, torch.device("cpu"), None), slots, self._free[-1][0])
+        self.slot_bytes = self._ring.size_bytes
+        self._records: dict[Place, Record] = {}
+        self._order: list[tuple[int, int, int]] = []  # of `_turn`
+
+    @classmethod
+    def on(
+        cls, store: Store, sizes: Sequence[int], device: torch.device, *, codec: str | None = None, slots: int = 3
+    ) -> ActivationStore:
+        """Return one with regions of its own.
+
+        Args:
+            store: one in which nothing is allocated yet.
+            sizes: bytes of the regions, of any size; see `region_bytes`.
+            device, codec, slots: as for the class.
+
+        Raises:
+            StoreError: there is no room for them.
+            ValueError: as for the class.
+        """
+        sizes = [rounded(size) for size in sizes]
+        found = store.allocate([f"activation {index}" for index in range(len(sizes))], sizes)
+        return cls(store, list(zip(found, sizes, strict=True)), device, codec=codec, slots=slots)
+
+    def park(
+        self, place: Place, tensors: Sequence[Tensor], exact: Sequence[bool], staying_bytes: int
+    ) -> _Parked | None:
+        """Take a layer's input; see `spu.model.kept.Park`.
+
+        Args:
+            place: whose input it is; not parked yet.
+            tensors, exact, staying_bytes: as for ``Park``.
+
+        Raises:
+            StoreError: an earlier write has failed.
+        """
+        assert place not in self._records, f"{place} is parked already"
+        self.counts.kept += staying_bytes
+        if not tensors:
+            return None
+        bytes_before = sum(t.numel() * t.element_size() for t in tensors)
+        pieces, sources = self._pieces(tensors, exact)
+        stored = rounded(pieces[-1].offset + pieces[-1].nbytes)
+        index = bisect_left(self._free, (stored, -1))
+        if index == len(self._free):
+            self.counts.kept += bytes_before
+            return None
+        size, region = self._free.pop(index)
+        record = Record(region, size, stored, pieces, ops.forced_backend())
+        self._records[place] = record
+        insort(self._order, _turn(place))
+        self._ring.write(record, sources)
+        self.counts.parked += bytes_before
+        self.counts.stored += stored
+        return _Parked(self, place)
+
+    def _pieces(self, tensors: Sequence[Tensor], exact: Sequence[bool]) -> tuple[list[Piece], list[Tensor]]:
+        pieces: list[Piece] = []
+        sources: list[Tensor] = []
+        end = 0
+        for tensor, as_is in zip(tensors, exact, strict=True):
+            codec = None if as_is else self._codec_of(tensor)
+            source = tensor
+            if codec is not None:
+                packed = ops.pack(tensor, codec)
+                # A GPU's wire is not checked: the host would wait for it.
+                if tensor.is_cuda or ops.is_finite_wire(packed, tensor.shape, tensor.dtype, codec=codec):
+                    source = packed
+                else:
+                    codec = None
+            nbytes = source.numel() * source.element_size()
+            pieces.append(Piece(end, nbytes, tensor.shape, tensor.stride(), tensor.dtype, codec))
+            sources.append(source)
+            end += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        return pieces, sources
+
+    def _codec_of(self, tensor: Tensor) -> str | None:
+        if self._codec is None or tensor.dtype not in STORAGE or tensor.dim() > MAX_NDIM:
+            return None
+        smaller = wire_bytes(tensor.shape, tensor.dtype, self._codec) < tensor.numel() * tensor.element_size()
+        return self._codec if smaller else None
+
+    def tensors(self, place: Place) -> list[Tensor]:
+        """Return a parked input in new memory of the device, and start to read the ones that come after it.
+
+        Raises:
+            StoreError: it could not be read.
+        """
+        following = self._following(place)
+        self._ring.read(following)
+        tensors = self._ring.tensors(following[0])
+        if len(following) > 1:
+            self._ring.begin(following[1])
+        return tensors
+
+    def release(self, stage: int, microbatch: int) -> None:
+        """Let go of what a microbatch has parked in a stage, whose backward has run, and read ahead.
+
+        Raises:
+            StoreError: a write has failed.
+        """
+        done = [turn for turn in self._order if turn[:2] == (-stage, microbatch)]
+        for turn in done:
+            self._ring.drop(self._records[_place(turn)])
+            self._forget(turn)
+        if done:
+            self._ring.read(self._following(_place(done[0])))
+
+    def clear(self) -> None:
+        """Let go of everything, after a failure; what is in progress ends first, well or not."""
+        self._ring.clear()
+        for turn in list(self._order):
+            self._forget(turn)
+
+    def _forget(self, turn: tuple[int, int, int]) -> None:
+        record = self._records.pop(_place(turn))
+        self._order.remove(turn)
+        insort(self._free, (record.region_bytes, record.region))
+
+    def _following(self, place: Place) -> list[Record]:
+        """Return the records of this place, if there is one, and of those whose backward comes next."""
+        first = bisect_left(self._order, _turn(place))
+        return [self._records[_place(turn)] for turn in self._order[first : first + self._ring.count]]
+
+
+class _Parked:
+    """A parked input, as `spu.model.kept.Parked`."""
+
+    def __init__(self, store: ActivationStore, place: Place) -> None:
+        self._store = store
+        self._place = place
+
+    def tensors(self) -> list[Tensor]:
+        return self._store.tensors(self._place)
+
+
+def _turn(place: Place) -> tuple[int, int, int]:
+    """Return a key by which places sort into the order of the backward: the last stage first, its last layer first."""
+    stage, microbatch, layer = place
+    return -stage, microbatch, -layer
+
+
+def _place(turn: tuple[int, int, int]) -> Place:
+    return -turn[0], turn[1], -turn[2]

@@ -1,0 +1,163 @@
+"""The ring of slots, packed activations, and stores that fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_store import FakeStore
+from numeric import assert_equal
+from parking import CPU, WIDTH, decoder, model_of, parked, results, token_loss, tokens
+from pipelines import batch, reference, trainer
+from torch import nn
+
+from spu import StageError
+from spu.common.codecs import parked_bytes
+from spu.memory.activations import ActivationStore, region_bytes
+from spu.memory.store import StoreError
+
+__all__ = ["reference"]
+
+pytestmark = pytest.mark.usefixtures("reference")
+
+
+def test_the_ring_does_not_grow_and_reads_are_ahead() -> None:
+    store = FakeStore(seconds=0.001)
+    x, y = batch()
+    model = model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    with trainer(model, 1, schedule="layer_outer", virtual=5, recompute=True) as t:
+        t.prepare(x, y)
+        with parked(t, store) as activations:
+            places = None
+            for _ in range(3):
+                t.forward_backward(x, y)
+                now = sorted(slot.buffer.data_ptr() for slot in activations._ring._slots)
+                assert places in (None, now)
+                places = now
+            assert len(now) == activations._ring.count == 3
+            assert activations.slot_bytes == 3 * (1 << 14)
+    # every input is written once and read at most once; what is still in the ring when it is needed is not read
+    assert store.counts["write"] == 3 * 4 * 4
+    assert store.counts["write"] - 3 * 3 <= store.counts["read"] <= store.counts["write"]
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+@pytest.mark.parametrize("when", [0, 5, 11, 15])
+def test_a_store_that_fails_stops_the_stage_and_the_next_step_is_right(kind: str, when: int) -> None:
+    x, y = batch()
+    model = model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    expected, _, plan = results(model, x, y, None, steps=1)
+    broken = True
+    store = FakeStore(seconds=0.001, fail=lambda what, count: broken and what == kind and count == when)
+    with trainer(model, 1, schedule="layer_outer", virtual=5, recompute=True, plan=plan) as t:
+        t.prepare(x, y)
+        with parked(t, store) as activations:
+            with pytest.raises(StageError, match="no space left on the fake device") as caught:
+                for _ in range(2):  # a step reads less than it writes
+                    t.forward_backward(x, y)
+            assert isinstance(caught.value.__cause__, StoreError)
+            assert not store.busy
+            assert not activations._records
+            broken = False
+            loss, _ = t.forward_backward(x, y)
+    assert_equal(loss, expected[0], "the loss afterwards")
+    for parameter, theirs in zip(model.parameters(), expected[1:], strict=True):
+        assert parameter.grad is not None
+        assert_equal(parameter.grad, theirs, "a gradient afterwards")
+
+
+@pytest.mark.parametrize(("codec", "most"), [("fp16", 0.57), ("int8", 0.45)])
+def test_packed_activations(codec: str, most: float) -> None:
+    """The forward is exact; gradients come from a layer that was run again on rounded inputs."""
+    x, y = tokens(rows=32, length=128)
+    kept, _, plan = results(decoder(), x, y, None, loss_fn=token_loss, steps=1)
+    how = {"codec": codec, "size": 1 << 16}
+    ours, counts, _ = results(decoder(), x, y, FakeStore(), loss_fn=token_loss, steps=1, how=how, plan=plan)
+    assert_equal(ours[0], kept[0], "loss")
+    assert counts.kept == 0
+    assert counts.stored < most * counts.parked
+    changed = 0
+    for a, b in zip(ours[1:], kept[1:], strict=True):
+        changed += not torch.equal(a, b)
+        assert (a - b).norm() <= (0.002 if codec == "fp16" else 0.03) * b.norm()
+    assert changed > 10
+
+
+def test_packed_training_comes_as_far() -> None:
+    x, y = tokens(rows=8, length=8)
+    y = (x * 3 + 1) % 11
+    losses = {}
+    for codec in (None, "int8"):
+        own = decoder(1)
+        how = {"schedule": "layer_outer", "virtual": 3, "recompute": True, "microbatches": 2, "lr": 3e-3}
+        with trainer(own, 1, loss_fn=token_loss, **how) as t:
+            t.prepare(x, y)
+            with parked(t, FakeStore(), codec):
+                for _ in range(15):
+                    result = t.step(x, y)
+                losses[codec] = float(result.loss)
+    assert 0.2 < losses[None] < 1.8  # from 2.5
+    assert losses["int8"] != losses[None]
+    assert abs(losses["int8"] - losses[None]) <= 0.005 * losses[None]
+
+
+def test_what_cannot_be_packed_is_exact() -> None:
+    """Infinite values, masks, wide dtypes, and tensors that a codec would not make smaller."""
+    activations = ActivationStore.on(FakeStore(), [1 << 17] * 8, CPU, codec="int8")
+    wide = torch.randn(64, 64)
+    infinite = wide.clone()
+    infinite[3, 4] = torch.inf
+    tensors = [wide, infinite, wide.double(), wide[:2, :2].contiguous(), wide > 0, wide]
+    place = activations.park((1, 0, 0), tensors, [False] * 5 + [True], 0)
+    assert place is not None
+    found = place.tensors()
+    assert not torch.equal(found[0], wide)
+    assert (found[0] - wide).abs().max() <= wide.abs().max() / 254
+    for a, b in zip(found[1:], tensors[1:], strict=True):
+        assert_equal(a, b, "an exact one")
+    again = place.tensors()
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    assert again[1].data_ptr() != found[1].data_ptr()
+    activations.release(1, 0)
+    assert len(activations._free) == 8
+
+
+@pytest.mark.parametrize("codec", [None, "int8", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_shapes_strides_and_sizes(codec: str | None, dtype: torch.dtype) -> None:
+    base = torch.randn(7, 130, 66).to(dtype)
+    for tensor in (
+        base,
+        base.transpose(0, 2),
+        base[:, 1:65],
+        base[2:5, ::3],
+        base[0, 0, 0],
+        base.permute(2, 0, 1)[::2],
+    ):
+        size = region_bytes([tensor.numel()], tensor.element_size(), codec)
+        activations = ActivationStore.on(FakeStore(), [size], CPU, codec=codec)
+        place = activations.park((0, 0, 0), [tensor], [False], 0)
+        assert place is not None, "the region is as large as was said"
+        assert activations.counts.stored <= size
+        (found,) = place.tensors()
+        assert (found.shape, found.stride(), found.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        if codec is None or (codec == "fp16" and dtype != torch.float32):
+            assert_equal(found, tensor, "as it was")
+        else:
+            torch.testing.assert_close(found.float(), tensor.float(), rtol=0.01, atol=0.05)
+
+
+def test_bytes() -> None:
+    assert parked_bytes(1000, 4, None) == 4032
+    assert parked_bytes(1000, 2, "fp16") == 2048  # as it is: packed it would be 64 bytes more
+    assert parked_bytes(1024, 4, "int8") == 64 + 64 + 1024
+    assert region_bytes([1024, 1024], 4, None) == 8192
+    assert region_bytes([1], 2, "int8") == 4096
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="unknown codec 'int3'"):
+        ActivationStore.on(FakeStore(), [1], CPU, codec="int3")
+    with pytest.raises(ValueError, match="slots is 1"):
+        ActivationStore.on(FakeStore(), [1], CPU, slots=1)
+    with pytest.raises(ValueError, match="got none"):
+        ActivationStore.on(FakeStore(), [], CPU)
