@@ -28,9 +28,9 @@ def test_interleaved_holds_what_is_stated():
 def test_layer_outer_finishes_a_stage_before_its_next():
     assert layer_outer(2, 2, virtual=2) == parse_grid("""
         0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1
-        1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1
+        1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1
     """)
-    assert layer_outer(1, 3, virtual=2) == parse_grid("0F0 0F1 0F2 1F0 1F1 1F2 1B0 1B1 1B2 0B0 0B1 0B2")
+    assert layer_outer(1, 3, virtual=2) == parse_grid("0F0 0F1 0F2 1F0 1B0 1F1 1B1 1F2 1B2 0B0 0B1 0B2")
 
 
 def test_evaluation_takes_groups_of_microbatches_through_a_ranks_stages():
