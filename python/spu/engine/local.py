@@ -246,7 +246,8 @@ class LocalEngine:
             inputs = x if stage.is_first else move(work.inputs[index], device)
         skips = StageSkips(exchange, index, device, train=work.train)
         with work.autocast():
-            output = stage.forward(x, inputs, key, train=work.train, skips=skips)
+            whole = work.keep_outputs or work.targets is None
+            output = stage.forward(x, inputs, key, train=work.train, skips=skips, whole=whole)
         skips.send()
         if not stage.is_last:  # (4) in docs/architecture.md
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))

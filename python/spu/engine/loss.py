@@ -21,15 +21,18 @@ from spu.common.dtypes import HALVES
 from spu.common.torch_private import pytree
 from spu.engine.microbatch import count_targets, target_weights
 from spu.model.layers import Layer
+from spu.nn.blocks import unwatched
 
 __all__ = [
     "SUM",
     "OnRawOutputs",
+    "PlainCrossEntropy",
     "Weighing",
     "cross_entropy",
     "loss_of",
     "loss_part",
     "move_loss",
+    "plain_cross_entropy",
     "weighing_of",
 ]
 
@@ -246,6 +249,39 @@ def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = N
     if divisor is not None:
         return Weighing(functools.partial(divisor, setting=setting), ignore_index, known=True)
     return Weighing(functools.partial(count_targets, ignore_index=ignore_index), ignore_index, known=False)
+
+
+@dataclass(frozen=True)
+class PlainCrossEntropy:
+    """The mean cross-entropy of logits and class indices, without class weights and label smoothing.
+
+    Attributes:
+        ignore_index: the target that does not count.
+        any_rows: it takes logits [..., classes]; torch's takes [N, classes].
+    """
+
+    ignore_index: int
+    any_rows: bool
+
+
+def plain_cross_entropy(loss_fn: Any) -> PlainCrossEntropy | None:
+    """Return what a loss is, by its settings of now, if it is a plain cross-entropy; None for any other."""
+    function, setting = _unwrapped(loss_fn)
+    if isinstance(loss_fn, OnRawOutputs) or not (function is cross_entropy or function is F.cross_entropy):
+        return None
+    ours = function is cross_entropy
+    if setting.given.keys() - (() if ours else _CROSS_ENTROPY_SETTINGS):
+        return None
+    owner, ignore_index = setting.owner, setting("ignore_index", -100)
+    if isinstance(owner, nn.Module) and (type(owner) is not nn.CrossEntropyLoss or not unwatched(owner)):
+        return None
+    smooth = setting("label_smoothing", 0.0) != 0.0 or setting("weight") is not None
+    if smooth or setting("reduction", "mean") != "mean" or not isinstance(ignore_index, int):
+        return None
+    return PlainCrossEntropy(ignore_index, any_rows=ours)
+
+
+_CROSS_ENTROPY_SETTINGS = {"weight", "ignore_index", "reduction", "label_smoothing"}
 
 
 def _unwrapped(loss_fn: Any) -> tuple[Any, _Setting]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
+from spu.engine.head_loss import HeadInput, HeadLoss
 from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
@@ -88,6 +89,7 @@ class Stage:
         found = {id(p): p for layer in self.parts for _, p in layer.named_parameters()}
         self._parameters, self._leaves_known = list(found.values()), False
         self.watch_loss: Callable[[Any, Any], None] | None = None  # called with the arguments of each loss
+        self._head_loss = HeadLoss.of(layers[-1], loss_fn) if is_last and layers else None
         self._in_flight: dict[int, _InFlight] = {}
         self._deferred: dict[int, list[Callable[[], None]]] = {}
 
@@ -95,7 +97,16 @@ class Stage:
         """Return the stage's leaves, each once, in order of first use; its aliases too."""
         return list(self._parameters)
 
-    def forward(self, x: Any, inputs: Any, key: DrawKey, *, train: bool, skips: StageSkips | None = None) -> Any:
+    def forward(
+        self,
+        x: Any,
+        inputs: Any,
+        key: DrawKey,
+        *,
+        train: bool,
+        skips: StageSkips | None = None,
+        whole: bool = True,
+    ) -> Any:
         """Run one microbatch and remember what its backward needs.
 
         Args:
@@ -104,9 +115,11 @@ class Stage:
             key: decides the random draws; its microbatch number identifies the pass until :meth:`backward`.
             train: keep the graph.
             skips: carries what layers stash for other stages.
+            whole: of the last stage: the outputs are wanted themselves, and not for :meth:`loss` alone.
 
         Returns:
-            The last stage's outputs, attached to their graph; of another stage the message for the next one, likewise.
+            The last stage's outputs, attached to their graph, or a `HeadInput` in their place; of another stage the
+            message for the next one, likewise.
         """
         from_outside = self.is_first and any(getattr(leaf, "requires_grad", False) for leaf in pytree.tree_leaves(x))
         arrived = None if self.is_first else arrive(x, train=train)
@@ -116,7 +129,7 @@ class Stage:
                 skips.arrived = pytree.tree_leaves(x)
         randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch)
         with carried_by(skips or current_carrier()):
-            for position, (layer, recompute) in enumerate(zip(self.layers, self.recompute, strict=True)):
+            for position, (layer, recompute) in enumerate(zip(self._layers_for(whole), self.recompute, strict=True)):
                 randomness.layer(layer.name)
                 step: Callable[..., Any] = layer.run
                 if recompute and train:
@@ -149,6 +162,12 @@ class Stage:
             return None
         return partial(self.activations.park, (self.index, microbatch, position))
 
+    def _layers_for(self, whole: bool) -> list[Layer]:
+        """Return the layers to run; the last one without its head's product if the loss may compute that."""
+        if whole or self._head_loss is None or self.watch_loss is not None:
+            return self.layers
+        return [*self.layers[:-1], self._head_loss]
+
     def _buffers(self) -> Iterator[Tensor]:
         return (buffer for layer in self.layers for buffer in layer.module.buffers())
 
@@ -171,7 +190,7 @@ class Stage:
         if flight is not None:
             flight.randomness.layer(LOSS)
         with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS):
-            value = loss_of(self.loss_fn, outputs, targets)
+            value = self._loss_of(outputs, targets)
         if flight is not None:
             flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
@@ -190,6 +209,15 @@ class Stage:
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()
+
+    def _loss_of(self, outputs: Any, targets: Any) -> Any:
+        if self._head_loss is None or not isinstance(outputs, HeadInput):
+            return loss_of(self.loss_fn, outputs, targets)
+        self.residency.fetch(self._head_loss.module)
+        try:
+            return self._head_loss.loss(outputs, targets)
+        finally:
+            self.residency.release(self._head_loss.module)
 
     def backward(self, gradients: Any, key: DrawKey, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.torch_private import version
 from spu.model.hf_context import Context, Inputs, copy_without_children, is_fake, split_inputs
 from spu.nn.attention import register_attention, use_attention
+from spu.ops.linear import compute_dtype
 
 __all__ = ["DecoderLayer", "Embed", "Head", "decoder_layers", "is_decoder", "register_attention"]
 
@@ -101,6 +103,24 @@ class _Stub(nn.Module):
         return _BaseOutput(last_hidden_state=self._hidden)
 
 
+class _NoHead(nn.Module):
+    """Replaces the language-model head: keeps what it is called with, and returns logits without values."""
+
+    def __init__(self, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = lm_head.weight  # type: ignore[assignment]
+        self.hidden: torch.Tensor
+        self.logits: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.logits is not None:
+            raise ValueError("the head is called twice")
+        dtype = compute_dtype(hidden, None) or hidden.dtype  # a cast to this one returns the tensor itself
+        self.hidden, shape = hidden, (*hidden.shape[:-1], self.weight.shape[0])
+        self.logits = torch.empty(shape, dtype=dtype, device="meta")
+        return self.logits
+
+
 class Head(_Part):
     """Final norm, language-model head, and the model's own operations on the logits."""
 
@@ -119,9 +139,38 @@ class Head(_Part):
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Turn hidden states [batch, tokens, hidden] into logits [batch, tokens, vocabulary]."""
+        return self._ended(self.norm(x), self.lm_head, inputs)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head."""
+        return self.lm_head
+
+    def until_head(self, x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, bool]:
+        """Return what the head is called with, and True; or the logits, and False, if the model changes them."""
+        normed = self.norm(x)
+        if not self._ends_in_head(normed.detach(), inputs):
+            return self._ended(normed, self.lm_head, inputs), False
+        stand_in = _NoHead(self.lm_head)
+        self._ended(normed, stand_in, inputs)
+        return stand_in.hidden, True
+
+    @torch.no_grad()
+    def _ends_in_head(self, normed: torch.Tensor, inputs: Inputs) -> bool:
+        """Prove that the model's forward does nothing after its head: given a head that returns a tensor without
+        values, it returns that very tensor, unchanged."""
+        stand_in = _NoHead(self.lm_head)
+        try:
+            logits = self._ended(normed, stand_in, inputs)
+        except Exception:  # of an operation on the tensor without values
+            return False
+        return logits is stand_in.logits and version(logits) == 0
+
+    def _ended(self, normed: torch.Tensor, lm_head: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """Run the model's forward from the base model's result on, with a head."""
         shell = copy_without_children(self._whole)  # private to this call: stages run in threads
-        shell.add_module(self._base_name, _Stub(self.norm(x)))
-        shell.add_module(self._head_name, self.lm_head)
+        shell.add_module(self._base_name, _Stub(normed))
+        shell.add_module(self._head_name, lm_head)
         return shell(input_ids=split_inputs(inputs)["input_ids"], use_cache=False, return_dict=True).logits
 
 

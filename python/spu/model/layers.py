@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,13 +67,17 @@ class Layer:
             if on_own is not None:
                 on_own(generator)
 
-        with LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own):
-            if self.products is None:
-                return self._call(x, inputs)
-            if self._mixed is None:
-                self._mixed = is_mixed(self.module, self.products)
-            with products_in(self.products, self._mixed, x):
-                return self._call(x, inputs)
+        draws = LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own)
+        with draws, self.in_precision(x):
+            return self._call(x, inputs)
+
+    def in_precision(self, x: Any) -> AbstractContextManager[None]:
+        """Return the context of the layer's work on ``x``: its products are in ``products``."""
+        if self.products is None:
+            return nullcontext()
+        if self._mixed is None:
+            self._mixed = is_mixed(self.module, self.products)
+        return products_in(self.products, self._mixed, x)
 
     def _call(self, x: Any, inputs: Any) -> Any:
         return self.module(x, inputs) if self.wants_inputs else self.module(x)

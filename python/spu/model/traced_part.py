@@ -220,6 +220,24 @@ class Part(nn.Module):
 
     def forward(self, given: Any) -> Any:
         """Return the values needed after this layer, or the model's outputs; ``given``: those alive before it."""
+        result = self._computed(given, len(self._own), self._wanted)
+        return result if self._outputs is None else pytree.tree_unflatten(list(result), self._outputs)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The module that is called last, with one value, if what it returns is all that the model returns."""
+        last = self._own[-1] if self._own else None
+        if last is None or last.op != "call_module" or self._outputs is None or not self._outputs.is_leaf():
+            return None
+        alone = list(self._wanted) == [last] and len(last.args) == 1 and not last.kwargs
+        return self.get_submodule(str(last.target)) if alone else None
+
+    def until_head(self, given: Any) -> Any:
+        """Return what :attr:`head` is called with; ``given``: as :meth:`forward` takes it."""
+        return self._computed(given, len(self._own) - 1, self._own[-1].args[0])
+
+    def _computed(self, given: Any, count: int, wanted: Any) -> Any:
+        """Run the first ``count`` nodes and return the values of those that are wanted."""
         if self._tree is not None:
             self._watch.check()
             given = (self._tree.tensors_of(given),)
@@ -233,7 +251,7 @@ class Part(nn.Module):
                 return self._at(str(node.target))
             return values[node]
 
-        for node, dead in zip(self._own, self._dies, strict=True):
+        for node, dead in zip(self._own[:count], self._dies):
             args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
             if node.op == "call_method":
                 values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -243,8 +261,7 @@ class Part(nn.Module):
             del args, kwargs
             for each in dead:
                 values.pop(each, None)
-        result = map_arg(self._wanted, value)
-        return result if self._outputs is None else pytree.tree_unflatten(list(result), self._outputs)
+        return map_arg(wanted, value)
 
     def _at(self, path: str) -> Any:
         above, _, name = path.rpartition(".")

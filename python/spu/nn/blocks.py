@@ -31,6 +31,7 @@ __all__ = [
     "activation_of",
     "from_library",
     "fused_class",
+    "unwatched",
 ]
 
 
@@ -39,7 +40,7 @@ def from_library(cls: type) -> bool:
     return cls.__module__.split(".")[0] in LIBRARIES
 
 
-def _unwatched(module: nn.Module) -> bool:
+def unwatched(module: nn.Module) -> bool:
     """Tell whether no one would notice if the module were not called."""
     state = module.__dict__
     return not any(state[name] for name in MODULE_HOOKS) and "forward" not in state
@@ -49,7 +50,7 @@ def activation_of(module: object) -> str | None:
     """Return the op's name for an activation module, None for one that it does not have or that has hooks."""
     cls = type(module)
     known = cls.__module__ == "torch.nn.modules.activation" or from_library(cls)
-    if not isinstance(module, nn.Module) or not known or not _unwatched(module):
+    if not isinstance(module, nn.Module) or not known or not unwatched(module):
         return None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
@@ -63,7 +64,7 @@ def _is_linear(module: object) -> bool:
         plain = module.activation == "none"  # type: ignore[attr-defined]
     else:
         plain = cls is nn.Linear or getattr(cls, "spu_block", None) == TransposedLinear()
-    return plain and _unwatched(module)  # type: ignore[arg-type]
+    return plain and unwatched(module)  # type: ignore[arg-type]
 
 
 def _watched_globally() -> bool:

@@ -46,6 +46,7 @@ class ModelParallelTrainer(StagedModel):
             values that you change are trained on.
         devices: "auto", a name, a list of names ("cpu:0", "cuda:0"), or what ``DeviceManager.get_devices`` returned.
         loss_fn: ``loss_fn(outputs, targets)`` -> mean over its targets, or their sum; default: :func:`cross_entropy`.
+            Of large logits of a linear head, a plain cross-entropy is computed without them (`spu.engine.head_loss`).
             Parameters of a module are trained too, in their own dtype.
         optimizer: a torch optimizer class, or a callable from a list of fp32 tensors to an optimizer; default: our
             AdamW.
