@@ -14,6 +14,7 @@ from test_cpu_kernels import DTYPES, OPS, scalar
 from torch import Tensor
 
 import spu.ops  # noqa: F401  (defines the schemas; must not load another spu._C first)
+from spu.ops.masters import joined, split
 from spu.ops.moments import load_moment, new_moment
 
 CODECS = ("fp16", "bf16", "int8", "int4", "fp8_e4m3", "fp8_e5m2")
@@ -173,6 +174,63 @@ def test_narrow_moments_are_the_references(moments: str, dtype: torch.dtype) -> 
                 assert different <= 4 + n // 1000, (name, n, different)
                 a, b = (load_moment(one, (n,), signed=name == "exp_avg") for one in (a, b))
             assert torch.allclose(a, b, rtol=0.13 if name != "master" else 1e-5, atol=1e-6), (name, n)
+
+
+SIZES = [0, 1, 63, 64, 65, 20_003]
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("form", ["16bit", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_corrections_are_the_references_in_every_bit(dtype: torch.dtype, form: str, moments: str) -> None:
+    """With gradients that are powers of 2, beta1 3/4 and beta2 0 no backend rounds a moment or a root.
+
+    (torch's own square root is not always the nearest value.)
+    """
+    start = [torch.randn(n) * torch.logspace(-9, 6, n) for n in SIZES]
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 65519.9, 65520.0, 65568.0, 1e-40, -1e-10])
+    start[-1][100:110] = odd
+    states = []
+    for op in (OPS.adamw_.cpu, OPS.adamw_.reference):
+        torch.manual_seed(7)
+        params, held = map(list, zip(*(split(values, dtype, form) for values in start)))
+        written = torch.randint(-32768, 32768, (5000,), dtype=torch.int64).to(torch.int16)  # NaN and infinity too
+        params[-1].view(torch.int16)[-5000:] = written
+        m, v = ([new_moment((n,), moments, torch.device("cpu")) for n in SIZES] for _ in range(2))
+        for step in (1.0, 2.0, 3.0, 4.0):
+            signs = [torch.randint(0, 2, (n,)) * 2.0 - 1 for n in SIZES]
+            grads = [sign * 2.0 ** torch.randint(-4, 4, sign.shape) for sign in signs]
+            if step == 4.0:
+                grads[-1][7:9] = torch.tensor([torch.nan, torch.inf])
+            steps = [scalar(step) for _ in SIZES]
+            op(params, grads, held, m, v, steps, scalar(0.5), scalar(0.0), 1e-2, 0.75, 0.0, 1e-8, 0.1)
+        before = [tensor.clone() for tensor in (*params, *held, *m, *v)]
+        op(params, grads, held, m, v, steps, scalar(0.5), scalar(1.0), 1e-2, 0.75, 0.0, 1e-8, 0.1)
+        for old, new in zip(before, (*params, *held, *m, *v)):
+            assert_equal(new, old, "after a skipped step")
+        states.append((params, held, m, v))
+    for name, ours, theirs in zip(("parameter", "correction", "exp_avg", "exp_avg_sq"), *states):
+        for a, b in zip(ours, theirs):
+            assert_equal(a, b, name)
+    moved = (joined(states[0][0][-1], states[0][1][-1]) - start[-1]).abs()[1000:10_000]
+    assert bool((moved > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_corrections_equal_fp32_masters(dtype: torch.dtype) -> None:
+    start = torch.randn(3_001).sign() * (torch.rand(3_001) + 0.1)
+    master, weight = start.clone(), start.to(dtype)
+    param, correction = split(start, dtype, "16bit")
+    m, v, other_m, other_v = (torch.zeros(3_001) for _ in range(4))
+    hyper = (scalar(1.0), scalar(0.0), 1e-4, 0.9, 0.999, 1e-8, 0.1)
+    for step in range(1, 51):
+        grad = torch.randn(3_001)
+        OPS.adamw_.cpu([weight], [grad], [master], [m], [v], [scalar(step)], *hyper)
+        OPS.adamw_.cpu([param], [grad], [correction], [other_m], [other_v], [scalar(step)], *hyper)
+        assert_equal(joined(param, correction), master, f"master after step {step}")
+    assert not torch.equal(master, start)
+    assert_equal(param[master.to(dtype) == param], weight[master.to(dtype) == param])
+    assert int((param != weight).sum()) <= (0 if dtype == torch.float16 else 3), "ties only"
 
 
 def test_grad_sqnorm() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
-from spu.ops import moments
+from spu.ops import masters, moments
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
@@ -27,6 +27,7 @@ SOURCE = """
 #include "math/adamw.h"
 #include "math/codec.h"
 #include "math/half.h"
+#include "math/masters.h"
 #include "math/moments.h"
 #include "math/wire.h"
 using namespace spu::math;
@@ -109,6 +110,20 @@ EXPORT void moment_bf16(const float* x, const uint32_t* bits, uint16_t* h, long 
 }
 EXPORT void noise(float step, uint32_t* bits, long n) {
   for (long i = 0; i < n; ++i) bits[i] = moment_noise<uint32_t>((uint32_t)i, moment_seed(step));
+}
+template <bool Fp16, int Bits>
+void correct(const float* x, const uint32_t* noise, uint16_t* weight, int16_t* correction, float* back, long n) {
+  for (long i = 0; i < n; ++i) {
+    const Corrected<float> s = split<Fp16, Bits, float>(x[i], master_noise<uint32_t>(noise[i]));
+    weight[i] = (uint16_t)s.weight;
+    correction[i] = Bits == 16 ? (int16_t)s.correction : (int16_t)(int8_t)s.correction;
+    back[i] = joined<Fp16, Bits, float>(weight[i], correction[i]);
+  }
+}
+EXPORT void corrections(int bf16, int bits, const float* x, const uint32_t* noise, uint16_t* weight,
+                        int16_t* correction, float* back, long n) {
+  if (bf16) return (bits == 8 ? correct<false, 8> : correct<false, 16>)(x, noise, weight, correction, back, n);
+  return (bits == 8 ? correct<true, 8> : correct<true, 16>)(x, noise, weight, correction, back, n);
 }
 EXPORT long moment_size(long numel) {
   return moment_bytes(numel);
@@ -331,6 +346,25 @@ def test_bf16_rounded_with_every_noise(math: ctypes.CDLL) -> None:
         if abs(value) < 1e38:
             assert stored.double().mean().item() == pytest.approx(x[0].double().item(), rel=1e-5)
         assert bool((stored.isfinite() == x.isfinite()).all())
+
+
+@pytest.mark.parametrize("form", masters.MASTERS[1:])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_corrections_are_pythons(math: ctypes.CDLL, dtype: torch.dtype, form: str) -> None:
+    every = torch.arange(-(1 << 31), 1 << 31, 49_999)
+    dense = torch.cat((torch.arange(0x36000000, 0x39000000, 1009), torch.arange(0x477F0000, 0x47810000, 3)))
+    x = torch.cat((every, dense, dense - (1 << 31))).to(torch.int32).view(torch.float32)
+    noise = torch.randint(0, 1 << 32, x.shape)
+    weight, wide = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape, dtype=torch.int16)
+    words = noise.to(torch.uint32)  # kept alive
+    back, bits = torch.empty_like(x), 8 * masters.correction_dtype(form).itemsize
+    bf16, count = int(dtype == torch.bfloat16), ctypes.c_long(x.numel())
+    math.corrections(bf16, bits, at(x), at(words), at(weight), at(wide), at(back), count)
+    expected, rest = masters.split(x, dtype, form, masters.master_noise(noise))
+    assert_equal(weight, expected, "weight")
+    assert_equal(weight.signbit(), expected.signbit(), "sign")
+    assert_equal(wide.to(rest.dtype), rest, "correction")
+    assert_equal(back, masters.joined(expected, rest), "joined")
 
 
 def test_noise_and_sizes_are_pythons(math: ctypes.CDLL) -> None:

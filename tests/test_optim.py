@@ -207,18 +207,34 @@ def test_triton_is_not_asked_for_narrow_moments(monkeypatch: pytest.MonkeyPatch)
 
     param, moment = torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)
     monkeypatch.setattr(module, "choose_backend", lambda *_, **__: "triton")
-    assert module._adamw_backend(param, param) == "triton"
+    assert module._adamw_backend(param, None, param) == "triton"
     for available, expected in ((True, "cuda"), (False, "reference")):
         status = ops.BackendStatus("cuda", available, "it is not built", "build it")
         monkeypatch.setattr(module, "status_of", lambda name, status=status: status)
         module._warn_of_reference.cache_clear()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            assert module._adamw_backend(param, moment) == expected
+            assert module._adamw_backend(param, None, moment) == expected
         assert ["it is not built" in str(one.message) for one in told] == [True] * (not available)
     monkeypatch.setattr(module, "forced_backend", lambda: "triton")
     with pytest.raises(ValueError, match="'triton' was forced but has fp32 moments only, these are bf16"):
-        module._adamw_backend(param, moment)
+        module._adamw_backend(param, None, moment)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_kernels_of_gpus_are_not_asked_for_corrections(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spu.ops import optimizer as module
+
+    param, moment = torch.zeros(3).half(), torch.zeros(3)
+    correction = torch.zeros(3, dtype=torch.int16)
+    monkeypatch.setattr(module, "choose_backend", lambda *_, **__: name)
+    module._warn_of_reference.cache_clear()
+    with pytest.warns(RuntimeWarning, match="16-bit or 8-bit masters runs in plain torch here"):
+        assert module._adamw_backend(param, correction, moment) == "reference"
+    assert module._adamw_backend(param, moment, moment) == name
+    monkeypatch.setattr(module, "forced_backend", lambda: name)
+    with pytest.raises(ValueError, match=f"'{name}' was forced but has fp32 masters only, these are 16bit: force 'ref"):
+        module._adamw_backend(param, correction, moment)
 
 
 @pytest.mark.parametrize("scaler_class", [GradScaler, torch.amp.GradScaler])

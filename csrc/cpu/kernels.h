@@ -6,6 +6,7 @@
 
 #include "math/activation.h"
 #include "math/adamw.h"
+#include "math/masters.h"
 #include "math/moments.h"
 #include "math/types.h"
 #include "math/wire.h"
@@ -109,6 +110,7 @@ struct Attention {
 struct AdamWRange : math::AdamWItem {
   Type param_type;
   math::Moments moments;
+  math::Master kept;
   float grad_scale;
   uint32_t seed;
 };

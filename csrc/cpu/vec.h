@@ -70,6 +70,18 @@ struct Ops<SPU_ISA_NS::vf> {
     return x;
 #endif
   }
+  SPU_HD_MEMBER vf of_int(Int i) { return __builtin_convertvector(i, vf); }
+  SPU_HD_MEMBER Int nearest_int(vf x) {
+#if defined(SPU_VEC_AVX512)
+    return (Int)_mm512_maskz_cvtps_epi32(0xffff, (__m512)x);
+#elif defined(SPU_VEC_AVX2)
+    return (Int)_mm256_cvtps_epi32((__m256)x);
+#else
+    Int n;
+    for (int i = 0; i < SPU_LANES; ++i) n[i] = Ops<float>::nearest_int(x[i]);
+    return n;
+#endif
+  }
 };
 }  // namespace math
 
@@ -214,6 +226,37 @@ SPU_INLINE void store_bytes(uint8_t* p, vu codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 #else
   store_codes(reinterpret_cast<int8_t*>(p), (vi)codes);
+#endif
+}
+
+// kLanes 16-bit integers, unsigned or signed, to 32-bit lanes, and the low 16 bits of each lane back.
+SPU_INLINE vu load_words(const uint16_t* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)load_raw<vh>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)load_raw<vh>(p));
+#else
+  return __builtin_convertvector(load_raw<vh>(p), vu);
+#endif
+}
+SPU_INLINE vi load_words(const int16_t* p) {
+#if defined(SPU_VEC_AVX512)
+  return (vi)_mm512_maskz_cvtepi16_epi32(0xffff, (__m256i)load_raw<vh>(p));
+#elif defined(SPU_VEC_AVX2)
+  return (vi)_mm256_cvtepi16_epi32((__m128i)load_raw<vh>(p));
+#else
+  return (vi)(load_words(reinterpret_cast<const uint16_t*>(p)) << 16) >> 16;
+#endif
+}
+template <class P>
+SPU_INLINE void store_words(P* p, vu words) {
+#if defined(SPU_VEC_AVX512)
+  store_raw(p, (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)words));
+#elif defined(SPU_VEC_AVX2)
+  const __m256i w = (__m256i)(words & 0xffffu);
+  store_raw(p, _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+  store_raw(p, __builtin_convertvector(words, vh));
 #endif
 }
 

@@ -16,6 +16,9 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
       {params, grads, masters, exp_avgs, exp_avg_sqs, steps}, dense,
       [&](const char* what, const Tensor& t) { expect_device("adamw_", what, t, first); },
       [&](const char* what, const Tensor& t) { scalar_data("adamw_", what, t, first); });
+  if (call.kept != math::Master::fp32) {
+    checks::fail("spu::adamw_: the CUDA kernels take fp32 masters, not corrections; use the reference backend");
+  }
   const float* scale = scalar_data("adamw_", "grad_scale", grad_scale, first);
   const AdamWSettings settings = {
       lr, beta1, beta2, eps, weight_decay, scale, scalar_data("adamw_", "found_inf", found_inf, first)};

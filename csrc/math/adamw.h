@@ -49,7 +49,7 @@ SPU_HD AdamWState<F> adamw_step(AdamWState<F> s, F g, const AdamWStep& k) {
   const F m = O::fma(O::splat(k.one_minus_b1), g - s.m, s.m);
   const F v = O::fma(g * k.one_minus_b2, g, s.v * k.b2);
   const F denom = O::sqrt(v) / k.bias2_sqrt + k.eps;
-  p = p - (m / denom) * k.step_size;
+  p = p - (m * k.step_size) / denom;
   return {p, m, v};
 }
 

@@ -50,6 +50,11 @@ struct Ops<float> {
 #endif
   }
   SPU_HD_MEMBER float sqrt(float x) { return __builtin_sqrtf(x); }
+  SPU_HD_MEMBER float of_int(Int i) { return static_cast<float>(i); }
+  // Ties to even; any integer where |x| > 2^30.
+  SPU_HD_MEMBER Int nearest_int(float x) {
+    return x <= 0x1p30f && x >= -0x1p30f ? static_cast<Int>(__builtin_rintf(x)) : 0;
+  }
 };
 
 // Rounds |x| < 2^22 to the nearest integer, ties to even, with the addition 1.5 * 2^23 (needs the default rounding

@@ -31,11 +31,10 @@ SPU_HD constexpr int64_t moment_bytes(int64_t numel) {
   return moment_scale_bytes(numel) + numel;
 }
 
-// One parameter of an AdamW step, all arrays dense: master is its fp32 value, param the 16-bit copy (null where the
-// parameter itself is fp32), step the number of this update, from 1.
+// One parameter of an AdamW step, all arrays dense: master is its fp32 value or a 16-bit weight's correction, param the
+// 16-bit weight (null where the parameter itself is fp32), step the number of this update, from 1.
 struct AdamWItem {
-  void* param;
-  float* master;
+  void *param, *master;
   const float* grad;
   void *exp_avg, *exp_avg_sq;
   const float* step;
@@ -57,9 +56,10 @@ SPU_HD uint32_t moment_seed(float step) {
 }
 
 // 32 bits for one element of a tensor at a step: the low 16 are for the first moment, the high 16 for the second.
+constexpr uint32_t kNoiseStride = 0x9e3779b9u;
 template <class U>
 SPU_HD U moment_noise(U index, uint32_t seed) {
-  return mix<U>(index * 0x9e3779b9u + seed);
+  return mix<U>(index * kNoiseStride + seed);
 }
 
 // noise: 16 bits. A value that is not finite is rounded to nearest, and nothing finite becomes infinite.
@@ -83,14 +83,14 @@ SPU_HD float moment_scale(float absmax) {
   return block_scale(absmax, 1.0f);
 }
 
-// The code of x under a scale that is its block's moment_scale and greater than 0; noise: 16 bits. Below the smallest
-// magnitude the first moment is 0 or that magnitude, right on average; the second is never rounded to 0, since its
-// root is divided by.
+// The code of a value in units of its scale, which is its block's moment_scale and greater than 0; noise: 16 bits.
+// Below the smallest magnitude the first moment is 0 or that magnitude, right on average; the second is never rounded
+// to 0, since its root is divided by.
 template <bool Signed, class F, class U = typename Ops<F>::UInt>
-SPU_HD U moment_code(F x, F scale, U noise) {
+SPU_HD U moment_code_of(F units, U noise) {
   using O = Ops<F>;
   using C = MomentCode<Signed>;
-  const U u = O::bits(x / scale);
+  const U u = O::bits(units);
   const U magnitude = u & 0x7fffffffu;
   const U normal = ((magnitude + (noise << (C::kDrop - 16))) >> C::kDrop) - C::kBase;
   const F share = O::from_bits((noise << 7) | 0x3f800000u) - 1.0f;  // [0, 1)
@@ -100,6 +100,11 @@ SPU_HD U moment_code(F x, F scale, U noise) {
   const U tiny = O::from_bits(magnitude) > least ? one : none;
   const U code = magnitude < (U{} + C::kSmallest) ? tiny : normal;
   return Signed ? code | ((u >> 24) & 0x80u) : code;
+}
+
+template <bool Signed, class F, class U = typename Ops<F>::UInt>
+SPU_HD U moment_code(F x, F scale, U noise) {
+  return moment_code_of<Signed, F>(x / scale, noise);
 }
 
 // The value of a code in units of its scale.

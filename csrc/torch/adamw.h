@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "math/masters.h"
 #include "math/moments.h"
 #include "torch/checks.h"
 
@@ -42,6 +43,7 @@ struct AdamWLists {
 
 struct AdamWCall {
   math::Moments moments;
+  math::Master kept;
   std::vector<math::AdamWItem> items;
 };
 
@@ -72,6 +74,20 @@ inline math::Moments moments_of(const Tensor& exp_avg) {
   }
 }
 
+inline math::Master master_of(const Tensor& master) {
+  switch (master.scalar_type()) {
+    case ScalarType::Float:
+      return math::Master::fp32;
+    case ScalarType::Short:
+      return math::Master::bits16;
+    case ScalarType::Char:
+      return math::Master::bits8;
+    default:
+      checks::fail("spu::adamw_: a master must be float32, a correction int16 or int8, got ",
+                   checks::name(master.scalar_type()));
+  }
+}
+
 inline void expect_moment(const char* what, const Tensor& t, const Tensor& param, const Tensor& first) {
   if (first.scalar_type() != ScalarType::Byte) return expect_like(what, t, param, first.scalar_type());
   checks::expect_dtype("adamw_", what, t, ScalarType::Byte);
@@ -98,7 +114,9 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
   detail::expect_length("exp_avgs", lists.exp_avgs, params.size());
   detail::expect_length("exp_avg_sqs", lists.exp_avg_sqs, params.size());
   detail::expect_length("steps", lists.steps, params.size());
-  AdamWCall call = {params.empty() ? math::Moments::fp32 : detail::moments_of(lists.exp_avgs[0]), {}};
+  AdamWCall call = {params.empty() ? math::Moments::fp32 : detail::moments_of(lists.exp_avgs[0]),
+                    params.empty() || !half ? math::Master::fp32 : detail::master_of(lists.masters[0]),
+                    {}};
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor &param = params[i], &grad = lists.grads[i], &first = lists.exp_avgs[i];
     const Tensor &second = lists.exp_avg_sqs[i], &target = half ? lists.masters[i] : param;
@@ -106,7 +124,7 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
     checks::expect_same_dtype("adamw_", "param", param, "the first param", params[0]);
     const ScalarType type = param.scalar_type();
     if (half ? type != ScalarType::Half && type != ScalarType::BFloat16 : type != ScalarType::Float) {
-      checks::fail("spu::adamw_: a 16-bit param needs an fp32 master and an fp32 param has none; param is ",
+      checks::fail("spu::adamw_: a 16-bit param needs a master or a correction, an fp32 param has none; param is ",
                    checks::name(type), half ? " with a master" : " without one");
     }
     expect_device("grad", grad);
@@ -114,11 +132,11 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
     expect_device("exp_avg_sq", second);
     expect_device("master", target);
     detail::expect_like("grad", grad, param, ScalarType::Float);
-    detail::expect_like("master", target, param, ScalarType::Float);
+    detail::expect_like("master", target, param, half ? lists.masters[0].scalar_type() : ScalarType::Float);
     detail::expect_moment("exp_avg", first, param, lists.exp_avgs[0]);
     detail::expect_moment("exp_avg_sq", second, param, lists.exp_avgs[0]);
     expect_scalar("step", lists.steps[i]);
-    call.items.push_back({half ? dense.writable(param) : nullptr, static_cast<float*>(dense.writable(target)),
+    call.items.push_back({half ? dense.writable(param) : nullptr, dense.writable(target),
                           static_cast<const float*>(dense.readable(grad)), dense.writable(first),
                           dense.writable(second), static_cast<const float*>(lists.steps[i].const_data_ptr()),
                           param.numel()});

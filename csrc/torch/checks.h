@@ -36,6 +36,10 @@ inline const char* name(ScalarType t) {
       return "float64";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "another dtype";
   }

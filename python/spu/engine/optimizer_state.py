@@ -13,7 +13,7 @@ from torch import nn
 from spu.checkpoint.writing import CheckpointError, Stored
 from spu.common import torch_private
 from spu.engine.build import BuiltStages
-from spu.optim.adamw import AdamW, MasterOptimizer
+from spu.optim.adamw import MASTER_KEYS, AdamW, MasterOptimizer
 
 __all__ = [
     "OptimizerState",
@@ -83,7 +83,7 @@ def optimizer_state(built: BuiltStages, optimizers: Optimizers) -> OptimizerStat
         for owned, optimizer in zip(built.owned, optimizers)
         for name, parameter in owned.items()
         for key, value in _entries(parameter, optimizer).items()
-        if key != "master"
+        if key not in MASTER_KEYS
     }
     groups = [[_changed(inner, group) for group in inner.param_groups] for inner in map(_inner, optimizers) if inner]
     counts = [len(owned) for owned, optimizer in zip(built.owned, optimizers) if optimizer is not None]
@@ -116,7 +116,7 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
     for owned, optimizer in zip(built.owned, optimizers):
         for name, parameter in owned.items():
             entries = _entries(parameter, optimizer)
-            for key in [key for key in entries if key != "master"]:
+            for key in [key for key in entries if key not in MASTER_KEYS]:
                 del entries[key]
             for key, value in by_name.get(name, {}).items():
                 if isinstance(value, Stored):  # in memory of its own

@@ -219,15 +219,18 @@ def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.
 
 def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[str, torch.Tensor | Stored]) -> None:
     """Restore a :func:`model_state` that `_check_model` has accepted, into any number of stages."""
-    current = model_state(built, optimizers)
+    owners = _named(built, optimizers)
     with torch.no_grad():
-        for name, tensor in current.items():
+        for name, tensor in model_state(built, optimizers).items():
             value = state[name]
-            tensor.copy_(value.read() if isinstance(value, Stored) else value)
-        # From the state, not from the master: a master is asked for only where its weight agrees with it.
-        for name, (parameter, _) in _named(built, optimizers).items():
-            if current[name].data_ptr() != parameter.data_ptr():
-                parameter.copy_(current[name])
+            value = value.read() if isinstance(value, Stored) else value
+            parameter, optimizer = owners.get(name, (tensor, None))
+            if isinstance(optimizer, AdamW) and optimizer.keeps_master(parameter):
+                optimizer.set_master(parameter, value)
+                continue
+            tensor.copy_(value)
+            if tensor.data_ptr() != parameter.data_ptr():  # the master of another optimizer
+                parameter.copy_(tensor)
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:

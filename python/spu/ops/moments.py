@@ -15,7 +15,17 @@ from torch import Tensor
 
 from spu.common.dtypes import DTYPES
 
-__all__ = ["MOMENTS", "fits", "load_moment", "moment_bytes", "moments_of", "new_moment", "noise", "stored_moment"]
+__all__ = [
+    "MOMENTS",
+    "fits",
+    "load_moment",
+    "moment_bytes",
+    "moment_layout",
+    "moments_of",
+    "new_moment",
+    "noise",
+    "stored_moment",
+]
 
 MOMENTS = ("fp32", "bf16", "int8")
 _DTYPES = {name: DTYPES.get(name, torch.uint8) for name in MOMENTS}  # "int8": a buffer of bytes
@@ -34,16 +44,22 @@ def moment_bytes(numel: int) -> int:
     return _scale_bytes(numel) + numel
 
 
-def new_moment(shape: Sequence[int], moments: str, device: torch.device) -> Tensor:
-    """Return a moment of zeros for a parameter of a shape.
+def moment_layout(shape: Sequence[int], moments: str) -> tuple[torch.Size, torch.dtype]:
+    """Return the shape and the dtype of the tensor that holds a moment of a parameter of a shape.
 
     Raises:
         ValueError: for a name that is not of ``MOMENTS``.
     """
     if moments not in _DTYPES:
         raise ValueError(f"moments is {moments!r}: choose one of {', '.join(map(repr, MOMENTS))}")
-    size = (moment_bytes(torch.Size(shape).numel()),) if moments == "int8" else tuple(shape)
-    return torch.zeros(size, dtype=_DTYPES[moments], device=device)
+    size = torch.Size(shape)
+    return torch.Size([moment_bytes(size.numel())]) if moments == "int8" else size, _DTYPES[moments]
+
+
+def new_moment(shape: Sequence[int], moments: str, device: torch.device) -> Tensor:
+    """Return a moment of zeros for a parameter of a shape; raises as ``moment_layout``."""
+    size, dtype = moment_layout(shape, moments)
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 def moments_of(moment: Tensor) -> str:

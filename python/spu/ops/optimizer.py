@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.ops import masters as master_forms
 from spu.ops import moments, schema
 from spu.ops.dispatch import DTYPES, choose_backend, forced_backend, status_of
 from spu.ops.reference.optimizer import adamw_plain
@@ -18,13 +19,14 @@ from spu.ops.sink import MainGrad
 __all__ = ["PLAIN", "adamw_", "grad_norm", "grad_sqnorm", "on_device", "unscale_"]
 
 PLAIN = (torch.float64, torch.complex64, torch.complex128)
+_MASTERS = (torch.float32, *(master_forms.correction_dtype(form) for form in master_forms.MASTERS[1:]))
 
 
 def _check_adamw(
     i: int, param: Tensor, grad: Tensor, master: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor
 ) -> None:
     if master is None and param.dtype != torch.float32:
-        raise TypeError(f"adamw_: parameter {i} is {param.dtype}: give it an fp32 master")
+        raise TypeError(f"adamw_: parameter {i} is {param.dtype}: give it an fp32 master, or a correction")
     if param.dtype not in DTYPES["cpu"]:
         raise TypeError(f"adamw_: parameter {i} is {param.dtype}: use float16, bfloat16 or float32")
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -34,11 +36,12 @@ def _check_adamw(
                 f"{tuple(param.shape)} on {param.device}; it is {moment.dtype}, exp_avg {exp_avg.dtype}: make both by "
                 "spu.ops.moments.new_moment, in one form"
             )
-    for name, value in (("grad", grad), ("master", master)):
+    for name, value, allowed in (("grad", grad, (torch.float32,)), ("master", master, _MASTERS)):
         if value is None:
             continue
-        if value.dtype != torch.float32:
-            raise TypeError(f"adamw_: {name} {i} is {value.dtype}: it must be float32")
+        if value.dtype not in allowed:
+            words = "float32" if name == "grad" else "float32, or a correction, int16 or int8"
+            raise TypeError(f"adamw_: {name} {i} is {value.dtype}: it must be {words}")
         if value.shape != param.shape or value.device != param.device:
             raise ValueError(
                 f"adamw_: {name} {i} is {tuple(value.shape)} on {value.device}, but its parameter is "
@@ -67,31 +70,41 @@ def on_device(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, non_blocking=device.type != "cpu")
 
 
-def _adamw_backend(param: Tensor, exp_avg: Tensor) -> str:
-    """Return the backend for a parameter: Triton's kernel supports fp32 moments only."""
+def _adamw_backend(param: Tensor, master: Tensor | None, exp_avg: Tensor) -> str:
+    """Return the backend for a parameter: Triton's kernel has fp32 masters and moments only, CUDA's fp32 masters."""
     name = choose_backend(param, op="adamw_")
+    corrected = master is not None and master.dtype != torch.float32
+    if name in ("triton", "cuda") and corrected:
+        assert master is not None
+        return _reference_instead(name, "masters", master_forms.masters_of(master), "master='fp32'")
     if name != "triton" or exp_avg.dtype == torch.float32:
         return name
-    if forced_backend() is not None:
-        raise ValueError(
-            f"adamw_: backend 'triton' was forced but has fp32 moments only, these are {moments.moments_of(exp_avg)}: "
-            "force 'cuda' or 'reference', or use AdamW(moments='fp32')"
-        )
-    if status_of("cuda").available:
+    if forced_backend() is None and status_of("cuda").available:
         return "cuda"
-    _warn_of_reference()
+    return _reference_instead(name, "moments", moments.moments_of(exp_avg), "moments='fp32'")
+
+
+def _reference_instead(name: str, what: str, form: str, fix: str) -> str:
+    if forced_backend() is not None:
+        other = "'cuda' or 'reference'" if what == "moments" else "'reference'"
+        raise ValueError(
+            f"adamw_: backend {name!r} was forced but has fp32 {what} only, these are {form}: force {other}, "
+            f"or use AdamW({fix})"
+        )
+    _warn_of_reference(what)
     return "reference"
 
 
-@lru_cache(maxsize=1)
-def _warn_of_reference() -> None:
-    status = status_of("cuda")
-    warnings.warn(
-        f"AdamW with bf16 or 8-bit moments runs in plain torch here, slower: Triton's kernel has fp32 moments only and "
-        f"{status.reason}. To make it fast, {status.fix}",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+@lru_cache(maxsize=2)
+def _warn_of_reference(what: str) -> None:
+    if what == "moments":
+        status = status_of("cuda")
+        words = "bf16 or 8-bit moments runs in plain torch here, slower: Triton's kernel has fp32 moments only and "
+        words += f"{status.reason}. To make it fast, {status.fix}"
+    else:
+        words = "16-bit or 8-bit masters runs in plain torch here, slower: the kernels of GPUs have fp32 masters only. "
+        words += "Where there is room for 4 bytes a parameter, use AdamW(master='fp32')"
+    warnings.warn(f"AdamW with {words}", RuntimeWarning, stacklevel=6)
 
 
 @torch.no_grad()
@@ -116,8 +129,10 @@ def adamw_(
     Decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101), torch.optim.AdamW's formula.
 
     Args:
-        params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even), or fp32 with None;
-            fp64 and complex ones, whose gradient and moments have their dtype, are stepped by plain torch operations.
+        params: fp16 or bf16 with an fp32 master (they receive its value, rounded to nearest even) or with an int16 or
+            int8 correction (``spu.ops.masters``), or fp32 with None; fp64 and complex ones, whose gradient and moments
+            have their dtype, are stepped by plain torch operations.
+        masters: fp32 masters or corrections, of the parameters' shapes; None for those that have none.
         grads: fp32 main gradients at true scale; multiplied by ``grad_scale`` on the fly, not changed.
         exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or 8-bit buffers (``spu.ops.moments``).
         steps: fp32 [1] each, with their parameters: the number of this update, from 1.
@@ -127,7 +142,7 @@ def adamw_(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit; the message names the parameter's position.
     """
-    groups: dict[tuple[torch.dtype, torch.device, torch.dtype], list[tuple[Any, ...]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     plain: list[tuple[Any, ...]] = []
     for i, row in enumerate(zip(params, grads, masters, exp_avgs, exp_avg_sqs, steps, strict=True)):
         _check_scalar(f"step {i}", row[5], row[0].device)
@@ -136,17 +151,18 @@ def adamw_(
             plain.append((row[0], row[1], row[3], row[4], row[5]))
             continue
         _check_adamw(i, *row[:5])
-        groups.setdefault((row[0].dtype, row[0].device, row[3].dtype), []).append(row)
+        kept = None if row[2] is None else row[2].dtype
+        groups.setdefault((row[0].dtype, row[0].device, kept, row[3].dtype), []).append(row)
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_scalar(name, value)
     for param, grad, exp_avg, exp_avg_sq, step in plain:
         scale, found = on_device(grad_scale, param.device), on_device(found_inf, param.device)
         adamw_plain(param, grad, exp_avg, exp_avg_sq, step, scale, found, lr, beta1, beta2, eps, weight_decay)
-    for (dtype, device, _), rows in groups.items():
+    for (dtype, device, *_), rows in groups.items():
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:
             lists[2] = []
-        op = schema.overload("adamw_", _adamw_backend(rows[0][0], rows[0][3]))
+        op = schema.overload("adamw_", _adamw_backend(rows[0][0], rows[0][2], rows[0][3]))
         op(*lists, on_device(grad_scale, device), on_device(found_inf, device), lr, beta1, beta2, eps, weight_decay)
         # Ops of a Library leave no trace in version counters: autograd would not refuse a graph that holds old values.
         torch.autograd.graph.increment_version([tensor for i in (0, 2, 3, 4) for tensor in lists[i]])

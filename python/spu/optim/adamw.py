@@ -11,12 +11,16 @@ from torch import Tensor
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import foreach_add_
 from spu.ops import adamw_
-from spu.ops.moments import MOMENTS, fits, load_moment, moments_of, new_moment, stored_moment
+from spu.ops.masters import MASTERS, correction_dtype, joined, split
+from spu.ops.moments import MOMENTS, fits, load_moment, moment_layout, moments_of, new_moment, stored_moment
 from spu.ops.reference.optimizer import follow
 from spu.optim.checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
 from spu.optim.master import MasterOptimizer
 
-__all__ = ["AdamW", "MasterOptimizer", "clip_coefficient"]
+__all__ = ["MASTER_KEYS", "AdamW", "MasterOptimizer", "clip_coefficient"]
+
+MASTER_KEYS = ("master", "correction")
+"""Where a state keeps the fp32 value of a 16-bit parameter: one of them."""
 
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
 
@@ -39,11 +43,15 @@ def clip_coefficient(sqnorm_total: Tensor, max_norm: float) -> Tensor:
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's update (decoupled weight decay, arXiv:1711.05101) in one pass per parameter.
 
-    fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 ``master`` in the state, whose value they
-    receive rounded to nearest even. A 16-bit weight that somebody changes between steps (load_state_dict, a clamp,
-    averaged weights) is taken into its master, element by element. Nothing in ``step`` waits for a device. Gradients
-    are fp32 and are not changed. fp64 and complex parameters, with gradients of their own dtype, are stepped by plain
-    torch operations; their moments have their dtype.
+    fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 master, whose value they receive rounded
+    to nearest. Nothing in ``step`` waits for a device. Gradients are fp32 and are not changed. fp64 and complex
+    parameters, with gradients of their own dtype, are stepped by plain torch operations; their moments have their
+    dtype.
+
+    A 16-bit weight that somebody changes between steps (load_state_dict, a clamp, averaged weights) is followed,
+    element by element. An fp32 master that no longer rounds to its weight becomes the weight. A correction has no bits
+    to tell an old weight from a new one: it stays, so the master becomes a value at most half a unit in the weight's
+    last place from what was written. ``set_master(param, param)`` makes it exactly that.
 
     With a GradScaler (``spu``'s or torch's) it takes found_inf, and an unscaling that is still to do, from its
     ``found_inf`` and ``grad_scale`` attributes, which ``GradScaler.step`` sets.
@@ -55,7 +63,12 @@ class AdamW(torch.optim.Optimizer):
         foreach, fused: torch's choices of an implementation; they change nothing here.
         moments: how the two moments are kept: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8 bits and a scale for 64 values),
             8, 4 or 2.1 bytes a parameter together. Those below fp32 are rounded stochastically, the same way at every
-            run (``spu.ops.moments``). A state saved with other moments is converted when it is loaded.
+            run (``spu.ops.moments``).
+        master: how the fp32 value of a 16-bit parameter is kept. ``"fp32"``: as ``state[param]["master"]``, 4 bytes.
+            ``"16bit"``: the weight and ``state[param]["correction"]``, int16, together are that value, bit for bit (of
+            bf16 all; of fp16 magnitudes from 2**-16 to 65,567, and smaller ones within 2**-40). ``"8bit"``: the same
+            with an int8 correction, a master of 15 (bf16) or 18 mantissa bits (fp16), rounded stochastically.
+            ``spu.ops.masters`` has the arithmetic. A state saved in other forms is converted.
 
     Raises:
         ValueError: for hyperparameters out of range.
@@ -79,9 +92,12 @@ class AdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         moments: str = "fp32",
+        master: str = "fp32",
     ) -> None:
         if moments not in MOMENTS:
             raise ValueError(f"moments is {moments!r}: choose one of {', '.join(map(repr, MOMENTS))}")
+        if master not in MASTERS:
+            raise ValueError(f"master is {master!r}: choose one of {', '.join(map(repr, MASTERS))}")
         given = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "differentiable": differentiable}
         check_settings(given | {"lr": lr})
         betas = float(betas[0]), float(betas[1])
@@ -92,21 +108,21 @@ class AdamW(torch.optim.Optimizer):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._set_up(moments)
+        self._set_up(moments, master)
 
-    def _set_up(self, moments: str) -> None:
-        self.moments = moments
+    def _set_up(self, moments: str, master: str) -> None:
+        self.moments, self.master_form = moments, master
         self._constants = Constants()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"moments": self.moments}  # torch's keeps settings, state and groups alone
+    def __getstate__(self) -> dict[str, Any]:  # torch's keeps settings, state and groups alone
+        return super().__getstate__() | {"moments": self.moments, "master_form": self.master_form}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._loading is not None:  # called by torch's load_state_dict, before the user's post-hooks
             self._restore_exactly(self._loading)
         if "_constants" not in self.__dict__:  # a copy, made by copy.deepcopy or pickle
-            self._set_up(state.get("moments", "fp32"))
+            self._set_up(state.get("moments", "fp32"), state.get("master_form", "fp32"))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch's optimizers do.
@@ -118,24 +134,71 @@ class AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Give a 16-bit parameter its exact fp32 value. The value is copied; the parameter gets it rounded."""
+        """Give a 16-bit parameter its fp32 value, rounded to the master's form. The parameter gets it rounded further.
+
+        The value is copied; into the tensor of the state where that has one of the right kind.
+        """
         if param.dtype not in HALVES:
             raise TypeError(f"a {param.dtype} parameter has no master: it is updated directly")
         if value.shape != param.shape:
             raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-        master = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
-        self.state[param]["master"] = master.contiguous()
+        weight, kept = value.detach(), value.detach()
+        if self.master_form != "fp32":
+            weight, kept = split(kept.to(device=param.device, dtype=torch.float32), param.dtype, self.master_form)
+        self._keep(param, kept)
         if value is not param:
-            param.data.copy_(master)
+            param.data.copy_(weight)
+
+    def _keep(self, param: Tensor, value: Tensor) -> None:
+        """Put a master or a correction into the state, in the form of this optimizer."""
+        key, dtype = self._master_entry()
+        state = self.state[param]
+        for other in MASTER_KEYS:
+            if other != key:
+                state.pop(other, None)
+        old = state.get(key)
+        if old is not None and (old.shape, old.dtype, old.device) == (param.shape, dtype, param.device):
+            old.copy_(value)
+        else:
+            state[key] = value.to(device=param.device, dtype=dtype, copy=True).contiguous()
+
+    def _master_entry(self) -> tuple[str, torch.dtype]:
+        form = self.master_form
+        return ("master", torch.float32) if form == "fp32" else ("correction", correction_dtype(form))
 
     @torch.no_grad()
     def master(self, param: Tensor) -> Tensor:
-        """Return the fp32 value that is updated for a parameter: its master, or the parameter itself."""
-        master = self.state.get(param, {}).get("master")
-        if master is None or param.dtype not in HALVES:
+        """Return the fp32 value that is updated for a parameter: its master, or the parameter itself.
+
+        It is the state's own tensor where masters are kept in fp32, a new one where they are corrections.
+        """
+        state = self.state.get(param, {})
+        if param.dtype not in HALVES or not self.keeps_master(param):
             return param.detach()
+        if "correction" in state:
+            return joined(param.detach(), state["correction"])
+        master: Tensor = state["master"]
         follow(master, param)
         return master
+
+    def keeps_master(self, param: Tensor) -> bool:
+        """Tell whether the state has an fp32 value of a parameter, as a master or a correction."""
+        return any(key in self.state.get(param, {}) for key in MASTER_KEYS)
+
+    def state_layout(self, param: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Return the shape and the dtype of every tensor that the state has for a parameter from the first step on.
+
+        The state's ``step``, fp32 [1], is left out. The tensors may lie anywhere: ``state[param][key]`` may be replaced
+        between steps by another dense tensor of the same values, an 8-bit moment's at a multiple of 4 bytes.
+        """
+        layout = {}
+        if param.dtype in HALVES:
+            key, dtype = self._master_entry()
+            layout[key] = (param.shape, dtype)
+        for key in _SIGNED:
+            plain = param.dtype in PLAIN
+            layout[key] = (param.shape, param.dtype) if plain else moment_layout(param.shape, self.moments)
+        return layout
 
     def _prepare(self, param: Tensor) -> dict[str, Any]:
         state = self.state[param]
@@ -147,11 +210,27 @@ class AdamW(torch.optim.Optimizer):
         step = state["step"]
         if not isinstance(step, Tensor) or step.shape != (1,):  # put here by hand
             state["step"] = step_number(step, param)
-        if param.dtype in HALVES and "master" not in state:  # torch's state has none
-            self.set_master(param, param)
+        if param.dtype in HALVES:
+            self._prepare_master(param, state)
         for key in _SIGNED:  # of a checkpoint, they may have been put here in another form
             state[key] = self._as_kept(key, state[key], param)
         return state
+
+    def _prepare_master(self, param: Tensor, state: dict[str, Any]) -> None:
+        key, dtype = self._master_entry()
+        if key in state and state[key].dtype == dtype:
+            return
+        if not self.keeps_master(param):  # torch's state has none
+            self.set_master(param, param)
+            return
+        for key, kinds in (("master", (torch.float32,)), ("correction", (torch.int16, torch.int8))):
+            old = state.get(key)
+            if old is not None and (old.shape != param.shape or old.dtype not in kinds):
+                raise ValueError(
+                    f"the state's {key} is {old.dtype} {tuple(old.shape)}, which is none of a parameter of shape "
+                    f"{tuple(param.shape)}: load the state of the same model"
+                )
+        self.set_master(param, self.master(param))
 
     def _as_kept(self, key: str, moment: Tensor, param: Tensor) -> Tensor:
         """Return a moment in the form that this optimizer keeps, rounded to nearest; itself if it has that form."""
@@ -234,7 +313,7 @@ class AdamW(torch.optim.Optimizer):
         adamw_(
             params,
             grads,
-            [state.get("master") for state in states],
+            [state.get("correction", state.get("master")) for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             steps,
@@ -250,7 +329,8 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state exactly: masters and moments are not narrowed to fp16, as torch would.
 
-        Also takes a state of torch.optim.AdamW for the same parameters, and moments of any form. Hooks are torch's.
+        Also takes a state of torch.optim.AdamW for the same parameters, and moments and masters of any form. Hooks are
+        torch's. A correction belongs to its weight: load the model's state too, before or after.
 
         Raises:
             ValueError: for a torch state whose settings mean another update than this class makes.
@@ -281,7 +361,8 @@ class AdamW(torch.optim.Optimizer):
         if param.dtype in PLAIN:
             dtype = param.dtype
         else:
-            dtype = torch.uint8 if key in _SIGNED and value.dtype == torch.uint8 else torch.float32
+            narrow = key == "correction" or (key in _SIGNED and value.dtype == torch.uint8)
+            dtype = value.dtype if narrow else torch.float32
         own = value.detach().to(device=param.device, dtype=dtype, copy=True)
         return self._as_kept(key, own, param) if key in _SIGNED else own
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.ops.masters import joined, master_noise, masters_of, split
 from spu.ops.moments import load_moment, moments_of, noise, stored_moment
 
 __all__ = ["IMPLEMENTATIONS", "adamw_", "adamw_on_device", "adamw_plain", "follow", "grad_sqnorm"]
@@ -27,32 +28,39 @@ def adamw_(
     """Update every parameter by AdamW (Loshchilov and Hutter, arXiv:1711.05101), in torch's order of operations.
 
     Bit-equal in fp32 to ``torch.optim.AdamW(foreach=False, fused=False)`` on the CPU. ``masters`` is empty for fp32
-    parameters; all parameters of a call share one dtype and device, and one form of moments (``moments.py``).
+    parameters, and has corrections instead of masters where these have a narrower form (``masters.py``); all parameters
+    of a call share one dtype and device, one form of masters and one of moments (``moments.py``).
     ``hyper``: lr, beta1, beta2, eps, weight_decay.
     """
     on_host = bool(params) and params[0].device.type == "cpu"
     if on_host and found_inf.item() != 0:
         return
-    for param, master in zip(params, masters, strict=False):
-        follow(master, param)
-    for row in zip(masters or params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        target, grad, first, second, step = row
+    for row in zip(params, masters or params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        param, kept, grad, first, second, step = row
+        narrow = not kept.is_floating_point()
+        target = joined(param, kept) if narrow else kept
+        if kept is not param and not narrow:
+            follow(kept, param)
         average = load_moment(first, target.shape, signed=True)
         square = load_moment(second, target.shape, signed=False)
         if on_host:
             _adamw_on_host(target, grad, average, square, step, grad_scale, *hyper)
         else:
             adamw_on_device(target, grad, average, square, step, grad_scale, found_inf, *hyper)
+        bits, keep = noise(target.numel(), step), found_inf.squeeze() == 0
         if average is not first:
-            bits, keep = noise(target.numel(), step), found_inf.squeeze() == 0
             for moment, values, mine, signed in (
                 (first, average, bits & 0xFFFF, True),
                 (second, square, bits >> 16, False),
             ):
                 made = stored_moment(values, moments_of(moment), mine, signed=signed)
                 moment.copy_(torch.where(keep, made, moment))
-    for param, master in zip(params, masters, strict=False):
-        param.copy_(master)
+        if narrow:
+            weight, correction = split(target, param.dtype, masters_of(kept), master_noise(bits))
+            param.copy_(torch.where(keep, weight, param))
+            kept.copy_(torch.where(keep, correction, kept))
+        else:
+            param.copy_(kept)
 
 
 def follow(master: Tensor, weight: Tensor) -> None:
