@@ -133,7 +133,7 @@ class Settings(Options):
     state: str = choice(
         "fp32",
         "Form of the optimizer's state. fp32: 12 bytes a 16-bit weight. exact: 4.1, the same fp32 master as a 16-bit "
-        "correction of the weight, moments of 8 bits. compact: 3.1, a master of 24 bits.",
+        "correction of the weight, moments of 8 bits. compact: 3.1, a master of 24 bits. Only for spu.optim.AdamW.",
         STATES,
     )
     activations: str = choice(

@@ -99,8 +99,8 @@ class Carried:
         self._attached = any(map(is_attached, optimizers))
         self._resting = [p for owned in built.owned for p in owned.values() if not p.requires_grad]
         self._masters = {
-            id(parameter): _master(parameter, optimizer)
-            for parameter, optimizer in _named(built, optimizers).values()
+            id(parameter): self._model[name]
+            for name, (parameter, _) in _named(built, optimizers).items()
             if parameter.dtype.itemsize == 2
         }
 

@@ -29,6 +29,7 @@ from spu.engine.runner import Runner
 from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
 from spu.engine.update import OptimizerFactory, release
+from spu.optim.forms import in_form
 from spu.plan import Plan
 from spu.plan.check import used_devices
 from spu.precision import LossScaler
@@ -95,7 +96,7 @@ class StagedModel:
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
         self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
         self._weighing = weighing_of(self.loss_fn, loss_weight)
-        self._optimizer, self._lr = optimizer, lr
+        self._optimizer, self._lr = in_form(optimizer, lr, settings.state), lr
         self._backend = ops.forced_backend()
         self._fused: list[nn.Module] = []
         self._structure: StructureCheck | None = None
