@@ -125,3 +125,37 @@ def test_a_budget_that_names_a_device_twice_is_refused(budget: str) -> None:
 def test_a_budget_that_no_machine_has_is_refused() -> None:
     with pytest.raises(ValueError, match="cuda:0=99999999999999TB: .*more memory than any machine has"):
         plan_command(PlanOptions(budget="cuda:0=99999999999999TB"))
+
+
+NOMINAL = ("--speed", "cuda:7=rtx3070,cpu=desktop-cpu", "--batch", "8", "--seq", "2048")  # 16k tokens a step
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "options", "peaks", "seconds"),
+    [
+        ("1.8b", "cpu=32GB", ("--state", "exact"), {"host": 19.1}, 15),
+        ("20b", "cpu=64GB", ("--frozen",), {"host": 49.6}, 110),
+        ("20b", "cpu=32GB,disk=/no/such:100GB", ("--frozen",), {"host": 12.2, "disk": 39.7}, 110),
+    ],
+)
+def test_models_larger_than_a_card_of_8_gb_are_streamed_through_it(
+    model, budget, options, peaks, seconds, tmp_path, capfd
+):
+    """Peaks in GB: 1.89e9 x (2 + 4 + 4.125) bytes; 19.9e9 x 2 of frozen weights; activations where they wait."""
+    out = tmp_path / "plan.json"
+    made = ("plan", "--model", f"internlm2-{model}", "--budget", f"cuda:7=8GB,{budget}", *NOMINAL, *options)
+    assert run(*made, "--out", str(out)) == 0, capfd.readouterr().err
+    text, plan = capfd.readouterr().out, Plan.load(out)
+    s = plan.streaming
+    assert s is not None
+    assert plan.devices == ("cuda:7",)
+    assert plan.predicted.peak_bytes[0] == s.tiers[0].peak_bytes <= 8e9
+    assert {tier.name: tier.peak_bytes / 1e9 for tier in s.tiers[1:]} == pytest.approx(peaks, rel=0.1)
+    assert all(tier.peak_bytes <= tier.budget_bytes for tier in s.tiers)
+    assert plan.predicted.step_s == pytest.approx(seconds, rel=0.25)
+    assert s.limit_s / plan.predicted.step_s > 0.8
+    assert 0 < s.hidden_tokens < 16384
+    for word in ("tier", "host", "busy in a step: compute", "bottleneck: compute", "is hidden from"):
+        assert word in text
+    assert all(len(line) < 180 for line in text.splitlines() if not line.startswith("written"))
+    assert len(text.splitlines()) < 40

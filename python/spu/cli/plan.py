@@ -13,6 +13,7 @@ from spu.common.units import split_pairs
 from spu.devices.host import host_memory
 from spu.devices.manager import Device, DeviceManager, parse_bytes
 from spu.devices.speed import measure_device, measure_link
+from spu.devices.tiers import split_budget
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
@@ -115,13 +116,19 @@ def plan_command(options: PlanOptions) -> Plan:
         BudgetError: nothing fits; its text is for people.
         ValueError: bad options.
     """
-    from spu.cost.blueprint import blueprint, costs_by_rows
+    from spu.cost.blueprint import blueprint, costs_by_rows, freeze_matrices
     from spu.plan.show.explain import explain
 
     began = time.perf_counter()
-    devices, absent = declared_devices(options.devices, options.budget)
+    budget, tiers = split_budget(options.budget)
+    devices, absent = declared_devices(options.devices, budget)
+    if all(device.torch_device.type != "cpu" for device in devices):
+        cpus = [parse_bytes(size) for name, size in _split_budget(budget).items() if name.startswith("cpu")]
+        tiers = dataclasses.replace(tiers, host_bytes=sum(cpus))
     machine = describe_machine(devices, absent, options.speed, options.precision)
     layers = blueprint(options.model)
+    if options.frozen:
+        freeze_matrices(layers)
     parameters = sum({id(p): p.numel() for layer in layers for p in layer.module.parameters()}.values())
     name = Path(options.model).name.removesuffix(".json")
     settings = Settings.part_of(options)
@@ -133,14 +140,15 @@ def plan_command(options: PlanOptions) -> Plan:
         tokens=options.seq,
         model=name,
         same_order=options.same_order,
+        tiers=tiers,
     )
     lines = explain(plan, machine, parameters, time.perf_counter() - began, terminal_width())
     print("\n".join(lines), flush=True)
     plan.save(options.out)
-    budget = f" --budget {options.budget}" if options.budget else ""
+    given = f" --budget {options.budget}" if options.budget else ""
     where = " (where these devices are)" if absent else ""
     print(
-        f"written: {options.out}; train with it{where}: spu train --model {options.model} --plan {options.out}{budget}"
+        f"written: {options.out}; train with it{where}: spu train --model {options.model} --plan {options.out}{given}"
     )
     if options.picture is not None:
         from spu.plan.show.picture import draw_plan

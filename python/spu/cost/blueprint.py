@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from spu.model.layers import Layer, model_layers
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
 
-__all__ = ["blueprint", "config_names", "costs_by_rows", "read_config"]
+__all__ = ["blueprint", "config_names", "costs_by_rows", "freeze_matrices", "read_config"]
 
 
 def config_names() -> list[str]:
@@ -81,6 +81,16 @@ def blueprint(source: str) -> list[Layer]:
         text = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ValueError(f"--model {source}: no causal decoder can be made from it: {text}") from error
     return model_layers(model)
+
+
+def freeze_matrices(layers: Sequence[Layer]) -> None:
+    """Freeze every parameter but norms and biases: a training that takes about what one with adapters takes.
+
+    Gradients go through all layers, but matrices have none of their own, no state, and are never written.
+    """
+    for layer in layers:
+        for parameter in layer.module.parameters():
+            parameter.requires_grad_(parameter.dim() < 2)
 
 
 def _real_tables(model: nn.Module) -> None:

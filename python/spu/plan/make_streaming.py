@@ -72,6 +72,11 @@ class StreamingRequest:
                 f"{s.label('accumulate')} {s.accumulate}: a streamed model runs all microbatches of a step through a "
                 f"layer at once, so raise microbatches instead: {s.run_microbatches * s.accumulate} of them"
             )
+        if s.activations not in (AUTO, "keep") and str(s.recompute) == "off":
+            raise ValueError(
+                f"{s.label('activations')} {s.activations} moves inputs of recomputed layers, but recompute is off: "
+                "turn it on, or keep activations"
+            )
         if not self._stores(self.devices[0]):
             device = self.machine.devices[self.devices[0]].name
             what = "disk=FOLDER:100GB" if device.startswith("cpu") else "cpu=32GB or disk=FOLDER:100GB"
@@ -102,6 +107,8 @@ class StreamingRequest:
         stores = self._stores(self.devices[0])
         for placed in self._placed(self.devices[0]):
             for residency, store, waits in itertools.product(residencies, stores, activations):
+                if waits != "keep" and not any(placed.recomputed):
+                    continue  # only the inputs of recomputed layers wait below
                 for slots in _SLOTS if residency == "streamed" else _SLOTS[:1]:
                     for state_slots in (1, 2):
                         yield Streamed(placed, self.below, residency, store, slots, state_slots, waits)

@@ -139,6 +139,10 @@ class Plan:
 
     def timeline(self) -> schedules.Timeline:
         """Return the predicted timeline of one run of the schedule."""
+        if self.streaming is not None:
+            seconds = [(stage.forward_s, stage.backward_s) for stage in self.stages]
+            spans = self.streaming.spans(seconds, self.settings.run_microbatches)
+            return schedules.Timeline.from_spans(spans, ranks=[0] * len(self.stages))
         actions = self.actions()
         durations = [(s.forward_s, max(s.backward_s - s.weight_s, 0.0), s.weight_s) for s in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)

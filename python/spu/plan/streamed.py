@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from spu.plan.memory import ITEM_BYTES, StageBytes, update_bytes, wire_bytes
+from spu.common.codecs import parked_bytes
+from spu.plan.memory import ITEM_BYTES, StageBytes, update_bytes
 from spu.plan.placement import Placement
 from spu.plan.plan import Plan, StagePlan
-from spu.plan.streaming import RESOURCES, StreamingPlan, TierBytes
-from spu.plan.visits import Visit, simulate_visits
+from spu.plan.streaming import StreamingPlan, TierBytes
+from spu.plan.visits import RESOURCES, Visit, simulate_visits
 from spu.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ one direction then, not twice (OneTrainer#1644)."""
 ALIGNMENT = 4096
 """Bytes to which regions and slots are rounded up, as `spu.memory.store` asks."""
 
-PARKED = 4
-"""Microbatches' activations on their way to the tier below or back, which are on the device meanwhile."""
+PARKED = 3
+"""Slots through which activations go to the tier below and come back (`spu.memory.activations`)."""
 
 
 def _aligned(count: int) -> int:
@@ -117,12 +119,27 @@ class Streamed:
         return [self.placed.request.layers[part.start].input_bytes for part in self.placed.parts[1:]]
 
     @cached_property
-    def _packed(self) -> list[int]:
-        """The same in the form in which they wait below; nothing if they are kept."""
+    def _parked(self) -> list[list[tuple[int, int]]]:
+        """Bytes (on the device, below) of one microbatch's inputs that wait below, of every stage's recomputed layers.
+
+        The input of the first layer is the user's own batch, which stays.
+        """
         if self.activations == "keep":
-            return [0 for _ in self._boundaries]
-        codec, precision = self.activations.replace("exact", "none"), self.settings.precision
-        return [wire_bytes(size, precision, codec) for size in self._boundaries]
+            return [[] for _ in self.regions]
+        item = ITEM_BYTES[self.settings.precision]
+        codec = None if self.activations == "exact" else self.activations
+        inputs = [[self.placed.request.layers[k].input_bytes for k in own if k] for own in self.placed.recomputed]
+        return [[(size, _aligned(parked_bytes(size // item, item, codec))) for size in own] for own in inputs]
+
+    @cached_property
+    def _below(self) -> list[int]:
+        """Bytes that all microbatches of every stage leave below."""
+        return [self.microbatches * sum(packed for _, packed in own) for own in self._parked]
+
+    @cached_property
+    def _way_bytes(self) -> int:
+        """Bytes of the slots through which activations leave and come back: on a CPU, or in a GPU's host."""
+        return PARKED * max((packed for own in self._parked for _, packed in own), default=0)
 
     @property
     def peak_bytes(self) -> int:
@@ -136,17 +153,29 @@ class Streamed:
 
     def _device_bytes(self, in_flight: int) -> int:
         largest = max(self._boundaries, default=0)
-        if self.activations != "keep":  # of inputs, those of one stage are there, and some on their way
-            in_flight += (1 + PARKED) * largest - self.microbatches * (sum(self._boundaries) - largest)
-        resident = 0 if self._streams else sum(r.weights for r in self.regions)
         # In the backward the gradients of all microbatches wait for the stage before.
-        return self.ring_bytes + resident + in_flight + (self.microbatches - 1) * largest
+        waiting = (self.microbatches - 1) * largest
+        if self.activations != "keep":
+            in_flight -= self.microbatches * sum(map(self._gone, range(len(self.regions))))
+            # In the forward they wait for the next stage; an input is there when its layer runs again.
+            waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes)
+        resident = 0 if self._streams else sum(r.weights for r in self.regions)
+        return self.ring_bytes + resident + in_flight + waiting
+
+    def _gone(self, stage: int) -> int:
+        """Return the bytes of one microbatch in flight on a stage that wait below instead."""
+        if stage == len(self.regions) - 1:  # it has one microbatch at a time
+            return 0
+        first = self.placed.parts[stage].start
+        inner = sum(self.placed.request.layers[k].input_bytes for k in self.placed.recomputed[stage] if k > first)
+        following = self.placed.parts[stage + 1].start in self.placed.recomputed[stage + 1]
+        return (inner + self._boundaries[stage] * following) if self.activations != "keep" else 0
 
     @cached_property
     def tier_bytes(self) -> tuple[TierBytes, ...]:
         """What every tier holds, the device first."""
         device = self.placed.request.devices[0]
-        parked = self.microbatches * sum(self._packed)
+        parked = sum(self._below) + self.on_gpu * self._way_bytes
         everything = sum(r.total if self._streams or self.on_gpu else r.grads + r.state for r in self.regions)
         host = disk = 0
         if not self.on_gpu:
@@ -173,17 +202,16 @@ class Streamed:
     def moved(self) -> list[tuple[int, int, int, int]]:
         """Bytes (link in, link out, read, written) of every visit in a step: forwards, then backwards in reverse."""
         count, result = len(self.regions), []
-        parked = [self.microbatches * size for size in (*self._packed, 0)]
         for k, r in enumerate(self.regions):  # with the last step's update
             host, trained = self.on_gpu and r.grads > 0, r.grads > 0  # the host updates the weights below
             fetched = r.weights if self._fetched(k, True) else 0 if self._streams else r.trained
             read = (r.weights if host else fetched if self._streams else 0) + trained * (r.grads + r.state)
             written = trained * (r.state + (r.trained if self._streams or host else 0))
-            result.append(self._moved(fetched, 0, read, written, left=parked[k]))
+            result.append(self._moved(fetched, 0, read, written, left=self._below[k]))
         for k in reversed(range(count)):
             r = self.regions[k]
             fetched = r.weights if self._fetched(k, False) else 0
-            result.append(self._moved(fetched, r.grads, fetched, r.grads, back=parked[k - 1] if k else 0))
+            result.append(self._moved(fetched, r.grads, fetched, r.grads, back=self._below[k]))
         return result
 
     def _fetched(self, stage: int, forward: bool) -> bool:
@@ -214,7 +242,8 @@ class Streamed:
         both = DUPLEX if link_in and link_out else 1.0
         seconds = self.placed.durations[k]
         compute = seconds[0] if forward else seconds[1] + seconds[2]
-        compute += sum(self._packing_s[k : k + 1] if forward else self._packing_s[max(k - 1, 0) : k])
+        if self.activations not in ("keep", "exact"):
+            compute += sum(size for size, _ in self._parked[k]) / request.speeds[0].pack_rate
         update = self._updates[k] if forward else 0.0
         return Visit(
             stage=k,
@@ -228,12 +257,6 @@ class Streamed:
             out_s=link_out / (both * out_of),
             written_s=written / request.machine.disk[1],
         )
-
-    @cached_property
-    def _packing_s(self) -> list[float]:
-        """Seconds in which the device packs, or unpacks, one microbatch's input of every stage but the first."""
-        rate, sizes = self.placed.request.speeds[0].pack_rate, zip(self._boundaries, self._packed)
-        return [size / rate if packed not in (0, size) else 0.0 for size, packed in sizes]
 
     @cached_property
     def _updates(self) -> list[float]:
@@ -257,14 +280,9 @@ class Streamed:
         return machine.link(self._host, own), machine.link(own, self._host)
 
     @cached_property
-    def spans(self) -> list[tuple[float, float]]:
-        """When the compute of each visit runs, and last when the step ends."""
-        return simulate_visits(self.visits, self.slots, self.state_slots)
-
-    @property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return self.spans[-1][1]
+        return max(busy.end for busy in simulate_visits(self.visits, self.slots, self.state_slots))
 
     # The plan
 
@@ -280,23 +298,19 @@ class Streamed:
             idle_share=max(0.0, 1.0 - compute / self.step_s) if self.step_s else 0.0,
             peak_bytes=(self.peak_bytes,),
         )
-        stages = made.stages if self.activations == "keep" else tuple(map(self._parked, made.stages, self._left))
         streaming = self._streaming(rows * (tokens or 1) * self.microbatches)
+        stages = tuple(itertools.starmap(self._stage, enumerate(made.stages)))
         return replace(made, settings=settings, predicted=predicted, stages=stages, streaming=streaming)
 
-    @property
-    def _left(self) -> list[int]:
-        """Bytes of one microbatch's output of every stage that waits below."""
-        return [0 if self.activations == "keep" else size for size in (*self._boundaries, 0)]
-
-    def _parked(self, stage: StagePlan, output: int) -> StagePlan:
-        each = max(stage.each_bytes - output, 0)
-        return replace(stage, each_bytes=each, saved_bytes=self.microbatches * each)
+    def _stage(self, index: int, stage: StagePlan) -> StagePlan:
+        """Return a stage's plan without the activations that wait below."""
+        gone = self._gone(index)
+        saved = max(stage.saved_bytes - self.microbatches * gone, 0)
+        return replace(stage, each_bytes=max(stage.each_bytes - gone, 0), saved_bytes=saved)
 
     def _streaming(self, tokens: int) -> StreamingPlan:
-        moved = [sum(sizes) for sizes in zip(*self.moved, strict=True)]
-        visits = self.visits
-        result = StreamingPlan(
+        link_in, link_out, read, written = (sum(sizes) for sizes in zip(*self.moved, strict=True))
+        return StreamingPlan(
             residency=(self.residency,) * len(self.regions),
             store=self.store,
             slots=self.slots,
@@ -304,20 +318,13 @@ class Streamed:
             activations=self.activations,
             ring_bytes=self.ring_bytes,
             tiers=self.tier_bytes,
-            link_in_bytes=moved[0],
-            link_out_bytes=moved[1],
-            disk_read_bytes=moved[2],
-            disk_written_bytes=moved[3],
-            compute_s=sum(v.compute_s for v in visits),
-            link_in_s=sum(v.in_s for v in visits),
-            link_out_s=sum(v.out_s for v in visits),
-            host_update_s=sum(v.update_s for v in visits),
-            disk_s=sum(v.read_s + v.written_s for v in visits),
-            bottleneck=RESOURCES[0],
+            link_in_bytes=link_in,
+            link_out_bytes=link_out,
+            disk_read_bytes=read,
+            disk_written_bytes=written,
             hidden_tokens=self.hidden_tokens(tokens),
+            visits=tuple(self.visits),
         )
-        seconds = result.seconds
-        return replace(result, bottleneck=max(seconds, key=seconds.__getitem__))
 
     def hidden_tokens(self, tokens: int) -> int:
         """Return the tokens of a step from which nothing waits for what moves, where this one has ``tokens``.
@@ -329,20 +336,20 @@ class Streamed:
         count, fewest = len(self.regions), 0
         still = replace(self, activations="keep")
         for phase in (slice(0, count), slice(count, None)):
-            fixed = _busy(still.visits[phase])
+            now, fixed = _busy(self.visits[phase]), _busy(still.visits[phase])
             update = 0.0 if self.on_gpu or phase.start else sum(self._updates)
-            growing = [(a - b) / tokens for a, b in zip(_busy(self.visits[phase]), fixed)]
-            per_token = (_busy(self.visits[phase])[0] - update) / tokens
-            for moving, more in zip(fixed[1:], growing[1:]):
-                if moving <= update and more <= per_token:
-                    continue
-                if more >= per_token:
+            per_token = (now[RESOURCES[0]] - update) / tokens
+            for name in RESOURCES[1:]:
+                more = (now[name] - fixed[name]) / tokens
+                if fixed[name] > update and more >= per_token:
                     return 0
-                fewest = max(fewest, math.ceil((moving - update) / (per_token - more)))
+                if more < per_token:
+                    fewest = max(fewest, math.ceil((fixed[name] - update) / (per_token - more)))
+                elif more > per_token:
+                    return 0
         return fewest
 
 
-def _busy(visits: Sequence[Visit]) -> list[float]:
-    """Return the seconds of each of `RESOURCES` in these visits."""
-    rows = [(v.compute_s, v.in_s, v.out_s, v.update_s, v.read_s + v.written_s) for v in visits]
-    return [sum(seconds) for seconds in zip(*rows, strict=True)]
+def _busy(visits: Sequence[Visit]) -> dict[str, float]:
+    """Return the seconds for which each resource is busy in these visits."""
+    return {name: sum(visit.seconds[name] for visit in visits) for name in RESOURCES}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["RESOURCES", "StreamingPlan", "TierBytes"]
+from spu.plan.visits import RESOURCES, Busy, Visit, simulate_visits
+from spu.schedules import Span
 
-RESOURCES = ("compute", "link in", "link out", "host update", "disk")
-"""What a step can wait for, in the order of `StreamingPlan`'s seconds."""
+__all__ = ["StreamingPlan", "TierBytes"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,9 @@ class StreamingPlan:
         link_out_bytes: what leaves it.
         disk_read_bytes: what is read from the disk in a step.
         disk_written_bytes: what is written there.
-        compute_s: seconds of a step in which the device computes; on a CPU with the updates.
-        link_in_s: seconds in which the link to the device is busy.
-        link_out_s: the same of the link from it.
-        host_update_s: seconds of the updates that the host computes beside the device.
-        disk_s: seconds in which the disk reads or writes.
-        bottleneck: the one of `RESOURCES` that is busy longest.
         hidden_tokens: tokens of a step (rows, where tokens are not known) from which all moving is hidden behind
             compute, in the forward and in the backward; 0 if no number is enough.
+        visits: the seconds of every visit of a stage, in the order of a step.
     """
 
     residency: tuple[str, ...]
@@ -65,24 +61,51 @@ class StreamingPlan:
     link_out_bytes: int
     disk_read_bytes: int
     disk_written_bytes: int
-    compute_s: float
-    link_in_s: float
-    link_out_s: float
-    host_update_s: float
-    disk_s: float
-    bottleneck: str
     hidden_tokens: int
+    visits: tuple[Visit, ...]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The busy seconds of each of `RESOURCES` in a step."""
-        values = (self.compute_s, self.link_in_s, self.link_out_s, self.host_update_s, self.disk_s)
-        return dict(zip(RESOURCES, values, strict=True))
+        """The seconds of a step for which each resource is busy; compute on a CPU with the updates."""
+        return {name: sum(visit.seconds[name] for visit in self.visits) for name in RESOURCES}
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that is busy longest."""
+        seconds = self.seconds
+        return max(seconds, key=seconds.__getitem__)
 
     @property
     def limit_s(self) -> float:
-        """Seconds of the best possible step: that of the resource that is busy longest."""
+        """Seconds of the best possible step: that of the bottleneck."""
         return max(self.seconds.values())
+
+    def busy(self) -> list[Busy]:
+        """Return what every resource does, and when, in a predicted step."""
+        return simulate_visits(self.visits, self.slots, self.state_slots)
+
+    def spans(self, seconds: Sequence[tuple[float, float]], microbatches: int) -> list[Span]:
+        """Return the actions of a predicted step; where one waits for what moves, or for an update, there is a gap.
+
+        Args:
+            seconds: (forward, backward) of one microbatch on every stage.
+            microbatches: of the step.
+        """
+        ends = {busy.visit: busy.end for busy in self.busy() if busy.resource == RESOURCES[0]}
+        result, last, when = list[Span](), len(seconds) - 1, 0.0
+        for k, visit in enumerate(self.visits):
+            stage, kinds = visit.stage, "F" if visit.forward else "B"
+            if stage == last:  # it alternates, in what are two visits here
+                if visit.forward:
+                    continue
+                kinds = "FB"
+            own = [(kind, m) for m in range(microbatches) for kind in kinds]
+            when = max(when, ends[k] - sum(seconds[stage]["FB".index(kind)] for kind, _ in own))
+            for kind, microbatch in own:
+                end = when + seconds[stage]["FB".index(kind)]
+                result.append(Span(stage, kind, microbatch, when, end))
+                when = end
+        return result
 
     def check(self, stages: int) -> None:
         """Raise ValueError where entries do not fit together or to a plan of so many stages."""
@@ -90,7 +113,6 @@ class StreamingPlan:
             "store": (self.store, ("host", "disk")),
             "state_slots": (self.state_slots, (1, 2)),
             "activations": (self.activations, ("keep", "exact", "fp16", "int8")),
-            "bottleneck": (self.bottleneck, RESOURCES),
             **{f"residency[{k}]": (r, ("resident", "offloaded", "streamed")) for k, r in enumerate(self.residency)},
         }
         for name, (value, values) in allowed.items():
@@ -98,6 +120,9 @@ class StreamingPlan:
                 raise ValueError(f"streaming.{name} is {value!r}; there are {', '.join(map(repr, values))}")
         if len(self.residency) != stages:
             raise ValueError(f"streaming.residency must have one entry per stage, {stages}, got {len(self.residency)}")
+        strange = next((visit.stage for visit in self.visits if visit.stage >= stages), None)
+        if strange is not None or len(self.visits) != 2 * stages:
+            raise ValueError(f"streaming.visits must be two of each stage, got {len(self.visits)}; plan again")
         if self.slots < 2:
             raise ValueError(f"streaming.slots is {self.slots}: one is filled while another is used, give 2 or more")
         names = [tier.name for tier in self.tiers[1:]]

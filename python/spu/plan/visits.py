@@ -11,11 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from spu.plan.streaming import RESOURCES
+__all__ = ["RESOURCES", "Busy", "Visit", "simulate_visits"]
 
-__all__ = ["Visit", "simulate_visits"]
+RESOURCES = ("compute", "link in", "link out", "host update", "disk")
+"""What a step can wait for."""
 
-COMPUTE, LINK_IN, LINK_OUT, HOST, DISK = range(len(RESOURCES))
+_COMPUTE, _LINK_IN, _LINK_OUT, _HOST, _DISK = RESOURCES
+
+
+class Busy(NamedTuple):
+    """A resource at work for a visit, in seconds from the start of the step."""
+
+    resource: str
+    visit: int
+    start: float
+    end: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,54 +56,61 @@ class Visit:
     out_s: float = 0.0
     written_s: float = 0.0
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds for which each of `RESOURCES` is busy."""
+        values = (self.compute_s, self.in_s, self.out_s, self.update_s, self.read_s + self.written_s)
+        return dict(zip(RESOURCES, values, strict=True))
+
 
 class _Task(NamedTuple):
-    resource: int
+    resource: str
+    visit: int
     seconds: float
     after: list[int]
 
 
-def simulate_visits(visits: Sequence[Visit], slots: int, state_slots: int) -> list[tuple[float, float]]:
-    """Return when each visit's compute starts and ends, and last when the step does: (end, end).
+def simulate_visits(visits: Sequence[Visit], slots: int, state_slots: int) -> list[Busy]:
+    """Return what every resource does, and when, in a step.
 
     What comes is fetched ahead in the order of visits as soon as a slot is free: stage s's weight slot, s modulo their
     number, when the visit that used it is done; a slot of gradients or state when what is in it has been written below.
+
+    Args:
+        visits: in order.
+        slots: number of weight slots.
+        state_slots: number of slots for gradients and state.
     """
     tasks: list[_Task] = []
     used: dict[int, list[int]] = {}  # slot -> the tasks after which it is free
-    left: tuple[list[list[int]], list[list[int]]] = ([], [])  # of forward and backward: tasks that free a state slot
-    computes: list[int] = []
+    left: tuple[list[list[int]], list[list[int]]] = ([], [])  # of forwards and backwards: tasks that free a state slot
+    computed: list[int] = []  # the last visit's
 
-    def add(resource: int, seconds: float, after: Sequence[int]) -> list[int]:
+    def add(visit: int, resource: str, seconds: float, after: Sequence[int]) -> list[int]:
         """Add a task, unless it takes no time; return what a task after it waits for."""
-        if seconds == 0.0 and resource != COMPUTE:
+        if seconds == 0.0 and resource != _COMPUTE:
             return list(after)
-        tasks.append(_Task(resource, seconds, list(after)))
+        tasks.append(_Task(resource, visit, seconds, list(after)))
         return [len(tasks) - 1]
 
-    for visit in visits:
-        free = used.get(visit.stage % slots, []) if visit.fetches else []
+    for k, visit in enumerate(visits):
         own = left[0 if visit.forward else 1]
-        holds = visit.updates or (not visit.forward and visit.written_s + visit.out_s > 0.0)
-        ready = free + (own[-state_slots] if visit.updates and len(own) >= state_slots else [])
-        ready = add(DISK, visit.read_s, ready)
-        ready = add(HOST, visit.update_s, ready)
-        written = add(DISK, visit.written_s, ready) if visit.forward and visit.update_s else None
-        ready = add(LINK_IN, visit.in_s, ready)
-        if holds and not visit.updates and len(own) >= state_slots:
-            ready = ready + own[-state_slots]
-        done = add(COMPUTE, visit.compute_s, ready + computes[-1:])
-        computes += done
-        gone = add(LINK_OUT, visit.out_s, done)
-        if written is None:
-            written = add(DISK, visit.written_s, gone)
-        if holds:
+        # A state slot is filled by what is read for the update, or by the backward.
+        full = own[-state_slots] if len(own) >= state_slots else []
+        ready = used.get(visit.stage % slots, []) if visit.fetches else []
+        ready = add(k, _DISK, visit.read_s, ready + full if visit.updates else ready)
+        ready = add(k, _HOST, visit.update_s, ready)
+        written = add(k, _DISK, visit.written_s, ready) if visit.update_s else None
+        ready = add(k, _LINK_IN, visit.in_s, ready)
+        done = add(k, _COMPUTE, visit.compute_s, ready + computed + ([] if visit.forward else full))
+        computed = done
+        gone = add(k, _LINK_OUT, visit.out_s, done)
+        written = add(k, _DISK, visit.written_s, gone) if written is None else written
+        if visit.updates or (not visit.forward and visit.written_s + visit.out_s > 0.0):
             own.append(written)
         used[visit.stage % slots] = sorted({*done, *(written if visit.updates else [])})
     ends = _run(tasks)
-    spans = [(ends[k] - tasks[k].seconds, ends[k]) for k in computes]
-    end = max(ends, default=0.0)
-    return [*spans, (end, end)]
+    return [Busy(task.resource, task.visit, end - task.seconds, end) for task, end in zip(tasks, ends, strict=True)]
 
 
 def _run(tasks: Sequence[_Task]) -> list[float]:
@@ -105,10 +122,10 @@ def _run(tasks: Sequence[_Task]) -> list[float]:
             then[before].append(k)
     ready, ends = [0.0] * len(tasks), [0.0] * len(tasks)
     queue = [(0.0, k) for k, count in enumerate(waits) if not count]
-    free = [0.0] * len(RESOURCES)
+    free = dict.fromkeys(RESOURCES, 0.0)
     while queue:
         when, k = heapq.heappop(queue)
-        resource, seconds, _ = tasks[k]
+        resource, _, seconds, _ = tasks[k]
         ends[k] = free[resource] = max(when, free[resource]) + seconds
         for after in then[k]:
             ready[after] = max(ready[after], ends[k])

@@ -75,7 +75,9 @@ class TrainConfig(TrainSettings):
         None, "Text file. Default: Python's language reference.", once="a run has one text: cat {values} > all.txt"
     )
     devices: str = text(AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...")
-    budget: str | None = text(None, "Memory to use, e.g. cuda:0=8GB,cpu=24GB. Default: what is free.")
+    budget: str | None = text(
+        None, "Memory to use, and a disk to stream from: cuda:0=8GB,cpu=24GB,disk=FOLDER:100GB. Default: what is free."
+    )
     steps: int | None = whole(None, "Updates; with --resume, more than before.")
     tokens: int | None = whole(None, f"Or: tokens to train on. Default: {DEFAULT_TOKENS}.")
     minutes: float | None = number(None, "Or: minutes to fill, measured at the start of the run.")
@@ -168,10 +170,13 @@ class PlanOptions(Settings):
     devices: str | None = text(
         None, "cuda:0,cpu, cpu:0,cpu:1, ... which need not be here. Default: those of the budget."
     )
-    budget: str | None = text(None, "Memory to use, e.g. cuda:0=8GB,cpu=64GB. Default: what is free.")
+    budget: str | None = text(
+        None, "Memory to use, and a disk to stream from: cuda:0=8GB,cpu=64GB,disk=FOLDER:100GB. Default: what is free."
+    )
     speed: str | None = text(None, "Of devices that are not here: cuda:0=rtx3070,cpu=200GFLOPS. Default: nominal ones.")
     batch: int = whole(8, "Sequences of a step.")
     seq: int = whole(2048, "Tokens of a sequence.", most=MOST_PLANNED_TOKENS)
+    frozen: bool = flag(False, "Freeze matrices and train norms and biases: takes about what adapters take.")
     same_order: bool = flag(False, "Use every device, in the order given.")
     out: str = text("plan.json", "Where the plan is written.")
     picture: str | None = text(None, "Draw it: a .png, .svg or .pdf file.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from spu.plan.in_flight import Held, words_of_peak
@@ -17,9 +18,9 @@ __all__ = ["memory_curve", "peak_moment"]
 def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tuple[float, int]]]:
     """Return the bytes held on each device from each change on.
 
-    State and wires are there all the time; each microbatch in flight adds what its stage keeps, from the start of its
-    forward to the end of its backward, and what a deferred weight gradient keeps until that is done;
-    forwards and backwards add their stage's workspace while they run.
+    State and wires, or a streamed plan's slots, are there all the time; each microbatch in flight adds what its stage
+    keeps, from the start of its forward to the end of its backward, and what a deferred weight gradient keeps until
+    that is done; forwards and backwards add their stage's workspace while they run.
 
     Args:
         plan: whose bytes.
@@ -49,6 +50,8 @@ def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tupl
     curves = []
     for rank, own in enumerate(changes):
         held = sum(stage.state_bytes + stage.wire_bytes for stage, k in zip(plan.stages, rank_of) if k == rank)
+        if plan.streaming is not None:  # what is no activation: slots, and what waits on its way
+            held = plan.predicted.peak_bytes[rank] - max(accumulate((n for _, _, n in sorted(own)), initial=0))
         curve = {0.0: held}
         for when, _, count in sorted(own):
             curve[when] = held = held + count

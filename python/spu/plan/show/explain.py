@@ -43,7 +43,7 @@ def explain(
         "",
     ]
     budgets = {stage.device: stage.budget_bytes for stage in plan.stages}
-    for rank, (name, peak) in enumerate(zip(plan.devices, plan.predicted.peak_bytes)):
+    for rank, (name, peak) in enumerate(zip(plan.devices if plan.streaming is None else (), plan.predicted.peak_bytes)):
         share = 100 * peak / budgets[name]
         lines.append(
             f"{name}: at most {format_bytes(peak)} of {format_bytes(budgets[name])} ({share:.0f}%), "
@@ -63,6 +63,8 @@ def _speed_lines(plan: Plan, machine: Machine) -> list[str]:
         where = machine.made_up.get(device.name)
         source = f"NOMINAL, {where}" if where else "measured here"
         used = "" if device.name in plan.devices else "; not used: the step is faster without it"
+        if used and plan.streaming is not None and device.name.startswith("cpu"):
+            used = "; it holds what the other one streams, and updates it"
         lines.append(f"{device.name}: speed taken as {machine.speeds[k].flops / 1e12:.3g} TFLOP/s ({source}){used}")
     return lines
 
@@ -72,6 +74,8 @@ def _time_line(plan: Plan) -> str:
     tokens = plan.rows * plan.tokens * plan.settings.parts
     rate = f", {tokens / p.step_s:,.0f} tokens/s" if tokens and p.step_s else ""
     crossing = sum(p.link_bytes)
+    if plan.streaming is not None:
+        return f"a step takes about {format_seconds(p.step_s)}{rate}"
     links = f"; {format_bytes(crossing)} cross the links in a step" if crossing else ""
     slowest = max(plan.stages, key=lambda stage: stage.forward_s + stage.backward_s)
     return (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spu.common.units import columns, format_bytes, format_seconds
 from spu.plan.memory import StageBytes
+from spu.plan.show.streamed import stage_rows, streamed_lines
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan, StagePlan
@@ -34,10 +35,14 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         *([f"{s.accumulate} times per step"] if s.accumulate > 1 else []),
         s.precision,
         _recompute(plan),
-        *([f"transfer {' '.join(plan.codecs)}"] if plan.codecs else []),
+        *([f"state {s.state}"] if s.state != "fp32" else []),
+        *([f"transfer {' '.join(plan.codecs)}"] if plan.codecs and plan.streaming is None else []),
     ]
     rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
-    lines = _lines(rows, left=3)  # stage, device and layers are words, the rest are numbers
+    words = 3  # stage, device and layers; the rest are numbers
+    if plan.streaming is not None:
+        rows, words = stage_rows(plan), 2
+    lines = _lines(rows, words)
     if width is not None and max(map(len, lines)) > width:
         lines = _lines(list(zip(*rows, strict=True)), left=1)
     guess = " at a made-up speed; measure the layers for real seconds" if plan.predicted.basis == "nominal" else ""
@@ -45,6 +50,7 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         [
             f"{plan.model or 'model'}: {'; '.join(how)}",
             *lines,
+            *([] if plan.streaming is None else streamed_lines(plan, plan.streaming)),
             f"predicted: {format_seconds(plan.predicted.step_s)} per step, "
             + f"{format_seconds(plan.predicted.update_s)} of it the update; "
             + f"idle share {100 * plan.predicted.idle_share:.1f}% ({plan.predicted.basis}{guess})",
