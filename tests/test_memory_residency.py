@@ -1,15 +1,18 @@
-"""Residency: a stage fetches a layer's weights before all of its work, and only then."""
+"""Residency: a stage's weights are read between fetch and release, and only there."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 from pipelines import batch, every_schedule, reference, trainer, with_and_without_recompute
 from torch import nn
 
-from spu.memory.residency import RESIDENT
+from spu import schedules
+from spu.engine.stage import Stage
+from spu.memory.residency import RESIDENT, Visit, visits_of
 
 __all__ = ["reference"]
 
@@ -17,24 +20,33 @@ __all__ = ["reference"]
 class Parked:
     """Keeps the weights elsewhere: what reads them without a fetch reads NaN, and what writes them is undone."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
         self.kept: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
         self.calls: list[str] = []
+        self.visits: list[Visit] = []
 
-    def fetch(self, module: nn.Module) -> None:
+    def begin(self, visits: Sequence[Visit]) -> None:
+        self.calls.append("begin")
+        self.visits = list(visits)
+
+    def fetch(self, visit: Visit) -> None:
         self.calls.append("fetch")
-        for parameter in module.parameters():
+        assert visit == self.visits[0]
+        for parameter in self.stages[visit.stage].parameters():
             if id(parameter) in self.kept:
                 parameter.data.copy_(self.kept.pop(id(parameter))[1])
 
-    def release(self, module: nn.Module) -> None:
+    def release(self, visit: Visit) -> None:
         self.calls.append("release")
-        for parameter in module.parameters():
+        assert visit == self.visits.pop(0)
+        for parameter in self.stages[visit.stage].parameters():
             assert id(parameter) not in self.kept, "released twice"
             self.kept[id(parameter)] = parameter, parameter.detach().clone()
             parameter.data.fill_(torch.nan)
 
-    def give_back(self) -> None:
+    def end(self) -> None:
+        self.calls.append("end")
         for parameter, value in self.kept.values():
             parameter.data.copy_(value)
         self.kept.clear()
@@ -61,20 +73,19 @@ def test_weights_are_read_only_between_fetch_and_release(
         with trainer(own, ranks, **settings) as t:
             t.prepare(x, y)
             assert t._runner is not None
-            residencies = []
-            for stage in t._runner.built.stages:
-                assert stage.residency is RESIDENT
-                if parked:
-                    stage.residency = Parked()
-                    residencies.append(stage.residency)
+            engine = t._runner.engine
+            assert engine.residencies == [RESIDENT] * ranks
+            if parked:
+                engine.residencies = [Parked(engine.stages) for _ in range(ranks)]
             loss, _ = t.forward_backward(x, y)
-            for residency in residencies:
-                assert residency.calls.count("fetch") == residency.calls.count("release") > 0
-                residency.give_back()
+            for residency in engine.residencies if parked else ():
+                calls = residency.calls
+                assert 2 * calls.count("fetch") == 2 * calls.count("release") == len(calls) - 2 > 0
+                assert calls[0] == "begin"
+                assert calls[-1] == "end"
+                assert residency.visits == []
             gradients = [p.grad.clone() for p in own.parameters()]
             evaluated = t.evaluate(x, y)
-            for residency in residencies:
-                residency.give_back()
             results.append((loss, evaluated, gradients))
     plain, parked_result = results
     assert torch.equal(plain[0], parked_result[0])
@@ -93,10 +104,17 @@ def test_weights_are_released_when_a_layer_fails(reference: None) -> None:
     with trainer(own, 1) as t:
         t.prepare(x, y)
         assert t._runner is not None
-        (stage,) = t._runner.built.stages
-        stage.residency = parked = Parked()
+        parked = Parked(t._runner.engine.stages)
+        t._runner.engine.residencies = [parked]
         own[1].forward = Fails().forward  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="the layer's own error"):
             t.forward_backward(x, y)
-        assert parked.calls == ["fetch", "release"] * 2
-        parked.give_back()
+        assert parked.calls == ["begin", "fetch", "end"]
+
+
+def test_visits_are_consecutive_actions_of_one_kind_and_stage() -> None:
+    (actions,) = schedules.get("layer_outer")(1, 2, virtual=2)
+    assert [str(visit.stage) + visit.kind for visit, _ in visits_of(actions)] == ["0F", "1F", "1B", "0B"]
+    assert [action for _, own in visits_of(actions) for action in own] == actions
+    (actions,) = schedules.get("zb")(1, 2)
+    assert any(len(own) == 1 and visit.kind == "W" and visit.backward for visit, own in visits_of(actions))

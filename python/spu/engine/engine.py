@@ -11,6 +11,7 @@ import torch
 
 from spu.common.tracker import Tally
 from spu.engine.stage import Stage
+from spu.memory.residency import Residency
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
 
@@ -74,12 +75,14 @@ class Engine(Protocol):
     Attributes:
         stages: in pipeline order.
         ranks: the rank of each stage.
+        residencies: of each rank: brings the tensors of its stages to the device for their work.
         backend: a forced kernel backend, or None for automatic choice; may be changed between runs.
         tallies: one for each rank, which counts the bytes that its actions allocate; None: bytes are not counted.
     """
 
     stages: list[Stage]
     ranks: list[int]
+    residencies: list[Residency]
     backend: str | None
     tallies: list[Tally] | None
 

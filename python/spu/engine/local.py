@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from spu.engine.engine import Round, StageError
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
+from spu.memory.residency import RESIDENT, Residency, visits_of
 from spu.model.layers import DrawKey
 from spu.schedules import Action, Span, Timeline
 from spu.transfer import Link, side_for
@@ -90,6 +91,7 @@ class LocalEngine:
         self.tallies: list[Tally] | None = None  # workers count allocated bytes here; see `counted_bytes`
         device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
+        self.residencies: list[Residency] = [RESIDENT] * len(self._workers)
         self._forward_links, self._backward_links = [], []
         boundaries = len(self.stages) - 1
         each = [codecs] * boundaries if codecs is None or isinstance(codecs, str) else list(codecs)
@@ -209,18 +211,36 @@ class LocalEngine:
     def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[Span]) -> None:
         counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[rank])
         with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
-            for action in work.actions[rank]:
-                if exchange.aborted:
-                    raise Aborted
-                stage = self.stages[action.stage]
-                try:
-                    begin = self._perform(stage, action, work, exchange)
-                except Aborted:
-                    raise
-                except BaseException as error:
-                    exchange.abort()
-                    raise StageError(stage.index, stage.device.name, action, error) from error
-                spans.append(Span(stage.index, action.kind, action.microbatch, begin, time.perf_counter()))
+            residency, visits = self.residencies[rank], visits_of(work.actions[rank])
+            try:
+                with self._blamed(self.stages[visits[0][0].stage], visits[0][1][0], exchange):
+                    residency.begin([visit for visit, _ in visits])
+                for visit, actions in visits:
+                    stage = self.stages[visit.stage]
+                    with self._blamed(stage, actions[0], exchange):
+                        residency.fetch(visit)
+                    for action in actions:
+                        if exchange.aborted:
+                            raise Aborted
+                        with self._blamed(stage, action, exchange):
+                            begin = self._perform(stage, action, work, exchange)
+                        spans.append(Span(stage.index, action.kind, action.microbatch, begin, time.perf_counter()))
+                    with self._blamed(stage, actions[-1], exchange):
+                        residency.release(visit)
+            finally:
+                residency.end()
+
+    @staticmethod
+    @contextmanager
+    def _blamed(stage: Stage, action: Action, exchange: Exchange) -> Iterator[None]:
+        """Stop the other ranks when an action fails, and say which it was."""
+        try:
+            yield
+        except Aborted:
+            raise
+        except BaseException as error:
+            exchange.abort()
+            raise StageError(stage.index, stage.device.name, action, error) from error
 
     def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> float:
         """Run one action and return when its inputs had arrived, so that waiting counts as idle."""

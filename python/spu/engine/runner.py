@@ -21,6 +21,7 @@ from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
 from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
 from spu.engine.result import join_outputs, sum_losses
+from spu.engine.streaming import Streaming
 from spu.engine.update import OptimizerFactory, Updater
 from spu.precision import LossScaler
 from spu.schedules import Timeline
@@ -64,6 +65,8 @@ class Runner:
         weighing: the weights of microbatches.
         optimizer, lr, max_grad_norm: as `Updater` takes them.
         engine: makes the engine that runs the stages, from the arguments of `LocalEngine`.
+        make_streaming: makes what streams the stages (`spu.engine.streaming.stream`) from stages, optimizers and main
+            gradients; None if all are resident.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Runner:
         lr: float | None,
         max_grad_norm: float | None,
         engine: Callable[..., Engine] = LocalEngine,
+        make_streaming: Callable[..., Streaming] | None = None,
     ) -> None:
         self.built = built
         self._plan = plan
@@ -88,7 +92,17 @@ class Runner:
         try:
             check_generators(built.stages)
             self.engine = engine(built.stages, self._ranks, codecs=plan.codecs, backend=backend)
-            self.updater = Updater(built, self.engine, scaler, optimizer=optimizer, lr=lr, max_grad_norm=max_grad_norm)
+            self.updater = Updater(
+                built,
+                self.engine,
+                scaler,
+                optimizer=optimizer,
+                lr=lr,
+                max_grad_norm=max_grad_norm,
+                make_streaming=make_streaming,
+            )
+            if self.updater.streaming is not None:
+                self.engine.residencies = [self.updater.streaming.residency] * (max(self._ranks) + 1)
         except BaseException:
             built.restore()
             raise
@@ -167,9 +181,8 @@ class Runner:
 
     def _check_trained(self, inputs: Any) -> None:
         """Raise RuntimeError if plain torch's backward would find no graph to run."""
-        parameters = (p for stage in self.built.stages for p in stage.parameters())
         wanted = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad)
-        if all(parameter.grad is None for parameter in parameters) and not any(True for _ in wanted):
+        if not self.updater.has_gradients() and not any(True for _ in wanted):
             raise RuntimeError(
                 "nothing to train: the loss depends on no parameter that requires a gradient. Unfreeze one, or look "
                 "for a detach(), item() or no_grad() between the parameters and the loss"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,6 @@ from spu.engine.loss import loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
 from spu.memory.activations import ActivationStore
-from spu.memory.residency import RESIDENT, Residency
 from spu.model.kept import Park
 from spu.model.layers import DrawKey, Layer
 from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
@@ -54,7 +52,6 @@ class Stage:
         loss_fn: ``loss_fn(outputs, targets)`` returning a mean; used by the last stage.
         recompute: for each layer, whether it keeps only its input for the backward; none does by default.
         parts: everything that the stage trains, by default its layers: the loss may be a module with parameters.
-        residency: brings each layer's weights to the device for its work; by default they are always there.
         activations: where the inputs of recomputed layers wait for the backward; None: on the device.
 
     Attributes:
@@ -71,13 +68,11 @@ class Stage:
         loss_fn: Callable[[Any, Any], torch.Tensor],
         recompute: Sequence[bool] = (),
         parts: Sequence[Layer] | None = None,
-        residency: Residency = RESIDENT,
         activations: ActivationStore | None = None,
     ) -> None:
         self.index = index
         self.layers = layers
         self.device = device
-        self.residency = residency
         self.activations = activations
         self.is_first = index == 0
         self.is_last = is_last
@@ -134,11 +129,7 @@ class Stage:
                 step: Callable[..., Any] = layer.run
                 if recompute and train:
                     step = partial(layer.run_checkpointed, park=self._park(key.microbatch, position))
-                self.residency.fetch(layer.module)  # (3) in docs/architecture.md
-                try:
-                    x = step(x, inputs, key)
-                finally:
-                    self.residency.release(layer.module)
+                x = step(x, inputs, key)  # (3) in docs/architecture.md
         randomness.end()
         if arrived is not None:
             arrived.check()
@@ -255,7 +246,7 @@ class Stage:
         if pairs:
             # (5) in docs/architecture.md
             opened = open_scope(tuple(root for root, _ in pairs), scope)
-            with self._fetched(), flight.randomness.during(self.device.torch_device):
+            with flight.randomness.during(self.device.torch_device):
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         if flight.skips is not None:
             flight.skips.send_gradients()
@@ -267,22 +258,8 @@ class Stage:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has deferred, in its order."""
         deferred = self._deferred.pop(key.microbatch)
         deferred.reverse()
-        with self._fetched():
-            while deferred:  # emptied in place: each holds activations, and the scope, which holds the list
-                deferred.pop()()
-
-    @contextlib.contextmanager
-    def _fetched(self) -> Iterator[None]:
-        """Hold every layer's weights on the device, for a backward."""
-        held: list[nn.Module] = []
-        try:
-            for layer in reversed(self.layers):
-                self.residency.fetch(layer.module)
-                held.append(layer.module)
-            yield
-        finally:
-            for module in held:
-                self.residency.release(module)
+        while deferred:  # emptied in place: each holds activations, and the scope, which holds the list
+            deferred.pop()()
 
     def clear(self) -> None:
         """Forget unfinished microbatches, after a failure."""

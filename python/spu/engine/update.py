@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from spu.common.interrupts import delayed_interrupts
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine
 from spu.engine.optimizer_state import remember_rates
-from spu.engine.sharing import TiedUse
 from spu.engine.stage import Stage
+from spu.engine.streaming import Streaming, add_tied
 from spu.model.layers import Layer
 from spu.ops.sink import has_foreign_hook
 from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
@@ -66,6 +66,7 @@ class Updater:
         optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
         lr: float | None,
         max_grad_norm: float | None,
+        make_streaming: Callable[..., Streaming] | None = None,
     ) -> None:
         self.closed = True  # until it has put hooks and sinks on parameters
         self.broken = ""  # why the weights belong to no single step; cleared when a checkpoint is loaded
@@ -82,6 +83,14 @@ class Updater:
             _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
         ]
+        self.streaming: Streaming | None = None
+        if make_streaming is not None:
+            self.streaming = make_streaming(built, self.optimizers, self._main_grads)
+        for index, (owned, made) in enumerate(zip(built.owned, self.optimizers)):
+            if isinstance(made, AdamW):
+                _set_masters(made, owned.values(), built.masters)
+            if self.streaming is not None and index in self.streaming:
+                self.streaming.fill(index)
         self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)
@@ -97,6 +106,8 @@ class Updater:
         self.check_whole()
         self._check_hooks()
         self._scaler.begin_step()
+        if self.streaming is not None:
+            self.streaming.begin_step()
         for grads in self._main_grads:
             grads.begin_step()
             grads.require_scope(self._scaler.enabled)
@@ -117,8 +128,15 @@ class Updater:
         if self.closed:
             raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
 
+    def show(self, *, grads: bool = False) -> None:
+        """Run deferred updates and give streamed parameters their values, and their gradients if asked."""
+        if self.streaming is not None:
+            self.streaming.show(grads=grads)
+
     def check_whole(self) -> None:
         """Raise RuntimeError if the weights are not those of one step."""
+        if self.streaming is not None and self.streaming.broken:
+            self.broken = self.streaming.broken
         if self.broken:
             raise RuntimeError(f"{self.broken}: load a checkpoint, or make a new trainer for a new model")
 
@@ -127,13 +145,19 @@ class Updater:
         if any(module in _UPDATERS and _UPDATERS[module]() is not self for module in _modules(self._built)):
             raise RuntimeError("another trainer has taken over this one's model: ask that one for its state")
 
+    def has_gradients(self) -> bool:
+        """Tell whether the backwards of this step have reached any parameter."""
+        streamed = self.streaming is not None and self.streaming.has_gradients()
+        return streamed or any(p.grad is not None for stage in self._built.stages for p in stage.parameters())
+
     def reduce(self) -> Update:
         """Add up the gradients of tied parameters; return the norm over all gradients, and found_inf."""
         self._end_backward()
         # (6) in docs/architecture.md
         for use in self._built.tied:
-            _add_tied(use)
-        sums = self._engine.each(lambda stage: ops.grad_sqnorm(self._gradients(stage)))
+            if not self._streams(use.owner_stage):  # whose gradient is on its way down
+                add_tied(use)
+        sums = self._engine.each(self._sqnorm)
         total = torch.stack([each.to(self._scaler.device) for each in sums]).sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
         return Update(total, (~total.isfinite()).to(torch.float32))
@@ -149,8 +173,11 @@ class Updater:
             if optimizer is None:
                 return
             device = stage.device.torch_device
-            scale = clip.to(device) if clip is not None else None
-            optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
+            scale, found_inf = clip.to(device) if clip is not None else None, update.found_inf.to(device)
+            if self.streaming is not None and stage.index in self.streaming:
+                self.streaming.defer(stage.index, found_inf, scale)
+            else:
+                optimizer.step(found_inf=found_inf, grad_scale=scale)
 
         with self._rates(lr_factor):  # (7) in docs/architecture.md
             try:
@@ -187,6 +214,7 @@ class Updater:
 
     def masters(self) -> dict[int, torch.Tensor]:
         """Return the fp32 values of the 16-bit parameters, by parameter id."""
+        self.show()
         found: dict[int, torch.Tensor] = {}
         for owned, optimizer in zip(self._built.owned, self.optimizers):
             for parameter in owned.values():
@@ -199,9 +227,12 @@ class Updater:
         if self.closed:
             return
         self.closed = True
-        for grads in self._main_grads:
-            grads.close()
-        self._built.restore()
+        try:
+            self.show()
+        finally:
+            for grads in self._main_grads:
+                grads.close()
+            self._built.restore()
 
     def __del__(self) -> None:
         self.close()  # a trainer that is dropped gives the model back too
@@ -209,6 +240,13 @@ class Updater:
     def _end_backward(self) -> None:
         for grads in self._main_grads:
             grads.require_scope(False)
+
+    def _streams(self, stage: int) -> bool:
+        return self.streaming is not None and stage in self.streaming
+
+    def _sqnorm(self, stage: Stage) -> torch.Tensor:
+        found = self.streaming.sqnorm(stage.index) if self.streaming is not None else None
+        return ops.grad_sqnorm(self._gradients(stage)) if found is None else found
 
     def _gradients(self, stage: Stage) -> list[torch.Tensor]:
         owned = self._built.owned[stage.index].values()
@@ -240,17 +278,6 @@ def _modules(built: BuiltStages) -> Iterator[nn.Module]:
     return (module for stage in built.stages for layer in stage.parts for module in layer.module.modules())
 
 
-def _add_tied(use: TiedUse) -> None:
-    gradient, use.alias.grad = use.alias.grad, None
-    if gradient is None:
-        return
-    gradient = gradient.to(use.owner.device)
-    if use.owner.grad is None:
-        use.owner.grad = gradient
-    else:
-        use.owner.grad.add_(gradient)
-
-
 def _make_optimizer(
     parameters: Sequence[nn.Parameter],
     masters: dict[int, torch.Tensor],
@@ -262,10 +289,7 @@ def _make_optimizer(
         factory = partial(factory, lr=lr)
     made: AdamW | MasterOptimizer
     if _is_ours(factory):
-        made = ours = factory(list(parameters))
-        for parameter in parameters:
-            if parameter.dtype.itemsize == 2:  # now, not at the first step: a checkpoint may be loaded before it
-                ours.set_master(parameter, masters.get(id(parameter), parameter))
+        made = factory(list(parameters))
     else:
         made = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
     remember_rates(made)
@@ -276,6 +300,13 @@ def _make_optimizer(
             "(functools.partial(..., lr=...)), and none to the trainer"
         )
     return made
+
+
+def _set_masters(optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: dict[int, torch.Tensor]) -> None:
+    """Set the masters now, not at the first step: a checkpoint may be loaded before it."""
+    for parameter in parameters:
+        if parameter.dtype.itemsize == 2:
+            optimizer.set_master(parameter, masters.pop(id(parameter), parameter))
 
 
 def _is_ours(factory: Any) -> bool:

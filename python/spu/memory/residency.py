@@ -1,48 +1,82 @@
-"""Residency of a layer's weights: fetch them before the layer's work, release them after it.
+"""Residency of a stage's tensors: fetch them before the stage's work, release them after it.
 
-A stage calls ``fetch`` before anything reads or writes a layer's parameters on its device, and ``release`` when that
-work is done. Calls come in pairs from the thread of the stage's rank, one layer after another, and never overlap for
-the same layer of the same stage:
+An engine knows in what order a rank visits its stages: a *visit* is a run of consecutive actions of one kind on one
+stage, such as the forwards of all microbatches. It tells the residency of its ranks the order, and then calls ``fetch``
+before a visit and ``release`` after it:
 
-    forward of a microbatch     for each layer in order: fetch, run, release
-    backward of a microbatch    fetch every layer from last to first, run, release in the same order
-    deferred weight gradients   the same as a backward
+    begin, (fetch, work, release) for each visit in turn, end
 
-Between a run of the schedule and the next one everything is released: the optimizer, a checkpoint and the user's own
-code have to fetch what they read. A layer that stays on its device needs none of this, and `Resident` does nothing.
+all of it in the thread of the rank. A stage whose tensors stay on its device needs none of this, and `Resident` does
+nothing.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple, Protocol
 
-from torch import nn
+from spu.schedules import Action
 
-__all__ = ["RESIDENT", "Residency", "Resident"]
+__all__ = ["RESIDENT", "Residency", "Resident", "Visit", "visits_of"]
+
+
+class Visit(NamedTuple):
+    """Consecutive actions of one kind on one stage.
+
+    Attributes:
+        stage: its index.
+        kind: of the actions: F, B, I or W.
+    """
+
+    stage: int
+    kind: str
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients are made."""
+        return self.kind != "F"
+
+
+def visits_of(actions: Iterable[Action]) -> list[tuple[Visit, list[Action]]]:
+    """Return a rank's actions as visits, each with its actions."""
+    return [(Visit(*key), list(own)) for key, own in groupby(actions, key=lambda a: (a.stage, a.kind))]
 
 
 class Residency(Protocol):
-    """Brings a layer's weights to the device that computes with them, and takes them away afterwards.
+    """Brings a stage's tensors to the device that works with them, and takes them away afterwards.
 
     An implementation that moves a parameter swaps its ``data`` as a whole: copying in place into memory that autograd
     has saved for a backward would change its version counter, and the backward would raise.
     """
 
-    def fetch(self, module: nn.Module) -> None:
-        """Return when work that is enqueued from now on sees the module's weights on its device."""
+    def begin(self, visits: Sequence[Visit]) -> None:
+        """Take the order of the visits to come."""
 
-    def release(self, module: nn.Module) -> None:
+    def fetch(self, visit: Visit) -> None:
+        """Return when work that is enqueued from now on sees the stage's weights on its device."""
+
+    def release(self, visit: Visit) -> None:
         """Allow the weights to leave the device as soon as the work enqueued so far is done."""
+
+    def end(self) -> None:
+        """End the run, also one that failed: nothing is fetched any more."""
 
 
 class Resident:
-    """The residency of a layer that always stays on its device: nothing to do."""
+    """The residency of stages that always stay on their devices: nothing to do."""
 
-    def fetch(self, module: nn.Module) -> None:
+    def begin(self, visits: Sequence[Visit]) -> None:
+        """Do nothing: no order matters."""
+
+    def fetch(self, visit: Visit) -> None:
         """Do nothing: the weights are there."""
 
-    def release(self, module: nn.Module) -> None:
+    def release(self, visit: Visit) -> None:
         """Do nothing: the weights stay."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
 
 RESIDENT = Resident()

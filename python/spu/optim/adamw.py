@@ -200,7 +200,8 @@ class AdamW(torch.optim.Optimizer):
             layout[key] = (param.shape, param.dtype) if plain else moment_layout(param.shape, self.moments)
         return layout
 
-    def _prepare(self, param: Tensor) -> dict[str, Any]:
+    def prepare(self, param: Tensor) -> dict[str, Any]:
+        """Make the state of a parameter that has none yet, or bring it into this optimizer's form; return it."""
         state = self.state[param]
         plain = param.dtype in PLAIN
         if "exp_avg" not in state:
@@ -289,7 +290,7 @@ class AdamW(torch.optim.Optimizer):
             work.append((group, by_device))
         for _, by_device in work:
             for param in (param for params in by_device.values() for param in params):
-                self._prepare(param)
+                self.prepare(param)
         for group, by_device in work:
             for device, params in by_device.items():
                 self._step_device(group, device, params, found_inf, grad_scale)

@@ -8,7 +8,7 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -161,6 +161,9 @@ class ParameterSink:
             return torch.empty(param.shape, dtype=torch.float32, device=param.device)
         return buffer
 
+    def lend(self, buffer: Tensor | None) -> None:
+        self._buffer = buffer
+
     def begin_step(self) -> None:
         param = self._parameter()
         if param.grad is not None:
@@ -285,6 +288,17 @@ class MainGrads:
             if sink_of(param) is not sink:
                 attach_sink(param, sink)
             sink.begin_step()
+
+    def lend(self, buffers: Mapping[int, Tensor]) -> None:
+        """Let the gradients to come be written into these tensors, by parameter id; into new ones where there is none.
+
+        A gradient that autograd makes by itself may still lie elsewhere.
+
+        Args:
+            buffers: fp32, contiguous, of the parameters' shapes; their values do not matter.
+        """
+        for param, sink in zip(self._params, self._sinks, strict=False):
+            sink.lend(buffers.get(id(param)))
 
     def require_scope(self, required: bool) -> None:
         """Raise for gradients from a backward outside a scope, if required; by default they are added as they are."""

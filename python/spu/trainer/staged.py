@@ -165,6 +165,7 @@ class StagedModel:
         """
         if self._plan is None or self._last.timeline is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
+        self._ready().updater.show()
         same, best = self._planner.after_step(self._plan, self._last.timeline)
         old = self._ready()
         carried = Carried(old.built, old.updater.optimizers)
@@ -237,4 +238,5 @@ class StagedModel:
         runner.updater.check_own()
         runner.updater.check_whole()
         self._structure.check(training=False)
+        runner.updater.show()
         return runner

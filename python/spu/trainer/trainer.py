@@ -211,7 +211,9 @@ class ModelParallelTrainer(StagedModel):
             The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
         """
         done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
-        self._prepared().updater.reduce()
+        updater = self._prepared().updater
+        updater.reduce()
+        updater.show(grads=True)
         self.passes_done += 1
         return done.loss, done.outputs
 
@@ -325,6 +327,7 @@ class ModelParallelTrainer(StagedModel):
             raise RuntimeError("call prepare(inputs, targets) with a sample batch before load()")
         updater = self._runner.updater
         updater.check_own()
+        updater.show()
 
         with contextlib.ExitStack() as whole:
 

@@ -1,0 +1,342 @@
+"""Stages whose tensors lie below their device: what is streamed, deferred updates, and gradients on their way down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spu import ops
+from spu.engine.build import BuiltStages
+from spu.engine.sharing import TiedUse
+from spu.memory.unit import Piece, Unit, piece
+from spu.memory.store import Store
+from spu.memory.streamed import Streamed
+from spu.optim.adamw import AdamW, MasterOptimizer
+from spu.precision import MainGrads
+
+__all__ = ["DeferredUpdate", "Streaming", "add_tied", "allocated", "stream", "streaming_units"]
+
+_Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class DeferredUpdate:
+    """An update that waits for its stage's next visit.
+
+    Attributes:
+        found_inf: fp32 [1]; the update is left out if it is not 0.
+        grad_scale: fp32 [1] or None; multiplies the gradients (the clip coefficient).
+        groups: the settings of the optimizer's parameter groups when the step ended, the rate with its factor.
+    """
+
+    found_inf: Tensor
+    grad_scale: Tensor | None
+    groups: list[dict[str, Any]]
+
+
+class Streaming:
+    """The work on streamed stages (`spu.memory.streamed.Work`): takes gradients, runs deferred updates.
+
+    Args:
+        built: the stages.
+        optimizers: of every stage.
+        main_grads: of every stage.
+        units: by stage, their regions allocated.
+        make_residency: makes the residency from units and this object.
+    """
+
+    def __init__(
+        self,
+        built: BuiltStages,
+        optimizers: Sequence[AdamW | MasterOptimizer | None],
+        main_grads: Sequence[MainGrads],
+        units: dict[int, Unit],
+        make_residency: Callable[[dict[int, Unit], Streaming], Streamed],
+    ) -> None:
+        self._built, self._optimizers, self._main_grads = built, optimizers, main_grads
+        self._owned = {index: list(built.owned[index].values()) for index in units}
+        self._tied: dict[int, list[TiedUse]] = {index: [] for index in units}
+        for use in built.tied:
+            if use.owner_stage in units:
+                self._tied[use.owner_stage].append(use)
+        self._deferred: dict[int, DeferredUpdate] = {}
+        self._made: dict[int, list[bool]] = {}  # which parameters of a stage have a gradient in this step
+        self._sqnorms: dict[int, Tensor] = {}
+        self._versions: dict[int, list[int]] = {}
+        self.broken = ""
+        self.residency = make_residency(units, self)
+
+    def __contains__(self, stage: int) -> bool:
+        return stage in self._owned
+
+    def begin_step(self) -> None:
+        """Forget the norms of the last step."""
+        self._sqnorms.clear()
+
+    def has_gradients(self) -> bool:
+        """Tell whether a streamed parameter has a gradient of this step."""
+        return bool(self._sqnorms)
+
+    def sqnorm(self, stage: int) -> Tensor | None:
+        """Return the squared norm (fp64 [1]) of a streamed stage's gradients; None if it has none."""
+        return self._sqnorms.get(stage)
+
+    def defer(self, stage: int, found_inf: Tensor, grad_scale: Tensor | None) -> None:
+        """Note that the stage's optimizer has to step with the present settings of its groups."""
+        optimizer = self._optimizers[stage]
+        if optimizer is None or not any(self._made.get(stage, ())):
+            return
+        if found_inf.device.type == "cpu" and found_inf.item():
+            return  # nothing would change: no byte has to move
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
+        self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
+
+    def fill(self, stage: int) -> None:
+        """Move the stage's weights and optimizer state, which are in memory now, to where they belong."""
+        unit, optimizer = self.residency.units[stage], self._optimizers[stage]
+        for parameter in self._owned[stage]:
+            assert isinstance(optimizer, AdamW)
+            optimizer.prepare(parameter)
+        self.residency.fill(unit)
+
+    def show(self, *, grads: bool = False) -> None:
+        """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
+        self.residency.show()
+        if grads:
+            for index, unit in self.residency.units.items():
+                if unit.grads is not None:
+                    views = unit.grads.views(self.residency.store.home(unit.grads.region))
+                    for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
+                        parameter.grad = view if made else None
+
+    # spu.memory.streamed.Work
+
+    def pending(self, stage: int) -> bool:
+        """Tell whether an update of the stage is deferred."""
+        return stage in self._deferred
+
+    def update(self, stage: int, grads: Sequence[Tensor]) -> bool:
+        """Run the stage's deferred update; its weights and state have been put."""
+        deferred, optimizer = self._deferred[stage], self._optimizers[stage]
+        assert isinstance(optimizer, AdamW)
+        if deferred.found_inf.item():
+            del self._deferred[stage]
+            return False
+        parameters = self._owned[stage]
+        self.broken = f"an update of stage {stage} failed half-way"
+        try:
+            for parameter, grad, made in zip(parameters, grads, self._made[stage], strict=True):
+                parameter.grad = grad if made else None
+            with _settings(optimizer, deferred.groups):
+                optimizer.step(found_inf=deferred.found_inf, grad_scale=deferred.grad_scale)
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        del self._deferred[stage]
+        self.broken = ""
+        return True
+
+    def lend(self, stage: int, grads: Sequence[Tensor]) -> None:
+        """Let the stage's backwards write their gradients into these tensors."""
+        self._main_grads[stage].lend(dict(zip(map(id, self._owned[stage]), grads, strict=True)))
+
+    def collect(self, stage: int, grads: Sequence[Tensor]) -> None:
+        """Have all gradients in the lent tensors, those of tied uses added, and take their norm."""
+        for use in self._tied[stage]:
+            add_tied(use)
+        made, present = [], []
+        for parameter, lent in zip(self._owned[stage], grads, strict=True):
+            gradient, parameter.grad = parameter.grad, None
+            made.append(gradient is not None)
+            if gradient is not None:
+                if gradient.data_ptr() != lent.data_ptr():
+                    lent.copy_(gradient)
+                present.append(lent)
+        self._main_grads[stage].lend({})
+        self._made[stage] = made
+        if present:
+            self._sqnorms[stage] = ops.grad_sqnorm(present)
+
+
+@contextmanager
+def _settings(optimizer: AdamW, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Give the groups of an optimizer other settings while the block runs."""
+    before = [{key: group[key] for key in then} for group, then in zip(optimizer.param_groups, groups, strict=True)]
+    for group, then in zip(optimizer.param_groups, groups, strict=True):
+        group.update(then)
+    try:
+        yield
+    finally:
+        for group, was in zip(optimizer.param_groups, before, strict=True):
+            group.update(was)
+
+
+def add_tied(use: TiedUse) -> None:
+    """Add the gradient of a tied use to its owner's."""
+    gradient, use.alias.grad = use.alias.grad, None
+    if gradient is None:
+        return
+    gradient = gradient.to(use.owner.device)
+    if use.owner.grad is None:
+        use.owner.grad = gradient
+    else:
+        use.owner.grad.add_(gradient)
+
+
+def streaming_units(
+    built: BuiltStages, residencies: Sequence[str], optimizers: Sequence[AdamW | MasterOptimizer | None]
+) -> dict[int, Unit]:
+    """Return what travels with each stage, without regions yet.
+
+    Args:
+        built: the stages.
+        residencies: of each stage: "resident", "offloaded" or "streamed".
+        optimizers: of each stage.
+
+    Raises:
+        ValueError: an optimizer whose tensors are not known before its first step.
+    """
+    for optimizer, residency in zip(optimizers, residencies, strict=True):
+        if residency != "resident" and isinstance(optimizer, MasterOptimizer):
+            raise ValueError(
+                f"{type(optimizer.optimizer).__name__} makes its state as it likes, which no memory tier can lay out: "
+                "stream with the default optimizer (spu.optim.AdamW), or train with residency='resident'"
+            )
+    streamed = [residency == "streamed" for residency in residencies]
+    owner_of = {id(use.alias): use for use in built.tied}
+    shared = {id(use.owner) for use in built.tied}
+    travels = {  # shared weights that are streamed by all of their stages
+        key: all(streamed[use.owner_stage] and streamed[use.stage] for use in built.tied if id(use.owner) == key)
+        for key in shared
+    }
+    units: dict[int, Unit] = {}
+    for stage, residency in zip(built.stages, residencies, strict=True):
+        if residency == "resident":
+            continue
+        own, optimizer = built.owned[stage.index], optimizers[stage.index]
+        unit = units[stage.index] = Unit(stage.index)
+        name = f"stage {stage.index}"
+        if own and optimizer is not None:
+            assert isinstance(optimizer, AdamW)
+            unit.grads = piece(f"{name} gradients", [_gradient(p) for p in own.values()])
+            unit.state = piece(f"{name} optimizer state", _state(optimizer, own.values()))
+        if residency == "offloaded":
+            continue
+        mine = {id(p) for p in own.values()}
+        frozen: list[nn.Parameter] = []
+        trained: list[nn.Parameter] = []
+        for parameter in stage.parameters():
+            use = owner_of.get(id(parameter))
+            key = id(use.owner if use is not None else parameter)
+            # Weights of another layout than the slots' stay: a kernel's bits may depend on it.
+            if not parameter.is_floating_point() or not parameter.is_contiguous() or not travels.get(key, True):
+                continue
+            if key in travels:
+                tied = piece(f"tied weight {tuple(parameter.shape)}", [_weight(parameter)], key)
+                assert tied is not None
+                unit.shared += (tied,)
+                unit.owned |= {key} & mine
+            else:
+                (trained if id(parameter) in mine else frozen).append(parameter)
+        unit.frozen = piece(f"{name} frozen weights", map(_weight, frozen))
+        unit.trained = piece(f"{name} weights", map(_weight, trained))
+    return units
+
+
+def allocated(units: Mapping[int, Unit], store: Store) -> dict[int, Unit]:
+    """Return the units with regions of a store for all of their pieces; a shared weight has one for all its stages.
+
+    Raises:
+        StoreError: the store has no room for them.
+    """
+    pieces: dict[object, Piece] = {}
+    for unit in units.values():
+        for each in (unit.frozen, unit.trained, unit.grads, unit.state):
+            if each is not None:
+                pieces[id(each)] = each
+        pieces.update((each.key, each) for each in unit.shared)
+    numbers = store.allocate([p.name for p in pieces.values()], [p.bytes for p in pieces.values()])
+    region = dict(zip(pieces, numbers, strict=True))
+
+    def placed(each: Piece | None) -> Piece | None:
+        return None if each is None else replace(each, region=region[id(each)])
+
+    result = {}
+    for index, unit in units.items():
+        result[index] = replace(
+            unit,
+            frozen=placed(unit.frozen),
+            trained=placed(unit.trained),
+            shared=tuple(replace(each, region=region[each.key]) for each in unit.shared),
+            owned=frozenset(region[key] for key in unit.owned),
+            grads=placed(unit.grads),
+            state=placed(unit.state),
+        )
+    return result
+
+
+def _weight(parameter: nn.Parameter) -> _Entry:
+    return parameter.shape, parameter.dtype, partial(setattr, parameter, "data"), parameter.detach
+
+
+def _gradient(parameter: nn.Parameter) -> _Entry:
+    """Return the entry of a gradient, which is lent and collected instead of put."""
+    return parameter.shape, torch.float32, lambda tensor: None, lambda: torch.zeros(parameter.shape)
+
+
+def _state(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> Iterator[_Entry]:
+    """Yield the entries of the optimizer's tensors, except step numbers, which stay where they are."""
+
+    def put(parameter: nn.Parameter, key: str, tensor: Tensor) -> None:
+        optimizer.state[parameter][key] = tensor
+
+    def get(parameter: nn.Parameter, key: str) -> Tensor:
+        tensor: Tensor = optimizer.state[parameter][key]
+        return tensor
+
+    for parameter in parameters:
+        for key, (shape, dtype) in optimizer.state_layout(parameter).items():
+            yield shape, dtype, partial(put, parameter, key), partial(get, parameter, key)
+
+
+def stream(
+    built: BuiltStages,
+    optimizers: Sequence[AdamW | MasterOptimizer | None],
+    main_grads: Sequence[MainGrads],
+    *,
+    residencies: Sequence[str],
+    store: Store,
+    slots: int,
+    buffers: int,
+    memory: Callable[[int], Tensor],
+) -> Streaming:
+    """Lay stages out in a store, and return what streams them; their tensors move there by `Streaming.fill`.
+
+    Args:
+        built, optimizers, main_grads: of all stages.
+        residencies: of each stage: "resident", "offloaded" or "streamed".
+        store: new, without regions.
+        slots: for weights, at least 2.
+        buffers: for gradients and state, 1 or 2.
+        memory: bytes -> that much aligned uint8 memory, on the CPU.
+
+    Raises:
+        ValueError: an optimizer that cannot be streamed.
+        StoreError: no room.
+    """
+    units = allocated(streaming_units(built, residencies, optimizers), store)
+    count = min(slots, max(units) + 1)
+    sizes = [max((u.weight_bytes for u in units.values() if u.index % count == k), default=0) for k in range(count)]
+    most = max((unit.grad_bytes + unit.state_bytes for unit in units.values()), default=0)
+
+    def make(units: dict[int, Unit], work: Streaming) -> Streamed:
+        return Streamed(units, store, [memory(size) for size in sizes], [memory(most) for _ in range(buffers)], work)
+
+    return Streaming(built, optimizers, main_grads, units, make)

@@ -1,0 +1,325 @@
+"""Streaming: a stage's tensors lie in a store below its device and come into slots for each visit.
+
+A slot holds the weights of a whole stage. Stage ``s`` always uses slot ``s % slots``, so a stage's weights are at the
+same address in its forward and in its backward: what autograd has saved of them in the forward (``weight.t()``, say)
+is right in the backward too. While a stage is worked on, the next ones' weights are read.
+
+An update is deferred to the stage's next visit, just before its weights are used: then gradients and the optimizer's
+tensors come into a buffer, the stage's own optimizer runs, and what it has changed is written back while the stage
+computes. So a step's update runs beside the next step, nothing is stale, and a weight is read twice a step whatever the
+number of microbatches. In a backward visit the gradients add up in a buffer, which is written at its end. (The order
+of layers, and an update that overlaps with the next forward, for SSDs: GreedySnake, arXiv:2512.17570. There a part of
+the parameters is updated late; here all of them are, exactly.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from spu.memory.unit import Piece, Unit, absent
+from spu.memory.residency import Visit
+from spu.memory.store import Region, Store, Ticket
+
+__all__ = ["Streamed", "Work"]
+
+
+class Work(Protocol):
+    """What is done with a stage's tensors while they are here."""
+
+    def pending(self, stage: int) -> bool:
+        """Tell whether an update of the stage is deferred."""
+
+    def update(self, stage: int, grads: Sequence[Tensor]) -> bool:
+        """Run the deferred update on the tensors that have been put; tell whether it has changed any.
+
+        Args:
+            stage: its index.
+            grads: its gradients, in the order of its piece.
+        """
+
+    def lend(self, stage: int, grads: Sequence[Tensor]) -> None:
+        """Let a backward write its gradients into these tensors, whose present values mean nothing."""
+
+    def collect(self, stage: int, grads: Sequence[Tensor]) -> None:
+        """Have all gradients in the lent tensors and forget these."""
+
+
+class Streamed:
+    """The residency of stages whose tensors lie in a store below.
+
+    Args:
+        units: by stage; stages that are not in it are resident.
+        store: where their pieces lie.
+        slots: uint8 memory for weights, each large enough for any unit of its index modulo their number.
+        buffers: uint8 memory for gradients and state, each large enough for any unit; with two, one is filled or
+            emptied while the other is worked on.
+        work: updates, and takes gradients.
+    """
+
+    def __init__(
+        self, units: Mapping[int, Unit], store: Store, slots: Sequence[Tensor], buffers: Sequence[Tensor], work: Work
+    ) -> None:
+        self.units = dict(units)
+        self.store = store
+        self._slots, self._buffers, self._work = list(slots), list(buffers), work
+        self._held: list[int | None] = [None] * len(self._slots)  # the unit whose weights are in each slot
+        self._buffer_of: dict[int, int] = {}  # unit -> the buffer with its gradients and state
+        self._turn = 0
+        self._arriving: dict[int, list[Ticket]] = {}  # unit -> reads in progress
+        self._leaving: dict[Region, Ticket] = {}  # writes in progress
+        self._slot_writes: list[list[Region]] = [[] for _ in self._slots]
+        self._buffer_writes: list[list[Region]] = [[] for _ in self._buffers]
+        self._visits: list[Visit] = []
+        self._at = self._ahead = 0
+        self._current: Unit | None = None
+        self._shown = True  # tensors are in the store's own memory, where anybody may change them
+        self._absent = {
+            id(entry): absent(entry.shape, entry.dtype)
+            for unit in self.units.values()
+            for piece in _pieces(unit)
+            for entry in piece.entries
+        }
+
+    # A run
+
+    def begin(self, visits: Sequence[Visit]) -> None:
+        """Take the order of the visits to come, and start to read what the first ones need."""
+        self._hide()
+        self._visits, self._at, self._ahead = list(visits), 0, 0
+        self._top_up()
+
+    def fetch(self, visit: Visit) -> None:
+        """Bring a stage's weights into their slot; run its deferred update first."""
+        unit = self.units.get(visit.stage)
+        assert self._visits[self._at] == visit, f"{visit} is not the visit that was announced"
+        while self._ahead <= self._at:
+            self._start(self._visits[self._ahead], must=True)
+            self._ahead += 1
+        self._at += 1
+        if unit is None:
+            return
+        self._current = unit
+        for ticket in self._arriving.pop(unit.index, ()):
+            ticket.wait()
+        for piece, memory in self._weights(unit):
+            piece.put(memory)
+        if self._work.pending(unit.index):
+            self._update(unit)
+        if visit.backward and unit.grads is not None:
+            memory = self._buffers[self._take_buffer(unit)][: unit.grad_bytes]
+            self._work.lend(unit.index, unit.grads.views(memory))
+        self._top_up()
+
+    def release(self, visit: Visit) -> None:
+        """Send a stage's gradients below; its weights stay in the slot until another stage needs it."""
+        unit = self.units.get(visit.stage)
+        if unit is None:
+            return
+        if visit.backward and unit.grads is not None:
+            memory = self._buffers[self._buffer_of[unit.index]][: unit.grad_bytes]
+            self._work.collect(unit.index, unit.grads.views(memory))
+            self._write(unit.grads, memory, self._buffer_writes[self._buffer_of.pop(unit.index)])
+        self._leave(unit)
+        self._top_up()
+
+    def end(self) -> None:
+        """End a run, also one that failed: nothing is on the device any more."""
+        self._visits, self._at, self._ahead = [], 0, 0
+        if self._current is not None:
+            self._leave(self._current)
+        self._buffer_of.clear()
+        arriving, self._arriving = self._arriving, {}
+        for index, tickets in arriving.items():
+            self._forget(self.units[index])
+            _settle(tickets)
+
+    # Between runs
+
+    def fill(self, unit: Unit) -> None:
+        """Move a unit's present weights and state to the store, before the first run."""
+        for piece in (*unit.weights, unit.state):
+            if piece is not None:
+                piece.move_to(self.store.home(piece.region))
+
+    def show(self) -> None:
+        """Run all deferred updates, and put every tensor where it lies in the store: the model is the user's again."""
+        if self._shown:
+            return
+        waiting = [Visit(index, "F") for index in self.units if self._work.pending(index)]
+        self.begin(waiting)
+        try:
+            for visit in waiting:
+                self.fetch(visit)
+                self.release(visit)
+        finally:
+            self.end()
+        self._settle_writes()
+        self.store.exposed(self._regions())
+        for unit in self.units.values():
+            for piece in _pieces(unit):
+                if piece is not unit.grads:
+                    piece.put(self.store.home(piece.region))
+        self._shown = True
+
+    def forget(self) -> None:
+        """Take nothing that is in a slot as valid any more: the store's regions have been changed."""
+        self._held = [None] * len(self._slots)
+
+    def close(self) -> None:
+        """Wait for what is in progress and close the store; harmless when called twice."""
+        _settle(self._leaving.values())
+        self._leaving.clear()
+        self.store.close()
+
+    # Inside
+
+    def _hide(self) -> None:
+        if not self._shown:
+            return
+        self.store.hidden(self._regions())
+        self.forget()
+        for unit in self.units.values():
+            self._leave(unit)
+            for piece in (unit.state,):
+                self._put_absent(piece)
+        self._shown = False
+
+    def _update(self, unit: Unit) -> None:
+        assert unit.grads is not None
+        assert unit.state is not None
+        index = self._buffer_of.pop(unit.index)
+        buffer, split = self._buffers[index], unit.grad_bytes
+        state = buffer[split : split + unit.state_bytes]
+        unit.state.put(state)
+        try:
+            changed = self._work.update(unit.index, unit.grads.views(buffer[:split]))
+        finally:
+            self._put_absent(unit.state)
+        if not changed:
+            return
+        self._write(unit.state, state, self._buffer_writes[index])
+        own = {piece.region for piece in unit.written}
+        for piece, memory in self._weights(unit):
+            if piece.region in own:
+                self._write(piece, memory, self._slot_writes[unit.index % len(self._slots)])
+        shared = {piece.region for piece in unit.shared} & unit.owned
+        for other in self.units.values():  # has read a shared weight before this update
+            if other is not unit and shared & {piece.region for piece in other.shared}:
+                self._forget(other)
+
+    def _top_up(self) -> None:
+        """Start to read for the visits to come, as far as slots and buffers are free."""
+        while self._ahead < len(self._visits) and self._ahead - self._at < len(self._slots) - 1:
+            if not self._start(self._visits[self._ahead], must=False):
+                return
+            self._ahead += 1
+
+    def _start(self, visit: Visit, *, must: bool) -> bool:
+        """Start to read what a visit needs; False if that has to wait until a slot or a buffer is free."""
+        unit = self.units.get(visit.stage)
+        if unit is None:
+            return True
+        updates = self._work.pending(unit.index) and unit.index not in self._buffer_of
+        slot = unit.index % len(self._slots)
+        held = self._held[slot] == unit.index
+        if not must:
+            busy = (
+                self._current is not None
+                and self._current is not unit
+                and self._current.index % len(self._slots) == slot
+            )
+            if (not held and busy) or self._owner_waits(unit) or (updates and not self._buffer_is_free()):
+                return False
+        tickets = self._arriving.setdefault(unit.index, [])
+        if not held:
+            self._wait_for(self._slot_writes[slot])
+            self._held[slot] = unit.index
+            for piece, memory in self._weights(unit):
+                tickets.append(self._read(piece, memory))
+        if updates:
+            assert unit.grads is not None
+            assert unit.state is not None
+            buffer, split = self._buffers[self._take_buffer(unit)], unit.grad_bytes
+            tickets.append(self._read(unit.grads, buffer[:split]))
+            tickets.append(self._read(unit.state, buffer[split : split + unit.state_bytes]))
+        return True
+
+    def _owner_waits(self, unit: Unit) -> bool:
+        """Tell whether a weight that this unit shares is still to be updated by the stage that owns it."""
+        others = {piece.region for piece in unit.shared} - unit.owned
+        return bool(others) and any(
+            others & owner.owned and self._work.pending(owner.index) for owner in self.units.values()
+        )
+
+    def _buffer_is_free(self) -> bool:
+        """Tell whether the next buffer is in nobody's use."""
+        return self._turn not in self._buffer_of.values()
+
+    def _take_buffer(self, unit: Unit) -> int:
+        index = self._turn
+        assert index not in self._buffer_of.values(), "a buffer is taken while it is in use"
+        self._wait_for(self._buffer_writes[index])
+        self._buffer_of[unit.index] = index
+        self._turn = (index + 1) % len(self._buffers)
+        return index
+
+    def _weights(self, unit: Unit) -> Iterable[tuple[Piece, Tensor]]:
+        memory, at = self._slots[unit.index % len(self._slots)], 0
+        for piece in unit.weights:
+            yield piece, memory[at : at + piece.bytes]
+            at += piece.bytes
+
+    def _read(self, piece: Piece, memory: Tensor) -> Ticket:
+        self._wait_for([piece.region])
+        return self.store.read(piece.region, memory)
+
+    def _write(self, piece: Piece, memory: Tensor, users: list[Region]) -> None:
+        self._wait_for([piece.region])
+        self._leaving[piece.region] = self.store.write(piece.region, memory)
+        users.append(piece.region)
+
+    def _wait_for(self, regions: list[Region]) -> None:
+        """Wait until the writes of these regions have ended."""
+        for region in regions:
+            ticket = self._leaving.pop(region, None)
+            if ticket is not None:
+                ticket.wait()
+        regions.clear()
+
+    def _settle_writes(self) -> None:
+        self._wait_for(list(self._leaving))
+
+    def _leave(self, unit: Unit) -> None:
+        """Put the stand-ins where a unit's weights were."""
+        for piece in unit.weights:
+            self._put_absent(piece)
+        if self._current is unit:
+            self._current = None
+
+    def _put_absent(self, piece: Piece | None) -> None:
+        for entry in () if piece is None else piece.entries:
+            entry.put(self._absent[id(entry)])
+
+    def _forget(self, unit: Unit) -> None:
+        slot = unit.index % len(self._slots)
+        if self._held[slot] == unit.index:
+            self._held[slot] = None
+
+    def _regions(self) -> list[Region]:
+        return list(dict.fromkeys(piece.region for unit in self.units.values() for piece in _pieces(unit)))
+
+
+def _pieces(unit: Unit) -> list[Piece]:
+    return [*unit.weights, *(piece for piece in (unit.grads, unit.state) if piece is not None)]
+
+
+def _settle(tickets: Iterable[Ticket]) -> None:
+    """Wait for tickets whose outcome does not matter any more."""
+    for ticket in tickets:
+        try:
+            ticket.wait()
+        except RuntimeError:
+            continue

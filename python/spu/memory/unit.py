@@ -1,0 +1,165 @@
+"""How a stage's tensors lie in regions: one region for each kind of bytes that travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spu.memory.store import ALIGNMENT
+
+__all__ = ["Entry", "Piece", "Unit", "absent", "padded", "piece"]
+
+_ENTRY_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a piece.
+
+    Attributes:
+        shape, dtype: of the tensor, which is contiguous.
+        offset: of its first byte in the piece.
+        put: makes a tensor of this shape and dtype the one that is worked on (``parameter.data = tensor``).
+        get: returns the one that is worked on now.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    put: Callable[[Tensor], None]
+    get: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        """Return the tensor that lies in ``memory``, which is a piece's (uint8, contiguous)."""
+        return memory[self.offset : self.offset + self.bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that lie in one region and travel together.
+
+    Attributes:
+        name: for messages.
+        entries: the tensors.
+        bytes: of the region; a multiple of `ALIGNMENT`.
+        region: its number in the store; -1 until it is allocated.
+        key: the same for pieces of several units that share a region; None for others.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    bytes: int
+    region: int = -1
+    key: int | None = None
+
+    def put(self, memory: Tensor) -> None:
+        """Make the tensors in ``memory`` (uint8 [bytes]) the ones that are worked on."""
+        for entry in self.entries:
+            entry.put(entry.view(memory))
+
+    def move_to(self, memory: Tensor) -> None:
+        """Copy the present tensors into ``memory`` (uint8 [bytes]), and work on them there."""
+        for entry in self.entries:
+            view = entry.view(memory)
+            view.copy_(entry.get())
+            entry.put(view)
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """Return the tensors in ``memory`` (uint8 [bytes]) in the order of the entries."""
+        return [entry.view(memory) for entry in self.entries]
+
+
+@dataclass
+class Unit:
+    """What is fetched and released together: the tensors of one stage.
+
+    Attributes:
+        index: of the stage.
+        frozen: weights that never change; they are read and never written.
+        trained: weights that this stage's optimizer updates.
+        shared: weights that other stages use too, a piece for each.
+        owned: regions of ``shared`` that this stage's optimizer updates (their keys until they are allocated).
+        grads: fp32 gradients; None where nothing is trained.
+        state: the optimizer's tensors; None likewise.
+    """
+
+    index: int
+    frozen: Piece | None = None
+    trained: Piece | None = None
+    shared: tuple[Piece, ...] = ()
+    owned: frozenset[int] = frozenset()
+    grads: Piece | None = None
+    state: Piece | None = None
+
+    @property
+    def weights(self) -> list[Piece]:
+        """The pieces that a forward needs, in the order in which they lie in a slot."""
+        return [p for p in (self.frozen, self.trained, *self.shared) if p is not None]
+
+    @property
+    def written(self) -> list[Piece]:
+        """The pieces of weights that an update changes."""
+        own = [] if self.trained is None else [self.trained]
+        return [*own, *(p for p in self.shared if p.region in self.owned)]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a slot for the weights."""
+        return sum(p.bytes for p in self.weights)
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of a slot for the gradients."""
+        return 0 if self.grads is None else self.grads.bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a slot for the optimizer's tensors."""
+        return 0 if self.state is None else self.state.bytes
+
+
+def padded(count: int, alignment: int = ALIGNMENT) -> int:
+    """Return ``count`` rounded up to a multiple of ``alignment``."""
+    return -(-count // alignment) * alignment
+
+
+def piece(
+    name: str,
+    tensors: Iterable[tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor]]],
+    key: int | None = None,
+) -> Piece | None:
+    """Lay tensors out one after the other.
+
+    Args:
+        name: for messages.
+        tensors: (shape, dtype, put, get) of each, as in `Entry`.
+        key: as in `Piece`.
+
+    Returns:
+        The piece; None without tensors.
+    """
+    entries, at = [], 0
+    for shape, dtype, put, get in tensors:
+        entry = Entry(tuple(shape), dtype, at, put, get)
+        entries.append(entry)
+        at = padded(at + entry.bytes, _ENTRY_ALIGNMENT)
+    return Piece(name, tuple(entries), padded(at), key=key) if entries else None
+
+
+def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Return a stand-in for a tensor that is elsewhere: NaN to who reads it, an error to who writes into it.
+
+    It takes the memory of one element. (torch refuses in-place writes where elements share memory.) Integers have no
+    NaN: codes of an optimizer's state get a tensor without memory, whose values cannot be read.
+    """
+    if not dtype.is_floating_point:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
