@@ -228,8 +228,11 @@ class Updater:
             return
         self.closed = True
         try:
-            self.show()
+            if self.streaming is not None and not self.streaming.residency.failed:  # who uses it has been told
+                self.show()
         finally:
+            if self.streaming is not None:
+                self.streaming.residency.close()
             for grads in self._main_grads:
                 grads.close()
             self._built.restore()

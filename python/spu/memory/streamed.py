@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spu.memory.unit import Piece, Unit, absent
 from spu.memory.residency import Visit
-from spu.memory.store import Region, Store, Ticket
+from spu.memory.store import Region, Store, StoreError, Ticket
 
 __all__ = ["Streamed", "Work"]
 
@@ -75,6 +75,7 @@ class Streamed:
         self._visits: list[Visit] = []
         self._at = self._ahead = 0
         self._current: Unit | None = None
+        self._failed: Exception | None = None
         self._shown = True  # tensors are in the store's own memory, where anybody may change them
         self._absent = {
             id(entry): absent(entry.shape, entry.dtype)
@@ -83,10 +84,20 @@ class Streamed:
             for entry in piece.entries
         }
 
+    @property
+    def failed(self) -> bool:
+        """Whether the store has failed, so that what it held is lost."""
+        return self._failed is not None
+
     # A run
 
     def begin(self, visits: Sequence[Visit]) -> None:
-        """Take the order of the visits to come, and start to read what the first ones need."""
+        """Take the order of the visits to come, and start to read what the first ones need.
+
+        Raises:
+            StoreError: the store has failed before: what it held is lost.
+        """
+        self._check()
         self._hide()
         self._visits, self._at, self._ahead = list(visits), 0, 0
         self._top_up()
@@ -103,7 +114,7 @@ class Streamed:
             return
         self._current = unit
         for ticket in self._arriving.pop(unit.index, ()):
-            ticket.wait()
+            self._wait(ticket)
         for piece, memory in self._weights(unit):
             piece.put(memory)
         if self._work.pending(unit.index):
@@ -148,6 +159,7 @@ class Streamed:
         """Run all deferred updates, and put every tensor where it lies in the store: the model is the user's again."""
         if self._shown:
             return
+        self._check()
         waiting = [Visit(index, "F") for index in self.units if self._work.pending(index)]
         self.begin(waiting)
         try:
@@ -286,8 +298,22 @@ class Streamed:
         for region in regions:
             ticket = self._leaving.pop(region, None)
             if ticket is not None:
-                ticket.wait()
+                self._wait(ticket)
         regions.clear()
+
+    def _wait(self, ticket: Ticket) -> None:
+        try:
+            ticket.wait()
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise StoreError(
+                f"the tier below has failed, and what it held is lost: {self._failed}. Make a new trainer and load the "
+                "last checkpoint"
+            ) from self._failed
 
     def _settle_writes(self) -> None:
         self._wait_for(list(self._leaving))

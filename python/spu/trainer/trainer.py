@@ -228,6 +228,22 @@ class ModelParallelTrainer(StagedModel):
         self.prepare(at_least(inputs, rows), at_least(targets, rows))
         return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
 
+    @torch.inference_mode(False)
+    def flush(self) -> None:
+        """Give the model its present weights, where layers are streamed or offloaded; elsewhere they are always there.
+
+        Their updates are deferred to the next step. Until then a streamed weight reads as NaN, and writing into it
+        raises. Saving, loading, :meth:`forward_backward` and :meth:`close` flush by themselves; :meth:`evaluate` needs
+        no flush.
+
+        Raises:
+            StoreError: the tier below has failed, and weights are lost.
+            RuntimeError: before :meth:`prepare` or the first step.
+        """
+        if self._runner is None:
+            raise RuntimeError("there is nothing to flush yet: call prepare() or step() first")
+        self._readable()
+
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
         inputs, targets = as_dicts(inputs), as_dicts(targets)
         self.prepare(inputs, targets)

@@ -1,0 +1,289 @@
+"""Streamed stages: the same bits as resident ones, for every residency, precision and number of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from pipelines import reference
+from torch import nn
+
+from spu import ModelParallelTrainer
+from spu.engine import runner
+from spu.engine.engine import StageError
+from spu.engine.streaming import stream
+from spu.memory.store import Region, StoreError
+
+__all__ = ["reference"]
+
+LAYERS = 6
+
+
+class Done:
+    """A ticket whose work is done when it is waited for, as late as a store may do it."""
+
+    def __init__(self, task: Callable[[], Any]) -> None:
+        self.task: Callable[[], Any] | None = task
+
+    def wait(self) -> None:
+        task, self.task = self.task, None
+        if task is not None:
+            task()
+
+
+class Lazy:
+    """A store that reads and writes when it is waited for; slots that are used too early hold other bytes."""
+
+    def __init__(self) -> None:
+        self.regions: list[torch.Tensor] = []
+        self.read_bytes = self.written_bytes = 0
+        self.fails_after: int | None = None
+        self.closed = False
+
+    def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
+        assert not self.regions
+        assert all(size % 4096 == 0 for size in sizes)
+        assert len(set(names)) == len(names)
+        self.regions = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+        return list(range(len(sizes)))
+
+    def read(self, region: Region, into: torch.Tensor) -> Done:
+        self.read_bytes += into.numel()
+        into.fill_(0xFF)  # NaN, in every floating-point dtype
+        return Done(lambda: self._copy(into, self.regions[region][: into.numel()]))
+
+    def write(self, region: Region, data: torch.Tensor) -> Done:
+        self.written_bytes += data.numel()
+        return Done(lambda: self._copy(self.regions[region][: data.numel()], data))
+
+    def _copy(self, into: torch.Tensor, data: torch.Tensor) -> None:
+        if self.fails_after is not None:
+            self.fails_after -= 1
+            if self.fails_after < 0:
+                raise StoreError("the disk has failed")
+        into.copy_(data)
+
+    def home(self, region: Region) -> torch.Tensor:
+        return self.regions[region]
+
+    def exposed(self, regions: Sequence[Region]) -> None: ...
+
+    def hidden(self, regions: Sequence[Region]) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def memory(size: int) -> torch.Tensor:
+    return torch.full((size,), 0xFF, dtype=torch.uint8)
+
+
+class Tied(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t()
+
+
+def model(tied: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [
+        nn.Embedding(11, 16),
+        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)),
+        nn.LayerNorm(16),
+        nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1), nn.BatchNorm1d(5)),
+        nn.Linear(16, 16, bias=False),
+    ]
+    layers[4].weight.requires_grad_(False)
+    head = Tied(layers[0].weight) if tied else nn.Linear(16, 11)
+    return nn.Sequential(*layers, head)
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    pair = lambda: (
+        torch.randint(0, 11, (8, 5), generator=generator),
+        torch.randint(0, 11, (8, 5), generator=generator),
+    )
+    return [pair() for _ in range(count)]
+
+
+def make(
+    monkeypatch: pytest.MonkeyPatch, own: nn.Module, store: Lazy | None, residency: Any = "streamed", **settings: Any
+) -> ModelParallelTrainer:
+    """Return a trainer with a stage for each layer, streamed over ``store`` if there is one."""
+    slots, buffers = settings.pop("slots", 2), settings.pop("buffers", 2)
+    original = runner.Runner.__init__
+
+    def init(self: Any, built: Any, plan: Any, *args: Any, **keywords: Any) -> None:
+        if store is not None:
+            each = [residency] * len(built.stages) if isinstance(residency, str) else residency
+            keywords["make_streaming"] = partial(
+                stream, residencies=each, store=store, slots=slots, buffers=buffers, memory=memory
+            )
+        original(self, built, plan, *args, **keywords)
+
+    monkeypatch.setattr(runner.Runner, "__init__", init)
+    defaults = {"devices": "cpu:0", "schedule": "layer_outer", "virtual": LAYERS, "microbatches": 4, "lr": 1e-2}
+    trainer = ModelParallelTrainer(own, **(defaults | settings))
+    x, y = batches(1)[0]
+    trainer.prepare(x, y)
+    monkeypatch.setattr(runner.Runner, "__init__", original)
+    return trainer
+
+
+def trained(trainer: ModelParallelTrainer, own: nn.Module) -> list[Any]:
+    """Train, evaluate, change a weight, train on, and return everything that was seen."""
+    seen: list[Any] = []
+    for index, (x, y) in enumerate(batches(6)):
+        result = trainer.step(x, y)
+        seen += [torch.tensor(result.loss), torch.tensor(result.grad_norm)]
+        if index == 2:
+            seen.append(torch.tensor(trainer.evaluate(x, y)))
+        if index == 3:
+            trainer.flush()
+            with torch.no_grad():
+                own.get_parameter("1.0.weight").mul_(0.9)
+    seen += trainer.state_dict_for_model().values()
+    x, y = batches(1)[0]
+    loss, outputs = trainer.forward_backward(x, y)
+    seen += [loss, outputs, *(p.grad.clone() for p in own.parameters() if p.grad is not None)]
+    trainer.close()
+    return [*seen, *(p.detach().clone() for p in own.parameters())]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("residency", "slots", "buffers", "tied", "clip"),
+    [
+        ("streamed", 2, 2, False, None),
+        ("streamed", 2, 1, True, None),
+        ("streamed", 3, 2, True, 0.1),
+        ("streamed", 9, 1, True, None),
+        ("offloaded", 2, 2, True, 0.1),
+        (["streamed", "offloaded", "resident", "streamed", "streamed", "streamed"], 2, 1, True, 0.1),
+        (["resident", "streamed", "streamed", "offloaded", "streamed", "streamed"], 3, 2, True, None),
+    ],
+)
+def test_equals_the_resident_run(
+    reference: None,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    recompute: bool,
+    residency: Any,
+    slots: int,
+    buffers: int,
+    tied: bool,
+    clip: float | None,
+) -> None:
+    settings = {"precision": precision, "recompute": recompute, "max_grad_norm": clip}
+    plain, own = model(tied), model(tied)
+    expected = trained(make(monkeypatch, plain, None, **settings), plain)
+    store = Lazy()
+    found = trained(make(monkeypatch, own, store, residency, slots=slots, buffers=buffers, **settings), own)
+    assert len(expected) == len(found)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+    assert store.read_bytes > 0
+    assert store.closed
+
+
+def test_a_weight_is_read_once_forward_and_once_backward(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, store = model(), Lazy()
+    trainer = make(monkeypatch, own, store, precision="fp16")
+    weights = sum(u.weight_bytes for u in trainer._runner.updater.streaming.residency.units.values())  # type: ignore[union-attr]
+    below = sum(region.numel() for region in store.regions) - weights
+    counts = []
+    for x, y in batches(3):
+        store.read_bytes = store.written_bytes = 0
+        trainer.step(x, y)
+        counts.append((store.read_bytes, store.written_bytes))
+    streaming = trainer._runner.updater.streaming  # type: ignore[union-attr]
+    assert streaming is not None
+    units = streaming.residency.units
+    grads = sum(unit.grad_bytes for unit in units.values())
+    kept = sum(units[k].weight_bytes for k in (4, 5)), sum(units[k].weight_bytes for k in (0, 1))
+    assert counts[0] == (2 * weights - kept[0], grads)  # the last two stages stay in their slots for the backward
+    written = sum(piece.bytes for unit in units.values() for piece in unit.written)
+    state = below - grads
+    assert counts[1] == counts[2] == (2 * weights - sum(kept) + grads + state, grads + state + written)
+    trainer.close()
+
+
+def test_between_steps_reading_gives_nan_and_writing_raises(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model()
+    trainer = make(monkeypatch, own, Lazy(), precision="fp32")
+    before = own[1][0].weight.detach().clone()  # type: ignore[index]
+    x, y = batches(1)[0]
+    trainer.step(x, y)
+    weight = own[1][0].weight  # type: ignore[index]
+    assert weight.shape == before.shape
+    assert weight.isnan().all()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        weight.mul_(2)
+    trainer.flush()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight, before)
+    trainer.close()
+
+
+def test_a_skipped_step_changes_and_moves_nothing(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, store = model(), Lazy()
+    trainer = make(monkeypatch, own, store, precision="fp16")
+    trainer.scaler = trainer.scaler
+    x, y = batches(1)[0]
+    with torch.no_grad():
+        own[1][0].weight.fill_(6e4)  # type: ignore[index]
+        own[1][2].weight.fill_(6e4)  # type: ignore[index]
+    assert trainer.step(x, y).skipped
+    before = store.read_bytes, store.written_bytes
+    trainer.flush()
+    assert (store.read_bytes, store.written_bytes) == before
+    assert own[1][0].weight.eq(torch.tensor(6e4, dtype=torch.float16)).all()  # type: ignore[index]
+    trainer.close()
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_a_failing_store_stops_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    own, store = model(), Lazy()
+    trainer = make(monkeypatch, own, store, precision="fp32")
+    x, y = batches(1)[0]
+    trainer.step(x, y)
+    store.fails_after = after
+    with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
+        for _ in range(3):
+            trainer.step(x, y)
+    with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
+        trainer.state_dict_for_model()
+    store.fails_after = None
+
+
+def test_an_optimizer_of_unknown_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="SGD makes its state as it likes"):
+        make(monkeypatch, model(), Lazy(), optimizer=torch.optim.SGD)
+
+
+def test_the_loss_may_have_parameters(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(1.5))
+            self.ignore_index = -100
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(x.flatten(0, 1) * self.factor, y.flatten())
+
+    results = []
+    for store in (None, Lazy()):
+        own, loss = model(), Scaled()
+        trainer = make(monkeypatch, own, store, precision="fp32", loss_fn=loss)
+        losses = [trainer.step(x, y).loss for x, y in batches(4)]
+        trainer.flush()
+        results.append((losses, loss.factor.item()))
+        trainer.close()
+    assert results[0] == results[1]
