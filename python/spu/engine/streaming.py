@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from spu import ops
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
-from spu.memory.unit import Piece, Unit, piece
 from spu.memory.store import Store
 from spu.memory.streamed import Streamed
+from spu.memory.unit import Piece, Unit, piece
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 

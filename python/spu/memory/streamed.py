@@ -19,9 +19,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from spu.memory.unit import Piece, Unit, absent
 from spu.memory.residency import Visit
 from spu.memory.store import Region, Store, StoreError, Ticket
+from spu.memory.unit import Piece, Unit, absent
 
 __all__ = ["Streamed", "Work"]
 
