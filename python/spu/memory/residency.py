@@ -1,7 +1,7 @@
 """Residency of a stage's tensors: fetch them before the stage's work, release them after it.
 
-An engine knows in what order a rank visits its stages: a *visit* is a run of consecutive actions of one kind on one
-stage, such as the forwards of all microbatches. It tells the residency of its ranks the order, and then calls ``fetch``
+An engine knows in what order a rank visits its stages: a *visit* is a run of consecutive actions on one stage, such as
+the forwards of all microbatches. It tells the residency of its ranks the order, and then calls ``fetch``
 before a visit and ``release`` after it:
 
     begin, (fetch, work, release) for each visit in turn, end
@@ -22,25 +22,21 @@ __all__ = ["RESIDENT", "Residency", "Resident", "Visit", "visits_of"]
 
 
 class Visit(NamedTuple):
-    """Consecutive actions of one kind on one stage.
+    """Consecutive actions on one stage.
 
     Attributes:
         stage: its index.
-        kind: of the actions: F, B, I or W.
+        backward: whether gradients are made.
     """
 
     stage: int
-    kind: str
-
-    @property
-    def backward(self) -> bool:
-        """Whether gradients are made."""
-        return self.kind != "F"
+    backward: bool
 
 
 def visits_of(actions: Iterable[Action]) -> list[tuple[Visit, list[Action]]]:
     """Return a rank's actions as visits, each with its actions."""
-    return [(Visit(*key), list(own)) for key, own in groupby(actions, key=lambda a: (a.stage, a.kind))]
+    runs = [(stage, list(own)) for stage, own in groupby(actions, key=lambda action: action.stage)]
+    return [(Visit(stage, any(action.kind != "F" for action in own)), own) for stage, own in runs]
 
 
 class Residency(Protocol):

@@ -160,7 +160,7 @@ class Streamed:
         if self._shown:
             return
         self._check()
-        waiting = [Visit(index, "F") for index in self.units if self._work.pending(index)]
+        waiting = [Visit(index, backward=False) for index in self.units if self._work.pending(index)]
         self.begin(waiting)
         try:
             for visit in waiting:
