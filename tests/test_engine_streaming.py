@@ -14,7 +14,7 @@ from torch import nn
 from spu import ModelParallelTrainer
 from spu.engine import runner
 from spu.engine.engine import StageError
-from spu.engine.streaming import stream
+from spu.engine.tiers import stream
 from spu.memory.store import Region, StoreError
 from spu.plan import Plan
 
@@ -79,10 +79,6 @@ class Lazy:
         self.closed = True
 
 
-def memory(size: int) -> torch.Tensor:
-    return torch.full((size,), 0xFF, dtype=torch.uint8)
-
-
 class Tied(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -122,9 +118,7 @@ def make(
     def init(self: Any, built: Any, plan: Any, *args: Any, **keywords: Any) -> None:
         if store is not None:
             each = [residency] * len(built.stages) if isinstance(residency, str) else residency
-            keywords["make_streaming"] = partial(
-                stream, residencies=each, store=store, slots=slots, buffers=buffers, memory=memory
-            )
+            keywords["make_streaming"] = partial(stream, residencies=each, store=store, slots=slots, buffers=buffers)
         original(self, built, plan, *args, **keywords)
 
     monkeypatch.setattr(runner.Runner, "__init__", init)

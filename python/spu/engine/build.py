@@ -109,7 +109,7 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
     for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
         becomes = dtypes.get(id(parameter), parameter.dtype)
         if parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
-            masters[id(parameter)] = parameter.detach().to(torch.float32, copy=True)
+            masters[id(parameter)] = parameter.detach().to(torch.float32)  # its own memory: it gets another one below
     convert_state(modules, dtypes)
     for layer in layers:
         layer.products = dtype if dtype.itemsize == 2 else None

@@ -204,11 +204,7 @@ class Stage:
     def _loss_of(self, outputs: Any, targets: Any) -> Any:
         if self._head_loss is None or not isinstance(outputs, HeadInput):
             return loss_of(self.loss_fn, outputs, targets)
-        self.residency.fetch(self._head_loss.module)
-        try:
-            return self._head_loss.loss(outputs, targets)
-        finally:
-            self.residency.release(self._head_loss.module)
+        return self._head_loss.loss(outputs, targets)
 
     def backward(self, gradients: Any, key: DrawKey, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from spu import ops
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
-from spu.memory.store import Store
 from spu.memory.streamed import Streamed
-from spu.memory.unit import Piece, Unit, piece
+from spu.memory.unit import Unit, piece
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
-__all__ = ["DeferredUpdate", "Streaming", "add_tied", "allocated", "stream", "streaming_units"]
+__all__ = ["DeferredUpdate", "Streaming", "add_tied", "streaming_units"]
 
 _Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor]]
 
@@ -98,14 +97,6 @@ class Streaming:
         groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
         self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
 
-    def fill(self, stage: int) -> None:
-        """Move the stage's weights and optimizer state, which are in memory now, to where they belong."""
-        unit, optimizer = self.residency.units[stage], self._optimizers[stage]
-        for parameter in self._owned[stage]:
-            assert isinstance(optimizer, AdamW)
-            optimizer.prepare(parameter)
-        self.residency.fill(unit)
-
     def show(self, *, grads: bool = False) -> None:
         """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
         self.residency.show()
@@ -117,6 +108,13 @@ class Streaming:
                         parameter.grad = view if made else None
 
     # spu.memory.streamed.Work
+
+    def prepare(self, stage: int) -> None:
+        """Make the optimizer's tensors for the stage's parameters."""
+        optimizer = self._optimizers[stage]
+        for parameter in self._owned[stage]:
+            assert isinstance(optimizer, AdamW)
+            optimizer.prepare(parameter)
 
     def pending(self, stage: int) -> bool:
         """Tell whether an update of the stage is deferred."""
@@ -250,38 +248,6 @@ def streaming_units(
     return units
 
 
-def allocated(units: Mapping[int, Unit], store: Store) -> dict[int, Unit]:
-    """Return the units with regions of a store for all of their pieces; a shared weight has one for all its stages.
-
-    Raises:
-        StoreError: the store has no room for them.
-    """
-    pieces: dict[object, Piece] = {}
-    for unit in units.values():
-        for each in (unit.frozen, unit.trained, unit.grads, unit.state):
-            if each is not None:
-                pieces[id(each)] = each
-        pieces.update((each.key, each) for each in unit.shared)
-    numbers = store.allocate([p.name for p in pieces.values()], [p.bytes for p in pieces.values()])
-    region = dict(zip(pieces, numbers, strict=True))
-
-    def placed(each: Piece | None) -> Piece | None:
-        return None if each is None else replace(each, region=region[id(each)])
-
-    result = {}
-    for index, unit in units.items():
-        result[index] = replace(
-            unit,
-            frozen=placed(unit.frozen),
-            trained=placed(unit.trained),
-            shared=tuple(replace(each, region=region[each.key]) for each in unit.shared),
-            owned=frozenset(region[key] for key in unit.owned),
-            grads=placed(unit.grads),
-            state=placed(unit.state),
-        )
-    return result
-
-
 def _weight(parameter: nn.Parameter) -> _Entry:
     return parameter.shape, parameter.dtype, partial(setattr, parameter, "data"), parameter.detach
 
@@ -304,39 +270,3 @@ def _state(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> Iterator[_En
     for parameter in parameters:
         for key, (shape, dtype) in optimizer.state_layout(parameter).items():
             yield shape, dtype, partial(put, parameter, key), partial(get, parameter, key)
-
-
-def stream(
-    built: BuiltStages,
-    optimizers: Sequence[AdamW | MasterOptimizer | None],
-    main_grads: Sequence[MainGrads],
-    *,
-    residencies: Sequence[str],
-    store: Store,
-    slots: int,
-    buffers: int,
-    memory: Callable[[int], Tensor],
-) -> Streaming:
-    """Lay stages out in a store, and return what streams them; their tensors move there by `Streaming.fill`.
-
-    Args:
-        built, optimizers, main_grads: of all stages.
-        residencies: of each stage: "resident", "offloaded" or "streamed".
-        store: new, without regions.
-        slots: for weights, at least 2.
-        buffers: for gradients and state, 1 or 2.
-        memory: bytes -> that much aligned uint8 memory, on the CPU.
-
-    Raises:
-        ValueError: an optimizer that cannot be streamed.
-        StoreError: no room.
-    """
-    units = allocated(streaming_units(built, residencies, optimizers), store)
-    count = min(slots, max(units) + 1)
-    sizes = [max((u.weight_bytes for u in units.values() if u.index % count == k), default=0) for k in range(count)]
-    most = max((unit.grad_bytes + unit.state_bytes for unit in units.values()), default=0)
-
-    def make(units: dict[int, Unit], work: Streaming) -> Streamed:
-        return Streamed(units, store, [memory(size) for size in sizes], [memory(most) for _ in range(buffers)], work)
-
-    return Streaming(built, optimizers, main_grads, units, make)

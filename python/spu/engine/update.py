@@ -90,7 +90,7 @@ class Updater:
             if isinstance(made, AdamW):
                 _set_masters(made, owned.values(), built.masters)
             if self.streaming is not None and index in self.streaming:
-                self.streaming.fill(index)
+                self.streaming.residency.fill(self.streaming.residency.units[index])
         self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)

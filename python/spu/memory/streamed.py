@@ -29,6 +29,9 @@ __all__ = ["Streamed", "Work"]
 class Work(Protocol):
     """What is done with a stage's tensors while they are here."""
 
+    def prepare(self, stage: int) -> None:
+        """Make the tensors that the stage's optimizer lacks, before they move below."""
+
     def pending(self, stage: int) -> bool:
         """Tell whether an update of the stage is deferred."""
 
@@ -150,7 +153,9 @@ class Streamed:
     # Between runs
 
     def fill(self, unit: Unit) -> None:
-        """Move a unit's present weights and state to the store, before the first run."""
+        """Move those of a unit's present weights and state to the store that are not there: before the first run all of
+        them, later what somebody has replaced."""
+        self._work.prepare(unit.index)
         for piece in (*unit.weights, unit.state):
             if piece is not None:
                 piece.move_to(self.store.home(piece.region))
@@ -191,6 +196,8 @@ class Streamed:
     def _hide(self) -> None:
         if not self._shown:
             return
+        for unit in self.units.values():
+            self.fill(unit)
         self.store.hidden(self._regions())
         self.forget()
         for unit in self.units.values():

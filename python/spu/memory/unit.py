@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from spu.memory.store import ALIGNMENT
+from spu.memory.store import ALIGNMENT, Region, Store
 
-__all__ = ["Entry", "Piece", "Unit", "absent", "padded", "piece"]
+__all__ = ["Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -66,11 +66,12 @@ class Piece:
             entry.put(entry.view(memory))
 
     def move_to(self, memory: Tensor) -> None:
-        """Copy the present tensors into ``memory`` (uint8 [bytes]), and work on them there."""
+        """Copy the tensors that are not in ``memory`` (uint8 [bytes]) there, and work on them there."""
         for entry in self.entries:
-            view = entry.view(memory)
-            view.copy_(entry.get())
-            entry.put(view)
+            view, present = entry.view(memory), entry.get()
+            if present.data_ptr() != view.data_ptr() or not view.numel():
+                view.copy_(present)
+                entry.put(view)
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Return the tensors in ``memory`` (uint8 [bytes]) in the order of the entries."""
@@ -163,3 +164,47 @@ def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str 
     if not dtype.is_floating_point:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def allocated(
+    units: Mapping[int, Unit], store: Store, further: Sequence[int] = ()
+) -> tuple[dict[int, Unit], list[tuple[Region, int]]]:
+    """Return the units with regions of a store for all of their pieces; a shared weight has one for all its stages.
+
+    Args:
+        units: by stage.
+        store: new, without regions.
+        further: bytes of further regions, for activations.
+
+    Returns:
+        The units, and the further regions with their bytes.
+
+    Raises:
+        StoreError: the store has no room for them.
+    """
+    pieces: dict[object, Piece] = {}
+    for unit in units.values():
+        for each in (unit.frozen, unit.trained, unit.grads, unit.state):
+            if each is not None:
+                pieces[id(each)] = each
+        pieces.update((each.key, each) for each in unit.shared)
+    more = [padded(size) for size in further]
+    names = [p.name for p in pieces.values()] + [f"activation {k}" for k in range(len(more))]
+    numbers = store.allocate(names, [p.bytes for p in pieces.values()] + more)
+    region = dict(zip(pieces, numbers))
+
+    def placed(each: Piece | None) -> Piece | None:
+        return None if each is None else replace(each, region=region[id(each)])
+
+    result = {}
+    for index, unit in units.items():
+        result[index] = replace(
+            unit,
+            frozen=placed(unit.frozen),
+            trained=placed(unit.trained),
+            shared=tuple(replace(each, region=region[each.key]) for each in unit.shared),
+            owned=frozenset(region[key] for key in unit.owned),
+            grads=placed(unit.grads),
+            state=placed(unit.state),
+        )
+    return result, list(zip(numbers[len(pieces) :], more, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from spu.engine.microbatch import as_dicts
 from spu.engine.runner import Runner
 from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
+from spu.engine.tiers import converting, open_streaming
 from spu.engine.update import OptimizerFactory, release
 from spu.optim.forms import in_form
 from spu.plan import Plan
@@ -135,10 +137,9 @@ class StagedModel:
             stop_if_asked()
             taken_over = release(layers)
             self._fused = unfused(layers)
-            masters = (
-                to_precision(layers, self.precision, fused=schedules.splits_backward(plan.settings.schedule))
-                | taken_over
-            )
+            fused = schedules.splits_backward(plan.settings.schedule)
+            with converting(plan, self.tiers):
+                masters = to_precision(layers, self.precision, fused=fused) | taken_over
             give_back(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))
@@ -213,6 +214,7 @@ class StagedModel:
             optimizer=self._optimizer,
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
+            make_streaming=None if plan.streaming is None else partial(open_streaming, plan, self.tiers),
         )
         self._structure = StructureCheck(self._parts.given, built)
         return runner
