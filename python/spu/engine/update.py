@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -238,7 +239,8 @@ class Updater:
             self._built.restore()
 
     def __del__(self) -> None:
-        self.close()  # a trainer that is dropped gives the model back too
+        if not sys.is_finalizing():  # the tiers are closed by then
+            self.close()  # a trainer that is dropped gives the model back too
 
     def _end_backward(self) -> None:
         for grads in self._main_grads:
