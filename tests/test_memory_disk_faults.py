@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from spu.memory import disk_store
+from spu.memory import disk_file, disk_store
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Slab
@@ -35,8 +35,15 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_store, "PIECE_BYTES", PIECE)
 
 
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers in Python, whose calls to the system can be made to fail at will."""
+    found = disk_file.read_in_python, disk_file.write_in_python
+    monkeypatch.setattr(disk_file, "transfers", lambda: found)
+
+
 @pytest.fixture(params=[True, False], ids=["direct", "cached"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def store(request: pytest.FixtureRequest, tmp_path: Path, in_python: None) -> Any:
     made = DiskStore(tmp_path, direct=request.param)
     made.allocate(["stage 0 weights", "stage 0 state"], [SIZE, SIZE])
     yield made
@@ -85,6 +92,26 @@ def test_a_read_that_fails(store: DiskStore, monkeypatch: pytest.MonkeyPatch, af
         with pytest.raises(StoreError, match=r"stage 0 weights: reading 65536 bytes at .*Input/output error"):
             ticket.wait()
     assert_refused(store)
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("/dev/full", "No space left"), ("/proc/self/mem", "Input/output error")]
+)
+def test_compiled_transfers_tell_what_the_system_says(tmp_path: Path, device: str, error: str) -> None:
+    """/dev/full takes nothing; a process has no memory at its first addresses."""
+    host = pytest.importorskip("spu._host", reason="spu._host is not built here")
+    assert disk_file.transfers() == (host.read_at, host.write_at)
+    made = DiskStore(tmp_path)
+    made.allocate(["stage 0 weights", "stage 0 state"], [SIZE, SIZE])
+    made.write(1, memory(1)).wait()
+    assert made._parts is not None
+    other = os.open(device, os.O_RDWR)
+    os.dup2(other, made._parts.file._fd)
+    os.close(other)
+    ticket = made.write(1, memory(1)) if device == "/dev/full" else made.read(1, memory(1))
+    with pytest.raises(StoreError, match=rf"stage 0 state: (reading|writing) 65536 bytes at byte \d+ .*{error}"):
+        ticket.wait()
+    assert_refused(made)
 
 
 def assert_refused(store: DiskStore) -> None:
@@ -142,7 +169,12 @@ def test_calls_that_move_less_than_asked_or_are_interrupted(
     assert torch.equal(into, memory(1))
 
 
-def test_a_file_that_was_cut_off(store: DiskStore) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_file_that_was_cut_off(store: DiskStore, compiled: bool) -> None:
+    if compiled:
+        host = pytest.importorskip("spu._host", reason="spu._host is not built here")
+        assert store._parts is not None
+        store._parts.file._read_at = host.read_at
     store.write(1, memory(1)).wait()
     assert store._parts is not None
     os.truncate(f"/proc/self/fd/{store._parts.file._fd}", SIZE + PIECE)

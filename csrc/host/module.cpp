@@ -1,12 +1,16 @@
-// spu._host: the simulator that planning runs for every placement it tries, and checksums of memory. No tensors.
+// spu._host: the simulator that planning runs for every placement it tries; checksums, and transfers of files with them. No
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 
 #include "crc32c.h"
 #include "simulate.h"
+#include "transfer.h"
 
 namespace py = pybind11;
 
@@ -27,26 +31,58 @@ std::pair<Seconds, Seconds> simulate(Integers first, Integers stages, Integers k
   return {std::move(times.starts), std::move(times.ends)};
 }
 
+// Contiguous memory of a Python object, held for a while. Not py::buffer_info: that would take strided memory too.
+class Held {
+ public:
+  Held(const py::buffer& data, bool writable) {
+    if (PyObject_GetBuffer(data.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
+      throw py::error_already_set();
+  }
+  ~Held() { PyBuffer_Release(&view_); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  unsigned char* data() const { return static_cast<unsigned char*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_;
+};
+
 using Crc = std::uint32_t (*)(const unsigned char*, std::size_t, std::uint32_t);
 
 template <Crc crc>
 std::uint32_t checksum(const py::buffer& data, std::uint32_t before) {
-  // Not data.request(): that would take strided memory too.
-  Py_buffer view;
-  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw py::error_already_set();
-  std::uint32_t found;
+  const Held held(data, false);
+  py::gil_scoped_release release;
+  return crc(held.data(), held.size(), before);
+}
+
+template <bool kWrite>
+std::pair<std::size_t, std::uint32_t> transfer(int fd, const py::buffer& data, std::int64_t at, std::size_t block) {
+  if (block == 0) throw std::invalid_argument("a block of 0 bytes");
+  const Held held(data, !kWrite);
+  spu::host::Transfer found;
   {
     py::gil_scoped_release release;
-    found = crc(static_cast<const unsigned char*>(view.buf), static_cast<std::size_t>(view.len), before);
+    if constexpr (kWrite) {
+      found = spu::host::write_at(fd, held.data(), held.size(), at, block);
+    } else {
+      found = spu::host::read_at(fd, held.data(), held.size(), at, block);
+    }
   }
-  PyBuffer_Release(&view);
-  return found;
+  if (found.error != 0) {
+    errno = found.error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+  return {found.done, found.sum};
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "The C++ twin of spu.schedules.simulate, and CRC-32C.";
+  m.doc() = "The C++ twin of spu.schedules.simulate, CRC-32C, and transfers of files.";
   m.def("simulate", &simulate, py::arg("first"), py::arg("stages"), py::arg("kinds"), py::arg("microbatches"),
         py::arg("seconds"), py::arg("transfers"),
         "(starts, ends) in seconds of every action of a flat schedule, NaN for those that can never start; the same "
@@ -56,4 +92,10 @@ PYBIND11_MODULE(_host, m) {
         "released. Raises BufferError or ValueError for memory that is not contiguous.");
   m.def("crc32c_by_tables", &checksum<spu::host::crc32c_by_tables>, py::arg("data"), py::arg("before") = 0,
         "The same without the processor's instruction.");
+  m.def("read_at", &transfer<false>, py::arg("fd"), py::arg("data"), py::arg("at"), py::arg("block"),
+        "Fill `data` from a file's byte `at` on, each call to the system at a multiple of `block` bytes from there; "
+        "the interpreter's lock is released. Returns (bytes read, their CRC-32C): fewer bytes than asked for where the "
+        "file gives no more. Raises OSError.");
+  m.def("write_at", &transfer<true>, py::arg("fd"), py::arg("data"), py::arg("at"), py::arg("block"),
+        "Write `data` likewise. Returns (bytes written, their CRC-32C). Raises OSError.");
 }

@@ -5,21 +5,20 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Callable
+from types import ModuleType
 
-_crc32c: Callable[..., int] | None
+compiled: ModuleType | None
 try:
-    from spu import _host
+    from spu import _host as compiled
 except ImportError:  # installed without a compiler
-    _crc32c = None
-else:
-    _crc32c = getattr(_host, "crc32c", None)
+    compiled = None
 
-__all__ = ["Checksums", "checksum", "checksum_name"]
+__all__ = ["Checksums", "checksum", "checksum_name", "compiled"]
 
-checksum: Callable[..., int] = zlib.crc32 if _crc32c is None else _crc32c
+checksum: Callable[..., int] = getattr(compiled, "crc32c", zlib.crc32)
 """Return the checksum of contiguous memory, without the interpreter's lock: CRC-32C, or zlib's CRC-32."""
 
-checksum_name = "crc32" if _crc32c is None else "crc32c"
+checksum_name = "crc32" if checksum is zlib.crc32 else "crc32c"
 
 _NEVER = -1
 
@@ -38,10 +37,10 @@ class Checksums:
         """Tell whether a piece has been written; one that has not is zeros."""
         return self._values[piece] != _NEVER
 
-    def take(self, piece: int, data: object) -> None:
-        """Remember the checksum of a piece's bytes."""
-        self._values[piece] = checksum(data)
+    def set(self, piece: int, value: int) -> None:
+        """Remember the checksum of what was written."""
+        self._values[piece] = value
 
-    def agrees(self, piece: int, data: object) -> bool:
-        """Tell whether these are the bytes of which `take` was told last."""
-        return self._values[piece] == checksum(data)
+    def agrees(self, piece: int, value: int) -> bool:
+        """Tell whether this is the checksum of what was written last."""
+        return self._values[piece] == value

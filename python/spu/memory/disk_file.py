@@ -14,15 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from spu.common.units import format_bytes, format_bytes_up
+from spu.memory.checksum import checksum, compiled
 from spu.memory.store import ALIGNMENT, StoreError
 
-__all__ = ["Bytes", "DiskFile"]
+__all__ = ["Bytes", "DiskFile", "read_in_python", "transfers", "write_in_python"]
 
 Bytes = npt.NDArray[np.uint8]
 
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
-_Transfer = Callable[[int, Any, int], int]
 _TRIES = 16  # of a call that moves less than a block and says no error
+
+_Transfer = Callable[[int, Bytes, int, int], tuple[int, int]]
 
 
 class DiskFile:
@@ -61,6 +63,7 @@ class DiskFile:
             os.close(self._fd)
             raise
         self.direct = not self.note
+        self._read_at, self._write_at = transfers()
         if self.note:
             self.note = f"{folder}: {self.note}; reads and writes go through the page cache"
 
@@ -97,56 +100,44 @@ class DiskFile:
             return f"no direct I/O ({error.strerror})"
         return ""
 
-    def read(self, at: int, data: Bytes) -> None:
-        """Fill ``data`` with the bytes from ``at`` on; both ends of both are aligned when the file is direct.
+    def read(self, at: int, data: Bytes) -> int:
+        """Fill ``data`` with the bytes from ``at`` on, and return their checksum.
+
+        Both ends of both are aligned when the file is direct.
 
         Raises:
             OSError: from the system, or EIO when the file ends before.
         """
-        done, tries = 0, 0
-        while done < len(data):
-            moved = self._advance(os.preadv, at, data, done)
-            if moved == 0 and (tries := tries + 1) == _TRIES:
-                raise OSError(errno.EIO, f"the file gives no bytes at {at + done}; it may have been cut off")
-            done += moved
-        self._forget(at, len(data), None)
+        done, found = self._read_at(self._fd, data, at, ALIGNMENT if self.direct else 1)
+        if done < len(data):
+            raise OSError(errno.EIO, f"the file gives no bytes at {at + done}; it may have been cut off")
+        if not self.direct:
+            self.drop_cache(at, len(data))
+        return found
 
-    def write(self, at: int, data: Bytes) -> None:
-        """Write ``data`` over the bytes from ``at`` on.
+    def write(self, at: int, data: Bytes) -> int:
+        """Write ``data`` over the bytes from ``at`` on, and return their checksum.
 
         Raises:
             OSError: from the system, or EIO when it takes nothing.
         """
-        done, tries = 0, 0
-        while done < len(data):
-            moved = self._advance(os.pwritev, at, data, done)
-            if moved == 0 and (tries := tries + 1) == _TRIES:
-                raise OSError(errno.EIO, f"the file takes no bytes at {at + done}")
-            done += moved
-        self._forget(at, len(data), at)
-
-    def _advance(self, call: _Transfer, at: int, data: Bytes, done: int) -> int:
-        """Call once, and return how far it came: in whole blocks when the file is direct, where the next can start."""
-        try:
-            moved = call(self._fd, [data[done:]], at + done)
-        except InterruptedError:
-            return 0
-        return moved // ALIGNMENT * ALIGNMENT if self.direct and done + moved < len(data) else moved
-
-    def _forget(self, at: int, size: int, written: int | None) -> None:
-        """Keep the page cache small: it would push out other memory, and counts in a container.
-
-        Advice about written pages starts to write them and drops only those that have arrived: so those of the transfer
-        before are named again.
-        """
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            before = 0 if written is None else min(at, size)
-            os.posix_fadvise(self._fd, at - before, size + before, os.POSIX_FADV_DONTNEED)
+        done, found = self._write_at(self._fd, data, at, ALIGNMENT if self.direct else 1)
+        if done < len(data):
+            raise OSError(errno.EIO, f"the file takes no bytes at {at + done}")
+        if not self.direct:
+            os.fdatasync(self._fd)  # else a fast writer fills the memory with pages that cannot be dropped
+            self.drop_cache(at, len(data))
+        return found
 
     def drop_cache(self, at: int, size: int) -> None:
-        """Take clean pages of these bytes out of the page cache, where mappings brought them in."""
+        """Take pages of these bytes that are on the disk out of the page cache: a container counts them as memory.
+
+        The advice passes over what was read ahead in larger units than ``size`` and sticks out of the range: so it goes
+        back as far again, over what was read before.
+        """
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, at, size, os.POSIX_FADV_DONTNEED)
+            before = min(at, size)
+            os.posix_fadvise(self._fd, at - before, before + size, os.POSIX_FADV_DONTNEED)
 
     def map(self) -> mmap.mmap:
         """Return a shared mapping of the whole file; it keeps the file when this object is closed."""
@@ -155,6 +146,43 @@ class DiskFile:
     def close(self) -> None:
         """Close the file; its blocks are free when no mapping holds them."""
         os.close(self._fd)
+
+
+def transfers() -> tuple[_Transfer, _Transfer]:
+    """Return what reads and what writes (fd, data, at, block), as ``spu._host.read_at`` and ``write_at`` do.
+
+    A compiled transfer takes the interpreter's lock once, one in Python after each call to the system and each sum:
+    beside a thread that runs Python it is half as fast.
+    """
+    if compiled is not None and hasattr(compiled, "read_at"):
+        return compiled.read_at, compiled.write_at
+    return read_in_python, write_in_python
+
+
+def read_in_python(fd: int, data: Bytes, at: int, block: int) -> tuple[int, int]:
+    """Do what ``spu._host.read_at`` does."""
+    done = _move_all(os.preadv, fd, data, at, block)
+    return done, checksum(data) if done == len(data) else 0
+
+
+def write_in_python(fd: int, data: Bytes, at: int, block: int) -> tuple[int, int]:
+    """Do what ``spu._host.write_at`` does."""
+    done = _move_all(os.pwritev, fd, data, at, block)
+    return done, checksum(data) if done == len(data) else 0
+
+
+def _move_all(call: Callable[[int, Any, int], int], fd: int, data: Bytes, at: int, block: int) -> int:
+    done = tries = 0
+    while done < len(data) and tries < _TRIES:
+        try:
+            moved = call(fd, [data[done:]], at + done)
+        except InterruptedError:
+            continue
+        if done + moved < len(data):
+            moved -= moved % block
+        tries = 0 if moved else tries + 1
+        done += moved
+    return done
 
 
 def _open_nameless(folder: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +23,7 @@ from spu.memory.store import Region, StoreError
 
 __all__ = ["PIECE_BYTES", "DiskStore"]
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 8 << 20
 """Bytes of a transfer, and of what one checksum covers."""
 
 # Frees the blocks of the file under a mapping; elsewhere than on Linux they stay until the mapping ends.
@@ -38,7 +39,7 @@ class DiskStore:
     Args:
         folder: where the file is made; it must exist.
         limit_bytes: the most that the file may take; None for what is free.
-        threads: that transfer at once. Two keep a disk busy while a checksum is computed.
+        threads: that transfer at once. Two keep a disk busy; a third does while one waits for the interpreter's lock.
         direct: False uses the page cache though direct I/O may be possible.
 
     Attributes:
@@ -47,7 +48,7 @@ class DiskStore:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], limit_bytes: int | None = None, *, threads: int = 2, direct: bool = True
+        self, folder: str | os.PathLike[str], limit_bytes: int | None = None, *, threads: int = 3, direct: bool = True
     ) -> None:
         self.folder = Path(folder)
         self.direct = False
@@ -171,8 +172,9 @@ class _Parts:
         self._first_piece = [0, *accumulate(counts)]
         self._sums = Checksums(self._first_piece[-1])
         largest = min(PIECE_BYTES, max(layout.sizes, default=0))
-        self.bounce = Slab(largest * threads)
-        self._bounces: list[Bytes] = [slot.numpy() for slot in self.bounce.slots([largest] * threads)]
+        self.bounce = Slab(largest)  # one for all threads: it is for the ends of short transfers, and for `take_all`
+        self._bounce: Bytes = self.bounce.view(0, largest).numpy()
+        self._bounce_free = threading.Lock()
         self.threads = IOThreads(str(file.folder), threads)
 
     def _place(self, region: Region, piece: int) -> tuple[int, int, int]:
@@ -186,42 +188,46 @@ class _Parts:
         wanted = data[piece * PIECE_BYTES :][:size]
         if not self._sums.written(number):
             wanted[:] = 0
-            return
-        # A checksum covers a whole piece: if less is wanted, the rest has to be read as well.
-        whole = wanted if len(wanted) == size else self._bounces[thread][:size]
-        self._get(region, number, at, whole)
-        if whole is not wanted:
-            wanted[:] = whole[: len(wanted)]
+        elif len(wanted) == size:
+            self._get(region, number, at, wanted)
+        else:  # a checksum covers a whole piece: the rest has to be read as well
+            with self._bounce_free:
+                whole = self._bounce[:size]
+                self._get(region, number, at, whole)
+                wanted[:] = whole[: len(wanted)]
 
     def write_piece(self, thread: int, region: Region, piece: int, data: Bytes) -> None:
         number, at, size = self._place(region, piece)
         given = data[piece * PIECE_BYTES :][:size]
-        whole = given
-        if len(given) < size:
-            whole = self._bounces[thread][:size]
+        if len(given) == size:
+            self._put(region, number, at, given)
+            return
+        with self._bounce_free:
+            whole = self._bounce[:size]
             if self._sums.written(number):
                 self._get(region, number, at, whole)
             else:
                 whole[len(given) :] = 0
             whole[: len(given)] = given
-        self._sums.take(number, whole)
+            self._put(region, number, at, whole)
+
+    def _put(self, region: Region, number: int, at: int, whole: Bytes) -> None:
         try:
-            self.file.write(at, whole)
+            self._sums.set(number, self.file.write(at, whole))
         except OSError as error:
-            raise StoreError(self.text(region, "writing", at, size, error)) from error
+            raise StoreError(self.text(region, "writing", at, len(whole), error)) from error
 
     def _get(self, region: Region, number: int, at: int, whole: Bytes) -> None:
-        self._load(region, at, whole)
-        if not self._sums.agrees(number, whole):
+        if not self._sums.agrees(number, self._load(region, at, whole)):
             raise StoreError(
                 f"{self.layout.names[region]}: the {len(whole)} bytes at byte {at} of the file in {self.file.folder} "
                 f"are not those that were written ({checksum_name} differs): the disk or the memory is damaged. Go on "
                 "from the last checkpoint, on another disk"
             )
 
-    def _load(self, region: Region, at: int, whole: Bytes) -> None:
+    def _load(self, region: Region, at: int, whole: Bytes) -> int:
         try:
-            self.file.read(at, whole)
+            return self.file.read(at, whole)
         except OSError as error:
             raise StoreError(self.text(region, "reading", at, len(whole), error)) from error
 
@@ -230,9 +236,8 @@ class _Parts:
 
         def run(thread: int, piece: int) -> None:
             number, at, size = self._place(region, piece)
-            whole = self._bounces[thread][:size]
-            self._load(region, at, whole)
-            self._sums.take(number, whole)
+            with self._bounce_free:
+                self._sums.set(number, self._load(region, at, self._bounce[:size]))
 
         return self.threads.submit(run, -(-self.layout.sizes[region] // PIECE_BYTES))
 
