@@ -17,6 +17,7 @@ from torch import nn
 import spu
 from spu import ModelParallelTrainer
 from spu.memory.activations import ActivationStore, Counts
+from spu.memory.store import Store
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -25,30 +26,35 @@ WIDTH = 16
 @contextlib.contextmanager
 def parked(
     t: ModelParallelTrainer,
-    store: FakeStore,
+    store: Store,
     codec: str | None = None,
     *,
     size: int = 1 << 14,
-    count: int = 200,
+    count: int = 100,
+    within: bool = True,
     **how: Any,
 ) -> Iterator[ActivationStore]:
     """The trainer, prepared, with its activations in a store; nothing is left in it at the end."""
     assert t._runner is not None
-    activations = ActivationStore.on(store, [size] * count, CPU, codec=codec, **how)
+    activations = ActivationStore.on(store, [size] * count, CPU, codec=codec, within=within, **how)
     for stage in t._runner.built.stages:
         stage.activations = activations
-    yield activations
-    assert not activations._records
-    assert not activations._order
-    assert len(activations._free) == count
-    store.close()
+    try:
+        yield activations
+        assert not activations._records
+        assert not activations._order
+        assert len(activations._free) == count
+    finally:
+        for stage in t._runner.built.stages:
+            stage.activations = None
+        store.close()
 
 
 def results(
     model: nn.Module,
     x: Any,
     y: torch.Tensor,
-    store: FakeStore | None,
+    store: Store | None,
     *,
     plan: spu.Plan | None = None,
     steps: int = 2,

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import gc
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,10 @@ from pipelines import batch, reference, trainer
 from torch import nn
 
 import spu
+from spu import StageError
+from spu.memory.disk_store import DiskStore
+from spu.memory.host_store import HostStore
+from spu.memory.store import Store
 
 __all__ = ["reference"]
 
@@ -33,8 +39,7 @@ def test_an_mlp_with_dropout(microbatches: int) -> None:
     assert counts.parked == 2 * 6 * len(x) * WIDTH * 4
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("virtual", [5, 2])
+@pytest.mark.parametrize(("precision", "virtual"), [("fp32", 5), ("fp16", 2), ("fp16", 5), ("bf16", 5)])
 def test_a_decoder(precision: str, virtual: int) -> None:
     x, y = tokens()
     counts = assert_parked_equals_kept(
@@ -42,6 +47,27 @@ def test_a_decoder(precision: str, virtual: int) -> None:
     )
     assert counts.kept == 0
     assert counts.parked >= 2 * 4 * x.numel() * WIDTH * (4 if precision == "fp32" else 2)
+
+
+STORES: dict[str, Callable[[Path], Store]] = {
+    "host": lambda folder: HostStore(),
+    "host, copied beside": lambda folder: HostStore(),
+    "disk": DiskStore,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("host", None), ("host, copied beside", "int8"), ("disk", None), ("disk", "int8")]
+)
+def test_real_stores(kind: str, codec: str | None, tmp_path: Path) -> None:
+    """The tiers that there are, all the same bits; packed ones too, since every store brings back what it was given."""
+    x, y = tokens()
+    how = {"codec": codec, "beside": True if "beside" in kind else None}
+    expected, _, plan = results(decoder(), x, y, FakeStore(), how={"codec": codec}, loss_fn=token_loss, microbatches=3)
+    store = STORES[kind](tmp_path)
+    ours, counts, _ = results(decoder(), x, y, store, how=how, loss_fn=token_loss, microbatches=3, plan=plan)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert counts.kept == 0
 
 
 @pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("gpipe", 1, 1), ("1f1b", 1, 1), ("layer_outer", 1, 3)])
@@ -117,6 +143,33 @@ def test_skip_connections() -> None:
         assert_parked_equals_kept(
             model_of(Down(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), Up(), nn.Tanh()), x, y, virtual=virtual
         )
+
+
+def test_inputs_within_a_stage_are_parked_only_where_asked() -> None:
+    x, y = batch()
+    model = model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    counts = assert_parked_equals_kept(model, x, y, virtual=2, steps=1, how={"within": False})
+    assert counts.parked == len(x) * WIDTH * 4
+    assert counts.kept == 0
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_input_that_is_changed_later_is_refused_as_without_a_store(stored: bool) -> None:
+    """Autograd refuses it of a tensor that it has saved; beside a GPU the copy could be under way."""
+
+    class Stash(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spu.skips.stash("x", x)
+            return x.sin()
+
+    class Change(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spu.skips.pop("x").mul_(2)
+            return x.tanh()
+
+    x, y = batch()
+    with pytest.raises(StageError, match=r"changed in place|modified by an inplace"):
+        results(model_of(nn.Tanh(), Stash(), Change()), x, y, FakeStore() if stored else None, virtual=1)
 
 
 def test_what_is_handed_on_is_kept_and_counted() -> None:

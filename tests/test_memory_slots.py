@@ -12,7 +12,8 @@ from torch import nn
 
 from spu import StageError
 from spu.common.codecs import parked_bytes
-from spu.memory.activations import ActivationStore, region_bytes
+from spu.memory.activations import ActivationStore, region_bytes, region_sizes
+from spu.memory.slots import Ring
 from spu.memory.store import StoreError
 
 __all__ = ["reference"]
@@ -27,21 +28,35 @@ def test_the_ring_does_not_grow_and_reads_are_ahead() -> None:
     with trainer(model, 1, schedule="layer_outer", virtual=5, recompute=True) as t:
         t.prepare(x, y)
         with parked(t, store) as activations:
-            places = None
+            ring = activations._way
+            assert isinstance(ring, Ring)
+            first = sorted(slot.buffer.data_ptr() for slot in ring._slots)
             for _ in range(3):
                 t.forward_backward(x, y)
-                now = sorted(slot.buffer.data_ptr() for slot in activations._ring._slots)
-                assert places in (None, now)
-                places = now
-            assert len(now) == activations._ring.count == 3
+            assert sorted(slot.buffer.data_ptr() for slot in ring._slots) == first
+            assert len(first) == 3
             assert activations.slot_bytes == 3 * (1 << 14)
     # every input is written once and read at most once; what is still in the ring when it is needed is not read
     assert store.counts["write"] == 3 * 4 * 4
     assert store.counts["write"] - 3 * 3 <= store.counts["read"] <= store.counts["write"]
 
 
+def test_reads_begin_before_they_are_needed() -> None:
+    store = FakeStore()
+    activations = ActivationStore.on(store, [4096] * 8, CPU, slots=3)
+    places = [activations.park((1, index, 0), [torch.full((8,), float(index))], [True], 0) for index in range(6)]
+    assert store.counts["read"] == 0
+    for index, place in enumerate(places):
+        assert place is not None
+        assert torch.equal(place.tensors()[0], torch.full((8,), float(index)))
+        started = store.counts["read"]
+        activations.release(1, index)
+        assert store.counts["read"] == started + (index < 3)  # one that comes after the two that are there
+    assert store.counts["read"] <= 6
+
+
 @pytest.mark.parametrize("kind", ["read", "write"])
-@pytest.mark.parametrize("when", [0, 5, 11, 15])
+@pytest.mark.parametrize("when", [0, 5, 15])
 def test_a_store_that_fails_stops_the_stage_and_the_next_step_is_right(kind: str, when: int) -> None:
     x, y = batch()
     model = model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
@@ -152,6 +167,7 @@ def test_bytes() -> None:
     assert parked_bytes(1024, 4, "int8") == 64 + 64 + 1024
     assert region_bytes([1024, 1024], 4, None) == 8192
     assert region_bytes([1], 2, "int8") == 4096
+    assert region_sizes([8192, 1 << 20], 4, None, 2) == [12288, 12288, (1 << 20) + 4096, (1 << 20) + 4096]
 
 
 def test_bad_arguments() -> None:
@@ -159,5 +175,7 @@ def test_bad_arguments() -> None:
         ActivationStore.on(FakeStore(), [1], CPU, codec="int3")
     with pytest.raises(ValueError, match="slots is 1"):
         ActivationStore.on(FakeStore(), [1], CPU, slots=1)
+    with pytest.raises(ValueError, match=r"cuda:0 wait in the host's memory: give a HostStore"):
+        ActivationStore.on(FakeStore(), [1], torch.device("cuda:0"))
     with pytest.raises(ValueError, match="got none"):
         ActivationStore.on(FakeStore(), [], CPU)

@@ -148,10 +148,11 @@ class Stage:
         return x
 
     def _park(self, microbatch: int, position: int) -> Park | None:
-        """Return what takes a layer's input away; None for the batch's own, which its owner holds."""
-        if self.activations is None or (self.is_first and position == 0):
+        """Return what takes a layer's input away; None where it stays: its owner holds the batch itself anyway."""
+        store = self.activations
+        if store is None or (self.is_first and position == 0) or (position > 0 and not store.within):
             return None
-        return partial(self.activations.park, (self.index, microbatch, position))
+        return partial(store.park, (self.index, microbatch, position))
 
     def _layers_for(self, whole: bool) -> list[Layer]:
         """Return the layers to run; the last one without its head's product if the loss may compute that."""

@@ -1,14 +1,14 @@
 """Activations between layers, in the tier below the device from their forward until their backward.
 
 With recompute, a layer keeps one thing from its forward to its backward: its input. When all microbatches go through a
-layer before the next one begins, that is one input for each layer and microbatch, all at one time. Here they are copied
+stage before the next one begins, that is one input for each stage and microbatch, all at one time. Here they are copied
 to regions of a store as soon as the layer has run, as they are or packed, and come back before the layer runs again::
 
-    forward     the layer has run -> its input is copied into a slot -> the device's memory is free -> slot is written
-    backward    the next inputs are read into slots, in the order of the backward -> copied to the device -> recompute
+    forward     the layer has run -> its input is copied -> the device's memory is free -> the copy is written below
+    backward    the next inputs are read, in the order of the backward -> copied to the device -> the layer runs again
 
-Slots are a fixed ring in host memory, page-locked beside a GPU. Copies between a slot and a GPU run on a side stream. A
-CPU runs the same code without one.
+Beside a GPU the tier below is the host's memory, and a side stream copies to it and from it. A CPU, whose tier below is
+a disk, copies to a few fixed slots, which the store writes and reads in the background.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ from spu import ops
 from spu.common.codecs import ALIGN_BYTES, codec_of, parked_bytes
 from spu.common.dtypes import STORAGE
 from spu.common.wire import MAX_NDIM, wire_bytes
-from spu.memory.slots import Piece, Record, Ring, rounded
-from spu.memory.store import Region, Store
+from spu.memory.host_store import HostStore
+from spu.memory.slab import aligned
+from spu.memory.slots import Homes, Piece, Record, Ring, Way
+from spu.memory.store import ALIGNMENT, Region, Store
 from spu.transfer.side import side_for
 
-__all__ = ["ActivationStore", "Counts", "Place", "region_bytes"]
+__all__ = ["ActivationStore", "Counts", "Place", "region_bytes", "region_sizes"]
 
 Place = tuple[int, int, int]
 """Whose input it is: the stage's index, the microbatch's number, the layer's position in the stage."""
@@ -58,7 +61,21 @@ def region_bytes(numels: Sequence[int], item_bytes: int, codec: str | None) -> i
         item_bytes: bytes of a value.
         codec: as for `ActivationStore`.
     """
-    return rounded(sum(parked_bytes(numel, item_bytes, codec) for numel in numels))
+    return aligned(sum(parked_bytes(numel, item_bytes, codec) for numel in numels))
+
+
+def region_sizes(input_bytes: Sequence[int], item_bytes: int, codec: str | None, microbatches: int) -> list[int]:
+    """Return the bytes of all regions for the inputs of stages.
+
+    Args:
+        input_bytes: of one microbatch, of every stage whose input is parked: all but the first.
+        item_bytes: bytes of a value.
+        codec: as for `ActivationStore`.
+        microbatches: that are in flight at one time.
+    """
+    # An input of several tensors has a header, and padding, for each: one more unit has room for some thirty.
+    each = [region_bytes([size // item_bytes], item_bytes, codec) + ALIGNMENT for size in input_bytes]
+    return [size for size in each for _ in range(microbatches)]
 
 
 class ActivationStore:
@@ -73,14 +90,16 @@ class ActivationStore:
         device: where the stages compute.
         codec: what packs values that need a gradient; None: they come back bit for bit. What needs none, what is
             smaller as it is, and (on a CPU, where it is known) what would not be finite, is never packed.
-        slots: of the ring: how many inputs are on their way at one time.
+        slots: of a CPU: how many inputs are on their way at one time.
+        within: also park inputs of layers that are not the first of their stage.
+        beside: copies run beside the device's work: None: if it is a GPU; see `spu.transfer.side_for`.
 
     Attributes:
         counts: what it has done so far.
-        slot_bytes: bytes of the ring.
+        slot_bytes: bytes of all slots.
 
     Raises:
-        ValueError: an unknown codec, fewer than two slots, or no region.
+        ValueError: an unknown codec, fewer than two slots, no region, or a GPU above anything but the host's memory.
     """
 
     def __init__(
@@ -91,40 +110,48 @@ class ActivationStore:
         *,
         codec: str | None = None,
         slots: int = 3,
+        within: bool = False,
+        beside: bool | None = None,
     ) -> None:
         if codec is not None:
             codec_of(codec)
         if slots < 2:
             raise ValueError(f"slots is {slots}: at least 2 are needed, one that is read while the other is used")
         if not regions:
-            raise ValueError("an ActivationStore needs a region for every layer's input of every microbatch, got none")
+            raise ValueError("an ActivationStore needs a region for every stage and microbatch, got none")
         self.counts = Counts()
+        self.within = within
         self._codec = codec
-        self._device = device
         self._free = sorted((size, region) for region, size in regions)
-        self._ring = Ring(store, device, side_for(device, torch.device("cpu"), None), slots, self._free[-1][0])
-        self.slot_bytes = self._ring.size_bytes
+        self._way: Way
+        if isinstance(store, HostStore):
+            self._way = Homes(store, device, side_for(device, torch.device("cpu"), beside))
+        elif device.type == "cpu":
+            self._way = Ring(store, slots, self._free[-1][0])
+        else:
+            raise ValueError(f"activations of {device} wait in the host's memory: give a HostStore, not {store!r}")
+        self.slot_bytes = self._way.size_bytes
         self._records: dict[Place, Record] = {}
         self._order: list[tuple[int, int, int]] = []  # of `_turn`
 
     @classmethod
     def on(
-        cls, store: Store, sizes: Sequence[int], device: torch.device, *, codec: str | None = None, slots: int = 3
+        cls, store: Store, sizes: Sequence[int], device: torch.device, *, codec: str | None = None, **how: Any
     ) -> ActivationStore:
         """Return one with regions of its own.
 
         Args:
             store: one in which nothing is allocated yet.
-            sizes: bytes of the regions, of any size; see `region_bytes`.
-            device, codec, slots: as for the class.
+            sizes: bytes of the regions, of any size; see `region_sizes`.
+            device, codec, how: as for the class.
 
         Raises:
             StoreError: there is no room for them.
             ValueError: as for the class.
         """
-        sizes = [rounded(size) for size in sizes]
+        sizes = [aligned(size) for size in sizes]
         found = store.allocate([f"activation {index}" for index in range(len(sizes))], sizes)
-        return cls(store, list(zip(found, sizes, strict=True)), device, codec=codec, slots=slots)
+        return cls(store, list(zip(found, sizes, strict=True)), device, codec=codec, **how)
 
     def park(
         self, place: Place, tensors: Sequence[Tensor], exact: Sequence[bool], staying_bytes: int
@@ -144,7 +171,7 @@ class ActivationStore:
             return None
         bytes_before = sum(t.numel() * t.element_size() for t in tensors)
         pieces, sources = self._pieces(tensors, exact)
-        stored = rounded(pieces[-1].offset + pieces[-1].nbytes)
+        stored = aligned(pieces[-1].offset + pieces[-1].nbytes)
         index = bisect_left(self._free, (stored, -1))
         if index == len(self._free):
             self.counts.kept += bytes_before
@@ -153,7 +180,7 @@ class ActivationStore:
         record = Record(region, size, stored, pieces, ops.forced_backend())
         self._records[place] = record
         insort(self._order, _turn(place))
-        self._ring.write(record, sources)
+        self._way.write(record, sources)
         self.counts.parked += bytes_before
         self.counts.stored += stored
         return _Parked(self, place)
@@ -191,10 +218,10 @@ class ActivationStore:
             StoreError: it could not be read.
         """
         following = self._following(place)
-        self._ring.read(following)
-        tensors = self._ring.tensors(following[0])
+        self._way.read(following)
+        tensors = self._way.tensors(following[0])
         if len(following) > 1:
-            self._ring.begin(following[1])
+            self._way.begin(following[1])
         return tensors
 
     def release(self, stage: int, microbatch: int) -> None:
@@ -205,14 +232,14 @@ class ActivationStore:
         """
         done = [turn for turn in self._order if turn[:2] == (-stage, microbatch)]
         for turn in done:
-            self._ring.drop(self._records[_place(turn)])
+            self._way.drop(self._records[_place(turn)])
             self._forget(turn)
         if done:
-            self._ring.read(self._following(_place(done[0])))
+            self._way.read(self._following(_place(done[0])))
 
     def clear(self) -> None:
         """Let go of everything, after a failure; what is in progress ends first, well or not."""
-        self._ring.clear()
+        self._way.clear()
         for turn in list(self._order):
             self._forget(turn)
 
@@ -224,7 +251,7 @@ class ActivationStore:
     def _following(self, place: Place) -> list[Record]:
         """Return the records of this place, if there is one, and of those whose backward comes next."""
         first = bisect_left(self._order, _turn(place))
-        return [self._records[_place(turn)] for turn in self._order[first : first + self._ring.count]]
+        return [self._records[_place(turn)] for turn in self._order[first : first + self._way.ahead]]
 
 
 class _Parked:

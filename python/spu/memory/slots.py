@@ -1,28 +1,26 @@
-"""The ring of host slots through which tensors go between a device and the regions of a store."""
+"""How tensors get from a device to the regions of a store and back: by the regions' homes, or by a ring of slots."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spu import ops
 from spu.common.codecs import numel_of
-from spu.memory.store import ALIGNMENT, Region, Store, StoreError, Ticket
+from spu.memory.host_store import HostStore
+from spu.memory.slab import Slab, aligned
+from spu.memory.store import Region, Store, StoreError, Ticket
 from spu.transfer.side import Side
 from spu.transfer.side import Ticket as Crossing
 
-__all__ = ["Piece", "Record", "Ring", "rounded"]
+__all__ = ["Homes", "Piece", "Record", "Ring", "Way"]
 
 _HOST = torch.device("cpu")
-
-
-def rounded(nbytes: int) -> int:
-    """Return bytes rounded up to what a store's regions are multiples of."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -89,42 +87,33 @@ class Record:
     pieces: list[Piece]
     backend: str | None
 
+    def copy_in(self, memory: Tensor, sources: Sequence[Tensor]) -> None:
+        """Copy tensors or wires, one for each piece, to the record's bytes."""
+        with torch.no_grad():
+            for piece, source in zip(self.pieces, sources, strict=True):
+                piece.memory(memory).copy_(source, non_blocking=True)
 
-@dataclass(eq=False)
-class _Slot:
-    """A slot, and what is going on in it.
+    def copy_out(self, memory: Tensor, device: torch.device) -> list[Tensor]:
+        """Copy the pieces from the record's bytes to a device; for `unpacked`."""
+        with torch.no_grad():
+            return [piece.copy_to(memory, device) for piece in self.pieces]
+
+    def unpacked(self, arrived: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors, from what `copy_out` returned."""
+        with torch.no_grad(), ops.use_backend(self.backend):
+            return [piece.unpacked(tensor) for piece, tensor in zip(self.pieces, arrived, strict=True)]
+
+
+class Way(Protocol):
+    """How records get to their regions, and back to the device.
 
     Attributes:
-        buffer: uint8 on the host, aligned.
-        record: whose bytes are in it, or will be.
-        leaving: the copy from the device, which has to end before the slot is written to the store.
-        ticket: the write, or the read.
-        arriving: the copy to the device, begun ahead.
+        ahead: how many records `read` is given at most.
+        size_bytes: memory that it has of its own.
     """
 
-    buffer: Tensor
-    record: Record | None = None
-    leaving: Crossing | None = None
-    ticket: Ticket | None = None
-    arriving: Crossing | None = None
-
-
-class Ring:
-    """Slots of one size, and the copies through them.
-
-    Args:
-        store: the tier.
-        device: at the other end.
-        side: where copies run beside the device's work; None: the calling thread copies.
-        count: how many slots.
-        size: bytes of a slot, at least those of any record.
-    """
-
-    def __init__(self, store: Store, device: torch.device, side: Side | None, count: int, size: int) -> None:
-        self._store, self._device, self._side = store, device, side
-        self._slots = [_Slot(_aligned(rounded(size), pinned=device.type == "cuda")) for _ in range(count)]
-        self.count = count
-        self.size_bytes = count * rounded(size)
+    ahead: int
+    size_bytes: int
 
     def write(self, record: Record, sources: Sequence[Tensor]) -> None:
         """Copy tensors or wires, one for each piece, to the record's region; they may be freed at once.
@@ -132,36 +121,127 @@ class Ring:
         Raises:
             StoreError: an earlier write has failed.
         """
-        slot = self._take(())
-        slot.record = record
-
-        def copy() -> None:
-            for piece, source in zip(record.pieces, sources, strict=True):
-                piece.memory(slot.buffer).copy_(source, non_blocking=True)
-
-        with torch.no_grad():
-            if self._side is None:
-                copy()
-            else:
-                slot.leaving = self._side.start(copy, list(sources))
-        # Beside a GPU the host runs ahead: it waits for a copy only when half of the slots are on their way.
-        waiting = [other for other in self._slots if other.leaving is not None]
-        for other in waiting[: len(waiting) - self.count // 2] if self._side is not None else [slot]:
-            self._write(other)
-
-    def _write(self, slot: _Slot) -> None:
-        assert slot.record is not None
-        if slot.leaving is not None:
-            slot.leaving.arrive(_HOST)
-            slot.leaving = None
-        slot.ticket = self._store.write(slot.record.region, slot.buffer[: slot.record.stored_bytes])
 
     def read(self, records: Sequence[Record]) -> None:
-        """Start to read those of the records that are in no slot, into slots that hold none of them.
+        """Start to bring records nearer, in the order in which they will be needed."""
 
-        Args:
-            records: as many as there are slots, or fewer.
+    def begin(self, record: Record) -> None:
+        """Start to copy to the device a record that `read` was called with, beside the device's work.
+
+        Raises:
+            StoreError: as for `tensors`.
         """
+
+    def tensors(self, record: Record) -> list[Tensor]:
+        """Return the tensors, in new memory of the device, of a record that `read` was called with.
+
+        Raises:
+            StoreError: it could not be read, or had not been written.
+        """
+
+    def drop(self, record: Record) -> None:
+        """Forget a record: its region may be used again.
+
+        Raises:
+            StoreError: it could not be written.
+        """
+
+    def clear(self) -> None:
+        """Forget all records; what is in progress ends first, well or not."""
+
+
+class Homes:
+    """The way to a store whose regions are host memory that the device reaches: nothing lies between.
+
+    Args:
+        store: the host's memory; page-locked beside a GPU.
+        device: at the other end.
+        side: where copies run beside the device's work, in the order in which they are begun; None: the calling thread
+            copies.
+    """
+
+    ahead = 2
+    size_bytes = 0
+
+    def __init__(self, store: HostStore, device: torch.device, side: Side | None) -> None:
+        self._store, self._device, self._side = store, device, side
+        self._leaving: dict[int, Crossing] = {}  # by the record's identity
+        self._arriving: dict[int, Crossing] = {}
+
+    def write(self, record: Record, sources: Sequence[Tensor]) -> None:
+        """See `Way.write`."""
+        home, own = self._store.home(record.region), list(sources)
+        if self._side is None:
+            record.copy_in(home, own)
+        else:
+            self._leaving[id(record)] = self._side.start(lambda: record.copy_in(home, own), own)
+
+    def read(self, records: Sequence[Record]) -> None:
+        """Do nothing: the device copies from the homes."""
+
+    def begin(self, record: Record) -> None:
+        """See `Way.begin`. The side copies a record out after it has copied it in."""
+        if self._side is not None and id(record) not in self._arriving:
+            home = self._store.home(record.region)
+            self._arriving[id(record)] = self._side.start(lambda: record.copy_out(home, self._device), ())
+
+    def tensors(self, record: Record) -> list[Tensor]:
+        """See `Way.tensors`."""
+        self.begin(record)
+        if self._side is None:
+            return record.unpacked(record.copy_out(self._store.home(record.region), self._device))
+        left = self._leaving.get(id(record))
+        if left is not None:
+            left.arrive(self._device)
+        return record.unpacked(self._arriving.pop(id(record)).arrive(self._device))
+
+    def drop(self, record: Record) -> None:
+        """See `Way.drop`. Whatever is copied to its region next is copied after what is on its way now."""
+        self._leaving.pop(id(record), None)
+        self._arriving.pop(id(record), None)
+
+    def clear(self) -> None:
+        """See `Way.clear`."""
+        for crossing in (*self._leaving.values(), *self._arriving.values()):
+            with contextlib.suppress(Exception):  # the failure that is being cleared up is known
+                crossing.arrive(_HOST)
+        self._leaving.clear()
+        self._arriving.clear()
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A slot, the record whose bytes are in it or will be, and its write or read in progress."""
+
+    buffer: Tensor
+    record: Record | None = None
+    ticket: Ticket | None = None
+
+
+class Ring:
+    """The way from a CPU to any store: through slots of one size, which the store writes and reads in the background.
+
+    Args:
+        store: the tier.
+        count: how many slots.
+        size: bytes of a slot, at least those of any record.
+    """
+
+    def __init__(self, store: Store, count: int, size: int) -> None:
+        self._store = store
+        self.ahead = count
+        self.size_bytes = count * aligned(size)
+        self._slots = [_Slot(buffer) for buffer in Slab(self.size_bytes).slots([size] * count)]
+
+    def write(self, record: Record, sources: Sequence[Tensor]) -> None:
+        """See `Way.write`."""
+        slot = self._take(())
+        record.copy_in(slot.buffer, sources)
+        slot.record = record
+        slot.ticket = self._store.write(record.region, slot.buffer[: record.stored_bytes])
+
+    def read(self, records: Sequence[Record]) -> None:
+        """Start to read those of the records that are in no slot, into slots that hold none of them."""
         present = {id(slot.record) for slot in self._slots}
         for record in records:
             if id(record) not in present:
@@ -170,58 +250,27 @@ class Ring:
                 slot.ticket = self._store.read(record.region, slot.buffer[: record.stored_bytes])
 
     def begin(self, record: Record) -> None:
-        """Start to copy a record to a GPU, ahead of `tensors`; the copy waits only for what the GPU has to do so far.
-
-        Raises:
-            StoreError: as for `tensors`.
-        """
-        slot = self._slot_of(record)
-        if self._side is not None and slot.arriving is None:
-            self._ready(slot)
-            with torch.no_grad():
-                slot.arriving = self._side.start(lambda: self._copies(slot), ())
+        """Do nothing: on a CPU, a copy beside the work only takes turns with it."""
 
     def tensors(self, record: Record) -> list[Tensor]:
-        """Return a record's tensors in new memory of the device; `read` must have been called with it.
-
-        Raises:
-            StoreError: it could not be read, or had not been written.
-        """
-        self.begin(record)
-        slot = self._slot_of(record)
-        with torch.no_grad(), ops.use_backend(record.backend):
-            if slot.arriving is None:
-                self._ready(slot)
-                arrived = self._copies(slot)
-            else:
-                arrived = slot.arriving.arrive(self._device)
-                slot.arriving = None
-            return [piece.unpacked(tensor) for piece, tensor in zip(record.pieces, arrived, strict=True)]
-
-    def _copies(self, slot: _Slot) -> list[Tensor]:
-        assert slot.record is not None
-        return [piece.copy_to(slot.buffer, self._device) for piece in slot.record.pieces]
+        """See `Way.tensors`."""
+        slot = next(slot for slot in self._slots if slot.record is record)
+        self._settle(slot)
+        return record.unpacked(record.copy_out(slot.buffer, _HOST))
 
     def drop(self, record: Record) -> None:
-        """Forget a record: its region may be used again.
-
-        Raises:
-            StoreError: it could not be written.
-        """
+        """See `Way.drop`."""
         for slot in self._slots:
             if slot.record is record:
                 self._settle(slot)
                 slot.record = None
 
     def clear(self) -> None:
-        """Forget all records; what is in progress ends first, well or not."""
+        """See `Way.clear`."""
         for slot in self._slots:
             with contextlib.suppress(StoreError):
                 self._settle(slot)
-            slot.record = slot.leaving = slot.ticket = slot.arriving = None
-
-    def _slot_of(self, record: Record) -> _Slot:
-        return next(slot for slot in self._slots if slot.record is record)
+            slot.record = None
 
     def _take(self, needed: Sequence[Record]) -> _Slot:
         """Return a slot that holds none of the needed records: a free one, else the one that was used longest ago."""
@@ -235,23 +284,9 @@ class Ring:
         self._slots.append(slot)
         return slot
 
-    def _settle(self, slot: _Slot) -> None:
-        """Wait for what is in progress in a slot, so that it may be filled anew."""
-        self._ready(slot)
-        if slot.arriving is not None:
-            slot.arriving.arrive(_HOST)
-            slot.arriving = None
-
-    def _ready(self, slot: _Slot) -> None:
-        """Wait until a slot holds its record's bytes, and the store does."""
-        if slot.leaving is not None:
-            self._write(slot)
+    @staticmethod
+    def _settle(slot: _Slot) -> None:
+        """Wait for what is in progress in a slot."""
         ticket, slot.ticket = slot.ticket, None
         if ticket is not None:
             ticket.wait()
-
-
-def _aligned(size: int, *, pinned: bool) -> Tensor:
-    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
-    first = -memory.data_ptr() % ALIGNMENT
-    return memory[first : first + size]

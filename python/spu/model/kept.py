@@ -62,20 +62,22 @@ class Kept:
         self._versions = {index: torch_private.version(tensor) for index, tensor in self._tensors.items()}
         self._places: list[int] = []
         self._parked: Parked | None = None
+        self._probes: dict[int, Tensor] = {}
 
     def made(self) -> Any:
         """Return a structure with these values. A new tensor requires a gradient if it did, and is no leaf.
 
         Raises:
-            RuntimeError: a tensor that was neither copied nor parked has been changed in place since.
+            RuntimeError: the input has been changed in place since, by other code that holds it.
         """
         present = dict(self._tensors)
+        if not self._cloned:
+            self._check()
         if self._parked is not None:
             present.update(zip(self._places, self._parked.tensors(), strict=True))
         leaves = list(self._leaves)
         for index, tensor in present.items():
             if index in self._tensors and not self._cloned:
-                self._check(index)
                 leaves[index] = tensor
             else:
                 new = tensor.clone() if index in self._tensors else tensor
@@ -102,7 +104,7 @@ class Kept:
         if self._parked is not None:
             self._places = places
             for index in places:
-                del self._tensors[index]
+                self._probes[index] = _probe(self._tensors.pop(index))
 
     def _may_leave(self, index: int, handed_on: set[int | None]) -> bool:
         tensor = self._tensors[index]
@@ -117,12 +119,21 @@ class Kept:
         """Tell a value from a mask or a position, which whole models share."""
         return self._tensors[index].is_floating_point() or self._tensors[index].is_complex()
 
-    def _check(self, index: int) -> None:
-        if torch_private.version(self._tensors[index]) != self._versions[index]:
-            raise RuntimeError(
-                "the input of a layer that is recomputed was changed in place after the layer had run, by code that "
-                "holds it too: change a copy (x.clone()), or train with recompute=False"
-            )
+    def _check(self) -> None:
+        """Refuse what autograd refuses of a tensor that it has saved; a copy to a GPU's host may also be under way."""
+        for index, tensor in (*self._tensors.items(), *self._probes.items()):
+            if torch_private.version(tensor) != self._versions[index]:
+                raise RuntimeError(
+                    "the input of a layer that is recomputed was changed in place after the layer had run, by code "
+                    "that holds it too: change a copy (x.clone()), or train with recompute=False"
+                )
+
+
+def _probe(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory that shares the version counter of this one."""
+    probe = tensor.detach()
+    probe.data = tensor.new_empty(0)
+    return probe
 
 
 def _is_fixed(tensor: Tensor) -> bool:
