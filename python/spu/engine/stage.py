@@ -148,9 +148,11 @@ class Stage:
         return x
 
     def _park(self, microbatch: int, position: int) -> Park | None:
-        """Return what takes a layer's input away; None where it stays: its owner holds the batch itself anyway."""
+        """Return what takes a layer's input away; None where it stays: the batch itself, which its owner holds anyway,
+        and in the last stage, where a backward follows its forward at once.
+        """
         store = self.activations
-        if store is None or (self.is_first and position == 0) or (position > 0 and not store.within):
+        if store is None or self.is_last or (self.is_first if position == 0 else not store.within):
             return None
         return partial(store.park, (self.index, microbatch, position))
 

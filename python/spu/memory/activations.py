@@ -68,7 +68,7 @@ def region_sizes(input_bytes: Sequence[int], item_bytes: int, codec: str | None,
     """Return the bytes of all regions for the inputs of stages.
 
     Args:
-        input_bytes: of one microbatch, of every stage whose input is parked: all but the first.
+        input_bytes: of one microbatch, of every stage whose input is parked: all but the first and the last.
         item_bytes: bytes of a value.
         codec: as for `ActivationStore`.
         microbatches: that are in flight at one time.
@@ -234,8 +234,7 @@ class ActivationStore:
         for turn in done:
             self._way.drop(self._records[_place(turn)])
             self._forget(turn)
-        if done:
-            self._way.read(self._following(_place(done[0])))
+        self._way.read(self._following(_place(done[0]) if done else (stage, microbatch, 0)))
 
     def clear(self) -> None:
         """Let go of everything, after a failure; what is in progress ends first, well or not."""
