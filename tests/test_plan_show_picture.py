@@ -75,3 +75,21 @@ def test_an_empty_timeline_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the predicted timeline has no spans"):
         draw_timeline(timeline, tmp_path / "t.png", "empty", Timeline.from_spans([]))
     assert not (tmp_path / "t.png").exists()
+
+
+def test_a_streamed_plan_is_drawn_with_its_tiers_and_copies(tmp_path):
+    from test_plan_make import layers
+    from test_plan_make_streaming import DISK, stream
+
+    from spu.plan.show.colors import OTHER_FILL
+    from spu.plan.show.picture import draw_plan
+
+    plan = stream(layers(30, params=100_000), DISK, disk=(1e8, 1e8), microbatches=1, flops=2e11)
+    assert plan.streaming is not None
+    draw_plan(plan, tmp_path / "plan.png")
+    image = matplotlib.image.imread(tmp_path / "plan.png")
+    assert image.shape[0] < 1200  # no row for each of 30 stages
+    assert plan.streaming.bottleneck == "disk"
+    backward, disk = pixels_of(image, FILL["B"]), pixels_of(image, OTHER_FILL)
+    seconds = 30 * plan.stages[0].backward_s
+    assert disk / backward == pytest.approx(plan.streaming.seconds["disk"] / seconds, rel=0.1)

@@ -97,11 +97,13 @@ def simulate_visits(visits: Sequence[Visit], slots: int, state_slots: int) -> li
         own = left[0 if visit.forward else 1]
         # A state slot is filled by what is read for the update, or by the backward.
         full = own[-state_slots] if len(own) >= state_slots else []
-        ready = used.get(visit.stage % slots, []) if visit.fetches else []
+        free = used.get(visit.stage % slots, []) if visit.fetches else []
+        # Below a GPU only the link waits for its slot, and for a slot of the host what comes from the disk.
+        ready = free if visit.read_s or not visit.in_s else []
         ready = add(k, _DISK, visit.read_s, ready + full if visit.updates else ready)
         ready = add(k, _HOST, visit.update_s, ready)
         written = add(k, _DISK, visit.written_s, ready) if visit.update_s else None
-        ready = add(k, _LINK_IN, visit.in_s, ready)
+        ready = add(k, _LINK_IN, visit.in_s, ready + free)
         done = add(k, _COMPUTE, visit.compute_s, ready + computed + ([] if visit.forward else full))
         computed = done
         gone = add(k, _LINK_OUT, visit.out_s, done)

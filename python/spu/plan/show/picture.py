@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from spu.common.units import format_bytes, format_seconds
 from spu.plan.show.colors import FAINT, FILL, IDLE, INK, OTHER_FILL, OTHER_INK, TEXT, WORDS
 from spu.plan.show.curve import memory_curve
+from spu.plan.visits import RESOURCES
 from spu.schedules import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from spu.plan.plan import Plan
+    from spu.plan.streaming import StreamingPlan
+    from spu.plan.visits import Busy
 
 __all__ = ["draw_plan", "draw_timeline"]
 
@@ -87,18 +90,25 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: without matplotlib; says how to install it.
     """
-    count = len(plan.devices)
-    heights = [0.5 + _ROW * len(plan.stages), 0.5 + _ROW * count, 1.2 + 0.5 * count]
+    count, streaming = len(plan.devices), plan.streaming
+    moving = [] if streaming is None else [name for name in RESOURCES[1:] if streaming.seconds[name]]
+    bars = len(plan.stages) if streaming is None else len(streaming.tiers)
+    heights = [0.5 + _ROW * bars, 0.5 + _ROW * (count + len(moving)), 1.2 + 0.5 * count]
     figure = _new_figure(sum(heights) + 1.5)
     top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
     p, s = plan.predicted, plan.settings
     step = f"{format_seconds(p.step_s)} a step, {100 * p.idle_share:.0f}% idle ({p.basis})"
     _head(figure, f"{plan.model or 'plan'}: {s.schedule}, {s.microbatches} microbatches, {s.precision}; {step}")
-    _draw_bytes(top, plan)
+    if streaming is None:
+        _draw_bytes(top, plan)
+    else:
+        _draw_tiers(top, streaming)
     ranks = {name: rank for rank, name in enumerate(plan.devices)}
     timeline = plan.timeline()
     _draw_rows(middle, timeline, [ranks[stage.device] for stage in plan.stages], timeline.makespan, 1.0)
-    _dress(middle, list(ranks), "seconds of one run of the schedule, predicted")
+    for row, name in enumerate(moving, count):
+        _draw_moving(middle, row, [busy for busy in streaming.busy() if busy.resource == name] if streaming else [])
+    _dress(middle, [*ranks, *moving], "seconds of one run of the schedule, predicted")
     middle.legend(loc="lower right", ncols=5, **_legend(1.0))
     _draw_curves(bottom, plan)
     figure.savefig(os.fspath(path), facecolor="white")
@@ -186,6 +196,23 @@ def _draw_bytes(axis: Any, plan: Plan) -> None:
     labels = [f"{k}: {stage.device}" for k, stage in enumerate(plan.stages)]
     _dress(axis, labels, "GB at the peak (line: the device's budget)")
     axis.legend(loc="lower left", ncols=7, **_legend(0.0))
+
+
+def _draw_tiers(axis: Any, streaming: StreamingPlan) -> None:
+    """Draw a bar per tier of what it holds at its peak, and its budget as a line."""
+    for k, tier in enumerate(streaming.tiers):
+        peak, budget = tier.peak_bytes / 1e9, tier.budget_bytes / 1e9
+        axis.barh(k, peak, height=0.7, color=_CATEGORIES["param_bytes"][1])
+        axis.plot([budget] * 2, [k - 0.4, k + 0.4], color=TEXT, linewidth=1.5)
+        text = f"{format_bytes(tier.peak_bytes)} of {format_bytes(tier.budget_bytes)}"
+        axis.annotate(text, (0, k), (4, 0), textcoords="offset points", va="center", fontsize=7, color=INK["F"])
+    _dress(axis, [tier.name for tier in streaming.tiers], "GB at the peak (line: the tier's budget)")
+
+
+def _draw_moving(axis: Any, row: int, spans: Sequence[Busy]) -> None:
+    """Draw what a link, a disk or the host does in its row."""
+    widths = [span.end - span.start for span in spans]
+    axis.barh(row, widths, left=[span.start for span in spans], height=_BAR, color=OTHER_FILL, linewidth=0)
 
 
 def _draw_curves(axis: Any, plan: Plan) -> None:
