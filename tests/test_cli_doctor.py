@@ -141,7 +141,7 @@ def test_libraries_that_work_say_for_what_they_are(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib, "import_module", lambda name: library)
     assert doctor._kernels_of("cpu") == "C++ kernels for avx2"
     assert doctor._kernels_of("cuda") == "CUDA C++ kernels for sm_75, sm_90a"
-    assert doctor._simulator() == [Row("spu._host", True, "the simulator in C++")]
+    assert doctor._simulator() == [Row("spu._host", True, "the simulator and file transfers in C++")]
     play_packages(monkeypatch, **{"spu._host": ImportError("not there")})
     (row,) = doctor._simulator()
     assert (row.works, row.fix) == (False, doctor._build())

@@ -282,8 +282,14 @@ def test_a_store_that_is_forgotten_closes(tmp_path: Path) -> None:
     made = DiskStore(tmp_path)
     made.allocate(["a"], [SIZE])
     made.home(0)
+    data = memory(1)
+    ticket = made.write(0, data)
     del made
     gc.collect()
+    ticket.wait()
+    deadline = time.monotonic() + 20
+    while len(os.listdir("/proc/self/fd")) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(os.listdir("/proc/self/fd")) == before  # the threads: see the check that no thread outlives its test
 
 

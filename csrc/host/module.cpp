@@ -1,5 +1,5 @@
-// spu._host: the simulator that planning runs for every placement it tries; checksums, and transfers of files with them. No
-// tensors.
+// spu._host: the simulator that planning runs for every placement it tries, checksums, and transfers of files with
+// them. Touches no tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

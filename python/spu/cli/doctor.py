@@ -163,9 +163,9 @@ def _simulator() -> list[Row]:
     try:
         importlib.import_module("spu._host")
     except Exception as error:
-        detail = f"the simulator in C++ cannot be imported: {_text(error)}; spu plans without, slower"
+        detail = f"the simulator and file transfers in C++ cannot be imported: {_text(error)}; spu does without, slower"
         return [Row("spu._host", False, detail, _build())]
-    return [Row("spu._host", True, "the simulator in C++")]
+    return [Row("spu._host", True, "the simulator and file transfers in C++")]
 
 
 def _backends() -> list[Row]:

@@ -60,7 +60,7 @@ class DiskFile:
             self._reserve()
             self.note = self._go_direct() if direct else "direct I/O was not asked for"
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
         self.direct = not self.note
         self._read_at, self._write_at = transfers()
@@ -144,8 +144,14 @@ class DiskFile:
         return mmap.mmap(self._fd, self.size)
 
     def close(self) -> None:
-        """Close the file; its blocks are free when no mapping holds them."""
-        os.close(self._fd)
+        """Close the file; its blocks are free when no mapping holds them. Harmless when called twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
 
 
 def transfers() -> tuple[_Transfer, _Transfer]:

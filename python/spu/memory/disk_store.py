@@ -158,8 +158,9 @@ class DiskStore:
             parts.file.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_parts", None) is not None:
-            self.close()
+        parts = getattr(self, "_parts", None)
+        if parts is not None:  # the file goes when the last transfer is done
+            parts.threads.release()
 
 
 class _Parts:

@@ -113,8 +113,9 @@ class HostStore:
             slab.close(keep_viewed=True)
 
     def __del__(self) -> None:
-        if getattr(self, "_threads", None) is not None:
-            self.close()
+        threads = getattr(self, "_threads", None)
+        if threads is not None:  # the slab goes when the last copy is done
+            threads.release()
 
 
 def _nothing(thread: int, piece: int) -> None:

@@ -173,6 +173,16 @@ class IOThreads:
                 request._drop(failure)
             queue.clear()
 
+    def release(self) -> None:
+        """Let the threads end when what is queued is done, without waiting for them.
+
+        For the garbage collector: it runs in any thread at any time, also in one of these.
+        """
+        if self._pid == os.getpid():
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+
     def close(self, *, abandon: bool = False) -> bool:
         """Stop: finish what is queued, or only the present pieces if ``abandon``; return whether the threads ended.
 

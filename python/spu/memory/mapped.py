@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ class Mapped:
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory: mmap.mmap | None = memory
         self._size = len(memory)
+        self._lock = threading.Lock()
         self._parts: dict[tuple[int, int], weakref.ref[memoryview]] = {}
 
     def view(self, start: int, size: int) -> Tensor:
@@ -36,11 +38,12 @@ class Mapped:
             raise ValueError(f"bytes {start} to {start + size} do not lie in {self._size}")
         if size == 0:
             return torch.empty(0, dtype=torch.uint8)
-        found = self._parts.get((start, size))
-        part = None if found is None else found()
-        if part is None:
-            part = memoryview(self._memory)[start : start + size]
-            self._parts[start, size] = weakref.ref(part)
+        with self._lock:  # two views of one part share its memoryview: there is one reference to tell by
+            found = self._parts.get((start, size))
+            part = None if found is None else found()
+            if part is None:
+                part = memoryview(self._memory)[start : start + size]
+                self._parts[start, size] = weakref.ref(part)
         return torch.frombuffer(part, dtype=torch.uint8)
 
     def flush(self, start: int, size: int) -> None:
