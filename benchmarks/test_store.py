@@ -27,7 +27,8 @@ SHAPE = f"{SIZE >> 20} MiB"
 @pytest.fixture
 def data() -> Iterator[torch.Tensor]:
     slab = Slab(SIZE)
-    yield slab.view(0, SIZE).random_(0, 256)
+    slab.view(0, SIZE).view(torch.int64).random_()
+    yield slab.view(0, SIZE)
     slab.close()
 
 

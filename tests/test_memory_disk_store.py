@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hard_limit import run_limited
 
 from spu.memory import disk_store
 from spu.memory.disk_file import _file_system
@@ -174,6 +176,26 @@ def test_damage_after_hidden_is_found(store: DiskStore) -> None:
         read(store, 1)
 
 
+def test_hidden_reads_only_what_may_have_been_changed(store: DiskStore) -> None:
+    """A home that nobody has seen keeps its checksums: gradients, when a model's weights are shown."""
+    store.write(0, memory(SIZES[0], 1)).wait()
+    store.write(2, memory(SIZES[2], 2)).wait()
+    regions = [0, 1, 2, 3]
+    held = store.home(2)  # from before: it may be changed in every span from exposed to hidden
+    for value in (5, 6):
+        store.exposed(regions)
+        held.fill_(value)
+        store.hidden(regions)
+        assert bool((read(store, 2) == value).all())
+    other = raw(store)
+    os.pwrite(other, b"damage", 0)
+    os.close(other)
+    store.exposed(regions)
+    store.hidden(regions)
+    with pytest.raises(StoreError, match="stage 0 weights"):
+        read(store, 0)
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
@@ -299,3 +321,35 @@ def test_homes_outlive_the_store_and_only_they_keep_blocks(store: DiskStore) -> 
     del home
     gc.collect()
     os.close(other)
+
+
+UNDER_A_LIMIT = """
+import sys, torch
+from spu.memory.disk_store import PIECE_BYTES, DiskStore
+from spu.memory.slab import Slab
+store = DiskStore(sys.argv[1])
+regions = store.allocate([f"r{k}" for k in range(16)], [PIECE_BYTES * 2] * 16)
+slot = Slab(PIECE_BYTES * 2).view(0, PIECE_BYTES * 2)
+for k in regions:
+    slot.fill_(k + 1)
+    store.write(k, slot).wait()
+store.exposed(regions)
+for k in regions:
+    store.home(k).add_(1)
+store.hidden(regions)
+for k in regions:
+    store.read(k, slot).wait()
+    assert int(slot.min()) == int(slot.max()) == k + 2
+store.close()
+print("done")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA and /proc")
+def test_a_store_of_four_times_what_the_process_may_have(tmp_path: Path) -> None:
+    """256 MB of regions with 64 MB to spare: transfers need a slot and a piece, and homes do not count.
+
+    Three threads have stacks of 8 MB each.
+    """
+    run = run_limited(UNDER_A_LIMIT, headroom_bytes=64 << 20, arguments=[str(tmp_path)])
+    assert (run.code, run.output) == (0, "done\n"), run.errors

@@ -61,6 +61,7 @@ class DiskStore:
         self._parts: _Parts | None = None
         self._mapped: Mapped | None = None
         self._exposed: set[Region] = set()
+        self._looked_at: set[Region] = set()  # regions whose homes somebody may have changed
 
     def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
         """Make the file, with all its blocks; see `Store.allocate`."""
@@ -108,6 +109,7 @@ class DiskStore:
                 self._mapped = Mapped(parts.file.map())
             except (OSError, ValueError) as error:
                 raise StoreError(f"{self.folder}: the file cannot be mapped: {error}") from error
+        self._looked_at.add(region)
         start, size = parts.layout.starts[region], parts.layout.sizes[region]
         return Slab(0).view(0, 0) if self._mapped is None else self._mapped.view(start, size)
 
@@ -119,10 +121,12 @@ class DiskStore:
     def hidden(self, regions: Sequence[Region]) -> None:
         """Bring what was changed to the disk, and take new checksums by reading it; see `Store.hidden`.
 
-        Only changed pages are written; all are read, so that what is damaged later is noticed. The page cache is left.
+        Only changed pages are written; all are read, so that later damage is noticed, and leave the page cache.
+        Regions whose homes nobody has asked for are left out.
         """
         parts = self._open()
-        for region in regions:
+        changed = [region for region in dict.fromkeys(regions) if region in self._looked_at]
+        for region in changed:
             start, size = parts.layout.starts[region], parts.layout.sizes[region]
             if self._mapped is not None:
                 try:
@@ -131,8 +135,12 @@ class DiskStore:
                     raise StoreError(parts.threads.fail(parts.text(region, "writing", start, size, error))) from error
                 self._mapped.advise(mmap.MADV_DONTNEED, start, size)
             parts.file.drop_cache(start, size)
-        for request in [parts.take_all(region) for region in regions]:
+        for request in [parts.take_all(region) for region in changed]:
             request.wait()
+        for region in changed:
+            start, size = parts.layout.starts[region], parts.layout.sizes[region]
+            if self._mapped is None or not self._mapped.is_viewed(start, size):
+                self._looked_at.discard(region)
         self._exposed.difference_update(regions)
 
     def _open(self) -> _Parts:

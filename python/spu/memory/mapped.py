@@ -46,6 +46,11 @@ class Mapped:
                 self._parts[start, size] = weakref.ref(part)
         return torch.frombuffer(part, dtype=torch.uint8)
 
+    def is_viewed(self, start: int, size: int) -> bool:
+        """Tell whether a tensor still uses the part that `view` gave out for these arguments."""
+        part = self._parts.get((start, size))
+        return part is not None and part() is not None
+
     def flush(self, start: int, size: int) -> None:
         """Write what was changed in these bytes to the file below.
 
