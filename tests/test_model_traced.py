@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import every_schedule, reference, some_schedules, trainer  # noqa: F401
+from pipelines import batch, every_schedule, reference, some_schedules, trainer
 from torch import nn
 
 from spu.engine.microbatch import as_dicts
 from spu.model.traced import arguments
+
+__all__ = ["reference"]
 
 
 class Block(nn.Module):
@@ -287,3 +289,38 @@ def test_a_checkpoint_of_a_module_in_several_stages(tmp_path: Any) -> None:
             t.prepare(*rows())
             t.load(tmp_path / "saved")
             assert [t.step(*rows()).loss for _ in range(2)] == pytest.approx(expected, rel=1e-6)
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Skipping(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x = self[0](x)
+        for layer in self[1:]:
+            x = layer(x)
+        return x + first.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Skipping, nn.Sequential])
+def test_a_sequence_with_a_forward_of_its_own(reference: None, kind: type[nn.Sequential]) -> None:
+    """A pipeline of its layers would not call it: a class's was refused, an instance's left out without a word."""
+    torch.manual_seed(0)
+    model = kind(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+    if kind is nn.Sequential:
+        model.forward = lambda x: model[4](model[0](x)) - 1  # type: ignore[method-assign]
+    x, y = batch()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with trainer(model, 2, microbatches=1) as t:
+        found, _ = t.forward_backward(x, y)
+        assert len(t.plan.stages) == 2
+    assert_equal(found, loss.detach(), "loss")
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        assert (parameter.grad is None) == (gradient is None), name
+        if gradient is not None:
+            assert_equal(parameter.grad, gradient, name)

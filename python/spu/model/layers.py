@@ -136,9 +136,17 @@ class Layer:
 
 def has_order(model: Any) -> bool:
     """Tell whether a model's layers have a known order; any other module's is found by tracing it on a batch."""
-    if not isinstance(model, nn.Module) or isinstance(model, (nn.Sequential, nn.ModuleList)) or _is_adapted(model):
+    if isinstance(model, nn.Sequential):
+        return not _has_own_forward(model)
+    if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList) or _is_adapted(model):
         return True
     return _is_hugging_face(model) and not _is_without_plan(model)
+
+
+def _has_own_forward(model: nn.Sequential) -> bool:
+    """Tell whether a sequence does something else than call its layers in order."""
+    cls = type(model)
+    return "forward" in vars(model) or (cls.forward is not nn.Sequential.forward and not hasattr(cls, "spu_plain"))
 
 
 def layers_by_tracing(model: nn.Module, inputs: Any) -> list[Layer]:
@@ -158,11 +166,10 @@ def model_layers(model: Any) -> list[Layer]:
         TypeError: no module, or a sequence with a forward of its own.
     """
     if isinstance(model, nn.Sequential):
-        own = type(model).forward
-        if own is not nn.Sequential.forward and not hasattr(type(model), "spu_plain"):
+        if _has_own_forward(model):
             raise TypeError(
-                f"{type(model).__name__} is an nn.Sequential with a forward of its own, which a pipeline of its layers "
-                "would not call: move what it does into a layer"
+                f"{type(model).__name__} is an nn.Sequential with a forward of its own: its layers are found by "
+                "tracing it on a batch"
             )
         # not named_children(), which leaves out the second use of a shared module
         return _named(torch_private.children_of(model).items())
