@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,8 +54,25 @@ def trainer(model: Any, ranks: int = 2, **settings: Any) -> ModelParallelTrainer
     return ModelParallelTrainer(model, devices(ranks), **settings)
 
 
-def batch(rows: int = 8, width: int = 6, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """One thread, and no worker that outlives the test."""
+    threads, alive = torch.get_num_threads(), set(threading.enumerate())
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    left = [t.name for t in threading.enumerate() if t not in alive and t.name.startswith("spu")]
+    assert not left, f"leaked worker threads: {left}"
+
+
+def layers(seed: int = 0) -> list[nn.Module]:
+    """A model in four parts, for `batch`."""
+    torch.manual_seed(seed)
+    return [nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 4)]
+
+
+def batch(rows: int = 8, width: int = 6, classes: int = 4, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, width, generator=generator), torch.randint(classes, (rows,), generator=generator)
 
 

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import devices
+from pipelines import batch, devices, layers, no_thread_left
 from torch import nn
 
 import spu
 from spu import LossScaler, ModelParallelTrainer
 from spu.checkpoint.writing import CheckpointError
 
+__all__ = ["no_thread_left"]
 
-def layers(seed: int = 0) -> list[nn.Module]:
-    torch.manual_seed(seed)
-    return [nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 4)]
-
-
-def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads, alive = torch.get_num_threads(), set(threading.enumerate())
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    left = [t.name for t in threading.enumerate() if t not in alive and t.name.startswith("spu")]
-    assert not left, f"leaked worker threads: {left}"
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 # The step
@@ -95,7 +77,7 @@ class _Overflow(torch.autograd.Function):
 def test_the_scale_grows_after_the_interval() -> None:
     scaler = LossScaler(init_scale=8.0, growth_interval=3)
     with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=2, scaler=scaler) as trainer:
-        scales = [trainer.step(*batch(step)).loss_scale for step in range(7)]
+        scales = [trainer.step(*batch(seed=step)).loss_scale for step in range(7)]
     assert scales == [8, 8, 8, 16, 16, 16, 32]
 
 
@@ -138,7 +120,7 @@ def test_any_optimizer_trains(optimizer: object, precision: str) -> None:
     with ModelParallelTrainer(
         nn.Sequential(*layers()), devices(2), precision=precision, microbatches=2, optimizer=optimizer, lr=0.01
     ) as trainer:
-        losses = [trainer.step(*batch(0)).loss for _ in range(15)]
+        losses = [trainer.step(*batch()).loss for _ in range(15)]
     assert losses[-1] < losses[0] - 0.05
     dtype = torch.float16 if precision == "fp16" else torch.float32
     assert all(p.dtype == dtype for p in trainer.parameters())
@@ -232,15 +214,15 @@ def test_a_checkpoint_resumes_bit_identically_on_another_number_of_stages(
 
     with make(2) as trainer:
         for step in range(3):
-            trainer.step(*batch(step))
+            trainer.step(*batch(seed=step))
         trainer.save(tmp_path / "checkpoint", extra={"note": [1, "two"]})
-        expected = [trainer.step(*batch(step)).loss for step in range(3, 6)]
+        expected = [trainer.step(*batch(seed=step)).loss for step in range(3, 6)]
         final = trainer.state_dict_for_model()
     with make(3) as trainer:
         trainer.prepare(*batch())
         assert trainer.load(tmp_path / "checkpoint") == {"note": [1, "two"]}
         assert trainer.steps_done == 3
-        assert [trainer.step(*batch(step)).loss for step in range(3, 6)] == expected
+        assert [trainer.step(*batch(seed=step)).loss for step in range(3, 6)] == expected
         for name, value in trainer.state_dict_for_model().items():
             assert_equal(value, final[name], name)
 

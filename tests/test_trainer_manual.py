@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from pipelines import batch, layers, no_thread_left
 from torch import nn
 
 import spu
 from spu import DeviceManager, LossScaler, ModelParallelTrainer
 
+__all__ = ["no_thread_left"]
 
-def layers(seed: int = 0) -> list[nn.Module]:
-    torch.manual_seed(seed)
-    return [nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 4)]
-
-
-def batch(seed: int = 0, rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads, alive = torch.get_num_threads(), set(threading.enumerate())
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    left = [t.name for t in threading.enumerate() if t not in alive and t.name.startswith("spu")]
-    assert not left, f"leaked worker threads: {left}"
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def run_by_hand(trainer: ModelParallelTrainer, x: torch.Tensor, *, detach: bool) -> torch.Tensor:
@@ -54,7 +37,7 @@ def test_the_idiom_gives_every_part_its_true_gradient(spec: object, detach: bool
     trainer = ModelParallelTrainer(devices=DeviceManager().get_devices(spec))
     for part in parts:
         trainer.add_module(part)
-    batches = [batch(seed) for seed in range(3)]
+    batches = [batch(seed=seed) for seed in range(3)]
     losses = [F.cross_entropy(run_by_hand(trainer, x, detach=detach), y) for x, y in batches]
     for loss in losses:  # all forwards first: each backward must find its own way
         loss.backward()

@@ -26,7 +26,7 @@ __all__ = [
     "BuiltStages",
     "build_stages",
     "check_parameters",
-    "give_back",
+    "restore_masters",
     "to_precision",
     "undo_precision",
     "unfused",
@@ -118,7 +118,7 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
     return masters
 
 
-def give_back(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
+def restore_masters(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
     """Set parameters from another trainer's exact values, which that trainer's own precision had rounded."""
     for layer in layers:
         for parameter in layer.module.parameters():

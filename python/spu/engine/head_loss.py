@@ -40,9 +40,9 @@ __all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of"]
 WORTH_BYTES = 64 << 20
 """Bytes of a microbatch's logits in fp32 from which on they are left out.
 
-The backward computes them a second time, and the weight gradient is added up chunk by chunk. Head and loss alone take 17%
-longer than plain torch for 16 MiB (hidden size 512, one CPU thread), and about the same time from here on; a step's peak
-falls by twice the logits (docs/performance.md).
+The backward computes them a second time, and the weight gradient is added up chunk by chunk. Head and loss alone take
+17% longer than plain torch for 16 MiB (hidden size 512, one CPU thread), and about the same time from here on; a step's
+peak falls by twice the logits (docs/performance.md).
 """
 
 

@@ -18,7 +18,7 @@ from spu.engine.build import (
     BuiltStages,
     build_stages,
     check_parameters,
-    give_back,
+    restore_masters,
     to_precision,
     undo_precision,
     unfused,
@@ -140,7 +140,7 @@ class StagedModel:
             fused = schedules.splits_backward(plan.settings.schedule)
             with converting(plan, self.tiers):
                 masters = to_precision(layers, self.precision, fused=fused) | taken_over
-            give_back(layers, taken_over)
+            restore_masters(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))
             except BaseException:
