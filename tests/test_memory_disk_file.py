@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 
 from spu.memory.checksum import checksum
 from spu.memory.disk_file import DiskFile, read_in_python, write_in_python
+from spu.memory.store import StoreError
 
 host = pytest.importorskip("spu._host", reason="spu._host is not built here")
 
@@ -98,3 +101,35 @@ def test_the_page_cache_stays_small(tmp_path: Path, kind: str) -> None:
             file.read(at, data)
     assert cached_bytes(file) <= size // 8
     file.close()
+
+
+def test_a_copy_on_write_file_system_is_asked_to_write_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On btrfs a reserved file that fills most of the disk could be written only once."""
+    asked: list[int] = []
+
+    def ioctl(fd: int, request: int, flags: Any) -> int:
+        assert os.fstat(fd).st_size == 0
+        if request == 0x80086601:
+            flags[:4] = (0x10).to_bytes(4, sys.byteorder)
+        else:
+            assert request == 0x40086602
+            asked.append(int.from_bytes(flags[:4], sys.byteorder))
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    DiskFile(tmp_path, 4096).close()
+    assert asked == [0x00800010]
+
+
+def test_room_that_is_counted_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """btrfs counts the blocks of a file that was just closed when they have been written down: after a sync."""
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append(True))
+    monkeypatch.setattr(DiskFile, "_free_bytes", lambda self: 1 << 20 if synced else 0)
+    file = DiskFile(tmp_path, 1 << 20)
+    assert synced == [True]
+    file.close()
+    with pytest.raises(StoreError, match=r"2\.10 MB are needed, 1\.05 MB are free"):
+        DiskFile(tmp_path, 2 << 20)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ __all__ = ["Bytes", "DiskFile", "read_in_python", "transfers", "write_in_python"
 Bytes = npt.NDArray[np.uint8]
 
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
+# linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_NOCOW_FL
+_GET_FLAGS, _SET_FLAGS, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x00800000
 _TRIES = 16  # of a call that moves less than a block and says no error
 
 _Transfer = Callable[[int, Bytes, int, int], tuple[int, int]]
@@ -57,6 +61,7 @@ class DiskFile:
         except OSError as error:
             raise StoreError(f"{folder}: no file can be made there: {error.strerror}") from error
         try:
+            _write_in_place(self._fd)
             self._reserve()
             self.note = self._go_direct() if direct else "direct I/O was not asked for"
         except BaseException:
@@ -68,8 +73,10 @@ class DiskFile:
             self.note = f"{folder}: {self.note}; reads and writes go through the page cache"
 
     def _reserve(self) -> None:
-        place = os.statvfs(self._fd)
-        free = place.f_bavail * place.f_frsize
+        free = self._free_bytes()
+        if self.size > free:
+            os.sync()  # btrfs counts what was freed as free when it has been written down
+            free = self._free_bytes()
         needed = f"{self.folder}: {format_bytes_up(self.size)} are needed, {format_bytes(free)} are free"
         if self.size > free:
             raise StoreError(f"{needed}; free some, or name another folder: disk=DIR:SIZE")
@@ -78,6 +85,10 @@ class DiskFile:
                 os.posix_fallocate(self._fd, 0, self.size)
         except OSError as error:
             raise StoreError(f"{needed}; reserving them failed: {error.strerror}") from error
+
+    def _free_bytes(self) -> int:
+        place = os.statvfs(self._fd)
+        return place.f_bavail * place.f_frsize
 
     def _go_direct(self) -> str:
         """Switch to direct I/O; return why that is not possible, else ""."""
@@ -202,6 +213,22 @@ def _open_nameless(folder: Path) -> int:
     fd, name = tempfile.mkstemp(prefix=".spu-", dir=folder)
     os.unlink(name)
     return fd
+
+
+def _write_in_place(fd: int) -> None:
+    """Ask a copy-on-write file system to write this file, still empty, where its blocks are.
+
+    btrfs writes elsewhere what is written again, also in reserved blocks: a file of 90% of what was free ran out of
+    space in the second round. It also keeps checksums, and without them transfers are direct. Other file systems
+    refuse: they write in place.
+    """
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        flags = bytearray(8)  # the system reads and writes 4 of them, whatever the number of the call says
+        fcntl.ioctl(fd, _GET_FLAGS, flags)
+        value = int.from_bytes(flags[:4], sys.byteorder) | _NO_COPY_ON_WRITE
+        fcntl.ioctl(fd, _SET_FLAGS, value.to_bytes(4, sys.byteorder) + bytes(4))
 
 
 def _file_system(fd: int) -> str:
