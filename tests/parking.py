@@ -31,12 +31,11 @@ def parked(
     *,
     size: int = 1 << 14,
     count: int = 100,
-    within: bool = True,
     **how: Any,
 ) -> Iterator[ActivationStore]:
     """The trainer, prepared, with its activations in a store; nothing is left in it at the end."""
     assert t._runner is not None
-    activations = ActivationStore.on(store, [size] * count, CPU, codec=codec, within=within, **how)
+    activations = ActivationStore.on(store, [size] * count, CPU, codec=codec, **how)
     for stage in t._runner.built.stages:
         stage.activations = activations
     try:

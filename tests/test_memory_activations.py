@@ -146,14 +146,6 @@ def test_skip_connections() -> None:
         )
 
 
-def test_inputs_within_a_stage_are_parked_only_where_asked() -> None:
-    x, y = batch()
-    model = model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
-    counts = assert_parked_equals_kept(model, x, y, virtual=3, steps=1, how={"within": False})
-    assert counts.parked == len(x) * WIDTH * 4
-    assert counts.kept == 0
-
-
 @pytest.mark.parametrize("stored", [False, True])
 def test_an_input_that_is_changed_later_is_refused_as_without_a_store(stored: bool) -> None:
     """Autograd refuses it of a tensor that it has saved; beside a GPU the copy could be under way."""

@@ -12,7 +12,8 @@ from torch import nn
 
 from spu import StageError
 from spu.common.codecs import parked_bytes
-from spu.memory.activations import ActivationStore, region_bytes, region_sizes
+from spu.memory.activations import ActivationStore
+from spu.memory.slab import aligned
 from spu.memory.slots import Ring
 from spu.memory.store import StoreError
 
@@ -148,11 +149,11 @@ def test_shapes_strides_and_sizes(codec: str | None, dtype: torch.dtype) -> None
         base[0, 0, 0],
         base.permute(2, 0, 1)[::2],
     ):
-        size = region_bytes([tensor.numel()], tensor.element_size(), codec)
+        size = parked_bytes(tensor.numel(), tensor.element_size(), codec)
         activations = ActivationStore.on(FakeStore(), [size], CPU, codec=codec)
         place = activations.park((0, 0, 0), [tensor], [False], 0)
         assert place is not None, "the region is as large as was said"
-        assert activations.counts.stored <= size
+        assert activations.counts.stored <= aligned(size)
         (found,) = place.tensors()
         assert (found.shape, found.stride(), found.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
         if codec is None or (codec == "fp16" and dtype != torch.float32):
@@ -162,12 +163,21 @@ def test_shapes_strides_and_sizes(codec: str | None, dtype: torch.dtype) -> None
 
 
 def test_bytes() -> None:
-    assert parked_bytes(1000, 4, None) == 4032
-    assert parked_bytes(1000, 2, "fp16") == 2048  # as it is: packed it would be 64 bytes more
-    assert parked_bytes(1024, 4, "int8") == 64 + 64 + 1024
-    assert region_bytes([1024, 1024], 4, None) == 8192
-    assert region_bytes([1], 2, "int8") == 4096
-    assert region_sizes([8192, 1 << 20], 4, None, 2) == [12288, 12288, (1 << 20) + 4096, (1 << 20) + 4096]
+    few = 1024  # for headers and padding
+    assert parked_bytes(1000, 4, None) == 4032 + few
+    assert parked_bytes(1000, 2, "fp16") == 2048 + few  # as it is: packed it would be 64 bytes more
+    assert parked_bytes(1024, 4, "int8") == 64 + 64 + 1024 + few
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_an_input_of_several_tensors_has_room(codec: str | None) -> None:
+    """Even where the values alone fill the region."""
+    tensors = [torch.randn(numel) for numel in (3, 1, 5131, 1000, 7, 2)]
+    assert sum(map(len, tensors)) * 4 == 6 * 4096
+    activations = ActivationStore.on(FakeStore(), [parked_bytes(6 * 1024, 4, codec)], CPU, codec=codec)
+    place = activations.park((0, 0, 0), tensors, [False] * 6, 0)
+    assert place is not None
+    assert [found.shape for found in place.tensors()] == [tensor.shape for tensor in tensors]
 
 
 def test_bad_arguments() -> None:

@@ -21,6 +21,7 @@ __all__ = [
 
 HEADER_BYTES = 64
 ALIGN_BYTES = 64  # of the sections after the header
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ def packed_bytes(numel: int, codec: str) -> int:
 
 
 def parked_bytes(numel: int, item_bytes: int, codec: str | None) -> int:
-    """Return the bytes that an activation takes where it waits for the backward: packed, or as it is where a codec is
-    None or would not make it smaller.
+    """Return the bytes that a layer's input takes where it waits for the backward: packed, or as it is where a codec is
+    None or would not make it smaller. There is room for the headers and the padding of a few tensors.
 
     Args:
-        numel: its values.
+        numel: values of all of its tensors.
         item_bytes: bytes of one of them.
         codec: a name in ``CODECS``, or None for exact.
     """
     plain = numel * item_bytes
-    return _padded(plain if codec is None else min(plain, packed_bytes(numel, codec)))
+    return _padded(plain if codec is None else min(plain, packed_bytes(numel, codec))) + _FEW * 2 * ALIGN_BYTES

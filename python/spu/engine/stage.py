@@ -151,10 +151,9 @@ class Stage:
         """Return what takes a layer's input away; None where it stays: the batch itself, which its owner holds anyway,
         and in the last stage, where a backward follows its forward at once.
         """
-        store = self.activations
-        if store is None or self.is_last or (self.is_first if position == 0 else not store.within):
+        if self.activations is None or self.is_last or (self.is_first and position == 0):
             return None
-        return partial(store.park, (self.index, microbatch, position))
+        return partial(self.activations.park, (self.index, microbatch, position))
 
     def _layers_for(self, whole: bool) -> list[Layer]:
         """Return the layers to run; the last one without its head's product if the loss may compute that."""

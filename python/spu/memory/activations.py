@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from spu import ops
-from spu.common.codecs import ALIGN_BYTES, codec_of, parked_bytes
+from spu.common.codecs import ALIGN_BYTES, codec_of
 from spu.common.dtypes import STORAGE
 from spu.common.wire import MAX_NDIM, wire_bytes
 from spu.memory.host_store import HostStore
 from spu.memory.slab import aligned
 from spu.memory.slots import Homes, Piece, Record, Ring, Way
-from spu.memory.store import ALIGNMENT, Region, Store
+from spu.memory.store import Region, Store
 from spu.transfer.side import side_for
 
-__all__ = ["ActivationStore", "Counts", "Place", "region_bytes", "region_sizes"]
+__all__ = ["ActivationStore", "Counts", "Place"]
 
 Place = tuple[int, int, int]
 """Whose input it is: the stage's index, the microbatch's number, the layer's position in the stage."""
@@ -53,31 +53,6 @@ class Counts:
     kept: int = 0
 
 
-def region_bytes(numels: Sequence[int], item_bytes: int, codec: str | None) -> int:
-    """Return the bytes of a region for one layer's input of one microbatch.
-
-    Args:
-        numels: the values of each of its tensors.
-        item_bytes: bytes of a value.
-        codec: as for `ActivationStore`.
-    """
-    return aligned(sum(parked_bytes(numel, item_bytes, codec) for numel in numels))
-
-
-def region_sizes(input_bytes: Sequence[int], item_bytes: int, codec: str | None, microbatches: int) -> list[int]:
-    """Return the bytes of all regions for the inputs of stages.
-
-    Args:
-        input_bytes: of one microbatch, of every stage whose input is parked: all but the first and the last.
-        item_bytes: bytes of a value.
-        codec: as for `ActivationStore`.
-        microbatches: that are in flight at one time.
-    """
-    # An input of several tensors has a header, and padding, for each: one more unit has room for some thirty.
-    each = [region_bytes([size // item_bytes], item_bytes, codec) + ALIGNMENT for size in input_bytes]
-    return [size for size in each for _ in range(microbatches)]
-
-
 class ActivationStore:
     """Holds the inputs of recomputed layers in a tier below, and brings them back in the order of the backward.
 
@@ -91,7 +66,6 @@ class ActivationStore:
         codec: what packs values that need a gradient; None: they come back bit for bit. What needs none, what is
             smaller as it is, and (on a CPU, where it is known) what would not be finite, is never packed.
         slots: of a CPU: how many inputs are on their way at one time.
-        within: also park inputs of layers that are not the first of their stage.
         beside: copies run beside the device's work: None: if it is a GPU; see `spu.transfer.side_for`.
 
     Attributes:
@@ -110,7 +84,6 @@ class ActivationStore:
         *,
         codec: str | None = None,
         slots: int = 3,
-        within: bool = False,
         beside: bool | None = None,
     ) -> None:
         if codec is not None:
@@ -120,7 +93,6 @@ class ActivationStore:
         if not regions:
             raise ValueError("an ActivationStore needs a region for every stage and microbatch, got none")
         self.counts = Counts()
-        self.within = within
         self._codec = codec
         self._free = sorted((size, region) for region, size in regions)
         self._way: Way
@@ -142,7 +114,7 @@ class ActivationStore:
 
         Args:
             store: one in which nothing is allocated yet.
-            sizes: bytes of the regions, of any size; see `region_sizes`.
+            sizes: bytes of the regions, of any size; see `spu.common.codecs.parked_bytes`.
             device, codec, how: as for the class.
 
         Raises:
