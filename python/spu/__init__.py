@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spu.devices.manager import DeviceManager as DeviceManager
     from spu.engine.engine import StageError as StageError
     from spu.engine.result import StepResult as StepResult
+    from spu.memory.spill import spilled as spilled
     from spu.model.randomness import LayerRandomness as LayerRandomness
     from spu.nn import accelerate as accelerate
     from spu.nn import restore as restore
@@ -43,6 +44,7 @@ _EXPORTS = {
     "accelerate": "spu.nn",
     "backends": "spu.ops",
     "restore": "spu.nn",
+    "spilled": "spu.memory.spill",
     "use_backend": "spu.ops",
 }
 _SUBMODULES = {

@@ -20,6 +20,7 @@ from spu.trainer.trainer import ModelParallelTrainer
 __all__ = ["free_memory", "sample_of", "save_model", "take_exact"]
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
+PART = "100MB"
 
 
 @torch.no_grad()
@@ -48,9 +49,16 @@ def free_memory() -> None:
         trim(0)
 
 
-def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Save the model as transformers reads it, with the tokenizer beside it."""
-    model.save_pretrained(folder)
+def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, in_parts: bool = False) -> None:
+    """Save the model as transformers reads it, with the tokenizer beside it.
+
+    Args:
+        model: of transformers.
+        tokenizer: its tokenizer.
+        folder: where to.
+        in_parts: write small files, one after the other: safetensors copies a whole file in memory.
+    """
+    model.save_pretrained(folder, **({"max_shard_size": PART} if in_parts else {}))
     tokenizer.save(folder)
 
 

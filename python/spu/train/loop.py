@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from spu.checkpoint import writing as checkpoint
 from spu.devices.manager import DeviceManager, default_devices
 from spu.devices.tiers import split_budget
+from spu.memory.spill import spilled
 from spu.optim.adamw import AdamW
 from spu.precision import LossScaler
 from spu.schedules import Timeline
@@ -50,7 +52,8 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         Stopped: a signal asked for it; the checkpoint is of the last step done.
         ValueError: see ``make_trainer``, ``Guard`` and ``CheckpointError``; an existing checkpoint is left as it was.
     """
-    model = make_model(job.config.model, job.config.seed).train()
+    with beside_disk(job.config):
+        model = make_model(job.config.model, job.config.seed).train()
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
@@ -59,11 +62,18 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         if not math.isfinite(val_loss):
             raise diverged(job, "validation loss", trainer.steps_done)
         summary = summarise(job, trainer, parameters, val_loss, loop.timelines)
-        take_exact(model, trainer)
+        with beside_disk(job.config):
+            take_exact(model, trainer)
     del trainer, loop  # masters and moments
     free_memory()
     _finish(job, model, summary)
     return summary
+
+
+def beside_disk(config: TrainConfig) -> AbstractContextManager[None]:
+    """Return a context in which large new tensors lie on the budget's disk, where layers may be streamed from it."""
+    disk = split_budget(config.budget)[1].disk
+    return nullcontext() if disk is None or config.residency == "resident" else spilled(disk)
 
 
 def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
@@ -254,7 +264,9 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, to
 
 def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
     """Write the model, a sample of its text, the summary and the picture of the losses."""
-    save_model(model, job.tokenizer, job.folder / "model")
+    save_model(
+        model, job.tokenizer, job.folder / "model", in_parts=not isinstance(beside_disk(job.config), nullcontext)
+    )
     if job.sample:
         summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
     save_result(job.folder / "summary.json", summary)
