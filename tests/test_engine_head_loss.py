@@ -26,6 +26,7 @@ from heads import (
     made,
     one_pass,
     one_thread,
+    stack,
     trainer,
 )
 from numeric import assert_close_to_truth, assert_equal
@@ -178,16 +179,30 @@ def test_weights_are_read_only_while_they_are_there(calls: list[torch.dtype]) ->
         model = made("sequence")
         with trainer(model) as t:
             t.prepare(x, y)
-            residencies = [Parked() for _ in t._prepared().built.stages if parked]
-            for stage, residency in zip(t._prepared().built.stages, residencies):
-                stage.residency = residency
-            loss, _ = t.forward_backward(x, y, keep_outputs=False)
-            for residency in residencies:
-                residency.give_back()
-        results.append({"loss": loss} | {name: p.grad.clone() for name, p in model.named_parameters()})
+            engine = t._prepared().engine
+            if parked:
+                engine.residencies = [Parked(engine.stages) for _ in engine.residencies]
+            results.append(one_pass(t, model, x, y, keep_outputs=False))
     assert len(calls) == 2 * PARTS
     for name in results[0]:
         assert_equal(results[1][name], results[0][name], name)
+
+
+def test_a_streamed_head(calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight, which the embedding uses too, lies in a slot, another one in each visit."""
+    from test_engine_streaming import Lazy, batches, make
+
+    results = []
+    for store in (None, Lazy()):
+        torch.manual_seed(0)
+        model = stack(nn.LayerNorm(WIDTH), nn.Tanh(), linear())
+        model[5].weight = model[0].weight
+        with make(monkeypatch, model, store, precision="fp16") as t:
+            losses = [torch.tensor(t.step(x, y).loss) for x, y in batches(3)]
+            results.append([*losses, *t.state_dict_for_model().values()])
+    assert len(calls) == 2 * 3 * PARTS
+    for streamed, resident in zip(*results, strict=True):
+        assert_equal(streamed, resident)
 
 
 @pytest.mark.parametrize(
