@@ -305,17 +305,17 @@ def test_what_holds_on_to_an_optimizer() -> None:
 
 
 @canary(
-    "schema_of", "packet_of", "TorchDispatchMode", "operator_names", "operator_has_kernel", uses="what an op writes"
+    "CASTING_COPY", "TorchDispatchMode", "operator_has_kernel", "operator_names", "packet_of", "schema_of", uses="ops"
 )
 def test_operators_tell_what_they_are() -> None:
     x = torch.ones(2)
     with Seen() as mode:
         x.add_(1)
-    (add,) = mode.operators
+        x.half()
+    add, copy = mode.operators
+    assert copy is private.CASTING_COPY
     first = private.schema_of(add).arguments[0]
-    assert first.name == "self"
-    assert first.alias_info is not None
-    assert first.alias_info.is_write
+    assert (first.name, first.alias_info is not None and first.alias_info.is_write) == ("self", True)
     assert private.packet_of(add) is torch.ops.aten.add_
     assert private.packet_of(torch.ops.higher_order.cond) is None
     assert "aten::bernoulli" in private.operator_names()

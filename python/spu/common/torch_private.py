@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
+    "CASTING_COPY",
     "GENERIC_KEY",
     "MODULE_HOOKS",
     "MODULE_TABLES",
@@ -213,6 +214,9 @@ def has_alias(tensor: torch.Tensor) -> bool:
 def generators_equal(a: torch.Generator, b: torch.Generator) -> bool:
     """Return whether two objects are one generator: the dispatcher passes on another object than it was given."""
     return a._cdata == b._cdata  # type: ignore[attr-defined]
+
+
+CASTING_COPY = torch.ops.aten._to_copy.default  # `tensor.to(dtype)` to a dispatch mode. For: tensors that lie in files.
 
 
 # Modules

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from spu.common.torch_private import CASTING_COPY, TorchDispatchMode
 from spu.common.units import format_bytes
 from spu.memory.store import ALIGNMENT, StoreError
 
@@ -68,7 +68,7 @@ class _Spill(TorchDispatchMode):
             if self._takes(kwargs, torch.Size(args[0]).numel() * dtype.itemsize):
                 made, value = self._new(args[0], dtype), _FACTORIES[func]
                 return made if value is None else made.fill_(value)
-        elif func is torch.ops.aten._to_copy.default or func is torch.ops.aten.clone.default:
+        elif func is CASTING_COPY or func is torch.ops.aten.clone.default:
             (source,) = args
             dtype = kwargs.get("dtype") or source.dtype
             kept = kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
