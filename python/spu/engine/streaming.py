@@ -21,7 +21,7 @@ from spu.precision import MainGrads
 
 __all__ = ["DeferredUpdate", "Streaming", "add_tied", "streaming_units"]
 
-_Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor]]
+_Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,14 @@ class Streaming:
     # spu.memory.streamed.Work
 
     def prepare(self, stage: int) -> None:
-        """Make the optimizer's tensors for the stage's parameters."""
+        """Bring the state of the stage's parameters into its form; where there is none, it begins with zeros."""
         optimizer = self._optimizers[stage]
         for parameter in self._owned[stage]:
             assert isinstance(optimizer, AdamW)
-            optimizer.prepare(parameter)
+            if "exp_avg" in optimizer.state[parameter]:
+                optimizer.prepare(parameter)
+            else:  # its tensors are made where they belong: those of a whole stage may not fit beside it
+                optimizer.state[parameter]["step"] = torch.zeros(1, dtype=torch.float32)
 
     def pending(self, stage: int) -> bool:
         """Tell whether an update of the stage is deferred."""
@@ -263,9 +266,8 @@ def _state(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> Iterator[_En
     def put(parameter: nn.Parameter, key: str, tensor: Tensor) -> None:
         optimizer.state[parameter][key] = tensor
 
-    def get(parameter: nn.Parameter, key: str) -> Tensor:
-        tensor: Tensor = optimizer.state[parameter][key]
-        return tensor
+    def get(parameter: nn.Parameter, key: str) -> Tensor | None:
+        return optimizer.state[parameter].get(key)
 
     for parameter in parameters:
         for key, (shape, dtype) in optimizer.state_layout(parameter).items():

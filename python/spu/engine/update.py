@@ -88,10 +88,10 @@ class Updater:
         if make_streaming is not None:
             self.streaming = make_streaming(built, self.optimizers, self._main_grads)
         for index, (owned, made) in enumerate(zip(built.owned, self.optimizers)):
-            if isinstance(made, AdamW):
-                _set_masters(made, owned.values(), built.masters)
             if self.streaming is not None and index in self.streaming:
                 self.streaming.residency.fill(self.streaming.residency.units[index])
+            if isinstance(made, AdamW):
+                _set_masters(made, owned.values(), built.masters)
         self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)

@@ -30,7 +30,7 @@ class Work(Protocol):
     """What is done with a stage's tensors while they are here."""
 
     def prepare(self, stage: int) -> None:
-        """Make the tensors that the stage's optimizer lacks, before they move below."""
+        """Bring what the stage's optimizer has into the form that moves below."""
 
     def pending(self, stage: int) -> bool:
         """Tell whether an update of the stage is deferred."""
@@ -79,6 +79,7 @@ class Streamed:
         self._at = self._ahead = 0
         self._current: Unit | None = None
         self._failed: Exception | None = None
+        self._filled: set[int] = set()
         self._shown = True  # tensors are in the store's own memory, where anybody may change them
         self._absent = {
             id(entry): absent(entry.shape, entry.dtype)
@@ -158,7 +159,8 @@ class Streamed:
         self._work.prepare(unit.index)
         for piece in (*unit.weights, unit.state):
             if piece is not None:
-                piece.move_to(self.store.home(piece.region))
+                piece.move_to(self.store.home(piece.region), zeroed=unit.index not in self._filled)
+        self._filled.add(unit.index)
 
     def show(self) -> None:
         """Run all deferred updates, and put every tensor where it lies in the store: the model is the user's again."""

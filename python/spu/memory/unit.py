@@ -23,14 +23,14 @@ class Entry:
         shape, dtype: of the tensor, which is contiguous.
         offset: of its first byte in the piece.
         put: makes a tensor of this shape and dtype the one that is worked on (``parameter.data = tensor``).
-        get: returns the one that is worked on now.
+        get: returns the one that is worked on now; None if there is none yet, which means zeros.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
     put: Callable[[Tensor], None]
-    get: Callable[[], Tensor]
+    get: Callable[[], Tensor | None]
 
     @property
     def bytes(self) -> int:
@@ -65,13 +65,20 @@ class Piece:
         for entry in self.entries:
             entry.put(entry.view(memory))
 
-    def move_to(self, memory: Tensor) -> None:
-        """Copy the tensors that are not in ``memory`` (uint8 [bytes]) there, and work on them there."""
+    def move_to(self, memory: Tensor, *, zeroed: bool) -> None:
+        """Copy the tensors that are not in ``memory`` there, and work on them there.
+
+        Args:
+            memory: uint8 [bytes].
+            zeroed: it holds zeros, so that those do not have to be written.
+        """
         for entry in self.entries:
             view, present = entry.view(memory), entry.get()
-            if present.data_ptr() != view.data_ptr() or not view.numel():
+            if present is None and not zeroed:
+                view.zero_()
+            elif present is not None and present.data_ptr() != view.data_ptr():
                 view.copy_(present)
-                entry.put(view)
+            entry.put(view)
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Return the tensors in ``memory`` (uint8 [bytes]) in the order of the entries."""
@@ -134,7 +141,7 @@ def padded(count: int, alignment: int = ALIGNMENT) -> int:
 
 def piece(
     name: str,
-    tensors: Iterable[tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor]]],
+    tensors: Iterable[tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]],
     key: int | None = None,
 ) -> Piece | None:
     """Lay tensors out one after the other.
