@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pipelines import reference
+from pipelines import devices, reference
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -287,3 +288,62 @@ def test_the_loss_may_have_parameters(reference: None, monkeypatch: pytest.Monke
         results.append((losses, loss.factor.item()))
         trainer.close()
     assert results[0] == results[1]
+
+
+def test_a_layer_that_changes_its_weight_is_refused(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model()
+    layer = own[4]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            layer.weight.clamp_(-0.1, 0.1)  # type: ignore[union-attr, operator]
+        return nn.functional.linear(x, layer.weight)  # type: ignore[arg-type]
+
+    trainer = make(monkeypatch, own, Lazy(), precision="fp32")
+    layer.forward = forward  # type: ignore[method-assign]
+    x, y = batches(1)[0]
+    with pytest.raises(StageError, match="stage 4 changes a weight of its own while it runs"):
+        trainer.step(x, y)
+    trainer.close()
+
+
+def test_a_checkpoint_goes_from_a_streamed_run_to_a_resident_one_and_back(
+    reference: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also into a streamed run that has trained, whose tiers hold other state by then."""
+    losses = []
+    for first, second in ((None, Lazy()), (Lazy(), None), (Lazy(), Lazy())):
+        trainer = make(monkeypatch, model(), first, precision="fp16", max_grad_norm=0.1)
+        for x, y in batches(2):
+            trainer.step(x, y)
+        trainer.save(tmp_path / "saved")
+        expected = [trainer.step(x, y).loss for x, y in batches(3)]
+        trainer.close()
+        other = make(monkeypatch, model(), second, precision="fp16", max_grad_norm=0.1)
+        for x, y in batches(1):
+            other.step(x, y)
+        other.load(tmp_path / "saved")
+        assert [other.step(x, y).loss for x, y in batches(3)] == expected
+        losses.append(expected)
+        other.close()
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("activations", ["keep", "exact"])
+def test_a_plan_that_streams_is_run_from_a_disk(
+    reference: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, activations: str
+) -> None:
+    results = []
+    plain = {"residency": "resident", "schedule": "layer_outer", "virtual": LAYERS}
+    for settings in (plain, {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "activations": activations}):
+        own = model(tied=True)
+        trainer = ModelParallelTrainer(
+            own, devices(1), microbatches=4, lr=1e-2, recompute=True, max_grad_norm=0.1, state="exact", **settings
+        )
+        losses = [trainer.step(x, y).loss for x, y in batches(4)]
+        results.append((losses, trainer.state_dict_for_model()))
+        assert (trainer.plan.streaming is None) == (settings is plain)  # type: ignore[union-attr]
+        trainer.close()
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1].values(), results[1][1].values(), strict=True))
+    assert list(tmp_path.iterdir()) == []

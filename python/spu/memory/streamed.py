@@ -19,6 +19,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from spu.common.torch_private import version
 from spu.memory.residency import Visit
 from spu.memory.store import Region, Store, StoreError, Ticket
 from spu.memory.unit import Piece, Unit, absent
@@ -78,6 +79,7 @@ class Streamed:
         self._visits: list[Visit] = []
         self._at = self._ahead = 0
         self._current: Unit | None = None
+        self._seen: list[int] = []
         self._failed: Exception | None = None
         self._filled: set[int] = set()
         self._shown = True  # tensors are in the store's own memory, where anybody may change them
@@ -123,6 +125,7 @@ class Streamed:
             piece.put(memory)
         if self._work.pending(unit.index):
             self._update(unit)
+        self._seen = _versions(unit)
         if visit.backward and unit.grads is not None:
             memory = self._buffers[self._take_buffer(unit)][: unit.grad_bytes]
             self._work.lend(unit.index, unit.grads.views(memory))
@@ -133,6 +136,11 @@ class Streamed:
         unit = self.units.get(visit.stage)
         if unit is None:
             return
+        if self._seen != _versions(unit):
+            raise RuntimeError(
+                f"stage {unit.index} changes a weight of its own while it runs, and the slot it lies in is not written "
+                "back: change it between steps, after flush(), or train with residency='offloaded'"
+            )
         if visit.backward and unit.grads is not None:
             memory = self._buffers[self._buffer_of[unit.index]][: unit.grad_bytes]
             self._work.collect(unit.index, unit.grads.views(memory))
@@ -349,6 +357,12 @@ class Streamed:
 
 def _pieces(unit: Unit) -> list[Piece]:
     return [*unit.weights, *(piece for piece in (unit.grads, unit.state) if piece is not None)]
+
+
+def _versions(unit: Unit) -> list[int]:
+    """Return a number for each weight that grows when somebody writes into it."""
+    tensors = (entry.get() for piece in unit.weights for entry in piece.entries)
+    return [version(tensor) for tensor in tensors if tensor is not None]
 
 
 def _settle(tickets: Iterable[Ticket]) -> None:
