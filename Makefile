@@ -1,4 +1,5 @@
 # make train   fresh machine: environment, torch, build, install, then the main training job
+# make train-small-ram   the main job under a hard limit of a quarter of its model's state, beside the job in memory (20 min)
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
-.PHONY: fresh train test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
+.PHONY: fresh train train-small-ram test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
 
 # Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.
 TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -40,6 +41,9 @@ SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) $(shell fin
 
 train: $(VENV)/.train
 	$(BIN)/spu train $(ARGS)
+
+train-small-ram: $(VENV)/.train
+	$(BIN)/python benchmarks/small_ram.py $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/pytest $(TEST_WORKERS) $(ARGS)

@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--state", default="fp32")
     arguments = parser.parse_args()
     from spu.devices.manager import parse_bytes
+    from spu.train.data import read_text
 
     folder, model = arguments.folder.absolute(), config(arguments.width, arguments.layers)
     state = STATE_BYTES * parameters(model)
@@ -120,7 +121,10 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model))
+    _, text = read_text(None)  # of which the last tenth or so is for validation
+    (folder / "text.txt").write_bytes(text[:20_000])
     common = ["train", "--model", str(folder / "config.json"), "--steps", str(arguments.steps), "--recompute", "on"]
+    common += ["--data", str(folder / "text.txt")]
     common += ["--batch", str(arguments.batch), "--seq", str(arguments.seq), "--evals", "1", "--no-sample"]
     common += ["--microbatches", str(arguments.microbatches), "--devices", "cpu", "--state", arguments.state]
     streamed = ["--budget", f"cpu={budget}B,disk={folder / 'disk'}:{3 * state}B", "--residency", "streamed"]
