@@ -39,8 +39,8 @@ def test_every_tier_holds_what_is_counted_by_hand():
     tiers = {tier.name: tier for tier in s.tiers}
     assert list(tiers) == ["cpu:0", "disk"]
     assert tiers["disk"].peak_bytes == 6 * (weights + grads + state)
-    # 4 microbatches of 5 inputs that wait, gradients of the 3 others, and a layer that is recomputed
-    waiting = 4 * 5 * 100_000 + 3 * 100_000
+    # 4 microbatches of 5 inputs that wait, gradients of the 3 others, the store's own memory; a layer is recomputed
+    waiting = 4 * 5 * 100_000 + 3 * 100_000 + state
     assert s.ring_bytes + waiting < tiers["cpu:0"].peak_bytes < s.ring_bytes + waiting + 2 * MB
     assert tiers["cpu:0"].peak_bytes == plan.predicted.peak_bytes[0]
     # What is in the slots at the end of a forward and of a backward is not read again.
@@ -96,8 +96,10 @@ def test_activations_wait_on_the_disk_where_they_do_not_fit():
     assert parked is not None
     assert packed is not None
     assert (kept.activations, parked.activations, packed.activations) == ("keep", "exact", "int8")
-    assert parked.disk_written_bytes - kept.disk_written_bytes == 4 * 7 * page(10 * MB)
-    assert 0.5 < (packed.disk_written_bytes - kept.disk_written_bytes) / (4 * 7 * 10 * MB) < 0.54
+    # Seven inputs of layers; the last one's backward follows at once. Regions have room for a few headers.
+    assert parked.disk_written_bytes - kept.disk_written_bytes == pytest.approx(4 * 6 * 10 * MB, rel=1e-3)
+    assert sum(parked.parked_bytes) * 4 == parked.disk_written_bytes - kept.disk_written_bytes
+    assert 0.5 < (packed.disk_written_bytes - kept.disk_written_bytes) / (4 * 6 * 10 * MB) < 0.54
     assert parked.tiers[0].peak_bytes < 200 * MB
 
 

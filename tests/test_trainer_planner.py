@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from memory_probe import measured_peaks
 from numeric import assert_equal
 from pipelines import devices
 from torch import nn
@@ -183,3 +184,28 @@ def test_streaming_from_nowhere_is_an_error() -> None:
     two = DeviceManager().get_devices(["cpu", "cpu"])
     with pytest.raises(ValueError, match="streams through one device, and there are 2 CPU devices: give devices cpu"):
         ModelParallelTrainer(model(), two, residency="offloaded", tiers="disk=/tmp:1GB").prepare(*batch())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"residency": "streamed"},
+        {"residency": "streamed", "activations": "exact", "recompute": True, "microbatches": 4},
+        {"residency": "streamed", "activations": "int8", "recompute": True},
+        {"residency": "offloaded", "recompute": False},
+        {"residency": "offloaded", "precision": "fp32"},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(400, 400), nn.GELU())))
+    x, y = torch.randn(512, 400), torch.randint(400, (512,))
+    settings = {"precision": "fp16", "microbatches": 2, **how}
+    with ModelParallelTrainer(wide, "cpu", tiers=f"disk={tmp_path}:1GB", **settings) as trainer:
+        found = measured_peaks(trainer, (x, y))
+        assert trainer.plan is not None
+        assert trainer.plan.streaming is not None
+        device, disk = trainer.plan.streaming.tiers
+        assert disk.peak_bytes == found["disk"]
+        assert device.peak_bytes == pytest.approx(found["cpu:0"], rel=0.05)

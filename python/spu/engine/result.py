@@ -13,6 +13,7 @@ import torch
 from spu.common.torch_private import pytree
 from spu.common.tracker import Tally
 from spu.engine.build import BuiltStages
+from spu.memory.disk_store import DiskStore
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
@@ -81,15 +82,17 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     """Count bytes while the block runs; at its end the dict has each device's peak, by name.
 
     Memory from before the block is counted from known tensors: weights, optimizer state, and main gradients. Main
-    gradients are allocated here if there are none yet, so that a first step holds as much as all others. Counting slows
+    gradients are allocated here if there are none yet, so that a first step holds as much as all others. Of stages that
+    are streamed the slots count, and what lies below them counts for the store's tier, "host" or "disk". Counting slows
     a step down: its times are not usable. Memory that a kernel allocates internally is not counted.
     """
     peaks: dict[str, int] = {}
     stages, ranks = runner.built.stages, runner.engine.ranks
     tallies = [Tally() for _ in range(max(ranks) + 1)]
+    streaming = runner.updater.streaming
     for stage, rank in zip(stages, ranks):
         for parameter in stage.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and (streaming is None or stage.index not in streaming):
                 if parameter.grad is None:
                     parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
                     parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
@@ -102,6 +105,13 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     state = state_bytes(runner.built, runner.updater.optimizers, ranks)
     for stage, rank in zip(stages, ranks):
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
+    if streaming is not None:
+        parked, moving = stages[0].activations, streaming.residency
+        slots = moving.slot_bytes + (0 if parked is None else parked.slot_bytes)
+        slots += moving.store.own_bytes if isinstance(moving.store, DiskStore) else 0
+        peaks[stages[0].device.name] += slots
+        below = moving.stored_bytes + (0 if parked is None else parked.region_bytes)
+        peaks["disk" if isinstance(moving.store, DiskStore) else "host"] = below
 
 
 def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[int]:

@@ -71,17 +71,11 @@ def open_streaming(
             slots=how.slots,
             buffers=how.state_slots,
             activations=None if how.activations == "keep" else how.activations,
-            input_bytes=_input_bytes(plan),
+            input_bytes=[size for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)],
         )
     except BaseException:
         store.close()
         raise
-
-
-def _input_bytes(plan: Plan) -> list[int]:
-    """Return the bytes of the input of every microbatch and stage but the first."""
-    microbatches = plan.settings.run_microbatches
-    return [crossed // (2 * microbatches) for crossed in plan.predicted.link_bytes for _ in range(microbatches)]
 
 
 def stream(

@@ -71,6 +71,7 @@ class ActivationStore:
     Attributes:
         counts: what it has done so far.
         slot_bytes: bytes of all slots.
+        region_bytes: bytes of all regions.
 
     Raises:
         ValueError: an unknown codec, fewer than two slots, no region, or a GPU above anything but the host's memory.
@@ -103,6 +104,7 @@ class ActivationStore:
         else:
             raise ValueError(f"activations of {device} wait in the host's memory: give a HostStore, not {store!r}")
         self.slot_bytes = self._way.size_bytes
+        self.region_bytes = sum(size for _, size in regions)
         self._records: dict[Place, Record] = {}
         self._order: list[tuple[int, int, int]] = []  # of `_turn`
 

@@ -63,6 +63,11 @@ class DiskStore:
         self._exposed: set[Region] = set()
         self._looked_at: set[Region] = set()  # regions whose homes somebody may have changed
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of memory that the store itself uses, beside its threads."""
+        return 0 if self._parts is None else self._parts.bounce.size
+
     def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
         """Make the file, with all its blocks; see `Store.allocate`."""
         if self._parts is not None or self._closed:

@@ -95,6 +95,16 @@ class Streamed:
         """Whether the store has failed, so that what it held is lost."""
         return self._failed is not None
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all slots and buffers."""
+        return sum(memory.numel() for memory in (*self._slots, *self._buffers))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all regions of the units."""
+        return sum({piece.region: piece.bytes for unit in self.units.values() for piece in _pieces(unit)}.values())
+
     # A run
 
     def begin(self, visits: Sequence[Visit]) -> None:

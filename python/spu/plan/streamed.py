@@ -29,6 +29,9 @@ one direction then, not twice (OneTrainer#1644)."""
 ALIGNMENT = 4096
 """Bytes to which regions and slots are rounded up, as `spu.memory.store` asks."""
 
+CHECKED = 8 << 20
+"""Bytes that a disk store checks or pads at a time, in memory of its own (`spu.memory.disk_store`)."""
+
 PARKED = 3
 """Slots through which activations go to the tier below and come back (`spu.memory.activations`)."""
 
@@ -122,13 +125,14 @@ class Streamed:
     def _parked(self) -> list[list[tuple[int, int]]]:
         """Bytes (on the device, below) of one microbatch's inputs that wait below, of every stage's recomputed layers.
 
-        The input of the first layer is the user's own batch, which stays.
+        The input of the first layer is the user's own batch, which stays; the last stage's backward comes at once.
         """
         if self.activations == "keep":
             return [[] for _ in self.regions]
         item = ITEM_BYTES[self.settings.precision]
         codec = None if self.activations == "exact" else self.activations
         inputs = [[self.placed.request.layers[k].input_bytes for k in own if k] for own in self.placed.recomputed]
+        inputs[-1] = []
         return [[(size, _aligned(parked_bytes(size // item, item, codec))) for size in own] for own in inputs]
 
     @cached_property
@@ -138,7 +142,7 @@ class Streamed:
 
     @cached_property
     def _way_bytes(self) -> int:
-        """Bytes of the slots through which activations leave and come back: on a CPU, or in a GPU's host."""
+        """Bytes of the slots through which a CPU's activations go to the disk and come back."""
         return PARKED * max((packed for own in self._parked for _, packed in own), default=0)
 
     @property
@@ -160,7 +164,9 @@ class Streamed:
             # In the forward they wait for the next stage; an input is there when its layer runs again.
             waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes)
         resident = 0 if self._streams else sum(r.weights for r in self.regions)
-        return self.ring_bytes + resident + in_flight + waiting
+        largest_region = max(max(r.weights * self._streams, r.grads, r.state) for r in self.regions)
+        checked = 0 if self.on_gpu else min(CHECKED, largest_region)
+        return self.ring_bytes + resident + in_flight + waiting + checked
 
     def _gone(self, stage: int) -> int:
         """Return the bytes of one microbatch in flight on a stage that wait below instead."""
@@ -175,7 +181,7 @@ class Streamed:
     def tier_bytes(self) -> tuple[TierBytes, ...]:
         """What every tier holds, the device first."""
         device = self.placed.request.devices[0]
-        parked = sum(self._below) + self.on_gpu * self._way_bytes
+        parked = sum(self._below)
         everything = sum(r.total if self._streams or self.on_gpu else r.grads + r.state for r in self.regions)
         host = disk = 0
         if not self.on_gpu:
@@ -316,6 +322,7 @@ class Streamed:
             slots=self.slots,
             state_slots=self.state_slots,
             activations=self.activations,
+            parked_bytes=tuple(packed for own in self._parked for _, packed in own),
             ring_bytes=self.ring_bytes,
             tiers=self.tier_bytes,
             link_in_bytes=link_in,

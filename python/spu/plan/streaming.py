@@ -39,6 +39,7 @@ class StreamingPlan:
         state_slots: slots for gradients and state where the update is computed; on a GPU also its gradient slots.
         activations: where inputs of stages wait for the backward: "keep" (on the device), or "exact", "fp16" or "int8"
             in the tier below it.
+        parked_bytes: what waits below of one microbatch, for each input that does, in the order of layers.
         ring_bytes: bytes of all slots on the device.
         tiers: of the device, the host and the disk, in this order; those that hold nothing are left out.
         link_in_bytes: what comes to the device in a step.
@@ -55,6 +56,7 @@ class StreamingPlan:
     slots: int
     state_slots: int
     activations: str
+    parked_bytes: tuple[int, ...]
     ring_bytes: int
     tiers: tuple[TierBytes, ...]
     link_in_bytes: int
