@@ -54,72 +54,128 @@ struct Tail {
   }
 };
 
-// One moment at a block: how its values are read, and written with 16 bits of noise each.
+// Blocks that go together through the passes below, their values between two passes in the first-level cache. A pass
+// does one thing to all of them: a chain of instructions, such as that from a block's values to its scale, does not
+// hold up other blocks, and the constants of one pass fit the registers. The usual case runs without the selections of
+// the others, notices by one test a block that it was not met, and then the block is done again.
+constexpr int kChunkBlocks = 8, kChunkVectors = kChunkBlocks * kMomentVectors;
+
+// Asks for the cache line that vector i of the next chunk begins, if it begins one: the processor's own prefetching
+// knows nothing of the next page, and a step has seven streams of them.
+template <class P>
+SPU_INLINE void fetch(const P* p, int i) {
+  constexpr int vectors = static_cast<int>(64 / (sizeof(P) * kLanes));
+  if (vectors < 2 || i % vectors == 0) __builtin_prefetch(p + (kChunkVectors + i) * kLanes, 1);
+}
+
+// One moment, from a block on.
 template <Moments M, bool Signed>
 struct Moment {
+  static constexpr bool staged = false;
   using T = typename Pick<M == Moments::fp32, float, Bf16>::type;
   T* data;
   Moment(void* p, int64_t, int64_t at) : data(static_cast<T*>(p) + at) {}
   void shift(Tail& tail) { tail.take(data); }
 
-  void read(vf* x) const {
-#pragma GCC unroll 16
-    for (int i = 0; i < kMomentVectors; ++i) x[i] = load(data + i * kLanes);
-  }
-  void write(const vf* x, const vu* noise) const {
-#pragma GCC unroll 16
-    for (int i = 0; i < kMomentVectors; ++i) {
-      // a pattern without low bits: the store rounds no more
-      const vf rounded = M == Moments::fp32 ? x[i] : O::from_bits(math::stochastic_bf16<vf>(x[i], noise[i]) << 16);
-      store(data + i * kLanes, rounded);
-    }
+  void ahead(int i) const { fetch(data, i); }
+  vf read(int i) const { return load(data + i * kLanes); }
+  // noise: 32 bits for both moments.
+  void write(int i, vf x, vu noise) const {
+    // a pattern without low bits: the store rounds no more
+    const vu bits = Signed ? noise & 0xffffu : noise >> 16;
+    store(data + i * kLanes, M == Moments::fp32 ? x : O::from_bits(math::stochastic_bf16<vf>(x, bits) << 16));
   }
 };
 
 template <bool Signed>
 struct Moment<Moments::int8, Signed> {
-  float* scale;
+  static constexpr bool staged = true;
+  float* scales;
   uint8_t* codes;
   Moment(void* p, int64_t numel, int64_t at)
-      : scale(static_cast<float*>(p) + at / math::kMomentBlock),
+      : scales(static_cast<float*>(p) + at / math::kMomentBlock),
         codes(static_cast<uint8_t*>(p) + math::moment_scale_bytes(numel) + at) {}
   void shift(Tail& tail) { tail.take(codes); }
+  void ahead(int i) const { fetch(codes, i); }
 
-  void read(vf* x) const {
-    const vf unit = O::splat(*scale);
-#pragma GCC unroll 16
-    for (int i = 0; i < kMomentVectors; ++i) {
-      x[i] = math::moment_value<Signed, vf>(load_bytes(codes + i * kLanes)) * unit;
+  void read_all(int blocks, vf* x) const {
+    for (int b = 0; b < blocks; ++b, x += kMomentVectors) {
+      const uint8_t* from = codes + b * math::kMomentBlock;
+      if (any_byte_without(Signed ? 0x7f : 0xff, from)) {
+        read_block<true>(from, O::splat(scales[b]), x);
+      } else {
+        read_block<false>(from, O::splat(scales[b]), x);
+      }
     }
   }
-  void write(vf (&x)[kMomentVectors], const vu* noise) const {
-    const float unit = math::moment_scale(block_absmax(x));
-    *scale = unit;
-    if (!(unit > 0.0f)) {
-      memset(codes, 0, math::kMomentBlock);
-      return;
+  void write_all(int blocks, const vf* x, const vu* noise) const {
+    for (int b = 0; b < blocks; ++b) {
+      vu top = {};
+#pragma GCC unroll 16
+      for (int i = b * kMomentVectors; i < (b + 1) * kMomentVectors; ++i) {
+        top =
+            max_u(top, Signed ? O::bits(x[i]) & 0x7fffffffu : O::bits(x[i]));  // as block_absmax; squares have no sign
+      }
+      scales[b] = math::moment_scale(math::Ops<float>::from_bits(max_lane(top)));
     }
-    divide_block(x, unit);
+    for (int b = 0; b < blocks; ++b, x += kMomentVectors, noise += kMomentVectors) {
+      const float scale = scales[b];
+      uint8_t* to = codes + b * math::kMomentBlock;
+      if (!(scale > 0.0f)) {
+        memset(to, 0, math::kMomentBlock);
+      } else if (!(SPU_EXACT_FMA && scale >= kLeastExactScale && write_block<true>(to, scale, x, noise))) {
+        write_block<false>(to, scale, x, noise);
+      }
+    }
+  }
+
+ private:
+  template <bool Zeros>
+  static void read_block(const uint8_t* from, vf scale, vf* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < kMomentVectors; ++i) {
-      store_bytes(codes + i * kLanes, math::moment_code_of<Signed, vf>(x[i], noise[i]));
+      x[i] = math::moment_value<Signed, vf, Zeros>(load_bytes(from + i * kLanes)) * scale;
     }
+  }
+  // False if the usual case was not met.
+  template <bool Usual>
+  static bool write_block(uint8_t* to, float scale, const vf* x, const vu* noise) {
+    const vf s = O::splat(scale), inv = O::splat(1.0f / scale);
+    vu made[kMomentVectors], low = vu{} + math::MomentCode<Signed>::kSmallest;
+#pragma GCC unroll 16
+    for (int i = 0; i < kMomentVectors; ++i) {
+      const vf size = Signed ? math::abs(x[i]) : x[i];
+      const vu bits = Signed ? noise[i] & 0xffffu : noise[i] >> 16;
+      vu code;
+      if (Usual) {
+        const vf q = size * inv, units = O::fma(O::fma(-q, s, size), inv, q);  // `quotient`, of magnitudes
+        if (Signed) low = min_u(low, O::bits(units));
+        code = math::moment_size_of_large<Signed, vf>(units, bits);
+      } else {
+        code = math::moment_size<Signed, vf>(size / s, bits);
+      }
+      made[i] = Signed ? code | ((O::bits(x[i]) >> 24) & 0x80u) : code;
+    }
+    if (Usual && Signed && any_from(~low, ~math::MomentCode<Signed>::kSmallest + 1)) return false;
+    store_64_bytes(to, made);
+    return true;
   }
 };
 
-// The fp32 value that is updated, at a block: an fp32 parameter, a master, or a 16-bit weight with a correction.
+// The fp32 value that is updated, from a block on: an fp32 parameter, a master, or a 16-bit weight with a correction.
 struct OwnValue {
-  static constexpr bool rounds = false;
+  static constexpr bool staged = false, rounds = false;
   float* value;
   OwnValue(const cpu::AdamWRange& r, int64_t at) : value(static_cast<float*>(r.master) + at) {}
   void shift(Tail& tail) { tail.take(value); }
+  void ahead(int i) const { fetch(value, i); }
   vf read(int i) const { return load(value + i * kLanes); }
-  void write(int i, vf x, vu) const { store(value + i * kLanes, x); }
+  void write(int i, vf x) const { store(value + i * kLanes, x); }
 };
 
 template <class T>
 struct WithMaster {
-  static constexpr bool rounds = false;
+  static constexpr bool staged = false, rounds = false;
   T* weight;
   float* master;
   WithMaster(const cpu::AdamWRange& r, int64_t at)
@@ -128,11 +184,15 @@ struct WithMaster {
     tail.take(weight);
     tail.take(master);
   }
+  void ahead(int i) const {
+    fetch(weight, i);
+    fetch(master, i);
+  }
   vf read(int i) const {
     const vf value = load(master + i * kLanes);
     return math::following<vf>(value, rounded_to<T>(value), load(weight + i * kLanes));
   }
-  void write(int i, vf x, vu) const {
+  void write(int i, vf x) const {
     store(master + i * kLanes, x);
     store(weight + i * kLanes, x);
   }
@@ -140,8 +200,8 @@ struct WithMaster {
 
 template <class T, Master K>
 struct WithCorrection {
-  static constexpr bool rounds = K == Master::bits8;
-  static constexpr int bits = K == Master::bits8 ? 8 : 16;
+  static constexpr bool staged = true, rounds = K == Master::bits8;
+  static constexpr int bits = rounds ? 8 : 16;
   using C = typename Pick<rounds, int8_t, int16_t>::type;
   T* weight;
   C* correction;
@@ -151,28 +211,88 @@ struct WithCorrection {
     tail.take(weight);
     tail.take(correction);
   }
-  vf read(int i) const {
-    const vu pattern = load_words(reinterpret_cast<const uint16_t*>(weight) + i * kLanes);
-    if constexpr (rounds) {
-      return math::joined<T::is_fp16, bits, vf>(pattern, load_codes(correction + i * kLanes));
-    } else {
-      return math::joined<T::is_fp16, bits, vf>(pattern, load_words(correction + i * kLanes));
+  void ahead(int i) const {
+    fetch(weight, i);
+    fetch(correction, i);
+  }
+
+  void read_all(int blocks, vf* x) const {
+    for (int b = 0; b < blocks; ++b) {
+      if (!T::is_fp16 || !read_usual(b * kMomentVectors, x)) read_block(b * kMomentVectors, x);
     }
   }
-  void write(int i, vf x, vu noise) const {
-    const math::Corrected<vf> s = math::split<T::is_fp16, bits, vf>(x, math::master_noise(noise));
-    store_words(weight + i * kLanes, s.weight);
-    if constexpr (rounds) {
-      store_bytes(reinterpret_cast<uint8_t*>(correction) + i * kLanes, (vu)s.correction & 0xffu);
-    } else {
-      store_words(correction + i * kLanes, (vu)s.correction);
+  void write_all(int blocks, const vf* x, const vu* noise) const {
+    for (int b = 0; b < blocks; ++b) {
+      const int from = b * kMomentVectors;
+      if (write_usual(from, x, noise)) continue;
+#pragma GCC unroll 16
+      for (int i = from; i < from + kMomentVectors; ++i) {
+        const math::Corrected<vf> s = math::split<T::is_fp16, bits, vf>(x[i], noise_of(noise, i));
+        store_words(weight + i * kLanes, s.weight);
+        put(i, s.correction);
+      }
     }
+  }
+
+ private:
+  static vu noise_of(const vu* noise, int i) { return rounds ? math::master_noise(noise[i]) : vu{}; }
+  vi rest(int i) const {
+    if constexpr (rounds) {
+      return load_codes(correction + i * kLanes);
+    } else {
+      return load_words(correction + i * kLanes);
+    }
+  }
+  void put(int i, vi rest) const {
+    if constexpr (rounds) {
+      store_bytes(reinterpret_cast<uint8_t*>(correction) + i * kLanes, (vu)rest & 0xffu);
+    } else {
+      store_words(correction + i * kLanes, (vu)rest);
+    }
+  }
+  void read_block(int from, vf* x) const {
+#pragma GCC unroll 16
+    for (int i = from; i < from + kMomentVectors; ++i) {
+      const vu pattern = load_words(reinterpret_cast<const uint16_t*>(weight) + i * kLanes);
+      x[i] = math::joined<T::is_fp16, bits, vf>(pattern, rest(i));
+    }
+  }
+  bool read_usual(int from, vf* x) const {
+    vu top = {};
+#pragma GCC unroll 16
+    for (int i = from; i < from + kMomentVectors; ++i) {
+      const vf w = load(weight + i * kLanes);
+      top = max_u(top, (O::bits(w) & 0x7fffffffu) - math::kUsualWeight);
+      x[i] = math::joined_usual_fp16<bits, vf>(w, rest(i));
+    }
+    return !any_from(top, math::kUsualWeightEnd - math::kUsualWeight);
+  }
+  bool write_usual(int from, const vf* x, const vu* noise) const {
+    constexpr uint32_t first = T::is_fp16 ? math::kUsualLeast : 0u;
+    constexpr uint32_t end = T::is_fp16 ? math::kUsualEnd : math::kUsualEndBf16;
+    vu top = {};
+    vi tie = vi{} - 1;
+#pragma GCC unroll 16
+    for (int i = from; i < from + kMomentVectors; ++i) {
+      const vu u = O::bits(x[i]);
+      top = max_u(top, (u & 0x7fffffffu) - first);
+      const math::Corrected<vf> s = math::split_usual<T::is_fp16, bits, vf>(x[i], noise_of(noise, i));
+      if constexpr (T::is_fp16 && !rounds) {
+        const vi low = (vi)(u << 19);  // the 13 bits that fp16 lacks; a tie is the least integer
+        tie = low < tie ? low : tie;
+        store(weight + i * kLanes, x[i]);
+      } else {
+        store_words(weight + i * kLanes, s.weight);
+      }
+      put(i, s.correction);
+    }
+    return !any_from(top, end - first) && !any_from((vu)~tie, 0x7fffffffu);
   }
 };
 
-// A block of kMomentBlock values from `at`; of fewer with a tail.
+// `blocks` of kMomentBlock values from `at`; one of fewer with a tail.
 template <Moments M, class Kept>
-SPU_INLINE void adamw_block(const cpu::AdamWRange& r, const math::AdamWStep& k, int64_t at, Tail* tail) {
+SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, int64_t at, int blocks, Tail* tail) {
   Moment<M, true> first(r.exp_avg, r.numel, at);
   Moment<M, false> second(r.exp_avg_sq, r.numel, at);
   Kept kept(r, at);
@@ -183,25 +303,36 @@ SPU_INLINE void adamw_block(const cpu::AdamWRange& r, const math::AdamWStep& k, 
     second.shift(*tail);
     kept.shift(*tail);
   }
-  vf m[kMomentVectors], v[kMomentVectors];
-  vu low[kMomentVectors], high[kMomentVectors];
-  first.read(m);
-  second.read(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < kMomentVectors; ++i) {
-    const vf g = load(grad + i * kLanes) * r.grad_scale;
-    const math::AdamWState<vf> s = math::adamw_step<vf>({kept.read(i), m[i], v[i]}, g, k);
-    m[i] = s.m;
-    v[i] = s.v;
-    const uint32_t number = static_cast<uint32_t>(at + i * kLanes) * math::kNoiseStride + r.seed;
-    const bool rounds = M != Moments::fp32 || Kept::rounds;
-    const vu noise = rounds ? math::mix<vu>(noise_strides(typename MakeLanes<kLanes>::type{}) + number) : vu{};
-    kept.write(i, s.param, noise);
-    low[i] = noise & 0xffffu;
-    high[i] = noise >> 16;
+  vf p[kChunkVectors], m[kChunkVectors], v[kChunkVectors];
+  vu noises[kChunkVectors];
+  if constexpr (M == Moments::int8) first.read_all(blocks, m);
+  if constexpr (M == Moments::int8) second.read_all(blocks, v);
+  if constexpr (Kept::staged) kept.read_all(blocks, p);
+  constexpr bool rounds = M != Moments::fp32 || Kept::rounds;
+  const vu strides =
+      noise_strides(typename MakeLanes<kLanes>::type{}) + (static_cast<uint32_t>(at) * math::kNoiseStride + r.seed);
+#pragma GCC unroll 2
+  for (int i = 0; i < blocks * kMomentVectors; ++i) {
+    math::AdamWState<vf> s;
+    if constexpr (Kept::staged) s.param = p[i];
+    if constexpr (!Kept::staged) s.param = kept.read(i);
+    if constexpr (M == Moments::int8) s.m = m[i], s.v = v[i];
+    if constexpr (M != Moments::int8) s.m = first.read(i), s.v = second.read(i);
+    s = math::adamw_step<vf>(s, load(grad + i * kLanes) * r.grad_scale, k);
+    const vu noise = rounds ? math::mix<vu>(strides + static_cast<uint32_t>(i * kLanes) * math::kNoiseStride) : vu{};
+    if (rounds) noises[i] = noise;
+    fetch(grad, i);
+    first.ahead(i);
+    second.ahead(i);
+    kept.ahead(i);
+    if constexpr (Kept::staged) p[i] = s.param;
+    if constexpr (!Kept::staged) kept.write(i, s.param);
+    if constexpr (M == Moments::int8) m[i] = s.m, v[i] = s.v;
+    if constexpr (M != Moments::int8) first.write(i, s.m, noise), second.write(i, s.v, noise);
   }
-  first.write(m, low);
-  second.write(v, high);
+  if constexpr (Kept::staged) kept.write_all(blocks, p, noises);
+  if constexpr (M == Moments::int8) first.write_all(blocks, m, noises);
+  if constexpr (M == Moments::int8) second.write_all(blocks, v, noises);
 }
 
 template <Moments M, class Kept>
@@ -209,10 +340,12 @@ static void adamw_blocks(const cpu::AdamWRange& range, const math::AdamWStep& st
   const cpu::AdamWRange r = range;
   const math::AdamWStep k = step;
   const int64_t whole = least(end, r.numel / math::kMomentBlock);
-  for (int64_t b = begin; b < whole; ++b) adamw_block<M, Kept>(r, k, b * math::kMomentBlock, nullptr);
+  for (int64_t b = begin; b < whole; b += kChunkBlocks) {
+    adamw_chunk<M, Kept>(r, k, b * math::kMomentBlock, static_cast<int>(least(kChunkBlocks, whole - b)), nullptr);
+  }
   if (end > whole) {
     Tail tail(r.numel - whole * math::kMomentBlock);
-    adamw_block<M, Kept>(r, k, whole * math::kMomentBlock, &tail);
+    adamw_chunk<M, Kept>(r, k, whole * math::kMomentBlock, 1, &tail);
     tail.finish();
   }
 }

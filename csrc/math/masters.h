@@ -9,6 +9,7 @@
 // arithmetic. The idea is FlashOptim's (arXiv:2602.23349), the encoding is this file's own.
 #pragma once
 
+#include "math/half.h"
 #include "math/hd.h"
 
 namespace spu {
@@ -92,6 +93,33 @@ SPU_HD Corrected<F> split(F master, typename Ops<F>::UInt noise) {
   const auto is_nan = magnitude > infinity;
   const U nan = (U{} + (Fp16 ? 0x7e00u : 0x7fc0u)) | sign;
   return {is_nan ? nan : weight, is_nan ? none : rest};
+}
+
+// The usual case of both, for a part of the work. A master is usual that is finite and, beside fp16, within the normal
+// numbers that round to finite ones, and no tie with 16 bits; a weight that is above 2^-14 and finite.
+constexpr uint32_t kUsualLeast = kFp16Least, kUsualEnd = 0x477ff000;  // of fp16's masters: 2^-14 to 65520
+constexpr uint32_t kUsualWeight = kFp16Least + (1u << 13), kUsualWeightEnd = 0x47800000;
+constexpr uint32_t kUsualEndBf16 = 0x7f800000u - 255;
+
+template <int Bits, class F>
+SPU_HD F joined_usual_fp16(F weight, typename Ops<F>::Int correction) {
+  using O = Ops<F>;
+  return O::from_bits(O::bits(weight) + (typename O::UInt)(Bits == 16 ? (correction + 1) >> 3 : correction << 5));
+}
+
+template <bool Fp16, int Bits, class F>
+SPU_HD Corrected<F> split_usual(F master, typename Ops<F>::UInt noise) {
+  using U = typename Ops<F>::UInt;
+  using I = typename Ops<F>::Int;
+  const U u = Ops<F>::bits(master);
+  if (!Fp16 && Bits == 16) return {(u + 0x8000u) >> 16, (I)u};
+  if (!Fp16) {
+    const U size = (u + noise) >> 8;
+    return {(size + 0x80u) >> 8, (I)size};
+  }
+  if (Bits == 16) return {float_to_fp16<F>(master), (I)(u << 3)};
+  const U size = ((u & 0x7fffffffu) - kFp16Bias + (noise >> 3)) >> 5;
+  return {((size + 0x80u) >> 8) | ((u >> 16) & 0x8000u), (I)size};
 }
 
 // The 8 of an element's 32 random bits that round its correction: those that matter least to the two moments.

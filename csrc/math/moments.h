@@ -83,38 +83,49 @@ SPU_HD float moment_scale(float absmax) {
   return block_scale(absmax, 1.0f);
 }
 
-// The code of a value in units of its scale, which is its block's moment_scale and greater than 0; noise: 16 bits.
-// Below the smallest magnitude the first moment is 0 or that magnitude, right on average; the second is never rounded
-// to 0, since its root is divided by.
+// The code, without its sign, of a magnitude in units of its scale, which is its block's moment_scale and greater than
+// 0; noise: 16 bits. Below the smallest magnitude the first moment is 0 or that magnitude, right on average; the second
+// is never rounded to 0, since its root is divided by.
 template <bool Signed, class F, class U = typename Ops<F>::UInt>
-SPU_HD U moment_code_of(F units, U noise) {
+SPU_HD U moment_size(F units, U noise) {
   using O = Ops<F>;
+  using I = typename O::Int;
   using C = MomentCode<Signed>;
-  const U u = O::bits(units);
-  const U magnitude = u & 0x7fffffffu;
+  const U magnitude = O::bits(units), one = U{} + 1u, none = U{};
   const U normal = ((magnitude + (noise << (C::kDrop - 16))) >> C::kDrop) - C::kBase;
-  const F share = O::from_bits((noise << 7) | 0x3f800000u) - 1.0f;  // [0, 1)
+  if (!Signed) {  // below the smallest magnitude `normal` is at most 1
+    const I least = (I)(magnitude < one ? magnitude : one);
+    return (U)((I)normal > least ? (I)normal : least);
+  }
   const F smallest = O::from_bits(U{} + C::kSmallest);
-  const F least = Signed ? smallest * share : O::splat(0.0f);
-  const U one = U{} + 1u, none = U{};
-  const U tiny = O::from_bits(magnitude) > least ? one : none;
-  const U code = magnitude < (U{} + C::kSmallest) ? tiny : normal;
-  return Signed ? code | ((u >> 24) & 0x80u) : code;
+  const F share = O::from_bits((noise << 7) | 0x3f800000u) - 1.0f;  // [0, 1)
+  const U tiny = units > smallest * share ? one : none;
+  return magnitude < (U{} + C::kSmallest) ? tiny : normal;
+}
+
+// The same, where every magnitude of the first moment is at least the smallest.
+template <bool Signed, class F, class U = typename Ops<F>::UInt>
+SPU_HD U moment_size_of_large(F units, U noise) {
+  using C = MomentCode<Signed>;
+  if (!Signed) return moment_size<false, F>(units, noise);
+  return ((Ops<F>::bits(units) + (noise << (C::kDrop - 16))) >> C::kDrop) - C::kBase;
 }
 
 template <bool Signed, class F, class U = typename Ops<F>::UInt>
 SPU_HD U moment_code(F x, F scale, U noise) {
-  return moment_code_of<Signed, F>(x / scale, noise);
+  const U code = moment_size<Signed, F>(abs(x) / scale, noise);
+  return Signed ? code | ((Ops<F>::bits(x) >> 24) & 0x80u) : code;
 }
 
-// The value of a code in units of its scale.
-template <bool Signed, class F, class U = typename Ops<F>::UInt>
+// The value of a code in units of its scale; Zeros: whether it may be 0.
+template <bool Signed, class F, bool Zeros = true, class U = typename Ops<F>::UInt>
 SPU_HD F moment_value(U code) {
   using C = MomentCode<Signed>;
   const U size = Signed ? code & 0x7fu : code;
   const U pattern = (size + C::kBase) << C::kDrop;
   const U none = U{};
-  const U magnitude = size == none ? none : pattern;
+  U magnitude = pattern;
+  if (Zeros) magnitude = size == none ? none : pattern;
   return Ops<F>::from_bits(Signed ? magnitude | ((code & 0x80u) << 24) : magnitude);
 }
 
