@@ -1,0 +1,51 @@
+"""A plan that streams is run as it says: activations wait where it has counted them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from parking import decoder, token_loss, tokens
+from pipelines import reference, trainer
+from torch import Tensor
+
+from spu.memory.activations import Counts
+
+__all__ = ["reference"]
+
+pytestmark = pytest.mark.usefixtures("reference")
+
+
+def trained(precision: str, **settings: object) -> tuple[list[float], list[Tensor], Counts | None]:
+    """Losses of some steps, a ragged one among them, the weights at the end, and what was parked."""
+    x, y = tokens(rows=8, length=16)
+    own = copy.deepcopy(decoder())
+    settings = {"loss_fn": token_loss, "precision": precision, "recompute": True, "lr": 1e-2, **settings}
+    with trainer(own, 1, **settings) as t:
+        losses = [t.step(x[:rows], y[:rows]).loss for rows in (8, 8, 6, 8)]
+        assert t._runner is not None
+        (activations,) = {stage.activations for stage in t._runner.built.stages}
+        t.flush()
+        return losses, [p.detach().clone() for p in own.parameters()], activations and activations.counts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_activations_of_a_streamed_training(precision: str, tmp_path: Path) -> None:
+    expected, weights, _ = trained(precision)
+    for mode in ("keep", "exact", "int8"):
+        folder = tmp_path / mode
+        how = {"residency": "streamed", "activations": mode, "tiers": f"disk={folder}:1GB"}
+        losses, found, counts = trained(precision, **how)
+        assert (counts is None) == (mode == "keep")
+        if counts is not None:
+            assert counts.kept == 0
+            assert counts.parked > 0
+        if mode != "int8":
+            assert losses == expected
+            assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
+        else:
+            assert losses[0] == expected[0]  # the forward is exact
+            assert losses[1:] != expected[1:]
+            assert losses == pytest.approx(expected, rel=0.005)
