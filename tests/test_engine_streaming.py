@@ -110,16 +110,17 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make(
-    monkeypatch: pytest.MonkeyPatch, own: nn.Module, store: Lazy | None, residency: Any = "streamed", **settings: Any
+    monkeypatch: pytest.MonkeyPatch, own: nn.Module, store: Any, residency: Any = "streamed", **settings: Any
 ) -> ModelParallelTrainer:
     """Return a trainer with a stage for each layer, streamed over ``store`` if there is one."""
-    slots, buffers = settings.pop("slots", 2), settings.pop("buffers", 2)
+    how = {"slots": settings.pop("slots", 2), "buffers": settings.pop("buffers", 2)}
+    how["streams"] = settings.pop("streams", None)
     original = runner.Runner.__init__
 
     def init(self: Any, built: Any, plan: Any, *args: Any, **keywords: Any) -> None:
         if store is not None:
             each = [residency] * len(built.stages) if isinstance(residency, str) else residency
-            keywords["make_streaming"] = partial(stream, residencies=each, store=store, slots=slots, buffers=buffers)
+            keywords["make_streaming"] = partial(stream, residencies=each, store=store, **how)
         original(self, built, plan, *args, **keywords)
 
     monkeypatch.setattr(runner.Runner, "__init__", init)

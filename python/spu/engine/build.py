@@ -13,6 +13,7 @@ from torch import nn
 from spu import nn as spu_nn
 from spu.common.dtypes import DTYPES
 from spu.common.interrupts import delayed_interrupts
+from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weights_below
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
@@ -161,8 +162,11 @@ def build_stages(
     *,
     loss_fn: Callable[[Any, Any], torch.Tensor],
     recompute: Collection[int] = (),
+    residencies: Sequence[str] = (),
 ) -> BuiltStages:
     """Move layers to their devices and give every stage leaves of its own.
+
+    Weights that the host updates, and that come to a GPU for their stage's visits, stay on the CPU.
 
     Args:
         layers: the whole model.
@@ -170,17 +174,27 @@ def build_stages(
         devices: the device of each stage; several stages may have the same one.
         loss_fn: what the last stage computes.
         recompute: indices of the layers that keep only their input for the backward.
+        residencies: of each stage; default: all are resident.
+
+    Raises:
+        ValueError: a weight that the host cannot update.
     """
     placed = [[layers[i] for i in indices] for indices in ranges]
     loss = loss_part(loss_fn, layers)
     twins = separate(placed)
     parts = [*placed[:-1], [*placed[-1], *([] if loss is None else [loss])]]
-    tied = untie(parts, devices)
-    move_loss(loss_fn, devices[-1].torch_device)
+    hosted = hosted_stages(devices, residencies)
+    tied = untie(parts, [CPU if index in hosted else device.torch_device for index, device in enumerate(devices)])
+    below = weights_below(list(map(stage_weights, parts)), tied, residencies, host_updates=True) if hosted else []
+    if loss is None or len(placed) - 1 not in hosted:
+        move_loss(loss_fn, devices[-1].torch_device)
     stages = []
     for index, (own, device) in enumerate(zip(placed, devices)):
-        for layer in own:
-            layer.module.to(device.torch_device)
+        if index in hosted:
+            move_rest(parts[index], below[index], device.torch_device)
+        else:
+            for layer in own:
+                layer.module.to(device.torch_device)
         is_last = index == len(placed) - 1
         only_input = [i in recompute for i in ranges[index]]
         stages.append(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +18,6 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import MODULE_TABLES, buffers_of, children_of, parameters_of
 from spu.model.layers import Layer
-
-if TYPE_CHECKING:
-    from spu.devices.manager import Device
 
 __all__ = ["TiedUse", "Twin", "separate", "untie"]
 
@@ -170,8 +167,13 @@ def _copy(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     return made[id(module)]
 
 
-def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[Device]) -> list[TiedUse]:
-    """Replace a parameter in every stage but its first by an alias: same storage on the same device, else a copy."""
+def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[torch.device]) -> list[TiedUse]:
+    """Replace a parameter in every stage but its first by an alias: same storage on the same device, else a copy.
+
+    Args:
+        placed: the layers of each stage.
+        devices: where the parameters of each stage are between runs.
+    """
     owner_stage: dict[int, int] = {}
     tied: dict[tuple[int, int], TiedUse] = {}
     for stage, own in enumerate(placed):
@@ -184,7 +186,7 @@ def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[Device]) -> list[
                     continue
                 use = tied.get((id(parameter), stage))
                 if use is None:
-                    data = parameter.detach().to(devices[stage].torch_device)
+                    data = parameter.detach().to(devices[stage])
                     alias = nn.Parameter(data, requires_grad=parameter.requires_grad)
                     use = tied[id(parameter), stage] = TiedUse(parameter, first, alias, stage, [])
                     owner_stage[id(alias)] = stage

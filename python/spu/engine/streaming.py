@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from spu import ops
+from spu.engine.below import weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
 from spu.memory.streamed import Streamed
+from spu.memory.streams import Event, Streams
 from spu.memory.unit import Unit, piece
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
@@ -32,15 +34,19 @@ class DeferredUpdate:
         found_inf: fp32 [1]; the update is left out if it is not 0.
         grad_scale: fp32 [1] or None; multiplies the gradients (the clip coefficient).
         groups: the settings of the optimizer's parameter groups when the step ended, the rate with its factor.
+        arrives: when the two tensors have come from a device; None: they are there.
+        sources: what they are copied from, kept until then.
     """
 
     found_inf: Tensor
     grad_scale: Tensor | None
     groups: list[dict[str, Any]]
+    arrives: Event | None = None
+    sources: tuple[Tensor | None, ...] = ()
 
 
 class Streaming:
-    """The work on streamed stages (`spu.memory.streamed.Work`): takes gradients, runs deferred updates.
+    """The work on streamed stages (`spu.memory.work.Work`): takes gradients, runs deferred updates.
 
     Args:
         built: the stages.
@@ -48,6 +54,7 @@ class Streaming:
         main_grads: of every stage.
         units: by stage, their regions allocated.
         make_residency: makes the residency from units and this object.
+        streams: of the device, where the host updates beside it; None: updates run where the stages do.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Streaming:
         main_grads: Sequence[MainGrads],
         units: dict[int, Unit],
         make_residency: Callable[[dict[int, Unit], Streaming], Streamed],
+        streams: Streams | None = None,
     ) -> None:
         self._built, self._optimizers, self._main_grads = built, optimizers, main_grads
         self._owned = {index: list(built.owned[index].values()) for index in units}
@@ -68,6 +76,11 @@ class Streaming:
         self._made: dict[int, list[bool]] = {}  # which parameters of a stage have a gradient in this step
         self._sqnorms: dict[int, Tensor] = {}
         self._versions: dict[int, list[int]] = {}
+        self._streams = streams
+        self._scalars = {  # what an update needs to know, of each stage, when it has come from the device
+            index: torch.zeros(2, 1, pin_memory=built.stages[index].device.torch_device.type == "cuda")
+            for index in (units if streams is not None else ())
+        }
         self.broken = ""
         self.residency = make_residency(units, self)
 
@@ -95,7 +108,16 @@ class Streaming:
             return  # nothing would change: no byte has to move
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
-        self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
+        if self._streams is None:
+            self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
+            return
+        arrived, event = self._scalars[stage], None
+        sources = found_inf, grad_scale
+        for here, value in zip(arrived, sources):
+            if value is not None:
+                event = self._streams.copy(here, value, [self._streams.mark()])
+        scale = None if grad_scale is None else arrived[1]
+        self._deferred[stage] = DeferredUpdate(arrived[0], scale, groups, event, sources)
 
     def show(self, *, grads: bool = False) -> None:
         """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
@@ -107,7 +129,7 @@ class Streaming:
                     for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
                         parameter.grad = view if made else None
 
-    # spu.memory.streamed.Work
+    # spu.memory.work.Work
 
     def prepare(self, stage: int) -> None:
         """Bring the state of the stage's parameters into its form; where there is none, it begins with zeros."""
@@ -127,6 +149,8 @@ class Streaming:
         """Run the stage's deferred update; its weights and state have been put."""
         deferred, optimizer = self._deferred[stage], self._optimizers[stage]
         assert isinstance(optimizer, AdamW)
+        if deferred.arrives is not None:
+            deferred.arrives.synchronize()
         if deferred.found_inf.item():
             del self._deferred[stage]
             return False
@@ -192,7 +216,11 @@ def add_tied(use: TiedUse) -> None:
 
 
 def streaming_units(
-    built: BuiltStages, residencies: Sequence[str], optimizers: Sequence[AdamW | MasterOptimizer | None]
+    built: BuiltStages,
+    residencies: Sequence[str],
+    optimizers: Sequence[AdamW | MasterOptimizer | None],
+    *,
+    host_updates: bool = False,
 ) -> dict[int, Unit]:
     """Return what travels with each stage, without regions yet.
 
@@ -200,9 +228,11 @@ def streaming_units(
         built: the stages.
         residencies: of each stage: "resident", "offloaded" or "streamed".
         optimizers: of each stage.
+        host_updates: the host updates what lies below; offloaded weights that are trained lie there too, then.
 
     Raises:
-        ValueError: an optimizer whose tensors are not known before its first step.
+        ValueError: an optimizer whose tensors are not known before its first step, or a weight that stays on the device
+            and would be updated by the host.
     """
     for optimizer, residency in zip(optimizers, residencies, strict=True):
         if residency != "resident" and isinstance(optimizer, MasterOptimizer):
@@ -210,13 +240,10 @@ def streaming_units(
                 f"{type(optimizer.optimizer).__name__} makes its state as it likes, which no memory tier can lay out: "
                 "stream with the default optimizer (spu.optim.AdamW), or train with residency='resident'"
             )
-    streamed = [residency == "streamed" for residency in residencies]
-    owner_of = {id(use.alias): use for use in built.tied}
-    shared = {id(use.owner) for use in built.tied}
-    travels = {  # shared weights that are streamed by all of their stages
-        key: all(streamed[use.owner_stage] and streamed[use.stage] for use in built.tied if id(use.owner) == key)
-        for key in shared
-    }
+    owner_of = {id(use.alias): id(use.owner) for use in built.tied}
+    shared = set(owner_of.values())
+    parameters = [stage.parameters() for stage in built.stages]
+    below = weights_below(parameters, built.tied, residencies, host_updates=host_updates)
     units: dict[int, Unit] = {}
     for stage, residency in zip(built.stages, residencies, strict=True):
         if residency == "resident":
@@ -228,18 +255,12 @@ def streaming_units(
             assert isinstance(optimizer, AdamW)
             unit.grads = piece(f"{name} gradients", [_gradient(p) for p in own.values()])
             unit.state = piece(f"{name} optimizer state", _state(optimizer, own.values()))
-        if residency == "offloaded":
-            continue
         mine = {id(p) for p in own.values()}
         frozen: list[nn.Parameter] = []
         trained: list[nn.Parameter] = []
-        for parameter in stage.parameters():
-            use = owner_of.get(id(parameter))
-            key = id(use.owner if use is not None else parameter)
-            # Weights of another layout than the slots' stay: a kernel's bits may depend on it.
-            if not parameter.is_floating_point() or not parameter.is_contiguous() or not travels.get(key, True):
-                continue
-            if key in travels:
+        for parameter in below[stage.index].values():
+            key = owner_of.get(id(parameter), id(parameter))
+            if key in shared:
                 tied = piece(f"tied weight {tuple(parameter.shape)}", [_weight(parameter)], key)
                 assert tied is not None
                 unit.shared += (tied,)

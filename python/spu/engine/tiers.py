@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
+from spu.engine.hosted import host_updated, pinning_for
 from spu.engine.streaming import Streaming, streaming_units
 from spu.memory.activations import ActivationStore
+from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Slab
 from spu.memory.spill import spilled
-from spu.memory.store import Store
+from spu.memory.store import Region, Store
 from spu.memory.streamed import Streamed
-from spu.memory.unit import Unit, allocated
+from spu.memory.streams import Streams, streams_for
+from spu.memory.unit import Unit, allocated, padded
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -48,10 +52,11 @@ def open_streaming(
     """
     how = plan.streaming
     assert how is not None
-    if any(stage.device.torch_device.type != "cpu" for stage in built.stages):
+    device = built.stages[0].device.torch_device
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"the plan streams to {plan.devices[0]}: only CPU devices stream so far, from a disk; give the GPU layers "
-            "that fit it, with residency='resident'"
+            f"the plan streams to {plan.devices[0]}: only a CPU and CUDA devices can; give it the layers that fit it, "
+            "with residency='resident'"
         )
     store: Store
     if how.store == "disk":
@@ -60,9 +65,9 @@ def open_streaming(
         tiers.disk.mkdir(parents=True, exist_ok=True)
         store = DiskStore(tiers.disk, tiers.disk_bytes or None)
     else:
-        store = HostStore(limit_bytes=tiers.host_bytes or None)
+        store = HostStore(pinning_for(device), tiers.host_bytes or None)
     try:
-        return stream(
+        streaming = stream(
             built,
             optimizers,
             main_grads,
@@ -76,6 +81,9 @@ def open_streaming(
     except BaseException:
         store.close()
         raise
+    if isinstance(streaming.residency.store, DeviceStore) and streaming.residency.store.note:
+        warnings.warn(f"{plan.devices[0]}: {streaming.residency.store.note}", stacklevel=2)
+    return streaming
 
 
 def stream(
@@ -89,6 +97,7 @@ def stream(
     buffers: int,
     activations: str | None = None,
     input_bytes: Sequence[int] = (),
+    streams: Streams | None = None,
 ) -> Streaming:
     """Lay stages out in a store, and return what streams them; their tensors move there by `Streamed.fill`.
 
@@ -100,20 +109,44 @@ def stream(
         buffers: for gradients and state, 1 or 2.
         activations: "exact", "fp16" or "int8": inputs of recomputed layers wait in the store; None: on the device.
         input_bytes: of each of these inputs.
+        streams: of the device, if the host updates beside it; default: if it is a GPU.
 
     Raises:
         ValueError: an optimizer that cannot be streamed.
         StoreError: no room.
     """
-    units, regions = allocated(
-        streaming_units(built, residencies, optimizers), store, input_bytes if activations else ()
-    )
+    device = built.stages[0].device.torch_device
+    if streams is None and device.type != "cpu":
+        streams = streams_for(device)
+    units = streaming_units(built, residencies, optimizers, host_updates=streams is not None)
+    inputs = input_bytes if activations else ()
+    if streams is None or isinstance(store, HostStore):
+        units, regions = allocated(units, store, inputs)
+        _park(built, store, regions, activations)
+    else:  # inputs of layers wait in the host's memory, above the disk
+        units, _ = allocated(units, store)
+        if inputs:
+            memory = HostStore(pinning_for(device))
+            sizes = [padded(size) for size in inputs]
+            found = memory.allocate([f"activation {k}" for k in range(len(sizes))], sizes)
+            _park(built, memory, list(zip(found, sizes, strict=True)), activations)
+    make: Callable[[dict[int, Unit], Streaming], Streamed]
+    if streams is None:
+        make = partial(_slots, store, slots, buffers)
+    else:
+        how: dict[str, Any] = {"slots": slots, "buffers": buffers, "device": device, "streams": streams}
+        offloaded = {index for index in units if residencies[index] == "offloaded"}
+        make = partial(_hosted, store, offloaded, how)
+    return Streaming(built, optimizers, main_grads, units, make, streams)
+
+
+def _park(built: BuiltStages, store: Store, regions: Sequence[tuple[Region, int]], activations: str | None) -> None:
+    """Let inputs of recomputed layers wait in regions of a store, if there are any."""
     if regions:
         codec = None if activations == "exact" else activations
         parked = ActivationStore(store, regions, built.stages[0].device.torch_device, codec=codec)
         for stage in built.stages:
             stage.activations = parked
-    return Streaming(built, optimizers, main_grads, units, partial(_slots, store, slots, buffers))
 
 
 def _slots(store: Store, slots: int, buffers: int, units: dict[int, Unit], work: Streaming) -> Streamed:
@@ -123,3 +156,9 @@ def _slots(store: Store, slots: int, buffers: int, units: dict[int, Unit], work:
     slab = Slab(sum(sizes))
     memory = slab.slots(sizes)
     return Streamed(units, store, memory[:count], memory[count:], work)
+
+
+def _hosted(
+    store: Store, offloaded: set[int], how: dict[str, Any], units: dict[int, Unit], work: Streaming
+) -> Streamed:
+    return host_updated(units, store, work, offloaded=offloaded, **how)

@@ -173,12 +173,12 @@ class Updater:
             optimizer = self.optimizers[stage.index]
             if optimizer is None:
                 return
-            device = stage.device.torch_device
-            scale, found_inf = clip.to(device) if clip is not None else None, update.found_inf.to(device)
             if self.streaming is not None and stage.index in self.streaming:
-                self.streaming.defer(stage.index, found_inf, scale)
+                self.streaming.defer(stage.index, update.found_inf, clip)
             else:
-                optimizer.step(found_inf=found_inf, grad_scale=scale)
+                device = stage.device.torch_device
+                scale = None if clip is None else clip.to(device)
+                optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
 
         with self._rates(lr_factor):  # (7) in docs/architecture.md
             try:

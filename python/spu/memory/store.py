@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "Region", "Store", "StoreError", "Ticket"]
+__all__ = ["ALIGNMENT", "Region", "Store", "StoreError", "Ticket", "settle"]
 
 ALIGNMENT = 4096
 """Bytes to which regions, slots and slabs are aligned: what direct I/O asks of memory and of offsets in a file."""
@@ -81,3 +82,10 @@ class Store(Protocol):
         A home that a tensor still views stays as it is until the last such tensor is gone: a model is not emptied
         behind its user's back.
         """
+
+
+def settle(tickets: Iterable[Ticket]) -> None:
+    """Wait for tickets whose outcome does not matter any more."""
+    for ticket in tickets:
+        with contextlib.suppress(Exception):
+            ticket.wait()

@@ -10,45 +10,27 @@ computes. So a step's update runs beside the next step, nothing is stale, and a 
 number of microbatches. In a backward visit the gradients add up in a buffer, which is written at its end. (The order
 of layers, and an update that overlaps with the next forward, for SSDs: GreedySnake, arXiv:2512.17570. There a part of
 the parameters is updated late; here all of them are, exactly.)
+
+Beside a GPU the host updates. Then a slot holds weights alone and a buffer gradients alone; gradients and weights are
+updated where they lie below, by a thread of the host, when the stage's visit comes near, and the new weights go to
+their slot. Between runs the parameters of such a stage are on the CPU, like everything that lies below.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from spu.common.torch_private import version
+from spu import ops
+from spu.memory.device_store import DeviceStore, HostUpdate, Part
 from spu.memory.residency import Visit
-from spu.memory.store import Region, Store, StoreError, Ticket
-from spu.memory.unit import Piece, Unit, absent
+from spu.memory.store import Region, Store, StoreError, Ticket, settle
+from spu.memory.unit import Absent, Piece, Unit
+from spu.memory.work import Work
 
-__all__ = ["Streamed", "Work"]
-
-
-class Work(Protocol):
-    """What is done with a stage's tensors while they are here."""
-
-    def prepare(self, stage: int) -> None:
-        """Bring what the stage's optimizer has into the form that moves below."""
-
-    def pending(self, stage: int) -> bool:
-        """Tell whether an update of the stage is deferred."""
-
-    def update(self, stage: int, grads: Sequence[Tensor]) -> bool:
-        """Run the deferred update on the tensors that have been put; tell whether it has changed any.
-
-        Args:
-            stage: its index.
-            grads: its gradients, in the order of its piece.
-        """
-
-    def lend(self, stage: int, grads: Sequence[Tensor]) -> None:
-        """Let a backward write its gradients into these tensors, whose present values mean nothing."""
-
-    def collect(self, stage: int, grads: Sequence[Tensor]) -> None:
-        """Have all gradients in the lent tensors and forget these."""
+__all__ = ["Streamed"]
 
 
 class Streamed:
@@ -56,18 +38,27 @@ class Streamed:
 
     Args:
         units: by stage; stages that are not in it are resident.
-        store: where their pieces lie.
-        slots: uint8 memory for weights, each large enough for any unit of its index modulo their number.
-        buffers: uint8 memory for gradients and state, each large enough for any unit; with two, one is filled or
-            emptied while the other is worked on.
+        store: where their pieces lie. With a `DeviceStore` the host updates.
+        slots: uint8 memory for weights on the device, each large enough for the units that use it.
+        buffers: uint8 memory for gradients and state (for gradients, if the host updates), each large enough for any
+            unit; with two, one is filled or emptied while the other is worked on.
         work: updates, and takes gradients.
+        slot_of: the slot of each unit; default: its index modulo their number. A unit with one of its own stays there.
     """
 
     def __init__(
-        self, units: Mapping[int, Unit], store: Store, slots: Sequence[Tensor], buffers: Sequence[Tensor], work: Work
+        self,
+        units: Mapping[int, Unit],
+        store: Store,
+        slots: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        work: Work,
+        slot_of: Mapping[int, int] | None = None,
     ) -> None:
         self.units = dict(units)
         self.store = store
+        self._host = store if isinstance(store, DeviceStore) else None  # updates
+        self._slot_of = {index: index % len(slots) for index in units} if slot_of is None else dict(slot_of)
         self._slots, self._buffers, self._work = list(slots), list(buffers), work
         self._held: list[int | None] = [None] * len(self._slots)  # the unit whose weights are in each slot
         self._buffer_of: dict[int, int] = {}  # unit -> the buffer with its gradients and state
@@ -83,12 +74,11 @@ class Streamed:
         self._failed: Exception | None = None
         self._filled: set[int] = set()
         self._shown = True  # tensors are in the store's own memory, where anybody may change them
-        self._absent = {
-            id(entry): absent(entry.shape, entry.dtype)
-            for unit in self.units.values()
-            for piece in _pieces(unit)
-            for entry in piece.entries
-        }
+        self._updating: set[int] = set()  # units whose update the host has begun
+        self._update_error: Exception | None = None
+        self._absent_below = Absent(self.units.values(), torch.device("cpu"))
+        # While graphs of a stage live, autograd must not see its weights change their device.
+        self._absent = Absent(self.units.values(), slots[0].device)
 
     @property
     def failed(self) -> bool:
@@ -115,6 +105,7 @@ class Streamed:
         """
         self._check()
         self._hide()
+        self._put_absent(self._absent)
         self._visits, self._at, self._ahead = list(visits), 0, 0
         self._top_up()
 
@@ -131,11 +122,12 @@ class Streamed:
         self._current = unit
         for ticket in self._arriving.pop(unit.index, ()):
             self._wait(ticket)
+        self._updating.discard(unit.index)
         for piece, memory in self._weights(unit):
             piece.put(memory)
-        if self._work.pending(unit.index):
+        if self._host is None and self._work.pending(unit.index):
             self._update(unit)
-        self._seen = _versions(unit)
+        self._seen = unit.versions()
         if visit.backward and unit.grads is not None:
             memory = self._buffers[self._take_buffer(unit)][: unit.grad_bytes]
             self._work.lend(unit.index, unit.grads.views(memory))
@@ -146,7 +138,7 @@ class Streamed:
         unit = self.units.get(visit.stage)
         if unit is None:
             return
-        if self._seen != _versions(unit):
+        if self._seen != unit.versions():
             raise RuntimeError(
                 f"stage {unit.index} changes a weight of its own while it runs, and the slot it lies in is not written "
                 "back: change it between steps, after flush(), or train with residency='offloaded'"
@@ -167,7 +159,9 @@ class Streamed:
         arriving, self._arriving = self._arriving, {}
         for index, tickets in arriving.items():
             self._forget(self.units[index])
-            _settle(tickets)
+            settle(tickets)
+        self._updating.clear()
+        self._put_absent(self._absent_below)
 
     # Between runs
 
@@ -186,6 +180,9 @@ class Streamed:
             return
         self._check()
         waiting = [Visit(index, backward=False) for index in self.units if self._work.pending(index)]
+        if self._host is not None:
+            self._update_below([self.units[visit.stage] for visit in waiting])
+            waiting = []
         self.begin(waiting)
         try:
             for visit in waiting:
@@ -193,10 +190,10 @@ class Streamed:
                 self.release(visit)
         finally:
             self.end()
-        self._settle_writes()
+        self._wait_for(list(self._leaving))
         self.store.exposed(self._regions())
         for unit in self.units.values():
-            for piece in _pieces(unit):
+            for piece in unit.pieces:
                 if piece is not unit.grads:
                     piece.put(self.store.home(piece.region))
         self._shown = True
@@ -206,10 +203,11 @@ class Streamed:
         self._held = [None] * len(self._slots)
 
     def close(self) -> None:
-        """Wait for what is in progress and close the store; harmless when called twice."""
-        _settle(self._leaving.values())
+        """Wait for what is in progress, close the store and let go of the slots; harmless when called twice."""
+        settle(self._leaving.values())
         self._leaving.clear()
         self.store.close()
+        self._slots, self._buffers = [], []
 
     # Inside
 
@@ -221,10 +219,14 @@ class Streamed:
         self.store.hidden(self._regions())
         self.forget()
         for unit in self.units.values():
-            self._leave(unit)
-            for piece in (unit.state,):
-                self._put_absent(piece)
+            self._absent.put(*unit.weights, unit.state)
         self._shown = False
+
+    def _put_absent(self, absent: Absent) -> None:
+        """Put stand-ins where weights were, between runs or in them; those of a CPU are the same."""
+        if not self._shown and self._absent.device.type != "cpu":
+            for unit in self.units.values():
+                absent.put(*unit.weights)
 
     def _update(self, unit: Unit) -> None:
         assert unit.grads is not None
@@ -236,18 +238,55 @@ class Streamed:
         try:
             changed = self._work.update(unit.index, unit.grads.views(buffer[:split]))
         finally:
-            self._put_absent(unit.state)
+            self._absent.put(unit.state)
         if not changed:
             return
         self._write(unit.state, state, self._buffer_writes[index])
         own = {piece.region for piece in unit.written}
         for piece, memory in self._weights(unit):
             if piece.region in own:
-                self._write(piece, memory, self._slot_writes[unit.index % len(self._slots)])
+                self._write(piece, memory, self._slot_writes[self._slot_of[unit.index]])
+        self._forget_sharers(unit)
+
+    def _forget_sharers(self, unit: Unit) -> None:
+        """Note that the stages which share a weight with this one have read it before its update."""
         shared = {piece.region for piece in unit.shared} & unit.owned
-        for other in self.units.values():  # has read a shared weight before this update
+        for other in self.units.values():
             if other is not unit and shared & {piece.region for piece in other.shared}:
                 self._forget(other)
+
+    def _update_below(self, units: Sequence[Unit]) -> None:
+        """Let the host update units, and wait for it; their weights stay below."""
+        assert self._host is not None
+        for unit in units:
+            parts = [Part(piece.region, piece.bytes, None) for piece in unit.written]
+            self._wait(self._host.bring(self._slot_of[unit.index], parts, self._host_update(unit)))
+            self._forget(unit)
+
+    def _host_update(self, unit: Unit) -> HostUpdate:
+        """Return a unit's update for a thread of the host; nobody else looks at the unit until its weights arrive."""
+        grads, state, written = unit.grads, unit.state, unit.written
+        assert grads is not None
+        assert state is not None
+        self._wait_for([grads.region])
+        self._forget_sharers(unit)
+        absent = self._absent if self._visits else self._absent_below
+        backend = ops.forced_backend()
+
+        def run(memory: Mapping[Region, Tensor]) -> bool:
+            try:
+                for piece in (*written, state):
+                    piece.put(memory[piece.region])
+                with ops.use_backend(backend):
+                    return self._work.update(unit.index, grads.views(memory[grads.region]))
+            except Exception as error:
+                self._update_error = error
+                raise
+            finally:
+                absent.put(*written, state)
+
+        further = [Part(piece.region, piece.bytes, None) for piece in (grads, state)]
+        return HostUpdate(further, run, [state.region, *(piece.region for piece in written)])
 
     def _top_up(self) -> None:
         """Start to read for the visits to come, as far as slots and buffers are free."""
@@ -261,18 +300,21 @@ class Streamed:
         unit = self.units.get(visit.stage)
         if unit is None:
             return True
-        updates = self._work.pending(unit.index) and unit.index not in self._buffer_of
-        slot = unit.index % len(self._slots)
+        updates = self._updates(unit)
+        slot = self._slot_of[unit.index]
         held = self._held[slot] == unit.index
         if not must:
-            busy = (
-                self._current is not None
-                and self._current is not unit
-                and self._current.index % len(self._slots) == slot
-            )
-            if (not held and busy) or self._owner_waits(unit) or (updates and not self._buffer_is_free()):
+            buffer_lacks = self._host is None and updates and not self._buffer_is_free()
+            if (not held and self._is_used(slot, unit)) or self._owner_waits(unit) or buffer_lacks:
                 return False
         tickets = self._arriving.setdefault(unit.index, [])
+        if self._host is not None:
+            if updates or not held:
+                self._held[slot] = unit.index
+                parts = [Part(piece.region, piece.bytes, memory) for piece, memory in self._weights(unit)]
+                tickets.append(self._host.bring(slot, parts, self._host_update(unit) if updates else None))
+                self._updating.update([unit.index] if updates else [])
+            return True
         if not held:
             self._wait_for(self._slot_writes[slot])
             self._held[slot] = unit.index
@@ -289,9 +331,19 @@ class Streamed:
     def _owner_waits(self, unit: Unit) -> bool:
         """Tell whether a weight that this unit shares is still to be updated by the stage that owns it."""
         others = {piece.region for piece in unit.shared} - unit.owned
-        return bool(others) and any(
-            others & owner.owned and self._work.pending(owner.index) for owner in self.units.values()
-        )
+        waits = self._updates if self._host is not None else lambda owner: self._work.pending(owner.index)
+        return bool(others) and any(others & owner.owned and waits(owner) for owner in self.units.values())
+
+    def _is_used(self, slot: int, unit: Unit) -> bool:
+        """Tell whether another unit is worked on in a slot, or will be before this one."""
+        before = [visit.stage for visit in self._visits[self._at : self._ahead]]
+        before += [] if self._current is None else [self._current.index]
+        return any(index != unit.index and self._slot_of.get(index) == slot for index in before)
+
+    def _updates(self, unit: Unit) -> bool:
+        """Tell whether a deferred update of a unit has still to be begun (where the host updates) or prepared."""
+        started = self._updating if self._host is not None else self._buffer_of
+        return self._work.pending(unit.index) and unit.index not in started
 
     def _buffer_is_free(self) -> bool:
         """Tell whether the next buffer is in nobody's use."""
@@ -306,7 +358,7 @@ class Streamed:
         return index
 
     def _weights(self, unit: Unit) -> Iterable[tuple[Piece, Tensor]]:
-        memory, at = self._slots[unit.index % len(self._slots)], 0
+        memory, at = self._slots[self._slot_of[unit.index]], 0
         for piece in unit.weights:
             yield piece, memory[at : at + piece.bytes]
             at += piece.bytes
@@ -332,7 +384,8 @@ class Streamed:
         try:
             ticket.wait()
         except Exception as error:
-            self._failed = error
+            if error is not self._update_error:  # which has left the tier below whole
+                self._failed = error
             raise
 
     def _check(self) -> None:
@@ -342,43 +395,16 @@ class Streamed:
                 "last checkpoint"
             ) from self._failed
 
-    def _settle_writes(self) -> None:
-        self._wait_for(list(self._leaving))
-
     def _leave(self, unit: Unit) -> None:
         """Put the stand-ins where a unit's weights were."""
-        for piece in unit.weights:
-            self._put_absent(piece)
+        self._absent.put(*unit.weights)
         if self._current is unit:
             self._current = None
 
-    def _put_absent(self, piece: Piece | None) -> None:
-        for entry in () if piece is None else piece.entries:
-            entry.put(self._absent[id(entry)])
-
     def _forget(self, unit: Unit) -> None:
-        slot = unit.index % len(self._slots)
+        slot = self._slot_of[unit.index]
         if self._held[slot] == unit.index:
             self._held[slot] = None
 
     def _regions(self) -> list[Region]:
-        return list(dict.fromkeys(piece.region for unit in self.units.values() for piece in _pieces(unit)))
-
-
-def _pieces(unit: Unit) -> list[Piece]:
-    return [*unit.weights, *(piece for piece in (unit.grads, unit.state) if piece is not None)]
-
-
-def _versions(unit: Unit) -> list[int]:
-    """Return a number for each weight that grows when somebody writes into it."""
-    tensors = (entry.get() for piece in unit.weights for entry in piece.entries)
-    return [version(tensor) for tensor in tensors if tensor is not None]
-
-
-def _settle(tickets: Iterable[Ticket]) -> None:
-    """Wait for tickets whose outcome does not matter any more."""
-    for ticket in tickets:
-        try:
-            ticket.wait()
-        except RuntimeError:
-            continue
+        return list(dict.fromkeys(piece.region for unit in self.units.values() for piece in unit.pieces))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spu.common.torch_private import version
 from spu.memory.store import ALIGNMENT, Region, Store
 
-__all__ = ["Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece"]
+__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -113,10 +114,20 @@ class Unit:
         return [p for p in (self.frozen, self.trained, *self.shared) if p is not None]
 
     @property
+    def pieces(self) -> list[Piece]:
+        """All pieces."""
+        return [*self.weights, *(p for p in (self.grads, self.state) if p is not None)]
+
+    @property
     def written(self) -> list[Piece]:
         """The pieces of weights that an update changes."""
         own = [] if self.trained is None else [self.trained]
         return [*own, *(p for p in self.shared if p.region in self.owned)]
+
+    def versions(self) -> list[int]:
+        """Return a number for each weight that grows when somebody writes into it."""
+        tensors = (entry.get() for piece in self.weights for entry in piece.entries)
+        return [version(tensor) for tensor in tensors if tensor is not None]
 
     @property
     def weight_bytes(self) -> int:
@@ -171,6 +182,29 @@ def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str 
     if not dtype.is_floating_point:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
     return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
+
+
+class Absent:
+    """Stand-ins for the tensors of units that are elsewhere; see `absent`.
+
+    Args:
+        units: whose.
+        device: where the stand-ins of weights lie; those of gradients and of the optimizer's tensors are on the CPU.
+    """
+
+    def __init__(self, units: Iterable[Unit], device: torch.device) -> None:
+        self.device = device
+        self._of: dict[int, Tensor] = {}
+        for unit in units:
+            weights = [entry for piece in unit.weights for entry in piece.entries]
+            others = [entry for piece in (unit.grads, unit.state) if piece is not None for entry in piece.entries]
+            self._of.update((id(entry), absent(entry.shape, entry.dtype, device)) for entry in weights)
+            self._of.update((id(entry), absent(entry.shape, entry.dtype)) for entry in others)
+
+    def put(self, *pieces: Piece | None) -> None:
+        """Put the stand-ins where the tensors of pieces are worked on."""
+        for entry in (entry for piece in pieces if piece is not None for entry in piece.entries):
+            entry.put(self._of[id(entry)])
 
 
 def allocated(

@@ -202,6 +202,7 @@ class StagedModel:
             [device_of[stage.device] for stage in plan.stages],
             loss_fn=self._loss,
             recompute=plan.recomputed_layers,
+            residencies=() if plan.streaming is None else plan.streaming.residency,
         )
         add_masters(built)
         built.fused = list(self._fused)

@@ -1,0 +1,112 @@
+"""Which weights of streamed stages lie below their device, and what of such stages is moved to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from spu.common.torch_private import apply_to_tensors
+from spu.engine.sharing import TiedUse
+from spu.model.layers import Layer
+
+if TYPE_CHECKING:
+    from spu.devices.manager import Device
+
+__all__ = ["CPU", "hosted_stages", "move_rest", "stage_weights", "weights_below"]
+
+CPU = torch.device("cpu")
+
+
+def hosted_stages(devices: Sequence[Device], residencies: Sequence[str]) -> set[int]:
+    """Return the stages whose weights are on the CPU between runs, and are updated there: those below a GPU.
+
+    Args:
+        devices: of each stage.
+        residencies: of each stage; none: all are resident.
+    """
+    each = zip(devices, residencies, strict=True) if residencies else ()
+    return {k for k, (device, how) in enumerate(each) if how != "resident" and device.torch_device.type != "cpu"}
+
+
+def stage_weights(parts: Sequence[Layer]) -> list[nn.Parameter]:
+    """Return the parameters of a stage's layers, each once."""
+    return list({id(p): p for layer in parts for _, p in layer.named_parameters()}.values())
+
+
+def weights_below(
+    stages: Sequence[Sequence[nn.Parameter]],
+    tied: Sequence[TiedUse],
+    residencies: Sequence[str],
+    *,
+    host_updates: bool,
+) -> list[dict[int, nn.Parameter]]:
+    """Return, by id, the weights of each stage that lie below its device and come for its visits.
+
+    Of a streamed stage these are all, except integers and weights in another order of memory than the slots', on which
+    the bits of a kernel's result may depend; of an offloaded one none, or the trained ones if the host updates them. A
+    weight of several stages lies below if it does so for all of them.
+
+    Args:
+        stages: the parameters of each.
+        tied: uses of parameters in several stages.
+        residencies: "resident", "offloaded" or "streamed", of each stage.
+        host_updates: the host updates what is below.
+
+    Raises:
+        ValueError: the host is to update a weight that stays on the device.
+    """
+    owner_of = {id(use.alias): use.owner for use in tied}
+    users: dict[int, set[int]] = {}
+    for use in tied:
+        users.setdefault(id(use.owner), set()).update((use.owner_stage, use.stage))
+
+    def lies_below(parameter: nn.Parameter, stage: int) -> bool:
+        if residencies[stage] == "resident" or not parameter.is_floating_point() or not parameter.is_contiguous():
+            return False
+        trained = owner_of.get(id(parameter), parameter).requires_grad
+        return residencies[stage] == "streamed" or (host_updates and trained)
+
+    there = [{id(owner_of.get(id(p), p)) for p in own if lies_below(p, k)} for k, own in enumerate(stages)]
+    result: list[dict[int, nn.Parameter]] = []
+    for k, own in enumerate(stages):
+        found = {}
+        for parameter in own:
+            key = id(owner_of.get(id(parameter), parameter))
+            if all(key in there[user] for user in users.get(key, {k})):
+                found[id(parameter)] = parameter
+            elif (
+                host_updates
+                and residencies[k] != "resident"
+                and parameter.requires_grad
+                and id(parameter) not in owner_of
+            ):
+                why = "is used by a resident stage too" if parameter.is_contiguous() else "is not contiguous"
+                raise ValueError(
+                    f"a trained weight of shape {tuple(parameter.shape)} in stage {k} {why}, so that it stays on the "
+                    "device, but the host updates it: make it contiguous, give all its stages the same residency, or "
+                    "train with residency='resident'"
+                )
+        result.append(found)
+    return result
+
+
+def move_rest(parts: Sequence[Layer], below: dict[int, nn.Parameter], device: torch.device) -> None:
+    """Move to a device what a stage keeps there: its buffers, and the parameters that do not lie below.
+
+    Args:
+        parts: the stage's layers.
+        below: its parameters that lie below, by id.
+        device: where the stage computes.
+    """
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what was moved is kept: its id is not used again
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in below:
+            return tensor.detach()
+        return moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1]
+
+    for layer in parts:
+        apply_to_tensors(layer.module, move)
