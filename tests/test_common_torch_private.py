@@ -241,18 +241,6 @@ def test_a_modules_tables_are_its_own() -> None:
     assert not list(norm.buffers())
 
 
-@canary("apply_to_tensors", uses="moving a part of a module's tensors")
-def test_a_function_of_all_tensors() -> None:
-    norm = nn.BatchNorm1d(2)
-    weight, bias = norm.weight, norm.bias
-    private.apply_to_tensors(norm, lambda tensor: tensor.detach() if tensor is bias else tensor + 1)
-    assert norm.weight is weight
-    assert norm.bias is bias
-    assert norm.weight.eq(2).all()
-    assert norm.bias.eq(0).all()
-    assert norm.running_mean.eq(1).all()  # type: ignore[union-attr]
-
-
 @canary("MODULE_HOOKS", "has_global_module_hook", "global_hook_tables", uses="hooks that fused blocks would not call")
 def test_hooks_of_modules_are_found() -> None:
     module = nn.Linear(2, 2)

@@ -37,7 +37,6 @@ __all__ = [
     "NormBase",
     "TorchDispatchMode",
     "any_autocast",
-    "apply_to_tensors",
     "at_end_of_backward",
     "backward_hooks",
     "buffers_of",
@@ -230,7 +229,8 @@ MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the module's own table of parameters, to read and to write, duplicates kept. For: tied parameters."""
+    """Return the module's own table of parameters, to read and to write: without the children's, duplicates kept. For:
+    tied parameters."""
     return module._parameters
 
 
@@ -254,11 +254,6 @@ class Moved(nn.Module):
 
     def moved(self) -> None:
         """Do what is to be done then."""
-
-
-def apply_to_tensors(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace all parameters' data and all buffers, as ``module.to()`` does. For: moving a part of them."""
-    module._apply(fn)
 
 
 def set_tables(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from spu.common.torch_private import apply_to_tensors
+from spu.common.torch_private import parameters_of
 from spu.engine.sharing import TiedUse
 from spu.model.layers import Layer
 
@@ -101,12 +101,16 @@ def move_rest(parts: Sequence[Layer], below: dict[int, nn.Parameter], device: to
         below: its parameters that lie below, by id.
         device: where the stage computes.
     """
-    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what was moved is kept: its id is not used again
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) in below:
-            return tensor.detach()
-        return moved.setdefault(id(tensor), (tensor, tensor.to(device)))[1]
-
-    for layer in parts:
-        apply_to_tensors(layer.module, move)
+    away: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in (module for layer in parts for module in layer.module.modules()):
+        for name, parameter in parameters_of(module).items():
+            if parameter is not None and id(parameter) in below:
+                away.append((module, name, parameter))
+    try:
+        for module, name, _ in away:
+            parameters_of(module)[name] = None
+        for layer in parts:
+            layer.module.to(device)
+    finally:
+        for module, name, parameter in away:
+            parameters_of(module)[name] = parameter
