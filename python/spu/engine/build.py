@@ -200,7 +200,17 @@ def build_stages(
         stages.append(
             Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=only_input, parts=parts[index])
         )
-    aliases = {id(use.alias) for use in tied}
+    owned = _owned(parts, {id(use.alias) for use in tied})
+    everything = {id(p): name for own in parts for layer in own for name, p in layer.named_parameters()}
+    for stage in stages:
+        stage.elsewhere = {key: everything[key] for key in everything.keys() - {id(p) for p in stage.parameters()}}
+    for use in tied:
+        use.restore()
+    return BuiltStages(stages, owned, tied, twins)
+
+
+def _owned(parts: Sequence[Sequence[Layer]], aliases: Collection[int]) -> list[dict[str, nn.Parameter]]:
+    """Return the parameters that each stage trains, by name; aliases are given by id."""
     owned: list[dict[str, nn.Parameter]] = []
     for own in parts:
         names: dict[int, str] = {}
@@ -211,9 +221,4 @@ def build_stages(
                     names[id(parameter)] = name
                     parameters[name] = parameter
         owned.append(parameters)
-    everything = {id(p): name for own in parts for layer in own for name, p in layer.named_parameters()}
-    for stage in stages:
-        stage.elsewhere = {key: everything[key] for key in everything.keys() - {id(p) for p in stage.parameters()}}
-    for use in tied:
-        use.restore()
-    return BuiltStages(stages, owned, tied, twins)
+    return owned
