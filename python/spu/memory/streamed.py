@@ -19,12 +19,13 @@ their slot. Between runs the parameters of such a stage are on the CPU, like eve
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from spu import ops
 from spu.memory.device_store import DeviceStore, HostUpdate, Part
+from spu.memory.host_update import host_update
 from spu.memory.residency import Visit
 from spu.memory.store import Region, Store, StoreError, Ticket, settle
 from spu.memory.unit import Absent, Piece, Unit
@@ -93,7 +94,7 @@ class Streamed:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all regions of the units."""
-        return sum({piece.region: piece.bytes for unit in self.units.values() for piece in _pieces(unit)}.values())
+        return sum({piece.region: piece.bytes for unit in self.units.values() for piece in unit.pieces}.values())
 
     # A run
 
@@ -264,29 +265,12 @@ class Streamed:
             self._forget(unit)
 
     def _host_update(self, unit: Unit) -> HostUpdate:
-        """Return a unit's update for a thread of the host; nobody else looks at the unit until its weights arrive."""
-        grads, state, written = unit.grads, unit.state, unit.written
-        assert grads is not None
-        assert state is not None
-        self._wait_for([grads.region])
+        """Return a unit's update for a thread of the host."""
+        assert unit.grads is not None
+        self._wait_for([unit.grads.region])
         self._forget_sharers(unit)
         absent = self._absent if self._visits else self._absent_below
-        backend = ops.forced_backend()
-
-        def run(memory: Mapping[Region, Tensor]) -> bool:
-            try:
-                for piece in (*written, state):
-                    piece.put(memory[piece.region])
-                with ops.use_backend(backend):
-                    return self._work.update(unit.index, grads.views(memory[grads.region]))
-            except Exception as error:
-                self._update_error = error
-                raise
-            finally:
-                absent.put(*written, state)
-
-        further = [Part(piece.region, piece.bytes, None) for piece in (grads, state)]
-        return HostUpdate(further, run, [state.region, *(piece.region for piece in written)])
+        return host_update(unit, self._work, absent, partial(setattr, self, "_update_error"))
 
     def _top_up(self) -> None:
         """Start to read for the visits to come, as far as slots and buffers are free."""
