@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_store import FakeStore
 from numeric import assert_equal
-from parking import CPU, WIDTH, decoder, model_of, parked, results, token_loss, tokens
+from parking import CPU, WIDTH, Fn, decoder, model_of, parked, results, token_loss, tokens
 from pipelines import batch, reference, trainer
 from torch import nn
 
@@ -114,6 +114,20 @@ def test_packed_training_comes_as_far() -> None:
     assert 0.2 < losses[None] < 1.8  # from 2.5
     assert losses["int8"] != losses[None]
     assert abs(losses["int8"] - losses[None]) <= 0.005 * losses[None]
+
+
+def test_shapes_that_depend_on_values_are_refused_where_they_change() -> None:
+    x, y = batch(rows=32)
+    keep = Fn(
+        lambda x: torch.cat([x * 3, x[(x.sum(1) * 1e4).remainder(2) > 1].sin().sum(0, keepdim=True).expand_as(x)], 1)
+    )
+    model = model_of(nn.Tanh(), keep, nn.Linear(2 * WIDTH, WIDTH))
+    expected, _, plan = results(model, x, y, None, steps=1)
+    exact, counts, _ = results(model, x, y, FakeStore(), steps=1, plan=plan)
+    assert counts.parked > 0
+    assert all(torch.equal(a, b) for a, b in zip(exact, expected, strict=True))
+    with pytest.raises(StageError, match="waited packed as int8; use activations='exact'"):
+        results(model, x, y, FakeStore(), steps=1, plan=plan, how={"codec": "int8"})
 
 
 def test_what_cannot_be_packed_is_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
@@ -244,13 +246,26 @@ class Stage:
         if pairs:
             # (5) in docs/architecture.md
             opened = open_scope(tuple(root for root, _ in pairs), scope)
-            with flight.randomness.during(self.device.torch_device):
+            with flight.randomness.during(self.device.torch_device), self._replayed():
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
         if flight.skips is not None:
             flight.skips.send_gradients()
         if self.activations is not None:
             self.activations.release(self.index, key.microbatch)
         return [None if end is None else end.gradient for end in flight.cuts]
+
+    @contextlib.contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Say why a layer could not be run again, where packed activations are why."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.activations is None or self.activations.codec is None:
+                raise
+            raise RuntimeError(
+                "a layer that is run again in the backward has other shapes than in the forward: they depend on its "
+                f"input's values, which waited packed as {self.activations.codec}; use activations='exact'"
+            ) from error
 
     def weight_backward(self, key: DrawKey) -> None:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has deferred, in its order."""

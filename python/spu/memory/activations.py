@@ -70,6 +70,7 @@ class ActivationStore:
 
     Attributes:
         counts: what it has done so far.
+        codec: as given.
         slot_bytes: bytes of all slots.
         region_bytes: bytes of all regions.
 
@@ -94,7 +95,7 @@ class ActivationStore:
         if not regions:
             raise ValueError("an ActivationStore needs a region for every stage and microbatch, got none")
         self.counts = Counts()
-        self._codec = codec
+        self.codec = codec
         self._free = sorted((size, region) for region, size in regions)
         self._way: Way
         if isinstance(store, HostStore):
@@ -180,10 +181,10 @@ class ActivationStore:
         return pieces, sources
 
     def _codec_of(self, tensor: Tensor) -> str | None:
-        if self._codec is None or tensor.dtype not in STORAGE or tensor.dim() > MAX_NDIM:
+        if self.codec is None or tensor.dtype not in STORAGE or tensor.dim() > MAX_NDIM:
             return None
-        smaller = wire_bytes(tensor.shape, tensor.dtype, self._codec) < tensor.numel() * tensor.element_size()
-        return self._codec if smaller else None
+        smaller = wire_bytes(tensor.shape, tensor.dtype, self.codec) < tensor.numel() * tensor.element_size()
+        return self.codec if smaller else None
 
     def tensors(self, place: Place) -> list[Tensor]:
         """Return a parked input in new memory of the device, and start to read the ones that come after it.
