@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +25,24 @@ from spu.devices.pin import call_pinned, side_by_side
 from spu.engine.build import to_precision
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
+from spu.memory.disk_store import DiskStore
+from spu.memory.slab import Slab
+from spu.memory.store import Ticket
 from spu.model.layers import DrawKey, Layer
 from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
 from spu.ops.sink import BackwardScope
 from spu.optim.adamw import AdamW
+from spu.optim.forms import FORMS
 from spu.plan.memory import update_bytes
 from spu.precision import MainGrads
 from spu.skips import carried_by
 
-__all__ = ["time_layers", "time_packing", "time_update"]
+__all__ = ["time_disk", "time_layers", "time_packing", "time_update"]
 
 Seconds = tuple[float, float]
 _UPDATED = 1 << 20  # parameters of the update that is timed
+_REGIONS, _REGION_BYTES = 4, 16 << 20  # of a disk that is timed
 _PACKED = 1 << 18  # values of the tensor that is packed
 _OF_A_KIND = 2  # layers of a kind that are run; the weights of a single one would stay in the cache
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
@@ -86,21 +92,46 @@ def time_layers(
     return [[*(chain.of_layer(own, k) for k in range(len(layers))), own[-1]] for own in found]
 
 
-def time_update(devices: Sequence[Device], dtype: torch.dtype) -> list[float]:
-    """Return bytes per second that every device reaches in norm and AdamW, counted as `update_bytes` per parameter."""
+def time_disk(folder: Path) -> tuple[float, float]:
+    """Return the bytes per second (read, written) of a folder's disk, as a store moves them: checksums included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = DiskStore(folder)
+    try:
+        regions = store.allocate([f"measured {k}" for k in range(_REGIONS)], [_REGION_BYTES] * _REGIONS)
+        slots = Slab(_REGIONS * _REGION_BYTES).slots([_REGION_BYTES] * _REGIONS)
+
+        def rate(move: Callable[[int, torch.Tensor], Ticket]) -> float:
+            begin = time.perf_counter()
+            for ticket in [move(*both) for both in zip(regions, slots, strict=True)]:
+                ticket.wait()
+            return _REGIONS * _REGION_BYTES / (time.perf_counter() - begin)
+
+        written = [rate(store.write) for _ in range(4)]
+        read = [rate(store.read) for _ in range(3)]
+        return statistics.median(read), statistics.median(written[1:])  # the first write makes the file's blocks
+    finally:
+        store.close()
+
+
+def time_update(devices: Sequence[Device], dtype: torch.dtype, state: str = "fp32") -> list[float]:
+    """Return bytes per second that every device reaches in norm and AdamW with its state in a form.
+
+    They are counted as `update_bytes` per parameter.
+    """
 
     def body(device: Device, start: Callable[[], object]) -> float:
         parameter = torch.nn.Parameter(torch.zeros(_UPDATED // 1024, 1024, dtype=dtype, device=device.torch_device))
         parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
         parameter.grad = gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        optimizer = AdamW([parameter])
+        form: dict[str, Any] = dict(FORMS[state])
+        optimizer = AdamW([parameter], **form)
         optimizer.step()
 
         def update() -> None:
             ops.grad_norm([gradient])
             optimizer.step()
 
-        return update_bytes("fp32") * parameter.numel() / _median_seconds(device, start, update, 5)
+        return update_bytes(state) * parameter.numel() / _median_seconds(device, start, update, 5)
 
     return side_by_side(devices, body)
 

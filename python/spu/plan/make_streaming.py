@@ -137,7 +137,7 @@ class StreamingRequest:
     def best(self) -> Streamed | None:
         """Return the fastest way that fits every tier; of equally fast ones the simplest."""
         fitting = [case for case in self.cases() if not case.lacking]
-        return min(fitting, key=lambda case: float(f"{case.step_s:.3e}"), default=None)
+        return min(fitting, key=lambda case: float(f"{case.step_s:.2e}"), default=None)
 
     def refusal(self, most: int | None = None) -> BudgetError:
         """Return the error that says which tiers are short in the way that comes nearest, and what would fit.

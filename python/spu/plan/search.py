@@ -184,7 +184,7 @@ class _Search:
     def best_streamed(self) -> Streamed | None:
         """Return the fastest way to stream; of equally fast ones the one with fewest microbatches."""
         found = [best for count in self.counts if (best := self.streaming(count).best()) is not None]
-        return min(found, key=lambda case: float(f"{case.step_s:.3e}"), default=None)
+        return min(found, key=lambda case: float(f"{case.step_s:.2e}"), default=None)
 
     def _orders(self) -> list[tuple[int, ...]]:
         """Return orders of devices worth a full search: those that are fastest under one schedule."""

@@ -14,7 +14,7 @@ import torch
 from spu import schedules
 from spu.common.dtypes import DTYPES
 from spu.cost.count import LossFn, model_costs
-from spu.cost.measure import time_layers, time_packing, time_update
+from spu.cost.measure import time_disk, time_layers, time_packing, time_update
 from spu.devices.manager import Device
 from spu.devices.speed import measure_device, measure_link
 from spu.devices.tiers import Tiers
@@ -204,9 +204,9 @@ class Planner:
 
     @cached_property
     def _machine(self) -> Machine:
-        """The devices, with what was measured of updates, packing and the links of GPUs."""
+        """The devices, with what was measured of updates, packing, the links of GPUs and the disk."""
         s, devices = self.settings, self.devices
-        update, packing = time_update(devices, DTYPES[s.precision]), [math.inf] * len(devices)
+        update, packing = time_update(devices, DTYPES[s.precision], s.state), [math.inf] * len(devices)
         if s.codec != "none":
             packing = time_packing(devices, DTYPES[s.precision], s.codec)
         machine = counted_machine(devices, s.precision)
@@ -217,7 +217,9 @@ class Planner:
         }
         known = zip(machine.speeds, update, packing)
         speeds = tuple(replace(speed, update_rate=moved, pack_rate=packed) for speed, moved, packed in known)
-        return replace(machine, speeds=speeds, links={**machine.links, **links})
+        folder = None if s.residency == "resident" else self.tiers.disk
+        disk = machine.disk if folder is None else time_disk(folder)
+        return replace(machine, speeds=speeds, links={**machine.links, **links}, disk=disk)
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """Return the plan with these seconds; with ``move`` its stages are placed by them."""
