@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
+from checked_streams import CheckedStreams, Moment, watched
 from pipelines import reference
-from test_engine_streaming import MIXED, MIXED_TIE, Lazy, make, model, trained
+from test_engine_streaming import MIXED, MIXED_TIE, Lazy, batches, make, model, trained
+from torch import nn
 
+from spu import ModelParallelTrainer
+from spu.engine import hosted
+from spu.engine.engine import StageError
+from spu.engine.streaming import Streaming
+from spu.memory import slab
 from spu.memory.host_store import HostStore
+from spu.memory.slab import Pinning
+from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
+from spu.optim.adamw import AdamW
 
 __all__ = ["reference"]
+
+EXPECTED: dict[tuple[Any, ...], list[Any]] = {}  # of resident runs
+
+
+def expected(monkeypatch: pytest.MonkeyPatch, tied: bool, settings: dict[str, Any]) -> list[Any]:
+    key = (tied, *settings.values())
+    if key not in EXPECTED:
+        own = model(tied)
+        EXPECTED[key] = trained(make(monkeypatch, own, None, **settings), own)
+    return EXPECTED[key]
+
+
+def same(found: list[Any], wanted: list[Any]) -> bool:
+    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def streaming_of(trainer: ModelParallelTrainer) -> Streaming:
+    streaming = trainer._runner.updater.streaming  # type: ignore[union-attr]
+    assert streaming is not None
+    return streaming
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    store: Any,
+    streams: CheckedStreams,
+    residency: Any = "streamed",
+    **how: Any,
+) -> list[Any]:
+    """Train with streams that check themselves."""
+    own = model(True)
+    trainer = make(monkeypatch, own, store, residency, streams=streams, **SETTINGS, **how)
+    watched(streaming_of(trainer).residency, streams)
+    return trained(trainer, own)
+
+
+SETTINGS = {"precision": "fp16", "recompute": True, "max_grad_norm": 0.1}
 
 
 @pytest.mark.parametrize(
     ("below", "precision", "recompute", "residency", "slots", "buffers", "tied", "clip"),
     [
-        ("host", "fp16", True, "streamed", 2, 2, False, None),
         ("host", "fp16", False, "streamed", 2, 1, True, None),
         ("disk", "bf16", False, "streamed", 3, 2, True, 0.1),
-        ("disk", "bf16", True, "streamed", 2, 1, True, 0.1),
-        ("host", "fp32", False, "streamed", 2, 2, False, 0.1),
         ("disk", "fp32", True, "streamed", 9, 1, True, None),
         ("host", "fp16", True, "offloaded", 2, 2, True, 0.1),
         ("disk", "fp32", False, "offloaded", 2, 1, False, None),
@@ -43,10 +88,178 @@ def test_equals_the_resident_run(
     clip: float | None,
 ) -> None:
     settings = {"precision": precision, "recompute": recompute, "max_grad_norm": clip}
-    plain, own = model(tied), model(tied)
-    expected = trained(make(monkeypatch, plain, None, **settings), plain)
+    wanted, own = expected(monkeypatch, tied, settings), model(tied)
     store: Any = HostStore() if below == "host" else Lazy()
     how = {"slots": slots, "buffers": buffers, "streams": HostStreams()}
-    found = trained(make(monkeypatch, own, store, residency, **how, **settings), own)
-    assert len(expected) == len(found)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+    assert same(trained(make(monkeypatch, own, store, residency, **how, **settings), own), wanted)
+
+
+@pytest.mark.parametrize(
+    ("below", "residency", "slots", "buffers"),
+    [
+        ("host", "streamed", 2, 1),
+        ("host", "streamed", 3, 2),
+        ("disk", "streamed", 2, 1),
+        ("disk", "streamed", 9, 2),
+        ("host", MIXED, 2, 1),
+        ("disk", "offloaded", 2, 2),
+    ],
+)
+def test_every_use_of_a_slot_waits_for_the_one_before(
+    reference: None, monkeypatch: pytest.MonkeyPatch, below: str, residency: Any, slots: int, buffers: int
+) -> None:
+    wanted, streams = expected(monkeypatch, True, SETTINGS), CheckedStreams()
+    store: Any = HostStore() if below == "host" else Lazy()
+    assert same(run(monkeypatch, store, streams, residency, slots=slots, buffers=buffers), wanted)
+    assert not streams.errors, streams.errors[:3]
+    assert streams.copies > 80
+    assert streams.checked > 400
+
+
+class NoWaitToFill(CheckedStreams):
+    """Copies in wait for nothing."""
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor, after: Any = ()) -> Moment:
+        return super().copy(into, source, () if self._is_device(into) else after)
+
+
+class NoWaitToEmpty(CheckedStreams):
+    """Copies out wait for nothing."""
+
+    def copy(self, into: torch.Tensor, source: torch.Tensor, after: Any = ()) -> Moment:
+        return super().copy(into, source, after if self._is_device(into) else ())
+
+
+class NoHold(CheckedStreams):
+    """Computations wait for no copy."""
+
+    def hold(self, event: Any) -> None:
+        return
+
+
+@pytest.mark.parametrize("below", ["host", "disk"])
+@pytest.mark.parametrize("broken", [NoWaitToFill, NoWaitToEmpty, NoHold])
+def test_a_missing_wait_would_be_seen(
+    reference: None, monkeypatch: pytest.MonkeyPatch, below: str, broken: type[CheckedStreams]
+) -> None:
+    streams = broken()
+    store: Any = HostStore() if below == "host" else Lazy()
+    run(monkeypatch, store, streams, slots=2, buffers=1)
+    assert streams.errors
+
+
+@pytest.mark.parametrize("below", ["host", "disk"])
+def test_an_update_before_its_gradients_have_come_would_be_seen(
+    reference: None, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    wanted = expected(monkeypatch, True, SETTINGS)
+    monkeypatch.setattr(Moment, "synchronize", lambda self: None)
+    store: Any = HostStore() if below == "host" else Lazy()
+    assert not same(run(monkeypatch, store, CheckedStreams(), slots=2, buffers=1), wanted)
+
+
+def test_what_is_not_page_locked_goes_through_small_buffers(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, locked = expected(monkeypatch, True, SETTINGS), list[int]()
+
+    def register(address: int, size: int) -> str:
+        locked.append(size)
+        return "" if len(locked) < 6 else "out of memory"
+
+    monkeypatch.setattr(slab, "STEP_BYTES", 1)
+    monkeypatch.setattr(hosted, "CHUNK_BYTES", 4096)
+    streams, store = CheckedStreams(), HostStore(Pinning(register, lambda address: None))
+    assert same(run(monkeypatch, store, streams, slots=2, buffers=1), wanted)
+    assert "are page-locked" in store.note
+    assert not streams.errors, streams.errors[:3]
+    assert streams.copies > 100
+
+
+@pytest.mark.parametrize("below", ["host", "disk"])
+def test_an_update_that_fails_ends_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, below: str) -> None:
+    own, threads = model(), list[str]()
+    store: Any = HostStore() if below == "host" else Lazy()
+    trainer = make(monkeypatch, own, store, precision="fp32", streams=HostStreams())
+    (x, y), *_ = batches(1)
+    trainer.step(x, y)
+    original, fails = AdamW.step, [True]
+
+    def step(self: AdamW, *args: Any, **keywords: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        if len(threads) == 2 and fails:
+            raise ArithmeticError("no such update")
+        return original(self, *args, **keywords)
+
+    monkeypatch.setattr(AdamW, "step", step)
+    with pytest.raises(StageError, match="no such update"):
+        trainer.step(x, y)
+    assert all("below" in name for name in threads)
+    assert all(p.device.type == "cpu" and p.grad is None for p in own.parameters())
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        trainer.step(x, y)
+    fails.clear()
+    trainer.close()
+    assert own[1][0].weight.isfinite().all()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("after", [0, 5, 13, 21, 34])
+def test_a_failing_disk_ends_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    own, store = model(), Lazy()
+    trainer = make(monkeypatch, own, store, precision="fp32", streams=HostStreams())
+    (x, y), *_ = batches(1)
+    trainer.step(x, y)
+    store.fails_after = after
+    with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
+        for _ in range(3):
+            trainer.step(x, y)
+        trainer.flush()
+    with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
+        trainer.state_dict_for_model()
+    trainer.close()
+
+
+def test_a_skipped_step_changes_nothing(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model()
+    trainer = make(monkeypatch, own, HostStore(), precision="fp16", streams=HostStreams())
+    (x, y), *_ = batches(1)
+    with torch.no_grad():
+        own[1][0].weight.fill_(6e4)  # type: ignore[index]
+        own[1][2].weight.fill_(6e4)  # type: ignore[index]
+    assert trainer.step(x, y).skipped
+    trainer.flush()
+    assert own[1][0].weight.eq(torch.tensor(6e4, dtype=torch.float16)).all()  # type: ignore[index]
+    trainer.close()
+
+
+def test_what_the_device_alone_knows_reaches_the_host(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """found_inf is not looked at when the step ends: the host's thread finds that there is nothing to do."""
+    results = []
+    for finite in (True, False):
+        own = model()
+        trainer = make(monkeypatch, own, HostStore(), precision="fp32", streams=HostStreams())
+        streaming, (x, y) = streaming_of(trainer), batches(1)[0]
+        trainer.step(x, y)
+        for index, deferred in list(streaming._deferred.items()):
+            assert deferred.arrives is not None
+            if not finite:
+                deferred.found_inf.fill_(1.0)
+            assert streaming.pending(index)
+        trainer.flush()
+        assert not any(map(streaming.pending, streaming.residency.units))
+        results.append({name: tensor.clone() for name, tensor in own.state_dict().items()})
+        trainer.close()
+    fresh = model()
+    assert torch.equal(results[1]["1.0.weight"], fresh[1][0].weight)  # type: ignore[index]
+    assert not torch.equal(results[0]["1.0.weight"], fresh[1][0].weight)  # type: ignore[index]
+
+
+def test_a_weight_that_a_resident_stage_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    residency = ["streamed"] * 5 + ["resident"]
+    with pytest.raises(ValueError, match="used by a resident stage too"):
+        make(monkeypatch, model(True), HostStore(), residency, precision="fp32", streams=HostStreams())
+
+
+def test_a_trained_weight_in_another_order_of_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model()
+    own[1][0].weight = nn.Parameter(torch.randn(16, 32).t())  # type: ignore[index]
+    with pytest.raises(ValueError, match="is not contiguous"):
+        make(monkeypatch, own, HostStore(), precision="fp32", streams=HostStreams())
