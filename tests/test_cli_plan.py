@@ -86,6 +86,8 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
         (("--devices", "cuda:7,cpu"), "cuda:7 is not on this machine: say how much memory it has, --budget cuda:7=8GB"),
         (("--budget", "cuda:7=lots"), "budget cuda:7=lots: 'lots' is not a size"),
         (("--budget", "cuda:7"), "is not DEVICE=SIZE"),
+        (("--budget", "cpu=1GB,disk=/data"), "disk=/data has no size: write disk=FOLDER:SIZE"),
+        (("--residency", "streamed"), "residency streamed would move nothing: there is no tier below cpu:0"),
         (("--speed", "cuda:3=rtx3070"), "--speed names cuda:3; the devices are cpu:0"),
         (
             ("--model", "internlm2-1.8b", "--microbatches", "few"),
@@ -159,3 +161,20 @@ def test_models_larger_than_a_card_of_8_gb_are_streamed_through_it(
         assert word in text
     assert all(len(line) < 180 for line in text.splitlines() if not line.startswith("written"))
     assert len(text.splitlines()) < 40
+
+
+def test_a_streamed_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
+    plan, budget = tmp_path / "plan.json", f"cpu=1GB,disk={tmp_path / 'spill'}:1GB"
+    how = ("--model", str(tiny), "--budget", budget)
+    options = ("--residency", "streamed", "--speed", "cpu=1GFLOPS", "--batch", "2", "--seq", "16")
+    assert run("plan", *how, *options, "--out", str(plan)) == 0, capfd.readouterr().err
+    assert not (tmp_path / "spill").exists()
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    train = ("train", *how, "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path), "--steps", "2")
+    assert run(*train, "--plan", str(plan), "--name", "a", "--evals", "1") == 0, capfd.readouterr().err
+    rows = [line.split() for line in capfd.readouterr().out.splitlines() if " peak " in line]
+    disk = next(row for row in rows if row[0] == "disk")
+    assert disk[2:4] == disk[4:6]  # predicted and measured
+    trained = Plan.load(tmp_path / "a" / "plan.json")
+    assert trained.streaming is not None
+    assert trained.streaming.tiers == Plan.load(plan).streaming.tiers

@@ -55,11 +55,11 @@ def test_a_slower_disk_is_never_idle_but_for_the_slots():
     assert end(busy) == pytest.approx(3 * 8 + 1 + 1 + 3 * 2 + 1, abs=3.0)
 
 
-def test_a_host_updates_ahead_of_the_link_which_waits_for_its_slot():
+def test_a_host_updates_and_copies_a_stage_after_the_other_when_its_slot_is_free():
     visits = step({"update_s": 1.0, "in_s": 1.0, "compute_s": 6.0}, {"in_s": 1.0, "compute_s": 6.0, "out_s": 1.0})
     busy = simulate_visits(visits, 2, 2)
-    assert spans(busy, "host update") == [(0, 0, 1), (1, 1, 2), (2, 2, 3)]
-    assert spans(busy, "link in")[:3] == [(0, 1, 2), (1, 2, 3), (2, 8, 9)]
+    assert spans(busy, "host update") == [(0, 0, 1), (1, 2, 3), (2, 8, 9)]
+    assert spans(busy, "link in") == [(0, 1, 2), (1, 3, 4), (2, 9, 10), (5, 26, 27)]
     assert spans(busy, "link out") == [(3, 26, 27), (4, 32, 33), (5, 38, 39)]
     assert end(busy) == 39
 

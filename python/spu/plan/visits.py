@@ -85,6 +85,7 @@ def simulate_visits(visits: Sequence[Visit], slots: int, state_slots: int) -> li
     used: dict[int, list[int]] = {}  # slot -> the tasks after which it is free
     left: tuple[list[list[int]], list[list[int]]] = ([], [])  # of forwards and backwards: tasks that free a state slot
     computed: list[int] = []  # the last visit's
+    brought: list[int] = []  # the last of what a thread of the host has brought
 
     def add(visit: int, resource: str, seconds: float, after: Sequence[int]) -> list[int]:
         """Add a task, unless it takes no time; return what a task after it waits for."""
@@ -98,12 +99,13 @@ def simulate_visits(visits: Sequence[Visit], slots: int, state_slots: int) -> li
         # A state slot is filled by what is read for the update, or by the backward.
         full = own[-state_slots] if len(own) >= state_slots else []
         free = used.get(visit.stage % slots, []) if visit.fetches else []
-        # Below a GPU only the link waits for its slot, and for a slot of the host what comes from the disk.
-        ready = free if visit.read_s or not visit.in_s else []
+        # Below a GPU one thread does all that comes, a visit after the other: read, update, copy.
+        ready = free + (brought if visit.in_s or visit.update_s else [])
         ready = add(k, _DISK, visit.read_s, ready + full if visit.updates else ready)
         ready = add(k, _HOST, visit.update_s, ready)
         written = add(k, _DISK, visit.written_s, ready) if visit.update_s else None
-        ready = add(k, _LINK_IN, visit.in_s, ready + free)
+        ready = add(k, _LINK_IN, visit.in_s, ready)
+        brought = ready if visit.in_s or visit.update_s else brought
         done = add(k, _COMPUTE, visit.compute_s, ready + computed + ([] if visit.forward else full))
         computed = done
         gone = add(k, _LINK_OUT, visit.out_s, done)
