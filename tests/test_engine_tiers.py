@@ -31,10 +31,10 @@ def trained(precision: str, **settings: object) -> tuple[list[float], list[Tenso
         return losses, [p.detach().clone() for p in own.parameters()], activations and activations.counts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_activations_of_a_streamed_training(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "codec"), [("fp32", "int8"), ("fp16", "int4")])
+def test_activations_of_a_streamed_training(precision: str, codec: str, tmp_path: Path) -> None:
     expected, weights, _ = trained(precision)
-    for mode in ("keep", "exact", "int8"):
+    for mode in ("keep", "exact", codec):
         folder = tmp_path / mode
         how = {"residency": "streamed", "activations": mode, "tiers": f"disk={folder}:1GB"}
         losses, found, counts = trained(precision, **how)
@@ -42,7 +42,7 @@ def test_activations_of_a_streamed_training(precision: str, tmp_path: Path) -> N
         if counts is not None:
             assert counts.kept == 0
             assert counts.parked > 0
-        if mode != "int8":
+        if mode != codec:
             assert losses == expected
             assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
         else:

@@ -29,7 +29,7 @@ __all__ = [
 PRECISIONS = ("fp16", "bf16", "fp32")
 RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
 STATES = ("fp32", "exact", "compact")
-ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8")
+ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Settings(Options):
     activations: str = choice(
         AUTO,
         "Where a streamed model's activations between layers wait for the backward. keep: on the device. exact, fp16, "
-        "int8: in the tier below, as they are or packed. auto: on the device while they fit, else below, exact.",
+        "int8, int4: in the tier below, as they are or packed. auto: on the device while they fit, else below, exact.",
         ACTIVATIONS,
     )
 

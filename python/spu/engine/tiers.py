@@ -107,7 +107,7 @@ def stream(
         store: new, without regions.
         slots: for weights, at least 2.
         buffers: for gradients and state, 1 or 2.
-        activations: "exact", "fp16" or "int8": inputs of recomputed layers wait in the store; None: on the device.
+        activations: how inputs of recomputed layers wait in the store: "exact" or a codec; None: on the device.
         input_bytes: of each of these inputs.
         streams: of the device, if the host updates beside it; default: if it is a GPU.
 

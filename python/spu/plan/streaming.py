@@ -37,8 +37,8 @@ class StreamingPlan:
             through slots in the host's memory.
         slots: weight slots on the device; stage s uses slot s modulo their number.
         state_slots: slots for gradients and state where the update is computed; on a GPU also its gradient slots.
-        activations: where inputs of stages wait for the backward: "keep" (on the device), or "exact", "fp16" or "int8"
-            in the tier below it.
+        activations: where inputs of stages wait for the backward: "keep" (on the device), or "exact", "fp16", "int8"
+            or "int4" in the tier below it.
         parked_bytes: what waits below of one microbatch, for each input that does, in the order of layers.
         ring_bytes: bytes of all slots on the device.
         tiers: of the device, the host and the disk, in this order; those that hold nothing are left out.
@@ -114,7 +114,7 @@ class StreamingPlan:
         allowed = {
             "store": (self.store, ("host", "disk")),
             "state_slots": (self.state_slots, (1, 2)),
-            "activations": (self.activations, ("keep", "exact", "fp16", "int8")),
+            "activations": (self.activations, ("keep", "exact", "fp16", "int8", "int4")),
             **{f"residency[{k}]": (r, ("resident", "offloaded", "streamed")) for k, r in enumerate(self.residency)},
         }
         for name, (value, values) in allowed.items():
