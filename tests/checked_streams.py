@@ -11,12 +11,14 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spu.memory.residency import Visit
 from spu.memory.streamed import Streamed
 
 Clock = dict[str, int]
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def joined(clocks: Iterable[Clock]) -> Clock:
@@ -96,7 +98,8 @@ class CheckedStreams:
                     self.reach(before)
                 self._queued[copy.queue].pop(0)
                 first.into.copy_(first.source)
-                first.done = True
+                first.done, first.after = True, []
+                first.into = first.source = _NOTHING
 
     def computes(self, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Note that computations that are enqueued now use memory."""
