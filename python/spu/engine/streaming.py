@@ -75,7 +75,6 @@ class Streaming:
         self._deferred: dict[int, DeferredUpdate] = {}
         self._made: dict[int, list[bool]] = {}  # which parameters of a stage have a gradient in this step
         self._sqnorms: dict[int, Tensor] = {}
-        self._versions: dict[int, list[int]] = {}
         self._streams = streams
         self._scalars = {  # what an update needs to know, of each stage, when it has come from the device
             index: torch.zeros(2, 1, pin_memory=built.stages[index].device.torch_device.type == "cuda")
@@ -118,6 +117,17 @@ class Streaming:
                 event = self._streams.copy(here, value, [self._streams.mark()])
         scale = None if grad_scale is None else arrived[1]
         self._deferred[stage] = DeferredUpdate(arrived[0], scale, groups, event, sources)
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if a weight was given values while the real ones were below; they are dropped."""
+        lost = {id(entry.get.__self__): stage for stage, entry in self.residency.written_over()}  # type: ignore[attr-defined]
+        if lost:
+            parts = [layer for stage in lost.values() for layer in self._built.stages[stage].parts]
+            names = [name for layer in parts for name, p in layer.named_parameters() if id(p) in lost]
+            raise RuntimeError(
+                f"parameter {next(iter(names), '')!r} was changed after a step, while its values were in the tier "
+                "below, and the change is lost: call trainer.flush() first, then change it"
+            )
 
     def show(self, *, grads: bool = False) -> None:
         """Run what is deferred and give the model its tensors back, with the last gradients if asked."""

@@ -135,11 +135,13 @@ class Updater:
             self.streaming.show(grads=grads)
 
     def check_whole(self) -> None:
-        """Raise RuntimeError if the weights are not those of one step."""
+        """Raise RuntimeError if the weights are not those of one step, or were changed where that is lost."""
         if self.streaming is not None and self.streaming.broken:
             self.broken = self.streaming.broken
         if self.broken:
             raise RuntimeError(f"{self.broken}: load a checkpoint, or make a new trainer for a new model")
+        if self.streaming is not None:
+            self.streaming.check_unchanged()
 
     def check_own(self) -> None:
         """Raise RuntimeError if another trainer has taken over the model, and with it the exact values."""

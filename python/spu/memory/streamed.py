@@ -24,11 +24,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from spu.memory.changes import Watch, take_out
 from spu.memory.device_store import DeviceStore, HostUpdate, Part
 from spu.memory.host_update import host_update
 from spu.memory.residency import Visit
 from spu.memory.store import Region, Store, StoreError, Ticket, settle
-from spu.memory.unit import Absent, Piece, Unit
+from spu.memory.unit import Absent, Entry, Piece, Unit
 from spu.memory.work import Work
 
 __all__ = ["Streamed"]
@@ -71,7 +72,7 @@ class Streamed:
         self._visits: list[Visit] = []
         self._at = self._ahead = 0
         self._current: Unit | None = None
-        self._seen: list[int] = []
+        self._watch = Watch()
         self._failed: Exception | None = None
         self._filled: set[int] = set()
         self._shown = True  # tensors are in the store's own memory, where anybody may change them
@@ -128,7 +129,7 @@ class Streamed:
             piece.put(memory)
         if self._host is None and self._work.pending(unit.index):
             self._update(unit)
-        self._seen = unit.versions()
+        self._watch.begin(unit, (memory for _, memory in self._weights(unit)))
         if visit.backward and unit.grads is not None:
             memory = self._buffers[self._take_buffer(unit)][: unit.grad_bytes]
             self._work.lend(unit.index, unit.grads.views(memory))
@@ -139,11 +140,7 @@ class Streamed:
         unit = self.units.get(visit.stage)
         if unit is None:
             return
-        if self._seen != unit.versions():
-            raise RuntimeError(
-                f"stage {unit.index} changes a weight of its own while it runs, and the slot it lies in is not written "
-                "back: change it between steps, after flush(), or train with residency='offloaded'"
-            )
+        self._watch.check(unit, (memory for _, memory in self._weights(unit)))
         if visit.backward and unit.grads is not None:
             memory = self._buffers[self._buffer_of[unit.index]][: unit.grad_bytes]
             self._work.collect(unit.index, unit.grads.views(memory))
@@ -165,6 +162,11 @@ class Streamed:
         self._put_absent(self._absent_below)
 
     # Between runs
+
+    def written_over(self) -> list[tuple[int, Entry]]:
+        """Return the weights that somebody has changed while they were below, with their stages; drop the changes."""
+        standing = self._absent if self._absent.device.type == "cpu" else self._absent_below
+        return [] if self._shown else standing.written_over()
 
     def fill(self, unit: Unit) -> None:
         """Move those of a unit's present weights and state to the store that are not there: before the first run all of
@@ -215,6 +217,7 @@ class Streamed:
     def _hide(self) -> None:
         if not self._shown:
             return
+        take_out(self.units.values(), self.store)
         for unit in self.units.values():
             self.fill(unit)
         self.store.hidden(self._regions())

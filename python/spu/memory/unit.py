@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from spu.common.torch_private import version
 from spu.memory.store import ALIGNMENT, Region, Store
 
 __all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece"]
@@ -77,9 +77,14 @@ class Piece:
             view, present = entry.view(memory), entry.get()
             if present is None and not zeroed:
                 view.zero_()
-            elif present is not None and present.data_ptr() != view.data_ptr():
+            elif present is not None and not _same_place(present, view):
                 view.copy_(present)
             entry.put(view)
+
+    def strays(self, memory: Tensor) -> list[tuple[Entry, Tensor]]:
+        """Return the entries whose tensors are not in ``memory`` (uint8 [bytes]), with these."""
+        pairs = [(entry, entry.get()) for entry in self.entries]
+        return [(e, here) for e, here in pairs if here is not None and not _same_place(here, e.view(memory))]
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """Return the tensors in ``memory`` (uint8 [bytes]) in the order of the entries."""
@@ -123,11 +128,6 @@ class Unit:
         """The pieces of weights that an update changes."""
         own = [] if self.trained is None else [self.trained]
         return [*own, *(p for p in self.shared if p.region in self.owned)]
-
-    def versions(self) -> list[int]:
-        """Return a number for each weight that grows when somebody writes into it."""
-        tensors = (entry.get() for piece in self.weights for entry in piece.entries)
-        return [version(tensor) for tensor in tensors if tensor is not None]
 
     @property
     def weight_bytes(self) -> int:
@@ -173,6 +173,11 @@ def piece(
     return Piece(name, tuple(entries), padded(at), key=key) if entries else None
 
 
+def _same_place(present: Tensor, view: Tensor) -> bool:
+    """Tell whether a tensor has the bytes of a contiguous view, in its order (a ``t()`` has them in another)."""
+    return present.data_ptr() == view.data_ptr() and present.is_contiguous()
+
+
 def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Return a stand-in for a tensor that is elsewhere: NaN to who reads it, an error to who writes into it.
 
@@ -194,8 +199,9 @@ class Absent:
 
     def __init__(self, units: Iterable[Unit], device: torch.device) -> None:
         self.device = device
+        self._units = list(units)
         self._of: dict[int, Tensor] = {}
-        for unit in units:
+        for unit in self._units:
             weights = [entry for piece in unit.weights for entry in piece.entries]
             others = [entry for piece in (unit.grads, unit.state) if piece is not None for entry in piece.entries]
             self._of.update((id(entry), absent(entry.shape, entry.dtype, device)) for entry in weights)
@@ -205,6 +211,33 @@ class Absent:
         """Put the stand-ins where the tensors of pieces are worked on."""
         for entry in (entry for piece in pieces if piece is not None for entry in piece.entries):
             entry.put(self._of[id(entry)])
+
+    def written_over(self) -> list[tuple[int, Entry]]:
+        """Return the weights that have something else than their stand-ins, with their stages; put these back.
+
+        A stand-in cannot refuse everything: ``fill_`` writes into it, and ``parameter.data = tensor`` replaces it.
+        """
+        weights = [(unit.index, piece) for unit in self._units for piece in unit.weights]
+        allowed: dict[Region, list[set[int]]] = {}  # a shared weight may have the stand-in of any of its stages
+        for _, piece in weights:
+            for entry, pointers in zip(piece.entries, allowed.setdefault(piece.region, [set() for _ in piece.entries])):
+                pointers.add(self._of[id(entry)].data_ptr())
+        found = []
+        for stage, piece in weights:
+            for entry, pointers in zip(piece.entries, allowed[piece.region], strict=True):
+                here = entry.get()
+                if here is not None and here.numel() and not (here.data_ptr() in pointers and _reads_as_nan(here)):
+                    found.append((stage, entry))
+        for _, entry in found:
+            self._of[id(entry)] = absent(entry.shape, entry.dtype, self.device)
+            entry.put(self._of[id(entry)])
+        return found
+
+
+def _reads_as_nan(tensor: Tensor) -> bool:
+    """Tell whether the elements of a tensor share one place, which holds a NaN."""
+    one = all(size == 1 or step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return one and math.isnan(tensor.as_strided((), ()).item())
 
 
 def allocated(

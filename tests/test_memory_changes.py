@@ -1,0 +1,84 @@
+"""Weights that are changed where it would be lost: errors that say so, and what is not lost after a flush."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pipelines import reference
+from test_engine_streaming import Lazy, batches, make, model
+from torch import nn
+
+from spu.engine.engine import StageError
+
+__all__ = ["reference"]
+
+
+@pytest.mark.parametrize("how", ["fill_", "another tensor", "another's stand-in"])
+def test_a_change_before_flush_is_an_error_once(reference: None, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Between steps ``fill_`` wrote into the stand-in, ``.data =`` replaced it, and both were lost without a word."""
+    own = model()
+    trainer = make(monkeypatch, own, Lazy(), precision="fp32")
+    (x, y), (more, less) = batches(2)
+    trainer.step(x, y)
+    weight = own.get_parameter("1.0.weight")
+    with torch.no_grad():
+        if how == "fill_":
+            weight.fill_(0.5)
+        elif how == "another tensor":
+            weight.data = torch.ones_like(weight)
+        else:
+            own.get_parameter("3.0.weight").data = own.get_parameter("4.weight").data
+    name = "3.0.weight" if how == "another's stand-in" else "1.0.weight"
+    with pytest.raises(RuntimeError, match=f"'{name}' was changed after a step.*call trainer.flush"):
+        trainer.step(more, less)
+    assert weight.isnan().all()
+    found = [trainer.step(more, less).loss]
+    trainer.flush()
+    found.append(trainer.evaluate(x, y))
+    trainer.close()
+    plain = model()
+    resident = make(monkeypatch, plain, None, precision="fp32")
+    resident.step(x, y)
+    assert found == [resident.step(more, less).loss, resident.evaluate(x, y)]
+    resident.close()
+
+
+def test_weights_may_be_exchanged_and_transposed_after_flush(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed view of the weight's own bytes was taken for the weight; of two exchanged ones, one was lost."""
+    results = []
+    for store in (None, Lazy()):
+        own = model()
+        trainer = make(monkeypatch, own, store, precision="fp32")
+        losses = []
+        for x, y in batches(3):
+            losses.append(trainer.step(x, y).loss)
+            trainer.flush()
+            one, two = own.get_parameter("3.0.weight"), own.get_parameter("4.weight")
+            one.data, two.data = two.data.t(), one.data
+        results.append((losses, [p.detach().clone() for p in own.parameters()]))
+        trainer.close()
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("how", ["data.mul_", "data ="])
+def test_a_layer_that_changes_its_weight_behind_autograd_is_refused(
+    reference: None, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Neither grows the version counter; the change was lost when another stage took the slot."""
+
+    class Shrinks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if how == "data.mul_":
+                self.weight.data.mul_(0.5)
+            else:
+                self.weight.data = self.weight.data * 0.5
+            return super().forward(x)
+
+    own = model()
+    own[4] = Shrinks(16, 16)
+    trainer = make(monkeypatch, own, Lazy(), precision="fp32")
+    x, y = batches(1)[0]
+    with pytest.raises(StageError, match="changes a weight of its own"):
+        trainer.step(x, y)
+    trainer.close()
