@@ -136,6 +136,7 @@ NOMINAL = ("--speed", "cuda:7=rtx3070,cpu=desktop-cpu", "--batch", "8", "--seq",
     ("model", "budget", "options", "peaks", "seconds"),
     [
         ("1.8b", "cpu=32GB", ("--state", "exact"), {"host": 19.1}, 15),
+        ("7b", "cpu=76GB", ("--state", "compact"), {"host": 75.1}, 58),
         ("20b", "cpu=64GB", ("--frozen",), {"host": 49.6}, 110),
         ("20b", "cpu=32GB,disk=/no/such:100GB", ("--frozen",), {"host": 12.2, "disk": 39.7}, 110),
     ],
@@ -143,7 +144,8 @@ NOMINAL = ("--speed", "cuda:7=rtx3070,cpu=desktop-cpu", "--batch", "8", "--seq",
 def test_models_larger_than_a_card_of_8_gb_are_streamed_through_it(
     model, budget, options, peaks, seconds, tmp_path, capfd
 ):
-    """Peaks in GB: 1.89e9 x (2 + 4 + 4.125) bytes; 19.9e9 x 2 of frozen weights; activations where they wait."""
+    """Peaks in GB: 1.89e9 x (2 + 4 + 4.125) bytes, 7.74e9 x (2 + 4 + 3.125), 19.9e9 x 2 of frozen weights; activations
+    where they wait."""
     out = tmp_path / "plan.json"
     made = ("plan", "--model", f"internlm2-{model}", "--budget", f"cuda:7=8GB,{budget}", *NOMINAL, *options)
     assert run(*made, "--out", str(out)) == 0, capfd.readouterr().err

@@ -18,6 +18,7 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer, schedules
+from spu.cost import measure
 from spu.cost.measure import time_layers
 from spu.devices.manager import DeviceManager
 from spu.devices.tiers import parse_tiers
@@ -209,3 +210,11 @@ def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_pa
         device, disk = trainer.plan.streaming.tiers
         assert disk.peak_bytes == found["disk"]
         assert device.peak_bytes == pytest.approx(found["cpu:0"], rel=0.05)
+
+
+def test_a_disk_is_timed_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_REGION_BYTES", 1 << 20)
+    read, written = measure.time_disk(tmp_path / "new")
+    assert 1e5 < read < 1e12
+    assert 1e5 < written < 1e12
+    assert not list((tmp_path / "new").iterdir())
