@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--microbatches", type=int, default=4)
-    parser.add_argument("--overhead", default="620MB", help="of the limit, for Python, torch and its libraries")
+    parser.add_argument("--overhead", default="700MB", help="of the limit, for Python, torch and its libraries")
     parser.add_argument("--state", default="fp32")
     arguments = parser.parse_args()
     from spu.devices.manager import parse_bytes
@@ -128,7 +128,7 @@ def main() -> None:
     common += ["--batch", str(arguments.batch), "--seq", str(arguments.seq), "--evals", "1", "--no-sample"]
     common += ["--microbatches", str(arguments.microbatches), "--devices", "cpu", "--state", arguments.state]
     streamed = ["--budget", f"cpu={budget}B,disk={folder / 'disk'}:{3 * state}B", "--residency", "streamed"]
-    os.environ["MALLOC_ARENA_MAX"] = "2"
+    os.environ["MALLOC_ARENA_MAX"] = "1"  # one heap, whose free room every thread can use
     print(f"{parameters(model) / 1e6:.0f} M parameters, state {state / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB")
     results = {}
     for name, more in (("limited", streamed), ("in memory", ["--residency", "resident", "--schedule", "1f1b"])):
