@@ -330,7 +330,7 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
     if constexpr (M == Moments::int8) m[i] = s.m, v[i] = s.v;
     if constexpr (M != Moments::int8) first.write(i, s.m, noise), second.write(i, s.v, noise);
   }
-  if constexpr (Kept::staged) kept.write_all(blocks, p, noises);
+  if constexpr (Kept::staged) kept.write_all(blocks, p, rounds ? noises : nullptr);
   if constexpr (M == Moments::int8) first.write_all(blocks, m, noises);
   if constexpr (M == Moments::int8) second.write_all(blocks, v, noises);
 }
