@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from spu import ModelParallelTrainer
-from spu.train.export import free_memory, save_model, take_exact
+from spu.common.out_of_memory import free_memory
+from spu.train.export import save_model, take_exact
 from spu.train.model import ByteTokenizer
 
 def peak():

@@ -190,3 +190,4 @@ class TrainSettings(Settings):
     max_grad_norm: float | None = number(None, "Clip the norm of all gradients to this.")
     seed: int = whole(0, "Of every random draw.", least=0)
     replan: bool = flag(False, "After the second step, plan again from what it has measured.")
+    retry: bool = flag(True, "If a step runs out of memory, plan with less and repeat it, with the same random draws.")

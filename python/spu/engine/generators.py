@@ -15,10 +15,11 @@ from spu.model.randomness import LOSS
 if TYPE_CHECKING:
     from spu.engine.stage import Stage
 
-__all__ = ["check_generators", "generator_states", "set_generator_states"]
+__all__ = ["check_generators", "generator_states", "named_generators", "set_generator_states"]
 
 
-def _named(stages: Sequence[Stage]) -> Iterator[tuple[int, str, torch.Generator]]:
+def named_generators(stages: Sequence[Stage]) -> Iterator[tuple[int, str, torch.Generator]]:
+    """Yield (stage, name, generator) for each of the model's own generators, and the loss's."""
     for stage in stages:
         loss = [Layer(LOSS, stage.loss_fn)] if stage.is_last and isinstance(stage.loss_fn, nn.Module) else []
         for layer in (*stage.layers, *loss):
@@ -33,7 +34,7 @@ def check_generators(stages: Sequence[Stage]) -> None:
         ValueError: two stages share one: their order would depend on the schedule, not on the layers.
     """
     users: list[tuple[torch.Generator, int, str]] = []
-    for index, name, generator in _named(stages):
+    for index, name, generator in named_generators(stages):
         for known, first, other in users:
             if first != index and generators_equal(known, generator):
                 raise ValueError(
@@ -45,11 +46,11 @@ def check_generators(stages: Sequence[Stage]) -> None:
 
 def generator_states(stages: Sequence[Stage]) -> dict[str, str]:
     """Return the states of the model's own generators, by name, in hexadecimal."""
-    return {name: bytes(generator.get_state().tolist()).hex() for _, name, generator in _named(stages)}
+    return {name: bytes(generator.get_state().tolist()).hex() for _, name, generator in named_generators(stages)}
 
 
 def set_generator_states(stages: Sequence[Stage], states: dict[str, str]) -> None:
     """Restore the states of `generator_states`; generators that it does not name keep theirs."""
-    for _, name, generator in _named(stages):
+    for _, name, generator in named_generators(stages):
         if name in states:
             generator.set_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))

@@ -52,14 +52,15 @@ class LossCheck:
         self._batches = 0
         self._seen: list[tuple[Any, Any]] = []
         self._bytes = 0
+        self._counted = False  # whether the present batch is one of `_batches`
         self._warned = False
 
     def begin(self, parts: int) -> bool:
         """Begin a batch; tell whether the loss's arguments must be passed to :meth:`add`."""
-        self._seen, self._bytes = [], 0
+        self._seen, self._bytes, self._counted = [], 0, False
         if self._weighing.known or parts < 2:
             return False
-        self._batches += 1
+        self._batches, self._counted = self._batches + 1, True
         return self._batches & (self._batches - 1) == 0
 
     def add(self, outputs: Any, targets: Any) -> None:
@@ -78,6 +79,11 @@ class LossCheck:
 
         self._seen.append(pytree.tree_map_only(torch.Tensor, some, (outputs, targets)))
         self._bytes += size * kept // rows
+
+    def cancel(self) -> None:
+        """Forget a batch that has failed, as if it had not begun."""
+        self._batches -= self._counted
+        self._seen, self._bytes, self._counted = [], 0, False
 
     def end(self) -> None:
         """End the batch and check the collected rows.

@@ -13,6 +13,7 @@ import torch
 from spu import schedules
 from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
+from spu.engine.attempt import Attempt
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine, Round
 from spu.engine.generators import check_generators
@@ -84,8 +85,7 @@ class Runner:
         make_streaming: Callable[..., Streaming] | None = None,
     ) -> None:
         self.built = built
-        self._plan = plan
-        self._actions = plan.actions()
+        self._plan, self._actions = plan, plan.actions()
         self._ranks = [plan.devices.index(stage.device) for stage in plan.stages]
         self._weighing = weighing
         self._check = LossCheck(built.stages[-1].loss_fn, weighing)
@@ -107,6 +107,8 @@ class Runner:
             built.restore()
             raise
         built.masters.clear()  # the optimizers own them now
+        streaming = self.updater.streaming
+        self.attempt = Attempt(built, frozenset() if streaming is None else frozenset(streaming.residency.units))
 
     def accumulate(self, inputs: Any, targets: Any, *, seed: int, step: int, keep_outputs: bool = False) -> Pass:
         """Run forward and backward of a whole batch; gradients stay in the parameters, for `Updater.reduce`.
@@ -155,10 +157,19 @@ class Runner:
             if checks:
                 self._check.end()
         except BaseException:
+            self._check.cancel()
             self.updater.clear_gradients()
             raise
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
+
+    def follow(self, plan: Plan) -> None:
+        """Run the next batches by a plan with the same stages, in which other layers are recomputed, or with another
+        number of microbatches.
+        """
+        self._plan, self._actions = plan, plan.actions()
+        for stage, planned in zip(self.built.stages, plan.stages, strict=True):
+            stage.recompute = [k in planned.recompute for k in range(*planned.layers)]
 
     def _parts(self, inputs: Any) -> int:
         """Return the number of microbatches: as planned, but at most the batch's rows (an epoch's last batch)."""

@@ -22,7 +22,7 @@ from spu.memory.activations import ActivationStore
 from spu.model.kept import Park
 from spu.model.layers import DrawKey, Layer
 from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
-from spu.ops.cut import Cut, LeafCut, hollow
+from spu.ops.cut import Cut, LeafCut, hollow, is_start
 from spu.ops.sink import BackwardScope, open_scope
 from spu.skips import carried_by, current_carrier
 
@@ -58,6 +58,7 @@ class Stage:
 
     Attributes:
         elsewhere: id -> name of parameters of other stages.
+        reaches_outside: a backward has sent gradients to tensors that are not the stage's.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Stage:
         self.elsewhere: dict[int, str] = {}
         found = {id(p): p for layer in self.parts for _, p in layer.named_parameters()}
         self._parameters, self._leaves_known = list(found.values()), False
+        self.reaches_outside = False
         self.watch_loss: Callable[[Any, Any], None] | None = None  # called with the arguments of each loss
         self._head_loss = HeadLoss.of(layers[-1], loss_fn) if is_last and layers else None
         self._in_flight: dict[int, _InFlight] = {}
@@ -240,8 +242,9 @@ class Stage:
             pairs += flight.skips.gradients()
         if not self._leaves_known:  # once: a layer's code reaches the same parameters in every microbatch
             foreign = scope.plain or flight.from_outside
-            own = self._parameters
-            _check_leaves([r for r, _ in pairs], own, self.elsewhere, foreign=foreign, stage=self.index)
+            starts, ends = [root for root, _ in pairs], [end for end in flight.cuts if isinstance(end, LeafCut)]
+            found = _check_leaves(starts, self._parameters, self.elsewhere, foreign=foreign, stage=self.index)
+            self.reaches_outside = any(not any(end.is_at(leaf) for end in ends) for leaf in found)
             self._leaves_known = True
         if pairs:
             # (5) in docs/architecture.md
@@ -296,8 +299,8 @@ def _zeros(outputs: Any) -> Iterator[Tensor]:
 
 def _check_leaves(
     roots: Iterable[Any], own: Iterable[nn.Parameter], elsewhere: Mapping[int, str], *, foreign: bool, stage: int
-) -> None:
-    """Check that a stage's backward ends in parameters of that stage.
+) -> list[Tensor]:
+    """Check that a stage's backward ends in parameters of that stage, and return the other leaves in which it ends.
 
     Args:
         roots: tensors that the backward starts from.
@@ -308,7 +311,7 @@ def _check_leaves(
     Raises:
         RuntimeError: it ends in a parameter of another stage, or in a foreign one.
     """
-    known = {id(parameter) for parameter in own}
+    known, others = {id(parameter) for parameter in own}, list[Tensor]()
     for leaf in _leaves(roots):
         if id(leaf) in known:
             continue
@@ -324,6 +327,8 @@ def _check_leaves(
                 "updated, and its gradient would stay multiplied by the loss scale. Make it a parameter of the module "
                 "that uses it, a loss_fn an nn.Module that holds it; the trainer then trains it"
             )
+        others.append(leaf)
+    return others
 
 
 def _leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
@@ -334,7 +339,7 @@ def _leaves(roots: Iterable[Any]) -> list[torch.Tensor]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.append(variable)
-        for following, _ in node.next_functions:
+        for following, _ in () if is_start(node) else node.next_functions:  # below it is nobody's
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "LeafCut", "cut", "cut_leaf", "hollow"]
+__all__ = ["Cut", "LeafCut", "cut", "cut_leaf", "hollow", "is_start"]
 
 
 class Cut:
@@ -26,6 +26,10 @@ class LeafCut:
 
     def __init__(self, leaf: Tensor) -> None:
         self._leaf = leaf
+
+    def is_at(self, leaf: Tensor) -> bool:
+        """Tell whether this is the place of that leaf."""
+        return leaf is self._leaf
 
     @property
     def gradient(self) -> Tensor | None:
@@ -58,6 +62,11 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
     token = torch.empty((), device=tensor.device, requires_grad=True)
     # Detached before the function as well, or the old graph would hang on the new one and run with absent gradients.
     return _Start.apply(end, token, tensor.detach()), end
+
+
+def is_start(node: Any) -> bool:
+    """Tell whether a node of a graph is the first one after a cut."""
+    return type(node).__name__ == "_StartBackward"
 
 
 def cut_leaf(tensor: Tensor, *, view: bool = False) -> tuple[Tensor, LeafCut]:

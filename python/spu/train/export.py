@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from spu.common.out_of_memory import free_memory
 from spu.train.config import TrainConfig
 from spu.train.data import Corpus
 from spu.train.model import Tokenizer
 from spu.train.sample import choose_prompt, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 
-__all__ = ["free_memory", "sample_of", "save_model", "take_exact"]
+__all__ = ["sample_of", "save_model", "take_exact"]
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
 PART = "100MB"
@@ -37,16 +35,6 @@ def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
     model.to("cpu")
     for name, parameter in model.named_parameters():  # each once: what is tied stays so
         parameter.data = exact.pop(name)
-
-
-def free_memory() -> None:
-    """Collect garbage, and return freed memory to the system: glibc keeps freed tensors below 32 MB, scattered, for
-    itself.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, in_parts: bool = False) -> None:

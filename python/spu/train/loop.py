@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
+from spu.common.out_of_memory import free_memory
 from spu.devices.manager import DeviceManager, default_devices
 from spu.devices.tiers import split_budget
 from spu.memory.spill import spilled
@@ -26,7 +27,7 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.train.config import TrainConfig
-from spu.train.export import free_memory, sample_of, save_model, take_exact
+from spu.train.export import sample_of, save_model, take_exact
 from spu.train.guard import Guard, diverged
 from spu.train.job import Job
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows

@@ -175,6 +175,51 @@ class Planner:
             return same, self._fixed(plan, scaled(plan.settings.parts), move=True)
         return same, self._searched(scaled, wanted)
 
+    def for_batch(self, inputs: Any, targets: Any, plan: Plan) -> Planner:
+        """Return a planner of other batches, which keeps what a plan recomputes and into how many microbatches it cuts
+        them at least.
+        """
+        settings = replace(self.settings, microbatches=plan.settings.microbatches)
+        if self.settings.recompute.mode == AUTO and plan.recomputed_layers == frozenset(range(len(self.layers))):
+            settings = replace(settings, recompute=Recompute("all"))
+        other = Planner(self.layers, self.devices, settings, self.loss_fn, self.tiers)
+        other._batch = inputs, targets
+        return other
+
+    def lowered(self, plan: Plan, *, recompute: bool | None = None, microbatches: int | None = None) -> Plan:
+        """Return the same placement with every layer recomputed, or with more microbatches, from counted costs.
+
+        Raises:
+            BudgetError, ValueError: it does not fit the budgets, or the schedule or the batch does not allow it.
+        """
+        settings = replace(plan.settings, microbatches=microbatches or plan.settings.microbatches)
+        layers = frozenset(range(len(self.layers))) if recompute else plan.recomputed_layers
+        kept = replace(settings, recompute=Recompute("all")) if recompute else settings
+        sample, _ = self._sample(settings.parts)
+        costs, loss = self.costs(settings.parts)
+        machine = counted_machine(self.devices, settings.precision)
+        rows, tokens = batch_rows(sample), tokens_of(sample)
+        if plan.streaming is not None:
+            stages = [replace(s, recompute=tuple(k for k in range(*s.layers) if k in layers)) for s in plan.stages]
+            asked = replace(plan, settings=settings, stages=tuple(stages), rows=rows, tokens=tokens)
+            loss = plain_loss(costs[-1], settings.precision) if loss is None else loss
+            made = predict_streaming(asked, costs, loss, machine, self.tiers)
+            check_fits(made, self.devices, rows, tokens, self.tiers)
+        else:
+            made = make_plan(
+                costs,
+                machine,
+                replace(settings, recompute=Recompute("given", layers)),
+                loss_cost=loss,
+                codecs=plan.codecs,
+                model=plan.model,
+                layers=[stage.layers for stage in plan.stages],
+                rows=rows,
+                tokens=tokens,
+            )
+        made.actions()  # a schedule may need a certain number of microbatches
+        return replace(made, settings=kept)
+
     def times(self, parts: int) -> Times:
         """Return measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._times:

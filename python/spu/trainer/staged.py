@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from spu import ops, schedules
 from spu.common.interrupts import delayed_interrupts, stop_if_asked
+from spu.common.out_of_memory import forget_frames, free_memory, is_out_of_memory
 from spu.devices.manager import Device
 from spu.devices.tiers import Tiers
 from spu.engine.build import (
@@ -25,7 +27,7 @@ from spu.engine.build import (
 )
 from spu.engine.first_batch import check_batch
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
-from spu.engine.microbatch import as_dicts
+from spu.engine.microbatch import as_dicts, batch_rows
 from spu.engine.runner import Runner
 from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
@@ -36,11 +38,17 @@ from spu.plan import Plan
 from spu.plan.check import used_devices
 from spu.precision import LossScaler
 from spu.schedules import Timeline
-from spu.settings import TrainSettings
+from spu.settings import AUTO, TrainSettings
+from spu.trainer.lower import lower
 from spu.trainer.manual import Parts
 from spu.trainer.planner import WORTH, Planner
 
 __all__ = ["LastStep", "StagedModel"]
+
+T = TypeVar("T")
+
+_MOST_RETRIES = 8
+"""Notches that one pass may go down: all of them, and microbatches of 1/64 of their rows."""
 
 
 @dataclass
@@ -84,6 +92,7 @@ class StagedModel:
         scaler: LossScaler | None,
         measure: bool,
         tiers: Tiers,
+        report: Callable[[str], Any] | None,
     ) -> None:
         self._parts = parts
         self.devices = list(devices)
@@ -95,6 +104,7 @@ class StagedModel:
         self.max_grad_norm = settings.max_grad_norm
         self.measure = measure
         self.tiers = tiers
+        self._report = report
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
         self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
         self._weighing = weighing_of(self.loss_fn, loss_weight)
@@ -191,6 +201,73 @@ class StagedModel:
             self._runner.close()
             self._runner.built.unfuse()
 
+    def _repeated(self, run: Callable[[], T], inputs: Any, targets: Any) -> T:
+        """Return what a pass over a batch returns; if it runs out of memory, repeat it by a plan that takes less.
+
+        Args:
+            run: the pass, with no gradient left when it fails. It has the same random draws each time.
+            inputs, targets: the batch.
+
+        Raises:
+            StageError, MemoryError: out of memory, and no such plan is left; the message says what would help.
+        """
+        attempt = self._prepared().attempt
+        for left in reversed(range(_MOST_RETRIES + 1)):
+            if self.settings.retry:
+                attempt.begin(as_dicts(inputs), as_dicts(targets))
+            try:
+                done = run()
+            except Exception as error:
+                if not self.settings.retry or not is_out_of_memory(error):
+                    raise
+                failure = error
+            else:
+                if self.settings.retry:
+                    attempt.end()
+                return done
+            try:
+                forget_frames(failure)  # they hold activations
+                free_memory()
+                with delayed_interrupts():
+                    self._lower(failure, as_dicts(inputs), as_dicts(targets), left)
+                    stop_if_asked()
+            finally:
+                del failure  # it would hold this function, and this function it
+        raise AssertionError("the last attempt ends the loop")
+
+    def _lower(self, failure: Exception, inputs: Any, targets: Any, left: int) -> None:
+        """Go on by a plan that takes less memory, and say so; or raise the failure with what would help."""
+        runner, plan, planner = self._prepared(), self._plan, self._planner
+        assert plan is not None
+        assert planner is not None
+        lost = runner.attempt.put_back()
+        updater = runner.updater
+        tier_failed = updater.streaming is not None and (updater.streaming.broken or updater.streaming.residency.failed)
+        if updater.broken or updater.closed or tier_failed:
+            raise failure
+        given = self._given_plan is not None
+        if lost or given or not left:
+            why = lost or ("the plan was given" if given else f"{_MOST_RETRIES} notches down it still does not fit")
+            raise _with_advice(failure, [f"the step was not repeated with less: {why}"])
+        cut = self.settings.microbatches == AUTO or self.settings.parts > 1
+        try:
+            updater.show()
+            planner = planner.for_batch(inputs, targets, plan)
+            lowered = lower(planner, plan, batch_rows(inputs), runner.attempt, batch_is_cut=cut)
+        except Exception as error:
+            raise _with_advice(failure, [f"planning with less failed: {type(error).__name__}: {error}"])  # noqa: B904
+        if lowered.plan is None:
+            raise _with_advice(failure, lowered.advice or ["every microbatch has one row already: shorten it"])
+        runner.follow(lowered.plan)
+        self._plan, self._planner, self._last.counted_bytes = lowered.plan, planner, {}
+        text = (
+            f"out of memory: {failure}\nfrom now on {lowered.label}, and the step is repeated. {lowered.means} "
+            "Give it from the start to save the failed attempt"
+        )
+        if self._report is not None:
+            self._report(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)  # who called step()
+
     def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
         """Move the layers to their planned devices, and build their stages and optimizers."""
         device_of = dict(
@@ -243,3 +320,9 @@ class StagedModel:
         self._structure.check(training=False)
         runner.updater.show()
         return runner
+
+
+def _with_advice(failure: Exception, advice: Sequence[str]) -> Exception:
+    """Return the failure, with what would help at the end of its message."""
+    failure.args = ("\n  ".join([str(failure) or type(failure).__name__, "what would help:", *advice]),)
+    return failure

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class ModelParallelTrainer(StagedModel):
             `spu.devices.tiers.Tiers`. Beside a GPU, a CPU device's memory is such a tier, too.
         measure: time every layer before the first step, so that the plan predicts seconds and not only shares.
         report: called after the second step with predicted beside measured, as :meth:`compare` has it (``print``, say).
-            Bytes are counted in the first step, seconds measured in the second.
+            Bytes are counted in the first step, seconds measured in the second. Also with what has changed after a step
+            has run out of memory.
         settings: the keywords below as one object.
         {keywords}
 
@@ -112,13 +114,13 @@ class ModelParallelTrainer(StagedModel):
             plan=plan,
             measure=measure,
             tiers=tiers if isinstance(tiers, Tiers) else parse_tiers(tiers or ""),
+            report=report,
         )
         self.tiers.check()
         self.lr_schedule = lr_schedule
         self.seed = settings.seed
         self.steps_done = 0
         self.passes_done = 0
-        self._report = report
 
     # The model, and its parts run by hand
 
@@ -151,32 +153,46 @@ class ModelParallelTrainer(StagedModel):
 
         Raises:
             ValueError: a batch that cannot be split as asked, or without a counted target.
-            StageError: a stage failed; the update did not happen and the gradients are gone.
+            StageError: a stage failed; the update did not happen and the gradients are gone. Out of memory it is raised
+                only if the step could not be repeated with less (``retry``).
         """
         begin = time.perf_counter()
         self.prepare(inputs, targets)
-        runner = self._prepared()
+        updater = self._prepared().updater
         with contextlib.ExitStack() as counting:
-            if self._report is not None and self._last.done == 0:
-                self._last.counted_bytes = counting.enter_context(counted_bytes(runner))
-            done = self._accumulate(inputs, targets, keep_outputs=False)
-            updater = runner.updater
+            done, update, began = self._repeated(partial(self._attempt, counting, inputs, targets), inputs, targets)
             scale = updater.scopes[-1].scale.clone()
-            factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
             try:
-                update = updater.reduce()
+                factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
                 with delayed_interrupts():  # Ctrl-C waits: all stages are updated, or none
                     self._update(update, factor)
             except BaseException:
                 updater.clear_gradients()
                 raise
         seconds = time.perf_counter() - begin
-        self._last.seconds = seconds
+        self._last.seconds = time.perf_counter() - began
         peaks = peak_bytes(self.devices)
         result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
         if self._last.done == 2:
             self._look_back()
         return result
+
+    def _attempt(self, counting: contextlib.ExitStack, inputs: Any, targets: Any) -> tuple[Pass, Update, float]:
+        """Return the results of a step up to its update, and when it began; a step may need several attempts."""
+        begin = time.perf_counter()
+        counting.close()
+        if self._report is not None and self._last.done == 0:
+            self._last.counted_bytes = counting.enter_context(counted_bytes(self._prepared()))
+        return *self._reduced(inputs, targets, keep_outputs=False), begin
+
+    def _reduced(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[Pass, Update]:
+        done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
+        updater = self._prepared().updater
+        try:
+            return done, updater.reduce()
+        except BaseException:
+            updater.clear_gradients()
+            raise
 
     def _update(self, update: Update, lr_factor: float) -> None:
         self._prepared().updater.apply(update, lr_factor)
@@ -198,7 +214,8 @@ class ModelParallelTrainer(StagedModel):
     def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
         """Return loss and outputs of a whole batch; leave the gradients in every parameter's ``.grad``.
 
-        Each call has its own dropout masks, as each :meth:`step` has; a checkpoint stores the number of calls.
+        Each call has its own dropout masks, as each :meth:`step` has; a checkpoint stores the number of calls. Out of
+        memory it is repeated as a step is.
 
         In fp16 an update of your own must be skipped if ``trainer.scaler.found_inf()`` is not 0. Call
         ``trainer.scaler.update()`` in both cases: otherwise a scale that is too large never shrinks.
@@ -210,10 +227,10 @@ class ModelParallelTrainer(StagedModel):
         Returns:
             The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
         """
-        done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
-        updater = self._prepared().updater
-        updater.reduce()
-        updater.show(grads=True)
+        self.prepare(inputs, targets)
+        run = partial(self._reduced, inputs, targets, keep_outputs=keep_outputs)
+        done, _ = self._repeated(run, inputs, targets)
+        self._prepared().updater.show(grads=True)
         self.passes_done += 1
         return done.loss, done.outputs
 
@@ -221,7 +238,8 @@ class ModelParallelTrainer(StagedModel):
     def evaluate(self, inputs: Any, targets: Any) -> float:
         """Return the mean loss of a batch, in evaluation mode and without gradients.
 
-        Before the first step it prepares for training on batches like this one, with at least a row a microbatch.
+        Before the first step it prepares for training on batches like this one, with at least a row a microbatch. It
+        needs less than a step, and is not repeated if it runs out of memory.
         """
         rows = (self.settings if self._given_plan is None else self._given_plan.settings).parts
         inputs, targets = as_dicts(inputs), as_dicts(targets)
