@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from pipelines import devices
-from test_trainer import batch, layers, one_thread  # noqa: F401
+from pipelines import batch, devices, layers, no_thread_left
 from torch import nn
 
 from spu import ModelParallelTrainer, StageError
 from spu.plan import BudgetError
+
+__all__ = ["no_thread_left"]
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 class Fails(nn.Module):

@@ -1,0 +1,109 @@
+"""A real shortage: a process under a hard limit trains on with smaller microbatches; and streamed models do so too."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numeric import assert_equal
+from starved import Starved
+from torch import nn
+
+from spu import ModelParallelTrainer
+
+LIMITED = """
+import json, sys, warnings
+import torch
+from torch import nn
+from spu import ModelParallelTrainer
+
+microbatches = int(sys.argv[1])
+torch.manual_seed(0)
+wide = nn.Sequential(nn.Linear(8, 4096), nn.GELU(), nn.Linear(4096, 8))
+model = nn.Sequential(wide, nn.Linear(8, 8))
+generator = torch.Generator().manual_seed(1)
+batches = [(torch.randn(1 << 13, 8, generator=generator), torch.randint(8, (1 << 13,), generator=generator))
+           for _ in range(2)]
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    settings = {"precision": "fp32", "microbatches": microbatches, "recompute": True}
+    with ModelParallelTrainer(model, "cpu", **settings) as trainer:
+        results = [trainer.step(*batch) for batch in batches]
+        state = trainer.state_dict_for_model()
+said = [str(warning.message) for warning in told if "out of memory" in str(warning.message)]
+print(json.dumps({
+    "losses": [r.loss for r in results], "norms": [r.grad_norm for r in results],
+    "sums": [v.double().sum().item() for v in state.values()],
+    "microbatches": trainer.plan.settings.microbatches, "said": said,
+}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process's data")
+def test_under_a_hard_limit_the_losses_are_those_of_a_run_planned_so() -> None:
+    """8192 rows in two microbatches need 64 MiB for one activation of 4096 features, and several at a time."""
+    from hard_limit import run_limited  # which other systems cannot import
+
+    def run(microbatches: int, headroom: int | None) -> dict[str, Any]:
+        run = run_limited(LIMITED, headroom_bytes=headroom, arguments=[str(microbatches)])
+        assert run.code == 0, run.errors
+        found: dict[str, Any] = json.loads(run.output.splitlines()[-1])
+        return found
+
+    limited = run(2, 300 << 20)
+    assert limited["microbatches"] > 2
+    assert "can't allocate memory" in limited["said"][0]
+    free = run(limited["microbatches"], None)
+    assert free["said"] == []
+    assert [limited[key] for key in ("losses", "norms", "sums")] == [free[key] for key in ("losses", "norms", "sums")]
+
+
+def model(**limits: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 16), nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1)), Starved(**limits),
+                         nn.Linear(16, 11))  # fmt: skip
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, 11, (8, 5), generator=generator) for _ in range(2 * count)]
+    return list(zip(ids[::2], ids[1::2], strict=True))
+
+
+def streamed(own: nn.Module, folder: Path, **settings: Any) -> tuple[list[float], dict[str, Any], ModelParallelTrainer]:
+    settings = {"precision": "fp16", "residency": "streamed", "lr": 1e-2, "max_grad_norm": 0.5} | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with ModelParallelTrainer(own, "cpu", tiers=f"disk={folder}:1GB", **settings) as trainer:
+            losses = [trainer.step(x, y).loss for x, y in batches(3)]
+            return losses, trainer.state_dict_for_model(), trainer
+
+
+@pytest.mark.parametrize(
+    ("limits", "first", "then"),
+    [
+        ({"rows": 2}, {"microbatches": 2, "recompute": True}, {"microbatches": 4, "recompute": True}),
+        ({"backward_rows": 2}, {"microbatches": 2, "recompute": True}, {"microbatches": 4, "recompute": True}),
+        ({"graphs": 1}, {"microbatches": 2, "activations": "keep"}, {"microbatches": 2, "recompute": True}),
+    ],
+)
+def test_a_streamed_model_goes_on_with_less(
+    tmp_path: Path, limits: dict[str, int], first: dict[str, Any], then: dict[str, Any]
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected, weights, _ = streamed(model(), tmp_path, **{"activations": "keep"} | then)
+    found, others, trainer = streamed(model(**limits), tmp_path, **{"activations": "keep"} | first)
+    torch.set_num_threads(threads)
+    assert trainer.plan is not None
+    assert trainer.plan.streaming is not None
+    assert trainer.plan.settings.microbatches == then["microbatches"]
+    assert trainer.plan.recompute
+    assert found == expected
+    for name, weight in weights.items():
+        assert_equal(others[name], weight, name)
