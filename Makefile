@@ -16,7 +16,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train
+GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train gpu-stream
 .PHONY: fresh train train-small-ram test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
 
 # Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import nn
 from spu import ModelParallelTrainer
 from spu.engine import hosted
 from spu.engine.engine import StageError
+from spu.engine.result import counted_bytes
 from spu.engine.streaming import Streaming
 from spu.memory import slab
+from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Pinning
 from spu.memory.store import StoreError
@@ -263,3 +266,26 @@ def test_a_trained_weight_in_another_order_of_memory_is_refused(monkeypatch: pyt
     own[1][0].weight = nn.Parameter(torch.randn(16, 32).t())  # type: ignore[index]
     with pytest.raises(ValueError, match="is not contiguous"):
         make(monkeypatch, own, HostStore(), precision="fp32", streams=HostStreams())
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_bytes_are_counted_in_their_tiers(
+    reference: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    store: Any = HostStore() if kind == "host" else DiskStore(tmp_path)
+    trainer = make(monkeypatch, model(), store, precision="fp32", streams=HostStreams(), slots=2, buffers=1)
+    (x, y), *_ = batches(1)
+    assert trainer._runner is not None
+    with counted_bytes(trainer._runner) as peaks:
+        trainer.step(x, y)
+    residency = streaming_of(trainer).residency
+    units = residency.units.values()
+    weights = sum(max(unit.weight_bytes for unit in units if unit.index % 2 == k) for k in range(2))
+    between = weights + max(unit.grad_bytes + unit.state_bytes for unit in units)
+    assert residency.slot_bytes == weights + max(unit.grad_bytes for unit in units)
+    if kind == "host":
+        assert peaks["host"] == residency.stored_bytes
+    else:
+        assert peaks["disk"] == residency.stored_bytes
+        assert peaks["host"] == between + store.own_bytes
+    trainer.close()

@@ -1,6 +1,6 @@
 """``make gpu``: the phases on a machine with an NVIDIA GPU, each under nine minutes and each leaving its results.
 
-    python benchmarks/gpu/phases.py build|test|tune|bench|train [--dry]
+    python benchmarks/gpu/phases.py build|test|tune|bench|train|stream [--dry]
 
 ``build`` puts the package into build/gpu-site with the tools that are installed: no environment is made, nothing is
 downloaded. The other phases run against it. ``--dry`` needs no GPU: it collects, compiles ahead of time and prints the
@@ -26,7 +26,7 @@ LOGS = ROOT / "build" / "gpu-logs"
 CACHE = ROOT / "build" / "gpu-cache"  # $SPU_CACHE of the phases: measured speeds, and the tables that tuning has made
 RESULTS = ROOT / "benchmarks" / "results"
 PHASE_SECONDS = 520.0
-TESTS = ("test_triton_gpu.py", "test_cuda_device.py")
+TESTS = ("test_triton_gpu.py", "test_cuda_device.py", "test_engine_streaming_gpu.py")
 LONG_TEST = "training_job"  # run last, so that it takes no time from the others
 MEMCHECK = "kind_of_launch or overflow or wires or optimizer"  # small sets, again under compute-sanitizer
 RACECHECK = "kind_of_launch or (wires and float16) or found_inf"
@@ -36,6 +36,7 @@ NEEDED = {
     "tune": ("torch", "triton"),
     "bench": ("torch", "triton"),
     "train": ("torch", "transformers"),
+    "stream": ("torch", "transformers"),
 }
 
 
@@ -196,8 +197,42 @@ def train(phase: Phase) -> None:
             shutil.copy(out / name / "summary.json", RESULTS / f"train-{name}.json")
 
 
+def stream(phase: Phase) -> None:
+    """A model of 13.6 GB of training state on a card of which 8 GB may be used, from the host's memory and a disk.
+
+    The first case has no limit: it gives the losses. A later one that fails does not keep the next from running. Dry: a
+    small model on the CPU, and the plan for a card of 8 GB.
+    """
+    if phase.dry:
+        plan = (
+            "plan",
+            "--budget",
+            "cuda:0=8GB,cpu=32GB",
+            "--residency",
+            "streamed",
+            "--state",
+            "exact",
+            "--out",
+            str(LOGS / "plan.json"),
+        )
+        phase.run(_python("-m", "spu.cli", *plan))
+    out = LOGS / "streamed"
+    out.mkdir(parents=True, exist_ok=True)
+    cases: tuple[str, ...] = ("resident", "streamed", "streamed-compact", "offloaded", "disk")
+    cases = cases[1:2] if phase.dry else cases
+    for case in cases:
+        file = out / f"{case}.json"
+        file.unlink(missing_ok=True)
+        command = _python(str(ROOT / "benchmarks/gpu/streamed.py"), case, "--json", str(file))
+        command += ["--dry"] if phase.dry else ["--reference", str(out / "resident.json")]
+        phase.run(command, at_most=PHASE_SECONDS / len(cases))
+        if file.exists() and not phase.dry:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, RESULTS / f"stream-{case}.json")
+
+
 PHASES: dict[str, Callable[[Phase], None]] = {
-    "build": build, "test": test, "tune": tune, "bench": bench, "train": train,
+    "build": build, "test": test, "tune": tune, "bench": bench, "train": train, "stream": stream,
 }  # fmt: skip
 
 

@@ -13,7 +13,10 @@ import torch
 from spu.common.torch_private import pytree
 from spu.common.tracker import Tally
 from spu.engine.build import BuiltStages
+from spu.memory.activations import ActivationStore
+from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
+from spu.memory.streamed import Streamed
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
@@ -106,12 +109,22 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     for stage, rank in zip(stages, ranks):
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
     if streaming is not None:
-        parked, moving = stages[0].activations, streaming.residency
-        slots = moving.slot_bytes + (0 if parked is None else parked.slot_bytes)
-        slots += moving.store.own_bytes if isinstance(moving.store, DiskStore) else 0
-        peaks[stages[0].device.name] += slots
-        below = moving.stored_bytes + (0 if parked is None else parked.region_bytes)
-        peaks["disk" if isinstance(moving.store, DiskStore) else "host"] = below
+        device, tiers = _streamed_bytes(streaming.residency, stages[0].activations)
+        peaks[stages[0].device.name] += device
+        peaks.update(tiers)
+
+
+def _streamed_bytes(moving: Streamed, parked: ActivationStore | None) -> tuple[int, dict[str, int]]:
+    """Return the bytes that streaming takes on the device, and those in each tier below."""
+    slots, waiting = (0, 0) if parked is None else (parked.slot_bytes, parked.region_bytes)
+    store = moving.store
+    if isinstance(store, DeviceStore):  # what is on its way, and what waits, lies in the host's memory
+        tiers = {"host": store.own_bytes + slots + waiting}
+        tier = "disk" if isinstance(store.below, DiskStore) else "host"
+        return moving.slot_bytes, tiers | {tier: tiers.get(tier, 0) + moving.stored_bytes}
+    own = store.own_bytes if isinstance(store, DiskStore) else 0
+    tier = "disk" if isinstance(store, DiskStore) else "host"
+    return moving.slot_bytes + slots + own, {tier: moving.stored_bytes + waiting}
 
 
 def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[int]:

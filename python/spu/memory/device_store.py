@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.store import Region, Store, StoreError, Ticket
 from spu.memory.streams import Event, Streams
@@ -100,6 +101,11 @@ class Staging:
         self._weights, self._buffers = [_Place(m) for m in weights], [_Place(m) for m in buffers]
         self._turn = 0
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(place.memory.numel() for place in (*self._weights, *self._buffers))
+
     def weights(self, slot: int) -> _Place:
         """Return the place of a slot of the device, which may have more of them."""
         return self._weights[slot % len(self._weights)]
@@ -122,6 +128,11 @@ class Chunks:
         self._streams, self._buffers = streams, list(buffers)
         self._size = self._buffers[0].numel()
         self._used: list[Event | None] = [None] * len(self._buffers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.numel() for buffer in self._buffers)
 
     def _cut(self, size: int) -> Iterable[tuple[int, slice, Tensor]]:
         for k, at in enumerate(range(0, size, self._size)):
@@ -215,6 +226,13 @@ class DeviceStore:
         self._last: dict[Region, _Job] = {}
         self._threads: _Threads | None = _Threads()
         self._pid = os.getpid()
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the host's memory that lie between the store below and the device."""
+        between = 0 if self._staging is None else self._staging.bytes
+        own = self.below.own_bytes if isinstance(self.below, DiskStore) else 0
+        return between + own + sum(chunks.bytes for chunks in self._chunks or ())
 
     def allocate(self, names: Sequence[str], sizes: Sequence[int]) -> list[Region]:
         """Reserve regions in the store below; see `Store.allocate`."""
