@@ -14,7 +14,8 @@ import torch
 from checked_streams import CheckedStreams, watched
 from torch import Tensor
 
-from spu.memory.device_store import Chunks, DeviceStore, HostUpdate, Part, Staging
+from spu.memory.chunks import Chunks
+from spu.memory.device_store import DeviceStore, HostUpdate, Part, Staging
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.residency import Visit

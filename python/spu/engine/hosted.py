@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spu.memory.device_store import CHUNK_BYTES, Chunks, DeviceStore, Staging
+from spu.memory.chunks import CHUNK_BYTES, Chunks
+from spu.memory.device_store import DeviceStore, Staging
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Pinning, Slab, cuda_pinning
 from spu.memory.store import Store
