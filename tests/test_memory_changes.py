@@ -43,6 +43,37 @@ def test_a_change_before_flush_is_an_error_once(reference: None, monkeypatch: py
     resident.close()
 
 
+def test_weights_on_the_device_whose_update_waits_are_not_seen(
+    reference: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offloaded weights showed the values of the step before, and a change of theirs came before the update."""
+    results = []
+    for store in (None, Lazy()):
+        own = model(tied=True)
+        trainer = make(monkeypatch, own, store, "offloaded", precision="fp16")
+        (x, y), (more, less) = batches(2)
+        found = [trainer.step(x, y).loss]
+        weight = own.get_parameter("1.0.weight")
+        if store is not None:
+            assert weight.isnan().all()
+            weight.data.zero_()
+            with pytest.raises(RuntimeError, match="'1.0.weight' was changed after a step.*call trainer.flush"):
+                trainer.step(more, less)
+            with pytest.raises(ValueError, match="rows"):
+                trainer.step(more, less[:3])
+            assert weight.isnan().all()
+        found.append(trainer.evaluate(x, y))
+        found.append(weight.detach().clone())  # evaluate has run all updates
+        found.append(trainer.step(more, less).loss)
+        trainer.flush()
+        with torch.no_grad():
+            weight.mul_(0.5)
+        found.append(trainer.step(more, less).loss)
+        trainer.close()
+        results.append([torch.as_tensor(value) for value in (*found, *own.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_weights_may_be_exchanged_and_transposed_after_flush(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transposed view of the weight's own bytes was taken for the weight; of two exchanged ones, one was lost."""
     results = []

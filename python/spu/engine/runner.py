@@ -224,11 +224,13 @@ class Runner:
             try:
                 for module in training:
                     module.training = False
+                self.updater.reveal()
                 with self.built.running():
                     self.engine.run(work)
             finally:
                 for module in training:
                     module.training = True
+                self.updater.hide()
         if checks:
             self._check.end()
         return sum_losses(work.losses)

@@ -15,9 +15,10 @@ from spu import ops
 from spu.engine.below import weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
+from spu.engine.waiting import Waiting
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Event, Streams
-from spu.memory.unit import Unit, piece
+from spu.memory.unit import Entry, Unit, piece
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -81,14 +82,17 @@ class Streaming:
             for index in (units if streams is not None else ())
         }
         self.broken = ""
+        below = {id(_parameter(e)) for unit in units.values() for each in unit.weights for e in each.entries}
+        self._waiting = Waiting({k: [p for p in own if id(p) not in below] for k, own in self._owned.items()})
         self.residency = make_residency(units, self)
 
     def __contains__(self, stage: int) -> bool:
         return stage in self._owned
 
     def begin_step(self) -> None:
-        """Forget the norms of the last step."""
+        """Forget the norms of the last step, and have all weights in their places."""
         self._sqnorms.clear()
+        self.reveal()
 
     def has_gradients(self) -> bool:
         """Tell whether a streamed parameter has a gradient of this step."""
@@ -118,19 +122,29 @@ class Streaming:
         scale = None if grad_scale is None else arrived[1]
         self._deferred[stage] = DeferredUpdate(arrived[0], scale, groups, event, sources)
 
+    def hide(self) -> None:
+        """Let nobody see weights whose update waits and that are not below, where nobody sees them."""
+        self._waiting.hide(self._deferred)
+
+    def reveal(self) -> None:
+        """Put those weights back, before a run."""
+        self._waiting.reveal()
+
     def check_unchanged(self) -> None:
-        """Raise RuntimeError if a weight was given values while the real ones were below; they are dropped."""
-        lost = {id(entry.get.__self__): stage for stage, entry in self.residency.written_over()}  # type: ignore[attr-defined]
+        """Raise RuntimeError if a weight was changed while its update waited or it was below; the change is dropped."""
+        lost = {id(parameter) for parameter in self._waiting.changed()}
+        lost |= {id(_parameter(entry)) for _, entry in self.residency.written_over()}
         if lost:
-            parts = [layer for stage in lost.values() for layer in self._built.stages[stage].parts]
-            names = [name for layer in parts for name, p in layer.named_parameters() if id(p) in lost]
+            named = (pair for stage in self._built.stages for layer in stage.parts for pair in layer.named_parameters())
+            first = next((name for name, parameter in named if id(parameter) in lost), "")
             raise RuntimeError(
-                f"parameter {next(iter(names), '')!r} was changed after a step, while its values were in the tier "
-                "below, and the change is lost: call trainer.flush() first, then change it"
+                f"parameter {first!r} was changed after a step, before "
+                "its update, and the change is lost: call trainer.flush() first, then change it"
             )
 
     def show(self, *, grads: bool = False) -> None:
         """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
+        self._waiting.reveal()
         self.residency.show()
         if grads:
             for index, unit in self.residency.units.items():
@@ -280,6 +294,12 @@ def streaming_units(
         unit.frozen = piece(f"{name} frozen weights", map(_weight, frozen))
         unit.trained = piece(f"{name} weights", map(_weight, trained))
     return units
+
+
+def _parameter(entry: Entry) -> nn.Parameter:
+    """Return the parameter of an entry that `_weight` has made."""
+    parameter: nn.Parameter = entry.get.__self__  # type: ignore[attr-defined]
+    return parameter
 
 
 def _weight(parameter: nn.Parameter) -> _Entry:

@@ -134,6 +134,16 @@ class Updater:
         if self.streaming is not None:
             self.streaming.show(grads=grads)
 
+    def hide(self) -> None:
+        """Let nobody see weights whose update is deferred."""
+        if self.streaming is not None:
+            self.streaming.hide()
+
+    def reveal(self) -> None:
+        """Put weights that were hidden back, before a run that is no step."""
+        if self.streaming is not None:
+            self.streaming.reveal()
+
     def check_whole(self) -> None:
         """Raise RuntimeError if the weights are not those of one step, or were changed where that is lost."""
         if self.streaming is not None and self.streaming.broken:
@@ -189,6 +199,7 @@ class Updater:
                 self.broken = f"an update failed half-way ({type(error).__name__}: {error})"
                 raise
         self._scaler.update(update.found_inf)
+        self.hide()
 
     @contextlib.contextmanager
     def _rates(self, factor: float) -> Iterator[None]:
@@ -214,6 +225,7 @@ class Updater:
             for stage in self._built.stages:
                 for parameter in stage.parameters():
                     parameter.grad = None
+            self.hide()
 
     def masters(self) -> dict[int, torch.Tensor]:
         """Return the fp32 values of the 16-bit parameters, by parameter id."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spu.memory.store import ALIGNMENT, Region, Store
 
-__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece"]
+__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece", "reads_as_nan"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -226,7 +226,7 @@ class Absent:
         for stage, piece in weights:
             for entry, pointers in zip(piece.entries, allowed[piece.region], strict=True):
                 here = entry.get()
-                if here is not None and here.numel() and not (here.data_ptr() in pointers and _reads_as_nan(here)):
+                if here is not None and here.numel() and not (here.data_ptr() in pointers and reads_as_nan(here)):
                     found.append((stage, entry))
         for _, entry in found:
             self._of[id(entry)] = absent(entry.shape, entry.dtype, self.device)
@@ -234,7 +234,7 @@ class Absent:
         return found
 
 
-def _reads_as_nan(tensor: Tensor) -> bool:
+def reads_as_nan(tensor: Tensor) -> bool:
     """Tell whether the elements of a tensor share one place, which holds a NaN."""
     one = all(size == 1 or step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return one and math.isnan(tensor.as_strided((), ()).item())

@@ -1,0 +1,48 @@
+"""Weights that stay on their device while an update of theirs waits: nobody may see the old values meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from spu.memory.unit import absent, reads_as_nan
+
+__all__ = ["Waiting"]
+
+
+class Waiting:
+    """Puts stand-ins in the place of weights between runs, and takes them back before the next one.
+
+    Args:
+        weights: by stage, those that stay on the device and that the stage's deferred update changes.
+    """
+
+    def __init__(self, weights: Mapping[int, Sequence[nn.Parameter]]) -> None:
+        self._weights = weights
+        self._real: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # (parameter, its tensor, its stand-in)
+
+    def hide(self, stages: Collection[int]) -> None:
+        """Put stand-ins where the weights of these stages were."""
+        hidden = {id(parameter) for parameter, _, _ in self._real}
+        for parameter in (p for stage in stages for p in self._weights.get(stage, ()) if id(p) not in hidden):
+            stand_in = absent(parameter.shape, parameter.dtype, parameter.device)
+            self._real.append((parameter, parameter.data, stand_in))
+            parameter.data = stand_in
+
+    def changed(self) -> list[nn.Parameter]:
+        """Return the hidden parameters that somebody has changed, who has changed a stand-in; put new ones there."""
+        found = []
+        for index, (parameter, real, stand_in) in enumerate(self._real):
+            same = parameter.data_ptr() == stand_in.data_ptr()
+            if parameter.numel() and not (same and reads_as_nan(parameter.detach())):
+                parameter.data = absent(real.shape, real.dtype, real.device)
+                self._real[index] = parameter, real, parameter.data
+                found.append(parameter)
+        return found
+
+    def reveal(self) -> None:
+        """Put the weights back."""
+        for parameter, real, _ in self._real:
+            parameter.data = real
+        self._real.clear()
