@@ -348,3 +348,20 @@ def test_a_plan_that_streams_is_run_from_a_disk(
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1].values(), results[1][1].values(), strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_offloaded_weights_do_not_stay_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They were left where conversion had put them: each update wrote them to the disk."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Embedding(64, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 64))
+    with ModelParallelTrainer(
+        own, devices(1), microbatches=2, residency="offloaded", tiers=f"disk={tmp_path}:1GB", precision="fp16"
+    ) as trainer:
+        trainer.step(torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, 3, dtype=torch.long))
+        trainer.flush()
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        address = own[1].weight.data_ptr()
+        (modes,) = (
+            modes for place, modes, *_ in maps if int(place.split("-")[0], 16) <= address < int(place.split("-")[1], 16)
+        )
+        assert modes.endswith("p"), "a shared mapping of a file"

@@ -61,6 +61,7 @@ def open_streaming(
             f"the plan streams to {plan.devices[0]}: only a CPU and CUDA devices can; give it the layers that fit it, "
             "with residency='resident'"
         )
+    _bring_to_memory(built, how.residency)
     store: Store
     if how.store == "disk":
         if tiers.disk is None:
@@ -87,6 +88,16 @@ def open_streaming(
     if isinstance(streaming.residency.store, DeviceStore) and streaming.residency.store.note:
         warnings.warn(f"{plan.devices[0]}: {streaming.residency.store.note}", stacklevel=2)
     return streaming
+
+
+def _bring_to_memory(built: BuiltStages, residencies: Sequence[str]) -> None:
+    """Give weights that stay on a CPU memory of their own: `converting` and `spilled` have made them in files, whose
+    pages the system would write to the disk after every update.
+    """
+    for stage, residency in zip(built.stages, residencies, strict=True):
+        if residency != "streamed" and stage.device.torch_device.type == "cpu":
+            for parameter in stage.parameters():
+                parameter.data = parameter.data.clone()
 
 
 _LARGE_BYTES = 1 << 20
