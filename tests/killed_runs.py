@@ -1,8 +1,9 @@
 """Runs of `spu train` killed before their n-th change of the disk, and gone on with. Run by test_train_crashes.py.
 
-    python tests/killed_runs.py FOLDER FIRST STRIDE COUNT
+    python tests/killed_runs.py FOLDER FIRST STRIDE COUNT [RESIDENCY]
 
 prints a line for each: the number, what was to happen, and what going on gave. This process only imports and forks.
+With RESIDENCY "streamed" or "offloaded" the layers come from a disk, in whose folder no run may leave a file.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def check(folder: Path, number: int, whole: list[tuple[int, float]], options: li
     if code == 0:
         return ""
     assert code == -signal.SIGKILL, output
+    assert not any((folder / "disk").iterdir())
     killed = next(line for line in output.splitlines() if line.startswith("KILLED"))
     rows = read_metrics(place / "metrics.jsonl") if place.exists() else []
     saved = max((row["step"] for row in rows if row.get("saved")), default=0)
@@ -97,17 +99,24 @@ def check(folder: Path, number: int, whole: list[tuple[int, float]], options: li
     assert losses(place) == whole, (killed, losses(place), whole)
     assert (place / "model" / "model.safetensors").exists()
     gone_on = next((line.split("after ")[1] for line in output.splitlines() if line.startswith("going on")), "step 0")
+    assert not any((folder / "disk").iterdir())
     shutil.rmtree(place)
     return f"{number}: {killed}; saved {saved}; went on after {gone_on}"
 
 
-def main_of_test(folder: Path, first: int, stride: int, count: int) -> None:
+def main_of_test(folder: Path, first: int, stride: int, count: int, residency: str = "resident") -> None:
+    (folder / "disk").mkdir()
     (folder / "tiny.json").write_text(json.dumps(CONFIG))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     options = ["--model", str(folder / "tiny.json"), "--data", str(folder / "text.txt"), "--out", str(folder / "runs")]
     for name, value in (("steps", 6), ("seq", 8), ("microbatches", 2), ("batch", 2), ("evals", 1)):
         options += [f"--{name}", str(value)]
-    options += ["--devices", "cpu:0,cpu:1", "--save-every", "2", "--no-sample"]
+    if residency == "resident":
+        options += ["--devices", "cpu:0,cpu:1"]
+    else:
+        options += ["--devices", "cpu", "--residency", residency, "--state", "exact"]
+        options += ["--budget", f"cpu=1GB,disk={folder / 'disk'}:1GB"]
+    options += ["--save-every", "2", "--no-sample"]
     code, output = in_child(0, "train", *options, "--name", "whole")
     assert code == 0, output
     whole = losses(folder / "runs" / "whole")
@@ -118,4 +127,4 @@ def main_of_test(folder: Path, first: int, stride: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main_of_test(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    main_of_test(Path(sys.argv[1]), *map(int, sys.argv[2:5]), *sys.argv[5:])

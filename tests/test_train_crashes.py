@@ -61,6 +61,25 @@ def test_a_run_killed_at_any_change_of_the_disk_goes_on(tmp_path: Path) -> None:
     assert "saved 2" in done.stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="elsewhere than on Linux a file has a name for a moment")
+def test_a_killed_run_that_streams_from_a_disk_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "27", "1", "1", "streamed"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1, done.stdout
+    assert "saved 2" in done.stdout
+
+
+def test_a_disk_that_is_a_file_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a traceback, as was every other failure of a tier."""
+    (place / "file").write_text("")
+    budget = ("--budget", f"cpu=1GB,disk={place / 'file'}:1GB", "--residency", "streamed", "--devices", "cpu")
+    assert train(place, *budget, "--steps", "1", "--name", "r") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"spu: error: {place / 'file'} cannot be made: File exists")
+    assert not (place / "runs" / "r").exists()
+
+
 def test_a_run_killed_between_the_two_renames_of_a_save_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

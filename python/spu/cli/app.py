@@ -38,6 +38,7 @@ def guarded(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except Exception as error:
+        from spu.memory.store import StoreError
         from spu.train.signals import Stopped
 
         if isinstance(error, Stopped):
@@ -48,6 +49,8 @@ def guarded(command: Callable[[], None]) -> None:
             _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
         if isinstance(error, ValueError):
             _fail(f"error: {error}", BAD_INPUT)
+        if isinstance(error, StoreError) or isinstance(error.__cause__, StoreError):
+            _fail(f"error: {error}", 1)
         if isinstance(error, OSError):
             _fail(f"error: {error.filename or ''}: {error.strerror or error}: check the path and the room on it", 1)
         raise
