@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -228,10 +230,15 @@ def test_between_steps_reading_gives_nan_and_writing_raises(reference: None, mon
     assert weight.isnan().all()
     with pytest.raises(RuntimeError), torch.no_grad():
         weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"0\.weight waits in a tier below .* trainer\.flush\(\)"):
+        own.state_dict()
     trainer.flush()
+    assert pickle.loads(pickle.dumps(own.state_dict()))["1.0.weight"].isfinite().all()
     assert weight.isfinite().all()
     assert not torch.equal(weight, before)
+    assert copy.deepcopy(own)[1][0].weight.equal(weight)  # type: ignore[index]
     trainer.close()
+    assert not any(module._state_dict_pre_hooks for module in own.modules())
 
 
 def test_a_skipped_step_changes_and_moves_nothing(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from spu import ops
 from spu.engine.below import weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
-from spu.engine.waiting import Waiting
+from spu.engine.waiting import Waiting, refuse_stand_ins
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Event, Streams
 from spu.memory.unit import Entry, Unit, piece
@@ -84,7 +84,15 @@ class Streaming:
         self.broken = ""
         below = {id(_parameter(e)) for unit in units.values() for each in unit.weights for e in each.entries}
         self._waiting = Waiting({k: [p for p in own if id(p) not in below] for k, own in self._owned.items()})
+        modules = {id(m): m for k in units for part in built.stages[k].parts for m in part.module.modules()}
+        self._guards = [module.register_state_dict_pre_hook(refuse_stand_ins) for module in modules.values()]
         self.residency = make_residency(units, self)
+
+    def close(self) -> None:
+        """Close the store and take the hooks off the model; harmless when called twice."""
+        for guard in self._guards:
+            guard.remove()
+        self.residency.close()
 
     def __contains__(self, stage: int) -> bool:
         return stage in self._owned

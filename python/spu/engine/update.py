@@ -247,7 +247,7 @@ class Updater:
                 self.show()
         finally:
             if self.streaming is not None:
-                self.streaming.residency.close()
+                self.streaming.close()
             for grads in self._main_grads:
                 grads.close()
             self._built.restore()

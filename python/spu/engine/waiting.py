@@ -6,9 +6,23 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from spu.common.torch_private import parameters_of
 from spu.memory.unit import absent, reads_as_nan
 
-__all__ = ["Waiting"]
+__all__ = ["Waiting", "refuse_stand_ins"]
+
+
+def refuse_stand_ins(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raise RuntimeError where a parameter of a module is a stand-in: a hook before ``module.state_dict()``, whose
+    result somebody may save. (A function of this module: a model with it can be pickled and copied.)
+    """
+    for name, parameter in parameters_of(module).items():
+        several = parameter is not None and parameter.numel() > 1 and parameter.is_floating_point()
+        if several and reads_as_nan(parameter.detach()):  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"{prefix}{name} waits in a tier below for its update, so that its values are not here: call "
+                "trainer.flush() before state_dict(), or take trainer.state_dict_for_model()"
+            )
 
 
 class Waiting:
