@@ -110,7 +110,7 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
     if streaming is not None:
         device, tiers = _streamed_bytes(streaming.residency, stages[0].activations)
-        peaks[stages[0].device.name] += device
+        peaks[stages[0].device.name] += device + streaming.hidden_bytes
         peaks.update(tiers)
 
 

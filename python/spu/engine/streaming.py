@@ -102,6 +102,11 @@ class Streaming:
         self._sqnorms.clear()
         self.reveal()
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the weights that stay on their device and are hidden until their update."""
+        return self._waiting.hidden_bytes
+
     def has_gradients(self) -> bool:
         """Tell whether a streamed parameter has a gradient of this step."""
         return bool(self._sqnorms)

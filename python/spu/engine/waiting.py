@@ -36,6 +36,11 @@ class Waiting:
         self._weights = weights
         self._real: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # (parameter, its tensor, its stand-in)
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the weights that are hidden now, which stay on their device."""
+        return sum(real.untyped_storage().nbytes() for _, real, _ in self._real)
+
     def hide(self, stages: Collection[int]) -> None:
         """Put stand-ins where the weights of these stages were."""
         hidden = {id(parameter) for parameter, _, _ in self._real}
