@@ -372,3 +372,21 @@ def test_offloaded_weights_do_not_stay_in_files(monkeypatch: pytest.MonkeyPatch,
             modes for place, modes, *_ in maps if int(place.split("-")[0], 16) <= address < int(place.split("-")[1], 16)
         )
         assert modes.endswith("p"), "a shared mapping of a file"
+
+
+@pytest.mark.parametrize(("slots", "buffers"), [(2, 1), (2, 2), (3, 2)])
+def test_evaluations_in_a_row_equal_the_resident_ones(
+    reference: None, monkeypatch: pytest.MonkeyPatch, slots: int, buffers: int
+) -> None:
+    """The first one runs the deferred updates; the others find weights in slots; the last batch is short."""
+    results = []
+    for store in (None, Lazy()):
+        trainer = make(monkeypatch, model(), store, precision="fp16", slots=slots, buffers=buffers)
+        for x, y in batches(2):
+            trainer.step(x, y)
+        values = [trainer.evaluate(x, y) for x, y in batches(3)]
+        x, y = batches(1)[0]
+        values += [trainer.evaluate(x[:3], y[:3]), trainer.step(x, y).loss, trainer.evaluate(x, y)]
+        results.append(values)
+        trainer.close()
+    assert results[0] == results[1]
