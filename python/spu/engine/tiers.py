@@ -18,12 +18,12 @@ from spu.memory.activations import ActivationStore
 from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
-from spu.memory.slab import Slab
+from spu.memory.slab import Slab, aligned
 from spu.memory.spill import spilled
 from spu.memory.store import Region, Store
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Streams, streams_for
-from spu.memory.unit import Unit, allocated, padded
+from spu.memory.unit import Unit, allocated
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -157,7 +157,7 @@ def stream(
         units, _ = allocated(units, store)
         if inputs:
             memory = HostStore(pinning_for(device))
-            sizes = [padded(size) for size in inputs]
+            sizes = [aligned(size) for size in inputs]
             found = memory.allocate([f"activation {k}" for k in range(len(sizes))], sizes)
             _park(built, memory, list(zip(found, sizes, strict=True)), activations)
     make: Callable[[dict[int, Unit], Streaming], Streamed]

@@ -25,6 +25,7 @@ from spu.engine.streaming import Streaming, add_tied
 from spu.model.layers import Layer
 from spu.ops.sink import has_foreign_hook
 from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
+from spu.optim.forms import is_ours
 from spu.precision import LossScaler, MainGrads
 
 __all__ = ["OptimizerFactory", "Update", "Updater", "release"]
@@ -307,7 +308,7 @@ def _make_optimizer(
     if isinstance(factory, type) and lr is not None:
         factory = partial(factory, lr=lr)
     made: AdamW | MasterOptimizer
-    if _is_ours(factory):
+    if is_ours(factory):
         made = factory(list(parameters))
     else:
         made = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
@@ -326,12 +327,6 @@ def _set_masters(optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: 
     for parameter in parameters:
         if parameter.dtype.itemsize == 2:
             optimizer.set_master(parameter, masters.pop(id(parameter), parameter))
-
-
-def _is_ours(factory: Any) -> bool:
-    """Tell whether a class, or a ``functools.partial`` of one, makes our AdamW, which keeps masters by itself."""
-    made = factory.func if isinstance(factory, partial) else factory
-    return isinstance(made, type) and issubclass(made, AdamW)
 
 
 def _groups(optimizer: AdamW | MasterOptimizer | None) -> list[dict[str, Any]]:

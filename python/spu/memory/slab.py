@@ -21,9 +21,9 @@ STEP_BYTES = 256 << 20
 """Bytes that are page-locked at a time: few calls, and a limit is met after most of what it allows is locked."""
 
 
-def aligned(size: int) -> int:
-    """Return ``size`` rounded up to a multiple of `ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    """Return ``size`` rounded up to a multiple of ``alignment``."""
+    return -(-size // alignment) * alignment
 
 
 def grouped(sizes: Sequence[int], step: int | None = None) -> list[int]:

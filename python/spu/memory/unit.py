@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spu.memory.store import ALIGNMENT, Region, Store
+from spu.memory.slab import aligned
+from spu.memory.store import Region, Store
 
-__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "padded", "piece", "reads_as_nan"]
+__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "piece", "reads_as_nan"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -145,11 +146,6 @@ class Unit:
         return 0 if self.state is None else self.state.bytes
 
 
-def padded(count: int, alignment: int = ALIGNMENT) -> int:
-    """Return ``count`` rounded up to a multiple of ``alignment``."""
-    return -(-count // alignment) * alignment
-
-
 def piece(
     name: str,
     tensors: Iterable[tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]],
@@ -169,8 +165,8 @@ def piece(
     for shape, dtype, put, get in tensors:
         entry = Entry(tuple(shape), dtype, at, put, get)
         entries.append(entry)
-        at = padded(at + entry.bytes, _ENTRY_ALIGNMENT)
-    return Piece(name, tuple(entries), padded(at), key=key) if entries else None
+        at = aligned(at + entry.bytes, _ENTRY_ALIGNMENT)
+    return Piece(name, tuple(entries), aligned(at), key=key) if entries else None
 
 
 def _same_place(present: Tensor, view: Tensor) -> bool:
@@ -262,7 +258,7 @@ def allocated(
             if each is not None:
                 pieces[id(each)] = each
         pieces.update((each.key, each) for each in unit.shared)
-    more = [padded(size) for size in further]
+    more = [aligned(size) for size in further]
     names = [p.name for p in pieces.values()] + [f"activation {k}" for k in range(len(more))]
     numbers = store.allocate(names, [p.bytes for p in pieces.values()] + more)
     region = dict(zip(pieces, numbers))
