@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--overhead", default="700MB", help="of the limit, for Python, torch and its libraries")
     parser.add_argument("--state", default="fp32")
     arguments = parser.parse_args()
+    from spu.data.corpus import read_text
     from spu.devices.manager import parse_bytes
-    from spu.train.data import read_text
 
     folder, model = arguments.folder.absolute(), config(arguments.width, arguments.layers)
     state = STATE_BYTES * parameters(model)

@@ -21,7 +21,7 @@ LEVELS = [
     {"plan", "precision"},
     {"model", "memory"},
     {"engine"},
-    {"cost"},
+    {"cost", "data"},
     {"trainer"},
     {"train"},
     {"cli"},

@@ -200,8 +200,9 @@ def test_fp32_pipeline_equals_plain_pytorch_on_the_same_batches(place):
 
 
 def test_the_saved_model_is_the_trained_one_with_tied_embeddings_too(place):
-    from spu.train.data import make_corpus
-    from spu.train.model import ByteTokenizer, make_model
+    from spu.data.corpus import make_corpus
+    from spu.data.tokenizer import ByteTokenizer
+    from spu.train.model import make_model
     from spu.train.plain import evaluate
 
     (place / "tied.json").write_text(json.dumps({**TINY, "tie_word_embeddings": True}))

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spu import ModelParallelTrainer
 from spu.common.out_of_memory import free_memory
 from spu.train.export import save_model, take_exact
-from spu.train.model import ByteTokenizer
+from spu.data.tokenizer import ByteTokenizer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

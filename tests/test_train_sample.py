@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from spu.data.tokenizer import ByteTokenizer
 from spu.train.config import TrainConfig
-from spu.train.model import ByteTokenizer
 from spu.train.plain import is_eval_step
 from spu.train.sample import choose_prompt, sample_text
 

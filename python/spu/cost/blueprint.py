@@ -15,6 +15,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.common.dtypes import DTYPES
+from spu.common.errors import first_line
 from spu.cost.count import model_costs
 from spu.engine.loss import cross_entropy
 from spu.model.layers import Layer, model_layers
@@ -78,8 +79,7 @@ def blueprint(source: str) -> list[Layer]:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         _real_tables(model)
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        text = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ValueError(f"--model {source}: no causal decoder can be made from it: {text}") from error
+        raise ValueError(f"--model {source}: no causal decoder can be made from it: {first_line(error)}") from error
     return model_layers(model)
 
 

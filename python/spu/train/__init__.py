@@ -4,8 +4,7 @@ In the order in which a run meets them:
 
     options.py, config.py   what a user names on the command line and in a YAML file; the settings of a run
     run_folder.py           runs/NAME: where it is, its lock and its config.json
-    data.py, text.py        a text as tokens and batches; how a text file is read
-    model.py                the model and its tokenizer
+    model.py                the model; what it is trained on comes from ``spu.data``
     job.py                  a run before it trains: all of the above, checked against each other
     loop.py                 prepare, the loop over steps, finish
     guard.py, signals.py    what ends a run early: a loss that is not finite; Ctrl-C and SIGTERM

@@ -12,7 +12,6 @@ from spu.common.options import AUTO, Options, default, flag, number, text, whole
 from spu.settings import Settings, TrainSettings
 
 __all__ = [
-    "BYTE_VOCABULARY",
     "DEFAULT_MODEL",
     "DEFAULT_TOKENS",
     "LENGTH",
@@ -32,14 +31,13 @@ MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; p
 MAX_PARTS = 4096
 DEFAULT_TOKENS = 786_432  # about five minutes on two cores
 MOST_PLANNED_TOKENS = 1 << 20  # tables of positions are made for real, some hundred bytes a token and layer type
-BYTE_VOCABULARY = 256
 
 # The default model: 3.08M parameters over bytes. The defaults of TrainConfig were chosen by plain fp32 runs of 800k
 # tokens on the default corpus, by the loss on the held-out end (nats a byte):
 #   8 x 256 tokens a step: lr 3e-3 1.62, 6e-3 1.83
 #   8 x 128 tokens a step: lr 2e-3 1.33, 3e-3 1.37, 5e-3 1.58; lr 3e-3 with beta2 0.99, weight decay 0.05: 1.52
 DEFAULT_MODEL: dict[str, Any] = {
-    "vocab_size": BYTE_VOCABULARY,
+    "vocab_size": 256,  # bytes
     "hidden_size": 256,
     "intermediate_size": 704,
     "num_hidden_layers": 4,

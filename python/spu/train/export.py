@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from spu.common.out_of_memory import free_memory
+from spu.data.corpus import Corpus
+from spu.data.tokenizer import Tokenizer
 from spu.train.config import TrainConfig
-from spu.train.data import Corpus
-from spu.train.model import Tokenizer
 from spu.train.sample import choose_prompt, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from spu.data.corpus import Corpus, make_corpus
+from spu.data.tokenizer import Tokenizer, make_tokenizer
 from spu.plan import Plan
 from spu.train.config import TrainConfig
-from spu.train.data import Corpus, make_corpus
-from spu.train.model import Tokenizer, load_config, make_tokenizer
+from spu.train.model import has_weights, load_config
 from spu.train.progress import View
 from spu.train.run_folder import RunFolder
 
@@ -42,7 +43,8 @@ class Job:
             ValueError: bad settings, data or model; nothing was written.
         """
         model_config = load_config(self.config.model)
-        self.tokenizer = make_tokenizer(self.config.model, model_config)
+        vocabulary = model_config.get_text_config().vocab_size
+        self.tokenizer = make_tokenizer(self.config.model, vocabulary, weights=has_weights(self.config.model))
         self._check_plan(model_config.get_text_config())
         longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and self.config.seq > longest:
@@ -53,10 +55,10 @@ class Job:
             )
         self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq, self.say)
         top = max(int(part.max()) for part in (self.corpus.train, self.corpus.validation))
-        if top >= model_config.get_text_config().vocab_size:
+        if top >= vocabulary:
             raise ValueError(
-                f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has "
-                f"{model_config.get_text_config().vocab_size}; give files that belong together"
+                f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has {vocabulary}; "
+                "give files that belong together"
             )
         saved = self.saved_corpus
         if saved is not None and saved["sha256"] != self.corpus.sha256:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spu.data.corpus import Corpus
 from spu.settings import Settings
 from spu.train import progress as console
 from spu.train.config import PLACEMENT, TrainConfig
-from spu.train.data import Corpus
 from spu.train.metrics import MetricsFile, save_result
 from spu.train.model import make_model
 from spu.train.run_folder import RunFolder

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import nn
 
-from spu.train.model import Tokenizer
+from spu.data.tokenizer import Tokenizer
 
 __all__ = ["TEMPERATURE", "choose_prompt", "sample_text"]
 

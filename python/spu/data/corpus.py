@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from spu.train.model import Tokenizer
-from spu.train.text import clean_text, is_utf8
+from spu.data.text import clean_text, is_utf8
+from spu.data.tokenizer import Tokenizer
 
 __all__ = ["MAX_VALIDATION_TOKENS", "VALIDATION_SHARE", "Corpus", "make_corpus", "read_text", "tokenise"]
 

@@ -14,10 +14,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from spu.cli.app import main  # noqa: E402
-from spu.train import data as data_module  # noqa: E402
-from spu.train.data import make_corpus, read_text, tokenise  # noqa: E402
-from spu.train.model import ByteTokenizer, FileTokenizer  # noqa: E402
-from spu.train.text import clean_text, is_utf8  # noqa: E402
+from spu.data import corpus as corpus_module  # noqa: E402
+from spu.data.corpus import make_corpus, read_text, tokenise  # noqa: E402
+from spu.data.text import clean_text, is_utf8  # noqa: E402
+from spu.data.tokenizer import ByteTokenizer, FileTokenizer  # noqa: E402
 
 TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n" * 40
 
@@ -131,8 +131,8 @@ def test_tokenising_piece_by_piece_gives_the_same_tokens(
     tokenizer = trained_tokenizer(tmp_path, kind)
     text = (join.join(TEXT.splitlines()) + "\n\n  indented\n").encode()
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(data_module, "_PIECE", 500)
-    monkeypatch.setattr(data_module, "_REPORT_S", -1.0)
+    monkeypatch.setattr(corpus_module, "_PIECE", 500)
+    monkeypatch.setattr(corpus_module, "_REPORT_S", -1.0)
     said: list[str] = []
     assert torch.equal(tokenise(text, tokenizer, "FILE", said.append), whole)
     assert len(said) >= 3, "it was not cut"
