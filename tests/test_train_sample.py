@@ -1,4 +1,4 @@
-"""Sampled text depends on the model, the prompt and the seed alone; evaluation points are where they should be."""
+"""Sampled text depends on the model, the prompt and the seed alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 pytest.importorskip("transformers")
 
 from spu.data.tokenizer import ByteTokenizer
-from spu.train.config import TrainConfig
-from spu.train.plain import is_eval_step
 from spu.train.sample import choose_prompt, sample_text
 
 
@@ -36,10 +34,3 @@ def test_sample_is_reproducible_and_leaves_the_model_as_it_was():
     assert first != sample_text(model, ByteTokenizer(), prompt, tokens=20, seed=2)
     assert first[0] == "hello"
     assert model.training
-
-
-@pytest.mark.parametrize(("steps", "evals", "points"), [(768, 10, 10), (5, 10, 5), (7, 3, 3), (1, 1, 1)])
-def test_validation_points_are_as_many_as_asked_and_end_with_the_last_step(steps, evals, points):
-    found = [done for done in range(1, steps + 1) if is_eval_step(TrainConfig(evals=evals), done, steps)]
-    assert len(found) == points
-    assert found[-1] == steps

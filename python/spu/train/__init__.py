@@ -6,6 +6,7 @@ In the order in which a run meets them:
     run_folder.py           runs/NAME: where it is, its lock and its config.json
     model.py                the model; what it is trained on comes from ``spu.data``
     job.py                  a run before it trains: all of the above, checked against each other
+    lr.py, evaluate.py      the learning rate of a step; where the run is validated, and the mean over targets
     loop.py                 prepare, the loop over steps, finish
     guard.py, signals.py    what ends a run early: a loss that is not finite; Ctrl-C and SIGTERM
     metrics.py, progress.py metrics.jsonl; what the terminal shows

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spu.common.options import AUTO, Options, default, flag, number, text, whole
+from spu.common.options import AUTO, Options, choice, default, flag, number, text, whole
 from spu.settings import Settings, TrainSettings
+from spu.train.lr import LR_SCHEDULES, lr_factor
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -79,8 +79,10 @@ class TrainConfig(TrainSettings):
     steps: int | None = whole(None, "Updates; with --resume, more than before.")
     tokens: int | None = whole(None, f"Or: tokens to train on. Default: {DEFAULT_TOKENS}.")
     minutes: float | None = number(None, "Or: minutes to fill, measured at the start of the run.")
-    lr: float = number(2e-3, "Peak learning rate: warmed up linearly, then a cosine down to its last share.")
+    lr: float = number(2e-3, "Peak learning rate: warmed up linearly, then lowered to its last share.")
+    lr_schedule: str = choice("cosine", "How the learning rate goes on after the warm-up.", LR_SCHEDULES)
     warmup: float = number(0.05, "Share of the steps that warm up.", zero=True, most=1)
+    warmup_steps: int | None = whole(None, "Or: steps that warm up.", least=0)
     final_lr: float = number(0.05, "Share of the learning rate at the last step.", zero=True, most=1)
     beta2: float = number(0.95, "AdamW's second moment decay; the first is 0.9.", zero=True, most=1)
     weight_decay: float = number(0.1, "AdamW's.", zero=True)
@@ -89,7 +91,9 @@ class TrainConfig(TrainSettings):
     init_scale: float = number(2.0**16, "First loss scale (fp16).")
     growth_interval: int = whole(200, "Good steps before the scale doubles.")
     save_every: int = whole(100, "Steps between checkpoints.")
-    evals: int = whole(10, "Points of the validation curve; the last one is on the whole validation set.")
+    evals: int = whole(10, "Validations on the way, evenly spread.")
+    eval_every: int | None = whole(None, "Or: steps between validations.")
+    eval_batches: int = whole(2, "Batches of a validation on the way; the last one is on the whole validation set.")
 
     # The job's own defaults of settings
     transfer: str = default(Settings, "transfer", "int8")
@@ -127,17 +131,12 @@ class TrainConfig(TrainSettings):
         return max(1, tokens // self.tokens_per_step)
 
     def lr_factor(self, step: int) -> float:
-        """Return the share of ``lr`` for the update after ``step`` updates: linear warm-up, then a cosine down to
-        ``final_lr``.
-        """
+        """Return the share of ``lr`` for the update after ``step`` updates."""
         steps = self.planned_steps()
         if steps is None:
             raise ValueError("the number of steps is not known yet")
-        warm = max(1, round(self.warmup * steps))
-        if step < warm:
-            return (step + 1) / warm
-        done = min(1.0, (step - warm) / max(1, steps - warm))
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+        warm = max(1, round(self.warmup * steps)) if self.warmup_steps is None else self.warmup_steps
+        return lr_factor(step, steps, schedule=self.lr_schedule, warm=warm, final=self.final_lr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
@@ -27,12 +26,12 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.train.config import TrainConfig
+from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
 from spu.train.export import sample_of, save_model, take_exact
 from spu.train.guard import Guard, diverged
 from spu.train.job import Job
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows
 from spu.train.model import make_model
-from spu.train.plain import curve_windows, is_eval_step
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, summarise
 from spu.train.signals import Stopped, StopSignals
@@ -177,7 +176,9 @@ class Loop:
         self.timelines: deque[Timeline] = deque(maxlen=TIMELINES)
         self._metrics, self._guard, self._shown = MetricsFile(job.folder.metrics), Guard(), RunningMean()
         self._metrics.keep_up_to(done)
-        self._skipped = sum(bool(row.get("skipped")) for row in train_rows(read_metrics(job.folder.metrics)))
+        before = train_rows(read_metrics(job.folder.metrics))
+        self._skipped = sum(bool(row.get("skipped")) for row in before)
+        self._tokens = before[-1]["tokens"] if before else 0
         self._validation = job.corpus.validation_batches(config.batch, config.seq, curve_windows(config))
         self._val_loss: float | None = None
         self._plan, self._due = trainer.plan, False
@@ -194,8 +195,7 @@ class Loop:
             for step in range(self.done + 1, self.steps + 1):
                 result = self._train(step)
                 if is_eval_step(self.job.config, step, self.steps):
-                    self._val_loss = evaluate(self.trainer, self._validation)
-                    self._metrics.append(step=step, val_loss=self._val_loss)
+                    self._validate(step)
                 view.update(
                     Progress(
                         step,
@@ -213,17 +213,33 @@ class Loop:
     def _train(self, step: int) -> StepResult:
         """Do one step and record it. Steps count from 1."""
         config, trainer = self.job.config, self.trainer
-        result = trainer.step(*self.job.corpus.batch(config.seed, step - 1, config.batch, config.seq))
+        inputs, targets = self.job.corpus.batch(config.seed, step - 1, config.batch, config.seq)
+        result = trainer.step(inputs, targets)
         if trainer.plan is not self._plan and trainer.plan is not None:
             self._plan = trainer.plan  # it has planned from measured times: the run goes on by the new plan
             self._plan.save(self.job.folder / "plan.json")
             self.timelines.clear()  # this step ran by the old one
         else:
             self.timelines.append(trainer.timeline())
-        self._metrics.append(**_row(step, result, config))
+        self._tokens += targets.numel()
+        self._metrics.append(
+            step=step,
+            tokens=self._tokens,
+            targets=count(targets),
+            loss=result.loss,
+            lr=config.lr * config.lr_factor(step - 1),
+            grad_norm=result.grad_norm,
+            loss_scale=result.loss_scale,
+            skipped=result.skipped,
+            tokens_per_s=targets.numel() / result.seconds,
+        )
         self._guard.check(step, result, config)
         self._skipped += result.skipped
         return result
+
+    def _validate(self, step: int) -> None:
+        self._val_loss = evaluate(self.trainer, self._validation)
+        self._metrics.append(step=step, val_loss=self._val_loss, perplexity=perplexity(self._val_loss))
 
     def _save_if_due(self, step: int, stop: int | None) -> None:
         """Save every ``save_every`` steps, at the last one and where a signal asks to stop; then raise Stopped.
@@ -243,24 +259,9 @@ class Loop:
             )
 
 
-def _row(step: int, result: StepResult, config: TrainConfig) -> dict[str, Any]:
-    """Return the metrics of a training step."""
-    return {
-        "step": step,
-        "tokens": step * config.tokens_per_step,
-        "loss": result.loss,
-        "lr": config.lr * config.lr_factor(step - 1),
-        "grad_norm": result.grad_norm,
-        "loss_scale": result.loss_scale,
-        "skipped": result.skipped,
-        "tokens_per_s": result.tokens_per_s,
-    }
-
-
-def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the mean loss over all targets of ``batches``, on the pipeline."""
-    total = sum(trainer.evaluate(x, y) * y.numel() for x, y in batches)
-    return total / sum(y.numel() for _, y in batches)
+def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> float:
+    """Return the mean loss over all targets of ``batches`` that are not -100, on the pipeline."""
+    return mean_over_targets(trainer.evaluate, batches)
 
 
 def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:

@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from spu.data.corpus import Corpus
+from spu.engine.microbatch import split_batch
 from spu.settings import Settings
 from spu.train import progress as console
 from spu.train.config import PLACEMENT, TrainConfig
+from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets
 from spu.train.metrics import MetricsFile, save_result
 from spu.train.model import make_model
 from spu.train.run_folder import RunFolder
 from spu.train.signals import Stopped, StopSignals
 
-__all__ = ["curve_windows", "evaluate", "is_eval_step", "mean_loss", "reference_key", "train_reference", "train_step"]
+__all__ = ["evaluate", "mean_loss", "reference_key", "train_reference", "train_step"]
 
 RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
 # How the pipeline does its work; the reference has none of it, so that its result does not depend on them.
@@ -35,19 +37,26 @@ def reference_key(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
     return {**settings, "corpus": corpus.sha256}
 
 
-def mean_loss(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy in fp32 of next-token targets int64 [batch, tokens]."""
-    logits = model(input_ids=inputs, use_cache=False).logits
+def mean_loss(model: nn.Module, inputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy in fp32 of next-token targets int64 [batch, tokens], of which -100 is not counted.
+
+    Args:
+        model: a decoder of transformers.
+        inputs: its token ids [batch, tokens], or a dict of its keywords.
+        targets: as above.
+    """
+    inputs = {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else inputs
+    logits = model(**inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def evaluate(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Return the mean loss over all targets of ``batches``."""
+def evaluate(model: nn.Module, batches: list[tuple[Any, torch.Tensor]]) -> float:
+    """Return the mean loss over all targets of ``batches`` that are not -100."""
     model.eval()
     with torch.no_grad():
-        total = sum(mean_loss(model, x, y).item() * y.numel() for x, y in batches)
+        result = mean_over_targets(lambda x, y: mean_loss(model, x, y).item(), batches)
     model.train()
-    return total / sum(y.numel() for _, y in batches)
+    return result
 
 
 def train_step(
@@ -58,16 +67,17 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = config.lr * config.lr_factor(step)
     inputs, targets = corpus.batch(config.seed, step, config.batch, config.seq)
-    parts = config.parts
+    parts = min(config.parts, len(targets))
     optimizer.zero_grad(set_to_none=True)
-    loss = 0.0
-    for x, y in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-        share = mean_loss(model, x, y) * (y.numel() / targets.numel())
-        share.backward()
-        loss += share.item()
+    loss, counted = 0.0, count(targets)
+    for x, y in zip(split_batch(inputs, parts), split_batch(targets, parts), strict=True):
+        if own := count(y):
+            share = mean_loss(model, x, y) * (own / counted)
+            share.backward()
+            loss += share.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     optimizer.step()
-    speed = targets.numel() / (time.perf_counter() - begin)
+    speed = counted / (time.perf_counter() - begin)
     return {"loss": loss, "grad_norm": norm, "tokens_per_s": speed}
 
 
@@ -117,13 +127,3 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
     }
     save_result(folder / RESULT, result)
     return result
-
-
-def curve_windows(config: TrainConfig) -> int:
-    """Return the sequences of a validation point on the curve: two batches."""
-    return 2 * config.batch
-
-
-def is_eval_step(config: TrainConfig, done: int, steps: int) -> bool:
-    """Tell whether a point of the validation curve follows ``done`` of ``steps`` steps; one always follows the last."""
-    return done * config.evals // steps > (done - 1) * config.evals // steps

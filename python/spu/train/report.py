@@ -101,8 +101,8 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     lines = [
         f"trained {summary['parameters'] / 1e6:.2f}M parameters on {summary['tokens']:,} tokens of {summary['corpus']} "
         f"in {summary['seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s",
-        f"validation loss {_number(summary['val_loss'])} nats a {summary['unit']}, {summary['skipped']} skipped steps, "
-        f"final loss scale {_number(summary['loss_scale'], 'g')}",
+        f"validation loss {_number(summary['val_loss'])} nats a {summary['unit']}{_perplexity(summary)}, "
+        f"{summary['skipped']} skipped steps, final loss scale {_number(summary['loss_scale'], 'g')}",
     ]
     guess = summary.get("guess_loss")
     if guess is not None and summary["val_loss"] is not None and summary["val_loss"] >= guess:
@@ -125,6 +125,11 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         name for name in ("loss.png", "timeline.png", "trace.json", "model", "checkpoint") if (folder / name).exists()
     ]
     return [*lines, f"in {folder}: {', '.join(pictures)}"]
+
+
+def _perplexity(summary: dict[str, Any]) -> str:
+    value = summary.get("perplexity")
+    return "" if value is None else f" (perplexity {value:.4g} a {summary['unit']})"
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

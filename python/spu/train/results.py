@@ -11,6 +11,7 @@ from typing import Any
 from spu.plan import draw_timeline, write_trace
 from spu.schedules import Timeline
 from spu.train import plain
+from spu.train.evaluate import perplexity
 from spu.train.job import Job
 from spu.train.metrics import read_metrics, train_rows
 from spu.train.model import load_config
@@ -34,17 +35,20 @@ def summarise(
     """
     config, steps = job.config, trainer.steps_done
     rows = train_rows(read_metrics(job.folder.metrics))
-    seconds = sum(config.tokens_per_step / row["tokens_per_s"] for row in rows)
+    tokens = [row["tokens"] for row in rows]
+    each = [after - before for before, after in zip([0, *tokens], tokens)]
+    seconds = sum(own / row["tokens_per_s"] for own, row in zip(each, rows))
     summary: dict[str, Any] = {
         "run": job.folder.name,
         "corpus": job.corpus.name,
         "unit": job.unit,
         "parameters": parameters,
         "steps": steps,
-        "tokens": steps * config.tokens_per_step,
+        "tokens": tokens[-1],
         "seconds": seconds,
-        "tokens_per_s": len(rows) * config.tokens_per_step / seconds,
+        "tokens_per_s": tokens[-1] / seconds,
         "val_loss": val_loss,
+        "perplexity": perplexity(val_loss),
         "guess_loss": math.log(load_config(config.model).get_text_config().vocab_size),
         "skipped": sum(bool(row["skipped"]) for row in rows),
         "loss_scale": rows[-1]["loss_scale"],
