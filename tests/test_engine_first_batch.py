@@ -41,7 +41,9 @@ def test_labels_that_are_the_inputs_are_refused(form: str) -> None:
     if form == "masked":
         labels[:, 6:] = -100
     with make(decoder().train()) as trainer:
-        with pytest.raises(ValueError, match=r"targets equal input_ids: .*give inputs ids\[:, :-1\] and targets"):
+        with pytest.raises(
+            ValueError, match=r"targets equal input_ids: .*shift=True.*inputs ids\[:, :-1\] and targets"
+        ):
             trainer.step({"input_ids": IDS} if form == "dict" else IDS, labels)
         trainer.step(IDS[:, :-1], IDS[:, 1:])
 

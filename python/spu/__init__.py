@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spu.precision import GradScaler as GradScaler
     from spu.precision import LossScaler as LossScaler
     from spu.precision import MainGrads as MainGrads
+    from spu.trainer.adapter import save_adapter as save_adapter
     from spu.trainer.trainer import ModelParallelTrainer as ModelParallelTrainer
 
 # Public names and where they live. Loaded at first use, so that `import spu` costs little and one broken optional
@@ -44,6 +45,7 @@ _EXPORTS = {
     "accelerate": "spu.nn",
     "backends": "spu.ops",
     "restore": "spu.nn",
+    "save_adapter": "spu.trainer.adapter",
     "spilled": "spu.memory.spill",
     "use_backend": "spu.ops",
 }

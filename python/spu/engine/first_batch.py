@@ -33,7 +33,8 @@ def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Cal
     if of_tokens and loss_fn is cross_entropy and _same_tokens(inputs, targets):
         raise ValueError(
             "targets equal input_ids: the model would learn to repeat each token. transformers' models shift labels "
-            "themselves, this trainer does not: give inputs ids[:, :-1] and targets ids[:, 1:]"
+            "themselves, this trainer does where it is told: ModelParallelTrainer(..., shift=True); or give inputs "
+            "ids[:, :-1] and targets ids[:, 1:]"
         )
 
 

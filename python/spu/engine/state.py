@@ -24,7 +24,7 @@ from spu.engine.optimizer_state import (
 )
 from spu.optim.adamw import AdamW, MasterOptimizer
 
-__all__ = ["Carried", "load_training", "model_state", "save_training", "state_for_model"]
+__all__ = ["Carried", "exact_parameters", "load_training", "model_state", "save_training", "state_for_model"]
 
 _FORMAT = "spu-trainer"
 
@@ -141,9 +141,14 @@ def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.T
     return state
 
 
+def exact_parameters(built: BuiltStages, optimizers: Optimizers) -> dict[int, torch.Tensor]:
+    """Return every parameter in full precision (the fp32 master if there is one), by its id."""
+    return {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
+
+
 def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
     """Return the model's own state_dict on the CPU, with hooks and extra state, and parameters in full precision."""
-    exact = {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
+    exact = exact_parameters(built, optimizers)
     state: dict[str, Any] = {}
     copies: dict[int, torch.Tensor] = {}  # ties stay ties
     for name, value in model.state_dict(keep_vars=True).items():

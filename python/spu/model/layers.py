@@ -17,7 +17,7 @@ from spu.model.replay import Habits, run_twice
 from spu.model.traced import traced_layers
 from spu.precision.dtypes import is_mixed, products_in
 
-__all__ = ["DrawKey", "Layer", "has_order", "layers_by_tracing", "model_layers", "parts_as_layers"]
+__all__ = ["DrawKey", "Layer", "has_order", "is_adapted", "layers_by_tracing", "model_layers", "parts_as_layers"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def has_order(model: Any) -> bool:
     """Tell whether a model's layers have a known order; any other module's is found by tracing it on a batch."""
     if isinstance(model, nn.Sequential):
         return not _has_own_forward(model)
-    if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList) or _is_adapted(model):
+    if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList) or is_adapted(model):
         return True
     return _is_hugging_face(model) and not _is_without_plan(model)
 
@@ -175,7 +175,7 @@ def model_layers(model: Any) -> list[Layer]:
         return _named(torch_private.children_of(model).items())
     if isinstance(model, (list, tuple, nn.ModuleList)):
         return parts_as_layers(list(model))
-    if isinstance(model, nn.Module) and _is_adapted(model):
+    if isinstance(model, nn.Module) and is_adapted(model):
         from spu.model import huggingface
 
         return model_layers(huggingface.adapted_base(model))
@@ -209,7 +209,7 @@ def _named(pairs: Any) -> list[Layer]:
     return layers
 
 
-def _is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Tell whether a model is a PeftModel, without importing peft."""
     return type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model")
 

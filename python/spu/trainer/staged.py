@@ -26,8 +26,9 @@ from spu.engine.build import (
     unfused,
 )
 from spu.engine.first_batch import check_batch
+from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
-from spu.engine.microbatch import as_dicts, batch_rows
+from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
 from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
@@ -104,6 +105,7 @@ class StagedModel:
         self.max_grad_norm = settings.max_grad_norm
         self.measure = measure
         self.tiers = tiers
+        self.shift = False
         self._report = report
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
         self._loss = OnRawOutputs(self.loss_fn) if raw_outputs else self.loss_fn
@@ -131,9 +133,12 @@ class StagedModel:
             ValueError: more stages than layers, a model that cannot be cut into layers, or no placement under the
                 budgets; nothing was moved or converted.
         """
+        return self._set_up(*labelled(inputs, targets, shift=self.shift, needed=False))
+
+    def _set_up(self, inputs: Any, targets: Any) -> Plan:
+        """Plan and build, unless that is done; inputs and targets as `labelled` returns them."""
         if self._plan is not None:
             return self._plan
-        inputs, targets = as_dicts(inputs), as_dicts(targets)
         with delayed_interrupts():  # Ctrl-C while the model is traced would leave torch patched
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
@@ -214,7 +219,7 @@ class StagedModel:
         attempt = self._prepared().attempt
         for left in reversed(range(_MOST_RETRIES + 1)):
             if self.settings.retry:
-                attempt.begin(as_dicts(inputs), as_dicts(targets))
+                attempt.begin(inputs, targets)
             try:
                 done = run()
             except Exception as error:
@@ -229,7 +234,7 @@ class StagedModel:
                 forget_frames(failure)  # they hold activations
                 free_memory()
                 with delayed_interrupts():
-                    self._lower(failure, as_dicts(inputs), as_dicts(targets), left)
+                    self._lower(failure, inputs, targets, left)
                     stop_if_asked()
             finally:
                 del failure  # it would hold this function, and this function it

@@ -18,8 +18,9 @@ from spu.common.options import takes_keywords
 from spu.devices.manager import Device, DeviceManager, default_devices
 from spu.devices.tiers import Tiers, parse_tiers
 from spu.engine.generators import generator_states, set_generator_states
+from spu.engine.labels import labelled
 from spu.engine.loss import cross_entropy
-from spu.engine.microbatch import as_dicts, at_least
+from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult, counted_bytes, peak_bytes
 from spu.engine.runner import Pass
 from spu.engine.state import load_training, save_training, state_for_model
@@ -60,6 +61,8 @@ class ModelParallelTrainer(StagedModel):
             another loss its targets that are not ``loss_fn.ignore_index`` (-100), or "sum" by its ``reduction``,
             which is checked in the steps 1, 2, 4, 8, ...
         raw_outputs: give ``loss_fn`` the model's outputs as they are; default: 16-bit ones in fp32.
+        shift: targets are labels of a causal language model as transformers takes them, one for each token: that of
+            position t is compared with the prediction at t - 1. Default: each position's own target is given.
         scaler: a LossScaler of your own, for fp16.
         tiers: what there is below the devices for layers to be streamed from, as "cpu=32GB,disk=/data/spill:100GB" or
             `spu.devices.tiers.Tiers`. Beside a GPU, a CPU device's memory is such a tier, too.
@@ -87,6 +90,7 @@ class ModelParallelTrainer(StagedModel):
         plan: Plan | None = None,
         loss_weight: Callable[[Any], Any] | str | None = None,
         raw_outputs: bool = False,
+        shift: bool = False,
         scaler: LossScaler | None = None,
         tiers: Tiers | str | None = None,
         measure: bool = False,
@@ -117,6 +121,7 @@ class ModelParallelTrainer(StagedModel):
             report=report,
         )
         self.tiers.check()
+        self.shift = shift
         self.lr_schedule = lr_schedule
         self.seed = settings.seed
         self.steps_done = 0
@@ -144,12 +149,12 @@ class ModelParallelTrainer(StagedModel):
     # Training (the steps (1) to (7) in docs/architecture.md)
 
     @torch.inference_mode(False)
-    def step(self, inputs: Any, targets: Any) -> StepResult:
+    def step(self, inputs: Any, targets: Any = None) -> StepResult:
         """Run forward and backward of a whole batch, and one update.
 
         Args:
             inputs: a tensor, or a pytree of tensors, [batch, ...] each.
-            targets: likewise; what ``loss_fn`` compares the outputs with.
+            targets: likewise; what ``loss_fn`` compares the outputs with. Default: the inputs' ``labels``.
 
         Raises:
             ValueError: a batch that cannot be split as asked, or without a counted target.
@@ -157,7 +162,8 @@ class ModelParallelTrainer(StagedModel):
                 only if the step could not be repeated with less (``retry``).
         """
         begin = time.perf_counter()
-        self.prepare(inputs, targets)
+        inputs, targets = labelled(inputs, targets, shift=self.shift)
+        self._set_up(inputs, targets)
         updater = self._prepared().updater
         with contextlib.ExitStack() as counting:
             done, update, began = self._repeated(partial(self._attempt, counting, inputs, targets), inputs, targets)
@@ -211,7 +217,9 @@ class ModelParallelTrainer(StagedModel):
                 self._report(replanned(before, after))
 
     @torch.inference_mode(False)
-    def forward_backward(self, inputs: Any, targets: Any, *, keep_outputs: bool = True) -> tuple[torch.Tensor, Any]:
+    def forward_backward(
+        self, inputs: Any, targets: Any = None, *, keep_outputs: bool = True
+    ) -> tuple[torch.Tensor, Any]:
         """Return loss and outputs of a whole batch; leave the gradients in every parameter's ``.grad``.
 
         Each call has its own dropout masks, as each :meth:`step` has; a checkpoint stores the number of calls. Out of
@@ -227,7 +235,8 @@ class ModelParallelTrainer(StagedModel):
         Returns:
             The mean loss (fp32, 0-dimensional), and the outputs of the last stage, the whole batch in one, or None.
         """
-        self.prepare(inputs, targets)
+        inputs, targets = labelled(inputs, targets, shift=self.shift)
+        self._set_up(inputs, targets)
         run = partial(self._reduced, inputs, targets, keep_outputs=keep_outputs)
         done, _ = self._repeated(run, inputs, targets)
         self._prepared().updater.show(grads=True)
@@ -235,15 +244,15 @@ class ModelParallelTrainer(StagedModel):
         return done.loss, done.outputs
 
     @torch.inference_mode(False)
-    def evaluate(self, inputs: Any, targets: Any) -> float:
+    def evaluate(self, inputs: Any, targets: Any = None) -> float:
         """Return the mean loss of a batch, in evaluation mode and without gradients.
 
         Before the first step it prepares for training on batches like this one, with at least a row a microbatch. It
         needs less than a step, and is not repeated if it runs out of memory.
         """
         rows = (self.settings if self._given_plan is None else self._given_plan.settings).parts
-        inputs, targets = as_dicts(inputs), as_dicts(targets)
-        self.prepare(at_least(inputs, rows), at_least(targets, rows))
+        inputs, targets = labelled(inputs, targets, shift=self.shift)
+        self._set_up(at_least(inputs, rows), at_least(targets, rows))
         return self._ready(training=False).evaluate(inputs, targets, seed=self.seed, step=self.passes_done).item()
 
     @torch.inference_mode(False)
@@ -263,8 +272,6 @@ class ModelParallelTrainer(StagedModel):
         self._readable()
 
     def _accumulate(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> Pass:
-        inputs, targets = as_dicts(inputs), as_dicts(targets)
-        self.prepare(inputs, targets)
         done = self._ready().accumulate(
             inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
         )

@@ -1,0 +1,52 @@
+"""The adapters of a model that is being trained, in the format of peft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spu.engine.state import exact_parameters
+from spu.model.lora import check_adapted, write_adapter
+
+if TYPE_CHECKING:
+    from spu.trainer.trainer import ModelParallelTrainer
+
+__all__ = ["adapter_state", "save_adapter"]
+
+
+def adapter_state(trainer: ModelParallelTrainer) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the trainer's ``PeftModel`` and its state, in which trained parameters are in full precision.
+
+    Frozen weights are the model's own tensors, not copies.
+
+    Raises:
+        TypeError: the model has no adapters.
+        RuntimeError: as ``state_dict_for_model``.
+    """
+    model = check_adapted(trainer._parts.as_module())
+    if trainer._runner is None:
+        raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
+    runner = trainer._readable()
+    exact = exact_parameters(runner.built, runner.updater.optimizers)
+    own = model.state_dict(keep_vars=True)
+    return model, {name: exact.get(id(value), value).detach() for name, value in own.items()}
+
+
+def save_adapter(trainer: ModelParallelTrainer, folder: str | Path) -> None:
+    """Write the adapters that a trainer trains as ``PeftModel.save_pretrained`` does, in full precision.
+
+    ``peft.PeftModel.from_pretrained(base, folder)`` loads them. A folder that is there is replaced when the new one is
+    complete.
+
+    Args:
+        trainer: whose model is a ``PeftModel``; after :meth:`~ModelParallelTrainer.close` too.
+        folder: gets adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        TypeError: the model has no adapters.
+        ValueError: the folder cannot be written.
+        RuntimeError: as ``state_dict_for_model``.
+    """
+    write_adapter(*adapter_state(trainer), Path(folder))
