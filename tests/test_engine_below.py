@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_engine_streaming import Tied
+from streamed_runs import Tied
 from torch import nn
 
 from spu import Device, DeviceManager

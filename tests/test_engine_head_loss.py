@@ -190,7 +190,7 @@ def test_weights_are_read_only_while_they_are_there(calls: list[torch.dtype]) ->
 
 def test_a_streamed_head(calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weight, which the embedding uses too, lies in a slot, another one in each visit."""
-    from test_engine_streaming import Lazy, batches, make
+    from streamed_runs import Lazy, batches, make
 
     results = []
     for store in (None, Lazy()):

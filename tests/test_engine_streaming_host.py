@@ -10,7 +10,7 @@ import pytest
 import torch
 from checked_streams import CheckedStreams, Moment, watched
 from pipelines import reference
-from test_engine_streaming import MIXED, MIXED_TIE, Lazy, batches, make, model, trained
+from streamed_runs import MIXED, MIXED_TIE, Lazy, batches, make, model, trained
 from torch import nn
 
 from spu import ModelParallelTrainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pipelines import reference
-from test_engine_streaming import Lazy, batches, make, model
+from streamed_runs import Lazy, batches, make, model
 from torch import nn
 
 from spu.engine.engine import StageError

@@ -11,7 +11,7 @@ from torch import Tensor
 from spu import ops
 from spu.ops import schema
 from spu.ops.reference import optimizer as reference_optimizer
-from spu.optim.adamw import clip_coefficient
+from spu.optim.adamw import AdamW, clip_coefficient
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -58,6 +58,32 @@ def test_against_the_formula_in_fp64(backend: str, dtype: torch.dtype, shape: tu
     for name in ("target", "exp_avg", "exp_avg_sq"):
         assert_close_to_truth(state[name], plain[name], truth[name], eps=4e-7, name=name)
     assert_equal(state["param"], state["target"].to(dtype), "16-bit copy")
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("masters", "moments"), [("fp32", "fp32"), ("16bit", "int8"), ("8bit", "bf16"), (None, "fp32")]
+)
+def test_bf16_gradients_are_widened_exactly(backend: str, masters: str | None, moments: str) -> None:
+    dtype = torch.float16 if masters else torch.float32
+    parameters = [torch.nn.Parameter(torch.randn(size).to(dtype)) for size in (0, 1, 63, 64, 1000, 4096)]
+    wide = [torch.randn(p.shape).to(torch.bfloat16).float() for p in parameters]
+    results = []
+    for kind in (torch.float32, torch.bfloat16):
+        own = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+        optimizer = AdamW(own, lr=1e-2, master=masters or "fp32", moments=moments)
+        for parameter, grad in zip(own, wide):
+            parameter.grad_dtype = kind
+            parameter.grad = grad.to(kind)
+        with ops.use_backend(backend):
+            optimizer.step(grad_scale=torch.tensor([0.3]), bf16_grads=True)
+        states = [value for p in own for key, value in sorted(optimizer.state[p].items())]
+        results.append([*(p.detach() for p in own), *states])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    parameters[1].grad_dtype = torch.bfloat16
+    parameters[1].grad = torch.ones(1, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="has a torch.bfloat16 gradient"):
+        AdamW(parameters).step()
 
 
 @every_backend

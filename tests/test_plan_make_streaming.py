@@ -49,6 +49,18 @@ def test_every_tier_holds_what_is_counted_by_hand():
     assert s.link_in_bytes == s.link_out_bytes == 0
 
 
+def test_bf16_gradients_take_half_the_room_below_and_none_less_on_the_device():
+    wide, half = (stream(layers(6, params=100_000), grads=grads) for grads in ("fp32", "bf16"))
+    assert wide.streaming.tiers[1].peak_bytes - half.streaming.tiers[1].peak_bytes == 6 * (
+        page(400_000) - page(200_000)
+    )
+    state = page(1_200_000)  # with the gradients of an update it is larger than fp32 gradients
+    saved = wide.streaming.ring_bytes - half.streaming.ring_bytes
+    assert saved == half.streaming.state_slots * (page(400_000) - page(200_000))
+    assert half.streaming.disk_written_bytes == 6 * (200_000 + state + page(200_000))
+    assert "grads bf16 below" in half.table(200)
+
+
 def test_a_slow_disk_is_the_step_and_a_fast_one_is_hidden():
     slow, fast = stream(layers(8, params=100_000), disk=(1e6, 1e6)), stream(layers(8, params=100_000))
     s, f = slow.streaming, fast.streaming

@@ -108,7 +108,7 @@ struct Attention {
 
 // A parameter with what its update needs beside; seed is that of the step's noise.
 struct AdamWRange : math::AdamWItem {
-  Type param_type;
+  Type param_type, grad_type;
   math::Moments moments;
   math::Master kept;
   float grad_scale;

@@ -44,10 +44,12 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   checks::expect_scalar("adamw_", "found_inf", found_inf);
   if (params.empty() || value(found_inf) != 0.0f) return;
   const Type type = storage_type("adamw_", "param", params[0]);
+  const Type grad_type = storage_type("adamw_", "grad", grads[0]);
   const KernelTable& table = kernels();
   for (const math::AdamWItem& item : call.items) {
     const math::AdamWStep k = math::adamw_constants(*item.step, lr, beta1, beta2, eps, weight_decay);
-    const AdamWRange range = {item, type, call.moments, call.kept, value(grad_scale), math::moment_seed(*item.step)};
+    const AdamWRange range = {
+        item, type, grad_type, call.moments, call.kept, value(grad_scale), math::moment_seed(*item.step)};
     const int64_t blocks = (item.numel + math::kMomentBlock - 1) / math::kMomentBlock;
     for_ranges(blocks, kGrain / math::kMomentBlock,
                [&](int64_t begin, int64_t end) { table.adamw(range, k, begin, end); });

@@ -296,9 +296,20 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
   Moment<M, true> first(r.exp_avg, r.numel, at);
   Moment<M, false> second(r.exp_avg_sq, r.numel, at);
   Kept kept(r, at);
-  const float* grad = r.grad + at;
-  if (tail) {
+  const float* grad = static_cast<const float*>(r.grad) + at;
+  alignas(64) float widened[kChunkVectors * kLanes];
+  if (r.grad_type == Type::bf16) {
+    const Bf16* half = static_cast<const Bf16*>(r.grad) + at;
+    if (tail) tail->take(half);
+    for (int i = 0; i < blocks * kMomentVectors; ++i) {
+      fetch(half, i);
+      store(widened + i * kLanes, load(half + i * kLanes));
+    }
+    grad = widened;
+  } else if (tail) {
     tail->take(grad);
+  }
+  if (tail) {
     first.shift(*tail);
     second.shift(*tail);
     kept.shift(*tail);

@@ -19,6 +19,7 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
   if (call.kept != math::Master::fp32) {
     checks::fail("spu::adamw_: the CUDA kernels take fp32 masters, not corrections; use the reference backend");
   }
+  if (grads[0].scalar_type() != ScalarType::Float) checks::fail("spu::adamw_: the CUDA kernels take fp32 gradients");
   const float* scale = scalar_data("adamw_", "grad_scale", grad_scale, first);
   const AdamWSettings settings = {
       lr, beta1, beta2, eps, weight_decay, scale, scalar_data("adamw_", "found_inf", found_inf, first)};

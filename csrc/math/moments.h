@@ -32,10 +32,10 @@ SPU_HD constexpr int64_t moment_bytes(int64_t numel) {
 }
 
 // One parameter of an AdamW step, all arrays dense: master is its fp32 value or a 16-bit weight's correction, param the
-// 16-bit weight (null where the parameter itself is fp32), step the number of this update, from 1.
+// 16-bit weight (null where the parameter itself is fp32), grad fp32 or bf16, step the number of this update, from 1.
 struct AdamWItem {
   void *param, *master;
-  const float* grad;
+  const void* grad;
   void *exp_avg, *exp_avg_sq;
   const float* step;
   int64_t numel;

@@ -131,15 +131,15 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
     expect_device("exp_avg", first);
     expect_device("exp_avg_sq", second);
     expect_device("master", target);
-    detail::expect_like("grad", grad, param, ScalarType::Float);
+    const bool narrow = lists.grads[0].scalar_type() == ScalarType::BFloat16;
+    detail::expect_like("grad", grad, param, narrow ? ScalarType::BFloat16 : ScalarType::Float);
     detail::expect_like("master", target, param, half ? lists.masters[0].scalar_type() : ScalarType::Float);
     detail::expect_moment("exp_avg", first, param, lists.exp_avgs[0]);
     detail::expect_moment("exp_avg_sq", second, param, lists.exp_avgs[0]);
     expect_scalar("step", lists.steps[i]);
-    call.items.push_back({half ? dense.writable(param) : nullptr, dense.writable(target),
-                          static_cast<const float*>(dense.readable(grad)), dense.writable(first),
-                          dense.writable(second), static_cast<const float*>(lists.steps[i].const_data_ptr()),
-                          param.numel()});
+    call.items.push_back({half ? dense.writable(param) : nullptr, dense.writable(target), dense.readable(grad),
+                          dense.writable(first), dense.writable(second),
+                          static_cast<const float*>(lists.steps[i].const_data_ptr()), param.numel()});
   }
   return call;
 }

@@ -18,6 +18,7 @@ from spu.common.options import AUTO, Kind, Options, choice, field_of, flag, numb
 __all__ = [
     "ACTIVATIONS",
     "AUTO",
+    "GRADS",
     "PRECISIONS",
     "RESIDENCIES",
     "STATES",
@@ -29,6 +30,7 @@ __all__ = [
 PRECISIONS = ("fp16", "bf16", "fp32")
 RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
 STATES = ("fp32", "exact", "compact")
+GRADS = ("fp32", "bf16")
 ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8", "int4")
 
 
@@ -136,6 +138,12 @@ class Settings(Options):
         "correction of the weight, moments of 8 bits. compact: 3.1, a master of 24 bits. Only for spu.optim.AdamW.",
         STATES,
     )
+    grads: str = choice(
+        "fp32",
+        "Form in which gradients wait in the tier below for their update. bf16: half the bytes; each fp32 sum is "
+        "rounded once, by at most 2^-9 of itself. On a device they are always fp32.",
+        GRADS,
+    )
     activations: str = choice(
         AUTO,
         "Where a streamed model's activations between layers wait for the backward. keep: on the device. exact, fp16, "
@@ -144,6 +152,11 @@ class Settings(Options):
     )
 
     def check(self) -> None:
+        if self.grads != "fp32" and self.residency == "resident":
+            raise ValueError(
+                f"{self.label('grads')} {self.grads} would change nothing: gradients of resident layers stay on their "
+                f"device in fp32; leave it out, or give another {self.label('residency')}"
+            )
         if self.virtual is None:
             return
         if self.schedule == AUTO:

@@ -57,7 +57,7 @@ def host_updated(
     sizes = [0] * (1 + max([count - 1, *slot_of.values()]))
     for index, unit in units.items():
         sizes[slot_of[index]] = max(sizes[slot_of[index]], unit.weight_bytes)
-    grads = [max((unit.grad_bytes for unit in units.values()), default=0)] * buffers
+    grads = [max((unit.sum_bytes for unit in units.values()), default=0)] * buffers
     memory = _on_device([*sizes, *grads], device)
     below, note = _device_store(units, store, slot_of, count, buffers, device, streams)
     below.note = note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from spu.precision import MainGrads
 
 __all__ = ["DeferredUpdate", "Streaming", "add_tied", "streaming_units"]
 
+_LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 _Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]
 
 
@@ -164,7 +166,7 @@ class Streaming:
                 if unit.grads is not None:
                     views = unit.grads.views(self.residency.store.home(unit.grads.region))
                     for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
-                        parameter.grad = view if made else None
+                        parameter.grad = view.float() if made else None  # itself, or a copy where it is narrower
 
     # spu.memory.work.Work
 
@@ -195,12 +197,16 @@ class Streaming:
         self.broken = f"an update of stage {stage} failed half-way"
         try:
             for parameter, grad, made in zip(parameters, grads, self._made[stage], strict=True):
+                if grad.dtype != torch.float32:
+                    parameter.grad_dtype = grad.dtype
                 parameter.grad = grad if made else None
             with _settings(optimizer, deferred.groups):
-                optimizer.step(found_inf=deferred.found_inf, grad_scale=deferred.grad_scale)
+                optimizer.step(found_inf=deferred.found_inf, grad_scale=deferred.grad_scale, bf16_grads=True)
         finally:
-            for parameter in parameters:
+            for parameter, grad in zip(parameters, grads):
                 parameter.grad = None
+                if grad.dtype != torch.float32:
+                    parameter.grad_dtype = torch.float32
         del self._deferred[stage]
         self.broken = ""
         return True
@@ -224,7 +230,10 @@ class Streaming:
         self._main_grads[stage].lend({})
         self._made[stage] = made
         if present:
-            self._sqnorms[stage] = ops.grad_sqnorm(present)
+            sqnorm = ops.grad_sqnorm(present)
+            if self.residency.units[stage].sums is not None:  # a finite gradient may round to inf
+                sqnorm = sqnorm.where(sqnorm < _LARGEST_BF16**2, math.inf)
+            self._sqnorms[stage] = sqnorm
 
 
 @contextmanager
@@ -258,6 +267,7 @@ def streaming_units(
     optimizers: Sequence[AdamW | MasterOptimizer | None],
     *,
     host_updates: bool = False,
+    grads: torch.dtype = torch.float32,
 ) -> dict[int, Unit]:
     """Return what travels with each stage, without regions yet.
 
@@ -266,6 +276,7 @@ def streaming_units(
         residencies: of each stage: "resident", "offloaded" or "streamed".
         optimizers: of each stage.
         host_updates: the host updates what lies below; offloaded weights that are trained lie there too, then.
+        grads: of gradients as they wait below.
 
     Raises:
         ValueError: an optimizer whose tensors are not known before its first step, or a weight that stays on the device
@@ -290,7 +301,9 @@ def streaming_units(
         name = f"stage {stage.index}"
         if own and optimizer is not None:
             assert isinstance(optimizer, AdamW)
-            unit.grads = piece(f"{name} gradients", [_gradient(p) for p in own.values()])
+            unit.grads = piece(f"{name} gradients", [_gradient(p, grads) for p in own.values()])
+            if grads != torch.float32:
+                unit.sums = piece(f"{name} sums of gradients", [_gradient(p, torch.float32) for p in own.values()])
             unit.state = piece(f"{name} optimizer state", _state(optimizer, own.values()))
         mine = {id(p) for p in own.values()}
         frozen: list[nn.Parameter] = []
@@ -319,9 +332,9 @@ def _weight(parameter: nn.Parameter) -> _Entry:
     return parameter.shape, parameter.dtype, partial(setattr, parameter, "data"), parameter.detach
 
 
-def _gradient(parameter: nn.Parameter) -> _Entry:
+def _gradient(parameter: nn.Parameter, dtype: torch.dtype) -> _Entry:
     """Return the entry of a gradient, which is lent and collected instead of put."""
-    return parameter.shape, torch.float32, lambda tensor: None, lambda: torch.zeros(parameter.shape)
+    return parameter.shape, dtype, lambda tensor: None, lambda: torch.zeros(parameter.shape, dtype=dtype)
 
 
 def _state(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> Iterator[_Entry]:

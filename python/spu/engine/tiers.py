@@ -10,6 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from spu.common.dtypes import DTYPES
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
 from spu.engine.hosted import host_updated, pinning_for
@@ -79,6 +82,7 @@ def open_streaming(
             store=store,
             slots=how.slots,
             buffers=how.state_slots,
+            grads=DTYPES[plan.settings.grads],
             activations=None if how.activations == "keep" else how.activations,
             input_bytes=[size for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)],
         )
@@ -125,6 +129,7 @@ def stream(
     store: Store,
     slots: int,
     buffers: int,
+    grads: torch.dtype = torch.float32,
     activations: str | None = None,
     input_bytes: Sequence[int] = (),
     streams: Streams | None = None,
@@ -137,6 +142,7 @@ def stream(
         store: new, without regions.
         slots: for weights, at least 2.
         buffers: for gradients and state, 1 or 2.
+        grads: of gradients in the store: float32 or bfloat16.
         activations: how inputs of recomputed layers wait in the store: "exact" or a codec; None: on the device.
         input_bytes: of each of these inputs.
         streams: of the device, if the host updates beside it; default: if it is a GPU.
@@ -148,7 +154,7 @@ def stream(
     device = built.stages[0].device.torch_device
     if streams is None and device.type != "cpu":
         streams = streams_for(device)
-    units = streaming_units(built, residencies, optimizers, host_updates=streams is not None)
+    units = streaming_units(built, residencies, optimizers, host_updates=streams is not None, grads=grads)
     inputs = input_bytes if activations else ()
     if streams is None or isinstance(store, HostStore):
         units, regions = allocated(units, store, inputs)
@@ -182,7 +188,8 @@ def _park(built: BuiltStages, store: Store, regions: Sequence[tuple[Region, int]
 def _slots(store: Store, slots: int, buffers: int, units: dict[int, Unit], work: Streaming) -> Streamed:
     count = min(slots, max(units) + 1)
     sizes = [max((u.weight_bytes for u in units.values() if u.index % count == k), default=0) for k in range(count)]
-    sizes += [max((unit.grad_bytes + unit.state_bytes for unit in units.values()), default=0)] * buffers
+    largest = [max(unit.sum_bytes, unit.grad_bytes + unit.state_bytes) for unit in units.values()]
+    sizes += [max(largest, default=0)] * buffers
     slab = Slab(sum(sizes))
     memory = slab.slots(sizes)
     return Streamed(units, store, memory[:count], memory[count:], work)

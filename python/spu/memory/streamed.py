@@ -29,7 +29,7 @@ from spu.memory.device_store import DeviceStore, HostUpdate, Part
 from spu.memory.host_update import host_update
 from spu.memory.residency import Visit
 from spu.memory.store import Region, Store, StoreError, Ticket, settle
-from spu.memory.unit import Absent, Entry, Piece, Unit
+from spu.memory.unit import Absent, Entry, Piece, Unit, narrow
 from spu.memory.work import Work
 
 __all__ = ["Streamed"]
@@ -131,8 +131,8 @@ class Streamed:
             self._update(unit)
         self._watch.begin(unit, (memory for _, memory in self._weights(unit)))
         if visit.backward and unit.grads is not None:
-            memory = self._buffers[self._take_buffer(unit)][: unit.grad_bytes]
-            self._work.lend(unit.index, unit.grads.views(memory))
+            memory = self._buffers[self._take_buffer(unit)][: unit.sum_bytes]
+            self._work.lend(unit.index, unit.accumulators.views(memory))
         self._top_up()
 
     def release(self, visit: Visit) -> None:
@@ -142,9 +142,11 @@ class Streamed:
             return
         self._watch.check(unit, (memory for _, memory in self._weights(unit)))
         if visit.backward and unit.grads is not None:
-            memory = self._buffers[self._buffer_of[unit.index]][: unit.grad_bytes]
-            self._work.collect(unit.index, unit.grads.views(memory))
-            self._write(unit.grads, memory, self._buffer_writes[self._buffer_of.pop(unit.index)])
+            memory = self._buffers[self._buffer_of[unit.index]]
+            self._work.collect(unit.index, unit.accumulators.views(memory))
+            if unit.sums is not None:
+                narrow(unit.sums, unit.grads, memory)
+            self._write(unit.grads, memory[: unit.grad_bytes], self._buffer_writes[self._buffer_of.pop(unit.index)])
         self._leave(unit)
         self._top_up()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from spu.memory.slab import aligned
 from spu.memory.store import Region, Store
 
-__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "piece", "reads_as_nan"]
+__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "narrow", "piece", "reads_as_nan"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -102,7 +102,8 @@ class Unit:
         trained: weights that this stage's optimizer updates.
         shared: weights that other stages use too, a piece for each.
         owned: regions of ``shared`` that this stage's optimizer updates (their keys until they are allocated).
-        grads: fp32 gradients; None where nothing is trained.
+        grads: gradients as they wait below; None where nothing is trained.
+        sums: fp32 gradients as they add up on the device, where those below are narrower; it has no region.
         state: the optimizer's tensors; None likewise.
     """
 
@@ -112,6 +113,7 @@ class Unit:
     shared: tuple[Piece, ...] = ()
     owned: frozenset[int] = frozenset()
     grads: Piece | None = None
+    sums: Piece | None = None
     state: Piece | None = None
 
     @property
@@ -137,8 +139,20 @@ class Unit:
 
     @property
     def grad_bytes(self) -> int:
-        """Bytes of a slot for the gradients."""
+        """Bytes of a slot for the gradients as they wait below."""
         return 0 if self.grads is None else self.grads.bytes
+
+    @property
+    def accumulators(self) -> Piece:
+        """Where gradients add up, in a buffer of a backward visit."""
+        piece = self.sums or self.grads
+        assert piece is not None
+        return piece
+
+    @property
+    def sum_bytes(self) -> int:
+        """Bytes of a slot for the gradients while they add up."""
+        return 0 if self.grads is None else self.accumulators.bytes
 
     @property
     def state_bytes(self) -> int:
@@ -167,6 +181,26 @@ def piece(
         entries.append(entry)
         at = aligned(at + entry.bytes, _ENTRY_ALIGNMENT)
     return Piece(name, tuple(entries), aligned(at), key=key) if entries else None
+
+
+def narrow(wide: Piece, narrow: Piece, memory: Tensor) -> None:
+    """Round tensors to the dtype of another piece, in the same memory, from its first byte on.
+
+    Elements k to 2k of a tensor of fp32 lie behind the place of their 16-bit values, so that each copy's ends are
+    apart: it takes as many copies as a tensor's size has bits, and no memory.
+
+    Args:
+        wide: what lies in ``memory`` before.
+        narrow: what lies there afterwards: the same tensors, in half the bytes or less.
+        memory: uint8, at least ``wide.bytes``.
+    """
+    for source, target in zip(wide.entries, narrow.entries, strict=True):
+        values, made = source.view(memory).flatten(), target.view(memory).flatten()
+        first = min(1, len(values))
+        made[:first] = values[:first].clone()
+        while first < len(values):
+            made[first : 2 * first] = values[first : 2 * first]
+            first *= 2
 
 
 def _same_place(present: Tensor, view: Tensor) -> bool:

@@ -19,6 +19,7 @@ from spu.ops.sink import MainGrad
 __all__ = ["PLAIN", "adamw_", "grad_norm", "grad_sqnorm", "on_device", "unscale_"]
 
 PLAIN = (torch.float64, torch.complex64, torch.complex128)
+_GRADS = (torch.float32, torch.bfloat16)
 _MASTERS = (torch.float32, *(master_forms.correction_dtype(form) for form in master_forms.MASTERS[1:]))
 
 
@@ -36,11 +37,11 @@ def _check_adamw(
                 f"{tuple(param.shape)} on {param.device}; it is {moment.dtype}, exp_avg {exp_avg.dtype}: make both by "
                 "spu.ops.moments.new_moment, in one form"
             )
-    for name, value, allowed in (("grad", grad, (torch.float32,)), ("master", master, _MASTERS)):
+    for name, value, allowed in (("grad", grad, _GRADS), ("master", master, _MASTERS)):
         if value is None:
             continue
         if value.dtype not in allowed:
-            words = "float32" if name == "grad" else "float32, or a correction, int16 or int8"
+            words = "float32, or bfloat16" if name == "grad" else "float32, or a correction, int16 or int8"
             raise TypeError(f"adamw_: {name} {i} is {value.dtype}: it must be {words}")
         if value.shape != param.shape or value.device != param.device:
             raise ValueError(
@@ -133,7 +134,7 @@ def adamw_(
             int8 correction (``spu.ops.masters``), or fp32 with None; fp64 and complex ones, whose gradient and moments
             have their dtype, are stepped by plain torch operations.
         masters: fp32 masters or corrections, of the parameters' shapes; None for those that have none.
-        grads: fp32 main gradients at true scale; multiplied by ``grad_scale`` on the fly, not changed.
+        grads: main gradients at true scale, fp32 or rounded to bf16; multiplied by ``grad_scale`` on the fly.
         exp_avgs, exp_avg_sqs: fp32 or bf16 of the parameter's shape, or 8-bit buffers (``spu.ops.moments``).
         steps: fp32 [1] each, with their parameters: the number of this update, from 1.
         grad_scale: fp32 [1], on any device: the clip coefficient.
@@ -152,7 +153,7 @@ def adamw_(
             continue
         _check_adamw(i, *row[:5])
         kept = None if row[2] is None else row[2].dtype
-        groups.setdefault((row[0].dtype, row[0].device, kept, row[3].dtype), []).append(row)
+        groups.setdefault((row[0].dtype, row[0].device, kept, row[3].dtype, row[1].dtype), []).append(row)
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_scalar(name, value)
     for param, grad, exp_avg, exp_avg_sq, step in plain:
@@ -162,7 +163,9 @@ def adamw_(
         lists = [list(column) for column in zip(*rows, strict=True)]
         if dtype == torch.float32:
             lists[2] = []
-        op = schema.overload("adamw_", _adamw_backend(rows[0][0], rows[0][2], rows[0][3]))
+        backend = _adamw_backend(rows[0][0], rows[0][2], rows[0][3])
+        lists[1] = lists[1] if backend in ("reference", "cpu") else [grad.float() for grad in lists[1]]
+        op = schema.overload("adamw_", backend)
         op(*lists, on_device(grad_scale, device), on_device(found_inf, device), lr, beta1, beta2, eps, weight_decay)
         # Ops of a Library leave no trace in version counters: autograd would not refuse a graph that holds old values.
         torch.autograd.graph.increment_version([tensor for i in (0, 2, 3, 4) for tensor in lists[i]])

@@ -254,6 +254,7 @@ class AdamW(torch.optim.Optimizer):
         *,
         found_inf: Tensor | None = None,
         grad_scale: Tensor | None = None,
+        bf16_grads: bool = False,
     ) -> Any:
         """Update every parameter that has a gradient.
 
@@ -261,6 +262,8 @@ class AdamW(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, with gradients enabled.
             found_inf: fp32 [1]; if 1, nothing changes (neither values, moments nor step numbers).
             grad_scale: fp32 [1], multiplies every gradient (the clip coefficient).
+            bf16_grads: take gradients in bf16 as well: fp32 ones that have been rounded once, where they waited.
+                Without it they are refused: a sum that was made in bf16 has lost more.
 
         Returns:
             The closure's result.
@@ -285,7 +288,7 @@ class AdamW(torch.optim.Optimizer):
             by_device: dict[torch.device, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    check_grad(param)
+                    check_grad(param, bf16=bf16_grads)
                     by_device.setdefault(param.device, []).append(param)
             work.append((group, by_device))
         for _, by_device in work:
@@ -306,14 +309,13 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         found = self._constants.unless(found_inf, 0.0, device)
         scale = self._constants.unless(grad_scale, 1.0, device)
-        grads = [check_grad(param) for param in params]
         states = [self.state[param] for param in params]
         steps = [state["step"] for state in states]
         foreach_add_(steps, (found == 0).float().squeeze(0))
         beta1, beta2 = group["betas"]
         adamw_(
             params,
-            grads,
+            [param.grad for param in params if param.grad is not None],
             [state.get("correction", state.get("master")) for state in states],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],

@@ -33,8 +33,12 @@ def control(name: str, value: Tensor | float | None) -> Tensor | None:
     return None if value is None else value.detach().reshape(1)
 
 
-def check_grad(param: Tensor) -> Tensor:
+def check_grad(param: Tensor, *, bf16: bool = False) -> Tensor:
     """Return the parameter's gradient, dense and fp32, or in an fp64 or complex parameter's own dtype.
+
+    Args:
+        param: has a gradient.
+        bf16: it may be in bf16 too.
 
     Raises:
         TypeError: it is not; the message says what to do.
@@ -58,7 +62,7 @@ def check_grad(param: Tensor) -> Tensor:
             f"a parameter of shape {tuple(param.shape)} is {param.dtype}: optimizers here step float16, bfloat16, "
             "float32, float64 and complex parameters"
         )
-    elif grad.dtype != torch.float32:
+    elif grad.dtype != torch.float32 and not (bf16 and grad.dtype == torch.bfloat16):
         raise TypeError(
             f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient, but optimizers here "
             "take fp32 main gradients: use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 first"

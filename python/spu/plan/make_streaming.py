@@ -158,6 +158,7 @@ class StreamingRequest:
             for name, short in lacking.items()
         ]
         how = f"{near.residency} through {device}, {s.microbatches} microbatches, {s.precision}, state {s.state}"
+        how += f", grads {s.grads}"
         text = "\n  ".join([f"no plan fits the budgets ({how}); the nearest one is short:", *lines])
         text += "\n  ".join(["\nwhat would fit:", *fixes])
         worst = max(lacking, key=lacking.__getitem__)
@@ -169,6 +170,8 @@ class StreamingRequest:
         s = self.settings
         for state in STATES[STATES.index(s.state) + 1 :]:
             yield f'state="{state}"', replace(self, settings=replace(s, state=state))
+        if s.grads == "fp32":
+            yield 'grads="bf16"', replace(self, settings=replace(s, grads="bf16"))
         if s.activations not in (AUTO, "exact"):
             yield 'activations="exact"', replace(self, settings=replace(s, activations="exact"))
         if s.activations != "int8":

@@ -23,7 +23,7 @@ from spu.settings import Settings
 
 __all__ = ["CODECS", "VERSION", "Plan", "Predicted", "StagePlan"]
 
-VERSION = 5
+VERSION = 6
 CODECS = ("none", *WIRE_CODECS)
 
 

@@ -42,17 +42,20 @@ def _aligned(count: int) -> int:
 
 @dataclass(frozen=True)
 class Regions:
-    """Bytes of a stage's regions, aligned, and of the weights that are trained."""
+    """Bytes of a stage's regions, aligned, of the fp32 gradients on the device, and of the weights that are trained."""
 
     weights: int
     grads: int
     state: int
+    sums: int
     trained: int
 
     @classmethod
-    def of(cls, stage: StageBytes, item: int) -> Regions:
-        grads, state = _aligned(stage.main_grad_bytes), _aligned(stage.master_bytes + stage.moment_bytes)
-        return cls(_aligned(stage.param_bytes), grads, state, stage.main_grad_bytes // 4 * item)
+    def of(cls, stage: StageBytes, settings: Settings) -> Regions:
+        count, state = stage.main_grad_bytes // 4, _aligned(stage.master_bytes + stage.moment_bytes)
+        grads = _aligned(count * ITEM_BYTES[settings.grads])
+        trained = count * ITEM_BYTES[settings.precision]
+        return cls(_aligned(stage.param_bytes), grads, state, _aligned(stage.main_grad_bytes), trained)
 
     @property
     def total(self) -> int:
@@ -81,8 +84,7 @@ class Streamed:
     @cached_property
     def regions(self) -> list[Regions]:
         """The regions of every stage."""
-        item = ITEM_BYTES[self.settings.precision]
-        return [Regions.of(stage, item) for stage in self.placed.stages]
+        return [Regions.of(stage, self.settings) for stage in self.placed.stages]
 
     @property
     def settings(self) -> Settings:
@@ -108,7 +110,7 @@ class Streamed:
     def ring_bytes(self) -> int:
         """All slots on the device; of what is offloaded the weights are no slots."""
         weights = self._slot_bytes if self._streams else 0
-        below = max(r.grads if self.on_gpu else r.grads + r.state for r in self.regions)
+        below = max(r.sums if self.on_gpu else max(r.sums, r.grads + r.state) for r in self.regions)
         return weights + self.state_slots * below
 
     @property
@@ -269,7 +271,7 @@ class Streamed:
         """Seconds of the update of every stage, where it is computed."""
         request = self.placed.request
         rate = request.machine.host_rate if self.on_gpu else request.speeds[0].update_rate
-        return [update_bytes(request.settings.state) * r.grads / 4 / rate for r in self.regions]
+        return [update_bytes(request.settings.state) * r.sums / 4 / rate for r in self.regions]
 
     @cached_property
     def _host(self) -> int | None:

@@ -37,6 +37,7 @@ def adamw_(
         return
     for row in zip(params, masters or params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
         param, kept, grad, first, second, step = row
+        grad = grad.to(torch.float32)  # itself, or bf16 widened
         narrow = not kept.is_floating_point()
         target = joined(param, kept) if narrow else kept
         if kept is not param and not narrow:

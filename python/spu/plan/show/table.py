@@ -36,6 +36,7 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         s.precision,
         _recompute(plan),
         *([f"state {s.state}"] if s.state != "fp32" else []),
+        *([f"grads {s.grads} below"] if s.grads != "fp32" and plan.streaming is not None else []),
         *([f"transfer {' '.join(plan.codecs)}"] if plan.codecs and plan.streaming is None else []),
     ]
     rows = [_HEADS, *(_row(k, stage) for k, stage in enumerate(plan.stages))]
