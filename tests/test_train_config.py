@@ -1,4 +1,4 @@
-"""Settings of a run: checks, learning-rate schedule, what may change on resuming."""
+"""Settings of a run: checks, learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from spu.train.config import DEFAULT_MODEL, TrainConfig, resume_config
+from spu.train.config import DEFAULT_MODEL, TrainConfig
 
 
 def test_defaults_are_valid_and_small_enough_for_five_minutes():
@@ -41,6 +41,9 @@ def test_defaults_are_valid_and_small_enough_for_five_minutes():
         ({"warmup": 1.5}, "--warmup 1.5 must be from 0 to 1"),
         ({"final_lr": -0.1}, "--final-lr -0.1 must be from 0 to 1"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0"),
+        ({"epochs": 1, "tokens": 5}, "--tokens and --epochs say twice"),
+        ({"keep": 0}, "--keep 0 must be a whole number of at least 1"),
+        ({"export": "first"}, "unknown --export 'first': give one of last, best"),
         ({"steps": 5, "tokens": 5}, "--steps and --tokens say twice"),
         ({"batch": 10**9}, r"--batch 1000000000 x --seq 128 is 1.3e\+11 tokens a step: give numbers whose product"),
         ({"seq": 10**8}, r"--batch 8 x --seq 100000000 is 8.0e\+08 tokens a step"),
@@ -66,17 +69,6 @@ def test_json_round_trip():
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(ValueError, match="'colour' is not a setting"):
         TrainConfig.from_json({**config.to_json(), "colour": "red"})
-
-
-def test_resuming_may_move_the_run_but_not_change_it(tmp_path):
-    saved = TrainConfig(steps=3, lr=0.1, data=str(tmp_path / "a.txt"))
-    moved = resume_config(saved, {"devices": "cpu", "budget": "cpu=1GB", "lr": 0.1})
-    assert moved == dataclasses.replace(saved, devices="cpu", budget="cpu=1GB")
-    assert resume_config(saved, {"data": str(tmp_path / "." / "a.txt")}) == saved
-    with pytest.raises(ValueError, match=r"--lr 0.2 differs from the run's 0.1: leave it out"):
-        resume_config(saved, {"lr": 0.2})
-    with pytest.raises(ValueError, match="--model m differs from the run's default"):
-        resume_config(saved, {"model": "m"})
 
 
 def test_a_run_of_before_a_setting_was_added_has_its_default():

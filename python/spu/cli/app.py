@@ -32,7 +32,11 @@ app = typer.Typer(
 
 
 def guarded(command: Callable[[], None]) -> None:
-    """Run a command; a user's mistake becomes one message and exit code 2, Ctrl-C 130. SPU_TRACEBACK=1 shows all."""
+    """Run a command, and end with its exit code and one message; SPU_TRACEBACK=1 shows all.
+
+    0: done, or stopped as a signal has asked; 1: the disk or the machine failed; 2: bad input, or a run that diverged,
+    which would fail again; 130: interrupted at once, by a second signal.
+    """
     try:
         command()
     except KeyboardInterrupt:
@@ -42,7 +46,7 @@ def guarded(command: Callable[[], None]) -> None:
         from spu.train.signals import Stopped
 
         if isinstance(error, Stopped):
-            _fail(str(error), error.code)
+            _fail(str(error), 0)
         if os.environ.get("SPU_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
@@ -96,7 +100,7 @@ def train(**given: Any) -> None:
         from spu.cli.train import train_command
 
         config, options = read_options(given, TrainConfig, RunOptions)
-        train_command(config, RunOptions(**options))
+        train_command(config, RunOptions(**options), {name for name, value in given.items() if value is not None})
 
     guarded(command)
 

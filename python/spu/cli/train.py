@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from spu.cli.placed import planned_settings
+from spu.common.options import AUTO
 from spu.cost.blueprint import config_names
 from spu.plan import Plan
 from spu.train import plain as reference
 from spu.train import report
-from spu.train.config import PLACEMENT, RunOptions, TrainConfig, resume_config
+from spu.train.config import PLACEMENT, RunOptions, TrainConfig
 from spu.train.job import Job
 from spu.train.loop import train
-from spu.train.results import draw_losses
+from spu.train.results import draw_losses, is_finished
+from spu.train.resume import resume_config
 from spu.train.run_folder import find_folder, new_folder
 from spu.train.signals import Stopped, StopSignals
 
 __all__ = ["train_command"]
 
 
-def train_command(given: dict[str, Any], options: RunOptions) -> Path:
+def train_command(given: dict[str, Any], options: RunOptions, named: Collection[str] | None = None) -> Path:
     """Start or go on with a run and print its result.
 
     Args:
         given: settings of ``TrainConfig`` named by the user.
         options: what else was named.
+        named: those that stand on the command line itself, not in a file; None for all.
 
     Returns:
         The run's folder.
@@ -35,15 +39,13 @@ def train_command(given: dict[str, Any], options: RunOptions) -> Path:
         ValueError: bad input; the text names the value and the fix, and nothing was written over.
         Stopped: Ctrl-C or SIGTERM; what could be saved is saved.
     """
-    plan, resume = options.plan, options.resume
     only_reference = options.reference and not options.compare
-    chosen = None if plan is None else Plan.load(plan)
-    if chosen is not None and resume is not None:
-        raise ValueError(f"--plan {plan} and --resume {resume}: a resumed run keeps its plan, leave --plan out")
-    if chosen is not None:
-        given = planned_settings(chosen, given, str(plan))
-    job = _make_job(given, options.out, options.name, resume)
-    job.given_plan, job.sample = chosen, options.sample
+    plan = None if options.plan is None else Plan.load(options.plan)
+    if plan is not None:
+        given = planned_settings(plan, given, str(options.plan))
+    job = _make_job(given, options, set(given) if named is None else named)
+    job.given_plan = plan if job.new else None
+    job.sample = options.sample
     job.read()
     if only_reference and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
@@ -63,7 +65,15 @@ def train_command(given: dict[str, Any], options: RunOptions) -> Path:
     return job.folder.path
 
 
-def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | None) -> Job:
+def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]) -> Job:
+    out, name, resume = options.out, options.name, options.resume
+    if resume == AUTO:
+        if name is None:
+            raise ValueError("--resume auto needs the run's --name: it goes on with that run, or begins it")
+        exists = (Path(out) / name / "config.json").exists()
+        resume, name = (name, None) if exists else (None, name)
+        if exists:  # the run has turned them into steps
+            given = {key: value for key, value in given.items() if key != "minutes"}
     if resume is None:
         for key in ("model", "data"):  # a run is resumed from any folder
             if given.get(key) is not None and given[key] not in config_names():
@@ -71,18 +81,30 @@ def _make_job(given: dict[str, Any], out: str, name: str | None, resume: str | N
         return Job(TrainConfig(**given), new_folder(out, name), new=True)
     if name is not None:
         raise ValueError(f"--name {name} and --resume {resume}: a resumed run keeps its name, leave --name out")
+    if options.plan is not None and options.resume != AUTO:
+        raise ValueError(f"--plan {options.plan} and --resume {resume}: a resumed run keeps its plan, leave --plan out")
     folder = find_folder(out, resume)
     saved, corpus = folder.read_config()
     config = resume_config(saved, given)
-    replaced = any(key in given for key in PLACEMENT)  # naming them asks for a new plan, as on another machine
-    lengthened = config.planned_steps() != saved.planned_steps()
-    return Job(config, folder, new=False, replaced=replaced, lengthened=lengthened, saved_corpus=corpus)
+    # Naming devices or budgets asks for a new plan, as on another machine; a file that has begun the run does not.
+    replaced = any(key in named or getattr(config, key) != getattr(saved, key) for key in PLACEMENT if key in given)
+    steps = saved.planned_steps()
+    return Job(
+        config,
+        folder,
+        new=False,
+        replaced=replaced,
+        lengthened=config.planned_steps() not in (None, steps),
+        saved_steps=steps,
+        saved_corpus=corpus,
+    )
 
 
 def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:
     """Train, or take the summary of a run that is complete."""
     finished = None if job.new else _load(job.folder / "summary.json")
-    if finished is not None and finished.get("steps") == job.config.planned_steps():
+    steps = job.config.planned_steps()
+    if finished is not None and finished.get("planned_steps", finished.get("steps")) == steps and is_finished(finished):
         print(f"run {job.folder.name} is complete; --steps with a larger number goes on")
     else:
         finished = train(job, signals)
@@ -102,7 +124,7 @@ def _reference(job: Job, signals: StopSignals) -> dict[str, Any]:
 
 def _stop_if_asked(signals: StopSignals) -> None:
     if signals.asked is not None:
-        raise Stopped(signals.asked, "stopped before the reference; --resume with --compare goes on")
+        raise Stopped("stopped before the reference; --resume with --compare goes on")
 
 
 def _load(path: Path) -> dict[str, Any] | None:

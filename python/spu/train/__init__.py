@@ -8,7 +8,8 @@ In the order in which a run meets them:
     job.py                  a run before it trains: all of the above, checked against each other
     lr.py, evaluate.py      the learning rate of a step; where the run is validated, and the mean over targets
     loop.py                 prepare, the loop over steps, finish
-    guard.py, signals.py    what ends a run early: a loss that is not finite; Ctrl-C and SIGTERM
+    guard.py, signals.py    what ends a run early: a loss that is not finite or gets no lower; Ctrl-C and SIGTERM
+    keep.py, resume.py      the checkpoints that are kept; what may differ where a run goes on
     metrics.py, progress.py metrics.jsonl; what the terminal shows
     export.py, sample.py    the trained model in full precision; a few lines that it writes
     results.py, report.py   summary.json and pictures; how they are drawn and printed

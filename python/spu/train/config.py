@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spu.common.options import AUTO, Options, choice, default, flag, number, text, whole
@@ -19,12 +17,12 @@ __all__ = [
     "MAX_STEP_TOKENS",
     "MOST_PLANNED_TOKENS",
     "PLACEMENT",
+    "WATCHING",
     "PlanOptions",
     "RunOptions",
     "TrainConfig",
     "check_step_size",
     "option",
-    "resume_config",
 ]
 
 MAX_STEP_TOKENS = 10**8  # twenty times the largest batches in the literature; plans of much more would not end
@@ -52,9 +50,14 @@ DEFAULT_MODEL: dict[str, Any] = {
     "use_cache": True,
 }
 
-# Where a run is placed and how long it is may change between its parts; everything else makes it another run.
+# Where a run is placed, how long it is and what is kept of it may change between its parts; everything else makes it
+# another run.
 PLACEMENT = ("devices", "budget")
-LENGTH = ("steps", "tokens")
+LENGTH = ("steps", "tokens", "epochs")
+# What is watched and kept on the way; no loss depends on it.
+WATCHING = (
+    "save_every", "keep", "keep_best", "export", "evals", "eval_every", "patience", "max_loss", "max_loss_steps"
+)  # fmt: skip
 
 
 def option(name: str) -> str:
@@ -78,6 +81,7 @@ class TrainConfig(TrainSettings):
     )
     steps: int | None = whole(None, "Updates; with --resume, more than before.")
     tokens: int | None = whole(None, f"Or: tokens to train on. Default: {DEFAULT_TOKENS}.")
+    epochs: float | None = number(None, "Or: times to go through the training data.")
     minutes: float | None = number(None, "Or: minutes to fill, measured at the start of the run.")
     lr: float = number(2e-3, "Peak learning rate: warmed up linearly, then lowered to its last share.")
     lr_schedule: str = choice("cosine", "How the learning rate goes on after the warm-up.", LR_SCHEDULES)
@@ -91,9 +95,19 @@ class TrainConfig(TrainSettings):
     init_scale: float = number(2.0**16, "First loss scale (fp16).")
     growth_interval: int = whole(200, "Good steps before the scale doubles.")
     save_every: int = whole(100, "Steps between checkpoints.")
+    keep: int = whole(1, "Checkpoints to keep, the last ones.")
+    keep_best: bool = flag(False, "Also keep the checkpoint of the lowest validation loss.")
+    export: str = choice(
+        "last",
+        "Weights of the model that is written at the end; best: of the lowest validation loss.",
+        ["last", "best"],
+    )
     evals: int = whole(10, "Validations on the way, evenly spread.")
     eval_every: int | None = whole(None, "Or: steps between validations.")
     eval_batches: int = whole(2, "Batches of a validation on the way; the last one is on the whole validation set.")
+    patience: int | None = whole(None, "End the run after as many validations without a lower loss.")
+    max_loss: float | None = number(None, "End the run, as diverged, where the training loss stays above this.")
+    max_loss_steps: int = whole(20, "Steps in a row above it that end the run.")
 
     # The job's own defaults of settings
     transfer: str = default(Settings, "transfer", "int8")
@@ -101,7 +115,7 @@ class TrainConfig(TrainSettings):
 
     def check(self) -> None:
         super().check()
-        given = [option(name) for name in ("steps", "minutes", "tokens") if getattr(self, name) is not None]
+        given = [option(name) for name in ("steps", "minutes", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
         check_step_size(self.batch, self.seq)
@@ -122,10 +136,12 @@ class TrainConfig(TrainSettings):
         return self.batch * self.seq
 
     def planned_steps(self) -> int | None:
-        """Return the number of updates, from ``steps``, ``tokens`` or the default; None if ``minutes`` decide."""
+        """Return the number of updates, from ``steps``, ``tokens`` or the default; None if ``minutes`` or ``epochs``
+        decide.
+        """
         if self.steps is not None:
             return self.steps
-        if self.minutes is not None:
+        if self.minutes is not None or self.epochs is not None:
             return None
         tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
         return max(1, tokens // self.tokens_per_step)
@@ -147,7 +163,9 @@ class RunOptions(Options):
 
     name: str | None = text(None, "Name of the new run. Default: the time.")
     out: str = text("runs", "Folder of all runs.")
-    resume: str | None = text(None, "Go on with a run: its name or folder; alone: the latest.")
+    resume: str | None = text(
+        None, "Go on with a run: its name or folder; alone: the latest; auto: with that of --name, or else begin it."
+    )
     config: str | None = text(None, "YAML file of options, named as here; those given here win.")
     plan: str | None = text(None, "A plan.json of spu plan: devices, schedule, stages as it says.")
     reference: bool = flag(False, "Train in plain fp32 PyTorch instead.")
@@ -191,38 +209,3 @@ def check_step_size(batch: int, seq: int) -> None:
             f"--batch {batch} x --seq {seq} is {batch * seq:.1e} tokens a step: give numbers whose product is "
             f"{MAX_STEP_TOKENS:.0e} or less"
         )
-
-
-def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """Return the configuration to go on with: the saved one, placed on other devices or made longer if asked.
-
-    Args:
-        saved: of the run.
-        given: settings named on the command line.
-
-    Raises:
-        ValueError: a given setting that differs from the run's and would make it another run.
-    """
-    for name, value in given.items():
-        old = getattr(saved, name)
-        same = Path(value).resolve() == Path(old).resolve() if name in ("model", "data") and old else value == old
-        if name not in (*PLACEMENT, *LENGTH) and not same:
-            was = "default" if old is None else old
-            raise ValueError(
-                f"{option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
-            )
-    placed = dataclasses.replace(saved, **{name: given[name] for name in PLACEMENT if name in given})
-    return _lengthened(placed, {name: given[name] for name in LENGTH if given.get(name) is not None})
-
-
-def _lengthened(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """Give a run more steps: its learning rate follows the longer schedule from the step where it goes on."""
-    if not given or all(value == getattr(saved, name) for name, value in given.items()):
-        return saved
-    wanted = dataclasses.replace(saved, **{"steps": None, "tokens": None, "minutes": None, **given})
-    old, new = saved.planned_steps(), wanted.planned_steps()
-    assert new is not None
-    if old is not None and new < old:
-        words = " ".join(f"{option(name)} {value}" for name, value in given.items())
-        raise ValueError(f"{words}: the run has {old} steps, which can be raised but not lowered: give {old} or more")
-    return wanted if old != new else saved

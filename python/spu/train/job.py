@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from spu.plan import Plan
 from spu.train.config import TrainConfig
 from spu.train.model import has_weights, load_config
 from spu.train.progress import View
+from spu.train.resume import check_not_shorter
 from spu.train.run_folder import RunFolder
 
 __all__ = ["Job"]
@@ -25,6 +27,7 @@ class Job:
     new: bool
     replaced: bool = False  # placed on other devices than before
     lengthened: bool = False  # given more steps than before
+    saved_steps: int | None = None  # of a run that goes on
     sample: bool = True  # let the trained model write a few lines
     saved_corpus: dict[str, Any] | None = None
     given_plan: Plan | None = None  # of a file that the user named
@@ -65,6 +68,21 @@ class Job:
             raise ValueError(
                 f"--data {self.corpus.name} has changed since the run began: put it back, or start a new run"
             )
+        self._settle_epochs()
+
+    def _settle_epochs(self) -> None:
+        """Turn ``epochs`` into a number of steps, which is the run's from then on."""
+        config = self.config
+        if config.epochs is None:
+            return
+        steps_per_epoch = getattr(self.corpus, "steps_per_epoch", None)
+        if steps_per_epoch is None:
+            raise ValueError(f"--epochs {config.epochs:g}: {self.corpus.name} has no epochs: give --steps or --tokens")
+        steps = max(1, round(config.epochs * steps_per_epoch(config.batch, config.seq)))
+        if self.saved_steps is not None:
+            check_not_shorter(self.saved_steps, steps, {"epochs": config.epochs})
+            self.lengthened = steps != self.saved_steps
+        self.config = dataclasses.replace(config, steps=steps, epochs=None)
 
     def _check_plan(self, model_config: Any) -> None:
         """Raise ValueError if the plan that the user named is another model's."""

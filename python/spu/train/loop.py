@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import statistics
 import time
 from collections import deque
@@ -28,12 +29,13 @@ from spu.settings import TrainSettings
 from spu.train.config import TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
 from spu.train.export import sample_of, save_model, take_exact
-from spu.train.guard import Guard, diverged
+from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
-from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows
+from spu.train.keep import Checkpoints, disk_line
+from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows, validation_rows
 from spu.train.model import make_model
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
-from spu.train.results import draw_losses, summarise
+from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
@@ -49,7 +51,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         The summary, which is also in summary.json.
 
     Raises:
-        Stopped: a signal asked for it; the checkpoint is of the last step done.
+        Stopped: a signal asked for it; the checkpoint is of the last step done, and summary.json says so.
         ValueError: see ``make_trainer``, ``Guard`` and ``CheckpointError``; an existing checkpoint is left as it was.
     """
     with beside_disk(job.config):
@@ -57,11 +59,15 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
+        print(loop.disk_line(), flush=True)
         loop.run(signals)
+        exported = loop.choose_weights()
         val_loss = evaluate(trainer, job.corpus.validation_batches(job.config.batch, job.config.seq))
         if not math.isfinite(val_loss):
-            raise diverged(job, "validation loss", trainer.steps_done)
-        summary = summarise(job, trainer, parameters, val_loss, loop.timelines)
+            raise diverged(job, "validation loss", exported)
+        summary = summarise(job, trainer, parameters, val_loss, loop.timelines, loop.done, exported)
+        if loop.ended_early:
+            summary["ended_early"] = loop.ended_early
         with beside_disk(job.config):
             take_exact(model, trainer)
     del trainer, loop  # masters and moments
@@ -166,6 +172,8 @@ class Loop:
     """The steps of a run that are left to do: train, record, validate, show and save.
 
     Attributes:
+        done: steps done.
+        ended_early: why it has ended before its last step; "" if it has not.
         timelines: of the last ``TIMELINES`` steps.
     """
 
@@ -173,29 +181,40 @@ class Loop:
         config, steps = job.config, job.config.planned_steps()
         assert steps is not None
         self.job, self.trainer, self.done, self.steps = job, trainer, done, steps
+        self.ended_early = ""
         self.timelines: deque[Timeline] = deque(maxlen=TIMELINES)
         self._metrics, self._guard, self._shown = MetricsFile(job.folder.metrics), Guard(), RunningMean()
         self._metrics.keep_up_to(done)
-        before = train_rows(read_metrics(job.folder.metrics))
+        rows = read_metrics(job.folder.metrics)
+        before = train_rows(rows)
         self._skipped = sum(bool(row.get("skipped")) for row in before)
         self._tokens = before[-1]["tokens"] if before else 0
+        self._patience = Patience(config.patience, (row["val_loss"] for row in validation_rows(rows)))
+        self._best = config.keep_best or config.export == "best"
+        self._checkpoints = Checkpoints(job.folder, self._metrics, rows, keep=config.keep, best=self._best)
         self._validation = job.corpus.validation_batches(config.batch, config.seq, curve_windows(config))
         self._val_loss: float | None = None
         self._plan, self._due = trainer.plan, False
+
+    def disk_line(self) -> str:
+        """Return a line about the disk that the run takes."""
+        sizes = {p: p.numel() for p in self.trainer.parameters()}
+        trained = sum(size for p, size in sizes.items() if p.requires_grad)
+        return disk_line(self.job.folder, trained, sum(sizes.values()), keep=self.job.config.keep, best=self._best)
 
     def run(self, signals: StopSignals) -> None:
         """Run the steps.
 
         Raises:
             Stopped: a signal asked for it.
-            ValueError: the loss is not finite, see ``Guard``.
+            ValueError: the loss is not finite or too high, see ``Guard``.
         """
+        (self.job.folder / "summary.json").unlink(missing_ok=True)  # of a shorter run, or one that was stopped
         with open_view(f"train {self.job.folder.name}", self.steps, self.done) as view:
             self.job.view = view
             for step in range(self.done + 1, self.steps + 1):
                 result = self._train(step)
-                if is_eval_step(self.job.config, step, self.steps):
-                    self._validate(step)
+                best = self._validate(step) if is_eval_step(self.job.config, step, self.steps) else None
                 view.update(
                     Progress(
                         step,
@@ -206,9 +225,19 @@ class Loop:
                         self._val_loss,
                     )
                 )
-                self._save_if_due(step, signals.asked)
+                last = step == self.steps or self._patience.spent
+                self._save_if_due(step, best, last=last, stop=signals.asked is not None)
+                self.done = step
+                if signals.asked is not None and not last:
+                    self._stop(step, signals.asked)
+                if last:
+                    break
+        self.job.view = None
         if not self._guard.sound:
-            raise diverged(self.job, "loss", self.steps)
+            raise diverged(self.job, "loss", self.done)
+        if self.done < self.steps:
+            self.ended_early = str(self._patience)
+            print(f"ended after step {self.done} of {self.steps}: {self.ended_early} (--patience)", flush=True)
 
     def _train(self, step: int) -> StepResult:
         """Do one step and record it. Steps count from 1."""
@@ -237,26 +266,41 @@ class Loop:
         self._skipped += result.skipped
         return result
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int) -> float | None:
+        """Validate and record it; return the loss if its weights are to be kept as the best."""
         self._val_loss = evaluate(self.trainer, self._validation)
         self._metrics.append(step=step, val_loss=self._val_loss, perplexity=perplexity(self._val_loss))
+        self._patience.add(self._val_loss)
+        return self._val_loss if self._checkpoints.improves(self._val_loss) else None
 
-    def _save_if_due(self, step: int, stop: int | None) -> None:
-        """Save every ``save_every`` steps, at the last one and where a signal asks to stop; then raise Stopped.
+    def _save_if_due(self, step: int, best: float | None, *, last: bool, stop: bool) -> None:
+        """Save every ``save_every`` steps, the best weights, at the end and where a signal asks to stop.
 
-        A checkpoint is never replaced by weights whose loss is not finite: saving then waits for a finite loss.
+        A checkpoint is never replaced by weights whose loss is not finite: saving then waits for a finite loss; and for
+        one that is not too high, as long as there may be one.
         """
-        last = step == self.steps
-        self._due = self._due or stop is not None or step % self.job.config.save_every == 0 or last
-        if self._due and self._guard.sound and (not last or math.isfinite(self._val_loss or 0.0)):
-            self.trainer.save(self.job.folder.checkpoint)
-            self._metrics.append(step=step, saved=True)
+        self._due = self._due or stop or last or best is not None or step % self.job.config.save_every == 0
+        sound = self._guard.sound and (not last or math.isfinite(self._val_loss or 0.0))
+        if self._due and sound and (last or stop or not self._guard.high):
+            self._checkpoints.save(self.trainer, step, best)
             self._due = False
-        if stop is not None and not last:
-            kept = "not saved, since its loss is not finite" if self._due else "saved"
-            raise Stopped(
-                stop, f"stopped after step {step} of {self.steps}, {kept}; go on with --resume {self.job.folder.path}"
-            )
+
+    def _stop(self, step: int, signum: int) -> None:
+        """Note in summary.json that the run is not finished, and raise Stopped."""
+        kept = "not saved, since its loss is not finite" if self._due else "saved"
+        save_result(
+            self.job.folder / "summary.json",
+            stopped_summary(self.job, step, signal.Signals(signum).name, not self._due),
+        )
+        raise Stopped(f"stopped after step {step} of {self.steps}, {kept}; go on with --resume {self.job.folder.path}")
+
+    def choose_weights(self) -> int:
+        """Give the trainer the weights that are exported; return the step after which they were so."""
+        best = self._checkpoints.best() if self.job.config.export == "best" else None
+        if best is None or best[0] == self.done:
+            return self.done
+        self.trainer.load(best[1])
+        return best[0]
 
 
 def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> float:

@@ -14,7 +14,7 @@ from spu.data.corpus import Corpus
 from spu.engine.microbatch import split_batch
 from spu.settings import Settings
 from spu.train import progress as console
-from spu.train.config import PLACEMENT, TrainConfig
+from spu.train.config import PLACEMENT, WATCHING, TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets
 from spu.train.metrics import MetricsFile, save_result
 from spu.train.model import make_model
@@ -25,9 +25,11 @@ __all__ = ["evaluate", "mean_loss", "reference_key", "train_reference", "train_s
 
 RESULT, METRICS = "reference.json", "reference_metrics.jsonl"
 # How the pipeline does its work; the reference has none of it, so that its result does not depend on them.
-_NOT_OURS = {*PLACEMENT, *Settings.names(), "replan", "init_scale", "growth_interval", "save_every"} - {
+_NOT_OURS = {*PLACEMENT, *WATCHING, *Settings.names(), "replan", "init_scale", "growth_interval"} - {
     "microbatches",  # cut the reference's batches as well
     "accumulate",
+    "evals",  # its curve
+    "eval_every",
 }
 
 
@@ -110,7 +112,7 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
             if is_eval_step(config, step + 1, steps):
                 metrics.append(step=step + 1, val_loss=evaluate(model, curve))
             if signals.asked is not None:
-                raise Stopped(signals.asked, f"reference stopped at step {step + 1}; it starts over next time")
+                raise Stopped(f"reference stopped at step {step + 1}; it starts over next time")
     val_loss = evaluate(model, corpus.validation_batches(config.batch, config.seq))
     if not math.isfinite(val_loss):
         raise ValueError(

@@ -104,6 +104,8 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"validation loss {_number(summary['val_loss'])} nats a {summary['unit']}{_perplexity(summary)}, "
         f"{summary['skipped']} skipped steps, final loss scale {_number(summary['loss_scale'], 'g')}",
     ]
+    if summary.get("exported_step", summary.get("steps")) != summary.get("steps"):
+        lines.append(f"these are the best weights, of step {summary['exported_step']} of {summary['steps']}")
     guess = summary.get("guess_loss")
     if guess is not None and summary["val_loss"] is not None and summary["val_loss"] >= guess:
         lines.append(

@@ -18,32 +18,60 @@ from spu.train.model import load_config
 from spu.train.report import draw_loss
 from spu.trainer.trainer import ModelParallelTrainer
 
-__all__ = ["draw_losses", "summarise"]
+__all__ = ["draw_losses", "is_finished", "stopped_summary", "summarise"]
+
+
+def is_finished(summary: dict[str, Any]) -> bool:
+    """Tell whether a summary.json is that of a run that has come to its end."""
+    return bool(summary.get("finished", True))  # those of before had no such line, and were written at the end alone
+
+
+def stopped_summary(job: Job, step: int, signal_name: str, saved: bool) -> dict[str, Any]:
+    """Return the numbers of summary.json for a run that a signal has stopped after ``step``."""
+    return {
+        "run": job.folder.name,
+        "finished": False,
+        "stopped_by": signal_name,
+        "steps": step,
+        "planned_steps": job.config.planned_steps(),
+        "saved": saved,
+    }
 
 
 def summarise(
-    job: Job, trainer: ModelParallelTrainer, parameters: int, val_loss: float, timelines: Sequence[Timeline]
+    job: Job,
+    trainer: ModelParallelTrainer,
+    parameters: int,
+    val_loss: float,
+    timelines: Sequence[Timeline],
+    steps: int,
+    exported_step: int,
 ) -> dict[str, Any]:
     """Return the numbers of summary.json, and draw the pipeline.
 
     Args:
         job: the run.
-        trainer: after the last step.
+        trainer: with the weights that are exported.
         parameters: how many the model has.
         val_loss: on the whole validation set.
         timelines: of the last steps; none where no step ran in this process.
+        steps: done.
+        exported_step: after which the weights were as they are exported.
     """
-    config, steps = job.config, trainer.steps_done
+    config = job.config
     rows = train_rows(read_metrics(job.folder.metrics))
     tokens = [row["tokens"] for row in rows]
     each = [after - before for before, after in zip([0, *tokens], tokens)]
     seconds = sum(own / row["tokens_per_s"] for own, row in zip(each, rows))
     summary: dict[str, Any] = {
         "run": job.folder.name,
+        "finished": True,
         "corpus": job.corpus.name,
         "unit": job.unit,
         "parameters": parameters,
         "steps": steps,
+        "planned_steps": config.planned_steps(),
+        "exported_step": exported_step,
         "tokens": tokens[-1],
         "seconds": seconds,
         "tokens_per_s": tokens[-1] / seconds,

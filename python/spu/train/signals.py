@@ -11,15 +11,11 @@ __all__ = ["StopSignals", "Stopped"]
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has ended cleanly; ``code`` is the shell's exit code for the signal."""
-
-    def __init__(self, signum: int, text: str) -> None:
-        super().__init__(text)
-        self.code = 128 + signum
+    """The run was asked to stop, and has ended cleanly: the command's exit code is 0."""
 
 
 class StopSignals:
-    """Within ``with``: the first signal is noted in ``asked``, a second SIGINT interrupts at once as always."""
+    """Within ``with``: the first signal is noted in ``asked``; a second one, of either kind, interrupts at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None

@@ -1,0 +1,106 @@
+"""Which checkpoints of a run are kept: the last one, some before it, and that of the lowest validation loss."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from spu.checkpoint.copies import keep_copy
+from spu.train.metrics import MetricsFile, validation_rows
+from spu.train.run_folder import RunFolder
+from spu.trainer.trainer import ModelParallelTrainer
+
+__all__ = ["Checkpoints", "disk_line"]
+
+_STEP, _BEST = "step", "best"
+
+
+class Checkpoints:
+    """Saves a run's checkpoint and keeps copies of it, which share its files on the disk.
+
+    ``checkpoint`` is the last one: the run goes on with it. Under ``checkpoints`` are ``step-N``, the last ``keep`` of
+    them if that is more than one, and ``best-N`` if the best is asked for. Each appears and goes as a whole.
+
+    Attributes:
+        best_loss: validation loss of the best one that was saved; inf before the first.
+    """
+
+    def __init__(
+        self, folder: RunFolder, metrics: MetricsFile, rows: Iterable[dict[str, Any]], *, keep: int, best: bool
+    ):
+        self._folder, self._metrics, self._keep, self._best = folder, metrics, keep, best
+        rows = list(rows)
+        chosen = {row["step"] for row in rows if row.get("best")}
+        losses = [row["val_loss"] for row in validation_rows(rows) if row["step"] in chosen]
+        self.best_loss = min((loss for loss in losses if loss is not None), default=math.inf)
+        after = max((row["step"] for row in rows if row.get("saved")), default=0)
+        for path in [*self._kept(_STEP), *self._kept(_BEST)]:  # somebody has put an earlier one in place
+            if _step_of(path) > after:
+                shutil.rmtree(path)
+
+    def improves(self, val_loss: float) -> bool:
+        """Tell whether weights of this validation loss are to be saved as the best."""
+        return self._best and val_loss < self.best_loss  # NaN is not
+
+    def save(self, trainer: ModelParallelTrainer, step: int, best: float | None = None) -> None:
+        """Save the checkpoint of a step, note it in the metrics, and drop what is no longer to be kept.
+
+        Args:
+            trainer: after that step.
+            step: its number.
+            best: the validation loss after it, if that is the lowest so far.
+        """
+        trainer.save(self._folder.checkpoint)
+        if self._keep > 1:
+            keep_copy(self._folder.checkpoint, self._place(_STEP, step))
+        for path in self._kept(_STEP)[: -self._keep if self._keep > 1 else None]:
+            shutil.rmtree(path)
+        if best is None:
+            self._metrics.append(step=step, saved=True)
+            return
+        keep_copy(self._folder.checkpoint, self._place(_BEST, step))
+        self._metrics.append(step=step, saved=True, best=True)
+        self.best_loss = best
+        for path in self._kept(_BEST)[:-1]:
+            shutil.rmtree(path)
+
+    def best(self) -> tuple[int, Path] | None:
+        """Return (step, folder) of the best checkpoint; None if none was kept."""
+        kept = self._kept(_BEST)
+        return (_step_of(kept[-1]), kept[-1]) if kept else None
+
+    def _place(self, kind: str, step: int) -> Path:
+        return self._folder / "checkpoints" / f"{kind}-{step:08d}"
+
+    def _kept(self, kind: str) -> list[Path]:
+        return sorted((self._folder / "checkpoints").glob(f"{kind}-*"))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def disk_line(folder: RunFolder, trained: int, parameters: int, *, keep: int, best: bool) -> str:
+    """Return a line about the disk that a run takes at most, with a warning where there is less.
+
+    Args:
+        folder: of the run; it exists.
+        trained: parameters that are trained: a checkpoint has up to 12 bytes of each, for fp32 value and moments.
+        parameters: of the whole model; 4 bytes each in a checkpoint if frozen, and in the exported model.
+        keep, best: of ``Checkpoints``.
+    """
+    one = 12 * trained + 4 * (parameters - trained)
+    kept = keep + best
+    need, free = (kept + 1) * one + 4 * parameters, shutil.disk_usage(folder.path).free
+    kept_ones = (
+        f"{kept} checkpoint{'s' if kept > 1 else ''} of {_size(one)}, another while it is written, and the model"
+    )
+    line = f"disk: up to {_size(need)} in {folder.path}: {kept_ones}; {_size(free)} are free"
+    return line if free > need else f"{line}: make room, or give a smaller --keep or another --out"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
