@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from starved import Starved
+from starved import Starved, is_real, starve
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -107,3 +107,70 @@ def test_a_streamed_model_goes_on_with_less(
     assert found == expected
     for name, weight in weights.items():
         assert_equal(others[name], weight, name)
+
+
+class FailsAtFirst(nn.Module):
+    """A linear layer whose first forwards, or backwards, fail for want of memory."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.linear, self.times = nn.Linear(16, 16), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and is_real(x) and x.requires_grad and torch.is_grad_enabled() and self.times:
+            self.times -= 1
+            starve()
+        return self.linear(x)
+
+
+def short_model(times: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1))
+    return nn.Sequential(nn.Embedding(11, 16), middle, FailsAtFirst(times), nn.Linear(16, 11))
+
+
+@pytest.mark.parametrize(
+    ("times", "first", "notches"),
+    [
+        (2, {"residency": "streamed"}, ['activations="exact"', "microbatches=4"]),
+        (2, {"residency": "auto"}, ['residency="streamed"', 'activations="exact"']),
+    ],
+)
+def test_the_tier_below_is_used_before_microbatches_are_made_smaller(
+    tmp_path: Path, times: int, first: dict[str, Any], notches: list[str]
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = {"precision": "fp16", "lr": 1e-2, "max_grad_norm": 0.5, "recompute": True, "microbatches": 2}
+    smaller = 4 if "microbatches=4" in notches else 2
+    runs = []
+    plain = {"microbatches": smaller, "residency": "resident"}
+    for own, changed in ((short_model(0), plain), (short_model(times), first | {"tiers": f"disk={tmp_path}:1GB"})):
+        said: list[str] = []
+        how = settings | changed | {"report": said.append}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            with ModelParallelTrainer(own, "cpu", **how) as trainer:
+                losses = [trainer.step(x, y).loss for x, y in batches(4)]
+                trainer.flush()
+                runs.append((losses, trainer.state_dict_for_model()))
+    torch.set_num_threads(threads)
+    (expected, weights), (found, others) = runs
+    assert [text.split("from now on ")[1].split(",")[0] for text in said if "from now on" in text] == notches
+    assert trainer.plan is not None
+    assert trainer.plan.streaming is not None
+    assert trainer.plan.streaming.activations == "exact"
+    assert trainer.plan.settings.microbatches == smaller
+    assert found == expected
+    for name, weight in weights.items():
+        assert_equal(others[name], weight, name)
+
+
+def test_a_tier_without_room_is_advice_and_the_next_notch_is_taken(tmp_path: Path) -> None:
+    own, said = short_model(1), []
+    settings = {"precision": "fp16", "recompute": True, "microbatches": 2, "tiers": f"disk={tmp_path}:8KB"}
+    with ModelParallelTrainer(own, "cpu", report=said.append, **settings) as trainer, pytest.warns(RuntimeWarning):
+        trainer.step(*batches(1)[0])
+    assert trainer.plan is not None
+    assert trainer.plan.streaming is None
+    assert trainer.plan.settings.microbatches == 4

@@ -17,6 +17,7 @@ from spu.engine.below import weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
 from spu.engine.waiting import Waiting, refuse_stand_ins
+from spu.memory.store import Store
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Event, Streams
 from spu.memory.unit import Entry, Unit, piece
@@ -83,6 +84,7 @@ class Streaming:
             index: torch.zeros(2, 1, pin_memory=built.stages[index].device.torch_device.type == "cuda")
             for index in (units if streams is not None else ())
         }
+        self._parking: Store | None = None
         self.broken = ""
         below = {id(_parameter(e)) for unit in units.values() for each in unit.weights for e in each.entries}
         self._waiting = Waiting({k: [p for p in own if id(p) not in below] for k, own in self._owned.items()})
@@ -90,8 +92,15 @@ class Streaming:
         self._guards = [module.register_state_dict_pre_hook(refuse_stand_ins) for module in modules.values()]
         self.residency = make_residency(units, self)
 
+    def park_in(self, store: Store | None) -> None:
+        """Close the store in which inputs of layers have waited, if it was one of their own; keep this one instead."""
+        if self._parking is not None:
+            self._parking.close()
+        self._parking = store
+
     def close(self) -> None:
-        """Close the store and take the hooks off the model; harmless when called twice."""
+        """Close the stores and take the hooks off the model; harmless when called twice."""
+        self.park_in(None)
         for guard in self._guards:
             guard.remove()
         self.residency.close()

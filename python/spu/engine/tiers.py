@@ -33,7 +33,7 @@ from spu.precision import MainGrads
 if TYPE_CHECKING:
     from spu.plan import Plan
 
-__all__ = ["converting", "open_streaming", "stream"]
+__all__ = ["converting", "open_streaming", "park_again", "stream"]
 
 
 def converting(plan: Plan, tiers: Tiers) -> AbstractContextManager[None]:
@@ -174,6 +174,37 @@ def stream(
         offloaded = {index for index in units if residencies[index] == "offloaded"}
         make = partial(_hosted, store, offloaded, how)
     return Streaming(built, optimizers, main_grads, units, make, streams)
+
+
+def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streaming) -> None:
+    """Let inputs of recomputed layers wait where a changed plan has them: on the device, or in a store of their own.
+
+    Args:
+        plan: with the stages that are built.
+        tiers: what there is below.
+        built: the stages, which do not run.
+        streaming: of them; closes the store.
+
+    Raises:
+        StoreError: there is no room; the inputs wait where they did.
+    """
+    how = plan.streaming
+    assert how is not None
+    device, store = built.stages[0].device.torch_device, None
+    if how.activations != "keep":
+        on_disk = how.store == "disk" and device.type == "cpu" and tiers.disk is not None
+        store = DiskStore(tiers.disk) if on_disk and tiers.disk is not None else HostStore(pinning_for(device))
+        sizes = [aligned(size) for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)]
+        try:
+            regions = store.allocate([f"activation {k}" for k in range(len(sizes))], sizes)
+        except BaseException:
+            store.close()
+            raise
+    for stage in built.stages:
+        stage.activations = None
+    if store is not None:
+        _park(built, store, list(zip(regions, sizes, strict=True)), how.activations)
+    streaming.park_in(store)
 
 
 def _park(built: BuiltStages, store: Store, regions: Sequence[tuple[Region, int]], activations: str | None) -> None:

@@ -104,7 +104,7 @@ class Planner:
     def _resident(self, machine: Machine) -> Plan:
         s = self.settings
         self._check_enough_layers()
-        sample, _ = self._sample(s.parts)
+        sample, _ = self.sample(s.parts)
         costs, loss = self.costs(s.parts)
         rows = batch_rows(sample)
         return make_plan(
@@ -118,7 +118,7 @@ class Planner:
         )
 
     def _streamed(self, machine: Machine) -> Plan:
-        sample, _ = self._sample(self.settings.parts)
+        sample, _ = self.sample(self.settings.parts)
         request = self._streaming(machine)
         return request.plan(
             max_microbatches=batch_rows(self._batch[0]), rows=batch_rows(sample), tokens=tokens_of(sample)
@@ -146,7 +146,7 @@ class Planner:
         """
         self._batch = inputs, targets
         check_plan(plan, [layer.name for layer in self.layers], self.devices, self.settings)
-        sample, _ = self._sample(plan.settings.parts)
+        sample, _ = self.sample(plan.settings.parts)
         check_fits(plan, self.devices, batch_rows(sample), tokens_of(sample), self.tiers)
         return self.measured(plan) if measure else plan
 
@@ -186,44 +186,25 @@ class Planner:
         other._batch = inputs, targets
         return other
 
-    def lowered(self, plan: Plan, *, recompute: bool | None = None, microbatches: int | None = None) -> Plan:
-        """Return the same placement with every layer recomputed, or with more microbatches, from counted costs.
+    @property
+    def can_stream(self) -> bool:
+        """Whether there is a tier from which one device could stream the layers."""
+        return self._streaming(counted_machine(self.devices, self.settings.precision)).possible
+
+    def streamed(self, settings: Settings) -> Plan:
+        """Return the plan, from counted costs, that streams the layers with these settings.
 
         Raises:
-            BudgetError, ValueError: it does not fit the budgets, or the schedule or the batch does not allow it.
+            BudgetError, ValueError: nothing fits, or the settings do not allow it.
         """
-        settings = replace(plan.settings, microbatches=microbatches or plan.settings.microbatches)
-        layers = frozenset(range(len(self.layers))) if recompute else plan.recomputed_layers
-        kept = replace(settings, recompute=Recompute("all")) if recompute else settings
-        sample, _ = self._sample(settings.parts)
-        costs, loss = self.costs(settings.parts)
-        machine = counted_machine(self.devices, settings.precision)
-        rows, tokens = batch_rows(sample), tokens_of(sample)
-        if plan.streaming is not None:
-            stages = [replace(s, recompute=tuple(k for k in range(*s.layers) if k in layers)) for s in plan.stages]
-            asked = replace(plan, settings=settings, stages=tuple(stages), rows=rows, tokens=tokens)
-            loss = plain_loss(costs[-1], settings.precision) if loss is None else loss
-            made = predict_streaming(asked, costs, loss, machine, self.tiers)
-            check_fits(made, self.devices, rows, tokens, self.tiers)
-        else:
-            made = make_plan(
-                costs,
-                machine,
-                replace(settings, recompute=Recompute("given", layers)),
-                loss_cost=loss,
-                codecs=plan.codecs,
-                model=plan.model,
-                layers=[stage.layers for stage in plan.stages],
-                rows=rows,
-                tokens=tokens,
-            )
-        made.actions()  # a schedule may need a certain number of microbatches
-        return replace(made, settings=kept)
+        other = Planner(self.layers, self.devices, settings, self.loss_fn, self.tiers)
+        other._batch, other._costs = self._batch, self._costs
+        return other._streamed(counted_machine(self.devices, settings.precision))
 
     def times(self, parts: int) -> Times:
         """Return measured seconds of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._times:
-            sample, wanted = self._sample(parts)
+            sample, wanted = self.sample(parts)
             loss = self.loss_fn if wanted is not None else no_loss
             s = self.settings
             self._times[parts] = time_layers(
@@ -234,14 +215,14 @@ class Planner:
     def costs(self, parts: int) -> tuple[list[LayerCost], LayerCost | None]:
         """Return counted costs of every layer and the loss, for a batch cut into ``parts`` microbatches."""
         if parts not in self._costs:
-            sample, wanted = self._sample(parts)
+            sample, wanted = self.sample(parts)
             dtype, fused = DTYPES[self.settings.precision], self.settings.fused
             self._costs[parts] = model_costs(
                 self.layers, sample, dtype, fused=fused, loss_fn=self.loss_fn, targets=wanted
             )
         return self._costs[parts]
 
-    def _sample(self, parts: int) -> tuple[Any, Any]:
+    def sample(self, parts: int) -> tuple[Any, Any]:
         """Return one microbatch of inputs and of targets."""
         inputs, targets = self._batch
         sample = split_inputs(inputs, parts)[0]
@@ -289,7 +270,7 @@ class Planner:
 
     def _searched(self, times_of: Callable[[int], Times], settings: Settings) -> Plan:
         rows = batch_rows(self._batch[0])
-        sample, _ = self._sample(1)
+        sample, _ = self.sample(1)
         return search_plan(
             lambda own: self._whole_costs(rows // own),
             self._machine,

@@ -32,7 +32,7 @@ from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
 from spu.engine.state import Carried
 from spu.engine.structure import StructureCheck
-from spu.engine.tiers import converting, open_streaming
+from spu.engine.tiers import converting, open_streaming, park_again
 from spu.engine.update import OptimizerFactory, release
 from spu.optim.forms import in_form
 from spu.plan import Plan
@@ -188,13 +188,20 @@ class StagedModel:
         if best.predicted.step_s > WORTH * same.predicted.step_s or carried.differs_by_stage:
             self._plan = same
             return same
-        with delayed_interrupts(), carried.unfrozen():
+        with delayed_interrupts():
+            self._rebuild(best, carried)
+        self._last.timeline = None
+        return best
+
+    def _rebuild(self, plan: Plan, carried: Carried) -> None:
+        """Build the stages of another plan and give them the state of the present ones, which are closed."""
+        old = self._prepared()
+        with carried.unfrozen():
             old.updater.clear_gradients()
             old.close()
-            self._runner = self._build(best, carried.give_masters)
+            self._runner = self._build(plan, carried.give_masters)
             carried.put_back(self._runner.built, self._runner.updater.optimizers)
-            self._plan, self._last.timeline, self._last.counted_bytes = best, None, {}
-        return best
+        self._plan, self._last.counted_bytes = plan, {}
 
     def close(self) -> None:
         """End the worker threads and give the model back; harmless when called twice.
@@ -216,8 +223,8 @@ class StagedModel:
         Raises:
             StageError, MemoryError: out of memory, and no such plan is left; the message says what would help.
         """
-        attempt = self._prepared().attempt
         for left in reversed(range(_MOST_RETRIES + 1)):
+            attempt = self._prepared().attempt
             if self.settings.retry:
                 attempt.begin(inputs, targets)
             try:
@@ -258,13 +265,12 @@ class StagedModel:
         try:
             updater.show()
             planner = planner.for_batch(inputs, targets, plan)
-            lowered = lower(planner, plan, batch_rows(inputs), runner.attempt, batch_is_cut=cut)
+            lowered = lower(planner, plan, batch_rows(inputs), runner.attempt, self._go_on_by, batch_is_cut=cut)
         except Exception as error:
-            raise _with_advice(failure, [f"planning with less failed: {type(error).__name__}: {error}"])  # noqa: B904
+            raise _with_advice(failure, [f"going on with less failed: {type(error).__name__}: {error}"])  # noqa: B904
         if lowered.plan is None:
             raise _with_advice(failure, lowered.advice or ["every microbatch has one row already: shorten it"])
-        runner.follow(lowered.plan)
-        self._plan, self._planner, self._last.counted_bytes = lowered.plan, planner, {}
+        self._planner = planner
         text = (
             f"out of memory: {failure}\nfrom now on {lowered.label}, and the step is repeated. {lowered.means} "
             "Give it from the start to save the failed attempt"
@@ -272,6 +278,30 @@ class StagedModel:
         if self._report is not None:
             self._report(text)
         warnings.warn(text, RuntimeWarning, stacklevel=5)  # who called step()
+
+    def _go_on_by(self, plan: Plan) -> None:
+        """Take a plan that needs less memory than the present one.
+
+        Raises:
+            ValueError: the optimizer has values for each stage, and the stages would be other ones.
+            StoreError: the tier below has no room; the training goes on by the present plan.
+        """
+        before, runner = self._plan, self._prepared()
+        assert before is not None
+        if before.streaming is None and plan.streaming is not None:
+            carried = Carried(runner.built, runner.updater.optimizers)
+            if carried.differs_by_stage:
+                raise ValueError("the optimizer has values for each stage, or a scheduler refers to it")
+            try:
+                self._rebuild(plan, carried)
+            except Exception:
+                self._rebuild(before, carried)
+                raise
+            return
+        if plan.streaming is not None and runner.updater.streaming is not None:
+            park_again(plan, self.tiers, runner.built, runner.updater.streaming)
+        runner.follow(plan)
+        self._plan, self._last.counted_bytes = plan, {}
 
     def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
         """Move the layers to their planned devices, and build their stages and optimizers."""
