@@ -1,4 +1,4 @@
-"""The ``spu`` command: train, plan, devices, doctor, tune. Each command imports its own heavy modules."""
+"""The ``spu`` command: train, plan, merge, devices, doctor, tune. Each command imports its own heavy modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spu.common.options import Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
 from spu.train.options import read_options
 
-__all__ = ["app", "devices", "doctor", "guarded", "main", "options", "plan", "takes", "train", "tune"]
+__all__ = ["app", "devices", "doctor", "guarded", "main", "merge", "options", "plan", "takes", "train", "tune"]
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -115,6 +115,23 @@ def plan(**given: Any) -> None:
 
         (options,) = read_options(given, PlanOptions)
         plan_command(PlanOptions(**options))
+
+    guarded(command)
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="A run's name or folder, or the folder of an adapter that peft wrote.")],
+    out: Annotated[str, typer.Option(help="The new folder.")],
+    model: Annotated[str | None, typer.Option(help="Of an adapter: the folder of its base model.")] = None,
+    runs: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
+) -> None:
+    """Write the model of a run with --lora, its adapters merged into the weights."""
+
+    def command() -> None:
+        from spu.cli.merge import merge_command
+
+        merge_command(run, out, model, runs)
 
     guarded(command)
 

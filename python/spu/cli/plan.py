@@ -18,7 +18,8 @@ from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
 from spu.settings import Settings
-from spu.train.config import PlanOptions
+from spu.train.adapter import lora_options
+from spu.train.config import PlanOptions, check_lora
 from spu.train.progress import terminal_width
 
 __all__ = ["declared_devices", "describe_machine", "plan_command"]
@@ -126,7 +127,8 @@ def plan_command(options: PlanOptions) -> Plan:
         cpus = [parse_bytes(size) for name, size in _split_budget(budget).items() if name.startswith("cpu")]
         tiers = dataclasses.replace(tiers, host_bytes=sum(cpus))
     machine = describe_machine(devices, absent, options.speed, options.precision)
-    layers = blueprint(options.model)
+    check_lora(options)
+    layers = blueprint(options.model, lora_options(options))
     if options.frozen:
         freeze_matrices(layers)
     parameters = sum({id(p): p.numel() for layer in layers for p in layer.module.parameters()}.values())
@@ -146,10 +148,10 @@ def plan_command(options: PlanOptions) -> Plan:
     print("\n".join(lines), flush=True)
     plan.save(options.out)
     given = f" --budget {options.budget}" if options.budget else ""
+    lora = "" if options.lora is None else f" --lora {options.lora}"
     where = " (where these devices are)" if absent else ""
-    print(
-        f"written: {options.out}; train with it{where}: spu train --model {options.model} --plan {options.out}{given}"
-    )
+    command = f"spu train --model {options.model} --plan {options.out}{lora}{given}"
+    print(f"written: {options.out}; train with it{where}: {command}")
     if options.picture is not None:
         from spu.plan.show.picture import draw_plan
 

@@ -19,6 +19,7 @@ from spu.common.errors import first_line
 from spu.cost.count import model_costs
 from spu.engine.loss import cross_entropy
 from spu.model.layers import Layer, model_layers
+from spu.model.lora import LoraOptions, add_adapters
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
 
@@ -58,14 +59,15 @@ def read_config(source: str) -> dict[str, Any]:
     return values
 
 
-def blueprint(source: str) -> list[Layer]:
+def blueprint(source: str, lora: LoraOptions | None = None) -> list[Layer]:
     """Return the layers of a decoder on the meta device: shapes and code, no weights.
 
     Args:
         source: as in `read_config`.
+        lora: adapters that are trained, with everything else frozen.
 
     Raises:
-        ValueError: not a config, or one of a model that transformers cannot make.
+        ValueError: not a config, or one of a model that transformers cannot make; no such layers to adapt.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -80,6 +82,9 @@ def blueprint(source: str) -> list[Layer]:
         _real_tables(model)
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"--model {source}: no causal decoder can be made from it: {first_line(error)}") from error
+    if lora is not None:
+        with torch.device("meta"):
+            model = add_adapters(model, lora)
     return model_layers(model)
 
 

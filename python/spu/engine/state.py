@@ -13,6 +13,7 @@ from torch import nn
 
 from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, Stored
+from spu.engine.base import base_record, check_base
 from spu.engine.build import BuiltStages
 from spu.engine.optimizer_state import (
     Optimizers,
@@ -43,13 +44,22 @@ def _named(
     return found
 
 
-def save_training(path: str | Path, built: BuiltStages, optimizers: Optimizers, meta: dict[str, Any]) -> None:
+def save_training(
+    path: str | Path, built: BuiltStages, optimizers: Optimizers, meta: dict[str, Any], *, frozen: bool = True
+) -> None:
     """Write a checkpoint of a whole training run, ``meta`` with it.
+
+    Args:
+        frozen: with parameters that are never trained; otherwise a model with the same ones can load it.
 
     Raises:
         CheckpointError: writing failed, or the optimizer's state cannot be saved; the message names it.
     """
-    tensors = {f"model:{name}": tensor for name, tensor in model_state(built, optimizers).items()}
+    resting = {} if frozen else _frozen(built)
+    if resting:
+        meta = {**meta, "base": base_record(resting)}
+    state = model_state(built, optimizers)
+    tensors = {f"model:{name}": tensor for name, tensor in state.items() if name not in resting}
     own, rest = optimizer_state(built, optimizers).split()
     tensors |= {f"optimizer:{name}": tensor for name, tensor in own.items()}
     aside: dict[str, torch.Tensor] = {}
@@ -80,7 +90,10 @@ def load_training(
         if foreign:
             raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
         model = _with_prefix(tensors, "model:")
-        _check_model(model_state(built, optimizers), model)
+        resting = _frozen(built) if meta.get("base") else {}
+        check_base(meta.get("base"), resting)
+        current = model_state(built, optimizers)
+        _check_model({name: tensor for name, tensor in current.items() if name not in resting}, model)
         begin()
         _restore_model(built, optimizers, model)
         restore_optimizers(built, optimizers, state)
@@ -161,6 +174,13 @@ def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers
     return state
 
 
+def _frozen(built: BuiltStages) -> dict[str, torch.Tensor]:
+    """Return the parameters that no optimizer has, by each of their names."""
+    trained = {id(p) for owned in built.owned for p in owned.values()} | {id(use.alias) for use in built.tied}
+    named = (pair for stage in built.stages for layer in stage.parts for pair in layer.named_parameters())
+    return {name: parameter.detach() for name, parameter in named if id(parameter) not in trained}
+
+
 def _extra_states(built: BuiltStages) -> dict[str, nn.Module]:
     """Return the modules with a state of their own (``get_extra_state``), by its name in the model."""
     found: dict[str, nn.Module] = {}
@@ -227,6 +247,8 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
     owners = _named(built, optimizers)
     with torch.no_grad():
         for name, tensor in model_state(built, optimizers).items():
+            if name not in state:  # frozen, and left out
+                continue
             value = state[name]
             value = value.read() if isinstance(value, Stored) else value
             parameter, optimizer = owners.get(name, (tensor, None))

@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_TOKENS",
     "LENGTH",
+    "LORA_KINDS",
     "MAX_PARTS",
     "MAX_STEP_TOKENS",
     "MOST_PLANNED_TOKENS",
@@ -21,6 +22,7 @@ __all__ = [
     "PlanOptions",
     "RunOptions",
     "TrainConfig",
+    "check_lora",
     "check_step_size",
     "option",
 ]
@@ -58,6 +60,7 @@ LENGTH = ("steps", "tokens", "epochs")
 WATCHING = (
     "save_every", "keep", "keep_best", "export", "evals", "eval_every", "patience", "max_loss", "max_loss_steps"
 )  # fmt: skip
+LORA_KINDS = ("lora", "rslora", "dora")
 
 
 def option(name: str) -> str:
@@ -90,6 +93,11 @@ class TrainConfig(TrainSettings):
     final_lr: float = number(0.05, "Share of the learning rate at the last step.", zero=True, most=1)
     beta2: float = number(0.95, "AdamW's second moment decay; the first is 0.9.", zero=True, most=1)
     weight_decay: float = number(0.1, "AdamW's.", zero=True)
+    lora: int | None = whole(None, "Train LoRA adapters of this rank, and freeze the model.")
+    lora_kind: str = choice("lora", "Its scale (rslora) or form (dora).", LORA_KINDS)
+    lora_alpha: float | None = number(None, "Adapters are scaled by alpha / rank. Default: twice the rank.")
+    lora_dropout: float = number(0.0, "Share of its inputs that an adapter does not see.", zero=True, most=0.99)
+    lora_targets: str | None = text(None, "q_proj,v_proj,... Default: every linear layer of the blocks.")
     seq: int = whole(128, "Tokens of a sequence.")
     batch: int = whole(8, "Sequences of a step.")
     init_scale: float = number(2.0**16, "First loss scale (fp16).")
@@ -119,6 +127,7 @@ class TrainConfig(TrainSettings):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
         check_step_size(self.batch, self.seq)
+        check_lora(self)
         parts = self.parts
         if parts > MAX_PARTS:
             raise ValueError(
@@ -191,6 +200,9 @@ class PlanOptions(Settings):
     speed: str | None = text(None, "Of devices that are not here: cuda:0=rtx3070,cpu=200GFLOPS. Default: nominal ones.")
     batch: int = whole(8, "Sequences of a step.")
     seq: int = whole(2048, "Tokens of a sequence.", most=MOST_PLANNED_TOKENS)
+    lora: int | None = default(TrainConfig, "lora", None)
+    lora_kind: str = default(TrainConfig, "lora_kind", "lora")
+    lora_targets: str | None = default(TrainConfig, "lora_targets", None)
     frozen: bool = flag(False, "Freeze matrices and train norms and biases: takes about what adapters take.")
     same_order: bool = flag(False, "Use every device, in the order given.")
     out: str = text("plan.json", "Where the plan is written.")
@@ -200,6 +212,14 @@ class PlanOptions(Settings):
     # Planning leaves to the search what training does not
     schedule: str = default(Settings, "schedule", AUTO)
     microbatches: int | str = default(Settings, "microbatches", AUTO)
+
+
+def check_lora(options: TrainConfig | PlanOptions) -> None:
+    """Raise ValueError for a setting of adapters without adapters, or adapters of a model that is frozen already."""
+    for name in ("lora_kind", "lora_alpha", "lora_dropout", "lora_targets"):
+        value = getattr(options, name, None)
+        if options.lora is None and value not in (None, 0.0, "lora"):
+            raise ValueError(f"{option(name)} {value} is of adapters, and there are none: give --lora RANK with it")
 
 
 def check_step_size(batch: int, seq: int) -> None:

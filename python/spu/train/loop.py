@@ -26,6 +26,7 @@ from spu.optim.adamw import AdamW
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
+from spu.train.adapter import keep_adapter, make_trained_model
 from spu.train.config import TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
 from spu.train.export import sample_of, save_model, take_exact
@@ -33,7 +34,6 @@ from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
 from spu.train.keep import Checkpoints, disk_line
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows, validation_rows
-from spu.train.model import make_model
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
@@ -55,7 +55,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         ValueError: see ``make_trainer``, ``Guard`` and ``CheckpointError``; an existing checkpoint is left as it was.
     """
     with beside_disk(job.config):
-        model = make_model(job.config.model, job.config.seed).train()
+        model = make_trained_model(job.config)
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
@@ -69,7 +69,10 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         if loop.ended_early:
             summary["ended_early"] = loop.ended_early
         with beside_disk(job.config):
-            take_exact(model, trainer)
+            if job.config.lora is None:
+                take_exact(model, trainer)
+            else:
+                keep_adapter(model, trainer, job.folder.path)
     del trainer, loop  # masters and moments
     free_memory()
     _finish(job, model, summary)
@@ -200,7 +203,8 @@ class Loop:
         """Return a line about the disk that the run takes."""
         sizes = {p: p.numel() for p in self.trainer.parameters()}
         trained = sum(size for p, size in sizes.items() if p.requires_grad)
-        return disk_line(self.job.folder, trained, sum(sizes.values()), keep=self.job.config.keep, best=self._best)
+        parameters = sum(sizes.values()) if self.job.config.lora is None else trained  # adapters alone are written
+        return disk_line(self.job.folder, trained, parameters, keep=self.job.config.keep, best=self._best)
 
     def run(self, signals: StopSignals) -> None:
         """Run the steps.
@@ -310,9 +314,9 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> f
 
 def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
     """Write the model, a sample of its text, the summary and the picture of the losses."""
-    save_model(
-        model, job.tokenizer, job.folder / "model", in_parts=not isinstance(beside_disk(job.config), nullcontext)
-    )
+    if job.config.lora is None:
+        in_parts = not isinstance(beside_disk(job.config), nullcontext)
+        save_model(model, job.tokenizer, job.folder / "model", in_parts=in_parts)
     if job.sample:
         summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
     save_result(job.folder / "summary.json", summary)

@@ -14,10 +14,10 @@ from spu.data.corpus import Corpus
 from spu.engine.microbatch import split_batch
 from spu.settings import Settings
 from spu.train import progress as console
+from spu.train.adapter import make_trained_model
 from spu.train.config import PLACEMENT, WATCHING, TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets
 from spu.train.metrics import MetricsFile, save_result
-from spu.train.model import make_model
 from spu.train.run_folder import RunFolder
 from spu.train.signals import Stopped, StopSignals
 
@@ -95,9 +95,12 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
     """
     steps = config.planned_steps()
     assert steps is not None, "the run has fixed its steps before"
-    model = make_model(config.model, config.seed).train()
+    model = make_trained_model(config)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
     )
     metrics = MetricsFile(folder / METRICS)
     metrics.keep_up_to(-1)

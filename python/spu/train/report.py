@@ -123,9 +123,8 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
             *("  " + line for line in (summary["prompt"] + "|" + summary["sample"]).splitlines()),
             "",
         ]
-    pictures = [
-        name for name in ("loss.png", "timeline.png", "trace.json", "model", "checkpoint") if (folder / name).exists()
-    ]
+    names = ("loss.png", "timeline.png", "trace.json", "model", "adapter", "checkpoint")
+    pictures = [name for name in names if (folder / name).exists()]
     return [*lines, f"in {folder}: {', '.join(pictures)}"]
 
 

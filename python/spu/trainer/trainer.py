@@ -25,6 +25,7 @@ from spu.engine.result import StepResult, counted_bytes, peak_bytes
 from spu.engine.runner import Pass
 from spu.engine.state import load_training, save_training, state_for_model
 from spu.engine.update import OptimizerFactory, Update
+from spu.model.layers import is_adapted
 from spu.plan import Plan
 from spu.plan.show.compare import comparison, replanned
 from spu.precision import LossScaler
@@ -350,7 +351,8 @@ class ModelParallelTrainer(StagedModel):
             "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
-        save_training(path, self._runner.built, self._runner.updater.optimizers, meta)
+        whole = not is_adapted(self._parts.as_module())  # of a PeftModel, the adapters are enough
+        save_training(path, self._runner.built, self._runner.updater.optimizers, meta, frozen=whole)
 
     @torch.inference_mode(False)
     def load(self, path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""The command ``spu merge``: adapters into the model that they were trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spu.model.lora import CONFIG
+from spu.model.merge import merge_adapter
+from spu.train.adapter import base_of, merge_run
+from spu.train.run_folder import find_folder
+
+__all__ = ["merge_command"]
+
+
+def merge_command(which: str, out: str, model: str | None, runs: str) -> None:
+    """Merge and say where the model is.
+
+    Args:
+        which: a run, by its name or folder, or the folder of an adapter in peft's format.
+        out: the new folder.
+        model: the base model's folder, for an adapter.
+        runs: the folder of all runs.
+
+    Raises:
+        ValueError: bad input; the text names it, and nothing was written.
+    """
+    if (Path(which) / CONFIG).is_file() or model is not None:
+        if model is None:
+            raise ValueError(f"{which} is an adapter: give the model that it was trained on with --model FOLDER")
+        merge_adapter(base_of(model, 0), which, out)
+    else:
+        folder = find_folder(runs, which)
+        merge_run(folder.read_config()[0], folder.path, out)
+    print(f"written: {out}; load it with AutoModelForCausalLM.from_pretrained({out!r})")

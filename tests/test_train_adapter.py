@@ -1,0 +1,202 @@
+"""`spu train --lora` and `spu merge`: a run of adapters, gone on with, merged, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("typer")
+
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from spu.cli.app import main  # noqa: E402
+from spu.model.lora import KINDS  # noqa: E402
+from spu.train.config import LORA_KINDS, TrainConfig  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
+tqdm.monitor_interval = 0  # and so do peft's, also where they are switched off
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+def spu(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model in 16 bits, a text, and a run of two steps in runs/run."""
+    folder = tmp_path_factory.mktemp("lora")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).bfloat16()
+    model.save_pretrained(folder / "base")
+    (folder / "base" / "tokenizer.bytes").write_text("bytes")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    assert train(folder, "run", "--lora", 3, "--lora-kind", "dora") == 0
+    return folder
+
+
+def train(folder: Path, name: str, *more: object, steps: int = 2) -> int:
+    where = ("--model", folder / "base", "--data", folder / "text.txt", "--out", folder / "runs", "--name", name)
+    how = ("--devices", "cpu", "--precision", "bf16", "--batch", 2, "--seq", 8, "--microbatches", 1, "--no-sample")
+    return spu("train", *where, *how, "--steps", steps, "--evals", 1, "--lr-schedule", "constant", *more)
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_an_adapter_that_peft_loads_and_no_second_model(place: Path) -> None:
+    run = place / "runs" / "run"
+    assert not (run / "model").exists()
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "base")
+    model = peft.PeftModel.from_pretrained(base, run / "adapter")
+    assert model.peft_config["default"].use_dora
+    found = peft.get_peft_model_state_dict(model)
+    assert found.keys() == adapter(run).keys()
+    assert len(found) == 2 * 7 * 3
+    assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
+    with safe_open(run / "checkpoint" / "tensors.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("model:")]  # noqa: SIM118  it is no dict
+    assert all(".lora_" in name for name in names)
+    assert len(names) == len(found)
+
+
+def test_going_on_gives_the_same_bits(place: Path) -> None:
+    assert train(place, "whole", "--lora", 3, "--lora-kind", "dora", steps=4) == 0
+    assert spu("train", "--resume", "run", "--out", place / "runs", "--steps", 4, "--no-sample") == 0
+    whole, parts = adapter(place / "runs" / "whole"), adapter(place / "runs" / "run")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(12)[None]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_run_is_what_peft_merges(place: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """In fp32 the same bits; in 16 bits our sums are rounded once, peft's more often."""
+    base = place / "base"
+    if dtype is torch.float32:
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "base")
+        base = tmp_path / "base"
+    trained = place / "runs" / "run" / "adapter"
+    assert spu("merge", trained, "--model", base, "--out", tmp_path / "ours") == 0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    ours = load(tmp_path / "ours", dtype=dtype)
+    theirs = peft.PeftModel.from_pretrained(load(base, dtype=dtype), trained).merge_and_unload()
+    truth = peft.PeftModel.from_pretrained(load(base, dtype=torch.float32), trained).merge_and_unload()
+    exact = truth.state_dict()
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype == dtype
+        if dtype is torch.float32:
+            assert torch.equal(a, b), name
+        else:
+            assert torch.equal(a, exact[name].to(dtype)), name
+    if dtype is torch.float32:
+        assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_run_of_a_config_alone_is_merged_in_parts_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
+    from spu.model.merge import merge_adapter
+    from spu.train.adapter import base_of
+
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps({"model_type": "llama", **TINY}))
+    base = base_of(str(config), seed=7)
+    merge_adapter(base, place / "runs" / "run" / "adapter", tmp_path / "merged", part_bytes=20_000)
+    parts = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert len(set(parts["weight_map"].values())) > 2
+    assert (tmp_path / "merged" / "tokenizer.bytes").exists()
+    assert torch.isfinite(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--lora", 0), "--lora 0"),
+        (("--lora-alpha", 8), "--lora-alpha 8.0 is of adapters, and there are none: give --lora RANK"),
+        (("--lora", 2, "--lora-targets", "c_attn"), "no layer of LlamaForCausalLM is named 'c_attn'"),
+    ],
+)
+def test_bad_options_write_nothing(
+    place: Path, options: tuple[object, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(place, "bad", *options) == 2
+    assert text in capsys.readouterr().err
+    assert not (place / "runs" / "bad").exists()
+
+
+def spoilt(place: Path, folder: Path, how: str) -> tuple[Path, Path]:
+    """Return an adapter and a model that do not belong together, or one that is damaged."""
+    base, own = folder / "base", folder / "adapter"
+    shutil.copytree(place / "base", base)
+    shutil.copytree(place / "runs" / "run" / "adapter", own)
+    values = json.loads((own / "adapter_config.json").read_text())
+    if how == "other names":
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2)).save_pretrained(base)
+    elif how == "other sizes":
+        other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, "hidden_size": 32}))
+        other.save_pretrained(base)
+    elif how == "patterns":
+        (own / "adapter_config.json").write_text(json.dumps({**values, "rank_pattern": {"q_proj": 8}}))
+    elif how == "cut weights":
+        weights = (own / "adapter_model.safetensors").read_bytes()
+        (own / "adapter_model.safetensors").write_bytes(weights[:-100])
+    elif how == "damaged base":
+        (base / "model.safetensors").write_bytes(b"\xff" * 100)
+    return own, base
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("other names", "which {base} does not have: give the model that it was trained on"),
+        ("other sizes", "adapts model.layers.0.mlp.down_proj.weight of shape (16, 32), which {base} has as (32, 32)"),
+        ("patterns", "sets rank_pattern, which is not merged here: use peft's merge_and_unload"),
+        ("cut weights", "adapter_model.safetensors is damaged"),
+        ("damaged base", "model.safetensors is damaged"),
+    ],
+)
+def test_what_cannot_be_merged_is_named_and_nothing_written(
+    place: Path, tmp_path: Path, how: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, base = spoilt(place, tmp_path, how)
+    before = sorted(tmp_path.rglob("*"))
+    assert spu("merge", own, "--model", base, "--out", tmp_path / "merged") == 2
+    assert text.format(base=base) in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_merging_wants_a_base_a_new_folder_and_a_run_with_adapters(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place / "runs" / "run"
+    assert spu("merge", run / "adapter", "--out", place / "new") == 2
+    assert "give the model that it was trained on with --model FOLDER" in capsys.readouterr().err
+    assert spu("merge", run, "--out", place / "base") == 2
+    assert "base is there already: give a new folder" in capsys.readouterr().err
+    assert spu("merge", "nowhere", "--runs", place / "runs", "--out", place / "new") == 2
+    assert not (place / "new").exists()
+    assert LORA_KINDS == KINDS
+    assert TrainConfig(lora=2).lora_kind == "lora"
