@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from spu.cost.blueprint import config_names, read_config
+from spu.cost.blueprint import blueprint, config_names, costs_by_rows, read_config
+from spu.settings import Settings
 
 
 def test_the_shipped_configs_are_of_the_sizes_they_say():
@@ -25,3 +28,17 @@ def test_what_is_no_config_is_named(tmp_path, content, reason):
     file.write_text(content)
     with pytest.raises(ValueError, match=reason):
         read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "Bloom", "Mixtral"])
+def test_decoders_without_a_plan_are_counted_by_their_config(family: str, tmp_path: Path) -> None:
+    from families import make_decoder
+
+    model = make_decoder(family, num_hidden_layers=2)
+    model.config.save_pretrained(tmp_path)
+    costs, _ = costs_by_rows(blueprint(str(tmp_path)), 16, Settings(precision="fp32"))(1)
+    assert [cost.basis for cost in costs] == ["counted"] * 4
+    assert sum(cost.param_count for cost in costs) == sum(p.numel() for p in model.parameters())
+    assert costs[0].output_bytes == 16 * 32 * 4
+    projection = 2 * 16 * 24 * 32 if family == "OPT" else 0
+    assert costs[0].forward_flops == projection

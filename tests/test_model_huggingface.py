@@ -10,14 +10,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from families import BUILT, PLANNED  # noqa: E402
+from families import make_decoder as make_model  # noqa: E402
 from numeric import assert_close_to_truth  # noqa: E402
 
 from spu.model import huggingface as hf  # noqa: E402
 from spu.nn import attention as hf_attention  # noqa: E402
-
-transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
-FAMILIES = ("InternLM3", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text", "Phi3")
-SCALING_FAMILIES = ("Granite", "Cohere")  # these scale the embedding or the logits in their own forward
 
 
 @pytest.fixture(autouse=True)
@@ -26,36 +24,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def make_model(family: str, **overrides):
-    config_class = getattr(transformers, f"{family}Config", None)
-    if config_class is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}Config")
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    if family.startswith("Gemma"):
-        options["head_dim"] = 8
-    if family in ("Gemma2", "Gemma3Text", "Mistral"):
-        options["sliding_window"] = 8
-    if family.startswith("Gemma3"):
-        options["final_logit_softcapping"] = 2.0
-    if family == "Granite":
-        options.update(embedding_multiplier=3.0, logits_scaling=2.0)
-    options.update(overrides)
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**options))
-    return model.train()
 
 
 def make_inputs(kind: str):
@@ -119,7 +87,7 @@ def assert_split_is_exact(model, inputs, cuts=(2, 4)):
 
 
 @pytest.mark.parametrize("kind", ["ids", "mask", "positions"])
-@pytest.mark.parametrize("family", FAMILIES + SCALING_FAMILIES)
+@pytest.mark.parametrize("family", PLANNED + BUILT)
 def test_split_equals_whole(family, kind):
     # A tied weight used on both sides of a cut sums its two gradients in another order: compared untied here.
     assert_split_is_exact(make_model(family, tie_word_embeddings=False), make_inputs(kind))
@@ -247,18 +215,87 @@ def test_layers_run_on_fake_and_meta_tensors():
     assert type(real) is torch.Tensor, "fake contexts are not kept for real tensors"
 
 
-def test_models_that_cannot_be_split_are_refused_by_name():
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2))
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no base_model_pp_plan.*Llama"):
-        hf.decoder_layers(gpt2)
+def test_models_that_are_no_decoders_are_refused_by_name():
     with pytest.raises(ValueError, match=r"LlamaModel has no language-model head.*AutoModelForCausalLM"):
         hf.decoder_layers(make_model("Llama").model)
     with pytest.raises(ValueError, match="Linear is not a transformers model"):
         hf.decoder_layers(torch.nn.Linear(2, 2))
+    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r"BertForMaskedLM keeps its token embedding outside bert.encoder"):
+        hf.decoder_layers(transformers.BertForMaskedLM(config))
+    with pytest.raises(ValueError, match=r"OPTForCausalLM leaves out layers by chance.*set config.layerdrop=0.0"):
+        hf.decoder_layers(make_model("OPT", layerdrop=0.1))
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM adds a router loss.*output_router_logits=False"):
+        hf.decoder_layers(make_model("Mixtral", output_router_logits=True))
+
+
+def test_models_that_cannot_be_split_exactly_are_refused_with_the_layer():
     stray = make_model("Llama")
     stray.model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"outside its pipeline plan \(model.extra.weight"):
+    with pytest.raises(
+        ValueError, match=r"parameters outside its embedding, layers, norm and head \(model.extra.weight"
+    ):
         hf.decoder_layers(stray)
+    count = make_model("GPT2")
+    count.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match=r"should have one list of 5 layers.*transformer.h \(4\)"):
+        hf.decoder_layers(count)
+
+    class Base(type(make_model("Llama").model)):
+        """Gives its layers what it finds in ``given``."""
+
+        def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+            hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for index, layer in enumerate(self.layers):
+                hidden, rotary = self.between(index, hidden, rotary)
+                hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
+            return transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    def refusal(between):
+        model = make_model("Llama")
+        model.model.__class__ = Base
+        model.model.between = between
+        with pytest.raises(ValueError, match="LlamaForCausalLM") as caught:
+            hf.decoder_layers(model)
+        return str(caught.value)
+
+    scaled = refusal(lambda index, hidden, rotary: (hidden * 2 if index == 2 else hidden, rotary))
+    assert "changes hidden states between layers 1 and 2" in scaled
+    seen = refusal(lambda index, hidden, rotary: (hidden, (rotary[0] + hidden.mean() * (index == 2), rotary[1])))
+    assert "inputs that depend on the embedding" in seen
+
+
+def test_a_layer_that_depends_on_another_is_refused_by_the_proof():
+    """What no shape shows: a block that reads what the block before it left behind."""
+    model = make_model("Llama")
+    first, second = model.model.layers[1], model.model.layers[2]
+    forward = second.forward
+    first.register_forward_hook(lambda module, args, out: setattr(module, "left", out.detach().mean()))
+    calls = []
+
+    def reads(hidden, *args, **kwargs):
+        calls.append(1)
+        return forward(hidden, *args, **kwargs) + first.left * len(calls)
+
+    second.forward = reads
+    with pytest.raises(ValueError, match=r"layers.2 alone returns other values than in the whole model"):
+        hf.decoder_layers(model)
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_dynamic_rotary_tables_are_those_of_a_fresh_model():
+    """transformers keeps the tables of the longest sequence seen; a microbatch gets those of its own length."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = make_model("Llama", max_position_embeddings=8, rope_parameters=rope)
+    layers = hf.decoder_layers(copy.deepcopy(model))
+    for tokens in (16, 8, 12, 16, 4):
+        ids = torch.arange(tokens)[None] % 64
+        with torch.no_grad():
+            logits, _ = run_split(layers, ids)
+            expected = copy.deepcopy(model)(input_ids=ids, use_cache=False).logits
+        assert_same_bits(logits, expected, f"logits of {tokens} tokens")
 
 
 def test_is_decoder():

@@ -2,9 +2,9 @@
 
 A transformers decoder layer takes more than the hidden state: rotary embeddings, masks, positions. The base model's
 own `forward` makes them. So that code runs, on a *shell*: a copy of the base model without weights, whose layers are
-recorders (return their input, keep the keyword arguments) and whose final norm is the identity. The result does not
-depend on the values of the hidden states (checked once, in `huggingface.py`). So any stage can compute it alone, from
-the batch's inputs.
+recorders (return their input, keep the keyword arguments), and whose other children with weights (position embeddings,
+norms) have stand-ins. The result does not depend on the values of the hidden states (checked once, in
+`hf_structure.py` and `hf_proof.py`). So any stage can compute it alone, from the batch's inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,20 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
 
-__all__ = ["Context", "Inputs", "LayerCall", "Recorder", "copy_without_children", "is_fake", "split_inputs"]
+__all__ = [
+    "Context",
+    "Inputs",
+    "LayerCall",
+    "Recorder",
+    "Stand",
+    "StandCall",
+    "copy_without_children",
+    "hidden_of",
+    "is_fake",
+    "same",
+    "split_inputs",
+    "unwrapped",
+]
 
 Inputs = torch.Tensor | dict[str, torch.Tensor]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,26 +46,110 @@ class Recorder(nn.Module):
     """Replaces a decoder layer: returns its input and records its arguments.
 
     Plain attributes of the layer (such as its attention type) are copied, because a base model's forward may read them.
+
+    Args:
+        layer: which it replaces.
+        index: its place among the layers.
+        as_tuple: the layer returns a tuple whose first element is the hidden state.
+        log: gets the index when it is called.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, index: int, as_tuple: bool, log: list[Any]) -> None:
         super().__init__()
         for key, value in vars(layer).items():
             if not key.startswith("_") and isinstance(value, str | int | float | bool | type(None)):
                 setattr(self, key, value)
+        self._index, self._as_tuple, self._log = index, as_tuple, log
         self._calls: list[tuple[torch.Tensor, LayerCall]] = []
 
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._calls.append((hidden, (args, kwargs)))
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._log.append(self._index)
+        hidden, rest, named = hidden_of(args, kwargs)
+        self._calls.append((hidden, (rest, named)))
+        return (hidden,) if self._as_tuple else hidden
 
     def take(self) -> tuple[torch.Tensor, LayerCall]:
         """Return the one call since the last `take`: (hidden state, (args, kwargs))."""
         calls = self._calls
-        self._calls = []
+        self.forget()
         if len(calls) != 1:
-            raise ValueError(f"the base model calls a decoder layer {len(calls)} times in one forward: not supported")
+            raise ValueError(
+                f"the base model calls decoder layer {self._index} {len(calls)} times in one forward: not supported"
+            )
         return calls[0]
+
+    def forget(self) -> None:
+        """Drop what was recorded."""
+        self._calls = []
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Return what a layer is called with as (hidden state, other positional arguments, other keywords)."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+class Stand(nn.Module):
+    """Replaces a child of the base model that has weights, or neither weights nor tables: keeps shapes, has no values.
+
+    What embeds gives zeros, what projects too; a norm or a dropout gives its input back. So the arguments that layers
+    get can be computed without the weights, as far as they do not depend on them.
+
+    Args:
+        name: of the child.
+        module: the child.
+        log: gets a `StandCall` for each call.
+    """
+
+    def __init__(self, name: str, module: nn.Module, log: list[Any]) -> None:
+        super().__init__()
+        self.name, self._log = name, log
+        module = unwrapped(module)
+        self.embeds = isinstance(module, nn.Embedding)
+        self._width: int | None = None  # of what it returns; None: that of what it gets
+        if isinstance(module, nn.Embedding):
+            self._width = module.embedding_dim
+        elif any(parameter.dim() > 1 for parameter in module.parameters()):
+            self._width = getattr(module, "out_features", getattr(module, "nf", None))  # nn.Linear, Conv1D
+            if self._width is None:
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) beside the layers is no embedding, norm or projection"
+                )
+        self.dtype = torch.float32  # of the hidden states
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        returned = given
+        if self._width is not None:
+            shape = given.shape if self.embeds else given.shape[:-1]
+            returned = torch.zeros((), dtype=self.dtype, device=given.device).expand(*shape, self._width)
+        self._log.append(StandCall(self.name, self.embeds, (args, kwargs), given, returned))
+        return returned
+
+
+class StandCall(NamedTuple):
+    """A call of a stand-in.
+
+    Attributes:
+        name: of the child that it replaces.
+        embeds: the child is an embedding.
+        call: (args, kwargs).
+        given, returned: its first tensor, and its result.
+    """
+
+    name: str
+    embeds: bool
+    call: LayerCall
+    given: torch.Tensor
+    returned: torch.Tensor
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module that adapters wrap."""
+    while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
+        module = inner
+    return module
 
 
 def copy_without_children(module: nn.Module) -> nn.Module:
@@ -82,13 +179,14 @@ class Context:
     Args:
         base: the base model; it is not changed and none of its weights are kept.
         layers_name: name of its ModuleList of decoder layers.
-        norm_name: name of its final norm.
         embed_name: name of its token embedding.
+        as_tuple: its layers return tuples.
     """
 
-    def __init__(self, base: nn.Module, layers_name: str, norm_name: str, embed_name: str) -> None:
+    def __init__(self, base: nn.Module, layers_name: str, embed_name: str, *, as_tuple: bool = False) -> None:
         self._layers_name = layers_name
-        self._template = self._make_shell(base, layers_name, norm_name, embed_name)
+        self._as_tuple = as_tuple
+        self._template = self._make_shell(base, layers_name, embed_name)
         self._reset()
 
     def _reset(self) -> None:
@@ -101,21 +199,24 @@ class Context:
         return self  # holds no weights and no state that a call could change: copies of a layer share it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_layers_name": self._layers_name, "_template": self._template}
+        return {"_layers_name": self._layers_name, "_as_tuple": self._as_tuple, "_template": self._template}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
 
-    @staticmethod
-    def _make_shell(base: nn.Module, layers_name: str, norm_name: str, embed_name: str) -> nn.Module:
+    def _make_shell(self, base: nn.Module, layers_name: str, embed_name: str) -> nn.Module:
         shell = copy_without_children(base)
+        log: list[Any] = []  # copied with the shell
+        object.__setattr__(shell, "_spu_log", log)
         for name, child in base.named_children():
             if name == layers_name:
-                shell.add_module(name, nn.ModuleList(Recorder(layer) for layer in child.children()))
-            elif name == norm_name:
-                shell.add_module(name, nn.Identity())
-            elif name != embed_name:  # rotary embeddings and the like: buffers, no weights
+                layers = [Recorder(layer, i, self._as_tuple, log) for i, layer in enumerate(child.children())]
+                shell.add_module(name, nn.ModuleList(layers))
+            elif next(child.parameters(), None) is not None or next(child.buffers(), None) is None:
+                if name != embed_name:
+                    shell.add_module(name, Stand(name, child, log))
+            else:  # rotary embeddings and the like: tables, no weights
                 shell.add_module(name, copy.deepcopy(child))
         return shell
 
@@ -124,20 +225,53 @@ class Context:
             self._shells[device] = copy.deepcopy(self._template).to(device)
         return self._shells[device]
 
-    def run(self, embeds: torch.Tensor, inputs: Inputs) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor]:
+    def run(
+        self, embeds: torch.Tensor, inputs: Inputs, real: dict[str, nn.Module] | None = None, training: bool = False
+    ) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor]:
         """Run the shell's forward on `embeds` [batch, tokens, hidden]; gradients flow if they are enabled.
+
+        Args:
+            embeds: what the token embedding returns.
+            inputs: the microbatch's.
+            real: children of the base model that are run themselves, not as stand-ins.
+            training: the base model's own dropouts are on.
 
         Returns:
             (each layer's hidden state, each layer's (args, kwargs), the base model's output)
         """
+        return self.watch(embeds, inputs, real, training)[:3]
+
+    def watch(
+        self, embeds: torch.Tensor, inputs: Inputs, real: dict[str, nn.Module] | None = None, training: bool = False
+    ) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor, list[Any]]:
+        """Return as `run`, and then the calls of stand-ins and the indices of layers, in their order."""
         rest = split_inputs(inputs)
         rest = {k: v for k, v in rest.items() if k != "input_ids"}
         with self._lock:
             shell = self._shell_on(embeds.device)
-            output = shell(input_ids=None, inputs_embeds=embeds, use_cache=False, **rest)
-            recorders = getattr(shell, self._layers_name)
-            taken = [r.take() for r in recorders]
-        return [hidden for hidden, _ in taken], [call for _, call in taken], output.last_hidden_state
+            buffers = [id(buffer) for buffer in shell.buffers()]
+            log: list[Any] = shell._spu_log  # type: ignore[assignment]
+            children = torch_private.children_of(shell)
+            stands = {name: children[name] for name in real or ()}
+            recorders = list(getattr(shell, self._layers_name))
+            try:
+                children.update(real or {})
+                shell.training = training
+                for child in children.values():
+                    if isinstance(child, Stand):
+                        child.dtype = embeds.dtype
+                output = shell(input_ids=None, inputs_embeds=embeds, use_cache=False, **rest)
+                taken, seen = [recorder.take() for recorder in recorders], list(log)
+            finally:
+                children.update(stands)
+                log.clear()
+                for recorder in recorders:
+                    recorder.forget()
+                if [id(buffer) for buffer in shell.buffers()] != buffers:
+                    # Rotary tables that grow with the longest sequence seen: each batch gets those of a fresh model.
+                    del self._shells[embeds.device]
+        hidden, calls = [hidden for hidden, _ in taken], [call for _, call in taken]
+        return hidden, calls, output[0] if isinstance(output, tuple) else output.last_hidden_state, seen
 
     def layer_calls(self, hidden: torch.Tensor, inputs: Inputs) -> list[LayerCall]:
         """Return the (args, kwargs) of every layer for a hidden state [batch, tokens, hidden] of `inputs`.
@@ -180,20 +314,57 @@ class Context:
             embeds = torch.zeros((), dtype=dtype, device=device).expand(shape)
             return self.run(embeds, inputs)[1]
 
+    def fake_states(self, embeds: torch.Tensor, real: dict[str, nn.Module]) -> torch.Tensor:
+        """Return hidden states like the first layer's for a fake or meta embedding [batch, tokens, width].
+
+        Every child of ``real`` is called once with tensors of the right shapes, so that what it takes can be counted.
+        Embeddings are added, all else is applied.
+        """
+        with unset_fake_temporarily(), torch.no_grad():
+            zeros = torch.zeros((), dtype=embeds.dtype).expand(embeds.shape)
+            log = self.watch(zeros, torch.zeros(embeds.shape[:2], dtype=torch.long))[3]
+        states, added = embeds, []
+        stands = {entry.name: entry for entry in log if isinstance(entry, StandCall)}
+        for name, module in real.items():
+            if stands[name].embeds:
+                args, kwargs = without_values(stands[name].call, embeds)
+                added.append(module(*args, **kwargs))
+            else:
+                states = module(states)
+        for positions in added:
+            states = states + positions
+        return states
+
     def _fake_layer_calls(self, hidden: torch.Tensor) -> list[LayerCall]:
         """Return the same for a fake or meta hidden state: computed on the CPU for unmasked ids, then converted."""
         with unset_fake_temporarily():
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
             calls = self._compute(torch.Size(hidden.shape), hidden.dtype, torch.device("cpu"), ids)
-        if isinstance(hidden, FakeTensor):
-            mode, device = hidden.fake_mode, hidden.fake_device
+        return without_values(calls, hidden)  # type: ignore[no-any-return]
 
-            def convert(t: torch.Tensor) -> torch.Tensor:
-                with mode:
-                    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
 
-            return tree_map_only(torch.Tensor, convert, calls)
-        return tree_map_only(torch.Tensor, lambda t: t.to("meta"), calls)
+def without_values(nested: Any, like: torch.Tensor) -> Any:
+    """Return arguments with their tensors replaced by fake or meta ones, as ``like`` is."""
+    if not isinstance(like, FakeTensor):
+        return tree_map_only(torch.Tensor, lambda t: t.to("meta"), nested)
+    mode, device = like.fake_mode, like.fake_device
+
+    def convert(t: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+    return tree_map_only(torch.Tensor, convert, nested)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Tell whether two arguments are equal, tensors in every bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a is b or a == b)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -1,8 +1,10 @@
 """Hugging Face decoders as a list of layers, each an ordinary module that any stage can hold.
 
-The cut follows the model's own `base_model_pp_plan` (token embedding, decoder layers, final norm); the language-model
-head and everything the model does after it (logit scaling, softcapping) run through the model's own `forward`.
-Running the layers one after the other gives the bits of the whole model, in loss and in gradients.
+The cut follows the model's own `base_model_pp_plan`, else its structure (`hf_structure.py`): what comes before the
+layers (token and position embeddings, norms, projections) is the first part, the final norm and the language-model head
+the last, and everything the model does around them (scaling, softcapping) runs through the model's own `forward`.
+Running the layers one after the other gives the bits of the whole model, in loss and in gradients; a model for which it
+does not is refused (`hf_proof.py`).
 """
 
 from __future__ import annotations
@@ -14,18 +16,13 @@ import torch
 from torch import nn
 
 from spu.common.torch_private import version
-from spu.model.hf_context import Context, Inputs, copy_without_children, is_fake, split_inputs
+from spu.model.hf_context import Context, Inputs, LayerCall, copy_without_children, is_fake, split_inputs
+from spu.model.hf_proof import prove_split
+from spu.model.hf_structure import WORKS, Structure, structure_of
 from spu.nn.attention import register_attention, use_attention
 from spu.ops.linear import compute_dtype
 
 __all__ = ["DecoderLayer", "Embed", "Head", "decoder_layers", "is_decoder", "register_attention"]
-
-_WORKS = "decoders with a base_model_pp_plan work, e.g. InternLM3, Llama, Qwen2, Qwen3, Mistral, Gemma, Phi3"
-
-_ELSE = (
-    f"{_WORKS}. Otherwise give the trainer a list of layers of your own, each an nn.Module that takes what the one "
-    "before returns; or train on one device with spu.accelerate(model) and spu.GradScaler"
-)
 
 
 class _Part(nn.Module):
@@ -48,20 +45,27 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 
 class Embed(_Part):
-    """Token embedding, and the base model's operations before its first layer (such as Gemma's scaling)."""
+    """Token embedding, and all that the base model does before its first layer: scaling, positions, norms."""
 
-    def __init__(self, embed_tokens: nn.Module, name: str, context: Context, plain: bool | None) -> None:
-        super().__init__({"embed_tokens": name})
-        self.embed_tokens = embed_tokens
-        self._context = context
-        self._plain = plain  # the first layer gets the embedding itself; None: not known, the weights are not there
+    def __init__(self, holder: nn.Module, found: Structure) -> None:
+        path = f"{found.holder}." if found.holder else ""
+        super().__init__({"embed_tokens": path + found.embedding} | {name: path + name for name in found.before})
+        self.embed_tokens = getattr(holder, found.embedding)
+        for name in found.before:
+            self.add_module(name, getattr(holder, name))
+        self._before = found.before
+        self._context = found.context
+        self._plain = found.plain  # the first layer gets the embedding itself
 
     def forward(self, x: Inputs, inputs: Inputs | None = None) -> torch.Tensor:
         """Embed token ids int64 [batch, tokens] (or a dict with "input_ids") as states [batch, tokens, hidden]."""
         embeds = self.embed_tokens(split_inputs(x)["input_ids"])
-        if self._plain or (self._plain is None and is_fake(embeds)):
+        if self._plain:
             return embeds
-        return self._context.run(embeds, x)[0][0]
+        real = {name: self.get_submodule(name) for name in self._before}
+        if is_fake(embeds):
+            return self._context.fake_states(embeds, real)
+        return self._context.run(embeds, x, real, self.training)[0][0]
 
 
 class DecoderLayer(_Part):
@@ -75,9 +79,13 @@ class DecoderLayer(_Part):
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Turn hidden states [batch, tokens, hidden] into the same shape; `inputs`: the microbatch's whole input."""
-        args, kwargs = self._context.layer_calls(x, inputs)[self.index]
+        args, kwargs = self.arguments(x, inputs)
         out = self.layer(x, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
+
+    def arguments(self, x: torch.Tensor, inputs: Inputs) -> LayerCall:
+        """Return the layer's other arguments, (positional, keywords)."""
+        return self._context.layer_calls(x, inputs)[self.index]
 
 
 class _BaseOutput(dict):
@@ -122,24 +130,32 @@ class _NoHead(nn.Module):
 
 
 class Head(_Part):
-    """Final norm, language-model head, and the model's own operations on the logits."""
+    """What follows the last layer, final norm and projection; the language-model head, and the model's own operations
+    on the logits."""
 
-    def __init__(self, norm: nn.Module, norm_name: str, lm_head: nn.Module, head_name: str, model: nn.Module) -> None:
-        super().__init__({"norm": norm_name, "lm_head": head_name})
-        self.norm = norm
-        self.lm_head = lm_head
-        # Not a child: the shell has no weights, and must not show up in state_dict, .to() or .half().
-        object.__setattr__(self, "_shell", copy_without_children(model))
-        self._head_name = head_name
-        self._base_name = str(model.base_model_prefix)
-
-    @property
-    def _whole(self) -> nn.Module:
-        return self.__dict__["_shell"]
+    def __init__(self, model: nn.Module, found: Structure) -> None:
+        path = f"{found.holder}." if found.holder else ""
+        super().__init__({name: path + name for name in found.after} | {"lm_head": found.head})
+        for name in found.after:
+            self.add_module(name, model.get_submodule(found.holder).get_submodule(name))
+        self.lm_head = model.get_submodule(found.head)
+        self._after = found.after
+        self._stand_ins = (found.holder, found.head)
+        # Not children: shells have no weights, and must not show up in state_dict, .to() or .half().
+        paths = {path.rpartition(".")[0] for path in self._stand_ins} - {""}
+        parents = {"", *paths, *(path[:i] for path in paths for i, c in enumerate(path) if c == ".")}
+        shells = {path: copy_without_children(model.get_submodule(path)) for path in sorted(parents)}
+        object.__setattr__(self, "_shells", shells)
 
     def forward(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Turn hidden states [batch, tokens, hidden] into logits [batch, tokens, vocabulary]."""
-        return self._ended(self.norm(x), self.lm_head, inputs)
+        return self._ended(self.normed(x), self.lm_head, inputs)
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the base model returns for its last layer's hidden states [batch, tokens, hidden]."""
+        for name in self._after:
+            x = self.get_submodule(name)(x)
+        return x
 
     @property
     def head(self) -> nn.Module:
@@ -148,7 +164,7 @@ class Head(_Part):
 
     def until_head(self, x: torch.Tensor, inputs: Inputs) -> tuple[torch.Tensor, bool]:
         """Return what the head is called with, and True; or the logits, and False, if the model changes them."""
-        normed = self.norm(x)
+        normed = self.normed(x)
         if not self._ends_in_head(normed.detach(), inputs):
             return self._ended(normed, self.lm_head, inputs), False
         stand_in = _NoHead(self.lm_head)
@@ -168,10 +184,20 @@ class Head(_Part):
 
     def _ended(self, normed: torch.Tensor, lm_head: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Run the model's forward from the base model's result on, with a head."""
-        shell = copy_without_children(self._whole)  # private to this call: stages run in threads
-        shell.add_module(self._base_name, _Stub(normed))
-        shell.add_module(self._head_name, lm_head)
-        return shell(input_ids=split_inputs(inputs)["input_ids"], use_cache=False, return_dict=True).logits
+        # Private to this call: stages run in threads.
+        shells = {path: copy_without_children(shell) for path, shell in self.__dict__["_shells"].items()}
+        for path, shell in shells.items():
+            if path:
+                _place(shells, path, shell)
+        for path, stand_in in zip(self._stand_ins, (_Stub(normed), lm_head), strict=True):
+            _place(shells, path, stand_in)
+        ids = split_inputs(inputs)["input_ids"]
+        return shells[""](input_ids=ids, use_cache=False, return_dict=True).logits  # type: ignore[no-any-return]
+
+
+def _place(shells: dict[str, nn.Module], path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    shells[parent].add_module(name, module)
 
 
 def is_decoder(model: object) -> bool:
@@ -207,95 +233,20 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     that transformers loads in fp16.
 
     Raises:
-        ValueError: the model is not a causal decoder with a pipeline plan that can be split exactly; the text says why.
+        ValueError: the model is not a causal decoder that can be split exactly; the text says why.
     """
     if not is_decoder(model):
-        raise ValueError(f"{type(model).__name__} is not a transformers model; {_WORKS}")
-    embed_name, layers_name, norm_name = _plan_names(model)
-    prefix: str = model.base_model_prefix  # type: ignore[assignment]
-    base: nn.Module = getattr(model, prefix)
-    lm_head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    head_name = next(name for name, child in model.named_modules() if child is lm_head)
-    _refuse_unplanned(model, prefix, {embed_name, layers_name, norm_name}, head_name)
+        raise ValueError(f"{type(model).__name__} is not a transformers model; {WORKS}")
+    found = structure_of(model)
     use_attention(model)
-
-    context = Context(base, layers_name, norm_name, embed_name)
-    embed_tokens = getattr(base, embed_name)
-    plain = _check_context(model, context, embed_tokens)
-    layers: list[tuple[str, nn.Module]] = [("embed", Embed(embed_tokens, f"{prefix}.{embed_name}", context, plain))]
-    for index, layer in enumerate(getattr(base, layers_name)):
-        layers.append((f"layers.{index}", DecoderLayer(layer, index, f"{prefix}.{layers_name}.{index}", context)))
-    head = Head(getattr(base, norm_name), f"{prefix}.{norm_name}", lm_head, head_name, model)
-    return [*layers, ("head", head)]
-
-
-def _plan_names(model: nn.Module) -> tuple[str, str, str]:
-    """Return (embedding, layers, norm): child names of the base model, from its pipeline plan."""
-    name = type(model).__name__
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; {_ELSE}")
-    plan = getattr(config, "base_model_pp_plan", None)
-    if not plan:
-        raise ValueError(f"{name} has no base_model_pp_plan, so nothing says how to split it; {_ELSE}")
-    base = getattr(model, str(model.base_model_prefix), None)
-    if base is None or base is model:
-        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(
-            f"{name} ends in another head than a language model's, which its pipeline plan leaves out; {_ELSE}"
-        )
-    names = list(plan)
-    if len(names) != 3 or not isinstance(getattr(base, names[1], None), nn.ModuleList):
-        raise ValueError(
-            f"{name} does more than embed, run layers and normalise: its pipeline plan is {', '.join(names)}; {_ELSE}"
-        )
-    if len(getattr(base, names[1])) != config.get_text_config().num_hidden_layers:
-        raise ValueError(f"{name} has {len(getattr(base, names[1]))} layers but num_hidden_layers says otherwise")
-    if getattr(config, "output_router_logits", False):
-        raise ValueError(f"{name} adds a router loss over all layers at once: set config.output_router_logits=False")
-    return names[0], names[1], names[2]
-
-
-def _refuse_unplanned(model: nn.Module, prefix: str, planned: set[str], head_name: str) -> None:
-    """Raise ValueError for a parameter outside the embedding, the layers, the norm and the head."""
-    known = (*(f"{prefix}.{n}." for n in planned), f"{head_name}.")
-    stray = [name for name, _ in model.named_parameters() if not name.startswith(known)]
-    if stray:
-        raise ValueError(
-            f"{type(model).__name__} has parameters outside its pipeline plan ({', '.join(stray[:3])}); {_WORKS}"
-        )
-
-
-def _check_context(model: nn.Module, context: Context, embed_tokens: nn.Module) -> bool | None:
-    """Prove on four tokens that the shell replaces the base model; return whether layer 0 gets the bare embedding.
-
-    Returns None if the weights are on the meta device, where nothing can be proved.
-
-    Raises:
-        ValueError: the base model changes hidden states between layers, or gives its layers something that depends on
-            the hidden states.
-    """
-    name, weight = type(model).__name__, next(embed_tokens.parameters())
-    if weight.device.type == "meta":
-        return None
-    ids = torch.zeros((1, 4), dtype=torch.long, device=weight.device)
-    with torch.no_grad():
-        embeds = embed_tokens(ids)
-        given, calls, out = context.run(embeds, ids)
-        if any(h is not given[0] for h in [*given, out]):
-            raise ValueError(f"{name} does something to hidden states between its layers; {_WORKS}")
-        other = context.run(torch.ones_like(embeds), ids)[1]
-    if not _equal(calls, other):
-        raise ValueError(f"{name} gives its layers inputs that depend on the embedding; {_WORKS}")
-    return given[0] is embeds
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a is b or a == b)
+    holder = model.get_submodule(found.holder)
+    path = f"{found.holder}.{found.blocks}" if found.holder else found.blocks
+    layers: list[tuple[str, nn.Module]] = [("embed", Embed(holder, found))]
+    for index, layer in enumerate(getattr(holder, found.blocks)):
+        layers.append((f"layers.{index}", DecoderLayer(layer, index, f"{path}.{index}", found.context)))
+    layers.append(("head", Head(model, found)))
+    for _, part in layers:
+        part.training = model.training
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        prove_split(model, layers)
+    return layers

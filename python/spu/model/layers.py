@@ -185,7 +185,7 @@ def model_layers(model: Any) -> list[Layer]:
         return _named(huggingface.decoder_layers(model))
     raise TypeError(
         f"a {type(model).__name__} is no nn.Module; pass an nn.Sequential, a list of layers, a Hugging Face decoder "
-        "with a base_model_pp_plan, or another module"
+        "of transformers, or another module"
     )
 
 
