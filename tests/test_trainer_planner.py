@@ -23,6 +23,7 @@ from spu.cost.measure import time_layers
 from spu.devices.manager import DeviceManager
 from spu.devices.tiers import parse_tiers
 from spu.engine.loss import cross_entropy
+from spu.memory.streams import HostStreams
 from spu.model.layers import parts_as_layers
 from spu.plan import BudgetError, Plan
 from spu.settings import TrainSettings
@@ -210,6 +211,27 @@ def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_pa
         device, disk = trainer.plan.streaming.tiers
         assert disk.peak_bytes == found["disk"]
         assert device.peak_bytes == pytest.approx(found["cpu:0"], rel=0.05)
+
+
+@pytest.mark.parametrize(("both", "share"), [(1.0, 1.0), (1.5, 2 / 3), (2.0, 0.5), (9.0, 0.5)])
+def test_a_link_is_timed_in_both_directions_at_once(monkeypatch: pytest.MonkeyPatch, both: float, share: float) -> None:
+    """A copy takes a second, two at one time take ``both`` seconds."""
+    clock, begun = [0.0], [0]
+
+    class Done:
+        def synchronize(self) -> None:
+            clock[0] += 0.0 if begun[0] == 0 else both if begun[0] == 2 else 1.0
+            begun[0] = 0
+
+    class Queues(HostStreams):
+        def copy(self, into: torch.Tensor, source: torch.Tensor, after: Any = ()) -> Done:
+            assert into.data_ptr() != source.data_ptr()
+            begun[0] += 1
+            return Done()
+
+    monkeypatch.setattr(measure, "_LINK_BYTES", 64)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    assert measure.time_duplex(DeviceManager().get_devices("cpu")[0], Queues()) == pytest.approx(share)
 
 
 def test_a_disk_is_timed_and_left_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

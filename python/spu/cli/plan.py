@@ -13,7 +13,7 @@ from spu.common.units import split_pairs
 from spu.devices.host import host_memory
 from spu.devices.manager import Device, DeviceManager, parse_bytes
 from spu.devices.speed import measure_device, measure_link
-from spu.devices.tiers import split_budget
+from spu.devices.tiers import Tiers, split_budget
 from spu.plan import Plan
 from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
@@ -110,6 +110,18 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     return make_machine(devices, measured, speeds, precision, links)
 
 
+def with_tiers(machine: Machine, tiers: Tiers) -> Machine:
+    """Return the machine with what was measured of the ways to its tiers: a GPU's link in both directions at once, and
+    the disk."""
+    from spu.cost.measure import time_disk, time_duplex
+
+    gpus = [device for device in machine.devices if device.torch_device.type == "cuda"]
+    duplex = time_duplex(gpus[0]) if gpus else machine.duplex
+    return dataclasses.replace(
+        machine, duplex=duplex, disk=machine.disk if tiers.disk is None else time_disk(tiers.disk)
+    )
+
+
 def plan_command(options: PlanOptions) -> Plan:
     """Plan, print, write.
 
@@ -127,6 +139,8 @@ def plan_command(options: PlanOptions) -> Plan:
         cpus = [parse_bytes(size) for name, size in _split_budget(budget).items() if name.startswith("cpu")]
         tiers = dataclasses.replace(tiers, host_bytes=sum(cpus))
     machine = describe_machine(devices, absent, options.speed, options.precision)
+    if not absent and options.speed is None and options.residency != "resident":
+        machine = with_tiers(machine, tiers)
     check_lora(options)
     layers = blueprint(options.model, lora_options(options))
     if options.frozen:

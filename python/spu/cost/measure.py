@@ -28,6 +28,7 @@ from spu.engine.stage import Stage
 from spu.memory.disk_store import DiskStore
 from spu.memory.slab import Slab
 from spu.memory.store import Ticket
+from spu.memory.streams import Streams, streams_for
 from spu.model.layers import DrawKey, Layer
 from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
@@ -38,11 +39,12 @@ from spu.plan.memory import update_bytes
 from spu.precision import MainGrads
 from spu.skips import carried_by
 
-__all__ = ["time_disk", "time_layers", "time_packing", "time_update"]
+__all__ = ["time_disk", "time_duplex", "time_layers", "time_packing", "time_update"]
 
 Seconds = tuple[float, float]
 _UPDATED = 1 << 20  # parameters of the update that is timed
 _REGIONS, _REGION_BYTES = 4, 16 << 20  # of a disk that is timed
+_LINK_BYTES = 32 << 20  # of each of two copies at a time
 _PACKED = 1 << 18  # values of the tensor that is packed
 _OF_A_KIND = 2  # layers of a kind that are run; the weights of a single one would stay in the cache
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
@@ -111,6 +113,32 @@ def time_disk(folder: Path) -> tuple[float, float]:
         return statistics.median(read), statistics.median(written[1:])  # the first write makes the file's blocks
     finally:
         store.close()
+
+
+def time_duplex(device: Device, streams: Streams | None = None) -> float:
+    """Return the share of its rate that each direction of a device's link keeps while both are busy: 0.5 to 1.
+
+    Args:
+        device: a GPU.
+        streams: its queues of copies; default: new ones.
+    """
+    place = device.torch_device
+    streams = streams_for(place) if streams is None else streams
+    there = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=place) for _ in range(2)]
+    here = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, pin_memory=place.type == "cuda") for _ in range(2)]
+    copies = [(there[0], here[0]), (here[1], there[1])]  # in, out
+
+    def seconds(which: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        found = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            for event in [streams.copy(into, source) for into, source in which]:
+                event.synchronize()
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found[1:])
+
+    alone = sum(seconds([copy]) for copy in copies) / 2
+    return min(1.0, max(0.5, alone / seconds(copies)))
 
 
 def time_update(devices: Sequence[Device], dtype: torch.dtype, state: str = "fp32") -> list[float]:

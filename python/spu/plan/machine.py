@@ -36,6 +36,10 @@ REACHED = 0.5
 PCIE, HOST = 12e9, 10e9
 """Nominal bytes/s between a GPU and the host (pinned), and between two CPU devices."""
 
+DUPLEX = 0.75
+"""The share of a link's rate that each direction keeps while both are busy, where it is not measured: consumer PCIe
+carries about 1.5 times of one direction then, not twice (OneTrainer#1644)."""
+
 DISK = 2.5e9, 1.25e9
 """Nominal bytes/s (read, written) of an NVMe drive: a quarter of what DeepNVMe measured of four (PCIe 4)."""
 
@@ -69,6 +73,7 @@ class Machine:
         links: bytes/s by (from, to) index; others are nominal.
         made_up: names of the devices whose speeds are nominal, with where these come from.
         disk: bytes/s (read, written) of the disk below the devices.
+        duplex: the share of a GPU's link that each direction keeps while both are busy.
     """
 
     devices: tuple[Device, ...]
@@ -76,6 +81,7 @@ class Machine:
     links: Mapping[tuple[int, int], float] = field(default_factory=dict)
     made_up: Mapping[str, str] = field(default_factory=dict)
     disk: tuple[float, float] = DISK
+    duplex: float = DUPLEX
 
     @property
     def host_rate(self) -> float:

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Streamed"]
 
-DUPLEX = 0.75
-"""The share of a link's rate that each direction keeps while both are busy: consumer PCIe carries about 1.5 times of
-one direction then, not twice (OneTrainer#1644)."""
-
 ALIGNMENT = 4096
 """Bytes to which regions and slots are rounded up, as `spu.memory.store` asks."""
 
@@ -247,7 +243,7 @@ class Streamed:
     def _visit(self, k: int, forward: bool, link_in: int, link_out: int, read: int, written: int) -> Visit:
         request = self.placed.request
         into, out_of = self._links
-        both = DUPLEX if link_in and link_out else 1.0
+        both = request.machine.duplex if link_in and link_out else 1.0
         seconds = self.placed.durations[k]
         compute = seconds[0] if forward else seconds[1] + seconds[2]
         if self.activations not in ("keep", "exact"):

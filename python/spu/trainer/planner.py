@@ -14,7 +14,7 @@ import torch
 from spu import schedules
 from spu.common.dtypes import DTYPES
 from spu.cost.count import LossFn, model_costs
-from spu.cost.measure import time_disk, time_layers, time_packing, time_update
+from spu.cost.measure import time_disk, time_duplex, time_layers, time_packing, time_update
 from spu.devices.manager import Device
 from spu.devices.speed import measure_device, measure_link
 from spu.devices.tiers import Tiers
@@ -245,7 +245,9 @@ class Planner:
         speeds = tuple(replace(speed, update_rate=moved, pack_rate=packed) for speed, moved, packed in known)
         folder = None if s.residency == "resident" else self.tiers.disk
         disk = machine.disk if folder is None else time_disk(folder)
-        return replace(machine, speeds=speeds, links={**machine.links, **links}, disk=disk)
+        gpus = [device for device in devices if device.torch_device.type == "cuda"]
+        duplex = time_duplex(gpus[0]) if gpus and s.residency != "resident" else machine.duplex
+        return replace(machine, speeds=speeds, links={**machine.links, **links}, disk=disk, duplex=duplex)
 
     def _fixed(self, plan: Plan, times: Times, *, move: bool = False) -> Plan:
         """Return the plan with these seconds; with ``move`` its stages are placed by them."""
