@@ -12,7 +12,7 @@ from spu.train.config import DEFAULT_MODEL, TrainConfig
 
 def test_defaults_are_valid_and_small_enough_for_five_minutes():
     config = TrainConfig()
-    assert config.planned_steps() * config.tokens_per_step == 786_432
+    assert config.planned_steps() * config.step_tokens == 786_432
     assert DEFAULT_MODEL["num_hidden_layers"] >= 4
 
 

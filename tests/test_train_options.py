@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("yaml")
+pytest.importorskip("typer")
 
+from spu.cli.app import _switches
 from spu.settings import Recompute
-from spu.train.config import RunOptions, TrainConfig
-from spu.train.options import read_options
+from spu.train.config import RunOptions, TrainConfig, for_tokens_per_step
+from spu.train.options import read_options, write_yaml
 
 
 def read(tmp_path: Path, text: str, **given):
@@ -32,17 +35,27 @@ def test_a_yaml_file_has_the_names_of_the_command_line_which_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("recompte: on", r"--config .*job.yaml: 'recompte' is not an option; did you mean recompute\?"),
+        ("seq: 8\nrecompte: on", r"--config .*job.yaml, line 2: 'recompte' is not an option; did you mean recompute\?"),
         ("micro-batches: 3", r"'micro-batches' is not an option; did you mean microbatches\?"),
         ("config: other.yaml", "'config' is not an option"),
-        ("precision: fp8", r"unknown .*job.yaml: precision 'fp8': give one of fp16, bf16, fp32"),
-        ("seq: 1.5", r"job.yaml: seq 1.5 must be a whole number of at least 1"),
-        ("seq: true", r"job.yaml: seq True must be a whole number"),
-        ("data: [a, b]", r"job.yaml: data is given 2 times, and a run has one text: cat a b > all.txt"),
-        ("seq: 1\nbatch: 8\nseq: 2", "job.yaml has seq twice: give one"),
-        ("save-every: 1\nsave_every: 2", "job.yaml has save_every twice: give one"),
-        ("lr: 1" + 400 * "0", "job.yaml: lr 10+ must be a positive number"),
-        ("- seq", "must be lines of OPTION: VALUE"),
+        ("precision: fp8", r"job.yaml, line 1: unknown precision 'fp8': give one of fp16, bf16, fp32"),
+        ("seq: 1.5", r"job.yaml, line 1: seq 1.5 must be a whole number of at least 1"),
+        ("seq: true", r"job.yaml, line 1: seq True must be a whole number"),
+        ("data: [a, b]", r"job.yaml, line 1: data is given 2 times, and a run has one text: cat a b > all.txt"),
+        ("seq: 1\nbatch: 8\nseq: 2", "job.yaml, line 3: seq stands in line 1 already: give it once"),
+        ("save-every: 1\nsave_every: 2", "job.yaml, line 2: save_every stands in line 1 already"),
+        ("lr: 1" + 400 * "0", "job.yaml, line 1: lr 10+ must be a positive number"),
+        ("- seq", "must be lines of OPTION: VALUE, and is a sequence"),
+        ("# a job\nname: 2024-01-01", r"line 2: name datetime.date.2024, 1, 1. must be a text"),
+        ("train:\n  seq: 8", r"line 1: 'train' is not an option"),
+        ("lr:\n  peak: 1", "line 1: lr has keys or lists in it: an option has one value, or a plain list"),
+        ("data: [[a], b]", "line 1: data has keys or lists in it"),
+        ("lr: .nan", "line 1: lr nan must be a positive number"),
+        ("seq: 8\n\tlr: 1", "is not YAML"),
+        ("x: &x [1, 1]\n<<: {seq: 8}", "line 1: 'x' is not an option"),
+        ("seq: 1\n---\nseq: 2", "is not YAML: expected a single document"),
+        (3000 * "[", "is not YAML: too deep"),
+        ("seq: !!python/object:os.system 1", "is not YAML: could not determine a constructor"),
         ("seq: [", "is not YAML"),
     ],
 )
@@ -71,3 +84,37 @@ def test_texts_of_the_command_line_are_read_and_checked(given, reason):
     ]
     with pytest.raises(ValueError, match=reason):
         read_options(given, TrainConfig)
+
+
+def test_what_is_written_reads_back_as_the_same_settings(tmp_path):
+    for config in (
+        TrainConfig(),
+        TrainConfig(model="on", data="a: b#c", lr=1e-7, recompute=[0, 2], steps=3, microbatches="auto", replan=True),
+        TrainConfig(recompute=False, retry=False, budget="cpu=1GB,disk=/a b:1GB", max_loss=3.0, warmup=0.0),
+    ):
+        write_yaml(tmp_path / "config.yaml", config, "a title")
+        assert (
+            TrainConfig(**read_options({"config": str(tmp_path / "config.yaml")}, TrainConfig, RunOptions)[0]) == config
+        )
+
+
+def test_a_step_of_more_tokens_has_more_microbatches_of_the_same_size():
+    config = TrainConfig(batch=8, microbatches=4, seq=16)
+    assert for_tokens_per_step(config, 128) == {"batch": 8, "accumulate": 1}
+    assert for_tokens_per_step(config, 129) == {"batch": 16, "accumulate": 2}
+    more = dataclasses.replace(config, batch=16, accumulate=2)
+    assert for_tokens_per_step(more, 500) == {"batch": 32, "accumulate": 4}
+    with pytest.raises(ValueError, match="--batch 9 is no multiple of --accumulate 2"):
+        for_tokens_per_step(dataclasses.replace(config, batch=9, accumulate=2), 500)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "--sample", "off", "--name", "off"], ["train", "--no-sample", "--name", "off"]),
+        (["train", "--keep-best", "on", "--replan", "No"], ["train", "--keep-best", "--no-replan"]),
+        (["train", "--no-sample", "--compare"], ["train", "--no-sample", "--compare"]),
+    ],
+)
+def test_a_switch_may_have_a_word(words, meant):
+    assert _switches(words) == meant

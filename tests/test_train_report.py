@@ -154,6 +154,20 @@ def test_folders_are_never_reused(tmp_path):
     assert new_folder(str(tmp_path), None).path != first.path
 
 
+def test_a_folder_of_a_run_that_was_killed_before_its_settings_were_written_is_used(tmp_path):
+    """It was refused, and could not be resumed either, since the name of the half-written file had changed."""
+    from spu.train.config import TrainConfig
+
+    (tmp_path / "a").mkdir()
+    for name in (".lock", ".config.json.12-34.new"):
+        (tmp_path / "a" / name).touch()
+    new_folder(str(tmp_path), "a").create(TrainConfig(), {})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes").touch()
+    with pytest.raises(ValueError, match="exists"):
+        new_folder(str(tmp_path), "b")
+
+
 def test_runs_are_found_by_name_path_and_age(tmp_path):
     with pytest.raises(ValueError, match="there is no run in"):
         find_folder(str(tmp_path), "latest")

@@ -14,7 +14,7 @@ except ImportError:  # the library works without its command line
     packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
     sys.exit(f"spu: the command line needs more packages: pip install {packages}")
 
-from spu.common.options import Options, kind_of
+from spu.common.options import SWITCH, Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
 from spu.train.options import read_options
 
@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         bare = index + 1 == len(arguments) or arguments[index + 1].startswith("-")
         if argument == "--resume" and bare:
             arguments[index] = "--resume=latest"
+    arguments = _switches(arguments)
     try:
         code = app(args=arguments or ["--help"], prog_name="spu", standalone_mode=False)
     except Exception as error:
@@ -223,6 +224,25 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code or 0)
+
+
+def _switches(arguments: list[str]) -> list[str]:
+    """Return the arguments with `--sample off` as `--no-sample`: a switch may have a word, as in a YAML file."""
+    flags = {
+        option(field.name)
+        for options in (TrainConfig, RunOptions, PlanOptions)
+        for field in options.own_first()
+        if kind_of(field).is_flag
+    }
+    result: list[str] = []
+    for argument in arguments:
+        name = result[-1] if result else ""
+        value = SWITCH.get(argument.lower()) if name in flags else None
+        if value is None:
+            result.append(argument)
+        elif not value:
+            result[-1] = f"--no-{name[2:]}"
+    return result
 
 
 def _given(error: Any, arguments: list[str]) -> str:

@@ -13,7 +13,7 @@ from spu.cost.blueprint import config_names
 from spu.plan import Plan
 from spu.train import plain as reference
 from spu.train import report
-from spu.train.config import PLACEMENT, RunOptions, TrainConfig
+from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
 from spu.train.job import Job
 from spu.train.loop import train
 from spu.train.results import draw_losses, is_finished
@@ -45,7 +45,7 @@ def train_command(given: dict[str, Any], options: RunOptions, named: Collection[
         given = planned_settings(plan, given, str(options.plan))
     job = _make_job(given, options, set(given) if named is None else named)
     job.given_plan = plan if job.new else None
-    job.sample = options.sample
+    job.sample, job.tensorboard = options.sample, options.tensorboard
     job.read()
     if only_reference and job.config.planned_steps() is None:
         raise ValueError(f"--minutes {job.config.minutes} is measured on the pipeline: give --steps or --tokens here")
@@ -74,6 +74,8 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
         resume, name = (name, None) if exists else (None, name)
         if exists:  # the run has turned them into steps
             given = {key: value for key, value in given.items() if key != "minutes"}
+    if options.tokens_per_step is not None:
+        given = _with_step(given, options, resume)
     if resume is None:
         for key in ("model", "data"):  # a run is resumed from any folder
             if given.get(key) is not None and given[key] not in config_names():
@@ -98,6 +100,21 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
         saved_steps=steps,
         saved_corpus=corpus,
     )
+
+
+def _with_step(given: dict[str, Any], options: RunOptions, resume: str | None) -> dict[str, Any]:
+    """Return the settings with ``batch`` and ``accumulate`` from --tokens-per-step, and say what they are."""
+    tokens = options.tokens_per_step
+    assert tokens is not None
+    config = TrainConfig(**given) if resume is None else find_folder(options.out, resume).read_config()[0]
+    step = for_tokens_per_step(config, tokens)
+    parts = step["accumulate"] * config.parts // config.accumulate
+    print(
+        f"a step of {step['batch'] * config.seq:,} tokens: {step['batch']} sequences in {parts} microbatches "
+        f"(--batch {step['batch']} --accumulate {step['accumulate']})",
+        flush=True,
+    )
+    return {**given, **step}
 
 
 def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:

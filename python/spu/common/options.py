@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "SWITCH",
     "Kind",
     "Options",
     "choice",
@@ -128,7 +129,7 @@ def flag(default: bool, about: str) -> Any:
         return value if isinstance(value, bool) else _refuse()
 
     def parse(text: str) -> Any:
-        return _SWITCH.get(text.lower(), text)
+        return SWITCH.get(text.lower(), text)
 
     return field_of(default, Kind(about, "true or false", take, parse, is_flag=True))
 
@@ -174,7 +175,7 @@ def _as(kind: Callable[[str], Any], text: str) -> Any:
         return text
 
 
-_SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
 # What all options can do

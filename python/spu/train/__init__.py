@@ -11,6 +11,7 @@ In the order in which a run meets them:
     guard.py, signals.py    what ends a run early: a loss that is not finite or gets no lower; Ctrl-C and SIGTERM
     keep.py, resume.py      the checkpoints that are kept; what may differ where a run goes on
     metrics.py, progress.py metrics.jsonl; what the terminal shows
+    tensorboard.py          the same numbers for TensorBoard
     export.py, sample.py    the trained model in full precision; a few lines that it writes
     results.py, report.py   summary.json and pictures; how they are drawn and printed
     plain.py                the same training in plain PyTorch, to compare with

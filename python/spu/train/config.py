@@ -24,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "check_lora",
     "check_step_size",
+    "for_tokens_per_step",
     "option",
 ]
 
@@ -141,7 +142,7 @@ class TrainConfig(TrainSettings):
             )
 
     @property
-    def tokens_per_step(self) -> int:
+    def step_tokens(self) -> int:
         return self.batch * self.seq
 
     def planned_steps(self) -> int | None:
@@ -153,7 +154,7 @@ class TrainConfig(TrainSettings):
         if self.minutes is not None or self.epochs is not None:
             return None
         tokens = DEFAULT_TOKENS if self.tokens is None else self.tokens
-        return max(1, tokens // self.tokens_per_step)
+        return max(1, tokens // self.step_tokens)
 
     def lr_factor(self, step: int) -> float:
         """Return the share of ``lr`` for the update after ``step`` updates."""
@@ -180,6 +181,11 @@ class RunOptions(Options):
     reference: bool = flag(False, "Train in plain fp32 PyTorch instead.")
     compare: bool = flag(False, "Train both ways and print the difference.")
     sample: bool = flag(True, "Let the model write some lines.")
+    tensorboard: bool = flag(False, "Write the numbers of metrics.jsonl for TensorBoard as well.")
+    tokens_per_step: int | None = whole(
+        None,
+        "Tokens of a step, at least: --batch and --accumulate become what has them in microbatches of the same size.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +226,24 @@ def check_lora(options: TrainConfig | PlanOptions) -> None:
         value = getattr(options, name, None)
         if options.lora is None and value not in (None, 0.0, "lora"):
             raise ValueError(f"{option(name)} {value} is of adapters, and there are none: give --lora RANK with it")
+
+
+def for_tokens_per_step(config: TrainConfig, tokens: int) -> dict[str, int]:
+    """Return ``batch`` and ``accumulate`` of steps with at least ``tokens`` tokens.
+
+    A step becomes more runs of the schedule, each as now: as many sequences, in as many microbatches.
+
+    Raises:
+        ValueError: the batch is not made of equal runs.
+    """
+    rows, rest = divmod(config.batch, config.accumulate)
+    if rest:
+        raise ValueError(
+            f"--tokens-per-step {tokens}: --batch {config.batch} is no multiple of --accumulate {config.accumulate}: "
+            "give a --batch that is, or leave --accumulate out"
+        )
+    runs = -(-tokens // (rows * config.seq))
+    return {"batch": runs * rows, "accumulate": runs}
 
 
 def check_step_size(batch: int, seq: int) -> None:

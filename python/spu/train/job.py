@@ -14,6 +14,7 @@ from spu.train.model import has_weights, load_config
 from spu.train.progress import View
 from spu.train.resume import check_not_shorter
 from spu.train.run_folder import RunFolder
+from spu.train.tensorboard import TensorBoard
 
 __all__ = ["Job"]
 
@@ -29,6 +30,7 @@ class Job:
     lengthened: bool = False  # given more steps than before
     saved_steps: int | None = None  # of a run that goes on
     sample: bool = True  # let the trained model write a few lines
+    tensorboard: bool = False
     saved_corpus: dict[str, Any] | None = None
     given_plan: Plan | None = None  # of a file that the user named
     corpus: Corpus = field(init=False)
@@ -45,6 +47,8 @@ class Job:
         Raises:
             ValueError: bad settings, data or model; nothing was written.
         """
+        if self.tensorboard:
+            TensorBoard.check()
         model_config = load_config(self.config.model)
         vocabulary = model_config.get_text_config().vocab_size
         self.tokenizer = make_tokenizer(self.config.model, vocabulary, weights=has_weights(self.config.model))

@@ -37,6 +37,7 @@ from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
+from spu.train.tensorboard import TensorBoard
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
 __all__ = ["Loop", "evaluate", "make_trainer", "settle_steps", "train"]
@@ -60,7 +61,10 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
         print(loop.disk_line(), flush=True)
-        loop.run(signals)
+        try:
+            loop.run(signals)
+        finally:
+            loop.close()
         exported = loop.choose_weights()
         val_loss = evaluate(trainer, job.corpus.validation_batches(job.config.batch, job.config.seq))
         if not math.isfinite(val_loss):
@@ -186,7 +190,9 @@ class Loop:
         self.job, self.trainer, self.done, self.steps = job, trainer, done, steps
         self.ended_early = ""
         self.timelines: deque[Timeline] = deque(maxlen=TIMELINES)
-        self._metrics, self._guard, self._shown = MetricsFile(job.folder.metrics), Guard(), RunningMean()
+        self._board = TensorBoard(job.folder / "tensorboard", done) if job.tensorboard else None
+        self._metrics = MetricsFile(job.folder.metrics, None if self._board is None else self._board.add)
+        self._guard, self._shown = Guard(), RunningMean()
         self._metrics.keep_up_to(done)
         rows = read_metrics(job.folder.metrics)
         before = train_rows(rows)
@@ -297,6 +303,11 @@ class Loop:
             stopped_summary(self.job, step, signal.Signals(signum).name, not self._due),
         )
         raise Stopped(f"stopped after step {step} of {self.steps}, {kept}; go on with --resume {self.job.folder.path}")
+
+    def close(self) -> None:
+        """Close what was opened beside the metrics."""
+        if self._board is not None:
+            self._board.close()
 
     def choose_weights(self) -> int:
         """Give the trainer the weights that are exported; return the step after which they were so."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Appends rows; every row has "step", the number of steps done."""
+    """Appends rows; every row has "step", the number of steps done.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        also: takes each row as well, as JSON has it.
+    """
+
+    def __init__(self, path: Path, also: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.path, self._also = path, also
 
     def keep_up_to(self, step: int) -> None:
         """Drop what was written after ``step`` (a killed run is ahead of its checkpoint), and a torn last line."""
@@ -31,8 +37,11 @@ class MetricsFile:
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, **row: Any) -> None:
+        row = {key: _finite(value) for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        if self._also is not None:
+            self._also(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

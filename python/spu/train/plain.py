@@ -109,8 +109,8 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
     with console.open_view("fp32 reference", steps) as view:
         for step in range(steps):
             row = train_step(model, optimizer, config, corpus, step)
-            seconds += config.tokens_per_step / row["tokens_per_s"]
-            metrics.append(step=step + 1, tokens=(step + 1) * config.tokens_per_step, **row)
+            seconds += config.step_tokens / row["tokens_per_s"]
+            metrics.append(step=step + 1, tokens=(step + 1) * config.step_tokens, **row)
             view.update(console.Progress(step + 1, shown.add(row["loss"]), row["tokens_per_s"]))
             if is_eval_step(config, step + 1, steps):
                 metrics.append(step=step + 1, val_loss=evaluate(model, curve))
@@ -126,7 +126,7 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
         "key": reference_key(config, corpus),
         "steps": steps,
         "val_loss": val_loss,
-        "tokens_per_s": steps * config.tokens_per_step / seconds,
+        "tokens_per_s": steps * config.step_tokens / seconds,
         "seconds": seconds,
         "threads": torch.get_num_threads(),
     }

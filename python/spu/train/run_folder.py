@@ -10,6 +10,7 @@ from typing import Any
 
 from spu.common.files import write_json
 from spu.train.config import TrainConfig
+from spu.train.options import write_yaml
 
 __all__ = ["FORMAT", "RunFolder", "find_folder", "new_folder"]
 
@@ -63,7 +64,9 @@ class RunFolder:
         self.write_config(config, corpus)
 
     def write_config(self, config: TrainConfig, corpus: dict[str, Any]) -> None:
+        """Write config.json, with which the run goes on, and config.yaml, which begins another one like it."""
         write_json(self / "config.json", {"format": FORMAT, "settings": config.to_json(), "corpus": corpus})
+        write_yaml(self / "config.yaml", config, f"spu train --config {self / 'config.yaml'} --name ANOTHER")
 
     def read_config(self) -> tuple[TrainConfig, dict[str, Any]]:
         """Return (settings, name and hash of the text) of an existing run.
@@ -89,7 +92,10 @@ class RunFolder:
 
     def _unused(self) -> bool:
         """Tell whether a run was killed before its settings were written, so that nothing can go on from it."""
-        return self.path.is_dir() and {file.name for file in self.path.iterdir()} <= {".lock", ".config.json.new"}
+        if not self.path.is_dir():
+            return False
+        names = {file.name for file in self.path.iterdir()}
+        return all(name == ".lock" or (name.startswith(".config.json.") and name.endswith(".new")) for name in names)
 
     def _exists(self) -> str:
         return f"--name {self.name}: {self.path} exists: give another name, or --resume {self.name} to go on with it"
