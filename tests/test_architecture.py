@@ -23,7 +23,7 @@ LEVELS = [
     {"engine"},
     {"cost", "data"},
     {"trainer"},
-    {"train"},
+    {"train", "integrations"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -55,6 +55,7 @@ _SUBMODULES = {
     "cost",
     "devices",
     "engine",
+    "integrations",
     "kernels",
     "memory",
     "model",

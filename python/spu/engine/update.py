@@ -254,7 +254,8 @@ class Updater:
             self._built.restore()
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # the tiers are closed by then
+        over = getattr(sys, "is_finalizing", None)  # at the very end of a process, sys is None here
+        if over is not None and not over():  # the tiers are closed by then
             self.close()  # a trainer that is dropped gives the model back too
 
     def _end_backward(self) -> None:

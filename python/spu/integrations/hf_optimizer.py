@@ -1,0 +1,73 @@
+"""The optimizer that a ``transformers.Trainer`` and its schedulers see, and the ones that update each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.optim.adamw import AdamW
+
+__all__ = ["FrontOptimizer", "GroupedAdamW", "set_rates"]
+
+DECAYED = "decayed"
+
+
+class GroupedAdamW(AdamW):
+    """AdamW whose parameters are in two groups: those that decay, and those that do not.
+
+    Args:
+        params: of a stage.
+        undecayed: ids of the parameters without weight decay.
+        weight_decay: of the others.
+        keywords: as `AdamW`'s.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], *, undecayed: Collection[int], weight_decay: float, **keywords: Any
+    ) -> None:
+        own = list(params)
+        groups = [
+            {"params": [p for p in own if id(p) not in undecayed], "weight_decay": weight_decay, DECAYED: True},
+            {"params": [p for p in own if id(p) in undecayed], "weight_decay": 0.0, DECAYED: False},
+        ]
+        super().__init__([group for group in groups if group["params"]], **keywords)
+
+
+def set_rates(optimizers: Iterable[Any], front: Sequence[dict[str, Any]]) -> None:
+    """Give every stage's groups the rates and settings that the front's two groups have now."""
+    for optimizer in optimizers:
+        for group in () if optimizer is None else optimizer.param_groups:
+            given = front[0 if group[DECAYED] else 1]
+            group.update({key: given[key] for key in ("lr", "weight_decay", "betas", "eps")})
+
+
+class FrontOptimizer(torch.optim.Optimizer):
+    """Holds rates for schedulers and callbacks; its ``step`` is the engine's update. It has no state of its own.
+
+    Args:
+        groups: the parameters that decay, and those that do not.
+        defaults: lr, betas, eps.
+        update: runs the update; returns whether it was skipped.
+    """
+
+    step_was_skipped = False  # accelerate asks for it
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], update: Callable[[], bool]) -> None:
+        super().__init__(groups, defaults)
+        self._update = update
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the model.
+
+        Raises:
+            ValueError: a closure, which would run the model a second time.
+        """
+        if closure is not None:
+            raise ValueError("step(closure) is not possible here: the gradients are there already")
+        self.step_was_skipped = self._update()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: the engine forgets gradients when the next step begins."""

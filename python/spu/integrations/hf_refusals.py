@@ -1,0 +1,65 @@
+"""What a ``transformers.Trainer`` can be asked for that would not be the same here: refused by name at the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["check_arguments", "check_class", "check_given"]
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_HOOKS = ("compute_loss", "training_step", "create_optimizer", "get_optimizer_cls_and_kwargs", "prediction_step")
+
+# argument -> (what is allowed, what to do instead)
+_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "deepspeed": ((None,), "give SpuTrainer(..., spu={'residency': 'streamed', ...}): it offloads by itself"),
+    "fsdp": ((None, False, "", []), "give SpuTrainer(..., spu={'devices': [...]}): it cuts the model by itself"),
+    "parallelism_config": ((None,), "leave it out: one process trains, on one device or several"),
+    "torch_compile": ((False, None), "leave it out: the layers run on fused ops"),
+    "use_liger_kernel": ((False,), "leave it out: the layers run on fused ops"),
+    "label_smoothing_factor": ((0, 0.0), "leave it out, or give ModelParallelTrainer a loss of your own"),
+    "neftune_noise_alpha": ((None,), "leave it out: its noise would be drawn otherwise"),
+    "auto_find_batch_size": ((False,), "leave it out: a step that runs out of memory is repeated with less"),
+    "optim_args": ((None, ""), "leave it out: the optimizer is spu.optim.AdamW"),
+    "optim_target_modules": ((None,), "leave it out: the optimizer is spu.optim.AdamW"),
+    "fp16_full_eval": ((False,), "leave it out: evaluation runs in the training's precision"),
+    "bf16_full_eval": ((False,), "leave it out: evaluation runs in the training's precision"),
+    "sharded_ddp": ((None, "", []), "leave it out"),
+}
+
+
+def check_class(cls: type, base: type) -> None:
+    """Raise TypeError if a subclass has changed what the engine does in the base's place."""
+    for name in _HOOKS:
+        here = next(c for c in cls.__mro__ if name in vars(c))
+        if here is not base and not here.__module__.startswith(("spu.", "transformers.")):
+            raise TypeError(
+                f"{here.__name__}.{name} would not be called: the engine computes loss, gradients and update. Use "
+                "transformers.Trainer for it, or spu.ModelParallelTrainer with loss_fn= and optimizer="
+            )
+
+
+def check_given(**given: Any) -> None:
+    """Raise ValueError for an argument of the constructor that cannot be taken; None is none."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"SpuTrainer takes no {name}: use spu.ModelParallelTrainer, which takes losses and optimizers"
+            )
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError for training arguments that would not be done as asked."""
+    for name, (allowed, instead) in _ARGUMENTS.items():
+        value = getattr(args, name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"TrainingArguments.{name}={value!r} is not possible with SpuTrainer: {instead}")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in _ADAMW:
+        raise ValueError(
+            f"TrainingArguments.optim={optim!r} is not possible with SpuTrainer: use {' or '.join(_ADAMW)}"
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"SpuTrainer trains in one process, and there are {args.world_size}: start it with python, not torchrun, "
+            "and name the devices in spu={'devices': [...]}"
+        )

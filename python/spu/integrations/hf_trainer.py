@@ -1,0 +1,269 @@
+"""``SpuTrainer``: a ``transformers.Trainer`` whose steps run through `spu.ModelParallelTrainer`.
+
+Data, schedules, logging, evaluation, checkpoints and callbacks are the Trainer's own. What lies between a batch and the
+updated weights is the engine's: the batches of one update are joined and cut into as many microbatches, the loss is
+divided by the update's counted targets (as ``num_items_in_batch`` has it), gradients are fp32, one AdamW pass updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from spu.common.files import write_json
+from spu.integrations.hf_batches import joined
+from spu.integrations.hf_optimizer import FrontOptimizer, GroupedAdamW, set_rates
+from spu.integrations.hf_refusals import check_arguments, check_class, check_given
+from spu.model.layers import is_adapted
+from spu.trainer.adapter import adapter_state
+from spu.trainer.halves import Halfway, begin_step, end_step
+from spu.trainer.trainer import ModelParallelTrainer
+
+__all__ = ["SpuTrainer"]
+
+_STATE = "spu"  # the engine's part of a checkpoint
+
+
+class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A ``transformers.Trainer`` for causal language models (a ``PeftModel`` too) that trains through spu's engine.
+
+    ``bf16=True`` and ``fp16=True`` train weights in 16 bits with fp32 masters, not under autocast; what is saved is the
+    masters. After ``train()`` the model is in fp32 again. Random draws (dropout) are the engine's: a function of seed,
+    step, microbatch and layer.
+
+    Args:
+        args, keywords: as ``transformers.Trainer`` takes them.
+        spu: keywords for `spu.ModelParallelTrainer`: ``devices``, ``microbatches``, ``residency``, ``tiers``,
+            ``recompute``, ``state``, ... Default: the device that ``TrainingArguments`` chose, a microbatch for each
+            batch of an update.
+
+    Raises:
+        ValueError, TypeError: what would not be done as asked, by name; see `spu.integrations.hf_refusals`.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Any = None, *more: Any, spu: Mapping[str, Any] | None = None, **keywords: Any
+    ) -> None:
+        check_class(type(self), SpuTrainer)
+        check_given(
+            compute_loss_func=keywords.get("compute_loss_func"),
+            optimizer_cls_and_kwargs=keywords.get("optimizer_cls_and_kwargs"),
+            optimizers=keywords["optimizers"] if any(keywords.get("optimizers", ())) else None,
+        )
+        if args is not None:
+            check_arguments(args)
+            args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: the engine takes further GPUs
+        self._given = dict(spu or {})
+        self._engine: ModelParallelTrainer | None = None
+        self._halfway: Halfway | None = None
+        self._batches: list[Any] = []
+        self._seen = 0
+        self._resumed: Path | None = None
+        super().__init__(model, args, *more, **keywords)
+        check_arguments(self.args)
+        if not self._loss_shifts_labels:
+            raise ValueError(
+                f"SpuTrainer trains causal language models, and {type(self.model).__name__}'s loss is another: use "
+                "spu.ModelParallelTrainer with its loss, or spu.accelerate(model) with transformers.Trainer"
+            )
+
+    # The engine
+
+    @property
+    def _module(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _settings(self) -> dict[str, Any]:
+        args = self.args
+        own = {
+            "devices": [str(args.device)],
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "microbatches": args.gradient_accumulation_steps,
+            "max_grad_norm": args.max_grad_norm or None,
+            "seed": args.seed,
+        }
+        return own | self._given
+
+    def _make_engine(self) -> ModelParallelTrainer:
+        model = self._module
+        decayed = set(self.get_decay_parameter_names(model))
+        undecayed = frozenset(id(p) for name, p in model.named_parameters() if name not in decayed)
+        optimizer = partial(GroupedAdamW, undecayed=undecayed, weight_decay=self.args.weight_decay, **self._adamw())
+        return ModelParallelTrainer(model, shift=True, optimizer=optimizer, **self._settings())
+
+    def _adamw(self) -> dict[str, Any]:
+        args = self.args
+        return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make what schedulers and callbacks see; the engine makes an optimizer for each stage.
+
+        Raises:
+            RuntimeError: a second ``train()``: the first one's moments are gone.
+        """
+        if self.optimizer is not None:
+            raise RuntimeError(
+                "this SpuTrainer has trained already: go on with train(resume_from_checkpoint=...) of a new one, or "
+                "give model_init"
+            )
+        decayed = set(self.get_decay_parameter_names(self._module))
+        named = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if (name in decayed) is keep], "weight_decay": decay}
+            for keep, decay in ((True, self.args.weight_decay), (False, 0.0))
+        ]
+        self.optimizer = FrontOptimizer(groups, self._adamw(), self._update)
+        return self.optimizer
+
+    def _update(self) -> bool:
+        engine, halfway, front = self._engine, self._halfway, self.optimizer
+        assert engine is not None
+        assert halfway is not None
+        assert front is not None
+        self._halfway = None
+        return end_step(engine, halfway, lambda optimizers: set_rates(optimizers, front.param_groups))
+
+    # The loop's places
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps=max_steps)
+        self.model_wrapped = self._module
+        self.accelerator._models = [self.model]  # it would wrap the model in autocast
+        self.accelerator._optimizers = [self.optimizer]  # asked whether a step was skipped
+        self._engine = self._make_engine()
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = train_dataloader
+        return self.model, train_dataloader
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the batches of one update, and how many targets count in them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if items is None and len(batches) > 1:
+            raise ValueError(
+                f"{type(self.model).__name__} takes no num_items_in_batch: over several batches its loss is no mean "
+                "over targets. Give gradient_accumulation_steps=1 and a larger batch; spu={'microbatches': ...} cuts it"
+            )
+        self._batches, self._seen = batches, 0
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run forward and backward of all batches of an update when its last one comes; return their loss there."""
+        self._seen += 1
+        if self._seen < len(self._batches):
+            return torch.zeros((), device=self.args.device)
+        model.train()
+        batch = joined([dict(batch) for batch in self._batches])
+        engine = self._engine
+        assert engine is not None
+        if self._resumed is not None:
+            engine.prepare(batch)
+            engine.load(self._resumed)
+            self._resumed = None
+        self._halfway = begin_step(engine, batch)
+        return self._halfway.loss.detach().to(self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        assert self._halfway is not None
+        return self._halfway.update.grad_norm.squeeze()  # the update clips by it
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Return loss, logits and labels of a batch: the loss alone from the engine, logits from the whole model.
+
+        Raises:
+            ValueError: logits of a model that lies on several devices.
+        """
+        engine = self._engine
+        if engine is None or engine.plan is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only and inputs.get("labels") is not None:
+            loss = engine.evaluate(dict(inputs))
+            return torch.tensor(loss, device=self.args.device), None, None
+        kinds = {device.torch_device for device in engine.devices}
+        if len(kinds) > 1:
+            raise ValueError(
+                "logits for compute_metrics and predict() come from the whole model, which lies on "
+                f"{', '.join(map(str, sorted(kinds, key=str)))}: set prediction_loss_only=True while it trains"
+            )
+        engine.flush()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision)
+        with torch.autocast(next(iter(kinds)).type, dtype, enabled=dtype is not None):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        engine, exact = self._engine, state_dict
+        if engine is not None and engine.plan is not None and state_dict is None:
+            exact = adapter_state(engine)[1] if is_adapted(self._module) else engine.state_dict_for_model()
+        super()._save(output_dir, exact)
+        config = Path(str(output_dir or self.args.output_dir)) / "config.json"
+        if exact is not state_dict and config.is_file():  # it says what the weights have while they train
+            values = json.loads(config.read_text(encoding="utf-8"))
+            write_json(config, values | {"dtype": "float32"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._engine is not None and self._engine.plan is not None:
+            self._engine.save(Path(output_dir) / _STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        place = Path(checkpoint) / _STATE
+        if not place.exists():
+            raise ValueError(
+                f"{checkpoint} has no folder {_STATE!r}: it was saved by another trainer, or with save_only_model; "
+                "give one that SpuTrainer saved, or load its model and start anew"
+            )
+        self._resumed = place  # the engine is planned on the first batch
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        self._end_engine()
+        return super()._finalize_training(*arguments)
+
+    def _inner_training_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*arguments, **keywords)
+        finally:
+            if self._engine is not None:  # it has failed
+                with contextlib.suppress(RuntimeError):
+                    self._end_engine()
+
+    @torch.no_grad()
+    def _end_engine(self) -> None:
+        """Give the model back, in full precision, on the device that the arguments name."""
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.close()
+        if engine.plan is None:
+            return
+        exact = engine.state_dict_for_model()
+        for name, parameter in self._module.named_parameters():
+            parameter.grad = None
+            parameter.data = exact[name].to(self.args.device)
+        for buffer in self._module.buffers():
+            buffer.data = buffer.data.to(self.args.device)
