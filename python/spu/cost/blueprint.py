@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from spu.common import torch_private
 from spu.common.dtypes import DTYPES
 from spu.common.errors import first_line
 from spu.cost.count import model_costs
 from spu.engine.loss import cross_entropy
+from spu.model.convert.decoder import empty_decoder
+from spu.model.convert.internlm2 import MODEL_TYPE, internlm2_config
 from spu.model.layers import Layer, model_layers
 from spu.model.lora import LoraOptions, add_adapters
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
 
-__all__ = ["blueprint", "config_names", "costs_by_rows", "freeze_matrices", "read_config"]
+__all__ = ["blueprint", "config_names", "config_of", "costs_by_rows", "freeze_matrices", "read_config"]
 
 
 def config_names() -> list[str]:
@@ -59,6 +59,26 @@ def read_config(source: str) -> dict[str, Any]:
     return values
 
 
+def config_of(values: dict[str, Any], source: str) -> Any:
+    """Return the transformers config of a config.json's values, InternLM2's included.
+
+    Raises:
+        ValueError: one of a model that transformers does not have, or that needs remote code.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = values["model_type"]
+    if kind == MODEL_TYPE:
+        return internlm2_config(values, source)
+    if kind not in CONFIG_MAPPING:
+        why = "it needs code of its own, which is not run" if "auto_map" in values else "transformers does not know it"
+        raise ValueError(f"--model {source}: model_type {kind!r}: {why}; give a decoder that transformers has")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(values)
+    except Exception as error:  # of its class's own checks
+        raise ValueError(f"--model {source}: its config.json is not a {kind}'s: {first_line(error)}") from error
+
+
 def blueprint(source: str, lora: LoraOptions | None = None) -> list[Layer]:
     """Return the layers of a decoder on the meta device: shapes and code, no weights.
 
@@ -69,17 +89,9 @@ def blueprint(source: str, lora: LoraOptions | None = None) -> list[Layer]:
     Raises:
         ValueError: not a config, or one of a model that transformers cannot make; no such layers to adapt.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    values = read_config(source)
-    kind = values["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"--model {source}: model_type {kind!r} is not one that transformers knows; give a decoder")
+    config = config_of(read_config(source), source)
     try:
-        config = CONFIG_MAPPING[kind].from_dict(values)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        _real_tables(model)
+        model = empty_decoder(config)
     except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"--model {source}: no causal decoder can be made from it: {first_line(error)}") from error
     if lora is not None:
@@ -96,16 +108,6 @@ def freeze_matrices(layers: Sequence[Layer]) -> None:
     for layer in layers:
         for parameter in layer.module.parameters():
             parameter.requires_grad_(parameter.dim() < 2)
-
-
-def _real_tables(model: nn.Module) -> None:
-    """Replace modules that hold tables but no weights (rotary embeddings) by ones with values: they are run to make
-    layers' inputs."""
-    for name, module in list(model.named_modules()):
-        tables = [b for b in torch_private.buffers_of(module).values() if b is not None and b.is_meta]
-        if tables and not list(module.parameters()):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, type(module)(config=model.config))  # type: ignore[call-arg]
 
 
 def costs_by_rows(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spu.common.dtypes import DTYPES
+from spu.common.heap import unmap_large_tensors
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
 from spu.engine.hosted import host_updated, pinning_for
@@ -57,7 +56,7 @@ def open_streaming(
     """
     how = plan.streaming
     assert how is not None
-    _unmap_large_tensors()
+    unmap_large_tensors()
     device = built.stages[0].device.torch_device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(
@@ -102,22 +101,6 @@ def _bring_to_memory(built: BuiltStages, residencies: Sequence[str]) -> None:
         if residency != "streamed" and stage.device.torch_device.type == "cpu":
             for parameter in stage.parameters():
                 parameter.data = parameter.data.clone()
-
-
-_LARGE_BYTES = 1 << 20
-_MMAP_THRESHOLD = -3  # of glibc's mallopt
-
-
-def _unmap_large_tensors() -> None:
-    """Let glibc give large tensors mappings of their own, which leave nothing behind when they are freed.
-
-    By default it raises the size from which it does so to that of whatever has been freed, up to 32 MB. Inputs of
-    layers, which stay, then lie between temporary tensors, and the heap grows by several times what is alive: in a
-    decoder of width 1,024 by 20 MB a layer instead of 4.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def stream(

@@ -46,7 +46,11 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, in_parts: bool
         folder: where to.
         in_parts: write small files, one after the other: safetensors copies a whole file in memory.
     """
-    model.save_pretrained(folder, **({"max_shard_size": PART} if in_parts else {}))
+    checkpoint = getattr(model, "spu_checkpoint", None)  # of another form than transformers'
+    if checkpoint is not None:
+        checkpoint.save(model, folder)
+    else:
+        model.save_pretrained(folder, **({"max_shard_size": PART} if in_parts else {}))
     tokenizer.save(folder)
 
 

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from spu.common.errors import first_line
-from spu.cost.blueprint import read_config
+from spu.common.heap import large_tensors_unmapped
+from spu.common.out_of_memory import is_out_of_memory
+from spu.cost.blueprint import config_of, read_config
+from spu.model.convert.decoder import load_decoder
+from spu.model.convert.internlm2 import MODEL_TYPE, load_internlm2
 from spu.train.config import DEFAULT_MODEL
 
 __all__ = ["default_config", "has_weights", "load_config", "make_model", "quiet_transformers"]
@@ -48,14 +52,7 @@ def load_config(source: str | None) -> Any:
     quiet_transformers()
     if source is None:
         return default_config()
-    values = read_config(source)
-    from transformers import CONFIG_MAPPING
-
-    kind = values["model_type"]
-    if kind not in CONFIG_MAPPING:
-        why = "it needs code of its own, which is not run" if "auto_map" in values else "transformers does not know it"
-        raise ValueError(f"--model {source}: model_type {kind!r}: {why}; give a decoder that transformers has")
-    return CONFIG_MAPPING[kind].from_dict(values)
+    return config_of(read_config(source), source)
 
 
 def has_weights(source: str | None) -> bool:
@@ -83,8 +80,8 @@ def make_model(source: str | None, seed: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(source)
-    if has_weights(source):
-        return _load(str(source), config)
+    if source is not None and has_weights(source):
+        return _load(source, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -94,6 +91,20 @@ def make_model(source: str | None, seed: int) -> nn.Module:
 
 
 def _load(source: str, config: Any) -> nn.Module:
+    """Return the model of a folder with weights: tensor by tensor, or by transformers where that converts them."""
+    try:
+        with large_tensors_unmapped():
+            if read_config(source)["model_type"] == MODEL_TYPE:
+                return load_internlm2(Path(source), config)
+            model = load_decoder(Path(source), config)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, ZeroDivisionError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"--model {source}: its weights cannot be read: {first_line(error)}") from error
+    return model if model is not None else _load_converted(source, config)
+
+
+def _load_converted(source: str, config: Any) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,122 @@
+"""A decoder of transformers from its safetensors, tensor by tensor: never more in memory than the model and a piece."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spu.model.convert.empty import materialise, meta_parameters
+from spu.model.convert.layout import Run, Stored, check, fill, whole
+from spu.model.convert.shards import Shards
+
+__all__ = ["empty_decoder", "load_decoder"]
+
+_OLD_TABLES = re.compile(r"(rotary_emb|rotary_pos_emb|rope)\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+_EXPERTS = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # of an expert: gate, up, down
+
+
+def empty_decoder(config: Any) -> Any:
+    """Return the causal decoder of a config with its parameters in fp32 on the meta device.
+
+    Raises:
+        ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError: transformers cannot make it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with meta_parameters():
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+
+
+def load_decoder(folder: Path, config: Any) -> nn.Module | None:
+    """Return the decoder of a config with the weights of a folder, in fp32.
+
+    Its tensors are made by ``torch.empty``, which ``spu.spilled`` catches, and filled 16 MB at a time.
+
+    Returns:
+        the model; None where the checkpoint has other tensors than the model, and transformers knows how to convert
+        them.
+
+    Raises:
+        ValueError: the checkpoint is damaged or not this model's; the text names the file and the fix.
+    """
+    shards, model = Shards(folder), empty_decoder(config)
+    parameters, ties = dict(model.named_parameters()), set(model.state_dict())
+    state = model.state_dict()
+    wanted = {name: state[name] for name in state if name in parameters or not state[name].is_meta}
+    layout: dict[str, Stored] = {}
+    for name, tensor in wanted.items():
+        layout.update(_stored(name, tensor, set(shards.entries), model))
+    if any(name not in shards.entries for name in layout) and _converts(model):
+        return None
+    ties |= {name.removeprefix(f"{model.base_model_prefix}.") for name in ties}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def needless(name: str) -> bool:
+        return name in ties or _OLD_TABLES.search(name) is not None or any(p.search(name) for p in ignored)
+
+    check(layout, shards, needless)
+    fill(layout, shards, materialise(model))
+    _read_generation_config(folder, model)
+    return model.eval()  # as from_pretrained
+
+
+def _stored(name: str, tensor: Tensor, there: set[str], model: Any) -> dict[str, Stored]:
+    """Return the stored tensors that a parameter is made of, under the names that they have in the checkpoint."""
+    for candidate in _candidates(name, model):
+        if candidate in there:
+            return {candidate: whole(name, tensor)}
+    base, _, kind = name.rpartition(".experts.")
+    if kind not in ("gate_up_proj", "down_proj") or tensor.dim() != 3:
+        return {name: whole(name, tensor)}
+    for experts in _candidates(f"{base}.experts", model):
+        for gate, up, down in _EXPERTS:
+            if f"{experts}.0.{down}.weight" in there:
+                return _of_experts(name, tensor, experts, (gate, up) if kind == "gate_up_proj" else (down,))
+    return {name: whole(name, tensor)}
+
+
+def _of_experts(name: str, tensor: Tensor, experts: str, parts: tuple[str, ...]) -> dict[str, Stored]:
+    """Return the layout of experts that are stored one by one, and their gate and up matrices apart."""
+    count, rows, columns = tensor.shape
+    shape = (rows // len(parts), columns)
+    size = shape[0] * columns
+    return {
+        f"{experts}.{expert}.{part}.weight": Stored(shape, (Run(name, (expert * len(parts) + k) * size, size),))
+        for expert in range(count)
+        for k, part in enumerate(parts)
+    }
+
+
+def _candidates(name: str, model: Any) -> Iterator[str]:
+    """Yield the names that a parameter has in checkpoints: its own, without the base model's, older ones, tied ones."""
+    yield name
+    yield name.removeprefix(f"{model.base_model_prefix}.")
+    yield name.replace(".mlp.", ".block_sparse_moe.")  # Mixtral
+    yield re.sub(r"^lm_head\.", "embed_out.", name)  # GPT-NeoX
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = parameters.get(name)
+    for other, parameter in parameters.items():
+        if parameter is own and other != name:
+            yield other
+
+
+def _converts(model: Any) -> bool:
+    """Tell whether transformers converts this model's checkpoints when it loads them."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return False
+    return any(hasattr(step, "operations") for step in get_model_conversion_mapping(model))
+
+
+def _read_generation_config(folder: Path, model: Any) -> None:
+    if (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
