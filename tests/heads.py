@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import spu
 from spu import ModelParallelTrainer
+from spu.common.torch_private import is_fake
 from spu.engine import head_loss
 from spu.ops import cross_entropy as op
 
@@ -34,7 +35,8 @@ def calls(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype
 
     def counted(*args: Any) -> Tensor:
         loss = spu.ops.linear_cross_entropy(*args)
-        found.append(loss.dtype)
+        if not is_fake(loss):  # planning runs it too
+            found.append(loss.dtype)
         return loss
 
     monkeypatch.setattr(head_loss, "linear_cross_entropy", counted)

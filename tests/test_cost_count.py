@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import nn
 from spu import DeviceManager
 from spu.common.tracker import MemoryTracker, Tally
 from spu.cost.count import model_costs
+from spu.engine.loss import cross_entropy
 from spu.engine.result import state_bytes
-from spu.model.layers import Layer
+from spu.model.layers import Layer, parts_as_layers
+from spu.ops.dispatch import status_of
 from spu.plan.layer_cost import LayerCost
 from spu.trainer.trainer import ModelParallelTrainer
 
@@ -189,3 +192,47 @@ def test_storages_are_counted_once_and_until_they_are_freed():
     assert (tally.live, tally.peak) == (600, 600)
     del a, view, c
     assert tally.live == 0
+
+
+def headed(vocabulary: int) -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(vocabulary, 32), nn.Linear(32, 32), nn.Linear(32, vocabulary, bias=False))
+
+
+def counted_head(vocabulary: int, tokens: int, **how: Any) -> tuple[list[LayerCost], LayerCost | None]:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    layers = parts_as_layers(headed(vocabulary))
+    return model_costs(layers, ids, torch.float16, loss_fn=cross_entropy, targets=ids, **how)
+
+
+@pytest.mark.skipif(not status_of("cpu").available, reason="the reference backend computes logits")
+def test_a_loss_without_logits_is_counted_with_its_layer() -> None:
+    vocabulary, tokens = 32768, 2048
+    (*_, head), loss = counted_head(vocabulary, tokens)
+    logits = 2 * vocabulary * tokens  # in fp16
+    assert (head.output_bytes, loss) == (4, LayerCost(name="loss", input_bytes=4, output_bytes=4))
+    assert head.own_bytes < 1 << 20
+    assert 64 << 20 <= head.backward_extra_bytes < logits  # a chunk of logit gradients at a time
+    assert head.param_count == 32 * vocabulary
+    assert head.backward_flops == 3 * head.forward_flops  # logits once more
+    (*_, on_gpu), _ = counted_head(vocabulary, tokens, device_type="cuda")
+    assert on_gpu.backward_extra_bytes >= logits  # all of them fit one chunk there
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(32768, 256), (64, 2048)])
+def test_small_logits_are_counted_as_they_are(vocabulary: int, tokens: int) -> None:
+    (*_, head), loss = counted_head(vocabulary, tokens)
+    assert head.output_bytes == 2 * vocabulary * tokens
+    assert loss is not None
+    assert loss.input_bytes == head.output_bytes
+
+
+@pytest.mark.parametrize(("precision", "recompute"), [("fp16", True), ("fp32", False)])
+def test_the_peak_without_logits_is_the_predicted_one(precision: str, recompute: bool) -> None:
+    ids = torch.randint(0, 32768, (4, 1024))
+    settings = {"precision": precision, "recompute": recompute, "microbatches": 2, "schedule": "gpipe"}
+    with ModelParallelTrainer(headed(32768), "cpu", **settings) as trainer:
+        measured = measured_peaks(trainer, (ids, ids))
+        assert trainer.plan is not None
+        predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
+    assert measured["cpu:0"] > 50 << 20
+    assert predicted == {"cpu:0": pytest.approx(measured["cpu:0"], rel=0.05)}

@@ -110,6 +110,12 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     return make_machine(devices, measured, speeds, precision, links)
 
 
+def last_type(machine: Machine) -> str:
+    """Return the type of the device that the last layer is taken to run on: a GPU's, if there is one."""
+    types = {device.torch_device.type for device in machine.devices}
+    return next(iter(types - {"cpu"}), "cpu")
+
+
 def with_tiers(machine: Machine, tiers: Tiers) -> Machine:
     """Return the machine with what was measured of the ways to its tiers: a GPU's link in both directions at once, and
     the disk."""
@@ -149,7 +155,7 @@ def plan_command(options: PlanOptions) -> Plan:
     name = Path(options.model).name.removesuffix(".json")
     settings = Settings.part_of(options)
     plan = search_plan(
-        costs_by_rows(layers, options.seq, settings),
+        costs_by_rows(layers, options.seq, settings, last_type(machine)),
         machine,
         settings,
         batch=options.batch,

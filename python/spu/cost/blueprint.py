@@ -15,6 +15,7 @@ import torch
 from spu.common.dtypes import DTYPES
 from spu.common.errors import first_line
 from spu.cost.count import model_costs
+from spu.cost.head import rows_without_logits
 from spu.engine.loss import cross_entropy
 from spu.model.convert.decoder import empty_decoder
 from spu.model.convert.internlm2 import MODEL_TYPE, internlm2_config
@@ -111,38 +112,50 @@ def freeze_matrices(layers: Sequence[Layer]) -> None:
 
 
 def costs_by_rows(
-    layers: list[Layer], tokens: int, settings: Settings
+    layers: list[Layer], tokens: int, settings: Settings, device_type: str = "cpu"
 ) -> Callable[[int], tuple[list[LayerCost], LayerCost]]:
     """Return a function: rows of a microbatch -> costs of a decoder's layers and of its cross entropy.
 
-    Every cost of a decoder is linear in the rows, so that two runs on fakes, of one row and of two, tell all others.
-    """
+    Every cost of a decoder is linear in the rows, so that two runs on fakes tell all others: of one row and of two, or
+    of the first two whose loss is computed without logits.
 
-    @lru_cache(maxsize=2)
+    Args:
+        layers: of `blueprint`.
+        tokens: of a row.
+        settings: of the training.
+        device_type: of the device that runs the last layer.
+    """
+    first = rows_without_logits(layers[-1].module, cross_entropy, tokens) or 1
+
+    @lru_cache(maxsize=4)
     def counted(rows: int) -> list[LayerCost]:
         ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
         dtype = DTYPES[settings.precision]
-        costs, loss = model_costs(layers, ids, dtype, fused=settings.fused, loss_fn=cross_entropy, targets=ids)
+        costs, loss = model_costs(
+            layers, ids, dtype, fused=settings.fused, loss_fn=cross_entropy, targets=ids, device_type=device_type
+        )
         assert loss is not None
         return [*costs, loss]
 
     def costs_of(rows: int) -> tuple[list[LayerCost], LayerCost]:
-        if rows <= 2:
+        start = first if rows >= first else 1
+        if rows <= start + 1:
             every = counted(rows)
         else:
-            every = [_interpolated(one, two, rows) for one, two in zip(counted(1), counted(2), strict=True)]
+            pairs = zip(counted(start), counted(start + 1), strict=True)
+            every = [_interpolated(one, two, rows - start) for one, two in pairs]
         return every[:-1], every[-1]
 
     return costs_of
 
 
-def _interpolated(one: LayerCost, two: LayerCost, rows: int) -> LayerCost:
-    """Return the costs of ``rows``, which lie on the line through those of one row and of two."""
+def _interpolated(one: LayerCost, two: LayerCost, further: int) -> LayerCost:
+    """Return the costs of so many rows more than ``one`` has, on the line through it and ``two``, of one row more."""
 
     def value(a: Any, b: Any) -> Any:
         if isinstance(a, tuple):
             return tuple(value(x, y) for x, y in zip(a, b, strict=True))
-        return a + (b - a) * (rows - 1) if type(a) is int else a
+        return a + (b - a) * further if type(a) is int else a
 
     fields = [field.name for field in dataclasses.fields(LayerCost)]
     return LayerCost(**{name: value(getattr(one, name), getattr(two, name)) for name in fields})

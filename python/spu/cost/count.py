@@ -30,10 +30,12 @@ from spu.common.quiet import hushed
 from spu.common.torch_private import FakeTensor, FakeTensorMode, is_fake, tree_map, tree_map_only
 from spu.common.tracker import Tally
 from spu.cost.footprint import DetachedSkips, Footprint, TrainingForm, following, tensor_bytes, tensors_in
+from spu.cost.head import WithLoss
 from spu.engine.loss import loss_of
 from spu.model.layers import Layer
 from spu.model.stand_in import hooks_off
 from spu.model.untouched import untouched
+from spu.ops.cross_entropy import counted_as
 from spu.plan.layer_cost import LayerCost
 from spu.precision.dtypes import state_dtypes
 
@@ -53,6 +55,7 @@ def model_costs(
     fused: bool | None = None,
     loss_fn: LossFn | None = None,
     targets: Any = None,
+    device_type: str = "cpu",
 ) -> tuple[list[LayerCost], LayerCost | None]:
     """Return costs of layers that are run one after the other, and of the loss if there are targets.
 
@@ -63,7 +66,9 @@ def model_costs(
         sample: one microbatch's inputs: a tensor or a structure of them, real, meta or fake.
         dtype: of the training; parameters are taken in it, inputs and buffers as they are (`spu.precision.dtypes`).
         fused: put linear layers on our ops; default: in 16-bit precisions, as the trainer does.
-        loss_fn, targets: the loss, and one microbatch of its targets.
+        loss_fn, targets: the loss, and one microbatch of its targets. Where a training computes the loss without
+            logits, the last layer's cost is that of both, and the loss has none.
+        device_type: of the device that runs the last layer.
 
     Raises:
         ValueError: there are no layers; or one of a model without values cannot be run on fakes: the message names it.
@@ -80,11 +85,13 @@ def model_costs(
     with untouched(*(layer.module for layer in chain)), hooks_off(), hushed(), torch.inference_mode(False):
         counter = _Counter(chain, sample, dtype, dtype in HALVES if fused is None else fused)
         x = fake_copy(counter.mode, sample)
-        for layer in chain:
+        for index, layer in enumerate(chain):
             stop_if_asked()
             # Only of decoders' layers is it known that nothing else tells them apart.
             kind = kind_of(layer.module, x) if layer.wants_inputs else None
             found = known.get(kind) if kind is not None else None
+            if index == len(layers) - 1 < len(chain) - 1:
+                found = counter.cost_with_loss(x, layer, loss_fn, targets, device_type) or found
             if found is None:
                 found = counter.cost(x, costs)
                 if kind is not None:
@@ -92,6 +99,9 @@ def model_costs(
             own = dataclasses.replace(found[0], name=layer.name)
             costs.append(_counted_once(own, layer.module, owners, len(costs)))
             x = found[1]
+            if index == len(layers) - 1 and counter.has_loss:
+                costs.append(LayerCost(name="loss", input_bytes=4, output_bytes=4))
+                break
     counter.form.skips.tensors.clear()
     _check_released(counter.tally)
     return costs[: len(layers)], costs[-1] if len(costs) > len(layers) else None
@@ -144,6 +154,7 @@ class _Counter:
         dtypes = {id(t): t.dtype for t in state} | state_dtypes([layer.module for layer in layers], dtype)
         self.form = TrainingForm(dtypes, fused, sample, DetachedSkips())
         self._has_values = not any(t.is_meta or is_fake(t) for t in [*tensors_in(sample), *state])
+        self.has_loss = False  # the last layer's cost has it
         self._known_input = (0, sample)  # the real input of the layer of that index
 
     def cost(self, x: Any, before: list[LayerCost]) -> tuple[LayerCost, Any]:
@@ -170,6 +181,19 @@ class _Counter:
                         cost, after = Footprint(layer, given, self.form, Tally(), None).cost()
                     return cost, fake_copy(self.mode, after)
         return _bound(layer, x), fake_copy(self.mode, following(x))
+
+    def cost_with_loss(
+        self, x: Any, layer: Layer, loss_fn: Any, targets: Any, device_type: str
+    ) -> tuple[LayerCost, Any] | None:
+        """Return the cost of the last layer and the loss, where they are computed as one; else None."""
+        both = WithLoss.on_fakes(layer, loss_fn, targets, self.mode)
+        try:
+            with counted_as(device_type):
+                found = Footprint(both, x, self.form, self.tally, self.mode).cost()
+        except Exception:  # LogitsError, or what counting the layer alone will meet again
+            return None
+        self.has_loss = True
+        return found
 
     def _true_input(self, before: list[LayerCost]) -> Any:
         """Run the layers of ``before``, from the last one whose input is known; return the next one's real input.

@@ -10,7 +10,9 @@ time, which the input gradient and the weight's sink take at once:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,10 +28,21 @@ from spu.ops.plain import fake, takes
 from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import MainGrad, at_once, sinks_of
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["counted_as", "linear_cross_entropy"]
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
+_COUNTED_AS: ContextVar[str] = ContextVar("counted_as", default="")
+
+
+@contextlib.contextmanager
+def counted_as(device_type: str) -> Iterator[None]:
+    """Take as much memory as on a device of this type, while costs are counted on fake tensors of another one."""
+    token = _COUNTED_AS.set(device_type)
+    try:
+        yield
+    finally:
+        _COUNTED_AS.reset(token)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
@@ -41,7 +54,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """Yield ranges of rows whose logit gradients take a bounded number of bytes."""
-    limit = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES_DEVICE)
+    limit = _CHUNK_BYTES.get(_COUNTED_AS.get() or hidden.device.type, _CHUNK_BYTES_DEVICE)
     rows, step = hidden.shape[0], max(1, limit // max(1, hidden.element_size() * weight.shape[0]))
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
@@ -89,6 +102,7 @@ def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Te
                 sink.linear_weight(dz, x, backend)
         elif plain is not None:
             plain.add(dz, x)
+        del dz  # before the next rows' are made
     dhidden = None
     if needs_hidden:
         dhidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(hidden)

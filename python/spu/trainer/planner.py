@@ -217,8 +217,10 @@ class Planner:
         if parts not in self._costs:
             sample, wanted = self.sample(parts)
             dtype, fused = DTYPES[self.settings.precision], self.settings.fused
+            types = {device.torch_device.type for device in self.devices}
+            last_type = next(iter(types - {"cpu"}), "cpu")
             self._costs[parts] = model_costs(
-                self.layers, sample, dtype, fused=fused, loss_fn=self.loss_fn, targets=wanted
+                self.layers, sample, dtype, fused=fused, loss_fn=self.loss_fn, targets=wanted, device_type=last_type
             )
         return self._costs[parts]
 

@@ -1,0 +1,67 @@
+"""The last layer and its loss as one, where a training computes the loss without logits (`spu.engine.head_loss`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spu.common.fake_ops import fake_copy
+from spu.common.torch_private import FakeTensorMode
+from spu.engine.head_loss import WORTH_BYTES, HeadInput, HeadLoss, head_of
+from spu.engine.loss import plain_cross_entropy
+from spu.model.layers import Layer
+
+__all__ = ["LogitsError", "WithLoss", "rows_without_logits"]
+
+
+class LogitsError(Exception):
+    """The loss is computed from logits."""
+
+
+@dataclass
+class WithLoss(HeadLoss):
+    """The last layer and the loss of what it returns.
+
+    Attributes:
+        targets: of one microbatch.
+        mode: of the fake tensors that it runs on.
+    """
+
+    targets: Any = None
+    mode: FakeTensorMode | None = None
+
+    @classmethod
+    def on_fakes(cls, layer: Layer, loss_fn: Any, targets: Any, mode: FakeTensorMode) -> WithLoss:
+        """Return it for the last layer of a model."""
+        made = HeadLoss.of(layer, loss_fn)
+        own = (made.name, made.module, made.wants_inputs, made.parameter_names, made.products, loss_fn)
+        return cls(*own, targets=targets, mode=mode)
+
+    def _call(self, x: Any, inputs: Any) -> Any:
+        """Return the loss, fp32.
+
+        Raises:
+            LogitsError: the layer returns logits.
+        """
+        given = super()._call(x, inputs)
+        if not isinstance(given, HeadInput):
+            raise LogitsError
+        assert self.mode is not None
+        return self.loss(given, fake_copy(self.mode, self.targets)).float() * 1.0
+
+
+def rows_without_logits(module: nn.Module, loss_fn: Any, tokens: int) -> int | None:
+    """Return the rows of a microbatch from which on its logits are left out, if the loss is computed so; else None.
+
+    Args:
+        module: of the last layer.
+        loss_fn: of the training.
+        tokens: of a row.
+    """
+    head = head_of(module)
+    if head is None or plain_cross_entropy(loss_fn) is None:
+        return None
+    return -(-WORTH_BYTES // (tokens * head.weight.shape[0] * torch.float32.itemsize))
