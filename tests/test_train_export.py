@@ -1,4 +1,4 @@
-"""The end of a run takes no more memory than its training."""
+"""The end of a run takes no more memory than its training, and leaves what transformers loads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
+
+from chat_models import TEMPLATE, chat_tokenizer, tiny_llama
+
+from spu import ModelParallelTrainer
+from spu.data.tokenizer import make_tokenizer
+from spu.train.export import save_model, take_exact
+from spu.train.model import make_model, quiet_transformers
 
 PEAK = """
 import resource, sys
@@ -62,3 +70,35 @@ def test_the_end_of_a_run_stays_within_what_training_took(ties: str, precision: 
     assert done.returncode == 0, done.stderr
     if what == "memory":
         assert float(done.stdout.split()[-1]) < 1.0, "bytes a parameter"
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_what_is_exported_is_what_transformers_loads(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Logits to the last bit, ties, dtype, generation config, tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = chat_tokenizer()
+    source = tiny_llama(len(tokenizer), tied=tied)
+    source.generation_config.update(eos_token_id=[1, 5], do_sample=True, temperature=0.3)
+    quiet_transformers()
+    source.to(torch.float16).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+
+    model = make_model(str(tmp_path / "source"), 0).train()
+    ids = torch.randint(len(tokenizer), (2, 8))
+    trainer = ModelParallelTrainer(model, ["cpu:0"], precision="bf16", microbatches=2, lr=1e-2)
+    trainer.step(ids, ids.roll(-1, 1))
+    take_exact(model, trainer)
+    folder = tmp_path / "model"
+    save_model(model, make_tokenizer(str(tmp_path / "source"), len(tokenizer), weights=True), folder, dtype=dtype)
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert (loaded.dtype, loaded.config.dtype) == (dtype, dtype)
+    model.set_attn_implementation(loaded.config._attn_implementation)  # training has put ours in its place
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        assert not torch.equal(loaded.model.norm.weight.float(), source.model.norm.weight.float())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    generation = loaded.generation_config
+    assert (generation.eos_token_id, generation.do_sample, generation.temperature) == ([1, 5], True, 0.3)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE

@@ -1,4 +1,4 @@
-"""The ``spu`` command: train, plan, merge, devices, doctor, tune. Each command imports its own heavy modules."""
+"""The ``spu`` command: train, chat, merge, plan, devices, doctor, tune. Each command imports its own heavy modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spu.common.options import SWITCH, Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
 from spu.train.options import read_options
 
-__all__ = ["app", "devices", "doctor", "guarded", "main", "merge", "options", "plan", "takes", "train", "tune"]
+__all__ = ["app", "chat", "devices", "doctor", "guarded", "main", "merge", "options", "plan", "takes", "train", "tune"]
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -132,6 +132,27 @@ def merge(
         from spu.cli.merge import merge_command
 
         merge_command(run, out, model, runs)
+
+    guarded(command)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run's name or folder, or a model's folder.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="Of the draws; 0: always the likeliest token.", min=0)] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest ones of this share.", min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    system: Annotated[str | None, typer.Option(help="First message of a chat.")] = None,
+    runs: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
+) -> None:
+    """Try a trained model: talk to it in the terminal, or send it a message through a pipe."""
+
+    def command() -> None:
+        from spu.cli.chat import chat_command
+        from spu.train.chat import Draw
+
+        chat_command(run, runs, Draw(max_tokens, temperature, top_p, seed), system)
 
     guarded(command)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -53,6 +53,11 @@ class FileTokenizer:
 
         self.name = f"tokenizer of {folder}"
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+    @property
+    def inner(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._tokenizer
 
     def encode(self, text: bytes) -> torch.Tensor:
         """Return the tokens of UTF-8 text as int32 [tokens]."""

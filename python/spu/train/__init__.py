@@ -13,6 +13,7 @@ In the order in which a run meets them:
     metrics.py, progress.py metrics.jsonl; what the terminal shows
     tensorboard.py          the same numbers for TensorBoard
     export.py, sample.py    the trained model in full precision; a few lines that it writes
+    chat.py                 a conversation with a trained model
     results.py, report.py   summary.json and pictures; how they are drawn and printed
     plain.py                the same training in plain PyTorch, to compare with
 """

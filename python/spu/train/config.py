@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spu.common.options import AUTO, Options, choice, default, flag, number, text, whole
-from spu.settings import Settings, TrainSettings
+from spu.settings import PRECISIONS, Settings, TrainSettings
 from spu.train.lr import LR_SCHEDULES, lr_factor
 
 __all__ = [
@@ -59,7 +59,8 @@ PLACEMENT = ("devices", "budget")
 LENGTH = ("steps", "tokens", "epochs")
 # What is watched and kept on the way; no loss depends on it.
 WATCHING = (
-    "save_every", "keep", "keep_best", "export", "evals", "eval_every", "patience", "max_loss", "max_loss_steps"
+    "save_every", "keep", "keep_best", "export", "export_dtype",
+    "evals", "eval_every", "patience", "max_loss", "max_loss_steps",
 )  # fmt: skip
 LORA_KINDS = ("lora", "rslora", "dora")
 
@@ -114,6 +115,7 @@ class TrainConfig(TrainSettings):
     evals: int = whole(10, "Validations on the way, evenly spread.")
     eval_every: int | None = whole(None, "Or: steps between validations.")
     eval_batches: int = whole(2, "Batches of a validation on the way; the last one is on the whole validation set.")
+    export_dtype: str = choice("fp32", "Of that model's weights; fp32 has all that was trained.", PRECISIONS)
     patience: int | None = whole(None, "End the run after as many validations without a lower loss.")
     max_loss: float | None = number(None, "End the run, as diverged, where the training loss stays above this.")
     max_loss_steps: int = whole(20, "Steps in a row above it that end the run.")

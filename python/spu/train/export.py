@@ -37,15 +37,20 @@ def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
         parameter.data = exact.pop(name)
 
 
-def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, in_parts: bool = False) -> None:
-    """Save the model as transformers reads it, with the tokenizer beside it.
+def save_model(
+    model: Any, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, in_parts: bool = False
+) -> None:
+    """Save the model as ``AutoModelForCausalLM.from_pretrained`` reads it, with the tokenizer beside it.
 
     Args:
         model: of transformers.
         tokenizer: its tokenizer.
         folder: where to.
+        dtype: of its weights from now on; buffers keep theirs, as when transformers loads it.
         in_parts: write small files, one after the other: safetensors copies a whole file in memory.
     """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     checkpoint = getattr(model, "spu_checkpoint", None)  # of another form than transformers'
     if checkpoint is not None:
         checkpoint.save(model, folder)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
+from spu.common.dtypes import DTYPES
 from spu.common.out_of_memory import free_memory
 from spu.devices.manager import DeviceManager, default_devices
 from spu.devices.tiers import split_budget
@@ -327,7 +328,8 @@ def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
     """Write the model, a sample of its text, the summary and the picture of the losses."""
     if job.config.lora is None:
         in_parts = not isinstance(beside_disk(job.config), nullcontext)
-        save_model(model, job.tokenizer, job.folder / "model", in_parts=in_parts)
+        dtype = DTYPES[job.config.export_dtype]
+        save_model(model, job.tokenizer, job.folder / "model", dtype=dtype, in_parts=in_parts)
     if job.sample:
         summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
     save_result(job.folder / "summary.json", summary)

@@ -140,8 +140,13 @@ def new_folder(out: str, name: str | None) -> RunFolder:
     return RunFolder(next(path for path in candidates if not path.exists()))
 
 
-def find_folder(out: str, which: str) -> RunFolder:
+def find_folder(out: str, which: str, asked: str = "--resume") -> RunFolder:
     """Return the folder of an existing run: a path, a name in ``out``, or "latest".
+
+    Args:
+        out: the folder of all runs.
+        which: the run.
+        asked: who names it, for messages.
 
     Raises:
         ValueError: there is no such run; the text lists what there is.
@@ -149,10 +154,10 @@ def find_folder(out: str, which: str) -> RunFolder:
     runs = sorted(Path(out).glob("*/config.json"), key=lambda file: file.stat().st_mtime)
     if which == "latest":
         if not runs:
-            raise ValueError(f"--resume: there is no run in {out}: give --out, or start one without --resume")
+            raise ValueError(f"{asked}: there is no run in {out}: give --out, or start one without --resume")
         return RunFolder(runs[-1].parent)
     for path in (Path(out) / which, Path(which)):
         if (path / "config.json").exists():
             return RunFolder(path)
     known = ", ".join(file.parent.name for file in runs[-5:]) or "none"
-    raise ValueError(f"--resume {which}: no such run; runs in {out}: {known}")
+    raise ValueError(f"{asked} {which}: no such run; runs in {out}: {known}")
