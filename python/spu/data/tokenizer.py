@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from spu.common.errors import first_line
+from spu.data.internlm2 import internlm2_tokenizer, is_internlm2
 
 __all__ = ["BYTE_VOCABULARY", "ByteTokenizer", "FileTokenizer", "Tokenizer", "make_tokenizer"]
 
@@ -52,6 +53,9 @@ class FileTokenizer:
         from transformers import AutoTokenizer
 
         self.name = f"tokenizer of {folder}"
+        if is_internlm2(folder):
+            self._tokenizer = internlm2_tokenizer(folder)
+            return
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
     @property

@@ -10,7 +10,7 @@ from spu.data.corpus import Corpus, make_corpus
 from spu.data.tokenizer import Tokenizer, make_tokenizer
 from spu.plan import Plan
 from spu.train.config import TrainConfig
-from spu.train.model import has_weights, load_config
+from spu.train.model import has_weights, load_config, most_positions
 from spu.train.progress import View
 from spu.train.resume import check_not_shorter
 from spu.train.run_folder import RunFolder
@@ -53,7 +53,7 @@ class Job:
         vocabulary = model_config.get_text_config().vocab_size
         self.tokenizer = make_tokenizer(self.config.model, vocabulary, weights=has_weights(self.config.model))
         self._check_plan(model_config.get_text_config())
-        longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        longest = most_positions(model_config)
         if longest is not None and self.config.seq > longest:
             source = f"the plan was made for {self.given_plan.model}: " if self.given_plan is not None else ""
             raise ValueError(

@@ -18,7 +18,7 @@ from spu.model.convert.decoder import load_decoder
 from spu.model.convert.internlm2 import MODEL_TYPE, load_internlm2
 from spu.train.config import DEFAULT_MODEL
 
-__all__ = ["default_config", "has_weights", "load_config", "make_model", "quiet_transformers"]
+__all__ = ["default_config", "has_weights", "load_config", "make_model", "most_positions", "quiet_transformers"]
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -53,6 +53,13 @@ def load_config(source: str | None) -> Any:
     if source is None:
         return default_config()
     return config_of(read_config(source), source)
+
+
+def most_positions(config: Any) -> int | None:
+    """Return the most tokens that a sequence may have; None where rotary tables grow with it (dynamic NTK scaling)."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return None if rope.get("rope_type") == "dynamic" else getattr(config, "max_position_embeddings", None)
 
 
 def has_weights(source: str | None) -> bool:
