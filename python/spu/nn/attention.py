@@ -174,7 +174,7 @@ def use_attention(model: nn.Module) -> None:
     attention by its name, since it would take another way under another name.
     """
     transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if transformers is None or not isinstance(_without_adapters(model), transformers.PreTrainedModel):
         return
     if not register_attention():
         return
@@ -185,6 +185,12 @@ def use_attention(model: nn.Module) -> None:
         attentions = _source_modules(part, "Attention")
         if current == "sdpa" or all(hasattr(sys.modules[name], "eager_attention_forward") for name in attentions):
             part.set_attn_implementation({"": _OURS[current]})
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """Return the model within a PeftModel, any other model itself; peft need not be there."""
+    adapted = type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model")
+    return model.get_base_model() if adapted else model  # type: ignore[operator, no-any-return]
 
 
 def restore_attention(model: nn.Module) -> None:
