@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spu.data.corpus import Corpus, make_corpus, read_text
+from spu.data.parts import Windows
 from spu.data.tokenizer import ByteTokenizer
 
 
 def corpus_of(length: int) -> Corpus:
     ids = torch.arange(length, dtype=torch.int32)
-    return Corpus("numbers", "0", ids[: length * 9 // 10], ids[length * 9 // 10 :])
+    return Corpus("numbers", "0", Windows(ids[: length * 9 // 10]), Windows(ids[length * 9 // 10 :]), length - 1)
 
 
 def test_default_text_is_the_language_reference():
@@ -57,7 +58,7 @@ def test_validation_covers_its_part_once(length, batch, seq):
     batches = corpus.validation_batches(batch, seq)
     inputs = torch.cat([x for x, _ in batches]).flatten()
     targets = torch.cat([y for _, y in batches]).flatten()
-    first, count = int(corpus.validation[0]), (len(corpus.validation) - 1) // seq * seq
+    first, count = int(corpus.validation.ids[0]), (len(corpus.validation.ids) - 1) // seq * seq
     assert torch.equal(inputs, torch.arange(first, first + count))
     assert torch.equal(targets, inputs + 1)
     assert all(1 <= len(x) <= batch for x, _ in batches)
@@ -72,9 +73,9 @@ def test_split_keeps_the_end_for_validation(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(bytes(range(256)) * 4)
     corpus = make_corpus(str(path), ByteTokenizer(), 16)
-    assert bytes(torch.cat((corpus.train, corpus.validation)).tolist()) == path.read_bytes()
-    assert len(corpus.validation) == int(1024 * 0.05)
-    assert len(make_corpus(str(path), ByteTokenizer(), 100).validation) == 101, "at least one sequence"
+    assert bytes(torch.cat((corpus.train.ids, corpus.validation.ids)).tolist()) == path.read_bytes()
+    assert len(corpus.validation.ids) == int(1024 * 0.05)
+    assert len(make_corpus(str(path), ByteTokenizer(), 100).validation.ids) == 101, "at least one sequence"
 
 
 def test_unusable_text_is_refused(tmp_path):
@@ -82,8 +83,8 @@ def test_unusable_text_is_refused(tmp_path):
     (tmp_path / "short").write_bytes(b"x" * 33)
     with pytest.raises(ValueError, match="no such file: give the path"):
         read_text(str(tmp_path / "missing"))
-    with pytest.raises(ValueError, match="is a folder: give one text file"):
-        read_text(str(tmp_path))
+    with pytest.raises(ValueError, match="is a folder without files that end in .txt, .jsonl"):
+        make_corpus(str(tmp_path), ByteTokenizer(), 16)
     with pytest.raises(ValueError, match="is empty"):
         read_text(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"33 tokens \(bytes\), and --seq 16 needs at least 34"):

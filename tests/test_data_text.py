@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
+import os
+import threading
 from pathlib import Path
 
 import pytest
-import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from spu.cli.app import main  # noqa: E402
-from spu.data import corpus as corpus_module  # noqa: E402
-from spu.data.corpus import make_corpus, read_text, tokenise  # noqa: E402
-from spu.data.text import clean_text, is_utf8  # noqa: E402
-from spu.data.tokenizer import ByteTokenizer, FileTokenizer  # noqa: E402
+from spu.cli.app import main
+from spu.data import text as text_module
+from spu.data.corpus import make_corpus, read_text
+from spu.data.text import clean_text, is_utf8, open_text
+from spu.data.tokenizer import ByteTokenizer
 
 TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n" * 40
 
@@ -25,7 +27,7 @@ TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n"
 @pytest.mark.parametrize(
     ("content", "what", "fix"),
     [
-        (b"PAR1" + bytes(100) + b"PAR1", "a Parquet file", "pandas.read_parquet"),
+        (b"PAR1" + bytes(100) + b"PAR1", "a Parquet file", "ending .parquet"),
         (b"ARROW1" + bytes(100), "an Arrow file", "pandas.read_feather"),
         (gzip.compress(TEXT.encode()), "compressed by gzip", "gunzip -k FILE"),
         (bz2.compress(TEXT.encode()), "compressed by bzip2", "bunzip2 -k FILE"),
@@ -41,10 +43,10 @@ TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n"
         (TEXT.encode("utf-16-be"), "UTF-16BE text", "iconv -f UTF-16BE -t UTF-8 FILE"),
         (TEXT.encode("utf-32"), "UTF-32 text", "iconv -f UTF-32 -t UTF-8 FILE"),
         (TEXT.encode("latin-1"), r"not in UTF-8 \(byte 4 is 0xe0\)", "iconv -f ISO-8859-1 -t UTF-8 FILE"),
-        (json.dumps({"text": TEXT}).encode(), "JSON,", "write the texts in it to a file"),
-        (json.dumps([{"text": TEXT}] * 3, indent=1).encode(), "JSON,", "write the texts in it to a file"),
-        (json.dumps([TEXT, TEXT]).encode(), "JSON,", "write the texts in it to a file"),
-        (f"{json.dumps({'text': TEXT})}\n".encode() * 3, "JSON Lines", r"json.loads\(l\)\['text'\]"),
+        (json.dumps({"text": TEXT}).encode(), "JSON,", "write its rows as lines first"),
+        (json.dumps([{"text": TEXT}] * 3, indent=1).encode(), "JSON,", "write its rows as lines first"),
+        (json.dumps([TEXT, TEXT]).encode(), "JSON,", "write its rows as lines first"),
+        (f"{json.dumps({'text': TEXT})}\n".encode() * 3, "JSON Lines", "ending .jsonl"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(content: bytes, what: str, fix: str) -> None:
@@ -73,7 +75,7 @@ def test_other_bytes_are_for_models_of_bytes_and_said_to_be(tmp_path: Path) -> N
     (tmp_path / "bytes").write_bytes(bytes(range(256)) * 8)
     said: list[str] = []
     corpus = make_corpus(str(tmp_path / "bytes"), ByteTokenizer(), 16, said.append)
-    assert len(corpus.train) + len(corpus.validation) == 2048
+    assert len(corpus.train.ids) + len(corpus.validation.ids) == 2048
     assert said == [f"{tmp_path / 'bytes'} is not text: it is trained on byte by byte"]
     tokenizer = ByteTokenizer()
     tokenizer.name = "tokenizer of m"
@@ -92,48 +94,19 @@ def test_a_file_is_refused_with_its_name(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_second_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It replaced the first without a word."""
-    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
-    first.write_text(TEXT)
-    second.write_text(TEXT)
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--data", str(first), "--data", str(second), "--out", str(tmp_path / "runs")])
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said == f"spu: error: --data is given 2 times, and a run has one text: cat {first} {second} > all.txt\n"
-    assert not (tmp_path / "runs").exists()
+def test_a_text_that_can_be_read_once_is_kept_in_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(b"one\r\ntwo"))
+    writer.start()
+    text = open_text(str(tmp_path / "pipe"))
+    writer.join()
+    assert b"".join(text.pieces()) == b"one\ntwo"
+    assert text.sha256 == hashlib.sha256(b"one\ntwo").hexdigest()
 
 
-def trained_tokenizer(folder: Path, kind: str) -> FileTokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    if kind == "byte-level":  # as GPT-2, Llama 3, Qwen
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    else:  # as Llama 2: a space before the beginning, which a second piece must not get
-        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *byte_tokens])
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return FileTokenizer(folder)
-
-
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
-@pytest.mark.parametrize("join", ["\n", " "], ids=["lines", "one line"])
-def test_tokenising_piece_by_piece_gives_the_same_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, join: str
-) -> None:
-    tokenizer = trained_tokenizer(tmp_path, kind)
-    text = (join.join(TEXT.splitlines()) + "\n\n  indented\n").encode()
-    whole = tokenizer.encode(text)
-    monkeypatch.setattr(corpus_module, "_PIECE", 500)
-    monkeypatch.setattr(corpus_module, "_REPORT_S", -1.0)
-    said: list[str] = []
-    assert torch.equal(tokenise(text, tokenizer, "FILE", said.append), whole)
-    assert len(said) >= 3, "it was not cut"
-    assert said[-1].startswith("tokenising FILE: ")
+def test_line_ends_are_found_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\xef\xbb\xbf\r\r\na\r\n\r\nb\rc\r"
+    (tmp_path / "t.txt").write_bytes(content)
+    for size in range(4, 12):
+        monkeypatch.setattr(text_module, "_PIECE", size)
+        assert b"".join(open_text(str(tmp_path / "t.txt")).pieces()) == content[3:].replace(b"\r\n", b"\n")

@@ -53,6 +53,7 @@ _SUBMODULES = {
     "checkpoint",
     "cli",
     "cost",
+    "data",
     "devices",
     "engine",
     "integrations",

@@ -76,7 +76,7 @@ def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[.
         for field in (field for options in classes for field in options.own_first()):
             kind, flag = kind_of(field), option(field.name)
             start = "" if field.default is None or field.default is False else f"  ({kind.shown(field.default)})"
-            kinds: Any = bool if kind.is_flag else list[str] if kind.once else str
+            kinds: Any = bool if kind.is_flag else list[str] if kind.many else str
             names = f"{flag}/--no-{flag[2:]}" if kind.is_flag else flag
             metavar = None if kind.is_flag else kind.metavar
             shown = typer.Option(names, help=kind.help + start, metavar=metavar, show_default=False)

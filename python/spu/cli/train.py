@@ -77,9 +77,11 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
     if options.tokens_per_step is not None:
         given = _with_step(given, options, resume)
     if resume is None:
-        for key in ("model", "data"):  # a run is resumed from any folder
-            if given.get(key) is not None and given[key] not in config_names():
-                given = {**given, key: str(Path(given[key]).resolve())}
+        if given.get("model") is not None and given["model"] not in config_names():  # a run is resumed from any folder
+            given = {**given, "model": str(Path(given["model"]).resolve())}
+        for key in ("data", "val_data"):
+            if given.get(key) is not None:
+                given = {**given, key: tuple(str(Path(path).resolve()) for path in given[key])}
         return Job(TrainConfig(**given), new_folder(out, name), new=True)
     if name is not None:
         raise ValueError(f"--name {name} and --resume {resume}: a resumed run keeps its name, leave --name out")

@@ -30,6 +30,7 @@ __all__ = [
     "number",
     "takes_keywords",
     "text",
+    "texts",
     "unknown",
     "whole",
 ]
@@ -52,7 +53,7 @@ class Kind:
             refuse.
         plain: turn the value into JSON.
         is_flag: whether the command line has an option without a value for it.
-        once: why the command line may not name it twice, with "{values}"; "": the last one holds.
+        many: whether the command line may name it several times, for a value of several.
         metavar: what stands for the value in help texts.
     """
 
@@ -62,7 +63,7 @@ class Kind:
     parse: Callable[[str], Any] = str
     plain: Callable[[Any], Any] = lambda value: value
     is_flag: bool = False
-    once: str = ""
+    many: bool = False
     metavar: str = "TEXT"
 
     def shown(self, value: Any) -> str:
@@ -134,13 +135,27 @@ def flag(default: bool, about: str) -> Any:
     return field_of(default, Kind(about, "true or false", take, parse, is_flag=True))
 
 
-def text(default: str | None, about: str, *, once: str = "") -> Any:
-    """Return a field for any text; ``once`` as in ``Kind``."""
+def text(default: str | None, about: str) -> Any:
+    """Return a field for any text."""
 
     def take(value: Any) -> Any:
         return value if isinstance(value, str) else _refuse()
 
-    return field_of(default, Kind(about, "a text", take, once=once))
+    return field_of(default, Kind(about, "a text", take))
+
+
+def texts(about: str) -> Any:
+    """Return a field for one text or several, as a tuple, or None."""
+
+    def take(value: Any) -> Any:
+        values = [value] if isinstance(value, str) else value
+        known = isinstance(values, list | tuple) and values and all(isinstance(one, str) for one in values)
+        return tuple(values) if known else _refuse()
+
+    def plain(value: tuple[str, ...]) -> Any:
+        return value[0] if len(value) == 1 else list(value)
+
+    return field_of(None, Kind(about, "a text or a list of texts", take, plain=plain, many=True))
 
 
 def default(base: type[Options], name: str, value: Any) -> Any:

@@ -1,6 +1,12 @@
 """What a model is trained on: files as tokens, and batches of them.
 
-text.py         how a text file is read
-tokenizer.py    text to token ids and back
-corpus.py       a text as tokens, cut into training and validation parts; batches
+files.py                    which files are meant, and what each is
+text.py                     how a text file is read
+jsonl.py, tables.py         rows of JSON Lines, of Parquet files and saved datasets
+rows.py, chat.py            rows as examples: what of them is trained
+example.py, tokenizer.py    a document before and after the tokenizer; text to token ids and back
+stream.py, documents.py     text as tokens in one pass; documents as tokens in files
+store.py                    arrays that are made once and read where they lie
+packing.py, order.py        documents in rows of a fixed length; the order of an epoch
+parts.py, corpus.py         batches of windows or of rows; what a run trains on and validates with
 """

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from spu.common.errors import first_line
+from spu.data.example import Example, Tokens
 from spu.data.internlm2 import internlm2_tokenizer, is_internlm2
 
 __all__ = ["BYTE_VOCABULARY", "ByteTokenizer", "FileTokenizer", "Tokenizer", "make_tokenizer"]
 
 BYTE_VOCABULARY = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_READ_AS_WELL = ("merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _BYTES_FILE = "tokenizer.bytes"  # beside weights that were trained on bytes
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back."""
+    """Text to token ids and back.
+
+    Attributes:
+        name: for messages; "bytes" for bytes.
+        dtype: the narrowest integers that hold its tokens in a file.
+        fingerprint: another one for a tokenizer that gives other tokens.
+        ends: the tokens that begin and end a document.
+    """
 
     name: str
 
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def ends(self) -> tuple[list[int], list[int]]: ...
+
     def encode(self, text: bytes) -> torch.Tensor: ...
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[Tokens]: ...
+
+    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -30,13 +56,41 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Every byte is a token."""
+    """Every byte is a token. There is none to begin or to end a text with."""
 
     name = "bytes"
+    fingerprint = "bytes"
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+
+    @property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """None: every byte is text."""
+        return [], []
 
     def encode(self, text: bytes) -> torch.Tensor:
         """Return the bytes as uint8 [bytes]."""
         return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Return the bytes of each example, and which of them are trained."""
+        result = []
+        for example in examples:
+            ids = np.frombuffer(example.text.encode(), dtype=np.uint8)
+            trained = None
+            if example.spans is not None:
+                trained = np.zeros(len(ids), dtype=bool)
+                for begin, end in example.spans:
+                    first = len(example.text[:begin].encode())
+                    trained[first : first + len(example.text[begin:end].encode())] = True
+            result.append(Tokens(ids, trained))
+        return result
+
+    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
+        """Raise ValueError: bytes have no chat template."""
+        raise ValueError(
+            "a chat needs a tokenizer with a chat template, and the model's tokens are bytes: give --model a folder "
+            "with a tokenizer, or data with the columns prompt and response"
+        )
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < BYTE_VOCABULARY).decode("utf-8", errors="replace")
@@ -53,6 +107,7 @@ class FileTokenizer:
         from transformers import AutoTokenizer
 
         self.name = f"tokenizer of {folder}"
+        self._folder = folder
         if is_internlm2(folder):
             self._tokenizer = internlm2_tokenizer(folder)
             return
@@ -63,10 +118,121 @@ class FileTokenizer:
         """The tokenizer of transformers."""
         return self._tokenizer
 
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Two bytes a token, or four for a vocabulary that needs them."""
+        return np.dtype(np.uint16 if len(self._tokenizer) <= 1 << 16 else np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of its files, and of the packages that read them."""
+        import tokenizers
+        import transformers
+
+        digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__}".encode())
+        for name in (*_TOKENIZER_FILES, *_READ_AS_WELL):
+            file = self._folder / name
+            if file.exists():
+                digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _fast(self) -> Any:
+        """The tokenizer of the package ``tokenizers`` within, without the truncation and padding that its file may ask
+        for; None for a slow one.
+        """
+        import tokenizers
+
+        inner = getattr(self._tokenizer, "backend_tokenizer", None)
+        if inner is None:
+            return None
+        inner = tokenizers.Tokenizer.from_str(inner.to_str())
+        inner.no_truncation()
+        inner.no_padding()
+        return inner
+
+    @cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The tokens that begin and end a text: as the tokenizer begins one, and its end-of-text token."""
+        first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        given = self._tokenizer("a")["input_ids"]
+        return [first] if first is not None and given[:1] == [first] else [], [] if last is None else [last]
+
     def encode(self, text: bytes) -> torch.Tensor:
         """Return the tokens of UTF-8 text as int32 [tokens]."""
-        ids = self._tokenizer(text.decode("utf-8", errors="replace"), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int32)
+        return torch.from_numpy(self._ids(text.decode("utf-8", errors="replace")))
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Return the tokens of each example, and which of them are trained: those within its spans.
+
+        Where a token would lie on both sides of a span's end, the two sides are tokenised by themselves: a prompt is
+        when it is answered.
+        """
+        if self._fast is None:
+            return [self._closed(example, *self._by_spans(example)) for example in examples]
+        texts, parted = [example.text for example in examples], any(example.spans is not None for example in examples)
+        encode = self._fast.encode_batch if parted else self._fast.encode_batch_fast  # which has no offsets
+        result = []
+        for example, one in zip(examples, encode(texts, add_special_tokens=False), strict=True):
+            ids, trained = np.array(one.ids, dtype=np.int32), None
+            if example.spans is not None:
+                begins, ends = np.array(one.offsets, dtype=np.int64).reshape(-1, 2).T
+                trained = np.zeros(len(ids), dtype=bool)
+                for begin, end in example.spans:
+                    trained |= (begins >= begin) & (ends <= end)
+                places = np.array(example.spans).reshape(-1, 1)
+                if ((begins < places) & (ends > places)).any():
+                    ids, trained = self._by_spans(example)
+            result.append(self._closed(example, ids, trained))
+        return result
+
+    def _by_spans(self, example: Example) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+        """Tokenise what is trained and what is not by itself."""
+        if example.spans is None:
+            return self._ids(example.text), None
+        newline = self._ids("\n")
+        parts, trained, at = [], [], 0
+        for place, learnt in [*((p, k == 1) for span in example.spans for k, p in enumerate(span)), (None, False)]:
+            text = example.text[at:place]
+            ids = self._ids("\n" + text) if at else self._ids(text)
+            if at:  # many tokenizers put a space before the beginning of a text
+                ids = ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else self._ids(text)
+            parts.append(ids)
+            trained.append(np.full(len(ids), learnt))
+            at = len(example.text) if place is None else place
+        return np.concatenate(parts), np.concatenate(trained)
+
+    def _ids(self, text: str) -> np.ndarray[Any, Any]:
+        if self._fast is not None:  # unlike `encode`, this one lets other threads work
+            return np.array(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+        return np.array(self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+    def _closed(self, example: Example, ids: np.ndarray[Any, Any], trained: np.ndarray[Any, Any] | None) -> Tokens:
+        """Return the tokens between those that begin and end a text, where the example has none of its own."""
+        if not example.closed:
+            return Tokens(ids, trained)
+        before, after = self.ends
+        if trained is not None:
+            trained = np.concatenate((np.zeros(len(before), bool), trained, np.ones(len(after), bool)))
+        return Tokens(np.array([*before, *ids.tolist(), *after], dtype=np.int32), trained)
+
+    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
+        """Return a conversation as the chat template writes it.
+
+        Args:
+            messages: of the conversation.
+            ask: whether the beginning of the assistant's answer follows.
+
+        Raises:
+            ValueError: there is no template.
+            jinja2.TemplateError: the template refuses the conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"a chat needs a chat template, and {self.name} has none: put its chat_template.jinja there, or give "
+                "data with the columns prompt and response"
+            )
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids))

@@ -20,6 +20,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
+from spu.model.packed import check_apart, holds_several, parting_documents
 
 __all__ = [
     "Context",
@@ -190,6 +191,7 @@ class Context:
         self._reset()
 
     def _reset(self) -> None:
+        self._proved_apart = False  # that layers keep the documents of packed rows apart
         self._lock = threading.Lock()
         self._shells: dict[torch.device, nn.Module] = {}
         self._kept: OrderedDict[Any, list[LayerCall]] = OrderedDict()
@@ -246,7 +248,7 @@ class Context:
     ) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor, list[Any]]:
         """Return as `run`, and then the calls of stand-ins and the indices of layers, in their order."""
         rest = split_inputs(inputs)
-        rest = {k: v for k, v in rest.items() if k != "input_ids"}
+        rest = parting_documents({k: v for k, v in rest.items() if k != "input_ids"})
         with self._lock:
             shell = self._shell_on(embeds.device)
             buffers = [id(buffer) for buffer in shell.buffers()]
@@ -312,7 +314,11 @@ class Context:
         # An evaluation may run under inference_mode: a tensor made there could not be used in a later training step.
         with torch.inference_mode(False), torch.no_grad():
             embeds = torch.zeros((), dtype=dtype, device=device).expand(shape)
-            return self.run(embeds, inputs)[1]
+            calls = self.run(embeds, inputs)[1]
+        if not self._proved_apart and (packed := holds_several(split_inputs(inputs))) is not None:
+            check_apart(calls, packed)
+            self._proved_apart = True
+        return calls
 
     def fake_states(self, embeds: torch.Tensor, real: dict[str, nn.Module]) -> torch.Tensor:
         """Return hidden states like the first layer's for a fake or meta embedding [batch, tokens, width].

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from spu.common.options import AUTO, Options, choice, default, flag, number, text, whole
+from spu.common.options import AUTO, Options, choice, default, flag, number, text, texts, whole
 from spu.settings import PRECISIONS, Settings, TrainSettings
 from spu.train.lr import LR_SCHEDULES, lr_factor
 
@@ -77,9 +77,12 @@ class TrainConfig(TrainSettings):
     label = staticmethod(option)
 
     model: str | None = text(None, "Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
-    data: str | None = text(
-        None, "Text file. Default: Python's language reference.", once="a run has one text: cat {values} > all.txt"
+    data: tuple[str, ...] | None = texts(
+        "Text, .jsonl or .parquet files, patterns or folders of them; several times. Default: Python's language "
+        "reference."
     )
+    val_data: tuple[str, ...] | None = texts("The same, to validate with. Default: a twentieth of the data.")
+    pack: bool = flag(True, "Put several documents in a row, kept apart from each other; off: a row each, padded.")
     devices: str = text(AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...")
     budget: str | None = text(
         None, "Memory to use, and a disk to stream from: cuda:0=8GB,cpu=24GB,disk=FOLDER:100GB. Default: what is free."

@@ -12,7 +12,7 @@ from spu.common.out_of_memory import free_memory
 from spu.data.corpus import Corpus
 from spu.data.tokenizer import Tokenizer
 from spu.train.config import TrainConfig
-from spu.train.sample import choose_prompt, sample_text
+from spu.train.sample import SEARCHED, choose_prompt, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 
 __all__ = ["sample_of", "save_model", "take_exact"]
@@ -61,7 +61,9 @@ def save_model(
 
 def sample_of(model: Any, tokenizer: Tokenizer, corpus: Corpus, config: TrainConfig) -> tuple[str, str]:
     """Return a prompt from the validation text, and the model's continuation of it."""
-    prompt = choose_prompt(corpus.validation, tokenizer, PROMPT_TOKENS)
+    prompt = corpus.question(config.seq)
+    if prompt is None:
+        prompt = choose_prompt(corpus.opening(SEARCHED), tokenizer, PROMPT_TOKENS)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))
     return sample_text(model, tokenizer, prompt, tokens=tokens, seed=config.seed)

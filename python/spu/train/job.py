@@ -42,7 +42,7 @@ class Job:
         (print if self.view is None else self.view.say)(text)
 
     def read(self) -> None:
-        """Read the text and check that it and the model fit together.
+        """Read the data and check that it and the model fit together.
 
         Raises:
             ValueError: bad settings, data or model; nothing was written.
@@ -60,12 +60,14 @@ class Job:
                 f"{source}--seq {self.config.seq} is longer than the model's {longest} positions: "
                 f"give {longest} or less"
             )
-        self.corpus = make_corpus(self.config.data, self.tokenizer, self.config.seq, self.say)
-        top = max(int(part.max()) for part in (self.corpus.train, self.corpus.validation))
-        if top >= vocabulary:
+        config = self.config
+        self.corpus = make_corpus(
+            config.data, self.tokenizer, config.seq, self.say, val_data=config.val_data, pack=config.pack
+        )
+        if self.corpus.top >= vocabulary:
             raise ValueError(
-                f"--model {self.config.model}: its tokenizer gives token {top}, its vocabulary has {vocabulary}; "
-                "give files that belong together"
+                f"--model {config.model}: its tokenizer gives token {self.corpus.top}, its vocabulary has "
+                f"{vocabulary}; give files that belong together"
             )
         saved = self.saved_corpus
         if saved is not None and saved["sha256"] != self.corpus.sha256:
@@ -79,10 +81,7 @@ class Job:
         config = self.config
         if config.epochs is None:
             return
-        steps_per_epoch = getattr(self.corpus, "steps_per_epoch", None)
-        if steps_per_epoch is None:
-            raise ValueError(f"--epochs {config.epochs:g}: {self.corpus.name} has no epochs: give --steps or --tokens")
-        steps = max(1, round(config.epochs * steps_per_epoch(config.batch, config.seq)))
+        steps = max(1, round(config.epochs * self.corpus.steps_per_epoch(config.batch, config.seq)))
         if self.saved_steps is not None:
             check_not_shorter(self.saved_steps, steps, {"epochs": config.epochs})
             self.lengthened = steps != self.saved_steps

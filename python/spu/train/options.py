@@ -54,11 +54,6 @@ def read_options(given: Mapping[str, Any], *classes: type[Options]) -> list[dict
 def _read(options: type[Options], field: Any, given: Given) -> Any:
     kind, value = kind_of(field), given.value
     try:
-        if isinstance(value, list) and kind.once:
-            if len(value) != 1:
-                words = kind.once.format(values=" ".join(map(str, value)))
-                raise ValueError(f"{given.label} is given {len(value)} times, and {words}")
-            (value,) = value
         return options.taken(field, kind.parse(value) if isinstance(value, str) else value, given.label)
     except ValueError as error:
         raise ValueError(f"{given.where}{error}") from None

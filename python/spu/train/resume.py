@@ -23,14 +23,22 @@ def resume_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """
     for name, value in given.items():
         old = getattr(saved, name)
-        same = Path(value).resolve() == Path(old).resolve() if name in ("model", "data") and old else value == old
-        if name not in (*PLACEMENT, *LENGTH, *WATCHING) and not same:
-            was = "default" if old is None else old
+        if name not in (*PLACEMENT, *LENGTH, *WATCHING) and not (value == old or _same_paths(name, value, old)):
+            was = "default" if old is None else " ".join(old) if isinstance(old, tuple) else old
+            value = " ".join(value) if isinstance(value, tuple) else value
             raise ValueError(
                 f"{option(name)} {value} differs from the run's {was}: leave it out to go on, or start a new run"
             )
     placed = dataclasses.replace(saved, **{name: given[name] for name in (*PLACEMENT, *WATCHING) if name in given})
     return _lengthened(placed, {name: given[name] for name in LENGTH if given.get(name) is not None})
+
+
+def _same_paths(name: str, value: Any, old: Any) -> bool:
+    """Tell whether two values of a setting that names files name the same ones."""
+    if name not in ("model", "data", "val_data") or value is None or old is None:
+        return False
+    both = [[Path(path).resolve() for path in ((one,) if isinstance(one, str) else one)] for one in (value, old)]
+    return both[0] == both[1]
 
 
 def _lengthened(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:

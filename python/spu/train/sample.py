@@ -9,16 +9,16 @@ from torch import nn
 
 from spu.data.tokenizer import Tokenizer
 
-__all__ = ["TEMPERATURE", "choose_prompt", "sample_text"]
+__all__ = ["SEARCHED", "TEMPERATURE", "choose_prompt", "sample_text"]
 
 TEMPERATURE = 0.7
-_SEARCHED = 20_000  # tokens
+SEARCHED = 20_000  # tokens
 _PARAGRAPH = re.compile(r"\n\n([A-Z][a-z]* [a-z]+ [a-z]+ [^\n]{20,})")
 
 
 def choose_prompt(ids: torch.Tensor, tokenizer: Tokenizer, tokens: int) -> torch.Tensor:
     """Return up to ``tokens`` ids that open a paragraph of prose in a text's ``ids`` [tokens], or the first ones."""
-    text = tokenizer.decode(ids[:_SEARCHED].tolist())
+    text = tokenizer.decode(ids[:SEARCHED].tolist())
     found = _PARAGRAPH.search(text)
     if found is None:
         return ids[:tokens]
