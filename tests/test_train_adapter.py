@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("typer")
 
+from internlm2 import write_checkpoint  # noqa: E402
 from safetensors import safe_open  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from spu.cli.app import main  # noqa: E402
-from spu.model.lora import KINDS  # noqa: E402
+from spu.model.lora import KINDS, LoraOptions, add_adapters  # noqa: E402
+from spu.model.merge import merge_adapter, write_parts  # noqa: E402
+from spu.train.adapter import base_of  # noqa: E402
 from spu.train.config import LORA_KINDS, TrainConfig  # noqa: E402
+from spu.train.model import make_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
 tqdm.monitor_interval = 0  # and so do peft's, also where they are switched off
@@ -117,18 +123,54 @@ def test_a_merged_run_is_what_peft_merges(place: Path, tmp_path: Path, dtype: to
         assert torch.equal(logits(ours), logits(theirs))
 
 
-def test_a_run_of_a_config_alone_is_merged_in_parts_with_its_tokenizer(place: Path, tmp_path: Path) -> None:
-    from spu.model.merge import merge_adapter
-    from spu.train.adapter import base_of
-
-    config = tmp_path / "tiny.json"
-    config.write_text(json.dumps({"model_type": "llama", **TINY}))
-    base = base_of(str(config), seed=7)
-    merge_adapter(base, place / "runs" / "run" / "adapter", tmp_path / "merged", part_bytes=20_000)
-    parts = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
-    assert len(set(parts["weight_map"].values())) > 2
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_of_a_config_alone_is_merged_with_its_tokenizer(place: Path, tmp_path: Path, tied: bool) -> None:
+    config, trained = tmp_path / "tiny.json", place / "runs" / "run" / "adapter"
+    config.write_text(json.dumps({"model_type": "llama", **TINY, "tie_word_embeddings": tied}))
+    merge_adapter(base_of(str(config), seed=7), trained, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.bytes").exists()
-    assert torch.isfinite(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))).all()
+    theirs = peft.PeftModel.from_pretrained(make_model(str(config), 7), trained).merge_and_unload()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_parts_hold_little_at_a_time_and_their_index_names_them(tmp_path: Path) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal most
+        for index in range(20):
+            made = torch.full((100,), float(index))
+            alive.append(weakref.ref(made))
+            yield f"t{index:02}", made
+            del made
+            most = max(most, sum(each() is not None for each in alive))
+
+    write_parts(tmp_path, tensors(), part_bytes=1000)
+    parts = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert parts["metadata"]["total_size"] == 20 * 400
+    assert len(set(parts["weight_map"].values())) == 10
+    assert most <= 3
+    for name, file in parts["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], torch.full((100,), float(name[1:])))
+
+
+def test_an_internlm2_checkpoint_is_merged_in_its_own_form(place: Path, tmp_path: Path) -> None:
+    base, trained = tmp_path / "base", tmp_path / "adapter"
+    write_checkpoint(base, shards=2)
+    add_adapters(make_model(str(base), 0), LoraOptions(rank=2), seed=1).save_pretrained(trained)
+    tensors = load_file(trained / "adapter_model.safetensors")
+    save_file(
+        {name: torch.randn_like(tensor) for name, tensor in tensors.items()}, trained / "adapter_model.safetensors"
+    )
+    assert spu("merge", trained, "--model", base, "--out", tmp_path / "merged") == 0
+    ours = make_model(str(tmp_path / "merged"), 0)
+    theirs = peft.PeftModel.from_pretrained(make_model(str(base), 0), trained).merge_and_unload()
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=2**-8, atol=1e-6, msg=name)
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in base.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from spu.model.convert.decoder import empty_decoder
+from spu.model.convert.internlm2 import MODEL_TYPE, Checkpoint, internlm2_config, layout_of
+from spu.model.convert.layout import check, fill, write_tensor
+from spu.model.convert.shards import Shards
 from spu.model.lora import CONFIG, read_adapter
 
-__all__ = ["Base", "base_of_files", "merge_adapter"]
+__all__ = ["Base", "base_of_files", "merge_adapter", "write_parts"]
 
 PART_BYTES = 100 << 20
 _PREFIX = "base_model.model."
@@ -43,23 +47,24 @@ _OWN = (
 )
 
 
+Changed = Callable[[str, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Base:
-    """A base model's tensors, made or read one by one.
+    """A base model that adapters are added into.
 
     Attributes:
-        source: where they are from, for messages.
-        names: of all tensors.
-        get: a tensor by its name.
+        source: where it is from, for messages.
+        shapes: of its tensors, by their names in the model.
         tied: embedding and head are one tensor.
-        copy_rest: writes everything but weights (configuration, tokenizer) into a folder.
+        save: writes the model into a folder, with every tensor as a function of its name and value changes it.
     """
 
     source: str
-    names: Collection[str]
-    get: Callable[[str], torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
     tied: bool
-    copy_rest: Callable[[Path], None]
+    save: Callable[[Path, Changed], None]
 
 
 def base_of_files(folder: str | Path) -> Base:
@@ -71,14 +76,18 @@ def base_of_files(folder: str | Path) -> Base:
     from safetensors import SafetensorError, safe_open
 
     place = Path(folder)
+    if _is_internlm2(place):
+        return _base_of_internlm2(place)
     files = sorted(place.glob("*.safetensors"))
     if not files or not (place / "config.json").is_file():
         raise ValueError(f"{folder} holds no model: give a folder with config.json and safetensors")
     where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 where |= dict.fromkeys(file.keys(), path)
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}): copy it again") from None
 
@@ -86,13 +95,50 @@ def base_of_files(folder: str | Path) -> Base:
         with safe_open(where[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def copy_rest(into: Path) -> None:
+    def save(into: Path, changed: Changed) -> None:
         for path in place.iterdir():
             if path.is_file() and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
                 shutil.copyfile(path, into / path.name)
+        write_parts(into, ((name, changed(name, get(name))) for name in sorted(where)))
 
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    return Base(str(folder), where, get, bool(config.get("tie_word_embeddings", False)), copy_rest)
+    return Base(str(folder), shapes, bool(config.get("tie_word_embeddings", False)), save)
+
+
+def _is_internlm2(folder: Path) -> bool:
+    """Tell whether a folder holds a checkpoint of InternLM2, whose tensors have other names and shapes."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+
+
+def _base_of_internlm2(folder: Path) -> Base:
+    """Return an InternLM2 checkpoint under the names of a Llama; it is written back in its own form and dtype.
+
+    Raises:
+        ValueError: as `spu.model.convert.internlm2`.
+    """
+    shards = Shards(folder)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = empty_decoder(internlm2_config(values, str(folder)))
+    layout = layout_of(model)
+    check(layout, shards, lambda name: name.endswith("rotary_emb.inv_freq") or name == "output.weight")
+    form, parameters = Checkpoint.of(shards, layout), dict(model.named_parameters())
+    dtype = form.dtype or torch.float32
+
+    def save(into: Path, changed: Changed) -> None:
+        def pieces(name: str) -> Iterator[torch.Tensor]:
+            names = {run.parameter for run in layout[name].runs}
+            own = {key: torch.empty(parameters[key].shape, dtype=dtype) for key in names}
+            fill({name: layout[name]}, shards, own)
+            return write_tensor(layout[name], {key: changed(key, tensor) for key, tensor in own.items()})
+
+        form.write(into, layout, pieces, dtype)
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    return Base(str(folder), shapes, "lm_head.weight" not in parameters, save)
 
 
 class _Adapter:
@@ -123,7 +169,7 @@ class _Adapter:
         return [*(f"{path}.weight" for path in self.own), *biases, *self.whole]
 
     def _check(self, folder: Path, base: Base) -> None:
-        missing = [name for name in self.targets if name not in base.names]
+        missing = [name for name in self.targets if name not in base.shapes]
         ends = [name for name in self.targets if name.rpartition(".")[0].endswith(("embed_tokens", "lm_head", "wte"))]
         if base.tied and ends:
             raise ValueError(
@@ -136,8 +182,7 @@ class _Adapter:
                 "trained on"
             )
         for path, own in self.own.items():
-            weight = base.get(f"{path}.weight")
-            shape = tuple(weight.shape)
+            shape = base.shapes[f"{path}.weight"]
             delta = self._delta_shape(path, own)
             if delta != shape:
                 raise ValueError(
@@ -180,7 +225,7 @@ class _Adapter:
         return weight.to(tensor.dtype)
 
 
-def merge_adapter(base: Base, adapter: str | Path, out: str | Path, part_bytes: int = PART_BYTES) -> None:
+def merge_adapter(base: Base, adapter: str | Path, out: str | Path) -> None:
     """Write a base model with an adapter merged into it, as transformers reads it.
 
     At a time, memory holds one part of the output, the adapter, and three fp32 copies of a tensor.
@@ -189,7 +234,6 @@ def merge_adapter(base: Base, adapter: str | Path, out: str | Path, part_bytes: 
         base: the model that the adapter was trained on.
         adapter: a folder in peft's format.
         out: the new folder; it appears when it is complete.
-        part_bytes: of a file, at least one tensor each.
 
     Raises:
         ValueError: an adapter that is damaged or of another model, or ``out`` is there already; nothing was written.
@@ -202,8 +246,7 @@ def merge_adapter(base: Base, adapter: str | Path, out: str | Path, part_bytes: 
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        base.copy_rest(new)
-        _write_parts(new, ((name, own.merged(name, base.get(name))) for name in sorted(base.names)), part_bytes)
+        base.save(new, own.merged)
         if place.exists():
             place.rmdir()
         new.rename(place)
@@ -213,8 +256,8 @@ def merge_adapter(base: Base, adapter: str | Path, out: str | Path, part_bytes: 
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_parts(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], part_bytes: int) -> None:
-    """Write tensors into files of about ``part_bytes``, and their index."""
+def write_parts(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], part_bytes: int = PART_BYTES) -> None:
+    """Write tensors into files of about ``part_bytes``, at least one in each, and their index."""
     from safetensors.torch import save_file
 
     part: dict[str, torch.Tensor] = {}

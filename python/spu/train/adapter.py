@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from spu.data.tokenizer import make_tokenizer
 from spu.model.lora import LoraOptions, add_adapters
-from spu.model.merge import Base, base_of_files, merge_adapter
+from spu.model.merge import Base, base_of_files, merge_adapter, write_parts
 from spu.train.model import has_weights, load_config, make_model
 from spu.trainer.adapter import save_adapter
 
@@ -67,20 +68,23 @@ def base_of(source: str | None, seed: int) -> Base:
         return base_of_files(source)
     model: Any = make_model(source, seed)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    if tied:  # as transformers saves it: the head is the embedding
-        tensors = {name: t for name, t in tensors.items() if t is not model.get_output_embeddings().weight}
-        tensors.pop("lm_head.weight", None)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding is head:  # as transformers saves it: once
+        names = [name for name, tensor in tensors.items() if tensor.data_ptr() == head.data_ptr()]
+        for name in names[1:]:
+            del tensors[name]
     vocabulary = load_config(source).get_text_config().vocab_size
     tokenizer = make_tokenizer(source, vocabulary, weights=False)
 
-    def copy_rest(into: Path) -> None:
+    def save(into: Path, changed: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(into)
         model.generation_config.save_pretrained(into)
         tokenizer.save(into)
+        write_parts(into, ((name, changed(name, tensors[name])) for name in sorted(tensors)))
 
-    return Base(source or "the default model", tensors, tensors.__getitem__, tied, copy_rest)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Base(source or "the default model", shapes, embedding is head, save)
 
 
 def merge_run(config: TrainConfig, folder: Path, out: str | Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,12 +165,24 @@ class Checkpoint:
 
         In the checkpoint's own dtype, a model that was not changed gives the same bytes in every file. Needs 16 MB.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         layout, dtype = layout_of(model), dtype or next(model.parameters()).dtype
+        self.write(folder, layout, partial(_written, layout, parameters), dtype)
+
+    def write(
+        self, folder: Path, layout: Layout, pieces: Callable[[str], Iterator[Tensor]], dtype: torch.dtype
+    ) -> None:
+        """Write a checkpoint whose tensors come in pieces.
+
+        Args:
+            folder: where to.
+            layout: of its tensors.
+            pieces: yields a stored tensor's values by its name.
+            dtype: to store them in.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         for file, names in self.order.items():
             tensors = [(name, layout[name].shape) for name in names]
-            pieces = partial(_written, layout, parameters)
             write_shard(folder / file, tensors, dtype, pieces, self.metadata[file])
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
