@@ -15,7 +15,7 @@ from hard_limit import run_limited  # noqa: E402
 from numeric import assert_equal  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from spu.model.convert.decoder import load_decoder  # noqa: E402
+from spu.model.convert.decoder import load_decoder, save_decoder  # noqa: E402
 from spu.train.model import load_config  # noqa: E402
 
 # Tied and not, experts that are stored one by one, positions, older names.
@@ -38,6 +38,27 @@ def test_a_decoder_is_the_one_that_transformers_loads(family: str, tied: bool, t
     ids = torch.arange(12).view(2, 6)
     assert_equal(ours(ids).logits, theirs(ids).logits, "logits")
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_what_is_saved_are_the_bytes_of_save_pretrained(family: str, tied: bool, tmp_path: Path) -> None:
+    model = make_decoder(family, num_hidden_layers=2, tie_word_embeddings=tied)
+    save_decoder(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    names = sorted(f.name for f in (tmp_path / "theirs").iterdir())
+    assert sorted(f.name for f in (tmp_path / "ours").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def test_large_models_are_saved_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spu.model.convert.decoder._FILE_BYTES", 30_000)
+    model = make_decoder("Llama", num_hidden_layers=2, tie_word_embeddings=False)
+    save_decoder(model, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert_equal(ours, theirs, name)
 
 
 def test_checkpoints_of_the_base_model_and_with_old_tables_are_read(tmp_path: Path) -> None:

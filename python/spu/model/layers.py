@@ -184,8 +184,8 @@ def model_layers(model: Any) -> list[Layer]:
 
         return _named(huggingface.decoder_layers(model))
     raise TypeError(
-        f"a {type(model).__name__} is no nn.Module; pass an nn.Sequential, a list of layers, a Hugging Face decoder "
-        "of transformers, or another module"
+        f"a {type(model).__name__} is no nn.Module; pass an nn.Sequential, a list of layers, a Hugging Face decoder, "
+        "or another module"
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from spu.common.out_of_memory import free_memory
 from spu.data.corpus import Corpus
 from spu.data.tokenizer import Tokenizer
+from spu.model.convert.decoder import save_decoder
 from spu.train.config import TrainConfig
 from spu.train.sample import SEARCHED, choose_prompt, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
@@ -18,7 +19,6 @@ from spu.trainer.trainer import ModelParallelTrainer
 __all__ = ["sample_of", "save_model", "take_exact"]
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
-PART = "100MB"
 
 
 @torch.no_grad()
@@ -37,17 +37,16 @@ def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
         parameter.data = exact.pop(name)
 
 
-def save_model(
-    model: Any, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32, in_parts: bool = False
-) -> None:
+def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Save the model as ``AutoModelForCausalLM.from_pretrained`` reads it, with the tokenizer beside it.
+
+    An InternLM2 checkpoint is written as one.
 
     Args:
         model: of transformers.
         tokenizer: its tokenizer.
         folder: where to.
         dtype: of its weights from now on; buffers keep theirs, as when transformers loads it.
-        in_parts: write small files, one after the other: safetensors copies a whole file in memory.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -55,7 +54,7 @@ def save_model(
     if checkpoint is not None:
         checkpoint.save(model, folder)
     else:
-        model.save_pretrained(folder, **({"max_shard_size": PART} if in_parts else {}))
+        save_decoder(model, folder)
     tokenizer.save(folder)
 
 

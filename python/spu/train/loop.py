@@ -327,9 +327,8 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> f
 def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
     """Write the model, a sample of its text, the summary and the picture of the losses."""
     if job.config.lora is None:
-        in_parts = not isinstance(beside_disk(job.config), nullcontext)
         dtype = DTYPES[job.config.export_dtype]
-        save_model(model, job.tokenizer, job.folder / "model", dtype=dtype, in_parts=in_parts)
+        save_model(model, job.tokenizer, job.folder / "model", dtype=dtype)
     if job.sample:
         summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
     save_result(job.folder / "summary.json", summary)

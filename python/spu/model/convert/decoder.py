@@ -1,8 +1,9 @@
-"""A decoder of transformers from its safetensors, tensor by tensor: never more in memory than the model and a piece."""
+"""A decoder of transformers read from safetensors, and written, tensor by tensor: beside it, memory holds a piece."""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spu.model.convert.empty import materialise, meta_parameters
-from spu.model.convert.layout import Run, Stored, check, fill, whole
-from spu.model.convert.shards import Shards
+from spu.model.convert.layout import Layout, Run, Stored, check, fill, whole, write_tensor
+from spu.model.convert.shards import DTYPE_NAMES, INDEX, SINGLE, Shards, write_shard
 
-__all__ = ["empty_decoder", "load_decoder"]
+__all__ = ["empty_decoder", "load_decoder", "save_decoder"]
 
 _OLD_TABLES = re.compile(r"(rotary_emb|rotary_pos_emb|rope)\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+_FILE_BYTES = 4 << 30
+_COPIED = "100MB"  # of files that the safetensors package writes
 _EXPERTS = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # of an expert: gate, up, down
 
 
@@ -64,6 +67,53 @@ def load_decoder(folder: Path, config: Any) -> nn.Module | None:
     fill(layout, shards, materialise(model))
     _read_generation_config(folder, model)
     return model.eval()  # as from_pretrained
+
+
+def save_decoder(model: Any, folder: Path) -> None:
+    """Write a decoder as its ``save_pretrained`` does, the same bytes, without a copy of its weights: 16 MB at a time.
+
+    The safetensors package makes a copy of all that goes into a file. It still writes models whose checkpoints
+    transformers converts, and those of several dtypes, in files of 100 MB.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
+    tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if _renames(model, tensors) or len(dtypes) != 1 or dtypes.isdisjoint(DTYPE_NAMES):
+        model.save_pretrained(folder, max_shard_size=_COPIED)
+        return
+    (dtype,) = dtypes
+    layout = {name: whole(name, tensor) for name, tensor in sorted(tensors.items())}
+    files = _in_files(layout, dtype)
+    for file, names in files.items():
+        shapes = [(name, layout[name].shape) for name in names]
+        write_shard(folder / file, shapes, dtype, lambda name: write_tensor(layout[name], tensors), {"format": "pt"})
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        size = sum(stored.numel for stored in layout.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _in_files(layout: Layout, dtype: torch.dtype) -> dict[str, list[str]]:
+    """Return which tensors go into which file: one file, or several of `_FILE_BYTES` at most."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, stored in layout.items():
+        size += stored.numel * dtype.itemsize
+        if size > _FILE_BYTES and groups[-1]:
+            groups.append([])
+            size = stored.numel * dtype.itemsize
+        groups[-1].append(name)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{k:05d}-of-{len(groups):05d}.safetensors": names for k, names in enumerate(groups, start=1)}
 
 
 def _stored(name: str, tensor: Tensor, there: set[str], model: Any) -> dict[str, Stored]:
@@ -113,6 +163,17 @@ def _converts(model: Any) -> bool:
     except ImportError:
         return False
     return any(hasattr(step, "operations") for step in get_model_conversion_mapping(model))
+
+
+def _renames(model: Any, tensors: dict[str, Tensor]) -> bool:
+    """Tell whether transformers writes this model's tensors under other names or in other shapes."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return False
+    written = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return {name: tensor.shape for name, tensor in written.items()} != shapes
 
 
 def _read_generation_config(folder: Path, model: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPE_NAMES", "INDEX", "PIECE_BYTES", "Entry", "Shards", "write_shard"]
+__all__ = ["DTYPE_NAMES", "INDEX", "PIECE_BYTES", "SINGLE", "Entry", "Shards", "write_shard"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
