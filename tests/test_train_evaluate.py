@@ -34,15 +34,18 @@ def test_a_mean_is_over_all_targets_wherever_they_are(accumulate):
     model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
     inputs, targets = torch.randint(11, (10, 6)), torch.randint(11, (10, 6))
     targets[0], targets[3, 1:], targets[7] = -100, -100, -100
-    with torch.no_grad():
-        logits = model(inputs)
-    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    gradients = [g.clone() for g in torch.autograd.grad(plain, list(model.parameters()))]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    plain = plain.item()
     batches = [(inputs[:4], targets[:4]), (inputs[4:7], targets[4:7]), (inputs[7:8], targets[7:8])]
     batches += [(inputs[8:], targets[8:])]
     settings = {"precision": "fp32", "microbatches": 2, "accumulate": accumulate, "lr": 1.0}
     with ModelParallelTrainer(model, ["cpu:0"], optimizer=torch.optim.SGD, **settings) as trainer:
         assert mean_over_targets(trainer.evaluate, batches) == pytest.approx(plain, rel=1e-6)
-        assert trainer.step(inputs, targets).loss == pytest.approx(plain, rel=1e-6)
+        result = trainer.step(inputs, targets)
+    assert result.loss == pytest.approx(plain, rel=1e-6)
+    assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     assert [count(y) for _, y in batches] == [13, 18, 0, 12]
     with pytest.raises(ValueError, match="all are masked"):
         mean_over_targets(lambda x, y: 0.0, batches[2:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from small_runs import losses, make_place, rows, run
+from small_runs import losses, make_place, rows, run, train
 
 from spu.train.tensorboard import TensorBoard
 
@@ -70,3 +71,11 @@ def test_a_malformed_file_is_one_line_and_nothing_is_written(tmp_path: Path, tex
     assert said.startswith(f"spu: error: --config {place / 'job.yaml'}")
     assert said.count("\n") == 1
     assert sorted(place.rglob("*")) == before
+
+
+def test_without_the_package_the_command_says_which_it_is(tmp_path: Path, monkeypatch, capsys) -> None:
+    place = make_place(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train(place, "r", "--tensorboard") == 2
+    assert "--tensorboard needs a package: pip install tensorboard" in capsys.readouterr().err
+    assert not (place / "runs").exists()

@@ -204,6 +204,7 @@ class Loop:
         self._checkpoints = Checkpoints(job.folder, self._metrics, rows, keep=config.keep, best=self._best)
         self._validation = job.corpus.validation_batches(config.batch, config.seq, curve_windows(config))
         self._val_loss: float | None = None
+        self._tokens_per_s = 0.0
         self._plan, self._due = trainer.plan, False
 
     def disk_line(self) -> str:
@@ -230,7 +231,7 @@ class Loop:
                     Progress(
                         step,
                         self._shown.add(result.loss),
-                        result.tokens_per_s,
+                        self._tokens_per_s,
                         result.loss_scale,
                         self._skipped,
                         self._val_loss,
@@ -262,6 +263,7 @@ class Loop:
         else:
             self.timelines.append(trainer.timeline())
         self._tokens += targets.numel()
+        self._tokens_per_s = targets.numel() / result.seconds
         self._metrics.append(
             step=step,
             tokens=self._tokens,
@@ -271,7 +273,7 @@ class Loop:
             grad_norm=result.grad_norm,
             loss_scale=result.loss_scale,
             skipped=result.skipped,
-            tokens_per_s=targets.numel() / result.seconds,
+            tokens_per_s=self._tokens_per_s,
         )
         self._guard.check(step, result, config)
         self._skipped += result.skipped
