@@ -27,13 +27,13 @@ def run(*arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-def options(place: Path) -> list[str]:
-    given = ["--model", str(place / "tiny.json"), "--data", str(place / "text.txt"), "--out", str(place / "runs")]
+def options(place: Path, data: str) -> list[str]:
+    given = ["--model", str(place / "tiny.json"), "--data", str(place / data), "--out", str(place / "runs")]
     return [*given, "--seq", "8", "--microbatches", "2", "--batch", "2", "--devices", "cpu", "--no-sample"]
 
 
-def train(place: Path, name: str, *more: str) -> int:
-    return run("train", *options(place), "--name", name, *more)
+def train(place: Path, name: str, *more: str, data: str = "text.txt") -> int:
+    return run("train", *options(place, data), "--name", name, *more)
 
 
 def resume(place: Path, name: str, *more: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -137,3 +138,26 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, monkeypatc
     assert "run r is complete" in capsys.readouterr().out
     assert run("train", "--resume", "auto", "--out", str(place / "runs")) == 2
     assert "--resume auto needs the run's --name" in capsys.readouterr().err
+
+
+def test_a_run_of_epochs_is_made_longer_by_more_of_them(tmp_path: Path, capsys) -> None:
+    """Of prompts and responses: the loss, and what a step's targets count, is of the responses alone."""
+    place = make_place(tmp_path)
+    pairs = [{"prompt": f"Double of {n}: ", "response": str(2 * n)} for n in range(20)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def epochs(count: str) -> int:
+        given = ("--seq", "32", "--evals", "1", "--resume", "auto", "--epochs", count)
+        return train(place, "r", *given, data="pairs.jsonl")
+
+    assert epochs("1") == 0
+    epoch = len(losses(place, "r"))
+    assert epochs("1.5") == 0
+    steps = [row for row in rows(place, "r") if "loss" in row]
+    assert len(steps) == round(1.5 * epoch) > epoch
+    assert all(0 < row["targets"] < 24 and row["tokens"] == 64 * row["step"] for row in steps)
+    capsys.readouterr()
+    assert epochs("1.5") == 0
+    assert "run r is complete" in capsys.readouterr().out
+    assert epochs("1") == 2
+    assert "--epochs 1: the run has" in capsys.readouterr().err
