@@ -56,6 +56,7 @@ def model_costs(
     loss_fn: LossFn | None = None,
     targets: Any = None,
     device_type: str = "cpu",
+    deferred: bool = True,
 ) -> tuple[list[LayerCost], LayerCost | None]:
     """Return costs of layers that are run one after the other, and of the loss if there are targets.
 
@@ -69,6 +70,7 @@ def model_costs(
         loss_fn, targets: the loss, and one microbatch of its targets. Where a training computes the loss without
             logits, the last layer's cost is that of both, and the loss has none.
         device_type: of the device that runs the last layer.
+        deferred: count what deferred weight gradients keep, too; for a schedule without them that takes time in vain.
 
     Raises:
         ValueError: there are no layers; or one of a model without values cannot be run on fakes: the message names it.
@@ -83,7 +85,7 @@ def model_costs(
     known: dict[Any, tuple[LayerCost, Any]] = {}
     owners: dict[int, int] = {}
     with untouched(*(layer.module for layer in chain)), hooks_off(), hushed(), torch.inference_mode(False):
-        counter = _Counter(chain, sample, dtype, dtype in HALVES if fused is None else fused)
+        counter = _Counter(chain, sample, dtype, dtype in HALVES if fused is None else fused, deferred)
         x = fake_copy(counter.mode, sample)
         for index, layer in enumerate(chain):
             stop_if_asked()
@@ -146,13 +148,13 @@ def _check_released(tally: Tally) -> None:
 class _Counter:
     """Costs layers one after the other: on fakes, else on real tensors, else by a bound."""
 
-    def __init__(self, layers: Sequence[Layer], sample: Any, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(self, layers: Sequence[Layer], sample: Any, dtype: torch.dtype, fused: bool, deferred: bool) -> None:
         self.layers = layers
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tally = Tally()
         state = [t for layer in layers for t in itertools.chain(layer.module.parameters(), layer.module.buffers())]
         dtypes = {id(t): t.dtype for t in state} | state_dtypes([layer.module for layer in layers], dtype)
-        self.form = TrainingForm(dtypes, fused, sample, DetachedSkips())
+        self.form = TrainingForm(dtypes, fused, deferred, sample, DetachedSkips())
         self._has_values = not any(t.is_meta or is_fake(t) for t in [*tensors_in(sample), *state])
         self.has_loss = False  # the last layer's cost has it
         self._known_input = (0, sample)  # the real input of the layer of that index

@@ -58,12 +58,14 @@ class TrainingForm:
     Attributes:
         dtypes: as in `layer_copy`.
         fused: put linear layers on our ops.
+        deferred: a schedule may defer weight gradients, so that what this keeps is counted too.
         inputs: the microbatch's own, for layers that want them.
         skips: what layers have stashed.
     """
 
     dtypes: dict[int, torch.dtype]
     fused: bool
+    deferred: bool
     inputs: Any
     skips: DetachedSkips
 
@@ -113,7 +115,8 @@ class Footprint:
             after = following(out)  # the same shapes, of storages that are not counted here
             backward_peak, work = self._backward(out, base)
             backward_flops = counter.get_total_flops() - forward_flops if work else 2 * forward_flops
-            left, left_input, immediate_flops = self._deferred() if self.form.fused and work else (0, False, 0)
+            counts = self.form.fused and self.form.deferred and work
+            left, left_input, immediate_flops = self._deferred() if counts else (0, False, 0)
         kept, peak, traffic = forward
         inputs, outputs = _storages(x), _storages(out)
         own = max(kept - sum(n for key, n in outputs.items() if key not in inputs), 0)

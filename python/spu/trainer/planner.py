@@ -64,6 +64,7 @@ class Planner:
         check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
         self.tiers = tiers.beside(devices)
+        self._defers = settings.schedule == AUTO or schedules.splits_backward(settings.schedule)
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
         self._times: dict[int, Times] = {}
@@ -145,6 +146,7 @@ class Planner:
             ValueError: it is for another model, other devices, settings or smaller batches, or over a budget.
         """
         self._batch = inputs, targets
+        self._defers = self._defers or schedules.splits_backward(plan.settings.schedule)
         check_plan(plan, [layer.name for layer in self.layers], self.devices, self.settings)
         sample, _ = self.sample(plan.settings.parts)
         check_fits(plan, self.devices, batch_rows(sample), tokens_of(sample), self.tiers)
@@ -220,7 +222,14 @@ class Planner:
             types = {device.torch_device.type for device in self.devices}
             last_type = next(iter(types - {"cpu"}), "cpu")
             self._costs[parts] = model_costs(
-                self.layers, sample, dtype, fused=fused, loss_fn=self.loss_fn, targets=wanted, device_type=last_type
+                self.layers,
+                sample,
+                dtype,
+                fused=fused,
+                loss_fn=self.loss_fn,
+                targets=wanted,
+                device_type=last_type,
+                deferred=self._defers,
             )
         return self._costs[parts]
 
