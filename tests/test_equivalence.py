@@ -9,21 +9,20 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
-from pipelines import devices
+from pipelines import costs_counted_once, devices
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import spu
 from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
 from spu.model.layers import DrawKey, Layer, model_layers
-from spu.trainer import planner
+
+__all__ = ["costs_counted_once"]
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -77,25 +76,6 @@ PIPELINES = [
     ("layer_outer", 1, 4),
     ("layer_outer", 2, 2),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def costs_counted_once() -> Iterator[None]:
-    """Nine tenths of these tests' time went into counting the same few models' costs, hundreds of times."""
-    known: dict[Any, Any] = {}
-    count = planner.model_costs
-
-    def counted(layers: Any, sample: Any, dtype: torch.dtype, *, fused: bool, loss_fn: Any, targets: Any) -> Any:
-        models = [(layer.name, repr(layer.module), *(p.shape for p in layer.module.parameters())) for layer in layers]
-        shapes = [t.shape for t in tree_leaves((sample, targets)) if isinstance(t, torch.Tensor)]
-        key = repr((models, shapes, dtype, fused))
-        if key not in known:
-            known[key] = count(layers, sample, dtype, fused=fused, loss_fn=loss_fn, targets=targets)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "model_costs", counted)
-        yield
 
 
 @pytest.fixture(autouse=True)
