@@ -42,3 +42,23 @@ def test_decoders_without_a_plan_are_counted_by_their_config(family: str, tmp_pa
     assert costs[0].output_bytes == 16 * 32 * 4
     projection = 2 * 16 * 24 * 32 if family == "OPT" else 0
     assert costs[0].forward_flops == projection
+
+
+def test_adapters_are_counted_and_the_model_beside_them_is_frozen(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from families import make_decoder
+
+    from spu.model.lora import LoraOptions
+
+    model = make_decoder("Llama", num_hidden_layers=2)
+    model.config.save_pretrained(tmp_path)
+    settings = Settings(precision="bf16")
+    plain, _ = costs_by_rows(blueprint(str(tmp_path)), 16, settings)(1)
+    for kind in ("lora", "dora"):
+        costs, _ = costs_by_rows(blueprint(str(tmp_path), LoraOptions(rank=4, kind=kind)), 16, settings)(1)
+        for cost, whole, layer in zip(costs, plain, (None, *model.model.layers, None), strict=True):
+            linear = [] if layer is None else [m for m in layer.modules() if hasattr(m, "in_features")]
+            adapters = sum(4 * (m.in_features + m.out_features) for m in linear)
+            adapters += sum(m.out_features for m in linear) if kind == "dora" else 0
+            assert cost.trained_count == adapters
+            assert cost.param_count == whole.param_count + adapters

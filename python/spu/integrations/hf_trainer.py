@@ -69,6 +69,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._resumed: Path | None = None
         super().__init__(model, args, *more, **keywords)
         check_arguments(self.args)
+        self._own_accelerator()
         if not self._loss_shifts_labels:
             raise ValueError(
                 f"SpuTrainer trains causal language models, and {type(self.model).__name__}'s loss is another: use "
@@ -81,6 +82,15 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module)
         return self.model
+
+    def _own_accelerator(self) -> None:
+        """Let accelerate think that it has the model: it would put a forward of its own into it, under autocast."""
+        self.accelerator._models = [self.model]
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Return what the whole model is evaluated under: autocast, as ``transformers.Trainer`` has it."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     def _settings(self) -> dict[str, Any]:
         args = self.args
@@ -140,7 +150,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self.create_optimizer()
         self.create_scheduler(num_training_steps=max_steps)
         self.model_wrapped = self._module
-        self.accelerator._models = [self.model]  # it would wrap the model in autocast
+        self._own_accelerator()
         self.accelerator._optimizers = [self.optimizer]  # asked whether a step was skipped
         self._engine = self._make_engine()
         if resume_from_checkpoint is not None:
@@ -196,7 +206,8 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         engine = self._engine
         if engine is None or engine.plan is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            with self._autocast(self.args.device):
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if prediction_loss_only and inputs.get("labels") is not None:
             loss = engine.evaluate(dict(inputs))
             return torch.tensor(loss, device=self.args.device), None, None
@@ -207,8 +218,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"{', '.join(map(str, sorted(kinds, key=str)))}: set prediction_loss_only=True while it trains"
             )
         engine.flush()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(engine.precision)
-        with torch.autocast(next(iter(kinds)).type, dtype, enabled=dtype is not None):
+        with self._autocast(next(iter(kinds))):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     # Checkpoints
