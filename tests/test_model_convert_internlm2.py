@@ -16,7 +16,7 @@ from internlm2 import CONFIG, forward, write_checkpoint
 from numeric import assert_close_to_truth, assert_equal
 
 from spu.cost.blueprint import blueprint, config_of
-from spu.model.convert.internlm2 import LlamaTensors, internlm2_config, layout_of, load_internlm2
+from spu.model.convert.internlm2 import layout_of
 from spu.model.convert.layout import write_tensor
 from spu.model.layers import model_layers
 from spu.train.model import load_config, make_model
@@ -125,16 +125,3 @@ def test_the_published_sizes_are_known() -> None:
     config = config_of(published, "DIR")
     assert (config.head_dim, config.pad_token_id, config.rms_norm_eps) == (128, 2, 1e-5)
     assert load_config("internlm2-1.8b").hidden_size == config.hidden_size
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_its_tensors_are_read_one_by_one_as_a_llamas(tmp_path: Path, bias: bool) -> None:
-    config = CONFIG | {"bias": bias}
-    write_checkpoint(tmp_path / "m", config)
-    llama = internlm2_config(config, "m")
-    tensors, model = LlamaTensors.of(tmp_path / "m", llama), load_internlm2(tmp_path / "m", llama)
-    assert tensors.shapes == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        stored = tensors.read(name)
-        assert stored.dtype == torch.bfloat16
-        assert torch.equal(stored.view(parameter.shape).float(), parameter), name

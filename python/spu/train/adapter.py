@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from spu.cost.blueprint import read_config
 from spu.data.tokenizer import make_tokenizer
-from spu.model.convert.internlm2 import MODEL_TYPE, LlamaTensors
 from spu.model.lora import LoraOptions, add_adapters
 from spu.model.merge import Base, base_of_files, merge_adapter, write_parts
 from spu.train.model import has_weights, load_config, make_model
@@ -67,8 +65,7 @@ def keep_adapter(model: nn.Module, trainer: ModelParallelTrainer, folder: Path) 
 def base_of(source: str | None, seed: int) -> Base:
     """Return the base model of a run: in its folder's files, or made again from its config and seed."""
     if source is not None and has_weights(source):
-        internlm2 = read_config(source)["model_type"] == MODEL_TYPE
-        return _base_of_internlm2(source) if internlm2 else base_of_files(source)
+        return base_of_files(source)
     model: Any = make_model(source, seed)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -88,23 +85,6 @@ def base_of(source: str | None, seed: int) -> Base:
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Base(source or "the default model", shapes, embedding is head, save)
-
-
-def _base_of_internlm2(source: str) -> Base:
-    """Return an InternLM2 checkpoint as the Llama that it is: transformers loads that without its code."""
-    config = load_config(source)
-    tensors = LlamaTensors.of(Path(source), config)
-    shapes = tensors.shapes
-    tokenizer = make_tokenizer(source, config.vocab_size, weights=True)
-
-    def copy_rest(into: Path) -> None:
-        config.save_pretrained(into)
-        tokenizer.save(into)
-
-    def get(name: str) -> torch.Tensor:
-        return tensors.read(name).view(shapes[name])
-
-    return Base(source, shapes, get, bool(config.tie_word_embeddings), copy_rest)
 
 
 def merge_run(config: TrainConfig, folder: Path, out: str | Path) -> None:

@@ -25,7 +25,7 @@ from spu.model.convert.empty import materialise
 from spu.model.convert.layout import Layout, Run, Stored, check, fill, whole, write_tensor
 from spu.model.convert.shards import DTYPE_NAMES, INDEX, Shards, write_shard
 
-__all__ = ["MODEL_TYPE", "Checkpoint", "LlamaTensors", "internlm2_config", "layout_of", "load_internlm2"]
+__all__ = ["MODEL_TYPE", "Checkpoint", "internlm2_config", "layout_of", "load_internlm2"]
 
 MODEL_TYPE = "internlm2"
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -205,47 +205,6 @@ def _written(layout: Layout, parameters: Mapping[str, Tensor], name: str) -> Ite
 
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class LlamaTensors:
-    """The tensors of an InternLM2 checkpoint as those of a Llama, read one by one.
-
-    Attributes:
-        config: of the Llama.
-        layout, shards: the checkpoint.
-    """
-
-    config: Any
-    layout: Layout
-    shards: Shards
-
-    @staticmethod
-    def of(folder: Path, config: Any) -> LlamaTensors:
-        """Open a checkpoint.
-
-        Raises:
-            ValueError: as ``load_internlm2``.
-        """
-        shards, model = Shards(folder), empty_decoder(config)
-        layout = layout_of(model)
-        check(layout, shards, _needless)
-        return LlamaTensors(config, layout, shards)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the Llama, by name."""
-        return {name: tuple(p.shape) for name, p in empty_decoder(self.config).named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor in its own dtype; memory holds it, and the stored one that it lies in."""
-        theirs, stored = next(
-            (theirs, stored) for theirs, stored in self.layout.items() if any(r.parameter == name for r in stored.runs)
-        )
-        values = torch.cat([piece for _, piece in self.shards.pieces(theirs)])
-        parts = values.split([run.count for run in stored.runs])
-        mine = {run.first: part for run, part in zip(stored.runs, parts) if run.parameter == name}
-        return torch.cat([mine[first] for first in sorted(mine)])
 
 
 def _needless(name: str) -> bool:
