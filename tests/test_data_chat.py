@@ -68,6 +68,13 @@ def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(make
     assert trained_of(make(thinking), row) == [["<think>a</think>one<|im_end|>"], ["<think>b</think>two<|im_end|>"]]
 
 
+def test_what_a_template_puts_behind_every_conversation_is_no_part_of_earlier_answers(make: Make) -> None:
+    """As Phi 3's, which ends in an end-of-text token."""
+    ended = CHATML.replace("{% endif %}", "{% else %}<|end|>{% endif %}")
+    row = chat("hi", "one", "more", "two")
+    assert trained_of(make(ended), row) == [["one<|im_end|>", "two<|im_end|>\n<|end|>"]]
+
+
 def test_a_template_whose_answers_do_not_begin_as_asked_is_refused(make: Make) -> None:
     odd = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>bot\n")
     with pytest.raises(ValueError, match=r"F: the chat template of tokenizer of .* begins an answer with .*bot"):

@@ -61,27 +61,41 @@ def chat_examples(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: s
             on.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == _ASSISTANT]
-    begins = {index: _written(messages[:index], tokenizer, where, ask=True) for index in answers}
     whole = _written(messages, tokenizer, where, ask=False)
-    spans = []
-    for index in answers:
-        until = _written(messages[: index + 1], tokenizer, where, ask=False)
-        if not (until.startswith(begins[index]) and whole.startswith(until)):
-            break
-        spans.append((len(begins[index]), _end_of(until, len(begins[index]), messages[index])))
-    else:
+    asked = {index: _written(messages[:index], tokenizer, where, ask=True) for index in answers}
+    told = {index: _written(messages[: index + 1], tokenizer, where, ask=False) for index in answers}
+    for number, index in enumerate(answers, start=1):
+        if not told[index].startswith(asked[index]):
+            raise ValueError(
+                f"{where}: the chat template of {tokenizer.name} begins an answer with {asked[index][-40:]!r}, which "
+                f"is not how it writes answer {number}: what the assistant has written cannot be told from the rest; "
+                "give another chat_template.jinja"
+            )
+    kept = [_kept_in(whole, told[index], len(asked[index]), tokenizer) for index in answers]
+    if all(end is not None for end in kept):
+        ends = [_end_of(told[i][:end], len(asked[i]), messages[i]) for i, end in zip(answers, kept, strict=True)]
+        spans = [(len(asked[index]), end) for index, end in zip(answers, ends, strict=True)]
         yield Example(where, whole, tuple(spans), closed=False)
         return
     for index in answers:
-        until = _written(messages[: index + 1], tokenizer, where, ask=False)
-        begin = len(begins[index])
-        if not until.startswith(begins[index]):
-            raise ValueError(
-                f"{where}: the chat template of {tokenizer.name} begins an answer with "
-                f"{begins[index][-40:]!r}, which is not how it writes answer {1 + answers.index(index)}: what the "
-                "assistant has written cannot be told from the rest; give another chat_template.jinja"
-            )
-        yield Example(where, until, ((begin, _end_of(until, begin, messages[index])),), closed=False)
+        begin = len(asked[index])
+        span = (begin, _end_of(told[index], begin, messages[index]))
+        yield Example(where, told[index], (span,), closed=False)
+
+
+def _kept_in(whole: str, told: str, begin: int, tokenizer: Tokenizer) -> int | None:
+    """Return how far a conversation up to an answer, which begins at ``begin``, is how the whole one begins.
+
+    All of it; or all but the end-of-text token that some templates put behind every conversation. None where the answer
+    itself is written in another way.
+    """
+    if whole.startswith(told):
+        return len(told)
+    end = tokenizer.end_text
+    if end is None or not told.endswith(end):
+        return None
+    kept = told.removesuffix(end)
+    return len(kept) if len(kept) > begin and whole.startswith(kept) else None
 
 
 def _written(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, *, ask: bool) -> str:

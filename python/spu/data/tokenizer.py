@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
         dtype: the narrowest integers that hold its tokens in a file.
         fingerprint: another one for a tokenizer that gives other tokens.
         ends: the tokens that begin and end a document.
+        end_text: how the token that ends one is written; None if there is none.
     """
 
     name: str
@@ -43,6 +44,9 @@ class Tokenizer(Protocol):
 
     @property
     def ends(self) -> tuple[list[int], list[int]]: ...
+
+    @property
+    def end_text(self) -> str | None: ...
 
     def encode(self, text: bytes) -> torch.Tensor: ...
 
@@ -60,6 +64,7 @@ class ByteTokenizer:
 
     name = "bytes"
     fingerprint = "bytes"
+    end_text = None
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     @property
@@ -157,6 +162,11 @@ class FileTokenizer:
         first, last = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         given = self._tokenizer("a")["input_ids"]
         return [first] if first is not None and given[:1] == [first] else [], [] if last is None else [last]
+
+    @property
+    def end_text(self) -> str | None:
+        """The end-of-text token's own text."""
+        return self._tokenizer.eos_token  # type: ignore[no-any-return]
 
     def encode(self, text: bytes) -> torch.Tensor:
         """Return the tokens of UTF-8 text as int32 [tokens]."""
