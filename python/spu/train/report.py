@@ -98,8 +98,10 @@ def comparison_lines(summary: dict[str, Any], reference: dict[str, Any]) -> list
 
 def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     """Return the lines that are printed at the end of a run."""
+    whole, trained = summary["parameters"], summary.get("trained_parameters", summary["parameters"])
+    share = "" if trained == whole else f"{trained / 1e6:.2f}M of "
     lines = [
-        f"trained {summary['parameters'] / 1e6:.2f}M parameters on {summary['tokens']:,} tokens of {summary['corpus']} "
+        f"trained {share}{whole / 1e6:.2f}M parameters on {summary['tokens']:,} tokens of {summary['corpus']} "
         f"in {summary['seconds']:.0f} s: {summary['tokens_per_s']:,.0f} tokens/s",
         f"validation loss {_number(summary['val_loss'])} nats a {summary['unit']}{_perplexity(summary)}, "
         f"{summary['skipped']} skipped steps, final loss scale {_number(summary['loss_scale'], 'g')}",

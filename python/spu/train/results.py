@@ -69,6 +69,7 @@ def summarise(
         "corpus": job.corpus.name,
         "unit": job.unit,
         "parameters": parameters,
+        "trained_parameters": sum(p.numel() for p in trainer.parameters() if p.requires_grad),
         "steps": steps,
         "planned_steps": config.planned_steps(),
         "exported_step": exported_step,

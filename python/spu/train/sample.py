@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -40,7 +41,8 @@ def sample_text(
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     ids, past, drawn = prompt.long()[None], None, []
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer transformers call the argument otherwise, and take both
         for _ in range(tokens):
             out = model(input_ids=ids, past_key_values=past, use_cache=True)
             past = out.past_key_values
