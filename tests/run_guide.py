@@ -1,26 +1,36 @@
-"""Run a page's examples in this process and folder: python blocks, and lines of `sh` blocks that call spu.
+"""Run pages' examples: python blocks, and lines of `sh` blocks that call spu. Run by test_guides.py.
 
-python tests/run_guide.py PAGE.md
+    python tests/run_guide.py FOLDER PAGE.md ...
+
+Each page runs in a fork of this process, which only imports, and in a folder of its own under FOLDER. Prints "ran" and
+the pages that have run to their end.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401  (imported once, before the forks)
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
 import torch
+import transformers  # noqa: F401
+
+from spu.cli.app import main
+from spu.train import chat, loop  # noqa: F401
 
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def run_line(line: str) -> None:
     """Run `spu ...`, or `echo ... | spu ...`."""
-    from spu.cli.app import main
-
     words = shlex.split(line, comments=True)
     if words[0] == "echo":
         bar = words.index("|")
@@ -48,6 +58,28 @@ def run_page(page: Path) -> None:
                 run_line(line)
 
 
+def in_child(page: Path, folder: Path) -> int:
+    """The exit code of a fork that runs a page."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        folder.mkdir()
+        os.chdir(folder)
+        torch.set_num_threads(2)
+        run_page(page)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    run_page(Path(sys.argv[1]))
+    pages = [Path(name).resolve() for name in sys.argv[2:]]
+    failed = [page.name for page in pages if in_child(page, Path(sys.argv[1]) / page.stem)]
+    print("ran", *(page.name for page in pages if page.name not in failed))
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -10,6 +10,7 @@ import pytest
 from spu.train.config import TrainConfig
 from spu.train.job import Job
 from spu.train.resume import resume_config
+from spu.train.run_folder import RunFolder
 
 
 def test_resuming_may_move_the_run_but_not_change_it(tmp_path):
@@ -45,3 +46,17 @@ def test_fewer_epochs_than_the_run_has_are_refused():
     job.corpus = SimpleNamespace(steps_per_epoch=lambda batch, seq: 10)
     with pytest.raises(ValueError, match="--epochs 2: the run has 30 steps, which can be raised but not lowered"):
         job._settle_epochs()
+
+
+def test_a_run_of_an_earlier_spu_is_planned_again_and_a_damaged_plan_is_not(tmp_path):
+    """Its plan was refused, and with it the run."""
+    said = []
+    job = Job(TrainConfig(), RunFolder(tmp_path), new=False)
+    job.view = SimpleNamespace(say=said.append)
+    (tmp_path / "plan.json").write_text('{"format": "spu plan", "version": 5}')
+    assert job.plan() is None
+    assert "plan.json is of an earlier spu: planned again" in said[0]
+    for damaged in ("{", '{"format": "spu plan", "version": 999}', "[]"):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(ValueError, match="plan.json"):
+            job.plan()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spu.data.corpus import Corpus, make_corpus
 from spu.data.tokenizer import Tokenizer, make_tokenizer
 from spu.plan import Plan
+from spu.plan.plan import VERSION
 from spu.train.config import TrainConfig
 from spu.train.model import has_weights, load_config, most_positions
 from spu.train.progress import View
@@ -110,12 +113,17 @@ class Job:
     def plan(self) -> Plan | None:
         """Return the plan that the run began with, so that going on changes no bit.
 
-        None for a new run, or one that goes on with other devices.
+        None for a new run, or one that goes on with other devices, or with another spu that reads no such plans.
         """
         if self.given_plan is not None:
             return self.given_plan
         file = self.folder / "plan.json"
-        return None if self.new or self.replaced or not file.exists() else Plan.load(file)
+        if self.new or self.replaced or not file.exists():
+            return None
+        if _is_older(file):
+            self.say(f"{file} is of an earlier spu: planned again, so that losses may differ in their last bits")
+            return None
+        return Plan.load(file)
 
     def open_folder(self) -> None:
         """Make the folder of a new run; lock it."""
@@ -124,3 +132,12 @@ class Job:
             self.new = False
         else:
             self.folder.lock()
+
+
+def _is_older(plan: Path) -> bool:
+    """Tell whether a plan file is of an earlier version than this spu reads."""
+    try:
+        version = json.loads(plan.read_text(encoding="utf-8"))["version"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # damaged: reading it says how
+    return isinstance(version, int) and version < VERSION
