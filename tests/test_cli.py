@@ -255,7 +255,7 @@ BAD_INPUT = [
     (("--data", "EMPTY"), ("EMPTY", "is empty")),
     (("--data", "SHORT"), ("SHORT has 20 tokens", "--seq 16 needs at least 34")),
     (("--model", "MISSING"), ("MISSING", "no such file")),
-    (("--model", "GPT2"), ("GPT2LMHeadModel", "Llama")),
+    (("--model", "T5"), ("T5", "no causal decoder can be made from it")),
     (("--name", "whole"), ("--name whole", "--resume whole")),
     (("--name", "a/b"), ("a/b", "plain name")),
     (("--minutes", "1"), ("--steps and --minutes", "give one")),
@@ -270,9 +270,8 @@ BAD_INPUT = [
 def test_bad_input_names_value_and_fix_and_writes_nothing(place, capsys, options, expected):
     (place / "EMPTY").touch()
     (place / "SHORT").write_text("x" * 20)
-    gpt2 = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    (place / "GPT2").write_text(json.dumps(gpt2))
-    files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "GPT2")}
+    (place / "T5").write_text(json.dumps({"model_type": "t5", "vocab_size": 256, "d_model": 16, "num_layers": 2}))
+    files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "T5")}
     before = snapshot(place)
     code = run_here(place, *new_run(place, "bad", *(files.get(option, option) for option in options)))
     error = capsys.readouterr().err

@@ -363,9 +363,11 @@ def without_values(nested: Any, like: torch.Tensor) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Tell whether two arguments are equal, tensors in every bit."""
+    """Tell whether two arguments are equal, tensors in every element; NaN, of weights that have it, equals NaN."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
