@@ -89,7 +89,8 @@ def assert_steps_equal(model: Any, parts: int, steps: int = STEPS, **settings: A
 
 @pytest.mark.parametrize("family", PLANNED + BUILT)
 def test_twenty_steps_equal_the_plain_models(family: str) -> None:
-    assert_steps_equal(make_decoder(family, num_hidden_layers=2, tie_word_embeddings=False), 2)
+    parts = 2 if family in (*BUILT, "InternLM3", "Llama") else 1  # the others differ from Llama in their layers alone
+    assert_steps_equal(make_decoder(family, num_hidden_layers=2, tie_word_embeddings=False), parts)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "OPT"])
