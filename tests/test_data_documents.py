@@ -17,7 +17,10 @@ from tiny_models import chat, model_folder, tokenizer_folder, write_rows
 pytest.importorskip("transformers")
 
 from spu.common.files import cache_directory
+from spu.data import documents, stream
 from spu.data.corpus import Corpus, make_corpus
+from spu.data.documents import tokenised_documents
+from spu.data.files import find_files
 from spu.data.store import kept_arrays
 from spu.data.tokenizer import ByteTokenizer, FileTokenizer
 
@@ -180,6 +183,24 @@ def test_tokens_are_made_once_and_again_where_they_are_damaged(tmp_path: Path, t
     other = make_corpus(str(tmp_path / "moved.jsonl"), ByteTokenizer(), 32, said.append)
     assert len(said) == 3, "another tokenizer"
     assert other.top > 200
+
+
+def test_long_documents_are_tokenised_part_by_part(
+    tmp_path: Path, tokenizer: FileTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = " ".join(WORDS) * 60
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "short"}, {"text": long}, {"text": "end"}])
+    (tmp_path / "b.txt").write_text(long)
+    (files,) = find_files([path])
+    whole = tokenised_documents([files], "whole", tokenizer, quiet)
+    for module in (stream, documents):
+        monkeypatch.setattr(module, "PIECE", 600)
+    both = [files, *find_files([str(tmp_path / "b.txt")])]
+    parts = tokenised_documents(both, "parts", tokenizer, quiet)
+    assert parts["tokens"][: len(whole["tokens"])].tolist() == whole["tokens"].tolist()
+    assert parts["ends"][:3].tolist() == whole["ends"].tolist()
+    start, end = whole["ends"][0], whole["ends"][1]
+    assert parts["tokens"][len(whole["tokens"]) :].tolist() == whole["tokens"][start:end].tolist(), "the text file"
 
 
 @pytest.mark.usefixtures("empty_cache")

@@ -163,7 +163,8 @@ def _check_json(path: str, label: str, head: bytes) -> None:
         return
     if _LINE_OF_JSON.match(head):
         raise _refused(path, label, "JSON Lines", "give its name the ending .jsonl")
-    fix = "write its rows as lines first, each a JSON object, to a file that ends in .jsonl, and give that"
+    command = 'python -c "import json; [print(json.dumps(row)) for row in json.load(open({path!r}))]" > rows.jsonl'
+    fix = f"write its rows as lines first, each a JSON object, e.g. {command}, and give that"
     raise _refused(path, label, "JSON", fix)
 
 

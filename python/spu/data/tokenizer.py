@@ -179,7 +179,7 @@ class FileTokenizer:
         when it is answered.
         """
         if self._fast is None:
-            return [self._closed(example, *self._by_spans(example)) for example in examples]
+            return [self._closed(example, *self._by_prefixes(example)) for example in examples]
         texts, parted = [example.text for example in examples], any(example.spans is not None for example in examples)
         encode = self._fast.encode_batch if parted else self._fast.encode_batch_fast  # which has no offsets
         result = []
@@ -196,10 +196,22 @@ class FileTokenizer:
             result.append(self._closed(example, ids, trained))
         return result
 
+    def _by_prefixes(self, example: Example) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+        """Tokenise without offsets: what lies before each end of a span must be how the whole text's tokens begin."""
+        ids = self._ids(example.text)
+        if example.spans is None:
+            return ids, None
+        trained = np.zeros(len(ids), dtype=bool)
+        for span in example.spans:
+            before = [self._ids(example.text[:place]) for place in span]
+            if any(not np.array_equal(part, ids[: len(part)]) for part in before):
+                return self._by_spans(example)
+            trained[len(before[0]) : len(before[1])] = True
+        return ids, trained
+
     def _by_spans(self, example: Example) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
         """Tokenise what is trained and what is not by itself."""
-        if example.spans is None:
-            return self._ids(example.text), None
+        assert example.spans is not None
         newline = self._ids("\n")
         parts, trained, at = [], [], 0
         for place, learnt in [*((p, k == 1) for span in example.spans for k, p in enumerate(span)), (None, False)]:
