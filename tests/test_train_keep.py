@@ -37,7 +37,7 @@ def kept(folder: Path) -> dict[str, int]:
 
 def test_the_last_ones_and_the_best_are_kept_and_share_their_room(tmp_path: Path, no_sync: None) -> None:
     folder, metrics = RunFolder(tmp_path), MetricsFile(tmp_path / "metrics.jsonl")
-    checkpoints = Checkpoints(folder, metrics, [], keep=2, best=True)
+    checkpoints = Checkpoints(folder, metrics, [], done=0, keep=2, best=True)
     for step, loss in enumerate([math.nan, 5.0, 4.0, 4.5, 3.0, 3.0], 1):
         metrics.append(step=step, val_loss=loss)
         assert checkpoints.improves(loss) == (step in (2, 3, 5))
@@ -47,13 +47,27 @@ def test_the_last_ones_and_the_best_are_kept_and_share_their_room(tmp_path: Path
     files = [path / "tensors.safetensors" for path in (folder.checkpoint, tmp_path / "checkpoints" / "step-00000006")]
     assert files[0].samefile(files[1])
 
-    again = Checkpoints(folder, metrics, read_metrics(metrics.path), keep=1, best=True)
+    again = Checkpoints(folder, metrics, read_metrics(metrics.path), done=6, keep=1, best=True)
     assert (again.best_loss, again.best()[0]) == (3.0, 5)
     metrics.keep_up_to(5)  # an earlier one was put in place
-    again = Checkpoints(folder, metrics, read_metrics(metrics.path), keep=1, best=True)
+    again = Checkpoints(folder, metrics, read_metrics(metrics.path), done=5, keep=1, best=True)
     assert sorted(kept(tmp_path)) == ["best-00000005", "step-00000005"]
     again.save(saving(6), 6)
     assert sorted(kept(tmp_path)) == ["best-00000005"]
+
+
+def test_what_a_crash_has_cut_short_is_made_up_for(tmp_path: Path, no_sync: None) -> None:
+    """Killed between saving a checkpoint and keeping it as the best and among the last ones."""
+    folder, metrics = RunFolder(tmp_path), MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append(step=1, val_loss=5.0)
+    Checkpoints(folder, metrics, [], done=0, keep=2, best=True).save(saving(1), 1, 5.0)
+    metrics.append(step=2, val_loss=4.0)
+    saving(2).save(folder.checkpoint)
+    (tmp_path / "checkpoints" / ".step-00000002.new").mkdir()
+    again = Checkpoints(folder, metrics, read_metrics(metrics.path), done=2, keep=2, best=True)
+    assert kept(tmp_path) == {"best-00000002": 2, "step-00000001": 1, "step-00000002": 2}
+    assert again.best_loss == 4.0
+    assert read_metrics(metrics.path)[-1] == {"step": 2, "saved": True, "best": True}
 
 
 def test_a_copy_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

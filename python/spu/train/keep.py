@@ -24,22 +24,52 @@ class Checkpoints:
     ``checkpoint`` is the last one: the run goes on with it. Under ``checkpoints`` are ``step-N``, the last ``keep`` of
     them if that is more than one, and ``best-N`` if the best is asked for. Each appears and goes as a whole.
 
+    Args:
+        folder, metrics: of the run.
+        rows: of the metrics so far.
+        done: steps done; the checkpoint in the folder is of that step.
+        keep: how many of the last ones.
+        best: whether to keep the best one.
+
     Attributes:
         best_loss: validation loss of the best one that was saved; inf before the first.
     """
 
     def __init__(
-        self, folder: RunFolder, metrics: MetricsFile, rows: Iterable[dict[str, Any]], *, keep: int, best: bool
-    ):
+        self,
+        folder: RunFolder,
+        metrics: MetricsFile,
+        rows: Iterable[dict[str, Any]],
+        *,
+        done: int,
+        keep: int,
+        best: bool,
+    ) -> None:
         self._folder, self._metrics, self._keep, self._best = folder, metrics, keep, best
         rows = list(rows)
         chosen = {row["step"] for row in rows if row.get("best")}
-        losses = [row["val_loss"] for row in validation_rows(rows) if row["step"] in chosen]
-        self.best_loss = min((loss for loss in losses if loss is not None), default=math.inf)
-        after = max((row["step"] for row in rows if row.get("saved")), default=0)
-        for path in [*self._kept(_STEP), *self._kept(_BEST)]:  # somebody has put an earlier one in place
-            if _step_of(path) > after:
+        losses = {row["step"]: row["val_loss"] for row in validation_rows(rows) if row["val_loss"] is not None}
+        self.best_loss = min((loss for step, loss in losses.items() if step in chosen), default=math.inf)
+        self._clear(done)
+        if done:
+            self._catch_up(done, losses.get(done, math.nan))
+
+    def _clear(self, done: int) -> None:
+        """Remove what a crash left half made, and checkpoints of later steps, if an earlier one was put in place."""
+        for path in (self._folder / "checkpoints").glob(".*.new"):
+            shutil.rmtree(path)
+        for path in [*self._kept(_STEP), *self._kept(_BEST)]:
+            if _step_of(path) > done:
                 shutil.rmtree(path)
+        for path in self._kept(_BEST)[:-1]:
+            shutil.rmtree(path)
+
+    def _catch_up(self, done: int, val_loss: float) -> None:
+        """Keep the checkpoint that the run goes on with, if a crash came between saving and keeping it."""
+        if self._keep > 1 and not self._place(_STEP, done).exists():
+            keep_copy(self._folder.checkpoint, self._place(_STEP, done))
+        if self.improves(val_loss):
+            self._keep_best(done, val_loss)
 
     def improves(self, val_loss: float) -> bool:
         """Tell whether weights of this validation loss are to be saved as the best."""
@@ -60,10 +90,13 @@ class Checkpoints:
             shutil.rmtree(path)
         if best is None:
             self._metrics.append(step=step, saved=True)
-            return
+        else:
+            self._keep_best(step, best)
+
+    def _keep_best(self, step: int, val_loss: float) -> None:
         keep_copy(self._folder.checkpoint, self._place(_BEST, step))
         self._metrics.append(step=step, saved=True, best=True)
-        self.best_loss = best
+        self.best_loss = val_loss
         for path in self._kept(_BEST)[:-1]:
             shutil.rmtree(path)
 

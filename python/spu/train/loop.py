@@ -201,7 +201,7 @@ class Loop:
         self._tokens = before[-1]["tokens"] if before else 0
         self._patience = Patience(config.patience, (row["val_loss"] for row in validation_rows(rows)))
         self._best = config.keep_best or config.export == "best"
-        self._checkpoints = Checkpoints(job.folder, self._metrics, rows, keep=config.keep, best=self._best)
+        self._checkpoints = Checkpoints(job.folder, self._metrics, rows, done=done, keep=config.keep, best=self._best)
         self._validation = job.corpus.validation_batches(config.batch, config.seq, curve_windows(config))
         self._val_loss: float | None = None
         self._tokens_per_s = 0.0
