@@ -4,12 +4,14 @@
 
 A Llama of 30M parameters, a step of 8 sequences of 256 tokens, AdamW, gradients clipped to 1, no evaluation, no
 checkpoint. The Trainer's 16 bits are its own: fp32 weights under autocast. The two take turns, so that a machine that
-slows down slows both; the medians of all steps but the first of each turn are printed, as a line of JSON.
+slows down slows both; the medians of all steps but the first of each turn are printed, as a line of JSON: by the
+clock, and by the processor's time, which other programs disturb less (compare it with one thread alone).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 import transformers
 
-from spu import ModelParallelTrainer
+from spu import DeviceManager, ModelParallelTrainer
 from spu.optim import AdamW
 
 ROWS, TOKENS = 8, 256
@@ -38,6 +40,14 @@ SIZES: dict[str, Any] = {
 }
 
 
+Seconds = tuple[float, float]
+
+
+def rate(seconds: list[Seconds], which: int) -> float:
+    """Return tokens a second, by the median step."""
+    return ROWS * TOKENS / statistics.median(step[which] for step in seconds)
+
+
 def model() -> Any:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).train()
@@ -48,18 +58,28 @@ def rows(steps: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def theirs(steps: int, precision: str) -> Iterator[float]:
+def now() -> Seconds:
+    """Return the clock's seconds, and those that this process has worked."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(begin: Seconds) -> Seconds:
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+
+def theirs(steps: int, precision: str) -> Iterator[Seconds]:
     """Yield the seconds of each step of ``transformers.Trainer``; it runs between two of its callbacks."""
 
     class Paused(transformers.TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.begin, self.seconds = 0.0, []
+            self.begin: Seconds = (0.0, 0.0)
+            self.seconds: list[Seconds] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begin = time.perf_counter()
+            self.begin = now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.begin)
+            self.seconds.append(since(self.begin))
 
     clock = Paused()
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +103,7 @@ def theirs(steps: int, precision: str) -> Iterator[float]:
     yield from clock.seconds
 
 
-def ours(steps: int, precision: str, microbatches: int) -> Iterator[float]:
+def ours(steps: int, precision: str, microbatches: int, threads: int) -> Iterator[Seconds]:
     """Yield the seconds of each step of the trainer that `spu train` runs, on one stage."""
     own = rows(steps)
 
@@ -91,12 +111,13 @@ def ours(steps: int, precision: str, microbatches: int) -> Iterator[float]:
         return AdamW(parameters, lr=1e-3, weight_decay=0.1)
 
     keys: dict[str, Any] = {"precision": precision, "microbatches": microbatches, "max_grad_norm": 1.0}
-    with ModelParallelTrainer(model(), ["cpu"], optimizer=made, shift=True, **keys) as trainer:
+    devices = [dataclasses.replace(device, threads=threads) for device in DeviceManager().get_devices("cpu")]
+    with ModelParallelTrainer(model(), devices, optimizer=made, shift=True, **keys) as trainer:
         for step in range(steps):
             ids = torch.stack([row["input_ids"] for row in own[step * ROWS : (step + 1) * ROWS]])
-            begin = time.perf_counter()
+            begin = now()
             trainer.step({"input_ids": ids, "labels": ids})
-            yield time.perf_counter() - begin
+            yield since(begin)
 
 
 def main() -> None:
@@ -111,17 +132,19 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     parameters = sum(p.numel() for p in model().parameters())
     for precision in options.precision.split(","):
-        found: dict[str, list[float]] = {"transformers.Trainer": [], "spu": []}
+        found: dict[str, list[Seconds]] = {"transformers.Trainer": [], "spu": []}
         for _ in range(options.turns):
             found["transformers.Trainer"] += list(theirs(options.steps, precision))[1:]
-            found["spu"] += list(ours(options.steps, precision, options.microbatches))[1:]
-        speed = {name: ROWS * TOKENS / statistics.median(seconds) for name, seconds in found.items()}
+            found["spu"] += list(ours(options.steps, precision, options.microbatches, options.threads))[1:]
+        speed = {name: [rate(seconds, k) for k in range(2)] for name, seconds in found.items()}
         result = {
             "precision": precision,
             "parameters": parameters,
-            "tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
-            "ratio": round(speed["spu"] / speed["transformers.Trainer"], 2),
-            "seconds": {name: [round(s, 2) for s in seconds] for name, seconds in found.items()},
+            "tokens_per_s": {name: round(clock, 1) for name, (clock, _) in speed.items()},
+            "tokens_per_processor_s": {name: round(worked, 1) for name, (_, worked) in speed.items()},
+            "ratio": round(speed["spu"][0] / speed["transformers.Trainer"][0], 2),
+            "ratio_by_processor_time": round(speed["spu"][1] / speed["transformers.Trainer"][1], 2),
+            "seconds": {name: [[round(s, 2) for s in step] for step in steps] for name, steps in found.items()},
             "threads": options.threads,
             "load": os.getloadavg()[0],
             "torch": torch.__version__,

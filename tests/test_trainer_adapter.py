@@ -110,6 +110,28 @@ def test_a_pipeline_trains_adapters_as_peft_and_torch_do(kind: str, tmp_path: Pa
             assert torch.equal(frozen[name], parameter), name
 
 
+def others() -> dict[str, Any]:
+    """Tuners of other kinds, and a head that was the embedding and is trained by itself."""
+    return {
+        "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "VeRA": peft.VeraConfig(target_modules=["q_proj"]),
+        "tied": peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["IA3", "VeRA", "tied"])
+@pytest.mark.usefixtures("reference")
+@pytest.mark.filterwarnings("ignore:Model.*tie_word_embeddings")
+def test_tuners_of_other_kinds_and_tied_models_train_too(kind: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=kind == "tied")
+    plain = peft.get_peft_model(transformers.AutoModelForCausalLM.from_config(config), others()[kind]).train()
+    model = copy.deepcopy(plain)
+    expected = plain_losses(plain)
+    with make(model) as trainer:
+        assert losses_of(trainer) == expected
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_adapters_in_16_bits_stay_as_near_to_the_truth_as_autocast(precision: str, tmp_path: Path) -> None:
     """Adapters have fp32 masters; they are saved from these. The frozen weights have none, and no moments."""
