@@ -61,9 +61,12 @@ def chat_examples(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: s
             on.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == _ASSISTANT]
-    whole = _written(messages, tokenizer, where, ask=False)
-    asked = {index: _written(messages[:index], tokenizer, where, ask=True) for index in answers}
-    told = {index: _written(messages[: index + 1], tokenizer, where, ask=False) for index in answers}
+    until = [index + 1 for index in answers]
+    *written, whole = _written([messages[:end] for end in [*until, len(messages)]], tokenizer, where, ask=False)
+    told = dict(zip(answers, written, strict=True))
+    asked = dict(
+        zip(answers, _written([messages[:index] for index in answers], tokenizer, where, ask=True), strict=True)
+    )
     for number, index in enumerate(answers, start=1):
         if not told[index].startswith(asked[index]):
             raise ValueError(
@@ -98,11 +101,11 @@ def _kept_in(whole: str, told: str, begin: int, tokenizer: Tokenizer) -> int | N
     return len(kept) if len(kept) > begin and whole.startswith(kept) else None
 
 
-def _written(messages: list[dict[str, Any]], tokenizer: Tokenizer, where: str, *, ask: bool) -> str:
+def _written(chats: list[list[dict[str, Any]]], tokenizer: Tokenizer, where: str, *, ask: bool) -> list[str]:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.render(messages, ask=ask)
+        return tokenizer.render(chats, ask=ask)
     except (TemplateError, TypeError) as error:
         part = "" if not ask else " up to an answer"
         raise ValueError(

@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Tokens]: ...
 
-    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str: ...
+    def render(self, chats: list[list[dict[str, Any]]], *, ask: bool) -> list[str]: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -90,7 +90,7 @@ class ByteTokenizer:
             result.append(Tokens(ids, trained))
         return result
 
-    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
+    def render(self, chats: list[list[dict[str, Any]]], *, ask: bool) -> list[str]:
         """Raise ValueError: bytes have no chat template."""
         raise ValueError(
             "a chat needs a tokenizer with a chat template, and the model's tokens are bytes: give --model a folder "
@@ -238,11 +238,11 @@ class FileTokenizer:
             trained = np.concatenate((np.zeros(len(before), bool), trained, np.ones(len(after), bool)))
         return Tokens(np.array([*before, *ids.tolist(), *after], dtype=np.int32), trained)
 
-    def render(self, messages: list[dict[str, Any]], *, ask: bool) -> str:
-        """Return a conversation as the chat template writes it.
+    def render(self, chats: list[list[dict[str, Any]]], *, ask: bool) -> list[str]:
+        """Return conversations as the chat template writes them.
 
         Args:
-            messages: of the conversation.
+            chats: the messages of each.
             ask: whether the beginning of the assistant's answer follows.
 
         Raises:
@@ -254,7 +254,7 @@ class FileTokenizer:
                 f"a chat needs a chat template, and {self.name} has none: put its chat_template.jinja there, or give "
                 "data with the columns prompt and response"
             )
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return list(self._tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=ask))
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids))
