@@ -260,6 +260,8 @@ def test_code_of_ones_own_that_would_not_run_is_refused(tmp_path: Path) -> None:
         make(Own, tmp_path)
     with pytest.raises(ValueError, match="SpuTrainer takes no compute_loss_func"):
         SpuTrainer(decoder(), arguments(tmp_path), compute_loss_func=lambda *_: None)
+    with pytest.raises(ValueError, match="SpuTrainer takes no compute_loss_func"):  # by its place
+        SpuTrainer(decoder(), arguments(tmp_path, eval_strategy="no"), *[None] * 5, lambda *_: None)
     with pytest.raises(ValueError, match="SpuTrainer takes no optimizers"):
         model = decoder()
         SpuTrainer(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))

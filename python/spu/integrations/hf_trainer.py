@@ -69,6 +69,11 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._resumed: Path | None = None
         super().__init__(model, args, *more, **keywords)
         check_arguments(self.args)
+        check_given(  # they may have been given by their place
+            compute_loss_func=self.compute_loss_func,
+            optimizer_cls_and_kwargs=self.optimizer_cls_and_kwargs,
+            optimizers=self.optimizer or self.lr_scheduler,
+        )
         self._own_accelerator()
         if not self._loss_shifts_labels:
             raise ValueError(
