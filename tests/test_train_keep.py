@@ -56,14 +56,19 @@ def test_the_last_ones_and_the_best_are_kept_and_share_their_room(tmp_path: Path
     assert sorted(kept(tmp_path)) == ["best-00000005"]
 
 
-def test_what_a_crash_has_cut_short_is_made_up_for(tmp_path: Path, no_sync: None) -> None:
-    """Killed between saving a checkpoint and keeping it as the best and among the last ones."""
+@pytest.mark.parametrize("between_renames", [False, True])
+def test_what_a_crash_has_cut_short_is_made_up_for(tmp_path: Path, no_sync: None, between_renames: bool) -> None:
+    """Killed between saving a checkpoint and keeping it as the best and among the last ones, or in the save itself."""
     folder, metrics = RunFolder(tmp_path), MetricsFile(tmp_path / "metrics.jsonl")
     metrics.append(step=1, val_loss=5.0)
     Checkpoints(folder, metrics, [], done=0, keep=2, best=True).save(saving(1), 1, 5.0)
     metrics.append(step=2, val_loss=4.0)
     saving(2).save(folder.checkpoint)
     (tmp_path / "checkpoints" / ".step-00000002.new").mkdir()
+    if between_renames:
+        new, old = writing._leftovers(folder.checkpoint)
+        shutil.copytree(tmp_path / "checkpoints" / "step-00000001", old)
+        os.replace(folder.checkpoint, new)
     again = Checkpoints(folder, metrics, read_metrics(metrics.path), done=2, keep=2, best=True)
     assert kept(tmp_path) == {"best-00000002": 2, "step-00000001": 1, "step-00000002": 2}
     assert again.best_loss == 4.0

@@ -48,7 +48,7 @@ try:
 except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Stored", "exists", "load", "opened", "save"]
+__all__ = ["CheckpointError", "Stored", "exists", "load", "opened", "save", "settle"]
 
 
 def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
@@ -131,6 +131,18 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Return whether ``load`` finds something at ``path``: a checkpoint, or what a crashed ``save`` left beside it."""
     place = Path(os.path.realpath(path))
     return place.exists() or any(map(_is_complete, _leftovers(place)))
+
+
+def settle(path: str | os.PathLike[str]) -> None:
+    """Put in place what a crashed ``save`` left beside it, so that ``path`` itself is what ``load`` reads.
+
+    Raises:
+        CheckpointError: something else is there.
+        OSError: no rights.
+    """
+    place = Path(os.path.realpath(path))
+    with _lock(place.parent, exclusive=True), delayed_interrupts():
+        _tidy(place)
 
 
 # Placing: which directory is the checkpoint, and how a new one takes its place.

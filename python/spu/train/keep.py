@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spu.checkpoint import writing
 from spu.checkpoint.copies import keep_copy
 from spu.train.metrics import MetricsFile, validation_rows
 from spu.train.run_folder import RunFolder
@@ -66,6 +67,7 @@ class Checkpoints:
 
     def _catch_up(self, done: int, val_loss: float) -> None:
         """Keep the checkpoint that the run goes on with, if a crash came between saving and keeping it."""
+        writing.settle(self._folder.checkpoint)
         if self._keep > 1 and not self._place(_STEP, done).exists():
             keep_copy(self._folder.checkpoint, self._place(_STEP, done))
         if self.improves(val_loss):
