@@ -20,7 +20,8 @@ GPU_PHASES := gpu-build gpu-test gpu-tune gpu-bench gpu-train gpu-stream
 .PHONY: fresh train train-small-ram test lint bench fuzz wheel setup clean aot gpu $(GPU_PHASES)
 
 # Processes that share the test files. A module's fixtures, some of which compile, are made once: a file stays whole.
-TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# They take them in the order of tests/conftest.py, the long ones first.
+TEST_WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=

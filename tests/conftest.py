@@ -47,7 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "leaks_threads: exempt from the check that no thread outlives its test")
 
 
+# Files of some minutes: begun first, none of them is still running alone when all others are done.
+LONG = (
+    "test_cuda_build", "test_triton_kernels", "test_cli", "test_train_crashes", "test_cpu_isa", "test_train_export",
+    "test_nn_accelerate", "test_trainer_lower_limited", "test_cli_plan", "test_guides", "test_engine_local",
+    "test_checkpoint_reading", "test_model_convert_decoder", "test_fuzz", "test_ops_cross_entropy",
+    "test_memory_device_store", "test_common_interrupts", "test_train_keep", "test_train_chat", "test_packaging",
+    "test_precision_distributed", "test_cuda_kernels", "test_settings", "test_train_adapter", "test_ops_dispatch",
+)  # fmt: skip
+PLACE = {name: place for place, name in enumerate(LONG)}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACE.get(item.path.stem, len(LONG)))
     if torch.cuda.is_available():
         return
     reason = f"needs a CUDA device; torch {torch.__version__} sees none here"
