@@ -76,7 +76,8 @@ def test_small_logits(calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch)
     x, y = batch(8 // PARTS)
     assert_plain(made(), calls, x, y)
     monkeypatch.setattr(head_loss, "WORTH_BYTES", 4 * rows * VOCAB)
-    both_ways(made(), *batch(), calls)
+    assert_plain(made(), calls, *batch())  # logits of fp32 products must be larger
+    both_ways(made(), *batch(), calls, precision="fp16")
 
 
 @pytest.mark.parametrize(("precision", "endings"), [("fp32", ["tied", "traced"]), ("fp16", ["bare", "sequence"])])

@@ -125,7 +125,7 @@ def costs_by_rows(
         settings: of the training.
         device_type: of the device that runs the last layer.
     """
-    first = rows_without_logits(layers[-1].module, cross_entropy, tokens) or 1
+    first = rows_without_logits(layers[-1].module, cross_entropy, tokens, DTYPES[settings.precision]) or 1
 
     @lru_cache(maxsize=4)
     def counted(rows: int) -> list[LayerCost]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from spu.common.fake_ops import fake_copy
 from spu.common.torch_private import FakeTensorMode
-from spu.engine.head_loss import WORTH_BYTES, HeadInput, HeadLoss, head_of
+from spu.engine.head_loss import HeadInput, HeadLoss, head_of, worth_bytes
 from spu.engine.loss import plain_cross_entropy
 from spu.model.layers import Layer
 
@@ -53,15 +53,16 @@ class WithLoss(HeadLoss):
         return self.loss(given, fake_copy(self.mode, self.targets)).float() * 1.0
 
 
-def rows_without_logits(module: nn.Module, loss_fn: Any, tokens: int) -> int | None:
+def rows_without_logits(module: nn.Module, loss_fn: Any, tokens: int, dtype: torch.dtype) -> int | None:
     """Return the rows of a microbatch from which on its logits are left out, if the loss is computed so; else None.
 
     Args:
         module: of the last layer.
         loss_fn: of the training.
         tokens: of a row.
+        dtype: of the training.
     """
     head = head_of(module)
     if head is None or plain_cross_entropy(loss_fn) is None:
         return None
-    return -(-WORTH_BYTES // (tokens * head.weight.shape[0] * torch.float32.itemsize))
+    return -(-worth_bytes(dtype) // (tokens * head.weight.shape[0] * torch.float32.itemsize))

@@ -35,15 +35,24 @@ from spu.ops.dispatch import choose_backend
 from spu.ops.linear import compute_dtype
 from spu.ops.plain import takes
 
-__all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of"]
+__all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of", "worth_bytes"]
 
 WORTH_BYTES = 64 << 20
-"""Bytes of a microbatch's logits in fp32 from which on they are left out.
+"""Bytes of a microbatch's logits in fp32 from which on they are left out, where products are of 16 bits.
 
 The backward computes them a second time, and the weight gradient is added up chunk by chunk. Head and loss alone take
 17% longer than plain torch for 16 MiB (hidden size 512, one CPU thread), and about the same time from here on; a step's
 peak falls by twice the logits (docs/performance.md).
 """
+
+_FP32_FACTOR = 8
+"""How many times larger logits of fp32 products must be. There is no widened copy to be saved, and the fourth product
+costs a decoder of 30 million parameters and 9,216 words 12% of a step (one thread, AVX-512)."""
+
+
+def worth_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of a microbatch's fp32 logits from which on they are left out, by the dtype of the product."""
+    return WORTH_BYTES * (_FP32_FACTOR if dtype == torch.float32 else 1)
 
 
 class HeadInput(NamedTuple):
@@ -142,6 +151,7 @@ def _is_worth_it(hidden: Any, weight: Tensor, loss: PlainCrossEntropy) -> bool:
 
 
 def _is_large(hidden: Tensor, weight: Tensor) -> bool:
-    """Tell whether the logits of ``hidden`` [..., in] take `WORTH_BYTES` in fp32."""
+    """Tell whether the logits of ``hidden`` [..., in] take `worth_bytes` in fp32."""
     rows = hidden.numel() // max(1, hidden.shape[-1]) if hidden.dim() > 1 else 0
-    return rows * weight.shape[0] * torch.float32.itemsize >= max(1, WORTH_BYTES)
+    least = worth_bytes(compute_dtype(hidden, None) or hidden.dtype)
+    return rows * weight.shape[0] * torch.float32.itemsize >= max(1, least)
