@@ -110,12 +110,6 @@ def describe_machine(devices: list[Device], absent: set[str], speed: str | None,
     return make_machine(devices, measured, speeds, precision, links)
 
 
-def last_type(machine: Machine) -> str:
-    """Return the type of the device that the last layer is taken to run on: a GPU's, if there is one."""
-    types = {device.torch_device.type for device in machine.devices}
-    return next(iter(types - {"cpu"}), "cpu")
-
-
 def with_tiers(machine: Machine, tiers: Tiers) -> Machine:
     """Return the machine with what was measured of the ways to its tiers: a GPU's link in both directions at once, and
     the disk."""
@@ -136,6 +130,7 @@ def plan_command(options: PlanOptions) -> Plan:
         ValueError: bad options.
     """
     from spu.cost.blueprint import blueprint, costs_by_rows, freeze_matrices
+    from spu.cost.head import device_type_of
     from spu.plan.show.explain import explain
 
     began = time.perf_counter()
@@ -155,7 +150,7 @@ def plan_command(options: PlanOptions) -> Plan:
     name = Path(options.model).name.removesuffix(".json")
     settings = Settings.part_of(options)
     plan = search_plan(
-        costs_by_rows(layers, options.seq, settings, last_type(machine)),
+        costs_by_rows(layers, options.seq, settings, device_type_of(machine.devices)),
         machine,
         settings,
         batch=options.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import nn
 
 from spu.common.fake_ops import fake_copy
 from spu.common.torch_private import FakeTensorMode
+from spu.devices.manager import Device
 from spu.engine.head_loss import HeadInput, HeadLoss, head_of, worth_bytes
 from spu.engine.loss import plain_cross_entropy
 from spu.model.layers import Layer
 
-__all__ = ["LogitsError", "WithLoss", "rows_without_logits"]
+__all__ = ["LogitsError", "WithLoss", "device_type_of", "rows_without_logits"]
 
 
 class LogitsError(Exception):
@@ -51,6 +53,11 @@ class WithLoss(HeadLoss):
             raise LogitsError
         assert self.mode is not None
         return self.loss(given, fake_copy(self.mode, self.targets)).float() * 1.0
+
+
+def device_type_of(devices: Iterable[Device]) -> str:
+    """Return the type of the device that the last layer is taken to run on: a GPU's, if there is one."""
+    return next((device.torch_device.type for device in devices if device.torch_device.type != "cpu"), "cpu")
 
 
 def rows_without_logits(module: nn.Module, loss_fn: Any, tokens: int, dtype: torch.dtype) -> int | None:

@@ -173,10 +173,13 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
     """
     how = plan.streaming
     assert how is not None
-    device, store = built.stages[0].device.torch_device, None
+    device = built.stages[0].device.torch_device
+    store: Store | None = None
     if how.activations != "keep":
-        on_disk = how.store == "disk" and device.type == "cpu" and tiers.disk is not None
-        store = DiskStore(tiers.disk) if on_disk and tiers.disk is not None else HostStore(pinning_for(device))
+        if device.type == "cpu" and tiers.disk is not None:
+            store = DiskStore(tiers.disk)
+        else:
+            store = HostStore(pinning_for(device))
         sizes = [aligned(size) for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)]
         try:
             regions = store.allocate([f"activation {k}" for k in range(len(sizes))], sizes)

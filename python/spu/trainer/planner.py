@@ -14,6 +14,7 @@ import torch
 from spu import schedules
 from spu.common.dtypes import DTYPES
 from spu.cost.count import LossFn, model_costs
+from spu.cost.head import device_type_of
 from spu.cost.measure import time_disk, time_duplex, time_layers, time_packing, time_update
 from spu.devices.manager import Device
 from spu.devices.speed import measure_device, measure_link
@@ -219,8 +220,6 @@ class Planner:
         if parts not in self._costs:
             sample, wanted = self.sample(parts)
             dtype, fused = DTYPES[self.settings.precision], self.settings.fused
-            types = {device.torch_device.type for device in self.devices}
-            last_type = next(iter(types - {"cpu"}), "cpu")
             self._costs[parts] = model_costs(
                 self.layers,
                 sample,
@@ -228,7 +227,7 @@ class Planner:
                 fused=fused,
                 loss_fn=self.loss_fn,
                 targets=wanted,
-                device_type=last_type,
+                device_type=device_type_of(self.devices),
                 deferred=self._defers,
             )
         return self._costs[parts]
