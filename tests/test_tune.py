@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ class Gpu:
         self.measured = 0
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Processors(132))
         monkeypatch.setattr(torch.cuda, "device", lambda *_: Nothing())
         monkeypatch.setattr(tune, "Compiling", lambda *_: Nothing())
         monkeypatch.setattr(tune, "_facts", lambda *_: dict.fromkeys(("device", "torch", "triton", "spu"), "x"))
@@ -65,6 +67,10 @@ class Gpu:
         if what.block_n == 256:
             raise RuntimeError("out of resources: shared memory")
         return 1.0 if (what.kind, what.block_m) == ("tile", 64) else 2.0
+
+
+class Processors(NamedTuple):
+    multi_processor_count: int
 
 
 class Nothing:

@@ -127,17 +127,17 @@ def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
     found: dict[Launch, str] = {}
     capability = divmod(arch, 10)
     for dtype in _HALVES[:1] if sample else _DTYPES:
-        with ahead.recording() as kept:
+        with ahead.recording(arch) as kept:
             _pointwise(dtype, sample)
         found |= {launch: DTYPE_NAMES[dtype] for launch in kept if launch not in found}
         for shape_class in ("large",) if sample else CLASSES:
             configs = {op: _row(capability, op, dtype, shape_class) for op in PRODUCTS}
-            with ahead.recording() as kept:
+            with ahead.recording(arch) as kept:
                 _linear(dtype, configs)
             label = f"{DTYPE_NAMES[dtype]} {shape_class}"
             found |= {launch: label for launch in kept if launch not in found}
             if dtype == torch.float16 and shape_class in _RAGGED and configs["linear"].kind != "torch":
-                with ahead.recording() as kept:
+                with ahead.recording(arch) as kept:
                     _ragged(configs)
                 found |= {launch: f"{label} ragged" for launch in kept if launch not in found}
     return found
@@ -187,7 +187,7 @@ def _remembered(launch: Launch, arch: int, cache: Path | None, listing: bool) ->
     if cache is None:
         return ahead.build(launch, arch, listing)
     readers = "".join(Path(str(module.__file__)).read_text() for module in (ahead, limits))
-    what = (launch.kernel.cache_key, launch.arguments, launch.constants, launch.options, arch, listing, readers)
+    what = (launch.kernel.cache_key, launch.key, launch.options, arch, listing, readers)
     file = cache / f"{hashlib.sha256(repr((triton.__version__, what)).encode()).hexdigest()}.json"
     if file.exists():
         return Built(**json.loads(file.read_text()))

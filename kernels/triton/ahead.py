@@ -1,7 +1,8 @@
 """Compiles launches ahead of time, for architectures that are not here, and reads what came out.
 
-``recording()`` keeps launches instead of running them: the real launchers are called with CPU tensors, so what is
-compiled is what they would launch, with the specialisations (alignment, unit strides) that Triton would give it.
+``recording()`` keeps launches instead of running them: the real launchers are called with CPU tensors, which stand for
+those of a GPU. Triton's own ``JITFunction.run`` binds the arguments there, so what is kept is, to the last attribute,
+what it would compile, and ``build`` puts it into Triton's cache under the key that the launch on the GPU looks for.
 """
 
 from __future__ import annotations
@@ -11,23 +12,20 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from spu.kernels.launch import standing_for
 from spu.kernels.limits import Limits, read
 
-_ELEMENT = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
-    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
-_ALIGN = 16
 _REGISTERS, _THREADS, _BLOCKS = 65536, {75: 1024, 86: 1536, 89: 1536, 120: 1536}, 32
 _SHARED_OF_A_MULTIPROCESSOR = {
     75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10,
@@ -37,16 +35,30 @@ _TENSOR_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialised launch. ``arguments`` are (name, Triton type, divisible by 16); the rest are compile-time."""
+    """One specialised launch, as Triton binds it. Two are equal if they have the same ``key``.
 
-    kernel: Any
-    arguments: tuple[tuple[str, str, bool], ...]
-    constants: tuple[tuple[str, Any], ...]
+    Attributes:
+        kernel: the jitted function.
+        key: all that the compiled code depends on beside the kernel's source and the architecture, as text.
+        signature: the type of each parameter by name, "constexpr" for those that are compiled in.
+        constexprs: the values of those, by their place.
+        attrs: what else is known of arguments (divisibility), by their place.
+        options: the compiler's, as far as they differ from its defaults, and always warps and stages.
+    """
+
+    kernel: Any = field(compare=False)
+    name: str
+    key: str
+    signature: dict[str, Any] = field(compare=False)
+    constexprs: dict[tuple[int, ...], Any] = field(compare=False)
+    attrs: dict[tuple[int, ...], Any] = field(compare=False)
     options: tuple[tuple[str, Any], ...]
 
     @property
-    def name(self) -> str:
-        return str(self.kernel.__name__)
+    def constants(self) -> tuple[tuple[str, Any], ...]:
+        """The compiled-in values by the names of their parameters."""
+        names = list(self.signature)
+        return tuple((names[place[0]], value) for place, value in self.constexprs.items())
 
 
 @dataclass(frozen=True)
@@ -89,68 +101,82 @@ class Built:
         return self.resident * self.load_bytes
 
 
-def _specialised(name: str, value: Any) -> tuple[tuple[str, str, bool] | None, Any]:
-    """Return (argument, None), or (None, value) for an argument that becomes a constant."""
-    if isinstance(value, torch.Tensor):
-        return (name, f"*{_ELEMENT[value.dtype]}", value.data_ptr() % _ALIGN == 0), None
-    if isinstance(value, float):
-        return (name, "fp32", False), None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"argument {name} is {value!r}: Triton takes tensors, ints and floats")
-    if value == 1:
-        return None, 1
-    return (name, "i32" if -(2**31) <= value < 2**31 else "i64", value % _ALIGN == 0), None
+class _AbsentDriver:
+    """The device that ``JITFunction.run`` asks for while launches are kept: of an architecture, and not there."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:  # a key of each kernel's binders: those of real devices are not touched
+        return f"absent sm_{self._target.arch}"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
 
 
-def specialise(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """Return the launch that Triton would compile for a call's arguments."""
-    named = dict(zip(kernel.arg_names, args)) | {key: kwargs[key] for key in kwargs if key in kernel.arg_names}
-    declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    arguments, constants = [], []
-    for name in kernel.arg_names:
-        if name in declared:
-            constants.append((name, named[name]))
-            continue
-        argument, constant = _specialised(name, named[name])
-        if argument is None:
-            constants.append((name, constant))
-        else:
-            arguments.append(argument)
-    options = tuple(sorted((key, value) for key, value in kwargs.items() if key not in kernel.arg_names))
-    return Launch(kernel, tuple(arguments), tuple(constants), options)
+def _target(arch: int) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32)
+
+
+@lru_cache(maxsize=16)
+def _defaults(arch: int) -> dict[str, Any]:
+    return vars(make_backend(_target(arch)).parse_options({}))
+
+
+def _launch(
+    kernel: JITFunction, arch: int, signature: dict[str, Any], constexprs: Any, options: Any, attrs: Any
+) -> Launch:
+    default = _defaults(arch)
+    stated = {k: v for k, v in vars(options).items() if v != default[k] or k in ("num_warps", "num_stages")}
+    given = tuple(sorted(stated.items()))
+    return Launch(kernel, kernel.__name__, f"{signature} {constexprs} {attrs}", signature, constexprs, attrs, given)
 
 
 @contextmanager
-def recording() -> Iterator[dict[Launch, None]]:
-    """Keep launches (each once, in order) inside, and do not run them; not for several threads."""
+def recording(arch: int = 90, processors: int = 132) -> Iterator[dict[Launch, None]]:
+    """Keep launches (each once, in order) inside, and do not run them. In all threads; one recording at a time.
+
+    CPU tensors stand for those of a GPU of ``arch`` (80 is sm_80) with so many multiprocessors: its table gives the
+    configurations, and persistent grids are as large as there.
+    """
     kept: dict[Launch, None] = {}
 
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kept[specialise(self, args, kwargs)] = None
+    def keep(
+        self: JITFunction, key: str, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, warmup: Any
+    ) -> None:
+        kept[_launch(self, arch, signature, constexprs, options, attrs)] = None  # None: run launches nothing
 
-    original = JITFunction.run
-    JITFunction.run = record
+    # Private: the active driver cannot be asked for without a GPU, and what run would compile is told to no hook whole.
+    original, active = JITFunction._do_compile, driver._active
+    JITFunction._do_compile = keep
+    driver.set_active(_AbsentDriver(_target(arch)))
     try:
-        yield kept
+        with standing_for(divmod(arch, 10), processors):
+            yield kept
     finally:
-        JITFunction.run = original
+        JITFunction._do_compile, driver._active = original, active
+
+
+def _source(launch: Launch) -> ASTSource:
+    return ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+
+
+def _compile(launch: Launch, arch: int) -> Any:
+    return triton.compile(_source(launch), target=_target(arch), options=dict(launch.options))
 
 
 def build(launch: Launch, arch: int, listing: bool = True) -> Built:
     """Compile for an architecture (80 is sm_80); no device is needed. Without ``listing``, ``limits`` are left empty.
 
+    The result goes to Triton's cache on disk, where the same launch on such a GPU finds it.
+
     Raises:
         whatever Triton raises when a kernel does not compile, or does not fit.
     """
-    constants = dict(launch.constants)
-    types = {name: kind for name, kind, _ in launch.arguments} | dict.fromkeys(constants, "constexpr")
-    names = launch.kernel.arg_names
-    signature = {name: types[name] for name in names}
-    divisible = {
-        (names.index(name),): [["tt.divisibility", _ALIGN]] for name, _, aligned in launch.arguments if aligned
-    }
-    source = ASTSource(launch.kernel, signature, {(names.index(k),): v for k, v in constants.items()}, divisible)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    made = _compile(launch, arch)
     ptx = made.asm["ptx"]
     registers, stack, found = _resources(made.asm["cubin"], arch, listing)
     return Built(

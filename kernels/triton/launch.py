@@ -19,6 +19,7 @@ from spu.kernels.config import Config
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INTERPRETED_PROGRAMS = 3  # of a persistent kernel on the CPU: more than one, so that programs share the tiles
+_STOOD_FOR: list[tuple[tuple[int, int], int]] = []  # capability and processors of the GPU that CPU tensors stand for
 _INTERPRETED = Config()
 ALIGN_BYTES = 16  # of an address or row that tensor descriptors and wide loads take
 
@@ -42,23 +43,41 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@contextmanager
+def standing_for(capability: tuple[int, int], processors: int) -> Iterator[None]:
+    """Let CPU tensors stand for those of a GPU with so many multiprocessors, in all threads: for what is compiled ahead
+    of time.
+    """
+    _STOOD_FOR.append((capability, processors))
+    table.forget()  # the kept plans of CPU tensors are of another device
+    try:
+        yield
+    finally:
+        _STOOD_FOR.pop()
+        table.forget()
+
+
+@table.follows_tables
 @lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device."""
+    """Return the compute capability of a CUDA device, or of the one that CPU tensors stand for."""
+    if device.type != "cuda" and _STOOD_FOR:
+        return _STOOD_FOR[-1][0]
     return torch.cuda.get_device_capability(device)
 
 
+@table.follows_tables
 @lru_cache(maxsize=64)
 def programs_at_once(device: torch.device) -> int:
     """Return the number of multiprocessors: a persistent grid has one program for each."""
     if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
+        return _STOOD_FOR[-1][1] if _STOOD_FOR else _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> Config:
     """Return the table's configuration of a product (rows, columns, inner) on a device."""
-    if device.type != "cuda":
+    if device.type != "cuda" and not _STOOD_FOR:
         return _INTERPRETED
     return table.config_of(capability(device), op, dtype, shape)
 

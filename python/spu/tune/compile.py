@@ -22,14 +22,16 @@ __all__ = ["Compiling", "Row", "compile_row"]
 Row = tuple[str, str, str]  # op, dtype, shape class
 
 
-def compile_row(row: Row, arch: int, index: int) -> int:
-    """Compile candidate ``index`` of a row for an architecture (80 is sm_80); return the number of kernels."""
+def compile_row(row: Row, arch: int, processors: int, index: int) -> int:
+    """Compile candidate ``index`` of a row for a GPU of ``arch`` (80 is sm_80) with so many multiprocessors; return the
+    number of kernels.
+    """
     from spu.kernels import ahead
 
     op, dtype, shape_class = row
     torch.set_num_threads(1)
     config = candidates(op, DTYPES[dtype], shape_class, arch)[index]
-    with ahead.recording() as launches:
+    with ahead.recording(arch, processors) as launches:
         call_of(op, DTYPES[dtype], REPRESENTATIVE[shape_class], torch.device("cpu"))(config)
     for launch in launches:
         ahead.build(launch, arch, listing=False)
@@ -42,15 +44,16 @@ class Compiling:
     Args:
         rows: (op, dtype, shape class) each.
         arch: 80 for sm_80.
+        processors: the GPU's multiprocessors: some kernels are specialised by shares of the work.
         jobs: processes; by default one a core, at most 16.
     """
 
-    def __init__(self, rows: Iterable[Row], arch: int, jobs: int | None = None) -> None:
+    def __init__(self, rows: Iterable[Row], arch: int, processors: int, jobs: int | None = None) -> None:
         self._pool = ProcessPoolExecutor(jobs or min(os.cpu_count() or 1, 16), mp_context=get_context("spawn"))
         self._running: dict[Row, list[Future[int]]] = {}
         for row in rows:
-            count = len(candidates(row[0], DTYPES[row[1]], row[2], arch))
-            self._running[row] = [self._pool.submit(compile_row, row, arch, index) for index in range(count)]
+            indices = range(len(candidates(row[0], DTYPES[row[1]], row[2], arch)))
+            self._running[row] = [self._pool.submit(compile_row, row, arch, processors, index) for index in indices]
 
     def wait(self, row: Row) -> None:
         """Wait until a row's candidates are compiled. A failed one will fail, and be reported, when it is measured."""

@@ -133,6 +133,7 @@ def tune(
     where = torch.device(device)
     capability = torch.cuda.get_device_capability(where)
     name, facts, arch = arch_name(capability), _facts(where), 10 * capability[0] + capability[1]
+    processors = torch.cuda.get_device_properties(where).multi_processor_count
     path = out or table.user_path(name)
     run = _Run(path, Table(name, "measured", dict(_kept(path, facts)), facts), say)
     began = time.monotonic()
@@ -144,7 +145,7 @@ def tune(
         return over
 
     wanted = [row for row in _rows(ops, dtypes) if not run.has(row)]
-    with torch.cuda.device(where), Compiling(wanted, arch, jobs) as compiling:
+    with torch.cuda.device(where), Compiling(wanted, arch, processors, jobs) as compiling:
         for dtype in dtypes:
             for row in (row for row in wanted if row[1] == dtype):
                 if late():
