@@ -121,3 +121,16 @@ def test_compiles_ahead_of_time(started: dict[str, Started]) -> None:
     assert len(rows) >= 25, output
     assert not [row for row in rows if row["faults"]], output
     assert any(row["tensor_core"] == "wgmma.mma_async" and row["uses_tma"] for row in rows), output
+    wide = [row for row in rows if row["name"] in ("adamw_kernel", "square_sum_kernel")]
+    assert len(wide) >= 2, output
+    assert all(row["widest_load"] == 16 for row in wide), output
+
+
+def test_the_gate_reads_how_wide_accesses_are() -> None:
+    from spu.kernels.limits import access_bytes
+
+    narrow = "\t@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];\n\tst.global.b16 [ %rd2 + 0 ], { %rs1 };\n"
+    wide = narrow + "\t@%p1 ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n"
+    assert access_bytes("ld.shared.v4.b32 {%r1, %r2, %r3, %r4}, [%r9];") == (0, 0)
+    assert access_bytes(narrow) == (4, 2)
+    assert access_bytes(wide + "\tst.global.v2.f64 [ %rd2 + 0 ], { %fd1, %fd2 };\n") == (16, 16)

@@ -2,7 +2,8 @@
 
 ``python benchmarks/aot/aot_triton.py --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule:
 no spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
-products, contraction as asked for. ``--markdown FILE`` writes the page; ``--sample`` compiles a few of each.
+products, 16-byte accesses where memory is the limit, contraction as asked for. ``--markdown FILE`` writes the page;
+``--sample`` compiles a few of each.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("gated_dx_kernel", 120): (8, "two words, of fp32's skinny tile"),
     ("linear_ce_dz_kernel", 120): (8, "two words, of fp32's skinny tile"),
 }
+
+# Kernels that memory limits: the bytes of their widest load and store at least, where addresses and sizes allow it.
+_ACCESSES = {
+    "adamw_kernel": (16, 16), "square_sum_kernel": (16, 0), "dz_kernel": (16, 16), "finish_kernel": (16, 8),
+    "gated_dz_kernel": (16, 16), "column_sum_kernel": (16, 0), "logits_ce_kernel": (16, 0),
+    "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 4), "dequantize_kernel": (4, 16),
+}  # fmt: skip
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -161,6 +169,11 @@ def faults(built: Built, label: str) -> list[str]:
         found.append("a 16-bit product without tensor-core instructions")
     if built.contracted and not (built.name in _PRODUCTS and wide):
         found.append("multiplications and additions were fused")
+    for what, widest, least in zip(
+        ("load", "store"), (built.widest_load, built.widest_store), _ACCESSES.get(built.name, (0, 0)), strict=True
+    ):
+        if widest < least:
+            found.append(f"the widest {what} is of {widest} bytes, {least} are possible")
     return found
 
 

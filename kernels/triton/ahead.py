@@ -24,7 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from spu.kernels.launch import standing_for
-from spu.kernels.limits import Limits, read
+from spu.kernels.limits import Limits, access_bytes, read
 
 _REGISTERS, _THREADS, _BLOCKS = 65536, {75: 1024, 86: 1536, 89: 1536, 120: 1536}, 32
 _SHARED_OF_A_MULTIPROCESSOR = {
@@ -64,7 +64,8 @@ class Launch:
 @dataclass(frozen=True)
 class Built:
     """The compiler's result for a launch. ``spilled_bytes`` is a thread's stack, ``tensor_core`` the instruction;
-    ``mix``, ``peak_share`` and ``load_bytes`` are ``limits.Limits``'."""
+    ``mix``, ``peak_share`` and ``load_bytes`` are ``limits.Limits``', ``widest_load`` and ``widest_store`` bytes of one
+    access to global memory, of those that are no asynchronous copies."""
 
     name: str
     arch: int
@@ -78,6 +79,8 @@ class Built:
     mix: dict[str, float]
     peak_share: float
     load_bytes: int
+    widest_load: int
+    widest_store: int
 
     @property
     def resident(self) -> int:
@@ -178,6 +181,7 @@ def build(launch: Launch, arch: int, listing: bool = True) -> Built:
     """
     made = _compile(launch, arch)
     ptx = made.asm["ptx"]
+    widest_load, widest_store = access_bytes(ptx)
     registers, stack, found = _resources(made.asm["cubin"], arch, listing)
     return Built(
         name=launch.name,
@@ -192,6 +196,8 @@ def build(launch: Launch, arch: int, listing: bool = True) -> Built:
         mix=found.mix,
         peak_share=found.peak_share,
         load_bytes=found.load_bytes,
+        widest_load=widest_load,
+        widest_store=widest_store,
     )
 
 

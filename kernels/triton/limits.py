@@ -5,6 +5,7 @@ kernel without one counts as a whole. An estimate and no measurement: it knows i
 
 - A warp scheduler starts one instruction a cycle. Where the multiplications of a loop keep their units busy for fewer
   cycles than the loop has instructions, the units can only be busy for that share of the time: ``peak_share``.
+- Memory gives its bandwidth to accesses of 16 bytes a thread: ``access_bytes`` are read from PTX.
 - A multiprocessor must have latency x bandwidth bytes of loads under way to draw its share of the memory's bandwidth.
   ``bytes_in_flight`` is what a thread loads without waiting times the threads that fit.
 """
@@ -30,6 +31,7 @@ _KINDS = (
     ("special", ("MUFU",)),
 )
 _KIND_OF = {name: kind for kind, names in _KINDS for name in names}
+_ACCESS = re.compile(r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 _LOAD_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -71,6 +73,14 @@ def read(sass: str, arch: int) -> Limits:
     total = max(1, len(loop))
     mix = {kind: round(count / total, 3) for kind, count in counts.items()}
     return Limits(mix, round(_peak_share(loop, arch), 3), sum(map(_loaded, loop)))
+
+
+def access_bytes(ptx: str) -> tuple[int, int]:
+    """Return the bytes of a thread's widest load and of its widest store in global memory, 0 where there is none."""
+    widest = {"ld": 0, "st": 0}
+    for kind, count, bits in _ACCESS.findall(ptx):
+        widest[kind] = max(widest[kind], int(count or 1) * int(bits) // 8)
+    return widest["ld"], widest["st"]
 
 
 def _hottest(code: list[_Instruction]) -> list[_Instruction]:

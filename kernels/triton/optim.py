@@ -42,6 +42,50 @@ def _address(table, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _load(pointer, inside, WHOLE: tl.constexpr):
+    """Return a tile; without a mask, whose elements nobody knows to be alike, loads and stores are of 16 bytes."""
+    if WHOLE:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(pointer, value, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointer, value)
+    else:
+        tl.store(pointer, value, mask=inside)
+
+
+@triton.jit
+def _update(
+    target, grad, average, square, copy, first, numel, scale, step_size, root, keep, beta1_left, beta2, beta2_left,
+    eps, COPY: tl.constexpr, COPIES: tl.constexpr, WHOLE: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Update the TILES * SIZE elements from ``first`` on; WHOLE: all of them are there."""
+    for tile in range(TILES):
+        at = first + tile * SIZE + tl.arange(0, SIZE)
+        inside = at < numel
+        g = _load(grad + at, inside, WHOLE) * scale
+        m = _load(average + at, inside, WHOLE)
+        v = _load(square + at, inside, WHOLE)
+        w = _load(target + at, inside, WHOLE)
+        if COPIES:  # a weight that is no longer what its master rounds to was changed by somebody: it is taken
+            weight = widen(_load(copy + at, inside, WHOLE))
+            w = tl.where(widen(narrow(w, COPY)) == weight, w, weight)
+        w = w * keep
+        m = m + beta1_left * (g - m)
+        v = v * beta2 + beta2_left * (g * g)
+        below = tl.math.div_rn(tl.math.sqrt_rn(v), root + tl.zeros((SIZE,), tl.float32)) + eps
+        w = w - step_size * tl.math.div_rn(m, below)
+        _store(average + at, m, inside, WHOLE)
+        _store(square + at, v, inside, WHOLE)
+        _store(target + at, w, inside, WHOLE)
+        if COPIES:
+            _store(copy + at, narrow(w, COPY), inside, WHOLE)
+
+
+@triton.jit
 def adamw_kernel(
     addresses, numels, blocks, grad_scale, found_inf, lr, keep, beta1_left, beta2, beta2_left, eps,
     log_beta1, log_beta2, COPY: tl.constexpr, COPIES: tl.constexpr, ALIGNED: tl.constexpr, FIELDS: tl.constexpr,
@@ -64,26 +108,27 @@ def adamw_kernel(
         step_size = tl.math.div_rn(lr, _one_minus_power(count, log_beta1))
         root = tl.math.sqrt_rn(_one_minus_power(count, log_beta2))
         scale = tl.load(grad_scale)
-        for tile in range(TILES):
-            at = first + tile * SIZE + tl.arange(0, SIZE)
-            inside = at < numel
-            g = tl.load(grad + at, mask=inside, other=0.0) * scale
-            m = tl.load(average + at, mask=inside, other=0.0)
-            v = tl.load(square + at, mask=inside, other=0.0)
-            w = tl.load(target + at, mask=inside, other=0.0)
-            if COPIES:  # a weight that is no longer what its master rounds to was changed by somebody: it is taken
-                weight = widen(tl.load(copy + at, mask=inside, other=0.0))
-                w = tl.where(widen(narrow(w, COPY)) == weight, w, weight)
-            w = w * keep
-            m = m + beta1_left * (g - m)
-            v = v * beta2 + beta2_left * (g * g)
-            below = tl.math.div_rn(tl.math.sqrt_rn(v), root + tl.zeros((SIZE,), tl.float32)) + eps
-            w = w - step_size * tl.math.div_rn(m, below)
-            tl.store(average + at, m, mask=inside)
-            tl.store(square + at, v, mask=inside)
-            tl.store(target + at, w, mask=inside)
-            if COPIES:
-                tl.store(copy + at, narrow(w, COPY), mask=inside)
+        if first + SIZE * TILES <= numel:
+            _update(
+                target, grad, average, square, copy, first, numel, scale, step_size, root, keep, beta1_left, beta2,
+                beta2_left, eps, COPY, COPIES, True, SIZE, TILES,
+            )  # fmt: skip
+        else:
+            _update(
+                target, grad, average, square, copy, first, numel, scale, step_size, root, keep, beta1_left, beta2,
+                beta2_left, eps, COPY, COPIES, False, SIZE, TILES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _squares(grad, first, numel, WHOLE: tl.constexpr, SIZE: tl.constexpr, TILES: tl.constexpr):
+    """Return fp64 [SIZE]: sums of squares of the TILES * SIZE elements from ``first`` on."""
+    total = tl.zeros((SIZE,), tl.float64)
+    for tile in range(TILES):
+        at = first + tile * SIZE + tl.arange(0, SIZE)
+        g = _load(grad + at, at < numel, WHOLE).to(tl.float64)
+        total += g * g
+    return total
 
 
 @triton.jit
@@ -98,11 +143,10 @@ def square_sum_kernel(
     which = tl.load(blocks + 2 * tl.program_id(0))
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int64) * (SIZE * TILES)
     grad, numel = _address(addresses + which, tl.float32, ALIGNED), tl.load(numels + which)
-    total = tl.zeros((SIZE,), tl.float64)
-    for tile in range(TILES):
-        at = first + tile * SIZE + tl.arange(0, SIZE)
-        g = tl.load(grad + at, mask=at < numel, other=0.0).to(tl.float64)
-        total += g * g
+    if first + SIZE * TILES <= numel:
+        total = _squares(grad, first, numel, True, SIZE, TILES)
+    else:
+        total = _squares(grad, first, numel, False, SIZE, TILES)
     tl.store(parts + tl.program_id(0), tl.sum(total))
     tl.debug_barrier()  # the store comes before the release of whichever thread counts
     count = tl.num_programs(0)
