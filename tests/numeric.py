@@ -89,3 +89,14 @@ def assert_close_to_truth(
             f"{t[index].item()!r}, plain torch {p[index].item()!r}: error {float(error.max()):.3e} > {bound:.3e} "
             f"(= {factor} x plain's largest error {float(plain_error.max()):.3e} + {eps:.3e})"
         )
+
+
+def tensor_core_limit(a: Tensor, b: Tensor) -> Tensor:
+    """Return what an element of a @ b [M, N], summed in fp32 by 16-bit tensor cores, may be off by, in fp64 on the CPU.
+
+    They add the products of 16 terms to the accumulator at a time and may cut the sum off there (toward zero, where
+    IEEE rounds): 2^-23 of it each time. K / 16 sums, and the roundings of the result, of scaling and of adding up after
+    it: (ceil(K / 16) + 4) * 2^-23 * sum |a_ik| |b_kj|.
+    """
+    sums = a.detach().cpu().double().abs() @ b.detach().cpu().double().abs()
+    return (-(-a.shape[1] // 16) + 4) * 2.0**-23 * sums

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
@@ -38,13 +39,6 @@ import spu.ops  # noqa: E402, F401  (defines the schemas; must not load another 
 
 OPS = torch.ops.spu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z.clone(),
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-}
 # rows, out, in: single elements, ragged against every micro-tile (4x8, 6x16, 14x32), several k-blocks and super-blocks,
 # several tasks, empty in each dimension
 SHAPES = [

@@ -34,6 +34,28 @@ def test_a_plan_has_a_line_a_row() -> None:
     assert lines[0].startswith("linear/fp16/skinny")
 
 
+def test_the_products_of_a_layer_follow_each_other_so_that_its_backend_is_named_early() -> None:
+    rows = [line.split(":")[0] for line in tune.plan_lines(90, dtypes=("fp16",), classes=("large", "medium"))]
+    assert rows[:3] == ["linear/fp16/large", "linear_dz_dx/fp16/large", "linear_dw/fp16/large"]
+    assert rows[3] == "linear/fp16/medium"
+    assert sorted(rows) == sorted(f"{op}/fp16/{name}" for op in PRODUCTS for name in ("large", "medium"))
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_refused_launch_is_a_note_and_a_dead_context_ends_the_run(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize(device: object) -> None:
+        if gone:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    device = torch.device("cuda")
+    assert tune.context_is_gone(RuntimeError("Triton Error [CUDA]: invalid argument"), device) is gone
+    assert not tune.context_is_gone(RuntimeError("out of resources: shared memory"), device)
+    assert tune.context_is_gone(torch.AcceleratorError("CUDA error"), device)
+
+
 def test_without_a_card_the_error_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -95,8 +117,13 @@ def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
     assert "run again" in said[-1]
     tune.tune("cpu", ops[:1], ("fp16",), out=path, say=said.append)
     first, cut = gpu.measured, table.read(path)
-    assert {entry.backend for entry in cut.entries.values()} == {"triton"}  # the layer's other products are not there
     assert any("shared memory" in line for line in said)
+    assert {entry.backend for entry in cut.entries.values()} == {"triton"}  # the layer's other products are not there
+    said.clear()
+    tune.tune("cpu", ops, ("fp16",), classes=("large",), out=path, say=said.append)
+    named = next(place for place, line in enumerate(said) if line.startswith("linear/fp16/large: forward and backward"))
+    assert named == len(said) - 1
+    assert table.read(path).entries["linear/fp16/large"].backend == "cuda"
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
     made = table.read(path)
     assert gpu.measured > first

@@ -47,7 +47,7 @@ def peaks() -> dict[str, float]:
 
 
 def _measure(case: Case, ceilings: dict[str, float]) -> Row:
-    from spu.tune.run import measure_us
+    from spu.tune.run import context_is_gone, measure_us
 
     row: Row = {"group": case.group, "shape": case.shape, "peer": case.peer}
     try:
@@ -56,9 +56,9 @@ def _measure(case: Case, ceilings: dict[str, float]) -> Row:
         call = case.make()
         row["us"] = measure_us(call, torch.device("cuda"))
         row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-    except torch.AcceleratorError:  # the context is gone, and with it every row after this one
-        raise
     except Exception as error:
+        if context_is_gone(error, torch.device("cuda")):  # and with it every row after this one
+            raise
         return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     per_s = 1e6 / row["us"]
     if case.flops:

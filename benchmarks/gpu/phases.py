@@ -154,10 +154,10 @@ def test(phase: Phase) -> None:
 def tune(phase: Phase) -> None:
     """The table of this card, row by row, into benchmarks/results/tuned; a second run goes on where this one ends."""
     if phase.dry:
-        phase.run(_python("-c", "from spu.tune import plan_lines\nprint('\\n'.join(plan_lines(90)))"))
+        phase.run(_python("-c", "from spu.tune.run import plan_lines\nprint('\\n'.join(plan_lines(90)))"))
         return
     code = (
-        "import torch\nfrom pathlib import Path\nfrom spu import tune\nfrom spu.kernels import config\n"
+        "import torch\nfrom pathlib import Path\nfrom spu.kernels import config\nfrom spu.tune import run as tune\n"
         "name = config.arch_name(torch.cuda.get_device_capability())\n"
         f"tune.tune(out=Path({str(RESULTS)!r}) / 'tuned' / f'{{name}}.json', seconds={PHASE_SECONDS - 60})\n"
     )

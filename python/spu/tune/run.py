@@ -2,9 +2,9 @@
 
 For every product, dtype and shape class the derived configurations and their neighbours are timed on one representative
 shape, beside cuBLAS with our epilogue; the fastest goes into ``spu.kernels.table.user_path`` with the device, versions
-and date. Then, where another backend serves the GPU as well (CUDA C++), whole layers are timed on each, forward and
-backward with these configurations, and the faster one is named. The table is written after every row, so that a run
-that is cut off keeps what it has measured, and a later run goes on where it ended.
+and date. After the products of a layer, where another backend serves the GPU as well (CUDA C++), the whole layer is
+timed on each, forward and backward with these configurations, and the faster one is named. The table is written after
+every row, so that a run that is cut off keeps what it has measured, and a later run goes on where it ended.
 """
 
 from __future__ import annotations
@@ -24,24 +24,35 @@ from spu.kernels import table
 from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune.backends import LAYERS, layer_of
 from spu.tune.calls import REPRESENTATIVE, call_of, candidates
-from spu.tune.compile import Compiling
+from spu.tune.compile import Compiling, Row
 
 __all__ = ["REPRESENTATIVE", "candidates", "measure_us", "plan_lines", "tune"]
 
 _WARM_UP, _ROUNDS, _ROUND_SECONDS = 3, 5, 0.02
 
 
-def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...], classes: tuple[str, ...] = CLASSES) -> Iterator[Row]:
+    """Yield the rows in the order of measuring: the products of a layer of one shape class follow each other, so that
+    its backend can be named before the next, and the layers that most time is spent in come first.
+    """
+    alone = [op for op in ops if not any(op in parts for parts in LAYERS.values())]
     for dtype in dtypes:
-        for op in ops:
-            for shape_class in CLASSES:
-                yield op, dtype, shape_class
+        for parts in (*LAYERS.values(), *((op,) for op in alone)):
+            for shape_class in classes:
+                for op in parts:
+                    if op in ops:
+                        yield op, dtype, shape_class
 
 
-def plan_lines(arch: int, ops: tuple[str, ...] = PRODUCTS, dtypes: tuple[str, ...] = ("fp16", "bf16")) -> list[str]:
+def plan_lines(
+    arch: int,
+    ops: tuple[str, ...] = PRODUCTS,
+    dtypes: tuple[str, ...] = ("fp16", "bf16"),
+    classes: tuple[str, ...] = CLASSES,
+) -> list[str]:
     """Return the list of what a run would measure, a line a row; measure nothing."""
     lines = []
-    for op, dtype, shape_class in _rows(ops, dtypes):
+    for op, dtype, shape_class in _rows(ops, dtypes, classes):
         count = len(candidates(op, DTYPES[dtype], shape_class, arch))
         m, n, k = REPRESENTATIVE[shape_class]
         lines.append(f"{op}/{dtype}/{shape_class}: {count} configurations at {m} x {n} x {k}")
@@ -71,6 +82,23 @@ def measure_us(function: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
+def context_is_gone(error: Exception, device: torch.device) -> bool:
+    """Tell whether an error has ended the process's use of a GPU: nothing that is measured after it would be true.
+
+    torch says so by AcceleratorError. Triton's own launches raise a plain RuntimeError ("Triton Error [CUDA]: ..."),
+    also where only this launch was refused: the device is asked.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if "Triton Error [CUDA]" not in str(error):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int) -> tuple[Entry, list[str]]:
     """Return the fastest configuration of a row and the errors of those that failed."""
     call, best, notes = call_of(op, DTYPES[dtype], REPRESENTATIVE[shape_class], device), None, []
@@ -78,7 +106,7 @@ def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int
         try:
             took = measure_us(lambda config=config: call(config), device)  # type: ignore[misc]
         except Exception as error:  # a configuration that does not fit is no candidate; anything else is said
-            if isinstance(error, torch.AcceleratorError):  # the context is gone
+            if context_is_gone(error, device):
                 raise
             notes.append(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             continue
@@ -106,6 +134,7 @@ def tune(
     ops: tuple[str, ...] = PRODUCTS,
     dtypes: tuple[str, ...] = ("fp16", "bf16"),
     *,
+    classes: tuple[str, ...] = CLASSES,
     out: Path | None = None,
     seconds: float | None = None,
     jobs: int | None = None,
@@ -117,6 +146,7 @@ def tune(
         device: which GPU.
         ops: of ``spu.kernels.config.PRODUCTS``.
         dtypes: of fp16, bf16, fp32.
+        classes: of shapes, of ``spu.kernels.config.CLASSES``, in the order of measuring.
         out: another file than the user's table.
         seconds: stop after this time, between two rows.
         jobs: processes that compile ahead of the measurement; by default one a core, at most 16.
@@ -144,20 +174,25 @@ def tune(
             say(f"stopped after {seconds:.0f} s; run again to go on")
         return over
 
-    wanted = [row for row in _rows(ops, dtypes) if not run.has(row)]
+    rows = list(_rows(ops, dtypes, classes))
+    wanted = [row for row in rows if not run.has(row)]
     with torch.cuda.device(where), Compiling(wanted, arch, processors, jobs) as compiling:
-        for dtype in dtypes:
-            for row in (row for row in wanted if row[1] == dtype):
-                if late():
-                    return path
+        for place, row in enumerate(rows):
+            if late():
+                return path
+            if row in wanted:
                 compiling.wait(row)
                 run.keep(row, *_best(*row, where, arch))
-            for row in _rows(tuple(op for op in LAYERS if op in ops), (dtype,)):
-                if late():
-                    return path
-                run.choose_backend(row, where)
+            if place + 1 == len(rows) or layer_name(rows[place + 1]) != layer_name(row):
+                run.choose_backend(layer_name(row), where)
     forget_tables()
     return path
+
+
+def layer_name(row: Row) -> Row:
+    """Return the row that holds the backend of a row's layer: the row itself where its op belongs to none."""
+    op = next((name for name, parts in LAYERS.items() if row[0] in parts), row[0])
+    return (op, *row[1:])
 
 
 class _Run:
@@ -167,11 +202,11 @@ class _Run:
         self._path, self._table, self._say = path, made, say
         self._entries = dict(made.entries)
 
-    def has(self, row: tuple[str, str, str]) -> bool:
+    def has(self, row: Row) -> bool:
         entry = self._entries.get("/".join(row))
         return entry is not None and entry.time_us is not None
 
-    def keep(self, row: tuple[str, str, str], entry: Entry, notes: list[str]) -> None:
+    def keep(self, row: Row, entry: Entry, notes: list[str]) -> None:
         key, config = "/".join(row), entry.config
         self._entries[key] = entry
         self._write()
@@ -180,11 +215,13 @@ class _Run:
         for note in notes:
             self._say(note)
 
-    def choose_backend(self, row: tuple[str, str, str], device: torch.device) -> None:
+    def choose_backend(self, row: Row, device: torch.device) -> None:
         """Time a row's whole layer on every backend that serves the GPU, if there is more than one."""
         from spu.ops.dispatch import cuda_candidates
 
         op, dtype, shape_class = row
+        if op not in LAYERS:
+            return
         names, key = cuda_candidates(DTYPES[dtype]), "/".join(row)
         entry = self._entries.get(key)
         if entry is None or len(names) < 2 or set(entry.layer_us) >= set(names):
@@ -197,9 +234,9 @@ class _Run:
             call = layer_of(op, name, DTYPES[dtype], shape, device, configs)
             try:
                 times[name] = measure_us(call, device)
-            except torch.AcceleratorError:
-                raise
             except Exception as error:
+                if context_is_gone(error, device):
+                    raise
                 self._say(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                 times[name] = float("inf")
         best = min(times, key=lambda name: times[name])
