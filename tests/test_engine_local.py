@@ -10,17 +10,20 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, StageError, schedules
+from spu.engine import runner
 from spu.engine.channel import Aborted, Exchange
-from spu.engine.local import Worker
+from spu.engine.local import LocalEngine, Worker
 from spu.engine.stage import Stage
 from spu.model.layers import DrawKey
 from spu.precision import main_grads
+from spu.transfer import Link
 
 
 class Sleep(nn.Module):
@@ -72,6 +75,34 @@ def test_stages_run_side_by_side_in_the_schedules_order(schedule: str) -> None:
         sent = next(s for s in timeline.of(0) if (s.kind, s.microbatch) == ("F", before))
         received = next(s for s in timeline.of(1) if (s.kind, s.microbatch) == ("F", after))
         assert received.start >= sent.end - 1e-4
+
+
+def test_what_a_stage_waits_for_is_no_work_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that runs beside the stages' work is waited for before the action begins."""
+    engine = partial(LocalEngine, beside=True)
+    monkeypatch.setattr(
+        runner.Runner.__init__, "__kwdefaults__", runner.Runner.__init__.__kwdefaults__ | {"engine": engine}
+    )
+    copy = Link._copy
+
+    def slow(self: Link, tensor: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return copy(self, tensor)
+
+    monkeypatch.setattr(Link, "_copy", slow)
+    with ModelParallelTrainer(
+        [nn.Linear(3, 3), nn.Linear(3, 3)],
+        DeviceManager().get_devices(["cpu", "cpu"]),
+        precision="fp32",
+        microbatches=1,
+        loss_fn=nn.MSELoss(),
+    ) as trainer:
+        trainer.step(torch.randn(4, 3), torch.zeros(4, 3))
+        timeline = trainer.timeline()
+    first, second = ({span.kind: span for span in timeline.of(stage)} for stage in range(2))
+    assert second["F"].start - first["F"].end > 0.04
+    assert first["B"].start - second["B"].end > 0.04
+    assert max(timeline.busy) < 0.04
 
 
 class Fails(nn.Module):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from spu.common.tracker import Tally
+from spu.devices.clock import Mark, Reading
 from spu.engine.stage import Stage
 from spu.memory.residency import Residency
 from spu.ops.sink import BackwardScope
 from spu.schedules import Action, Span, Timeline
 
-__all__ = ["Engine", "Round", "StageError"]
+__all__ = ["Engine", "MarkedSpan", "Recording", "Round", "StageError"]
 
 
 class StageError(RuntimeError):
@@ -46,7 +47,6 @@ class Round:
         keep_outputs: collect the last stage's outputs.
         autocast: entered around every forward.
         losses, outputs: results by microbatch.
-        spans: what ran when, in seconds of ``time.perf_counter``.
     """
 
     actions: Sequence[Sequence[Action]]
@@ -61,12 +61,48 @@ class Round:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
 
     @property
     def train(self) -> bool:
         """Whether the round has backwards."""
         return self.scopes is not None
+
+
+class MarkedSpan(NamedTuple):
+    """One action between two marks of its stage's device."""
+
+    action: Action
+    begin: Mark
+    end: Mark
+
+
+class Recording:
+    """What ran when in one run of a schedule. On a card it may still run: the first to ask for times waits for it.
+
+    Args:
+        stages: of the run.
+        ranks: the rank of each stage.
+        start: when the run began on the host, seconds of ``time.perf_counter``.
+        spans: the actions, those of a stage in order.
+    """
+
+    def __init__(self, stages: Sequence[Stage], ranks: Sequence[int], start: float, spans: list[MarkedSpan]) -> None:
+        self._devices = [stage.device.torch_device for stage in stages]
+        self._ranks, self._start, self._spans = list(ranks), start, spans
+        self._timeline: Timeline | None = None
+
+    def timeline(self) -> Timeline:
+        """Return the measured timeline, in seconds from the start of the run."""
+        if self._timeline is None:
+            reading = Reading()
+            self._timeline = Timeline.from_spans([self._read(reading, span) for span in self._spans], ranks=self._ranks)
+            self._spans = []
+        return self._timeline
+
+    def _read(self, reading: Reading, span: MarkedSpan) -> Span:
+        action, device = span.action, self._devices[span.action.stage]
+        begin, end = (reading.seconds(moment, device) - self._start for moment in (span.begin, span.end))
+        return Span(action.stage, action.kind, action.microbatch, begin, end)
 
 
 class Engine(Protocol):
@@ -86,8 +122,8 @@ class Engine(Protocol):
     backend: str | None
     tallies: list[Tally] | None
 
-    def run(self, work: Round) -> Timeline:
-        """Run a schedule to its end, leave losses and outputs in ``work``, and return the measured timeline.
+    def run(self, work: Round) -> Recording:
+        """Run a schedule to its end, leave losses and outputs in ``work``, and return what ran when.
 
         Raises:
             StageError: a stage failed; every other one has stopped, and the round leaves nothing behind.

@@ -17,16 +17,17 @@ from spu import ops
 from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
+from spu.devices.clock import Mark, mark
 from spu.devices.manager import Device
 from spu.devices.pin import pin_current_thread
 from spu.engine.channel import Aborted, Exchange
-from spu.engine.engine import Round, StageError
+from spu.engine.engine import MarkedSpan, Recording, Round, StageError
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
 from spu.memory.residency import RESIDENT, Residency, visits_of
 from spu.model.layers import DrawKey
-from spu.schedules import Action, Span, Timeline
+from spu.schedules import Action
 from spu.transfer import Link, side_for
 
 __all__ = ["LocalEngine", "Worker"]
@@ -103,15 +104,15 @@ class LocalEngine:
             self._forward_links.append(Link(there, packed, side, activations=True))
             self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
 
-    def run(self, work: Round) -> Timeline:
-        """Run one schedule to its end and return the measured timeline.
+    def run(self, work: Round) -> Recording:
+        """Run one schedule to its end and return what ran when. On cards the work has been handed over by then.
 
         Raises:
             StageError: a stage failed; every other one has stopped, and the round leaves nothing behind.
             KeyboardInterrupt: likewise.
         """
         exchange = Exchange()
-        spans: list[list[Span]] = [[] for _ in self._workers]
+        spans: list[list[MarkedSpan]] = [[] for _ in self._workers]
         start = time.perf_counter()
         with delayed_interrupts():
             try:
@@ -126,10 +127,7 @@ class LocalEngine:
                     stage.clear()
         check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
-        return Timeline.from_spans(
-            [span._replace(start=span.start - start, end=span.end - start) for own in spans for span in own],
-            ranks=self.ranks,
-        )
+        return Recording(self.stages, self.ranks, start, [span for own in spans for span in own])
 
     def each(self, task: Callable[[Stage], Any]) -> list[Any]:
         """Run ``task`` for every stage in its rank's worker, ranks side by side; the results are in stage order.
@@ -208,7 +206,7 @@ class LocalEngine:
                 )
             self._process = os.getpid()
 
-    def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[Span]) -> None:
+    def _run_actions(self, rank: int, work: Round, exchange: Exchange, spans: list[MarkedSpan]) -> None:
         counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[rank])
         with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
             residency, visits = self.residencies[rank], visits_of(work.actions[rank])
@@ -224,7 +222,7 @@ class LocalEngine:
                             raise Aborted
                         with self._blamed(stage, action, exchange):
                             begin = self._perform(stage, action, work, exchange)
-                        spans.append(Span(stage.index, action.kind, action.microbatch, begin, time.perf_counter()))
+                        spans.append(MarkedSpan(action, begin, mark(stage.device.torch_device)))
                     with self._blamed(stage, actions[-1], exchange):
                         residency.release(visit)
             finally:
@@ -242,25 +240,27 @@ class LocalEngine:
             exchange.abort()
             raise StageError(stage.index, stage.device.name, action, error) from error
 
-    def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> float:
-        """Run one action and return when its inputs had arrived, so that waiting counts as idle."""
+    def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> Mark:
+        """Run one action and return a mark of when its inputs had arrived, so that waiting counts as idle."""
         key = DrawKey(work.run_seed, work.step, work.first_microbatch + action.microbatch)
         if action.kind == "F":
             return self._forward(stage, action.microbatch, key, work, exchange)
         if action.kind == "W":
-            begin = time.perf_counter()
+            begin = mark(stage.device.torch_device)
             stage.weight_backward(key)
             return begin
         return self._backward(stage, action.microbatch, key, work, exchange, defer=action.kind == "I")
 
-    def _forward(self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange) -> float:
+    def _forward(self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange) -> Mark:
         device = stage.device.torch_device
-        message = work.inputs[index] if stage.is_first else exchange.take(("F", stage.index, index))
-        begin = time.perf_counter()
         if stage.is_first:
-            x = move(message, device)
+            begin = mark(device)
+            x = move(work.inputs[index], device)
         else:
-            x = self._forward_links[stage.index - 1].receive(message)
+            link = self._forward_links[stage.index - 1]
+            message = link.arrive(exchange.take(("F", stage.index, index)))
+            begin = mark(device)
+            x = link.unpack(message)
         inputs = None
         if stage.wants_inputs:
             inputs = x if stage.is_first else move(work.inputs[index], device)
@@ -283,15 +283,16 @@ class LocalEngine:
 
     def _backward(
         self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange, *, defer: bool
-    ) -> float:
+    ) -> Mark:
         assert work.scopes is not None
-        gradients = None
+        device, gradients = stage.device.torch_device, None
         if stage.is_last:
-            begin = time.perf_counter()
+            begin = mark(device)
         else:
-            message = exchange.take(("B", stage.index, index))
-            begin = time.perf_counter()
-            gradients = self._backward_links[stage.index].receive(message)
+            link = self._backward_links[stage.index]
+            message = link.arrive(exchange.take(("B", stage.index, index)))
+            begin = mark(device)
+            gradients = link.unpack(message)
         gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=defer)
         if not stage.is_first:  # (4) in docs/architecture.md, backwards
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))

@@ -22,6 +22,7 @@ from spu.common.torch_private import pytree
 from spu.engine.microbatch import count_targets, target_weights
 from spu.model.layers import Layer
 from spu.nn.blocks import unwatched
+from spu.ops.optimizer import on_device
 
 __all__ = [
     "SUM",
@@ -136,6 +137,8 @@ def _classes(targets: torch.Tensor, setting: _Setting) -> Any:
     weight = setting("weight")
     if weight is None:
         return counted.sum()
+    if weight.device.type != "cpu":  # whose values the host would wait for
+        targets, counted = on_device(targets, weight.device), on_device(counted, weight.device)
     each = weight.detach().to(targets.device, torch.float64)[torch.where(counted, targets, 0)]
     return torch.where(counted, each, 0.0).sum()
 

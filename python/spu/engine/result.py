@@ -12,6 +12,7 @@ import torch
 
 from spu.common.torch_private import pytree
 from spu.common.tracker import Tally
+from spu.devices.clock import Elapsed
 from spu.engine.build import BuiltStages
 from spu.memory.activations import ActivationStore
 from spu.memory.device_store import DeviceStore
@@ -34,7 +35,7 @@ class StepResult:
     loss_scale_tensor: torch.Tensor
     found_inf_tensor: torch.Tensor
     targets: int | torch.Tensor
-    seconds: float
+    elapsed: Elapsed
     peak_bytes: dict[str, int]
 
     @property
@@ -58,6 +59,11 @@ class StepResult:
         return bool(self.found_inf_tensor.item())
 
     @property
+    def seconds(self) -> float:
+        """The whole step's time: on cards from the end of what they did before until they have done it."""
+        return self.elapsed.seconds
+
+    @property
     def tokens_per_s(self) -> float:
         """Counted targets a second, the whole step included."""
         return float(self.targets) / self.seconds
@@ -65,9 +71,10 @@ class StepResult:
 
 def sum_losses(losses: dict[int, torch.Tensor]) -> torch.Tensor:
     """Return the batch's loss: its microbatches' shares, added in microbatch order."""
-    total = torch.zeros((), dtype=torch.float32)
-    for index in sorted(losses):
-        total = total.to(losses[index].device) + losses[index]
+    first, *others = sorted(losses)
+    total = losses[first] + 0.0  # on its own device: a zero made on the host would have to be copied there
+    for index in others:
+        total = total + losses[index]
     return total
 
 

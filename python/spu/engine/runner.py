@@ -15,7 +15,7 @@ from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
 from spu.engine.attempt import Attempt
 from spu.engine.build import BuiltStages
-from spu.engine.engine import Engine, Round
+from spu.engine.engine import Engine, Recording, Round
 from spu.engine.generators import check_generators
 from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
@@ -25,7 +25,6 @@ from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
 from spu.engine.update import OptimizerFactory, Updater
 from spu.precision import LossScaler
-from spu.schedules import Timeline
 
 if TYPE_CHECKING:
     from spu.plan import Plan
@@ -41,13 +40,13 @@ class Pass:
         loss: mean over the batch's counted targets, fp32, 0-dimensional.
         outputs: the last stage's, the whole batch in one; None if they were not to be kept.
         counted: how many targets counted.
-        timeline: the last run of the schedule, in seconds from its start.
+        recording: what ran when in the last run of the schedule.
     """
 
     loss: torch.Tensor
     outputs: Any
     counted: int | torch.Tensor
-    timeline: Timeline
+    recording: Recording
 
 
 def split_inputs(inputs: Any, parts: int) -> list[Any]:
@@ -130,7 +129,7 @@ class Runner:
         weights = self._weighing.shares(targets_by_part)
         losses: dict[int, torch.Tensor] = {}
         outputs: list[Any] = []
-        timelines = []
+        recordings = []
         autocast = self._autocast()
         self.updater.begin_step()
         checks = self._watch(parts)
@@ -150,7 +149,7 @@ class Runner:
                         keep_outputs,
                         autocast,
                     )
-                    timelines.append(self.engine.run(work))
+                    recordings.append(self.engine.run(work))
                     losses.update({first + index: loss for index, loss in work.losses.items()})
                     outputs.extend(work.outputs[index] for index in sorted(work.outputs))
             self._check_trained(inputs)
@@ -161,7 +160,7 @@ class Runner:
             self.updater.clear_gradients()
             raise
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
-        return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, timelines[-1])
+        return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, recordings[-1])
 
     def follow(self, plan: Plan) -> None:
         """Run the next batches by a plan with the same stages, in which other layers are recomputed, or with another
@@ -255,7 +254,8 @@ def _callers_autocast(kinds: Iterable[str]) -> Callable[[], AbstractContextManag
         kinds: of devices, such as "cpu".
     """
     caches = torch.is_autocast_cache_enabled()
-    active = [(kind, torch.get_autocast_dtype(kind)) for kind in set(kinds) if torch.is_autocast_enabled(kind)]
+    known = [kind for kind in set(kinds) if torch.amp.is_autocast_available(kind)]
+    active = [(kind, torch.get_autocast_dtype(kind)) for kind in known if torch.is_autocast_enabled(kind)]
     if not active:
         return nullcontext
 

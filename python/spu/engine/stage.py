@@ -194,15 +194,17 @@ class Stage:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
         value = value.to(torch.promote_types(value.dtype, torch.float32))
-        on_host = weight.device.type == "cpu"
-        weight = weight.to(value.device, value.dtype)
+        # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
+        share_of_batch = weight.item() if weight.device.type == "cpu" else weight.to(value.device, value.dtype)
         # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
         # knows it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are
         # 0, as they are in the whole batch, where a parameter that only these rows use is decayed too.
-        if on_host and weight == 0:
+        if isinstance(share_of_batch, Tensor):
+            share = torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
+        elif share_of_batch == 0:
             share = torch.zeros_like(value) + sum(_zeros(outputs))
         else:
-            share = torch.where(weight == 0, torch.zeros_like(value), value * weight)
+            share = value * share_of_batch
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()

@@ -23,6 +23,7 @@ from spu.engine.optimizer_state import remember_rates
 from spu.engine.stage import Stage
 from spu.engine.streaming import Streaming, add_tied
 from spu.model.layers import Layer
+from spu.ops.optimizer import on_device
 from spu.ops.sink import has_foreign_hook
 from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
 from spu.optim.forms import is_ours
@@ -172,7 +173,7 @@ class Updater:
             if not self._streams(use.owner_stage):  # whose gradient is on its way down
                 add_tied(use)
         sums = self._engine.each(self._sqnorm)
-        total = torch.stack([each.to(self._scaler.device) for each in sums]).sum(0)
+        total = torch.stack([on_device(each, self._scaler.device) for each in sums]).sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
         return Update(total, (~total.isfinite()).to(torch.float32))
 
@@ -190,8 +191,8 @@ class Updater:
                 self.streaming.defer(stage.index, update.found_inf, clip)
             else:
                 device = stage.device.torch_device
-                scale = None if clip is None else clip.to(device)
-                optimizer.step(found_inf=update.found_inf.to(device), grad_scale=scale)
+                scale = None if clip is None else on_device(clip, device)
+                optimizer.step(found_inf=on_device(update.found_inf, device), grad_scale=scale)
 
         with self._rates(lr_factor):  # (7) in docs/architecture.md
             try:

@@ -24,7 +24,7 @@ def control(name: str, value: Tensor | float | None) -> Tensor | None:
     Raises:
         TypeError: for anything else.
     """
-    if value == 0 and not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) and value == 0:
         return None  # torch's GradScaler.step: the sum of no flags, of an optimizer without gradients
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(f"step: {name} must be a tensor, float32 of one element, got {value!r}")

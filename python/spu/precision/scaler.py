@@ -43,8 +43,8 @@ class LossScaler:
     Args:
         init_scale: the first scale; growth_factor, backoff_factor, growth_interval: as in torch.amp.GradScaler.
         enabled: False keeps the scale at 1; non-finite gradients are still found.
-        device: where the scale itself lives. With scopes on accelerators, make it one of theirs: ``found_inf`` gathers
-            their flags there, and a copy to the CPU waits for the device.
+        device: where the scale itself lives, until :meth:`to`. With scopes on accelerators, make it one of theirs:
+            ``found_inf`` gathers their flags there, and a copy to the CPU waits for the device.
 
     Raises:
         ValueError: for factors that cannot work.
@@ -76,6 +76,13 @@ class LossScaler:
         self._growth_tracker = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._scopes: dict[tuple[torch.device, str], BackwardScope] = {}
         self._family = object()
+
+    def to(self, device: str | torch.device) -> LossScaler:
+        """Keep the scale on another device from now on; return this scaler. Scopes stay where they are."""
+        self.device = _indexed(device)
+        self._scale = self._scale.to(self.device)
+        self._growth_tracker = self._growth_tracker.to(self.device)
+        return self
 
     def scope(self, device: str | torch.device | None = None, owner: str = "") -> BackwardScope:
         """Return the scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""

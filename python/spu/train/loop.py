@@ -170,7 +170,7 @@ def settle_steps(job: Job, trainer: ModelParallelTrainer) -> None:
     times = []
     for _ in range(4):
         begin = time.perf_counter()
-        trainer.forward_backward(*batch, keep_outputs=False)
+        trainer.forward_backward(*batch, keep_outputs=False)[0].item()  # a card has done it then
         times.append(time.perf_counter() - begin)
     steps = max(1, int(config.minutes * 60 / (1.05 * statistics.median(times[1:]))))  # 5% for the update
     job.config = dataclasses.replace(config, steps=steps, minutes=None)

@@ -14,6 +14,7 @@ from torch import nn
 from spu import ops, schedules
 from spu.common.interrupts import delayed_interrupts, stop_if_asked
 from spu.common.out_of_memory import forget_frames, free_memory, is_out_of_memory
+from spu.devices.clock import Elapsed
 from spu.devices.manager import Device
 from spu.devices.tiers import Tiers
 from spu.engine.build import (
@@ -25,6 +26,7 @@ from spu.engine.build import (
     undo_precision,
     unfused,
 )
+from spu.engine.engine import Recording
 from spu.engine.first_batch import check_batch
 from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
@@ -38,7 +40,6 @@ from spu.optim.forms import in_form
 from spu.plan import Plan
 from spu.plan.check import used_devices
 from spu.precision import LossScaler
-from spu.schedules import Timeline
 from spu.settings import AUTO, TrainSettings
 from spu.trainer.lower import lower
 from spu.trainer.manual import Parts
@@ -58,14 +59,14 @@ class LastStep:
 
     Attributes:
         done: number of steps of this trainer, without those before a checkpoint.
-        timeline: of the last run of the schedule; None before the first one, and after the stages have moved.
-        seconds: of the whole step.
+        recording: of the last run of the schedule; None before the first one, and after the stages have moved.
+        elapsed: the whole step.
         counted_bytes: the peak of each device in a step whose bytes were counted.
     """
 
     done: int = 0
-    timeline: Timeline | None = None
-    seconds: float | None = None
+    recording: Recording | None = None
+    elapsed: Elapsed | None = None
     counted_bytes: dict[str, int] = field(default_factory=dict)
 
 
@@ -179,10 +180,10 @@ class StagedModel:
         Raises:
             RuntimeError: before the first step.
         """
-        if self._plan is None or self._last.timeline is None or self._planner is None:
+        if self._plan is None or self._last.recording is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
         self._ready().updater.show()
-        same, best = self._planner.after_step(self._plan, self._last.timeline)
+        same, best = self._planner.after_step(self._plan, self._last.recording.timeline())
         old = self._ready()
         carried = Carried(old.built, old.updater.optimizers)
         if best.predicted.step_s > WORTH * same.predicted.step_s or carried.differs_by_stage:
@@ -190,7 +191,7 @@ class StagedModel:
             return same
         with delayed_interrupts():
             self._rebuild(best, carried)
-        self._last.timeline = None
+        self._last.recording = None
         return best
 
     def _rebuild(self, plan: Plan, carried: Carried) -> None:
@@ -318,6 +319,9 @@ class StagedModel:
         )
         add_masters(built)
         built.fused = list(self._fused)
+        # The flags and norms of all stages meet where the scale is, and the host does not wait for them there.
+        places = [stage.device.torch_device for stage in built.stages]
+        self.scaler.to(next((place for place in reversed(places) if place.type != "cpu"), places[-1]))
         runner = Runner(
             built,
             plan,

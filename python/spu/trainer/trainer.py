@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from spu.common.interrupts import delayed_interrupts
 from spu.common.options import takes_keywords
+from spu.devices.clock import Elapsed, Mark, mark
 from spu.devices.manager import Device, DeviceManager, default_devices
 from spu.devices.tiers import Tiers, parse_tiers
 from spu.engine.generators import generator_states, set_generator_states
@@ -162,7 +162,7 @@ class ModelParallelTrainer(StagedModel):
             StageError: a stage failed; the update did not happen and the gradients are gone. Out of memory it is raised
                 only if the step could not be repeated with less (``retry``).
         """
-        begin = time.perf_counter()
+        begin = self._marks()
         inputs, targets = labelled(inputs, targets, shift=self.shift)
         self._set_up(inputs, targets)
         updater = self._prepared().updater
@@ -176,21 +176,24 @@ class ModelParallelTrainer(StagedModel):
             except BaseException:
                 updater.clear_gradients()
                 raise
-        seconds = time.perf_counter() - begin
-        self._last.seconds = time.perf_counter() - began
-        peaks = peak_bytes(self.devices)
-        result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, seconds, peaks)
+        end, places = self._marks(), [device.torch_device for device in self.devices]
+        self._last.elapsed = Elapsed(places, began, end)
+        elapsed, peaks = Elapsed(places, begin, end), peak_bytes(self.devices)
+        result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, elapsed, peaks)
         if self._last.done == 2:
             self._look_back()
         return result
 
-    def _attempt(self, counting: contextlib.ExitStack, inputs: Any, targets: Any) -> tuple[Pass, Update, float]:
+    def _attempt(self, counting: contextlib.ExitStack, inputs: Any, targets: Any) -> tuple[Pass, Update, list[Mark]]:
         """Return the results of a step up to its update, and when it began; a step may need several attempts."""
-        begin = time.perf_counter()
+        begin = self._marks()
         counting.close()
         if self._report is not None and self._last.done == 0:
             self._last.counted_bytes = counting.enter_context(counted_bytes(self._prepared()))
         return *self._reduced(inputs, targets, keep_outputs=False), begin
+
+    def _marks(self) -> list[Mark]:
+        return [mark(device.torch_device) for device in self.devices]
 
     def _reduced(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[Pass, Update]:
         done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
@@ -276,7 +279,7 @@ class ModelParallelTrainer(StagedModel):
         done = self._ready().accumulate(
             inputs, targets, seed=self.seed, step=self.passes_done, keep_outputs=keep_outputs
         )
-        self._last.timeline = done.timeline
+        self._last.recording = done.recording
         return done
 
     # What happened
@@ -287,9 +290,9 @@ class ModelParallelTrainer(StagedModel):
         Raises:
             RuntimeError: before the first step.
         """
-        if self._last.timeline is None:
+        if self._last.recording is None:
             raise RuntimeError("no step has run yet: call step() or forward_backward() first")
-        return self._last.timeline
+        return self._last.recording.timeline()
 
     def predicted_timeline(self) -> Timeline:
         """Return the simulated timeline for the plan's layer times.
@@ -308,10 +311,10 @@ class ModelParallelTrainer(StagedModel):
             RuntimeError: before the first step.
         """
         last = self._last
-        if self._plan is None or last.timeline is None or last.seconds is None:
+        if self._plan is None or last.recording is None or last.elapsed is None:
             raise RuntimeError("no step has run yet: call step() first")
         peaks = last.counted_bytes | peak_bytes(self.devices)
-        return "\n".join(comparison(self._plan, last.timeline, last.seconds, peaks))
+        return "\n".join(comparison(self._plan, last.recording.timeline(), last.elapsed.seconds, peaks))
 
     # State
 

@@ -57,9 +57,17 @@ class Link:
         return self._side.start(partial(self._send_beside, tree, ops.forced_backend()), tree)
 
     def receive(self, message: Any) -> Any:
-        """Wait for a copy that runs beside, and unpack packed tensors; called on the receiver's thread."""
-        if self._side is not None:
-            message = message.arrive(self.target)
+        """Do :meth:`arrive`, then :meth:`unpack`."""
+        return self.unpack(self.arrive(message))
+
+    def arrive(self, message: Any) -> Any:
+        """Wait for a copy that runs beside; called on the receiver's thread. Of a card its stream waits, not the
+        thread.
+        """
+        return message if self._side is None else message.arrive(self.target)
+
+    def unpack(self, message: Any) -> Any:
+        """Return a message that has arrived with its packed tensors unpacked."""
         return pytree.tree_map_only(Packet, _unpack, message)
 
     def close(self) -> None:
