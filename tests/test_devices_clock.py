@@ -1,4 +1,4 @@
-"""Marks of cards, read on the host's scale; a card of these tests is a clock of its own that runs behind."""
+"""Marks of cards, read on the host's scale; host and card of these tests have clocks that move when they are told."""
 
 from __future__ import annotations
 
@@ -13,40 +13,46 @@ CARD = torch.device("cuda:0")
 HOST = torch.device("cpu")
 
 
-class Card:
-    """A card's queue: work is handed over at once and done one piece after the other; its clock starts anywhere."""
+class Machine:
+    """A host, and a card's queue: work is handed over at once and done one piece after the other. The card's clock
+    starts anywhere.
+    """
 
-    def __init__(self, start: float = 1e4) -> None:
-        self.shift = start - time.perf_counter()
-        self.done_at = 0.0  # when all work so far will have been done, on the host's clock
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.done_at = 0.0  # when all work handed over will have been done, on the host's clock
+
+    def perf_counter(self) -> float:
+        return self.now
 
     def work(self, seconds: float) -> None:
-        self.done_at = max(self.done_at, time.perf_counter()) + seconds
+        self.done_at = max(self.done_at, self.now) + seconds
 
     def event(self, **_: object) -> Event:
         return Event(self)
 
 
 class Event:
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
 
     def record(self, stream: object) -> None:
-        self.at = max(self.card.done_at, time.perf_counter()) + self.card.shift
+        self.at = max(self.machine.done_at, self.machine.now)
 
     def synchronize(self) -> None:
-        time.sleep(max(0.0, self.at - self.card.shift - time.perf_counter()))
+        self.machine.now = max(self.machine.now, self.at)
 
     def elapsed_time(self, other: Event) -> float:
-        assert other.at - self.card.shift <= time.perf_counter(), "CUDA refuses an event that is not reached yet"
+        assert max(self.at, other.at) <= self.machine.now, "CUDA refuses an event that is not reached yet"
         return 1e3 * (other.at - self.at)
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    made = Card()
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
     monkeypatch.setattr(torch.cuda, "Event", made.event)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: None)
+    monkeypatch.setattr("spu.devices.clock.time", made)
     return made
 
 
@@ -57,25 +63,26 @@ def test_a_cpus_mark_is_the_hosts_time() -> None:
     assert before <= Reading().seconds(moment, HOST) == moment <= time.perf_counter()
 
 
-def test_a_cards_work_is_timed_by_the_card(card: Card) -> None:
-    asked = time.perf_counter()
+def test_a_cards_work_is_timed_by_the_card(machine: Machine) -> None:
+    machine.work(2.0)
     begin = mark(CARD)
-    card.work(0.05)
+    machine.work(0.5)
     middle = mark(CARD)
-    card.work(0.02)
+    machine.now += 1.0
+    machine.work(0.25)
     end = mark(CARD)
-    assert time.perf_counter() - asked < 0.03, "handing work over does not wait for it"
+    assert machine.now == 1001.0, "handing work over does not wait for it"
     reading = Reading()
     times = [reading.seconds(moment, CARD) for moment in (begin, middle, end)]
-    assert times[0] == pytest.approx(asked, abs=0.01)  # on the host's scale
-    assert times[1] - times[0] == pytest.approx(0.05, abs=1e-3)
-    assert times[2] - times[1] == pytest.approx(0.02, abs=1e-3)
+    assert times == pytest.approx([1002.0, 1002.5, 1002.75], abs=1e-6)  # on the host's scale
+    machine.now += 100.0
+    assert reading.seconds(middle, CARD) == pytest.approx(1002.5, abs=1e-6)
 
 
-def test_a_step_counts_from_when_its_card_is_free(card: Card) -> None:
+def test_a_step_counts_from_when_its_card_is_free(machine: Machine) -> None:
     """Without waits the host hands a step over while the card is still at the last one."""
-    card.work(0.06)
+    machine.work(6.0)
     begin = [mark(CARD), mark(HOST)]
-    card.work(0.03)
+    machine.work(3.0)
     elapsed = Elapsed([CARD, HOST], begin, [mark(CARD), mark(HOST)])
-    assert elapsed.seconds == pytest.approx(0.03, abs=5e-3)
+    assert elapsed.seconds == pytest.approx(3.0, abs=1e-6)
