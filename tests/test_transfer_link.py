@@ -165,7 +165,7 @@ def test_a_pipeline_with_sides_trains_to_the_same_bits(schedule: str, monkeypatc
 
 
 @pytest.mark.parametrize(("direction", "kind"), [("forward", "F"), ("backward", "B")])
-@pytest.mark.parametrize("end", ["send", "receive"])
+@pytest.mark.parametrize("end", ["send", "arrive", "unpack"])
 def test_a_failing_transfer_stops_everything_and_names_the_action(
     direction: str, kind: str, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +183,7 @@ def test_a_failing_transfer_stops_everything_and_names_the_action(
             return real(tree)
 
         monkeypatch.setattr(link, end, fails)
-        stage = int((direction == "forward") == (end == "receive"))
+        stage = int((direction == "forward") == (end != "send"))
         with pytest.raises(StageError, match=rf"stage {stage} .*action {stage}{kind}3, .*a wire is cut"):
             trainer.step(x, y)
         assert time.perf_counter() - failed[0] < 1.0
