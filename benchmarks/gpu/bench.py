@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/bench.py [--out benchmarks/results] [--minutes 8] [--again] [--dry]
 
-Rules: medians of events around rounds of calls after a warm-up (spu.tune.measure_us); inputs are random and several
+Rules: medians of rounds of a captured graph of 10 to 20 calls after a warm-up, so that small kernels are timed and not
+Python (spu.tune.timing); what a call takes as Python makes it stands beside it ("eager"). Inputs are random and several
 times the cache where bandwidth is asked for; peers run in the same process on the same values; each row is written as
 it is measured. A second run on the same card, versions and month measures what is missing (``--again``: everything).
 Shares are of the peaks measured first: a large device-to-device copy (bytes read and written) and an 8192-cube fp16
@@ -34,7 +35,7 @@ _SQUARE = "8192x8192x8192"
 
 def peaks() -> dict[str, float]:
     """The card's ceilings: bytes/s of a copy, FLOP/s of cuBLAS."""
-    from spu.tune.run import measure_us
+    from spu.tune.timing import measure_us
 
     device = torch.device("cuda")
     size = min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
@@ -47,14 +48,16 @@ def peaks() -> dict[str, float]:
 
 
 def _measure(case: Case, ceilings: dict[str, float]) -> Row:
-    from spu.tune.run import context_is_gone, measure_us
+    from spu.tune.run import context_is_gone
+    from spu.tune.timing import Cuda, time_call
 
     row: Row = {"group": case.group, "shape": case.shape, "peer": case.peer}
     try:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         call = case.make()
-        row["us"] = measure_us(call, torch.device("cuda"))
+        took = time_call(call, Cuda(torch.device("cuda")))
+        row |= {"us": took.device_us, "eager_us": took.eager_us, "captured": took.captured}
         row["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     except Exception as error:
         if context_is_gone(error, torch.device("cuda")):  # and with it every row after this one
@@ -113,14 +116,18 @@ def _markdown(result: dict[str, Any]) -> str:
     copied, product = ceilings["copy_bytes_per_s"] / 1e9, ceilings["product_flops"] / 1e12
     lines += ["", f"Copy {copied:,.0f} GB/s (read and written); cuBLAS fp16 8192-cube {product:,.0f} TFLOP/s.", ""]
     lines += [*(f"- {line}" for line in targets(result["rows"])), ""]
-    lines += ["| what | shape | by | us | rate | share of peak | peak MiB |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| what | shape | by | us | eager us | rate | share of peak | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         head = f"| {row['group']} | {row['shape']} | {row['peer']} "
         if "error" in row:
-            lines.append(head + f"| not measured: {row['error'][:80]} | | | |")
+            lines.append(head + f"| not measured: {row['error'][:80]} | | | | |")
             continue
         rate = f"{row['tflops']:,.0f} TFLOP/s" if "tflops" in row else f"{row['gb_per_s']:,.0f} GB/s"
-        lines.append(head + f"| {row['us']:,.1f} | {rate} | {row['share']:.2f} | {row['peak_mib']:,} |")
+        eager = f"{row['eager_us']:,.1f}" if row.get("captured") else "the same"
+        lines.append(head + f"| {row['us']:,.1f} | {eager} | {rate} | {row['share']:.2f} | {row['peak_mib']:,} |")
     return "\n".join(lines) + "\n"
 
 

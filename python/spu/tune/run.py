@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,10 +24,9 @@ from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune.backends import LAYERS, layer_of
 from spu.tune.calls import REPRESENTATIVE, call_of, candidates
 from spu.tune.compile import Compiling, Row
+from spu.tune.timing import measure_us
 
-__all__ = ["REPRESENTATIVE", "candidates", "measure_us", "plan_lines", "tune"]
-
-_WARM_UP, _ROUNDS, _ROUND_SECONDS = 3, 5, 0.02
+__all__ = ["REPRESENTATIVE", "candidates", "plan_lines", "tune"]
 
 
 def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...], classes: tuple[str, ...] = CLASSES) -> Iterator[Row]:
@@ -57,29 +55,6 @@ def plan_lines(
         m, n, k = REPRESENTATIVE[shape_class]
         lines.append(f"{op}/{dtype}/{shape_class}: {count} configurations at {m} x {n} x {k}")
     return lines
-
-
-def measure_us(function: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of a call on the device in microseconds, by events around rounds of calls, after a
-    warm-up.
-    """
-    for _ in range(_WARM_UP):
-        function()
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    function()
-    torch.cuda.synchronize(device)
-    calls = max(1, min(1000, int(_ROUND_SECONDS / max(time.perf_counter() - began, 1e-6))))
-    times = []
-    for _ in range(_ROUNDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / calls)
-    return statistics.median(times)
 
 
 def context_is_gone(error: Exception, device: torch.device) -> bool:
