@@ -13,12 +13,12 @@ from pipelines import batch, costs_counted_once, every_schedule, reference, trai
 from torch import nn
 
 from spu.common.tracker import Tally
-from spu.engine.engine import Engine, Round
+from spu.engine.engine import Engine, MarkedSpan, Recording, Round
 from spu.engine.local import LocalEngine
 from spu.engine.runner import Runner
 from spu.engine.stage import Stage
 from spu.model.layers import DrawKey
-from spu.schedules import Action, Span, Timeline
+from spu.schedules import Action
 
 __all__ = ["costs_counted_once", "reference"]
 
@@ -33,23 +33,23 @@ class SerialEngine:
         self.tallies: list[Tally] | None = None
         self.closed = False
 
-    def run(self, work: Round) -> Timeline:
+    def run(self, work: Round) -> Recording:
         queues = [list(own) for own in work.actions]
         messages: dict[tuple[str, int, int], Any] = {}
-        spans: list[Span] = []
+        spans: list[MarkedSpan] = []
         start = time.perf_counter()
         try:
             while any(queues):
                 queue = next(q for q in queues if q and self._ready(q[0], messages))
                 action = queue.pop(0)
-                begin = time.perf_counter() - start
+                begin = time.perf_counter()
                 with torch.set_grad_enabled(work.train):
                     self._perform(action, work, messages)
-                spans.append(Span(action.stage, action.kind, action.microbatch, begin, time.perf_counter() - start))
+                spans.append(MarkedSpan(action, begin, time.perf_counter()))
         finally:
             for stage in self.stages:
                 stage.clear()
-        return Timeline.from_spans(spans, ranks=self.ranks)
+        return Recording(self.stages, self.ranks, start, spans)
 
     def _ready(self, action: Action, messages: dict[tuple[str, int, int], Any]) -> bool:
         first, last = action.stage == 0, action.stage == len(self.stages) - 1

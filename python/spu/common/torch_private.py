@@ -350,10 +350,8 @@ def has_onednn_sums(dtype: torch.dtype) -> bool:
 
 
 def foreach_add_(tensors: list[torch.Tensor], value: torch.Tensor) -> None:
-    """Add one tensor of no dimension to each of a list. For: an optimizer's counts of steps.
-
-    By the operator itself: torch._foreach_add_ takes such a tensor for a number, whose value the host would wait for.
-    """
+    """Add one tensor of no dimension to each of a list. For: an optimizer's counts of steps. (torch._foreach_add_ takes
+    such a tensor for a number, whose value the host would wait for.)"""
     torch.ops.aten._foreach_add_.Tensor(tensors, value)
 
 
