@@ -106,6 +106,34 @@ struct Attention {
   int64_t query_chunks;  // forward: tasks that share a head's queries
 };
 
+// RMSNorm, or LayerNorm, of rows [rows, cols]; matrices are contiguous, weight and bias [cols] of the same type or fp32.
+// Pointers that a direction does not use are null.
+struct Norm {
+  Type type, weight_type;
+  bool layer, rounded;  // rounded: the normalised row is rounded to the type before the weight multiplies it
+  int64_t rows, cols;
+  float eps, offset;  // the weight's offset
+  const void *x, *weight, *bias, *residual;
+  void *y, *sum;       // sum = x + residual, normalised in place of x
+  float *mean, *rstd;  // [rows]
+  // backward: dw and db [blocks, cols], a row for each block_rows rows of x
+  const void *dy, *dsum;
+  void* dx;
+  float *dw, *db;
+  int64_t block_rows;
+};
+
+// Rotary positions for queries and keys [batch, tokens, heads, head_dim] of any strides but the last; cos and sin
+// [batch or 1, tokens, head_dim] contiguous.
+struct Rotary {
+  Type type;
+  bool interleaved, inverse;
+  int64_t tokens, head_dim, cos_batch;  // cos_batch: the stride from one batch to the next, 0 for one that all share
+  HeadsView in[2], out[2];
+  int64_t heads[2];
+  const void *cos, *sin;
+};
+
 // A parameter with what its update needs beside; seed is that of the step's noise.
 struct AdamWRange : math::AdamWItem {
   Type param_type, grad_type;
@@ -130,6 +158,14 @@ struct KernelTable {
   void (*gated_backward)(Type type, math::Act act, const GatedBackward& g, int64_t begin, int64_t end);
   // out[j] = sum over rows of a [rows, cols] row-major matrix, columns [begin, end), fp32
   void (*column_sums)(Type type, const void* data, int64_t rows, int64_t cols, int64_t begin, int64_t end, float* out);
+  // Rows [begin, end), and blocks [begin, end) of rows.
+  void (*norm)(const Norm& n, int64_t begin, int64_t end);
+  void (*norm_backward)(const Norm& n, int64_t begin, int64_t end);
+  // out [cols] (+)= inv_scale * the sum of the rows named, in their order; true if a sum is not finite
+  bool (*sum_rows)(Type type, const void* rows, int64_t cols, const uint32_t* which, int64_t count, float* out,
+                   float inv_scale, bool accumulate);
+  // Tokens [begin, end) of batch x tokens.
+  void (*rotary)(const Rotary& r, int64_t begin, int64_t end);
   // main_grad (+)= inv_scale * grad; true if a value of grad is not finite
   bool (*unscale)(Type type, const void* grad, float* main_grad, float inv_scale, bool accumulate, int64_t begin,
                   int64_t end);

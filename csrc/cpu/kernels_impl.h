@@ -7,15 +7,18 @@
 #include "cpu/codec_small.h"
 #include "cpu/gated_kernels.h"
 #include "cpu/gemm.h"
+#include "cpu/norm_kernels.h"
 #include "cpu/optim_kernels.h"
 #include "cpu/pointwise.h"
+#include "cpu/row_kernels.h"
 
 namespace spu {
 namespace SPU_ISA_NS {
 
 static const cpu::KernelTable kTable = {
-    gemm,        attention,   attention_backward, act_backward, gated_backward, column_sums, unscale,     convert,
-    int8_encode, int8_decode, small_encode,       small_decode, adamw,          square_sum,  SPU_ISA_NAME};
+    gemm,          attention, attention_backward, act_backward, gated_backward, column_sums,  norm,
+    norm_backward, sum_rows,  rotary,             unscale,      convert,        int8_encode,  int8_decode,
+    small_encode,  small_decode, adamw,           square_sum,   SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

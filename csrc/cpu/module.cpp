@@ -14,6 +14,12 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   SPU_IMPL(m, "linear_ce_dz", spu::cpu::linear_ce_dz);
   SPU_IMPL(m, "attention", spu::cpu::attention);
   SPU_IMPL(m, "attention_backward", spu::cpu::attention_backward);
+  SPU_IMPL(m, "rms_norm", spu::cpu::rms_norm);
+  SPU_IMPL(m, "rms_norm_backward", spu::cpu::rms_norm_backward);
+  SPU_IMPL(m, "layer_norm", spu::cpu::layer_norm);
+  SPU_IMPL(m, "layer_norm_backward", spu::cpu::layer_norm_backward);
+  SPU_IMPL(m, "embedding_dw_", spu::cpu::embedding_dw_sink);
+  SPU_IMPL(m, "rotary", spu::cpu::rotary);
 }
 
 namespace {

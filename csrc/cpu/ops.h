@@ -16,5 +16,22 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                       double scale, bool causal);
 
+std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight,
+                                            double eps, double offset, bool rounded);
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,
+                                             std::optional<Tensor> weight, Tensor rstd, double offset, bool rounded,
+                                             bool needs_dx, bool needs_dw);
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> residual,
+                                                      std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                      double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,
+                                                       std::optional<Tensor> weight, Tensor mean, Tensor rstd,
+                                                       bool needs_dx, bool needs_dw, bool needs_db);
+
+void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale,
+                       Tensor found_inf, bool accumulate);
+// Heads first: q and k [batch, heads, tokens, head_dim].
+std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse);
+
 }  // namespace cpu
 }  // namespace spu

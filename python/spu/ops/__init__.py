@@ -7,11 +7,14 @@ from spu.ops.attention import attention
 from spu.ops.codec import is_finite_wire, pack, unpack, wire_bytes
 from spu.ops.cross_entropy import linear_cross_entropy
 from spu.ops.dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
+from spu.ops.embedding import embedding, embedding_dw_
 from spu.ops.gated import GATED_ACTIVATIONS, gated_mlp
 from spu.ops.host import copy_in, pack_to_host, unpack_from_host
 from spu.ops.linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
+from spu.ops.norm import layer_norm, rms_norm
 from spu.ops.optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from spu.ops.reference.linear import ACTIVATIONS
+from spu.ops.rotary import rotary
 from spu.ops.sink import BackwardScope, GradSink, MainGrad, attach_sink, current_scope, detach_sink, open_scope, sink_of
 
 __all__ = [
@@ -30,12 +33,15 @@ __all__ = [
     "copy_in",
     "current_scope",
     "detach_sink",
+    "embedding",
+    "embedding_dw_",
     "forced_backend",
     "gated_mlp",
     "grad_norm",
     "grad_sqnorm",
     "has_kernel",
     "is_finite_wire",
+    "layer_norm",
     "linear_act",
     "linear_cross_entropy",
     "linear_db_",
@@ -44,6 +50,8 @@ __all__ = [
     "open_scope",
     "pack",
     "pack_to_host",
+    "rms_norm",
+    "rotary",
     "sink_of",
     "unpack",
     "unpack_from_host",

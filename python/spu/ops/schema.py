@@ -31,6 +31,9 @@ from spu.ops.reference import (
     linear as reference,
 )
 from spu.ops.reference import (
+    norm as reference_norm,
+)
+from spu.ops.reference import (
     optimizer as reference_optimizer,
 )
 
@@ -98,6 +101,26 @@ SCHEMAS: dict[str, str] = {
     "linear_ce_dz": (
         "(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int ignore_index) -> Tensor"
     ),
+    "embedding_dw_": f"(Tensor dy, Tensor ids, int padding_idx, {_SINK}) -> ()",
+    "rms_norm": (
+        "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, bool rounded) -> "
+        "(Tensor y, Tensor rstd, Tensor sum)"
+    ),
+    "rms_norm_backward": (
+        "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor rstd, float offset, bool rounded, bool needs_dx, "
+        "bool needs_dw) -> (Tensor dx, Tensor dw)"
+    ),
+    "layer_norm": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> "
+        "(Tensor y, Tensor mean, Tensor rstd, Tensor sum)"
+    ),
+    "layer_norm_backward": (
+        "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool needs_dx, bool needs_dw, "
+        "bool needs_db) -> (Tensor dx, Tensor dw, Tensor db)"
+    ),
+    "rotary": (
+        "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> (Tensor q_out, Tensor k_out)"
+    ),
 }
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
@@ -110,6 +133,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     **reference_optimizer.IMPLEMENTATIONS,
     **reference_fused.IMPLEMENTATIONS,
     **reference_attention.IMPLEMENTATIONS,
+    **reference_norm.IMPLEMENTATIONS,
     **{name: composed.implementation(name, "reference") for name in COMPOSED_REFERENCE},
 }
 
@@ -157,6 +181,25 @@ def _fake_attention(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tenso
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=dtype)
 
 
+def _fake_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
+    rows = _fp32(x, x.shape[:-1].numel())
+    return x.new_empty(x.shape), rows, x.new_empty((0,) if residual is None else x.shape)
+
+
+def _fake_layer_norm(x: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
+    y, rstd, total = _fake_norm(x, residual)
+    return y, torch.empty_like(rstd), rstd, total
+
+
+def _fake_norm_gradients(x: torch.Tensor, needs_dx: bool, *needs: bool) -> tuple[torch.Tensor, ...]:
+    dx = x.new_empty(x.shape if needs_dx else (0,))
+    return dx, *(_fp32(x, x.shape[-1] if needed else 0) for needed in needs)
+
+
+def _fp32(like: torch.Tensor, size: int) -> torch.Tensor:
+    return like.new_empty((size,), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
 def _fake_nothing(*_: Any) -> None:
     return None
 
@@ -191,6 +234,12 @@ FAKES: dict[str, Callable[..., Any]] = {
     "attention_backward": lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     "linear_ce": _fake_linear_ce,
     "linear_ce_dz": lambda hidden, weight, *_: hidden.new_empty((hidden.shape[0], weight.shape[0])),
+    "embedding_dw_": _fake_nothing,
+    "rms_norm": _fake_norm,
+    "rms_norm_backward": lambda dy, dsum, x, weight, rstd, offset, rounded, *needs: _fake_norm_gradients(x, *needs),
+    "layer_norm": _fake_layer_norm,
+    "layer_norm_backward": lambda dy, dsum, x, weight, mean, rstd, *needs: _fake_norm_gradients(x, *needs),
+    "rotary": lambda q, k, *_: (torch.empty_like(q), torch.empty_like(k)),
 }
 
 

@@ -213,9 +213,9 @@ class MainGrad(NamedTuple):
 class GradSink(Protocol):
     """Takes the gradient of one parameter in the backward of a fused op, inside a scope.
 
-    Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_`` and ``linear_db_`` do the
-    work; where ``current_scope().deferred`` is a list, append a call to it instead, which keeps the tensors, the scope
-    and the backend's name.
+    Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_``, ``linear_db_``,
+    ``embedding_dw_`` and ``unscale_`` do the work; where ``current_scope().deferred`` is a list, append a call to it
+    instead, which keeps the tensors, the scope and the backend's name.
     """
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -228,6 +228,12 @@ class GradSink(Protocol):
         """Do what ``linear_weight`` and ``bias_sink.linear_bias`` do: some backends read dz once for both."""
         self.linear_weight(dz, x, backend)
         bias_sink.linear_bias(dz, backend)
+
+    def embedding_weight(self, dy: Tensor, ids: Tensor, padding_idx: int, backend: str) -> None:
+        """Add the rows of dy [..., C], still scaled, to those that ids [...] name, but for ``padding_idx``."""
+
+    def summed(self, grad: Tensor, backend: str) -> None:
+        """Add a gradient that is summed up already, in fp32 and still scaled."""
 
 
 _SINKS = WeakTensorKeyDictionary()

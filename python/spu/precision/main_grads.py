@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import post_accumulate_hooks
-from spu.ops import has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
+from spu.ops import embedding_dw_, has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
 from spu.ops.sink import (
     BackwardScope,
     GradSink,
@@ -85,6 +85,12 @@ class ParameterSink:
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         _now_or_later(self._parameter(), self._accumulate, linear_db_, (dz,), backend)
 
+    def embedding_weight(self, dy: Tensor, ids: Tensor, padding_idx: int, backend: str) -> None:
+        _now_or_later(self._parameter(), self._accumulate, embedding_dw_, (dy, ids, padding_idx), backend)
+
+    def summed(self, grad: Tensor, backend: str) -> None:
+        _now_or_later(self._parameter(), self._accumulate, unscale_, (grad,), backend)
+
     def linear_weight_and_bias(self, dz: Tensor, x: Tensor, bias_sink: GradSink, backend: str) -> None:
         """Do ``linear_weight`` here and ``linear_bias`` in the bias's sink, in one op where the backend has a kernel
         for both.
@@ -100,7 +106,7 @@ class ParameterSink:
             bias_sink.linear_bias(dz, backend)
 
     def _accumulate(
-        self, scope: BackwardScope, op: Callable[..., None], operands: tuple[Tensor, ...], backend: str
+        self, scope: BackwardScope, op: Callable[..., None], operands: tuple[Any, ...], backend: str
     ) -> None:
         with self._lock:
             into = self._target(self._settle(scope))

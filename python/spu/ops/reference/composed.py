@@ -8,7 +8,7 @@ error bound, but not the speed or the single rounding of a fused kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spu.ops.reference import attention as reference_attention
 from spu.ops.reference import fused
+from spu.ops.reference import norm as reference_norm
 from spu.ops.reference.linear import wide
 
 __all__ = [
@@ -143,7 +144,18 @@ def copy_in_(backend: str, sources: Sequence[Tensor], targets: Sequence[Tensor])
         target.copy_(source if as_is else source.to(target.device, non_blocking=True), non_blocking=True)
 
 
+def _reference(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the reference in the form of a composition."""
+
+    @wraps(op)
+    def run(backend: str, *args: Any) -> Any:
+        return op(*args)
+
+    return run
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    **{name: _reference(op) for name, op in reference_norm.IMPLEMENTATIONS.items()},
     "linear_dz_dx": linear_dz_dx,
     "linear_dw_db_": linear_dw_db_,
     "gated_linear": gated_linear,

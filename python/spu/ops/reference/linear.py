@@ -26,6 +26,7 @@ __all__ = [
     "activate_backward",
     "autocast_enabled",
     "exact",
+    "into_main_grad",
     "linear",
     "linear_db",
     "linear_db_",
@@ -139,7 +140,7 @@ def linear_db(dz: Tensor) -> Tensor:
     return rows_of(wide(dz)).sum(0).to(dz.dtype)
 
 
-def _into_main_grad(value: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
+def into_main_grad(value: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
     """Compute main_grad (+)= inv_scale * value, and found_inf = 1 if any of value is not finite. Overwrites fp32
     ``value``.
     """
@@ -159,18 +160,18 @@ def linear_dw_(
 ) -> None:
     """Compute main_grad (+)= inv_scale * dz.T @ x, in fp32, never rounded to 16 bits."""
     product = rows_of(dz.float()).t().mm(rows_of(x.float()))
-    _into_main_grad(product, main_grad, inv_scale, found_inf, accumulate)
+    into_main_grad(product, main_grad, inv_scale, found_inf, accumulate)
 
 
 def linear_db_(dz: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
     """Compute main_grad (+)= inv_scale * sum over rows of dz, in fp32."""
-    _into_main_grad(rows_of(dz.float()).sum(0), main_grad, inv_scale, found_inf, accumulate)
+    into_main_grad(rows_of(dz.float()).sum(0), main_grad, inv_scale, found_inf, accumulate)
 
 
 def unscale_(grad: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool) -> None:
     """Compute main_grad (+)= inv_scale * grad, in fp32."""
     value = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    _into_main_grad(value, main_grad, inv_scale, found_inf, accumulate)
+    into_main_grad(value, main_grad, inv_scale, found_inf, accumulate)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
