@@ -14,7 +14,7 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import kernels
-from spu.kernels import accumulation, derive
+from spu.kernels import accumulation, cross_entropy, derive, gated
 from spu.kernels.config import KINDS, Config
 from spu.kernels.launch import for_alignment
 from spu.ops.reference import fused as reference_fused
@@ -173,6 +173,28 @@ def check_cross_entropy(h: Tensor, w: Tensor, one: Config) -> None:
     assert not dz[1].any()
 
 
+def test_fused_products_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged tiles of both orders of memory, wide enough for halves of halves."""
+    used: list[str] = []
+    for module in (gated, cross_entropy):
+        allowed, name = module.descriptors_allowed, module.__name__
+        monkeypatch.setattr(module, "descriptors_allowed", lambda a=allowed, n=name: (used.append(n), a())[1])
+    one = config("descriptor", block_m=16, block_n=128, block_k=32, blocks=2)
+    x, w = torch.randn(24, 40).half(), (torch.randn(136, 40) / 8).half()
+    check_gated(x, w, one)
+    check_gated_dh(x, w.t(), one)
+    d = torch.randn(24, 136).half()
+    truth = 2 * (d.double() @ w.double())
+    close(kernels.gated_dx(d, d, w, w, config=one), d @ w + d @ w, truth, "dx")
+    check_cross_entropy(x, w, one)
+    check_cross_entropy(x.t().contiguous().t(), w.t().contiguous().t(), one)
+    assert len(used) == 3 + 4, used
+    narrow, weight = x[:3, :37].contiguous(), w[:9, :37].contiguous()
+    check_gated(narrow, weight, one)  # rows of no multiple of 16 bytes are loaded by address
+    check_cross_entropy(narrow, weight, one)
+    assert len(used) == 3 + 4, used
+
+
 @pytest.mark.parametrize("kind", ["persistent", "split"])  # those whose programs share tiles or sums
 def test_split_and_all_others_repeat_their_bits(kind: str) -> None:
     x, _, _, dz = operands((100, 33, 65), torch.float16)
@@ -231,6 +253,19 @@ def test_products_by_torch_keep_leading_dimensions() -> None:
     assert (y.shape, dx.shape) == ((2, 5, 6), (2, 5, 12))
     close(y, x @ w.t(), x.double() @ w.double().t(), "y")
     close(dx, y @ w, y.double() @ w.double(), "dx")
+
+
+def test_a_persistent_grid_has_the_blocks_that_fit() -> None:
+    from spu.kernels.launch import options, persistent_programs, programs_at_once
+
+    device, one = torch.device("cpu"), Config("descriptor", 128, 128, 64, 8, 8, 3, blocks=2)
+    assert persistent_programs(1000, one, device) == 2 * programs_at_once(device)
+    assert persistent_programs(1, one, device) == 1
+    assert options(one, torch.float16)["maxnreg"] == 128  # of 65536: two blocks of 256 threads
+    assert "maxnreg" not in options(dataclasses.replace(one, num_warps=4), torch.float16)  # all 255 fit
+    assert "maxnreg" not in options(dataclasses.replace(one, blocks=1), torch.float16)
+    with pytest.raises(ValueError, match="blocks is 0"):
+        dataclasses.replace(one, blocks=0)
 
 
 def test_descriptors_give_way_where_they_cannot_load() -> None:

@@ -2,7 +2,8 @@
 
 ``python benchmarks/aot/aot_triton.py --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule:
 no spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
-products, 16-byte accesses where memory is the limit, contraction as asked for. ``--markdown FILE`` writes the page;
+products, 16-byte accesses where memory is the limit, as many blocks a multiprocessor as a persistent grid has,
+contraction as asked for. ``--markdown FILE`` writes the page;
 ``--sample`` compiles a few of each.
 """
 
@@ -34,9 +35,11 @@ from spu.kernels.launch import ACTIVATIONS, for_alignment
 
 _M, _N, _K = 512, 768, 1024  # multiples of every tile; kernels do not depend on sizes beyond their divisibility
 _RAGGED = ("skinny", "medium", "large")  # classes that are compiled for ragged shapes as well, in fp16
+_REGISTERS = 65536  # of a multiprocessor
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
-_PRODUCTS = ("product_kernel", "descriptor_kernel", "gated_linear_kernel", "gated_dh_kernel", "gated_dx_kernel",
+_PRODUCTS = ("product_kernel", "descriptor_kernel", "gated_linear_kernel", "gated_linear_descriptor_kernel",
+             "gated_dh_kernel", "gated_dh_descriptor_kernel", "gated_dx_kernel", "gated_dx_descriptor_kernel",
              "linear_ce_kernel", "linear_ce_dz_kernel")  # fmt: skip
 # (kernel, architecture or 0 for all): how many bytes of stack are accepted there, and why.
 EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
@@ -156,14 +159,17 @@ def _row(capability: tuple[int, int], op: str, dtype: torch.dtype, shape_class: 
     return Config() if entry is None else entry.config
 
 
-def faults(built: Built, label: str) -> list[str]:
-    """Which rules a compiled kernel breaks."""
+def faults(built: Built, label: str, most_registers: int = 0) -> list[str]:
+    """Which rules a compiled kernel breaks. ``most_registers``: a thread's limit, if several blocks are to fit."""
     found = []
     excused = max(EXCEPTIONS.get((built.name, arch), (0, ""))[0] for arch in (built.arch, 0))
     if built.spilled_bytes > excused:
         found.append(f"spills {built.spilled_bytes} bytes a thread")
     if built.shared_bytes > SHARED_BYTES[built.arch]:
         found.append(f"{built.shared_bytes} bytes of shared memory, a block may have {SHARED_BYTES[built.arch]}")
+    wanted = _REGISTERS // (most_registers * built.threads) if most_registers else 1
+    if built.blocks < wanted:
+        found.append(f"{built.blocks} blocks fit a multiprocessor, its persistent grid has {wanted}")
     wide = label.startswith("fp32")
     if built.name in _PRODUCTS and not wide and not built.tensor_core:
         found.append("a 16-bit product without tensor-core instructions")
@@ -192,7 +198,7 @@ def _build(task: tuple[int, int, bool, Path | None]) -> dict[str, Any]:
     except Exception as error:  # the compiler's own: reported, and the gate fails
         return row | {"name": launch.name, "arch": arch, "faults": [f"{type(error).__name__}: {error}"]}
     shares = {"occupancy": round(built.occupancy, 2), "bytes_in_flight": built.bytes_in_flight}
-    return row | asdict(built) | shares | {"faults": faults(built, label)}
+    return row | asdict(built) | shares | {"faults": faults(built, label, options.get("maxnreg") or 0)}
 
 
 def _remembered(launch: Launch, arch: int, cache: Path | None, listing: bool) -> Built:

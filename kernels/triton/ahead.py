@@ -83,11 +83,16 @@ class Built:
     widest_store: int
 
     @property
-    def resident(self) -> int:
-        """The threads that fit a multiprocessor, by registers and shared memory: an estimate."""
+    def blocks(self) -> int:
+        """The blocks that fit a multiprocessor, by registers, shared memory and threads."""
         shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // (self.shared_bytes + 1024)  # 1 KB is the system's
         registers = _REGISTERS // (-(-max(self.registers, 1) // 8) * 8 * self.threads)  # given out by eights
-        return min(shared, registers, self._most // self.threads, _BLOCKS) * self.threads
+        return min(shared, registers, self._most // self.threads, _BLOCKS)
+
+    @property
+    def resident(self) -> int:
+        """The threads that fit a multiprocessor: an estimate."""
+        return self.blocks * self.threads
 
     @property
     def _most(self) -> int:

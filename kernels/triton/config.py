@@ -31,6 +31,8 @@ class Config:
         group_m: rows of tiles that are walked together, for the L2 cache.
         num_warps, num_stages: Triton's.
         split_k: parts of the inner dimension, for kind "split".
+        blocks: programs of a persistent grid ("persistent", "descriptor") a multiprocessor; their registers are limited
+            so that they fit. Where one multiplies, another does its epilogue.
         half: sums fp16 products in fp16 within an inner block (``accumulation.py``); no table asks for it.
     """
 
@@ -42,6 +44,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     split_k: int = 1
+    blocks: int = 1
     half: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class Config:
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name} is {value}: tiles have powers of two from 16 on")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}: a multiprocessor has at least 1")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ is done on its logits for a bounded number of rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,15 +21,28 @@ from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
 from spu.kernels.config import Config
-from spu.kernels.launch import POINTWISE, ceil_div, check_operands, config_for, for_alignment, options, programs_at_once
+from spu.kernels.launch import (
+    ALIGN_BYTES,
+    POINTWISE,
+    can_describe,
+    ceil_div,
+    check_operands,
+    config_for,
+    descriptors_allowed,
+    for_alignment,
+    options,
+    persistent_programs,
+    programs_at_once,
+)
 from spu.kernels.table import follows_tables
-from spu.kernels.tiles import add_product, start_of, tile_at
+from spu.kernels.tiles import EPILOGUE_COLUMNS, add_described, add_product, describe, halves, start_of, tile_at
 
 _ROWS = 64  # of the combining kernel
 _COLUMNS = 1024  # of the kernels on whole rows of logits
 _CHUNK_BYTES = 256 << 20  # of logits at a time, where cuBLAS makes them
 _SHARES_PER_PROCESSOR = 4
 _INT32 = 2**31 - 1
+_POINTER_COLUMNS = 128  # of tiles that are loaded by address
 
 
 @triton.jit
@@ -36,6 +51,22 @@ def _take(top, total, z):
     new = tl.maximum(top, tl.max(z, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)
     return new, total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+
+
+@triton.jit
+def _take_columns(top, total, found, z, first_col, wanted, V, BM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return (top, total, found) after a tile of logits; found is the target's logit. Wide tiles: in halves."""
+    if COLUMNS > EPILOGUE_COLUMNS:
+        left, right = halves(z, BM, COLUMNS)
+        top, total, found = _take_columns(top, total, found, left, first_col, wanted, V, BM, COLUMNS // 2)
+        top, total, found = _take_columns(
+            top, total, found, right, first_col + COLUMNS // 2, wanted, V, BM, COLUMNS // 2
+        )  # fmt: skip
+    else:
+        cols = first_col + tl.arange(0, COLUMNS)
+        found += tl.sum(tl.where(cols[None, :] == wanted[:, None], z, 0.0), 1)
+        top, total = _take(top, total, tl.where((cols < V)[None, :], z, float("-inf")))
+    return top, total, found
 
 
 @triton.jit
@@ -48,24 +79,33 @@ def _loss(value, wanted, V, ignore_index):
 @triton.jit
 def linear_ce_kernel(
     hidden, weight, target, parts, R, V, K, stride_hr, stride_hk, stride_wv, stride_wk, tiles_each,
+    DESCRIBED: tl.constexpr, H_BY_ROWS: tl.constexpr, W_BY_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute parts [3, shares, R] fp32 from hidden [R, K], weight [V, K], target [R]. Grid (row tiles, shares)."""
+    """Compute parts [3, shares, R] fp32 from hidden [R, K], weight [V, K], target [R]. Grid (row tiles, shares).
+
+    DESCRIBED: with tensor descriptors; BY_ROWS then tells which stride is 1, as in ``tiles.describe``.
+    """
     m, share = tl.program_id(0), tl.program_id(1)
     rows = m * BM + tl.arange(0, BM)
     wanted = tl.load(target + rows, mask=rows < R, other=-1)
     top = tl.full((BM,), float("-inf"), tl.float32)
     total, found = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    if DESCRIBED:
+        from_hidden = describe(hidden, R, K, stride_hr, stride_hk, H_BY_ROWS, BM, BK)
+        from_weight = describe(weight, K, V, stride_wk, stride_wv, W_BY_ROWS, BK, BN)
     for n in range(share * tiles_each, tl.minimum(tl.cdiv(V, BN), (share + 1) * tiles_each)):
-        z = add_product(
-            tl.zeros((BM, BN), tl.float32),
-            start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
-            start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
-            0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
-        )  # fmt: skip
-        cols = n * BN + tl.arange(0, BN)
-        found += tl.sum(tl.where(cols[None, :] == wanted[:, None], z, 0.0), 1)
-        top, total = _take(top, total, tl.where((cols < V)[None, :], z, float("-inf")))
+        z = tl.zeros((BM, BN), tl.float32)
+        if DESCRIBED:
+            z = add_described(z, from_hidden, from_weight, m * BM, n * BN, K, H_BY_ROWS, W_BY_ROWS, BK)
+        else:
+            z = add_product(
+                z,
+                start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
+                start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
+                0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
+            )  # fmt: skip
+        top, total, found = _take_columns(top, total, found, z, n * BN, wanted, V, BM, BN)
     at = parts + share.to(tl.int64) * R + rows
     plane = tl.num_programs(1).to(tl.int64) * R
     tl.store(at, top, mask=rows < R)
@@ -98,27 +138,56 @@ def combine_ce_kernel(parts, target, loss, lse, R, V, shares, ignore_index, ROWS
 
 
 @triton.jit
+def _write_dz(
+    z, m, first_col, target, lse, grad_rows, dz, R, V, ignore_index, BM: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Write the gradient of a tile of logits; of a wide one in halves."""
+    if COLUMNS > EPILOGUE_COLUMNS:
+        left, right = halves(z, BM, COLUMNS)
+        _write_dz(left, m, first_col, target, lse, grad_rows, dz, R, V, ignore_index, BM, COLUMNS // 2)
+        _write_dz(
+            right, m, first_col + COLUMNS // 2, target, lse, grad_rows, dz, R, V, ignore_index, BM, COLUMNS // 2
+        )  # fmt: skip
+    else:
+        rows, cols = m * BM + tl.arange(0, BM), first_col + tl.arange(0, COLUMNS)
+        wanted = tl.load(target + rows, mask=rows < R, other=0)
+        level = tl.load(lse + rows, mask=rows < R, other=0.0)
+        grad = _loss(tl.load(grad_rows + rows, mask=rows < R, other=0.0), wanted, V, ignore_index)
+        value = tl.exp(z - level[:, None]) - tl.where(cols[None, :] == wanted[:, None], 1.0, 0.0)
+        value = tl.where((wanted != ignore_index)[:, None], value * grad[:, None], 0.0)
+        at = rows[:, None].to(tl.int64) * V + cols[None, :]
+        tl.store(dz + at, narrow(value, dz.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V)[None, :])
+
+
+@triton.jit
 def linear_ce_dz_kernel(
     hidden, weight, target, lse, grad_rows, dz, R, V, K, stride_hr, stride_hk, stride_wv, stride_wk, ignore_index,
+    DESCRIBED: tl.constexpr, H_BY_ROWS: tl.constexpr, W_BY_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute dz [R, V] = (softmax(logits) - onehot(target)) * grad_rows, rounded once; 0 in ignored rows."""
-    m, n = tile_at(tl.program_id(0), tl.cdiv(R, BM), tl.cdiv(V, BN), GROUP_M)
-    z = add_product(
-        tl.zeros((BM, BN), tl.float32),
-        start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
-        start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
-        0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
-    )  # fmt: skip
-    rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    wanted = tl.load(target + rows, mask=rows < R, other=0)
-    level = tl.load(lse + rows, mask=rows < R, other=0.0)
-    grad = _loss(tl.load(grad_rows + rows, mask=rows < R, other=0.0), wanted, V, ignore_index)
-    value = tl.exp(z - level[:, None]) - tl.where(cols[None, :] == wanted[:, None], 1.0, 0.0)
-    value = tl.where((wanted != ignore_index)[:, None], value * grad[:, None], 0.0)
-    at = rows[:, None].to(tl.int64) * V + cols[None, :]
-    tl.store(dz + at, narrow(value, dz.dtype.element_ty), mask=(rows < R)[:, None] & (cols < V)[None, :])
+    """Compute dz [R, V] = (softmax(logits) - onehot(target)) * grad_rows, rounded once; 0 in ignored rows.
+
+    DESCRIBED: persistent, with tensor descriptors; else one program a tile.
+    """
+    tiles_m, tiles_n = tl.cdiv(R, BM), tl.cdiv(V, BN)
+    if DESCRIBED:
+        from_hidden = describe(hidden, R, K, stride_hr, stride_hk, H_BY_ROWS, BM, BK)
+        from_weight = describe(weight, K, V, stride_wk, stride_wv, W_BY_ROWS, BK, BN)
+        for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+            m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+            z = tl.zeros((BM, BN), tl.float32)
+            z = add_described(z, from_hidden, from_weight, m * BM, n * BN, K, H_BY_ROWS, W_BY_ROWS, BK)
+            _write_dz(z, m, n * BN, target, lse, grad_rows, dz, R, V, ignore_index, BM, BN)
+    else:
+        m, n = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+        z = add_product(
+            tl.zeros((BM, BN), tl.float32),
+            start_of(hidden, m * BM, stride_hr), stride_hr, stride_hk, R - m * BM,
+            start_of(weight, n * BN, stride_wv), stride_wk, stride_wv, V - n * BN,
+            0, K, hidden, hidden, 0, "none", BM, BN, BK, EVEN_K, WIDE,
+        )  # fmt: skip
+        _write_dz(z, m, n * BN, target, lse, grad_rows, dz, R, V, ignore_index, BM, BN)
 
 
 @triton.jit
@@ -176,13 +245,15 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """The constants of all calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles."""
+    """The constants of all calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles, and
+    ``programs`` are the gradient's.
+    """
 
-    by_torch: bool
+    kind: str
     row_tiles: int
-    column_tiles: int
     tiles_each: int
     shares: int
+    programs: int
     group_m: int
     constants: dict[str, Any]
 
@@ -194,18 +265,38 @@ def _plan(
     device: torch.device,
     shape: tuple[int, int, int],
     strides: tuple[int, ...],
+    aligned: bool,
     override: Config | None,
 ) -> Plan:
     rows, v, k = shape
     config = override or for_alignment(config_for("linear_ce", dtype, device, shape), dtype, (*strides, shape[1]))
+    described = config.kind == "descriptor" and k > 0 and can_describe(dtype, strides, aligned)
+    if config.kind == "descriptor" and not described:
+        config = dataclasses.replace(config, kind="tile", block_n=min(config.block_n, _POINTER_COLUMNS), blocks=1)
     row_tiles, column_tiles = ceil_div(rows, config.block_m), ceil_div(v, config.block_n)
     wanted = ceil_div(_SHARES_PER_PROCESSOR * programs_at_once(device), row_tiles)
     tiles_each = max(1, ceil_div(column_tiles, wanted))
     furthest = 2 * max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1)
-    constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k}
-    constants |= {"EVEN_K": k % config.block_k == 0, "WIDE": furthest > _INT32, **options(config, dtype)}
+    constants: dict[str, Any] = {
+        "DESCRIBED": described,
+        "H_BY_ROWS": described and strides[1] == 1,
+        "W_BY_ROWS": described and strides[2] == 1,  # of its transpose [K, V]
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k,
+        "EVEN_K": described or k % config.block_k == 0, "WIDE": not described and furthest > _INT32,
+    }  # fmt: skip
     shares = max(1, ceil_div(column_tiles, tiles_each))
-    return Plan(config.kind == "torch", row_tiles, column_tiles, tiles_each, shares, config.group_m, constants)
+    tiles = row_tiles * column_tiles
+    programs = persistent_programs(tiles, config, device) if described else tiles
+    constants |= options(config, dtype)
+    return Plan(config.kind, row_tiles, tiles_each, shares, programs, config.group_m, constants)
+
+
+def _aligned(hidden: Tensor, weight: Tensor) -> bool:
+    return (hidden.data_ptr() | weight.data_ptr()) % ALIGN_BYTES == 0
+
+
+def _descriptors(plan: Plan) -> AbstractContextManager[None]:
+    return descriptors_allowed() if plan.kind == "descriptor" else nullcontext()
 
 
 def linear_ce(
@@ -230,8 +321,8 @@ def linear_ce(
         return loss, lse
     target = target.contiguous()
     strides = (*hidden.stride(), *weight.stride())
-    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
-    if plan.by_torch:
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, _aligned(hidden, weight), config)
+    if plan.kind == "torch":
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight)
             logits_ce_kernel[(logits.shape[0],)](
@@ -239,9 +330,10 @@ def linear_ce(
             )
         return loss, lse
     parts = torch.empty(3, plan.shares, rows, dtype=torch.float32, device=hidden.device)
-    linear_ce_kernel[(plan.row_tiles, plan.shares)](
-        hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
-    )  # fmt: skip
+    with _descriptors(plan):
+        linear_ce_kernel[(plan.row_tiles, plan.shares)](
+            hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
+        )
     combine_ce_kernel[(ceil_div(rows, _ROWS),)](
         parts, target, loss, lse, rows, v, plan.shares, ignore_index, _ROWS, **POINTWISE
     )
@@ -270,15 +362,16 @@ def linear_ce_dz(
     if rows == 0 or v == 0:
         return torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
     strides = (*hidden.stride(), *weight.stride())
-    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, config)
-    if plan.by_torch:
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, _aligned(hidden, weight), config)
+    if plan.kind == "torch":
         dz = _logits(hidden, weight)
         grid = (rows, ceil_div(v, _COLUMNS))
         logits_dz_kernel[grid](dz, target, lse, grad_rows, v, ignore_index, _COLUMNS, **POINTWISE)
         return dz
     dz = torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
-    linear_ce_dz_kernel[(plan.row_tiles * plan.column_tiles,)](
-        hidden, weight, target, lse, grad_rows, dz, rows, v, k, *strides, ignore_index,
-        GROUP_M=plan.group_m, **plan.constants,
-    )  # fmt: skip
+    with _descriptors(plan):
+        linear_ce_dz_kernel[(plan.programs,)](
+            hidden, weight, target, lse, grad_rows, dz, rows, v, k, *strides, ignore_index,
+            GROUP_M=plan.group_m, **plan.constants,
+        )  # fmt: skip
     return dz

@@ -1,8 +1,9 @@
 """Configurations for architectures that nobody has measured yet, worked out from their limits. Imports no triton.
 
 A tile must fit the shared memory (stages x (rows + columns) x inner x 2 bytes), its accumulators the registers
-(rows x columns / threads <= 128 a thread, 64 for the two accumulators of a gated product), and there should be more
-tiles than multiprocessors.
+(rows x columns / threads <= 128 a thread, for the two accumulators of a gated product together; half of it where
+operands lie in registers too), and there should be more tiles than multiprocessors. Two programs of 128 x 128 and three
+stages fit a multiprocessor of sm_90 and sm_100.
 
 A derivative applied on load is recomputed for every column of tiles, some 30 instructions an element: with 128
 columns about twice the tensor cores' time for the element. A pass of its own reads and writes 6 bytes an element, a few
@@ -35,6 +36,8 @@ _WIDE = {
 }
 _SPLITS = {"skinny": 4, "deep": 8}
 _DESCRIPTORS_FROM = 90
+_LARGE_DESCRIBED = (90, 100)  # whose accumulators leave room: wgmma and tcgen05 take operands from shared memory
+_DESCRIBED = ("gated_linear", "gated_dh", "gated_dx", "linear_ce")
 _WALKED = ("linear", "linear_dx", "linear_dw")
 
 
@@ -56,7 +59,10 @@ def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
     if arch < _DESCRIPTORS_FROM:  # beside the accumulators of a wider tile its loads' addresses do not fit
         columns = min(columns, 128)
-    if op == "gated_linear":  # two accumulators and two weight tiles
+    if arch in _LARGE_DESCRIBED and op in _DESCRIBED and shape_class in ("medium", "large"):
+        columns = 128 if op == "gated_linear" else columns  # two accumulators and two weight tiles
+        return Config("descriptor", rows, columns, inner, 8, warps, stages, blocks=_blocks(op, rows, columns))
+    if op == "gated_linear":
         columns, stages = min(columns, 64), min(stages, 3)
     if on_load:  # the left operand's derivative is worked out in registers
         return Config("tile", min(rows, 64), min(columns, 128), 32, 8, 8, 3)
@@ -68,7 +74,14 @@ def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         return Config("tile", rows, min(columns, 128), inner, 8, warps, stages)
     # Programs that walk over tiles, where there are many: with descriptors where the hardware has them.
     kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
-    return Config(kind, rows, columns, inner, 8, warps, stages)
+    blocks = _blocks(op, rows, columns) if kind == "descriptor" and arch in _LARGE_DESCRIBED else 1
+    return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks)
+
+
+def _blocks(op: str, rows: int, columns: int) -> int:
+    """Return how many programs of 3 stages share a multiprocessor: with one alone, its tensor cores wait for each
+    epilogue."""
+    return 2 if rows * columns <= 128 * 128 and op not in ("gated_linear", "gated_dh") else 1
 
 
 def _split(tile: Config, op: str, shape_class: str) -> Config:

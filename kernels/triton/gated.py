@@ -6,65 +6,45 @@ the epilogue of the product that makes dh (which is never stored), and adds both
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spu.kernels.arith import activate, backprop, dot, narrow, widen
+from spu.kernels.arith import activate, backprop, narrow, widen
 from spu.kernels.config import Config
 from spu.kernels.finish import SIZE
+from spu.kernels.gated_products import (
+    gated_dh_descriptor_kernel,
+    gated_dh_kernel,
+    gated_dx_descriptor_kernel,
+    gated_dx_kernel,
+    gated_linear_descriptor_kernel,
+    gated_linear_kernel,
+)
 from spu.kernels.launch import (
+    ALIGN_BYTES,
     POINTWISE,
+    can_describe,
     ceil_div,
     check_activation,
     check_operands,
     config_for,
+    descriptors_allowed,
     for_alignment,
     options,
+    persistent_programs,
     rows_of,
 )
 from spu.kernels.table import follows_tables
-from spu.kernels.tiles import add_product, start_of, tile_at
 
 _INT32 = 2**31 - 1
-_EPILOGUE_COLUMNS = tl.constexpr(64)
-
-
-@triton.jit
-def gated_linear_kernel(
-    x, w_gate, w_up, h, gate, up, M, N, K, stride_xm, stride_xk, stride_gn, stride_gk, stride_un, stride_uk,
-    ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """Compute h [M, N] from x [M, K] and w_gate, w_up [N, K] with fp32 accumulators; with KEEP also gate and up: each
-    rounded once.
-    """
-    m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
-    r, c, inner = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    wide = inner.to(tl.int64)
-    from_x = start_of(x, m * BM, stride_xm) + r[:, None].to(tl.int64) * stride_xm + wide[None, :] * stride_xk
-    from_g = start_of(w_gate, n * BN, stride_gn) + c[None, :].to(tl.int64) * stride_gn + wide[:, None] * stride_gk
-    from_u = start_of(w_up, n * BN, stride_un) + c[None, :].to(tl.int64) * stride_un + wide[:, None] * stride_uk
-    in_rows, in_cols = (m * BM + r < M)[:, None], (n * BN + c < N)[None, :]
-    acc_gate, acc_up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-    for k in range(0, K, BK):
-        left = tl.load(from_x, mask=in_rows & (inner < K - k)[None, :], other=0.0)
-        in_w = in_cols & (inner < K - k)[:, None]
-        acc_gate = dot(left, tl.load(from_g, mask=in_w, other=0.0), acc_gate)
-        acc_up = dot(left, tl.load(from_u, mask=in_w, other=0.0), acc_up)
-        from_x += tl.cast(stride_xk, tl.int64) * BK
-        from_g += tl.cast(stride_gk, tl.int64) * BK
-        from_u += tl.cast(stride_uk, tl.int64) * BK
-    offsets = (m * BM + r)[:, None].to(tl.int64) * N + (n * BN + c)[None, :]
-    inside = in_rows & in_cols
-    tl.store(h + offsets, narrow(activate(acc_gate, ACTIVATION) * acc_up, h.dtype.element_ty), mask=inside)
-    if KEEP:
-        tl.store(gate + offsets, narrow(acc_gate, gate.dtype.element_ty), mask=inside)
-        tl.store(up + offsets, narrow(acc_up, up.dtype.element_ty), mask=inside)
+_POINTER_COLUMNS = {"gated_linear": 64, "gated_dh": 128, "gated_dx": 128}  # of tiles that are loaded by address
+_OPERANDS = {"gated_linear": "XGU", "gated_dh": "DW", "gated_dx": "GUWV"}  # as the kernels name them
 
 
 @triton.jit
@@ -86,72 +66,12 @@ def gated_dz_kernel(
         tl.store(dup + offsets, narrow(d * act, dup.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _write_gated_dh(
-    acc, m, first_col, gate, up, dgate, dup, h, M, N,
-    ACTIVATION: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Write dgate, dup and h of the tile acc of dh; a wide one in halves, whose results fit the registers."""
-    if COLUMNS > _EPILOGUE_COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
-        _write_gated_dh(left, m, first_col, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2)
-        _write_gated_dh(
-            right, m, first_col + COLUMNS // 2, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2
-        )  # fmt: skip
-    else:
-        rows, cols = m * BM + tl.arange(0, BM), first_col + tl.arange(0, COLUMNS)
-        at = rows[:, None].to(tl.int64) * N + cols[None, :]
-        inside = (rows < M)[:, None] & (cols < N)[None, :]
-        g = widen(tl.load(gate + at, mask=inside, other=0.0))
-        u = widen(tl.load(up + at, mask=inside, other=0.0))
-        act = activate(g, ACTIVATION)
-        tl.store(h + at, narrow(act * u, h.dtype.element_ty), mask=inside)
-        tl.store(dup + at, narrow(acc * act, dup.dtype.element_ty), mask=inside)
-        tl.store(dgate + at, narrow(backprop(acc * u, g, ACTIVATION), dgate.dtype.element_ty), mask=inside)
+class Plan(NamedTuple):
+    """The launch of all calls of one shape; ``kind`` is the configuration's."""
 
-
-@triton.jit
-def gated_dh_kernel(
-    dy, w_down, gate, up, dgate, dup, h, M, N, K, stride_dm, stride_dk, stride_wk, stride_wn,
-    ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Compute gated_dz_kernel's results from dh = dy [M, K] @ w_down [K, N], which stays in fp32 and in registers."""
-    m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
-    acc = add_product(
-        tl.zeros((BM, BN), tl.float32),
-        start_of(dy, m * BM, stride_dm), stride_dm, stride_dk, M - m * BM,
-        start_of(w_down, n * BN, stride_wn), stride_wk, stride_wn, N - n * BN,
-        0, K, dy, dy, 0, "none", BM, BN, BK, EVEN_K, WIDE,
-    )  # fmt: skip
-    _write_gated_dh(acc, m, n * BN, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, BN)
-
-
-@triton.jit
-def gated_dx_kernel(
-    dgate, dup, w_gate, w_up, dx, M, N, K, stride_gm, stride_gk, stride_um, stride_uk,
-    stride_wk, stride_wn, stride_vk, stride_vn,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Compute dx [M, N] = dgate [M, K] @ w_gate [K, N] + dup [M, K] @ w_up [K, N], in one accumulator."""
-    m, n = tile_at(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
-    acc = add_product(
-        tl.zeros((BM, BN), tl.float32),
-        start_of(dgate, m * BM, stride_gm), stride_gm, stride_gk, M - m * BM,
-        start_of(w_gate, n * BN, stride_wn), stride_wk, stride_wn, N - n * BN,
-        0, K, dgate, dgate, 0, "none", BM, BN, BK, EVEN_K, WIDE,
-    )  # fmt: skip
-    acc = add_product(
-        acc,
-        start_of(dup, m * BM, stride_um), stride_um, stride_uk, M - m * BM,
-        start_of(w_up, n * BN, stride_vn), stride_vk, stride_vn, N - n * BN,
-        0, K, dup, dup, 0, "none", BM, BN, BK, EVEN_K, WIDE,
-    )  # fmt: skip
-    rows, cols = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    at = rows[:, None].to(tl.int64) * N + cols[None, :]
-    tl.store(dx + at, narrow(acc, dx.dtype.element_ty), mask=inside)
+    kind: str
+    grid: tuple[int]
+    constants: dict[str, Any]
 
 
 @follows_tables
@@ -162,14 +82,34 @@ def _plan(
     device: torch.device,
     shape: tuple[int, int, int],
     strides: tuple[int, ...],
+    aligned: bool,
     override: Config | None,
-) -> tuple[bool, tuple[int], dict[str, Any]]:
-    """Return (whether torch makes the products, grid, constants)."""
+) -> Plan:
+    """Return the launch of a product; ``strides`` are those of all operands, two each, ``aligned`` their addresses."""
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, shape[1]))
-    m, n, _ = shape
-    constants = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m}
-    grid = (ceil_div(m, config.block_m) * ceil_div(n, config.block_n),)
-    return config.kind == "torch", grid, constants | options(config, dtype)
+    m, n, k = shape
+    if config.kind == "descriptor" and (k == 0 or not can_describe(dtype, strides, aligned)):
+        columns, stages = min(config.block_n, _POINTER_COLUMNS[op]), min(config.num_stages, 3)
+        config = dataclasses.replace(config, kind="tile", block_n=columns, num_stages=stages, blocks=1)
+    constants: dict[str, Any] = {
+        "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP_M": config.group_m,
+    }  # fmt: skip
+    programs = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+    if config.kind == "descriptor":
+        programs = persistent_programs(programs, config, device)
+        constants |= {f"{name}_BY_ROWS": stride == 1 for name, stride in zip(_OPERANDS[op], strides[1::2], strict=True)}
+    elif op != "gated_linear":
+        constants |= {"EVEN_K": k % config.block_k == 0, "WIDE": _wide(config, strides)}
+    return Plan(config.kind, (programs,), constants | options(config, dtype))
+
+
+def _wide(config: Config, strides: tuple[int, ...]) -> bool:
+    """Tell whether offsets within a tile leave 32 bits."""
+    return 2 * max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1) > _INT32
+
+
+def _aligned(*operands: Tensor) -> bool:
+    return all(operand.data_ptr() % ALIGN_BYTES == 0 for operand in operands)
 
 
 def _check_weights(w_gate: Tensor, w_up: Tensor) -> None:
@@ -208,17 +148,22 @@ def gated_linear(
     gate, up = (torch.empty_like(h) if keep else h.new_empty(0) for _ in range(2))
     if h.numel() == 0:
         return h, gate, up
-    strides = (*rows.stride(), *w_gate.stride(), *w_up.stride())
-    by_torch, grid, constants = _plan("gated_linear", x.dtype, x.device, (m, n, k), strides, config)
-    if by_torch:
+    # the weights as [K, N]
+    strides = (*rows.stride(), *w_gate.stride()[::-1], *w_up.stride()[::-1])
+    aligned = _aligned(rows, w_gate, w_up)
+    plan = _plan("gated_linear", x.dtype, x.device, (m, n, k), strides, aligned, config)
+    if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             made = torch.mm(rows, w_gate.t()).view(h.shape), torch.mm(rows, w_up.t()).view(h.shape)
         grid = (ceil_div(h.numel(), SIZE),)  # h of the rounded products
         gated_dz_kernel[grid](h, *made, h, h, h, h.numel(), activation, False, SIZE, **POINTWISE)
         return (h, *made) if keep else (h, gate, up)
-    gated_linear_kernel[grid](
-        rows, w_gate, w_up, h, gate, up, m, n, k, *strides, activation, keep, **constants,
-    )  # fmt: skip
+    arguments = (rows, w_gate, w_up, h, gate, up, m, n, k, *strides, activation, keep)
+    if plan.kind == "descriptor":
+        with descriptors_allowed():
+            gated_linear_descriptor_kernel[plan.grid](*arguments, **plan.constants)
+    else:
+        gated_linear_kernel[plan.grid](*arguments, **plan.constants)
     return h, gate, up
 
 
@@ -265,24 +210,21 @@ def gated_dh(
     rows, n = rows_of(dy), w_down.shape[1]
     m, k = rows.shape
     strides = (*rows.stride(), *w_down.stride())
-    by_torch, grid, constants = _plan("gated_dh", dy.dtype, dy.device, (m, n, k), strides, config)
-    if by_torch:
+    plan = _plan("gated_dh", dy.dtype, dy.device, (m, n, k), strides, _aligned(rows, w_down), config)
+    if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             dh = torch.mm(rows, w_down).view(gate.shape)
         return gated_dz(dh, gate, up, activation)
     gate, up = gate.contiguous(), up.contiguous()
     dgate, dup, h = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     if h.numel():
-        gated_dh_kernel[grid](
-            rows, w_down, gate, up, dgate, dup, h, m, n, k, *strides, activation, **constants,
-            EVEN_K=k % constants["BK"] == 0, WIDE=_wide(constants, strides),
-        )  # fmt: skip
+        arguments = (rows, w_down, gate, up, dgate, dup, h, m, n, k, *strides, activation)
+        if plan.kind == "descriptor":
+            with descriptors_allowed():
+                gated_dh_descriptor_kernel[plan.grid](*arguments, **plan.constants)
+        else:
+            gated_dh_kernel[plan.grid](*arguments, **plan.constants)
     return dgate, dup, h
-
-
-def _wide(constants: dict[str, Any], strides: tuple[int, ...]) -> bool:
-    """Tell whether offsets within a tile leave 32 bits."""
-    return 2 * max(constants["BM"], constants["BN"], constants["BK"]) * (max(map(abs, strides)) + 1) > _INT32
 
 
 def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: Config | None = None) -> Tensor:
@@ -308,13 +250,16 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: C
     if dx.numel() == 0:
         return dx
     strides = (*first.stride(), *second.stride(), *w_gate.stride(), *w_up.stride())
-    by_torch, grid, constants = _plan("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, config)
-    if by_torch:
+    aligned = _aligned(first, second, w_gate, w_up)
+    plan = _plan("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, aligned, config)
+    if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(dx.device.type, enabled=False):
             torch.mm(torch.cat((first, second), 1), torch.cat((w_gate, w_up), 0), out=dx.view(m, n))
         return dx
-    gated_dx_kernel[grid](
-        first, second, w_gate, w_up, dx, m, n, k, *strides,
-        EVEN_K=k % constants["BK"] == 0, WIDE=_wide(constants, strides), **constants,
-    )  # fmt: skip
+    arguments = (first, second, w_gate, w_up, dx, m, n, k, *strides)
+    if plan.kind == "descriptor":
+        with descriptors_allowed():
+            gated_dx_descriptor_kernel[plan.grid](*arguments, **plan.constants)
+    else:
+        gated_dx_kernel[plan.grid](*arguments, **plan.constants)
     return dx

@@ -21,6 +21,7 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INTERPRETED_PROGRAMS = 3  # of a persistent kernel on the CPU: more than one, so that programs share the tiles
 _STOOD_FOR: list[tuple[tuple[int, int], int]] = []  # capability and processors of the GPU that CPU tensors stand for
 _INTERPRETED = Config()
+_REGISTERS, _MOST_REGISTERS = 65536, 255  # of a multiprocessor, and of a thread
 ALIGN_BYTES = 16  # of an address or row that tensor descriptors and wide loads take
 
 # Contraction of a * b + c is pinned, since the compiler's default changes in 3.10: off in kernels that promise the bits
@@ -31,11 +32,13 @@ POINTWISE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 def options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Return Triton's compile options of a product."""
-    return {
+    found = {
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": dtype == torch.float32,
     }
+    registers = _REGISTERS // (config.blocks * 32 * config.num_warps) // 8 * 8  # given out by eights
+    return found | ({"maxnreg": registers} if config.blocks > 1 and registers <= _MOST_REGISTERS else {})
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -69,10 +72,15 @@ def capability(device: torch.device) -> tuple[int, int]:
 @table.follows_tables
 @lru_cache(maxsize=64)
 def programs_at_once(device: torch.device) -> int:
-    """Return the number of multiprocessors: a persistent grid has one program for each."""
+    """Return the number of multiprocessors."""
     if device.type != "cuda":
         return _STOOD_FOR[-1][1] if _STOOD_FOR else _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def persistent_programs(tiles: int, config: Config, device: torch.device) -> int:
+    """Return the programs that walk over so many tiles: as many as run at once, but no more than there are tiles."""
+    return min(tiles, programs_at_once(device) * config.blocks)
 
 
 def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> Config:
@@ -101,7 +109,20 @@ def for_alignment(config: Config, dtype: torch.dtype, strides: tuple[int, ...]) 
 def _small(config: Config) -> Config:
     kind = config.kind if config.kind in ("split", "torch") else "tile"
     sizes = min(config.block_m, 64), min(config.block_n, 64), min(config.block_k, 32)
-    return Config(kind, *sizes, config.group_m, 8, min(config.num_stages, 3), config.split_k, config.half)
+    return Config(kind, *sizes, config.group_m, 8, min(config.num_stages, 3), config.split_k, half=config.half)
+
+
+def can_describe(dtype: torch.dtype, strides: tuple[int, ...], aligned: bool) -> bool:
+    """Tell whether tensor descriptors can load all operands, whose two strides each follow one another: one is 1, the
+    other a multiple of 16 bytes.
+    """
+    if dtype == torch.float32 or not aligned:
+        return False
+    for first, second in zip(strides[::2], strides[1::2], strict=True):
+        other = first if second == 1 else second if first == 1 else 0
+        if other <= 0 or other * dtype.itemsize % ALIGN_BYTES:
+            return False
+    return True
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from spu.kernels.config import Config
 from spu.kernels.finish import column_sums, finish, finish_main_grad
 from spu.kernels.launch import (
     ALIGN_BYTES,
+    can_describe,
     ceil_div,
     config_for,
     descriptors_allowed,
     for_alignment,
     options,
-    programs_at_once,
+    persistent_programs,
 )
 from spu.kernels.product import descriptor_kernel, product_kernel
 from spu.kernels.table import follows_tables
@@ -73,19 +74,6 @@ class Form(NamedTuple):
 PLAIN = Epilogue()
 
 
-def _can_describe(dtype: torch.dtype, strides: tuple[int, ...], aligned: bool) -> bool:
-    """Tell whether tensor descriptors can load both operands: one stride of each is 1, the other a multiple of 16
-    bytes.
-    """
-    if dtype == torch.float32 or not aligned:
-        return False
-    for first, second in (strides[:2], strides[2:]):
-        other = first if second == 1 else second if first == 1 else 0
-        if other <= 0 or other * dtype.itemsize % ALIGN_BYTES:
-            return False
-    return True
-
-
 @follows_tables
 @lru_cache(maxsize=4096)
 def plan(
@@ -101,7 +89,7 @@ def plan(
     """Return the launch of a product (M, N, K) with strides (am, ak, bk, bn)."""
     m, n, k = shape
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, n))
-    if config.kind == "descriptor" and (k == 0 or not _can_describe(dtype, strides, aligned)):
+    if config.kind == "descriptor" and (k == 0 or not can_describe(dtype, strides, aligned)):
         # Its loads take addresses from the registers that descriptors leave free.
         config = dataclasses.replace(config, kind="persistent", block_n=min(config.block_n, _POINTER_COLUMNS))
     kind = config.kind
@@ -113,7 +101,7 @@ def plan(
         parts = ceil_div(k, chunk)
     programs = ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
     if kind in ("persistent", "descriptor"):
-        programs = min(programs, programs_at_once(device))
+        programs = persistent_programs(programs, config, device)
     split = kind == "split"
     constants: dict[str, Any] = {
         "EPILOGUE": "partial" if split else "main_grad" if form.main_grad else "output",

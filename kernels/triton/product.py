@@ -9,10 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spu.kernels.arith import dot
-from spu.kernels.tiles import add_product, start_of, sum_rows_of_a, tile_at, write_main_grad, write_output
-
-_WHOLE_EPILOGUE_COLUMNS = tl.constexpr(64)
+from spu.kernels.tiles import (
+    EPILOGUE_COLUMNS,
+    add_described,
+    add_product,
+    describe,
+    halves,
+    start_of,
+    sum_rows_of_a,
+    tile_at,
+    write_main_grad,
+    write_output,
+)
 
 
 @triton.jit
@@ -38,8 +46,8 @@ def _write_halves(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS > _WHOLE_EPILOGUE_COLUMNS:  # a wide tile and its whole epilogue at once do not fit the registers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, COLUMNS // 2)), (0, 2, 1)))
+    if COLUMNS > EPILOGUE_COLUMNS:  # a wide tile and its whole epilogue at once do not fit the registers
+        left, right = halves(acc, BM, COLUMNS)
         _write_halves(
             left, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,
             EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, COLUMNS // 2,
@@ -136,28 +144,13 @@ def descriptor_kernel(
 
     Loads beyond the edges give zeros. (The arguments are product_kernel's; saved, dz and chunk are not used.)
     """
-    if A_BY_ROWS:
-        from_a = tl.make_tensor_descriptor(a, shape=[M, K], strides=[stride_am, 1], block_shape=[BM, BK])
-    else:
-        from_a = tl.make_tensor_descriptor(a, shape=[K, M], strides=[stride_ak, 1], block_shape=[BK, BM])
-    if B_BY_ROWS:
-        from_b = tl.make_tensor_descriptor(b, shape=[K, N], strides=[stride_bk, 1], block_shape=[BK, BN])
-    else:
-        from_b = tl.make_tensor_descriptor(b, shape=[N, K], strides=[stride_bn, 1], block_shape=[BN, BK])
+    from_a = describe(a, M, K, stride_am, stride_ak, A_BY_ROWS, BM, BK)
+    from_b = describe(b, K, N, stride_bk, stride_bn, B_BY_ROWS, BK, BN)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, K, BK):
-            if A_BY_ROWS:
-                left = from_a.load([m * BM, k])
-            else:
-                left = from_a.load([k, m * BM]).T
-            if B_BY_ROWS:
-                right = from_b.load([k, n * BN])
-            else:
-                right = from_b.load([n * BN, k]).T
-            acc = dot(left, right, acc, HALF)
+        acc = add_described(acc, from_a, from_b, m * BM, n * BN, K, A_BY_ROWS, B_BY_ROWS, BK, HALF)
         _write(
             acc, m, n, 0, a, bias, out, extra, inv_scale, found_inf, M, N, K, stride_am, stride_ak,
             EPILOGUE, ACTIVATION, HAS_BIAS, EXTRA, ACCUMULATE, BM, BN, BK, WIDE,

@@ -7,6 +7,9 @@ import triton.language as tl
 
 from spu.kernels.arith import activate, backprop, dot, narrow, nonfinite, widen
 
+EPILOGUE_COLUMNS = tl.constexpr(32)
+"""Columns that an epilogue takes at once: those of a whole tile, with an address each, do not fit the registers."""
+
 
 @triton.jit
 def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
@@ -67,6 +70,50 @@ def add_product(
         a += step_a
         b += step_b
     return acc
+
+
+@triton.jit
+def describe(
+    pointer, rows, columns, stride_r, stride_c, BY_ROWS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Return a descriptor of a matrix in tiles of ROWS x COLUMNS. BY_ROWS: its second stride is 1, else its first is,
+    and what is described is the transpose.
+    """
+    if BY_ROWS:
+        return tl.make_tensor_descriptor(
+            pointer, shape=[rows, columns], strides=[stride_r, 1], block_shape=[ROWS, COLUMNS]
+        )
+    else:
+        return tl.make_tensor_descriptor(
+            pointer, shape=[columns, rows], strides=[stride_c, 1], block_shape=[COLUMNS, ROWS]
+        )
+
+
+@triton.jit
+def described_tile(described, row, column, BY_ROWS: tl.constexpr):
+    """Return the tile of a described matrix at an element; what is beyond the matrix is 0."""
+    if BY_ROWS:
+        return described.load([row, column])
+    else:
+        return described.load([column, row]).T
+
+
+@triton.jit
+def add_described(
+    acc, from_a, from_b, row, column, K, A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr, BK: tl.constexpr,
+    HALF: tl.constexpr = False,
+):  # fmt: skip
+    """Return acc + a @ b over 0 <= k < K, of the tiles at ``row`` of a [M, K] and ``column`` of b [K, N]."""
+    for k in range(0, K, BK):
+        left = described_tile(from_a, row, k, A_BY_ROWS)
+        acc = dot(left, described_tile(from_b, k, column, B_BY_ROWS), acc, HALF)
+    return acc
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit

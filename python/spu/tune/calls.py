@@ -66,12 +66,22 @@ def _shared_bytes(op: str, tile: Config, dtype: torch.dtype) -> int:
 
 def _kinds(op: str, tile: Config, shape_class: str, arch: int, wide: bool) -> list[Config]:
     kinds = [tile]
-    if op in ("linear", "linear_dx", "linear_dz_dx", "linear_dw"):
-        if shape_class in ("skinny", "deep"):
-            kinds += [dataclasses.replace(tile, kind="split", split_k=parts) for parts in _SPLITS]
-        else:
-            kinds.append(dataclasses.replace(tile, kind="descriptor" if arch >= 90 and not wide else "persistent"))
+    product, described = op in ("linear", "linear_dx", "linear_dz_dx", "linear_dw"), arch >= 90 and not wide
+    if product and shape_class in ("skinny", "deep"):
+        kinds += [dataclasses.replace(tile, kind="split", split_k=parts) for parts in _SPLITS]
+    elif product or (described and shape_class not in ("skinny", "deep")):
+        walking = dataclasses.replace(tile, kind="descriptor" if described else "persistent")
+        kinds.append(walking)
+        if described and _two_fit(op, walking, arch, wide):
+            kinds.append(dataclasses.replace(walking, blocks=2))
     return kinds
+
+
+def _two_fit(op: str, tile: Config, arch: int, wide: bool) -> bool:
+    """Tell whether the shared memory and the registers of a multiprocessor have room for two programs."""
+    shared = _shared_bytes(op, tile, torch.float32 if wide else torch.float16) + (1 << 10)
+    accumulators = tile.block_m * tile.block_n * (2 if op == "gated_linear" else 1)
+    return 2 * shared <= SHARED_BYTES[_known(arch)] and accumulators <= 128 * 128
 
 
 def call_of(
