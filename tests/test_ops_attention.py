@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_close_to_truth
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spu import ops
 from spu.ops import schema
+from spu.ops.attention import preferred_kernels
+
+attention_module = sys.modules["spu.ops.attention"]  # the package's own name is the function's
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -98,3 +106,52 @@ def test_refused(change, error: type[Exception], text: str) -> None:
         ops.attention(*change(*operands(torch.float16)), causal=True)
     with pytest.raises(ValueError, match="scale is -1"):
         ops.attention(*operands(torch.float16), scale=-1)
+
+
+class OnHopper:
+    """What `preferred_kernels` asks a tensor, of one on a Hopper GPU."""
+
+    is_cuda, dtype, device = True, torch.float16, torch.device("cuda", 7)
+
+
+def enabled() -> list[bool]:
+    switches = torch.backends.cuda
+    return [
+        switches.cudnn_sdp_enabled(), switches.flash_sdp_enabled(), switches.mem_efficient_sdp_enabled(),
+        switches.math_sdp_enabled(),
+    ]  # fmt: skip
+
+
+def test_cudnn_comes_first_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    @contextlib.contextmanager
+    def recorded(backends: list[SDPBackend], set_priority: bool) -> Iterator[None]:
+        asked.append((backends, set_priority))
+        with sdpa_kernel(backends, set_priority=set_priority):
+            yield
+
+    monkeypatch.setattr(attention_module, "sdpa_kernel", recorded)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 7 else (8, 0))
+    q, ampere = OnHopper(), OnHopper()
+    ampere.device = torch.device("cuda", 6)
+    with preferred_kernels(torch.ones(1)), preferred_kernels(ampere):
+        assert not asked
+    before = enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with preferred_kernels(q):
+            assert enabled() == [True, False, True, True]
+        assert enabled() == [True, False, True, True], "a switch of the user's was changed"
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    assert asked == [(order, True)]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with preferred_kernels(q):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert len(asked) == 1
+    assert enabled() == before

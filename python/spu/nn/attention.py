@@ -20,6 +20,7 @@ from torch import nn
 
 from spu.common.dtypes import HALVES
 from spu.ops import attention
+from spu.ops.attention import preferred_kernels
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact
 
@@ -124,7 +125,8 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not _serves(query, key, value, kwargs, _READ | _UNREAD):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
+        with preferred_kernels(query):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
     fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None
     if fused is not None:
         return fused, None

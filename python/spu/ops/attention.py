@@ -1,25 +1,34 @@
 """``attention``: softmax(scale * q @ k.T) @ v for 16-bit tensors, accumulated in fp32, without the matrix of scores.
 
 On a CPU the kernels are this library's own: plain torch's fp16 attention is scalar there. Elsewhere torch's own are
-called. The backward recomputes the weights from the saved log-sum-exp (Dao et al., arXiv:2205.14135).
+called; on Hopper cuDNN's come first, since those that torch prefers were written for Ampere. The backward recomputes
+the weights from the saved log-sum-exp (Dao et al., arXiv:2205.14135).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from spu.common.dtypes import HALVES
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, wide
 
-__all__ = ["attention"]
+__all__ = ["attention", "preferred_kernels"]
+
+_HOPPER = 9
+_ORDER = threading.Lock()  # torch keeps one order for the whole process: it is changed for one call at a time
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given: Sequence[Any]) -> None:
@@ -89,9 +98,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     return _torch_attention(q, k, v, scale, causal)  # type: ignore[no-any-return]
 
 
+def preferred_kernels(q: Tensor) -> AbstractContextManager[None]:
+    """Return a context for one call of torch's attention, in which cuDNN's kernels come first where they are best.
+
+    That is on GPUs of compute capability 9, in 16 bits, for eager code. The others follow where cuDNN does not serve. A
+    user's switches stay in force: what is off stays off.
+    """
+    eager = not torch.compiler.is_compiling()
+    if eager and q.is_cuda and q.dtype in HALVES and torch.backends.cuda.cudnn_sdp_enabled() and _is_hopper(q.device):
+        return _cudnn_first()
+    return nullcontext()
+
+
+@lru_cache(maxsize=64)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+@contextmanager
+def _cudnn_first() -> Iterator[None]:
+    switches = torch.backends.cuda
+    with _ORDER:
+        on = [SDPBackend.CUDNN_ATTENTION]
+        on += [SDPBackend.FLASH_ATTENTION] if switches.flash_sdp_enabled() else []
+        on += [SDPBackend.EFFICIENT_ATTENTION] if switches.mem_efficient_sdp_enabled() else []
+        on += [SDPBackend.MATH] if switches.math_sdp_enabled() else []
+        with sdpa_kernel(on, set_priority=True):
+            yield
+
+
 @exact
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     # Torch's own kernels: on a CPU those for fp32, its 16-bit ones are slower and round more.
     query, key, value = ((wide(x) if q.device.type == "cpu" else x).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+    with preferred_kernels(query):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).to(q.dtype)
