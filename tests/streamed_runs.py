@@ -116,7 +116,9 @@ def make(
     def init(self: Any, built: Any, plan: Any, *args: Any, **keywords: Any) -> None:
         if store is not None:
             each = [residency] * len(built.stages) if isinstance(residency, str) else residency
-            keywords["make_streaming"] = partial(stream, residencies=each, store=store, **how)
+            keywords["make_streaming"] = partial(
+                stream, residencies=each, stores=store if isinstance(store, list) else [store], **how
+            )
         original(self, built, plan, *args, **keywords)
 
     monkeypatch.setattr(runner.Runner, "__init__", init)

@@ -60,7 +60,7 @@ def test_equals_the_resident_run(
 def test_a_weight_is_read_once_forward_and_once_backward(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
     own, store = model(), Lazy()
     trainer = make(monkeypatch, own, store, precision="fp16")
-    weights = sum(u.weight_bytes for u in trainer._runner.updater.streaming.residency.units.values())  # type: ignore[union-attr]
+    weights = sum(u.weight_bytes for u in trainer._runner.updater.streaming.units.values())  # type: ignore[union-attr]
     below = sum(region.numel() for region in store.regions) - weights
     counts = []
     for x, y in batches(3):
@@ -69,7 +69,7 @@ def test_a_weight_is_read_once_forward_and_once_backward(reference: None, monkey
         counts.append((store.read_bytes, store.written_bytes))
     streaming = trainer._runner.updater.streaming  # type: ignore[union-attr]
     assert streaming is not None
-    units = streaming.residency.units
+    units = streaming.units
     grads = sum(unit.grad_bytes for unit in units.values())
     kept = sum(units[k].weight_bytes for k in (4, 5)), sum(units[k].weight_bytes for k in (0, 1))
     assert counts[0] == (2 * weights - kept[0], grads)  # the last two stages stay in their slots for the backward

@@ -79,7 +79,7 @@ def test_half_the_bytes_of_gradients_cross(reference: None, monkeypatch: pytest.
         written.append(store.written_bytes)
         streaming = trainer._runner.updater.streaming  # type: ignore[union-attr]
         assert streaming is not None
-        assert store.written_bytes == sum(unit.grad_bytes for unit in streaming.residency.units.values())
+        assert store.written_bytes == sum(unit.grad_bytes for unit in streaming.units.values())
         trainer.close()
     assert written[1] < written[0]  # in whole pages
 

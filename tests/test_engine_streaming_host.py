@@ -59,7 +59,7 @@ def run(
     """Train with streams that check themselves."""
     own = model(True)
     trainer = make(monkeypatch, own, store, residency, streams=streams, **SETTINGS, **how)
-    watched(streaming_of(trainer).residency, streams)
+    watched(streaming_of(trainer).residencies[0], streams)
     return trained(trainer, own)
 
 
@@ -247,7 +247,7 @@ def test_what_the_device_alone_knows_reaches_the_host(reference: None, monkeypat
                 deferred.found_inf.fill_(1.0)
             assert streaming.pending(index)
         trainer.flush()
-        assert not any(map(streaming.pending, streaming.residency.units))
+        assert not any(map(streaming.pending, streaming.units))
         results.append({name: tensor.clone() for name, tensor in own.state_dict().items()})
         trainer.close()
     fresh = model()
@@ -278,7 +278,7 @@ def test_bytes_are_counted_in_their_tiers(
     assert trainer._runner is not None
     with counted_bytes(trainer._runner) as peaks:
         trainer.step(x, y)
-    residency = streaming_of(trainer).residency
+    residency = streaming_of(trainer).residencies[0]
     units = residency.units.values()
     weights = sum(max(unit.weight_bytes for unit in units if unit.index % 2 == k) for k in range(2))
     between = weights + max(unit.grad_bytes + unit.state_bytes for unit in units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_activations_wait_on_the_disk_where_they_do_not_fit():
     assert (kept.activations, parked.activations, packed.activations) == ("keep", "exact", "int8")
     # Seven inputs of layers; the last one's backward follows at once. Regions have room for a few headers.
     assert parked.disk_written_bytes - kept.disk_written_bytes == pytest.approx(4 * 6 * 10 * MB, rel=1e-3)
-    assert sum(parked.parked_bytes) * 4 == parked.disk_written_bytes - kept.disk_written_bytes
+    assert sum(map(sum, parked.parked_bytes)) * 4 == parked.disk_written_bytes - kept.disk_written_bytes
     assert 0.5 < (packed.disk_written_bytes - kept.disk_written_bytes) / (4 * 6 * 10 * MB) < 0.54
     assert parked.tiers[0].peak_bytes < 200 * MB
 
@@ -146,3 +147,75 @@ def test_what_streaming_cannot_do_is_refused_by_name():
         stream(layers(4), accumulate=3)
     with pytest.raises(ValueError, match="would move nothing: there is no tier below cpu:0. Give one: disk=FOLDER"):
         stream(layers(4), Tiers(10**9))
+
+
+# Several devices, which take the stages in turn
+
+
+def stream_on(costs, flops, *, budget=1000 * MB, host=10**9, **settings):
+    """Plan for GPUs of these speeds, with a host below them."""
+    devices = tuple(device(f"cuda:{k}", budget) for k in range(len(flops)))
+    speeds = tuple(Speed(each, 1e12, 1e12) for each in flops)
+    machine = Machine((*devices, device("cpu:0", 10)), (*speeds, Speed(1e9, 1e12, 1e12)))
+    options = {"residency": "streamed", "microbatches": 8, "activations": "keep", "recompute": True, **settings}
+    return make_streaming_plan(costs, LOSS, machine, Settings(**options), Tiers(host), rows=2, tokens=100)
+
+
+def shares(plan: Plan) -> dict[str, int]:
+    """The number of layers on each device."""
+    found: dict[str, int] = {}
+    for stage in plan.stages:
+        found[stage.device] = found.get(stage.device, 0) + len(stage.layer_names)
+    return found
+
+
+def test_two_equal_devices_take_turns_and_halve_the_step():
+    costs = layers(12, params=100_000, flops=10**10)
+    one, two = stream_on(costs, [1e12]), stream_on(costs, [1e12, 1e12])
+    assert two.devices == ("cuda:0", "cuda:1")
+    assert [stage.device for stage in two.stages] == ["cuda:0", "cuda:1"] * (len(two.stages) // 2)
+    assert shares(two) == {"cuda:0": 6, "cuda:1": 6}
+    # Eight microbatches, one round of the devices at each turn of the order in which the other waits.
+    assert 0.5 < two.predicted.step_s / one.predicted.step_s < 0.58
+    assert one.streaming is not None
+    assert two.streaming is not None
+    assert two.streaming.tiers[-1] == one.streaming.tiers[-1]  # the host holds everything once
+    assert two.streaming.seconds["compute"] == pytest.approx(one.streaming.seconds["compute"] / 2)
+    # What crosses a link is the weights, gradients and inputs of its own stages.
+    crossing = 2 * 8 * (len(two.stages) - 1) * 100_000
+    assert two.streaming.link_out_bytes == pytest.approx(one.streaming.link_out_bytes + crossing)
+    for k in range(2):
+        assert two.predicted.peak_bytes[k] == two.streaming.devices[k].peak_bytes <= 1000 * MB
+    timeline = two.timeline()
+    assert timeline.makespan == pytest.approx(two.predicted.step_s, rel=0.05)
+    assert len(timeline.spans) == 2 * 8 * len(two.stages)
+    again = Plan.from_json(two.to_json())
+    assert again == two
+    assert "streamed through cuda:0 and cuda:1, in turn, from the host" in two.table()
+
+
+def test_a_faster_device_takes_more_layers():
+    plan = stream_on(layers(24, params=100_000, flops=10**10), [3e12, 1e12])
+    assert shares(plan) == {"cuda:0": 18, "cuda:1": 6}
+    slow = stream_on(layers(12, params=100_000, flops=10**10), [1e12, 1e10])  # it would be waited for
+    assert slow.devices == ("cuda:0",)
+
+
+def test_layers_that_share_parameters_stay_on_one_device():
+    costs = layers(8, params=100_000, flops=10**10)
+    costs[-1] = dataclasses.replace(costs[-1], ties=((0, 50_000, 50_000),))
+    assert stream_on(costs, [1e12, 1e12]).devices == ("cuda:0",)
+    machine = Machine((device("cpu:0"), device("cpu:1")), (Speed(1e12, 1e12, 1e12),) * 2)
+    for each, count in ((costs, 8), (layers(1), 1)):
+        with pytest.raises(ValueError, match=rf"cannot share these {count} layers among 2 devices: .* Give one device"):
+            make_streaming_plan(each, LOSS, machine, Settings(residency="streamed", microbatches=4), DISK)
+
+
+def test_activations_of_several_devices_are_counted_by_stage():
+    costs = layers(8, params=100_000, output=10 * MB)
+    plan = stream_on(costs, [1e12, 1e12], activations="int4")
+    assert plan.streaming is not None
+    assert list(map(len, plan.streaming.parked_bytes)) == [
+        len(stage.layer_names) - (k == 0) if k + 1 < len(plan.stages) else 0 for k, stage in enumerate(plan.stages)
+    ]
+    assert "activations below in int4" in plan.table()

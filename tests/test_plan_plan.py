@@ -58,7 +58,7 @@ def test_json_round_trips_exactly(tmp_path):
 
 def test_the_file_shows_totals_and_the_version():
     assert [entry["total_bytes"] for entry in DATA["stages"]] == [100, 102]
-    assert (DATA["format"], DATA["version"]) == ("spu plan", 6)
+    assert (DATA["format"], DATA["version"]) == ("spu plan", 7)
 
 
 def test_a_plan_can_be_edited_by_hand():
@@ -75,8 +75,8 @@ def test_a_plan_can_be_edited_by_hand():
     ("path", "value", "reason"),
     [
         ("format", ..., 'not an spu plan (no "format": "spu plan")'),
-        ("version", 1, "version is 1, this spu reads 6; make the plan again"),
-        ("version", ..., "version is None, this spu reads 6"),
+        ("version", 1, "version is 1, this spu reads 7; make the plan again"),
+        ("version", ..., "version is None, this spu reads 7"),
         ("settings.schedule", ..., "settings.schedule is missing"),
         ("settings.schedule", "zigzag", "unknown settings.schedule 'zigzag': give one of gpipe, 1f1b"),
         ("settings.schedule", "auto", "must be a schedule and a number here, not auto"),

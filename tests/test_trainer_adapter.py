@@ -207,7 +207,7 @@ def test_frozen_weights_stream_one_way(tmp_path: Path, monkeypatch: pytest.Monke
         assert trainer.plan is not None
         streaming = trainer.plan.streaming
         assert streaming is not None
-        units = trainer._prepared().updater.streaming.residency.units.values()  # type: ignore[union-attr]
+        units = trainer._prepared().updater.streaming.units.values()  # type: ignore[union-attr]
         frozen = {unit.frozen.region for unit in units if unit.frozen is not None}
         assert len(frozen) == len(units)
         assert written

@@ -42,7 +42,7 @@ def host_updated(
         units: by stage, their regions allocated in ``store``.
         store: the host's memory, or a disk: then as much memory of the host lies between.
         work: updates units.
-        slots: for weights; stage s uses slot s modulo their number.
+        slots: for weights; they take turns.
         buffers: for gradients, and in the host for gradients and state that come from a disk.
         offloaded: stages whose weights do not share slots: each has one of its own on the device.
         device: where the stages compute.
@@ -51,8 +51,8 @@ def host_updated(
     Raises:
         StoreError: the host has not so much memory.
     """
-    count = min(slots, max(units) + 1)
-    slot_of = {index: index % count for index in units}
+    count = max(min(slots, len(units)), 1)
+    slot_of = {index: k % count for k, index in enumerate(sorted(units))}
     slot_of.update((index, count + k) for k, index in enumerate(sorted(units.keys() & set(offloaded))))
     sizes = [0] * (1 + max([count - 1, *slot_of.values()]))
     for index, unit in units.items():

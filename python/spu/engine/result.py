@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,9 +117,13 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     for stage, rank in zip(stages, ranks):
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
     if streaming is not None:
-        device, tiers = _streamed_bytes(streaming.residency, stages[0].activations)
-        peaks[stages[0].device.name] += device + streaming.hidden_bytes
-        peaks.update(tiers)
+        first = [stages[ranks.index(rank)] for rank in range(len(streaming.residencies))]
+        below: Counter[str] = Counter()
+        for stage, residency in zip(first, streaming.residencies, strict=True):
+            device, tiers = _streamed_bytes(residency, stage.activations)
+            peaks[stage.device.name] += device + streaming.hidden_bytes(residency.units)
+            below.update(tiers)
+        peaks.update(below)
 
 
 def _streamed_bytes(moving: Streamed, parked: ActivationStore | None) -> tuple[int, dict[str, int]]:

@@ -101,13 +101,13 @@ class Runner:
                 make_streaming=make_streaming,
             )
             if self.updater.streaming is not None:
-                self.engine.residencies = [self.updater.streaming.residency] * (max(self._ranks) + 1)
+                self.engine.residencies = list(self.updater.streaming.residencies)
         except BaseException:
             built.restore()
             raise
         built.masters.clear()  # the optimizers own them now
         streaming = self.updater.streaming
-        self.attempt = Attempt(built, frozenset() if streaming is None else frozenset(streaming.residency.units))
+        self.attempt = Attempt(built, frozenset() if streaming is None else frozenset(streaming.units))
 
     def accumulate(self, inputs: Any, targets: Any, *, seed: int, step: int, keep_outputs: bool = False) -> Pass:
         """Run forward and backward of a whole batch; gradients stay in the parameters, for `Updater.reduce`.
@@ -208,9 +208,10 @@ class Runner:
         modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
         training = [module for module in modules if module.training]
         parts = min(self._plan.settings.parts, batch_rows(inputs))  # no larger than in training
+        together = parts if self.updater.streaming is not None else None  # so that a stage's weights come once
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
-            schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks),
+            schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks, together=together),
             split_inputs(inputs, parts),
             targets_by_part,
             self._weighing.shares(targets_by_part),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from spu.memory.unit import Entry, Unit, piece
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
-__all__ = ["DeferredUpdate", "Streaming", "add_tied", "streaming_units"]
+__all__ = ["DeferredUpdate", "Share", "Streaming", "add_tied", "streaming_units"]
 
 _LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 _Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]
@@ -49,6 +49,21 @@ class DeferredUpdate:
     sources: tuple[Tensor | None, ...] = ()
 
 
+@dataclass(frozen=True)
+class Share:
+    """What moves through one device.
+
+    Attributes:
+        units: by stage, those of the device, their regions allocated.
+        make: makes the device's residency from the units and the work on them.
+        streams: of the device, where the host updates beside it; None: updates run where the stages do.
+    """
+
+    units: dict[int, Unit]
+    make: Callable[[dict[int, Unit], Streaming], Streamed]
+    streams: Streams | None = None
+
+
 class Streaming:
     """The work on streamed stages (`spu.memory.work.Work`): takes gradients, runs deferred updates.
 
@@ -56,9 +71,11 @@ class Streaming:
         built: the stages.
         optimizers: of every stage.
         main_grads: of every stage.
-        units: by stage, their regions allocated.
-        make_residency: makes the residency from units and this object.
-        streams: of the device, where the host updates beside it; None: updates run where the stages do.
+        shares: of every rank.
+
+    Attributes:
+        units: by stage, those of all ranks.
+        residencies: of every rank.
     """
 
     def __init__(
@@ -66,11 +83,10 @@ class Streaming:
         built: BuiltStages,
         optimizers: Sequence[AdamW | MasterOptimizer | None],
         main_grads: Sequence[MainGrads],
-        units: dict[int, Unit],
-        make_residency: Callable[[dict[int, Unit], Streaming], Streamed],
-        streams: Streams | None = None,
+        shares: Sequence[Share],
     ) -> None:
         self._built, self._optimizers, self._main_grads = built, optimizers, main_grads
+        units = self.units = {index: unit for share in shares for index, unit in share.units.items()}
         self._owned = {index: list(built.owned[index].values()) for index in units}
         self._tied: dict[int, list[TiedUse]] = {index: [] for index in units}
         for use in built.tied:
@@ -79,31 +95,46 @@ class Streaming:
         self._deferred: dict[int, DeferredUpdate] = {}
         self._made: dict[int, list[bool]] = {}  # which parameters of a stage have a gradient in this step
         self._sqnorms: dict[int, Tensor] = {}
-        self._streams = streams
+        self._streams = {index: share.streams for share in shares for index in share.units if share.streams is not None}
         self._scalars = {  # what an update needs to know, of each stage, when it has come from the device
             index: torch.zeros(2, 1, pin_memory=built.stages[index].device.torch_device.type == "cuda")
-            for index in (units if streams is not None else ())
+            for index in self._streams
         }
-        self._parking: Store | None = None
-        self.broken = ""
+        self._parking: Sequence[Store] = ()
+        self._half_done: set[int] = set()
         below = {id(_parameter(e)) for unit in units.values() for each in unit.weights for e in each.entries}
         self._waiting = Waiting({k: [p for p in own if id(p) not in below] for k, own in self._owned.items()})
         modules = {id(m): m for k in units for part in built.stages[k].parts for m in part.module.modules()}
         self._guards = [module.register_state_dict_pre_hook(refuse_stand_ins) for module in modules.values()]
-        self.residency = make_residency(units, self)
+        self.residencies = [share.make(share.units, self) for share in shares]
 
-    def park_in(self, store: Store | None) -> None:
-        """Close the store in which inputs of layers have waited, if it was one of their own; keep this one instead."""
-        if self._parking is not None:
-            self._parking.close()
-        self._parking = store
+    @property
+    def failed(self) -> bool:
+        """Whether a store has failed, so that what it held is lost."""
+        return any(residency.failed for residency in self.residencies)
+
+    @property
+    def broken(self) -> str:
+        """What has left weights and states half updated; "" if nothing has."""
+        return "".join(f"an update of stage {stage} failed half-way" for stage in sorted(self._half_done)[:1])
+
+    def fill(self, stage: int) -> None:
+        """Move a stage's weights and state below; see `Streamed.fill`."""
+        next(each for each in self.residencies if stage in each.units).fill(self.units[stage])
+
+    def park_in(self, stores: Sequence[Store]) -> None:
+        """Close the stores in which inputs of layers have waited, if they were their own; keep these instead."""
+        for store in self._parking:
+            store.close()
+        self._parking = stores
 
     def close(self) -> None:
         """Close the stores and take the hooks off the model; harmless when called twice."""
-        self.park_in(None)
+        self.park_in(())
         for guard in self._guards:
             guard.remove()
-        self.residency.close()
+        for residency in self.residencies:
+            residency.close()
 
     def __contains__(self, stage: int) -> bool:
         return stage in self._owned
@@ -113,10 +144,9 @@ class Streaming:
         self._sqnorms.clear()
         self.reveal()
 
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of the weights that stay on their device and are hidden until their update."""
-        return self._waiting.hidden_bytes
+    def hidden_bytes(self, stages: Collection[int]) -> int:
+        """Return the bytes of these stages' weights that stay on their device and are hidden until their update."""
+        return self._waiting.hidden_bytes(stages)
 
     def has_gradients(self) -> bool:
         """Tell whether a streamed parameter has a gradient of this step."""
@@ -135,14 +165,15 @@ class Streaming:
             return  # nothing would change: no byte has to move
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups]
-        if self._streams is None:
+        streams = self._streams.get(stage)
+        if streams is None:
             self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
             return
         arrived, event = self._scalars[stage], None
         sources = found_inf, grad_scale
         for here, value in zip(arrived, sources):
             if value is not None:
-                event = self._streams.copy(here, value, [self._streams.mark()])
+                event = streams.copy(here, value, [streams.mark()])
         scale = None if grad_scale is None else arrived[1]
         self._deferred[stage] = DeferredUpdate(arrived[0], scale, groups, event, sources)
 
@@ -157,7 +188,7 @@ class Streaming:
     def check_unchanged(self) -> None:
         """Raise RuntimeError if a weight was changed while its update waited or it was below; the change is dropped."""
         lost = {id(parameter) for parameter in self._waiting.changed()}
-        lost |= {id(_parameter(entry)) for _, entry in self.residency.written_over()}
+        lost |= {id(_parameter(entry)) for each in self.residencies for _, entry in each.written_over()}
         if lost:
             named = (pair for stage in self._built.stages for layer in stage.parts for pair in layer.named_parameters())
             first = next((name for name, parameter in named if id(parameter) in lost), "")
@@ -169,11 +200,11 @@ class Streaming:
     def show(self, *, grads: bool = False) -> None:
         """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
         self._waiting.reveal()
-        self.residency.show()
-        if grads:
-            for index, unit in self.residency.units.items():
+        for residency in self.residencies:
+            residency.show()
+            for index, unit in residency.units.items() if grads else ():
                 if unit.grads is not None:
-                    views = unit.grads.views(self.residency.store.home(unit.grads.region))
+                    views = unit.grads.views(residency.store.home(unit.grads.region))
                     for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
                         parameter.grad = view.float() if made else None  # itself, or a copy where it is narrower
 
@@ -203,7 +234,7 @@ class Streaming:
             del self._deferred[stage]
             return False
         parameters = self._owned[stage]
-        self.broken = f"an update of stage {stage} failed half-way"
+        self._half_done.add(stage)
         try:
             for parameter, grad, made in zip(parameters, grads, self._made[stage], strict=True):
                 if grad.dtype != torch.float32:
@@ -217,7 +248,7 @@ class Streaming:
                 if grad.dtype != torch.float32:
                     parameter.grad_dtype = torch.float32
         del self._deferred[stage]
-        self.broken = ""
+        self._half_done.discard(stage)
         return True
 
     def lend(self, stage: int, grads: Sequence[Tensor]) -> None:
@@ -240,7 +271,7 @@ class Streaming:
         self._made[stage] = made
         if present:
             sqnorm = ops.grad_sqnorm(present)
-            if self.residency.units[stage].sums is not None:  # a finite gradient may round to inf
+            if self.units[stage].sums is not None:  # a finite gradient may round to inf
                 sqnorm = sqnorm.where(sqnorm < _LARGEST_BF16**2, math.inf)
             self._sqnorms[stage] = sqnorm
 

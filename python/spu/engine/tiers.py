@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from spu.common.heap import unmap_large_tensors
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
 from spu.engine.hosted import host_updated, pinning_for
-from spu.engine.streaming import Streaming, streaming_units
+from spu.engine.stage import Stage
+from spu.engine.streaming import Share, Streaming, streaming_units
 from spu.memory.activations import ActivationStore
 from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
@@ -57,40 +58,56 @@ def open_streaming(
     how = plan.streaming
     assert how is not None
     unmap_large_tensors()
-    device = built.stages[0].device.torch_device
-    if device.type not in ("cpu", "cuda"):
+    firsts = built.stages[: len(plan.devices)]  # stage s is on rank s modulo their number
+    strange = next((s.device.name for s in firsts if s.device.torch_device.type not in ("cpu", "cuda")), None)
+    if strange is not None:
         raise ValueError(
-            f"the plan streams to {plan.devices[0]}: only a CPU and CUDA devices can; give it the layers that fit it, "
+            f"the plan streams to {strange}: only a CPU and CUDA devices can; give it the layers that fit it, "
             "with residency='resident'"
         )
+    if how.store == "disk" and tiers.disk is None:
+        raise ValueError("the plan streams from a disk: say which, tiers='disk=FOLDER:100GB'")
     _bring_to_memory(built, how.residency)
-    store: Store
-    if how.store == "disk":
-        if tiers.disk is None:
-            raise ValueError("the plan streams from a disk: say which, tiers='disk=FOLDER:100GB'")
-        tiers.disk.mkdir(parents=True, exist_ok=True)
-        store = DiskStore(tiers.disk, tiers.disk_bytes or None)
-    else:
-        store = HostStore(pinning_for(device), tiers.host_bytes or None)
+    stores: list[Store] = []
     try:
+        for stage in firsts:
+            stores.append(_store(how.store, tiers, stage.device.torch_device))
         streaming = stream(
             built,
             optimizers,
             main_grads,
             residencies=how.residency,
-            store=store,
+            stores=stores,
             slots=how.slots,
             buffers=how.state_slots,
             grads=DTYPES[plan.settings.grads],
             activations=None if how.activations == "keep" else how.activations,
-            input_bytes=[size for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)],
+            input_bytes=_input_bytes(plan),
         )
     except BaseException:
-        store.close()
+        for store in stores:
+            store.close()
         raise
-    if isinstance(streaming.residency.store, DeviceStore) and streaming.residency.store.note:
-        warnings.warn(f"{plan.devices[0]}: {streaming.residency.store.note}", stacklevel=2)
+    for name, residency in zip(plan.devices, streaming.residencies, strict=True):
+        if isinstance(residency.store, DeviceStore) and residency.store.note:
+            warnings.warn(f"{name}: {residency.store.note}", stacklevel=2)
     return streaming
+
+
+def _store(tier: str, tiers: Tiers, device: torch.device) -> Store:
+    """Return a new store below a device; several share what the tier may use, as the plan has counted it."""
+    if tier == "host":
+        return HostStore(pinning_for(device), tiers.host_bytes or None)
+    assert tiers.disk is not None
+    tiers.disk.mkdir(parents=True, exist_ok=True)
+    return DiskStore(tiers.disk, tiers.disk_bytes or None)
+
+
+def _input_bytes(plan: Plan) -> list[list[int]]:
+    """Return the bytes of every input that waits below, of all microbatches, by stage."""
+    assert plan.streaming is not None
+    count = plan.settings.run_microbatches
+    return [[size for size in own for _ in range(count)] for own in plan.streaming.parked_bytes]
 
 
 def _bring_to_memory(built: BuiltStages, residencies: Sequence[str]) -> None:
@@ -109,54 +126,79 @@ def stream(
     main_grads: Sequence[MainGrads],
     *,
     residencies: Sequence[str],
-    store: Store,
+    stores: Sequence[Store],
     slots: int,
     buffers: int,
     grads: torch.dtype = torch.float32,
     activations: str | None = None,
-    input_bytes: Sequence[int] = (),
+    input_bytes: Sequence[Sequence[int]] = (),
     streams: Streams | None = None,
 ) -> Streaming:
-    """Lay stages out in a store, and return what streams them; their tensors move there by `Streamed.fill`.
+    """Lay stages out in stores, and return what streams them; their tensors move there by `Streamed.fill`.
 
     Args:
-        built, optimizers, main_grads: of all stages.
+        built, optimizers, main_grads: of all stages. Several devices take them in turn: stage s is on rank s modulo
+            their number, so each weight crosses one device's link.
         residencies: of each stage: "resident", "offloaded" or "streamed".
-        store: new, without regions.
+        stores: below each device, new, without regions.
         slots: for weights, at least 2.
         buffers: for gradients and state, 1 or 2.
-        grads: of gradients in the store: float32 or bfloat16.
+        grads: of gradients in a store: float32 or bfloat16.
         activations: how inputs of recomputed layers wait in the store: "exact" or a codec; None: on the device.
-        input_bytes: of each of these inputs.
-        streams: of the device, if the host updates beside it; default: if it is a GPU.
+        input_bytes: of each of these inputs, by stage.
+        streams: of the devices, if the host updates beside them; default: if they are GPUs.
 
     Raises:
-        ValueError: an optimizer that cannot be streamed.
+        ValueError: an optimizer that cannot be streamed, or a parameter of stages of several devices.
         StoreError: no room.
     """
-    device = built.stages[0].device.torch_device
-    if streams is None and device.type != "cpu":
-        streams = streams_for(device)
-    units = streaming_units(built, residencies, optimizers, host_updates=streams is not None, grads=grads)
-    inputs = input_bytes if activations else ()
-    if streams is None or isinstance(store, HostStore):
+    count = len(stores)
+    for use in built.tied:
+        if use.owner_stage % count != use.stage % count:
+            raise ValueError(
+                f"stages {use.owner_stage} and {use.stage} share a parameter {tuple(use.owner.shape)}, and are on "
+                "several devices that stream: give one device, or residency='resident'"
+            )
+    hosted = streams is not None or built.stages[0].device.torch_device.type != "cpu"
+    units = streaming_units(built, residencies, optimizers, host_updates=hosted, grads=grads)
+    shares = []
+    for rank, store in enumerate(stores):
+        stages = built.stages[rank::count]
+        own = {index: unit for index, unit in units.items() if index % count == rank}
+        inputs = [size for stage in input_bytes[rank::count] for size in stage] if activations else []
+        own = _laid_out(own, stages, store, inputs, activations, above=hosted and not isinstance(store, HostStore))
+        if not hosted:
+            shares.append(Share(own, partial(_slots, store, slots, buffers)))
+            continue
+        device = stages[0].device.torch_device
+        along = streams_for(device) if streams is None else streams
+        how: dict[str, Any] = {"slots": slots, "buffers": buffers, "device": device, "streams": along}
+        offloaded = {index for index in own if residencies[index] == "offloaded"}
+        shares.append(Share(own, partial(_hosted, store, offloaded, how), along))
+    return Streaming(built, optimizers, main_grads, shares)
+
+
+def _laid_out(
+    units: dict[int, Unit],
+    stages: Sequence[Stage],
+    store: Store,
+    inputs: Sequence[int],
+    activations: str | None,
+    *,
+    above: bool,
+) -> dict[int, Unit]:
+    """Return a rank's units with regions in its store; inputs of layers wait there too, or in the host's memory above
+    it.
+    """
+    if not above:
         units, regions = allocated(units, store, inputs)
-        _park(built, store, regions, activations)
-    else:  # inputs of layers wait in the host's memory, above the disk
-        units, _ = allocated(units, store)
-        if inputs:
-            memory = HostStore(pinning_for(device))
-            sizes = [aligned(size) for size in inputs]
-            found = memory.allocate([f"activation {k}" for k in range(len(sizes))], sizes)
-            _park(built, memory, list(zip(found, sizes, strict=True)), activations)
-    make: Callable[[dict[int, Unit], Streaming], Streamed]
-    if streams is None:
-        make = partial(_slots, store, slots, buffers)
-    else:
-        how: dict[str, Any] = {"slots": slots, "buffers": buffers, "device": device, "streams": streams}
-        offloaded = {index for index in units if residencies[index] == "offloaded"}
-        make = partial(_hosted, store, offloaded, how)
-    return Streaming(built, optimizers, main_grads, units, make, streams)
+        _park(stages, store, regions, activations)
+        return units
+    units, _ = allocated(units, store)
+    if inputs:
+        memory = HostStore(pinning_for(stages[0].device.torch_device))
+        _park(stages, memory, _regions(memory, inputs), activations)
+    return units
 
 
 def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streaming) -> None:
@@ -173,43 +215,52 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
     """
     how = plan.streaming
     assert how is not None
-    device = built.stages[0].device.torch_device
-    store: Store | None = None
-    if how.activations != "keep":
-        if device.type == "cpu" and tiers.disk is not None:
-            store = DiskStore(tiers.disk)
-        else:
-            store = HostStore(pinning_for(device))
-        sizes = [aligned(size) for size in how.parked_bytes for _ in range(plan.settings.run_microbatches)]
-        try:
-            regions = store.allocate([f"activation {k}" for k in range(len(sizes))], sizes)
-        except BaseException:
+    count, sizes = len(plan.devices), _input_bytes(plan)
+    stores: list[Store] = []
+    regions = []
+    try:
+        for rank in range(count if how.activations != "keep" else 0):
+            device = built.stages[rank].device.torch_device
+            on_disk = device.type == "cpu" and tiers.disk is not None
+            stores.append(DiskStore(tiers.disk) if on_disk and tiers.disk else HostStore(pinning_for(device)))
+            regions.append(_regions(stores[-1], [size for own in sizes[rank::count] for size in own]))
+    except BaseException:
+        for store in stores:
             store.close()
-            raise
+        raise
     for stage in built.stages:
         stage.activations = None
-    if store is not None:
-        _park(built, store, list(zip(regions, sizes, strict=True)), how.activations)
-    streaming.park_in(store)
+    for rank, (store, found) in enumerate(zip(stores, regions)):
+        _park(built.stages[rank::count], store, found, how.activations)
+    streaming.park_in(stores)
 
 
-def _park(built: BuiltStages, store: Store, regions: Sequence[tuple[Region, int]], activations: str | None) -> None:
-    """Let inputs of recomputed layers wait in regions of a store, if there are any."""
+def _regions(store: Store, sizes: Sequence[int]) -> list[tuple[Region, int]]:
+    """Return new regions of a store for inputs of layers, with their bytes."""
+    sizes = [aligned(size) for size in sizes]
+    return list(zip(store.allocate([f"activation {k}" for k in range(len(sizes))], sizes), sizes, strict=True))
+
+
+def _park(
+    stages: Sequence[Stage], store: Store, regions: Sequence[tuple[Region, int]], activations: str | None
+) -> None:
+    """Let inputs of recomputed layers of a rank's stages wait in regions of a store, if there are any."""
     if regions:
         codec = None if activations == "exact" else activations
-        parked = ActivationStore(store, regions, built.stages[0].device.torch_device, codec=codec)
-        for stage in built.stages:
+        parked = ActivationStore(store, regions, stages[0].device.torch_device, codec=codec)
+        for stage in stages:
             stage.activations = parked
 
 
 def _slots(store: Store, slots: int, buffers: int, units: dict[int, Unit], work: Streaming) -> Streamed:
-    count = min(slots, max(units) + 1)
-    sizes = [max((u.weight_bytes for u in units.values() if u.index % count == k), default=0) for k in range(count)]
+    count = max(min(slots, len(units)), 1)
+    slot_of = {index: k % count for k, index in enumerate(sorted(units))}
+    sizes = [max((u.weight_bytes for u in units.values() if slot_of[u.index] == k), default=0) for k in range(count)]
     largest = [max(unit.sum_bytes, unit.grad_bytes + unit.state_bytes) for unit in units.values()]
     sizes += [max(largest, default=0)] * buffers
     slab = Slab(sum(sizes))
     memory = slab.slots(sizes)
-    return Streamed(units, store, memory[:count], memory[count:], work)
+    return Streamed(units, store, memory[:count], memory[count:], work, slot_of)
 
 
 def _hosted(

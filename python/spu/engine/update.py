@@ -91,7 +91,7 @@ class Updater:
             self.streaming = make_streaming(built, self.optimizers, self._main_grads)
         for index, (owned, made) in enumerate(zip(built.owned, self.optimizers)):
             if self.streaming is not None and index in self.streaming:
-                self.streaming.residency.fill(self.streaming.residency.units[index])
+                self.streaming.fill(index)
             if isinstance(made, AdamW):
                 _set_masters(made, owned.values(), built.masters)
         self.closed = False
@@ -245,7 +245,7 @@ class Updater:
             return
         self.closed = True
         try:
-            if self.streaming is not None and not self.streaming.residency.failed:  # who uses it has been told
+            if self.streaming is not None and not self.streaming.failed:  # who uses it has been told
                 self.show()
         finally:
             if self.streaming is not None:

@@ -36,10 +36,10 @@ class Waiting:
         self._weights = weights
         self._real: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # (parameter, its tensor, its stand-in)
 
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of the weights that are hidden now, which stay on their device."""
-        return sum(real.untyped_storage().nbytes() for _, real, _ in self._real)
+    def hidden_bytes(self, stages: Collection[int]) -> int:
+        """Return the bytes of the weights of these stages that are hidden now, which stay on their device."""
+        own = {id(parameter) for stage in stages for parameter in self._weights.get(stage, ())}
+        return sum(real.untyped_storage().nbytes() for parameter, real, _ in self._real if id(parameter) in own)
 
     def hide(self, stages: Collection[int]) -> None:
         """Put stand-ins where the weights of these stages were."""

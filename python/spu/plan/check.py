@@ -18,15 +18,17 @@ __all__ = ["check_fits", "check_plan", "used_devices"]
 
 
 def used_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
-    """Return those of a trainer's devices that a plan runs on, by rank: one if layers are streamed, else all.
+    """Return those of a trainer's devices that a plan runs on, by rank: all, unless layers are streamed.
 
-    Names count only among several devices: another machine may give its own to a plan's devices.
+    Names count only where there are more devices than the plan uses: another machine may name them otherwise.
     """
-    if plan.streaming is None or len(devices) < 2:
+    count = len(plan.devices)
+    if plan.streaming is None or len(devices) <= count:
         return list(devices)
     kind = plan.devices[0].split(":")[0]
-    named = [device for device in devices if device.name == plan.devices[0]]
-    return (named or [device for device in devices if device.name.startswith(kind)] or list(devices))[:1]
+    named = [device for device in devices if device.name in plan.devices]
+    alike = [device for device in devices if device.name.startswith(kind)]
+    return next((found for found in (named, alike) if len(found) >= count), list(devices))[:count]
 
 
 def check_plan(plan: Plan, names: Sequence[str], devices: Sequence[Device], settings: Settings) -> None:
@@ -90,7 +92,7 @@ def check_fits(plan: Plan, devices: Sequence[Device], rows: int, tokens: int, ti
     needs = [(d.name, peak, d.budget_bytes) for d, peak in zip(used, plan.predicted.peak_bytes, strict=True)]
     budgets = {"host": tiers.host_bytes, "disk": tiers.disk_bytes}
     if plan.streaming is not None:
-        needs += [(tier.name, tier.peak_bytes, budgets[tier.name]) for tier in plan.streaming.tiers[1:]]
+        needs += [(tier.name, tier.peak_bytes, budgets[tier.name]) for tier in plan.streaming.below]
     for name, peak, budget in needs:
         if peak > budget:
             raise ValueError(

@@ -23,7 +23,7 @@ from spu.settings import Settings
 
 __all__ = ["CODECS", "VERSION", "Plan", "Predicted", "StagePlan"]
 
-VERSION = 6
+VERSION = 7
 CODECS = ("none", *WIRE_CODECS)
 
 
@@ -142,7 +142,8 @@ class Plan:
         if self.streaming is not None:
             seconds = [(stage.forward_s, stage.backward_s) for stage in self.stages]
             spans = self.streaming.spans(seconds, self.settings.run_microbatches)
-            return schedules.Timeline.from_spans(spans, ranks=[0] * len(self.stages))
+            names = self.devices
+            return schedules.Timeline.from_spans(spans, ranks=[names.index(stage.device) for stage in self.stages])
         actions = self.actions()
         durations = [(s.forward_s, max(s.backward_s - s.weight_s, 0.0), s.weight_s) for s in self.stages]
         return schedules.simulate(actions, durations, self.predicted.transfer_s)

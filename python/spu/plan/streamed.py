@@ -1,10 +1,9 @@
-"""One way to stream a model through a device, with everything decided: its bytes on every tier, seconds and plan."""
+"""One way to stream a model through its devices, with everything decided: its bytes on every tier, seconds and plan."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from spu.common.codecs import parked_bytes
 from spu.plan.memory import ITEM_BYTES, StageBytes, update_bytes
 from spu.plan.placement import Placement
 from spu.plan.plan import Plan, StagePlan
-from spu.plan.streaming import StreamingPlan, TierBytes
+from spu.plan.streaming import StreamingPlan, TierBytes, busiest
 from spu.plan.visits import RESOURCES, Visit, simulate_visits
 from spu.settings import Settings
 
@@ -60,11 +59,11 @@ class Regions:
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """One way to stream a model through a device, with everything decided.
+    """One way to stream a model through its devices, with everything decided.
 
     Attributes:
-        placed: the stages.
-        tiers: what there is below the device.
+        placed: the stages; the devices are all GPUs or all CPUs.
+        tiers: what there is below the devices.
         residency: "offloaded" or "streamed", of all stages.
         store, slots, state_slots, activations: as in `StreamingPlan`.
     """
@@ -89,7 +88,7 @@ class Streamed:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU: then the host updates."""
+        """Whether the devices are GPUs: then the host updates."""
         return not self.placed.request.devices[0].name.startswith("cpu")
 
     @property
@@ -100,19 +99,26 @@ class Streamed:
     def _streams(self) -> bool:
         return self.residency == "streamed"
 
+    @property
+    def ranks(self) -> int:
+        """The number of devices, which take the stages in turn."""
+        return len(self.placed.request.order)
+
+    def _own(self, rank: int) -> list[Regions]:
+        return self.regions[rank :: self.ranks]
+
     # Bytes
 
-    @cached_property
-    def ring_bytes(self) -> int:
-        """All slots on the device; of what is offloaded the weights are no slots."""
-        weights = self._slot_bytes if self._streams else 0
-        below = max(r.sums if self.on_gpu else max(r.sums, r.grads + r.state) for r in self.regions)
+    def ring_bytes(self, rank: int) -> int:
+        """Return the bytes of all slots on a device; of what is offloaded the weights are no slots."""
+        weights = self._slot_bytes(rank) if self._streams else 0
+        below = max(r.sums if self.on_gpu else max(r.sums, r.grads + r.state) for r in self._own(rank))
         return weights + self.state_slots * below
 
-    @property
-    def _slot_bytes(self) -> int:
-        """All weight slots: each as large as the largest of the stages that use it."""
-        return sum(max((r.weights for r in self.regions[k :: self.slots]), default=0) for k in range(self.slots))
+    def _slot_bytes(self, rank: int) -> int:
+        """Return the bytes of all weight slots: each as large as the largest of the stages that use it."""
+        own = self._own(rank)
+        return sum(max((r.weights for r in own[k :: self.slots]), default=0) for k in range(self.slots))
 
     @cached_property
     def _boundaries(self) -> list[int]:
@@ -138,33 +144,32 @@ class Streamed:
         """Bytes that all microbatches of every stage leave below."""
         return [self.microbatches * sum(packed for _, packed in own) for own in self._parked]
 
+    def _way_bytes(self, rank: int) -> int:
+        """Return the bytes of the slots through which a CPU's activations go to the disk and come back."""
+        return PARKED * max((packed for own in self._parked[rank :: self.ranks] for _, packed in own), default=0)
+
     @cached_property
-    def _way_bytes(self) -> int:
-        """Bytes of the slots through which a CPU's activations go to the disk and come back."""
-        return PARKED * max((packed for own in self._parked for _, packed in own), default=0)
+    def peaks(self) -> list[int]:
+        """The most that each device holds, as actions come and go."""
+        return [self._device_bytes(rank, self.placed.peak_in_flight(rank)) for rank in range(self.ranks)]
 
-    @property
-    def peak_bytes(self) -> int:
-        """The most that the device holds, as actions come and go."""
-        return self._device_bytes(self.placed.peak_in_flight(0))
+    @cached_property
+    def bounds(self) -> list[int]:
+        """What each device's budget is held against."""
+        return [self._device_bytes(rank, self.placed.bound_in_flight(rank)) for rank in range(self.ranks)]
 
-    @property
-    def bound_bytes(self) -> int:
-        """What the device's budget is held against."""
-        return self._device_bytes(self.placed.bound_in_flight(0))
-
-    def _device_bytes(self, in_flight: int) -> int:
-        largest = max(self._boundaries, default=0)
-        # In the backward the gradients of all microbatches wait for the stage before.
-        waiting = (self.microbatches - 1) * largest
+    def _device_bytes(self, rank: int, in_flight: int) -> int:
+        largest, own = max(self._boundaries, default=0), self._own(rank)
+        # In the backward the gradients of all microbatches wait for the stage before; from another device, outputs too.
+        waiting = (self.microbatches - (self.ranks == 1)) * largest
         if self.activations != "keep":
-            in_flight -= self.microbatches * sum(map(self._gone, range(len(self.regions))))
+            in_flight -= self.microbatches * sum(map(self._gone, range(rank, len(self.regions), self.ranks)))
             # In the forward they wait for the next stage; an input is there when its layer runs again.
-            waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes)
-        resident = 0 if self._streams else sum(r.weights for r in self.regions)
-        largest_region = max(max(r.weights * self._streams, r.grads, r.state) for r in self.regions)
+            waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes(rank))
+        resident = 0 if self._streams else sum(r.weights for r in own)
+        largest_region = max(max(r.weights * self._streams, r.grads, r.state) for r in own)
         checked = 0 if self.on_gpu else min(CHECKED, largest_region)
-        return self.ring_bytes + resident + in_flight + waiting + checked
+        return self.ring_bytes(rank) + resident + in_flight + waiting + checked
 
     def _gone(self, stage: int) -> int:
         """Return the bytes of one microbatch in flight on a stage that wait below instead."""
@@ -177,8 +182,8 @@ class Streamed:
 
     @cached_property
     def tier_bytes(self) -> tuple[TierBytes, ...]:
-        """What every tier holds, the device first."""
-        device = self.placed.request.devices[0]
+        """What every tier holds, the devices first."""
+        devices = self.placed.request.devices
         parked = sum(self._below)
         everything = sum(r.total if self._streams or self.on_gpu else r.grads + r.state for r in self.regions)
         host = disk = 0
@@ -187,18 +192,24 @@ class Streamed:
         elif self.store == "host":
             host = everything + parked
         else:
-            host = self._slot_bytes + self.state_slots * max(r.grads + r.state for r in self.regions) + parked
+            each = [self.state_slots * max(r.grads + r.state for r in self._own(k)) for k in range(self.ranks)]
+            host = sum(map(self._slot_bytes, range(self.ranks))) + sum(each) + parked
             disk = everything
-        found = [TierBytes(device.name, self.peak_bytes, device.budget_bytes)]
+        found = [TierBytes(d.name, peak, d.budget_bytes) for d, peak in zip(devices, self.peaks, strict=True)]
         found += [TierBytes("host", host, self.tiers.host_bytes)] if host else []
         return (*found, *([TierBytes("disk", disk, self.tiers.disk_bytes)] if disk else []))
 
     @property
     def lacking(self) -> dict[str, int]:
         """Bytes that tiers are short of, by name."""
-        below = {tier.name: tier.peak_bytes - tier.budget_bytes for tier in self.tier_bytes[1:]}
-        own = {self.tier_bytes[0].name: self.bound_bytes - self.tier_bytes[0].budget_bytes}
-        return {name: short for name, short in {**own, **below}.items() if short > 0}
+        short = {tier.name: self.needed[tier.name] - tier.budget_bytes for tier in self.tier_bytes}
+        return {name: count for name, count in short.items() if count > 0}
+
+    @property
+    def needed(self) -> dict[str, int]:
+        """Bytes that the budget of each tier is held against, by name."""
+        peaks = {tier.name: tier.peak_bytes for tier in self.tier_bytes}
+        return {**peaks, **dict(zip((device.name for device in self.placed.request.devices), self.bounds))}
 
     # Seconds
 
@@ -211,26 +222,38 @@ class Streamed:
             fetched = r.weights if self._fetched(k, True) else 0 if self._streams else r.trained
             read = (r.weights if host else fetched if self._streams else 0) + trained * (r.grads + r.state)
             written = trained * (r.state + (r.trained if self._streams or host else 0))
-            result.append(self._moved(fetched, 0, read, written, left=self._below[k]))
+            result.append(self._moved(k, fetched, 0, read, written, left=self._below[k]))
         for k in reversed(range(count)):
             r = self.regions[k]
             fetched = r.weights if self._fetched(k, False) else 0
-            result.append(self._moved(fetched, r.grads, fetched, r.grads, back=self._below[k]))
+            result.append(self._moved(k, fetched, r.grads, fetched, r.grads, back=self._below[k], forward=False))
         return result
 
     def _fetched(self, stage: int, forward: bool) -> bool:
         """Whether a stage's weights come for a visit: those of the visits just before are still in their slots."""
         if forward and self.on_gpu and self.regions[stage].grads:
             return self._streams  # the host has updated them since
-        there = range(self.slots) if forward else range(len(self.regions) - self.slots, len(self.regions))
-        return self._streams and stage not in there
+        turn, count = stage // self.ranks, len(self.regions) // self.ranks
+        there = range(self.slots) if forward else range(count - self.slots, count)
+        return self._streams and turn not in there
 
     def _moved(
-        self, into: int, out: int, read: int, written: int, *, left: int = 0, back: int = 0
+        self,
+        stage: int,
+        into: int,
+        out: int,
+        read: int,
+        written: int,
+        *,
+        left: int = 0,
+        back: int = 0,
+        forward: bool = True,
     ) -> tuple[int, int, int, int]:
         """Return the bytes of a visit as `moved` has them; ``left`` and ``back`` are activations that wait below."""
         if not self.on_gpu:
             return 0, 0, read + back, written + left
+        before, after = ([0, *self.placed.crossing, 0][k] * self.microbatches for k in (stage, stage + 1))
+        into, out = into + (before if forward else after), out + (after if forward else before)
         return into + back, out + left, *((read, written) if self.store == "disk" else (0, 0))
 
     @cached_property
@@ -241,13 +264,13 @@ class Streamed:
         return [self._visit(*which, *moved) for which, moved in zip(order, self.moved, strict=True)]
 
     def _visit(self, k: int, forward: bool, link_in: int, link_out: int, read: int, written: int) -> Visit:
-        request = self.placed.request
-        into, out_of = self._links
+        request, rank = self.placed.request, k % self.ranks
+        into, out_of = self._links[rank]
         both = request.machine.duplex if link_in and link_out else 1.0
         seconds = self.placed.durations[k]
         compute = seconds[0] if forward else seconds[1] + seconds[2]
         if self.activations not in ("keep", "exact"):
-            compute += sum(size for size, _ in self._parked[k]) / request.speeds[0].pack_rate
+            compute += sum(size for size, _ in self._parked[k]) / request.speeds[rank].pack_rate
         update = self._updates[k] if forward else 0.0
         return Visit(
             stage=k,
@@ -258,6 +281,7 @@ class Streamed:
             update_s=update if self.on_gpu else 0.0,
             in_s=link_in / (both * into),
             compute_s=self.microbatches * compute + (0.0 if self.on_gpu else update),
+            first_s=0.0 if self.on_gpu else update,
             out_s=link_out / (both * out_of),
             written_s=written / request.machine.disk[1],
         )
@@ -266,8 +290,10 @@ class Streamed:
     def _updates(self) -> list[float]:
         """Seconds of the update of every stage, where it is computed."""
         request = self.placed.request
-        rate = request.machine.host_rate if self.on_gpu else request.speeds[0].update_rate
-        return [update_bytes(request.settings.state) * r.sums / 4 / rate for r in self.regions]
+        host = [request.machine.host_rate] * self.ranks
+        rates = host if self.on_gpu else [speed.update_rate for speed in request.speeds]
+        each = update_bytes(request.settings.state)
+        return [each * r.sums / 4 / rates[k % self.ranks] for k, r in enumerate(self.regions)]
 
     @cached_property
     def _host(self) -> int | None:
@@ -275,18 +301,19 @@ class Streamed:
         devices = self.placed.request.machine.devices
         return next((k for k, device in enumerate(devices) if device.name.startswith("cpu")), None)
 
-    @property
-    def _links(self) -> tuple[float, float]:
-        """Bytes per second to the device, and from it."""
-        machine, own = self.placed.request.machine, self.placed.request.order[0]
-        if self._host is None or not self.on_gpu:
-            return machine.link(own, own), machine.link(own, own)
-        return machine.link(self._host, own), machine.link(own, self._host)
+    @cached_property
+    def _links(self) -> list[tuple[float, float]]:
+        """Bytes per second to each device, and from it."""
+        machine, host = self.placed.request.machine, self._host
+        if host is None or not self.on_gpu:
+            return [(machine.link(own, own), machine.link(own, own)) for own in self.placed.request.order]
+        return [(machine.link(host, own), machine.link(own, host)) for own in self.placed.request.order]
 
     @cached_property
     def step_s(self) -> float:
         """Seconds of a step."""
-        return max(busy.end for busy in simulate_visits(self.visits, self.slots, self.state_slots))
+        busy = simulate_visits(self.visits, self.slots, self.state_slots, self.ranks, self.microbatches)
+        return max(each.end for each in busy)
 
     # The plan
 
@@ -294,13 +321,13 @@ class Streamed:
         """Return the plan of this case, with everything predicted; arguments as of `Placement.plan`."""
         made = self.placed.plan(model=model, rows=rows, tokens=tokens)
         settings = replace(made.settings, residency=self.residency, activations=self.activations)
-        compute = sum(visit.compute_s for visit in self.visits)
+        compute = sum(visit.compute_s for visit in self.visits) / self.ranks
         predicted = replace(
             made.predicted,
             step_s=self.step_s,
-            update_s=0.0 if self.on_gpu else sum(self._updates),
+            update_s=0.0 if self.on_gpu else max(sum(self._updates[k :: self.ranks]) for k in range(self.ranks)),
             idle_share=max(0.0, 1.0 - compute / self.step_s) if self.step_s else 0.0,
-            peak_bytes=(self.peak_bytes,),
+            peak_bytes=tuple(self.peaks),
         )
         streaming = self._streaming(rows * (tokens or 1) * self.microbatches)
         stages = tuple(itertools.starmap(self._stage, enumerate(made.stages)))
@@ -320,8 +347,8 @@ class Streamed:
             slots=self.slots,
             state_slots=self.state_slots,
             activations=self.activations,
-            parked_bytes=tuple(packed for own in self._parked for _, packed in own),
-            ring_bytes=self.ring_bytes,
+            parked_bytes=tuple(tuple(packed for _, packed in own) for own in self._parked),
+            ring_bytes=max(map(self.ring_bytes, range(self.ranks))),
             tiers=self.tier_bytes,
             link_in_bytes=link_in,
             link_out_bytes=link_out,
@@ -339,10 +366,11 @@ class Streamed:
         resource, in the forward and in the backward.
         """
         count, fewest = len(self.regions), 0
+        in_turn = [self.visits[rank : count : self.ranks] for rank in range(self.ranks)]
         still = replace(self, activations="keep")
         for phase in (slice(0, count), slice(count, None)):
-            now, fixed = _busy(self.visits[phase]), _busy(still.visits[phase])
-            update = 0.0 if self.on_gpu or phase.start else sum(self._updates)
+            now, fixed = (busiest(case.visits[phase], self.ranks) for case in (self, still))
+            update = 0.0 if phase.start else max(sum(v.first_s for v in own) for own in in_turn)
             per_token = (now[RESOURCES[0]] - update) / tokens
             for name in RESOURCES[1:]:
                 more = (now[name] - fixed[name]) / tokens
@@ -353,8 +381,3 @@ class Streamed:
                 elif more > per_token:
                     return 0
         return fewest
-
-
-def _busy(visits: Sequence[Visit]) -> dict[str, float]:
-    """Return the seconds for which each resource is busy in these visits."""
-    return {name: sum(visit.seconds[name] for visit in visits) for name in RESOURCES}

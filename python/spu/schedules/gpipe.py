@@ -32,22 +32,25 @@ def gpipe_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
     return [microbatches] * ranks
 
 
-def forward_only(ranks: int, microbatches: int, *, stage_ranks: Sequence[int] | None = None) -> list[list[Action]]:
+def forward_only(
+    ranks: int, microbatches: int, *, stage_ranks: Sequence[int] | None = None, together: int | None = None
+) -> list[list[Action]]:
     """Return a schedule of forwards only, for evaluation.
 
     Args:
         ranks: number of devices that work side by side.
         microbatches: number of microbatches that each stage runs, in ascending order.
-        stage_ranks: the rank of each stage, by default one stage for each rank. A rank with several takes ``ranks``
-            microbatches through one of them before it turns to its next, so that all ranks stay busy and few outputs
-            wait.
+        stage_ranks: the rank of each stage, by default one stage for each rank.
+        together: how many microbatches a rank with several stages takes through one of them before it turns to its
+            next; by default ``ranks``, so that all ranks stay busy and few outputs wait.
 
     Returns:
         One list of actions per rank.
     """
     check_counts(ranks, microbatches)
     rank_of = list(range(ranks)) if stage_ranks is None else list(stage_ranks)
-    groups = [range(first, min(first + ranks, microbatches)) for first in range(0, microbatches, ranks)]
+    size = ranks if together is None else together
+    groups = [range(first, min(first + size, microbatches)) for first in range(0, microbatches, size)]
     return [
         [Action(stage, "F", i) for group in groups for stage, own in enumerate(rank_of) if own == rank for i in group]
         for rank in range(ranks)

@@ -170,7 +170,7 @@ class Planner:
         scaled = self._corrected(plan, timeline)
         same = self._fixed(plan, scaled(plan.settings.parts))
         s = self.settings
-        if plan.streaming is not None:  # there is one device, and one order
+        if plan.streaming is not None:  # there is one order
             return same, same
         wanted = s if s.microbatches == AUTO else replace(s, microbatches=plan.settings.microbatches)
         own = schedules.stages_per_rank(plan.settings.schedule)
@@ -191,7 +191,7 @@ class Planner:
 
     @property
     def can_stream(self) -> bool:
-        """Whether there is a tier from which one device could stream the layers."""
+        """Whether there is a tier from which the devices could stream the layers."""
         return self._streaming(counted_machine(self.devices, self.settings.precision)).possible
 
     def streamed(self, settings: Settings) -> Plan:

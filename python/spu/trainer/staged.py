@@ -255,7 +255,7 @@ class StagedModel:
         assert planner is not None
         lost = runner.attempt.put_back()
         updater = runner.updater
-        tier_failed = updater.streaming is not None and (updater.streaming.broken or updater.streaming.residency.failed)
+        tier_failed = updater.streaming is not None and (updater.streaming.broken or updater.streaming.failed)
         if updater.broken or updater.closed or tier_failed:
             raise failure
         given = self._given_plan is not None

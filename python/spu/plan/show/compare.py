@@ -60,7 +60,7 @@ def _work(plan: Plan, timeline: Timeline) -> list[float]:
 def _memory_rows(plan: Plan, measured: Mapping[str, int]) -> list[tuple[str, str, str, str]]:
     predicted = dict(zip(plan.devices, plan.predicted.peak_bytes))
     if plan.streaming is not None:
-        predicted |= {tier.name: tier.peak_bytes for tier in plan.streaming.tiers[1:]}
+        predicted |= {tier.name: tier.peak_bytes for tier in plan.streaming.below}
     both = [(name, peak, measured[name]) for name, peak in predicted.items() if name in measured]
     rows = [_row(f"{name} peak", peak, found, format_bytes) for name, peak, found in both]
     cpus = [peak for name, peak in predicted.items() if name.startswith("cpu")]

@@ -106,8 +106,9 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     ranks = {name: rank for rank, name in enumerate(plan.devices)}
     timeline = plan.timeline()
     _draw_rows(middle, timeline, [ranks[stage.device] for stage in plan.stages], timeline.makespan, 1.0)
+    steps = [] if streaming is None else streaming.busy(s.run_microbatches)
     for row, name in enumerate(moving, count):
-        _draw_moving(middle, row, [busy for busy in streaming.busy() if busy.resource == name] if streaming else [])
+        _draw_moving(middle, row, [busy for busy in steps if busy.resource == name])
     _dress(middle, [*ranks, *moving], "seconds of one run of the schedule, predicted")
     middle.legend(loc="lower right", ncols=5, **_legend(1.0))
     _draw_curves(bottom, plan)

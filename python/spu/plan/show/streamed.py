@@ -20,6 +20,7 @@ _WHERE = {
     "exact": "activations below, as they are",
     "fp16": "activations below in fp16",
     "int8": "activations below in int8",
+    "int4": "activations below in int4",
 }
 
 
@@ -55,7 +56,8 @@ def stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 def streamed_lines(plan: Plan, streaming: StreamingPlan) -> list[str]:
     """Return lines of text: how layers move, bytes of every tier, what crosses, what a step waits for."""
     s, step = streaming, plan.predicted.step_s
-    kinds = list(dict.fromkeys(s.residency))
+    kinds, turns = list(dict.fromkeys(s.residency)), ", in turn," if len(plan.devices) > 1 else ""
+    through, each = " and ".join(plan.devices) + turns, " on each device" if turns else ""
     rows = [("tier", "needs", "may use", "")]
     for tier in s.tiers:
         share = f"{100 * tier.peak_bytes / tier.budget_bytes:.0f}%" if tier.budget_bytes else ""
@@ -72,8 +74,8 @@ def streamed_lines(plan: Plan, streaming: StreamingPlan) -> list[str]:
     unit = "tokens" if plan.tokens else "rows"
     hidden = f"from {s.hidden_tokens:,} {unit} a step on" if s.hidden_tokens else f"by no number of {unit}"
     return [
-        f"{' and '.join(kinds)} through {plan.devices[0]} from the {s.store}: {s.slots} slots of weights, "
-        f"{s.state_slots} of gradients and state, {format_bytes(s.ring_bytes)} together; {_WHERE[s.activations]}",
+        f"{' and '.join(kinds)} through {through} from the {s.store}: {s.slots} slots of weights, "
+        f"{s.state_slots} of gradients and state, {format_bytes(s.ring_bytes)} together{each}; {_WHERE[s.activations]}",
         *columns(rows, left=1),
         f"a step moves {'; '.join(moved) or 'nothing'}",
         f"busy in a step: {busy}",

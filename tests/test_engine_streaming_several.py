@@ -1,0 +1,130 @@
+"""Several devices that stream: they take the stages in turn, with the bits of the resident run on the same devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_probe import measured_peaks
+from pipelines import costs_counted_once, devices, reference
+from streamed_runs import Lazy, batches, make, model, trained
+from torch import nn
+
+from spu import ModelParallelTrainer
+from spu.engine.engine import StageError
+from spu.memory.host_store import HostStore
+from spu.memory.store import StoreError
+from spu.memory.streams import HostStreams
+
+__all__ = ["costs_counted_once", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("residency", "settings", "how"),
+    [
+        ("streamed", {"precision": "fp16", "recompute": True, "max_grad_norm": 0.1}, {}),
+        ("streamed", {"precision": "fp32", "recompute": False}, {"buffers": 1}),
+        ("offloaded", {"precision": "bf16", "recompute": False, "max_grad_norm": 0.1}, {}),
+        ("streamed", {"precision": "fp16", "recompute": True}, {"streams": HostStreams()}),
+        ("offloaded", {"precision": "fp16", "recompute": True}, {"streams": HostStreams(), "buffers": 1}),
+    ],
+)
+def test_two_devices_equal_the_resident_run(
+    reference: None, monkeypatch: pytest.MonkeyPatch, residency: str, settings: dict[str, Any], how: dict[str, Any]
+) -> None:
+    both = {"devices": devices(2), "virtual": 3, **settings}
+    plain, own = model(), model()
+    expected = trained(make(monkeypatch, plain, None, **both), plain)
+    hosted = "streams" in how
+    stores: list[Any] = [HostStore(None) if hosted else Lazy() for _ in range(2)]
+    found = trained(make(monkeypatch, own, stores, residency, **both, **how), own)
+    assert len(expected) == len(found)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+    assert hosted or all(store.read_bytes > 0 and store.closed for store in stores)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_evaluation_reads_a_weight_once_and_on_one_device(
+    reference: None, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    own, stores = model(), [Lazy() for _ in range(count)]
+    each = {"devices": devices(count), "virtual": 6 // count, "precision": "fp32"}
+    with make(monkeypatch, own, stores, **each) as trainer:
+        x, y = batches(1)[0]
+        trainer.step(x, y)
+        trainer.evaluate(x, y)
+        units = trainer._runner.updater.streaming.units  # type: ignore[union-attr]
+        assert sum(len(store.regions) for store in stores) == sum(len(list(u.pieces)) for u in units.values())
+        for store in stores:
+            store.read_bytes = 0
+        trainer.evaluate(x, y)
+        # Of three stages in turn the second one is still in its slot, of six none.
+        read = [k for k in units if count == 1 or k // count != 1]
+        for rank, store in enumerate(stores):
+            assert store.read_bytes == sum(units[k].weight_bytes for k in read if k % count == rank) > 0
+
+
+@pytest.mark.parametrize("after", [0, 4, 9, 15])
+def test_a_failing_store_stops_both(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    own, stores = model(), [Lazy(), Lazy()]
+    trainer = make(monkeypatch, own, stores, devices=devices(2), virtual=3, precision="fp32")
+    x, y = batches(1)[0]
+    trainer.step(x, y)
+    stores[1].fails_after = after
+    with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
+        for _ in range(4):
+            trainer.step(x, y)
+    with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
+        trainer.state_dict_for_model()
+    trainer.close()
+    assert all(store.closed for store in stores)
+
+
+def test_a_parameter_of_stages_on_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"stages 0 and 5 share a parameter \(11, 16\), and are on several devices"):
+        make(monkeypatch, model(tied=True), [Lazy(), Lazy()], devices=devices(2), virtual=3)
+
+
+@pytest.mark.parametrize("activations", ["keep", "exact"])
+def test_a_plan_for_two_devices_is_run_from_a_disk(reference: None, tmp_path: Path, activations: str) -> None:
+    results = []
+    streamed = {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "activations": activations}
+    for settings in (streamed, {"residency": "resident", "schedule": "layer_outer", "virtual": 2}):
+        own = model()
+        trainer = ModelParallelTrainer(own, devices(2), microbatches=4, lr=1e-2, recompute=True, **settings)
+        losses = [trainer.step(x, y).loss for x, y in batches(3)]
+        plan = trainer.plan
+        assert plan is not None
+        cuts = [stage.layers for stage in plan.stages]
+        results.append((cuts, losses, *trainer.state_dict_for_model().values()))
+        assert (plan.streaming is not None) == (settings is streamed)
+        trainer.close()
+    assert results[0][:2] == results[1][:2]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][2:], results[1][2:], strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"residency": "streamed"},
+        {"residency": "streamed", "activations": "int8", "recompute": True},
+        {"residency": "offloaded"},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(400, 400), nn.GELU())))
+    x, y = torch.randn(512, 400), torch.randint(400, (512,))
+    settings = {"precision": "fp16", "microbatches": 4, "tiers": f"disk={tmp_path}:1GB", **how}
+    with ModelParallelTrainer(wide, devices(2), **settings) as trainer:
+        found = measured_peaks(trainer, (x, y))
+        assert trainer.plan is not None
+        assert trainer.plan.streaming is not None
+        predicted = {tier.name: tier.peak_bytes for tier in trainer.plan.streaming.tiers}
+    assert predicted["disk"] == found["disk"]
+    for name in ("cpu:0", "cpu:1"):
+        assert 0.95 * found[name] <= predicted[name] <= 1.15 * found[name], (name, found, predicted)
