@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
+
 import pytest
 import torch
 from activations import ACTIVATIONS
@@ -113,6 +116,73 @@ def test_host_memory_is_reached_both_ways() -> None:
             assert_equal(target.cpu(), source.bfloat16(), f"stores={stores}")
     with pytest.raises(Exception, match="pinned host memory"):
         OPS.pack_.cuda(x, codec, torch.empty_like(expected))
+
+
+def by_library(module: ModuleType, chosen: bool) -> None:
+    """Let cuBLASLt serve every product, or what serves them else."""
+    from spu.ops import cuda_library
+
+    major, minor = torch.cuda.get_device_capability()
+    tiles = cuda_library.packed_tiles((major, minor))
+    module.set_tiles(10 * major + minor, bytes([2]) * len(tiles) if chosen else tiles)
+
+
+@pytest.fixture
+def cublaslt() -> Iterator[ModuleType]:
+    """cuBLASLt for all products that it takes."""
+    from spu import _cuda  # type: ignore[attr-defined]
+
+    assert isinstance(_cuda.cublaslt(), int), _cuda.cublaslt()
+    by_library(_cuda, True)
+    yield _cuda
+    by_library(_cuda, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_by_cublaslt(cublaslt: ModuleType, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    before = cublaslt.cublaslt_plans()
+    test_forward(shape, dtype)
+    test_gradients(shape, dtype)
+    assert cublaslt.cublaslt_plans() >= before + 4, "plain, gelu with and without what it was taken of, gradients"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [32, 2048])  # the operands are looked at, or the sums
+def test_overflows_by_cublaslt(cublaslt: ModuleType, rows: int, dtype: torch.dtype) -> None:
+    x, _, dz = make(rows, 264, 136, dtype)
+    main_grad, one, found_inf = torch.zeros(264, 136).cuda(), torch.ones(1).cuda(), torch.zeros(1).cuda()
+    good = dz.clone()
+    dz[rows - 1, 263] = float("inf")
+    OPS.linear_dw_.cuda(dz, x, main_grad, one, found_inf, False)
+    assert found_inf.item() == 1
+    OPS.linear_dw_.cuda(good, x, main_grad, one, found_inf, True)
+    assert found_inf.item() == 1
+    assert not main_grad.isfinite().all(), "a sum with a good microbatch hides nothing"
+    OPS.linear_dw_.cuda(good, x, main_grad, one, found_inf.zero_(), False)
+    assert found_inf.item() == 0
+    assert main_grad.isfinite().all(), "a store must not read what was there"
+
+
+def test_cublaslt_in_a_graph(cublaslt: ModuleType) -> None:
+    x, w, dz = make(512, 1024, 512, torch.float16)
+    main_grad, scale, found_inf = torch.zeros(1024, 512).cuda(), torch.ones(1).cuda(), torch.zeros(1).cuda()
+
+    def work() -> torch.Tensor:
+        OPS.linear_dw_.cuda(dz, x, main_grad, scale, found_inf, True)
+        return OPS.linear.cuda(x, w, None, "gelu_tanh", True)[0]
+
+    expected = work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = work()
+    main_grad.zero_()
+    scale.fill_(0.5)
+    graph.replay()
+    graph.replay()
+    assert_equal(y, expected)
+    plain = dz.float().t() @ x.float()
+    assert_close_to_truth(main_grad, plain, dz.double().t() @ x.double(), eps=1e-4, name="2 x 0.5, the scale of now")
 
 
 @pytest.mark.parametrize("at", [(0, 0), (199, 263), (77, 130)])

@@ -6,7 +6,6 @@ Without a GPU they run simulated (cuda_sim.py); with one, the same tests run on 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
@@ -51,19 +50,14 @@ DEVICE = "cuda" if REAL else "cpu"
 
 
 @pytest.fixture(scope="session")
-def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def module() -> ModuleType:
     """The library, which registers the cuda overloads."""
     if REAL:
         assert ops.backends()["cuda"].available, ops.backends()["cuda"]
         return importlib.import_module("spu._cuda")
     if reason := cuda_sim.missing():
         pytest.skip(reason)
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(cuda_sim.build(tmp_path_factory.mktemp("cuda"))))
-    spec = importlib.util.spec_from_loader("_cuda", loader)
-    assert spec is not None
-    made = importlib.util.module_from_spec(spec)
-    loader.exec_module(made)
-    return made
+    return cuda_sim.load()
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +114,24 @@ def test_adamw_over_more_tensors_than_one_launch_takes() -> None:
             assert torch.allclose(a.float(), b.float(), rtol=1e-3 if name == "param" else 2e-6, atol=1e-7), (name, i)
     square = suite.OPS.grad_sqnorm.cpu(ours[1])
     assert square.item() == pytest.approx(float(sum(g.double().square().sum() for g in ours[1])), rel=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 70), (513, 70), (1300, 9), (33_000, 3)])
+def test_sums_over_rows_in_parts(rows: int, columns: int) -> None:
+    # a part has 512 rows, there are at most 64: one part, two, three with a short one, and 64 longer ones
+    dz = torch.randn(rows, columns).half()
+    truth, plain = dz.double().sum(0), dz.float().sum(0)
+    assert_close_to_truth(suite.OPS.linear_db.cpu(dz), dz.sum(0), truth)
+    main_grad, found_inf = torch.full((columns,), float("nan")), suite.scalar(0.0)
+    suite.OPS.linear_db_.cpu(dz, main_grad, suite.scalar(0.25), found_inf, False)
+    first = main_grad.clone()
+    assert_close_to_truth(first, 0.25 * plain, 0.25 * truth, eps=1e-6 * rows**0.5)
+    suite.OPS.linear_db_.cpu(dz, main_grad, suite.scalar(0.25), found_inf, True)
+    assert_equal(main_grad, first + first, "the same sum twice, added up")
+    assert found_inf.item() == 0
+    dz[rows - 1, columns - 1] = float("inf")
+    suite.OPS.linear_db_.cpu(dz, main_grad, suite.scalar(0.25), found_inf, True)
+    assert found_inf.item() == 1
 
 
 def test_unaligned_tensors_take_the_narrow_path() -> None:
@@ -201,7 +213,7 @@ def test_shape_classes_are_pythons_and_tiles_are_checked(module: ModuleType) -> 
         assert config.CLASSES[module.shape_class(*shape)] == config.shape_class(*shape), shape
     tiles = cuda_library.packed_tiles((8, 6))
     module.set_tiles(86, tiles)
-    for capability, wrong in ((86, tiles[:-1]), (86, bytes([2]) * len(tiles)), (256, tiles), (-1, tiles)):
+    for capability, wrong in ((86, tiles[:-1]), (86, bytes([3]) * len(tiles)), (256, tiles), (-1, tiles)):
         with pytest.raises(ValueError, match="out of range"):
             module.set_tiles(capability, wrong)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spu.kernels import table
-from spu.kernels.config import Entry, Table
+from spu.kernels import derive, table
+from spu.kernels.config import Config, Entry, Table
 from spu.ops import cuda_library, dispatch
 
 
@@ -47,10 +47,22 @@ def test_a_library_without_code_for_a_card_is_unavailable_and_says_so(monkeypatc
 def test_tiles_are_those_that_are_compiled() -> None:
     for arch in (75, 80, 86, 100):
         assert set(cuda_library.tiles(arch)) == {"large", "small"}
-        assert cuda_library.candidates(arch, "linear_dw") == [cuda_library.tiles(arch)["large"]]
-        assert len(cuda_library.candidates(arch, "linear")) == 2
+        assert cuda_library.candidates(arch, "linear_dw") == [cuda_library.tiles(arch)["large"], Config("cublaslt")]
+        assert len(cuda_library.candidates(arch, "linear")) == 3
     assert set(cuda_library.tiles(90)) == {"large"}
-    assert set(cuda_library.packed_tiles((9, 0))) == {0}
+
+
+def test_cublaslt_serves_large_products_of_sm_90_until_somebody_measures() -> None:
+    packed = cuda_library.packed_tiles((9, 0))
+    one_dtype = bytes([0, 0, 0, 2, 2])  # skinny, deep, small, medium, large
+    assert packed == one_dtype * 4 + bytes(10)  # forward and dx of fp16 and bf16; dw of both
+    for op in ("linear", "linear_dx", "linear_dz_dx"):
+        for name in ("medium", "large"):
+            assert derive.config(90, op, "fp16", name).kind == "cublaslt"
+            assert derive.config(90, op, "fp32", name).kind != "cublaslt"
+            assert derive.of_triton(90, op, "fp16", name).kind == "descriptor"
+            assert derive.config(100, op, "fp16", name).kind == "descriptor"
+    assert derive.config(90, "linear_dw", "fp16", "large").kind == "descriptor"
 
 
 def test_the_users_table_comes_before_the_derived_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

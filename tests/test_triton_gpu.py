@@ -72,11 +72,11 @@ def test_products_as_the_tables_launch_them(dtype: torch.dtype, shape: tuple[int
     assert found.item() == 0
 
 
-@pytest.mark.parametrize("kind", ["tile", "persistent", "descriptor", "split", "torch"])
+@pytest.mark.parametrize("kind", ["tile", "persistent", "descriptor", "split", "torch", "cublaslt"])
 def test_every_kind_of_launch(kind: str) -> None:
     from spu.kernels.config import Config
 
-    if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":
+    if torch.cuda.get_device_capability() < (8, 0) and kind not in ("torch", "cublaslt"):
         pytest.skip("Triton has no tensor-core product before sm_80")
     if torch.cuda.get_device_capability() < (9, 0) and kind == "descriptor":
         pytest.skip("tensor descriptors need sm_90")
@@ -177,7 +177,7 @@ def test_leading_dimensions_are_kept(kind: str) -> None:
     from spu.kernels.config import Config
 
     x, w = torch.randn(2, 64, 128).half().cuda(), torch.randn(96, 128).half().cuda()
-    if torch.cuda.get_device_capability() < (8, 0) and kind != "torch":
+    if torch.cuda.get_device_capability() < (8, 0) and kind not in ("torch", "cublaslt"):
         pytest.skip("Triton has no tensor-core product before sm_80")
     y, _ = kernels.linear_fwd(x, w, config=Config(kind))
     assert y.shape == (2, 64, 96)

@@ -11,7 +11,7 @@ import torch
 
 table = pytest.importorskip("spu.kernels.table", reason="spu.kernels is not there: spu runs in place, not installed")
 
-from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table  # noqa: E402
+from spu.kernels.config import CLASSES, LIBRARY_OPS, PRODUCTS, Config, Entry, Table  # noqa: E402
 from spu.kernels.derive import SHARED_BYTES  # noqa: E402
 from spu.tune import calls as tune_calls  # noqa: E402
 from spu.tune import run as tune  # noqa: E402
@@ -23,7 +23,9 @@ def test_candidates_fit_the_card_and_begin_with_cublas(op: str, arch: int) -> No
     for shape_class in CLASSES:
         found = tune.candidates(op, torch.float16, shape_class, arch)
         assert found[0].kind == "torch"
-        assert (len(found) == 1) == (arch == 75)
+        by_library = [one.kind for one in found[1:2]] == ["cublaslt"]
+        assert by_library == (op in LIBRARY_OPS)
+        assert (len(found) == 1 + by_library) == (arch == 75)
         assert all(tune_calls._shared_bytes(op, one, torch.float16) <= SHARED_BYTES[arch] for one in found[1:])
         assert not any(one.kind == "descriptor" for one in found if arch < 90)
 

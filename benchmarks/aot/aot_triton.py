@@ -30,7 +30,7 @@ from spu.common.files import write_json
 from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, table
 from spu.kernels.ahead import Built, Launch
 from spu.kernels.config import CLASSES, DTYPE_NAMES, PRODUCTS, Config
-from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES
+from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES, of_triton
 from spu.kernels.launch import ACTIVATIONS, for_alignment
 
 _M, _N, _K = 512, 768, 1024  # multiples of every tile; kernels do not depend on sizes beyond their divisibility
@@ -156,6 +156,8 @@ def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
 
 def _row(capability: tuple[int, int], op: str, dtype: torch.dtype, shape_class: str) -> Config:
     entry = table.entry_of(capability, f"{op}/{DTYPE_NAMES[dtype]}/{shape_class}")
+    if entry is not None and entry.config.kind == "cublaslt":  # the kernel that serves when a measurement says so
+        return of_triton(10 * capability[0] + capability[1], op, DTYPE_NAMES[dtype], shape_class)
     return Config() if entry is None else entry.config
 
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cuda/gemm_library.h"
 #include "cuda/gemm_tensor_core.h"
 
 namespace spu {
@@ -61,17 +62,19 @@ struct Tiles {
 constexpr int kCapabilities = 256;
 Tiles tiles[kCapabilities];
 
-int tile_for(const Gemm& g, int capability) {
+Tile tile_for(const Gemm& g, int capability) {
   const ShapeClass size = shape_class(g.m, g.n, g.k);
   const Tiles& chosen = tiles[capability];
-  if (chosen.set) return chosen.of[static_cast<int>(g.form)][static_cast<int>(g.type)][static_cast<int>(size)];
-  return static_cast<int>(size == ShapeClass::medium || size == ShapeClass::large ? Tile::large : Tile::small);
+  if (chosen.set) {
+    return static_cast<Tile>(chosen.of[static_cast<int>(g.form)][static_cast<int>(g.type)][static_cast<int>(size)]);
+  }
+  return size == ShapeClass::medium || size == ShapeClass::large ? Tile::large : Tile::small;
 }
 
-TensorCoreGemm tensor_core_kernel(const Gemm& g, int capability) {
-  if (g.type == Type::fp32 || !laid_out(g) || capability < 0 || capability >= kCapabilities) return nullptr;
+TensorCoreGemm tensor_core_kernel(const Gemm& g, [[maybe_unused]] int capability, Tile wanted) {
+  if (g.type == Type::fp32 || !laid_out(g)) return nullptr;
   [[maybe_unused]] const int type = static_cast<int>(g.type), form = static_cast<int>(g.form);
-  [[maybe_unused]] const int tile = tile_for(g, capability);
+  [[maybe_unused]] const int tile = wanted == Tile::small ? 1 : 0;
 #if SPU_SM90
   if (capability == 90) return kSm90[type][form][tile];  // the "a" of sm_90a: for this architecture alone
 #endif
@@ -98,15 +101,18 @@ bool set_tiles(int capability, const uint8_t* values, int64_t count) {
   constexpr int64_t wanted = kForms * kTensorCoreTypes * kClasses;
   if (capability < 0 || capability >= kCapabilities || count != wanted) return false;
   for (int64_t i = 0; i < wanted; ++i) {
-    if (values[i] > static_cast<uint8_t>(Tile::small)) return false;
+    if (values[i] > static_cast<uint8_t>(Tile::library)) return false;
   }
   std::memcpy(tiles[capability].of, values, static_cast<size_t>(wanted));
   tiles[capability].set = true;
   return true;
 }
 
-void launch_gemm(const Gemm& g, int capability, cudaStream_t stream) {
-  const TensorCoreGemm kernel = tensor_core_kernel(g, capability);
+void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& scratch) {
+  const bool known = g.type != Type::fp32 && capability >= 0 && capability < kCapabilities;
+  const Tile tile = known ? tile_for(g, capability) : Tile::large;
+  if (tile == Tile::library && launch_gemm_library(g, stream, scratch)) return;
+  const TensorCoreGemm kernel = known ? tensor_core_kernel(g, capability, tile) : nullptr;
   if (kernel == nullptr) return launch_gemm_fma(g, stream);
   int device = 0, multiprocessors = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

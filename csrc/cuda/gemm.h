@@ -5,12 +5,14 @@
 //   dx       C = A B
 //   dw       main_grad (+)= inv_scale * A B in fp32, found_inf |= any non-finite element of A B
 //
-// Three sources of kernels: wgmma (sm_90a), mma (sm_75, sm_80 and later) and plain FMA (any strides, fp32, any device).
+// Four sources of kernels: wgmma (sm_90a), mma (sm_75, sm_80 and later), cuBLASLt where a table asks for it, and plain
+// FMA (any strides, fp32, any device).
 #pragma once
 
 #include <stdint.h>
 
 #include "cuda/device.h"
+#include "cuda/scratch.h"
 #include "cuda/types.h"
 #include "math/activation.h"
 
@@ -25,8 +27,8 @@ enum class ShapeClass : int { skinny = 0, deep = 1, small = 2, medium = 3, large
 constexpr int kClasses = 5;
 ShapeClass shape_class(int64_t m, int64_t n, int64_t k);
 
-// The tiles that a product is compiled with; a form that has no small one uses the large one.
-enum class Tile : int { large = 0, small = 1 };
+// The tiles that a product is compiled with, or cuBLASLt; a form that has no small one uses the large one.
+enum class Tile : int { large = 0, small = 1, library = 2 };
 
 // Chooses the tile of each form, type and class, in this order (kForms * kTensorCoreTypes * kClasses values of Tile),
 // for the devices of a capability (10 * major + minor). Before the first call the small tile serves skinny, deep and
@@ -57,9 +59,10 @@ struct Gemm {
   bool accumulate = false;     // false: main_grad is stored without being read
 };
 
-// Launches the product on the stream. Tensor cores where the device has them and a kernel for the type, and where A
-// and B are laid out as torch's linear layer has them with 16-byte aligned rows; plain FMA otherwise.
-void launch_gemm(const Gemm& g, int capability, cudaStream_t stream);
+// Launches the product on the stream. cuBLASLt where the tiles say so and it takes the product; tensor cores where the
+// device has them and a kernel for the type, and where A and B are laid out as torch's linear layer has them with
+// 16-byte aligned rows; plain FMA otherwise.
+void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& scratch);
 
 // gemm_fma.cu: any strides, any type.
 void launch_gemm_fma(const Gemm& g, cudaStream_t stream);

@@ -9,12 +9,6 @@ namespace {
 
 using math::Act;
 
-#if defined(__CUDACC__)
-#define SPU_UNROLL _Pragma("unroll")
-#else
-#define SPU_UNROLL
-#endif
-
 constexpr int kTile = 64;             // rows and columns of C that a block makes
 constexpr int kDepth = 16;            // of A and B in shared memory at once
 constexpr int kMine = 4;              // rows and columns of C that a thread makes

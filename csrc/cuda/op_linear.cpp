@@ -19,6 +19,18 @@ Gemm weight_product(const char* op, const Tensor& dz, const Matrix& g, const Ten
   return {Form::dw, storage_type(op, "dz", dz), g.cols, in.cols, g.rows, g.transposed(), in.operand()};
 }
 
+void multiply(const Gemm& g, const Tensor& like) {
+  const OnDevice on(like);
+  TensorScratch scratch(like);
+  launch_gemm(g, on.capability(), on.stream(), scratch);
+}
+
+void add_rows(const RowSums& sums, const Tensor& like) {
+  const OnDevice on(like);
+  TensorScratch scratch(like);
+  launch_row_sums(sums, scratch, on.stream());
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
@@ -39,8 +51,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
   Tensor preact = new_empty(x, keep_preact ? with_last(x, w.rows) : std::vector<int64_t>{0}, x.scalar_type());
   g.out = y.mutable_data_ptr();
   g.preact = keep_preact ? preact.mutable_data_ptr() : nullptr;
-  const OnDevice on(x);
-  if (y.numel() > 0) launch_gemm(g, on.capability(), on.stream());
+  if (y.numel() > 0) multiply(g, x);
   return {y, preact};
 }
 
@@ -61,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   g.gate = gate.const_data_ptr();
   g.out = h.mutable_data_ptr();
   g.preact = keep ? up.mutable_data_ptr() : nullptr;
-  const OnDevice on(x);
-  if (h.numel() > 0) launch_gemm(g, on.capability(), on.stream());
+  if (h.numel() > 0) multiply(g, x);
   return {h, keep ? gate : new_empty(x, none, x.scalar_type()), up};
 }
 
@@ -85,8 +95,7 @@ Tensor linear_dx(Tensor dz, Tensor weight) {
   Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
   Gemm product = {Form::dx, storage_type("linear_dx", "dz", dz), g.rows, w.cols, g.cols, g.operand(), w.operand()};
   product.out = dx.mutable_data_ptr();
-  const OnDevice on(dz);
-  if (dx.numel() > 0) launch_gemm(product, on.capability(), on.stream());
+  if (dx.numel() > 0) multiply(product, dz);
   return dx;
 }
 
@@ -99,8 +108,7 @@ void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Ten
   product.inv_scale = scalar_data(op, "inv_scale", inv_scale, dz);
   product.found_inf = flag_data(op, found_inf, dz);
   product.accumulate = accumulate;
-  const OnDevice on(dz);
-  if (g.cols > 0 && in.cols > 0) launch_gemm(product, on.capability(), on.stream());
+  if (g.cols > 0 && in.cols > 0) multiply(product, dz);
 }
 
 // Without a sink: the fp32 product, rounded to the storage type by a second kernel. Only a backward outside a scope
@@ -115,8 +123,8 @@ Tensor linear_dw(Tensor dz, Tensor x) {
   const Tensor one = torch::stable::fill_(new_empty(dz, {1}, ScalarType::Float), 1.0);
   product.main_grad = static_cast<float*>(wide.mutable_data_ptr());
   product.inv_scale = static_cast<const float*>(one.const_data_ptr());
+  multiply(product, dz);
   const OnDevice on(dz);
-  launch_gemm(product, on.capability(), on.stream());
   launch_convert(Type::fp32, wide.const_data_ptr(), product.type, dw.mutable_data_ptr(), dw.numel(), on.stream());
   return dw;
 }
@@ -128,8 +136,7 @@ Tensor linear_db(Tensor dz) {
   Tensor db = new_empty(dz, {g.cols}, dz.scalar_type());
   RowSums sums = {storage_type("linear_db", "dz", dz), rows.const_data_ptr(), g.rows, g.cols};
   sums.out = db.mutable_data_ptr();
-  const OnDevice on(dz);
-  launch_row_sums(sums, on.stream());
+  add_rows(sums, dz);
   return db;
 }
 
@@ -143,8 +150,7 @@ void linear_db_sink(Tensor dz, Tensor main_grad, Tensor inv_scale, Tensor found_
   sums.inv_scale = scalar_data(op, "inv_scale", inv_scale, dz);
   sums.found_inf = flag_data(op, found_inf, dz);
   sums.accumulate = accumulate;
-  const OnDevice on(dz);
-  launch_row_sums(sums, on.stream());
+  add_rows(sums, dz);
 }
 
 void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate) {

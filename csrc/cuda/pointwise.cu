@@ -86,25 +86,47 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const void* src, void
   for (int64_t i = first_value(); i < n; i += grid_values()) store<To>(dst, i, n, wide, load<From>(src, i, n, wide));
 }
 
-constexpr int kLanes = 4;                   // threads side by side in one row
+constexpr int kLanes = 8;                   // threads side by side in one row
 constexpr int kColumns = kLanes * kVector;  // columns of a block
 constexpr int kStrips = kThreads / kLanes;  // rows read at once
+constexpr int kAhead = 4;                   // rows that a thread has under way
 constexpr int kRun = 16;                    // rows of a strip that are added before the total
+static_assert(kRun % kAhead == 0, "a run ends with a thread's rows");
+constexpr int64_t kPartRows = 512, kMostParts = 64;
 
-// A block sums kColumns columns: strip s adds rows s, s + kStrips, ... in runs, whose sums are then added, so that
-// rounding grows with the sum of the lengths and not with their product. The order depends on no launch setting.
 template <Type T>
-__global__ void __launch_bounds__(kThreads) row_sums_kernel(RowSums p, bool wide) {
+SPU_DEVICE void finish_sum(const RowSums& p, int64_t column, float sum) {
+  if (p.out != nullptr) return store_one<T>(p.out, column, sum);
+  if (math::is_nonfinite<float>(sum)) raise_flag(p.found_inf);
+  const float value = sum * *p.inv_scale;
+  p.main_grad[column] = p.accumulate ? p.main_grad[column] + value : value;
+}
+
+// A block sums kColumns columns of one part of the rows, `chunk` of them: strip s adds rows s, s + kStrips, ... in
+// runs, whose sums are then added, so that rounding grows with the sum of the lengths and not with their product.
+// parts [part, cols] takes the sums; null: there is one part. The order depends on no launch setting.
+template <Type T>
+__global__ void __launch_bounds__(kThreads) row_sums_kernel(RowSums p, float* parts, int64_t chunk, bool wide) {
   __shared__ float sums[kStrips][kColumns];
   const int lane = threadIdx.x % kLanes, strip = threadIdx.x / kLanes;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane * kVector;
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * chunk;
+  const int64_t last = first + chunk < p.rows ? first + chunk : p.rows;
   Values total = {}, run = {};
   int length = 0;
-  for (int64_t r = strip; r < p.rows && column < p.cols; r += kStrips) {
-    const int64_t row = r * p.cols;
-    const Values x = load<T>(p.dz, row + column, row + p.cols, wide);
-    for (int j = 0; j < kVector; ++j) run.v[j] += x.v[j];
-    if (++length == kRun) {
+  for (int64_t r = first + strip; r < last && column < p.cols; r += kAhead * kStrips) {
+    Values x[kAhead];
+    SPU_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      const int64_t row = r + a * kStrips;
+      x[a] = row < last ? load<T>(p.dz, row * p.cols + column, (row + 1) * p.cols, wide) : Values{};
+    }
+    SPU_UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+      for (int j = 0; j < kVector; ++j) run.v[j] += x[a].v[j];
+    }
+    length += kAhead;
+    if (length == kRun) {
       for (int j = 0; j < kVector; ++j) total.v[j] += run.v[j];
       run = Values{};
       length = 0;
@@ -121,11 +143,50 @@ __global__ void __launch_bounds__(kThreads) row_sums_kernel(RowSums p, bool wide
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (threadIdx.x >= kColumns || mine >= p.cols) return;
   const float sum = sums[0][threadIdx.x];
-  if (p.out != nullptr) return store_one<T>(p.out, mine, sum);
-  if (math::is_nonfinite<float>(sum)) raise_flag(p.found_inf);
-  const float value = sum * *p.inv_scale;
-  p.main_grad[mine] = p.accumulate ? p.main_grad[mine] + value : value;
+  if (parts != nullptr) {
+    parts[static_cast<int64_t>(blockIdx.y) * p.cols + mine] = sum;
+  } else {
+    finish_sum<T>(p, mine, sum);
+  }
 }
+
+// The second sum, a thread a column, over the parts in order.
+template <Type T>
+__global__ void __launch_bounds__(kThreads) row_parts_kernel(RowSums p, const float* parts, int count) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= p.cols) return;
+  float sum = 0.0f;
+  for (int i = 0; i < count; ++i) sum += parts[i * p.cols + column];
+  finish_sum<T>(p, column, sum);
+}
+
+template <Type T, Act A>
+__global__ void __launch_bounds__(kThreads, 4)
+    activation_kernel(const void* z, const void* gate, void* out, int64_t n, bool wide) {
+  for (int64_t i = first_value(); i < n; i += grid_values()) {
+    Values x = load<T>(z, i, n, wide);
+    if (gate != nullptr) {
+      const Values g = load<T>(gate, i, n, wide);
+      for (int j = 0; j < kVector; ++j) x.v[j] = math::activate<A, float>(g.v[j]) * x.v[j];
+    } else {
+      for (int j = 0; j < kVector; ++j) x.v[j] = math::activate<A, float>(x.v[j]);
+    }
+    store<T>(out, i, n, wide, x);
+  }
+}
+
+template <Type T>
+__global__ void __launch_bounds__(kThreads)
+    find_nonfinite_kernel(const void* values, float* found_inf, int64_t n, bool wide) {
+  bool bad = false;
+  for (int64_t i = first_value(); i < n; i += grid_values()) {
+    const Values x = load<T>(values, i, n, wide);
+    for (int j = 0; j < kVector; ++j) bad = bad || math::is_nonfinite<float>(x.v[j]);
+  }
+  if (bad) raise_flag(found_inf);
+}
+
+__device__ float zero_one[2] = {0.0f, 1.0f};
 
 template <class... P>
 bool all_aligned(P... pointers) {
@@ -167,12 +228,47 @@ void launch_unscale(Type type, const void* grad, float* main_grad, const float* 
   });
 }
 
-void launch_row_sums(const RowSums& sums, cudaStream_t stream) {
+void launch_row_sums(const RowSums& sums, Scratch& scratch, cudaStream_t stream) {
   if (sums.cols == 0) return;
   const bool wide = aligned16(sums.dz) && sums.cols * size_of(sums.type) % 16 == 0;
-  const unsigned blocks = static_cast<unsigned>((sums.cols + kColumns - 1) / kColumns);
-  with_type(sums.type,
-            [&](auto t) { launch(row_sums_kernel<decltype(t)::value>, blocks, kThreads, stream, sums, wide); });
+  const int64_t wanted = (sums.rows + kPartRows - 1) / kPartRows, most = wanted < kMostParts ? wanted : kMostParts;
+  const int64_t share = most > 1 ? (sums.rows + most - 1) / most : sums.rows;
+  const int64_t chunk = most > 1 ? (share + kStrips - 1) / kStrips * kStrips : share;
+  const int count = most > 1 ? static_cast<int>((sums.rows + chunk - 1) / chunk) : 1;
+  float* parts = nullptr;
+  if (count > 1) parts = static_cast<float*>(scratch.bytes(count * sums.cols * static_cast<int64_t>(sizeof(float))));
+  const dim3 blocks(static_cast<unsigned>((sums.cols + kColumns - 1) / kColumns), static_cast<unsigned>(count));
+  const unsigned columns = static_cast<unsigned>((sums.cols + kThreads - 1) / kThreads);
+  with_type(sums.type, [&](auto t) {
+    constexpr Type T = decltype(t)::value;
+    launch(row_sums_kernel<T>, blocks, kThreads, stream, sums, parts, chunk, wide);
+    if (count > 1) launch(row_parts_kernel<T>, columns, kThreads, stream, sums, parts, count);
+  });
+}
+
+void launch_activation(Type type, Act act, const void* z, const void* gate, void* out, int64_t n, cudaStream_t stream) {
+  if (n == 0) return;
+  const bool wide = all_aligned(z, gate, out);
+  with_type(type, [&](auto t) {
+    with_act(act, [&](auto a) {
+      launch(activation_kernel<decltype(t)::value, decltype(a)::value>, grid_for(n), kThreads, stream, z, gate, out, n,
+             wide);
+    });
+  });
+}
+
+void launch_find_nonfinite(Type type, const void* values, int64_t n, float* found_inf, cudaStream_t stream) {
+  if (n == 0) return;
+  const bool wide = aligned16(values);
+  with_type(type, [&](auto t) {
+    launch(find_nonfinite_kernel<decltype(t)::value>, grid_for(n), kThreads, stream, values, found_inf, n, wide);
+  });
+}
+
+const float* zero_and_one() {
+  void* address = nullptr;
+  check(cudaGetSymbolAddress(&address, zero_one), "cudaGetSymbolAddress");
+  return static_cast<const float*>(address);
 }
 
 void launch_convert(Type from, const void* src, Type to, void* dst, int64_t n, cudaStream_t stream) {

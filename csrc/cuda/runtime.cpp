@@ -29,15 +29,19 @@ CurrentStream current_stream() {
 
 }  // namespace
 
+cudaStream_t torch_stream(int device) {
+  void* stream = nullptr;
+  if (current_stream()(device, &stream) != 0) throw std::runtime_error("spu._cuda: torch has no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
 // torch's guard, not our runtime, restores the device: the runtimes share a thread's current context, and only torch's
 // must know which device it had.
 OnDevice::OnDevice(const torch::stable::Tensor& t)
     : guard_(std::make_unique<torch::stable::accelerator::DeviceGuard>(t.get_device_index())),
       index_(t.get_device_index()) {
   check(cudaSetDevice(index_), "cudaSetDevice");
-  void* stream = nullptr;
-  if (current_stream()(index_, &stream) != 0) throw std::runtime_error("spu._cuda: torch has no current CUDA stream");
-  stream_ = static_cast<cudaStream_t>(stream);
+  stream_ = torch_stream(index_);
 }
 
 OnDevice::~OnDevice() = default;

@@ -11,6 +11,9 @@
 namespace spu {
 namespace cuda {
 
+// Torch's current stream on a device.
+cudaStream_t torch_stream(int device);
+
 // Makes the tensor's device current for the life of the object; ops launch on stream().
 class OnDevice {
  public:

@@ -45,6 +45,20 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
   return new_empty_of(like, sizes, dtype);
 }
 
+// Memory on a tensor's device, held as long as this object lives: launches before that use it in the stream's order.
+class TensorScratch final : public Scratch {
+ public:
+  explicit TensorScratch(const Tensor& like) : like_(like) {}
+  void* bytes(int64_t count) override {
+    held_.push_back(new_empty(like_, {count}, ScalarType::Byte));
+    return held_.back().mutable_data_ptr();
+  }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> held_;
+};
+
 inline Tensor empty_as(const Tensor& like) {
   return new_empty(like, sizes_of(like), like.scalar_type());
 }

@@ -12,6 +12,11 @@ namespace spu {
 namespace cuda {
 
 #define SPU_DEVICE static __device__ __forceinline__
+#if defined(__CUDACC__)
+#define SPU_UNROLL _Pragma("unroll")
+#else
+#define SPU_UNROLL
+#endif
 
 constexpr int kVector = 8;  // values a thread handles at once
 constexpr int kThreads = 256;

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-KINDS = ("tile", "persistent", "descriptor", "split", "torch")
+KINDS = ("tile", "persistent", "descriptor", "split", "torch", "cublaslt")
+LIBRARY_OPS = ("linear", "linear_dx", "linear_dz_dx", "linear_dw")  # those that have the kind "cublaslt"
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRODUCTS = (
     "linear", "linear_dx", "linear_dz_dx", "linear_dw", "gated_linear", "gated_dh", "gated_dx", "linear_ce",
@@ -25,8 +26,10 @@ class Config:
     Attributes:
         kind: "tile" one program a tile; "persistent" a program walks over tiles; "descriptor" persistent with tensor
             descriptors (TMA, sm_90 and later); "split" the inner dimension in ``split_k`` parts, added up in order by a
-            second kernel; "torch" the product by torch (cuBLAS) and our epilogue after it. ``linear_dz_dx`` applies
-            its derivative as a "tile" loads its operand; before every other kind in a pass of its own.
+            second kernel; "torch" the product by torch (cuBLAS) and our epilogue after it; "cublaslt" by cuBLASLt with
+            as much of the epilogue as it has (``library.py``), for ``LIBRARY_OPS`` and 16-bit operands, and like
+            "torch" where there is none or it takes no such product. ``linear_dz_dx`` applies its derivative as a "tile"
+            loads its operand; before every other kind in a pass of its own.
         block_m, block_n, block_k: rows, columns and inner extent of a tile.
         group_m: rows of tiles that are walked together, for the L2 cache.
         num_warps, num_stages: Triton's.

@@ -39,6 +39,9 @@ _DESCRIPTORS_FROM = 90
 _LARGE_DESCRIBED = (90, 100)  # whose accumulators leave room: wgmma and tcgen05 take operands from shared memory
 _DESCRIBED = ("gated_linear", "gated_dh", "gated_dx", "linear_ce")
 _WALKED = ("linear", "linear_dx", "linear_dw")
+# On sm_90, until somebody measures: cuBLAS's products use what Triton's compiler has no words for (a tile's epilogue
+# beside the next one's products), and an epilogue of ours after them costs a few percent.
+_BY_LIBRARY = {"linear": ("medium", "large"), "linear_dx": ("medium", "large")}
 
 
 def nearest(arch: int) -> int:
@@ -48,11 +51,22 @@ def nearest(arch: int) -> int:
 
 def config(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     """Return the derived configuration of one product."""
+    on_load = op == "linear_dz_dx" and shape_class in ("skinny", "small")
+    product = "linear_dx" if op == "linear_dz_dx" and not on_load else op
+    if arch == 90 and dtype != "fp32" and shape_class in _BY_LIBRARY.get(product, ()):
+        return Config("cublaslt")
+    return of_triton(arch, op, dtype, shape_class)
+
+
+def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
+    """Return the derived configuration of one product by a kernel of ours, where the architecture has tensor cores for
+    it.
+    """
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
     on_load = op == "linear_dz_dx" and shape_class in ("skinny", "small")
     if op == "linear_dz_dx" and not on_load:
-        return config(arch, "linear_dx", dtype, shape_class)
+        return of_triton(arch, "linear_dx", dtype, shape_class)
     if dtype == "fp32":  # multiplied as fp32, on the ordinary units; descriptors load 16 bits only
         kind = "persistent" if op in _WALKED and shape_class in ("medium", "large") else "tile"
         return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, 2), op, shape_class)

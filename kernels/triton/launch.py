@@ -107,7 +107,7 @@ def for_alignment(config: Config, dtype: torch.dtype, strides: tuple[int, ...]) 
 
 @lru_cache(maxsize=256)
 def _small(config: Config) -> Config:
-    kind = config.kind if config.kind in ("split", "torch") else "tile"
+    kind = config.kind if config.kind in ("split", "torch", "cublaslt") else "tile"
     sizes = min(config.block_m, 64), min(config.block_n, 64), min(config.block_k, 32)
     return Config(kind, *sizes, config.group_m, 8, min(config.num_stages, 3), config.split_k, half=config.half)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spu.kernels import library
 from spu.kernels.accumulation import SAMPLED_ROWS, wanted, watch_of
 from spu.kernels.config import Config
 from spu.kernels.finish import column_sums, finish, finish_main_grad
@@ -93,6 +94,8 @@ def plan(
         # Its loads take addresses from the registers that descriptors leave free.
         config = dataclasses.replace(config, kind="persistent", block_n=min(config.block_n, _POINTER_COLUMNS))
     kind = config.kind
+    if kind == "cublaslt" and (k == 0 or not library.serves(dtype, device)):
+        kind = "torch"
     parts = min(config.split_k, ceil_div(k, config.block_k)) if kind == "split" else 1
     if kind == "split" and parts < 2:
         kind, parts = "tile", 1
@@ -151,7 +154,7 @@ def multiply(
         found = config_for(op, a.dtype, a.device, (a.shape[0], b.shape[1], a.shape[1]))
         given = config or for_alignment(found, a.dtype, (*a.stride(), *b.stride(), b.shape[1]))
         config = _in_half(given)
-        if given.kind != "torch" and watch.due():
+        if given.kind not in ("torch", "cublaslt") and watch.due():
             step = max(1, a.shape[0] // SAMPLED_ROWS)
             rows = a[::step][:SAMPLED_ROWS]
             half, full = torch.empty(2, len(rows), b.shape[1], dtype=torch.float32, device=a.device)
@@ -180,8 +183,9 @@ def _multiply(
     )  # fmt: skip
     strides = a.stride() + b.stride()
     found = plan(op, a.dtype, a.device, (m, n, k), strides, aligned, form, config)
-    if found.kind == "torch":
-        _by_torch(a, b, out, e)
+    if found.kind in ("torch", "cublaslt"):
+        if found.kind == "torch" or not _by_library(a, b, out, e):
+            _by_torch(a, b, out, e)
         return
     target = out
     if found.kind == "split":
@@ -227,6 +231,17 @@ def add_column_sums(x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: 
         return
     parts, count = column_sums(x)
     finish_main_grad(parts, main_grad, inv_scale, found_inf, accumulate, count)
+
+
+def _by_library(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> bool:
+    """Multiply by cuBLASLt with its epilogue; False, with nothing done, if it takes no such product."""
+    if not e.main_grad:
+        return library.product(a, b, out, bias=e.bias, activation=e.activation, preact=e.preact)
+    assert e.inv_scale is not None
+    done = library.add_weight_gradient(a, b, out, e.inv_scale, e.found_inf, e.accumulate)
+    if done:
+        _sum_bias(a, e)
+    return done
 
 
 def _by_torch(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> None:

@@ -159,6 +159,11 @@ inline cudaError_t cudaHostGetDevicePointer(void** address, void* host, unsigned
   *address = host;
   return cudaSuccess;
 }
+template <class Symbol>
+cudaError_t cudaGetSymbolAddress(void** address, Symbol& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
 constexpr int cudaDevAttrMultiProcessorCount = 16;
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
   *value = 1;

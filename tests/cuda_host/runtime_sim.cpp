@@ -4,6 +4,10 @@
 namespace spu {
 namespace cuda {
 
+cudaStream_t torch_stream(int) {
+  return nullptr;
+}
+
 OnDevice::OnDevice(const torch::stable::Tensor&) : index_(0) {}
 OnDevice::~OnDevice() = default;
 int OnDevice::capability() const {

@@ -2,8 +2,8 @@
 
 The tiles come from a table of the same form as Triton's (``spu.kernels.table``): the user's own measurement,
 ``cuda_<arch>.json`` beside ``spu tune``'s table, else the derived one below. A row is a product, dtype and shape class;
-its configuration names one of the two tiles that the products are compiled with (``csrc/cuda/gemm_mma.cu``). sm_90a has
-one tile, which serves whatever the table says.
+its configuration names one of the two tiles that the products are compiled with (``csrc/cuda/gemm_mma.cu``), or
+cuBLASLt (kind "cublaslt"). sm_90a has one tile, which serves whatever tile the table names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from spu.common.dtypes import HALVES, NAMES
-from spu.kernels import table
+from spu.kernels import derive, table
 from spu.kernels.config import CLASSES, PRODUCTS, Config, Entry, Table, arch_name
 
 __all__ = [
@@ -49,18 +49,22 @@ def tiles(arch: int) -> dict[str, Config]:
 def candidates(arch: int, op: str) -> list[Config]:
     """Return the configurations that a measurement of one of ``FORMS`` has to try."""
     found = tiles(arch)
-    return [found["large"]] if op == "linear_dw" else list(found.values())
+    return [*([found["large"]] if op == "linear_dw" else found.values()), Config("cublaslt")]
 
 
 def derived(arch: int) -> Table:
-    """Return a table without measurements: small tiles where large ones are fewer than multiprocessors."""
+    """Return a table without measurements: small tiles where large ones are fewer than multiprocessors, and on sm_90
+    what Triton's table has by cuBLASLt.
+    """
     known = tiles(arch)
     entries = {}
     for op in FORMS:
         for dtype in _DTYPES:
             for shape_class in CLASSES:
                 small = "small" in known and op != "linear_dw" and shape_class not in ("medium", "large")
-                entries[f"{op}/{dtype}/{shape_class}"] = Entry(known["small" if small else "large"])
+                elsewhere = derive.config(arch, op, dtype, shape_class)
+                config = elsewhere if elsewhere.kind == "cublaslt" else known["small" if small else "large"]
+                entries[f"{op}/{dtype}/{shape_class}"] = Entry(config)
     return Table(f"sm_{arch}", "derived", entries, {"note": "worked out, never measured"})
 
 
@@ -71,7 +75,8 @@ def tile_table(capability: tuple[int, int]) -> Table:
 
 
 def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None = None) -> bytes:
-    """Return a table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile.
+    """Return a table as ``spu._cuda.set_tiles`` takes it: a byte for each form, dtype and class, 1 for the small tile,
+    2 for cuBLASLt.
 
     Args:
         trial: rows that come before the table's: a measurement sets one of ``candidates`` after the other with
@@ -80,7 +85,8 @@ def packed_tiles(capability: tuple[int, int], trial: Mapping[str, Entry] | None 
     fallback = derived(10 * capability[0] + capability[1]).entries
     rows = {**fallback, **tile_table(capability).entries, **(trial or {})}
     keys = [f"{op}/{dtype}/{name}" for op in FORMS for dtype in _DTYPES for name in CLASSES]
-    return bytes(int(rows[key].config.block_m < 128) for key in keys)
+    configs = [rows[key].config for key in keys]
+    return bytes(2 if config.kind == "cublaslt" else int(config.block_m < 128) for config in configs)
 
 
 def serves(architectures: str, capability: tuple[int, int]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spu.kernels.config import Config
+from spu.kernels.config import LIBRARY_OPS, Config
 from spu.kernels.derive import SHARED_BYTES
 
 __all__ = ["REPRESENTATIVE", "call_of", "candidates"]
@@ -42,10 +42,12 @@ def candidates(op: str, dtype: torch.dtype, shape_class: str, arch: int) -> list
     Args:
         arch: 80 for sm_80.
     """
+    wide = dtype == torch.float32
     found = [Config("torch")]
+    if op in LIBRARY_OPS and not wide:
+        found.append(Config("cublaslt"))
     if arch < 80:
         return found
-    wide = dtype == torch.float32
     for tile in _FP32_TILES if wide else _SKINNY_TILES if shape_class == "skinny" else _TILES:
         rows, columns, inner, warps, stages = tile
         config = Config("tile", rows, columns, inner, 8, warps, stages)
