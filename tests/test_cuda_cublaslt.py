@@ -16,8 +16,8 @@ from typing import Any
 import cuda_sim
 import pytest
 import torch
+from activations import ACTIVATIONS
 from numeric import assert_close_to_truth, assert_equal
-from test_cpu_kernels import ACTIVATIONS
 
 from spu import kernels
 from spu.kernels import library, multiply
