@@ -27,7 +27,7 @@ if "--dry" in sys.argv:  # read when triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from cases import STEP, Case, cases, on_card, rehearsal
+from cases import BARE, MEGATRON, STEP, Case, cases, on_card, rehearsal
 
 Row = dict[str, Any]
 _SQUARE = "8192x8192x8192"
@@ -85,23 +85,27 @@ def targets(rows: list[Row]) -> list[str]:
     def ratio(group: str, shape: str) -> float:
         return best(group, shape, False) / best(group, shape, True)
 
+    def of_bare(group: str, shape: str) -> float:
+        return took.get((group, shape, BARE), math.nan) / best(group, shape, True)
+
     lines = []
     for size in (4096, 8192):
         shape = f"{size}x{size}x{size}"
         lines.append(f"forward at {shape}: {ratio('forward bias+gelu', shape):.2f}x the best of torch (aim 1.0)")
+        for group in ("forward bias+gelu", "dx", "dw into fp32"):
+            lines.append(f"{group} at {shape}: {of_bare(group, shape):.2f} of cuBLAS's bare product (aim 0.97)")
     lines.append(f"{STEP} at {_SQUARE}: {ratio(STEP, _SQUARE):.2f}x the best of torch (aim 1.0)")
     layers = [s for s in on_card().shapes() if s[1] != s[2] and 256 <= s[0] <= 4096]
-    steps = [
-        took[STEP, name, "torch autocast"] / best(STEP, name, True)
-        for name in ("x".join(map(str, s)) for s in layers)
-        if (STEP, name, "torch autocast") in took
-    ]
-    steps = [value for value in steps if not math.isnan(value)]
-    if steps:
-        mean = math.exp(sum(map(math.log, steps)) / len(steps))
-        lines.append(
-            f"steps of {len(steps)} decoder layers, 256 to 4,096 tokens: {mean:.2f}x torch autocast (aim 1.15)"
-        )
+    for peer, aim in (("torch autocast", 1.15), (MEGATRON, 1.05)):
+        names = ["x".join(map(str, s)) for s in layers]
+        steps = [took[STEP, n, peer] / best(STEP, n, True) for n in names if (STEP, n, peer) in took]
+        steps = [value for value in steps if not math.isnan(value)]
+        if steps:
+            mean = math.exp(sum(map(math.log, steps)) / len(steps))
+            lines.append(f"steps of {len(steps)} decoder layers, 256 to 4,096 tokens: {mean:.2f}x {peer} (aim {aim})")
+    for group, shape in {(g, s) for g, s, _ in took if g == "causal attention step"}:
+        cudnn = took.get((group, shape, "SDPA cuDNN"), math.nan)
+        lines.append(f"{group} at {shape}: {cudnn / best(group, shape, True):.2f}x cuDNN's (aim 1.0)")
     for group, aim in (("pack", 0.8), ("unpack", 0.8), ("adamw", 0.85)):
         found = [value for (g, peer), value in share.items() if g.split()[0] == group and peer.startswith("spu")]
         if found:

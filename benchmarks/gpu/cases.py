@@ -1,8 +1,10 @@
 """What ``bench.py`` measures: calls of ours and of their peers on the same values.
 
-Ours come by backend ("spu triton", "spu cuda" where it is built, "spu cuBLAS": torch's product with our epilogue);
-peers are plain torch (cuBLAS), torch.compile and, where it is installed, Liger. Whatever a peer cannot do raises when
-its call is made, and becomes a row that says so.
+Ours come by backend ("spu triton", "spu cuda" where it is built; "spu cuBLAS": torch's product with our epilogue, "spu
+cuBLASLt": with its own); peers are plain torch (cuBLAS), torch.compile, the step as Megatron makes it (fp16 weights,
+``main_grad.add_(grad)``), SDPA by each of its kernels and, where it is installed, Liger. "cuBLAS, bare" is the product
+alone, which the fused ones are to come near. Whatever a peer cannot do raises when its call is made, and becomes a row
+that says so.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peers import attention_step, megatron_step
 from torch import Tensor, nn
 
 Call = Callable[[], object]
 Shape = tuple[int, int, int]  # rows, out, in
 _OURS = ("spu triton", "spu cuda")
+_KINDS = {"spu cuBLAS": "torch", "spu cuBLASLt": "cublaslt"}  # configurations that the tables may name
+BARE = "cuBLAS, bare"
 _GIGABYTE = 1 << 30
 MICROBATCHES = 4  # of a step: AMP unscales once for all of them
 STEP = f"step of {MICROBATCHES} microbatches"
+MEGATRON = "torch, Megatron-style"
 
 
 @dataclass(frozen=True)
@@ -106,15 +112,55 @@ def _forward(at: Setting, shape: Shape, peer: str) -> Call:
     def eager() -> Tensor:
         return F.gelu(F.linear(x, w, b), approximate="tanh")
 
-    if peer == "spu cuBLAS":
-        return lambda: kernels.linear_fwd(x, w, b, "gelu_tanh", config=Config("torch"))
+    if peer in _KINDS:
+        return lambda: kernels.linear_fwd(x, w, b, "gelu_tanh", config=Config(_KINDS[peer]))
     if peer in _OURS:
         with ops.use_backend(_backend(peer)):
             op = getattr(torch.ops.spu.linear, _backend(peer))
         return lambda: op(x, w, b, "gelu_tanh", False)
+    if peer == BARE:
+        return lambda: F.linear(x, w)
     if peer == "torch addmm + gelu":
         return lambda: torch._addmm_activation(b, x, w.t(), use_gelu=True)
     return torch.compile(eager) if peer == "torch.compile" else eager
+
+
+def _input_gradient(at: Setting, shape: Shape, peer: str) -> Call:
+    """dx = dz @ w in fp16."""
+    from spu import kernels, ops
+    from spu.kernels.config import Config
+
+    rows, out, inner = shape
+    dz, w = at.random(rows, out), at.random(out, inner)
+    if peer in _KINDS:
+        return lambda: kernels.linear_dx(dz, w, config=Config(_KINDS[peer]))
+    if peer in _OURS:
+        with ops.use_backend(_backend(peer)):
+            op = getattr(torch.ops.spu.linear_dx, _backend(peer))
+        return lambda: op(dz, w)
+    return lambda: dz @ w
+
+
+def _weight_gradient(at: Setting, shape: Shape, peer: str) -> Call:
+    """main_grad += inv_scale * dz.T @ x: fp16 operands, fp32 sums. torch's: unscaled."""
+    from spu import kernels, ops
+    from spu.kernels.config import Config
+
+    rows, out, inner = shape
+    dz, x, main = at.random(rows, out), at.random(rows, inner), torch.zeros(out, inner, device=at.device)
+    scale, found = torch.ones(1, device=at.device), torch.zeros(1, device=at.device)
+    if peer in _KINDS:
+        return lambda: kernels.linear_dw_(dz, x, main, scale, found, True, config=Config(_KINDS[peer]))
+    if peer in _OURS:
+        with ops.use_backend(_backend(peer)):
+            op = getattr(torch.ops.spu.linear_dw_, _backend(peer))
+        return lambda: op(dz, x, main, scale, found, True)
+    if peer == "cuBLAS, fp32 C":
+        addmm = torch.ops.aten.addmm.dtype_out
+        return lambda: addmm(main, dz.t(), x, torch.float32, out=main)
+    if peer == BARE:
+        return lambda: dz.t() @ x
+    return lambda: main.add_(dz.t() @ x)
 
 
 def _step(at: Setting, shape: Shape, peer: str) -> Call:
@@ -123,6 +169,8 @@ def _step(at: Setting, shape: Shape, peer: str) -> Call:
     x, dy = at.random(rows, inner).requires_grad_(), at.random(rows, out)
     if peer in _OURS:
         return _spu_step(x, dy, nn.Linear(inner, out).to(at.device).half(), _backend(peer))
+    if peer == MEGATRON:
+        return megatron_step(x, dy, nn.Linear(inner, out).to(at.device).half(), MICROBATCHES)
     layer = nn.Linear(inner, out).to(at.device)  # autocast keeps fp32 weights and gradients
     scaler = torch.amp.GradScaler(at.device, init_scale=1024.0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
@@ -216,6 +264,14 @@ def _cross_entropy(at: Setting, peer: str) -> Call:
     return step
 
 
+def _attention(at: Setting, peer: str) -> Call:
+    """One sequence, heads of 128, a quarter of them for keys and values."""
+    tokens, heads = at.tokens[0], max(at.decoders[0][0] // 128, 4)
+    size = 128 if at.device == "cuda" else 16
+    q, k, v = (at.random(1, tokens, h, size).requires_grad_() for h in (heads, heads // 4, heads // 4))
+    return attention_step(q, k, v, at.random(1, tokens, heads, size), peer)
+
+
 def _pack(at: Setting, codec: str, unpack: bool, peer: str) -> Call:
     from spu import ops
 
@@ -269,9 +325,13 @@ def cases(at: Setting) -> Iterator[Case]:
     """Everything that is measured, what matters most first."""
     for shape in at.shapes():
         flops, compiled = 2.0 * shape[0] * shape[1] * shape[2], ["torch.compile"] if shape in at.compiled else []
-        for peer in (*_OURS, "spu cuBLAS", "torch eager (cuBLAS)", "torch addmm + gelu", *compiled):
+        for peer in (*_OURS, *_KINDS, BARE, "torch eager (cuBLAS)", "torch addmm + gelu", *compiled):
             yield Case("forward bias+gelu", name_of(shape), peer, flops, 0.0, partial(_forward, at, shape, peer))
-        for peer in (*_OURS, "torch autocast", *compiled):
+        for peer in (*_OURS, *_KINDS, BARE):
+            yield Case("dx", name_of(shape), peer, flops, 0.0, partial(_input_gradient, at, shape, peer))
+        for peer in (*_OURS, *_KINDS, BARE, "cuBLAS, fp32 C", "torch mm + add"):
+            yield Case("dw into fp32", name_of(shape), peer, flops, 0.0, partial(_weight_gradient, at, shape, peer))
+        for peer in (*_OURS, "torch autocast", MEGATRON, *compiled):
             yield Case(STEP, name_of(shape), peer, 3 * MICROBATCHES * flops, 0.0, partial(_step, at, shape, peer))
     yield from _memory_cases(at)
     liger = ["Liger"] if importlib.util.find_spec("liger_kernel") else []
@@ -281,6 +341,10 @@ def cases(at: Setting) -> Iterator[Case]:
         for peer in (*_OURS, "torch eager", *compiled, *liger):
             flops = 18.0 * tokens * inner * hidden
             yield Case("gated MLP step", name_of(shape), peer, flops, 0.0, partial(_gated, at, shape, peer))
+    for peer in ("spu attention", "SDPA flash", "SDPA cuDNN"):  # causal: half of the scores, forward and twice back
+        flops = 7.0 * at.tokens[0] ** 2 * max(hidden // 128, 4) * 128
+        size = f"1x{at.tokens[0]}x{max(hidden // 128, 4)}x128"
+        yield Case("causal attention step", size, peer, flops, 0.0, partial(_attention, at, peer))
     shape = (at.tokens[0], at.vocabulary, hidden)
     for peer in (*_OURS, "torch eager", *liger):
         flops = 6.0 * shape[0] * shape[1] * shape[2]
