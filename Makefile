@@ -3,6 +3,7 @@
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
+# make gpu-prepare, gpu-lease, gpu-again   for a GPU that is there for minutes: DEVELOPERS.md says in which order
 # make aot     compile every Triton kernel for every architecture, check it, write build/aot.md (ARGS="--dtypes fp16")
 # make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
 # make fresh   the readme's install in a fresh environment: minutes, and the big download
@@ -73,6 +74,17 @@ HAS_TORCH := -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("tor
 $(GPU_PHASES):
 	@if $(PYTHON) $(HAS_TORCH); then python=$(PYTHON); else $(MAKE) --no-print-directory $(VENV)/.test; python=$(BIN)/python; fi; \
 	    $$python benchmarks/gpu/phases.py $(@:gpu-%=%) $(if $(DRY),--dry)
+
+# A GPU for minutes: what can be made at home is made there, one command asks everything, another what is left.
+# LEASE_PYTHON: an interpreter with the other machine's torch and Triton, in place of one that is made (gigabytes).
+.PHONY: gpu-prepare gpu-lease gpu-again
+gpu-prepare:
+	@mkdir -p build/gpu-prepare
+	$(PYTHON) benchmarks/gpu/prepare.py $(ARGS) $(if $(DRY),--dry)
+
+gpu-lease gpu-again:
+	@if $(PYTHON) $(HAS_TORCH); then python=$(PYTHON); else $(MAKE) --no-print-directory $(VENV)/.test; python=$(BIN)/python; fi; \
+	    $$python benchmarks/gpu/lease.py $(if $(filter gpu-again,$@),--again) $(ARGS) $(if $(DRY),--dry)
 
 # Half an hour on two cores; what was compiled is remembered, so that a second run takes a minute.
 aot: $(VENV)/.test

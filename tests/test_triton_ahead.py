@@ -110,7 +110,7 @@ def test_what_is_compiled_ahead_has_the_key_of_the_launch(
     with monkeypatch.context() as patch:
         compiles(made, patch, triton)
         for one in kept:
-            ahead._compile(one, ARCH)
+            ahead.compiled(one, ARCH)
     wanted = of_the_card()
     assert len(wanted) > 25
     assert made == wanted

@@ -148,7 +148,8 @@ def recording(arch: int = 90, processors: int = 132) -> Iterator[dict[Launch, No
     """Keep launches (each once, in order) inside, and do not run them. In all threads; one recording at a time.
 
     CPU tensors stand for those of a GPU of ``arch`` (80 is sm_80) with so many multiprocessors: its table gives the
-    configurations, and persistent grids are as large as there.
+    configurations, and persistent grids are as large as there. A process whose first use of the ``triton`` backend is
+    inside can use it on CPU tensors, as in ``use_backend("triton")``; results are not computed.
     """
     kept: dict[Launch, None] = {}
 
@@ -172,7 +173,8 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
 
 
-def _compile(launch: Launch, arch: int) -> Any:
+def compiled(launch: Launch, arch: int) -> Any:
+    """Return Triton's compiled kernel; its ``hash`` is the name of its folder in the cache."""
     return triton.compile(_source(launch), target=_target(arch), options=dict(launch.options))
 
 
@@ -184,7 +186,7 @@ def build(launch: Launch, arch: int, listing: bool = True) -> Built:
     Raises:
         whatever Triton raises when a kernel does not compile, or does not fit.
     """
-    made = _compile(launch, arch)
+    made = compiled(launch, arch)
     ptx = made.asm["ptx"]
     widest_load, widest_store = access_bytes(ptx)
     registers, stack, found = _resources(made.asm["cubin"], arch, listing)

@@ -60,6 +60,11 @@ def standing_for(capability: tuple[int, int], processors: int) -> Iterator[None]
         table.forget()
 
 
+def stands_for_a_gpu() -> bool:
+    """Tell whether CPU tensors stand for those of a GPU now."""
+    return bool(_STOOD_FOR)
+
+
 @table.follows_tables
 @lru_cache(maxsize=64)
 def capability(device: torch.device) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -114,8 +115,8 @@ def _load_triton() -> BackendStatus:
 
     if importlib.util.find_spec("triton") is None:
         return unavailable("triton is not installed", "pip install 'triton>=3.6,<3.10'")
-    cuda = torch.cuda.is_available()
-    if not cuda and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    cuda, recorded = torch.cuda.is_available(), _launches_are_recorded()
+    if not cuda and not recorded and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return unavailable(
             "torch sees no CUDA device",
             "set TRITON_INTERPRET=1 before the start to run its kernels, slowly, on the CPU",
@@ -124,8 +125,7 @@ def _load_triton() -> BackendStatus:
         backend = importlib.import_module("spu.kernels.backend")
     except ImportError as error:
         return unavailable(f"spu.kernels cannot be imported: {error}", "pip install --upgrade 'triton>=3.6,<3.10'")
-    interpreted = backend.interpreted()
-    device_types = ("cuda", "cpu") if interpreted else ("cuda",)
+    device_types = ("cuda", "cpu") if recorded or backend.interpreted() else ("cuda",)
 
     def pack(x: Tensor, codec: str) -> Tensor:
         return backend.IMPLEMENTATIONS["pack"](x, codec, wire.header(x.shape, x.dtype, codec))  # type: ignore[no-any-return]
@@ -135,6 +135,12 @@ def _load_triton() -> BackendStatus:
     schema.register_backend("triton", guarded, *(name.upper() for name in device_types))
     composed = tuple(sorted(name for name in COMPOSED if name not in kernels))
     return BackendStatus("triton", True, device_types=device_types, composed=composed)
+
+
+def _launches_are_recorded() -> bool:
+    """Tell whether this is inside ``spu.kernels.ahead.recording``, which takes CPU tensors for those of a GPU."""
+    launch = sys.modules.get("spu.kernels.launch")
+    return launch is not None and launch.stands_for_a_gpu()
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
