@@ -114,6 +114,7 @@ class Lease:
         if self._state_file.is_file():
             self.state = json.loads(self._state_file.read_text())
         self._carried: dict[str, str] = {}
+        self._compiling: subprocess.Popen[bytes] | None = None
 
     def begin(self, again: bool) -> None:
         """Take out what was carried; forget an earlier run unless this one goes on with it."""
@@ -124,6 +125,18 @@ class Lease:
         self._carried, row = unpacked(ROOT / "build" / "gpu-prepare", WORK / "carried")
         self._line({"part": "carried", **row})
         self._say(f"carried: {row}")
+        if row["carried"] and not row["cache"] and not self.dry:
+            self._compile_here()
+
+    def _compile_here(self) -> None:
+        """Compile, beside the first parts, what was carried for another Triton; it ends with this command."""
+        command = [sys.executable, str(HERE / "carry.py"), "--cache", self._carried["TRITON_CACHE_DIR"], "--jobs", "10"]
+        paths = [str(HERE), *filter(None, [self._carried.get("PYTHONPATH"), os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        with (WORK / "carry.log").open("w") as log:
+            self._compiling = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def run(self, part: Part, seconds: float) -> str:
         """Run a part for at most so long; return "passed", "failed" or "cut"."""
@@ -145,7 +158,9 @@ class Lease:
         return self._ends - time.monotonic()
 
     def end(self, wanted: list[Part]) -> int:
-        """Print the table last, where a reader of the output's end finds it."""
+        """Print the table last, where a reader of the output's end finds it; return 1 unless all have passed."""
+        if self._compiling is not None:
+            _kill(self._compiling)
         for part in wanted:
             self._say(f"{self.state.get(part.name, 'not run'):8} {part.name}")
         for line in _best_lines(self.out / "results.jsonl"):
@@ -196,7 +211,7 @@ class Lease:
                 file.write(line + "\n")
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -84,28 +84,34 @@ def unpacked(prepared: Path, into: Path) -> tuple[dict[str, str], dict[str, Any]
     ]  # fmt: skip
     if wrong:
         raise SystemExit(f"{carry}: {', '.join(wrong[:5])} differ from the manifest: run `make gpu-prepare` again")
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir(parents=True)
+    identity = hashlib.sha256((carry / "manifest.json").read_bytes()).hexdigest()
+    if not (into / identity).exists():  # a second run keeps what the first has compiled
+        shutil.rmtree(into, ignore_errors=True)
+        (into / "triton").mkdir(parents=True)
+        _take_out(carry, into)
+        (into / identity).touch()
     here, made_for, now = interpreter(), manifest["made_for"], sources()
     row: dict[str, Any] = {"carried": True, "here": here, "made_for": made_for}
     row["stale"] = [name for name in now if now[name] != manifest["sources"][name]]
     row["package"] = here["python"] == made_for["python"]
     row["cache"] = all(here.get(key) == made_for[key] for key in ("python", "triton", "libtriton"))
-    environment, paths = {"TRITON_CACHE_DIR": str(into / "triton")}, []
-    (into / "triton").mkdir()
+    row["kernels"] = sum(1 for _ in (into / "triton").glob("*/*.cubin"))
+    environment = {"TRITON_CACHE_DIR": str(into / "triton")}
+    if row["package"]:
+        overlay(into / "site")  # the sources that travel are the newest
+        environment["PYTHONPATH"] = os.pathsep.join([str(into / "site"), str(into / "wheels")])
+    return environment, row
+
+
+def _take_out(carry: Path, into: Path) -> None:
     if (carry / "triton.tar.xz").is_file():
         with tarfile.open(carry / "triton.tar.xz") as archive:
             archive.extractall(into / "triton", filter="data")
-        row["kernels"] = sum(1 for _ in (into / "triton").glob("*/*.cubin"))
-    if row["package"]:
+    if (carry / "site").is_dir():
         shutil.copytree(carry / "site", into / "site")
-        overlay(into / "site")  # the sources that travel are the newest
-        for wheel in sorted((carry / "wheels").glob("*.whl")) if (carry / "wheels").is_dir() else ():
-            zipfile.ZipFile(wheel).extractall(into / "wheels")
-            paths.append(str(into / "wheels"))
-        paths.insert(0, str(into / "site"))
-        environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return environment, row
+    for wheel in carry.glob("wheels/*.whl"):
+        with zipfile.ZipFile(wheel) as archive_of_one:
+            archive_of_one.extractall(into / "wheels")
 
 
 def overlay(site: Path) -> None:
