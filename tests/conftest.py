@@ -76,6 +76,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+# Files whose subject is the counting, or what it calls and warns of.
+COUNTED_ANEW = ("test_cost_count", "test_cost_blueprint", "test_trainer_planner")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def costs_counted_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Trainers count the costs of a model once in a process, not in each test."""
+    if request.path.stem in COUNTED_ANEW:
+        yield
+        return
+    from counted import counted_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spu.trainer.planner.model_costs", counted_once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers in every test, whichever tests ran before it."""

@@ -16,8 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo.config  # noqa: F401  (what fake tensors import, with the next ones once, before the forks)
+
+from spu import ModelParallelTrainer  # noqa: F401
 from spu.cli.app import main
-from spu.train import loop as run  # noqa: F401  (imported once, before the forks)
+from spu.train import loop as run  # noqa: F401
 from spu.train.metrics import read_metrics, train_rows
 
 CONFIG = {

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 import spu
 from spu import DeviceManager, LayerRandomness, ModelParallelTrainer
-from spu.trainer import planner
 
 # schedule, devices, stages on each
 SCHEDULES = [
@@ -33,35 +32,6 @@ SCHEDULES = [
 every_schedule = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SCHEDULES)
 some_schedules = pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("gpipe", 3, 1), ("zbv", 2, 2)])
 with_and_without_recompute = pytest.mark.parametrize("recompute", [False, True])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def costs_counted_once() -> Iterator[None]:
-    """Count the costs of each model once, in modules that import this: most of many tests' time went into that."""
-    known: dict[Any, Any] = {}
-    count = planner.model_costs
-
-    def of(layer: Any) -> Any:
-        kinds = tuple(type(module) for module in layer.module.modules())
-        return (
-            layer.name,
-            repr(layer.module),
-            kinds,
-            tuple((p.shape, p.requires_grad) for p in layer.module.parameters()),
-        )
-
-    def counted(layers: Any, sample: Any, dtype: torch.dtype, **how: Any) -> Any:
-        given = pytree.tree_leaves((sample, how["targets"]))
-        shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in given if isinstance(t, torch.Tensor))
-        rest = repr({key: value for key, value in how.items() if key != "targets"})
-        key = (tuple(map(of, layers)), shapes, dtype, rest, spu.ops.forced_backend())
-        if key not in known:
-            known[key] = count(layers, sample, dtype, **how)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "model_costs", counted)
-        yield
 
 
 @pytest.fixture

@@ -21,8 +21,10 @@ import accelerate  # noqa: F401  (imported once, before the forks)
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch
+import torch._dynamo.config
 import transformers  # noqa: F401
 
+from spu import ModelParallelTrainer  # noqa: F401
 from spu.cli.app import main
 from spu.train import chat, loop  # noqa: F401
 

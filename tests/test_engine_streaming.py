@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import costs_counted_once, devices, reference
+from pipelines import devices, reference
 from streamed_runs import LAYERS, MIXED, MIXED_TIE, Lazy, batches, make, model, trained
 from torch import nn
 
@@ -17,7 +17,7 @@ from spu import ModelParallelTrainer
 from spu.engine.engine import StageError
 from spu.memory.store import StoreError
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 
 @pytest.mark.parametrize(

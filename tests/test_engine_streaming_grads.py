@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checked_streams import CheckedStreams
-from pipelines import costs_counted_once, devices, reference
+from pipelines import devices, reference
 from streamed_runs import Lazy, batches, make, model, trained
 from torch import nn
 
@@ -19,7 +19,7 @@ from spu.memory.slab import Slab
 from spu.memory.unit import narrow, piece
 from spu.optim.adamw import AdamW
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 BF16 = torch.bfloat16
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checked_streams import CheckedStreams, Moment, watched
-from pipelines import costs_counted_once, reference
+from pipelines import reference
 from streamed_runs import MIXED, MIXED_TIE, Lazy, batches, make, model, trained
 from torch import nn
 
@@ -26,7 +26,7 @@ from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
 from spu.optim.adamw import AdamW
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 EXPECTED: dict[tuple[Any, ...], list[Any]] = {}  # of resident runs
 

@@ -14,15 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
-from pipelines import costs_counted_once, devices
+from pipelines import devices
 from torch import nn
 
 import spu
 from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
 from spu.model.layers import DrawKey, Layer, model_layers
-
-__all__ = ["costs_counted_once"]
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 

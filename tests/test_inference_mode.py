@@ -10,7 +10,6 @@ import torch
 from numeric import assert_equal
 from pipelines import (
     batch,
-    costs_counted_once,
     every_schedule,
     plain_pass,
     reference,
@@ -20,7 +19,7 @@ from pipelines import (
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from fake_store import FakeStore
 from parking import WIDTH, Fn, assert_parked_equals_kept, decoder, model_of, parked, results, token_loss, tokens
-from pipelines import batch, costs_counted_once, reference, trainer
+from pipelines import batch, reference, trainer
 from torch import nn
 
 import spu
@@ -24,7 +24,7 @@ from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.store import Store
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import assert_equals_plain, batch, costs_counted_once, every_schedule, plain_pass, reference, trainer
+from pipelines import assert_equals_plain, batch, every_schedule, plain_pass, reference, trainer
 from torch import nn
 
 from spu import LayerRandomness, StageError
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

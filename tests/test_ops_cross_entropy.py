@@ -119,7 +119,7 @@ def test_the_gradient_is_made_at_the_loss_scale(backend: str, scale: float, smal
     weight, target = nn.Parameter(weight / 8), target % 16
     truth = with_grads(plain, hidden.double(), weight.detach().double(), target)[2][16:]
     scaler = LossScaler(init_scale=scale)
-    cross_entropy._CHUNK_BYTES["cpu"] = 1 << 22  # four chunks into one buffer
+    cross_entropy._CHUNK_BYTES["cpu"] = reference_fused._CHUNK_BYTES = 1 << 22  # four chunks into one buffer
     with MainGrads([weight]) as grads, ops.use_backend(backend):
         scaler.begin_step()
         grads.begin_step()

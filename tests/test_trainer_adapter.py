@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import costs_counted_once, devices, reference
+from pipelines import devices, reference
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -20,7 +20,7 @@ from spu import ModelParallelTrainer  # noqa: E402
 from spu.memory.disk_store import DiskStore  # noqa: E402
 from spu.model.layers import DrawKey, model_layers  # noqa: E402
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -11,12 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, costs_counted_once, trainer
+from pipelines import batch, trainer
 from torch import nn
 
 from spu.precision import LossScaler, MainGrads
-
-__all__ = ["costs_counted_once"]
 
 
 def net(tied: bool = False) -> nn.Sequential:
