@@ -76,6 +76,7 @@ def edges(*, types: bool) -> list[Edge]:
     return sorted({(name, other) for name, other in found if name not in ("spu", other)})
 
 
+@functools.cache
 def names_of(path: Path) -> set[str]:
     """Names that a module has when it has been imported, also those under ``if`` and ``try``."""
     found: set[str] = set()

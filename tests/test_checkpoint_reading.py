@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_step
+from torch import nn
 
+from spu import ModelParallelTrainer
 from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, Stored, load, opened, save
 
@@ -65,30 +67,32 @@ def test_what_a_crash_left_beside_its_place_is_there_and_is_opened(path: Path) -
 
 
 PEAK = """
-import resource, sys, torch
-from torch import nn
-from spu import ModelParallelTrainer
-layers = [nn.Linear(2048, 2048) for _ in range(4)]
-trainer = ModelParallelTrainer(layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=2, lr=1e-3)
-x, y = torch.randn(4, 2048), torch.zeros(4, dtype=torch.long)
-if sys.argv[2] == "save":
-    trainer.step(x, y)
-    trainer.save(sys.argv[1])
-else:
-    trainer.prepare(x, y)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer.load(sys.argv[1])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+import resource, sys
+from test_checkpoint_reading import large
+trainer, batch = large()
+trainer.prepare(*batch)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+trainer.load(sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
+
+
+def large() -> tuple[ModelParallelTrainer, tuple[torch.Tensor, torch.Tensor]]:
+    """A trainer of 17 million parameters, and a batch."""
+    layers = [nn.Linear(2048, 2048) for _ in range(4)]
+    trainer = ModelParallelTrainer(layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=2, lr=1e-3)
+    return trainer, (torch.randn(4, 2048), torch.zeros(4, dtype=torch.long))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_loading_takes_the_moments_and_a_tensor_at_a_time(path: Path) -> None:
     """It held the whole checkpoint, 12 bytes a parameter, beside what training holds."""
-    for what in ("save", "load"):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(path), what], capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr
+    trainer, batch = large()
+    with trainer:
+        trainer.step(*batch)
+        trainer.save(path)
+    command = [sys.executable, "-c", PEAK, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
     parameters = 4 * 2048 * 2049
     assert int(done.stdout) < 8 * parameters + 4 * parameters // 2, f"{int(done.stdout) / parameters:.1f} B a parameter"

@@ -187,7 +187,7 @@ def test_families_of_hugging_face(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
 def test_attention_of_16_bit_models(family: str) -> None:
-    """Fused on the CPU, as exact as torch's; a copy in another process knows it; restore gives torch's back."""
+    """Fused on the CPU, as exact as torch's; restore gives torch's back."""
     model, ids = hugging_face(family)
     truth = outputs(model.double(), ids).detach()
     model.half()
@@ -197,9 +197,14 @@ def test_attention_of_16_bit_models(family: str) -> None:
     if importlib.util.find_spec("spu._C") is not None:
         assert names.count("attention") == 2, names
     assert_close_to_truth(y, plain, truth, name=family)
-    code = "import pickle, sys, torch; model, ids = pickle.load(sys.stdin.buffer); model(input_ids=ids)"
-    subprocess.run([sys.executable, "-c", code], input=pickle.dumps((model, ids)), check=True)
     assert_equal(outputs(restore(model), ids).detach(), plain)
+
+
+def test_copies_in_another_process_know_their_attention() -> None:
+    made = [hugging_face(family) for family in ("Llama", "Bert")]
+    copies = pickle.dumps([(accelerate(model.half()), ids) for model, ids in made])
+    code = "import pickle, sys, torch\nfor model, ids in pickle.load(sys.stdin.buffer): model(input_ids=ids)"
+    subprocess.run([sys.executable, "-c", code], input=copies, check=True)
 
 
 def test_parts_that_were_replaced_or_are_watched_run_one_by_one() -> None:
