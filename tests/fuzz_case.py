@@ -24,6 +24,7 @@ import spu
 from spu import Device, DeviceManager, ModelParallelTrainer
 from spu.plan import Plan
 from spu.plan.layer_cost import LayerCost
+from spu.settings import STATES
 
 __all__ = ["Mismatch", "draw_case", "run_case"]
 
@@ -103,7 +104,29 @@ def draw_case(seed: int) -> tuple[Case, nn.Sequential]:
     else:  # planned, where all layers recompute or none
         case.recompute = list(range(len(model))) if case.recompute else []
     case.rows = case.microbatches * case.accumulate * 2 + r.randint(0, 3)
+    if case.transfer == "none" and r.random() < 0.15:
+        stream(r, case, len(model))
     return case, model
+
+
+def stream(r: random.Random, case: Case, layers: int) -> None:
+    """Turn a case into one whose layers come from a disk; planned, as nothing else may say how."""
+    case.stages, case.accumulate, case.cuts, case.optimizer = 1, 1, None, "adamw"
+    case.recompute = list(range(layers)) if r.random() < 0.7 else []
+    case.actions = [action if action in _SMOOTH_ACTIONS else "step" for action in case.actions]
+    case.streaming = {
+        "residency": r.choice(["streamed", "offloaded"]),
+        "grads": r.choice(["fp32", "fp32", "bf16"]),
+        "activations": r.choice(["keep", "exact", "exact", "fp16", "int8", "int4"] if case.recompute else ["keep"]),
+        "state": r.choice(STATES if case.precision != "fp32" else ["fp32"]),
+    }
+
+
+def is_rounded(case: Case) -> bool:
+    """Whether something is rounded that plain PyTorch does not round."""
+    exact = {"keep", "exact", "fp32", "streamed", "offloaded"}
+    state = case.streaming.get("state", "fp32")
+    return case.transfer != "none" or state != "fp32" or not exact.issuperset(case.streaming.values())
 
 
 def edit(model: nn.Sequential, kind: str) -> None:
@@ -134,6 +157,8 @@ class Run:
             dtype = torch.float16 if case.precision == "fp16" else torch.bfloat16
             self.others.append(Plain(case, copy.deepcopy(model), copy.deepcopy(self.loss_fn), dtype))
         self.batches = 0
+        self.disk = tempfile.TemporaryDirectory()
+        self.rounded = is_rounded(case)  # also what has been, before a reload
         self.trainer = self.make_trainer()
 
     def make_trainer(self) -> ModelParallelTrainer:
@@ -152,8 +177,9 @@ class Run:
             plan=self.given_plan(devices),
             transfer=case.transfer,
             max_grad_norm=case.clip,
+            tiers=f"disk={self.disk.name}:1GB" if "residency" in case.streaming else None,
             scaler=spu.LossScaler(init_scale=1024.0, enabled=case.precision == "fp16"),
-            **dict(LOSSES[case.loss].settings),
+            **case.streaming | dict(LOSSES[case.loss].settings),
         )
 
     def given_plan(self, devices: Sequence[Device]) -> Plan | None:
@@ -221,6 +247,8 @@ class Run:
 
     def do_edit(self) -> None:
         kind = self.r.choice(_EDITS)
+        if self.trainer.plan is not None:
+            self.trainer.flush()
         for model in self.models():
             edit(model, kind)
 
@@ -241,8 +269,11 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             self.trainer.save(f"{folder}/checkpoint")
             self.trainer.close()
-            self.case.stages, self.case.cuts = 1, []
-            self.case.schedule, self.case.recompute = "1f1b", []
+            self.case.stages = 1
+            if not self.case.streaming:
+                self.case.cuts, self.case.schedule, self.case.recompute = [], "1f1b", []
+            elif self.r.random() < 0.5:  # resident from now on
+                self.case.streaming = {"state": self.case.streaming["state"]}
             self.trainer = self.make_trainer()
             self.trainer.prepare(*batch(self.case, 0))
             self.trainer.load(f"{folder}/checkpoint")
@@ -258,7 +289,7 @@ class Run:
 
     def compare(self, what: str, ours: Tensor, expected: list[Tensor], scale: float = 0.0) -> None:
         """Raises Mismatch: in fp32 by more than sums in another order, in 16 bits by more than autocast's own error."""
-        if self.case.transfer != "none":
+        if self.rounded:
             # A lossy wire's rounding may turn a decision, and a batch norm makes much more of it: the size is left.
             close(what, ours, expected[0], 5.0 if JUMPS & {*self.case.names} else 0.5)
         elif len(expected) == 1 or not expected[0].is_floating_point():
@@ -331,4 +362,5 @@ def _run(run: Run) -> str:
         return f"refused: {refused}"
     finally:
         run.trainer.close()
+        run.disk.cleanup()
     return "equal"

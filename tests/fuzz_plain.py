@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Case:
     clip: float | None
     transfer: str
     actions: list[str]
+    streaming: dict[str, str] = field(default_factory=dict)  # settings; empty: the model is resident
 
 
 def _sgd(parameters: Any) -> torch.optim.Optimizer:
