@@ -25,7 +25,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("large", "medium")
-PROFILED = ("forward", "dw", "gated", "ce", "memory")  # groups: the first case of Triton's in each
+# what ncu looks at: the first case of Triton's in a group whose name begins so
+PROFILED = {
+    "forward": ("forward", ""), "dw": ("dw", ""), "gated": ("gated", ""), "ce": ("ce", ""),
+    "adamw": ("memory", "adamw"), "pack": ("memory", "pack int8"),
+}  # fmt: skip
 MEMCHECK = "found_inf_sees or host_memory or (kind_of_launch and descriptor) or (optimizer_kernels and float16)"
 
 
@@ -142,17 +146,17 @@ def profile(dry: bool) -> int:
     if tool is None and not dry:
         emit({"what": "profile", "absent": "ncu is not on the PATH"})
         return 1
-    sections = [x for name in ("SpeedOfLight", "WarpStateStats", "Occupancy") for x in ("--section", name)]
-    metrics = "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active,dram__bytes.sum.per_second"
+    # Sections, whose names every version knows: a metric that a chip lacks would fail the whole.
+    wanted = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy")
+    ncu = [str(tool), "--clock-control", "none", "--target-processes", "all", "--profile-from-start", "off", "--csv"]
+    ncu += [word for section in wanted for word in ("--section", section)]
     for name in PROFILED:
         own = [sys.executable, __file__, "one", name]
         if dry:
             failed += one(name, dry)
             continue
-        command = [str(tool), "--clock-control", "none", "--profile-from-start", "off", "--csv", *sections,
-                   "--metrics", metrics, *own]  # fmt: skip
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=25)
+            done = subprocess.run([*ncu, *own], capture_output=True, text=True, timeout=25)
         except subprocess.TimeoutExpired:
             emit({"what": "profile", "group": name, "error": "25 s were not enough"})
             failed += 1
@@ -165,10 +169,12 @@ def profile(dry: bool) -> int:
 
 
 def one(name: str, dry: bool) -> int:
-    """Run the first case of Triton's in a group until it is warm, then once between the profiler's marks."""
+    """Run a case until it is warm, then once between the profiler's marks."""
     from lease_work import GROUPS, on_card, small
 
-    case = next(case for case in GROUPS[name](small() if dry else on_card()) if case.peer == "spu triton")
+    group, begin = PROFILED[name]
+    found = GROUPS[group](small() if dry else on_card())
+    case = next(case for case in found if case.peer == "spu triton" and case.group.startswith(begin))
     call = case.make()
     call()
     if dry:
