@@ -210,7 +210,7 @@ def of_tests(kept: dict[Any, None], small: bool) -> list[str]:
     torch.testing.assert_close = lambda *_, **__: None
     torch.cuda.get_device_capability = lambda *_: divmod(ARCH, 10)
     torch.cuda.synchronize = lambda *_: None
-    with _standing(kept, idle=False), OnCpu():
+    with _standing(kept), OnCpu():
         pytest.main(
             ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain", "-W", "ignore", "--no-header",
              "--tb=line", "-k", "not training_job" + (" and kind_of_launch" if small else ""),

@@ -26,6 +26,7 @@ from lease_carried import MOST_BYTES, ROOT, files_of, overlay, write_manifest
 
 FOLDER = ROOT / "build" / "gpu-prepare"
 CARRY = FOLDER / "carry"
+PYTHON_VERSION = "python3.12"
 VERSIONS = ("torch==2.11.0", "triton==3.6.0")
 BUILD_TOOLS = ("setuptools>=77", "wheel", "pybind11>=3.0,<4", "ninja>=1.11", "pytest", "pytest-timeout", "numpy<2.3",
                "safetensors", "transformers>=5.0")  # fmt: skip
@@ -57,14 +58,21 @@ def environment(named: str | None) -> str:
         return named
     own = FOLDER / "env" / "bin" / "python"
     if not (FOLDER / "env" / "ready").exists():
-        base = shutil.which("python3.12")
-        if base is None:
-            raise SystemExit("python3.12 is not on the PATH: the GPU's machine has it; say --python=INTERPRETER")
-        run([base, "-m", "venv", str(FOLDER / "env")])
+        run([_python(), "-m", "venv", str(FOLDER / "env")])
         run([str(own), "-m", "pip", "install", "--quiet", *VERSIONS, *BUILD_TOOLS])
         run([str(own), "-m", "pip", "install", "--quiet", "--no-deps", CUTLASS])
         (FOLDER / "env" / "ready").touch()
     return str(own)
+
+
+def _python() -> str:
+    """Return an interpreter of the other machine's version; pyenv's shim of one that is not chosen does not run."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    version = PYTHON_VERSION.rpartition("python")[2]
+    for path in (shutil.which(PYTHON_VERSION), *sorted(map(str, pyenv.glob(f"{version}*/bin/python")))):
+        if path and subprocess.run([path, "--version"], capture_output=True).returncode == 0:
+            return path
+    raise SystemExit(f"{PYTHON_VERSION} is not here, which the GPU's machine has: say LEASE_PYTHON=INTERPRETER")
 
 
 def package(python: str, jobs: int, dry: bool) -> None:
