@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[2]
 ARCH, PROCESSORS = 90, 132
 TUNED_CLASSES = ("large", "medium")  # what the lease tunes, in fp16
-_LARGE = 1 << 16  # elements from which on nothing is computed
+_LARGE, _HUGE = 1 << 16, 1 << 24  # elements from which on nothing is computed, and nothing is written
 
 
 def _kernel(module: str, name: str) -> Any:
@@ -105,7 +105,10 @@ def _meta(t: torch.Tensor) -> torch.Tensor:
 
 
 def _present(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if t.is_meta else t
+    if not t.is_meta:
+        return t
+    here = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+    return here.zero_() if t.numel() < _HUGE else here  # finite, for code that looks at it
 
 
 class OnCpu(TorchFunctionMode):
