@@ -108,7 +108,9 @@ def _present(t: torch.Tensor) -> torch.Tensor:
     if not t.is_meta:
         return t
     here = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
-    return here.zero_() if t.numel() < _HUGE else here  # finite, for code that looks at it
+    if t.numel() >= _HUGE:
+        return here
+    return here.fill_(True) if t.dtype == torch.bool else here.zero_()  # zeros are finite: isfinite() is true of them
 
 
 class OnCpu(TorchFunctionMode):
