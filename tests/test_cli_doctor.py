@@ -137,10 +137,12 @@ def test_backends_are_judged_by_the_dispatcher_and_have_a_command(monkeypatch: p
 
 
 def test_libraries_that_work_say_for_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = SimpleNamespace(isa=lambda: "avx2", architectures=lambda: "75;90a")
+    library = SimpleNamespace(isa=lambda: "avx2", architectures=lambda: "75;90a", cublaslt=lambda: 130100)
     monkeypatch.setattr(importlib, "import_module", lambda name: library)
     assert doctor._kernels_of("cpu") == "C++ kernels for avx2"
-    assert doctor._kernels_of("cuda") == "CUDA C++ kernels for sm_75, sm_90a"
+    assert doctor._kernels_of("cuda") == "CUDA C++ kernels for sm_75, sm_90a, cuBLASLt 13.1"
+    library.cublaslt = lambda: "no cuBLASLt is loaded"
+    assert doctor._kernels_of("cuda") == "CUDA C++ kernels for sm_75, sm_90a; no cuBLASLt is loaded"
     assert doctor._simulator() == [Row("spu._host", True, "the simulator and file transfers in C++")]
     play_packages(monkeypatch, **{"spu._host": ImportError("not there")})
     (row,) = doctor._simulator()

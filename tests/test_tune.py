@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -82,6 +84,9 @@ class Gpu:
         monkeypatch.setattr(tune, "layer_of", lambda op, backend, *_: lambda: backend)
         monkeypatch.setattr(tune, "measure_us", self.measure)
         monkeypatch.setattr("spu.ops.dispatch.cuda_candidates", lambda dtype: ("triton", "cuda"))
+        monkeypatch.setattr(tune, "choose_tiles", lambda module, path, *row: self.tiles.append((path.name, *row[:2])))
+        monkeypatch.setitem(sys.modules, "spu._cuda", SimpleNamespace())
+        self.tiles: list[tuple[str, str, str]] = []
 
     def measure(self, call: object, device: torch.device) -> float:
         self.measured += 1
@@ -126,6 +131,7 @@ def test_a_run_keeps_the_fastest_and_goes_on_where_it_was_cut_off(
     named = next(place for place, line in enumerate(said) if line.startswith("linear/fp16/large: forward and backward"))
     assert named == len(said) - 1
     assert table.read(path).entries["linear/fp16/large"].backend == "cuda"
+    assert gpu.tiles == [("cuda_sm_90.json", "fp16", "large")], "before the layer is timed on CUDA C++"
     tune.tune("cpu", ops, ("fp16",), out=path, say=said.append)
     made = table.read(path)
     assert gpu.measured > first

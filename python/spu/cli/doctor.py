@@ -189,8 +189,12 @@ def _kernels_of(backend: str) -> str:
     if backend == "cpu":
         return f"C++ kernels for {importlib.import_module('spu._C').isa()}"
     if backend == "cuda":
-        architectures = importlib.import_module("spu._cuda").architectures()
-        return f"CUDA C++ kernels for sm_{', sm_'.join(architectures.split(';'))}"
+        module = importlib.import_module("spu._cuda")
+        library = module.cublaslt()
+        by_library = (
+            f", cuBLASLt {library // 10000}.{library // 100 % 100}" if isinstance(library, int) else f"; {library}"
+        )
+        return f"CUDA C++ kernels for sm_{', sm_'.join(module.architectures().split(';'))}{by_library}"
     return "plain torch" if backend == "reference" else "available"
 
 

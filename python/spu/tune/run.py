@@ -3,14 +3,16 @@
 For every product, dtype and shape class the derived configurations and their neighbours are timed on one representative
 shape, beside cuBLAS with our epilogue; the fastest goes into ``spu.kernels.table.user_path`` with the device, versions
 and date. After the products of a layer, where another backend serves the GPU as well (CUDA C++), the whole layer is
-timed on each, forward and backward with these configurations, and the faster one is named. The table is written after
-every row, so that a run that is cut off keeps what it has measured, and a later run goes on where it ended.
+timed on each, forward and backward with these configurations, and the faster one is named; CUDA C++ chooses among its
+own tiles and cuBLASLt first (``tiles.py``). The table is written after every row, so that a run that is cut off keeps
+what it has measured, and a later run goes on where it ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,8 @@ from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune.backends import LAYERS, layer_of
 from spu.tune.calls import REPRESENTATIVE, call_of, candidates
 from spu.tune.compile import Compiling, Row
-from spu.tune.timing import measure_us
+from spu.tune.tiles import choose_tiles
+from spu.tune.timing import context_is_gone, measure_us
 
 __all__ = ["REPRESENTATIVE", "candidates", "plan_lines", "tune"]
 
@@ -55,23 +58,6 @@ def plan_lines(
         m, n, k = REPRESENTATIVE[shape_class]
         lines.append(f"{op}/{dtype}/{shape_class}: {count} configurations at {m} x {n} x {k}")
     return lines
-
-
-def context_is_gone(error: Exception, device: torch.device) -> bool:
-    """Tell whether an error has ended the process's use of a GPU: nothing that is measured after it would be true.
-
-    torch says so by AcceleratorError. Triton's own launches raise a plain RuntimeError ("Triton Error [CUDA]: ..."),
-    also where only this launch was refused: the device is asked.
-    """
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    if "Triton Error [CUDA]" not in str(error):
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
-    return False
 
 
 def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int) -> tuple[Entry, list[str]]:
@@ -205,6 +191,10 @@ class _Run:
         if set(configs) != set(LAYERS[op]):
             return
         shape, times = REPRESENTATIVE[shape_class], dict[str, float]()
+        if op == "linear" and "cuda" in names:
+            tiles_path = self._path.with_name(f"cuda_{self._path.name}")
+            module = importlib.import_module("spu._cuda")
+            choose_tiles(module, tiles_path, dtype, shape_class, device, self._table.facts, self._say)
         for name in names:
             call = layer_of(op, name, DTYPES[dtype], shape, device, configs)
             try:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Cuda", "Queue", "Timing", "measure_us", "time_call"]
+__all__ = ["Cuda", "Queue", "Timing", "context_is_gone", "measure_us", "time_call"]
 
 _WARM_UP, _ROUNDS, _ROUND_SECONDS = 3, 5, 0.02
 _CAPTURED, _LEAST_CAPTURED = 20, 10  # calls in a graph: of a short call and of a long one
@@ -102,6 +102,23 @@ def time_call(function: Callable[[], object], queue: Queue) -> Timing:
 
     device = statistics.median(queue.seconds(several) for _ in range(_ROUNDS)) / (held * replays)
     return Timing(1e6 * device, 1e6 * eager, captured=True)
+
+
+def context_is_gone(error: Exception, device: torch.device) -> bool:
+    """Tell whether an error has ended the process's use of a GPU: nothing that is measured after it would be true.
+
+    torch says so by AcceleratorError. Triton's own launches raise a plain RuntimeError ("Triton Error [CUDA]: ..."),
+    also where only this launch was refused: the device is asked.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if "Triton Error [CUDA]" not in str(error):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def measure_us(function: Callable[[], object], device: torch.device) -> float:
