@@ -325,3 +325,16 @@ def test_nothing_is_printed_or_installed(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(builtins, "input", refuse)
     assert_sound(report())
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (130100, "CUDA C++ kernels for sm_80, sm_90a, cuBLASLt 13.1"),
+        ("no cuBLASLt is loaded", "; no cuBLASLt is loaded"),
+    ],
+)
+def test_the_cuda_backend_tells_its_cublaslt(found: int | str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(architectures=lambda: "80;90a", cublaslt=lambda: found)
+    monkeypatch.setattr(importlib, "import_module", lambda name: {"spu._cuda": module}[name])
+    assert doctor._kernels_of("cuda").endswith(told)

@@ -27,10 +27,12 @@ using Column = cutlass::layout::ColumnMajor;
 using LayoutA = cute::conditional_t<kWeight, Column, Row>;
 using LayoutB = cute::conditional_t<kForm == Form::forward, Column, Row>;
 
-using BlockTile = cute::conditional_t<kWeight, cute::Shape<cute::_128, cute::_256, cute::_64>,
-                                      cute::Shape<cute::_128, cute::_128, cute::_64>>;
+// Pingpong: two groups of four warps each have a tile of their own, and one's products run beside the other's epilogue.
+// (Cooperative: both share a tile, and the tensor cores wait for its epilogue, which for a sum into main_grad moves
+// 128 KB a tile of this size and for a gelu takes thousands of instructions.)
+using BlockTile = cute::Shape<cute::_128, cute::_128, cute::_64>;
 using Cluster = cute::Shape<cute::_2, _1, _1>;
-using Schedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+using Schedule = cutlass::epilogue::TmaWarpSpecialized;
 using Accumulator = evt::Sm90AccFetch;
 using Scalar = evt::Sm90ScalarBroadcast<float>;
 
@@ -153,7 +155,7 @@ struct Product {
   using Mainloop = typename gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA, 8, Element, LayoutB, 8, float, BlockTile,
       Cluster, gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+      gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Kernel = gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Adapter = gemm::device::GemmUniversalAdapter<Kernel>;
 
