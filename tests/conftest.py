@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before OpenMP is loaded: by default its threads spin where they wait, a quarter of the suite's work on two busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare at equal thread counts
