@@ -1,4 +1,4 @@
-"""What the lease measures beside ``cases.py``: groups of cases by name, and the shapes that a short time allows.
+"""What the lease measures: the cases of ``cases.py`` in groups, at the shapes that a short time allows, and a layer.
 
 A group is a process of the lease. The same calls are recorded at home (``carry.py``), to compile their kernels ahead;
 and rehearsed small, interpreted on the CPU.
@@ -11,85 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from cases import Call, Case, Setting, Shape, cases, name_of, rehearsal
+from cases import Call, Case, Setting, cases, name_of, rehearsal
 from torch import Tensor, nn
 
 NUMEL = 256 << 20  # elements of the optimizer's lists and of wires: several times the cache
 VOCABULARY = 92544
-HEADS = (8, 32, 1024, 128)  # batch, heads, tokens, features of a head
 
 
 def on_card(device: str = "cuda", numel: int = NUMEL) -> Setting:
     """Return the shapes of a 7B decoder's MLP at 4,096 to 256 tokens, and an 8192-cube."""
     return Setting(device, ((4096, 14336),), (4096, 1024, 256), (8192,), numel, VOCABULARY, ((4096, 14336, 4096),))
-
-
-def _product(at: Setting, op: str, shape: Shape, peer: str) -> Call:
-    """The input gradient, or the weight gradient added to fp32 main gradients, of (rows, out, inner)."""
-    from spu import kernels, ops
-    from spu.kernels.config import Config
-
-    rows, out, inner = shape
-    dz, x, w = at.random(rows, out), at.random(rows, inner), at.random(out, inner)
-    main = torch.zeros(out, inner, device=at.device)
-    one, found = torch.ones(1, device=at.device), torch.zeros(1, device=at.device)
-    if peer == "torch (cuBLAS)":
-        if op == "linear_dx":
-            return lambda: dz @ w
-        return lambda: torch.mm(dz.t(), x, out_dtype=torch.float32)  # alone: nothing is added, scaled or checked
-    if peer == "torch mm + add_":
-        return lambda: main.add_(dz.t() @ x)
-    if peer == "spu torch kind":
-        config = Config("torch")
-        if op == "linear_dx":
-            return lambda: kernels.linear_dx(dz, w, config=config)
-        return lambda: kernels.linear_dw_(dz, x, main, one, found, True, config=config)
-    backend = peer.removeprefix("spu ")
-    with ops.use_backend(backend):
-        call = getattr(getattr(torch.ops.spu, op), backend)
-    return (lambda: call(dz, w)) if op == "linear_dx" else (lambda: call(dz, x, main, one, found, True))
-
-
-def _products(at: Setting, op: str, group: str) -> Iterator[Case]:
-    peers = ["spu triton", "spu torch kind", "spu cuda", "torch (cuBLAS)"]
-    for shape in at.shapes():
-        for peer in peers if op == "linear_dx" else [*peers, "torch mm + add_"]:
-            flops = 2.0 * shape[0] * shape[1] * shape[2]
-            yield Case(group, name_of(shape), peer, flops, 0.0, partial(_product, at, op, shape, peer))
-
-
-def _attention(at: Setting, peer: str) -> Call:
-    """Forward and backward of causal attention."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from spu import ops
-
-    batch, heads, tokens, features = HEADS if at.device != "cpu" else (1, 2, 16, 8)
-    made = [torch.randn(batch, heads, tokens, features, device=at.device).half() for _ in range(4)]
-    q, k, v = (value.requires_grad_() for value in made[:3])
-    chosen = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-
-    def forward() -> Tensor:
-        if peer == "spu":
-            ours = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
-            return ours.transpose(1, 2)
-        with sdpa_kernel(chosen[peer.removeprefix("SDPA ")]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def step() -> None:
-        for leaf in (q, k, v):
-            leaf.grad = None
-        forward().backward(made[3])
-
-    return step
-
-
-def _attentions(at: Setting) -> Iterator[Case]:
-    batch, heads, tokens, features = HEADS
-    flops = 3.5 * 2 * batch * heads * tokens * tokens * features  # two products forward, five backward, half masked
-    for peer in ("spu", "SDPA cuDNN", "SDPA flash"):
-        yield Case("attention step", name_of(HEADS), peer, flops, 0.0, partial(_attention, at, peer))
 
 
 def _layer(at: Setting, peer: str) -> Call:
@@ -142,8 +73,8 @@ def _layers(at: Setting) -> Iterator[Case]:
 
 _LEFT_OUT = ("pack fp16", "unpack fp16", "pack int4", "unpack int4", "pack fp8", "unpack fp8")
 _PREFIXES = {
-    "forward": ("forward",), "memory": ("adamw", "grad_norm", "pack", "unpack"), "gated": ("gated",),
-    "ce": ("linear cross-entropy",), "linear": ("step of",),
+    "forward": ("forward",), "dx": ("dx",), "dw": ("dw",), "memory": ("adamw", "grad_norm", "pack", "unpack"),
+    "attention": ("causal attention",), "gated": ("gated",), "ce": ("linear cross-entropy",), "linear": ("step of",),
 }  # fmt: skip
 
 
@@ -159,15 +90,8 @@ def _of_cases(at: Setting, group: str) -> Iterator[Case]:
 
 
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
-    "forward": partial(_of_cases, group="forward"),
-    "dx": partial(_products, op="linear_dx", group="dx"),
-    "dw": partial(_products, op="linear_dw_", group="dw into main_grad"),
-    "memory": partial(_of_cases, group="memory"),
-    "attention": _attentions,
-    "gated": partial(_of_cases, group="gated"),
-    "ce": partial(_of_cases, group="ce"),
+    **{name: partial(_of_cases, group=name) for name in _PREFIXES},
     "layer": _layers,
-    "linear": partial(_of_cases, group="linear"),
     "other": partial(_of_cases, group="other"),
 }
 
