@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spu.kernels.arith import narrow, nonfinite, widen
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, ceil_div
 
 HEADER_BYTES = 64
@@ -178,6 +179,10 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"a wire holds float16, bfloat16 or float32, not {dtype}: convert with .to() first")
 
 
+_QUANTIZE, _DEQUANTIZE = Launcher(quantize_kernel, POINTWISE), Launcher(dequantize_kernel, POINTWISE)
+_CONVERT = Launcher(convert_kernel, POINTWISE)
+
+
 def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
     """Encode a tensor of any shape and strides, in one launch.
 
@@ -209,15 +214,15 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
         slots, block_bytes = scales.numel(), found.block // 2 if codec == "int4" else found.block
         blocks = payload_bytes // block_bytes
         grid = (ceil_div(max(slots, blocks), found.blocks_per_program),)
-        quantize_kernel[grid](
-            flat, head, wire, scales, payload, numel, blocks, slots,
-            codec, found.largest, found.block, found.blocks_per_program, HEADER_BYTES, **POINTWISE,
-        )  # fmt: skip
+        _QUANTIZE(
+            grid,
+            (flat, head, wire, scales, payload),
+            (numel, blocks, slots, codec, found.largest, found.block, found.blocks_per_program, HEADER_BYTES),
+        )
     else:
         grid = (ceil_div(payload.numel(), CONVERT_SIZE),)
-        convert_kernel[grid](
-            flat, head, wire, payload, numel, payload.numel(), True, CONVERT_SIZE, HEADER_BYTES, **POINTWISE
-        )
+        fixed = numel, payload.numel(), True, CONVERT_SIZE, HEADER_BYTES
+        _CONVERT(grid, (flat, head, wire, payload), fixed)
     return wire
 
 
@@ -251,7 +256,7 @@ def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -
     grid = (ceil_div(numel, CONVERT_SIZE),)
     if found.block:
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
-        dequantize_kernel[grid](scales, payload, out, numel, codec, found.block, CONVERT_SIZE, **POINTWISE)
+        _DEQUANTIZE(grid, (scales, payload, out), (numel, codec, found.block, CONVERT_SIZE))
     else:
-        convert_kernel[grid](payload, wire, wire, out, numel, numel, False, CONVERT_SIZE, HEADER_BYTES, **POINTWISE)
+        _CONVERT(grid, (payload, wire, wire, out), (numel, numel, False, CONVERT_SIZE, HEADER_BYTES))
     return out

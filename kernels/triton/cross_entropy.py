@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
 from spu.kernels.config import Config
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import (
     ALIGN_BYTES,
     POINTWISE,
@@ -244,6 +245,11 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(hidden, weight.t())
 
 
+_LINEAR_CE, _LINEAR_CE_DZ = Launcher(linear_ce_kernel, {}), Launcher(linear_ce_dz_kernel, {})
+_COMBINE = Launcher(combine_ce_kernel, POINTWISE)
+_LOGITS_CE, _LOGITS_DZ = Launcher(logits_ce_kernel, POINTWISE), Launcher(logits_dz_kernel, POINTWISE)
+
+
 class Plan(NamedTuple):
     """The constants of all calls of one shape; ``tiles_each`` and ``shares`` divide the vocabulary's tiles, and
     ``programs`` are the gradient's.
@@ -254,8 +260,8 @@ class Plan(NamedTuple):
     tiles_each: int
     shares: int
     programs: int
-    group_m: int
     constants: dict[str, Any]
+    dz_constants: dict[str, Any]  # of linear_ce_dz
 
 
 @follows_tables
@@ -288,7 +294,8 @@ def _plan(
     tiles = row_tiles * column_tiles
     programs = persistent_programs(tiles, config, device) if described else tiles
     constants |= options(config, dtype)
-    return Plan(config.kind, row_tiles, tiles_each, shares, programs, config.group_m, constants)
+    of_dz = constants | {"GROUP_M": config.group_m}
+    return Plan(config.kind, row_tiles, tiles_each, shares, programs, constants, of_dz)
 
 
 def _aligned(hidden: Tensor, weight: Tensor) -> bool:
@@ -325,18 +332,14 @@ def linear_ce(
     if plan.kind == "torch":
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight)
-            logits_ce_kernel[(logits.shape[0],)](
-                logits, target[part], loss[part], lse[part], v, ignore_index, _COLUMNS, **POINTWISE
-            )
+            variable = logits, target[part], loss[part], lse[part]
+            _LOGITS_CE((logits.shape[0],), variable, (v, ignore_index, _COLUMNS))
         return loss, lse
     parts = torch.empty(3, plan.shares, rows, dtype=torch.float32, device=hidden.device)
     with _descriptors(plan):
-        linear_ce_kernel[(plan.row_tiles, plan.shares)](
-            hidden, weight, target, parts, rows, v, k, *strides, plan.tiles_each, **plan.constants
-        )
-    combine_ce_kernel[(ceil_div(rows, _ROWS),)](
-        parts, target, loss, lse, rows, v, plan.shares, ignore_index, _ROWS, **POINTWISE
-    )
+        fixed = rows, v, k, *strides, plan.tiles_each
+        _LINEAR_CE((plan.row_tiles, plan.shares), (hidden, weight, target, parts), fixed, plan.constants)
+    _COMBINE((ceil_div(rows, _ROWS),), (parts, target, loss, lse), (rows, v, plan.shares, ignore_index, _ROWS))
     return loss, lse
 
 
@@ -366,12 +369,10 @@ def linear_ce_dz(
     if plan.kind == "torch":
         dz = _logits(hidden, weight)
         grid = (rows, ceil_div(v, _COLUMNS))
-        logits_dz_kernel[grid](dz, target, lse, grad_rows, v, ignore_index, _COLUMNS, **POINTWISE)
+        _LOGITS_DZ(grid, (dz, target, lse, grad_rows), (v, ignore_index, _COLUMNS))
         return dz
     dz = torch.empty(rows, v, dtype=hidden.dtype, device=hidden.device)
     with _descriptors(plan):
-        linear_ce_dz_kernel[(plan.programs,)](
-            hidden, weight, target, lse, grad_rows, dz, rows, v, k, *strides, ignore_index,
-            GROUP_M=plan.group_m, **plan.constants,
-        )  # fmt: skip
+        variable = hidden, weight, target, lse, grad_rows, dz
+        _LINEAR_CE_DZ((plan.programs,), variable, (rows, v, k, *strides, ignore_index), plan.dz_constants)
     return dz

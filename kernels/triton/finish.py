@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spu.kernels.arith import backprop, narrow, widen
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, ceil_div
 from spu.kernels.tiles import write_main_grad, write_output
 
@@ -63,6 +64,10 @@ def column_sum_kernel(x, parts, M, N, stride_m, stride_n, chunk, BM: tl.constexp
     tl.store(parts + tl.program_id(1).to(tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
 
 
+_FINISH, _DZ = Launcher(finish_kernel, POINTWISE), Launcher(dz_kernel, POINTWISE)
+_COLUMN_SUM = Launcher(column_sum_kernel, POINTWISE)
+
+
 def finish(
     parts: Tensor,
     out: Tensor,
@@ -75,10 +80,12 @@ def finish(
     """Compute z = parts.sum(0) + bias, out = act(z) and preact = z, each rounded once; parts [count, *out.shape]."""
     numel = out.numel()
     if numel:
-        finish_kernel[(ceil_div(numel, SIZE),)](
-            parts, out if bias is None else bias, out, out if preact is None else preact, out, out,
-            numel, out.shape[-1], count, "output", activation, bias is not None, preact is not None, False,
-            SIZE, **POINTWISE,
+        _FINISH(
+            (ceil_div(numel, SIZE),),
+            (parts, out if bias is None else bias, out, out if preact is None else preact, out, out),
+            (
+                numel, out.shape[-1], count, "output", activation, bias is not None, preact is not None, False, SIZE,
+            ),
         )  # fmt: skip
 
 
@@ -90,10 +97,11 @@ def finish_main_grad(
     """
     numel = main_grad.numel()
     if numel:
-        finish_kernel[(ceil_div(numel, SIZE),)](
-            parts, main_grad, main_grad, main_grad, inv_scale, found_inf, numel, 1, count,
-            "main_grad", "none", False, False, accumulate, SIZE, **POINTWISE,
-        )  # fmt: skip
+        _FINISH(
+            (ceil_div(numel, SIZE),),
+            (parts, main_grad, main_grad, main_grad, inv_scale, found_inf),
+            (numel, 1, count, "main_grad", "none", False, False, accumulate, SIZE),
+        )
 
 
 def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
@@ -101,8 +109,7 @@ def dz_of(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     numel = dz.numel()
     if numel:
-        grid = (ceil_div(numel, SIZE),)
-        dz_kernel[grid](dy.contiguous(), saved.contiguous(), dz, numel, activation, SIZE, **POINTWISE)
+        _DZ((ceil_div(numel, SIZE),), (dy.contiguous(), saved.contiguous(), dz), (numel, activation, SIZE))
     return dz
 
 
@@ -115,7 +122,6 @@ def column_sums(x: Tensor) -> tuple[Tensor, int]:
     chunk = ceil_div(ceil_div(m, count), SUM_ROWS) * SUM_ROWS
     parts = torch.empty(count, n, dtype=torch.float32, device=x.device)
     if n:
-        column_sum_kernel[(ceil_div(n, SUM_COLUMNS), count)](
-            x, parts, m, n, *x.stride(), chunk, SUM_ROWS, SUM_COLUMNS, **POINTWISE
-        )
+        grid = ceil_div(n, SUM_COLUMNS), count
+        _COLUMN_SUM(grid, (x, parts), (m, n, *x.stride(), chunk, SUM_ROWS, SUM_COLUMNS))
     return parts, count

@@ -26,6 +26,7 @@ from spu.kernels.gated_products import (
     gated_linear_descriptor_kernel,
     gated_linear_kernel,
 )
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import (
     ALIGN_BYTES,
     POINTWISE,
@@ -112,6 +113,23 @@ def _aligned(*operands: Tensor) -> bool:
     return all(operand.data_ptr() % ALIGN_BYTES == 0 for operand in operands)
 
 
+_GATED_DZ = Launcher(gated_dz_kernel, POINTWISE)
+_LAUNCHERS = {
+    "gated_linear": (Launcher(gated_linear_kernel, {}), Launcher(gated_linear_descriptor_kernel, {})),
+    "gated_dh": (Launcher(gated_dh_kernel, {}), Launcher(gated_dh_descriptor_kernel, {})),
+    "gated_dx": (Launcher(gated_dx_kernel, {}), Launcher(gated_dx_descriptor_kernel, {})),
+}
+
+
+def _launch(op: str, plan: Plan, variable: tuple[Tensor, ...], fixed: tuple[Any, ...]) -> None:
+    by_pointers, by_descriptors = _LAUNCHERS[op]
+    if plan.kind == "descriptor":
+        with descriptors_allowed():
+            by_descriptors(plan.grid, variable, fixed, plan.constants)
+    else:
+        by_pointers(plan.grid, variable, fixed, plan.constants)
+
+
 def _check_weights(w_gate: Tensor, w_up: Tensor) -> None:
     if w_gate.dim() != 2 or w_gate.shape != w_up.shape:
         raise ValueError(
@@ -156,14 +174,9 @@ def gated_linear(
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             made = torch.mm(rows, w_gate.t()).view(h.shape), torch.mm(rows, w_up.t()).view(h.shape)
         grid = (ceil_div(h.numel(), SIZE),)  # h of the rounded products
-        gated_dz_kernel[grid](h, *made, h, h, h, h.numel(), activation, False, SIZE, **POINTWISE)
+        _GATED_DZ(grid, (h, *made, h, h, h), (h.numel(), activation, False, SIZE))
         return (h, *made) if keep else (h, gate, up)
-    arguments = (rows, w_gate, w_up, h, gate, up, m, n, k, *strides, activation, keep)
-    if plan.kind == "descriptor":
-        with descriptors_allowed():
-            gated_linear_descriptor_kernel[plan.grid](*arguments, **plan.constants)
-    else:
-        gated_linear_kernel[plan.grid](*arguments, **plan.constants)
+    _launch("gated_linear", plan, (rows, w_gate, w_up, h, gate, up), (m, n, k, *strides, activation, keep))
     return h, gate, up
 
 
@@ -180,7 +193,7 @@ def gated_dz(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Ten
     dgate, dup, h = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(dh)
     if dh.numel():
         grid = (ceil_div(dh.numel(), SIZE),)
-        gated_dz_kernel[grid](dh, gate, up, dgate, dup, h, dh.numel(), activation, True, SIZE, **POINTWISE)
+        _GATED_DZ(grid, (dh, gate, up, dgate, dup, h), (dh.numel(), activation, True, SIZE))
     return dgate, dup, h
 
 
@@ -218,12 +231,7 @@ def gated_dh(
     gate, up = gate.contiguous(), up.contiguous()
     dgate, dup, h = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     if h.numel():
-        arguments = (rows, w_down, gate, up, dgate, dup, h, m, n, k, *strides, activation)
-        if plan.kind == "descriptor":
-            with descriptors_allowed():
-                gated_dh_descriptor_kernel[plan.grid](*arguments, **plan.constants)
-        else:
-            gated_dh_kernel[plan.grid](*arguments, **plan.constants)
+        _launch("gated_dh", plan, (rows, w_down, gate, up, dgate, dup, h), (m, n, k, *strides, activation))
     return dgate, dup, h
 
 
@@ -256,10 +264,5 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: C
         with torch.no_grad(), torch.autocast(dx.device.type, enabled=False):
             torch.mm(torch.cat((first, second), 1), torch.cat((w_gate, w_up), 0), out=dx.view(m, n))
         return dx
-    arguments = (first, second, w_gate, w_up, dx, m, n, k, *strides)
-    if plan.kind == "descriptor":
-        with descriptors_allowed():
-            gated_dx_descriptor_kernel[plan.grid](*arguments, **plan.constants)
-    else:
-        gated_dx_kernel[plan.grid](*arguments, **plan.constants)
+    _launch("gated_dx", plan, (first, second, w_gate, w_up, dx), (m, n, k, *strides))
     return dx

@@ -13,6 +13,7 @@ from spu.kernels import library
 from spu.kernels.accumulation import SAMPLED_ROWS, wanted, watch_of
 from spu.kernels.config import Config
 from spu.kernels.finish import column_sums, finish, finish_main_grad
+from spu.kernels.kept import Launch
 from spu.kernels.launch import (
     ALIGN_BYTES,
     can_describe,
@@ -35,8 +36,7 @@ class Plan(NamedTuple):
 
     kind: str
     parts: int
-    chunk: int
-    launch: Any
+    launch: Launch
     constants: dict[str, Any]
 
 
@@ -128,7 +128,8 @@ def plan(
     else:
         constants |= {"PERSISTENT": kind == "persistent", "EVEN_K": k % config.block_k == 0}
         constants["DERIVATIVE"] = form.derivative
-    return Plan(kind, parts, chunk, kernel[(programs, parts)], constants)
+    fixed = (m, n, k, *strides, chunk)
+    return Plan(kind, parts, Launch(kernel, (programs, parts), fixed, constants), constants)
 
 
 def multiply(
@@ -194,13 +195,12 @@ def _multiply(
     arguments = (
         a, b, out if e.bias is None else e.bias, saved, dz, target, out if extra is None else extra,
         out if e.inv_scale is None else e.inv_scale, out if e.found_inf is None else e.found_inf,
-        m, n, k, *strides, found.chunk,
     )  # fmt: skip
     if found.kind == "descriptor":
         with descriptors_allowed():
-            found.launch(*arguments, **found.constants)
+            found.launch(*arguments)
     else:
-        found.launch(*arguments, **found.constants)
+        found.launch(*arguments)
     if found.kind == "split":
         _finish(target, out, e, found.parts)
         _sum_bias(a, e)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, ceil_div
 
 SIZE = 1024
@@ -159,6 +160,9 @@ def square_sum_kernel(
         tl.store(arrived, 0)
 
 
+_ADAMW, _SQUARE_SUM = Launcher(adamw_kernel, POINTWISE), Launcher(square_sum_kernel, POINTWISE)
+
+
 class _Work(NamedTuple):
     """Of a list of sizes, on the device: sizes int64 [tensors], (tensor, block) int32 [programs, 2]."""
 
@@ -244,11 +248,12 @@ def adamw_(
         return
     work, where = _work(sizes, params[0].device), _where(addresses, params[0].device)
     copy: Any = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(params[0].dtype, tl.float32)
-    adamw_kernel[(work.programs,)](
-        where.addresses, work.sizes, work.blocks, grad_scale, found_inf, lr, 1 - lr * weight_decay, 1 - beta1,
-        beta2, 1 - beta2, eps, _log(beta1), _log(beta2), copy, bool(masters), _aligned(addresses, (0, 1, 2, 3, 5)),
-        _FIELDS, SIZE, TILES, **POINTWISE,
-    )  # fmt: skip
+    factors = lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, _log(beta1), _log(beta2)
+    _ADAMW(
+        (work.programs,),
+        (where.addresses, work.sizes, work.blocks, grad_scale, found_inf, *map(float, factors)),
+        (copy, bool(masters), _aligned(addresses, (0, 1, 2, 3, 5)), _FIELDS, SIZE, TILES),
+    )
     _copy_back(exp_avgs, averages)
     _copy_back(exp_avg_sqs, squares)
     _copy_back(masters or params, targets)
@@ -270,8 +275,9 @@ def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
     addresses = tuple((grad.data_ptr(),) for grad in dense)
     work, where = _work(sizes, out.device), _where(addresses, out.device)
     parts = torch.empty(work.programs, dtype=torch.float64, device=out.device)
-    square_sum_kernel[(work.programs,)](
-        where.addresses, work.sizes, work.blocks, parts, where.arrived, out,
-        _aligned(addresses, (0,)), SIZE, TILES, _PARTS, **POINTWISE,
-    )  # fmt: skip
+    _SQUARE_SUM(
+        (work.programs,),
+        (where.addresses, work.sizes, work.blocks, parts, where.arrived, out),
+        (_aligned(addresses, (0,)), SIZE, TILES, _PARTS),
+    )
     return out
