@@ -25,6 +25,9 @@ from spu.ops.reference import (
     linear as reference,
 )
 from spu.ops.reference import (
+    norm as reference_norm,
+)
+from spu.ops.reference import (
     optimizer as reference_optimizer,
 )
 
@@ -267,3 +270,52 @@ def test_the_training_job_learns(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "gpu").is_dir()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [130, 4096])
+def test_norms(dtype: torch.dtype, cols: int) -> None:
+    x, residual, weight, dy = (
+        torch.randn(shape).to(dtype) for shape in ((300, cols), (300, cols), (cols,), (300, cols))
+    )
+    on = device_of(x, residual, weight, dy)
+    wide = [value.double() for value in (x, residual, weight, dy)]
+    made = kernels.rms_norm(*on[:3], 1e-6, 0.0, True)
+    plain, truth = (reference_norm.rms_norm(*given[:3], 1e-6, 0.0, True) for given in (on, wide))
+    for name, a, p, t in zip(("y", "rstd", "sum"), made, plain, truth):
+        close(a, p, t, name)
+    made, plain, truth = (
+        function(given[3], given[1], given[0], given[2], rstd, 0.0, False, True, True)
+        for function, given, rstd in (
+            (kernels.rms_norm_backward, on, plain[1]),
+            (reference_norm.rms_norm_backward, on, plain[1]),
+            (reference_norm.rms_norm_backward, wide, plain[1].cpu().double()),
+        )
+    )
+    for name, a, p, t in zip(("dx", "dw"), made, plain, truth):
+        close(a, p, t, name)
+    functions = ((kernels.layer_norm, on), (reference_norm.layer_norm, on), (reference_norm.layer_norm, wide))
+    made, plain, truth = (function(given[0], None, given[2], given[2], 1e-5) for function, given in functions)
+    for name, a, p, t in zip(("y", "mean", "rstd"), made, plain, truth):
+        close(a, p, t, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_embeddings_gradient_and_rotary_positions(dtype: torch.dtype) -> None:
+    ids, dy = torch.randint(0, 500, (2048,)) ** 2 % 500, torch.randn(2048, 520).to(dtype)
+    main, found, inv = torch.ones(500, 520), torch.zeros(1), torch.tensor([0.5])
+    results = []
+    for move in (torch.Tensor.cuda, torch.Tensor.cpu):
+        given = [move(t.clone()) for t in (dy, ids, main, inv, found)]
+        op = kernels.embedding_dw_ if given[0].is_cuda else reference_norm.embedding_dw_
+        for accumulate in (True, False, True):
+            op(given[0], given[1], 7, given[2], given[3], given[4], accumulate)
+        results.append(given[2].cpu())
+        assert given[4].item() == 0
+    assert_equal(results[0], results[1])  # the same order of additions
+    q, k, cos, sin = (torch.randn(s).to(dtype) for s in ((2, 8, 65, 128), (2, 2, 65, 128), (1, 65, 128), (1, 65, 128)))
+    on = device_of(q.transpose(1, 2).contiguous().transpose(1, 2), k, cos, sin)
+    for how in ((False, False), (True, False), (False, True), (True, True)):
+        truth = reference_norm.rotary(*(t.double() for t in (q, k, cos, sin)), *how)
+        for a, p, t in zip(kernels.rotary(*on, *how), reference_norm.rotary(*on, *how), truth):
+            close(a, p, t, str(how))

@@ -28,7 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 
 INTERPRETED = {"interpreted_triton.py": 50, "interpreted_products.py": 75, "interpreted_fused.py": 50}
-OP_LAYER = [f"test_ops_{name}.py" for name in ("linear", "gated", "cross_entropy", "optimizer", "sink", "main_grads")]
+OP_LAYER = [
+    f"test_ops_{name}.py"
+    for name in ("linear", "gated", "cross_entropy", "optimizer", "sink", "main_grads", "norm", "embedding", "rotary")
+]
 CHOSEN = "triton and (ragged or strid or leading or found or sinks or own_gradient or main_gradients or norms)"
 GATE = [str(TESTS.parent / "benchmarks/aot/aot_triton.py"), "--sample", "--arch", "90"]
 

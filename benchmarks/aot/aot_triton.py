@@ -27,7 +27,7 @@ import triton_page
 from torch import Tensor
 
 from spu.common.files import write_json
-from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, optim, table
+from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, norm, optim, rows, table
 from spu.kernels.ahead import Built, Launch
 from spu.kernels.config import CLASSES, DTYPE_NAMES, PRODUCTS, Config
 from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES, of_triton
@@ -126,11 +126,28 @@ def _pointwise(dtype: torch.dtype, sample: bool) -> None:
         _, scales, payload = codec.sections(x.numel(), name)
         wire = torch.empty(codec.HEADER_BYTES + scales + payload, dtype=torch.uint8)
         codec.unpack(wire, x.shape, dtype, name)
+    _by_row(x, one)
     wide = _empty(_M, _N)
     masters = [wide] if dtype in _HALVES else []
     params = [x] if masters else [wide]
     optim.adamw_(params, [wide], masters, [wide], [wide], [one], one, one, 1e-3, 0.9, 0.999, 1e-8, 0.1)
     optim.grad_sqnorm([wide])
+
+
+def _by_row(x: Tensor, one: Tensor) -> None:
+    """Norms with and without what they may lack, an embedding's gradient, rotary positions."""
+    weight, by_row, ids = _empty(_N, dtype=x.dtype), _empty(_M), torch.empty(_M, dtype=torch.int64)
+    norm.rms_norm(x, None, weight, 1e-6, 0.0, True)
+    norm.rms_norm(x, x, weight, 1e-6, 1.0, False)
+    norm.rms_norm_backward(x, None, x, weight, by_row, 0.0, True, True, True)
+    norm.rms_norm_backward(x, x, x, weight, by_row, 1.0, False, True, True)
+    norm.layer_norm(x, None, weight, weight, 1e-5)
+    norm.layer_norm_backward(x, None, x, weight, by_row, by_row, True, True, True)
+    for accumulate in (False, True):
+        rows.embedding_dw_(x, ids, -1, _empty(1024, _N), one, one, accumulate)
+    heads, angles = _empty(2, 64, 8, 128, dtype=x.dtype).transpose(1, 2), _empty(1, 64, 128, dtype=x.dtype)
+    for interleaved, inverse in ((False, False), (False, True), (True, False), (True, True)):
+        rows.rotary(heads, heads, angles, angles, interleaved, inverse)
 
 
 def launches(arch: int, sample: bool = False) -> dict[Launch, str]:

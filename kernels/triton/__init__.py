@@ -29,8 +29,14 @@ if TYPE_CHECKING:
     from spu.kernels.linear import linear_dz_dx as linear_dz_dx
     from spu.kernels.linear import linear_fwd as linear_fwd
     from spu.kernels.linear import unscale_ as unscale_
+    from spu.kernels.norm import layer_norm as layer_norm
+    from spu.kernels.norm import layer_norm_backward as layer_norm_backward
+    from spu.kernels.norm import rms_norm as rms_norm
+    from spu.kernels.norm import rms_norm_backward as rms_norm_backward
     from spu.kernels.optim import adamw_ as adamw_
     from spu.kernels.optim import grad_sqnorm as grad_sqnorm
+    from spu.kernels.rows import embedding_dw_ as embedding_dw_
+    from spu.kernels.rows import rotary as rotary
 
 _NAMES = {
     "accumulation": ("fp16_accumulation",),
@@ -48,7 +54,9 @@ _NAMES = {
         "linear_fwd",
         "unscale_",
     ),
+    "norm": ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
     "optim": ("adamw_", "grad_sqnorm"),
+    "rows": ("embedding_dw_", "rotary"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

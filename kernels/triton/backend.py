@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spu.kernels import codec, cross_entropy, gated, linear, optim
+from spu.kernels import codec, cross_entropy, gated, linear, norm, optim, rows
 from spu.kernels.arith import INTERPRET
 
 
@@ -35,4 +35,10 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_dx": gated.gated_dx,
     "linear_ce": cross_entropy.linear_ce,
     "linear_ce_dz": cross_entropy.linear_ce_dz,
+    "rms_norm": norm.rms_norm,
+    "rms_norm_backward": norm.rms_norm_backward,
+    "layer_norm": norm.layer_norm,
+    "layer_norm_backward": norm.layer_norm_backward,
+    "embedding_dw_": rows.embedding_dw_,
+    "rotary": rows.rotary,
 }

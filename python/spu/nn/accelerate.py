@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore``: a model's linear layers and MLP blocks on fused ops, and back."""
+"""``accelerate`` and ``restore``: a model's layers on fused ops, and back."""
 
 from __future__ import annotations
 
@@ -9,31 +9,43 @@ from torch import nn
 from spu.common.dtypes import DTYPES
 from spu.nn.attention import restore_attention, use_attention
 from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
+from spu.nn.embedding import Embedding
 from spu.nn.linear import Linear
+from spu.nn.norm import LayerNorm, RMSNorm, norm_block
 from spu.nn.table import BLOCKS
 
 __all__ = ["accelerate", "is_accelerated", "restore"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _MARK = "_spu_accelerated"
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    nn.Embedding: Embedding,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+}
+_PLAIN = {ours: plain for plain, ours in _OURS.items()}
 
 
-def _fused_form(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """Return the class that replaces ``cls``, or None."""
-    if cls is nn.Linear:
-        return Linear
+def _fused_form(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class that replaces a module's, or None."""
+    cls = type(module)
+    if cls in _OURS:
+        return _OURS[cls]
     if cls is nn.Sequential:
         return fused_class(FusedSequential, cls, None)
-    block = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
+    named = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
+    block = named or norm_block(module)
     return None if block is None else fused_class(MIXINS[type(block)], cls, block)
 
 
 def accelerate(model: _Model, precision: str | None = None) -> _Model:
-    """Put a model's linear layers, activations after them and MLP blocks on fused ops, in place, and return it.
+    """Put a model's linear layers, norms, embeddings and MLP blocks on fused ops, in place, and return it.
 
-    What changes: every ``nn.Linear``; in an ``nn.Sequential``, a linear layer and the ReLU, GELU or SiLU after it run
-    as one op; of Hugging Face transformers, the MLP blocks of Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2,
-    GPT-NeoX and the BERT family (``spu.nn.table``). A Hugging Face model given whole also gets ``spu.nn.attention`` in
+    What changes: every ``nn.Linear``, ``nn.Embedding``, ``nn.LayerNorm`` and ``nn.RMSNorm``; in an ``nn.Sequential``, a
+    linear layer and the ReLU, GELU or SiLU after it run as one op; of Hugging Face transformers, the MLP blocks of
+    Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX and the BERT family (``spu.nn.table``), and every
+    RMSNorm whose formula the op computes to the bit. A Hugging Face model given whole also gets ``spu.nn.attention`` in
     place of torch's, which differs for 16-bit tensors on a CPU. Only exact classes change, and only in class:
     parameters, hooks, training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or
     were replaced later, run one by one as before. ``restore`` undoes it.
@@ -51,11 +63,11 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(map(repr, DTYPES))}, or None")
     dtype = None if precision is None else DTYPES[precision]
     for module in model.modules():
-        fused = _fused_form(type(module))
+        fused = _fused_form(module)
         if fused is not None:
             module.__class__ = fused
             setattr(module, _MARK, True)
-        if _MARK in module.__dict__ or isinstance(module, Linear):
+        if isinstance(module, (Linear, FusedBlock)):
             module.spu_dtype = dtype  # type: ignore[assignment]
     use_attention(model)
     return model
@@ -86,8 +98,8 @@ def is_accelerated(module: nn.Module) -> bool:
 def _plain_form(name: str, module: nn.Module) -> type[nn.Module]:
     """Return the class that an accelerated module had."""
     cls = type(module)
-    if cls is Linear:
-        return nn.Linear
+    if cls in _PLAIN:
+        return _PLAIN[cls]
     if isinstance(module, FusedBlock) and "spu_plain" in cls.__dict__:
         return module.spu_plain
     raise ValueError(

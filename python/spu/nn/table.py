@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ACTIVATIONS", "BLOCKS", "LIBRARIES", "Block", "GatedBlock", "PairBlock", "TransposedLinear"]
+__all__ = ["ACTIVATIONS", "BLOCKS", "LIBRARIES", "Block", "GatedBlock", "NormBlock", "PairBlock", "TransposedLinear"]
 
 LIBRARIES = ("transformers", "transformers_modules")  # a class counts only if it was defined in one of these
 
@@ -33,7 +33,19 @@ class TransposedLinear:
     """x @ weight + bias, weight [in, out]."""
 
 
-Block = GatedBlock | PairBlock | TransposedLinear
+@dataclass(frozen=True)
+class NormBlock:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset); the name of eps, and whether the row is rounded before the weight.
+
+    Found by ``spu.nn.norm.norm_block``, not by name.
+    """
+
+    eps: str
+    offset: float
+    rounded: bool
+
+
+Block = GatedBlock | NormBlock | PairBlock | TransposedLinear
 
 BLOCKS: dict[str, Block] = {
     **dict.fromkeys(

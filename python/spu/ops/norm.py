@@ -26,7 +26,9 @@ from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import sinks_of
 
-__all__ = ["layer_norm", "rms_norm", "torch_layer_norm", "torch_rms_norm"]
+__all__ = ["LARGEST_TRITON_ROW", "layer_norm", "rms_norm", "torch_layer_norm", "torch_rms_norm"]
+
+LARGEST_TRITON_ROW = 16384  # elements: a program of the Triton kernels keeps a row in its registers
 
 Pair = tuple[Tensor, Tensor]
 
@@ -109,14 +111,12 @@ def _check(op: str, x: Tensor, residual: Tensor | None, vectors: dict[str, Tenso
         raise TypeError(f"{op}: weight is {given['weight'].dtype} but bias is {given['bias'].dtype}: convert one")
 
 
-def _fused(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: _Form
-) -> tuple[Tensor, Tensor | None]:
-    return _Norm.apply(x, weight, bias, residual, form)  # type: ignore[no-any-return]
-
-
-def _serves(*tensors: Tensor | None) -> bool:
-    return takes(*tensors) and not torch.compiler.is_compiling()
+def _backend(x: Tensor, *others: Tensor | None) -> str | None:
+    """Return the backend that serves a norm of these tensors; None: torch's own ops."""
+    if not takes(x, *others) or torch.compiler.is_compiling():
+        return None
+    backend = choose_backend(x)
+    return None if backend == "triton" and x.dim() and x.shape[-1] > LARGEST_TRITON_ROW else backend
 
 
 def rms_norm(
@@ -150,10 +150,11 @@ def rms_norm(
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    if not _serves(x, residual, weight):
-        return torch_rms_norm(x, weight, eps, residual, offset, rounded)
     _check("rms_norm", x, residual, {"weight": weight})
-    y, total = _fused(x, residual, weight, None, _Form(False, eps, offset, rounded, choose_backend(x)))
+    backend = _backend(x, residual, weight)
+    if backend is None:
+        return torch_rms_norm(x, weight, eps, residual, offset, rounded)
+    y, total = _Norm.apply(x, weight, None, residual, _Form(False, eps, offset, rounded, backend))
     return y if total is None else (y, total)
 
 
@@ -169,10 +170,11 @@ def layer_norm(
 
     Args, results and errors are those of ``rms_norm``; ``bias`` is [C] of the dtype of ``weight``, or None.
     """
-    if not _serves(x, residual, weight, bias):
-        return torch_layer_norm(x, weight, bias, eps, residual)
     _check("layer_norm", x, residual, {"weight": weight, "bias": bias})
-    y, total = _fused(x, residual, weight, bias, _Form(True, eps, 0.0, False, choose_backend(x)))
+    backend = _backend(x, residual, weight, bias)
+    if backend is None:
+        return torch_layer_norm(x, weight, bias, eps, residual)
+    y, total = _Norm.apply(x, weight, bias, residual, _Form(True, eps, 0.0, False, backend))
     return y if total is None else (y, total)
 
 
