@@ -92,7 +92,7 @@ def targets(rows: list[Row]) -> list[str]:
     for size in (4096, 8192):
         shape = f"{size}x{size}x{size}"
         lines.append(f"forward at {shape}: {ratio('forward bias+gelu', shape):.2f}x the best of torch (aim 1.0)")
-        for group in ("forward bias+gelu", "dx", "dw into fp32"):
+        for group in ("forward bias+gelu", "dx", "dw into main_grad"):
             lines.append(f"{group} at {shape}: {of_bare(group, shape):.2f} of cuBLAS's bare product (aim 0.97)")
     lines.append(f"{STEP} at {_SQUARE}: {ratio(STEP, _SQUARE):.2f}x the best of torch (aim 1.0)")
     layers = [s for s in on_card().shapes() if s[1] != s[2] and 256 <= s[0] <= 4096]
@@ -103,7 +103,7 @@ def targets(rows: list[Row]) -> list[str]:
         if steps:
             mean = math.exp(sum(map(math.log, steps)) / len(steps))
             lines.append(f"steps of {len(steps)} decoder layers, 256 to 4,096 tokens: {mean:.2f}x {peer} (aim {aim})")
-    for group, shape in {(g, s) for g, s, _ in took if g == "causal attention step"}:
+    for group, shape in {(g, s) for g, s, _ in took if g == "attention step"}:
         cudnn = took.get((group, shape, "SDPA cuDNN"), math.nan)
         lines.append(f"{group} at {shape}: {cudnn / best(group, shape, True):.2f}x cuDNN's (aim 1.0)")
     for group, aim in (("pack", 0.8), ("unpack", 0.8), ("adamw", 0.85)):

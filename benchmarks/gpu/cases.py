@@ -1,10 +1,10 @@
 """What ``bench.py`` measures: calls of ours and of their peers on the same values.
 
-Ours come by backend ("spu triton", "spu cuda" where it is built; "spu cuBLAS": torch's product with our epilogue, "spu
-cuBLASLt": with its own); peers are plain torch (cuBLAS), torch.compile, the step as Megatron makes it (fp16 weights,
-``main_grad.add_(grad)``), SDPA by each of its kernels and, where it is installed, Liger. "cuBLAS, bare" is the product
-alone, which the fused ones are to come near. Whatever a peer cannot do raises when its call is made, and becomes a row
-that says so.
+Ours come by backend ("spu triton", "spu cuda" where it is built), and products also by what a table may name: "spu
+Triton kernel", "spu cuBLAS" (torch's product with our epilogue), "spu cuBLASLt" (with its own). Peers are plain torch
+(cuBLAS), torch.compile, the step as Megatron makes it (fp16 weights, ``main_grad.add_(grad)``), SDPA by each of its
+kernels and, where it is installed, Liger. "cuBLAS, bare" is the product alone, which the fused ones are to come near.
+Whatever a peer cannot do raises when its call is made, and becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 Call = Callable[[], object]
 Shape = tuple[int, int, int]  # rows, out, in
 _OURS = ("spu triton", "spu cuda")
-_KINDS = {"spu cuBLAS": "torch", "spu cuBLASLt": "cublaslt"}  # configurations that the tables may name
+_KINDS = ("spu Triton kernel", "spu cuBLAS", "spu cuBLASLt")  # configurations that the tables may name
 BARE = "cuBLAS, bare"
 _GIGABYTE = 1 << 30
 MICROBATCHES = 4  # of a step: AMP unscales once for all of them
+HEADS = (8, 1024, 32, 128)  # batch, tokens, heads, features of a head
 STEP = f"step of {MICROBATCHES} microbatches"
 MEGATRON = "torch, Megatron-style"
 
@@ -101,10 +102,20 @@ def _backend(peer: str) -> str:
     return peer.removeprefix("spu ")
 
 
+def _config(peer: str, op: str, shape: Shape) -> Any:
+    """Return the configuration of one of ``_KINDS`` for a product of rows, columns and inner."""
+    from spu.kernels.config import Config, shape_class
+    from spu.kernels.derive import of_triton
+
+    if peer != "spu Triton kernel":
+        return Config("torch" if peer == "spu cuBLAS" else "cublaslt")
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return of_triton(10 * major + minor, op, "fp16", shape_class(*shape))
+
+
 def _forward(at: Setting, shape: Shape, peer: str) -> Call:
     """y = gelu(x @ w.T + b) in fp16, as inference runs it."""
     from spu import kernels, ops
-    from spu.kernels.config import Config
 
     rows, out, inner = shape
     x, w, b = at.random(rows, inner), at.random(out, inner), at.random(out)
@@ -113,7 +124,8 @@ def _forward(at: Setting, shape: Shape, peer: str) -> Call:
         return F.gelu(F.linear(x, w, b), approximate="tanh")
 
     if peer in _KINDS:
-        return lambda: kernels.linear_fwd(x, w, b, "gelu_tanh", config=Config(_KINDS[peer]))
+        config = _config(peer, "linear", shape)
+        return lambda: kernels.linear_fwd(x, w, b, "gelu_tanh", config=config)
     if peer in _OURS:
         with ops.use_backend(_backend(peer)):
             op = getattr(torch.ops.spu.linear, _backend(peer))
@@ -128,12 +140,12 @@ def _forward(at: Setting, shape: Shape, peer: str) -> Call:
 def _input_gradient(at: Setting, shape: Shape, peer: str) -> Call:
     """dx = dz @ w in fp16."""
     from spu import kernels, ops
-    from spu.kernels.config import Config
 
     rows, out, inner = shape
     dz, w = at.random(rows, out), at.random(out, inner)
     if peer in _KINDS:
-        return lambda: kernels.linear_dx(dz, w, config=Config(_KINDS[peer]))
+        config = _config(peer, "linear_dx", (rows, inner, out))
+        return lambda: kernels.linear_dx(dz, w, config=config)
     if peer in _OURS:
         with ops.use_backend(_backend(peer)):
             op = getattr(torch.ops.spu.linear_dx, _backend(peer))
@@ -144,13 +156,13 @@ def _input_gradient(at: Setting, shape: Shape, peer: str) -> Call:
 def _weight_gradient(at: Setting, shape: Shape, peer: str) -> Call:
     """main_grad += inv_scale * dz.T @ x: fp16 operands, fp32 sums. torch's: unscaled."""
     from spu import kernels, ops
-    from spu.kernels.config import Config
 
     rows, out, inner = shape
     dz, x, main = at.random(rows, out), at.random(rows, inner), torch.zeros(out, inner, device=at.device)
     scale, found = torch.ones(1, device=at.device), torch.zeros(1, device=at.device)
     if peer in _KINDS:
-        return lambda: kernels.linear_dw_(dz, x, main, scale, found, True, config=Config(_KINDS[peer]))
+        config = _config(peer, "linear_dw", (out, inner, rows))
+        return lambda: kernels.linear_dw_(dz, x, main, scale, found, True, config=config)
     if peer in _OURS:
         with ops.use_backend(_backend(peer)):
             op = getattr(torch.ops.spu.linear_dw_, _backend(peer))
@@ -265,11 +277,9 @@ def _cross_entropy(at: Setting, peer: str) -> Call:
 
 
 def _attention(at: Setting, peer: str) -> Call:
-    """One sequence, heads of 128, a quarter of them for keys and values."""
-    tokens, heads = at.tokens[0], max(at.decoders[0][0] // 128, 4)
-    size = 128 if at.device == "cuda" else 16
-    q, k, v = (at.random(1, tokens, h, size).requires_grad_() for h in (heads, heads // 4, heads // 4))
-    return attention_step(q, k, v, at.random(1, tokens, heads, size), peer)
+    batch, tokens, heads, features = HEADS if at.device == "cuda" else (1, 16, 2, 8)
+    q, k, v, dy = (torch.randn(batch, tokens, heads, features, device=at.device).half() for _ in range(4))
+    return attention_step(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, peer)
 
 
 def _pack(at: Setting, codec: str, unpack: bool, peer: str) -> Call:
@@ -330,7 +340,9 @@ def cases(at: Setting) -> Iterator[Case]:
         for peer in (*_OURS, *_KINDS, BARE):
             yield Case("dx", name_of(shape), peer, flops, 0.0, partial(_input_gradient, at, shape, peer))
         for peer in (*_OURS, *_KINDS, BARE, "cuBLAS, fp32 C", "torch mm + add"):
-            yield Case("dw into fp32", name_of(shape), peer, flops, 0.0, partial(_weight_gradient, at, shape, peer))
+            yield Case(
+                "dw into main_grad", name_of(shape), peer, flops, 0.0, partial(_weight_gradient, at, shape, peer)
+            )
         for peer in (*_OURS, "torch autocast", MEGATRON, *compiled):
             yield Case(STEP, name_of(shape), peer, 3 * MICROBATCHES * flops, 0.0, partial(_step, at, shape, peer))
     yield from _memory_cases(at)
@@ -341,10 +353,10 @@ def cases(at: Setting) -> Iterator[Case]:
         for peer in (*_OURS, "torch eager", *compiled, *liger):
             flops = 18.0 * tokens * inner * hidden
             yield Case("gated MLP step", name_of(shape), peer, flops, 0.0, partial(_gated, at, shape, peer))
-    for peer in ("spu attention", "SDPA flash", "SDPA cuDNN"):  # causal: half of the scores, forward and twice back
-        flops = 7.0 * at.tokens[0] ** 2 * max(hidden // 128, 4) * 128
-        size = f"1x{at.tokens[0]}x{max(hidden // 128, 4)}x128"
-        yield Case("causal attention step", size, peer, flops, 0.0, partial(_attention, at, peer))
+    batch, tokens, heads, features = HEADS
+    flops = 3.5 * 2 * batch * heads * tokens * tokens * features  # two products forward, five backward, half masked
+    for peer in ("spu attention", "SDPA cuDNN", "SDPA flash"):
+        yield Case("attention step", name_of(HEADS), peer, flops, 0.0, partial(_attention, at, peer))
     shape = (at.tokens[0], at.vocabulary, hidden)
     for peer in (*_OURS, "torch eager", *liger):
         flops = 6.0 * shape[0] * shape[1] * shape[2]

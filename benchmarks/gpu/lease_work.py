@@ -74,7 +74,7 @@ def _layers(at: Setting) -> Iterator[Case]:
 _LEFT_OUT = ("pack fp16", "unpack fp16", "pack int4", "unpack int4", "pack fp8", "unpack fp8")
 _PREFIXES = {
     "forward": ("forward",), "dx": ("dx",), "dw": ("dw",), "memory": ("adamw", "grad_norm", "pack", "unpack"),
-    "attention": ("causal attention",), "gated": ("gated",), "ce": ("linear cross-entropy",), "linear": ("step of",),
+    "attention": ("attention",), "gated": ("gated",), "ce": ("linear cross-entropy",), "linear": ("step of",),
 }  # fmt: skip
 
 

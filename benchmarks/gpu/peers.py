@@ -35,8 +35,7 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, peer: str) -> Ca
     """Forward and backward of causal attention by "spu attention", "SDPA flash" or "SDPA cuDNN".
 
     Args:
-        q, dy: [batch, tokens, heads, head_dim].
-        k, v: [batch, tokens, kv_heads, head_dim].
+        q, k, v, dy: [batch, tokens, heads, head_dim].
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,7 +48,7 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, peer: str) -> Ca
             return ops.attention(q, k, v, causal=True)
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backends[peer]):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
     def step() -> None:
         q.grad = k.grad = v.grad = None
