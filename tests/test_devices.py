@@ -362,3 +362,14 @@ def test_a_cpu_beyond_the_cores_is_unknown_unless_a_list_names_them_all(monkeypa
         with pytest.raises(ValueError, match=r"unknown device 'cpu:\d+': the 2 cores make cpu:0 to cpu:1; there is: "):
             DeviceManager().get_devices(spec)
     assert [d.name for d in DeviceManager().get_devices(["cpu"] * 4)] == ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]
+
+
+@pytest.mark.parametrize(("cores", "left"), [(16, 2), (6, 1), (2, 0)])
+def test_cpu_devices_leave_cores_to_the_threads_that_launch_on_gpus(
+    cores: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play_cpu(monkeypatch, cores)
+    assert [len(d.cores) for d in DeviceManager().get_devices("cpu")] == [cores]
+    play_gpus(monkeypatch, ("RTX 2070", 8 * GB, 8 * GB))
+    assert [len(d.cores) for d in DeviceManager().get_devices("cuda:0,cpu")] == [0, cores - left]
+    assert [len(d.cores) for d in DeviceManager().get_devices("cpu")] == [cores]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -139,6 +140,31 @@ def test_a_side_carries_the_same_tensors_beside_the_senders_work(codec: str | No
     assert link.sent_bytes == plain.sent_bytes
     link.close()
     link.close()
+
+
+class _Stream:
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: object) -> None:
+        self.log.append(f"{self.name} waits")
+
+    def record_event(self) -> str:
+        return "event"
+
+
+@pytest.mark.parametrize(("source", "target", "waits"), [("cpu", "cuda:0", []), ("cuda:0", "cpu", ["side waits"])])
+def test_a_copy_from_the_host_does_not_wait_for_what_the_card_has_queued(
+    source: str, target: str, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(log, "side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "current"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    side = side_for(torch.device(source), torch.device(target), None)
+    assert side is not None
+    side.start(lambda: (), ())
+    assert log == waits
 
 
 def test_between_cpus_the_sender_packs_by_itself() -> None:

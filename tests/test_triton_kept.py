@@ -18,8 +18,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from spu.kernels import optim  # noqa: E402
 from spu.kernels.kept import Launch, Launcher  # noqa: E402
-from spu.kernels.optim import adamw_  # noqa: E402
 from spu.kernels.product import product_kernel  # noqa: E402
 
 _PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu" / "overhead.py"
@@ -99,7 +99,7 @@ def test_numbers_are_part_of_a_launch_and_floats_are_not(launched: tuple[list[li
     x, main, one = torch.zeros(64, 64).half(), torch.zeros(64, 64), torch.ones(1)
     state = ([x], [main], [main.clone()], [main.clone()], [main.clone()], [one])
     for rate in (1e-3, 2e-3):
-        adamw_(*state, one, torch.zeros(1), rate, 0.9, 0.999, 1e-8, 0.1)
+        optim.adamw_(*state, one, torch.zeros(1), rate, 0.9, 0.999, 1e-8, 0.1)
     assert len(compiled) == 1
     assert [1e-3 in launches[0], 2e-3 in launches[1]] == [True, True]
 
@@ -135,3 +135,15 @@ def test_a_launcher_keeps_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> N
         launcher((1,), (torch.zeros(1),), (size,))
     assert made == [(1,), (2,), (1,), (3,), (4,), (1,)]
     assert len(launcher._launches) <= 3
+
+
+def test_tables_of_tensors_belong_to_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other stream waits for the copy that fills them, and none may be captured into a graph."""
+    cpu = torch.device("cpu")
+    one, same, other = optim._where(((16,),), cpu, 1), optim._where(((16,),), cpu, 1), optim._where(((16,),), cpu, 2)
+    assert one is same
+    assert one.addresses.data_ptr() != other.addresses.data_ptr()
+    assert one.arrived.data_ptr() != other.arrived.data_ptr()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="before the capture"):
+        optim._work((3,), torch.device("cuda:0"), 0)

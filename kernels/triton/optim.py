@@ -179,20 +179,34 @@ class _Where(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _work(sizes: tuple[int, ...], device: torch.device) -> _Work:
+def _work(sizes: tuple[int, ...], device: torch.device, stream: int) -> _Work:
     work = [(i, block) for i, size in enumerate(sizes) for block in range(ceil_div(size, SIZE * TILES))]
     return _Work(_sent(sizes, torch.int64, device), _sent(work, torch.int32, device), len(work))
 
 
 @lru_cache(maxsize=64)
-def _where(addresses: tuple[tuple[int, ...], ...], device: torch.device) -> _Where:
+def _where(addresses: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> _Where:
     return _Where(_sent(addresses, torch.int64, device), torch.zeros(1, dtype=torch.int32, device=device))
 
 
 def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the values on the device; the host does not wait for the copy."""
+    """Return the values on the device; the host does not wait for the copy, which only its own stream waits for.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured: the table would be filled by its replays alone.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "adamw_ and grad_sqnorm keep a table of these tensors on the device, and it is not there yet: call them "
+            "once with the same tensors on this stream before the capture"
+        )
     here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return here.to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int:
+    """Return the current stream: each has tables of its own, since no other waits for their copies."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _aligned(addresses: tuple[tuple[int, ...], ...], fields: Sequence[int]) -> bool:
@@ -246,7 +260,8 @@ def adamw_(
     sizes = tuple(param.numel() for param in params)
     if not any(sizes):
         return
-    work, where = _work(sizes, params[0].device), _where(addresses, params[0].device)
+    here = params[0].device, _stream(params[0].device)
+    work, where = _work(sizes, *here), _where(addresses, *here)
     copy: Any = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(params[0].dtype, tl.float32)
     factors = lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, _log(beta1), _log(beta2)
     _ADAMW(
@@ -265,7 +280,7 @@ def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of all elements: fp64 [1], in one launch, always with the same bits.
 
     Args:
-        grads: fp32, on one device, at least one. Not one list on two streams at once: its launches share a counter.
+        grads: fp32, on one device, at least one.
     """
     dense = _dense(grads)
     sizes = tuple(grad.numel() for grad in dense)
@@ -273,7 +288,8 @@ def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
     if not any(sizes):
         return out.zero_()
     addresses = tuple((grad.data_ptr(),) for grad in dense)
-    work, where = _work(sizes, out.device), _where(addresses, out.device)
+    here = out.device, _stream(out.device)
+    work, where = _work(sizes, *here), _where(addresses, *here)
     parts = torch.empty(work.programs, dtype=torch.float64, device=out.device)
     _SQUARE_SUM(
         (work.programs,),

@@ -26,6 +26,7 @@ __all__ = ["Device", "DeviceManager", "default_devices", "parse_bytes"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:(%)|(?:([kmgtp])(i?))?b)", re.IGNORECASE)
+_CORES_FOR_GPUS = 2  # that CPU devices beside a GPU leave alone; at most a quarter of all
 _LARGEST = 10**18  # bytes: more than any machine has, and few enough that sums of several fit 64 bits
 _SIZE_FORMS = "8GB, 7.5GB, 512MB (powers of 1000), 8GiB (powers of 1024), 1000000B or 80%"
 
@@ -130,7 +131,10 @@ class DeviceManager:
         # Cores are shared out in index order, whatever the order in the list; cores of ready-made devices stay theirs.
         cpu_names = sorted((n for n in names if n.startswith("cpu:") and n not in ready), key=_index)
         taken = {core for device in ready.values() for core in device.cores}
-        core_sets = _split_cores([c for c in usable_cores() if c not in taken] or usable_cores(), len(cpu_names))
+        free = [c for c in usable_cores() if c not in taken] or usable_cores()
+        if any(name.startswith("cuda:") for name in names):  # its worker and autograd's thread launch all the time
+            free = free[: len(free) - min(_CORES_FOR_GPUS, len(free) // 4)]
+        core_sets = _split_cores(free, len(cpu_names))
         budgets = self._cpu_budgets(cpu_names)
         made = dict(ready)
         for name, cores in zip(cpu_names, core_sets, strict=True):

@@ -64,15 +64,21 @@ class GpuSide:
 
     A copy between two GPUs is ordered with the current streams of both: with a side stream on each, it waits for
     neither's computations and holds neither up.
+
+    Args:
+        gpus: at the ends of the link, the sender first.
+        computed: the sender is the first GPU, whose current stream computes what is sent. What a CPU sends is there
+            when it is handed in: its copy waits for nothing that the receiving GPU has queued.
     """
 
-    def __init__(self, gpus: Sequence[torch.device]) -> None:
-        self._gpus = list(gpus)
+    def __init__(self, gpus: Sequence[torch.device], *, computed: bool = True) -> None:
+        self._gpus, self._computed = list(gpus), computed
         self._streams = [torch.cuda.Stream(gpu) for gpu in self._gpus]
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
         copying = self._streams[0]
-        copying.wait_stream(torch.cuda.current_stream(self._gpus[0]))
+        if self._computed:
+            copying.wait_stream(torch.cuda.current_stream(self._gpus[0]))
         _used_by(copying, given)
         with contextlib.ExitStack() as streams:
             for stream in reversed(self._streams):
@@ -124,5 +130,5 @@ def side_for(source: torch.device, target: torch.device, beside: bool | None) ->
         return None
     gpus = [end for end in (source, target) if end.type == "cuda"]
     if gpus:
-        return GpuSide(gpus)
+        return GpuSide(gpus, computed=source.type == "cuda")
     return HostSide("link") if beside else None

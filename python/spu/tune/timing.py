@@ -49,13 +49,14 @@ class Queue(Protocol):
 
 
 class Cuda:
-    """The present stream of a GPU."""
+    """A stream of a GPU, on which calls are also captured: what they keep for each stream is there by then."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def seconds(self, run: Callable[[], object]) -> float:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()
@@ -66,7 +67,10 @@ class Cuda:
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 run()
         except RuntimeError:
             torch.cuda.synchronize(self._device)  # raises once more if the context is lost
