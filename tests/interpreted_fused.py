@@ -5,14 +5,20 @@ Cases of test_triton_kernels.py, run by it in a process with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+
+import numpy as np
 import pytest
 import torch
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from spu import kernels
 from spu.common import wire
 from spu.common.codecs import CODECS
+from spu.kernels import codec as codec_kernels
 from spu.ops.reference import codec as reference_codec
 from spu.ops.reference import fused as reference_fused
 from spu.ops.reference import optimizer as reference_optimizer
@@ -94,6 +100,32 @@ def test_wires_have_the_reference_bits(dtype: torch.dtype, codec: str) -> None:
         for out in DTYPES:
             value = kernels.unpack(expected, (n,), out, codec)
             assert_equal(value, reference_codec.unpack(expected, (n,), out, codec), f"{n} values in {out}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_quotient_without_a_division_has_a_divisions_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What GPUs run, with the C library's fused multiply-add in place of the interpreter's: values beside all ties."""
+    fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
+    fmaf.argtypes, fmaf.restype = [ctypes.c_float] * 3, ctypes.c_float
+    fused = np.frompyfunc(fmaf, 3, 1)
+
+    def create_fma(self: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        return TensorHandle(fused(x.data, y.data, z.data).astype(np.float32), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
+    monkeypatch.setattr(codec_kernels, "FUSED", True)
+    low, high = (-12, 14) if dtype == torch.float16 else (-122, 120)
+    largest = (torch.rand(256) + 1) * torch.randint(low, high, (256,)).float().exp2()
+    largest = largest.to(dtype).float()[:, None]
+    halves = torch.randint(-127, 127, (256, 63)) + 0.5
+    ties = halves * (largest / 127)
+    nudged = (ties.view(torch.int32) + torch.randint(-3, 4, ties.shape, dtype=torch.int32)).view(torch.float32)
+    blocks = torch.cat([largest, nudged.clamp(-largest, largest)], 1)
+    x = blocks.to(dtype)
+    expected = reference_codec.pack(x, "int8")
+    assert_equal(kernels.pack(x, "int8", wire.header(x.shape, dtype, "int8")), expected, "wire")
 
 
 @pytest.mark.parametrize("codec", ["fp8_e4m3", "fp8_e5m2"])
