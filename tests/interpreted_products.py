@@ -171,6 +171,10 @@ def check_cross_entropy(h: Tensor, w: Tensor, one: Config) -> None:
     truth[1] = 0
     torch.testing.assert_close(dz.double(), truth, rtol=0, atol=128 * (bound + torch.finfo(h.dtype).eps))
     assert not dz[1].any()
+    both = kernels.linear_ce_and_dz(h, w, target, scale, torch.empty(logits.shape), -100, config=one)
+    torch.testing.assert_close(both[0].double(), expected, rtol=0, atol=bound)
+    torch.testing.assert_close(both[1].double(), truth, rtol=0, atol=128 * (bound + torch.finfo(h.dtype).eps))
+    assert not both[1][1].any()
 
 
 def test_fused_products_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +192,11 @@ def test_fused_products_by_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     close(kernels.gated_dx(d, d, w, w, config=one), d @ w + d @ w, truth, "dx")
     check_cross_entropy(x, w, one)
     check_cross_entropy(x.t().contiguous().t(), w.t().contiguous().t(), one)
-    assert len(used) == 3 + 4, used
+    assert len(used) == 3 + 6, used
     narrow, weight = x[:3, :37].contiguous(), w[:9, :37].contiguous()
     check_gated(narrow, weight, one)  # rows of no multiple of 16 bytes are loaded by address
     check_cross_entropy(narrow, weight, one)
-    assert len(used) == 3 + 4, used
+    assert len(used) == 3 + 6, used
 
 
 @pytest.mark.parametrize("kind", ["persistent", "split"])  # those whose programs share tiles or sums

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spu import ops
 from spu.ops import cross_entropy, schema
@@ -39,6 +40,17 @@ def with_grads(function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, 
     return [loss.detach(), hidden.grad, weight.grad]
 
 
+def shared(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """The loss whose value and gradients its backward makes."""
+    share = cross_entropy.cross_entropy_share(hidden, weight, target, 1.0, ignore_index)
+    assert share is not None
+    assert share.isnan()
+    return share
+
+
+both_forms = pytest.mark.parametrize("form", [ops.linear_cross_entropy, shared], ids=["forward", "backward"])
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cross_entropy._CHUNK_BYTES, "cpu", 4000)
@@ -46,11 +58,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @every_backend
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_error_bound(backend: str, dtype: torch.dtype, small_chunks: None) -> None:
+def test_error_bound(backend: str, form: Callable[..., Tensor], dtype: torch.dtype, small_chunks: None) -> None:
     given = operands(70, 64, 333, dtype=dtype)
     with ops.use_backend(backend):
-        ours = with_grads(ops.linear_cross_entropy, *given)
+        ours = with_grads(form, *given)
     torchs = with_grads(plain, *given)
     truth = with_grads(plain, given[0].double(), given[1].double(), given[2])
     for name, *three in zip(("loss", "hidden", "weight"), ours, torchs, truth):
@@ -78,11 +91,12 @@ def test_leading_dimensions_and_strides(backend: str) -> None:
 
 
 @every_backend
-def test_no_target_counts(backend: str) -> None:
+@both_forms
+def test_no_target_counts(backend: str, form: Callable[..., Tensor]) -> None:
     hidden, weight, target = operands(8, ignored=8)
     with ops.use_backend(backend):
-        loss, *grads = with_grads(ops.linear_cross_entropy, hidden, weight, target)
-        empty = with_grads(ops.linear_cross_entropy, hidden[:0], weight, target[:0])
+        loss, *grads = with_grads(form, hidden, weight, target)
+        empty = with_grads(form, hidden[:0], weight, target[:0])
     assert loss.isnan()
     assert empty[0].isnan()
     for grad in (*grads, *empty[1:]):
@@ -99,12 +113,13 @@ def test_another_ignored_index_and_extreme_logits(backend: str) -> None:
 
 
 @every_backend
+@both_forms
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_non_finite_hidden(backend: str, bad: float) -> None:
+def test_non_finite_hidden(backend: str, form: Callable[..., Tensor], bad: float) -> None:
     hidden, weight, target = operands(ignored=0)
     hidden[2, 3] = bad
     with ops.use_backend(backend):
-        loss, dhidden, dweight = with_grads(ops.linear_cross_entropy, hidden, weight, target)
+        loss, dhidden, dweight = with_grads(form, hidden, weight, target)
     assert loss.isnan()
     assert dhidden[2].isnan().all()
     assert torch.isfinite(dhidden[[0, 1, 3]]).all()
@@ -173,6 +188,7 @@ def test_opcheck(backend: str) -> None:
     lse = torch.logsumexp(hidden @ weight.t(), 1)
     for name, arguments in (
         ("linear_ce", (hidden.requires_grad_(), weight.requires_grad_(), target, -100)),
+        ("linear_ce_and_dz", (hidden.detach(), weight.detach(), target, torch.rand(6), torch.empty(6, 11), -100)),
         ("linear_ce_dz", (hidden.detach(), weight.detach(), target, lse.detach(), torch.rand(6), -100)),
     ):
         results = torch.library.opcheck(schema.overload(name, backend), arguments)
@@ -218,3 +234,36 @@ def test_its_weight_gradient_is_never_put_off(small_chunks: None) -> None:
     assert deferred == []
     assert x.grad is not None
     torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@every_backend
+def test_a_share_takes_its_factor_and_makes_the_logits_once(backend: str, small_chunks: None) -> None:
+    given = operands(70)
+    made: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(function).split(".")[1]
+            made.extend([name] if name in ("linear_ce", "linear_ce_dz", "linear_ce_and_dz") else [])
+            return function(*args, **(kwargs or {}))
+
+    factor = torch.tensor(0.25)
+    with ops.use_backend(backend):
+        expected = with_grads(lambda *given: ops.linear_cross_entropy(*given) * factor, *given)
+        by_number = with_grads(lambda *given: cross_entropy.cross_entropy_share(*given, 0.25), *given)
+        nothing = with_grads(lambda *given: cross_entropy.cross_entropy_share(*given, torch.zeros(())), *given)
+        with Products():
+            by_tensor = with_grads(lambda *given: cross_entropy.cross_entropy_share(*given, factor), *given)
+    chunks = -(-70 // (4000 // (8 * 101)))
+    assert made == ["linear_ce_and_dz"] * chunks
+    for name, a, b, c in zip(("share", "hidden", "weight"), by_number, by_tensor, expected):
+        assert_equal(a, b, name)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+    assert not any(value.any() for value in nothing)
+
+
+def test_a_share_is_left_to_others_where_no_backward_will_come() -> None:
+    given = operands(4)
+    assert cross_entropy.cross_entropy_share(*given, 1.0) is None
+    with torch.no_grad():
+        assert cross_entropy.cross_entropy_share(given[0].requires_grad_(), *given[1:], 1.0) is None

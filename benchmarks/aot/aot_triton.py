@@ -51,11 +51,13 @@ EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("linear_ce_dz_kernel", 120): (8, "two words, of fp32's skinny tile"),
 }
 
+_FUSED = ("quantize_kernel",)  # in which the fused multiply-adds are written as such
 # Kernels that memory limits: the bytes of their widest load and store at least, where addresses and sizes allow it.
 _ACCESSES = {
     "adamw_kernel": (16, 16), "square_sum_kernel": (16, 0), "dz_kernel": (16, 16), "finish_kernel": (16, 8),
     "gated_dz_kernel": (16, 16), "column_sum_kernel": (16, 0), "logits_ce_kernel": (16, 0),
-    "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 4), "dequantize_kernel": (4, 16),
+    "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 16),
+    "dequantize_kernel": (16, 16),
 }  # fmt: skip
 
 
@@ -86,6 +88,7 @@ def _linear(dtype: torch.dtype, configs: dict[str, Config]) -> None:
         target, rows = torch.empty(_M, dtype=torch.int64), _empty(_M)
         cross_entropy.linear_ce(x, w, target, -100, config=configs["linear_ce"])
         cross_entropy.linear_ce_dz(x, w, target, rows, rows, -100, config=configs["linear_ce"])
+        cross_entropy.linear_ce_and_dz(x, w, target, rows, _empty(_M, _N), -100, config=configs["linear_ce"])
 
 
 def _ragged(configs: dict[str, Config]) -> None:
@@ -192,7 +195,7 @@ def faults(built: Built, label: str, most_registers: int = 0) -> list[str]:
     wide = label.startswith("fp32")
     if built.name in _PRODUCTS and not wide and not built.tensor_core:
         found.append("a 16-bit product without tensor-core instructions")
-    if built.contracted and not (built.name in _PRODUCTS and wide):
+    if built.contracted and not (built.name in _PRODUCTS and wide) and built.name not in _FUSED:
         found.append("multiplications and additions were fused")
     for what, widest, least in zip(
         ("load", "store"), (built.widest_load, built.widest_store), _ACCESSES.get(built.name, (0, 0)), strict=True

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spu.kernels.codec import pack as pack
     from spu.kernels.codec import unpack as unpack
     from spu.kernels.cross_entropy import linear_ce as linear_ce
+    from spu.kernels.cross_entropy import linear_ce_and_dz as linear_ce_and_dz
     from spu.kernels.cross_entropy import linear_ce_dz as linear_ce_dz
     from spu.kernels.gated import gated_dh as gated_dh
     from spu.kernels.gated import gated_dx as gated_dx
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "accumulation": ("fp16_accumulation",),
     "codec": ("pack", "unpack"),
-    "cross_entropy": ("linear_ce", "linear_ce_dz"),
+    "cross_entropy": ("linear_ce", "linear_ce_and_dz", "linear_ce_dz"),
     "gated": ("gated_dh", "gated_dx", "gated_dz", "gated_linear"),
     "linear": (
         "linear_db",

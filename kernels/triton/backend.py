@@ -41,4 +41,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "layer_norm_backward": norm.layer_norm_backward,
     "embedding_dw_": rows.embedding_dw_,
     "rotary": rows.rotary,
+    "linear_ce_and_dz": cross_entropy.linear_ce_and_dz,
 }

@@ -52,7 +52,9 @@ class WithLoss(HeadLoss):
         if not isinstance(given, HeadInput):
             raise LogitsError
         assert self.mode is not None
-        return self.loss(given, fake_copy(self.mode, self.targets)).float() * 1.0
+        targets = fake_copy(self.mode, self.targets)
+        share = self.share(given, targets, 1.0)
+        return self.loss(given, targets).float() * 1.0 if share is None else share
 
 
 def device_type_of(devices: Iterable[Device]) -> str:

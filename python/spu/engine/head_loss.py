@@ -3,7 +3,8 @@
 A language model's logits, [tokens, vocabulary] in fp32, are often the largest tensor of a step. Where the last layer
 ends in a linear head, and the loss is a mean cross-entropy of what the head returns, the last stage stops before the
 head's product, and `spu.ops.linear_cross_entropy` computes product and loss for some rows at a time. Losses and
-gradients are then the plain ones within that op's error bound (docs/numerics.md).
+gradients are then the plain ones within that op's error bound (docs/numerics.md). In a training the loss is made
+together with its gradients, in the backward, so that logits are made once (``cross_entropy_share``).
 
 Everything else goes the plain way, bit for bit as if this file did not exist:
 
@@ -31,6 +32,7 @@ from spu.model.traced_part import Part
 from spu.nn.blocks import unwatched
 from spu.nn.linear import Linear
 from spu.ops import linear_cross_entropy
+from spu.ops.cross_entropy import cross_entropy_share
 from spu.ops.dispatch import choose_backend
 from spu.ops.linear import compute_dtype
 from spu.ops.plain import takes
@@ -40,14 +42,14 @@ __all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of", "worth_bytes"]
 WORTH_BYTES = 64 << 20
 """Bytes of a microbatch's logits in fp32 from which on they are left out, where products are of 16 bits.
 
-The backward computes them a second time, and the weight gradient is added up chunk by chunk. Head and loss alone take
-17% longer than plain torch for 16 MiB (hidden size 512, one CPU thread), and about the same time from here on; a step's
-peak falls by twice the logits (docs/performance.md).
+The weight gradient is added up chunk by chunk. Head and loss alone took 17% longer than plain torch for 16 MiB (hidden
+size 512, one CPU thread), and about the same time from here on, when the backward still made the logits a second time;
+a step's peak falls by twice the logits (docs/performance.md).
 """
 
 _FP32_FACTOR = 8
-"""How many times larger logits of fp32 products must be. There is no widened copy to be saved, and the fourth product
-costs a decoder of 30 million parameters and 9,216 words 12% of a step (one thread, AVX-512)."""
+"""How many times larger logits of fp32 products must be: there is no widened copy to be saved. (Measured when logits
+were made twice: the fourth product cost a decoder of 30 million parameters and 9,216 words 12% of a step.)"""
 
 
 def worth_bytes(dtype: torch.dtype) -> int:
@@ -122,18 +124,31 @@ class HeadLoss(Layer):
 
     def loss(self, given: HeadInput, targets: Any) -> Tensor:
         """Return ``loss_fn(logits, targets)``; raise what that raises for targets that do not fit the logits."""
-        hidden, weight = given
-        loss, head = plain_cross_entropy(self.loss_fn), head_of(self.module)
-        assert loss is not None
+        operands, head = self._operands(given, targets), head_of(self.module)
         assert head is not None
-        with self.in_precision(hidden):
-            if isinstance(targets, Tensor) and targets.dtype == torch.int64:
-                labels = targets.flatten() if loss.any_rows else targets
-                rows = hidden.flatten(0, -2)
-                if labels.shape == rows.shape[:1]:
-                    return linear_cross_entropy(rows, weight, labels, loss.ignore_index)
-            logits = head(hidden)
+        with self.in_precision(given.hidden):
+            if operands is not None:
+                return linear_cross_entropy(*operands)
+            logits = head(given.hidden)
         return loss_of(self.loss_fn, logits, targets)
+
+    def share(self, given: HeadInput, targets: Any, factor: float | Tensor) -> Tensor | None:
+        """Return factor * ``loss(given, targets)``, NaN until its backward has run; None where only ``loss`` serves."""
+        operands = self._operands(given, targets)
+        if operands is None:
+            return None
+        *tensors, ignore_index = operands
+        with self.in_precision(given.hidden):
+            return cross_entropy_share(*tensors, factor, ignore_index)
+
+    def _operands(self, given: HeadInput, targets: Any) -> tuple[Tensor, Tensor, Tensor, int] | None:
+        """Return hidden, weight, labels and ignore_index for the op; None for targets that do not fit it."""
+        loss = plain_cross_entropy(self.loss_fn)
+        assert loss is not None
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+            return None
+        labels, rows = targets.flatten() if loss.any_rows else targets, given.hidden.flatten(0, -2)
+        return (rows, given.weight, labels, loss.ignore_index) if labels.shape == rows.shape[:1] else None
 
 
 def _is_worth_it(hidden: Any, weight: Tensor, loss: PlainCrossEntropy) -> bool:

@@ -171,7 +171,8 @@ class Stage:
     def loss(
         self, outputs: Any, targets: Any, weight: torch.Tensor, key: DrawKey, scope: BackwardScope | None
     ) -> torch.Tensor:
-        """Return the microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar.
+        """Return the microbatch's share of the batch's mean loss, unscaled, as a detached fp32 scalar. With a ``scope``
+        its value may be there only when :meth:`backward` has run.
 
         Args:
             outputs: from :meth:`forward` of the last stage.
@@ -187,27 +188,26 @@ class Stage:
         if flight is not None:
             flight.randomness.layer(LOSS)
         with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS):
-            value = self._loss_of(outputs, targets)
+            share = None if flight is None else self._share_of(outputs, targets, weight)
+            value = self._loss_of(outputs, targets) if share is None else share
         if flight is not None:
             flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
-        value = value.to(torch.promote_types(value.dtype, torch.float32))
-        # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
-        share_of_batch = weight.item() if weight.device.type == "cpu" else weight.to(value.device, value.dtype)
-        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
-        # knows it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are
-        # 0, as they are in the whole batch, where a parameter that only these rows use is decayed too.
-        if isinstance(share_of_batch, Tensor):
-            share = torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
-        elif share_of_batch == 0:
-            share = torch.zeros_like(value) + sum(_zeros(outputs))
-        else:
-            share = value * share_of_batch
+        if share is None:
+            share = _weighted(value, weight, outputs)
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()
+
+    def _share_of(self, outputs: Any, targets: Any, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the share as a loss that its backward makes; None where it is made here."""
+        if self._head_loss is None or not isinstance(outputs, HeadInput):
+            return None
+        on_host = weight.device.type == "cpu"
+        factor = weight.item() if on_host else weight.to(outputs.hidden.device, torch.float32)
+        return None if on_host and factor == 0 else self._head_loss.share(outputs, targets, factor)
 
     def _loss_of(self, outputs: Any, targets: Any) -> Any:
         if self._head_loss is None or not isinstance(outputs, HeadInput):
@@ -290,6 +290,21 @@ class Stage:
 def _without_values(outputs: Iterable[Any]) -> list[Any]:
     """Return what a backward needs of a message's leaves: a gradient's place for each."""
     return [hollow(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in outputs]
+
+
+def _weighted(value: torch.Tensor, weight: torch.Tensor, outputs: Any) -> torch.Tensor:
+    """Return ``value * weight``, 0 for a weight of 0 whatever the value is."""
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
+    share_of_batch = weight.item() if weight.device.type == "cpu" else weight.to(value.device, value.dtype)
+    # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host knows
+    # it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are 0, as
+    # they are in the whole batch, where a parameter that only these rows use is decayed too.
+    if isinstance(share_of_batch, Tensor):
+        return torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
+    if share_of_batch == 0:
+        return torch.zeros_like(value) + sum(_zeros(outputs))
+    return value * share_of_batch
 
 
 def _zeros(outputs: Any) -> Iterator[Tensor]:

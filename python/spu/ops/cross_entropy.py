@@ -6,12 +6,17 @@ time, which the input gradient and the weight's sink take at once:
 
     dz = (softmax(hidden @ weight.T) - onehot(target)) * dloss      fp32, rounded once
     dhidden = dz @ weight,  main_grad (+)= inv_scale * dz.T @ hidden
+
+The logits are made twice so: four products, where a plain loss takes three. A caller who needs the loss's value only
+when its backward has run, as a training does, takes ``cross_entropy_share``: it leaves the logits to the backward,
+where the loss scale is known and sinks take gradients, and makes value and gradients from them there. On one thread
+(AVX-512, 512 rows, 8,192 words, hidden size 512 and 1,024) this takes 157 ms instead of 184, and 296 instead of 364.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,11 +29,11 @@ from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend
 from spu.ops.linear import compute_dtype, linear_dw_
-from spu.ops.plain import fake, takes
+from spu.ops.plain import fake, refuse_derivatives_of_backward, takes
 from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import MainGrad, at_once, sinks_of
 
-__all__ = ["counted_as", "linear_cross_entropy"]
+__all__ = ["counted_as", "cross_entropy_share", "linear_cross_entropy"]
 
 _CHUNK_BYTES = {"cpu": 64 << 20}  # of logit gradients at a time; every chunk reads and writes the whole weight gradient
 _CHUNK_BYTES_DEVICE = 512 << 20
@@ -52,10 +57,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
     ctx.ignore_index = ignore_index
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Yield ranges of rows whose logit gradients take a bounded number of bytes."""
+def _chunks(hidden: Tensor, weight: Tensor, item_bytes: int) -> Iterator[slice]:
+    """Yield ranges of rows whose logits, of ``item_bytes`` each, take a bounded number of bytes."""
     limit = _CHUNK_BYTES.get(_COUNTED_AS.get() or hidden.device.type, _CHUNK_BYTES_DEVICE)
-    rows, step = hidden.shape[0], max(1, limit // max(1, hidden.element_size() * weight.shape[0]))
+    rows, step = hidden.shape[0], max(1, limit // max(1, item_bytes * weight.shape[0]))
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
 
@@ -82,19 +87,18 @@ class _PlainWeightGradient:
         return total.to(self._weight.dtype)
 
 
-def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of hidden and weight."""
-    hidden, weight, target, lse = ctx.saved_tensors
+def _spread(
+    ctx: Any, hidden: Tensor, weight: Tensor, backend: str, item_bytes: int, dz_of: Callable[[slice], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of hidden and weight, None for one that a sink has taken, from those of some rows' logits at
+    a time; ``item_bytes``: what ``dz_of`` takes for each.
+    """
     needs_hidden, needs_weight = ctx.needs_input_grad[:2]
     (sink,) = sinks_of(ctx, (ctx.parameter,))
-    grad_rows = dloss.to(lse.dtype).contiguous()
     plain = _PlainWeightGradient(weight, backend) if needs_weight and sink is None else None
     pieces: list[Tensor] = []
-    for part in _chunks(hidden, weight):
-        x = hidden[part]
-        dz = schema.overload("linear_ce_dz", backend)(
-            x, weight, target[part], lse[part], grad_rows[part], ctx.ignore_index
-        )
+    for part in _chunks(hidden, weight, item_bytes):
+        x, dz = hidden[part], dz_of(part)
         if needs_hidden:
             pieces.append(schema.overload("linear_dx", backend)(dz, weight))
         if sink is not None:
@@ -107,6 +111,56 @@ def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Te
     if needs_hidden:
         dhidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(hidden)
     return dhidden, None if plain is None else plain.result()
+
+
+def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of hidden and weight."""
+    hidden, weight, target, lse = ctx.saved_tensors
+    grad_rows = dloss.to(lse.dtype).contiguous()
+    op = schema.overload("linear_ce_dz", backend)
+
+    def dz_of(part: slice) -> Tensor:
+        return op(hidden[part], weight, target[part], lse[part], grad_rows[part], ctx.ignore_index)  # type: ignore[no-any-return]
+
+    return _spread(ctx, hidden, weight, backend, hidden.element_size(), dz_of)
+
+
+class _AtBackward(torch.autograd.Function):
+    """``apply(hidden, weight, target, factor, ignore_index, backend, dtype)``: `cross_entropy_share`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, factor: Any, *how: Any) -> Tensor:
+        ctx.ignore_index, ctx.backend, dtype = how
+        ctx.parameter = weight if ctx.needs_input_grad[1] and weight.is_leaf else None
+        ctx.dtypes, ctx.factor = (hidden.dtype, weight.dtype), factor
+        ctx.save_for_backward(*_operands(hidden, weight, dtype), target)
+        wanted = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        share = hidden.new_full((), torch.nan, dtype=wanted)
+        ctx.share = share.detach()  # the same memory
+        return share
+
+    @staticmethod
+    def backward(ctx: Any, dshare: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_derivatives_of_backward("linear_cross_entropy", dshare)
+        hidden, weight, target = ctx.saved_tensors
+        count = (target != ctx.ignore_index).sum()
+        grad_rows = (dshare * ctx.factor / count).to(ctx.share.dtype).expand(target.shape).contiguous()
+        losses = torch.empty_like(grad_rows)
+        op = schema.overload("linear_ce_and_dz", ctx.backend)
+        item_bytes = hidden.element_size() + ctx.share.element_size()
+        most = max((part.stop - part.start for part in _chunks(hidden, weight, item_bytes)), default=0)
+        room = torch.empty(most, weight.shape[0], dtype=ctx.share.dtype, device=hidden.device)
+
+        def dz_of(part: slice) -> Tensor:
+            logits = room[: part.stop - part.start]
+            losses[part], dz = op(hidden[part], weight, target[part], grad_rows[part], logits, ctx.ignore_index)
+            return dz  # type: ignore[no-any-return]
+
+        found = _spread(ctx, hidden, weight, ctx.backend, item_bytes, dz_of)
+        value = losses.sum() / count * ctx.factor
+        ctx.share.copy_(torch.where(ctx.factor == 0, 0, value) if isinstance(ctx.factor, Tensor) else value)
+        mine = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+        return (*mine, None, None, None, None, None)
 
 
 def _operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -198,6 +252,32 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     else:
         losses = Eager.apply(rows, weight, targets, _LINEAR_CE, backend, (ignore_index,), (dtype,))
     return losses.sum() / (targets != ignore_index).sum()
+
+
+def cross_entropy_share(
+    hidden: Tensor, weight: Tensor, target: Tensor, factor: float | Tensor, ignore_index: int = -100
+) -> Tensor | None:
+    """Compute factor * ``linear_cross_entropy``, whose logits are made once, in the backward.
+
+    Args:
+        hidden, weight, target, ignore_index: as there.
+        factor: not differentiated; one of 0 counts nothing, not NaN.
+
+    Returns:
+        The value, zero-dimensional: NaN until its backward has run, which puts the value there. Run that once. None
+        where ``linear_cross_entropy`` has to serve: no gradient is taken, or the call goes to torch's own ops.
+
+    Raises:
+        as ``linear_cross_entropy``.
+    """
+    dtype = compute_dtype(hidden, None)
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if not needed or torch.compiler.is_compiling() or not takes(hidden, weight, target):
+        return None
+    _check(hidden, weight, target, ignore_index, dtype)
+    rows, targets = hidden.reshape(numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
+    backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
+    return _AtBackward.apply(rows, weight, targets, factor, ignore_index, backend, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @exact

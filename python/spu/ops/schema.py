@@ -101,6 +101,10 @@ SCHEMAS: dict[str, str] = {
     "linear_ce_dz": (
         "(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int ignore_index) -> Tensor"
     ),
+    "linear_ce_and_dz": (
+        "(Tensor hidden, Tensor weight, Tensor target, Tensor grad_rows, Tensor(a!) logits, int ignore_index) -> "
+        "(Tensor loss_rows, Tensor dz)"
+    ),
     "embedding_dw_": f"(Tensor dy, Tensor ids, int padding_idx, {_SINK}) -> ()",
     "rms_norm": (
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, bool rounded) -> "
@@ -234,6 +238,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "attention_backward": lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     "linear_ce": _fake_linear_ce,
     "linear_ce_dz": lambda hidden, weight, *_: hidden.new_empty((hidden.shape[0], weight.shape[0])),
+    "linear_ce_and_dz": lambda hidden, weight, *_: (
+        _fake_linear_ce(hidden)[0],
+        hidden.new_empty((hidden.shape[0], weight.shape[0])),
+    ),
     "embedding_dw_": _fake_nothing,
     "rms_norm": _fake_norm,
     "rms_norm_backward": lambda dy, dsum, x, weight, rstd, offset, rounded, *needs: _fake_norm_gradients(x, *needs),

@@ -31,6 +31,7 @@ __all__ = [
     "gated_mlp",
     "implementation",
     "linear_ce",
+    "linear_ce_and_dz",
     "linear_ce_dz",
     "linear_dw_db_",
     "linear_dz_dx",
@@ -117,6 +118,24 @@ def linear_ce_dz(
     return fused.cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
 
 
+def linear_ce_and_dz(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    grad_rows: Tensor,
+    logits: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Apply the reference's formula to logits in fp32: a weight gradient's product, which is not rounded to 16 bits."""
+    dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    if dz.numel() == 0:
+        return torch.zeros_like(grad_rows), dz
+    one = torch.ones_like(grad_rows[:1])
+    _op("linear_dw_", backend)(hidden.t(), weight.t(), logits, one, torch.zeros_like(one), False)
+    return fused.cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz), dz
+
+
 def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
     """Compute the reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
     return reference_attention.attention(*args)  # type: ignore[no-any-return]
@@ -167,6 +186,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "attention_backward": attention_backward,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
+    "linear_ce_and_dz": linear_ce_and_dz,
     "pack_": pack_,
     "unpack_": unpack_,
     "copy_in_": copy_in_,

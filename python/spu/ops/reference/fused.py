@@ -20,10 +20,12 @@ __all__ = [
     "gated_dz",
     "gated_linear",
     "linear_ce",
+    "linear_ce_and_dz",
     "linear_ce_dz",
 ]
 
 _CHUNK_BYTES = 64 << 20  # of wide logits at a time
+_CACHE_BYTES = 1 << 20  # of logits that a CPU takes at a time
 
 
 def gate_up(gate: Tensor, up: Tensor, activation: str, dtype: torch.dtype) -> Tensor:
@@ -122,10 +124,46 @@ def linear_ce_dz(
     return cross_entropy_dz(logits, target, lse, grad_rows, ignore_index).to(hidden.dtype)
 
 
+def cross_entropy_and_dz(logits: Tensor, target: Tensor, grad_rows: Tensor, ignore_index: int, dz: Tensor) -> Tensor:
+    """Return the losses of ``linear_ce_and_dz`` for wide logits [R, V], which are overwritten; the gradient goes to dz.
+
+    On a CPU some rows at a time, which stay in the cache; their exponentials are made once, for the sum and for dz.
+    """
+    losses = torch.empty_like(grad_rows)
+    rows = max(1, _CACHE_BYTES // max(1, logits.shape[1] * logits.element_size())) if logits.is_cpu else len(logits)
+    for part in (slice(first, first + rows) for first in range(0, len(logits), max(1, rows))):
+        z, kept = logits[part], target[part] != ignore_index
+        wanted = torch.where(kept, target[part], 0)[:, None]
+        z.sub_(z.amax(1, keepdim=True))
+        found = z.gather(1, wanted)[:, 0]
+        total = z.exp_().sum(1)
+        losses[part] = torch.where(kept, total.log() - found, 0)
+        grads = torch.where(kept, grad_rows[part], 0)
+        z.mul_((grads / total)[:, None]).scatter_add_(1, wanted, -grads[:, None])
+        dz[part] = z.masked_fill_(~kept[:, None], 0)
+    return losses
+
+
+@exact
+def linear_ce_and_dz(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad_rows: Tensor, logits: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Return (loss of ``linear_ce``, dz of ``linear_ce_dz``), for which the logits are made once.
+
+    ``logits`` is memory for them, [R, V] fp32 (fp64 for fp64 operands), overwritten.
+    """
+    dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    if dz.numel() == 0:
+        return torch.zeros_like(grad_rows), dz
+    torch.mm(wide(hidden), wide(weight).t(), out=logits)
+    return cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz), dz
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_linear": gated_linear,
     "gated_dz": gated_dz,
     "gated_dx": gated_dx,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
+    "linear_ce_and_dz": linear_ce_and_dz,
 }
