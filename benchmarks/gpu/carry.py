@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -273,12 +274,14 @@ def _stub(made: Any) -> None:
     """Let Triton build the C function that launches a kernel; where this cannot be, the card does it."""
     from triton.backends.nvidia import driver
 
+    if "TRITON_LIBCUDA_PATH" not in os.environ:
+        return
+    sys.setdlopenflags(os.RTLD_LAZY)  # the driver's functions are not here
     try:
-        if not hasattr(driver, "_spu_utils"):
-            driver._spu_utils = driver.CudaUtils()
+        driver.CudaUtils()
         driver.CudaLauncher(made.src, made.metadata)
-    except Exception as error:  # no compiler, no libcuda
-        os.environ.setdefault("SPU_NO_STUB", f"{type(error).__name__}: {str(error)[:200]}")
+    except Exception as error:
+        warnings.warn(f"a launcher was not built: {type(error).__name__}: {str(error)[:200]}", stacklevel=1)
 
 
 def unique(launches: Iterable[Any]) -> list[Any]:

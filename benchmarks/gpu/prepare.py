@@ -93,7 +93,7 @@ def cache(python: str, jobs: int, dry: bool) -> dict[str, object]:
     """Compile what the lease launches and pack it; return the counts."""
     made = FOLDER / "triton"
     made.mkdir(parents=True, exist_ok=True)
-    stub = _libcuda_stub(python)
+    stub = _empty_libcuda()
     listed = FOLDER / "launches.json"
     command = [python, str(ROOT / "benchmarks/gpu/carry.py"), "--cache", str(made), "--jobs", str(jobs), "--list",
                str(listed), *(["--dry"] if dry else [])]  # fmt: skip
@@ -128,19 +128,18 @@ def _is_in(folder: Path, hashes: set[str]) -> bool:
     return any(base64.b32encode(bytes.fromhex(one)).decode().rstrip("=") == folder.name for one in hashes)
 
 
-def _libcuda_stub(python: str) -> dict[str, str]:
-    """Return the environment in which Triton links against the toolkit's stub of the driver; empty without one."""
-    ask = "import spu_cuda; nvcc = spu_cuda.find_nvcc(); print(spu_cuda.toolkit(nvcc) if nvcc else '')"
-    said = subprocess.run([python, "-c", ask], cwd=ROOT / "build_backend", capture_output=True, text=True)
-    home = Path(said.stdout.strip() or "/nowhere")
-    found = [*home.glob("lib64/stubs/libcuda.so"), *home.glob("targets/*/lib/stubs/libcuda.so")]
-    if not found:
+def _empty_libcuda() -> dict[str, str]:
+    """Return the environment in which Triton links its C modules against a driver library of the right name that has
+    nothing in it; they look its functions up on the card. Empty without a C compiler.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
         return {}
     folder = FOLDER / "libcuda"
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "libcuda.so.1"
-    link.unlink(missing_ok=True)
-    link.symlink_to(found[0])
+    name = "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", os.devnull, f"-Wl,-soname,{name}", "-o", str(folder / name)]
+    run(command)
     earlier = os.environ.get("LD_LIBRARY_PATH", "")
     return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": f"{folder}:{earlier}".rstrip(":")}
 
