@@ -4,8 +4,8 @@
 
 Launches are recorded, not listed: the lease's own cases, the candidates of tuning, the tests marked gpu and a step of
 the trainer run on CPU tensors that stand for an H100's, on the real launchers (``spu.kernels.ahead``). What computes on
-large tensors is left out: a kernel depends on shapes, not on values. The last line counts what was recorded, compiled
-and refused; ``--list FILE`` keeps the kernels' names and their folders in the cache, which the lease compares.
+large tensors is left out: a kernel depends on shapes, not on values. Each line counts what a source has recorded, the
+last one what was compiled; ``--list FILE`` keeps the kernels' names and their folders in the cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
@@ -284,10 +284,6 @@ def _stub(made: Any) -> None:
         warnings.warn(f"a launcher was not built: {type(error).__name__}: {str(error)[:200]}", stacklevel=1)
 
 
-def unique(launches: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(launches))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Record the lease's launches and compile them.")
     parser.add_argument("--cache", type=Path)
@@ -306,20 +302,25 @@ def main() -> int:
     began = time.monotonic()
     if options.cache:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
-    found, wrong = [], []
-    for source in options.only:
-        launches, said = _record(source, options.dry)
-        print(json.dumps({"recorded": source, "launches": len(launches), "wrong": said}), flush=True)
-        found += launches
-        wrong += said
-    launches = unique(found)
-    folders: dict[str, str] = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for launch, (folder, error) in zip(launches, pool.map(_compile, launches)):
+    wrong, folders, compiling = list[str](), dict[str, str](), dict[Any, Future[tuple[str, str]]]()
+    recorders = ThreadPoolExecutor(min(options.jobs, len(options.only)))
+    with recorders, ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        recording = {recorders.submit(_record, source, options.dry): source for source in options.only}
+        for done in as_completed(recording):
+            launches, said = done.result()
+            wrong += said
+            row = {"recorded": recording[done], "launches": len(launches), "wrong": said}
+            print(json.dumps({**row, "seconds": round(time.monotonic() - began)}), flush=True)
+            for launch in launches:
+                if launch not in compiling:
+                    compiling[launch] = pool.submit(_compile, launch)
+        for launch, made in compiling.items():
+            folder, error = made.result()
             if error:
                 wrong.append(error)
             else:
                 folders[folder] = launch.name
+    launches = list(compiling)
     if options.list:
         options.list.write_text(json.dumps(folders, indent=0, sort_keys=True) + "\n")
     took = round(time.monotonic() - began, 1)
