@@ -227,7 +227,7 @@ def test_the_second_algorithm_serves_where_the_first_does_not(stub: Stub) -> Non
     x, w, _, _ = make(3, 48, 48, torch.float16)
     stub.answer(count=2, first=15)
     OPS.linear.cuda(x, w, None, "none", False)
-    assert len(stub.calls("multiply")) == 1
+    assert [call["algorithm"] for call in stub.calls("multiply")] == [1]
 
 
 def test_another_failure_is_told(stub: Stub) -> None:
@@ -298,6 +298,16 @@ def test_the_kind_of_a_configuration(in_kernels: Stub) -> None:
     assert found.item() == 1
 
 
+def test_a_configuration_names_one_of_the_algorithms(in_kernels: Stub) -> None:
+    x, w, _, _ = make(5, 64, 48, torch.float16)
+    in_kernels.answer(count=3, first=15)  # of which the first does not run here
+    for wanted in range(4):
+        y, _ = kernels.linear_fwd(x, w, config=Config("cublaslt", algorithm=wanted))
+        assert_close_to_truth(y, x @ w.t(), x.double() @ w.double().t())
+    told = [call["algorithm"] for call in in_kernels.calls("multiply")]
+    assert told == [1, 2, 2, 2], "the last one where there are fewer"
+
+
 def test_the_kind_is_torchs_where_it_takes_no_such_product(in_kernels: Stub) -> None:
     for dtype, inner in ((torch.float32, 16), (torch.float16, 15)):
         _, w, dz, _ = make(9, 24, inner, dtype)
@@ -307,12 +317,12 @@ def test_the_kind_is_torchs_where_it_takes_no_such_product(in_kernels: Stub) -> 
 
 def test_the_function_of_the_module_checks_its_integers(sim: tuple[ModuleType, Stub]) -> None:
     module, _ = sim
-    with pytest.raises(TypeError, match="takes 19 integers, got 2"):
+    with pytest.raises(TypeError, match="takes 20 integers, got 2"):
         module.multiply(1, 2)
-    with pytest.raises(ValueError, match="form, type or activation is out of range"):
-        module.multiply(0, 3, *[0] * 17)
+    with pytest.raises(ValueError, match="form, type, activation or algorithm is out of range"):
+        module.multiply(0, 3, *[0] * 18)
     with pytest.raises(OverflowError):
-        module.multiply(1 << 70, *[0] * 18)
+        module.multiply(1 << 70, *[0] * 19)
 
 
 def test_what_is_loaded_is_found_by_its_name_and_version(folder: Path) -> None:

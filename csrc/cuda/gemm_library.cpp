@@ -118,18 +118,18 @@ lt::Context* context_of(const lt::Library& library, int device) {
 }
 
 // What the choice of an algorithm depends on.
-using Key = std::array<int64_t, 14>;
+using Key = std::array<int64_t, 15>;
 
 struct Layouts {
   Stored a, b;
 };
 
-Key key_of(const Gemm& g, const Layouts& at, int device) {
+Key key_of(const Gemm& g, const Layouts& at, int device, int algorithm) {
   const void* out = g.form == Form::dw ? g.main_grad : g.out;
   const int64_t flags = (at.a.by_rows ? 1 : 0) + (at.b.by_rows ? 2 : 0);
   return {device, static_cast<int64_t>(g.form), static_cast<int64_t>(g.type), g.m, g.n, g.k, at.a.stride, at.b.stride,
           flags, static_cast<int64_t>(fused(g).epilogue), alignment(g.a.data), alignment(g.b.data), alignment(out),
-          alignment(g.bias)};
+          alignment(g.bias), algorithm};
 }
 
 void set_pointers(Plan& plan, const Gemm& g, lt::Epilogue epilogue) {
@@ -159,7 +159,7 @@ void describe(Plan& plan, const Gemm& g, const Layouts& at) {
 }
 
 // Asks for algorithms that keep the promise of one rounding: parts of a long inner dimension are added up in fp32.
-void search(Plan& plan, const Gemm& g) {
+void search(Plan& plan, const Gemm& g, int algorithm) {
   const lt::Library& library = plan.library;
   lt::Preference* made = nullptr;
   expect(library, library.preference_create(&made), "preference");
@@ -179,17 +179,20 @@ void search(Plan& plan, const Gemm& g) {
                                               plan.result, made, kAlgorithms, found, &count);
   if (status == lt::kNotSupported) return;
   expect(library, status, "search for an algorithm");
-  for (int i = 0; i < count && !plan.usable; ++i) {
-    plan.usable = found[i].state == lt::kSuccess && found[i].workspace <= kWorkspaceBytes;
+  for (int i = 0, usable = 0; i < count && usable <= algorithm; ++i) {
+    if (found[i].state != lt::kSuccess || found[i].workspace > kWorkspaceBytes) continue;
     plan.found = found[i];
+    plan.usable = true;
+    ++usable;
   }
 }
 
 std::mutex plans_lock;
 std::map<Key, std::shared_ptr<Plan>> plans;
 
-std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const Layouts& at, int device) {
-  const Key key = key_of(g, at, device);
+std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const Layouts& at, int device,
+                              int algorithm) {
+  const Key key = key_of(g, at, device, algorithm);
   const std::lock_guard<std::mutex> guard(plans_lock);
   const auto known = plans.find(key);
   if (known != plans.end()) return known->second;
@@ -198,7 +201,7 @@ std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const L
   made->context = context_of(library, device);
   made->zero_and_one = zero_and_one();
   describe(*made, g, at);
-  search(*made, g);
+  search(*made, g, algorithm);
   plans.emplace(key, made);
   return made;
 }
@@ -242,7 +245,7 @@ lt::Status multiply(Plan& plan, const Gemm& g, void* out, cudaStream_t stream, S
 
 }  // namespace
 
-bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch) {
+bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch, int algorithm) {
   const lt::Library* library = lt::cublaslt();
   Layouts at;
   if (library == nullptr || !takes(g, &at)) return false;
@@ -252,7 +255,7 @@ bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch) {
   Gemm product = g;
   // Where a pass of ours applies the activation, the product is its pre-activation, kept or not.
   if (!how.activation && g.preact != nullptr) product.out = g.preact;
-  const std::shared_ptr<Plan> plan = plan_of(*library, product, at, device);
+  const std::shared_ptr<Plan> plan = plan_of(*library, product, at, device, algorithm);
   if (!plan->usable) return false;
   const lt::Status status =
       multiply(*plan, product, g.form == Form::dw ? g.main_grad : product.out, stream, scratch);

@@ -64,8 +64,9 @@ PyMethodDef methods[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(spu::cuda::python_multiply)),
      METH_FASTCALL,
      "multiply(device, form, type, m, n, k, a, a_row, a_col, b, b_row, b_col, out, bias, preact, act, inv_scale, "
-     "found_inf, accumulate) -> bool: a product by cuBLASLt on the current device and stream, all of it integers: "
-     "addresses (0: none), strides in elements, form 0 forward, 1 dx, 2 dw (out is main_grad), type 0 fp16, 1 bf16. "
+     "found_inf, accumulate, algorithm) -> bool: a product by cuBLASLt on the current device and stream, all of it integers: "
+     "addresses (0: none), strides in elements, form 0 forward, 1 dx, 2 dw (out is main_grad), type 0 fp16, 1 bf16; algorithm 0 is the "
+     "best that cuBLASLt proposes, 1 the second. "
      "False: cuBLASLt takes no such product; nothing was launched."},
     {nullptr, nullptr, 0, nullptr}};
 

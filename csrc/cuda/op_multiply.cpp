@@ -1,5 +1,5 @@
 // spu._cuda.multiply: one product by cuBLASLt for spu.kernels, whose plan has checked the operands. A plain function
-// with addresses, because an op with 19 arguments costs more than the launch.
+// with addresses, because an op with 20 arguments costs more than the launch.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,7 +35,7 @@ class DeviceScratch final : public Scratch {
   std::vector<torch::stable::Tensor> held_;
 };
 
-constexpr Py_ssize_t kArguments = 19;
+constexpr Py_ssize_t kArguments = 20;
 
 Gemm product_of(const int64_t* v) {
   const auto pointer = [](int64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); };
@@ -68,8 +68,9 @@ PyObject* python_multiply(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     if (values[i] == -1 && PyErr_Occurred() != nullptr) return nullptr;
   }
   const auto in = [&](int i, int64_t end) { return values[i] >= 0 && values[i] < end; };
-  if (!in(1, kForms) || !in(2, kTensorCoreTypes + 1) || !in(15, static_cast<int64_t>(math::Act::silu) + 1)) {
-    PyErr_SetString(PyExc_ValueError, "multiply: form, type or activation is out of range");
+  if (!in(1, kForms) || !in(2, kTensorCoreTypes + 1) || !in(15, static_cast<int64_t>(math::Act::silu) + 1) ||
+      !in(19, 1 << 16)) {
+    PyErr_SetString(PyExc_ValueError, "multiply: form, type, activation or algorithm is out of range");
     return nullptr;
   }
   bool launched = false;
@@ -78,7 +79,8 @@ PyObject* python_multiply(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   try {
     const int device = static_cast<int>(values[0]);
     DeviceScratch scratch(device);
-    launched = launch_gemm_library(product_of(values), torch_stream(device), scratch);
+    const int algorithm = static_cast<int>(values[19]);
+    launched = launch_gemm_library(product_of(values), torch_stream(device), scratch, algorithm);
   } catch (const std::exception& caught) {
     error = caught.what();
   }

@@ -36,6 +36,7 @@ class Config:
         split_k: parts of the inner dimension, for kind "split".
         blocks: programs of a persistent grid ("persistent", "descriptor") a multiprocessor; their registers are limited
             so that they fit. Where one multiplies, another does its epilogue.
+        algorithm: of kind "cublaslt", which of those that it proposes for a product, 0 the one that it holds best.
         half: sums fp16 products in fp16 within an inner block (``accumulation.py``); no table asks for it.
     """
 
@@ -49,6 +50,7 @@ class Config:
     split_k: int = 1
     blocks: int = 1
     half: bool = False
+    algorithm: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

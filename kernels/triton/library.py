@@ -40,18 +40,14 @@ def serves(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in _TYPES and device.type == DEVICE_TYPE and module() is not None
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def product(
     a: Tensor,
     b: Tensor,
     out: Tensor,
-    *,
     bias: Tensor | None = None,
     activation: str = "none",
     preact: Tensor | None = None,
+    algorithm: int = 0,
 ) -> bool:
     """Compute preact = a @ b + bias, out = activation(preact), each rounded once where the library has the activation,
     else out from the rounded preact. False if it takes no such product: nothing is done then.
@@ -60,40 +56,42 @@ def product(
         a: [M, K], b: [K, N], of any strides.
         out, preact: [M, N] elements, contiguous, a's dtype.
         bias: [N].
+        algorithm: which of those that the library proposes, the best first.
     """
-    return _call(_FORWARD, a, b, out, bias=bias, preact=preact, activation=activation)
+    added = 0 if bias is None else bias.data_ptr()
+    kept = 0 if preact is None else preact.data_ptr()
+    return _call(_FORWARD, a, b, out, added, kept, _ACTIVATIONS[activation], 0, 0, 0, algorithm)
 
 
 def add_weight_gradient(
-    a: Tensor, b: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor | None, accumulate: bool
+    a: Tensor,
+    b: Tensor,
+    main_grad: Tensor,
+    inv_scale: Tensor,
+    found_inf: Tensor | None,
+    accumulate: bool,
+    algorithm: int = 0,
 ) -> bool:
-    """Compute main_grad (+)= inv_scale * a @ b, and found_inf = 1 if a sum of products is not finite. False: as in
-    ``product``.
+    """Compute main_grad (+)= inv_scale * a @ b, and found_inf = 1 if a sum of products is not finite. False and
+    ``algorithm``: as in ``product``.
 
     Args:
         main_grad: [M, N] fp32, contiguous. Its old content is not read unless ``accumulate``.
         inv_scale, found_inf: fp32 [1], on the device.
     """
-    return _call(_WEIGHT, a, b, main_grad, inv_scale=inv_scale, found_inf=found_inf, accumulate=accumulate)
+    flag = 0 if found_inf is None else found_inf.data_ptr()
+    return _call(_WEIGHT, a, b, main_grad, 0, 0, 0, inv_scale.data_ptr(), flag, accumulate, algorithm)
 
 
 def _call(
-    form: int,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    preact: Tensor | None = None,
-    activation: str = "none",
-    inv_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    accumulate: bool = False,
-) -> bool:
+    form: int, a: Tensor, b: Tensor, out: Tensor, bias: int, preact: int, activation: int, inv_scale: int,
+    found_inf: int, accumulate: int, algorithm: int,
+) -> bool:  # fmt: skip
+    """Hand addresses to the library: an op of as many arguments takes longer on the host than the launch."""
     found = module()
     assert found is not None
+    (m, k), n = a.shape, b.shape[1]
     return found.multiply(  # type: ignore[no-any-return]
-        max(a.get_device(), 0), form, _TYPES[a.dtype], a.shape[0], b.shape[1], a.shape[1],
-        a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), _address(bias), _address(preact),
-        _ACTIVATIONS[activation], _address(inv_scale), _address(found_inf), accumulate,
+        max(a.get_device(), 0), form, _TYPES[a.dtype], m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(),
+        out.data_ptr(), bias, preact, activation, inv_scale, found_inf, accumulate, algorithm,
     )  # fmt: skip

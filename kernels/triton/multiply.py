@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     parts: int
     launch: Launch
     constants: dict[str, Any]
+    algorithm: int
 
 
 class Epilogue(NamedTuple):
@@ -129,7 +130,7 @@ def plan(
         constants |= {"PERSISTENT": kind == "persistent", "EVEN_K": k % config.block_k == 0}
         constants["DERIVATIVE"] = form.derivative
     fixed = (m, n, k, *strides, chunk)
-    return Plan(kind, parts, Launch(kernel, (programs, parts), fixed, constants), constants)
+    return Plan(kind, parts, Launch(kernel, (programs, parts), fixed, constants), constants, config.algorithm)
 
 
 def multiply(
@@ -185,7 +186,7 @@ def _multiply(
     strides = a.stride() + b.stride()
     found = plan(op, a.dtype, a.device, (m, n, k), strides, aligned, form, config)
     if found.kind in ("torch", "cublaslt"):
-        if found.kind == "torch" or not _by_library(a, b, out, e):
+        if found.kind == "torch" or not _by_library(a, b, out, e, found.algorithm):
             _by_torch(a, b, out, e)
         return
     target = out
@@ -233,12 +234,12 @@ def add_column_sums(x: Tensor, main_grad: Tensor, inv_scale: Tensor, found_inf: 
     finish_main_grad(parts, main_grad, inv_scale, found_inf, accumulate, count)
 
 
-def _by_library(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> bool:
+def _by_library(a: Tensor, b: Tensor, out: Tensor, e: Epilogue, algorithm: int) -> bool:
     """Multiply by cuBLASLt with its epilogue; False, with nothing done, if it takes no such product."""
     if not e.main_grad:
-        return library.product(a, b, out, bias=e.bias, activation=e.activation, preact=e.preact)
+        return library.product(a, b, out, e.bias, e.activation, e.preact, algorithm)
     assert e.inv_scale is not None
-    done = library.add_weight_gradient(a, b, out, e.inv_scale, e.found_inf, e.accumulate)
+    done = library.add_weight_gradient(a, b, out, e.inv_scale, e.found_inf, e.accumulate, algorithm)
     if done:
         _sum_bias(a, e)
     return done

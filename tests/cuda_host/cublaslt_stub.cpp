@@ -172,7 +172,7 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, Desc* desc, Layout* a, Layout* 
   if (heuristic_status != kSuccess) return heuristic_status;
   *count = heuristic_count;
   for (int i = 0; i < heuristic_count; ++i) {
-    found[i] = Result{{kToken}, workspace_bytes, i == 0 ? first_state : kSuccess, 1.0f, {}};
+    found[i] = Result{{kToken + static_cast<uint64_t>(i)}, workspace_bytes, i == 0 ? first_state : kSuccess, 1.0f, {}};
   }
   return kSuccess;
 }
@@ -180,10 +180,11 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, Desc* desc, Layout* a, Layout* 
 int cublasLtMatmul(void* handle, Desc* desc, const float* alpha, const void* a, Layout* la, const void* b, Layout* lb,
                    const float* beta, const void* c, Layout* lc, void* d, Layout* ld, const uint64_t* algorithm,
                    void* workspace, size_t bytes, void*) {
-  if (handle != &calls || desc->compute != 68 || desc->scale != 0 || *algorithm != kToken) return kInvalid;
+  if (handle != &calls || desc->compute != 68 || desc->scale != 0 || *algorithm < kToken) return kInvalid;
   if (bytes != workspace_bytes || (bytes > 0) != (workspace != nullptr)) return kInvalid;
   record("multiply", *desc, *la, *lb, *ld);
-  calls += ", \"alpha\": " + std::to_string(*alpha) + ", \"beta\": " + std::to_string(*beta) + "}\n";
+  calls += ", \"alpha\": " + std::to_string(*alpha) + ", \"beta\": " + std::to_string(*beta) +
+           ", \"algorithm\": " + std::to_string(*algorithm - kToken) + "}\n";
   if (matmul_status != kSuccess) return matmul_status;
   if (bytes > 0) memset(workspace, 0xab, bytes);
   const bool ta = desc->get<int32_t>(3, 0) != 0, tb = desc->get<int32_t>(4, 0) != 0;

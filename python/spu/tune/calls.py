@@ -34,6 +34,7 @@ _TILES = (
 _SKINNY_TILES = ((64, 64, 64, 4, 4), (32, 64, 128, 4, 4), (16, 64, 128, 4, 3), (16, 128, 64, 4, 4))
 _FP32_TILES = ((64, 64, 32, 8, 2), (128, 64, 16, 8, 2), (32, 64, 32, 4, 2))
 _SPLITS = (4, 8)
+_ALGORITHMS = 3  # of cuBLASLt's proposals: its first is its guess, not its measurement
 
 
 def candidates(op: str, dtype: torch.dtype, shape_class: str, arch: int) -> list[Config]:
@@ -45,7 +46,7 @@ def candidates(op: str, dtype: torch.dtype, shape_class: str, arch: int) -> list
     wide = dtype == torch.float32
     found = [Config("torch")]
     if op in LIBRARY_OPS and not wide:
-        found.append(Config("cublaslt"))
+        found += [Config("cublaslt", algorithm=place) for place in range(_ALGORITHMS)]
     if arch < 80:
         return found
     for tile in _FP32_TILES if wide else _SKINNY_TILES if shape_class == "skinny" else _TILES:

@@ -172,6 +172,7 @@ class _Run:
         self._entries[key] = entry
         self._write()
         tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+        tile = f"algorithm {config.algorithm}" if config.kind == "cublaslt" else tile
         self._say(f"{key}: {entry.time_us:.1f} us with {config.kind} {tile}")
         for note in notes:
             self._say(note)
