@@ -12,6 +12,7 @@ from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fus
 from spu.nn.embedding import Embedding
 from spu.nn.linear import Linear
 from spu.nn.norm import LayerNorm, RMSNorm, norm_block
+from spu.nn.rotary import rotary_block
 from spu.nn.table import BLOCKS
 
 __all__ = ["accelerate", "is_accelerated", "restore"]
@@ -35,7 +36,7 @@ def _fused_form(module: nn.Module) -> type[nn.Module] | None:
     if cls is nn.Sequential:
         return fused_class(FusedSequential, cls, None)
     named = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
-    block = named or norm_block(module)
+    block = named or norm_block(module) or rotary_block(module)
     return None if block is None else fused_class(MIXINS[type(block)], cls, block)
 
 
@@ -45,10 +46,10 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
     What changes: every ``nn.Linear``, ``nn.Embedding``, ``nn.LayerNorm`` and ``nn.RMSNorm``; in an ``nn.Sequential``, a
     linear layer and the ReLU, GELU or SiLU after it run as one op; of Hugging Face transformers, the MLP blocks of
     Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX and the BERT family (``spu.nn.table``), and every
-    RMSNorm whose formula the op computes to the bit. A Hugging Face model given whole also gets ``spu.nn.attention`` in
-    place of torch's, which differs for 16-bit tensors on a CPU. Only exact classes change, and only in class:
-    parameters, hooks, training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or
-    were replaced later, run one by one as before. ``restore`` undoes it.
+    RMSNorm and rotary position whose formula the op computes to the bit. A Hugging Face model given whole also gets
+    ``spu.nn.attention`` in place of torch's, which differs for 16-bit tensors on a CPU. Only exact classes change, and
+    only in class: parameters, hooks, training mode and state_dict keys stay the same objects. Parts of a block that
+    have hooks, or were replaced later, run one by one as before. ``restore`` undoes it.
 
     Args:
         precision: what the fused ops compute in: "fp16", "bf16" or "fp32", whatever the parameters' dtype, in and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -107,9 +106,11 @@ def norm_block(module: nn.Module) -> NormBlock | None:
         return None
     options = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
     eps = next((name for name in ("variance_epsilon", "eps") if isinstance(options.get(name), float)), None)
-    if eps is None or not all(isinstance(value, Hashable) for value in options.values()):
+    try:
+        hash(found := tuple(options.items()))
+    except TypeError:
         return None
-    return _found(cls, eps, tuple(options.items()), weight.numel())
+    return None if eps is None else _found(cls, eps, found, weight.numel())  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)

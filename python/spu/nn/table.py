@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ACTIVATIONS", "BLOCKS", "LIBRARIES", "Block", "GatedBlock", "NormBlock", "PairBlock", "TransposedLinear"]
+__all__ = [
+    "ACTIVATIONS",
+    "BLOCKS",
+    "LIBRARIES",
+    "Block",
+    "GatedBlock",
+    "NormBlock",
+    "PairBlock",
+    "RotaryBlock",
+    "TransposedLinear",
+]
 
 LIBRARIES = ("transformers", "transformers_modules")  # a class counts only if it was defined in one of these
 
@@ -45,7 +55,14 @@ class NormBlock:
     rounded: bool
 
 
-Block = GatedBlock | NormBlock | PairBlock | TransposedLinear
+@dataclass(frozen=True)
+class RotaryBlock:
+    """An attention that turns queries and keys; whether pairs are neighbours. Found by ``spu.nn.rotary``."""
+
+    interleaved: bool
+
+
+Block = GatedBlock | NormBlock | PairBlock | RotaryBlock | TransposedLinear
 
 BLOCKS: dict[str, Block] = {
     **dict.fromkeys(

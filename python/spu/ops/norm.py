@@ -199,6 +199,6 @@ def torch_layer_norm(
 ) -> Tensor | Pair:
     """Compute ``layer_norm`` by torch's own ops."""
     v = x if residual is None else x + residual
-    given = [None if t is None else wide(t) for t in (weight, bias)]
-    y = F.layer_norm(wide(v), x.shape[-1:], *given, eps).to(x.dtype)
+    w, b = (None if t is None else wide(t) for t in (weight, bias))
+    y = F.layer_norm(wide(v), x.shape[-1:], w, b, eps).to(x.dtype)
     return y if residual is None else (y, v)
