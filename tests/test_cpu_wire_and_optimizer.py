@@ -106,6 +106,19 @@ def test_adamw_follows_torch(dtype: torch.dtype) -> None:
         assert_equal(param, master.to(dtype), "the 16-bit copy")
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.999, 1 - 1e-7])
+def test_adamw_divides_as_a_division_does(beta2: float) -> None:
+    """A root is divided by its bias correction without a division: as exact, also where it is 0, inf or NaN."""
+    special = torch.tensor([0.0, float("inf"), float("nan"), 1e-45])
+    for step in (1.0, 2.0, 1000.0):
+        p, m, v = torch.ones(4100), torch.ones(4100), torch.cat([torch.logspace(-45, 38, 4096), special])
+        hyper = (scalar(0.0), 0.1, 0.9, beta2, 1e-8, 0.0)
+        OPS.adamw_.cpu([p], [torch.zeros(4100)], [], [m], [v], [scalar(step)], scalar(1.0), *hyper)
+        size, correction = scalar(0.1 / (1 - 0.9**step)), scalar((1 - beta2**step) ** 0.5)
+        expected = 1 - m * size / (v.sqrt() / correction + scalar(1e-8))
+        torch.testing.assert_close(p, expected, rtol=3e-7, atol=2e-7, equal_nan=True)
+
+
 def test_adamw_skips_on_found_inf_and_takes_strided_state() -> None:
     def state() -> list[Tensor]:
         torch.manual_seed(5)

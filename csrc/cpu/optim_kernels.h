@@ -290,6 +290,16 @@ struct WithCorrection {
   }
 };
 
+// root / by as the division rounds it, from inv = 1 / by, as `quotient`. A core has one divider for vectors, which the
+// root and the update's own division keep busy for 40 cycles; this one would be 16 more, for which all else waits. The
+// bias correction is 0 or at least 1e-8, a root 0 or at least 2^-75, so that no remainder underflows; that of an infinite
+// quotient is NaN.
+SPU_INLINE vf corrected_root(vf root, float by, float inv) {
+  if (!SPU_EXACT_FMA) return root / by;
+  const vf q = root * inv, corrected = O::fma(O::fma(-q, O::splat(by), root), O::splat(inv), q);
+  return q < O::from_bits(vu{} + 0x7f800000u) ? corrected : q;
+}
+
 // `blocks` of kMomentBlock values from `at`; one of fewer with a tail.
 template <Moments M, class Kept>
 SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, int64_t at, int blocks, Tail* tail) {
@@ -320,6 +330,7 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
   if constexpr (M == Moments::int8) second.read_all(blocks, v);
   if constexpr (Kept::staged) kept.read_all(blocks, p);
   constexpr bool rounds = M != Moments::fp32 || Kept::rounds;
+  const float inv_bias2_sqrt = 1.0f / k.bias2_sqrt;
   const vu strides =
       noise_strides(typename MakeLanes<kLanes>::type{}) + (static_cast<uint32_t>(at) * math::kNoiseStride + r.seed);
 #pragma GCC unroll 2
@@ -329,7 +340,8 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
     if constexpr (!Kept::staged) s.param = kept.read(i);
     if constexpr (M == Moments::int8) s.m = m[i], s.v = v[i];
     if constexpr (M != Moments::int8) s.m = first.read(i), s.v = second.read(i);
-    s = math::adamw_step<vf>(s, load(grad + i * kLanes) * r.grad_scale, k);
+    s = math::adamw_moments<vf>(s, load(grad + i * kLanes) * r.grad_scale, k);
+    s.param = math::adamw_param<vf>(s, corrected_root(O::sqrt(s.v), k.bias2_sqrt, inv_bias2_sqrt), k);
     const vu noise = rounds ? math::mix<vu>(strides + static_cast<uint32_t>(i * kLanes) * math::kNoiseStride) : vu{};
     if (rounds) noises[i] = noise;
     fetch(grad, i);

@@ -41,16 +41,24 @@ SPU_HD F following(F master, F rounded, F weight) {
   return weight == rounded ? master : weight;
 }
 
-// g is the true-scale gradient, already clipped.
+// The moments' half of a step; g is the true-scale gradient, already clipped.
+template <class F>
+SPU_HD AdamWState<F> adamw_moments(AdamWState<F> s, F g, const AdamWStep& k) {
+  using O = Ops<F>;
+  return {s.param, O::fma(O::splat(k.one_minus_b1), g - s.m, s.m), O::fma(g * k.one_minus_b2, g, s.v * k.b2)};
+}
+
+// The parameter's half; root is sqrt(v) / bias2_sqrt.
+template <class F>
+SPU_HD F adamw_param(AdamWState<F> s, F root, const AdamWStep& k) {
+  return s.param * k.decay - (s.m * k.step_size) / (root + k.eps);
+}
+
 template <class F>
 SPU_HD AdamWState<F> adamw_step(AdamWState<F> s, F g, const AdamWStep& k) {
-  using O = Ops<F>;
-  F p = s.param * k.decay;
-  const F m = O::fma(O::splat(k.one_minus_b1), g - s.m, s.m);
-  const F v = O::fma(g * k.one_minus_b2, g, s.v * k.b2);
-  const F denom = O::sqrt(v) / k.bias2_sqrt + k.eps;
-  p = p - (m * k.step_size) / denom;
-  return {p, m, v};
+  s = adamw_moments<F>(s, g, k);
+  s.param = adamw_param<F>(s, Ops<F>::sqrt(s.v) / k.bias2_sqrt, k);
+  return s;
 }
 
 }  // namespace math
