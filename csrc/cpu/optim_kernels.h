@@ -292,8 +292,8 @@ struct WithCorrection {
 
 // root / by as the division rounds it, from inv = 1 / by, as `quotient`. A core has one divider for vectors, which the
 // root and the update's own division keep busy for 40 cycles; this one would be 16 more, for which all else waits. The
-// bias correction is 0 or at least 1e-8, a root 0 or at least 2^-75, so that no remainder underflows; that of an infinite
-// quotient is NaN.
+// bias correction is 0 or at least 1e-8, a root 0 or at least 2^-75, so that no remainder underflows; that of an
+// infinite quotient is NaN.
 SPU_INLINE vf corrected_root(vf root, float by, float inv) {
   if (!SPU_EXACT_FMA) return root / by;
   const vf q = root * inv, corrected = O::fma(O::fma(-q, O::splat(by), root), O::splat(inv), q);
