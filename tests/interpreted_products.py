@@ -272,6 +272,21 @@ def test_a_persistent_grid_has_the_blocks_that_fit() -> None:
         dataclasses.replace(one, blocks=0)
 
 
+def test_loops_are_made_one_but_for_bias_sums() -> None:
+    from spu.kernels.multiply import Form, plan
+
+    device, shape, strides = torch.device("cpu"), (64, 64, 64), (64, 1, 1, 64)
+
+    def flat(one: Config, form: Form) -> object:
+        return plan("linear_dw", torch.float16, device, shape, strides, True, form, one).constants["FLAT"]
+
+    one = dataclasses.replace(config("descriptor"), flat=True)
+    assert not flat(config("descriptor"), Form())
+    assert flat(one, Form(extra=True))  # a pre-activation
+    assert flat(one, Form(main_grad=True))
+    assert not flat(one, Form(main_grad=True, extra=True))  # a bias gradient
+
+
 def test_descriptors_give_way_where_they_cannot_load() -> None:
     from spu.kernels.multiply import Form, plan
 

@@ -37,6 +37,8 @@ class Config:
         blocks: programs of a persistent grid ("persistent", "descriptor") a multiprocessor; their registers are limited
             so that they fit. Where one multiplies, another does its epilogue.
         algorithm: of kind "cublaslt", which of those that it proposes for a product, 0 the one that it holds best.
+        flat: kind "descriptor" of a product: the loops over tiles and over the inner dimension are one: the next
+            tile's loads run beside a tile's epilogue.
         half: sums fp16 products in fp16 within an inner block (``accumulation.py``); no table asks for it.
     """
 
@@ -49,6 +51,7 @@ class Config:
     num_stages: int = 3
     split_k: int = 1
     blocks: int = 1
+    flat: bool = False
     half: bool = False
     algorithm: int = 0
 

@@ -37,6 +37,7 @@ _WIDE = {
 _SPLITS = {"skinny": 4, "deep": 8}
 _DESCRIPTORS_FROM = 90
 _LARGE_DESCRIBED = (90, 100)  # whose accumulators leave room: wgmma and tcgen05 take operands from shared memory
+_FLATTENED = 90  # where the compiler's one loop keeps a product in flight beside the next loads
 _DESCRIBED = ("gated_linear", "gated_dh", "gated_dx", "linear_ce")
 _WALKED = ("linear", "linear_dx", "linear_dw")
 # On sm_90, until somebody measures: cuBLAS's products use what Triton's compiler has no words for (a tile's epilogue
@@ -89,7 +90,8 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     # Programs that walk over tiles, where there are many: with descriptors where the hardware has them.
     kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
     blocks = _blocks(op, rows, columns) if kind == "descriptor" and arch in _LARGE_DESCRIBED else 1
-    return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks)
+    flat = kind == "descriptor" and arch == _FLATTENED and blocks == 1
+    return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks, flat=flat)
 
 
 def _blocks(op: str, rows: int, columns: int) -> int:

@@ -93,7 +93,7 @@ def plan(
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, n))
     if config.kind == "descriptor" and (k == 0 or not can_describe(dtype, strides, aligned)):
         # Its loads take addresses from the registers that descriptors leave free.
-        config = dataclasses.replace(config, kind="persistent", block_n=min(config.block_n, _POINTER_COLUMNS))
+        config = dataclasses.replace(config, kind="persistent", block_n=min(config.block_n, _POINTER_COLUMNS), blocks=1)
     kind = config.kind
     if kind == "cublaslt" and (k == 0 or not library.serves(dtype, device)):
         kind = "torch"
@@ -126,6 +126,8 @@ def plan(
     if kind == "descriptor":
         kernel = descriptor_kernel
         constants |= {"A_BY_ROWS": strides[1] == 1, "B_BY_ROWS": strides[3] == 1}
+        # Bias sums are a loop of their own in the epilogue, and Triton 3.6 fails to make one of three.
+        constants["FLAT"] = config.flat and not (form.main_grad and form.extra)
     else:
         constants |= {"PERSISTENT": kind == "persistent", "EVEN_K": k % config.block_k == 0}
         constants["DERIVATIVE"] = form.derivative

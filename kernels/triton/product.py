@@ -137,17 +137,18 @@ def descriptor_kernel(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, A_BY_ROWS: tl.constexpr, B_BY_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, WIDE: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Compute the persistent product with tensor descriptors (TMA). BY_ROWS: the operand's second stride is 1, else its
     first.
 
-    Loads beyond the edges give zeros. (The arguments are product_kernel's; saved, dz and chunk are not used.)
+    Loads beyond the edges give zeros. FLAT: the two loops become one. (The arguments are product_kernel's; saved, dz
+    and chunk are not used.)
     """
     from_a = describe(a, M, K, stride_am, stride_ak, A_BY_ROWS, BM, BK)
     from_b = describe(b, K, N, stride_bk, stride_bn, B_BY_ROWS, BK, BN)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLAT):
         m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BM, BN), tl.float32)
         acc = add_described(acc, from_a, from_b, m * BM, n * BN, K, A_BY_ROWS, B_BY_ROWS, BK, HALF)

@@ -75,8 +75,10 @@ def _kinds(op: str, tile: Config, shape_class: str, arch: int, wide: bool) -> li
     elif product or (described and shape_class not in ("skinny", "deep")):
         walking = dataclasses.replace(tile, kind="descriptor" if described else "persistent")
         kinds.append(walking)
-        if described and _two_fit(op, walking, arch, wide):
+        if described and _two_fit(op, walking, arch, wide):  # one way or the other, loads run beside an epilogue
             kinds.append(dataclasses.replace(walking, blocks=2))
+        elif described and product:
+            kinds.append(dataclasses.replace(walking, flat=True))
     return kinds
 
 
