@@ -249,6 +249,7 @@ def _gated(at: Setting, shape: Shape, peer: str) -> Call:
 
 def _cross_entropy(at: Setting, peer: str) -> Call:
     from spu import ops
+    from spu.ops.cross_entropy import cross_entropy_share
 
     tokens, hidden_size = at.tokens[0], at.decoders[0][0]
     hidden, weight = (
@@ -264,7 +265,9 @@ def _cross_entropy(at: Setting, peer: str) -> Call:
     def loss() -> Tensor:
         if peer in _OURS:
             with ops.use_backend(_backend(peer)):
-                return ops.linear_cross_entropy(hidden, weight, target)
+                share = cross_entropy_share(hidden, weight, target, 1.0)  # as a training calls it
+                assert share is not None
+                return share
         if peer == "Liger":
             return fused(weight, hidden, target)  # type: ignore[no-any-return]
         return F.cross_entropy(F.linear(hidden, weight).float(), target)

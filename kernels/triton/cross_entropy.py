@@ -47,7 +47,7 @@ _COLUMNS = 1024  # of the kernels on whole rows of logits
 _CHUNK_BYTES = 256 << 20  # of logits at a time, where cuBLAS makes them
 _SHARES_PER_PROCESSOR = 4
 _INT32 = 2**31 - 1
-_POINTER_COLUMNS = 128  # of tiles that are loaded by address
+_POINTER_COLUMNS, _KEPT_COLUMNS = 128, 64  # of tiles that are loaded by address; of those that are stored, too
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
@@ -97,12 +97,16 @@ def _plan(
     strides: tuple[int, ...],
     aligned: bool,
     override: Config | None,
+    keep: bool = False,
 ) -> Plan:
+    """Return the launches of one shape; ``keep``: the logits are stored as well."""
     rows, v, k = shape
     config = override or for_alignment(config_for("linear_ce", dtype, device, shape), dtype, (*strides, shape[1]))
     described = config.kind == "descriptor" and k > 0 and can_describe(dtype, strides, aligned)
     if config.kind == "descriptor" and not described:
         config = dataclasses.replace(config, kind="tile", block_n=min(config.block_n, _POINTER_COLUMNS), blocks=1)
+    if keep and not described:  # beside the addresses of its loads, those of the stores do not fit
+        config = dataclasses.replace(config, block_n=min(config.block_n, _KEPT_COLUMNS))
     row_tiles, column_tiles = ceil_div(rows, config.block_m), ceil_div(v, config.block_n)
     wanted = ceil_div(_SHARES_PER_PROCESSOR * programs_at_once(device), row_tiles)
     tiles_each = max(1, ceil_div(column_tiles, wanted))
@@ -214,7 +218,7 @@ def linear_ce_and_dz(
         return loss.zero_(), dz
     target, grad_rows = target.contiguous(), grad_rows.contiguous()
     strides = (*hidden.stride(), *weight.stride())
-    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, _aligned(hidden, weight), config)
+    plan = _plan(hidden.dtype, hidden.device, (rows, v, k), strides, _aligned(hidden, weight), config, keep=True)
     if plan.kind == "torch":
         logits = dz
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
