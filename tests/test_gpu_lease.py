@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import tarfile
@@ -17,6 +18,7 @@ sys.path.insert(0, str(GPU))
 import lease  # noqa: E402
 import lease_carried  # noqa: E402
 import lease_lines  # noqa: E402
+import prepare  # noqa: E402
 from lease import Lease, Part  # noqa: E402
 
 EMIT = "import lease_lines, sys, time; lease_lines.emit({'what': 'x', 'value': 1}); print('said'); "
@@ -116,6 +118,18 @@ def test_what_is_carried_is_taken_out_with_the_newest_sources(tmp_path: Path) ->
     assert (site / "spu" / "kernels" / "launch.py").exists()
     assert (Path(environment["TRITON_CACHE_DIR"]) / "AAAA" / "k.cubin").exists()
     assert (row["package"], row["kernels"], row["stale"]) == (True, 1, [])
+
+
+def test_kernels_of_earlier_sources_and_what_no_launch_reads_are_not_packed(tmp_path: Path) -> None:
+    now, before = "ab" * 32, "cd" * 32
+    for name, files in ((now, ("k.cubin", "k.ttir", "__grp__k.json")), (before, ("k.cubin",)), ("ef" * 32, ("l.so",))):
+        folder = tmp_path / "triton" / base64.b32encode(bytes.fromhex(name)).decode().rstrip("=")
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).touch()
+    prepare.pack(tmp_path / "triton", {now}, tmp_path / "packed")
+    with tarfile.open(tmp_path / "packed") as archive:
+        assert sorted(Path(name).name for name in archive.getnames()) == ["__grp__k.json", "k.cubin", "l.so"]
 
 
 def test_a_package_for_another_python_is_left_out_and_half_a_package_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ manifest says what they were made for. What was compiled is kept beside it: a se
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import shutil
@@ -94,38 +95,38 @@ def cache(python: str, jobs: int, dry: bool) -> dict[str, object]:
     made = FOLDER / "triton"
     made.mkdir(parents=True, exist_ok=True)
     stub = _empty_libcuda()
-    listed = FOLDER / "launches.json"
+    listed, log = FOLDER / "launches.json", FOLDER / "carry.log"
     command = [python, str(ROOT / "benchmarks/gpu/carry.py"), "--cache", str(made), "--jobs", str(jobs), "--list",
                str(listed), *(["--dry"] if dry else [])]  # fmt: skip
     with tempfile.TemporaryDirectory() as own:
         overlay(Path(own) / "site")  # recording needs no compiled part
         paths = os.pathsep.join([str(Path(own) / "site"), str(ROOT / "benchmarks" / "gpu")])
         variables = {"PYTHONPATH": paths, "SPU_CACHE": str(Path(own) / "cache"), **stub}
-        done = subprocess.run(command, cwd=FOLDER, env={**os.environ, **variables}, capture_output=True, text=True)
-    (FOLDER / "carry.log").write_text(done.stdout + done.stderr)
+        with log.open("w") as out:  # a line as each source is recorded
+            done = subprocess.run(
+                command, cwd=FOLDER, env={**os.environ, **variables}, stdout=out, stderr=subprocess.STDOUT
+            )
+    lines = log.read_text(errors="replace").splitlines()
     if done.returncode:
-        raise SystemExit(f"no kernel was compiled: see {FOLDER / 'carry.log'}\n{done.stderr[-1500:]}")
-    counts: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+        raise SystemExit("\n".join([*lines[-20:], f"no kernel was compiled: see {log}"]))
+    counts: dict[str, object] = next(json.loads(line) for line in reversed(lines) if line.startswith('{"launches"'))
     shutil.copy(listed, CARRY / "launches.json")
-    wanted = set(json.loads(listed.read_text()))
-    with tarfile.open(CARRY / "triton.tar.xz", "w:xz", preset=6) as archive:
-        for folder in sorted(made.iterdir()):
-            if not folder.is_dir():
-                continue
-            stubs = not any(folder.glob("*.cubin"))  # modules that Triton's driver compiles in C
-            if folder.name not in wanted and not stubs and not _is_in(folder, wanted):
-                continue
-            for path in sorted(folder.iterdir()):
-                if path.suffix not in _LEFT_OUT and path.is_file() and path.name != "lock":
-                    archive.add(path, f"{folder.name}/{path.name}")
+    pack(made, set(json.loads(listed.read_text())), CARRY / "triton.tar.xz")
     return counts
 
 
-def _is_in(folder: Path, hashes: set[str]) -> bool:
-    """Tell whether a folder of the cache, whose name is a hash in base32, is one of these hashes."""
-    import base64
-
-    return any(base64.b32encode(bytes.fromhex(one)).decode().rstrip("=") == folder.name for one in hashes)
+def pack(made: Path, hashes: set[str], into: Path) -> None:
+    """Pack these kernels of a Triton cache, and the C modules that launch them; Triton names a kernel's folder by its
+    hash in base32.
+    """
+    names = {base64.b32encode(bytes.fromhex(one)).decode().rstrip("=") for one in hashes}
+    with tarfile.open(into, "w:xz", preset=6) as archive:
+        for folder in sorted(path for path in made.iterdir() if path.is_dir()):
+            if folder.name not in names and any(folder.glob("*.cubin")):
+                continue  # of an earlier state of the sources
+            for path in sorted(folder.iterdir()):
+                if path.suffix not in _LEFT_OUT and path.is_file() and path.name != "lock":
+                    archive.add(path, f"{folder.name}/{path.name}")
 
 
 def _empty_libcuda() -> dict[str, str]:
