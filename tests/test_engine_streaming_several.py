@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from memory_probe import measured_peaks
-from pipelines import costs_counted_once, devices, reference
+from pipelines import devices, reference
 from streamed_runs import Lazy, batches, make, model, trained
 from torch import nn
 
@@ -18,7 +18,7 @@ from spu.memory.host_store import HostStore
 from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
 
-__all__ = ["costs_counted_once", "reference"]
+__all__ = ["reference"]
 
 
 @pytest.mark.parametrize(
