@@ -19,6 +19,7 @@ __all__ = [
     "ACTIVATIONS",
     "AUTO",
     "GRADS",
+    "GRAPHS",
     "PRECISIONS",
     "RESIDENCIES",
     "STATES",
@@ -31,6 +32,7 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
 STATES = ("fp32", "exact", "compact")
 GRADS = ("fp32", "bf16")
+GRAPHS = (AUTO, "on", "off")
 ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8", "int4")
 
 
@@ -203,4 +205,10 @@ class TrainSettings(Settings):
     max_grad_norm: float | None = number(None, "Clip the norm of all gradients to this.")
     seed: int = whole(0, "Of every random draw.", least=0)
     replan: bool = flag(False, "After the second step, plan again from what it has measured.")
+    graphs: str = choice(
+        AUTO,
+        "Capture the last stage's microbatches as CUDA graphs, from the second of a step on. auto: where it is surely "
+        "exact: models and losses of torch, spu and transformers on a GPU. on: or say why not.",
+        GRAPHS,
+    )
     retry: bool = flag(True, "If a step runs out of memory, plan with less and repeat it, with the same random draws.")

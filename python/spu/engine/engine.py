@@ -11,6 +11,7 @@ import torch
 
 from spu.common.tracker import Tally
 from spu.devices.clock import Mark, Reading
+from spu.engine.graphs import StageGraphs
 from spu.engine.stage import Stage
 from spu.memory.residency import Residency
 from spu.ops.sink import BackwardScope
@@ -113,6 +114,7 @@ class Engine(Protocol):
         ranks: the rank of each stage.
         residencies: of each rank: brings the tensors of its stages to the device for their work.
         backend: a forced kernel backend, or None for automatic choice; may be changed between runs.
+        graphs: captures the last stage's microbatches; None: all run eagerly. An engine may leave it alone.
         tallies: one for each rank, which counts the bytes that its actions allocate; None: bytes are not counted.
     """
 
@@ -121,6 +123,7 @@ class Engine(Protocol):
     residencies: list[Residency]
     backend: str | None
     tallies: list[Tally] | None
+    graphs: StageGraphs | None
 
     def run(self, work: Round) -> Recording:
         """Run a schedule to its end, leave losses and outputs in ``work``, and return what ran when.

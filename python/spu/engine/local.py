@@ -22,6 +22,7 @@ from spu.devices.manager import Device
 from spu.devices.pin import pin_current_thread
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import MarkedSpan, Recording, Round, StageError
+from spu.engine.graphs import StageGraphs
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips, check_all_popped
 from spu.engine.stage import Stage
@@ -89,6 +90,7 @@ class LocalEngine:
         self.ranks = list(range(len(self.stages)) if ranks is None else ranks)
         self.backend = backend
         self._process, self._busy = os.getpid(), False
+        self.graphs: StageGraphs | None = None
         self.tallies: list[Tally] | None = None  # workers count allocated bytes here; see `counted_bytes`
         device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
@@ -125,6 +127,8 @@ class LocalEngine:
             finally:
                 for stage in self.stages:
                     stage.clear()
+                if self.graphs is not None:
+                    self.graphs.clear()
         check_all_popped(exchange)
         assert len(exchange) == 0, f"{len(exchange)} messages were never received"
         return Recording(self.stages, self.ranks, start, [span for own in spans for span in own])
@@ -242,7 +246,9 @@ class LocalEngine:
 
     def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> Mark:
         """Run one action and return a mark of when its inputs had arrived, so that waiting counts as idle."""
-        key = DrawKey(work.run_seed, work.step, work.first_microbatch + action.microbatch)
+        graphs = self._graphs_of(stage, work)
+        kept = None if graphs is None else graphs.generators
+        key = DrawKey(work.run_seed, work.step, work.first_microbatch + action.microbatch, kept)
         if action.kind == "F":
             return self._forward(stage, action.microbatch, key, work, exchange)
         if action.kind == "W":
@@ -250,6 +256,11 @@ class LocalEngine:
             stage.weight_backward(key)
             return begin
         return self._backward(stage, action.microbatch, key, work, exchange, defer=action.kind == "I")
+
+    def _graphs_of(self, stage: Stage, work: Round) -> StageGraphs | None:
+        """Return what captures the stage's microbatches in this run."""
+        usual = stage.is_last and work.train and not work.keep_outputs and self.tallies is None
+        return self.graphs if usual else None
 
     def _forward(self, stage: Stage, index: int, key: DrawKey, work: Round, exchange: Exchange) -> Mark:
         device = stage.device.torch_device
@@ -264,6 +275,13 @@ class LocalEngine:
         inputs = None
         if stage.wants_inputs:
             inputs = x if stage.is_first else move(work.inputs[index], device)
+        graphs = self._graphs_of(stage, work)
+        if graphs is not None and work.targets is not None and work.weights is not None and work.scopes is not None:
+            given = x, inputs, work.targets[index]
+            loss = graphs.forward(given, work.weights[index], key, work.scopes[stage.index], work.autocast)
+            if loss is not None:
+                work.losses[index] = loss
+                return begin
         skips = StageSkips(exchange, index, device, train=work.train)
         with work.autocast():
             whole = work.keep_outputs or work.targets is None
@@ -293,7 +311,12 @@ class LocalEngine:
             message = link.arrive(exchange.take(("B", stage.index, index)))
             begin = mark(device)
             gradients = link.unpack(message)
-        gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=defer)
+        graphs = self._graphs_of(stage, work)
+        replayed = None if graphs is None else graphs.backward()
+        if replayed is None:
+            gradients = stage.backward(gradients, key, work.scopes[stage.index], defer=defer)
+        else:
+            gradients = replayed
         if not stage.is_first:  # (4) in docs/architecture.md, backwards
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
         return begin

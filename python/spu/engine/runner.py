@@ -17,6 +17,7 @@ from spu.engine.attempt import Attempt
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine, Recording, Round
 from spu.engine.generators import check_generators
+from spu.engine.graphs import graphs_for
 from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
@@ -65,6 +66,7 @@ class Runner:
         weighing: the weights of microbatches.
         optimizer, lr, max_grad_norm: as `Updater` takes them.
         engine: makes the engine that runs the stages, from the arguments of `LocalEngine`.
+        graphs: whether the last stage's microbatches are captured: see `spu.engine.graphs`.
         make_streaming: makes what streams the stages (`spu.engine.streaming.stream`) from stages, optimizers and main
             gradients; None if all are resident.
     """
@@ -81,6 +83,7 @@ class Runner:
         lr: float | None,
         max_grad_norm: float | None,
         engine: Callable[..., Engine] = LocalEngine,
+        graphs: str = "off",
         make_streaming: Callable[..., Streaming] | None = None,
     ) -> None:
         self.built = built
@@ -90,6 +93,13 @@ class Runner:
         self._check = LossCheck(built.stages[-1].loss_fn, weighing)
         try:
             check_generators(built.stages)
+            captures, self._why_eager = graphs_for(
+                built.stages[-1],
+                self._actions[self._ranks[-1]],
+                graphs,
+                shared=bool(built.tied or built.twins or make_streaming is not None),
+                known_loss=weighing.known,
+            )
             self.engine = engine(built.stages, self._ranks, codecs=plan.codecs, backend=backend)
             self.updater = Updater(
                 built,
@@ -102,6 +112,7 @@ class Runner:
             )
             if self.updater.streaming is not None:
                 self.engine.residencies = list(self.updater.streaming.residencies)
+            self.engine.graphs = captures
         except BaseException:
             built.restore()
             raise
@@ -161,6 +172,17 @@ class Runner:
             raise
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
         return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, recordings[-1])
+
+    @property
+    def graphs_lines(self) -> list[str]:
+        """A line about captured microbatches, or why there are none; none where there is no card to capture for."""
+        made = self.engine.graphs
+        why = self._why_eager if made is None else made.why_eager
+        if made is None and self.built.stages[-1].device.torch_device.type != "cuda":
+            return []
+        if made is None or why:
+            return [f"CUDA graphs: none ({why})"]
+        return [f"CUDA graphs: {made.replays} microbatches of the last stage were replayed"]
 
     def follow(self, plan: Plan) -> None:
         """Run the next batches by a plan with the same stages, in which other layers are recomputed, or with another

@@ -126,7 +126,7 @@ class Stage:
             x = arrived.tree
             if skips is not None:
                 skips.arrived = pytree.tree_leaves(x)
-        randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch)
+        randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch, key.kept)
         with carried_by(skips or current_carrier()):
             for position, (layer, recompute) in enumerate(zip(self._layers_for(whole), self.recompute, strict=True)):
                 randomness.layer(layer.name)
@@ -187,16 +187,38 @@ class Stage:
         flight = None if scope is None else self._in_flight[key.microbatch]
         if flight is not None:
             flight.randomness.layer(LOSS)
+<<<<<<< HEAD
         with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS):
             share = None if flight is None else self._share_of(outputs, targets, weight)
             value = self._loss_of(outputs, targets) if share is None else share
+=======
+        with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS, kept=key.kept):
+            value = self._loss_of(outputs, targets)
+>>>>>>> 3e9b3f5 (graphs=: the last stage's microbatches as CUDA graphs, bit for bit the eager ones; refused by name where they cannot be)
         if flight is not None:
             flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
+<<<<<<< HEAD
         if share is None:
             share = _weighted(value, weight, outputs)
+=======
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
+        # Captured work reads it from its place.
+        known = weight.device.type == "cpu" and not (key.kept is not None and key.kept.replayed)
+        share_of_batch = weight.item() if known else weight.to(value.device, value.dtype)
+        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
+        # knows it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are
+        # 0, as they are in the whole batch, where a parameter that only these rows use is decayed too.
+        if isinstance(share_of_batch, Tensor):
+            share = torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
+        elif share_of_batch == 0:
+            share = torch.zeros_like(value) + sum(_zeros(outputs))
+        else:
+            share = value * share_of_batch
+>>>>>>> 3e9b3f5 (graphs=: the last stage's microbatches as CUDA graphs, bit for bit the eager ones; refused by name where they cannot be)
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()

@@ -12,7 +12,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.model.kept import Park
-from spu.model.randomness import LayerRandomness
+from spu.model.randomness import KeptGenerators, LayerRandomness
 from spu.model.replay import Habits, run_twice
 from spu.model.traced import traced_layers
 from spu.precision.dtypes import is_mixed, products_in
@@ -22,11 +22,16 @@ __all__ = ["DrawKey", "Layer", "has_order", "is_adapted", "layers_by_tracing", "
 
 @dataclass(frozen=True)
 class DrawKey:
-    """The place of a layer's run in the training; with the layer's name it decides every random draw."""
+    """The place of a layer's run in the training; with the layer's name it decides every random draw.
+
+    Attributes:
+        kept: has the generators of a microbatch that is captured; None: each layer makes its own.
+    """
 
     run_seed: int
     step: int
     microbatch: int
+    kept: KeptGenerators | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -67,7 +72,7 @@ class Layer:
             if on_own is not None:
                 on_own(generator)
 
-        draws = LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own)
+        draws = LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own, kept=key.kept)
         with draws, self.in_precision(x):
             return self._call(x, inputs)
 

@@ -18,7 +18,7 @@ import torch
 from spu.common import torch_private
 from spu.model.draws import drawn_from
 
-__all__ = ["LOSS", "BackwardRandomness", "LayerRandomness", "layer_seed"]
+__all__ = ["LOSS", "BackwardRandomness", "KeptGenerators", "LayerRandomness", "layer_seed"]
 
 LOSS = "(loss)"  # the loss function's name for its draws
 
@@ -27,6 +27,40 @@ def layer_seed(run_seed: int, step: int, microbatch: int, layer_name: str) -> in
     """Return a 63-bit seed for one layer of one microbatch of one step, equal on all machines and Python versions."""
     key = f"{run_seed}\0{step}\0{microbatch}\0{layer_name}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+class KeptGenerators:
+    """The generators of a microbatch that is captured and replayed: the same ones each time, seeded anew.
+
+    Attributes:
+        made: by the name that each is seeded with, and its device.
+        replayed: what runs now is captured or replayed: no other generators are made, and :meth:`seed` has seeded them.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[str, torch.device], torch.Generator] = {}
+        self.replayed = False
+
+    def seed(self, run_seed: int, step: int, microbatch: int) -> None:
+        """Begin the draws of a microbatch: those that it has without being captured."""
+        for (name, _), generator in self.made.items():
+            generator.manual_seed(layer_seed(run_seed, step, microbatch, name))
+
+    def take(self, key: tuple[int, int, int, str], device: torch.device) -> torch.Generator:
+        """Return the generator for a key of `layer_seed`.
+
+        Raises:
+            RuntimeError: there is none in what is replayed, where it would have been made and seeded once for all.
+        """
+        name = key[3], device
+        if self.replayed:
+            if name not in self.made:
+                raise RuntimeError(f"{key[3].split(chr(0))[0]!r} draws random numbers in some microbatches only")
+            return self.made[name]
+        if name not in self.made:
+            self.made[name] = torch.Generator(device=device)
+        self.made[name].manual_seed(layer_seed(*key))
+        return self.made[name]
 
 
 class LayerRandomness:
@@ -41,6 +75,7 @@ class LayerRandomness:
         microbatch: index of the microbatch in the step, counted over all accumulation rounds.
         layer_name: the layer's name in the model.
         on_own: called with a generator of the caller's before something draws from it.
+        kept: has the generators; None: they are made here.
 
     Attributes:
         draws: number of draws, and of reads of the generator, inside.
@@ -54,8 +89,10 @@ class LayerRandomness:
         layer_name: str,
         *,
         on_own: Callable[[torch.Generator], None] | None = None,
+        kept: KeptGenerators | None = None,
     ) -> None:
         self._key = (run_seed, step, microbatch, layer_name)
+        self._kept = kept
         self._on_own = on_own
         self._generators: dict[torch.device, torch.Generator] = {}
         self._context: drawn_from | None = None
@@ -75,7 +112,9 @@ class LayerRandomness:
         """Return the generator that replaces the device's default one."""
         self.draws += 1
         generator = self._generators.get(device)
-        if generator is None:
+        if generator is None and self._kept is not None:
+            generator = self._generators[device] = self._kept.take(self._key, device)
+        elif generator is None:
             generator = self._generators[device] = torch.Generator(device=device)
             generator.manual_seed(layer_seed(*self._key))
         return generator
@@ -95,8 +134,8 @@ class BackwardRandomness:
     Nodes are told apart by the sequence number that autograd gives each node of one thread.
     """
 
-    def __init__(self, run_seed: int, step: int, microbatch: int) -> None:
-        self._key = (run_seed, step, microbatch)
+    def __init__(self, run_seed: int, step: int, microbatch: int, kept: KeptGenerators | None = None) -> None:
+        self._key, self._kept = (run_seed, step, microbatch), kept
         self._starts: list[int] = []
         self._names: list[str] = []
         self._sources: dict[str, LayerRandomness] = {}
@@ -121,7 +160,7 @@ class BackwardRandomness:
         name = self._running()
         source = self._sources.get(name)
         if source is None:
-            source = self._sources[name] = LayerRandomness(*self._key, f"{name}\0backward")
+            source = self._sources[name] = LayerRandomness(*self._key, f"{name}\0backward", kept=self._kept)
         return source.generator(device)
 
     def own(self, generator: torch.Generator) -> None:

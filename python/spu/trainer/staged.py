@@ -331,6 +331,7 @@ class StagedModel:
             optimizer=self._optimizer,
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
+            graphs=self.settings.graphs,
             make_streaming=None if plan.streaming is None else partial(open_streaming, plan, self.tiers),
         )
         self._structure = StructureCheck(self._parts.given, built)

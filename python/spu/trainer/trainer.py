@@ -314,7 +314,8 @@ class ModelParallelTrainer(StagedModel):
         if self._plan is None or last.recording is None or last.elapsed is None:
             raise RuntimeError("no step has run yet: call step() first")
         peaks = last.counted_bytes | peak_bytes(self.devices)
-        return "\n".join(comparison(self._plan, last.recording.timeline(), last.elapsed.seconds, peaks))
+        lines = comparison(self._plan, last.recording.timeline(), last.elapsed.seconds, peaks)
+        return "\n".join([*lines, *self._prepared().graphs_lines])
 
     # State
 
