@@ -6,6 +6,7 @@ again, without any Python of the model's. Nothing but what was at those places w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import spu
 from spu.common.torch_private import TorchDispatchMode, schema_of
 from spu.devices.capture import Called
 from spu.engine import graphs as engine_graphs
+from spu.engine import head_loss
 from spu.engine.capturable import doubt
 
 
@@ -142,6 +144,15 @@ def test_replays_give_the_bits_of_eager_microbatches(
     assert_equal(captured, plain)
     a_step = 4 * settings.get("accumulate", 1) - 1
     assert replays(captured[2]) == 4 * a_step - 2  # all but the first of each step and the two to warm up
+
+
+def test_a_loss_without_logits_is_there_after_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "WORTH_BYTES", 1)
+    without_bias = [*layers()[:3], nn.Linear(8, 11, bias=False)]
+    state = copy.deepcopy(without_bias)
+    plain, captured = (run(trainer(mode, model=m), 2) for mode, m in (("off", without_bias), ("on", state)))
+    assert_equal(captured, plain)
+    assert replays(captured[2]) == 4
 
 
 @pytest.mark.usefixtures("tape")

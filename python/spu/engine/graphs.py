@@ -79,6 +79,7 @@ class StageGraphs:
         self._digest: list[Any] | None = None
         self._changes = 0
         self._held: _Kind | None = None  # between its forward and its backward
+        self._loss: Tensor | None = None  # what its forward returned
         self.why_eager = ""
         self.replays = 0
         self.generators = KeptGenerators()
@@ -141,11 +142,14 @@ class StageGraphs:
         finally:
             self.generators.replayed = False
         self._check_grads(kind)
+        if self._loss is not None and kind.loss is not None:
+            self._loss.copy_(kind.loss)  # a loss without logits is there only after its backward
+        self._loss = None
         return [None if gradient is None else gradient.clone() for gradient in kind.gradients]
 
     def clear(self) -> None:
         """Forget a microbatch whose backward has not run, after a failure."""
-        self._held = None
+        self._held = self._loss = None
 
     def forget(self) -> None:
         """Drop all captured work and its memory."""
@@ -278,9 +282,9 @@ class StageGraphs:
         finally:
             self.generators.replayed = False
         assert kind.loss is not None
-        self._held = kind
+        self._held, self._loss = kind, kind.loss.clone()
         self.replays += 1
-        return kind.loss.clone()
+        return self._loss
 
     def _check_grads(self, kind: _Kind) -> None:
         """Raise RuntimeError where the backward has put a gradient elsewhere than where it was."""

@@ -187,49 +187,33 @@ class Stage:
         flight = None if scope is None else self._in_flight[key.microbatch]
         if flight is not None:
             flight.randomness.layer(LOSS)
-<<<<<<< HEAD
-        with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS):
-            share = None if flight is None else self._share_of(outputs, targets, weight)
-            value = self._loss_of(outputs, targets) if share is None else share
-=======
+        # A number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
+        # Captured work reads it from its place.
+        known = weight.device.type == "cpu" and not (key.kept is not None and key.kept.replayed)
+        factor = weight.item() if known else weight
         with LayerRandomness(key.run_seed, key.step, key.microbatch, LOSS, kept=key.kept):
-            value = self._loss_of(outputs, targets)
->>>>>>> 3e9b3f5 (graphs=: the last stage's microbatches as CUDA graphs, bit for bit the eager ones; refused by name where they cannot be)
+            share = None if flight is None else self._share_of(outputs, targets, factor)
+            value = self._loss_of(outputs, targets) if share is None else share
         if flight is not None:
             flight.randomness.end()
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
             shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"loss_fn must return a scalar tensor, the mean over its targets; got {shape}")
-<<<<<<< HEAD
         if share is None:
-            share = _weighted(value, weight, outputs)
-=======
-        value = value.to(torch.promote_types(value.dtype, torch.float32))
-        # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
-        # Captured work reads it from its place.
-        known = weight.device.type == "cpu" and not (key.kept is not None and key.kept.replayed)
-        share_of_batch = weight.item() if known else weight.to(value.device, value.dtype)
-        # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host
-        # knows it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are
-        # 0, as they are in the whole batch, where a parameter that only these rows use is decayed too.
-        if isinstance(share_of_batch, Tensor):
-            share = torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
-        elif share_of_batch == 0:
-            share = torch.zeros_like(value) + sum(_zeros(outputs))
-        else:
-            share = value * share_of_batch
->>>>>>> 3e9b3f5 (graphs=: the last stage's microbatches as CUDA graphs, bit for bit the eager ones; refused by name where they cannot be)
+            share = _weighted(value, factor, outputs)
         if flight is not None:
             flight.outputs.append(share)
         return share.detach()
 
-    def _share_of(self, outputs: Any, targets: Any, weight: torch.Tensor) -> torch.Tensor | None:
+    def _share_of(self, outputs: Any, targets: Any, factor: float | torch.Tensor) -> torch.Tensor | None:
         """Return the share as a loss that its backward makes; None where it is made here."""
         if self._head_loss is None or not isinstance(outputs, HeadInput):
             return None
-        on_host = weight.device.type == "cpu"
-        factor = weight.item() if on_host else weight.to(outputs.hidden.device, torch.float32)
-        return None if on_host and factor == 0 else self._head_loss.share(outputs, targets, factor)
+        if isinstance(factor, Tensor):
+            factor = factor.to(outputs.hidden.device, torch.float32)
+        elif factor == 0:
+            return None
+        return self._head_loss.share(outputs, targets, factor)
 
     def _loss_of(self, outputs: Any, targets: Any) -> Any:
         if self._head_loss is None or not isinstance(outputs, HeadInput):
@@ -314,19 +298,18 @@ def _without_values(outputs: Iterable[Any]) -> list[Any]:
     return [hollow(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in outputs]
 
 
-def _weighted(value: torch.Tensor, weight: torch.Tensor, outputs: Any) -> torch.Tensor:
-    """Return ``value * weight``, 0 for a weight of 0 whatever the value is."""
+def _weighted(value: torch.Tensor, factor: float | torch.Tensor, outputs: Any) -> torch.Tensor:
+    """Return ``value * factor``, 0 for a factor of 0 whatever the value is."""
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    # As a number where the host knows it: a copy of four bytes to a card would make the host wait for the card.
-    share_of_batch = weight.item() if weight.device.type == "cpu" else weight.to(value.device, value.dtype)
     # A microbatch whose targets are all masked has the mean 0/0; it must count nothing, not NaN. Where the host knows
     # it, the loss's own backward, in which some losses make 0 * NaN, does not run: the outputs' gradients are 0, as
     # they are in the whole batch, where a parameter that only these rows use is decayed too.
-    if isinstance(share_of_batch, Tensor):
-        return torch.where(share_of_batch == 0, torch.zeros_like(value), value * share_of_batch)
-    if share_of_batch == 0:
+    if isinstance(factor, Tensor):
+        factor = factor.to(value.device, value.dtype)
+        return torch.where(factor == 0, torch.zeros_like(value), value * factor)
+    if factor == 0:
         return torch.zeros_like(value) + sum(_zeros(outputs))
-    return value * share_of_batch
+    return value * factor
 
 
 def _zeros(outputs: Any) -> Iterator[Tensor]:
