@@ -1,11 +1,11 @@
 """``spu tune``: measure the kernels' configurations on this GPU and keep the best in the user's own table.
 
 For every product, dtype and shape class the derived configurations and their neighbours are timed on one representative
-shape, beside cuBLAS with our epilogue; the fastest goes into ``spu.kernels.table.user_path`` with the device, versions
-and date. After the products of a layer, where another backend serves the GPU as well (CUDA C++), the whole layer is
-timed on each, forward and backward with these configurations, and the faster one is named; CUDA C++ chooses among its
-own tiles and cuBLASLt first (``tiles.py``). The table is written after every row, so that a run that is cut off keeps
-what it has measured, and a later run goes on where it ended.
+shape, beside cuBLAS with our epilogue and cuBLASLt with its own; the fastest goes into ``spu.kernels.table.user_path``
+with the device, versions and date. After the products of a layer, where another backend serves the GPU as well (CUDA
+C++), the whole layer is timed on each, forward and backward with these configurations, and the faster one is named;
+CUDA C++ chooses among its own tiles and cuBLASLt first (``tiles.py``). The table is written after every row, so that a
+run that is cut off keeps what it has measured, and a later run goes on where it ended.
 """
 
 from __future__ import annotations
