@@ -137,9 +137,9 @@ class HeadLoss(Layer):
         operands = self._operands(given, targets)
         if operands is None:
             return None
-        *tensors, ignore_index = operands
+        rows, weight, labels, ignore_index = operands
         with self.in_precision(given.hidden):
-            return cross_entropy_share(*tensors, factor, ignore_index)
+            return cross_entropy_share(rows, weight, labels, factor, ignore_index)
 
     def _operands(self, given: HeadInput, targets: Any) -> tuple[Tensor, Tensor, Tensor, int] | None:
         """Return hidden, weight, labels and ignore_index for the op; None for targets that do not fit it."""
