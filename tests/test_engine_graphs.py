@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import spu
 from spu.common.torch_private import TorchDispatchMode, schema_of
 from spu.devices.capture import Called
+from spu.devices.manager import Device
 from spu.engine import graphs as engine_graphs
 from spu.engine import head_loss
-from spu.engine.capturable import doubt
+from spu.engine.capturable import doubt, lacks_room
+from spu.engine.stage import Stage
 
 
 class Tape(TorchDispatchMode):
@@ -245,6 +247,32 @@ def test_recomputed_layers_that_draw_are_named() -> None:
         pytest.raises(spu.StageError, match="draw .* are recomputed"),
     ):
         made.step(*batch(0))
+
+
+def test_captured_work_needs_room_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Device("cuda:0", torch.device("cuda:0"), (), 1, 20, 16, "a card")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 6)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 11)
+    assert lacks_room(card) == ""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12)
+    assert "18 B in all, and the budget of cuda:0 is 16 B" in lacks_room(card)
+
+
+def test_a_step_without_memory_ends_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with trainer("on", retry=False) as made:
+        made.step(*batch(0))
+        made.step(*batch(1))
+        before = replays(made)
+
+        def full(self: Stage, *args: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with monkeypatch.context() as patch, pytest.raises(spu.StageError, match="out of memory"):
+            patch.setattr(Stage, "loss", full)
+            made.step(*batch(2))
+        made.step(*batch(2))
+        assert replays(made) == before > 0
+        assert "ran out of memory" in made.compare()
 
 
 def test_auto_captures_nothing_on_a_cpu() -> None:

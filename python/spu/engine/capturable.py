@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from spu.common.torch_private import post_accumulate_hooks
+from spu.common.units import format_bytes
+from spu.devices.manager import Device
 from spu.engine.stage import Stage
 from spu.nn.blocks import unwatched
 from spu.ops.sink import has_foreign_hook
 from spu.schedules import Action
 
-__all__ = ["digest", "doubt", "refusal"]
+__all__ = ["digest", "doubt", "lacks_room", "refusal"]
 
 _KNOWN = ("torch.nn.", "spu.", "transformers.", "peft.")  # whose modules launch, and do nothing else in Python
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
@@ -97,3 +99,16 @@ def doubt(stage: Stage, known_loss: bool) -> str:
             if not cls.__module__.startswith(_KNOWN):
                 return f"{cls.__name__} is not a library's, and its code would run once for all (graphs='on' allows it)"
     return ""
+
+
+def lacks_room(device: Device) -> str:
+    """Return why a captured microbatch would not fit beside the eager ones, whose memory it does not share; "" if it
+    does. Called before a forward: what a microbatch takes is the peak so far less what is there now.
+    """
+    if device.torch_device.type != "cuda":
+        return ""
+    now, most = torch.cuda.memory_allocated(device.torch_device), torch.cuda.max_memory_allocated(device.torch_device)
+    if 2 * most - now <= device.budget_bytes:
+        return ""
+    needed, budget = format_bytes(2 * most - now), format_bytes(device.budget_bytes)
+    return f"captured work has activations of its own: {needed} in all, and the budget of {device.name} is {budget}"

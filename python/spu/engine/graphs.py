@@ -26,7 +26,7 @@ from torch import Tensor
 from spu import ops
 from spu.common.torch_private import pytree
 from spu.devices.capture import Called, Capture, CudaCapture
-from spu.engine.capturable import digest, doubt, refusal
+from spu.engine.capturable import digest, doubt, lacks_room, refusal
 from spu.engine.channel import Exchange
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
@@ -151,8 +151,9 @@ class StageGraphs:
         """Forget a microbatch whose backward has not run, after a failure."""
         self._held = self._loss = None
 
-    def forget(self) -> None:
-        """Drop all captured work and its memory."""
+    def stop(self, why: str) -> None:
+        """Run eagerly from now on, and free what captured work holds."""
+        self.why_eager = why
         self._kinds.clear()
 
     def _look(self) -> None:
@@ -161,7 +162,7 @@ class StageGraphs:
         before, self._digest = self._digest, now
         if before is None or before == now:
             return
-        self.forget()
+        self._kinds.clear()
         self._changes += 1
         if why := self._refusal():
             self._give_up(why)
@@ -249,6 +250,8 @@ class StageGraphs:
 
     def _problem(self, leaves: list[Any], copies: dict[int, Tensor]) -> str:
         """Return why the stage cannot be captured, for what is known only after it has run; "" if it can."""
+        if problem := lacks_room(self._stage.device):
+            return problem
         if any(copies[id(leaf)].stride() != leaf.stride() for leaf in leaves if isinstance(leaf, Tensor)):
             return "an input has several elements in one place, or gaps between them"
         elsewhere = [d for _, d in self.generators.made if d.type != self._stage.device.torch_device.type]
@@ -296,8 +299,7 @@ class StageGraphs:
                 )
 
     def _give_up(self, why: str, error: BaseException | None = None) -> None:
-        self.why_eager = why
-        self.forget()
+        self.stop(why)
         if self._must:
             raise RuntimeError(
                 f"graphs='on', but stage {self._stage.index} cannot be captured: {why}; use graphs='auto'"

@@ -15,6 +15,7 @@ import torch
 
 from spu import ops
 from spu.common.interrupts import delayed_interrupts
+from spu.common.out_of_memory import is_out_of_memory
 from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
 from spu.devices.clock import Mark, mark
@@ -124,6 +125,10 @@ class LocalEngine:
                     range(len(spans)),
                     exchange,
                 )
+            except BaseException as error:
+                if self.graphs is not None and is_out_of_memory(error):
+                    self.graphs.stop("a step ran out of memory")
+                raise
             finally:
                 for stage in self.stages:
                     stage.clear()
