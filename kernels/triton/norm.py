@@ -7,6 +7,7 @@ al., arXiv:1607.06450.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
 from spu.kernels.finish import finish
-from spu.kernels.launch import STORAGE_DTYPES, ceil_div, programs_at_once, rows_of
+from spu.kernels.kept import Launcher
+from spu.kernels.launch import POINTWISE, STORAGE_DTYPES, ceil_div, programs_at_once, rows_of
 
 LARGEST_ROW = 16384  # elements, in one program's registers
 _SHARES = 2  # programs of the backward a multiprocessor
@@ -100,6 +102,10 @@ def norm_backward_kernel(
         tl.store(db + out, sum_b, mask=inside)
 
 
+_NORM, _BACKWARD = Launcher(norm_kernel, POINTWISE), Launcher(norm_backward_kernel, POINTWISE)
+
+
+@lru_cache(maxsize=1024)
 def _options(cols: int) -> dict[str, Any]:
     warps = 4 if cols <= 1024 else 8 if cols <= 4096 else 16
     return {"SIZE": triton.next_power_of_2(max(1, cols)), "num_warps": warps, "enable_fp_fusion": False}
@@ -137,9 +143,13 @@ def _forward(
     other = rows if residual is None else residual.contiguous()
     vectors = [rows if vector is None else vector.contiguous() for vector in (weight, bias)]
     if rows.shape[0]:
-        norm_kernel[(rows.shape[0],)](
-            rows, other, *vectors, y, mean, rstd, total, rows.shape[1], eps, offset,
-            layer, rounded, residual is not None, weight is not None, bias is not None, **_options(rows.shape[1]),
+        _NORM(
+            (rows.shape[0],),
+            (rows, other, *vectors, y, mean, rstd, total),
+            (
+                rows.shape[1], eps, offset, layer, rounded, residual is not None, weight is not None, bias is not None,
+            ),
+            _options(rows.shape[1]),
         )  # fmt: skip
     return y, mean, rstd, total
 
@@ -167,11 +177,13 @@ def _backward(
         return dx, sums[0].zero_(), sums[1].zero_()
     share = ceil_div(count, programs)
     programs = ceil_div(count, share)
-    norm_backward_kernel[(programs,)](
-        grads, grads if dsum is None else dsum.contiguous(), rows, rows if weight is None else weight.contiguous(),
-        mean, rstd, dx, parts[0], parts[1], count, cols, share, offset,
-        layer, rounded, dsum is not None, weight is not None, *needs, **_options(cols),
-    )  # fmt: skip
+    others = grads if dsum is None else dsum.contiguous(), rows, rows if weight is None else weight.contiguous()
+    _BACKWARD(
+        (programs,),
+        (grads, *others, mean, rstd, dx, parts[0], parts[1]),
+        (count, cols, share, offset, layer, rounded, dsum is not None, weight is not None, *needs),
+        _options(cols),
+    )
     for part, total, needed in zip(parts, sums, needs[1:], strict=True):
         if needed:
             finish(part, total, count=programs)

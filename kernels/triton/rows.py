@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
+from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, ceil_div, check_operands, check_sink, rows_of
 from spu.kernels.tiles import write_main_grad
 
@@ -82,6 +83,9 @@ def rotary_kernel(
     )  # fmt: skip
 
 
+_SUM_ROWS, _ROTARY = Launcher(sum_rows_kernel, POINTWISE), Launcher(rotary_kernel, POINTWISE)
+
+
 def embedding_dw_(
     dy: Tensor,
     ids: Tensor,
@@ -113,8 +117,10 @@ def embedding_dw_(
         return
     in_order, order = torch.sort(ids.reshape(-1), stable=True)
     size = min(_COLUMNS, triton.next_power_of_2(cols))
-    sum_rows_kernel[(count, ceil_div(cols, size))](
-        rows, in_order, order, main_grad, inv_scale, found_inf, count, cols, padding_idx, accumulate, size, **POINTWISE
+    _SUM_ROWS(
+        (count, ceil_div(cols, size)),
+        (rows, in_order, order, main_grad, inv_scale, found_inf),
+        (count, cols, padding_idx, accumulate, size),
     )
 
 
@@ -139,10 +145,13 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
     if q.numel() + k.numel():
         half = head_dim // 2
         strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:3]]
-        rotary_kernel[(batch * tokens,)](
-            q, k, q_out, k_out, cos, sin, tokens, half, q.shape[1], k.shape[1],
-            0 if cos.shape[0] == 1 else tokens * head_dim, *strides, interleaved, inverse,
-            triton.next_power_of_2(max(1, q.shape[1])), triton.next_power_of_2(max(1, k.shape[1])),
-            triton.next_power_of_2(half), **POINTWISE,
+        heads = tuple(triton.next_power_of_2(max(1, x.shape[1])) for x in (q, k))
+        _ROTARY(
+            (batch * tokens,),
+            (q, k, q_out, k_out, cos, sin),
+            (
+                tokens, half, q.shape[1], k.shape[1], 0 if cos.shape[0] == 1 else tokens * head_dim, *strides,
+                interleaved, inverse, *heads, triton.next_power_of_2(half),
+            ),
         )  # fmt: skip
     return q_out, k_out
