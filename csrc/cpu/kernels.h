@@ -106,8 +106,8 @@ struct Attention {
   int64_t query_chunks;  // forward: tasks that share a head's queries
 };
 
-// RMSNorm, or LayerNorm, of rows [rows, cols]; matrices are contiguous, weight and bias [cols] of the same type or fp32.
-// Pointers that a direction does not use are null.
+// RMSNorm, or LayerNorm, of rows [rows, cols]; matrices are contiguous, weight and bias [cols] of the same type or
+// fp32. Pointers that a direction does not use are null.
 struct Norm {
   Type type, weight_type;
   bool layer, rounded;  // rounded: the normalised row is rounded to the type before the weight multiplies it

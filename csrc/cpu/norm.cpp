@@ -92,8 +92,8 @@ void add_blocks(const std::vector<float>& blocks, int64_t count, int64_t cols, T
 // (dx, dw, db): empty where not wanted
 std::tuple<Tensor, Tensor, Tensor> backward(const char* op, Norm n, const Tensor& grad,
                                             const std::optional<Tensor>& dsum, const Tensor& kept,
-                                            const std::optional<Tensor>& weight, const Tensor& mean,
-                                            const Tensor& rstd, bool needs_dx, bool needs_dw, bool needs_db) {
+                                            const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
+                                            bool needs_dx, bool needs_dw, bool needs_db) {
   const Rows size = rows_of(op, kept);
   const Tensor x = dense(kept), dy = like_x(op, "dy", grad, x), more = like_x(op, "dsum", dsum, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols);

@@ -74,8 +74,8 @@ static void norm_rows(const cpu::Norm& n, int64_t begin, int64_t end) {
   }
 }
 
-// With n the normalised row and g = dy * weight: dx = rstd (g - mean(g n) n), for LayerNorm less mean(g) too, plus dsum;
-// dw = sum over rows of dy * n, db of dy. A block's sums go to its own row of dw and db.
+// With n the normalised row and g = dy * weight: dx = rstd (g - mean(g n) n), for LayerNorm less mean(g) too, plus
+// dsum; dw = sum over rows of dy * n, db of dy. A block's sums go to its own row of dw and db.
 template <bool Layer, bool Rounded, class T, class W>
 static void norm_backward_blocks(const cpu::Norm& n, int64_t begin, int64_t end) {
   const int64_t cols = n.cols;
@@ -133,8 +133,10 @@ static void norm_backward_typed(const cpu::Norm& n, int64_t begin, int64_t end) 
 
 static void norm(const cpu::Norm& n, int64_t begin, int64_t end) {
   const bool wide = n.weight_type == Type::fp32;
-  if (n.type == Type::fp16) return wide ? norm_typed<Fp16, float>(n, begin, end) : norm_typed<Fp16, Fp16>(n, begin, end);
-  if (n.type == Type::bf16) return wide ? norm_typed<Bf16, float>(n, begin, end) : norm_typed<Bf16, Bf16>(n, begin, end);
+  if (n.type == Type::fp16)
+    return wide ? norm_typed<Fp16, float>(n, begin, end) : norm_typed<Fp16, Fp16>(n, begin, end);
+  if (n.type == Type::bf16)
+    return wide ? norm_typed<Bf16, float>(n, begin, end) : norm_typed<Bf16, Bf16>(n, begin, end);
   norm_typed<float, float>(n, begin, end);
 }
 

@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
                                                        std::optional<Tensor> weight, Tensor mean, Tensor rstd,
                                                        bool needs_dx, bool needs_dw, bool needs_db);
 
-void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale,
-                       Tensor found_inf, bool accumulate);
+void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale, Tensor found_inf,
+                       bool accumulate);
 // Heads first: q and k [batch, heads, tokens, head_dim].
 std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse);
 

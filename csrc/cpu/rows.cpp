@@ -76,8 +76,8 @@ void expect_heads(const char* op, const char* what, const Tensor& t, const Tenso
 
 }  // namespace
 
-void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale,
-                       Tensor found_inf, bool accumulate) {
+void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale, Tensor found_inf,
+                       bool accumulate) {
   const char* op = "embedding_dw_";
   checks::expect_cpu(op, "dy", dy);
   checks::expect_cpu(op, "main_grad", main_grad);

@@ -66,8 +66,8 @@ struct Found {
     if (!absent.empty()) return;
     const size_t version = library.version(), major = version / 10000;
     if (major < kOldest || major > kNewest) {
-      absent = "the loaded cuBLASLt has version " + std::to_string(version) + "; spu knows " +
-               std::to_string(kOldest) + " to " + std::to_string(kNewest);
+      absent = "the loaded cuBLASLt has version " + std::to_string(version) + "; spu knows " + std::to_string(kOldest) +
+               " to " + std::to_string(kNewest);
     }
   }
 };

@@ -1,8 +1,8 @@
 // cuBLASLt as torch has loaded it: looked up at the first need, never linked to, so that one binary serves torch of any
 // CUDA and loads where there is none. The few types, numbers and functions that products need are declared here, after
 // the interface that NVIDIA documents; they are part of the library's binary interface and have not changed within or
-// between the versions that `cublaslt` accepts. cublaslt_check.cpp compares them with the toolkit's header where a build
-// has it.
+// between the versions that `cublaslt` accepts. cublaslt_check.cpp compares them with the toolkit's header where a
+// build has it.
 #pragma once
 
 #include <stddef.h>
@@ -43,9 +43,9 @@ enum Attribute : int {  // cublasLtMatmulDescAttributes_t
 enum Epilogue : uint32_t {  // cublasLtEpilogue_t
   kPlain = 1,
   kBias = 4,
-  kGelu = 32,           // of the form with tanh
+  kGelu = 32,  // of the form with tanh
   kGeluBias = 36,
-  kGeluAux = 160,       // and what the gelu was taken of, to kAuxPointer
+  kGeluAux = 160,  // and what the gelu was taken of, to kAuxPointer
   kGeluAuxBias = 164,
 };
 

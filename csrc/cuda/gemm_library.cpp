@@ -127,9 +127,21 @@ struct Layouts {
 Key key_of(const Gemm& g, const Layouts& at, int device, int algorithm) {
   const void* out = g.form == Form::dw ? g.main_grad : g.out;
   const int64_t flags = (at.a.by_rows ? 1 : 0) + (at.b.by_rows ? 2 : 0);
-  return {device, static_cast<int64_t>(g.form), static_cast<int64_t>(g.type), g.m, g.n, g.k, at.a.stride, at.b.stride,
-          flags, static_cast<int64_t>(fused(g).epilogue), alignment(g.a.data), alignment(g.b.data), alignment(out),
-          alignment(g.bias), algorithm};
+  return {device,
+          static_cast<int64_t>(g.form),
+          static_cast<int64_t>(g.type),
+          g.m,
+          g.n,
+          g.k,
+          at.a.stride,
+          at.b.stride,
+          flags,
+          static_cast<int64_t>(fused(g).epilogue),
+          alignment(g.a.data),
+          alignment(g.b.data),
+          alignment(out),
+          alignment(g.bias),
+          algorithm};
 }
 
 void set_pointers(Plan& plan, const Gemm& g, lt::Epilogue epilogue) {
@@ -190,8 +202,7 @@ void search(Plan& plan, const Gemm& g, int algorithm) {
 std::mutex plans_lock;
 std::map<Key, std::shared_ptr<Plan>> plans;
 
-std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const Layouts& at, int device,
-                              int algorithm) {
+std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const Layouts& at, int device, int algorithm) {
   const Key key = key_of(g, at, device, algorithm);
   const std::lock_guard<std::mutex> guard(plans_lock);
   const auto known = plans.find(key);
@@ -257,8 +268,7 @@ bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch, i
   if (!how.activation && g.preact != nullptr) product.out = g.preact;
   const std::shared_ptr<Plan> plan = plan_of(*library, product, at, device, algorithm);
   if (!plan->usable) return false;
-  const lt::Status status =
-      multiply(*plan, product, g.form == Form::dw ? g.main_grad : product.out, stream, scratch);
+  const lt::Status status = multiply(*plan, product, g.form == Form::dw ? g.main_grad : product.out, stream, scratch);
   if (status == lt::kNotSupported) {
     const std::lock_guard<std::mutex> guard(plan->lock);
     plan->usable = false;

@@ -53,7 +53,8 @@ PyMethodDef methods[] = {
     {"architectures", architectures, METH_NOARGS,
      "architectures() -> str: what the kernels were compiled for, as SPU_CUDA_ARCHS named it."},
     {"set_tiles", set_tiles, METH_VARARGS,
-     "set_tiles(capability: int, tiles: bytes): the tile, 0 large, 1 small or 2 cuBLASLt, of each form (forward, dx, dw), type "
+     "set_tiles(capability: int, tiles: bytes): the tile, 0 large, 1 small or 2 cuBLASLt, of each form (forward, dx, "
+     "dw), type "
      "(fp16, bf16) and shape class, in this order, on devices of a capability (10 * major + minor)."},
     {"shape_class", shape_class, METH_VARARGS,
      "shape_class(rows, columns, inner) -> int: the index of a product's class in spu.kernels.table.CLASSES."},
@@ -61,11 +62,12 @@ PyMethodDef methods[] = {
      "cublaslt() -> int | str: the version of the cuBLASLt that torch has loaded, or why there is none to be used."},
     {"cublaslt_plans", spu::cuda::python_plans, METH_NOARGS,
      "cublaslt_plans() -> int: for how many products an algorithm was looked for and is kept."},
-    {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(spu::cuda::python_multiply)),
-     METH_FASTCALL,
+    {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(spu::cuda::python_multiply)), METH_FASTCALL,
      "multiply(device, form, type, m, n, k, a, a_row, a_col, b, b_row, b_col, out, bias, preact, act, inv_scale, "
-     "found_inf, accumulate, algorithm) -> bool: a product by cuBLASLt on the current device and stream, all of it integers: "
-     "addresses (0: none), strides in elements, form 0 forward, 1 dx, 2 dw (out is main_grad), type 0 fp16, 1 bf16; algorithm 0 is the "
+     "found_inf, accumulate, algorithm) -> bool: a product by cuBLASLt on the current device and stream, all of it "
+     "integers: "
+     "addresses (0: none), strides in elements, form 0 forward, 1 dx, 2 dw (out is main_grad), type 0 fp16, 1 bf16; "
+     "algorithm 0 is the "
      "best that cuBLASLt proposes, 1 the second. "
      "False: cuBLASLt takes no such product; nothing was launched."},
     {nullptr, nullptr, 0, nullptr}};

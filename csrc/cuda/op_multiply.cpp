@@ -39,8 +39,8 @@ constexpr Py_ssize_t kArguments = 20;
 
 Gemm product_of(const int64_t* v) {
   const auto pointer = [](int64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); };
-  Gemm g = {static_cast<Form>(v[1]), static_cast<Type>(v[2]), v[3], v[4], v[5], {pointer(v[6]), v[7], v[8]},
-            {pointer(v[9]), v[10], v[11]}};
+  Gemm g = {static_cast<Form>(v[1]),     static_cast<Type>(v[2]),      v[3], v[4], v[5],
+            {pointer(v[6]), v[7], v[8]}, {pointer(v[9]), v[10], v[11]}};
   if (g.form == Form::dw) {
     g.main_grad = static_cast<float*>(pointer(v[12]));
     g.inv_scale = static_cast<const float*>(pointer(v[16]));
