@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("transformers")
@@ -16,7 +17,12 @@ from spu.train.loop import settle_steps
 
 def test_a_runs_steps_are_timed_without_keeping_a_batchs_outputs():
     asked = []
-    trainer = SimpleNamespace(forward_backward=lambda *batch, **how: asked.append(how))
+
+    def forward_backward(*batch, **how):
+        asked.append(how)
+        return torch.tensor(1.0), None
+
+    trainer = SimpleNamespace(forward_backward=forward_backward)
     job = SimpleNamespace(config=TrainConfig(minutes=1.0), corpus=SimpleNamespace(batch=lambda *_: (1, 2)))
     settle_steps(job, trainer)
     assert job.config.planned_steps() >= 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spu.common.torch_private import post_accumulate_hooks
+from spu.common.torch_private import buffers_of, parameters_of, post_accumulate_hooks
 from spu.common.units import format_bytes
 from spu.devices.manager import Device
 from spu.engine.stage import Stage
@@ -32,12 +32,10 @@ def digest(stage: Stage) -> list[Any]:
     found: list[Any] = [("recompute", list(stage.recompute)), ("loss_fn", _settings(stage.loss_fn))]
     for part in stage.parts:
         for path, module in part.module.named_modules():
-            state = vars(module)
-            plain = {name: value for name, value in state.items() if isinstance(value, _PLAIN)}
+            plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
             tensors = [
                 (name, None if t is None else (t.data_ptr(), t.dtype, t.requires_grad, _has_hook(t)))
-                for table in ("_parameters", "_buffers")
-                for name, t in state[table].items()
+                for name, t in (*parameters_of(module).items(), *buffers_of(module).items())
             ]
             found.append((f"{part.name}.{path}".rstrip("."), type(module), plain, tensors, unwatched(module)))
     return found
