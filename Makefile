@@ -1,5 +1,5 @@
 # make train   fresh machine: environment, torch, build, install, then the main training job
-# make train-small-ram   the main job under a hard limit of a quarter of its model's state, beside the job in memory (20 min)
+# make train-small-ram   the main job under a hard limit of a quarter of its model's state, beside the job in memory (9 min)
 # make test    the same set-up with what the tests need, then the whole suite, against the installed package
 # make gpu     on a machine with an NVIDIA GPU: build, test, tune, bench and train with the Python that is there, nothing
 #              downloaded if it has torch; DRY=1 rehearses it without a GPU; make gpu-test and so on for one phase
