@@ -17,12 +17,18 @@ from spu.memory.streams import Streams
 from spu.memory.unit import Unit
 from spu.memory.work import Work
 
-__all__ = ["host_updated", "pinning_for"]
+__all__ = ["host_updated", "in_turn", "pinning_for"]
 
 
 def pinning_for(device: torch.device) -> Pinning | None:
     """Return how memory beside a device is page-locked; None beside a CPU."""
     return cuda_pinning() if device.type == "cuda" else None
+
+
+def in_turn(units: Mapping[int, Unit], slots: int) -> tuple[int, dict[int, int]]:
+    """Return how many slots are used of so many, and the slot of each unit: they take turns."""
+    count = max(min(slots, len(units)), 1)
+    return count, {index: k % count for k, index in enumerate(sorted(units))}
 
 
 def host_updated(
@@ -51,8 +57,7 @@ def host_updated(
     Raises:
         StoreError: the host has not so much memory.
     """
-    count = max(min(slots, len(units)), 1)
-    slot_of = {index: k % count for k, index in enumerate(sorted(units))}
+    count, slot_of = in_turn(units, slots)
     slot_of.update((index, count + k) for k, index in enumerate(sorted(units.keys() & set(offloaded))))
     sizes = [0] * (1 + max([count - 1, *slot_of.values()]))
     for index, unit in units.items():

@@ -116,7 +116,7 @@ class Streaming:
     @property
     def broken(self) -> str:
         """What has left weights and states half updated; "" if nothing has."""
-        return "".join(f"an update of stage {stage} failed half-way" for stage in sorted(self._half_done)[:1])
+        return f"an update of stage {min(self._half_done)} failed half-way" if self._half_done else ""
 
     def fill(self, stage: int) -> None:
         """Move a stage's weights and state below; see `Streamed.fill`."""

@@ -14,7 +14,7 @@ from spu.common.dtypes import DTYPES
 from spu.common.heap import unmap_large_tensors
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
-from spu.engine.hosted import host_updated, pinning_for
+from spu.engine.hosted import host_updated, in_turn, pinning_for
 from spu.engine.stage import Stage
 from spu.engine.streaming import Share, Streaming, streaming_units
 from spu.memory.activations import ActivationStore
@@ -221,8 +221,8 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
     try:
         for rank in range(count if how.activations != "keep" else 0):
             device = built.stages[rank].device.torch_device
-            on_disk = device.type == "cpu" and tiers.disk is not None
-            stores.append(DiskStore(tiers.disk) if on_disk and tiers.disk else HostStore(pinning_for(device)))
+            folder = tiers.disk if device.type == "cpu" else None
+            stores.append(HostStore(pinning_for(device)) if folder is None else DiskStore(folder))
             regions.append(_regions(stores[-1], [size for own in sizes[rank::count] for size in own]))
     except BaseException:
         for store in stores:
@@ -253,8 +253,7 @@ def _park(
 
 
 def _slots(store: Store, slots: int, buffers: int, units: dict[int, Unit], work: Streaming) -> Streamed:
-    count = max(min(slots, len(units)), 1)
-    slot_of = {index: k % count for k, index in enumerate(sorted(units))}
+    count, slot_of = in_turn(units, slots)
     sizes = [max((u.weight_bytes for u in units.values() if slot_of[u.index] == k), default=0) for k in range(count)]
     largest = [max(unit.sum_bytes, unit.grad_bytes + unit.state_bytes) for unit in units.values()]
     sizes += [max(largest, default=0)] * buffers
