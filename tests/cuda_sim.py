@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc/cuda"
 TORCH = Path(torch.__file__).parent
 KERNELS = ("pointwise.cu", "codec.cu", "optim.cu", "gemm_fma.cu", "transfer.cu")
-OPS = ("gemm.cpp", "cublaslt.cpp", "gemm_library.cpp", "op_linear.cpp", "op_codec.cpp", "op_multiply.cpp",
-       "op_optim.cpp", "module.cpp")  # fmt: skip
+OPS = ("gemm.cpp", "cublaslt.cpp", "gemm_library.cpp", "op_linear.cpp", "op_codec.cpp", "op_mlp.cpp",
+       "op_multiply.cpp", "op_optim.cpp", "module.cpp")  # fmt: skip
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSPU_HOST_SIM", "-Wall", "-Wextra",
          "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_host'}"]  # fmt: skip
 

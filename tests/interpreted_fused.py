@@ -19,8 +19,10 @@ from spu import kernels
 from spu.common import wire
 from spu.common.codecs import CODECS
 from spu.kernels import codec as codec_kernels
+from spu.kernels.config import Config
 from spu.ops.reference import codec as reference_codec
 from spu.ops.reference import fused as reference_fused
+from spu.ops.reference import linear as reference_linear
 from spu.ops.reference import optimizer as reference_optimizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,6 +47,34 @@ def test_gated_kernels(activation: str, dtype: torch.dtype) -> None:
     dx = kernels.gated_dx(dh, gate, w_gate, w_up)
     true_dx = reference_fused.gated_dx(dh.double(), gate.double(), w_gate.double(), w_up.double())
     assert_close_to_truth(dx, reference_fused.gated_dx(dh, gate, w_gate, w_up), true_dx, name="dx")
+
+
+MLP_CASES = [
+    *(("tile", torch.float16, name) for name in ("relu", "gelu", "gelu_tanh", "silu")),
+    ("tile", torch.bfloat16, "gelu"), ("tile", torch.float32, "silu"), ("descriptor", torch.float16, "gelu"),
+    ("torch", torch.float16, "gelu_tanh"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "dtype", "activation"), MLP_CASES, ids=str)
+def test_an_mlps_own_gradient(kind: str, dtype: torch.dtype, activation: str) -> None:
+    """Two tiles of rows and of columns, ragged ones but for descriptors, whose rows are aligned."""
+    inner, hidden = (24, 64) if kind == "descriptor" else (21, 50)
+    dy, w_out, saved = (torch.randn(*size) for size in ((39, inner), (inner, hidden), (39, hidden)))
+    dy, w_out, saved = dy.to(dtype), (w_out / 4).to(dtype), saved.to(dtype)
+    config = Config(kind, 32, 32, 16)
+    truth = reference_fused.mlp_dz(dy.double(), w_out.double(), saved.double(), activation, True, True)
+    plain = reference_fused.mlp_dz(dy, w_out, saved, activation, True, True)
+    if kind == "torch":  # dh is rounded, as plain torch rounds it
+        rounded = reference_linear.linear_dz(dy @ w_out, saved, activation)
+        plain = rounded, plain[1], rounded.float().sum(0)
+    made = kernels.mlp_dz(dy, w_out, saved, activation, True, True, config)
+    for name, a, p, t in zip(("dz", "h", "sums"), made, plain, truth):
+        assert_close_to_truth(a, p, t, eps=torch.finfo(dtype).eps * float(t.abs().max()), name=name)
+    assert made[2].dtype == torch.float32
+    lone = kernels.mlp_dz(dy, w_out, saved, activation, False, False, config)
+    assert_equal(lone[0], made[0], "dz alone")
+    assert [t.numel() for t in lone[1:]] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -151,6 +151,31 @@ def test_gradients(stub: Stub, shape: tuple[int, int, int], dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_mlps_own_gradient(stub: Stub, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """The derivative of the gelu with tanh is the library's; its sums, the bias's gradient in 16 bits, are not used."""
+    saved, w, dy, _ = make(*shape, dtype)
+    rows, out, inner = shape
+    for name, act in ACTIVATIONS.items():
+        if name == "none":
+            continue
+        z = saved.double().requires_grad_()
+        (truth,) = torch.autograd.grad(act(z), z, dy.double() @ w.double())
+        leaf = saved.clone().requires_grad_()
+        (plain,) = torch.autograd.grad(act(leaf), leaf, dy @ w)
+        stub.clear()
+        dz, h, sums = OPS.mlp_dz.cuda(dy, w, saved, name, True, True)
+        assert_close_to_truth(dz, plain, truth, name=f"dz ({name})")
+        assert_close_to_truth(h, act(saved), act(saved.double()), name=f"h ({name})")
+        assert ((sums.double() - dz.double().sum(0)).abs() <= rows * 2.0**-24 * dz.double().abs().sum(0)).all()
+        (call,) = stub.calls("multiply")
+        assert call["epilogue"] == (192 if name == "gelu_tanh" else 1)
+        assert (call["shape"], call["transposed"], call["lds"]) == ([inner, rows, out], [0, 0], [inner, out, inner])
+        assert call["aux_ld"] == (inner if name == "gelu_tanh" else 0)
+        assert [t.numel() for t in OPS.mlp_dz.cuda(dy, w, saved, name, False, False)[1:]] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rows", [8, 200])  # the operands are looked at, or the sums
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_found_inf_sees_any_element_and_is_never_reset(stub: Stub, bad: float, rows: int, dtype: torch.dtype) -> None:
@@ -293,6 +318,10 @@ def test_the_kind_of_a_configuration(in_kernels: Stub) -> None:
         kernels.linear_dw_(dz, x, ours, one, found, accumulate, config=asked)
         OPS.linear_dw_.cuda(dz, x, theirs, one, found, accumulate)
         assert_equal(ours, theirs)
+    alone, *nothing = kernels.mlp_dz(dz, w, x, "gelu_tanh", False, False, config=asked)  # others need a kernel of ours
+    assert_equal(alone, OPS.mlp_dz.cuda(dz, w, x, "gelu_tanh", False, False)[0])
+    assert [t.numel() for t in nothing] == [0, 0]
+    assert in_kernels.calls("multiply")[-1]["epilogue"] == 192
     dz[3, 5] = float("inf")
     kernels.linear_dw_(dz, x, ours, one, found, True, config=asked)
     assert found.item() == 1

@@ -44,6 +44,7 @@ from test_cpu_wire_and_optimizer import (  # noqa: F401
 from spu import ops
 from spu.kernels import config
 from spu.ops import cuda_library, dispatch
+from spu.ops.reference import fused as reference_fused
 
 REAL = torch.cuda.is_available() and importlib.util.find_spec("spu._cuda") is not None
 DEVICE = "cuda" if REAL else "cpu"
@@ -92,6 +93,23 @@ def test_gated_dz(activation: str, dtype: torch.dtype) -> None:
     made = suite.OPS.gated_dz.cpu(dh, gate, up, activation)
     for name, ours, plain, truth in zip(("dgate", "dup", "h"), made, derivative(dtype), derivative(torch.float64)):
         assert_close_to_truth(ours, plain, truth, name=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_mlp_dz(activation: str, dtype: torch.dtype) -> None:
+    dy, w_out, saved = torch.randn(2, 35, 21).to(dtype), torch.randn(21, 70).to(dtype) / 4, torch.randn(2, 35, 70)
+    saved = saved.to(dtype)
+    truth = reference_fused.mlp_dz(dy.double(), w_out.double(), saved.double(), activation, True, True)
+    made = suite.OPS.mlp_dz.cpu(dy, w_out, saved, activation, True, True)
+    plain = list(reference_fused.mlp_dz(dy, w_out, saved, activation, True, True))
+    if dtype != torch.float32:  # tensor cores' product is rounded before the derivative, as plain torch's
+        plain[0] = torch.ops.spu.linear_dz.reference(dy @ w_out, saved, activation)
+        plain[2] = plain[0].float().sum((0, 1))
+    for name, ours, theirs, true in zip(("dz", "h", "sums"), made, plain, truth):
+        assert_close_to_truth(ours, theirs, true, eps=torch.finfo(dtype).eps * float(true.abs().max()), name=name)
+    assert made[2].dtype == torch.float32
+    assert [t.numel() for t in suite.OPS.mlp_dz.cpu(dy, w_out, saved, activation, False, False)[1:]] == [0, 0]
 
 
 def test_adamw_over_more_tensors_than_one_launch_takes() -> None:

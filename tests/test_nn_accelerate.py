@@ -91,7 +91,8 @@ def watched(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> t
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace == "spu":
-                names.append(func._opname + (f":{args[3]}" if func._opname == "linear" else ""))
+                place = {"linear": 3, "mlp": 5}.get(func._opname)  # of the activation
+                names.append(func._opname if place is None else f"{func._opname}:{args[place]}")
             return func(*args, **(kwargs or {}))
 
     with Watch(), torch.no_grad():
@@ -125,6 +126,33 @@ def test_a_linear_and_the_activation_after_it_become_one_op(activation: nn.Modul
     assert list(model.state_dict()) == keys
 
 
+def test_a_linear_layer_after_the_activation_joins_them() -> None:
+    def chain() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4, bias=False), nn.LayerNorm(4)
+        )
+
+    model, plain, x = accelerate(chain()), chain(), torch.randn(5, 6)
+    names, y = watched(model, x)
+    assert names == ["linear:relu", "mlp:gelu"], "a linear layer goes with the activation after it first"
+    torch.testing.assert_close(y, plain(x).detach())
+    for module in (model, plain):
+        module(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    seen: list[nn.Module] = []
+    handle = model[4].register_forward_hook(lambda module, *_: seen.append(module))
+    assert watched(model, x)[0] == ["linear:relu", "linear:gelu", "linear:none"], "its hook is run"
+    assert seen == [model[4]]
+    handle.remove()
+    model[2].spu_dtype = torch.bfloat16  # another precision than the layer after it
+    assert watched(model, x)[0] == ["linear:relu", "linear:gelu", "linear:none"]
+    model[2].spu_dtype = None
+    model[4] = nn.Linear(8, 4, bias=False).requires_grad_(False)  # not accelerated: an ordinary layer may be part
+    assert watched(model, x)[0] == ["linear:relu", "mlp:gelu"]
+
+
 FAMILIES = {  # configuration, and the ops of one MLP block
     "Llama": ("gated_mlp", {}),
     "InternLM3": ("gated_mlp", {}),
@@ -132,8 +160,8 @@ FAMILIES = {  # configuration, and the ops of one MLP block
     "Qwen3": ("gated_mlp", {}),
     "Mistral": ("gated_mlp", {"sliding_window": 8}),
     "Gemma": ("gated_mlp", {"head_dim": 8}),
-    "GPT2": ("linear:gelu_tanh", {}),
-    "GPTNeoX": ("linear:gelu", {}),
+    "GPT2": ("mlp:gelu_tanh", {}),
+    "GPTNeoX": ("mlp:gelu", {}),
     "Bert": ("linear:gelu", {}),
     "Roberta": ("linear:gelu", {}),
 }

@@ -27,7 +27,7 @@ import triton_page
 from torch import Tensor
 
 from spu.common.files import write_json
-from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, norm, optim, rows, table
+from spu.kernels import ahead, codec, cross_entropy, finish, gated, limits, linear, mlp, norm, optim, rows, table
 from spu.kernels.ahead import Built, Launch
 from spu.kernels.config import CLASSES, DTYPE_NAMES, PRODUCTS, Config
 from spu.kernels.derive import ARCHITECTURES, SHARED_BYTES, of_triton
@@ -40,7 +40,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32)
 _PRODUCTS = ("product_kernel", "descriptor_kernel", "gated_linear_kernel", "gated_linear_descriptor_kernel",
              "gated_dh_kernel", "gated_dh_descriptor_kernel", "gated_dx_kernel", "gated_dx_descriptor_kernel",
-             "linear_ce_kernel", "linear_ce_dz_kernel")  # fmt: skip
+             "mlp_dz_kernel", "mlp_dz_descriptor_kernel", "linear_ce_kernel", "linear_ce_dz_kernel")  # fmt: skip
 # (kernel, architecture or 0 for all): how many bytes of stack are accepted there, and why.
 EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("product_kernel", 0): (16, "up to four words, put away before the loop and taken back after it"),
@@ -56,8 +56,8 @@ _FUSED = ("quantize_kernel",)  # in which the fused multiply-adds are written as
 # Kernels that memory limits: the bytes of their widest load and store at least, where addresses and sizes allow it.
 _ACCESSES = {
     "adamw_kernel": (16, 16), "square_sum_kernel": (16, 0), "dz_kernel": (16, 16), "finish_kernel": (16, 8),
-    "gated_dz_kernel": (16, 16), "column_sum_kernel": (16, 0), "logits_ce_kernel": (16, 0),
-    "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 16),
+    "gated_dz_kernel": (16, 16), "mlp_finish_kernel": (16, 16), "column_sum_kernel": (16, 0),
+    "logits_ce_kernel": (16, 0), "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 16),
     "dequantize_kernel": (16, 16),
 }  # fmt: skip
 
@@ -86,6 +86,7 @@ def _linear(dtype: torch.dtype, configs: dict[str, Config]) -> None:
         gated.gated_linear(x, w, w, "silu", config=configs["gated_linear"])
         gated.gated_dh(x, w.t().contiguous(), dz, dz, "silu", config=configs["gated_dh"])
         gated.gated_dx(dz, dz, w, w, config=configs["gated_dx"])
+        mlp.mlp_dz(x, w.t().contiguous(), dz, "gelu", True, True, configs["mlp_dz"])
         target, rows = torch.empty(_M, dtype=torch.int64), _empty(_M)
         cross_entropy.linear_ce(x, w, target, -100, config=configs["linear_ce"])
         cross_entropy.linear_ce_dz(x, w, target, rows, rows, -100, config=configs["linear_ce"])
@@ -104,6 +105,7 @@ def _ragged(configs: dict[str, Config]) -> None:
     gated.gated_linear(x, w, w, "gelu_tanh", keep=False, config=configs["gated_linear"])
     gated.gated_dh(x, wide, dz, dz, "gelu_tanh", config=configs["gated_dh"])
     gated.gated_dx(dz, dz, w, w, config=configs["gated_dx"])
+    mlp.mlp_dz(x, wide, dz, "gelu_tanh", True, True, configs["mlp_dz"])
     target, rows = torch.empty(m, dtype=torch.int64), _empty(m)
     cross_entropy.linear_ce(x, w, target, -100, config=configs["linear_ce"])
     cross_entropy.linear_ce_dz(x, w, target, rows, rows, -100, config=configs["linear_ce"])
@@ -116,6 +118,9 @@ def _pointwise(dtype: torch.dtype, sample: bool) -> None:
         finish.finish(x, x, activation=activation, preact=x)
     for activation in ("silu",) if sample else ("silu", "gelu", "gelu_tanh"):
         gated.gated_dz(x, x, x, activation)
+        mlp.mlp_dz(
+            _empty(_M, 16, dtype=dtype), _empty(16, _N, dtype=dtype), x, activation, True, False, Config("torch")
+        )
     linear.linear_db(x)
     linear.linear_db_(x, _empty(_N), one, one, True)
     linear.unscale_(x, _empty(_M, _N), one, one, False)

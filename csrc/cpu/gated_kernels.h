@@ -8,23 +8,6 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-struct ValueAndSlope {
-  vf value, slope;
-};
-
-// act(z) and act'(z). gelu's share their exponential by themselves, as equal expressions.
-template <math::Act A>
-SPU_INLINE ValueAndSlope value_and_slope(vf z) {
-  if constexpr (A == math::Act::silu) {
-    // As math::silu and math::silu_grad, from one exponential; below -87 silu is 0 here (NaN at -inf, as there).
-    const vf c = math::clamp(z, 87.0f);
-    const math::Logistic<vf> s = math::logistic_pair<vf>(c);
-    const vf value = z * (z < -87.0f ? vf{} : s.up);
-    return {value, s.up * O::fma(c, s.down, O::splat(1.0f)) + (z - z)};
-  }
-  return {math::activate<A, vf>(z), math::activate_backward<A, vf>(O::splat(1.0f), z)};
-}
-
 template <math::Act A, class T>
 static void gated_range(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes) {

@@ -173,7 +173,8 @@ static void plan_tasks(Gemm& g, int64_t threads) {
   const int64_t tasks = ceil_div(ceil_div(g.ns, most), threads) * threads;
   g.task_columns = g.e->kind == cpu::Epilogue::softmax_stats ? most : ceil_div(ceil_div(g.ns, tasks), kNR) * kNR;
   g.column_tasks = ceil_div(g.ns, g.task_columns);
-  const int64_t row_tasks = g.column_tasks >= threads ? 1 : least(ceil_div(threads, g.column_tasks), g.a_panels());
+  const bool whole = g.column_tasks >= threads || g.e->column_sums != nullptr;
+  const int64_t row_tasks = whole ? 1 : least(ceil_div(threads, g.column_tasks), g.a_panels());
   g.task_rows = ceil_div(g.a_panels(), row_tasks) * kMR;
 }
 
@@ -200,6 +201,8 @@ static void multiply(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
     g.target = reinterpret_cast<const char*>(e.main_grad), g.target_size = 4;
   } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
     g.target = static_cast<const char*>(e.out), g.target_size = e.out_type == Type::fp32 ? 4 : 2;
+  } else if (e.kind == cpu::Epilogue::derivative) {
+    g.target = static_cast<const char*>(e.saved), g.target_size = e.out_type == Type::fp32 ? 4 : 2;
   }
   g.per = Pairs ? 2 : 1;
   g.k = ceil_div(p.a2 ? 2 * p.k : p.k, g.per);

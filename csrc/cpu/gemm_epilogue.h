@@ -61,6 +61,53 @@ static void store_gated(const cpu::Epilogue& e, const Tile& t) {
   }
 }
 
+struct ValueAndSlope {
+  vf value, slope;
+};
+
+// act(z) and act'(z). gelu's share their exponential by themselves, as equal expressions.
+template <math::Act A>
+SPU_INLINE ValueAndSlope value_and_slope(vf z) {
+  if constexpr (A == math::Act::silu) {
+    // As math::silu and math::silu_grad, from one exponential; below -87 silu is 0 here (NaN at -inf, as there).
+    const vf c = math::clamp(z, 87.0f);
+    const math::Logistic<vf> s = math::logistic_pair<vf>(c);
+    const vf value = z * (z < -87.0f ? vf{} : s.up);
+    return {value, s.up * O::fma(c, s.down, O::splat(1.0f)) + (z - z)};
+  }
+  return {math::activate<A, vf>(z), math::activate_backward<A, vf>(O::splat(1.0f), z)};
+}
+
+// dz = acc * act'(saved), and h = act(saved). Column sums are of the rounded dz: of a block's rows first, so that their
+// rounding grows with the number of blocks and the rows of one.
+template <math::Act A, class T>
+static void store_derivative(const cpu::Epilogue& e, const Tile& t) {
+  alignas(64) float sums[cpu::kStatColumns] = {};
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t at = (t.row + i) * t.n + t.col;
+    const float* c = t.c + i * t.ldc;
+    const T* saved = static_cast<const T*>(e.saved) + at;
+    T* out = static_cast<T*>(e.out) + at;
+    T* acted = e.acted ? static_cast<T*>(e.acted) + at : nullptr;
+    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+      const vf z = load_upto(saved + j, left), dh = load_upto(c + j, left);
+      if (acted && A != math::Act::relu) {
+        const ValueAndSlope both = value_and_slope<A>(z);
+        store_upto(acted + j, both.value, left);
+        store_upto(out + j, dh * both.slope, left);
+      } else {
+        if (acted) store_upto(acted + j, math::activate<A, vf>(z), left);
+        store_upto(out + j, math::activate_backward<A, vf>(dh, z), left);
+      }
+      if (e.column_sums) store(sums + j, load(sums + j) + load_upto(out + j, left));
+    });
+  }
+  if (!e.column_sums) return;
+  float* total = e.column_sums + t.col;
+  for_vectors(t.cols, [&](int64_t j, int64_t left)
+                          SPU_LAMBDA { store_upto(total + j, load_upto(total + j, left) + load(sums + j), left); });
+}
+
 template <class T, template <math::Act, class> class Choice>
 SPU_INLINE TileEpilogue by_activation(math::Act act) {
   switch (act) {
@@ -86,9 +133,15 @@ struct Gated {
   static constexpr TileEpilogue body = store_gated<A, T>;
 };
 
+template <math::Act A, class T>
+struct Derivative {
+  static constexpr TileEpilogue body = store_derivative<A, T>;
+};
+
 template <class T>
 static TileEpilogue typed_epilogue(const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::gated) return by_activation<T, Gated>(e.act);
+  if (e.kind == cpu::Epilogue::derivative) return by_activation<T, Derivative>(e.act);
   if (e.kind == cpu::Epilogue::softmax_grad) return softmax_grad<T>;
   return by_activation<T, Activated>(e.act);
 }

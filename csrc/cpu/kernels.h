@@ -54,6 +54,7 @@ struct Epilogue {
     gated,          // out = act(acc) * twin; preact = acc and up = twin, unless null
     softmax_stats,  // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
     softmax_grad,   // out = (exp(acc - lse) - onehot(target)) * grad
+    derivative,     // out = acc * act'(saved); acted = act(saved) unless null; column_sums += out as it was rounded
   };
   Kind kind;
 
@@ -77,6 +78,10 @@ struct Epilogue {
   const float* grad;      // [m]
   int64_t rows;           // m
   int64_t ignore_index;   // rows with this target have no gradient, whatever their grad is
+
+  const void* saved;   // of out_type, as is acted: the pre-activation, or relu's result
+  void* acted;         // or null
+  float* column_sums;  // [n], zero at first, or null; one task has all rows of a column, so that their order is fixed
 };
 
 // Pointers of gated_backward, all of one storage type and length.

@@ -10,6 +10,7 @@
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   spu::cpu::register_shared(m);
   SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
+  SPU_IMPL(m, "mlp_dz", spu::cpu::mlp_dz);
   SPU_IMPL(m, "linear_ce", spu::cpu::linear_ce);
   SPU_IMPL(m, "linear_ce_dz", spu::cpu::linear_ce_dz);
   SPU_IMPL(m, "attention", spu::cpu::attention);

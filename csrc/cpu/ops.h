@@ -9,6 +9,9 @@ namespace cpu {
 
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
+std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,
+                                          bool needs_sums);
+
 std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index);
 Tensor linear_ce_dz(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int64_t ignore_index);
 

@@ -47,6 +47,7 @@ enum Epilogue : uint32_t {  // cublasLtEpilogue_t
   kGeluBias = 36,
   kGeluAux = 160,  // and what the gelu was taken of, to kAuxPointer
   kGeluAuxBias = 164,
+  kGeluGradient = 192,  // of what lies at kAuxPointer, times the product
 };
 
 enum PreferenceAttribute : int {  // cublasLtMatmulPreferenceAttributes_t

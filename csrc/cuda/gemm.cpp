@@ -6,6 +6,7 @@
 
 #include "cuda/gemm_library.h"
 #include "cuda/gemm_tensor_core.h"
+#include "cuda/pointwise.h"
 
 namespace spu {
 namespace cuda {
@@ -121,6 +122,7 @@ void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& sc
     check(cudaGetLastError(), "a matrix product's launch");
     throw std::runtime_error("spu._cuda: a matrix product of this shape could not be launched");
   }
+  if (g.saved != nullptr) launch_dz(g.type, g.act, g.out, g.saved, g.out, g.m * g.n, stream);
 }
 
 }  // namespace cuda

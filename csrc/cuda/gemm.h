@@ -2,7 +2,7 @@
 //
 //   forward  C = act(A B + bias), A and B rounded products of 16-bit values accumulated in fp32; preact = A B + bias
 //            with a gate: C = act(gate) * (A B + bias), the second product of a gated layer
-//   dx       C = A B
+//   dx       C = A B, or with what an activation was taken of C = act'(saved) * (A B): the gradient inside an MLP
 //   dw       main_grad (+)= inv_scale * A B in fp32, found_inf |= any non-finite element of A B
 //
 // Four sources of kernels: wgmma (sm_90a), mma (sm_75, sm_80 and later), cuBLASLt where a table asks for it, and plain
@@ -47,10 +47,11 @@ struct Gemm {
   int64_t m, n, k;  // A [m, k], B [k, n]
   Operand a, b;
   // forward, dx
-  void* out = nullptr;         // [m, n], dense
-  const void* bias = nullptr;  // [n]
-  void* preact = nullptr;      // [m, n], dense, or null
-  const void* gate = nullptr;  // [m, n], dense, or null
+  void* out = nullptr;          // [m, n], dense
+  const void* bias = nullptr;   // [n]
+  void* preact = nullptr;       // [m, n], dense, or null
+  const void* gate = nullptr;   // [m, n], dense, or null
+  const void* saved = nullptr;  // of dx, [m, n], dense, or null: the pre-activation, or relu's result
   math::Act act = math::Act::none;
   // dw; the scalars are in device memory
   float* main_grad = nullptr;  // [m, n], dense

@@ -30,6 +30,21 @@ SPU_DEVICE float activate(Act act, float z) {
   }
 }
 
+SPU_DEVICE float activate_backward(Act act, float dy, float saved) {
+  switch (act) {
+    case Act::relu:
+      return math::activate_backward<Act::relu, float>(dy, saved);
+    case Act::gelu:
+      return math::activate_backward<Act::gelu, float>(dy, saved);
+    case Act::gelu_tanh:
+      return math::activate_backward<Act::gelu_tanh, float>(dy, saved);
+    case Act::silu:
+      return math::activate_backward<Act::silu, float>(dy, saved);
+    default:
+      return dy;
+  }
+}
+
 // Tile [kDepth][kTile] of a matrix whose element (d, i) is at data[d * deep + i * wide].
 template <Type T>
 SPU_DEVICE void fill(float (*tile)[kTile], const void* data, int64_t deep, int64_t wide, int64_t depth, int64_t depths,
@@ -46,6 +61,10 @@ SPU_DEVICE void fill(float (*tile)[kTile], const void* data, int64_t deep, int64
 template <Type T>
 SPU_DEVICE bool finish(const Gemm& g, int64_t i, int64_t j, float sum) {
   const int64_t at = i * g.n + j;
+  if (g.saved != nullptr) {
+    store_one<T>(g.out, at, activate_backward(g.act, sum, load_one<T>(g.saved, at)));
+    return false;
+  }
   if (g.form != Form::dw) {
     const float z = g.bias != nullptr ? sum + load_one<T>(g.bias, j) : sum;
     if (g.preact != nullptr) store_one<T>(g.preact, at, z);

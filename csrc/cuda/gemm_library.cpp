@@ -63,7 +63,8 @@ lt::DataType data_type(Type type) {
 }
 
 // What of the epilogue the library does. Its gelu is the form with tanh; its relu makes 0 of NaN, which has to stay for
-// the loss scale to be lowered; it knows no other activation and no gate.
+// the loss scale to be lowered; it knows no other activation and no gate. (Its sum of a bias's gradient has the
+// result's type: fp16 would overflow where a sum in fp32 does not, so it is not asked for.)
 struct Fused {
   lt::Epilogue epilogue;
   bool activation;
@@ -71,6 +72,10 @@ struct Fused {
 
 Fused fused(const Gemm& g) {
   const bool bias = g.bias != nullptr;
+  if (g.saved != nullptr) {
+    const bool gelu = g.act == math::Act::gelu_tanh;
+    return {gelu ? lt::kGeluGradient : lt::kPlain, gelu};
+  }
   if (g.form == Form::forward && g.act == math::Act::gelu_tanh && g.gate == nullptr) {
     if (g.preact != nullptr) return {bias ? lt::kGeluAuxBias : lt::kGeluAux, true};
     return {bias ? lt::kGeluBias : lt::kGelu, true};
@@ -144,9 +149,13 @@ Key key_of(const Gemm& g, const Layouts& at, int device, int algorithm) {
           algorithm};
 }
 
+bool has_aux(lt::Epilogue epilogue) {
+  return epilogue == lt::kGeluAux || epilogue == lt::kGeluAuxBias || epilogue == lt::kGeluGradient;
+}
+
 void set_pointers(Plan& plan, const Gemm& g, lt::Epilogue epilogue) {
   if (g.bias != nullptr) plan.set(lt::kBiasPointer, g.bias);
-  if (epilogue == lt::kGeluAux || epilogue == lt::kGeluAuxBias) plan.set(lt::kAuxPointer, g.preact);
+  if (has_aux(epilogue)) plan.set(lt::kAuxPointer, g.saved != nullptr ? g.saved : g.preact);
 }
 
 void describe(Plan& plan, const Gemm& g, const Layouts& at) {
@@ -159,7 +168,7 @@ void describe(Plan& plan, const Gemm& g, const Layouts& at) {
   plan.set(lt::kPointerMode, static_cast<int32_t>(g.form == Form::dw ? lt::kOnDevice : lt::kOnHost));
   const lt::Epilogue epilogue = fused(g).epilogue;
   plan.set(lt::kEpilogue, static_cast<uint32_t>(epilogue));
-  if (epilogue == lt::kGeluAux || epilogue == lt::kGeluAuxBias) plan.set(lt::kAuxStride, g.n);
+  if (has_aux(epilogue)) plan.set(lt::kAuxStride, g.n);
   set_pointers(plan, g, epilogue);  // the heuristic looks at their alignment
   const auto layout = [&](lt::Layout** made, lt::DataType of, int64_t rows, int64_t columns, int64_t stride) {
     const auto r = static_cast<uint64_t>(rows), c = static_cast<uint64_t>(columns);
@@ -220,7 +229,7 @@ std::shared_ptr<Plan> plan_of(const lt::Library& library, const Gemm& g, const L
 bool takes(const Gemm& g, Layouts* at) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   const void* out = g.form == Form::dw ? static_cast<const void*>(g.main_grad) : g.out;
-  for (const void* p : {g.a.data, g.b.data, g.bias, out, static_cast<const void*>(g.preact), g.gate}) {
+  for (const void* p : {g.a.data, g.b.data, g.bias, out, static_cast<const void*>(g.preact), g.gate, g.saved}) {
     if (alignment(p) < 16) return false;
   }
   return g.type != Type::fp32 && g.m > 0 && g.k > 0 && g.n > 0 && g.n % 8 == 0 && g.m <= most && g.n <= most &&
@@ -275,7 +284,11 @@ bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch, i
     return false;
   }
   expect(*library, status, "product");
-  if (!how.activation) launch_activation(g.type, g.act, product.out, g.gate, g.out, g.m * g.n, stream);
+  if (!how.activation && g.saved != nullptr) {
+    launch_dz(g.type, g.act, g.out, g.saved, g.out, g.m * g.n, stream);
+  } else if (!how.activation) {
+    launch_activation(g.type, g.act, product.out, g.gate, g.out, g.m * g.n, stream);
+  }
   if (g.form == Form::dw && g.found_inf != nullptr) find_overflow(g, at, stream);
   return true;
 }

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(spu, SPU_KEY, m) {
   SPU_IMPL(m, "pack_", spu::cuda::pack_into);
   SPU_IMPL(m, "unpack_", spu::cuda::unpack_into);
   SPU_IMPL(m, "copy_in_", spu::cuda::copy_in);
+  SPU_IMPL(m, "mlp_dz", spu::cuda::mlp_dz);
 }
 
 namespace {
@@ -66,7 +67,9 @@ PyMethodDef methods[] = {
      "multiply(device, form, type, m, n, k, a, a_row, a_col, b, b_row, b_col, out, bias, preact, act, inv_scale, "
      "found_inf, accumulate, algorithm) -> bool: a product by cuBLASLt on the current device and stream, all of it "
      "integers: "
-     "addresses (0: none), strides in elements, form 0 forward, 1 dx, 2 dw (out is main_grad), type 0 fp16, 1 bf16; "
+     "addresses (0: none), strides in elements, form 0 forward, 1 dx (preact is what the activation was taken of, "
+     "whose "
+     "derivative multiplies the product), 2 dw (out is main_grad), type 0 fp16, 1 bf16; "
      "algorithm 0 is the "
      "best that cuBLASLt proposes, 1 the second. "
      "False: cuBLASLt takes no such product; nothing was launched."},

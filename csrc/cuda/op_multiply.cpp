@@ -49,7 +49,11 @@ Gemm product_of(const int64_t* v) {
   } else {
     g.out = pointer(v[12]);
     g.bias = pointer(v[13]);
-    g.preact = pointer(v[14]);
+    if (g.form == Form::dx) {
+      g.saved = pointer(v[14]);
+    } else {
+      g.preact = pointer(v[14]);
+    }
     g.act = static_cast<math::Act>(v[15]);
   }
   return g;

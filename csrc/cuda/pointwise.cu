@@ -97,7 +97,7 @@ constexpr int64_t kPartRows = 512, kMostParts = 64;
 template <Type T>
 SPU_DEVICE void finish_sum(const RowSums& p, int64_t column, float sum) {
   if (p.out != nullptr) return store_one<T>(p.out, column, sum);
-  if (math::is_nonfinite<float>(sum)) raise_flag(p.found_inf);
+  if (p.found_inf != nullptr && math::is_nonfinite<float>(sum)) raise_flag(p.found_inf);
   const float value = sum * *p.inv_scale;
   p.main_grad[column] = p.accumulate ? p.main_grad[column] + value : value;
 }

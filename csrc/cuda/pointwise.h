@@ -11,7 +11,7 @@
 namespace spu {
 namespace cuda {
 
-// dz = dy * act'(saved), n values, rounded once. saved is the pre-activation, or the output for relu.
+// dz = dy * act'(saved), n values, rounded once. saved is the pre-activation, or the output for relu. dy may be dz.
 void launch_dz(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t n, cudaStream_t stream);
 
 // out = act(z), or act(gate) * z with a gate, n values, rounded once. z may be out.
@@ -40,7 +40,7 @@ struct RowSums {
   void* out = nullptr;  // of `type`, or null
   float* main_grad = nullptr;
   const float* inv_scale = nullptr;
-  float* found_inf = nullptr;
+  float* found_inf = nullptr;  // null: not wanted
   bool accumulate = false;
 };
 void launch_row_sums(const RowSums& sums, Scratch& scratch, cudaStream_t stream);

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spu.kernels.linear import linear_dz_dx as linear_dz_dx
     from spu.kernels.linear import linear_fwd as linear_fwd
     from spu.kernels.linear import unscale_ as unscale_
+    from spu.kernels.mlp import mlp_dz as mlp_dz
     from spu.kernels.norm import layer_norm as layer_norm
     from spu.kernels.norm import layer_norm_backward as layer_norm_backward
     from spu.kernels.norm import rms_norm as rms_norm
@@ -55,6 +56,7 @@ _NAMES = {
         "linear_fwd",
         "unscale_",
     ),
+    "mlp": ("mlp_dz",),
     "norm": ("layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"),
     "optim": ("adamw_", "grad_sqnorm"),
     "rows": ("embedding_dw_", "rotary"),

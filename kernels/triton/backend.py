@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spu.kernels import codec, cross_entropy, gated, linear, norm, optim, rows
+from spu.kernels import codec, cross_entropy, gated, linear, mlp, norm, optim, rows
 from spu.kernels.arith import INTERPRET
 
 
@@ -33,6 +33,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_dz": gated.gated_dz,
     "gated_dh": gated.gated_dh,
     "gated_dx": gated.gated_dx,
+    "mlp_dz": mlp.mlp_dz,
     "linear_ce": cross_entropy.linear_ce,
     "linear_ce_dz": cross_entropy.linear_ce_dz,
     "rms_norm": norm.rms_norm,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 KINDS = ("tile", "persistent", "descriptor", "split", "torch", "cublaslt")
-LIBRARY_OPS = ("linear", "linear_dx", "linear_dz_dx", "linear_dw")  # those that have the kind "cublaslt"
+LIBRARY_OPS = ("linear", "linear_dx", "linear_dz_dx", "linear_dw", "mlp_dz")  # those that have the kind "cublaslt"
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRODUCTS = (
-    "linear", "linear_dx", "linear_dz_dx", "linear_dw", "gated_linear", "gated_dh", "gated_dx", "linear_ce",
+    "linear", "linear_dx", "linear_dz_dx", "linear_dw", "gated_linear", "gated_dh", "gated_dx", "mlp_dz", "linear_ce",
 )  # fmt: skip
 CLASSES = ("skinny", "deep", "small", "medium", "large")
 _SKINNY_ROWS = 64

@@ -38,7 +38,7 @@ _SPLITS = {"skinny": 4, "deep": 8}
 _DESCRIPTORS_FROM = 90
 _LARGE_DESCRIBED = (90, 100)  # whose accumulators leave room: wgmma and tcgen05 take operands from shared memory
 _FLATTENED = 90  # where the compiler's one loop keeps a product in flight beside the next loads
-_DESCRIBED = ("gated_linear", "gated_dh", "gated_dx", "linear_ce")
+_DESCRIBED = ("gated_linear", "gated_dh", "gated_dx", "mlp_dz", "linear_ce")
 _WALKED = ("linear", "linear_dx", "linear_dw")
 # On sm_90, until somebody measures: cuBLAS's products use what Triton's compiler has no words for (a tile's epilogue
 # beside the next one's products), and an epilogue of ours after them costs a few percent.
@@ -85,7 +85,7 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         columns, warps = min(columns, 128), 4 if shape_class == "small" else warps
     if op in ("gated_linear", "linear_ce") or shape_class in ("skinny", "deep"):
         return _split(Config("tile", rows, columns, inner, 8, warps, stages), op, shape_class)
-    if op in ("gated_dh", "gated_dx"):
+    if op in ("gated_dh", "gated_dx", "mlp_dz"):
         return Config("tile", rows, min(columns, 128), inner, 8, warps, stages)
     # Programs that walk over tiles, where there are many: with descriptors where the hardware has them.
     kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
@@ -97,7 +97,7 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
 def _blocks(op: str, rows: int, columns: int) -> int:
     """Return how many programs of 3 stages share a multiprocessor: with one alone, its tensor cores wait for each
     epilogue."""
-    return 2 if rows * columns <= 128 * 128 and op not in ("gated_linear", "gated_dh") else 1
+    return 2 if rows * columns <= 128 * 128 and op not in ("gated_linear", "gated_dh", "mlp_dz") else 1
 
 
 def _split(tile: Config, op: str, shape_class: str) -> Config:

@@ -44,8 +44,9 @@ from spu.kernels.launch import (
 from spu.kernels.table import follows_tables
 
 _INT32 = 2**31 - 1
-_POINTER_COLUMNS = {"gated_linear": 64, "gated_dh": 128, "gated_dx": 128}  # of tiles that are loaded by address
-_OPERANDS = {"gated_linear": "XGU", "gated_dh": "DW", "gated_dx": "GUWV"}  # as the kernels name them
+# Columns of tiles that are loaded by address, and the operands as the kernels name them.
+_POINTER_COLUMNS = {"gated_linear": 64, "gated_dh": 128, "gated_dx": 128, "mlp_dz": 128}
+_OPERANDS = {"gated_linear": "XGU", "gated_dh": "DW", "gated_dx": "GUWV", "mlp_dz": "DW"}
 
 
 @triton.jit
@@ -77,19 +78,19 @@ class Plan(NamedTuple):
 
 @follows_tables
 @lru_cache(maxsize=4096)
-def _plan(
+def plan_of(
     op: str,
     dtype: torch.dtype,
     device: torch.device,
     shape: tuple[int, int, int],
     strides: tuple[int, ...],
-    aligned: bool,
+    begins_aligned: bool,
     override: Config | None,
 ) -> Plan:
-    """Return the launch of a product; ``strides`` are those of all operands, two each, ``aligned`` their addresses."""
+    """Return the launch of a product; ``strides`` are those of all operands, two each; ``aligned`` tells of them."""
     config = override or for_alignment(config_for(op, dtype, device, shape), dtype, (*strides, shape[1]))
     m, n, k = shape
-    if config.kind == "descriptor" and (k == 0 or not can_describe(dtype, strides, aligned)):
+    if config.kind == "descriptor" and (k == 0 or not can_describe(dtype, strides, begins_aligned)):
         columns, stages = min(config.block_n, _POINTER_COLUMNS[op]), min(config.num_stages, 3)
         config = dataclasses.replace(config, kind="tile", block_n=columns, num_stages=stages, blocks=1)
     constants: dict[str, Any] = {
@@ -109,7 +110,8 @@ def _wide(config: Config, strides: tuple[int, ...]) -> bool:
     return 2 * max(config.block_m, config.block_n, config.block_k) * (max(map(abs, strides)) + 1) > _INT32
 
 
-def _aligned(*operands: Tensor) -> bool:
+def aligned(*operands: Tensor) -> bool:
+    """Tell whether all begin where descriptors and wide loads can."""
     return all(operand.data_ptr() % ALIGN_BYTES == 0 for operand in operands)
 
 
@@ -121,8 +123,11 @@ _LAUNCHERS = {
 }
 
 
-def _launch(op: str, plan: Plan, variable: tuple[Tensor, ...], fixed: tuple[Any, ...]) -> None:
-    by_pointers, by_descriptors = _LAUNCHERS[op]
+def launch(
+    kernels: tuple[Launcher, Launcher], plan: Plan, variable: tuple[Tensor, ...], fixed: tuple[Any, ...]
+) -> None:
+    """Launch a product: of its two kernels the one that loads by address, or the one with descriptors."""
+    by_pointers, by_descriptors = kernels
     if plan.kind == "descriptor":
         with descriptors_allowed():
             by_descriptors(plan.grid, variable, fixed, plan.constants)
@@ -168,15 +173,14 @@ def gated_linear(
         return h, gate, up
     # the weights as [K, N]
     strides = (*rows.stride(), *w_gate.stride()[::-1], *w_up.stride()[::-1])
-    aligned = _aligned(rows, w_gate, w_up)
-    plan = _plan("gated_linear", x.dtype, x.device, (m, n, k), strides, aligned, config)
+    plan = plan_of("gated_linear", x.dtype, x.device, (m, n, k), strides, aligned(rows, w_gate, w_up), config)
     if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             made = torch.mm(rows, w_gate.t()).view(h.shape), torch.mm(rows, w_up.t()).view(h.shape)
         grid = (ceil_div(h.numel(), SIZE),)  # h of the rounded products
         _GATED_DZ(grid, (h, *made, h, h, h), (h.numel(), activation, False, SIZE))
         return (h, *made) if keep else (h, gate, up)
-    _launch("gated_linear", plan, (rows, w_gate, w_up, h, gate, up), (m, n, k, *strides, activation, keep))
+    launch(_LAUNCHERS["gated_linear"], plan, (rows, w_gate, w_up, h, gate, up), (m, n, k, *strides, activation, keep))
     return h, gate, up
 
 
@@ -223,7 +227,7 @@ def gated_dh(
     rows, n = rows_of(dy), w_down.shape[1]
     m, k = rows.shape
     strides = (*rows.stride(), *w_down.stride())
-    plan = _plan("gated_dh", dy.dtype, dy.device, (m, n, k), strides, _aligned(rows, w_down), config)
+    plan = plan_of("gated_dh", dy.dtype, dy.device, (m, n, k), strides, aligned(rows, w_down), config)
     if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             dh = torch.mm(rows, w_down).view(gate.shape)
@@ -231,7 +235,7 @@ def gated_dh(
     gate, up = gate.contiguous(), up.contiguous()
     dgate, dup, h = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     if h.numel():
-        _launch("gated_dh", plan, (rows, w_down, gate, up, dgate, dup, h), (m, n, k, *strides, activation))
+        launch(_LAUNCHERS["gated_dh"], plan, (rows, w_down, gate, up, dgate, dup, h), (m, n, k, *strides, activation))
     return dgate, dup, h
 
 
@@ -258,11 +262,11 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: C
     if dx.numel() == 0:
         return dx
     strides = (*first.stride(), *second.stride(), *w_gate.stride(), *w_up.stride())
-    aligned = _aligned(first, second, w_gate, w_up)
-    plan = _plan("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, aligned, config)
+    begins = aligned(first, second, w_gate, w_up)
+    plan = plan_of("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, begins, config)
     if plan.kind == "torch":
         with torch.no_grad(), torch.autocast(dx.device.type, enabled=False):
             torch.mm(torch.cat((first, second), 1), torch.cat((w_gate, w_up), 0), out=dx.view(m, n))
         return dx
-    _launch("gated_dx", plan, (first, second, w_gate, w_up, dx), (m, n, k, *strides))
+    launch(_LAUNCHERS["gated_dx"], plan, (first, second, w_gate, w_up, dx), (m, n, k, *strides))
     return dx

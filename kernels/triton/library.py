@@ -19,7 +19,7 @@ from spu.kernels.launch import ACTIVATIONS
 
 DEVICE_TYPE = "cuda"
 _TYPES = {torch.float16: 0, torch.bfloat16: 1}
-_FORWARD, _WEIGHT = 0, 2
+_FORWARD, _INPUT, _WEIGHT = 0, 1, 2
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
@@ -61,6 +61,17 @@ def product(
     added = 0 if bias is None else bias.data_ptr()
     kept = 0 if preact is None else preact.data_ptr()
     return _call(_FORWARD, a, b, out, added, kept, _ACTIVATIONS[activation], 0, 0, 0, algorithm)
+
+
+def derivative(a: Tensor, b: Tensor, out: Tensor, saved: Tensor, activation: str, algorithm: int = 0) -> bool:
+    """Compute out = (a @ b) * activation'(saved), rounded once where the library has the derivative, else from the
+    rounded product. False and ``algorithm``: as in ``product``.
+
+    Args:
+        a: [M, K], b: [K, N], of any strides.
+        out, saved: [M, N] elements, contiguous, a's dtype.
+    """
+    return _call(_INPUT, a, b, out, 0, saved.data_ptr(), _ACTIVATIONS[activation], 0, 0, 0, algorithm)
 
 
 def add_weight_gradient(

@@ -67,6 +67,11 @@ float gelu_tanh(float z) {
   return static_cast<float>(0.5 * z * (1 + tanh(sqrt(2 / M_PI) * (z + 0.044715 * pow(z, 3)))));
 }
 
+float gelu_tanh_gradient(float z) {
+  const double u = tanh(sqrt(2 / M_PI) * (z + 0.044715 * pow(z, 3)));
+  return static_cast<float>(0.5 * (1 + u) + 0.5 * z * (1 - u * u) * sqrt(2 / M_PI) * (1 + 3 * 0.044715 * z * z));
+}
+
 bool fits(const Layout& at) {
   return at.ld >= static_cast<int64_t>(at.rows) && (at.type == 0 || at.type == 2 || at.type == 14);
 }
@@ -207,7 +212,9 @@ int cublasLtMatmul(void* handle, Desc* desc, const float* alpha, const void* a, 
       float value = *alpha * sum;
       if (*beta != 0) value += *beta * load(*lc, c, i + j * lc->ld);
       if ((epilogue & 4) != 0) value += load(*ld, bias, i);
-      if ((epilogue & 128) != 0) store(ld->type, aux, i + j * desc->get<int64_t>(12, 0), value);
+      const uint64_t in_aux = i + j * desc->get<int64_t>(12, 0);
+      if (epilogue == 192) value *= gelu_tanh_gradient(load(*ld, aux, in_aux));  // aux is read, or written
+      if (epilogue == 160 || epilogue == 164) store(ld->type, aux, in_aux, value);
       if ((epilogue & 32) != 0) value = gelu_tanh(value);
       store(ld->type, d, i + j * ld->ld, value);
     }

@@ -48,6 +48,10 @@ def _gated_mlp(x: Shape, w_gate: Shape, w_up: Shape, w_down: Shape, *_: Any, **_
     return 2 * _linear(x, w_gate) + 2 * _rows(x) * w_down[0] * w_down[1]
 
 
+def _mlp(x: Shape, w_in: Shape, b_in: Shape | None, w_out: Shape, *_: Any, **__: Any) -> int:
+    return _linear(x, w_in) + 2 * _rows(x) * w_out[0] * w_out[1]
+
+
 def _attention(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
     batch, tokens, heads, head_dim = q
     return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
@@ -77,6 +81,8 @@ _OURS = {
     "gated_dx": _gated_dx,
     "gated_dh": _linear,
     "gated_mlp": _gated_mlp,
+    "mlp": _mlp,
+    "mlp_dz": _linear,
     "attention": _attention,
     "attention_backward": _attention_backward,
     "linear_ce": _linear,

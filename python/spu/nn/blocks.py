@@ -19,6 +19,7 @@ from spu.nn.table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, T
 from spu.ops import GATED_ACTIVATIONS
 from spu.ops.gated import fused_gated_mlp
 from spu.ops.linear import compute_dtype
+from spu.ops.mlp import fused_mlp
 from spu.ops.plain import takes
 
 __all__ = [
@@ -118,8 +119,26 @@ class FusedGated(FusedBlock):
         return y if self.spu_dtype is None else y.to(x.dtype)
 
 
+def _run_mlp(first: nn.Module, activation: str, second: object, x: Tensor) -> Tensor | None:
+    """Compute second(activation(first(x))) in one op; None where ``second`` is no linear layer that may be part of it,
+    or torch's own ops must serve. ``first`` is one.
+    """
+    if not _is_linear(second):
+        return None
+    assert isinstance(second, nn.Module)
+    transposed, dtype = isinstance(first, FusedTransposedLinear), getattr(first, "spu_dtype", None)
+    if isinstance(second, FusedTransposedLinear) is not transposed or getattr(second, "spu_dtype", None) is not dtype:
+        return None
+    parameters: list[Any] = [first.weight, first.bias, second.weight, second.bias]
+    if not takes(x, *parameters) or not all(t is None or t.dtype.is_floating_point for t in (x, *parameters)):
+        return None
+    w_in, b_in, w_out, b_out = parameters
+    y = fused_mlp(x, w_in, b_in, w_out, b_out, activation, compute_dtype(x, dtype), transposed)
+    return y if dtype is None else y.to(x.dtype)
+
+
 class FusedPair(FusedBlock):
-    """A linear layer and its activation in one op, then the rest."""
+    """A linear layer and its activation in one op, then the rest; with a second linear layer, all three in one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x [..., in] -> [..., out]."""
@@ -128,20 +147,24 @@ class FusedPair(FusedBlock):
         linear, activation = getattr(self, block.linear), activation_of(getattr(self, block.activation))
         if activation is None or not _is_linear(linear) or _watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
-        y = fused_linear(linear, x, activation, isinstance(linear, FusedTransposedLinear))
+        rest = [getattr(self, name) for name in block.rest]
+        y = _run_mlp(linear, activation, rest[0], x) if rest else None
+        if y is not None:
+            del rest[0]
+        else:
+            y = fused_linear(linear, x, activation, isinstance(linear, FusedTransposedLinear))
         if y is None:
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
-        x = y
-        for name in block.rest:
-            x = getattr(self, name)(x)
-        return x
+        for module in rest:
+            y = module(y)
+        return y
 
 
 class FusedSequential(FusedBlock):
-    """nn.Sequential, with every linear layer that an activation follows in one op."""
+    """nn.Sequential, in which a linear layer and an activation are one op, and so is a linear layer after them."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Run like nn.Sequential, pairs of layers fused."""
+        """Run like nn.Sequential, pairs of layers fused, and linear, activation, linear."""
         if torch.jit.is_scripting():
             for module in self:  # type: ignore[attr-defined]
                 input = module(input)
@@ -154,14 +177,22 @@ def _run_fused(layers: list[nn.Module], x: Any) -> Any:
     i, watched = 0, _watched_globally()
     while i < len(layers):
         layer = layers[i]
-        activation = activation_of(layers[i + 1]) if i + 1 < len(layers) and not watched else None
+        activation = None if watched else _activation_at(layers, i + 1)
         if activation is not None and _is_linear(layer):
-            y = fused_linear(layer, x, activation, isinstance(layer, FusedTransposedLinear))
+            y, taken = None, 3
+            if i + 2 < len(layers) and _activation_at(layers, i + 3) is None:  # else the next one is a pair's first
+                y = _run_mlp(layer, activation, layers[i + 2], x)
+            if y is None:
+                y, taken = fused_linear(layer, x, activation, isinstance(layer, FusedTransposedLinear)), 2
             if y is not None:
-                x, i = y, i + 2
+                x, i = y, i + taken
                 continue
         x, i = layer(x), i + 1
     return x
+
+
+def _activation_at(layers: list[nn.Module], i: int) -> str | None:
+    return activation_of(layers[i]) if i < len(layers) else None
 
 
 _CLASSES: dict[tuple[type, type, Block | None], type[FusedBlock]] = {}

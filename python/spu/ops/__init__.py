@@ -11,6 +11,7 @@ from spu.ops.embedding import embedding, embedding_dw_
 from spu.ops.gated import GATED_ACTIVATIONS, gated_mlp
 from spu.ops.host import copy_in, pack_to_host, unpack_from_host
 from spu.ops.linear import linear_act, linear_db_, linear_dw_, linear_dw_db_
+from spu.ops.mlp import MLP_ACTIVATIONS, mlp
 from spu.ops.norm import layer_norm, rms_norm
 from spu.ops.optimizer import adamw_, grad_norm, grad_sqnorm, unscale_
 from spu.ops.reference.linear import ACTIVATIONS
@@ -21,6 +22,7 @@ __all__ = [
     "ACTIVATIONS",
     "CODECS",
     "GATED_ACTIVATIONS",
+    "MLP_ACTIVATIONS",
     "BackendStatus",
     "BackwardScope",
     "GradSink",
@@ -47,6 +49,7 @@ __all__ = [
     "linear_db_",
     "linear_dw_",
     "linear_dw_db_",
+    "mlp",
     "open_scope",
     "pack",
     "pack_to_host",

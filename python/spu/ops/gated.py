@@ -23,10 +23,10 @@ from torch import Tensor
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend, has_kernel
-from spu.ops.linear import check_dtypes, compute_dtype
+from spu.ops.linear import check_dtypes, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
-from spu.ops.sink import GradSink, sinks_of
+from spu.ops.sink import sinks_of
 
 __all__ = ["GATED_ACTIVATIONS", "fused_gated_mlp", "gated_mlp"]
 
@@ -51,14 +51,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
     ctx.activation = activation
 
 
-def _weight_gradient(sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor, backend: str) -> Tensor | None:
-    """Compute dz.T @ x: give it to the sink, or return it, or do nothing if it is not needed."""
-    if sink is not None:
-        sink.linear_weight(dz, x, backend)
-        return None
-    return schema.overload("linear_dw", backend)(dz, x) if needed else None
-
-
 def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, w_gate, w_up and w_down."""
     x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
@@ -71,11 +63,11 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
         dh = gate if w_down is None else schema.overload("linear_dx", backend)(dy, w_down)
         dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, ctx.activation)
         del dh
-    d_down = _weight_gradient(down_sink, needs_down, dy, h, backend)
+    d_down = weight_gradient(down_sink, needs_down, dy, h, False, backend)
     del h
     dx = schema.overload("gated_dx", backend)(dgate, dup, w_gate, w_up) if needs_x else None
-    d_gate = _weight_gradient(gate_sink, needs_gate, dgate, x, backend)
-    d_up = _weight_gradient(up_sink, needs_up, dup, x, backend)
+    d_gate = weight_gradient(gate_sink, needs_gate, dgate, x, False, backend)
+    d_up = weight_gradient(up_sink, needs_up, dup, x, False, backend)
     return dx, d_gate, d_up, d_down
 
 

@@ -22,9 +22,10 @@ from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.plain import takes
 from spu.ops.reference.linear import ACTIVATIONS, autocast_enabled, exact, torch_activation
-from spu.ops.sink import MainGrad, sinks_of
+from spu.ops.sink import GradSink, MainGrad, sinks_of
 
 __all__ = [
+    "bias_gradient",
     "check_activation",
     "check_dtypes",
     "compute_dtype",
@@ -34,6 +35,7 @@ __all__ = [
     "linear_dw_",
     "linear_dw_db_",
     "torch_linear_act",
+    "weight_gradient",
 ]
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
@@ -64,21 +66,33 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, Tenso
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
     dz, dx = _input_gradients(dy, saved, weight if needs_x else None, ctx.activation, backend)
-    dw = db = None
     transposed = bool(ctx.how) and ctx.how[1]  # the weight is [K, N]
-    left, right = (x, dz) if transposed else (dz, x)  # dw = left.T @ right
     if weight_sink is not None and bias_sink is not None and not transposed:
         weight_sink.linear_weight_and_bias(dz, x, bias_sink, backend)
         return dx, None, None
-    if weight_sink is not None:
-        weight_sink.linear_weight(left, right, backend)
-    elif needs_weight:
-        dw = schema.overload("linear_dw", backend)(left, right)
-    if bias_sink is not None:
-        bias_sink.linear_bias(dz, backend)
-    elif needs_bias:
-        db = schema.overload("linear_db", backend)(dz)
-    return dx, dw, db
+    dw = weight_gradient(weight_sink, needs_weight, dz, x, transposed, backend)
+    return dx, dw, bias_gradient(bias_sink, needs_bias, dz, backend)
+
+
+def weight_gradient(
+    sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor, transposed: bool, backend: str
+) -> Tensor | None:
+    """Compute dz.T @ x, or x.T @ dz for a ``transposed`` weight [K, N]: give it to the sink, or return it, or do
+    nothing if it is not needed.
+    """
+    left, right = (x, dz) if transposed else (dz, x)
+    if sink is not None:
+        sink.linear_weight(left, right, backend)
+        return None
+    return schema.overload("linear_dw", backend)(left, right) if needed else None
+
+
+def bias_gradient(sink: GradSink | None, needed: bool, dz: Tensor, backend: str) -> Tensor | None:
+    """Compute the sum over rows of dz: give it to the sink, or return it, or do nothing if it is not needed."""
+    if sink is not None:
+        sink.linear_bias(dz, backend)
+        return None
+    return schema.overload("linear_db", backend)(dz) if needed else None
 
 
 def _input_gradients(

@@ -92,6 +92,14 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
         "(Tensor y, Tensor gate, Tensor up)"
     ),
+    "mlp": (
+        "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, bool keep) -> "
+        "(Tensor y, Tensor saved)"
+    ),
+    "mlp_dz": (
+        "(Tensor dy, Tensor w_out, Tensor saved, str activation, bool needs_h, bool needs_sums) -> "
+        "(Tensor dz, Tensor h, Tensor sums)"
+    ),
     "attention": "(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor out, Tensor lse)",
     "attention_backward": (
         "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal) -> "
@@ -128,7 +136,7 @@ SCHEMAS: dict[str, str] = {
 }
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
-    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "pack_", "unpack_", "copy_in_",
+    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_",
 )  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -172,6 +180,20 @@ def _fake_gated_mlp(
     x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, activation: str, keep: bool
 ) -> tuple[torch.Tensor, ...]:
     return x.new_empty((*x.shape[:-1], w_down.shape[0])), *_fake_gated(x, w_gate, keep)
+
+
+def _fake_mlp(
+    x: torch.Tensor, w_in: torch.Tensor, b_in: Any, w_out: torch.Tensor, b_out: Any, activation: str, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.shape[:-1]
+    return x.new_empty((*rows, w_out.shape[0])), x.new_empty((*rows, w_in.shape[0]) if keep else (0,))
+
+
+def _fake_mlp_dz(
+    dy: torch.Tensor, w_out: torch.Tensor, saved: torch.Tensor, activation: str, needs_h: bool, needs_sums: bool
+) -> tuple[torch.Tensor, ...]:
+    dz = saved.new_empty(saved.shape)
+    return dz, saved.new_empty(saved.shape if needs_h else (0,)), _fp32(dy, saved.shape[-1] if needs_sums else 0)
 
 
 def _fake_linear_ce(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,6 +256,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
     "gated_mlp": _fake_gated_mlp,
+    "mlp": _fake_mlp,
+    "mlp_dz": _fake_mlp_dz,
     "attention": _fake_attention,
     "attention_backward": lambda dout, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
     "linear_ce": _fake_linear_ce,

@@ -122,6 +122,9 @@ def call_of(
     if op == "gated_dh":
         weight, gate = random(k, n), random(m, n)
         return lambda config: kernels.gated_dh(left, weight, gate, gate, "silu", config=config)
+    if op == "mlp_dz":
+        weight, saved = random(k, n), random(m, n)
+        return lambda config: kernels.mlp_dz(left, weight, saved, "gelu_tanh", True, True, config=config)
     if op == "gated_dx":
         weight = random(k, n)
         return lambda config: kernels.gated_dx(left, left, weight, weight, config=config)

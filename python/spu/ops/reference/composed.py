@@ -35,6 +35,8 @@ __all__ = [
     "linear_ce_dz",
     "linear_dw_db_",
     "linear_dz_dx",
+    "mlp",
+    "mlp_dz",
     "pack_",
     "unpack_",
 ]
@@ -99,6 +101,32 @@ def gated_mlp(
     """Compute the whole block, for every backend: ``gated_linear`` and the down projection."""
     h, gate, up = _op("gated_linear", backend)(x, w_gate, w_up, activation, keep)
     return _op("linear", backend)(h, w_down, None, "none", False)[0], gate, up
+
+
+def mlp(
+    backend: str,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute two linear layers, for every backend. What is kept: the pre-activation; for relu, its result."""
+    linear, relu = _op("linear", backend), activation == "relu"
+    h, preact = linear(x, w_in, b_in, activation, keep and not relu)
+    y = linear(h, w_out, b_out, "none", False)[0]
+    return y, h if keep and relu else preact
+
+
+def mlp_dz(
+    backend: str, dy: Tensor, w_out: Tensor, saved: Tensor, activation: str, needs_h: bool, needs_sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the product, then the derivative, and the reference's activation and sums."""
+    dz = _op("linear_dz", backend)(_op("linear_dx", backend)(dy, w_out), saved, activation)
+    h = fused.acted(saved, activation) if needs_h else saved.new_empty(0)
+    return dz, h, fused.row_sums(dz) if needs_sums else wide(dz.new_empty(0))
 
 
 def _logits(backend: str, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -182,6 +210,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_dh": gated_dh,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
+    "mlp": mlp,
+    "mlp_dz": mlp_dz,
     "attention": attention,
     "attention_backward": attention_backward,
     "linear_ce": linear_ce,

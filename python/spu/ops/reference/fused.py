@@ -1,4 +1,4 @@
-"""The definition of the gated MLP's and the linear cross-entropy's ops, in plain torch, on any device."""
+"""The definition of the MLPs' and the linear cross-entropy's ops, in plain torch, on any device."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spu.ops.reference.linear import activate, activate_backward, exact, rows_of
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "acted",
     "cross_entropy_dz",
     "cross_entropy_rows",
     "gate_up",
@@ -22,6 +23,8 @@ __all__ = [
     "linear_ce",
     "linear_ce_and_dz",
     "linear_ce_dz",
+    "mlp_dz",
+    "row_sums",
 ]
 
 _CHUNK_BYTES = 64 << 20  # of wide logits at a time
@@ -61,6 +64,32 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor) -> Tensor
     """Compute dx = dgate @ w_gate + dup @ w_up, accumulated in fp32, rounded once. [..., N] -> [..., K]."""
     dx = rows_of(wide(dgate)).mm(wide(w_gate)) + rows_of(wide(dup)).mm(wide(w_up))
     return dx.to(dgate.dtype).view(*dgate.shape[:-1], w_gate.shape[1])
+
+
+@exact
+def acted(saved: Tensor, activation: str) -> Tensor:
+    """Compute h = act(saved) in fp32, rounded once to the storage dtype."""
+    return activate(wide(saved), activation).to(saved.dtype).contiguous()
+
+
+def row_sums(dz: Tensor) -> Tensor:
+    """Compute the sum over rows of dz [..., N] in fp32 (fp64 for fp64): [N], not rounded to the storage dtype."""
+    return rows_of(wide(dz)).sum(0)
+
+
+@exact
+def mlp_dz(
+    dy: Tensor, w_out: Tensor, saved: Tensor, activation: str, needs_h: bool, needs_sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dz = (dy @ w_out) * act'(saved), rounded once, h = act(saved), and the sum over rows of the rounded dz.
+
+    dy [..., M], w_out [M, N], saved [..., N] (the pre-activation; for relu, its result) -> dz and h [..., N] in the
+    storage dtype, sums [N] as ``row_sums`` makes them; h and sums are empty where they are not needed.
+    """
+    dh = rows_of(wide(dy)).mm(wide(w_out)).view(saved.shape)
+    dz = activate_backward(dh, wide(saved), activation).to(dy.dtype).contiguous()
+    h = acted(saved, activation) if needs_h else saved.new_empty(0)
+    return dz, h, row_sums(dz) if needs_sums else wide(dz.new_empty(0))
 
 
 def _row_chunks(rows: int, row_bytes: int) -> Iterator[slice]:
@@ -163,6 +192,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_linear": gated_linear,
     "gated_dz": gated_dz,
     "gated_dx": gated_dx,
+    "mlp_dz": mlp_dz,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "linear_ce_and_dz": linear_ce_and_dz,
