@@ -21,7 +21,7 @@ LEVELS = [
     {"plan", "precision"},
     {"model", "memory"},
     {"engine"},
-    {"cost", "data"},
+    {"cost", "data", "distributed"},
     {"trainer"},
     {"train", "integrations"},
     {"cli"},

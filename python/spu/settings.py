@@ -18,6 +18,7 @@ from spu.common.options import AUTO, Kind, Options, choice, field_of, flag, numb
 __all__ = [
     "ACTIVATIONS",
     "AUTO",
+    "ENGINES",
     "GRADS",
     "GRAPHS",
     "PRECISIONS",
@@ -33,6 +34,7 @@ RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
 STATES = ("fp32", "exact", "compact")
 GRADS = ("fp32", "bf16")
 GRAPHS = (AUTO, "on", "off")
+ENGINES = ("local", "distributed")
 ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8", "int4")
 
 
@@ -210,5 +212,11 @@ class TrainSettings(Settings):
         "Capture the last stage's microbatches as CUDA graphs, from the second of a step on. auto: where it is surely "
         "exact: models and losses of torch, spu and transformers on a GPU. on: or say why not.",
         GRAPHS,
+    )
+    engine: str = choice(
+        "local",
+        "What runs the stages. local: this process, a thread for each device. distributed: the processes that torchrun "
+        "has started, also on several machines, a device and its stages each.",
+        ENGINES,
     )
     retry: bool = flag(True, "If a step runs out of memory, plan with less and repeat it, with the same random draws.")

@@ -7,7 +7,7 @@ have gradients of their own, and a change of one in place would not reach the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -47,10 +47,49 @@ class Layout:
     spec: Any
     kinds: list[_Kind]
 
+    def plain(self) -> dict[str, Any]:
+        """Return the layout as JSON, for another process.
+
+        Raises:
+            TypeError: a leaf that is no tensor, number or text, or a structure that torch's pytree cannot write down.
+        """
+        try:
+            spec = pytree.treespec_dumps(self.spec)
+        except (NotImplementedError, ValueError) as error:
+            raise TypeError(f"a layer's output is a structure that cannot cross to another process: {error}") from error
+        kinds = [asdict(kind) for kind in self.kinds]
+        return {"leaves": [_plain(leaf) for leaf in self.leaves], "spec": spec, "kinds": kinds}
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> Layout:
+        """Return the layout that :meth:`plain` has written down."""
+        leaves = [
+            _Index(leaf["of"])
+            if "of" in leaf
+            else View(**{key: tuple(v) if isinstance(v, list) else v for key, v in leaf["view"].items()})
+            if "view" in leaf
+            else leaf["value"]
+            for leaf in plain["leaves"]
+        ]
+        return Layout(leaves, pytree.treespec_loads(plain["spec"]), [_Kind(**kind) for kind in plain["kinds"]])
+
 
 @dataclass(frozen=True)
 class _Index:
     of: int
+
+
+def _plain(leaf: Any) -> dict[str, Any]:
+    if isinstance(leaf, _Index):
+        return {"of": leaf.of}
+    if isinstance(leaf, View):
+        return {"view": asdict(leaf)}
+    if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+        raise TypeError(
+            f"a layer hands a {type(leaf).__name__} to the next stage, in another process: only tensors, numbers and "
+            "texts cross, in tuples, lists and dicts"
+        )
+    return {"value": leaf}
 
 
 @dataclass

@@ -22,6 +22,7 @@ from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
 from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
+from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
 from spu.engine.update import OptimizerFactory, Updater
@@ -69,6 +70,7 @@ class Runner:
         graphs: whether the last stage's microbatches are captured: see `spu.engine.graphs`.
         make_streaming: makes what streams the stages (`spu.engine.streaming.stream`) from stages, optimizers and main
             gradients; None if all are resident.
+        peers: the processes of other stages; None: all stages are in this one.
     """
 
     def __init__(
@@ -85,8 +87,9 @@ class Runner:
         engine: Callable[..., Engine] = LocalEngine,
         graphs: str = "off",
         make_streaming: Callable[..., Streaming] | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        self.built = built
+        self.built, self._peers = built, peers
         self._plan, self._actions = plan, plan.actions()
         self._ranks = [plan.devices.index(stage.device) for stage in plan.stages]
         self._weighing = weighing
@@ -109,6 +112,7 @@ class Runner:
                 lr=lr,
                 max_grad_norm=max_grad_norm,
                 make_streaming=make_streaming,
+                peers=peers,
             )
             if self.updater.streaming is not None:
                 self.engine.residencies = list(self.updater.streaming.residencies)
@@ -163,7 +167,8 @@ class Runner:
                     recordings.append(self.engine.run(work))
                     losses.update({first + index: loss for index, loss in work.losses.items()})
                     outputs.extend(work.outputs[index] for index in sorted(work.outputs))
-            self._check_trained(inputs)
+            if self._peers is None:  # else their gradients count too: `Updater.reduce` looks
+                self._check_trained(inputs)
             if checks:
                 self._check.end()
         except BaseException:
@@ -171,7 +176,8 @@ class Runner:
             self.updater.clear_gradients()
             raise
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
-        return Pass(sum_losses(losses), join_outputs(outputs) if keep_outputs else None, counted, recordings[-1])
+        joined = join_outputs(outputs) if outputs else None  # another process may have the last stage
+        return Pass(sum_losses(losses), joined, counted, recordings[-1])
 
     @property
     def graphs_lines(self) -> list[str]:
@@ -255,12 +261,16 @@ class Runner:
                 self.updater.hide()
         if checks:
             self._check.end()
-        return sum_losses(work.losses)
+        loss = sum_losses(work.losses)
+        return loss if self._peers is None else self._peers.total(loss)
 
     def _watch(self, parts: int) -> bool:
         """Begin a batch; tell whether its loss will be checked."""
+        last = self.built.stages[-1]
+        if self._peers is not None and last.index not in self._peers.own:
+            return False
         checks = self._check.begin(parts)
-        self.built.stages[-1].watch_loss = self._check.add if checks else None
+        last.watch_loss = self._check.add if checks else None
         return checks
 
     def close(self) -> None:

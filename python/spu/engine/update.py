@@ -20,6 +20,7 @@ from spu.common.interrupts import delayed_interrupts
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine
 from spu.engine.optimizer_state import remember_rates
+from spu.engine.peers import Peers
 from spu.engine.stage import Stage
 from spu.engine.streaming import Streaming, add_tied
 from spu.model.layers import Layer
@@ -40,6 +41,7 @@ class Update:
 
     sqnorm: torch.Tensor  # fp64: finite where every gradient is
     found_inf: torch.Tensor  # fp32
+    loss: torch.Tensor  # of the whole batch, also where another process has the last stage; fp32
 
     @property
     def grad_norm(self) -> torch.Tensor:
@@ -58,6 +60,7 @@ class Updater:
             AdamW, which a ``functools.partial`` of it also makes.
         lr: learning rate, for a class and for our AdamW.
         max_grad_norm: clip the global gradient norm to this; None for not at all.
+        peers: the processes of other stages; None: all stages are in this one.
     """
 
     def __init__(
@@ -70,12 +73,14 @@ class Updater:
         lr: float | None,
         max_grad_norm: float | None,
         make_streaming: Callable[..., Streaming] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.closed = True  # until it has put hooks and sinks on parameters
         self.broken = ""  # why the weights belong to no single step; cleared when a checkpoint is loaded
         self._built = built
         self._engine = engine
         self._scaler = scaler
+        self._peers = peers
         self._max_grad_norm = max_grad_norm
         self._main_grads = [MainGrads(stage.parameters()) for stage in built.stages]
         self.scopes = [
@@ -165,17 +170,24 @@ class Updater:
         streamed = self.streaming is not None and self.streaming.has_gradients()
         return streamed or any(p.grad is not None for stage in self._built.stages for p in stage.parameters())
 
-    def reduce(self) -> Update:
-        """Add up the gradients of tied parameters; return the norm over all gradients, and found_inf."""
+    def reduce(self, loss: torch.Tensor) -> Update:
+        """Add up the gradients of tied parameters; return the norm over all gradients, found_inf and the loss.
+
+        Args:
+            loss: this process's part of it.
+        """
         self._end_backward()
         # (6) in docs/architecture.md
         for use in self._built.tied:
             if not self._streams(use.owner_stage):  # whose gradient is on its way down
                 add_tied(use)
         sums = self._engine.each(self._sqnorm)
-        total = torch.stack([on_device(each, self._scaler.device) for each in sums]).sum(0)
+        parts = torch.stack([on_device(each, self._scaler.device) for each in sums])
+        if self._peers is not None:
+            parts, loss = self._peers.joined(parts.reshape(-1), loss, trained=self.has_gradients())
+        total = parts.sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
-        return Update(total, (~total.isfinite()).to(torch.float32))
+        return Update(total, (~total.isfinite()).to(torch.float32), loss)
 
     def apply(self, update: Update, lr_factor: float) -> None:
         """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""

@@ -44,6 +44,7 @@ from spu.settings import AUTO, TrainSettings
 from spu.trainer.lower import lower
 from spu.trainer.manual import Parts
 from spu.trainer.planner import WORTH, Planner
+from spu.trainer.spread import Spread
 
 __all__ = ["LastStep", "StagedModel"]
 
@@ -75,14 +76,14 @@ class StagedModel:
 
     Args:
         parts: the model.
-        devices: in pipeline order.
+        where: the devices, in pipeline order, and the processes where the stages are in several.
         settings: of the training; the other arguments are the trainer's.
     """
 
     def __init__(
         self,
         parts: Parts,
-        devices: Sequence[Device],
+        where: tuple[Sequence[Device], Spread | None],
         settings: TrainSettings,
         *,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None,
@@ -97,7 +98,7 @@ class StagedModel:
         report: Callable[[str], Any] | None,
     ) -> None:
         self._parts = parts
-        self.devices = list(devices)
+        self.devices, self._spread = list(where[0]), where[1]
         self.settings = settings
         self.precision = settings.precision
         self.accumulate = settings.accumulate
@@ -144,12 +145,16 @@ class StagedModel:
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
-        planner = Planner(layers, self.devices, self.settings, self._loss, self.tiers)
-        with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
+        devices = self.devices if self._spread is None else self._spread.job.devices
+        planner = Planner(layers, devices, self.settings, self._loss, self.tiers)
+
+        def make() -> Plan:
             if self._given_plan is None:
-                plan = planner.plan(inputs, targets, measure=self.measure)
-            else:
-                plan = planner.checked(self._given_plan, inputs, targets, measure=self.measure)
+                return planner.plan(inputs, targets, measure=self.measure)
+            return planner.checked(self._given_plan, inputs, targets, measure=self.measure)
+
+        with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
+            plan = make() if self._spread is None else self._spread.plan(make, layers)
             stop_if_asked()
             taken_over = release(layers)
             self._fused = unfused(layers)
@@ -179,7 +184,10 @@ class StagedModel:
 
         Raises:
             RuntimeError: before the first step.
+            ValueError: the stages are in several processes.
         """
+        if self._spread is not None:
+            raise ValueError("replan() does not go with engine='distributed': layers do not move between processes")
         if self._plan is None or self._last.recording is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
         self._ready().updater.show()
@@ -213,6 +221,8 @@ class StagedModel:
         if self._runner is not None:
             self._runner.close()
             self._runner.built.unfuse()
+        if self._spread is not None:
+            self._spread.job.close()
 
     def _repeated(self, run: Callable[[], T], inputs: Any, targets: Any) -> T:
         """Return what a pass over a batch returns; if it runs out of memory, repeat it by a plan that takes less.
@@ -225,17 +235,17 @@ class StagedModel:
             StageError, MemoryError: out of memory, and no such plan is left; the message says what would help.
         """
         for left in reversed(range(_MOST_RETRIES + 1)):
-            attempt = self._prepared().attempt
-            if self.settings.retry:
+            attempt, retry = self._prepared().attempt, self.settings.retry and self._spread is None
+            if retry:
                 attempt.begin(inputs, targets)
             try:
                 done = run()
             except Exception as error:
-                if not self.settings.retry or not is_out_of_memory(error):
+                if not retry or not is_out_of_memory(error):
                     raise
                 failure = error
             else:
-                if self.settings.retry:
+                if retry:
                     attempt.end()
                 return done
             try:
@@ -331,8 +341,8 @@ class StagedModel:
             optimizer=self._optimizer,
             lr=self._lr,
             max_grad_norm=self.max_grad_norm,
-            graphs=self.settings.graphs,
             make_streaming=None if plan.streaming is None else partial(open_streaming, plan, self.tiers),
+            **{"graphs": self.settings.graphs} if self._spread is None else self._spread.runs(built, plan),
         )
         self._structure = StructureCheck(self._parts.given, built)
         return runner

@@ -15,7 +15,7 @@ from torch import nn
 from spu.common.interrupts import delayed_interrupts
 from spu.common.options import takes_keywords
 from spu.devices.clock import Elapsed, Mark, mark
-from spu.devices.manager import Device, DeviceManager, default_devices
+from spu.devices.manager import Device
 from spu.devices.tiers import Tiers, parse_tiers
 from spu.engine.generators import generator_states, set_generator_states
 from spu.engine.labels import labelled
@@ -33,6 +33,7 @@ from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.trainer.bridge import StageModule
 from spu.trainer.manual import Parts
+from spu.trainer.spread import placed
 from spu.trainer.staged import StagedModel
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]
@@ -108,7 +109,7 @@ class ModelParallelTrainer(StagedModel):
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             Parts(model),
-            DeviceManager().get_devices(default_devices(devices, settings.residency)),
+            placed(devices, settings),
             settings,
             loss_fn=loss_fn,
             raw_outputs=raw_outputs,
@@ -179,7 +180,7 @@ class ModelParallelTrainer(StagedModel):
         end, places = self._marks(), [device.torch_device for device in self.devices]
         self._last.elapsed = Elapsed(places, began, end)
         elapsed, peaks = Elapsed(places, begin, end), peak_bytes(self.devices)
-        result = StepResult(done.loss, update.grad_norm, scale, update.found_inf, done.counted, elapsed, peaks)
+        result = StepResult(update.loss, update.grad_norm, scale, update.found_inf, done.counted, elapsed, peaks)
         if self._last.done == 2:
             self._look_back()
         return result
@@ -199,7 +200,7 @@ class ModelParallelTrainer(StagedModel):
         done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
         updater = self._prepared().updater
         try:
-            return done, updater.reduce()
+            return done, updater.reduce(done.loss)
         except BaseException:
             updater.clear_gradients()
             raise
@@ -242,10 +243,10 @@ class ModelParallelTrainer(StagedModel):
         inputs, targets = labelled(inputs, targets, shift=self.shift)
         self._set_up(inputs, targets)
         run = partial(self._reduced, inputs, targets, keep_outputs=keep_outputs)
-        done, _ = self._repeated(run, inputs, targets)
+        done, update = self._repeated(run, inputs, targets)
         self._prepared().updater.show(grads=True)
         self.passes_done += 1
-        return done.loss, done.outputs
+        return update.loss, done.outputs
 
     @torch.inference_mode(False)
     def evaluate(self, inputs: Any, targets: Any = None) -> float:

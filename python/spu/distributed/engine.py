@@ -1,0 +1,234 @@
+"""An engine whose stages are in several processes: torch.distributed.pipelining's schedules move the microbatches.
+
+Every process has the whole batch, so a microbatch's number is all that a schedule has to hand out; what crosses
+between two stages is a buffer of fixed size (`spu.distributed.wire`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed import pipelining
+
+from spu import ops
+from spu.common.torch_private import pytree
+from spu.common.tracker import Tally
+from spu.distributed.job import Job
+from spu.distributed.packed_stage import PackedStage
+from spu.distributed.wire import Leaf, Wire
+from spu.engine.engine import MarkedSpan, Recording, Round, StageError
+from spu.engine.graphs import StageGraphs
+from spu.engine.stage import Stage
+from spu.memory.residency import RESIDENT, Residency
+
+__all__ = ["SCHEDULES", "DistributedEngine"]
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": pipelining.ScheduleGPipe,
+    "1f1b": pipelining.Schedule1F1B,
+    "interleaved": pipelining.ScheduleInterleaved1F1B,
+    "zb": pipelining.ScheduleInterleavedZeroBubble,
+    "zbv": pipelining.ScheduleZBVZeroBubble,
+}
+"""Our names of torch's schedules. They run a stage's backwards in the same order as ours."""
+
+_DEFERS = ("zb", "zbv")
+_ONE_STAGE = ("gpipe", "1f1b")
+
+Outputs = Callable[[Any], list[list[Leaf]]]
+"""A microbatch's inputs -> the tensors that each layer hands on."""
+
+
+class _Ready(NamedTuple):
+    """A schedule for runs of one number of microbatches, with buffers of one size."""
+
+    schedule: Any
+    modules: list[PackedStage]
+    sizes: tuple[int, ...]
+
+
+class DistributedEngine:
+    """Runs this process's stages by a schedule of torch.distributed.pipelining.
+
+    Args:
+        stages: of the whole model, in pipeline order; only this process's are run.
+        ranks: the place in the pipeline of each stage's process.
+        codecs: of each boundary.
+        backend: a forced kernel backend, or None.
+        job: the processes.
+        schedule: our name of the schedule.
+        outputs: what crosses, for an example of a microbatch.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        ranks: Sequence[int],
+        *,
+        codecs: Sequence[str | None] = (),
+        backend: str | None = None,
+        job: Job,
+        schedule: str,
+        outputs: Outputs,
+    ) -> None:
+        self.stages, self.ranks, self.backend = list(stages), list(ranks), backend
+        self.graphs: StageGraphs | None = None
+        self.tallies: list[Tally] | None = None
+        self.residencies: list[Residency] = [RESIDENT]
+        self._job, self._schedule, self._outputs = job, schedule, outputs
+        self._codecs = [None if codec == "none" else codec for codec in codecs]
+        self._own = [stage for stage, rank in zip(self.stages, self.ranks) if rank == job.place]
+        self._ready: dict[tuple[int, bool], _Ready] = {}
+        self._needed: dict[Any, list[list[Leaf]]] = {}
+        self._spans: list[MarkedSpan] = []
+        self._sent_bytes = 0
+
+    def run(self, work: Round) -> Recording:
+        """Run a schedule to its end; losses are 0 in processes that do not have the last stage.
+
+        Raises:
+            StageError: a stage of this process failed, or another process did while this one waited for it.
+            ValueError: torch's schedule does not take this number of microbatches.
+        """
+        start = time.perf_counter()
+        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
+            ready = self._for(work)
+            numbers = torch.arange(len(work.inputs))
+            last = self._own[-1].is_last or self._own[0].is_last
+            given = (numbers,) if any(stage.is_first for stage in self._own) else ()
+            for module in ready.modules:
+                module.work = work
+            try:
+                ready.schedule.step(
+                    *given, target=numbers if last and work.train else None, return_outputs=False, microbatch=numbers
+                )
+            except Exception as error:
+                self._ready.clear()  # its messages are half received
+                raise self._blamed(error) from error
+            finally:
+                for module in ready.modules:
+                    module.clear()
+                spans, self._spans[:] = list(self._spans), ()
+        if not last and work.targets is not None:
+            device = self._own[0].device.torch_device
+            work.losses.update({index: torch.zeros((), device=device) for index in range(len(work.inputs))})
+        return Recording(self.stages, self.ranks, start, spans)
+
+    def each(self, task: Callable[[Stage], Any]) -> list[Any]:
+        """Run ``task`` for every stage; those of other processes own nothing here.
+
+        Raises:
+            StageError: a task failed.
+        """
+        results = []
+        for stage in self.stages:
+            try:
+                with ops.use_backend(self.backend):
+                    results.append(task(stage))
+            except Exception as error:
+                raise StageError(stage.index, stage.device.name, None, error) from error
+        return results
+
+    def sent_bytes(self) -> int:
+        """Return the bytes that this process has sent to its neighbours so far."""
+        return self._sent_bytes + sum(module.sent_bytes for ready in self._ready.values() for module in ready.modules)
+
+    def close(self) -> None:
+        """Give back the buffers; the process group is whose it was."""
+        self._ready.clear()
+
+    def _for(self, work: Round) -> _Ready:
+        """Return the schedule for a run, made anew where its buffers would be too small, or twice too large."""
+        wires = self._wires(work.inputs)
+        key = len(work.inputs), work.train
+        ready = self._ready.get(key)
+        fits = ready is not None and all(
+            wire.needed_bytes <= size <= 2 * wire.needed_bytes for wire, size in zip(wires, ready.sizes, strict=True)
+        )
+        if ready is None or not fits:
+            if ready is not None:
+                self._sent_bytes += sum(module.sent_bytes for module in ready.modules)
+            ready = self._ready[key] = self._made(wires, *key)
+        return ready
+
+    def _wires(self, inputs: Sequence[Any]) -> list[Wire]:
+        sample = max(inputs, key=_elements)
+        leaves = [leaf for leaf in pytree.tree_leaves(sample) if isinstance(leaf, torch.Tensor)]
+        key = tuple((tuple(leaf.shape), leaf.dtype, leaf.requires_grad) for leaf in leaves)
+        if key not in self._needed:
+            self._needed = {key: self._outputs(sample)} | dict(itertools.islice(self._needed.items(), 31))
+        outputs, ends = self._needed[key], itertools.accumulate(len(stage.layers) for stage in self.stages[:-1])
+        codecs = self._codecs or [None] * (len(self.stages) - 1)
+        return [Wire(outputs[end - 1], codec, index) for index, (end, codec) in enumerate(zip(ends, codecs))]
+
+    def _made(self, wires: list[Wire], parts: int, train: bool) -> _Ready:
+        modules, made = [], []
+        for stage in self._own:
+            before = None if stage.is_first else wires[stage.index - 1]
+            after = None if stage.is_last else wires[stage.index]
+            module = PackedStage(stage, before, after, self._spans, defer=train and self._schedule in _DEFERS)
+            device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
+            end = torch.empty(1, device="meta").requires_grad_(train)
+            made.append(
+                pipelining.PipelineStage(
+                    module,
+                    stage.index,
+                    len(self.stages),
+                    device,
+                    input_args=number if before is None else before.example(train=train),
+                    output_args=end if after is None else after.example(train=train),
+                    group=self._job.pipeline,
+                    dw_builder=module.weights if train and self._schedule in _DEFERS else None,
+                )
+            )
+            modules.append(module)
+        make = SCHEDULES[self._schedule]
+        # Each microbatch's share, and the loss scale, are in the stage's own backward.
+        try:
+            schedule = make(
+                made[0] if self._schedule in _ONE_STAGE else made,
+                parts,
+                loss_fn=_as_it_is if train else None,
+                scale_grads=False,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"schedule {self._schedule!r} of torch.distributed.pipelining does not take {parts} microbatches over "
+                f"{len(self.stages)} stages: {error} Give another number of microbatches, leave out an epoch's short "
+                "last batch (DataLoader(drop_last=True)), or take schedule='gpipe', which takes any number"
+            ) from error
+        return _Ready(schedule, modules, tuple(wire.size_bytes for wire in wires))
+
+    def _blamed(self, error: BaseException) -> Exception:
+        """Return the stage's own error within torch's, or one that names the wait in which another process was lost."""
+        for cause in _causes(error):
+            if isinstance(cause, StageError):
+                return cause
+        done = self._spans[-1].action if self._spans else None
+        stage = self._own[0] if done is None else self.stages[done.stage]
+        others = ", ".join(f"rank {rank} (stages {stages})" for rank, stages in self._job.neighbours(self.ranks).items())
+        after = "before its first action" if done is None else f"after its action {done}"
+        lost = ConnectionError(
+            f"rank {self._job.rank} waited, {after}, for {others}, which has ended or no longer answers; its own "
+            f"output says why. torch: {type(error).__name__}: {error}"
+        )
+        return StageError(stage.index, stage.device.name, done, lost)
+
+
+def _as_it_is(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+def _elements(inputs: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+

@@ -1,0 +1,180 @@
+"""The processes of a distributed training: which there are, what each has, and what they tell one another.
+
+torchrun starts them and says in environment variables where they meet. A process is a place in a pipeline of stages;
+with several pipelines, each with rows of the batch of its own, a `DeviceMesh` of two dimensions has both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spu.devices.manager import Device, DeviceManager, Spec
+
+__all__ = ["Job"]
+
+
+class Job:
+    """The processes of a training, seen from one of them.
+
+    Args:
+        devices: this process's device, or "auto": the GPU of its number on its machine, or the CPU with as many threads
+            as torch has here.
+        timeout_s: seconds after which a process that waits for another one gives up.
+
+    Attributes:
+        rank, size: of this process, and how many there are.
+        place: in the pipeline.
+        device: this process's.
+        devices: of the pipeline's places, named "rank0", "rank1", ...
+        pipeline: the process group of this pipeline; None: all processes.
+
+    Raises:
+        ValueError: not started by torchrun and in no process group, or more than one device.
+    """
+
+    def __init__(self, devices: Spec = "auto", *, timeout_s: int = 300) -> None:
+        if not dist.is_available():
+            raise ValueError("engine='distributed' needs a torch with torch.distributed; this one was built without")
+        self._joined = False
+        kind = _kind_of(devices)
+        if not dist.is_initialized():
+            if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+                raise ValueError(
+                    "engine='distributed' runs in processes that torchrun starts: torchrun --nproc-per-node 2 "
+                    "script.py; this one was started alone (no RANK and WORLD_SIZE in its environment)"
+                )
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+            self._joined = True
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.place = self.rank
+        self.pipeline: dist.ProcessGroup | None = None
+        self.device = _own_device(devices, self.rank)
+        self.devices: list[Device] = [_Told(*told).device for told in self.gathered(_told(self.device))]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank."""
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, value)
+        return everyones
+
+    def decided(self, make: Callable[[], str]) -> str:
+        """Return what rank 0 makes.
+
+        Raises:
+            ValueError: it failed there; rank 0 itself raises what it met.
+        """
+        box: list[Any] = [None, ""]
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:
+                failure, box[1] = error, f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(box, src=0)
+        if failure is not None:
+            raise failure
+        if box[0] is None:
+            raise ValueError(f"rank 0 could not plan: {box[1]}")
+        return str(box[0])
+
+    def check_alike(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError, in every process, where the processes differ in one of these facts (of JSON)."""
+        everyones = self.gathered(dict(facts))
+        for name in facts:
+            others = [rank for rank, theirs in enumerate(everyones) if theirs.get(name) != everyones[0].get(name)]
+            if others:
+                raise ValueError(
+                    f"rank {others[0]} has another {name} than rank 0: every process must make the same one, with the "
+                    "same seed (torch.manual_seed(...) before the model is made)"
+                )
+
+    def places(self, count: int) -> list[Device]:
+        """Return where the stages of each place are: the others' on this host's CPU, without a stage that runs."""
+        away = [dataclasses.replace(device, torch_device=torch.device("cpu")) for device in self.devices[:count]]
+        return [self.devices[k] if k == self.place else device for k, device in enumerate(away)]
+
+    def neighbours(self, ranks: Sequence[int]) -> dict[int, list[int]]:
+        """Return the ranks that this process exchanges messages with, and the stages of each."""
+        own = {stage for stage, place in enumerate(ranks) if place == self.place}
+        beside = {s + d for s in own for d in (-1, 1) if 0 <= s + d < len(ranks)} - own
+        found: dict[int, list[int]] = {}
+        for stage in sorted(beside):
+            found.setdefault(ranks[stage], []).append(stage)
+        return found
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all processes, the same in each."""
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def close(self) -> None:
+        """Leave the process group, if it was joined here; harmless when called twice."""
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+        self._joined = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the others are told of a device."""
+
+    name: str
+    kind: str
+    index: int | None
+    threads: int
+    memory_bytes: int
+    budget_bytes: int
+    description: str
+
+    @property
+    def device(self) -> Device:
+        place = torch.device(self.kind) if self.index is None else torch.device(self.kind, self.index)
+        return Device(self.name, place, (), self.threads, self.memory_bytes, self.budget_bytes, self.description)
+
+
+def _told(device: Device) -> tuple[Any, ...]:
+    place = device.torch_device
+    return (
+        device.name,
+        place.type,
+        place.index,
+        device.threads,
+        device.memory_bytes,
+        device.budget_bytes,
+        device.description,
+    )
+
+
+def _kind_of(devices: Spec) -> str:
+    if devices != "auto":
+        return "cuda" if "cuda" in str(devices) else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _own_device(devices: Spec, rank: int) -> Device:
+    local, beside = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    automatic = devices == "auto"
+    if automatic and torch.cuda.is_available():
+        devices = f"cuda:{local % torch.cuda.device_count()}"
+    elif automatic:
+        devices = "cpu"
+    found = DeviceManager().get_devices(devices)
+    if len(found) != 1:
+        raise ValueError(
+            f"engine='distributed' has one device in each process, and {len(found)} were given: "
+            f"{', '.join(device.name for device in found)}; leave devices out, or give this process's own"
+        )
+    device = found[0]
+    if device.torch_device.type == "cuda":
+        torch.cuda.set_device(device.torch_device)
+        return dataclasses.replace(device, name=f"rank{rank}")
+    budget = device.budget_bytes // max(1, beside) if automatic else device.budget_bytes
+    return dataclasses.replace(device, name=f"rank{rank}", cores=(), threads=torch.get_num_threads(), budget_bytes=budget)

@@ -1,0 +1,168 @@
+"""A boundary between two processes: each message is one buffer of fixed size, which says what is in it.
+
+torch.distributed.pipelining moves tensors whose shapes do not change, and asks that they be of a floating-point type.
+So a message's tensors, packed or as they are, lie one after the other in bytes that are viewed as fp32: nothing computes
+with them on the way, and every bit arrives, NaNs' too. In front of them stands their description, in JSON. A shorter
+microbatch leaves the end of the buffer unused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spu import ops
+from spu.common.dtypes import STORAGE
+from spu.common.wire import wire_bytes
+from spu.engine.crossing import Layout
+
+__all__ = ["Leaf", "Wire"]
+
+_ALIGN = 64
+_HEADER, _FOR_EACH = 1024, 512
+"""Bytes for a message's description: of the structure, and of each tensor."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that crosses a boundary, before it has values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+class Wire:
+    """Writes and reads the messages of one boundary, in both directions.
+
+    Args:
+        leaves: the tensors of the largest message.
+        codec: packs what has a gradient (`spu.ops.pack`); None: everything crosses as it is.
+        after: the stage before the boundary, for errors.
+        at_least: bytes that a message may take in any case.
+
+    Attributes:
+        needed_bytes: for the largest message.
+        size_bytes: of every message.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], codec: str | None, after: int, at_least: int = 0) -> None:
+        self.codec, self._after = codec, after
+        self.needed_bytes = _HEADER + sum(_FOR_EACH + _padded(self._bytes_of(leaf)) for leaf in leaves)
+        self.size_bytes = _padded(max(self.needed_bytes, at_least))
+
+    def example(self, *, train: bool) -> torch.Tensor:
+        """Return a message without values: its shape and type."""
+        return torch.empty(self.size_bytes // 4, device="meta").requires_grad_(train)
+
+    def write(self, message: tuple[Sequence[torch.Tensor], Layout]) -> torch.Tensor:
+        """Return the buffer of a stage's output, as `spu.engine.crossing.depart` gives it."""
+        tensors, layout = message
+        return self._write(tensors, layout.plain(), activations=True)
+
+    def read(self, buffer: torch.Tensor) -> tuple[list[Any], Layout]:
+        """Return the output that :meth:`write` was given, for `spu.engine.crossing.arrive`."""
+        tensors, layout = self._read(buffer)
+        return tensors, Layout.of(layout)
+
+    def write_gradients(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Return the buffer of the gradients of an output's tensors; None for a tensor without one."""
+        return self._write(gradients, None, activations=False)
+
+    def read_gradients(self, buffer: torch.Tensor) -> list[torch.Tensor | None]:
+        """Return what :meth:`write_gradients` was given."""
+        return self._read(buffer)[0]
+
+    def _bytes_of(self, leaf: Leaf) -> int:
+        if self._packs(leaf):
+            return wire_bytes(leaf.shape, leaf.dtype, self.codec or "")
+        return torch.Size(leaf.shape).numel() * leaf.dtype.itemsize
+
+    def _packs(self, tensor: Leaf | torch.Tensor) -> bool:
+        return self.codec is not None and tensor.dtype in STORAGE and tensor.requires_grad
+
+    def _write(self, tensors: Sequence[torch.Tensor | None], layout: Any, *, activations: bool) -> torch.Tensor:
+        rows: list[Any] = []
+        pieces: list[tuple[int, torch.Tensor]] = []
+        offset = 0
+        for tensor in tensors:
+            if tensor is None:
+                rows.append(None)
+                continue
+            wanted = self.codec is not None and tensor.dtype in STORAGE and (tensor.requires_grad or not activations)
+            value, stride = tensor.detach(), _dense_stride(tensor)
+            if wanted:
+                piece, stride = ops.pack(value, self.codec or ""), None
+            else:
+                piece = _bytes_in_order(value, stride)
+            name = str(tensor.dtype).removeprefix("torch.")
+            rows.append([name, list(tensor.shape), stride, self.codec if wanted else None, offset, piece.numel()])
+            pieces.append((offset, piece))
+            offset += _padded(piece.numel())
+        head = json.dumps([rows, layout], separators=(",", ":")).encode()
+        start = _padded(8 + len(head))
+        self._check_fits(start + offset)
+        device = pieces[0][1].device if pieces else torch.device("cpu")
+        buffer = torch.empty(self.size_bytes // 4, device=device)
+        raw = buffer.view(torch.uint8)
+        front = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
+        raw[: front.numel()].copy_(front)
+        for at, piece in pieces:
+            raw[start + at : start + at + piece.numel()].copy_(piece)
+        raw[start + offset :].zero_()  # what else lies in this memory is nobody's business
+        return buffer
+
+    def _read(self, buffer: torch.Tensor) -> tuple[list[Any], Any]:
+        # .data: views share a version counter, and a layer that changes its input in place would seem to change all.
+        raw = buffer.detach().view(torch.uint8)
+        size = int.from_bytes(bytes(raw[:8].tolist()), "little")
+        rows, layout = json.loads(bytes(raw[8 : 8 + size].cpu().numpy()))
+        start = _padded(8 + size)
+        return [None if row is None else _tensor(raw, start, *row) for row in rows], layout
+
+    def _check_fits(self, needed: int) -> None:
+        if needed > self.size_bytes:
+            raise ValueError(
+                f"what stage {self._after} hands on takes {needed} bytes, and {self.size_bytes} were counted for it: "
+                "its shapes or types depend on values, or later microbatches are larger, which cannot cross to another "
+                "process; pad the batch, or train with engine='local'"
+            )
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _dense_stride(tensor: torch.Tensor) -> list[int] | None:
+    """Return the strides of a tensor that has every element between its first and its last once, but in another order
+    than usual; None for all others, which arrive contiguous.
+    """
+    if tensor.is_contiguous() or not tensor.numel():
+        return None
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return list(tensor.stride())
+
+
+def _bytes_in_order(tensor: torch.Tensor, stride: list[int] | None) -> torch.Tensor:
+    """Return the tensor's bytes, in the order of its memory if it has strides of its own."""
+    flat = tensor.contiguous() if stride is None else tensor.as_strided((tensor.numel(),), (1,))
+    return flat.reshape(-1).view(torch.uint8)
+
+
+def _tensor(
+    raw: torch.Tensor, start: int, name: str, shape: list[int], stride: Any, codec: str | None, at: int, size: int
+) -> torch.Tensor:
+    dtype: torch.dtype = getattr(torch, name)
+    piece = raw[start + at : start + at + size]
+    if codec is not None:
+        return ops.unpack(piece, shape, dtype, codec=codec)
+    values = piece.view(dtype).data
+    return values.view(shape) if stride is None else values.as_strided(shape, stride)

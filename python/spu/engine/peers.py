@@ -1,0 +1,34 @@
+"""The other processes of a training, where its stages are in several: what the end of a step has to hear from them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+__all__ = ["Peers"]
+
+
+class Peers(Protocol):
+    """The other processes, seen from one; `spu.distributed.peers.PipelinePeers` is one.
+
+    Attributes:
+        own: indices of the stages that are in this process.
+    """
+
+    own: frozenset[int]
+
+    def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of squares of every stage, and the loss, the same in each process.
+
+        Args:
+            sums: fp64, one for each stage; 0 for those of other processes.
+            loss: fp32, 0-dimensional; this process's part.
+            trained: a parameter of this process has a gradient.
+
+        Raises:
+            RuntimeError: none has in any process.
+        """
+
+    def total(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return a loss of which each process has a part."""

@@ -1,0 +1,123 @@
+"""What a trainer does otherwise where its stages are in several processes (``engine="distributed"``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.torch_version import TorchVersion
+
+from spu.common.dtypes import DTYPES
+from spu.cost.boundary import layer_outputs
+from spu.devices.manager import Device, DeviceManager, Spec, default_devices
+from spu.distributed.engine import SCHEDULES, DistributedEngine
+from spu.distributed.job import Job
+from spu.distributed.peers import PipelinePeers
+from spu.distributed.wire import Leaf
+from spu.engine.base import base_record
+from spu.engine.build import BuiltStages
+from spu.model.layers import Layer
+from spu.plan import Plan
+from spu.settings import AUTO, TrainSettings
+
+__all__ = ["Spread", "placed"]
+
+
+def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread | None]:
+    """Return a trainer's devices, in pipeline order, and the processes where its stages are in several.
+
+    Raises:
+        ValueError: an unknown device, or as `Spread`.
+    """
+    if settings.engine == "local":
+        return DeviceManager().get_devices(default_devices(devices, settings.residency)), None
+    spread = Spread(devices, settings)
+    return spread.devices(), spread
+
+
+class Spread:
+    """The processes of a training, as its trainer uses them. Every one makes the same model and gives the same batches.
+
+    Args:
+        devices: this process's device, or "auto".
+        settings: of the training.
+
+    Raises:
+        ValueError: a setting that needs all stages in one process, or no processes are there.
+    """
+
+    def __init__(self, devices: Spec, settings: TrainSettings) -> None:
+        refused = {
+            "residency": settings.residency not in (AUTO, "resident"),
+            "replan": settings.replan,
+            "graphs": settings.graphs == "on",
+            "schedule": settings.schedule not in SCHEDULES,
+            "microbatches": settings.microbatches == AUTO,
+        }
+        for name in (name for name, wrong in refused.items() if wrong):
+            raise ValueError(
+                f"engine='distributed' does not go with {name}={getattr(settings, name)!r}: "
+                + {
+                    "residency": "its layers stay on their devices; leave it out",
+                    "replan": "layers do not move between processes; leave it out",
+                    "graphs": "its stages run eagerly; leave it out",
+                    "schedule": f"give one of {', '.join(map(repr, SCHEDULES))}",
+                    "microbatches": "give their number",
+                }[name]
+            )
+        if settings.schedule == "zbv" and TorchVersion(torch.__version__) < "2.13":
+            raise ValueError(
+                f"schedule='zbv' with engine='distributed' needs torch 2.13 or later, this is {torch.__version__}: "
+                "earlier ones send between the two stages of one process over gloo, which cannot; take 'zb'"
+            )
+        self.job = Job(devices)
+        self._settings = settings
+
+    def devices(self) -> list[Device]:
+        """Return the places of the pipeline; those of other processes as names alone."""
+        return self.job.places(len(self.job.devices))
+
+    def plan(self, make: Callable[[], Plan], layers: Sequence[Layer]) -> Plan:
+        """Return the plan that rank 0 makes, in every process.
+
+        Raises:
+            ValueError: the processes have other models or settings, or rank 0 could not plan.
+        """
+        record = base_record({name: p.detach() for layer in layers for name, p in layer.named_parameters()})
+        self.job.check_alike(
+            {
+                "model (names and shapes of its parameters)": record["form"],
+                "set of initial weights": record["values"],
+                "settings of the training": repr(self._settings),
+            }
+        )
+        return Plan.from_json(self.job.decided(lambda: make().to_json()))
+
+    def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
+        """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here.
+
+        Raises:
+            ValueError: a parameter is in stages of several processes.
+        """
+        ranks = [plan.devices.index(stage.device) for stage in plan.stages]
+        peers = PipelinePeers(self.job, ranks)
+        for use in built.tied:
+            if ranks[use.stage] != ranks[use.owner_stage]:
+                name = next((n for n, p in built.owned[use.owner_stage].items() if p is use.owner), "a parameter")
+                raise ValueError(
+                    f"{name} is used in stages {use.owner_stage} and {use.stage}, which are in two processes: "
+                    "engine='distributed' does not tie weights over processes; untie it, or train with engine='local'"
+                )
+        for index in range(len(built.owned)):
+            if index not in peers.own:
+                built.owned[index] = {}
+        layers = [layer for stage in built.stages for layer in stage.layers]
+        dtype, fused = DTYPES[plan.settings.precision], plan.settings.fused
+
+        def outputs(sample: Any) -> list[list[Leaf]]:
+            return [[Leaf(*leaf) for leaf in own] for own in layer_outputs(layers, sample, dtype, fused=fused)]
+
+        engine = partial(DistributedEngine, job=self.job, schedule=plan.settings.schedule, outputs=outputs)
+        return {"engine": engine, "peers": peers, "graphs": "off"}
