@@ -57,7 +57,6 @@ def model_costs(
     targets: Any = None,
     device_type: str = "cpu",
     deferred: bool = True,
-    outputs: list[Any] | None = None,
 ) -> tuple[list[LayerCost], LayerCost | None]:
     """Return costs of layers that are run one after the other, and of the loss if there are targets.
 
@@ -72,7 +71,6 @@ def model_costs(
             logits, the last layer's cost is that of both, and the loss has none.
         device_type: of the device that runs the last layer.
         deferred: count what deferred weight gradients keep, too; for a schedule without them that takes time in vain.
-        outputs: gets every layer's output, on fakes.
 
     Raises:
         ValueError: there are no layers; or one of a model without values cannot be run on fakes: the message names it.
@@ -103,8 +101,6 @@ def model_costs(
             own = dataclasses.replace(found[0], name=layer.name)
             costs.append(_counted_once(own, layer.module, owners, len(costs)))
             x = found[1]
-            if outputs is not None and index < len(layers):
-                outputs.append(x)
             if index == len(layers) - 1 and counter.has_loss:
                 costs.append(LayerCost(name="loss", input_bytes=4, output_bytes=4))
                 break

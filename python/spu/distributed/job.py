@@ -177,4 +177,6 @@ def _own_device(devices: Spec, rank: int) -> Device:
         torch.cuda.set_device(device.torch_device)
         return dataclasses.replace(device, name=f"rank{rank}")
     budget = device.budget_bytes // max(1, beside) if automatic else device.budget_bytes
-    return dataclasses.replace(device, name=f"rank{rank}", cores=(), threads=torch.get_num_threads(), budget_bytes=budget)
+    return dataclasses.replace(
+        device, name=f"rank{rank}", cores=(), threads=torch.get_num_threads(), budget_bytes=budget
+    )

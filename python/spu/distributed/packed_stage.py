@@ -1,8 +1,8 @@
 """A stage as torch.distributed.pipelining takes it: a module from one buffer to the next.
 
 To autograd the whole stage is one function. Its forward unpacks the buffer, runs the stage and packs what goes on; its
-backward runs the stage's own backward, within the loss scale's scope and with the layers' random draws, as the engine of
-one process does. So nothing of a stage depends on which engine runs it.
+backward runs the stage's own backward, within the loss scale's scope and with the layers' random draws, as the engine
+of one process does. So nothing of a stage depends on which engine runs it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A boundary between two processes: each message is one buffer of fixed size, which says what is in it.
 
 torch.distributed.pipelining moves tensors whose shapes do not change, and asks that they be of a floating-point type.
-So a message's tensors, packed or as they are, lie one after the other in bytes that are viewed as fp32: nothing computes
-with them on the way, and every bit arrives, NaNs' too. In front of them stands their description, in JSON. A shorter
-microbatch leaves the end of the buffer unused.
+So a message's tensors, packed or as they are, lie one after the other in bytes that are viewed as fp32: nothing
+computes with them on the way, and every bit arrives, NaNs' too. In front of them stands their description, in JSON. A
+shorter microbatch leaves the end of the buffer unused.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+
+    def plain(self) -> list[Any]:
+        """Return it as JSON."""
+        return [list(self.shape), str(self.dtype).removeprefix("torch."), self.requires_grad]
+
+    @staticmethod
+    def of(plain: Sequence[Any]) -> Leaf:
+        """Return what :meth:`plain` has written down."""
+        shape, dtype, requires_grad = plain
+        return Leaf(tuple(shape), getattr(torch, dtype), requires_grad)
 
 
 class Wire:

@@ -63,20 +63,22 @@ class Layout:
     @staticmethod
     def of(plain: Mapping[str, Any]) -> Layout:
         """Return the layout that :meth:`plain` has written down."""
-        leaves = [
-            _Index(leaf["of"])
-            if "of" in leaf
-            else View(**{key: tuple(v) if isinstance(v, list) else v for key, v in leaf["view"].items()})
-            if "view" in leaf
-            else leaf["value"]
-            for leaf in plain["leaves"]
-        ]
+        leaves = [_leaf(leaf) for leaf in plain["leaves"]]
         return Layout(leaves, pytree.treespec_loads(plain["spec"]), [_Kind(**kind) for kind in plain["kinds"]])
 
 
 @dataclass(frozen=True)
 class _Index:
     of: int
+
+
+def _leaf(plain: Mapping[str, Any]) -> Any:
+    if "of" in plain:
+        return _Index(plain["of"])
+    if "view" not in plain:
+        return plain["value"]
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in plain["view"].items()}
+    return View(**values)
 
 
 def _plain(leaf: Any) -> dict[str, Any]:

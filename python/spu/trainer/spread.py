@@ -113,11 +113,13 @@ class Spread:
         for index in range(len(built.owned)):
             if index not in peers.own:
                 built.owned[index] = {}
-        layers = [layer for stage in built.stages for layer in stage.layers]
+        layers = [layer for stage in built.stages[:-1] for layer in stage.layers]
+        ends = [stage.layers[1] for stage in plan.stages[:-1]]
         dtype, fused = DTYPES[plan.settings.precision], plan.settings.fused
 
         def outputs(sample: Any) -> list[list[Leaf]]:
-            return [[Leaf(*leaf) for leaf in own] for own in layer_outputs(layers, sample, dtype, fused=fused)]
+            found = layer_outputs(layers, sample, dtype, fused=fused) if layers else []
+            return [[Leaf(*leaf) for leaf in found[end - 1]] for end in ends]
 
         engine = partial(DistributedEngine, job=self.job, schedule=plan.settings.schedule, outputs=outputs)
         return {"engine": engine, "peers": peers, "graphs": "off"}

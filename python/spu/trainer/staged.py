@@ -364,6 +364,8 @@ class StagedModel:
     def _readable(self) -> Runner:
         """Return the runner after a check that its state is complete and belongs to this trainer and this model."""
         runner = self._prepared()
+        if self._spread is not None and self._spread.job.size > 1:
+            raise RuntimeError("the trained state is in several processes: engine='distributed' does not save it yet")
         assert self._structure is not None
         runner.updater.check_own()
         runner.updater.check_whole()
