@@ -1,14 +1,15 @@
 """The compiled parts: the extensions, their flags, and a build_ext command that runs ninja.
 
 ``spu._C``     csrc/cpu/*.cpp. Tensor kernels over LibTorch's stable ABI and Python's limited API (abi3): one binary
-               for torch 2.11 and later and CPython 3.10 and later. Files named ``*_avx2.cpp`` and ``*_avx512.cpp``
-               get their instruction set, all others the baseline, so that the choice is made at run time by cpuid.
+               for torch 2.11 and later and CPython 3.10 and later. Files named ``*_avx2.cpp``, ``*_avx512.cpp`` and so
+               on get their instruction set, all others the baseline, so that the choice is made at run time by cpuid.
 ``spu._host``  csrc/host/*.cpp. pybind11 module over plain C++, one binary per CPython version.
 ``spu._cuda``  csrc/cuda/*.cu and *.cpp, where nvcc and a GPU are or SPU_CUDA=1 asks for it: see spu_cuda.py.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 
 
@@ -54,9 +56,23 @@ def isa_flags(source: str) -> list[str]:
     return next((flags for suffix, flags in ISA_FLAGS.items() if stem.endswith(suffix)), [])
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Tell whether the compiler knows the tiles of AMX (g++ 11, clang 12); without, ``*_amx.cpp`` are left out."""
+    compiler = find_compiler()
+    if compiler is None or not IS_X86:
+        return False
+    asked = [*compiler, "-mamx-tile", "-mamx-bf16", "-x", "c++", "-fsyntax-only", os.devnull]
+    known = subprocess.run(asked, capture_output=True).returncode == 0
+    if not known:
+        say(f"{compiler[0]} does not know -mamx-tile and -mamx-bf16: the kernels for AMX are left out")
+    return known
+
+
 def _sources(folder: str) -> list[str]:
     found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / folder).glob("*.cpp"))
-    return [source for source in found if IS_X86 or not isa_flags(source)]
+    found = [source for source in found if IS_X86 or not isa_flags(source)]
+    return [source for source in found if not source.endswith("_amx.cpp") or has_amx()]
 
 
 def _building() -> bool:
@@ -141,7 +157,7 @@ def _flags(extension: Extension) -> tuple[list[str], list[str]]:
     """Return (compiler flags, linker flags) of one extension."""
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     if extension.name == "spu._C":
-        return COMMON_FLAGS + stable_flags(), [*link, *torch_link_flags()]
+        return [*COMMON_FLAGS, f"-DSPU_AMX={int(has_amx())}", *stable_flags()], [*link, *torch_link_flags()]
     pybind_folder = module_folder("pybind11")
     assert pybind_folder is not None
     return [*COMMON_FLAGS, f"-isystem{pybind_folder / 'include'}", python_include()], link

@@ -1,12 +1,14 @@
 """Every instruction set of spu._C, also those that this machine would not choose or cannot run.
 
 The narrower ones are forced by SPU_CPU_ISA in a subprocess that runs test_cpu_kernels.py. The AVX-512 kernels are
-compiled from the same sources with plain arithmetic on 64-byte vectors for their instructions, and run that way.
+compiled from the same sources with plain arithmetic on 64-byte vectors for their instructions, those for AMX with tiles
+in memory besides, and run that way.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,30 +25,30 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
-WIDE = [("kernels_avx2", AVX2), ("kernels_avx512", AVX512), ("kernels_avx512bf16", [*AVX512, "-mavx512bf16"])]
+AMX = ["-mamx-tile", "-mamx-bf16"]
+
+WIDE = [
+    ("kernels_avx2", AVX2),
+    ("kernels_avx512", AVX512),
+    ("kernels_avx512bf16", [*AVX512, "-mavx512bf16"]),
+    ("kernels_amx", [*AVX512, *AMX]),
+]
 
 _C = pytest.importorskip("spu._C", reason="spu._C is not built here")
-LEVELS = ["scalar", "avx2", "avx512", "avx512bf16"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None or not (CSRC / "cpu").is_dir(), reason="needs g++ and the sources in csrc/"
 )
 
 
-def run_kernel_tests(env: dict[str, str]) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_cpu_kernels.py",
-        "tests/test_cpu_wire_and_optimizer.py",
-        "tests/test_cpu_fused.py",
-        "tests/test_cpu_attention.py",
-    ]
-    command += ["-k", "not direct_callers and not python_threads"]  # the same code at every level
+EVERYTHING = ["kernels", "wire_and_optimizer", "fused", "attention"]
+
+
+def run_kernel_tests(env: dict[str, str], files: list[str] = EVERYTHING, without: str = "") -> None:
+    """Run tests/test_cpu_*.py in a process of their own, but for tests whose names contain one of ``without``."""
+    names = ["direct_callers", "python_threads", *without.split()]  # the same code at every level, and more
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [f"tests/test_cpu_{name}.py" for name in files] + ["-k", f"not ({' or '.join(names)})"]
     # one thread: on a busy machine the waiting of a second one is most of the time
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -65,7 +67,9 @@ def test_isa_is_the_widest_unless_forced() -> None:
     if "SPU_CPU_ISA" not in os.environ:
         cpuinfo = Path("/proc/cpuinfo")
         flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-        if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}:
+        if flags >= {"avx512f", "amx_tile", "amx_bf16"} and chosen({"SPU_CPU_ISA": "amx"}).returncode == 0:
+            assert _C.isa() == "amx"
+        elif flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}:
             assert _C.isa() == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
         elif flags >= {"avx2", "fma", "f16c"}:
             assert _C.isa() == "avx2"
@@ -76,6 +80,14 @@ def test_isa_is_the_widest_unless_forced() -> None:
     assert "ValueError: SPU_CPU_ISA=sse9" in wrong.stderr
 
 
+def test_amx_works_or_says_what_is_missing() -> None:
+    asked = chosen({"SPU_CPU_ISA": "amx"})
+    if asked.returncode == 0:
+        assert asked.stdout.strip() == "amx"
+    else:
+        assert re.search("ValueError: SPU_CPU_ISA=amx: .*(AMX|amx).*; unset it to let spu choose", asked.stderr)
+
+
 @pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
 def test_narrower_instruction_sets(level: str) -> None:
     if LEVELS.index(level) >= LEVELS.index(_C.isa()):
@@ -83,12 +95,26 @@ def test_narrower_instruction_sets(level: str) -> None:
     run_kernel_tests({"SPU_CPU_ISA": level})
 
 
-@needs_compiler
-def test_avx512_kernels_without_avx512(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not (TORCH / "include/torch/csrc/stable/library.h").exists():
         pytest.skip("needs torch's stable ABI headers")
-    build_emulated(tmp_path)
-    run_kernel_tests({"SPU_TEST_LIBRARY": str(tmp_path / "_C.so")})
+    folder = tmp_path_factory.mktemp("emulated")
+    build_emulated(folder)
+    return str(folder / "_C.so")
+
+
+@needs_compiler
+def test_avx512_kernels_without_avx512(emulated: str) -> None:
+    run_kernel_tests({"SPU_TEST_LIBRARY": emulated})
+
+
+@needs_compiler
+def test_amx_kernels_without_amx(emulated: str) -> None:
+    products = ["amx", "kernels", "fused"]
+    # the AVX-512 kernels, which the test above has run
+    others = "float32 every_fp16 unscale test_dz gated_strides found_inf_sees"
+    run_kernel_tests({"SPU_TEST_LIBRARY": emulated, "SPU_CPU_ISA": "amx"}, products, others)
 
 
 def build_emulated(folder: Path) -> None:
@@ -103,7 +129,8 @@ def build_emulated(folder: Path) -> None:
     unity.write_text("#include <Python.h>\n" + "".join(f'#include "{path}"\n' for path in others))
     objects, running = [], []
     # The table with pairs of bf16: fp16, fp32 and chained products of odd length go the way of plain AVX-512.
-    for source, extra in ((CSRC / "cpu/kernels_avx512bf16.cpp", registers), (unity, [])):
+    wide = [(CSRC / f"cpu/kernels_{name}.cpp", registers) for name in ("avx512bf16", "amx")]
+    for source, extra in (*wide, (unity, [])):
         objects.append(folder / f"{source.stem}.o")
         command = ["g++", *FLAGS, *defines, *includes, *extra, "-c", str(source), "-o", str(objects[-1])]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -126,7 +153,10 @@ def test_wide_objects_share_no_inline_function(source: str, flags: list[str], tm
     made = tmp_path / "kernels.o"
     # -O0 keeps every function that inlining would hide
     command = ["g++", *FLAGS, "-O0", *flags, "-c", str(CSRC / f"cpu/{source}.cpp"), "-o", str(made)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if "unrecognized command-line option" in compiled.stderr and source == "kernels_amx":
+        pytest.skip("this g++ does not know AMX")
+    assert compiled.returncode == 0, compiled.stderr[-4000:]
     listed = subprocess.run(["nm", "-C", str(made)], check=True, capture_output=True, text=True).stdout
     weak = [line for line in listed.splitlines() if " W " in line]  # functions; weak data (V) holds no instructions
     # names that hold this instruction set's namespace, or its vector type, exist in this object alone

@@ -1,5 +1,5 @@
 // Which kernels run here: the widest instructions that the CPU and the operating system offer, or a narrower set
-// named by SPU_CPU_ISA (scalar, avx2, avx512, avx512bf16).
+// named by SPU_CPU_ISA (scalar, avx2, avx512, avx512bf16, amx).
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,6 +9,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if !defined(SPU_X86)
 #if defined(__x86_64__)
@@ -16,6 +20,10 @@
 #else
 #define SPU_X86 0
 #endif
+#endif
+// Whether kernels_amx.cpp is in this build: its compiler may not have known the instructions.
+#if !defined(SPU_AMX)
+#define SPU_AMX SPU_X86
 #endif
 
 namespace spu {
@@ -56,6 +64,27 @@ bool has_avx512bf16() {
 #endif
 }
 
+// Why the tiles of AMX cannot be used, or null. They are 8 KB of registers: the system must be able to save them, and
+// Linux gives them to a process that asks (all its threads, and those to come).
+const char* lacks_amx() {
+#if SPU_AMX && SPU_X86 && defined(__linux__)
+  unsigned a, b, c, d;
+  const bool cpu = has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+  if (!cpu) return "this CPU lacks AMX-TILE or AMX-BF16";
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));  // what the system saves; AVX-512 implies that it can be asked
+  if ((a >> 17 & 3) != 3) return "the operating system does not save the tiles of AMX";
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, request, tile_data) != 0) {
+    return "the kernel did not permit the tiles of AMX (arch_prctl(ARCH_REQ_XCOMP_PERM); Linux has it from 5.16 on)";
+  }
+  return nullptr;
+#elif SPU_X86 && defined(__linux__)
+  return "spu was built by a compiler that does not know -mamx-tile and -mamx-bf16 (g++ 11 and clang 12 do)";
+#else
+  return "AMX needs Linux on x86-64";
+#endif
+}
+
 [[noreturn]] void cannot(const std::string& asked, const char* why) {
   throw std::invalid_argument("SPU_CPU_ISA=" + asked + ": " + why + "; unset it to let spu choose");
 }
@@ -78,7 +107,18 @@ const KernelTable& choose() {
     return avx512bf16_kernels();
   }
 #endif
-  if (!asked.empty()) cannot(asked, "known here are scalar, avx2, avx512 and avx512bf16 (all but the first on x86-64)");
+  if (asked == "amx") {
+    if (const char* why = lacks_amx()) cannot(asked, why);
+#if SPU_AMX
+    return amx_kernels();
+#endif
+  }
+  if (!asked.empty()) {
+    cannot(asked, "known here are scalar, avx2, avx512, avx512bf16 and amx (all but the first on x86-64)");
+  }
+#if SPU_AMX
+  if (!lacks_amx()) return amx_kernels();
+#endif
 #if SPU_X86
   if (has_avx512bf16()) return avx512bf16_kernels();
   if (has_avx512()) return avx512_kernels();
@@ -87,12 +127,36 @@ const KernelTable& choose() {
   return generic_kernels();
 }
 #else
+// A test's build: all of AVX-512's kernels and the pairs of bf16 besides; or the tiles, and those beneath.
 const KernelTable& choose() {
-  return avx512bf16_kernels();
-}  // a test's build, which has no others: all of AVX-512's kernels, and the pairs of bf16 besides
+  const char* variable = std::getenv("SPU_CPU_ISA");
+  return variable && std::string(variable) == "amx" ? amx_kernels() : avx512bf16_kernels();
+}
 #endif
 
+// By Type. A panel is 32 rows and 32 deep: from half of that on the tiles are ahead by the figures of packing and of
+// products (docs/cpu_kernels.md). An emulated build gives the tiles whatever it can.
+#if defined(SPU_EMULATE_AVX512)
+constexpr TileRule kFirstRule = {1, 1, 1};
+#else
+constexpr TileRule kFirstRule = {16, 16, 16};
+#endif
+TileRule rules[] = {kFirstRule, kFirstRule, kFirstRule};
+
 }  // namespace
+
+TileRule tile_rule(Type type) {
+  const TileRule& rule = rules[static_cast<int>(type)];
+  return {__atomic_load_n(&rule.rows, __ATOMIC_RELAXED), __atomic_load_n(&rule.columns, __ATOMIC_RELAXED),
+          __atomic_load_n(&rule.depth, __ATOMIC_RELAXED)};
+}
+
+void set_tile_rule(Type type, const TileRule& rule) {
+  TileRule& kept = rules[static_cast<int>(type)];
+  __atomic_store_n(&kept.rows, rule.rows, __ATOMIC_RELAXED);
+  __atomic_store_n(&kept.columns, rule.columns, __ATOMIC_RELAXED);
+  __atomic_store_n(&kept.depth, rule.depth, __ATOMIC_RELAXED);
+}
 
 const KernelTable& kernels() {
   static const KernelTable& chosen = choose();

@@ -110,8 +110,9 @@ static const float* pack_b(const Gemm& g, const TaskColumns& t) {
 
 // The lines that the epilogue of a micro-tile will touch, asked for before they are needed.
 SPU_INLINE void prefetch_target(const Gemm& g, int64_t row, int64_t column, int64_t rows) {
-  const char* at = g.target + (row * g.p->n + column) * g.target_size;
-  const int64_t bytes = kNR * g.target_size, stride = g.p->n * g.target_size;
+  const int64_t length = row_length(*g.p);
+  const char* at = g.target + ((g.p->c_row + row) * length + g.p->c_column + column) * g.target_size;
+  const int64_t bytes = kNR * g.target_size, stride = length * g.target_size;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + i * stride + b, 0, 2);
   }
@@ -137,7 +138,8 @@ static void row_block(const Gemm& g, const TaskColumns& t, int64_t i0, int64_t i
     }
   }
   if (g.last()) {
-    g.epilogue(*g.e, {c, c + t.panels * kNR, ldc, g.m0 + i0, g.n0 + t.j0, least(i1, g.ms) - i0, t.columns, g.p->n});
+    const int64_t row = g.p->c_row + g.m0 + i0, column = g.p->c_column + g.n0 + t.j0;
+    g.epilogue(*g.e, {c, c + t.panels * kNR, ldc, row, column, least(i1, g.ms) - i0, t.columns, row_length(*g.p)});
   }
 }
 
@@ -162,7 +164,8 @@ static void empty_sums(const cpu::Product& p, const cpu::Epilogue& e) {
   const TileEpilogue epilogue = choose_epilogue(e);
   for (int64_t i = 0; i < p.m; ++i) {
     for (int64_t j = 0; j < p.n; j += kTaskColumns) {
-      epilogue(e, {zeros, zeros, kTaskColumns, i, j, 1, least(kTaskColumns, p.n - j), p.n});
+      const int64_t columns = least(kTaskColumns, p.n - j);
+      epilogue(e, {zeros, zeros, kTaskColumns, p.c_row + i, p.c_column + j, 1, columns, row_length(p)});
     }
   }
 }

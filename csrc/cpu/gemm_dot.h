@@ -54,7 +54,7 @@ static void dot_task(void* context, int64_t begin, int64_t end) {
     const int64_t columns = least(kDotColumns, g.p->n - j0);
     dot_any(g, g.p->b, j0, columns, c[0]);
     if (g.p->b2) dot_any(g, *g.p->b2, j0, columns, c[1]);
-    g.epilogue(*g.e, {c[0], c[1], kDotColumns, 0, j0, g.p->m, columns, g.p->n});
+    g.epilogue(*g.e, {c[0], c[1], kDotColumns, g.p->c_row, g.p->c_column + j0, g.p->m, columns, row_length(*g.p)});
   }
 }
 

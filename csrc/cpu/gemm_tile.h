@@ -14,6 +14,10 @@ struct Tile {
   int64_t ldc, row, col, rows, cols, n;
 };
 
+SPU_INLINE int64_t row_length(const cpu::Product& p) {
+  return p.c_length ? p.c_length : p.n;
+}
+
 using TileEpilogue = void (*)(const cpu::Epilogue& e, const Tile& t);
 
 // Calls body(j, left) for the vectors of a row; left < kLanes marks a last, partial one.

@@ -36,11 +36,13 @@ struct Operand {
 };
 
 // C [m, n] = A [m, k] B [k, n]. With b2 alone a twin C2 = A B2 is made beside C; with a2 and b2 the second product,
-// of the same sizes, is added to the first: C = A B + A2 B2.
+// of the same sizes, is added to the first: C = A B + A2 B2. The epilogue's matrices hold C at (c_row, c_column), a
+// multiple of kStatColumns, in rows of c_length; 0: of n.
 struct Product {
   int64_t m, n, k;
   Operand a, b;
   const Operand *a2, *b2;
+  int64_t c_row = 0, c_column = 0, c_length = 0;
 };
 
 // Softmax statistics are kept per group of this many columns, whatever the threads are.
@@ -58,7 +60,7 @@ struct Epilogue {
   };
   Kind kind;
 
-  // Matrices have leading dimension n.
+  // Matrices have the product's c_length as leading dimension.
   const void* bias;  // [n] or null
   void* out;
   void* preact;  // or null
@@ -196,11 +198,20 @@ struct KernelTable {
 
 const KernelTable& kernels();  // the one chosen for this machine, once
 
+// The least product that AMX tiles take, by the operands' type; what is smaller in one dimension is the AVX-512
+// kernel's. fp32 never is the tiles'. May be set while products run.
+struct TileRule {
+  int64_t rows, columns, depth;
+};
+TileRule tile_rule(Type type);
+void set_tile_rule(Type type, const TileRule& rule);
+
 // Defined where compiled.
 const KernelTable& generic_kernels();
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();
 const KernelTable& avx512bf16_kernels();
+const KernelTable& amx_kernels();
 
 }  // namespace cpu
 }  // namespace spu

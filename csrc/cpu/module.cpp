@@ -4,6 +4,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 
@@ -34,9 +36,46 @@ PyObject* isa(PyObject*, PyObject*) {
   }
 }
 
+// The type named "bf16" or "fp16"; an exception, and false, for any other.
+bool tile_type(const char* name, spu::Type* type) {
+  const std::string asked = name;
+  *type = asked == "fp16" ? spu::Type::fp16 : spu::Type::bf16;
+  if (asked == "fp16" || asked == "bf16") return true;
+  PyErr_Format(PyExc_ValueError, "tiles multiply bf16 and fp16, not %s", name);
+  return false;
+}
+
+PyObject* tile_rule(PyObject*, PyObject* arguments) {
+  const char* name = nullptr;
+  spu::Type type;
+  if (!PyArg_ParseTuple(arguments, "s", &name) || !tile_type(name, &type)) return nullptr;
+  const spu::cpu::TileRule rule = spu::cpu::tile_rule(type);
+  return Py_BuildValue("(LLL)", static_cast<long long>(rule.rows), static_cast<long long>(rule.columns),
+                       static_cast<long long>(rule.depth));
+}
+
+PyObject* set_tile_rule(PyObject*, PyObject* arguments) {
+  const char* name = nullptr;
+  spu::Type type;
+  long long rows, columns, depth;
+  if (!PyArg_ParseTuple(arguments, "sLLL", &name, &rows, &columns, &depth) || !tile_type(name, &type)) return nullptr;
+  if (rows < 1 || columns < 1 || depth < 1) {
+    return PyErr_Format(PyExc_ValueError, "a tile rule's sizes must be positive, got (%lld, %lld, %lld)", rows, columns,
+                        depth);
+  }
+  spu::cpu::set_tile_rule(type, {rows, columns, depth});
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
-     "isa() -> str: the instruction set in use, 'avx512', 'avx2' or 'scalar' (SPU_CPU_ISA forces a narrower one)."},
+     "isa() -> str: the instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'. SPU_CPU_ISA forces "
+     "one."},
+    {"tile_rule", tile_rule, METH_VARARGS,
+     "tile_rule(dtype) -> (rows, columns, depth): the least product of 'bf16' or 'fp16' operands that the kernels of "
+     "'amx' give to tiles; what is smaller in one dimension is the AVX-512 kernel's."},
+    {"set_tile_rule", set_tile_rule, METH_VARARGS,
+     "set_tile_rule(dtype, rows, columns, depth): change tile_rule for this process, also while products run."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

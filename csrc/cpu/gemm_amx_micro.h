@@ -1,0 +1,98 @@
+// The micro-kernel on tiles: 32 x 32 of C in four accumulator tiles. Included in the namespace of an instruction set.
+#pragma once
+
+#include "cpu/gemm_amx_pack.h"
+
+namespace spu {
+namespace SPU_ISA_NS {
+
+// Which part of A meets which of B. One: bf16. Three: fp16 without lo * lo. Four: fp16 in full. The smallest products
+// come first, and from one to the next only one side is loaded anew.
+enum class Chain { one, three, four };
+
+struct PartPair {
+  int a, b;
+};
+template <Chain>
+struct Order {
+  static constexpr int parts = 1, count = 1;
+  static constexpr PartPair pairs[] = {{0, 0}};
+};
+template <>
+struct Order<Chain::three> {
+  static constexpr int parts = 2, count = 3;
+  static constexpr PartPair pairs[] = {{0, 1}, {0, 0}, {1, 0}};
+};
+template <>
+struct Order<Chain::four> {
+  static constexpr int parts = 2, count = 4;
+  static constexpr PartPair pairs[] = {{1, 1}, {0, 1}, {0, 0}, {1, 0}};
+};
+
+// Memory that is asked for while tiles are multiplied: `rows` rows, the lines of up to 128 bytes of each.
+struct Ahead {
+  const char* at;
+  int64_t stride, rows, bytes;
+};
+
+template <bool Stream>
+SPU_INLINE void load_left(const uint16_t* a) {
+  if constexpr (Stream) {
+    tile_stream<4>(a, 64), tile_stream<5>(a + kTileValues, 64);
+  } else {
+    tile_load<4>(a, 64), tile_load<5>(a + kTileValues, 64);
+  }
+}
+
+// The I-th product of parts of one step of k, and those after it.
+template <Chain C, bool Stream, int I = 0>
+SPU_INLINE void multiply_step(const uint16_t* a, const uint16_t* b) {
+  using Parts = Order<C>;
+  constexpr PartPair now = Parts::pairs[I], before = I ? Parts::pairs[I - 1] : PartPair{-1, -1};
+  if constexpr (now.b != before.b) {
+    const uint16_t* right = b + now.b * 2 * kTileValues;
+    tile_stream<6>(right, 64), tile_stream<7>(right + kTileValues, 64);
+  }
+  if constexpr (now.a != before.a) load_left<Stream>(a + now.a * 2 * kTileValues);
+  tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  if constexpr (I + 1 < Parts::count) multiply_step<C, Stream, I + 1>(a, b);
+}
+
+// c [32, 32] += sums [32, 32]. Adding blocks of k so, and not in one chain, keeps the rounding of long sums that of
+// a block's.
+SPU_INLINE void add_sums(float* c, int64_t ldc, const float* sums) {
+  for (int64_t i = 0; i < kPanelRows; ++i, c += ldc, sums += kPanelRows) {
+    store(c, load(c) + load(sums)), store(c + kLanes, load(c + kLanes) + load(sums + kLanes));
+  }
+}
+
+// c [32, 32], rows ldc floats apart, (+)= a panel of A times a panel of B over `steps` steps of k. The first 32 KB of
+// A's panel are loaded so that they stay in L1 for the panels of B that follow; the rest, and B, stream from L2.
+template <Chain C>
+__attribute__((noinline)) static void tile_kernel(int64_t steps, const uint16_t* a, const uint16_t* b, float* c,
+                                                  int64_t ldc, bool add, Ahead ahead) {
+  constexpr int64_t step = Order<C>::parts * 2 * kTileValues, kept = (int64_t{1} << 14) / step;
+  const int64_t each = ceil_div(ahead.rows, steps);
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t s = 0; s < steps; ++s, a += step, b += step) {
+    for (int64_t i = 0; i < each; ++i, ahead.at += ahead.stride) {
+      __builtin_prefetch(ahead.at, 0, 2);
+      if (ahead.bytes > 64) __builtin_prefetch(ahead.at + 64, 0, 2);
+    }
+    if (s < kept) {
+      multiply_step<C, false>(a, b);
+    } else {
+      multiply_step<C, true>(a, b);
+    }
+  }
+  alignas(64) float fresh[kPanelRows * kPanelRows];
+  float* out = add ? fresh : c;
+  const int64_t row = add ? kPanelRows : ldc;
+  float* lower = out + kTileRows * row;
+  tile_store<0>(out, row * 4), tile_store<1>(out + kLanes, row * 4);
+  tile_store<2>(lower, row * 4), tile_store<3>(lower + kLanes, row * 4);
+  if (add) add_sums(c, ldc, fresh);
+}
+
+}  // namespace SPU_ISA_NS
+}  // namespace spu
