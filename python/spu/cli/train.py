@@ -14,6 +14,7 @@ from spu.plan import Plan
 from spu.train import plain as reference
 from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
+from spu.train.defaults import with_defaults
 from spu.train.job import Job
 from spu.train.loop import train
 from spu.train.results import draw_losses, is_finished
@@ -74,6 +75,8 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
         resume, name = (name, None) if exists else (None, name)
         if exists:  # the run has turned them into steps
             given = {key: value for key, value in given.items() if key != "minutes"}
+    if resume is None:
+        given = with_defaults(given)
     if options.tokens_per_step is not None:
         given = _with_step(given, options, resume)
     if resume is None:

@@ -158,9 +158,12 @@ def texts(about: str) -> Any:
     return field_of(None, Kind(about, "a text or a list of texts", take, plain=plain, many=True))
 
 
-def default(base: type[Options], name: str, value: Any) -> Any:
-    """Return the field ``name`` of ``base`` with another default, for a class that extends ``base``."""
-    return field_of(value, kind_of(_field_named(base, name)))
+def default(base: type[Options], name: str, value: Any, more: str = "") -> Any:
+    """Return the field ``name`` of ``base`` with another default, and perhaps one more sentence about it, for a class
+    that extends ``base``.
+    """
+    kind = kind_of(_field_named(base, name))
+    return field_of(value, dataclasses.replace(kind, about=f"{kind.about} {more}") if more else kind)
 
 
 def kind_of(field: dataclasses.Field[Any]) -> Kind:

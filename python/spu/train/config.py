@@ -124,6 +124,10 @@ class TrainConfig(TrainSettings):
     max_loss_steps: int = whole(20, "Steps in a row above it that end the run.")
 
     # The job's own defaults of settings
+    schedule: str = default(Settings, "schedule", "1f1b", "Not given: zb on several CPUs in 16 bits.")
+    microbatches: int | str = default(
+        Settings, "microbatches", 8, "Not given: on CPUs fewer, of 512 tokens or more, but one for each device."
+    )
     transfer: str = default(Settings, "transfer", "int8")
     max_grad_norm: float = default(TrainSettings, "max_grad_norm", 1.0)
 
