@@ -172,7 +172,10 @@ class DistributedEngine:
         for known, counted in self._counted:
             if _within(form, known):
                 return counted
-        told = self._job.decided(lambda: json.dumps([[leaf.plain() for leaf in own] for own in self._outputs(sample)]))
+        told = self._job.decided(
+            lambda: json.dumps([[leaf.plain() for leaf in own] for own in self._outputs(sample)]),
+            "tell what crosses between the stages",
+        )
         counted = [[Leaf.of(plain) for plain in own] for own in json.loads(told)]
         self._counted = [(form, counted), *self._counted[:7]]
         return counted

@@ -54,6 +54,8 @@ class Job:
             self._joined = True
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.place = self.rank
+        # The type of device whose memory the group's transport reads.
+        self._carries = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         self.pipeline: dist.ProcessGroup | None = None
         self.device = _own_device(devices, self.rank)
         self.devices: list[Device] = [_Told(*told).device for told in self.gathered(_told(self.device))]
@@ -64,8 +66,12 @@ class Job:
         dist.all_gather_object(everyones, value)
         return everyones
 
-    def decided(self, make: Callable[[], str]) -> str:
-        """Return what rank 0 makes.
+    def decided(self, make: Callable[[], str], what: str) -> str:
+        """Return what rank 0 makes; called in every process.
+
+        Args:
+            make: called in rank 0.
+            what: it does, for errors.
 
         Raises:
             ValueError: it failed there; rank 0 itself raises what it met.
@@ -81,7 +87,7 @@ class Job:
         if failure is not None:
             raise failure
         if box[0] is None:
-            raise ValueError(f"rank 0 could not plan: {box[1]}")
+            raise ValueError(f"rank 0 could not {what}: {box[1]}")
         return str(box[0])
 
     def check_alike(self, facts: Mapping[str, Any]) -> None:
@@ -108,6 +114,26 @@ class Job:
         for stage in sorted(beside):
             found.setdefault(ranks[stage], []).append(stage)
         return found
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is in the pipeline whose state stands for all."""
+        return self.rank == self.place
+
+    def send(self, tensor: torch.Tensor, rank: int) -> None:
+        """Send a tensor's bytes to another process, which waits for them."""
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel():
+            dist.send(flat.view(torch.uint8).to(self._carries), rank)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> torch.Tensor:
+        """Return, on the CPU, the tensor that another process sends."""
+        made = torch.empty(tuple(shape), dtype=dtype)
+        if made.numel():
+            raw = torch.empty(made.numel() * dtype.itemsize, dtype=torch.uint8, device=self._carries)
+            dist.recv(raw, rank)
+            made.view(-1).view(torch.uint8).copy_(raw)
+        return made
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes, the same in each."""

@@ -44,6 +44,7 @@ class BuiltStages:
         tied: further uses of owned parameters, in stage order.
         twins: further uses of modules.
         fused: modules whose layers were put on fused ops for this training alone.
+        away: the trainable parameters of stages in other processes, by name.
         masters: fp32 values of 16-bit parameters from before they were rounded, by parameter id.
     """
 
@@ -53,6 +54,7 @@ class BuiltStages:
     twins: list[Twin] = field(default_factory=list)
     masters: dict[int, torch.Tensor] = field(default_factory=dict)
     fused: list[nn.Module] = field(default_factory=list)
+    away: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

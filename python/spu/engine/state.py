@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ from spu.engine.optimizer_state import (
 )
 from spu.optim.adamw import AdamW, MasterOptimizer
 
-__all__ = ["Carried", "exact_parameters", "load_training", "model_state", "save_training", "state_for_model"]
+__all__ = [
+    "Carried",
+    "TrainingState",
+    "exact_parameters",
+    "frozen_parameters",
+    "load_training",
+    "model_state",
+    "state_for_model",
+    "training_state",
+]
 
 _FORMAT = "spu-trainer"
 
@@ -44,20 +54,46 @@ def _named(
     return found
 
 
-def save_training(
-    path: str | Path, built: BuiltStages, optimizers: Optimizers, meta: dict[str, Any], *, frozen: bool = True
-) -> None:
-    """Write a checkpoint of a whole training run, ``meta`` with it.
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds of some stages, or of all.
+
+    Attributes:
+        tensors: by name: "model:", "optimizer:" and "extra:" before the names in the model.
+        frozen: parameters that a checkpoint of adapters leaves out, by name.
+        optimizer: what is no tensor of the optimizers' state, for stages in order.
+        extra: the modules' own states, as JSON.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    frozen: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    extra: dict[str, Any]
+
+    def save(self, path: str | Path, meta: dict[str, Any]) -> None:
+        """Write a checkpoint of a whole training run, ``meta`` with it.
+
+        Raises:
+            CheckpointError: writing failed.
+        """
+        if self.frozen:
+            meta = {**meta, "base": base_record(self.frozen)}
+        whole = {"format": _FORMAT, "optimizer": self.optimizer, "extra_state": self.extra, **meta}
+        checkpoint.save(path, tensors=self.tensors, meta=whole)
+
+
+def training_state(built: BuiltStages, optimizers: Optimizers, *, frozen: bool = True) -> TrainingState:
+    """Return the present state of stages; nothing is copied.
 
     Args:
+        built: all stages, or some of a model's.
+        optimizers: of all.
         frozen: with parameters that are never trained; otherwise a model with the same ones can load it.
 
     Raises:
-        CheckpointError: writing failed, or the optimizer's state cannot be saved; the message names it.
+        CheckpointError: the optimizer's state cannot be saved; the message names it.
     """
-    resting = {} if frozen else _frozen(built)
-    if resting:
-        meta = {**meta, "base": base_record(resting)}
+    resting = {} if frozen else frozen_parameters(built)
     state = model_state(built, optimizers)
     tensors = {f"model:{name}": tensor for name, tensor in state.items() if name not in resting}
     own, rest = optimizer_state(built, optimizers).split()
@@ -65,13 +101,13 @@ def save_training(
     aside: dict[str, torch.Tensor] = {}
     extra = {name: _packed(module.get_extra_state(), name, aside) for name, module in _extra_states(built).items()}
     tensors |= {f"extra:{name}": tensor for name, tensor in aside.items()}
-    checkpoint.save(path, tensors=tensors, meta={"format": _FORMAT, "optimizer": rest, "extra_state": extra, **meta})
+    return TrainingState(tensors, resting, rest, extra)
 
 
 def load_training(
     path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Load a checkpoint of :func:`save_training` into a model cut into any number of stages, and return its meta.
+    """Load a checkpoint of a `TrainingState` into a model cut into any number of stages, and return its meta.
 
     Args:
         begin: called after all checks, before the first value is changed: a failure after it (of the disk) leaves
@@ -90,7 +126,7 @@ def load_training(
         if foreign:
             raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
         model = _with_prefix(tensors, "model:")
-        resting = _frozen(built) if meta.get("base") else {}
+        resting = frozen_parameters(built) if meta.get("base") else {}
         check_base(meta.get("base"), resting)
         current = model_state(built, optimizers)
         _check_model({name: tensor for name, tensor in current.items() if name not in resting}, model)
@@ -159,9 +195,19 @@ def exact_parameters(built: BuiltStages, optimizers: Optimizers) -> dict[int, to
     return {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
 
 
-def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
-    """Return the model's own state_dict on the CPU, with hooks and extra state, and parameters in full precision."""
+def state_for_model(
+    model: nn.Module, built: BuiltStages, optimizers: Optimizers, away: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Return the model's own state_dict on the CPU, with hooks and extra state, and parameters in full precision.
+
+    Args:
+        away: values from other processes, by name.
+    """
     exact = exact_parameters(built, optimizers)
+    if away:
+        layers = [layer for stage in built.stages for layer in stage.parts]
+        named = (pair for layer in layers for pair in (*layer.named_parameters(), *layer.named_buffers()))
+        exact |= {id(tensor): away[name] for name, tensor in named if name in away}
     state: dict[str, Any] = {}
     copies: dict[int, torch.Tensor] = {}  # ties stay ties
     for name, value in model.state_dict(keep_vars=True).items():
@@ -174,9 +220,10 @@ def state_for_model(model: nn.Module, built: BuiltStages, optimizers: Optimizers
     return state
 
 
-def _frozen(built: BuiltStages) -> dict[str, torch.Tensor]:
+def frozen_parameters(built: BuiltStages) -> dict[str, torch.Tensor]:
     """Return the parameters that no optimizer has, by each of their names."""
-    trained = {id(p) for owned in built.owned for p in owned.values()} | {id(use.alias) for use in built.tied}
+    trained = {id(p) for owned in (*built.owned, built.away) for p in owned.values()}
+    trained |= {id(use.alias) for use in built.tied}
     named = (pair for stage in built.stages for layer in stage.parts for pair in layer.named_parameters())
     return {name: parameter.detach() for name, parameter in named if id(parameter) not in trained}
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.torch_version import TorchVersion
 
 from spu.common.dtypes import DTYPES
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
 from spu.distributed.engine import SCHEDULES, DistributedEngine
+from spu.distributed.gather import gathered_generators, gathered_state
 from spu.distributed.job import Job
 from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record
 from spu.engine.build import BuiltStages
+from spu.engine.optimizer_state import Optimizers
+from spu.engine.state import state_for_model
 from spu.model.layers import Layer
 from spu.plan import Plan
 from spu.settings import AUTO, TrainSettings
@@ -74,6 +79,7 @@ class Spread:
             )
         self.job = Job(devices)
         self._settings = settings
+        self._own: frozenset[int] = frozenset()
 
     def devices(self) -> list[Device]:
         """Return the places of the pipeline; those of other processes as names alone."""
@@ -93,7 +99,7 @@ class Spread:
                 "settings of the training": repr(self._settings),
             }
         )
-        return Plan.from_json(self.job.decided(lambda: make().to_json()))
+        return Plan.from_json(self.job.decided(lambda: make().to_json(), "plan"))
 
     def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
         """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here.
@@ -112,7 +118,9 @@ class Spread:
                 )
         for index in range(len(built.owned)):
             if index not in peers.own:
+                built.away |= built.owned[index]
                 built.owned[index] = {}
+        self._own = peers.own
         layers = [layer for stage in built.stages[:-1] for layer in stage.layers]
         ends = [stage.layers[1] for stage in plan.stages[:-1]]
         dtype, fused = DTYPES[plan.settings.precision], plan.settings.fused
@@ -123,3 +131,31 @@ class Spread:
 
         engine = partial(DistributedEngine, job=self.job, schedule=plan.settings.schedule, outputs=outputs)
         return {"engine": engine, "peers": peers, "graphs": "off"}
+
+    def save(
+        self, path: str | Path, built: BuiltStages, optimizers: Optimizers, meta: dict[str, Any], *, frozen: bool
+    ) -> None:
+        """Write a checkpoint, in rank 0, that any number of processes and stages can resume from.
+
+        Called in every process, and returns in each when it is written.
+
+        Raises:
+            CheckpointError: writing failed.
+        """
+        generators = gathered_generators(self.job, built, self._own)
+        state = gathered_state(self.job, built, optimizers, self._own, frozen=frozen)
+
+        def write() -> str:
+            assert state is not None
+            state.save(path, {**meta, "generators": generators})
+            return "done"
+
+        self.job.decided(write, "save")
+
+    def state_for_model(self, model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
+        """Return the model's state in rank 0, and nothing in the others; called in every process."""
+        state = gathered_state(self.job, built, optimizers, self._own)
+        if state is None:
+            return {}
+        away = {name.removeprefix("model:"): t for name, t in state.tensors.items() if name.startswith("model:")}
+        return state_for_model(model, built, optimizers, away)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,11 +29,12 @@ from spu.engine.build import (
 )
 from spu.engine.engine import Recording
 from spu.engine.first_batch import check_batch
+from spu.engine.generators import generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
 from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
-from spu.engine.state import Carried
+from spu.engine.state import Carried, state_for_model, training_state
 from spu.engine.structure import StructureCheck
 from spu.engine.tiers import converting, open_streaming, park_again
 from spu.engine.update import OptimizerFactory, release
@@ -364,14 +366,26 @@ class StagedModel:
     def _readable(self) -> Runner:
         """Return the runner after a check that its state is complete and belongs to this trainer and this model."""
         runner = self._prepared()
-        if self._spread is not None and self._spread.job.size > 1:
-            raise RuntimeError("the trained state is in several processes: engine='distributed' does not save it yet")
         assert self._structure is not None
         runner.updater.check_own()
         runner.updater.check_whole()
         self._structure.check(training=False)
         runner.updater.show()
         return runner
+
+    def _state_for_model(self) -> dict[str, torch.Tensor]:
+        runner, model = self._readable(), self._parts.as_module()
+        if self._spread is not None:
+            return self._spread.state_for_model(model, runner.built, runner.updater.optimizers)
+        return state_for_model(model, runner.built, runner.updater.optimizers)
+
+    def _save(self, path: str | Path, meta: dict[str, Any], *, frozen: bool) -> None:
+        runner = self._readable()
+        if self._spread is not None:
+            self._spread.save(path, runner.built, runner.updater.optimizers, meta, frozen=frozen)
+            return
+        meta = {**meta, "generators": generator_states(runner.built.stages)}
+        training_state(runner.built, runner.updater.optimizers, frozen=frozen).save(path, meta)
 
 
 def _with_advice(failure: Exception, advice: Sequence[str]) -> Exception:

@@ -17,13 +17,13 @@ from spu.common.options import takes_keywords
 from spu.devices.clock import Elapsed, Mark, mark
 from spu.devices.manager import Device
 from spu.devices.tiers import Tiers, parse_tiers
-from spu.engine.generators import generator_states, set_generator_states
+from spu.engine.generators import set_generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import cross_entropy
 from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult, counted_bytes, peak_bytes
 from spu.engine.runner import Pass
-from spu.engine.state import load_training, save_training, state_for_model
+from spu.engine.state import load_training
 from spu.engine.update import OptimizerFactory, Update
 from spu.model.layers import is_adapted
 from spu.plan import Plan
@@ -329,8 +329,7 @@ class ModelParallelTrainer(StagedModel):
         """
         if self._runner is None:
             raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
-        runner = self._readable()
-        return state_for_model(self._parts.as_module(), runner.built, runner.updater.optimizers)
+        return self._state_for_model()
 
     def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
         """Write a checkpoint that any number of stages can resume from.
@@ -345,19 +344,17 @@ class ModelParallelTrainer(StagedModel):
         """
         if self._runner is None:
             raise RuntimeError("nothing to save yet: call prepare() or step() first")
-        self._readable()
         meta = {
             "step": self.steps_done,
             "passes": self.passes_done,
             "seed": self.seed,
             "precision": self.precision,
             "scaler": self.scaler.state_dict(),
-            "generators": generator_states(self._runner.built.stages),
             "plan": json.loads(self._plan.to_json()) if self._plan is not None else None,
             "extra": extra or {},
         }
         whole = not is_adapted(self._parts.as_module())  # of a PeftModel, the adapters are enough
-        save_training(path, self._runner.built, self._runner.updater.optimizers, meta, frozen=whole)
+        self._save(path, meta, frozen=whole)
 
     @torch.inference_mode(False)
     def load(self, path: str | Path) -> dict[str, Any]:
