@@ -72,7 +72,7 @@ def test_every_probe_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a\nbroken\n  installation")
 
-    for name in ("python", "torch", "packages", "cuda", "compiler", "simulator", "backends", "choice"):
+    for name in ("python", "torch", "packages", "cuda", "openmp", "compiler", "simulator", "backends", "choice"):
         monkeypatch.setattr(doctor, f"_{name}", fail)
     rows = report()
     assert_sound(rows)
@@ -338,3 +338,37 @@ def test_the_cuda_backend_tells_its_cublaslt(found: int | str, told: str, monkey
     module = SimpleNamespace(architectures=lambda: "80;90a", cublaslt=lambda: found)
     monkeypatch.setattr(importlib, "import_module", lambda name: {"spu._cuda": module}[name])
     assert doctor._kernels_of("cuda").endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("environment", "others", "cores", "works", "said"),
+    [
+        ({"OMP_WAIT_POLICY": "passive"}, 2.0, 2, True, "sleep (OMP_WAIT_POLICY=PASSIVE)"),
+        ({"GOMP_SPINCOUNT": "0"}, 2.0, 2, True, "sleep (GOMP_SPINCOUNT=0)"),
+        ({"OMP_WAIT_POLICY": "active"}, 1.5, 2, False, "others use 1.5 of 2 cores now"),
+        ({}, 1.5, 2, False, "others use 1.5 of 2 cores now"),
+        ({}, 1.5, 16, True, "others use 1.5 of 16 cores now"),
+        ({}, 0.0, 2, True, "others use 0.0 of 2 cores now"),
+        ({}, None, 2, True, "not known"),
+        ({}, 1.0, 1, True, "not known"),
+    ],
+)
+def test_threads_that_spin_are_a_fault_where_cores_are_shared(
+    environment: dict[str, str],
+    others: float | None,
+    cores: int,
+    works: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("spu.devices.host.cores_of_others", lambda: others)
+    monkeypatch.setattr("spu.devices.host.usable_cores", lambda: list(range(cores)))
+    rows = doctor._openmp()
+    assert_sound(rows)
+    assert rows[0].works == works
+    assert said in rows[0].detail
+    assert rows[0].fix == ("" if works else "export OMP_WAIT_POLICY=PASSIVE")

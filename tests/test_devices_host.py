@@ -143,3 +143,26 @@ def test_the_real_host_has_memory_and_cores() -> None:
     total, available = hostinfo.host_memory()
     assert 0 < available <= total
     assert 1 <= hostinfo.effective_cores() <= len(hostinfo.usable_cores())
+
+
+def test_what_others_take_of_the_cores_is_counted_without_our_own_work(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of the cores that may be used, waiting left out; others worked 1.5 of 4 cores, we a quarter of one."""
+    line = "cpu{} {} 3 {} 900 40 {} 0 0 7 0\n"
+    assert hostinfo.cores_of_others(0.0) is None  # nothing to read
+    before = ["cpu 9 9 9 9\n", *(line.format(core, 50, 2, 1) for core in range(5)), "intr 1 2\n"]
+    write(host / "proc/stat", "".join(before))
+    ticks = os.sysconf("SC_CLK_TCK")
+    clock = {"now": 10.0, "own": 1.0}
+
+    def sleep(seconds: float) -> None:
+        clock["now"], clock["own"] = clock["now"] + seconds, clock["own"] + seconds / 4
+        worked = [ticks, ticks // 2, ticks // 4, 0, 50 * ticks]  # the fifth core is not ours
+        after = [line.format(core, 50 + more, 2, 1) for core, more in enumerate(worked)]
+        write(host / "proc/stat", "".join(after))
+
+    monkeypatch.setattr(hostinfo.time, "sleep", sleep)
+    monkeypatch.setattr(hostinfo.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(hostinfo.time, "process_time", lambda: clock["own"])
+    assert hostinfo.cores_of_others(1.0) == pytest.approx(1.5)

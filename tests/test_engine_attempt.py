@@ -113,3 +113,18 @@ def test_batch_norms_in_training_are_told(training: bool, tells: bool) -> None:
         made.prepare(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))
         assert made._runner is not None
         assert made._runner.attempt.normalizes_batches() is tells
+
+
+class OwnGenerator(torch.Generator):
+    pass
+
+
+def test_generators_are_found_among_all_attributes_also_of_a_subclass(held: tuple[Holder, Attempt]) -> None:
+    holder, attempt = held
+    holder.other = OwnGenerator().manual_seed(2)
+    holder.name, holder.kind, holder.none_at_all = "generator", torch.Generator, None
+    state = holder.other.get_state()
+    attempt.begin()
+    torch.rand(2, generator=holder.other)
+    assert attempt.put_back() == ""
+    assert torch.equal(holder.other.get_state(), state)

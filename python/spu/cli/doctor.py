@@ -68,6 +68,7 @@ def report() -> list[Row]:
         "torch": _torch,
         "packages": _packages,
         "CUDA device": _cuda,
+        "OpenMP": _openmp,
         "C++ compiler": _compiler,
         "spu._host": _simulator,
         "backends": _backends,
@@ -99,6 +100,25 @@ def _torch() -> list[Row]:
     if _numbers(torch.__version__) < (2, 11):
         return [Row("torch", False, f"{torch.__version__} ({build}); spu needs 2.11 or later", fix)]
     return [Row("torch", True, f"{torch.__version__} ({build}), {torch.get_num_threads()} threads")]
+
+
+def _openmp() -> list[Row]:
+    """Return a row about threads that wait for each other: they spin for a while, which takes what others need where
+    cores are shared (docs/performance.md).
+    """
+    from spu.devices.host import cores_of_others, usable_cores
+
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    for name, value in quiet.items():
+        if os.environ.get(name, "").strip().upper() == value:
+            return [Row("OpenMP", True, f"waiting threads sleep ({name}={value})")]
+    others, cores = cores_of_others(), len(usable_cores())
+    if others is None or cores < 2:
+        return [Row("OpenMP", True, "waiting threads spin for a while; who else uses the cores is not known here")]
+    text = f"waiting threads spin for a while, and others use {others:.1f} of {cores} cores now"
+    if others < 0.25 * cores:
+        return [Row("OpenMP", True, text)]
+    return [Row("OpenMP", False, f"{text}: steps may take several times as long", "export OMP_WAIT_POLICY=PASSIVE")]
 
 
 def _packages() -> list[Row]:

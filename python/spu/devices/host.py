@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["cpu_model", "effective_cores", "host_memory", "physical_cores", "usable_cores"]
+__all__ = ["cores_of_others", "cpu_model", "effective_cores", "host_memory", "physical_cores", "usable_cores"]
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -45,6 +46,33 @@ def effective_cores() -> int:
         except (OSError, ValueError, ZeroDivisionError):
             continue
     return count if quota is None else max(1, min(count, int(quota)))
+
+
+def cores_of_others(seconds: float = 0.3) -> float | None:
+    """Return how many of the usable cores other processes keep busy now, measured for so many seconds; None where the
+    system does not say.
+    """
+    cores = {f"cpu{core}" for core in usable_cores()}
+    before, own, begin = _busy_ticks(cores), time.process_time(), time.perf_counter()
+    if not before:
+        return None
+    time.sleep(seconds)
+    ticks = _busy_ticks(cores) - before
+    passed, own = time.perf_counter() - begin, time.process_time() - own
+    return min(float(len(cores)), max(0.0, (ticks / os.sysconf("SC_CLK_TCK") - own) / passed))
+
+
+def _busy_ticks(cores: Iterable[str]) -> int:
+    """Return the clock ticks that these cores have worked since the system's start; 0 where it does not say.
+
+    A line is "cpu0 user nice system idle iowait irq softirq steal ...".
+    """
+    try:
+        rows = [line.split() for line in (_PROC / "stat").read_text().splitlines()]
+        times = [list(map(int, row[1:9])) for row in rows if row and row[0] in cores]
+    except (OSError, ValueError):
+        return 0
+    return sum(sum(row[:3]) + sum(row[5:]) for row in times)
 
 
 def physical_cores(cores: Iterable[int]) -> int:

@@ -124,8 +124,9 @@ class Attempt:
 
     def _named_buffers(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         for module in self._modules:
-            for name, buffer in module.named_buffers(recurse=False):
-                yield (id(module), name), buffer
+            for name, buffer in torch_private.buffers_of(module).items():
+                if buffer is not None:
+                    yield (id(module), name), buffer
 
     def normalizes_batches(self) -> bool:
         """Tell whether a layer's results depend on how many rows a microbatch has: a batch norm in training."""

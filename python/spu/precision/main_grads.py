@@ -50,16 +50,16 @@ def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
 
 
 def _now_or_later(param: Tensor, accumulate: Callable[..., None], *arguments: Any) -> None:
-    """Do a sink's work, ``accumulate(scope, *arguments)``, or leave it to whoever defers this backward's.
+    """Do a sink's work, ``accumulate(param, scope, *arguments)``, or leave it to whoever defers this backward's.
 
     At once where a post-accumulate hook is to see the gradient: autograd runs it at the end of this backward.
     """
     scope = current_scope()
     assert scope is not None
     if scope.deferred is not None and not post_accumulate_hooks(param):
-        scope.deferred.append(partial(accumulate, scope, *arguments))
+        scope.deferred.append(partial(accumulate, param, scope, *arguments))
     else:
-        accumulate(scope, *arguments)
+        accumulate(param, scope, *arguments)
 
 
 class ParameterSink:
@@ -106,27 +106,35 @@ class ParameterSink:
             bias_sink.linear_bias(dz, backend)
 
     def _accumulate(
-        self, scope: BackwardScope, op: Callable[..., None], operands: tuple[Any, ...], backend: str
+        self,
+        param: Tensor,
+        scope: BackwardScope,
+        op: Callable[..., None],
+        operands: tuple[Any, ...],
+        backend: str,
     ) -> None:
         with self._lock:
-            into = self._target(self._settle(scope))
+            into = self._target(param, self._settle(param, scope))
             op(*operands, into, backend=backend)
-            self._keep(into.main_grad)
+            _keep(param, into)
 
-    def _accumulate_both(self, scope: BackwardScope, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str) -> None:
+    def _accumulate_both(
+        self, param: Tensor, scope: BackwardScope, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str
+    ) -> None:
+        bias_param = bias._parameter()
         with self._lock, bias._lock:
-            into, bias_into = self._target(self._settle(scope)), bias._target(bias._settle(scope))
+            into = self._target(param, self._settle(param, scope))
+            bias_into = bias._target(bias_param, bias._settle(bias_param, scope))
             if into.accumulate == bias_into.accumulate:
                 linear_dw_db_(dz, x, into, bias_into.main_grad, backend=backend)
             else:
                 linear_dw_(dz, x, into, backend=backend)
                 linear_db_(dz, bias_into, backend=backend)
-            self._keep(into.main_grad)
-            bias._keep(bias_into.main_grad)
+            _keep(param, into)
+            _keep(bias_param, bias_into)
 
-    def _settle(self, scope: BackwardScope) -> BackwardScope:
+    def _settle(self, param: Tensor, scope: BackwardScope) -> BackwardScope:
         """Make ``grad`` a tensor that can be added to; return the scope on the parameter's device."""
-        param = self._parameter()
         if self.adopted:
             scope = scope.on(param.device)
         grad = param.grad
@@ -138,21 +146,12 @@ class ParameterSink:
         self.at_true_scale = True
         return scope
 
-    def _target(self, scope: BackwardScope) -> MainGrad:
+    def _target(self, param: Tensor, scope: BackwardScope) -> MainGrad:
         """Return where an op writes the next contribution."""
-        param = self._parameter()
         grad = param.grad
         if grad is None or not grad.is_contiguous():
             return MainGrad(self._take_buffer(param), scope.inv_scale, scope.found_inf, False)
         return MainGrad(grad, scope.inv_scale, scope.found_inf, True)
-
-    @torch.no_grad()
-    def _keep(self, grad: Tensor) -> None:
-        param = self._parameter()
-        if param.grad is None:
-            param.grad = grad
-        elif param.grad is not grad:  # laid out in another way by the user, to whom it belongs: it stays
-            param.grad.add_(grad)
 
     def _parameter(self) -> Tensor:
         param = self._param()
@@ -220,12 +219,24 @@ class ParameterSink:
             return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         with self._lock:
-            scope, param = self._settle(scope), self._parameter()
+            param = self._parameter()
+            scope = self._settle(param, scope)
             if grad.layout != torch.strided:
                 return grad * scope.inv_scale.squeeze(0)  # a hook has to leave the layout
             value = self._take_buffer(param) if param.grad is None else grad.new_empty(grad.shape, dtype=torch.float32)
         unscale_(grad, MainGrad(value, scope.inv_scale, scope.found_inf, False))
         return value
+
+
+def _keep(param: Tensor, written: MainGrad) -> None:
+    """Make what an op has written the parameter's gradient; what was added to it is there already."""
+    if written.accumulate:
+        return
+    if param.grad is None:
+        param.grad = written.main_grad
+    else:  # laid out in another way by the user, to whom it belongs: it stays
+        with torch.no_grad():
+            param.grad.add_(written.main_grad)
 
 
 @torch.no_grad()
