@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from triton._C.libtriton import get_cache_invalidating_env_vars  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -74,8 +76,8 @@ def launches() -> None:
 
 
 def key_of(source: Any, target: GPUTarget, options: dict[str, Any]) -> str:
-    backend = make_backend(target)
-    return str(get_cache_key(source, backend, backend.parse_options(dict(options)), {}))
+    backend, environment = make_backend(target), get_cache_invalidating_env_vars()
+    return str(get_cache_key(source, backend, backend.parse_options(dict(options)), environment))
 
 
 def compiles(keys: list[str], monkeypatch: pytest.MonkeyPatch, place: Any) -> None:
@@ -114,6 +116,8 @@ def test_what_is_compiled_ahead_has_the_key_of_the_launch(
     wanted = of_the_card()
     assert len(wanted) > 25
     assert made == wanted
+    folders = [hashlib.sha256(key.split(" ", 1)[1].encode()).hexdigest() for key in wanted]
+    assert [one.folder for one in kept] == folders, "what `make gpu-prepare` compares for every launch"
 
 
 def test_the_processors_are_those_of_the_card() -> None:

@@ -28,6 +28,7 @@ if "--dry" in sys.argv:  # read when triton is imported
 
 import torch
 from cases import BARE, MEGATRON, STEP, Case, cases, on_card, rehearsal
+from layer_cases import layer_cases
 
 Row = dict[str, Any]
 _SQUARE = "8192x8192x8192"
@@ -160,7 +161,7 @@ def rehearse() -> int:
     from spu.ops import backends
 
     failed, absent = 0, {f"spu {name}" for name, status in backends().items() if not status.available}
-    for case in cases(rehearsal()):
+    for case in (*cases(rehearsal()), *layer_cases(rehearsal())):
         line = f"{case.group}: {case.shape} by {case.peer}"
         try:
             case.make()()
@@ -190,7 +191,7 @@ def main() -> None:
         result = {"facts": facts, "command": "make gpu-bench", "peaks": peaks(), "rows": []}
     done = {(row["group"], row["shape"], row["peer"]) for row in result["rows"] if "error" not in row}
     result["rows"] = [row for row in result["rows"] if "error" not in row]
-    for case in cases(on_card()):
+    for case in (*cases(on_card()), *layer_cases(on_card())):
         if (case.group, case.shape, case.peer) in done:
             continue
         if time.monotonic() - began > 60 * options.minutes:

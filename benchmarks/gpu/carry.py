@@ -1,11 +1,12 @@
 """Compile at home what the lease launches, into a Triton cache that is carried along; also on the card, for the rest.
 
-    python benchmarks/gpu/carry.py --cache build/gpu-prepare/triton [--jobs 2] [--only cases tune tests train] [--dry]
+    python benchmarks/gpu/carry.py --cache build/gpu-prepare/triton [--jobs 2] [--only cases tune train cap] [--dry]
 
-Launches are recorded, not listed: the lease's own cases, the candidates of tuning, the tests marked gpu and a step of
-the trainer run on CPU tensors that stand for an H100's, on the real launchers (``spu.kernels.ahead``). What computes on
-large tensors is left out: a kernel depends on shapes, not on values. Each line counts what a source has recorded, the
-last one what was compiled; ``--list FILE`` keeps the kernels' names and their folders in the cache.
+Launches are recorded, not listed: the lease's own cases, the candidates of tuning, the tests marked gpu and steps of
+its trainings run on CPU tensors that stand for an H100's, on the real launchers (``spu.kernels.ahead``). What computes
+on large tensors is left out: a kernel depends on shapes, not on values. Each line counts what a source has recorded,
+the last one what was compiled, every kernel under the name that its launch looks for; ``--list FILE`` keeps the
+kernels' names and their folders in the cache.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -184,10 +186,12 @@ def of_cases(kept: dict[Any, None], small: bool) -> list[str]:
 def of_tuning(kept: dict[Any, None], small: bool) -> list[str]:
     """Record every candidate of the rows that the lease tunes."""
     from spu.kernels.config import PRODUCTS
+    from spu.tune.backends import LAYERS
     from spu.tune.calls import REPRESENTATIVE, call_of, candidates
 
     wrong = []
-    for op in PRODUCTS[:1] if small else PRODUCTS:
+    tuned = [op for op in PRODUCTS if any(op in parts for parts in LAYERS.values())]
+    for op in tuned[:1] if small else tuned:
         for shape_class in TUNED_CLASSES[:1] if small else TUNED_CLASSES:
             for config in candidates(op, torch.float16, shape_class, ARCH):
                 try:
@@ -198,16 +202,17 @@ def of_tuning(kept: dict[Any, None], small: bool) -> list[str]:
     return wrong
 
 
-def of_training(kept: dict[Any, None], small: bool) -> list[str]:
-    """Record a step of the lease's trainer, with one layer: the others launch the same."""
+def _of_steps(module: str, kept: dict[Any, None], small: bool) -> list[str]:
+    """Record a step of one of the lease's trainings, with one layer: the others launch the same."""
     sys.path.insert(0, str(Path(__file__).parent))
-    import lease_train
+    from spu.ops import cross_entropy
 
+    cross_entropy._CHUNK_BYTES.clear()  # rows of a vocabulary's loss at a time: as many as on a card
     try:
         with _standing(kept, idle=False):
-            lease_train.recorded_step(small)
+            importlib.import_module(module).recorded_step(small)
     except Exception as error:
-        return [f"train: {type(error).__name__}: {error}"]
+        return [f"{module}: {type(error).__name__}: {error}"]
     return []
 
 
@@ -242,7 +247,8 @@ def of_tests(kept: dict[Any, None], small: bool) -> list[str]:
 
 
 SOURCES: dict[str, Callable[[dict[Any, None], bool], list[str]]] = {
-    "cases": of_cases, "tune": of_tuning, "train": of_training, "tests": of_tests,
+    "cases": of_cases, "tune": of_tuning, "train": partial(_of_steps, "lease_train"),
+    "cap": partial(_of_steps, "lease_cap"), "tests": of_tests,
 }  # fmt: skip
 
 
@@ -267,6 +273,8 @@ def _compile(launch: Any) -> tuple[str, str]:
     except Exception as error:
         return "", f"{launch.name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     _stub(made)
+    if made.hash != launch.folder:
+        return "", f"{launch.name}: compiled as {made.hash[:12]}, but its launch looks for {launch.folder[:12]}"
     return made.hash, ""
 
 

@@ -82,6 +82,7 @@ def parts() -> list[Part]:
         _tune("linear_ce", 20),
         _group("gated", 14),
         _group("ce", 14),
+        _group("between", 16),
         _group("layer", 20),
         _group("linear", 20),
         Part("profile", 40, _own("lease_steps.py", "profile")),

@@ -108,6 +108,25 @@ def streamed(dry: bool) -> int:
     return 0
 
 
+def recorded_step(small: bool) -> None:
+    """Run a step whose kernels are recorded: one layer, and a vocabulary that is small enough for a desk and whose
+    products are of the same class; one microbatch of the cap's size.
+    """
+    import spu.ops
+    from spu import ModelParallelTrainer
+
+    vocabulary, layers = {"vocab_size": 92544 // 5 // 128 * 128}, {"num_hidden_layers": 1}
+    shape = {**SMALL, **layers} if small else {**SHAPE, **vocabulary, **layers}
+    rows, tokens = (1, 16) if small else (ROWS // MICROBATCHES, TOKENS)
+    with spu.ops.use_backend("triton"):
+        trainer = ModelParallelTrainer(
+            model(shape), ["cpu"], precision="fp16", microbatches=1, lr=1e-4, max_grad_norm=1.0
+        )
+        x, y = batches(1, rows, tokens, shape["vocab_size"])[0]
+        trainer.step(x, y)
+        trainer.close()
+
+
 def _steps(by: str, made: nn.Module, optimizer: Any, scaler: Any, device: str, dry: bool, dtype: torch.dtype) -> int:
     """Train in plain torch; the same batches and microbatches."""
     shape, rows, tokens = (SMALL, 8, 16) if dry else (SHAPE, ROWS, TOKENS)

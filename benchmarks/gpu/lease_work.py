@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Call, Case, Setting, cases, name_of, rehearsal
+from cases import BARE, Call, Case, Setting, cases, name_of, rehearsal
+from layer_cases import layer_cases
 from torch import Tensor, nn
 
 NUMEL = 256 << 20  # elements of the optimizer's lists and of wires: several times the cache
@@ -78,8 +79,19 @@ _PREFIXES = {
 }  # fmt: skip
 
 
+# Peers that decide: in a group that is cut, every shape has these before any has the others.
+_FIRST = ("spu triton", "spu", "spu cuBLASLt", "spu Triton kernel", BARE, "cuBLAS, fp32 C", "torch addmm + gelu")
+
+
 def _of_cases(at: Setting, group: str) -> Iterator[Case]:
-    """The cases of ``cases.py`` that belong to a group; "other": those that belong to none."""
+    """The cases of ``cases.py`` that belong to a group, first those of the peers that decide; "other": those that
+    belong to none.
+    """
+    found = list(_in_group(at, group))
+    yield from sorted(found, key=lambda case: case.peer not in _FIRST) if group in ("forward", "dx", "dw") else found
+
+
+def _in_group(at: Setting, group: str) -> Iterator[Case]:
     known = tuple(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)
     for case in cases(at):
         if case.group.startswith(_LEFT_OUT):
@@ -92,6 +104,7 @@ def _of_cases(at: Setting, group: str) -> Iterator[Case]:
 GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     **{name: partial(_of_cases, group=name) for name in _PREFIXES},
     "layer": _layers,
+    "between": layer_cases,
     "other": partial(_of_cases, group="other"),
 }
 

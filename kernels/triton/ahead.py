@@ -7,6 +7,7 @@ what it would compile, and ``build`` puts it into Triton's cache under the key t
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_key
 from triton.runtime.jit import JITFunction
 
 from spu.kernels.launch import standing_for
@@ -44,6 +47,7 @@ class Launch:
         constexprs: the values of those, by their place.
         attrs: what else is known of arguments (divisibility), by their place.
         options: the compiler's, as far as they differ from its defaults, and always warps and stages.
+        folder: the name that the launch itself looks for in Triton's cache, a hash in hexadecimal.
     """
 
     kernel: Any = field(compare=False)
@@ -53,6 +57,7 @@ class Launch:
     constexprs: dict[tuple[int, ...], Any] = field(compare=False)
     attrs: dict[tuple[int, ...], Any] = field(compare=False)
     options: tuple[tuple[str, Any], ...]
+    folder: str = field(compare=False)
 
     @property
     def constants(self) -> tuple[tuple[str, Any], ...]:
@@ -139,8 +144,17 @@ def _launch(
 ) -> Launch:
     default = _defaults(arch)
     stated = {k: v for k, v in vars(options).items() if v != default[k] or k in ("num_warps", "num_stages")}
-    given = tuple(sorted(stated.items()))
-    return Launch(kernel, kernel.__name__, f"{signature} {constexprs} {attrs}", signature, constexprs, attrs, given)
+    given, key = tuple(sorted(stated.items())), f"{signature} {constexprs} {attrs}"
+    folder = _folder(ASTSource(kernel, signature, constexprs, attrs), arch, vars(options))
+    return Launch(kernel, kernel.__name__, key, signature, constexprs, attrs, given, folder)
+
+
+def _folder(source: ASTSource, arch: int, options: dict[str, Any]) -> str:
+    """Return the hash by which ``triton.compile`` looks for a kernel, worked out as it does."""
+    backend = make_backend(_target(arch))
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    key = get_cache_key(source, backend, parsed, env_vars=get_cache_invalidating_env_vars())
+    return hashlib.sha256(key.encode("utf-8")).hexdigest()
 
 
 @contextmanager
