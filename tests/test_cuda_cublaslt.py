@@ -22,6 +22,7 @@ from numeric import assert_close_to_truth, assert_equal
 from spu import kernels
 from spu.kernels import library, multiply
 from spu.kernels.config import Config
+from spu.ops.sink import leave_to_norm
 
 OPS = torch.ops.spu
 HALVES = [torch.float16, torch.bfloat16]
@@ -325,6 +326,10 @@ def test_the_kind_of_a_configuration(in_kernels: Stub) -> None:
     dz[3, 5] = float("inf")
     kernels.linear_dw_(dz, x, ours, one, found, True, config=asked)
     assert found.item() == 1
+    leave_to_norm(found.zero_())
+    kernels.linear_dw_(dz, x, ours, one, found, False, config=asked)
+    assert found.item() == 0, "no pass for it"
+    assert not ours.isfinite().all(), "the norm sees it"
 
 
 def test_a_configuration_names_one_of_the_algorithms(in_kernels: Stub) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.checkpoint.writing import CheckpointError
+from spu.engine import update
 from spu.optim.adamw import AdamW
 
 
@@ -214,3 +215,25 @@ def test_an_update_that_fails_half_way_asks_for_a_checkpoint(tmp_path: Path) -> 
         trainer.load(tmp_path / "checkpoint")
         trainer.step(x, y)
         assert trainer.steps_done == 2
+
+
+def test_what_products_left_to_the_norm_raises_the_scalers_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that no kernel has told of: an update of the user's own asks the scaler, not the norm."""
+    x, y = batch()
+
+    def spoil(parameter: torch.Tensor) -> None:
+        parameter.grad[0].fill_(float("inf"))  # type: ignore[index]
+
+    for left in (False, True):
+        monkeypatch.setattr(update, "_looks_cost", lambda device, left=left: left)
+        model = mlp()
+        trainer = make(model, precision="fp16")
+        trainer.forward_backward(x, y)
+        assert trainer.scaler.found_inf().item() == 0
+        handle = model[0].weight.register_post_accumulate_grad_hook(spoil)
+        trainer.forward_backward(x, y)
+        assert trainer.scaler.found_inf().item() == int(left)
+        handle.remove()
+        trainer.forward_backward(x, y)
+        assert trainer.scaler.found_inf().item() == 0, "of this step alone"
+        trainer.close()

@@ -241,7 +241,8 @@ def _by_library(a: Tensor, b: Tensor, out: Tensor, e: Epilogue, algorithm: int) 
     if not e.main_grad:
         return library.product(a, b, out, e.bias, e.activation, e.preact, algorithm)
     assert e.inv_scale is not None
-    done = library.add_weight_gradient(a, b, out, e.inv_scale, e.found_inf, e.accumulate, algorithm)
+    wanted = None if getattr(e.found_inf, "spu_left_to_norm", False) else e.found_inf  # it takes a pass of its own
+    done = library.add_weight_gradient(a, b, out, e.inv_scale, wanted, e.accumulate, algorithm)
     if done:
         _sum_bias(a, e)
     return done

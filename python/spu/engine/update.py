@@ -25,7 +25,7 @@ from spu.engine.stage import Stage
 from spu.engine.streaming import Streaming, add_tied
 from spu.model.layers import Layer
 from spu.ops.optimizer import on_device
-from spu.ops.sink import has_foreign_hook
+from spu.ops.sink import has_foreign_hook, leave_to_norm
 from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
 from spu.optim.forms import is_ours
 from spu.precision import LossScaler, MainGrads
@@ -87,6 +87,9 @@ class Updater:
             replace(scaler.scope(stage.device.torch_device, f"stage {stage.index}"), plain=not scaler.enabled)
             for stage in built.stages
         ]
+        for stage, scope in zip(built.stages, self.scopes):
+            if _looks_cost(stage.device.torch_device):
+                leave_to_norm(scope.found_inf)
         self.optimizers: list[AdamW | MasterOptimizer | None] = [
             _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
@@ -187,7 +190,12 @@ class Updater:
             parts, loss = self._peers.joined(parts.reshape(-1), loss, trained=self.has_gradients())
         total = parts.sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
-        return Update(total, (~total.isfinite()).to(torch.float32), loss)
+        found_inf = (~total.isfinite()).to(torch.float32)
+        for stage, scope in zip(self._built.stages, self.scopes):
+            if _looks_cost(stage.device.torch_device):  # what products left to the norm
+                torch.maximum(scope.found_inf, on_device(found_inf, scope.found_inf.device), out=scope.found_inf)
+                break  # the scaler's flag is that of all scopes
+        return Update(total, found_inf, loss)
 
     def apply(self, update: Update, lr_factor: float) -> None:
         """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""
@@ -310,6 +318,11 @@ def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
 
 def _modules(built: BuiltStages) -> Iterator[nn.Module]:
     return (module for stage in built.stages for layer in stage.parts for module in layer.module.modules())
+
+
+def _looks_cost(device: torch.device) -> bool:
+    """Tell whether a look for values that are not finite may be a pass of its own, as after cuBLASLt's products."""
+    return device.type == "cuda"
 
 
 def _make_optimizer(

@@ -34,6 +34,7 @@ __all__ = [
     "current_scope",
     "detach_sink",
     "has_foreign_hook",
+    "leave_to_norm",
     "open_scope",
     "sink_of",
     "sinks_of",
@@ -192,6 +193,14 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _SCOPES[task] = scope
+
+
+def leave_to_norm(found_inf: Tensor) -> None:
+    """Say that whoever ends the step takes the norm of every main gradient, and raises this flag if it is not finite:
+    a product that would need a pass of its own to find that out may leave it. (Main gradients are only added to, so
+    what is not finite stays so.) Kernels that see their sums anyway go on to raise the flag.
+    """
+    found_inf.spu_left_to_norm = True  # type: ignore[attr-defined]  # read by kernels, which get the tensor alone
 
 
 class MainGrad(NamedTuple):
