@@ -65,14 +65,15 @@ def test_this_machine_is_reported_on_in_one_screen() -> None:
     assert str(torch.__version__) in by_name["torch"].detail
     assert by_name["backend reference"].works
     assert by_name["backend cpu"].works == ops.backends()["cpu"].available
-    assert by_name["CUDA device"].works == torch.cuda.is_available()
+    assert by_name["CUDA device"].works == by_name["CUDA graphs"].works == torch.cuda.is_available()
 
 
 def test_every_probe_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a\nbroken\n  installation")
 
-    for name in ("python", "torch", "packages", "cuda", "openmp", "compiler", "simulator", "backends", "choice"):
+    parts = ("python", "torch", "packages", "cuda", "openmp", "compiler", "simulator", "backends", "choice", "graphs")
+    for name in parts:
         monkeypatch.setattr(doctor, f"_{name}", fail)
     rows = report()
     assert_sound(rows)

@@ -16,8 +16,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import spu
@@ -73,6 +75,7 @@ def report() -> list[Row]:
         "spu._host": _simulator,
         "backends": _backends,
         "kernel choice": _choice,
+        "CUDA graphs": _graphs,
     }
     rows: list[Row] = []
     for name, probe in probes.items():
@@ -225,6 +228,33 @@ def _fix(backend: str, reason: str) -> str:
     if backend not in ("triton", "cuda") or not _has_cuda():
         return ""
     return f"{_python_command()} -m pip install 'triton>={_TRITON[1]}'" if backend == "triton" else _build(cuda=True)
+
+
+def _graphs() -> list[Row]:
+    """Return whether microbatches can be captured (``graphs=``): tried on each CUDA device with one addition."""
+    name = "CUDA graphs"
+    if not _has_cuda():
+        return [Row(name, False, "there is no CUDA device to capture for; microbatches run eagerly")]
+    import torch
+
+    from spu.devices.capture import CudaCapture
+
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        with torch.cuda.device(device):
+            value = torch.zeros(1, device=device)
+            torch.cuda.synchronize(device)
+            replay = CudaCapture(device).record(partial(_add_one, value), ())
+            replay()
+            replay()
+            found = value.item()
+        if found != 2:  # what is captured is not run
+            return [Row(name, False, f"an addition that was replayed twice gave {found:g} on cuda:{index}")]
+    return [Row(name, True, "the last stage's microbatches, with 1f1b and two or more a step (graphs='auto')")]
+
+
+def _add_one(value: Any) -> None:
+    value.add_(1)
 
 
 def _choice() -> list[Row]:
