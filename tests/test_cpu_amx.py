@@ -1,4 +1,4 @@
-"""What the products on AMX tiles have of their own: exact splitting of fp16, non-finite values, blocks, the rule.
+"""What the kernels on AMX tiles have of their own: exact splitting of fp16, non-finite values, blocks, the rule.
 
 Runs where spu._C has chosen "amx"; test_cpu_isa.py runs it, and the files that test every instruction set, on emulated
 tiles.
@@ -182,6 +182,59 @@ def test_non_finite_values_of_twins_chains_and_logits() -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize("bad", [INF, -INF, NAN])
+def test_attention_of_values_that_are_not_finite(bad: float) -> None:
+    """Later keys and other queries change no bit; who meets them gets what fp32 arithmetic gives."""
+    clean = [torch.randn(1, 80, 2, 24).half() for _ in range(3)]
+    before = OPS.attention.cpu(*clean, 0.2, True)
+    for which, name in enumerate(("q", "k", "v")):
+        operands = [t.clone() for t in clean]
+        operands[which][0, 70, 1, 5] = bad
+        out, lse = OPS.attention.cpu(*operands, 0.2, True)
+        true_out, true_lse = OPS.attention.reference(*[t.float() for t in operands], 0.2, True)
+        seen = 70 if name != "v" else 64  # a panel of queries multiplies all its keys' values, by 0 where unseen
+        assert_equal(out[:, :seen], before[0][:, :seen], f"{name}: queries before")
+        assert_equal(out[:, :, 0], before[0][:, :, 0], f"{name}: the other head")
+        assert_equal(out[:, 70:].isfinite(), true_out[:, 70:].isfinite(), f"{name}: queries from there on")
+        assert_equal(lse.isfinite(), true_lse.isfinite(), f"{name}: lse")
+        finite = out.isfinite() & true_out.isfinite()
+        torch.testing.assert_close(out[finite].float(), true_out[finite], rtol=2e-3, atol=1e-3)
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("which", range(4), ids=["dout", "q", "k", "v"])
+def test_attentions_gradients_of_values_that_are_not_finite(which: int, dtype: torch.dtype) -> None:
+    operands = [torch.randn(1, 80, 2, 24).to(dtype) for _ in range(4)]
+    dout, q, k, v = operands
+    saved = OPS.attention.cpu(q, k, v, 0.2, True)
+    gradients = OPS.attention_backward.cpu(dout, q, k, v, *saved, 0.2, True)
+    operands[which][0, 70, 1, 5] = INF
+    again = OPS.attention_backward.cpu(dout, q, k, v, *saved, 0.2, True)
+    assert not all(bool(g.isfinite().all()) for g in again)  # it is found
+    for ours, first in zip(again, gradients, strict=True):
+        assert_equal(ours[:, :, 0], first[:, :, 0], "the other head")
+
+
+@needs_tiles
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_the_epilogue_of_an_mlps_gradient(activation: str, dtype: torch.dtype) -> None:
+    dy, w, saved = torch.randn(70, 40).to(dtype), torch.randn(40, 300).to(dtype), torch.randn(70, 300).to(dtype)
+    ours = OPS.mlp_dz.cpu(dy, w, saved, activation, True, True)
+    plain = OPS.mlp_dz.reference(dy, w, saved, activation, True, True)
+    truth = OPS.mlp_dz.reference(dy.double(), w.double(), saved.double(), activation, True, True)
+    for name, one, two, true in zip(("dz", "h"), ours, plain, truth):
+        assert_close_to_truth(one, two, true, name=name)
+    torch.testing.assert_close(ours[2].double(), ours[0].double().sum(0), rtol=1e-5, atol=1e-5)
+    w[3, 280] = dy[40, 1] = INF
+    dz, h, sums = OPS.mlp_dz.cpu(dy, w, saved, activation, True, True)
+    assert_equal(h, ours[1], "h")
+    assert_equal(dz.isfinite(), OPS.mlp_dz.reference(dy, w, saved, activation, True, True)[0].isfinite())
+    assert_equal(sums.isfinite(), dz.isfinite().all(0), "sums")
+
+
+@needs_tiles
 def test_bf16_denormals_count_as_zero_and_fp16_ones_do_not() -> None:
     tiny = torch.tensor([[2.0**-127, -(2.0**-133), 2.0**-126, 1.0]]).bfloat16()
     one = torch.ones(1, 1).bfloat16()
@@ -219,6 +272,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             results += [linear(x, w), linear(x.bfloat16(), w.bfloat16()), main_grad(x.T, w.T)[0]]
             results += OPS.gated_linear.cpu(x, w, w, "silu", True)
             results += OPS.linear_ce.cpu(x, w, target, -100)
+            results += OPS.mlp_dz.cpu(x, w.T, torch.ones(len(x), len(w)).half(), "gelu", True, True)
         return results
 
     before = torch.get_num_threads()

@@ -151,9 +151,9 @@ static void multiply_task(const TileGemm& g, const TileTask& t) {
   }
 }
 
-// Tasks divide the units; they divide the rows only where there are fewer units than threads.
+// Tasks divide the units; they divide the rows only where there are fewer units than threads, and no sums over rows.
 static int64_t row_tasks(const TileGemm& g) {
-  return g.units() >= g.threads ? 1 : least(ceil_div(g.threads, g.units()), g.a_panels());
+  return g.units() >= g.threads || g.e->column_sums ? 1 : least(ceil_div(g.threads, g.units()), g.a_panels());
 }
 
 template <Chain C>
@@ -246,7 +246,8 @@ static void multiply_tiles(TileGemm& g) {
 // fp16 sums that are rounded to 16 bits next do without lo * lo, which is at most 2^-16 of a product; those that stay
 // in fp32 (a main gradient, the logits under an exponential) have all four.
 SPU_INLINE bool wants_four(const cpu::Epilogue& e) {
-  const bool stored = e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::gated;
+  const bool stored =
+      e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::gated || e.kind == cpu::Epilogue::derivative;
   return !stored || e.out_type == Type::fp32;
 }
 
@@ -268,6 +269,8 @@ static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
     g.target = {reinterpret_cast<const char*>(e.main_grad), row_length(p) * 4, 0, 4};
   } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
     g.target = {static_cast<const char*>(e.out), row_length(p) * size, 0, size};
+  } else if (e.kind == cpu::Epilogue::derivative) {
+    g.target = {static_cast<const char*>(e.saved), row_length(p) * size, 0, size};
   }
   g.parts = p.a.type == Type::fp16 ? 2 : 1;
   g.products = p.b2 && !p.a2 ? 2 : 1;

@@ -6,26 +6,36 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-// Which part of A meets which of B. One: bf16. Three: fp16 without lo * lo. Four: fp16 in full. The smallest products
-// come first, and from one to the next only one side is loaded anew.
-enum class Chain { one, three, four };
+// Which part of A meets which of B. One: bf16. Two: one side has two parts. Three: both have, without lo * lo. Four: in
+// full. The smallest products come first, and from one to the next only one side is loaded anew.
+enum class Chain { one, two_left, two_right, three, four };
 
 struct PartPair {
   int a, b;
 };
 template <Chain>
 struct Order {
-  static constexpr int parts = 1, count = 1;
+  static constexpr int a_parts = 1, b_parts = 1, count = 1;
   static constexpr PartPair pairs[] = {{0, 0}};
 };
 template <>
+struct Order<Chain::two_left> {
+  static constexpr int a_parts = 2, b_parts = 1, count = 2;
+  static constexpr PartPair pairs[] = {{1, 0}, {0, 0}};
+};
+template <>
+struct Order<Chain::two_right> {
+  static constexpr int a_parts = 1, b_parts = 2, count = 2;
+  static constexpr PartPair pairs[] = {{0, 1}, {0, 0}};
+};
+template <>
 struct Order<Chain::three> {
-  static constexpr int parts = 2, count = 3;
+  static constexpr int a_parts = 2, b_parts = 2, count = 3;
   static constexpr PartPair pairs[] = {{0, 1}, {0, 0}, {1, 0}};
 };
 template <>
 struct Order<Chain::four> {
-  static constexpr int parts = 2, count = 4;
+  static constexpr int a_parts = 2, b_parts = 2, count = 4;
   static constexpr PartPair pairs[] = {{1, 1}, {0, 1}, {0, 0}, {1, 0}};
 };
 
@@ -71,10 +81,11 @@ SPU_INLINE void add_sums(float* c, int64_t ldc, const float* sums) {
 template <Chain C>
 __attribute__((noinline)) static void tile_kernel(int64_t steps, const uint16_t* a, const uint16_t* b, float* c,
                                                   int64_t ldc, bool add, Ahead ahead) {
-  constexpr int64_t step = Order<C>::parts * 2 * kTileValues, kept = (int64_t{1} << 14) / step;
+  constexpr int64_t a_step = Order<C>::a_parts * 2 * kTileValues, b_step = Order<C>::b_parts * 2 * kTileValues;
+  constexpr int64_t kept = (int64_t{1} << 14) / a_step;
   const int64_t each = ceil_div(ahead.rows, steps);
   tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  for (int64_t s = 0; s < steps; ++s, a += step, b += step) {
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
     for (int64_t i = 0; i < each; ++i, ahead.at += ahead.stride) {
       __builtin_prefetch(ahead.at, 0, 2);
       if (ahead.bytes > 64) __builtin_prefetch(ahead.at + 64, 0, 2);
@@ -92,6 +103,18 @@ __attribute__((noinline)) static void tile_kernel(int64_t steps, const uint16_t*
   tile_store<0>(out, row * 4), tile_store<1>(out + kLanes, row * 4);
   tile_store<2>(lower, row * 4), tile_store<3>(lower + kLanes, row * 4);
   if (add) add_sums(c, ldc, fresh);
+}
+
+// c [32, 32] += one step of k, for sums that are as many as the steps.
+template <Chain C>
+__attribute__((noinline)) static void add_tile_step(const uint16_t* a, const uint16_t* b, float* c, int64_t ldc) {
+  const int64_t stride = ldc * 4;
+  float* lower = c + kTileRows * ldc;
+  tile_load<0>(c, stride), tile_load<1>(c + kLanes, stride);
+  tile_load<2>(lower, stride), tile_load<3>(lower + kLanes, stride);
+  multiply_step<C, false>(a, b);
+  tile_store<0>(c, stride), tile_store<1>(c + kLanes, stride);
+  tile_store<2>(lower, stride), tile_store<3>(lower + kLanes, stride);
 }
 
 }  // namespace SPU_ISA_NS

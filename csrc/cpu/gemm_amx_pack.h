@@ -29,17 +29,21 @@ SPU_INLINE vf load_upto_or_zero(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : n > 0 ? load_some(p, n) : vf{};
 }
 
-// Two vectors of values to the parts' pairs: the first vector's part in the low halves, the second's in the high ones.
-// `left` adds up what the last part left of the values: zero, or NaN if one was not finite.
+// Two vectors of values to pairs of hi and of lo, the first vector's in the low halves. `left` adds up what the lo are:
+// NaN if a value was not finite.
+SPU_INLINE void split_pairs(vf x, vf y, vu (&out)[2], vf& left) {
+  // Halves away from zero: lo makes good whichever way hi went.
+  const vu hx = (O::bits(x) + 0x8000u) & 0xffff0000u, hy = (O::bits(y) + 0x8000u) & 0xffff0000u;
+  const vf lx = x - O::from_bits(hx), ly = y - O::from_bits(hy);
+  out[0] = hx >> 16 | hy;
+  out[1] = O::bits(lx) >> 16 | (O::bits(ly) & 0xffff0000u);
+  left += lx + ly;
+}
+
 template <class T>
 SPU_INLINE void to_pairs(vf x, vf y, vu (&out)[kParts<T>], vf& left) {
   if constexpr (T::is_fp16) {
-    // Halves away from zero: lo makes good whichever way hi went.
-    const vu hx = (O::bits(x) + 0x8000u) & 0xffff0000u, hy = (O::bits(y) + 0x8000u) & 0xffff0000u;
-    const vf lx = x - O::from_bits(hx), ly = y - O::from_bits(hy);
-    out[0] = hx >> 16 | hy;
-    out[1] = O::bits(lx) >> 16 | O::bits(ly);
-    left += lx + ly;
+    split_pairs(x, y, out, left);
   } else {
     out[0] = O::bits(x) >> 16 | O::bits(y);
   }
@@ -62,9 +66,11 @@ SPU_INLINE void row_pairs(const T* p, int64_t n, vu (&out)[kParts<T>], vf& left)
 }
 
 // 16 rows by 32 values along k, from p on, to a tile a part; `rows` and `depth` of them exist (all of them if Whole).
-// Right: for the right operand, whose tile has pairs in rows. stride: between rows (along) or along k (across).
-template <class T, Run R, bool Right, bool Whole>
+// Right: for the right operand, whose tile has pairs in rows. Apart: pairs are 16 apart along k. stride: between rows
+// (along) or along k (across).
+template <class T, Run R, bool Right, bool Apart, bool Whole>
 SPU_INLINE void pack_tiles(uint16_t* out, const T* p, int64_t stride, int64_t rows, int64_t depth, vf& left) {
+  static_assert(R == Run::across || Apart == T::is_fp16, "what lies along k has its pairs as row_pairs makes them");
   constexpr bool turn = Right == (R == Run::along);
   if (Whole) rows = kTileRows, depth = kTileDepth;
   vf kept[kParts<T>][kLanes];
@@ -74,7 +80,7 @@ SPU_INLINE void pack_tiles(uint16_t* out, const T* p, int64_t stride, int64_t ro
     if constexpr (R == Run::along) {
       row_pairs<T>(p + i * stride, i < rows ? depth : 0, pair, left);
     } else {
-      const int64_t one = T::is_fp16 ? i : 2 * i, two = T::is_fp16 ? i + kLanes : 2 * i + 1;
+      const int64_t one = Apart ? i : 2 * i, two = Apart ? i + kLanes : 2 * i + 1;
       to_pairs<T>(load_upto_or_zero(p + one * stride, one < depth ? rows : 0),
                   load_upto_or_zero(p + two * stride, two < depth ? rows : 0), pair, left);
     }
@@ -104,7 +110,7 @@ static void gather(T (&out)[kTileRows][kTileDepth], const T* p, const cpu::Opera
 }
 
 // Steps of panels [begin, end) of one operand.
-template <class T, Run R, bool Right>
+template <class T, Run R, bool Right, bool Apart = T::is_fp16>
 static bool pack_run(uint16_t* out, int64_t panel_values, const cpu::Operand& x, int64_t r0, int64_t rows, int64_t k0,
                      int64_t depth, int64_t begin, int64_t end) {
   const int64_t steps = ceil_div(depth, kTileDepth), panels = end - begin, stride = R == Run::along ? x.row : x.col;
@@ -121,11 +127,11 @@ static bool pack_run(uint16_t* out, int64_t panel_values, const cpu::Operand& x,
       if constexpr (R == Run::none) {
         alignas(64) T block[kTileRows][kTileDepth] = {};
         gather<T>(block, p, x, some, deep);
-        pack_tiles<T, Run::along, Right, true>(o, block[0], kTileDepth, kTileRows, kTileDepth, left);
+        pack_tiles<T, Run::along, Right, Apart, true>(o, block[0], kTileDepth, kTileRows, kTileDepth, left);
       } else if (some >= kTileRows && deep >= kTileDepth) {
-        pack_tiles<T, R, Right, true>(o, p, stride, some, deep, left);
+        pack_tiles<T, R, Right, Apart, true>(o, p, stride, some, deep, left);
       } else {
-        pack_tiles<T, R, Right, false>(o, p, stride, some, deep, left);
+        pack_tiles<T, R, Right, Apart, false>(o, p, stride, some, deep, left);
       }
     }
   }
