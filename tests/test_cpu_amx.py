@@ -261,7 +261,7 @@ def test_the_rule_says_which_products_are_the_tiles() -> None:
 
 @needs_tiles
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    shapes = [(150, 300, 130), (530, 40, 200), (33, 40, 3000), (40, 560, 1700)]
+    shapes = [(150, 300, 130), (530, 40, 200), (33, 40, 3000), (33, 560, 1600)]
     operands = [(torch.randn(m, k).half(), (torch.randn(n, k) / k**0.5).half()) for m, n, k in shapes]
     operands[0][1][270, 5] = INF
     targets = [torch.randint(len(w), (len(x),)) for x, w in operands]
