@@ -56,6 +56,23 @@ def test_error_bound_of_ragged_heads(backend: str, dtype: torch.dtype, interleav
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+def test_fp32_angles_of_16_bit_heads_are_rounded_once(backend: str, dtype: torch.dtype, interleaved: bool) -> None:
+    cos, sin = angles(2, 5, 22, interleaved, torch.float32)
+    q, k = (torch.randn(2, 5, n, 22).to(dtype).transpose(1, 2) for n in (3, 1))
+    with ops.use_backend(backend):
+        found = run(ops.rotary, q, k, cos, sin, interleaved=interleaved)
+    truth = run(plain, *(t.double() for t in (q, k, cos, sin)), interleaved)
+    for i, (a, t) in enumerate(zip(found, truth, strict=True)):
+        assert a.dtype == dtype
+        roundings = 0.51 if i < 2 else 1.5  # of a gradient: dy's as well, which the truth has not, and of two of them
+        assert float((a.double() - t).abs().max()) <= roundings * torch.finfo(dtype).eps * float(t.abs().max())
+    with pytest.raises(TypeError, match="must be one of"), ops.use_backend(backend):
+        ops.rotary(q.float(), k.float(), cos.to(dtype), sin.to(dtype))
+
+
+@every_backend
 def test_one_row_of_positions_serves_all_batches_and_strides_do_not_matter(backend: str) -> None:
     cos, sin = angles(1, 6, 16, False, torch.float32)
     base = torch.randn(3, 6, 2, 3, 16)  # as a product for q, k and v leaves them
@@ -102,7 +119,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.rotary(q, q, cos[:, :2], cos[:, :2])
     with pytest.raises(ValueError, match="head_dim even"):
         ops.rotary(q[..., :3], q[..., :3], cos[..., :3], cos[..., :3])
-    with pytest.raises(TypeError, match="cos torch.float32"):
-        ops.rotary(q.half(), q.half(), cos, cos)
+    with pytest.raises(TypeError, match="cos torch.bfloat16"):
+        ops.rotary(q.half(), q.half(), cos.bfloat16(), cos.bfloat16())
     with pytest.raises(ValueError, match="has a gradient"):
         ops.rotary(q, q, cos.clone().requires_grad_(), cos)

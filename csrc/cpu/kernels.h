@@ -131,9 +131,9 @@ struct Norm {
 };
 
 // Rotary positions for queries and keys [batch, tokens, heads, head_dim] of any strides but the last; cos and sin
-// [batch or 1, tokens, head_dim] contiguous.
+// [batch or 1, tokens, head_dim] contiguous, of the same type or fp32.
 struct Rotary {
-  Type type;
+  Type type, angles;
   bool interleaved, inverse;
   int64_t tokens, head_dim, cos_batch;  // cos_batch: the stride from one batch to the next, 0 for one that all share
   HeadsView in[2], out[2];

@@ -66,8 +66,8 @@ SPU_INLINE vf alternating() {
 }
 
 // Pairs (x_i, x_{i + d/2}): (x1 c1 - x2 s1, x2 c2 + x1 s2); inverse: the transpose of that.
-template <bool Inverse, class T>
-SPU_INLINE void rotate_halves(const T* x, const T* cos, const T* sin, T* out, int64_t half) {
+template <bool Inverse, class T, class A>
+SPU_INLINE void rotate_halves(const T* x, const A* cos, const A* sin, T* out, int64_t half) {
   for_vectors(half, [&](int64_t j, int64_t left) SPU_LAMBDA {
     const vf x1 = load_upto(x + j, left), x2 = load_upto(x + half + j, left);
     const vf c1 = load_upto(cos + j, left), c2 = load_upto(cos + half + j, left);
@@ -78,8 +78,8 @@ SPU_INLINE void rotate_halves(const T* x, const T* cos, const T* sin, T* out, in
 }
 
 // The same of pairs (x_{2i}, x_{2i+1}).
-template <bool Inverse, class T>
-SPU_INLINE void rotate_neighbours(const T* x, const T* cos, const T* sin, T* out, int64_t head_dim) {
+template <bool Inverse, class T, class A>
+SPU_INLINE void rotate_neighbours(const T* x, const A* cos, const A* sin, T* out, int64_t head_dim) {
   const typename MakeLanes<kLanes>::type lanes = {};
   const vf sign = alternating();
   for_vectors(head_dim, [&](int64_t j, int64_t left) SPU_LAMBDA {
@@ -89,12 +89,12 @@ SPU_INLINE void rotate_neighbours(const T* x, const T* cos, const T* sin, T* out
   });
 }
 
-template <bool Interleaved, bool Inverse, class T>
+template <bool Interleaved, bool Inverse, class T, class A>
 static void rotary_tokens(const cpu::Rotary& r, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t batch = row / r.tokens, token = row % r.tokens;
-    const T* cos = static_cast<const T*>(r.cos) + batch * r.cos_batch + token * r.head_dim;
-    const T* sin = static_cast<const T*>(r.sin) + batch * r.cos_batch + token * r.head_dim;
+    const A* cos = static_cast<const A*>(r.cos) + batch * r.cos_batch + token * r.head_dim;
+    const A* sin = static_cast<const A*>(r.sin) + batch * r.cos_batch + token * r.head_dim;
     for (int which = 0; which < 2; ++which) {
       const cpu::HeadsView &in = r.in[which], &out = r.out[which];
       const T* x = static_cast<const T*>(in.data) + batch * in.batch + token * in.token;
@@ -110,18 +110,23 @@ static void rotary_tokens(const cpu::Rotary& r, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <class T, class A>
 static void rotary_typed(const cpu::Rotary& r, int64_t begin, int64_t end) {
   if (r.interleaved) {
-    return r.inverse ? rotary_tokens<true, true, T>(r, begin, end) : rotary_tokens<true, false, T>(r, begin, end);
+    return r.inverse ? rotary_tokens<true, true, T, A>(r, begin, end) : rotary_tokens<true, false, T, A>(r, begin, end);
   }
-  r.inverse ? rotary_tokens<false, true, T>(r, begin, end) : rotary_tokens<false, false, T>(r, begin, end);
+  r.inverse ? rotary_tokens<false, true, T, A>(r, begin, end) : rotary_tokens<false, false, T, A>(r, begin, end);
+}
+
+template <class T>
+static void rotary_of(const cpu::Rotary& r, int64_t begin, int64_t end) {
+  r.angles == Type::fp32 ? rotary_typed<T, float>(r, begin, end) : rotary_typed<T, T>(r, begin, end);
 }
 
 static void rotary(const cpu::Rotary& r, int64_t begin, int64_t end) {
-  if (r.type == Type::fp16) return rotary_typed<Fp16>(r, begin, end);
-  if (r.type == Type::bf16) return rotary_typed<Bf16>(r, begin, end);
-  rotary_typed<float>(r, begin, end);
+  if (r.type == Type::fp16) return rotary_of<Fp16>(r, begin, end);
+  if (r.type == Type::bf16) return rotary_of<Bf16>(r, begin, end);
+  rotary_of<float>(r, begin, end);
 }
 
 }  // namespace SPU_ISA_NS

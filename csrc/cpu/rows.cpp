@@ -65,7 +65,7 @@ HeadsView heads_first(const Tensor& t) {  // of [batch, heads, tokens, head_dim]
 
 void expect_heads(const char* op, const char* what, const Tensor& t, const Tensor& cos) {
   checks::expect_cpu(op, what, t);
-  checks::expect_same_dtype(op, what, t, "cos", cos);
+  if (cos.scalar_type() != ScalarType::Float) checks::expect_same_dtype(op, what, t, "cos", cos);
   const bool fits = t.dim() == 4 && cos.dim() == 3 && (cos.size(0) == t.size(0) || cos.size(0) == 1) &&
                     cos.size(1) == t.size(2) && cos.size(2) == t.size(3) && t.size(3) % 2 == 0;
   if (!fits) {
@@ -120,6 +120,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
   checks::expect_cpu(op, "sin", sin);
   expect_heads(op, "q", q, cos);
   expect_heads(op, "k", k, cos);
+  checks::expect_same_dtype(op, "q", q, "k", k);
   if (q.size(0) != k.size(0)) {
     checks::fail("spu::", op, ": q ", checks::shape(q), " and k ", checks::shape(k), " have different batches");
   }
@@ -131,7 +132,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
   const Tensor q_out = torch::stable::empty_like(q), k_out = torch::stable::empty_like(k);
   const Tensor c = dense(cos), s = dense(sin);
   Rotary r = {};
-  r.type = storage_type(op, "q", q);
+  r.type = storage_type(op, "q", q), r.angles = storage_type(op, "cos", cos);
   r.interleaved = interleaved, r.inverse = inverse;
   r.tokens = q.size(2), r.head_dim = dim, r.cos_batch = cos.size(0) == 1 ? 0 : q.size(2) * dim;
   r.in[0] = heads_first(q), r.in[1] = heads_first(k), r.out[0] = heads_first(q_out), r.out[1] = heads_first(k_out);

@@ -129,13 +129,16 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
 
     Args:
         q, k: [batch, heads, tokens, head_dim] of any strides, heads of their own; fp16, bf16 or fp32.
-        cos, sin: [batch or 1, tokens, head_dim] of the same dtype.
+        cos, sin: [batch or 1, tokens, head_dim] of the same dtype, or both fp32.
 
     Raises:
         ValueError: shapes that do not fit, mixed dtypes or devices.
         TypeError: another dtype.
     """
-    check_operands("q, k, cos and sin", q, k, cos, sin)
+    check_operands("q and k", q, k)
+    check_operands("cos and sin", cos, sin)
+    if cos.dtype != torch.float32 or cos.device != q.device:
+        check_operands("q, k, cos and sin", q, cos)
     batch, _, tokens, head_dim = q.shape
     if q.shape[2:] != k.shape[2:] or cos.shape != sin.shape or cos.shape[1:] != q.shape[2:] or head_dim % 2:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")

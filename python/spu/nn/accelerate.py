@@ -9,6 +9,7 @@ from torch import nn
 from spu.common.dtypes import DTYPES
 from spu.nn.attention import restore_attention, use_attention
 from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
+from spu.nn.decoder import decoder_block
 from spu.nn.embedding import Embedding
 from spu.nn.linear import Linear
 from spu.nn.norm import LayerNorm, RMSNorm, norm_block
@@ -36,7 +37,7 @@ def _fused_form(module: nn.Module) -> type[nn.Module] | None:
     if cls is nn.Sequential:
         return fused_class(FusedSequential, cls, None)
     named = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
-    block = named or norm_block(module) or rotary_block(module)
+    block = named or norm_block(module) or rotary_block(module) or decoder_block(module)
     return None if block is None else fused_class(MIXINS[type(block)], cls, block)
 
 

@@ -27,6 +27,7 @@ from spu.ops.reference.linear import exact
 __all__ = [
     "EAGER_NAME",
     "SDPA_NAME",
+    "UNREAD",
     "eager_attention",
     "register_attention",
     "restore_attention",
@@ -39,7 +40,7 @@ EAGER_NAME = "spu_eager"
 _OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}
 _READ = frozenset(("scaling", "dropout", "is_causal"))  # keywords that are served here
 # Keywords that reach an attention but speak of the mask, which is made by then, or of other parts of the model.
-_UNREAD = frozenset((
+UNREAD = frozenset((
     "sliding_window", "position_ids", "cache_position", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
     "max_length_q", "max_length_k", "num_items_in_batch", "encoder_hidden_states", "output_attentions",
     "output_hidden_states", "output_router_logits", "logits_to_keep", "return_dict",
@@ -124,7 +125,7 @@ def sdpa_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not _serves(query, key, value, kwargs, _READ | _UNREAD):
+    if not _serves(query, key, value, kwargs, _READ | UNREAD):
         with preferred_kernels(query):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
     fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None
@@ -143,7 +144,7 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the model's own eager attention (the one with logit softcapping), widened like ``sdpa_attention``."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    if not _serves(query, key, value, kwargs, _READ | _UNREAD | {"softcap"}):
+    if not _serves(query, key, value, kwargs, _READ | UNREAD | {"softcap"}):
         return eager(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     out, weights = _widened(query, key, value, attention_mask, eager, module, kwargs)
     return out, weights if weights is None else weights.to(query.dtype)

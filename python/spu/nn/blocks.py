@@ -32,7 +32,9 @@ __all__ = [
     "activation_of",
     "from_library",
     "fused_class",
+    "is_linear",
     "unwatched",
+    "watched_globally",
 ]
 
 
@@ -58,7 +60,7 @@ def activation_of(module: object) -> str | None:
     return ACTIVATIONS.get(cls.__name__)
 
 
-def _is_linear(module: object) -> bool:
+def is_linear(module: object) -> bool:
     """Tell whether a module is a linear layer without an activation that may be run as part of its block."""
     cls = type(module)
     if cls is Linear:
@@ -68,7 +70,8 @@ def _is_linear(module: object) -> bool:
     return plain and unwatched(module)  # type: ignore[arg-type]
 
 
-def _watched_globally() -> bool:
+def watched_globally() -> bool:
+    """Tell whether a hook sees the calls of all modules."""
     return has_global_module_hook()
 
 
@@ -109,8 +112,8 @@ class FusedGated(FusedBlock):
         assert isinstance(block, GatedBlock)
         layers = [getattr(self, name) for name in (block.gate, block.up, block.down)]
         activation = activation_of(getattr(self, block.activation))
-        fits = all(_is_linear(layer) and layer.bias is None for layer in layers)
-        if not fits or activation not in GATED_ACTIVATIONS or _watched_globally():
+        fits = all(is_linear(layer) and layer.bias is None for layer in layers)
+        if not fits or activation not in GATED_ACTIVATIONS or watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
         gate, up, down = (layer.weight for layer in layers)
         if not (takes(x, gate, up, down) and x.dtype.is_floating_point and gate.dtype.is_floating_point):
@@ -123,7 +126,7 @@ def _run_mlp(first: nn.Module, activation: str, second: object, x: Tensor) -> Te
     """Compute second(activation(first(x))) in one op; None where ``second`` is no linear layer that may be part of it,
     or torch's own ops must serve. ``first`` is one.
     """
-    if not _is_linear(second):
+    if not is_linear(second):
         return None
     assert isinstance(second, nn.Module)
     transposed, dtype = isinstance(first, FusedTransposedLinear), getattr(first, "spu_dtype", None)
@@ -145,7 +148,7 @@ class FusedPair(FusedBlock):
         block = self.spu_block
         assert isinstance(block, PairBlock)
         linear, activation = getattr(self, block.linear), activation_of(getattr(self, block.activation))
-        if activation is None or not _is_linear(linear) or _watched_globally():
+        if activation is None or not is_linear(linear) or watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
         rest = [getattr(self, name) for name in block.rest]
         y = _run_mlp(linear, activation, rest[0], x) if rest else None
@@ -174,11 +177,11 @@ class FusedSequential(FusedBlock):
 
 
 def _run_fused(layers: list[nn.Module], x: Any) -> Any:
-    i, watched = 0, _watched_globally()
+    i, watched = 0, watched_globally()
     while i < len(layers):
         layer = layers[i]
         activation = None if watched else _activation_at(layers, i + 1)
-        if activation is not None and _is_linear(layer):
+        if activation is not None and is_linear(layer):
             y, taken = None, 3
             if i + 2 < len(layers) and _activation_at(layers, i + 3) is None:  # else the next one is a pair's first
                 y = _run_mlp(layer, activation, layers[i + 2], x)

@@ -81,11 +81,16 @@ class FusedNorm(FusedBlock):
         assert isinstance(block, NormBlock)
         if len(args) == 1 and not kwargs:
             x, weight = args[0], self.weight
-            # The weight multiplies a row that is rounded to 16 bits: an fp32 one would make the result fp32.
-            if _fused("rms_norm", x, weight) and (weight.dtype == x.dtype or not block.rounded):  # type: ignore[arg-type]
+            if self.serves(x):
                 eps = float(getattr(self, block.eps))
                 return rms_norm(x, weight, eps, offset=block.offset, rounded=block.rounded)  # type: ignore[arg-type]
         return self.spu_plain.forward(self, *args, **kwargs)
+
+    def serves(self, x: Tensor) -> bool:
+        """Tell whether the op computes the norm of x."""
+        weight, block = self.weight, self.spu_block
+        # The weight multiplies a row that is rounded to 16 bits: an fp32 one would make the result fp32.
+        return _fused("rms_norm", x, weight) and (weight.dtype == x.dtype or not block.rounded)  # type: ignore
 
 
 MIXINS[NormBlock] = FusedNorm

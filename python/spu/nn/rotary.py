@@ -8,23 +8,26 @@ first call; the module itself is not touched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
-from types import CellType, FunctionType
+from functools import lru_cache, partial, wraps
+from math import prod
+from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spu.common.dtypes import STORAGE
-from spu.common.torch_private import unset_fake_temporarily
+from spu.common.torch_private import buffers_of, children_of, parameters_of, unset_fake_temporarily
 from spu.nn.blocks import MIXINS, FusedBlock, from_library
 from spu.nn.table import RotaryBlock
 from spu.ops import choose_backend, has_kernel, rotary
 from spu.ops.plain import takes
 from spu.ops.rotary import torch_rotary
 
-__all__ = ["FusedRotary", "rotary_block"]
+__all__ = ["PROJECTIONS", "FusedRotary", "rotary_block"]
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NAME = "apply_rotary_pos_emb"
 _Function = Callable[..., Any]
 
@@ -36,6 +39,8 @@ class FusedRotary(FusedBlock):
         """Run the plain class's forward."""
         block = self.spu_block
         assert isinstance(block, RotaryBlock)
+        if torch.compiler.is_compiling():  # Dynamo takes the copy's globals for the module's
+            return self.spu_plain.forward(self, *args, **kwargs)
         return _fused_forward(self.spu_plain, block.interleaved)(self, *args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -52,8 +57,10 @@ def rotary_block(module: nn.Module) -> RotaryBlock | None:
         return None
     user = _user(cls.forward)
     theirs = None if user is None else user.__globals__.get(_NAME)
-    interleaved = None if not callable(theirs) else _form(theirs)
-    return None if interleaved is None else RotaryBlock(interleaved)
+    if not callable(theirs):
+        return None
+    interleaved = _form(theirs)
+    return None if interleaved is None else RotaryBlock(interleaved, _is_whole(module, theirs))
 
 
 def _user(function: Any) -> FunctionType | None:
@@ -80,6 +87,57 @@ def _form(theirs: _Function) -> bool | None:
             except Exception:  # whatever it wants instead
                 return None
     return forms[0] if forms else None
+
+
+def _is_whole(module: nn.Module, theirs: _Function) -> bool:
+    """Tell whether an attention module's forward is q, k and v, the turn, a causal attention, and o.
+
+    It is run on small values, with small matrices in place of its layers, and must agree in every bit.
+    """
+    if set(children_of(module)) != set(PROJECTIONS) or parameters_of(module) or buffers_of(module):
+        return False
+    options = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    try:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        # A stand-in for the configuration: its own would change the model's attention.
+        config = SimpleNamespace(**{**vars(options["config"]), "_attn_implementation": "sdpa"})
+        head_dim, groups, scaling = options["head_dim"], options["num_key_value_groups"], options["scaling"]
+        probe = type(module).__new__(type(module))
+        nn.Module.__init__(probe)
+        vars(probe).update(options, config=config, training=False)
+        with unset_fake_temporarily(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            # Large values too: some models cut queries and keys off.
+            for dtype, size in (*((dtype, 1.0) for dtype in STORAGE), (torch.float32, 1e3)):
+                vars(probe).update(_small_projections(head_dim, groups, dtype))
+                x, cos, sin = _wave(2, 5, 6).mul(size).to(dtype), *_wave(2, 2, 5, head_dim).to(dtype)
+                found = type(module).forward(
+                    probe, hidden_states=x, attention_mask=None, position_embeddings=(cos, sin)
+                )
+                q, k, v = (vars(probe)[name](x).view(2, 5, -1, head_dim).transpose(1, 2) for name in PROJECTIONS[:3])
+                q, k = theirs(q, k, cos, sin)
+                out, _ = sdpa_attention_forward(probe, q, k, v, None, dropout=0.0, scaling=scaling)
+                if not torch.equal(found[0], vars(probe)["o_proj"](out.reshape(2, 5, -1))):
+                    return False
+    except Exception:  # whatever it has instead, or wants beside
+        return False
+    return True
+
+
+def _small_projections(head_dim: int, groups: int, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return functions in place of an attention's layers, for rows of six and one head of keys."""
+    heads = groups * head_dim
+    shapes = (heads, 6), (head_dim, 6), (head_dim, 6), (6, heads)
+    weights = [_wave(*shape).mul(0.3 + 0.1 * i).to(dtype) for i, shape in enumerate(shapes)]
+    return {name: partial(_affine, w) for name, w in zip(PROJECTIONS, weights, strict=True)}
+
+
+def _affine(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight, weight[:, 0])
+
+
+def _wave(*shape: int) -> Tensor:
+    return torch.arange(prod(shape), dtype=torch.float32, device="cpu").mul(1.7).sin().view(shape)
 
 
 def _same(found: Any, expected: tuple[Tensor, Tensor]) -> bool:

@@ -9,6 +9,7 @@ __all__ = [
     "BLOCKS",
     "LIBRARIES",
     "Block",
+    "DecoderBlock",
     "GatedBlock",
     "NormBlock",
     "PairBlock",
@@ -57,12 +58,27 @@ class NormBlock:
 
 @dataclass(frozen=True)
 class RotaryBlock:
-    """An attention that turns queries and keys; whether pairs are neighbours. Found by ``spu.nn.rotary``."""
+    """An attention that turns queries and keys. Found by ``spu.nn.rotary``.
+
+    Attributes:
+        interleaved: pairs are neighbours.
+        whole: there is nothing in it but q_proj, k_proj, v_proj, the turn, an attention and o_proj.
+    """
 
     interleaved: bool
+    whole: bool = False
 
 
-Block = GatedBlock | NormBlock | PairBlock | RotaryBlock | TransposedLinear
+@dataclass(frozen=True)
+class DecoderBlock:
+    """h = x + attention(norm(x)), then h + mlp(norm(h)); the names of the attributes. Found by ``spu.nn.decoder``."""
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+
+
+Block = DecoderBlock | GatedBlock | NormBlock | PairBlock | RotaryBlock | TransposedLinear
 
 BLOCKS: dict[str, Block] = {
     **dict.fromkeys(

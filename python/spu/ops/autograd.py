@@ -48,7 +48,7 @@ class FusedOp:
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.inputs, ctx.how = len(inputs), ()
+        ctx.inputs, ctx.how, ctx.dtypes = len(inputs), (), None
         self.save(ctx, inputs, output, inputs[: self.operands])
 
     def _backward(self, backend: str) -> Callable[..., tuple[Tensor | None, ...]]:

@@ -26,9 +26,9 @@ from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.linear import check_dtypes, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
-from spu.ops.sink import sinks_of
+from spu.ops.sink import GradSink, sinks_of
 
-__all__ = ["GATED_ACTIVATIONS", "fused_gated_mlp", "gated_mlp"]
+__all__ = ["GATED_ACTIVATIONS", "fused_gated_mlp", "gated_gradients", "gated_mlp"]
 
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -51,24 +51,45 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
     ctx.activation = activation
 
 
-def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, w_gate, w_up and w_down."""
-    x, w_gate, w_up, w_down, gate, up = ctx.saved_tensors
-    needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
-    gate_sink, up_sink, down_sink = sinks_of(ctx, ctx.parameters)
+def gated_gradients(
+    dy: Tensor,
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    sinks: Sequence[GradSink | None],
+    activation: str,
+    backend: str,
+    dtypes: Sequence[torch.dtype | None] = (None, None, None),
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, w_gate, w_up and w_down, for which ``needs`` says which are wanted.
+
+    Args:
+        dy: [..., M], still scaled.
+        saved: x, w_gate, w_up, w_down, gate and up; the first four may be None where ``needs`` allows (``_save``).
+        sinks: of the three weights; where there is one, it takes the gradient.
+        dtypes: of the three parameters (``weight_gradient``).
+    """
+    x, w_gate, w_up, w_down, gate, up = saved
+    needs_x, needs_gate, needs_up, needs_down = needs
     if w_down is not None and has_kernel("gated_dh", backend):
-        dgate, dup, h = schema.overload("gated_dh", backend)(dy, w_down, gate, up, ctx.activation)
+        dgate, dup, h = schema.overload("gated_dh", backend)(dy, w_down, gate, up, activation)
     else:
         # Where only w_down learns, dh is not needed: gate stands in, and of the result only h is used.
         dh = gate if w_down is None else schema.overload("linear_dx", backend)(dy, w_down)
-        dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, ctx.activation)
+        dgate, dup, h = schema.overload("gated_dz", backend)(dh, gate, up, activation)
         del dh
-    d_down = weight_gradient(down_sink, needs_down, dy, h, False, backend)
+    d_down = weight_gradient(sinks[2], needs_down, dy, h, False, backend, dtypes[2])
     del h
     dx = schema.overload("gated_dx", backend)(dgate, dup, w_gate, w_up) if needs_x else None
-    d_gate = weight_gradient(gate_sink, needs_gate, dgate, x, False, backend)
-    d_up = weight_gradient(up_sink, needs_up, dup, x, False, backend)
+    d_gate = weight_gradient(sinks[0], needs_gate, dgate, x, False, backend, dtypes[0])  # type: ignore
+    d_up = weight_gradient(sinks[1], needs_up, dup, x, False, backend, dtypes[1])  # type: ignore
     return dx, d_gate, d_up, d_down
+
+
+def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, w_gate, w_up and w_down."""
+    sinks = sinks_of(ctx, ctx.parameters)
+    dtypes = (None,) * 3 if ctx.dtypes is None else ctx.dtypes[1:]
+    return gated_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], sinks, ctx.activation, backend, dtypes)
 
 
 def _operands(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import any_autocast
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
@@ -70,21 +71,37 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, Tenso
     if weight_sink is not None and bias_sink is not None and not transposed:
         weight_sink.linear_weight_and_bias(dz, x, bias_sink, backend)
         return dx, None, None
-    dw = weight_gradient(weight_sink, needs_weight, dz, x, transposed, backend)
+    dw = weight_gradient(weight_sink, needs_weight, dz, x, transposed, backend, ctx.dtypes and ctx.dtypes[1])
     return dx, dw, bias_gradient(bias_sink, needs_bias, dz, backend)
 
 
 def weight_gradient(
-    sink: GradSink | None, needed: bool, dz: Tensor, x: Tensor, transposed: bool, backend: str
+    sink: GradSink | None,
+    needed: bool,
+    dz: Tensor,
+    x: Tensor,
+    transposed: bool,
+    backend: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """Compute dz.T @ x, or x.T @ dz for a ``transposed`` weight [K, N]: give it to the sink, or return it, or do
     nothing if it is not needed.
+
+    Args:
+        dtype: the parameter's. An fp32 one gets the fp32 sum, which is not rounded to 16 bits and widened again.
     """
     left, right = (x, dz) if transposed else (dz, x)
     if sink is not None:
         sink.linear_weight(left, right, backend)
         return None
-    return schema.overload("linear_dw", backend)(left, right) if needed else None
+    if not needed:
+        return None
+    if dtype != torch.float32 or dz.dtype not in HALVES or dz.numel() == 0:
+        return schema.overload("linear_dw", backend)(left, right)  # type: ignore[no-any-return]
+    one = torch.ones(1, device=dz.device)
+    dw = torch.empty(left.shape[-1], right.shape[-1], device=dz.device)
+    schema.overload("linear_dw_", backend)(left, right, dw, one, torch.zeros_like(one), False)
+    return dw
 
 
 def bias_gradient(sink: GradSink | None, needed: bool, dz: Tensor, backend: str) -> Tensor | None:

@@ -59,6 +59,7 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad[:5]
     w_in_sink, b_in_sink, w_out_sink, b_out_sink = sinks_of(ctx, ctx.parameters)
     transposed = bool(ctx.how) and ctx.how[1]
+    dtypes = (None,) * 5 if ctx.dtypes is None else ctx.dtypes
     relu, dz, h = ctx.activation == "relu", None, saved
     sums: Any = None
     if w_out is not None:
@@ -71,13 +72,13 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
         w_out_sink.linear_weight_and_bias(dy, h, b_out_sink, backend)
         d_out = d_b_out = None
     else:
-        d_out = weight_gradient(w_out_sink, needs_w_out, dy, h, transposed, backend)
+        d_out = weight_gradient(w_out_sink, needs_w_out, dy, h, transposed, backend, dtypes[3])
         d_b_out = bias_gradient(b_out_sink, needs_b_out, dy, backend)
     del h, saved
     if dz is None:
         return None, None, None, d_out, d_b_out
     dx = schema.overload("linear_dx", backend)(dz, w_in) if needs_x else None
-    d_in = weight_gradient(w_in_sink, needs_w_in, dz, x, transposed, backend)
+    d_in = weight_gradient(w_in_sink, needs_w_in, dz, x, transposed, backend, dtypes[1])
     if b_in_sink is not None:
         b_in_sink.summed(sums, backend)
         return dx, d_in, None, d_out, d_b_out

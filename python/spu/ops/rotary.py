@@ -1,7 +1,7 @@
 """``rotary``: rotary positions for queries and keys in one pass, and back.
 
 For the pairs (x1, x2) of a head, its two halves or its neighbours, (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) in fp32,
-rounded once; the backward is the transpose. Su et al., arXiv:2104.09864.
+rounded once; the backward is the transpose. Angles may be fp32 beside 16-bit heads. Su et al., arXiv:2104.09864.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     Args:
         q: [batch, heads, tokens, head_dim] of any strides; fp16, bf16, fp32 (fp64 on the reference backend).
         k: the same, with heads of its own.
-        cos, sin: [batch or 1, tokens, head_dim], of the same dtype, without a gradient.
+        cos, sin: [batch or 1, tokens, head_dim], of the same dtype or both fp32, without a gradient.
         interleaved: pairs are neighbours, not elements half a head apart.
 
     Returns:
@@ -76,10 +76,11 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"rotary: q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not "
             "fit: they must be [batch, heads, tokens, head_dim] and [batch or 1, tokens, head_dim], head_dim even"
         )
-    if not q.dtype == k.dtype == cos.dtype == sin.dtype or q.dtype not in DTYPES["reference"]:
+    of_angles = q.dtype, torch.float32
+    if q.dtype != k.dtype or cos.dtype != sin.dtype or cos.dtype not in of_angles or q.dtype not in DTYPES["reference"]:
         raise TypeError(
             f"rotary: q is {q.dtype}, k {k.dtype}, cos {cos.dtype} and sin {sin.dtype}: all must be one of float16, "
-            "bfloat16 and float32; convert them with .to()"
+            "bfloat16 and float32 (cos and sin: or float32); convert them with .to()"
         )
     if not q.device == k.device == cos.device == sin.device:
         raise ValueError(f"rotary: q is on {q.device}, k on {k.device}, cos on {cos.device}, sin on {sin.device}")
@@ -88,7 +89,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def torch_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Compute the same by torch's own ops, which round after each."""
+    """Compute the same by torch's own ops, which round after each; in fp32, then once, where cos and sin are fp32."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned_q, turned_k = (x * cos + rotated(x, interleaved) * sin for x in (q, k))
+    turned_q, turned_k = ((x * cos + rotated(x, interleaved) * sin).to(x.dtype) for x in (q, k))
     return turned_q, turned_k

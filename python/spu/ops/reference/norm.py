@@ -169,7 +169,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
 
     Args:
         q: [batch, heads, tokens, head_dim]; k: the same with heads of its own.
-        cos, sin: [batch or 1, tokens, head_dim], of the same dtype.
+        cos, sin: [batch or 1, tokens, head_dim], of the same dtype or fp32.
     """
     by_head = wide(cos).unsqueeze(1), wide(sin).unsqueeze(1)
     turned_q, turned_k = (_turned(x, *by_head, interleaved, inverse) for x in (q, k))
