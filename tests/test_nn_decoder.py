@@ -257,6 +257,7 @@ def test_recompute_gives_the_same_gradients() -> None:
     assert_equal(leaves[0].grad, leaves[1].grad)
 
 
+@pytest.mark.leaks_threads  # the compiler's
 def test_second_derivatives_are_refused_copies_pickle_and_the_compiler_sees_the_parts() -> None:
     model = spu.accelerate(decoder().to(torch.bfloat16))
     x = torch.randn(1, 4, 32).bfloat16().requires_grad_()
