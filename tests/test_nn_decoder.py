@@ -20,6 +20,7 @@ from spu.nn.decoder import FusedDecoder, decoder_block
 from spu.nn.rotary import FusedRotary, rotary_block
 from spu.nn.table import DecoderBlock
 from spu.ops import backends
+from spu.ops.decoder import attention_half
 
 pytestmark = pytest.mark.skipif(not backends()["cpu"].available, reason="spu._C is not built")
 IDS = torch.arange(38).view(2, 19) * 7 % 64
@@ -255,6 +256,28 @@ def test_recompute_gives_the_same_gradients() -> None:
     run = lambda h: layer(h, position_embeddings=angles)  # noqa: E731
     checkpoint(run, leaves[1], use_reentrant=True).sum().backward()
     assert_equal(leaves[0].grad, leaves[1].grad)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+def test_the_trainer_runs_layers_whole(monkeypatch: pytest.MonkeyPatch, schedule: str) -> None:
+    calls: list[torch.dtype] = []
+
+    def spy(x: Tensor, *args: Any) -> Tensor:
+        calls.append(x.dtype)
+        return attention_half(x, *args)
+
+    monkeypatch.setattr("spu.nn.decoder.attention_half", spy)
+    results = []
+    for whole in (True, False):
+        model = decoder() if whole else by_parts(decoder())
+        trainer = spu.ModelParallelTrainer(
+            model, devices=["cpu:0", "cpu:1"], lr=1e-2, precision="fp16", microbatches=2, schedule=schedule
+        )
+        calls.clear()
+        results.append([float(trainer.step(IDS, IDS).loss) for _ in range(3)])
+        assert len(calls) == (2 * 2 * 3 if whole else 0)
+    # Dot products of rounded gradients, in another order; the step is at its first, largest updates.
+    assert results[0] == pytest.approx(results[1], rel=2e-3)
 
 
 @pytest.mark.leaks_threads  # the compiler's

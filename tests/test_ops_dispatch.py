@@ -210,3 +210,28 @@ def test_compiled_code_follows_use_backend() -> None:
     assert chosen[-1] == f"spu.linear.{ops.choose_backend(x)}"
     torch.testing.assert_close(first, second)
     assert_equal(first, torch.nn.functional.linear(x, w), "y")
+
+
+@needs_cpu_backend
+def test_other_threads_run_python_while_a_kernel_computes() -> None:
+    """Two stages on one CPU are two threads of one interpreter."""
+    count, stop = [0], threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            count[0] += 1
+
+    x, weight = torch.ones(256, 1024).half(), torch.ones(2048, 1024).half()
+    linear = schema.overload("linear", ops.choose_backend(x))
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        during = []
+        for _ in range(3):
+            before = count[0]
+            linear(x, weight, None, "none", False)
+            during.append(count[0] - before)
+    finally:
+        stop.set()
+        thread.join()
+    assert max(during) > 100, during  # tens of thousands; none if the interpreter's lock were held

@@ -132,9 +132,9 @@ def _fits(attention: Any, x: Tensor, cos: Tensor, sin: Tensor, weights: list[Ten
         and q.shape[0] == k.shape[0] * attention.num_key_value_groups == o.shape[1]
         and q.shape[1] == k.shape[1] == o.shape[0] == x.shape[2]
         and attention.config._attn_implementation == SDPA_NAME
-        and attention.is_causal is True
+        and getattr(attention, "is_causal", True) is True
         and attention.scaling > 0
-        and not (attention.training and attention.attention_dropout)
+        and not (attention.training and getattr(attention, "attention_dropout", 0.0))
     )
 
 
