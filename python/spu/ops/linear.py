@@ -88,7 +88,8 @@ def weight_gradient(
     nothing if it is not needed.
 
     Args:
-        dtype: the parameter's. An fp32 one gets the fp32 sum, which is not rounded to 16 bits and widened again.
+        dtype: the parameter's. An fp32 one gets the fp32 sum, which is not rounded to 16 bits and widened again; on the
+            reference backend it is, as in plain torch.
     """
     left, right = (x, dz) if transposed else (dz, x)
     if sink is not None:
@@ -96,7 +97,7 @@ def weight_gradient(
         return None
     if not needed:
         return None
-    if dtype != torch.float32 or dz.dtype not in HALVES or dz.numel() == 0:
+    if backend == "reference" or dtype != torch.float32 or dz.dtype not in HALVES or dz.numel() == 0:
         return schema.overload("linear_dw", backend)(left, right)  # type: ignore[no-any-return]
     one = torch.ones(1, device=dz.device)
     dw = torch.empty(left.shape[-1], right.shape[-1], device=dz.device)
