@@ -39,17 +39,18 @@ from spu.ops.plain import takes
 
 __all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of", "worth_bytes"]
 
-WORTH_BYTES = 64 << 20
+WORTH_BYTES = 16 << 20
 """Bytes of a microbatch's logits in fp32 from which on they are left out, where products are of 16 bits.
 
-The weight gradient is added up chunk by chunk. Head and loss alone took 17% longer than plain torch for 16 MiB (hidden
-size 512, one CPU thread), and about the same time from here on, when the backward still made the logits a second time;
-a step's peak falls by twice the logits (docs/performance.md).
+Head and loss alone took 1.06 to 1.09 times as long in the plain way from here on in fp16 (512 rows, 8,192 words, hidden
+sizes 512 and 1,024; 1,024 rows: 1.4 times), and as long below (0.98 to 1.04 at 2 to 8 MiB): processor time of one
+AVX-512 thread, best of 5 to 9 in turns, on a busy machine. A step's peak falls by twice the logits
+(docs/performance.md).
 """
 
-_FP32_FACTOR = 8
-"""How many times larger logits of fp32 products must be: there is no widened copy to be saved. (Measured when logits
-were made twice: the fourth product cost a decoder of 30 million parameters and 9,216 words 12% of a step.)"""
+_FP32_FACTOR = 4
+"""How many times larger logits of fp32 products must be: there is no widened copy to be saved. Measured in the same
+way, the plain one took 0.90 to 1.00 times as long at 2 to 16 MiB, and 1.02 and 1.01 at 32 and 64 MiB."""
 
 
 def worth_bytes(dtype: torch.dtype) -> int:
