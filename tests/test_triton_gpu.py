@@ -155,6 +155,26 @@ def test_gated_dh_in_the_epilogue(rows: int, dtype: torch.dtype) -> None:
         close(a, p, t, name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [64, 1024])
+@pytest.mark.parametrize("kind", ["", "torch", "cublaslt"])
+def test_an_mlps_own_gradient_in_the_epilogue(kind: str, rows: int, dtype: torch.dtype) -> None:
+    from spu.kernels.config import Config
+
+    dy, w_out = torch.randn(rows, 512).to(dtype), (torch.randn(512, 1024) / 32).to(dtype)
+    saved = torch.randn(rows, 1024).to(dtype)
+    on = device_of(dy, w_out, saved)
+    for activation in ("gelu_tanh", "relu"):  # cuBLASLt's own derivative, and one after its product
+        truth = reference_fused.mlp_dz(dy.double(), w_out.double(), saved.double(), activation, True, True)
+        plain = list(reference_fused.mlp_dz(*on, activation, True, True))
+        if kind and dtype != torch.float32:  # a product that is rounded before the derivative, as plain torch's
+            plain[0] = reference.linear_dz(on[0] @ on[1], on[2], activation)
+            plain[2] = reference_fused.row_sums(plain[0])
+        made = kernels.mlp_dz(*on, activation, True, True, Config(kind) if kind else None)
+        for name, a, p, t in zip(("dz", "h", "sums"), made, plain, truth):
+            close(a, p, t, f"{name} ({activation})")
+
+
 def test_fp16_accumulation_is_close_and_gives_up_where_it_overflows() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("products are cuBLAS's there")

@@ -54,6 +54,7 @@ def _checks(device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     x, w, b, up, down = made(96, 128), made(192, 128), made(192), made(192, 128), made(128, 192)
     yield from both("linear_act", lambda x, w, b: ops.linear_act(x, w, b, "gelu"), x, w, b)
     yield from both("gated_mlp", lambda x, w, u, d: ops.gated_mlp(x, w, u, d), x, w, up, down)
+    yield from both("mlp", lambda x, *rest: ops.mlp(x, *rest, "gelu_tanh"), x, w, b, down, made(128))
     target = torch.arange(96) % 192
     yield from both("linear_ce", lambda x, w: ops.linear_cross_entropy(x, w, target.to(x.device)), x, w)
     for codec in ("fp16", "int8"):
