@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -195,6 +196,27 @@ def test_a_missing_build_requirement_is_an_error_where_a_compiler_is(hidden: str
     assert decision([hidden], "bdist_wheel", CXX="nonesuch") == "EXTENSIONS []"
     assert decision([hidden], "bdist_wheel", CXX="true", SPU_BUILD="0") == "EXTENSIONS []"
     assert "SPU_BUILD=1, but compiling needs" in decision([hidden], "bdist_wheel", CXX="true", SPU_BUILD="1")
+
+
+@needs_build_tools
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
+def test_a_compiler_without_amx_leaves_its_kernels_out(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
+    old.chmod(0o755)
+    code = "import spu_extensions as e; print(e.has_amx(), [s for s in e._sources('cpu') if 'kernels_' in s])"
+    said = run(["-c", code], PYTHONPATH=str(BACKEND), CXX=str(old))
+    assert f"{old} does not know -mamx-tile and -mamx-bf16: the kernels for AMX are left out" in said
+    assert "False" in said
+    assert "kernels_avx512bf16.cpp" in said
+    assert "kernels_amx.cpp" not in said
+    chosen = [str(ROOT / "csrc/cpu/dispatch.cpp"), f"-I{ROOT / 'csrc'}", "-o", str(tmp_path / "dispatch.o")]
+    subprocess.run([str(old), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-DSPU_AMX=0", "-c", *chosen], check=True)
+    names = subprocess.run(
+        ["nm", "-C", str(tmp_path / "dispatch.o")], check=True, capture_output=True, text=True
+    ).stdout
+    assert "avx512bf16_kernels" in names
+    assert "amx_kernels" not in names
 
 
 @needs_build_tools

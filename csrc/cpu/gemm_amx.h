@@ -18,8 +18,8 @@ namespace SPU_ISA_NS {
 // Steps of k (32 values) that a block of B in L2 has, by parts; a task's share of B in L2; rows of C that are
 // worked on while a k-block is there.
 constexpr int64_t kBlockSteps[] = {48, 32}, kBlockBytes = int64_t{1} << 20, kBlockPanels = 8;
-// Bounds of one packing: steps of k, columns, bytes of A. Where k takes more, C waits in fp32, kWaitingColumns at a
-// time.
+// Bounds of one packing: steps of k, columns, bytes of A and of B. Where k takes more, C waits in fp32, kWaitingColumns
+// at a time.
 constexpr int64_t kMostSteps = 512, kMostColumns = 65536, kMostBytes = int64_t{1} << 25, kWaitingColumns = 4096;
 constexpr int64_t kGroups = kMostColumns / cpu::kStatColumns;
 // Below this many multiply-adds waking other threads costs more than it saves.
@@ -181,8 +181,9 @@ static void in_parallel(const TileGemm& g, int64_t count, cpu::RangeBody body) {
 template <Chain C>
 static void multiply_columns(TileGemm& g) {
   constexpr int64_t group = cpu::kStatColumns / kPanelRows;
-  const int64_t block = least(g.ss, kBlockSteps[g.parts - 1]) * g.parts * 2 * kTileValues * 2 * g.products;
-  const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group), fit = g.threads * kBlockBytes / block / group;
+  const int64_t step = g.parts * 2 * kTileValues * 2 * g.products * group;  // bytes of a group and step of k
+  const int64_t in_l2 = g.threads * kBlockBytes / (step * least(g.ss, kBlockSteps[g.parts - 1]));
+  const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group), fit = least(in_l2, kMostBytes / (step * g.ss));
   const int64_t each = ceil_div(groups, ceil_div(groups, fit > 1 ? fit : 1)) * group;
   g.b = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kLocalB, each * g.products * g.panel() / 2));
   for (g.j0 = 0; g.j0 < ceil_div(g.ns, kPanelRows); g.j0 += each) {
