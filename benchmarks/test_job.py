@@ -42,8 +42,13 @@ class Way:
         self._process = subprocess.Popen(
             [sys.executable, str(PEERS), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.what = ""
+
+    def wait(self) -> None:
+        """Wait until it is set up and has done two steps."""
         assert self._process.stdout is not None
         self.what = self._process.stdout.readline().strip()
+        self.seconds(2)
 
     def seconds(self, steps: int) -> float:
         """Do so many steps and return what the median one took."""
@@ -64,7 +69,7 @@ def test_the_main_job_beside_plain_pytorch_and_one_stage() -> None:
         for way in ways.values():
             stack.callback(way.close)
         for way in ways.values():
-            way.seconds(2)  # warms up
+            way.wait()
         turns = [{name: way.seconds(STEPS) for name, way in ways.items()} for _ in range(ROUNDS)]
 
     def ratio(peer: str) -> float:
