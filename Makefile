@@ -7,7 +7,7 @@
 # make aot     compile every Triton kernel for every architecture, check it, write build/aot.md (ARGS="--dtypes fp16")
 # make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
 # make fresh   the readme's install in a fresh environment: minutes, and the big download
-# make lint    ruff, mypy on the installed package, clang-format; make bench, make wheel, make clean
+# make lint    ruff, mypy on the installed package, clang-format; make bench (ARGS="-k goals": the closing table alone), make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
 # PYTHON=...     the interpreter to build the environment from (3.10 or later; by default the first one found)

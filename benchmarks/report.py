@@ -42,6 +42,16 @@ def _peers(figure: Figure, group: Iterable[Figure]) -> dict[str, float]:
     return {other.peer: figure.rate / other.rate for other in group if not other.ours} | figure.paired
 
 
+def beside_torch(figures: Iterable[Figure]) -> list[tuple[float, str]]:
+    """How many times faster than torch each of our ops was, as measured in turns, and which op and shape it is."""
+    return [
+        (ratio, f"{figure.what} {figure.shape} {figure.peer}, {name}")
+        for figure in figures
+        for name, ratio in figure.paired.items()
+        if figure.ours and name.startswith("torch")
+    ]
+
+
 def _judged(name: str, value: float, target: float | None, text: str) -> str:
     if target is None:
         return f"{text} {name}"

@@ -14,6 +14,7 @@ import spu.ops
 from spu.precision import LossScaler, MainGrads
 
 pytest.importorskip("spu._C", reason="spu._C is not built here")
+pytestmark = pytest.mark.goals
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES = [(512, 512), (512, 2048), (2048, 4096)]  # rows, width

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/products.h"
 #include "cpu/tensors.h"
 
 namespace spu {
@@ -81,7 +82,7 @@ void some_rows(const Logits& l, int64_t ignore_index, int64_t begin, int64_t end
   e.stats = stats.data();
   e.target_value = found.data();
   e.rows = rows;
-  kernels().gemm(product, e);
+  multiply(ProductOp::linear_ce, product, e);
   for_ranges(rows, 64, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       sums[begin + i] = log_sum_exp(stats.data(), groups, rows, i);
@@ -117,7 +118,7 @@ Tensor linear_ce_dz(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Ten
   e.ignore_index = ignore_index;
   e.out = dz.mutable_data_ptr();
   e.out_type = l.hidden.type;
-  kernels().gemm(l.product(), e);
+  multiply(ProductOp::linear_ce, l.product(), e);
   return dz;
 }
 

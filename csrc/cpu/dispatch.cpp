@@ -158,6 +158,17 @@ void set_tile_rule(Type type, const TileRule& rule) {
   __atomic_store_n(&kept.depth, rule.depth, __ATOMIC_RELAXED);
 }
 
+const KernelTable* kernels_named(const char* isa) {
+  const std::string name = isa;
+  if (name == kernels().name) return &kernels();
+#if SPU_X86 && !defined(SPU_EMULATE_AVX512)
+  if (name == "avx512bf16" && has_avx512bf16()) return &avx512bf16_kernels();
+  if (name == "avx512" && has_avx512()) return &avx512_kernels();
+  if (name == "avx2" && has_avx2()) return &avx2_kernels();
+#endif
+  return nullptr;
+}
+
 const KernelTable& kernels() {
   static const KernelTable& chosen = choose();
   return chosen;

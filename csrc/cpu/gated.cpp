@@ -1,6 +1,7 @@
 // spu::gated_*: the torch side of the gated MLP. See kernels.h for the arithmetic's contract.
 #include "cpu/ops.h"
 
+#include "cpu/products.h"
 #include "cpu/tensors.h"
 
 namespace spu {
@@ -35,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   e.up = keep ? up.mutable_data_ptr() : nullptr;
   const Operand twin = up_w.transposed();
   if (h.numel() > 0) {
-    kernels().gemm({in.rows, gate_w.rows, in.cols, in.operand(), gate_w.transposed(), nullptr, &twin}, e);
+    multiply(ProductOp::gated_linear,
+             {in.rows, gate_w.rows, in.cols, in.operand(), gate_w.transposed(), nullptr, &twin}, e);
   }
   return {h, gate, up};
 }
@@ -71,7 +73,8 @@ Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) {
   e.out = dx.mutable_data_ptr();
   e.out_type = g.type;
   const Operand a2 = u.operand(), b2 = up_w.operand();
-  if (dx.numel() > 0) kernels().gemm({g.rows, gate_w.cols, g.cols, g.operand(), gate_w.operand(), &a2, &b2}, e);
+  if (dx.numel() > 0)
+    multiply(ProductOp::gated_dx, {g.rows, gate_w.cols, g.cols, g.operand(), gate_w.operand(), &a2, &b2}, e);
   return dx;
 }
 

@@ -153,6 +153,9 @@ struct AdamWRange : math::AdamWItem {
 struct KernelTable {
   // k = 0 gives zero accumulators.
   void (*gemm)(const Product& p, const Epilogue& e);
+  // The epilogue (store, main_grad_add or gated) of rows [begin, end) on their fp32 sums c [end - begin, n], and the
+  // twin's c2.
+  void (*finish)(const Epilogue& e, const float* c, const float* c2, int64_t n, int64_t begin, int64_t end);
 
   // Tasks [begin, end) of batch x heads x query_chunks, and of batch x kv_heads.
   void (*attention)(const Attention& a, int64_t begin, int64_t end);
@@ -196,7 +199,8 @@ struct KernelTable {
   const char* name;
 };
 
-const KernelTable& kernels();  // the one chosen for this machine, once
+const KernelTable& kernels();                       // the one chosen for this machine, once
+const KernelTable* kernels_named(const char* isa);  // null if they do not run here
 
 // The least product that AMX tiles take, by the operands' type; what is smaller in one dimension is the AVX-512
 // kernel's. fp32 never is the tiles'. May be set while products run.

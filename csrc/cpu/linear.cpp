@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "cpu/products.h"
 #include "cpu/tensors.h"
 
 namespace spu {
@@ -71,7 +72,8 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
   e.out = y.mutable_data_ptr();
   e.preact = keep_preact ? preact.mutable_data_ptr() : nullptr;
   e.out_type = in.type;
-  if (y.numel() > 0) kernels().gemm({in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr}, e);
+  if (y.numel() > 0)
+    multiply(ProductOp::linear, {in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr}, e);
   return {y, preact};
 }
 
@@ -97,8 +99,8 @@ Tensor linear_dx(Tensor dz, Tensor weight) {
   expect_output("linear_dx", dz, g, weight, w);
   Tensor dx = new_empty(dz, with_last(dz, w.cols), dz.scalar_type());
   if (dx.numel() > 0) {
-    kernels().gemm({g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr},
-                   store_only(g.type, dx.mutable_data_ptr()));
+    multiply(ProductOp::linear_dx, {g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr},
+             store_only(g.type, dx.mutable_data_ptr()));
   }
   return dx;
 }
@@ -109,8 +111,8 @@ Tensor linear_dw(Tensor dz, Tensor x) {
   expect_rows("linear_dw", dz, g, x, in);
   Tensor dw = new_empty(dz, {g.cols, in.cols}, dz.scalar_type());
   if (dw.numel() > 0) {
-    kernels().gemm({g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr},
-                   store_only(g.type, dw.mutable_data_ptr()));
+    multiply(ProductOp::linear_dw, {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr},
+             store_only(g.type, dw.mutable_data_ptr()));
   }
   return dw;
 }
@@ -129,7 +131,7 @@ void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Ten
   e.inv_scale = value(inv_scale);
   e.accumulate = accumulate;
   e.nonfinite = &nonfinite;
-  kernels().gemm({g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr}, e);
+  multiply(ProductOp::linear_dw, {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr}, e);
   if (nonfinite) raise_found_inf(found_inf);
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
+#include "cpu/products.h"
 
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   spu::cpu::register_shared(m);
@@ -67,6 +68,21 @@ PyObject* set_tile_rule(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_way(PyObject*, PyObject* arguments) {
+  const char *op, *type, *shape_class, *way;
+  if (!PyArg_ParseTuple(arguments, "ssss", &op, &type, &shape_class, &way)) return nullptr;
+  return PyBool_FromLong(spu::cpu::set_way(op, type, shape_class, way));
+}
+
+PyObject* way(PyObject*, PyObject* arguments) {
+  const char *op, *type;
+  long long m, n, k;
+  if (!PyArg_ParseTuple(arguments, "ssLLL", &op, &type, &m, &n, &k)) return nullptr;
+  const char* found = spu::cpu::way_of(op, type, m, n, k);
+  if (!found) return PyErr_Format(PyExc_ValueError, "no product %s of %s", op, type);
+  return PyUnicode_FromString(found);
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'. SPU_CPU_ISA forces "
@@ -76,6 +92,11 @@ PyMethodDef methods[] = {
      "'amx' give to tiles; what is smaller in one dimension is the AVX-512 kernel's."},
     {"set_tile_rule", set_tile_rule, METH_VARARGS,
      "set_tile_rule(dtype, rows, columns, depth): change tile_rule for this process, also while products run."},
+    {"set_way", set_way, METH_VARARGS,
+     "set_way(op, dtype, shape_class, way) -> bool: whose kernels multiply: '' the chosen ones, an instruction set's, "
+     "or "
+     "'torch'. False if that cannot be here. For all threads."},
+    {"way", way, METH_VARARGS, "way(op, dtype, rows, columns, inner) -> str: the way in use for a product."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

@@ -187,31 +187,60 @@ def doctor() -> None:
 
 @app.command()
 def tune(
-    device: Annotated[str, typer.Option(help="Which GPU.")] = "cuda:0",
+    device: Annotated[str | None, typer.Option(help="cuda:0, another GPU, or cpu.  (the first GPU, else cpu)")] = None,
     ops: Annotated[str | None, typer.Option(help="Comma-separated products.  (all)")] = None,
-    dtypes: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, fp32.")] = "fp16,bf16",
-    minutes: Annotated[float | None, typer.Option(help="Stop after this time; a later run goes on.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Comma-separated: fp16, bf16, fp32.  (not fp32 on a GPU)")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time; a later run on a GPU goes on.")] = None,
     out: Annotated[str | None, typer.Option(help="Another file than the user's table.")] = None,
-    dry: Annotated[bool, typer.Option("--dry", help="Show what would be measured on sm_90; measure nothing.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Show what would be measured (on sm_90); measure nothing.")
+    ] = False,
 ) -> None:
-    """Measure the kernels' configurations on this GPU and keep the fastest."""
+    """Measure the kernels on this GPU, or this CPU, and keep the fastest."""
 
     def command() -> None:
-        from pathlib import Path
+        import torch
 
-        from spu.kernels.config import PRODUCTS
-        from spu.tune import run as tuning
-
-        names = tuple(ops.split(",")) if ops else PRODUCTS
-        kinds = tuple(dtypes.split(","))
-        if dry:
-            print("\n".join(tuning.plan_lines(90, names, kinds)))
-            return
+        where = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        names, kinds = tuple(ops.split(",")) if ops else (), tuple(dtypes.split(",")) if dtypes else ()
         seconds = None if minutes is None else 60 * minutes
-        path = tuning.tune(device, names, kinds, out=None if out is None else Path(out), seconds=seconds)
-        print(f"written to {path}")
+        tuning = _tune_cpu if where == "cpu" else _tune_gpu
+        tuning(where, names, kinds, seconds, out, dry)
 
     guarded(command)
+
+
+def _tune_cpu(
+    _: str, ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float | None, out: str | None, dry: bool
+) -> None:
+    from importlib import import_module
+    from pathlib import Path
+
+    from spu.ops.cpu_table import OPS
+    from spu.tune import cpu
+
+    names, kinds = ops or OPS, dtypes or ("fp16", "bf16", "fp32")
+    if dry:
+        print("\n".join(cpu.plan_lines(names, kinds, import_module("spu._C").isa())))
+        return
+    path = cpu.tune(names, kinds, seconds=seconds, out=None if out is None else Path(out))
+    print(f"written to {path}")
+
+
+def _tune_gpu(
+    device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float | None, out: str | None, dry: bool
+) -> None:
+    from pathlib import Path
+
+    from spu.kernels.config import PRODUCTS
+    from spu.tune import run as tuning
+
+    names, kinds = ops or PRODUCTS, dtypes or ("fp16", "bf16")
+    if dry:
+        print("\n".join(tuning.plan_lines(90, names, kinds)))
+        return
+    path = tuning.tune(device, names, kinds, seconds=seconds, out=None if out is None else Path(out))
+    print(f"written to {path}")
 
 
 def _show_version(value: bool) -> None:

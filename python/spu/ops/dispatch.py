@@ -27,7 +27,7 @@ from torch import Tensor
 from spu.common import wire
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import constant_when_traced, operator_has_kernel
-from spu.ops import schema
+from spu.ops import cpu_table, schema
 from spu.ops.schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
 __all__ = [
@@ -106,7 +106,19 @@ def _load_cpu() -> BackendStatus:
         return BackendStatus(
             "cpu", False, str(error), "unset SPU_CPU_ISA, or set it to what the processor has", ("cpu",)
         )
-    return _library_status("cpu", "CPU", "spu._C", _BUILD)
+    status = _library_status("cpu", "CPU", "spu._C", _BUILD)
+    if status.available:
+        _choose_products(module.isa())
+    return status
+
+
+def _choose_products(isa: str) -> None:
+    """Let the tables of this processor's family say whose matrix products serve; say why where one cannot be read."""
+    name = cpu_table.family(isa)
+    try:
+        cpu_table.install(cpu_table.tables(name) if name else ())
+    except ValueError as error:
+        warnings.warn(f"spu multiplies by its own kernels alone: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _load_triton() -> BackendStatus:

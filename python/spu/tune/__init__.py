@@ -1,1 +1,1 @@
-"""``spu tune``: measure the kernels' configurations on the user's GPU."""
+"""``spu tune``: measure the kernels' configurations on the user's GPU, or whose products serve on the user's CPU."""

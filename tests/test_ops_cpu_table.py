@@ -1,0 +1,190 @@
+"""The tables of CPUs, and the ways that they name: torch's fp32 product and narrower kernels give the op's results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from numeric import assert_close_to_truth
+from torch import Tensor
+
+from spu.ops import cpu_table
+from spu.ops.cpu_table import CpuTable
+
+_C = pytest.importorskip("spu._C", reason="spu._C is not built here")
+if not hasattr(_C, "set_way"):
+    pytest.skip("spu._C was built from older sources", allow_module_level=True)
+
+OPS = torch.ops.spu
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch multiplies without MKL")
+
+
+@pytest.fixture
+def no_ways() -> Iterator[None]:
+    name = cpu_table.family(_C.isa())
+    cpu_table.install(())
+    yield
+    cpu_table.install(cpu_table.tables(name) if name else ())
+
+
+def everywhere(way: str) -> CpuTable:
+    return CpuTable(
+        "here", {f"{op}/{t}/{shape}": way for op in cpu_table.OPS for t in DTYPES for shape in cpu_table.CLASSES}
+    )
+
+
+def random(*size: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(size) / size[-1] ** 0.5).to(dtype)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    table = CpuTable("intel-6-85-avx512", {"linear/fp16/large": "torch", "linear/fp16/deep": ""}, {"torch": "2"},
+                     {"linear/fp16/large": 1.25})  # fmt: skip
+    cpu_table.write(table, tmp_path / "deeper" / "t.json")
+    assert cpu_table.read(tmp_path / "deeper" / "t.json") == table
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "family": "a", "rows": {"x": {}}}'])
+def test_what_is_no_table_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match="bad.json is not a CPU's table"):
+        cpu_table.read(tmp_path / "bad.json")
+
+
+def test_the_users_rows_come_before_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_table, "SHIPPED", tmp_path)
+    name = "intel-6-143-avx512bf16"
+    cpu_table.write(CpuTable(name, {"linear/fp32/large": "torch"}), tmp_path / f"{name}.json")
+    cpu_table.write(CpuTable(name, {"linear/fp32/large": ""}), cpu_table.user_path(name))
+    found = cpu_table.tables(name)
+    assert found[0].ways["linear_dw/bf16/deep"] == "avx512"
+    assert [table.ways.get("linear/fp32/large") for table in found] == [None, "torch", ""]
+    cpu_table.write(CpuTable("amd-25-33-avx2", {}), cpu_table.user_path(name))
+    with pytest.raises(ValueError, match="amd-25-33-avx2, not intel"):
+        cpu_table.tables(name)
+
+
+def test_only_slow_dot_products_are_derived() -> None:
+    assert cpu_table.derived("amd-25-97-avx512bf16").ways == {}
+    assert cpu_table.derived("intel-6-143-amx").ways == {}
+    assert set(cpu_table.derived("intel-6-207-avx512bf16").ways.values()) == {"avx512"}
+
+
+@pytest.mark.parametrize("path", sorted(cpu_table.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_name_what_there_is(path: Path) -> None:
+    table = cpu_table.read(path)
+    assert table.family == path.stem
+    assert set(json.loads(path.read_text())["facts"]) >= {"device", "torch", "spu", "date", "threads"}
+    for key, way in table.ways.items():
+        op, dtype, shape = key.split("/")
+        assert op in cpu_table.OPS
+        assert dtype in DTYPES
+        assert shape in cpu_table.CLASSES
+        assert way in ("", "torch", "avx512", "avx512bf16")
+
+
+def test_ways_that_do_not_serve_are_passed_over(no_ways: None) -> None:
+    assert not _C.set_way("linear", "fp16", "row", "torch")
+    assert not _C.set_way("linear_ce", "fp16", "large", "torch")
+    assert not _C.set_way("linear", "fp64", "large", "torch")
+    assert not _C.set_way("linear", "fp16", "large", "sse9")
+    cpu_table.install((everywhere("sse9"),))
+    assert _C.way("linear", "fp16", 512, 2048, 1024) == _C.isa()
+    with pytest.raises(ValueError, match="no product linear of fp64"):
+        _C.way("linear", "fp64", 1, 1, 1)
+
+
+@needs_mkl
+def test_classes_of_shapes(no_ways: None) -> None:
+    sizes = {"row": (4, 9000, 9000), "skinny": (64, 64, 9000), "small": (65, 512, 704), "deep": (512, 1024, 4096)}
+    for shape, size in (sizes | {"large": (512, 2048, 2048)}).items():
+        took = _C.set_way("linear", "fp32", shape, "torch")
+        assert (_C.way("linear", "fp32", *size) == "torch") is took is (shape != "row"), shape
+        _C.set_way("linear", "fp32", shape, "")
+        assert _C.way("linear", "fp32", *size) == _C.isa()
+
+
+# rows in the classes skinny and small, ragged; strided operands; the second in several blocks of sums would be large
+@needs_mkl
+@pytest.mark.parametrize("way", ["torch", "avx2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [37, 129])
+def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: int) -> None:
+    if way != "torch" and not _C.set_way("linear", "fp32", "small", way):
+        pytest.skip(f"this processor lacks {way}")
+    torch.manual_seed(0)
+    kind = DTYPES[dtype]
+    x, w, up, bias = (
+        random(rows, 70, dtype=kind),
+        random(45, 70, dtype=kind),
+        random(45, 70, dtype=kind),
+        random(45, dtype=kind),
+    )
+    dz = random(45, rows, dtype=kind).t()
+    main, one, found_inf = torch.randn(45, 70), torch.full((1,), 0.5), torch.zeros(1)
+
+    def results() -> list[Tensor]:
+        into = main.clone()
+        OPS.linear_dw_.cpu(dz, x, into, one, found_inf, True)
+        return [*OPS.linear.cpu(x, w, bias, "gelu", True), OPS.linear.cpu(x, w, None, "none", False)[0],
+                OPS.linear_dx.cpu(dz, w), OPS.linear_dw.cpu(dz, x), into,
+                *OPS.gated_linear.cpu(x, w, up, "silu", True)]  # fmt: skip
+
+    own = results()
+    cpu_table.install((everywhere(way),))
+    found = results()
+    wide = [t.double() for t in (x, w, up, bias, dz)]
+    z = wide[0] @ wide[1].t()
+    truths = [torch.nn.functional.gelu(z + wide[3]), z + wide[3], z, wide[4] @ wide[1], wide[4].t() @ wide[0],
+              main.double() + 0.5 * (wide[4].t() @ wide[0]), torch.nn.functional.silu(z) * (wide[0] @ wide[2].t()), z,
+              wide[0] @ wide[2].t()]  # fmt: skip
+    assert found_inf.item() == 0
+    for i, (ours, plain, truth) in enumerate(zip(found, own, truths, strict=True)):
+        assert_close_to_truth(ours, plain, truth, name=f"result {i}")
+
+
+@needs_mkl
+def test_a_non_finite_gradient_is_seen_behind_torchs_product(no_ways: None) -> None:
+    cpu_table.install((everywhere("torch"),))
+    dz, x, found_inf = torch.ones(100, 65).half(), torch.ones(100, 30).half(), torch.zeros(1)
+    main = torch.zeros(65, 30)
+    OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, True)
+    assert found_inf.item() == 0
+    assert torch.equal(main, torch.full_like(main, 100.0))
+    dz[3, 7] = float("inf")
+    OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, True)
+    assert found_inf.item() == 1
+
+
+@needs_mkl
+def test_sums_in_several_blocks_of_rows(no_ways: None) -> None:
+    x, w = torch.randn(600, 20).half(), torch.randn(17000, 20).half()
+    own = OPS.linear.cpu(x, w, None, "none", False)[0]
+    cpu_table.install((everywhere("torch"),))
+    found = OPS.linear.cpu(x, w, None, "none", False)[0]
+    assert_close_to_truth(found, own, x.double() @ w.double().t(), name="blocks")
+
+
+@needs_mkl
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_fp32_products_of_fewer_bits_are_not_used(no_ways: None, precision: str) -> None:
+    """torch.set_float32_matmul_precision may make torch round the operands: then ours serve, to the bit."""
+    x, w = torch.randn(256, 300), torch.randn(64, 300)
+    own, exact = OPS.linear.cpu(x, w, None, "none", False)[0], torch.get_float32_matmul_precision()
+    cpu_table.install((everywhere("torch"),))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = OPS.linear.cpu(x, w, None, "none", False)[0]
+        rounds = not torch.equal(
+            torch.full((24, 24), 1 + 2**-12) @ torch.ones(24, 24), torch.full((24, 24), 24 + 24 * 2**-12)
+        )
+    finally:
+        torch.set_float32_matmul_precision(exact)
+    if rounds:
+        assert torch.equal(found, own)
+    assert_close_to_truth(found, own, x.double() @ w.double().t(), name=precision)
