@@ -1,7 +1,6 @@
 // spu::mlp_dz: the torch side of the MLP's own gradient. See kernels.h for the arithmetic's contract.
 #include "cpu/ops.h"
 
-#include "cpu/products.h"
 #include "cpu/tensors.h"
 
 namespace spu {
@@ -32,8 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved,
   e.saved = kept.const_data_ptr();
   e.acted = needs_h ? h.mutable_data_ptr() : nullptr;
   e.column_sums = needs_sums ? static_cast<float*>(sums.mutable_data_ptr()) : nullptr;
-  if (dz.numel() > 0)
-    multiply(ProductOp::linear_dx, {g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr}, e);
+  if (dz.numel() > 0) kernels().gemm({g.rows, w.cols, g.cols, g.operand(), w.operand(), nullptr, nullptr}, e);
   return {dz, h, sums};
 }
 
