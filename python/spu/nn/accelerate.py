@@ -48,9 +48,10 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
     linear layer and the ReLU, GELU or SiLU after it run as one op; of Hugging Face transformers, the MLP blocks of
     Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX and the BERT family (``spu.nn.table``), and every
     RMSNorm and rotary position whose formula the op computes to the bit. A Hugging Face model given whole also gets
-    ``spu.nn.attention`` in place of torch's, which differs for 16-bit tensors on a CPU. Only exact classes change, and
-    only in class: parameters, hooks, training mode and state_dict keys stay the same objects. Parts of a block that
-    have hooks, or were replaced later, run one by one as before. ``restore`` undoes it.
+    ``spu.nn.attention`` in place of torch's, which differs for 16-bit tensors on a CPU; with it, a decoder layer of
+    Llama's form is two ops there (``spu.nn.decoder``). Only exact classes change, and only in class: parameters, hooks,
+    training mode and state_dict keys stay the same objects. Parts of a block that have hooks, or were replaced later,
+    run one by one as before. ``restore`` undoes it.
 
     Args:
         precision: what the fused ops compute in: "fp16", "bf16" or "fp32", whatever the parameters' dtype, in and
