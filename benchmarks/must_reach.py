@@ -22,12 +22,23 @@ TARGETS: dict[str, tuple[float | None, ...]] = {
     "any op, beside torch's": (0.95, 0.95, 0.95),
     "fp16 split: torch fp16's error over ours, gradients of 1e-7 to 1e4": (1.0, None, None),
 }
+LARGE_STEP = {  # the rows of test_dropin's large decoder step, by peer
+    "spu bf16": "decoder step bf16, beside torch bf16 autocast",
+    "spu fp16": "decoder step fp16, beside torch fp32",
+}
 
 
 def kind() -> str:
     """Return which of ``KINDS`` the kernels in use belong to."""
     isa = importlib.import_module("spu._C").isa()
     return {"amx": "AMX", "avx512": "AVX-512", "avx512bf16": "AVX-512"}.get(isa, "AVX2")
+
+
+def target(what: str) -> float:
+    """Return a figure's target on this kind of CPU, which has one."""
+    found = TARGETS[what][KINDS.index(kind())]
+    assert found is not None, what
+    return found
 
 
 @dataclass
@@ -42,10 +53,11 @@ class MustReach:
         if what not in self.found or ratio < self.found[what][0]:
             self.found[what] = ratio, shape
 
-    def lines(self, own: str) -> list[str]:
-        """The table for one kind of CPU; nothing without figures."""
+    def lines(self) -> list[str]:
+        """The table of the CPU's kind; nothing without figures."""
         if not self.found:
             return []
+        own = kind()
         place = KINDS.index(own)
         rows = [f"must reach, {own}", f"{'what':72} {'measured':>9} {'target':>7}"]
         for what, targets in TARGETS.items():

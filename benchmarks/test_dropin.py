@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Measure
+from must_reach import LARGE_STEP, target
 from torch import Tensor, nn
 
 import spu
@@ -117,25 +117,15 @@ def test_decoder_step(measure: Measure, peer: str) -> None:
     )  # fmt: skip
 
 
-def kind_of_cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = set(next((line for line in lines if line.startswith("flags")), "").split())
-    return "amx" if {"amx_tile", "amx_bf16"} <= flags else "avx512" if "avx512f" in flags else "avx2"
-
-
-# By kind of CPU: the least ratio of plain torch's time in bf16 (autocast) and fp32 to ours in bf16 and fp16.
-LARGE_STEP = {"amx": (2.0, 3.0), "avx512": (1.3, 1.2), "avx2": (10.0, 1.1)}
-
-
+@pytest.mark.goals
 @pytest.mark.parametrize(("peer", "beside"), [("spu bf16", "torch autocast bf16"), ("spu fp16", "torch fp32")])
 def test_large_decoder_step(measure: Measure, peer: str, beside: str) -> None:
     """16 sequences of 256 tokens in 8 microbatches."""
     linear = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER) + WIDTH * VOCABULARY
     tokens = 2 * TOKENS * LARGE_MICROBATCHES
-    goal = LARGE_STEP[kind_of_cpu()][peer == "spu fp16"]
     measure(
         "large decoder training step", f"{tokens} tokens", peer, decoder_step(peer, LARGE_MICROBATCHES),
-        flops=6.0 * linear * tokens, targets={beside: goal},
+        flops=6.0 * linear * tokens, targets={beside: target(LARGE_STEP[peer])},
         paired={beside: decoder_step(beside, LARGE_MICROBATCHES)},
     )  # fmt: skip
 

@@ -1,27 +1,19 @@
-"""The table of what must be reached: linear layers, the decoder's step and the main job, beside plain torch in turns.
+"""The table of what must be reached: its rows of linear layers, beside plain torch in turns.
 
-``make bench ARGS="-k goals"`` measures these rows alone, with the files that are marked ``goals`` for the row of all
-ops. Where torch's 16-bit products take seconds (no instructions of their own), it has fewer rows, and is compared by
-the time of a row.
+``make bench ARGS="-k goals"`` measures the table alone: these rows, and, where files and tests are marked ``goals``,
+the decoder's step, the main job's and that of all ops. Where torch's 16-bit products take seconds (no instructions of
+their own), it has fewer rows, and is compared by the time of a row.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Ceilings, ratio_in_turns, seconds_of
 from must_reach import MUST_REACH
-from test_dropin import MICROBATCHES, decoder_step
 from torch import Tensor
 
 import spu.ops  # noqa: F401  (defines torch.ops.spu)
@@ -32,7 +24,6 @@ OPS = torch.ops.spu
 # tokens, in, out: attention and MLP of decoders of width 512 and 1024, and a square one of 2048
 SHAPES = [(512, 512, 512), (512, 512, 1408), (512, 1408, 512), (512, 1024, 4096), (512, 2048, 2048)]
 SLOW_ROWS, SLOW_SECONDS = 16, 0.05
-JOB_STEPS, JOB_WARM_UP, JOB_TURNS = 12, 3, 2
 
 Call = Callable[[], object]
 
@@ -79,44 +70,6 @@ def test_linear_layers(ceilings: Ceilings, shape: tuple[int, int, int]) -> None:
     MUST_REACH.add(f"bf16 {what} bf16 with cast, unscale, add", beside(shape, brain, brain), name)
     MUST_REACH.add(f"fp16 {what} fp16 the same way", beside(shape, half, half), name)
     MUST_REACH.add(f"fp16 {what} fp32", beside(shape, half, torch.float32), name)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_decoder_steps(ceilings: Ceilings, dtype: str) -> None:
-    """Eight microbatches of two sequences; two where torch has no bf16 instructions and would take minutes."""
-    peer = "torch autocast bf16" if dtype == "bf16" else "torch fp32"
-    fast = dtype == "fp16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    count = 4 * MICROBATCHES if fast and torch.backends.cpu.get_cpu_capability() != "AVX2" else MICROBATCHES
-    if dtype == "bf16" and not fast:
-        pytest.skip("plain torch takes minutes for this step in bf16 on a CPU without AVX-512")
-    ours, plain = decoder_step(f"spu {dtype}", count), decoder_step(peer, count)
-    ours()
-    pairs = [seconds_of(plain) / seconds_of(ours) for _ in range(2)]
-    MUST_REACH.add(f"decoder step {dtype}, beside {peer.replace('autocast bf16', 'bf16 autocast')}",
-                   statistics.median(pairs), f"{count} microbatches of 2 x 256 tokens")  # fmt: skip
-
-
-def job_speed(folder: Path, turn: int, reference: bool) -> float:
-    """Tokens a second of `spu train`: the median over the steps after the first ones."""
-    arguments = ["--steps", str(JOB_STEPS), "--evals", "1", "--no-sample", "--out", str(folder), "--name", f"job{turn}"]
-    subprocess.run(
-        [sys.executable, "-m", "spu.cli", "train", *arguments, *(["--reference"] if reference else [])],
-        check=True, capture_output=True, timeout=600,
-    )  # fmt: skip
-    name = "reference_metrics.jsonl" if reference else "metrics.jsonl"
-    rows = [json.loads(line) for line in (folder / f"job{turn}" / name).read_text().splitlines()]
-    return statistics.median([row["tokens_per_s"] for row in rows if "tokens_per_s" in row][JOB_WARM_UP:])
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_main_job() -> None:
-    pytest.importorskip("typer")
-    ratios = []
-    with tempfile.TemporaryDirectory() as folder:
-        for turn in range(JOB_TURNS):
-            ours = job_speed(Path(folder), 2 * turn, reference=False)
-            ratios.append(ours / job_speed(Path(folder), 2 * turn + 1, reference=True))
-    MUST_REACH.add("main job (fp16, two stages), beside --reference", statistics.median(ratios), f"{JOB_STEPS} steps")
 
 
 def product_error(found: Tensor, truth: Tensor) -> float:
