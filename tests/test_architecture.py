@@ -91,7 +91,8 @@ def names_of(path: Path) -> set[str]:
 
 
 def room(name: str) -> str:
-    return name.split(".")[1] if "." in name else ""
+    own = name.split(".")[1] if "." in name else ""
+    return "cli" if own == "__main__" else own
 
 
 def find_cycle(graph: list[Edge]) -> list[str]:

@@ -219,4 +219,9 @@ class TrainSettings(Settings):
         "has started, also on several machines, a device and its stages each.",
         ENGINES,
     )
+    replicas: int = whole(
+        1,
+        "With engine distributed: pipelines side by side, each with its rows of the batch; processes / replicas each.",
+    )
+    wait_s: int = whole(600, "With engine distributed: seconds after which a process gives up waiting for another one.")
     retry: bool = flag(True, "If a step runs out of memory, plan with less and repeat it, with the same random draws.")

@@ -16,7 +16,8 @@ from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
 from spu.train.defaults import with_defaults
 from spu.train.job import Job
-from spu.train.loop import train
+from spu.train.led import follow, in_several_processes, leading
+from spu.train.loop import pipeline, train
 from spu.train.results import draw_losses, is_finished
 from spu.train.resume import resume_config
 from spu.train.run_folder import find_folder, new_folder
@@ -40,11 +41,26 @@ def train_command(given: dict[str, Any], options: RunOptions, named: Collection[
         ValueError: bad input; the text names the value and the fix, and nothing was written over.
         Stopped: Ctrl-C or SIGTERM; what could be saved is saved.
     """
+    named = set(given) if named is None else named
+    if not in_several_processes():
+        return _train(given if "engine" in given else {**given, "engine": "local"}, options, named)
+    with leading(int(given.get("wait_s", TrainConfig().wait_s))) as leads:
+        if not leads:
+            follow(pipeline)
+            return Path()
+        if options.reference or options.compare:
+            raise ValueError("--reference and --compare train in one process: leave torchrun out, or the option")
+        if given.get("engine") == "local":
+            raise ValueError("--engine local is of one process, and torchrun has started several: leave one out")
+        return _train({**given, "engine": "distributed"}, options, named)
+
+
+def _train(given: dict[str, Any], options: RunOptions, named: Collection[str]) -> Path:
     only_reference = options.reference and not options.compare
     plan = None if options.plan is None else Plan.load(options.plan)
     if plan is not None:
         given = planned_settings(plan, given, str(options.plan))
-    job = _make_job(given, options, set(given) if named is None else named)
+    job = _make_job(given, options, named)
     job.given_plan = plan if job.new else None
     job.sample, job.tensorboard = options.sample, options.tensorboard
     job.read()

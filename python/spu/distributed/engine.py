@@ -145,7 +145,7 @@ class DistributedEngine:
 
     def _for(self, work: Round) -> _Ready:
         """Return the schedule for a run, made anew where its buffers would be too small, or twice too large."""
-        wires = self._wires(work.inputs)
+        wires = self._wires(work.inputs, train=work.train)
         key = len(work.inputs), work.train
         ready = self._ready.get(key)
         fits = ready is not None and all(
@@ -157,9 +157,10 @@ class DistributedEngine:
             ready = self._ready[key] = self._made(wires, *key)
         return ready
 
-    def _wires(self, inputs: Sequence[Any]) -> list[Wire]:
+    def _wires(self, inputs: Sequence[Any], *, train: bool) -> list[Wire]:
         sample = max(inputs, key=_elements)
-        codecs = self._codecs or [None] * (len(self.stages) - 1)
+        # Without a backward nothing has a gradient, and so nothing is packed, as over the links of one process.
+        codecs = self._codecs if self._codecs and train else [None] * (len(self.stages) - 1)
         return [Wire(leaves, codec, index) for index, (leaves, codec) in enumerate(zip(self._crossing(sample), codecs))]
 
     def _crossing(self, sample: Any) -> list[list[Leaf]]:

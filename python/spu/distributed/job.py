@@ -14,10 +14,35 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from spu.devices.manager import Device, DeviceManager, Spec
 
-__all__ = ["Job"]
+__all__ = ["Job", "join"]
+
+
+def join(devices: Spec, timeout_s: int) -> bool:
+    """Join the process group that torchrun's environment describes; return False where this process is in one.
+
+    Args:
+        devices: as in `Job`.
+        timeout_s: seconds after which a process that waits for another one gives up.
+
+    Raises:
+        ValueError: not started by torchrun.
+    """
+    if not dist.is_available():
+        raise ValueError("engine='distributed' needs a torch with torch.distributed; this one was built without")
+    if dist.is_initialized():
+        return False
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "engine='distributed' runs in processes that torchrun starts: torchrun --nproc-per-node 2 script.py; this "
+            "one was started alone (no RANK and WORLD_SIZE in its environment)"
+        )
+    backend = "nccl" if _kind_of(devices) == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return True
 
 
 class Job:
@@ -26,39 +51,43 @@ class Job:
     Args:
         devices: this process's device, or "auto": the GPU of its number on its machine, or the CPU with as many threads
             as torch has here.
+        replicas: pipelines side by side, each with rows of the batch of its own.
         timeout_s: seconds after which a process that waits for another one gives up.
 
     Attributes:
         rank, size: of this process, and how many there are.
-        place: in the pipeline.
+        replica, replicas: the pipeline that this process is in, and how many there are.
+        place: in that pipeline.
         device: this process's.
-        devices: of the pipeline's places, named "rank0", "rank1", ...
+        devices: of the first pipeline's places, named "rank0", "rank1", ...
         pipeline: the process group of this pipeline; None: all processes.
+        alike: that of the processes at this place; None: this one alone.
 
     Raises:
-        ValueError: not started by torchrun and in no process group, or more than one device.
+        ValueError: not started by torchrun and in no process group, more than one device, or a number of processes
+            that is no multiple of the replicas.
     """
 
-    def __init__(self, devices: Spec = "auto", *, timeout_s: int = 300) -> None:
-        if not dist.is_available():
-            raise ValueError("engine='distributed' needs a torch with torch.distributed; this one was built without")
-        self._joined = False
-        kind = _kind_of(devices)
-        if not dist.is_initialized():
-            if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-                raise ValueError(
-                    "engine='distributed' runs in processes that torchrun starts: torchrun --nproc-per-node 2 "
-                    "script.py; this one was started alone (no RANK and WORLD_SIZE in its environment)"
-                )
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
-            self._joined = True
+    def __init__(self, devices: Spec = "auto", *, replicas: int = 1, timeout_s: int = 600) -> None:
+        self._joined = join(devices, timeout_s)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.place = self.rank
+        if self.size % replicas:
+            raise ValueError(
+                f"{self.size} processes are no whole number of stages for replicas={replicas}: start a multiple of it"
+            )
+        self.replicas = replicas
+        self.replica, self.place = divmod(self.rank, self.size // replicas)
         # The type of device whose memory the group's transport reads.
         self._carries = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         self.pipeline: dist.ProcessGroup | None = None
+        self.alike: dist.ProcessGroup | None = None
+        if replicas > 1:
+            shape = replicas, self.size // replicas
+            mesh = init_device_mesh(self._carries.type, shape, mesh_dim_names=("replica", "stage"))
+            self.pipeline, self.alike = mesh.get_group("stage"), mesh.get_group("replica")
         self.device = _own_device(devices, self.rank)
-        self.devices: list[Device] = [_Told(*told).device for told in self.gathered(_told(self.device))]
+        everyones = self.gathered(_told(self.device))
+        self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
 
     def gathered(self, value: Any) -> list[Any]:
         """Return every process's value, by rank."""
@@ -104,7 +133,7 @@ class Job:
     def places(self, count: int) -> list[Device]:
         """Return where the stages of each place are: the others' on this host's CPU, without a stage that runs."""
         away = [dataclasses.replace(device, torch_device=torch.device("cpu")) for device in self.devices[:count]]
-        return [self.devices[k] if k == self.place else device for k, device in enumerate(away)]
+        return [self.device if k == self.place else device for k, device in enumerate(away)]
 
     def neighbours(self, ranks: Sequence[int]) -> dict[int, list[int]]:
         """Return the ranks that this process exchanges messages with, and the stages of each."""
@@ -112,13 +141,13 @@ class Job:
         beside = {s + d for s in own for d in (-1, 1) if 0 <= s + d < len(ranks)} - own
         found: dict[int, list[int]] = {}
         for stage in sorted(beside):
-            found.setdefault(ranks[stage], []).append(stage)
+            found.setdefault(self.rank - self.place + ranks[stage], []).append(stage)
         return found
 
     @property
     def leads(self) -> bool:
         """Whether this process is in the pipeline whose state stands for all."""
-        return self.rank == self.place
+        return self.replica == 0
 
     def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Send a tensor's bytes to another process, which waits for them."""

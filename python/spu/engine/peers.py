@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 __all__ = ["Peers"]
 
@@ -17,6 +19,15 @@ class Peers(Protocol):
     """
 
     own: frozenset[int]
+
+    def parts(self, planned: int) -> int:
+        """Return into how many microbatches all processes together cut a batch, of which a plan has one pipeline's."""
+
+    def share(self, parts: int) -> range:
+        """Return the microbatches that go through this process's pipeline, of all of a batch."""
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients of this process's parameters over the pipelines."""
 
     def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.

@@ -150,10 +150,11 @@ class Runner:
         checks = self._watch(parts)
         try:
             with self.built.running():
-                for first in range(0, parts, size):
-                    own = slice(first, first + size)
+                share = range(parts) if self._peers is None else self._peers.share(parts)
+                for first in share[::size]:
+                    own = slice(first, min(first + size, share.stop))
                     work = Round(
-                        self._actions_of(min(size, parts - first)),
+                        self._actions_of(own.stop - first),
                         inputs_by_part[own],
                         targets_by_part[own],
                         weights[own],
@@ -200,7 +201,15 @@ class Runner:
 
     def _parts(self, inputs: Any) -> int:
         """Return the number of microbatches: as planned, but at most the batch's rows (an epoch's last batch)."""
-        return max(1, min(self._plan.settings.parts, batch_rows(inputs)))
+        rows, planned = batch_rows(inputs), self._plan.settings.parts
+        if self._peers is not None:
+            planned = self._peers.parts(planned)
+            if len(self._peers.share(min(planned, rows))) == 0:
+                raise ValueError(
+                    f"a batch of {rows} rows has none for one of the pipelines: leave out an epoch's short last batch "
+                    "(DataLoader(drop_last=True)), or train with fewer replicas"
+                )
+        return max(1, min(planned, rows))
 
     def _actions_of(self, microbatches: int) -> list[list[schedules.Action]]:
         if microbatches == self._plan.settings.microbatches:
@@ -235,16 +244,19 @@ class Runner:
         self.updater.check_open()
         modules = [m for stage in self.built.stages for layer in stage.layers for m in layer.module.modules()]
         training = [module for module in modules if module.training]
-        parts = min(self._plan.settings.parts, batch_rows(inputs))  # no larger than in training
+        parts = self._parts(inputs)  # no larger than in training
+        share = range(parts) if self._peers is None else self._peers.share(parts)
+        own = slice(share.start, share.stop)
         together = parts if self.updater.streaming is not None else None  # so that a stage's weights come once
         targets_by_part = split_batch(targets, parts, "targets")
         work = Round(
-            schedules.forward_only(max(self._ranks) + 1, parts, stage_ranks=self._ranks, together=together),
-            split_inputs(inputs, parts),
-            targets_by_part,
-            self._weighing.shares(targets_by_part),
+            schedules.forward_only(max(self._ranks) + 1, len(share), stage_ranks=self._ranks, together=together),
+            split_inputs(inputs, parts)[own],
+            targets_by_part[own],
+            self._weighing.shares(targets_by_part)[own],
             seed,
             step,
+            share.start,
             autocast=self._autocast(),
         )
         checks = self._watch(parts)

@@ -184,6 +184,8 @@ class Updater:
         for use in self._built.tied:
             if not self._streams(use.owner_stage):  # whose gradient is on its way down
                 add_tied(use)
+        if self._peers is not None:
+            self._peers.reduce([p for owned in self._built.owned for p in owned.values()])
         sums = self._engine.each(self._sqnorm)
         parts = torch.stack([on_device(each, self._scaler.device) for each in sums])
         if self._peers is not None:

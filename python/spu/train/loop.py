@@ -11,6 +11,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,11 +20,13 @@ from torch import nn
 
 from spu.checkpoint import writing as checkpoint
 from spu.common.dtypes import DTYPES
+from spu.common.options import AUTO
 from spu.common.out_of_memory import free_memory
 from spu.devices.manager import DeviceManager, default_devices
 from spu.devices.tiers import split_budget
 from spu.memory.spill import spilled
 from spu.optim.adamw import AdamW
+from spu.plan import Plan
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
@@ -34,6 +37,7 @@ from spu.train.export import sample_of, save_model, take_exact
 from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
 from spu.train.keep import Checkpoints, disk_line
+from spu.train.led import LeadingTrainer, tell
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows, validation_rows
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, stopped_summary, summarise
@@ -41,7 +45,7 @@ from spu.train.signals import Stopped, StopSignals
 from spu.train.tensorboard import TensorBoard
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
-__all__ = ["Loop", "evaluate", "make_trainer", "settle_steps", "train"]
+__all__ = ["Loop", "evaluate", "make_trainer", "pipeline", "settle_steps", "train"]
 
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
@@ -97,32 +101,58 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
         ValueError: unknown device, more stages than layers, no placement under the budgets, unknown settings.
     """
     config, plan = job.config, job.plan()
-    budget, tiers = split_budget(config.budget)
-    manager = DeviceManager(budget)
-    devices = manager.get_devices(default_devices(config.devices, config.residency))
-    if all(device.torch_device.type != "cpu" for device in devices):
-        tiers = dataclasses.replace(tiers, host_bytes=manager.host_budget())
-    trainer = ModelParallelTrainer(
-        model,
-        devices,
-        tiers=tiers,
-        optimizer=partial(AdamW, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay),
-        lr_schedule=lambda step: job.config.lr_factor(step),
-        settings=TrainSettings.part_of(config),
-        replan=config.replan and plan is None,
-        plan=plan,
-        measure=plan is None or plan is job.given_plan,  # so that predicted times are of these layers here
-        report=job.say,
-        scaler=LossScaler(
-            init_scale=config.init_scale, growth_interval=config.growth_interval, enabled=config.precision == "fp16"
-        ),
-    )
+    if config.engine == "distributed":
+        plan = job.given_plan  # others than before may be there; the same ones are given the same stages
+        tell("make", config.to_json(), None if plan is None else plan.to_json())
+    own = plan is not None and plan is not job.given_plan
+    trainer = pipeline(config, model, plan, lambda step: job.config.lr_factor(step), job.say, measure=not own)
     try:
         trainer.prepare(*job.corpus.batch(config.seed, 0, config.batch, config.seq))
     except BaseException:
         trainer.close()
         raise
     return trainer
+
+
+def pipeline(
+    config: TrainConfig,
+    model: nn.Module,
+    plan: Plan | None,
+    lr_schedule: Callable[[int], float],
+    say: Callable[[str], Any] | None = None,
+    *,
+    measure: bool = False,
+) -> ModelParallelTrainer:
+    """Return the trainer of a configuration, not prepared yet.
+
+    Args:
+        lr_schedule: step index -> factor on the learning rate.
+        say: shows the trainer's reports; None: of a process that shows nothing.
+        measure: predict times from these layers here.
+    """
+    budget, tiers = split_budget(config.budget)
+    manager = DeviceManager(budget)
+    distributed = config.engine == "distributed"
+    devices: Any = config.devices
+    if not distributed or config.devices != AUTO or budget:
+        devices = manager.get_devices(default_devices(config.devices, config.residency))
+        if all(device.torch_device.type != "cpu" for device in devices):
+            tiers = dataclasses.replace(tiers, host_bytes=manager.host_budget())
+    return (LeadingTrainer if distributed and say is not None else ModelParallelTrainer)(
+        model,
+        devices,
+        tiers=tiers,
+        optimizer=partial(AdamW, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay),
+        lr_schedule=lr_schedule,
+        settings=TrainSettings.part_of(config),
+        replan=config.replan and plan is None,
+        plan=plan,
+        measure=measure and not distributed,
+        report=None if distributed else say,
+        scaler=LossScaler(
+            init_scale=config.init_scale, growth_interval=config.growth_interval, enabled=config.precision == "fp16"
+        ),
+    )
 
 
 def _prepare(job: Job, trainer: ModelParallelTrainer) -> int:
@@ -260,7 +290,7 @@ class Loop:
             self._plan = trainer.plan  # it has planned from measured times: the run goes on by the new plan
             self._plan.save(self.job.folder / "plan.json")
             self.timelines.clear()  # this step ran by the old one
-        else:
+        elif config.engine == "local":
             self.timelines.append(trainer.timeline())
         self._tokens += targets.numel()
         self._tokens_per_s = targets.numel() / result.seconds

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
+from spu.common import torch_private
 from spu.common.dtypes import DTYPES
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
@@ -37,6 +38,10 @@ def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread
         ValueError: an unknown device, or as `Spread`.
     """
     if settings.engine == "local":
+        if settings.replicas != 1:
+            raise ValueError(
+                f"replicas={settings.replicas} is for engine='distributed': leave it out, or give that too"
+            )
         return DeviceManager().get_devices(default_devices(devices, settings.residency)), None
     spread = Spread(devices, settings)
     return spread.devices(), spread
@@ -77,7 +82,7 @@ class Spread:
                 f"schedule='zbv' with engine='distributed' needs torch 2.13 or later, this is {torch.__version__}: "
                 "earlier ones send between the two stages of one process over gloo, which cannot; take 'zb'"
             )
-        self.job = Job(devices)
+        self.job = Job(devices, replicas=settings.replicas, timeout_s=settings.wait_s)
         self._settings = settings
         self._own: frozenset[int] = frozenset()
 
@@ -108,6 +113,8 @@ class Spread:
             ValueError: a parameter is in stages of several processes.
         """
         ranks = [plan.devices.index(stage.device) for stage in plan.stages]
+        if self.job.replicas > 1:
+            _check_rows_apart(built)
         peers = PipelinePeers(self.job, ranks)
         for use in built.tied:
             if ranks[use.stage] != ranks[use.owner_stage]:
@@ -159,3 +166,16 @@ class Spread:
             return {}
         away = {name.removeprefix("model:"): t for name, t in state.tensors.items() if name.startswith("model:")}
         return state_for_model(model, built, optimizers, away)
+
+
+def _check_rows_apart(built: BuiltStages) -> None:
+    """Raise ValueError for a layer that counts statistics of the rows it has seen, which each replica has others of."""
+    for stage in built.stages:
+        for layer in stage.parts:
+            for name, module in layer.module.named_modules():
+                if isinstance(module, torch_private.NormBase) and module.track_running_stats:
+                    raise ValueError(
+                        f"{layer.name_of(name) if name else layer.name!r} ({type(module).__name__}) counts statistics "
+                        "of the rows that it has seen, and each replica sees others: replicas=1, or a LayerNorm or "
+                        "GroupNorm, or track_running_stats=False"
+                    )

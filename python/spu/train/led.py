@@ -1,0 +1,147 @@
+"""A run in several processes: rank 0 decides, reads, prints and writes; the others do what it tells them.
+
+What a trainer does in all of its processes is told by name, with its arguments: so the others need neither the data nor
+the run's folder, except to load its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spu.distributed.job import join
+from spu.plan import Plan
+from spu.train.adapter import make_trained_model
+from spu.train.config import TrainConfig
+from spu.train.signals import Stopped
+from spu.trainer.trainer import ModelParallelTrainer, StepResult
+
+__all__ = ["LeadingTrainer", "follow", "in_several_processes", "leading", "tell"]
+
+Make = Callable[[TrainConfig, Any, Plan | None, Callable[[int], float]], ModelParallelTrainer]
+
+
+def in_several_processes() -> bool:
+    """Tell whether torchrun has started this process with others beside it."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def tell(what: str, *arguments: Any) -> None:
+    """Tell the other processes what to do; called in rank 0."""
+    dist.broadcast_object_list([what, arguments], src=0)
+
+
+@contextlib.contextmanager
+def leading(timeout_s: int) -> Iterator[bool]:
+    """Join the others while the block runs; yield whether this is rank 0, at whose end the others end too.
+
+    A failure that the others do not share, such as bad input, ends them by a word; after any other they find that
+    rank 0 has gone.
+    """
+    join("auto", timeout_s)
+    leads, told = dist.get_rank() == 0, False
+    try:
+        yield leads
+        told = True
+    except (Stopped, ValueError, OSError):
+        told = True
+        raise
+    finally:
+        if leads and told:
+            with contextlib.suppress(RuntimeError):
+                tell("end")
+        if told:
+            dist.destroy_process_group()
+
+
+def follow(make: Make) -> None:
+    """Do what rank 0 tells, until it says that the run has ended. Signals are for rank 0 to heed.
+
+    Args:
+        make: makes the trainer of a run from its configuration, model, plan and learning rates.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    trainer: ModelParallelTrainer | None = None
+    rates = [1.0]
+    while True:
+        box: list[Any] = [None, None]
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError as error:
+            raise ConnectionError(f"rank 0 has ended, or says nothing any more: {error}") from error
+        what, arguments = box
+        if what == "end":
+            return
+        if what == "make":
+            config, plan = TrainConfig.from_json(arguments[0]), arguments[1]
+            made = make(config, make_trained_model(config), plan and Plan.from_json(plan), lambda _: rates[0])
+            trainer = made
+            continue
+        assert trainer is not None
+        if what == "step":
+            *arguments, rates[0] = arguments
+        getattr(trainer, what)(*arguments)
+
+
+class LeadingTrainer(ModelParallelTrainer):
+    """The trainer in rank 0: the others do with theirs what is done with this one."""
+
+    _alone = False  # something has failed: nobody listens any more
+
+    @torch.inference_mode(False)
+    def prepare(self, inputs: Any, targets: Any = None) -> Plan:
+        with self._told("prepare", inputs, targets):
+            return super().prepare(inputs, targets)
+
+    @torch.inference_mode(False)
+    def step(self, inputs: Any, targets: Any = None) -> StepResult:
+        factor = 1.0 if self.lr_schedule is None else self.lr_schedule(self.steps_done)
+        with self._told("step", inputs, targets, factor):
+            return super().step(inputs, targets)
+
+    @torch.inference_mode(False)
+    def forward_backward(
+        self, inputs: Any, targets: Any = None, *, keep_outputs: bool = False
+    ) -> tuple[torch.Tensor, Any]:
+        with self._told("forward_backward", inputs, targets):
+            return super().forward_backward(inputs, targets, keep_outputs=keep_outputs)
+
+    @torch.inference_mode(False)
+    def evaluate(self, inputs: Any, targets: Any = None) -> float:
+        with self._told("evaluate", inputs, targets):
+            return super().evaluate(inputs, targets)
+
+    def save(self, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+        with self._told("save", str(path)):
+            super().save(path, extra)
+
+    @torch.inference_mode(False)
+    def load(self, path: str | Path) -> dict[str, Any]:
+        with self._told("load", str(Path(path).resolve())):
+            return super().load(path)
+
+    def state_dict_for_model(self) -> dict[str, torch.Tensor]:
+        with self._told("state_dict_for_model"):
+            return super().state_dict_for_model()
+
+    def close(self) -> None:
+        if not self._alone and self._runner is not None and not self._runner.updater.closed:
+            tell("close")
+        super().close()
+
+    @contextlib.contextmanager
+    def _told(self, what: str, *arguments: Any) -> Iterator[None]:
+        tell(what, *arguments)
+        try:
+            yield
+        except BaseException:
+            self._alone = True
+            raise

@@ -1,0 +1,82 @@
+"""Pipelines side by side: their gradients are those of the whole batch, and the same in each to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ranks import in_ranks
+from torch import nn
+
+from spu import ModelParallelTrainer
+from spu.ops import use_backend
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    draws = torch.Generator().manual_seed(3)
+    x, y = torch.randn(14, 6, generator=draws), torch.randint(4, (14,), generator=draws)
+    y[:5] = -100  # the pipelines count different numbers of targets
+    return x, y
+
+
+def train(precision: str) -> dict[str, Any]:
+    """Gradients and loss of a batch, then three steps."""
+    x, y = batch()
+    with (
+        use_backend("reference"),
+        ModelParallelTrainer(
+            model(), engine="distributed", replicas=2, microbatches=2, precision=precision, lr=1e-2
+        ) as trainer,
+    ):
+        loss = trainer.forward_backward(x, y, keep_outputs=False)[0].item()
+        gradients = [p.grad.tolist() if p.grad is not None else None for p in trainer.parameters()]
+        trainer.scaler.update()
+        steps = [(result.loss, result.grad_norm) for result in (trainer.step(x, y) for _ in range(3))]
+        return {"loss": loss, "gradients": gradients, "steps": steps, "evaluated": trainer.evaluate(x, y)}
+
+
+def truth(dtype: torch.dtype) -> tuple[float, list[torch.Tensor]]:
+    net, (x, y) = copy.deepcopy(model()).to(dtype), batch()
+    loss = F.cross_entropy(net(x.to(dtype)), y)
+    loss.backward()
+    return loss.item(), [p.grad for p in net.parameters() if p.grad is not None]
+
+
+def test_two_pipelines_of_two_stages_have_the_gradients_of_the_whole_batch() -> None:
+    first, second, third, fourth = in_ranks(4, train, "fp32")
+    assert first == third  # the same place in the two pipelines
+    assert second == fourth
+    for name in ("loss", "steps", "evaluated"):
+        assert first[name] == second[name]
+    assert first["steps"][0][0] > first["steps"][2][0] > first["evaluated"]
+    loss, wanted = truth(torch.float64)
+    plain_loss, plain = truth(torch.float32)
+    eps = torch.finfo(torch.float32).eps
+    assert abs(first["loss"] - loss) <= 2 * abs(plain_loss - loss) + eps * loss
+    found = [a if a is not None else b for a, b in zip(first["gradients"], second["gradients"], strict=True)]
+    for own, true, theirs in zip(found, wanted, plain, strict=True):
+        error = (torch.tensor(own, dtype=torch.float64) - true).abs().max()
+        assert error <= 2 * (theirs - true).abs().max() + eps * true.abs().max()
+    both = [a is None for a in first["gradients"]], [b is None for b in second["gradients"]]
+    assert all(a != b for a, b in zip(*both, strict=True))  # each parameter is trained in one place
+
+
+def test_fp16_with_main_gradients_is_reduced_in_fp32() -> None:
+    first, second, third, fourth = in_ranks(4, train, "fp16")
+    assert first == third
+    assert second == fourth
+    _, wanted = truth(torch.float64)
+    net, (x, y) = model().half(), batch()
+    F.cross_entropy(net(x.half()).float(), y).backward()
+    plain = [p.grad for p in net.parameters() if p.grad is not None]
+    found = [a if a is not None else b for a, b in zip(first["gradients"], second["gradients"], strict=True)]
+    for own, true, theirs in zip(found, wanted, plain, strict=True):
+        error = (torch.tensor(own, dtype=torch.float64) - true).abs().max()
+        assert error <= 2 * (theirs.double() - true).abs().max() + torch.finfo(torch.float16).eps * true.abs().max()
