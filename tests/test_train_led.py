@@ -1,0 +1,67 @@
+"""``torchrun -m spu train``: rank 0 leads, the others follow, and the run is that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import in_ranks
+
+from spu.cli.train import train_command
+from spu.train.config import RunOptions
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def run(folder: str, name: str, **settings: Any) -> str:
+    """A run of six steps; returns what a bad input is told."""
+    os.chdir(folder)
+    given = {
+        "model": "small.json", "data": ("text.txt",), "seq": 16, "batch": 8, "microbatches": 4, "steps": 6,
+        "eval_every": 3, "save_every": 2, **settings,
+    }  # fmt: skip
+    try:
+        train_command(given, RunOptions(name=name, sample=False))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [{key: v for key, v in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
+
+
+def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
+    monkeypatch.chdir(tmp_path)
+    assert in_ranks(2, run, str(tmp_path), "two") == ["", ""]
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, sorted(cores)[:2])  # a thread for each of its stages, too
+    torch.set_num_threads(1)
+    try:
+        assert run(str(tmp_path), "one", devices="cpu:0,cpu:1") == ""
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+    assert rows(tmp_path, "two") == rows(tmp_path, "one")
+    assert {file.name for file in (tmp_path / "runs").iterdir()} == {"one", "two"}
+    for name in ("model/model.safetensors", "summary.json", "checkpoint/tensors.safetensors"):
+        assert (tmp_path / "runs" / "two" / name).exists()
+
+
+def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(CONFIG))
+    first, second = in_ranks(2, run, str(tmp_path), "two")
+    assert "text.txt" in first
+    assert second == ""
+    assert not (tmp_path / "runs").exists()
