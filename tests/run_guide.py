@@ -1,4 +1,4 @@
-"""Run pages' examples: python blocks, and lines of `sh` blocks that call spu. Run by test_guides.py.
+"""Run pages' examples: python blocks, and lines of `sh` blocks that call spu or torchrun. Run by test_guides.py.
 
     python tests/run_guide.py FOLDER PAGE.md ...
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import runpy
 import shlex
 import sys
 import traceback
@@ -23,12 +24,28 @@ import peft  # noqa: F401
 import torch
 import torch._dynamo.config
 import transformers  # noqa: F401
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spu import ModelParallelTrainer  # noqa: F401
 from spu.cli.app import main
 from spu.train import chat, loop  # noqa: F401
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def run_under_torchrun(script: Path, processes: int) -> None:
+    """Run a script in processes that torchrun's own launcher starts, as forks of this one, which has imported torch."""
+    torch.set_num_threads(1)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="guide", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.1, max_restarts=0,
+    )  # fmt: skip
+    elastic_launch(config, _run_script)(str(script))
+
+
+def _run_script(path: str) -> None:
+    runpy.run_path(path, run_name="__main__")
 
 
 def run_line(line: str) -> None:
@@ -38,6 +55,9 @@ def run_line(line: str) -> None:
         bar = words.index("|")
         sys.stdin = io.StringIO(" ".join(words[1:bar]) + "\n")
         words = words[bar + 1 :]
+    if words[0] == "torchrun":  # of a script in examples/
+        run_under_torchrun(EXAMPLES / words[-1], int(words[words.index("--nproc-per-node") + 1]))
+        return
     assert words[0] == "spu", line
     code = None
     try:

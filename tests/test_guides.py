@@ -34,14 +34,16 @@ def test_the_guides_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "ran " + " ".join(page.name for page in GUIDES)
-    assert len(GUIDES) >= 4
+    assert len(GUIDES) >= 5
 
 
-def test_the_script_of_a_guide_is_its_examples() -> None:
+@pytest.mark.parametrize("guide", ["own-loop", "several-machines"])
+def test_the_script_of_a_guide_is_its_examples(guide: str) -> None:
     def lines(text: str) -> list[str]:
         return [line for line in text.splitlines() if line.strip()]
 
-    page = (ROOT / "docs" / "guides" / "own-loop.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    script = (ROOT / "examples" / "own_loop.py").read_text()
+    page = (ROOT / "docs" / "guides" / f"{guide}.md").read_text()
+    kind = "python" if guide == "own-loop" else "py"
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    script = (ROOT / "examples" / f"{guide.replace('-', '_')}.py").read_text()
     assert lines(script.split("import annotations\n")[1]) == lines("".join(blocks))
