@@ -22,10 +22,10 @@ import torch.distributed as dist
 
 __all__ = ["in_ranks"]
 
-_WAIT_S = 60
+_WAIT_S = 150  # a busy machine takes its time to import
 
 
-def in_ranks(count: int, work: Callable[..., Any], *args: Any, timeout_s: int = 30, grouped: bool = True) -> list[Any]:
+def in_ranks(count: int, work: Callable[..., Any], *args: Any, timeout_s: int = 60, grouped: bool = True) -> list[Any]:
     """Return what ``work(*args)`` returns in each of ``count`` processes, by rank.
 
     Args:

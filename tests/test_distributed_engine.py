@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +118,45 @@ def test_a_failed_stage_is_named_in_every_rank() -> None:
     assert last.startswith("stage 1 (rank1), action 1F1, microbatch 1: ArithmeticError: a layer of the user's")
     assert "for rank 1 (stages [1]), which has ended or no longer answers" in first
     assert first.startswith("stage 0 (rank0)")
+
+
+class Ends(nn.Module):
+    """In its fourth forward, a process is killed in the midst of it, or does not come back for some seconds."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.runs = how, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        if self.runs == 4 and dist.get_rank() == 1 and x.device.type == "cpu" and self.training:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(8)
+        return x
+
+
+def lose(how: str, place: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5), Ends(how))
+    with ModelParallelTrainer(net, engine="distributed", precision="fp32", microbatches=2) as trainer:
+        try:
+            for _ in range(4):
+                trainer.step(torch.ones(4, 8), torch.zeros(4, dtype=torch.int64))
+        except StageError as error:
+            if dist.get_rank() == 0:
+                Path(place).write_text(str(error))
+            raise
+
+
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+def test_a_lost_process_is_named_by_its_neighbour(tmp_path: Path, how: str) -> None:
+    with pytest.raises(AssertionError, match="rank 1") as failed:
+        in_ranks(2, lose, how, str(tmp_path / "said"), timeout_s=5 if how == "hangs" else 60)
+    assert "still running" not in str(failed.value)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("stage 0 (rank0), action 0")
+    assert "for rank 1 (stages [1]), which has ended or no longer answers" in said
 
 
 def differ() -> str:

@@ -81,3 +81,9 @@ def test_what_is_wrong_is_said_as_without_defaults(given: dict[str, Any], messag
 def test_the_rule_is_the_one_that_the_help_names() -> None:
     (about,) = (f.metadata["kind"].about for f in TrainConfig.own_first() if f.name == "microbatches")
     assert f"of {LEAST_TOKENS} tokens or more" in about
+
+
+def test_several_processes_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    given = {"engine": "distributed", "replicas": 2, "batch": 16, "seq": 16}
+    assert with_defaults(given) == {"microbatches": 4, "schedule": "zb", **given}

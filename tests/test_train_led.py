@@ -44,7 +44,7 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "small.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
     monkeypatch.chdir(tmp_path)
-    assert in_ranks(2, run, str(tmp_path), "two") == ["", ""]
+    assert in_ranks(2, run, str(tmp_path), "two", timeout_s=120) == ["", ""]
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(cores)[:2])  # a thread for each of its stages, too
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
 
 def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(CONFIG))
-    first, second = in_ranks(2, run, str(tmp_path), "two")
+    first, second = in_ranks(2, run, str(tmp_path), "two", timeout_s=120)
     assert "text.txt" in first
     assert second == ""
     assert not (tmp_path / "runs").exists()

@@ -7,6 +7,7 @@ command makes the same run every time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     config = TrainConfig(**{"microbatches": 1, **given})
     devices = _devices(config)
     on_cpus = all(device.torch_device.type == "cpu" for device in devices)
-    rows = config.batch // config.accumulate
+    rows = max(1, config.batch // (config.accumulate * config.replicas))
     chosen: dict[str, Any] = {}
     if "microbatches" not in given:
         chosen["microbatches"] = _microbatches(rows, config.seq, len(devices)) if on_cpus else min(_MOST, rows)
@@ -50,7 +51,10 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _devices(config: TrainConfig) -> list[Device]:
     budget, _ = split_budget(config.budget)
-    return DeviceManager(budget).get_devices(default_devices(config.devices, config.residency))
+    found = DeviceManager(budget).get_devices(default_devices(config.devices, config.residency))
+    if config.engine != "distributed":
+        return found
+    return found[:1] * max(1, int(os.environ.get("WORLD_SIZE", "1")) // config.replicas)  # one in each process
 
 
 def _microbatches(rows: int, tokens: int, devices: int) -> int:

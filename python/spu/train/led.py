@@ -34,8 +34,15 @@ def in_several_processes() -> bool:
 
 
 def tell(what: str, *arguments: Any) -> None:
-    """Tell the other processes what to do; called in rank 0."""
-    dist.broadcast_object_list([what, arguments], src=0)
+    """Tell the other processes what to do; called in rank 0.
+
+    Raises:
+        RuntimeError: one has ended, or listens no more.
+    """
+    try:
+        dist.broadcast_object_list([what, arguments], src=0)
+    except RuntimeError as error:
+        raise RuntimeError(f"a rank has ended, or does not listen; its own output says why. torch: {error}") from error
 
 
 @contextlib.contextmanager
@@ -76,7 +83,7 @@ def follow(make: Make) -> None:
         try:
             dist.broadcast_object_list(box, src=0)
         except RuntimeError as error:
-            raise ConnectionError(f"rank 0 has ended, or says nothing any more: {error}") from error
+            raise RuntimeError(f"rank 0 has ended, or says nothing any more. torch: {error}") from error
         what, arguments = box
         if what == "end":
             return
