@@ -115,9 +115,24 @@ def test_derived_configurations(op: str, one: Config) -> None:
     elif op == "gated_dx":
         truth = 2 * (x.double() @ w.double().t())
         close(kernels.gated_dx(x, x, w.t(), w.t(), config=one), x @ w.t() + x @ w.t(), truth, f"gated_dx {one}")
+    elif op == "mlp_dz":
+        check_mlp_dz(x, w.t(), one)
     else:
         assert op == "linear_ce"
         check_cross_entropy(x, w, one)
+
+
+def check_mlp_dz(dy: Tensor, w_out: Tensor, one: Config) -> None:
+    saved = torch.randn(dy.shape[0], w_out.shape[1]).to(dy.dtype)
+    truth = reference_fused.mlp_dz(dy.double(), w_out.double(), saved.double(), "gelu", True, True)
+    z = saved.float().requires_grad_()
+    (dz,) = torch.autograd.grad(F.gelu(z), z, (dy @ w_out).float())
+    dz = dz.to(dy.dtype)
+    plain = dz, F.gelu(saved), dz.float().sum(0)
+    for name, made, usual, right in zip(
+        ("dz", "h", "sums"), kernels.mlp_dz(dy, w_out, saved, "gelu", True, True, one), plain, truth
+    ):
+        close(made, usual, right, f"{name} of mlp_dz {one}")
 
 
 def check_derivative_on_load(dy: Tensor, w: Tensor, one: Config, activation: str) -> None:

@@ -203,9 +203,8 @@ def faults(built: Built, label: str, most_registers: int = 0) -> list[str]:
         found.append("a 16-bit product without tensor-core instructions")
     if built.contracted and not (built.name in _PRODUCTS and wide) and built.name not in _FUSED:
         found.append("multiplications and additions were fused")
-    for what, widest, least in zip(
-        ("load", "store"), (built.widest_load, built.widest_store), _ACCESSES.get(built.name, (0, 0)), strict=True
-    ):
+    accesses = (0, 0) if label.endswith("ragged") else _ACCESSES.get(built.name, (0, 0))  # odd sizes allow none
+    for what, widest, least in zip(("load", "store"), (built.widest_load, built.widest_store), accesses, strict=True):
         if widest < least:
             found.append(f"the widest {what} is of {widest} bytes, {least} are possible")
     return found
