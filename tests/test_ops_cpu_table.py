@@ -38,7 +38,7 @@ def everywhere(way: str) -> CpuTable:
 
 
 def random(*size: int, dtype: torch.dtype) -> Tensor:
-    return (torch.randn(size) / size[-1] ** 0.5).to(dtype)
+    return (torch.randn(size) / max(1, size[-1]) ** 0.5).to(dtype)
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -97,6 +97,21 @@ def test_ways_that_do_not_serve_are_passed_over(no_ways: None) -> None:
     assert _C.way("linear", "fp16", 512, 2048, 1024) == _C.isa()
     with pytest.raises(ValueError, match="no product linear of fp64"):
         _C.way("linear", "fp64", 1, 1, 1)
+
+
+@needs_mkl
+@pytest.mark.parametrize("shape", [(0, 6, 8), (8, 0, 6), (8, 6, 0)], ids=str)
+def test_empty_operands_have_empty_results(no_ways: None, shape: tuple[int, int, int]) -> None:
+    cpu_table.install((everywhere("torch"),))
+    rows, out, inner = shape
+    for dtype in DTYPES.values():
+        x, w, dz = (random(*size, dtype=dtype) for size in ((rows, inner), (out, inner), (rows, out)))
+        assert OPS.linear.cpu(x, w, None, "gelu", True)[0].eq(0).all()
+        assert OPS.linear_dx.cpu(dz, w).eq(0).all()
+        main, inv, found = torch.full((out, inner), 7.0), torch.tensor([1.0]), torch.zeros(1)
+        OPS.linear_dw_.cpu(dz, x, main, inv, found, False)
+        assert main.eq(0).all()
+        assert found.item() == 0
 
 
 @needs_mkl

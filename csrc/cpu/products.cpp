@@ -127,6 +127,7 @@ bool by_torch(const Product& p, const Epilogue& e) {
 }  // namespace
 
 void multiply(ProductOp op, const Product& p, const Epilogue& e) {
+  if (p.m == 0 || p.n == 0) return;
   const std::atomic<const KernelTable*>& place =
       ways[static_cast<int>(op)][type_place(p.a.type)][class_place(p.m, p.n, p.k)];
   const KernelTable* way = place.load(std::memory_order_acquire);
