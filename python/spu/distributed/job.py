@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from spu.devices.manager import Device, DeviceManager, Spec
+from spu.distributed.meeting import meeting
 
 __all__ = ["Job", "join"]
 
@@ -30,6 +32,7 @@ def join(devices: Spec, timeout_s: int) -> bool:
 
     Raises:
         ValueError: not started by torchrun.
+        TimeoutError: another process has not come.
     """
     if not dist.is_available():
         raise ValueError("engine='distributed' needs a torch with torch.distributed; this one was built without")
@@ -40,8 +43,10 @@ def join(devices: Spec, timeout_s: int) -> bool:
             "engine='distributed' runs in processes that torchrun starts: torchrun --nproc-per-node 2 script.py; this "
             "one was started alone (no RANK and WORLD_SIZE in its environment)"
         )
-    backend = "nccl" if _kind_of(devices) == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "nccl" if _kind_of(devices) == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store = meeting(store, rank, size, timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return True
 
 
