@@ -42,7 +42,7 @@ def test_gradients_flow_without_values() -> None:
     assert w.grad.shape == w.shape
 
 
-@pytest.mark.skipif(bool(INTERPRET.value), reason="interpreted kernels are not compiled")
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 def test_a_launch_goes_to_another_process_whole() -> None:
     with ahead.recording(90, 132) as kept:
         kernels.linear_dz(torch.empty(64, 64).half(), torch.empty(64, 64).half(), "gelu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +18,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.cache import get_cache_key  # noqa: E402
+from triton.runtime.jit import JITCallable  # noqa: E402
 
 from spu import kernels  # noqa: E402
 from spu.kernels import ahead, launch  # noqa: E402
 from spu.kernels.arith import INTERPRET  # noqa: E402
 from spu.kernels.config import Config  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bool(INTERPRET.value), reason="interpreted kernels are not compiled")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
 ARCH, PROCESSORS = 90, 132
 
@@ -140,3 +143,37 @@ def test_a_recording_launches_nothing_and_leaves_no_trace() -> None:
         kernels.linear_dz(torch.empty(64, 64).half(), torch.empty(64, 64).half(), "gelu")
         raise KeyError
     assert (driver._active, triton.runtime.JITFunction._do_compile) == before
+
+
+def modules() -> list[Any]:
+    return [importlib.import_module(f"spu.kernels.{one.name}") for one in pkgutil.iter_modules(kernels.__path__)]
+
+
+def test_no_kernel_reads_a_global_constexpr() -> None:
+    """Triton 3.6 puts those of a device function into a kernel's name only if the function was named before."""
+    held = [
+        f"{module.__name__}.{name}"
+        for module in modules()
+        for name, value in vars(module).items()
+        if isinstance(value, triton.language.constexpr)
+    ]
+    assert held == []
+
+
+def test_a_kernels_name_does_not_depend_on_those_named_before() -> None:
+    found = [value for module in modules() for value in vars(module).values() if isinstance(value, JITCallable)]
+    functions = list({id(value): value for value in found}.values())
+
+    def forget() -> None:
+        for one in functions:
+            one.hash, one.used_global_vals = None, {}
+
+    alone = []
+    for one in functions:
+        forget()
+        alone.append(one.cache_key)
+    for order in (functions, functions[::-1]):
+        forget()
+        for one in order:
+            one.cache_key  # noqa: B018
+        assert [one.cache_key for one in functions] == alone

@@ -15,7 +15,7 @@ from spu.kernels.arith import INTERPRET  # noqa: E402
 from spu.tune import compile as tuned  # noqa: E402
 from spu.tune.calls import candidates  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bool(INTERPRET.value), reason="interpreted kernels are not compiled")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 
 
 class Products(TorchDispatchMode):

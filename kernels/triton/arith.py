@@ -10,13 +10,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRET = bool(triton.knobs.runtime.interpret)
+
+
+# A function, not a global tl.constexpr: whether those of a device function are part of the name under which Triton 3.6
+# keeps a compiled kernel depends on the kernels launched before it, so that the next process may compile it again.
+@triton.constexpr_function
+def interpreted():
+    """Tell whether the kernel runs interpreted."""
+    return INTERPRET
 
 
 @triton.jit
 def widen(x):
     """Convert fp16, bf16 or fp32 to fp32, exactly."""
-    if INTERPRET and x.dtype == tl.bfloat16:
+    if interpreted() and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
@@ -24,7 +32,7 @@ def widen(x):
 @triton.jit
 def narrow(v, dtype: tl.constexpr):
     """Convert fp32 to ``dtype``, to nearest, ties to even; NaN stays NaN."""
-    if INTERPRET and dtype == tl.bfloat16:
+    if interpreted() and dtype == tl.bfloat16:
         bits = v.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(v != v, 0x7FC0, rounded)
@@ -40,7 +48,7 @@ def dot(a, b, acc, HALF: tl.constexpr = False):
     """
     if HALF:
         return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
-    if INTERPRET:
+    if interpreted():
         a = widen(a)
         b = widen(b)
     return tl.dot(a, b, acc, input_precision="ieee")

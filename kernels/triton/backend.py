@@ -11,7 +11,7 @@ from spu.kernels.arith import INTERPRET
 
 def interpreted() -> bool:
     """Tell whether kernels run interpreted (TRITON_INTERPRET=1): then on CPU tensors too."""
-    return bool(INTERPRET.value)
+    return INTERPRET
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

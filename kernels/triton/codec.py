@@ -25,7 +25,7 @@ from spu.kernels.launch import POINTWISE, ceil_div
 HEADER_BYTES = 64
 ALIGN_BYTES = 64
 CONVERT_SIZE = 1024
-FUSED = not INTERPRET.value  # the interpreter multiplies and adds with a rounding each
+FUSED = not INTERPRET  # the interpreter multiplies and adds with a rounding each
 SOURCE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -11,12 +11,12 @@ import triton.language as tl
 
 from spu.kernels.arith import activate, backprop, dot, narrow, widen
 from spu.kernels.tiles import (
-    EPILOGUE_COLUMNS,
     add_described,
     add_product,
     describe,
     described_tile,
     halves,
+    is_wide,
     start_of,
     tile_at,
 )
@@ -28,7 +28,7 @@ def _write_gated(
     ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write h, and with KEEP gate and up, of the tiles of gate and up; wide ones in halves."""
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         gate_left, gate_right = halves(acc_gate, BM, COLUMNS)
         up_left, up_right = halves(acc_up, BM, COLUMNS)
         _write_gated(gate_left, up_left, m, first_col, h, gate, up, M, N, ACTIVATION, KEEP, BM, COLUMNS // 2)
@@ -100,7 +100,7 @@ def _write_gated_dh(
     ACTIVATION: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write dgate, dup and h of the tile acc of dh; a wide one in halves, whose results fit the registers."""
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         left, right = halves(acc, BM, COLUMNS)
         _write_gated_dh(left, m, first_col, gate, up, dgate, dup, h, M, N, ACTIVATION, BM, COLUMNS // 2)
         _write_gated_dh(
@@ -181,7 +181,7 @@ def gated_dh_descriptor_kernel(
 
 @triton.jit
 def _write_dx(acc, m, first_col, dx, M, N, BM: tl.constexpr, COLUMNS: tl.constexpr):
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         left, right = halves(acc, BM, COLUMNS)
         _write_dx(left, m, first_col, dx, M, N, BM, COLUMNS // 2)
         _write_dx(right, m, first_col + COLUMNS // 2, dx, M, N, BM, COLUMNS // 2)

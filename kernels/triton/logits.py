@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from spu.kernels.arith import narrow, widen
-from spu.kernels.tiles import EPILOGUE_COLUMNS, add_described, add_product, describe, halves, start_of, tile_at
+from spu.kernels.tiles import add_described, add_product, describe, halves, is_wide, start_of, tile_at
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _take_columns(
     KEEP: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Return (top, total, found) after a tile of logits; found is the target's logit. Wide tiles: in halves."""
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         left, right = halves(z, BM, COLUMNS)
         top, total, found = _take_columns(
             top, total, found, left, logits, m, first_col, wanted, R, V, KEEP, BM, COLUMNS // 2
@@ -118,7 +118,7 @@ def _write_dz(
     z, m, first_col, target, lse, grad_rows, dz, R, V, ignore_index, BM: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Write the gradient of a tile of logits; of a wide one in halves."""
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         left, right = halves(z, BM, COLUMNS)
         _write_dz(left, m, first_col, target, lse, grad_rows, dz, R, V, ignore_index, BM, COLUMNS // 2)
         _write_dz(

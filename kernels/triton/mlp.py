@@ -18,7 +18,7 @@ from spu.kernels.finish import SIZE, column_sums, finish
 from spu.kernels.gated import aligned, launch, plan_of
 from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, ceil_div, check_activation, check_operands, rows_of
-from spu.kernels.tiles import EPILOGUE_COLUMNS, add_described, add_product, describe, halves, start_of, tile_at
+from spu.kernels.tiles import add_described, add_product, describe, halves, is_wide, start_of, tile_at
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _write_dz(
     ACTIVATION: tl.constexpr, NEEDS_H: tl.constexpr, NEEDS_SUMS: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write dz of the tile acc of dh, and h and the tile's sums [tiles of rows, N] if needed; a wide one in halves."""
-    if COLUMNS > EPILOGUE_COLUMNS:
+    if is_wide(COLUMNS):
         left, right = halves(acc, BM, COLUMNS)
         _write_dz(
             left, m, first_col, saved, dz, h, sums, M, N, ACTIVATION, NEEDS_H, NEEDS_SUMS, BM, COLUMNS // 2

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from spu.kernels.tiles import (
-    EPILOGUE_COLUMNS,
     add_described,
     add_product,
     describe,
     halves,
+    is_wide,
     start_of,
     sum_rows_of_a,
     tile_at,
@@ -46,7 +46,7 @@ def _write_halves(
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    if COLUMNS > EPILOGUE_COLUMNS:  # a wide tile and its whole epilogue at once do not fit the registers
+    if is_wide(COLUMNS):  # a wide tile and its whole epilogue at once do not fit the registers
         left, right = halves(acc, BM, COLUMNS)
         _write_halves(
             left, m, first_col, part, bias, out, extra, inv_scale, found_inf, M, N,

@@ -7,8 +7,13 @@ import triton.language as tl
 
 from spu.kernels.arith import activate, backprop, dot, narrow, nonfinite, widen
 
-EPILOGUE_COLUMNS = tl.constexpr(32)
-"""Columns that an epilogue takes at once: those of a whole tile, with an address each, do not fit the registers."""
+
+@triton.constexpr_function
+def is_wide(columns):
+    """Tell whether an epilogue takes so many columns in halves: those of a whole tile, with an address each, do not fit
+    the registers.
+    """
+    return columns > 32
 
 
 @triton.jit

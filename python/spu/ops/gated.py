@@ -23,7 +23,7 @@ from torch import Tensor
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend, has_kernel
-from spu.ops.linear import check_dtypes, compute_dtype, weight_gradient
+from spu.ops.linear import check_operands, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
 from spu.ops.sink import GradSink, sinks_of
@@ -114,15 +114,7 @@ def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch
             f"gated_mlp: x {tuple(x.shape)}, w_gate {tuple(w_gate.shape)}, w_up {tuple(w_up.shape)} and w_down "
             f"{tuple(w_down.shape)} do not fit: they must be [..., in], [hidden, in], [hidden, in] and [out, hidden]"
         )
-    check_dtypes("gated_mlp: x", x, dtype)
-    for name, weight in (("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down)):
-        if dtype is None and weight.dtype != x.dtype:
-            raise TypeError(
-                f"gated_mlp: x is {x.dtype} but {name} is {weight.dtype}: convert one of them with .to(), or use "
-                "torch.autocast"
-            )
-        if weight.device != x.device:
-            raise ValueError(f"gated_mlp: x is on {x.device} but {name} is on {weight.device}: move one with .to()")
+    check_operands("gated_mlp", x, dtype, ("w_gate", w_gate), ("w_up", w_up), ("w_down", w_down))
 
 
 def gated_mlp(

@@ -28,7 +28,7 @@ from spu.ops.sink import GradSink, MainGrad, sinks_of
 __all__ = [
     "bias_gradient",
     "check_activation",
-    "check_dtypes",
+    "check_operands",
     "compute_dtype",
     "fused_linear_act",
     "linear_act",
@@ -160,28 +160,28 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
             f"linear_act: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}: it must be "
             f"({weight.shape[0]},)"
         )
+    check_operands("linear_act", x, dtype, ("weight", weight), ("bias", bias))
+
+
+def check_operands(op: str, x: Tensor, dtype: torch.dtype | None, *others: tuple[str, Tensor | None]) -> None:
+    """Raise TypeError if spu does not support the dtype of ``x``, or the ``dtype`` that all operands will be converted
+    to (None: not, and the others must have that of ``x``), and ValueError if one of the others is on another device.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"{op}: dtype is {dtype}: use float16, bfloat16 or float32")
+    if not x.dtype.is_floating_point or (dtype is None and x.dtype not in _FLOATS):
+        raise TypeError(f"{op}: x is {x.dtype}: convert it to float16, bfloat16 or float32")
     device = x.device
-    check_dtypes("linear_act: x", x, dtype)
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in others:
         if tensor is None:
             continue
         if dtype is None and tensor.dtype != x.dtype:
             raise TypeError(
-                f"linear_act: x is {x.dtype} but {name} is {tensor.dtype}: convert one of them with .to(), or use "
+                f"{op}: x is {x.dtype} but {name} is {tensor.dtype}: convert one of them with .to(), or use "
                 "torch.autocast"
             )
         if tensor.device != device:
-            raise ValueError(f"linear_act: x is on {device} but {name} is on {tensor.device}: move one with .to()")
-
-
-def check_dtypes(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
-    """Raise TypeError if spu does not support the dtype of ``x``, or the ``dtype`` that it will be converted to (None:
-    not).
-    """
-    if dtype is not None and dtype not in _FLOATS:
-        raise TypeError(f"{name.split(':')[0]}: dtype is {dtype}: use float16, bfloat16 or float32")
-    if not x.dtype.is_floating_point or (dtype is None and x.dtype not in _FLOATS):
-        raise TypeError(f"{name} is {x.dtype}: convert it to float16, bfloat16 or float32")
+            raise ValueError(f"{op}: x is on {device} but {name} is on {tensor.device}: move one with .to()")
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend
-from spu.ops.linear import bias_gradient, check_dtypes, compute_dtype, weight_gradient
+from spu.ops.linear import bias_gradient, check_operands, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.fused import acted
 from spu.ops.reference.linear import exact, torch_activation
@@ -123,20 +123,10 @@ def _check(
             f"mlp: x {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)} do not fit: they must "
             "be [..., in], [hidden, in] and [out, hidden]"
         )
-    check_dtypes("mlp: x", x, dtype)
     for name, bias, weight in (("b_in", b_in, w_in), ("b_out", b_out, w_out)):
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"mlp: {name} {tuple(bias.shape)} must be ({weight.shape[0]},), as its weight has rows")
-    for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
-        if tensor is None:
-            continue
-        if dtype is None and tensor.dtype != x.dtype:
-            raise TypeError(
-                f"mlp: x is {x.dtype} but {name} is {tensor.dtype}: convert one of them with .to(), or use "
-                "torch.autocast"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"mlp: x is on {x.device} but {name} is on {tensor.device}: move one with .to()")
+    check_operands("mlp", x, dtype, ("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out))
 
 
 def mlp(
