@@ -7,6 +7,7 @@
 # make aot     compile every Triton kernel for every architecture, check it, write build/aot.md (ARGS="--dtypes fp16")
 # make fuzz    random models, losses and trainers against plain PyTorch (FUZZ_SECONDS=60, FUZZ_SEED=0, FUZZ_ARGS="--processes 2")
 # make fresh   the readme's install in a fresh environment: minutes, and the big download
+# make bench-ranks   several processes beside torch's own ways, on loopback and shaped links; killed runs (an hour)
 # make lint    ruff, mypy on the installed package, clang-format; make bench (ARGS="-k goals": the closing table alone), make wheel, make clean
 #
 # TEST_WORKERS=  run the suite in one process
@@ -52,6 +53,15 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/pytest benchmarks $(ARGS)
+
+# Processes beside one another on this machine, at work for some minutes each; shaped links need root. A missed target is printed.
+.PHONY: bench-ranks
+bench-ranks: $(VENV)/.bench
+	-$(BIN)/python benchmarks/distributed/pipeline.py $(ARGS)
+	-$(BIN)/python benchmarks/distributed/pipeline.py --job thin --schedule 1f1b --transfer int8,fp16
+	-$(BIN)/python benchmarks/distributed/data_parallel.py
+	-$(BIN)/python benchmarks/distributed/same_losses.py
+	-$(BIN)/python benchmarks/distributed/kills.py
 
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 0

@@ -166,9 +166,12 @@ def _kernel(func: Any) -> Callable[..., Any]:
     takes = "generator" in arguments
     place = arguments.index("generator") if takes else -1
     seeded = func if takes else _with_generator(func, arguments)
+    dropout = arguments.index("dropout_p") if "dropout_p" in arguments else len(arguments)
 
     def draw(*args: Any, **kwargs: Any) -> Any:
         with torch_private.without_generic_key():
+            if dropout < len(args) and args[dropout] == 0.0:  # fused attention, in every layer of most models
+                return func(*args, **kwargs)
             source = _source()
             if source is None or _draws_nothing(func, args, kwargs):
                 return func(*args, **kwargs)

@@ -183,6 +183,9 @@ class ParameterSink:
             return grad
         if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
             return grad
+        if scope is not None and scope.plain and grad.dtype == torch.float32 and grad.layout == torch.strided:
+            self._buffer = None  # autograd moves the first gradient into place
+            return grad
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
             return grad
@@ -214,9 +217,6 @@ class ParameterSink:
                 f"MainGrads: a gradient of layout {grad.layout} cannot be unscaled: build the layer with dense "
                 "gradients (nn.Embedding(..., sparse=False))"
             )
-        if scope.plain and grad.dtype == torch.float32:
-            self._buffer = None  # autograd moves the first gradient into place
-            return grad
         # Autograd adds what is returned to param.grad, or moves it there if there is none yet.
         with self._lock:
             param = self._parameter()
