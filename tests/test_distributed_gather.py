@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from pipelines import devices
 from ranks import in_ranks
-from safetensors.torch import load_file
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -41,8 +43,29 @@ def go_on(engine: str, places: Any, folder: str, before: str, after: str, precis
             assert trainer.load(Path(folder) / before) == {"mine": before}
         losses = [trainer.step(x, y).loss for _ in range(2)]
         trainer.save(Path(folder) / after, {"mine": after})
+        if engine == "distributed":
+            check_own_alone(trainer)
         state = trainer.state_dict_for_model()
         return losses, {name: tensor.tolist() for name, tensor in state.items()}
+
+
+def check_own_alone(trainer: ModelParallelTrainer) -> None:
+    """The parameters of other processes' stages take the memory of one element, and are refused as values."""
+    net, plan = trainer._parts.as_module(), trainer.plan
+    assert plan is not None
+    for place, stage in enumerate(plan.stages):
+        for layer in net[stage.layers[0] : stage.layers[1]]:
+            sizes = [(p.untyped_storage().nbytes(), p.element_size()) for p in layer.parameters()]
+            if place == dist.get_rank():
+                assert all(size > one for size, one in sizes)
+                layer.state_dict()
+            elif sizes:
+                assert all(size == one for size, one in sizes)
+                for touch in (layer.state_dict, partial(layer, torch.ones(2, 8))):
+                    with pytest.raises(RuntimeError, match="weight .*in a stage of another process"):
+                        touch()
+    with pytest.raises(RuntimeError, match=r"take trainer\.state_dict_for_model\(\), called in every process"):
+        net.state_dict()
 
 
 def test_any_number_of_processes_goes_on_from_any_other(tmp_path: Path) -> None:
@@ -71,7 +94,45 @@ def test_any_number_of_processes_goes_on_from_any_other(tmp_path: Path) -> None:
     assert wanted[0][0] != wanted[1][0]
     for one in (tmp_path / "local").iterdir():
         same = tmp_path / "ranks" / one.name / "tensors.safetensors"
+        assert same.read_bytes() == (one / "tensors.safetensors").read_bytes()
 
-        mine, theirs = load_file(same), load_file(one / "tensors.safetensors")
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+def tied() -> str:
+    net = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    net[2].weight = net[0].weight
+    with ModelParallelTrainer(net, engine="distributed", precision="fp32", microbatches=2) as trainer:
+        try:
+            trainer.prepare(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+        except ValueError as error:
+            net.state_dict()  # nothing was freed
+            return str(error)
+    return "no error"
+
+
+def fails(folder: str) -> list[str]:
+    """A save whose folder is a file, and one that succeeds after it."""
+    texts = []
+    with ModelParallelTrainer(model(), engine="distributed", precision="fp32", microbatches=4) as trainer:
+        trainer.prepare(torch.zeros(12, 6), torch.zeros(12, dtype=torch.int64))
+        for name in ("file", "good"):
+            try:
+                trainer.save(Path(folder) / name)
+                texts.append("done")
+            except ValueError as error:
+                texts.append(str(error))
+    return texts
+
+
+def both(folder: str) -> tuple[str, list[str]]:
+    return tied(), fails(folder)
+
+
+def test_what_cannot_be_is_refused_in_every_process_and_leaves_all_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (first, leads), (second, follows) = in_ranks(2, both, str(tmp_path))
+    assert first == second
+    assert "2.weight is 0.weight, and they are used in stages of two processes (rank0 and rank1)" in first
+    assert leads[1] == follows[1] == "done"
+    assert "is not a spu checkpoint; it was left as it is" in leads[0]
+    assert follows[0].startswith("rank 0 could not save: CheckpointError")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -22,7 +22,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -48,15 +48,31 @@ try:
 except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Stored", "exists", "load", "opened", "save", "settle"]
+__all__ = ["CheckpointError", "Elsewhere", "Stored", "exists", "load", "opened", "save", "settle"]
 
 
-def save(path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+class Elsewhere(Protocol):
+    """A tensor that is read when its turn has come, and let go when it is written."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def read(self) -> torch.Tensor:
+        """Return it, dense; called once."""
+
+
+def save(
+    path: str | os.PathLike[str], *, tensors: Mapping[str, torch.Tensor | Elsewhere], meta: Mapping[str, Any]
+) -> None:
     """Write a checkpoint at ``path``, replacing the one there only once the new one is complete and on the disk.
 
     Args:
         path: the checkpoint's directory; its parents are made. A checkpoint there is replaced, all else is refused.
         tensors: by name; any strides, sizes and devices. Tensors that share storage are saved once for each name.
+            One that is elsewhere is read when it is written, and not kept.
         meta: what JSON can hold: dicts with text keys, lists (tuples come back as lists), text, numbers, bools, None.
 
     Raises:
@@ -226,11 +242,13 @@ def _sync_directory(directory: Path) -> None:
 # Writing.
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or name == "__metadata__":
             raise TypeError(f"tensor name {name!r} cannot be saved; use text other than '__metadata__'")
         if not isinstance(tensor, torch.Tensor):
+            if hasattr(tensor, "read") and tensor.dtype in NAMES:
+                continue
             raise TypeError(f"{name!r} is a {type(tensor).__name__}, not a tensor; put it in meta")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
             raise TypeError(
@@ -258,7 +276,7 @@ def _check_meta(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold; convert it, or save a tensor")
 
 
-def _write(directory: Path, tensors: Mapping[str, torch.Tensor], meta_bytes: bytes) -> None:
+def _write(directory: Path, tensors: Mapping[str, torch.Tensor | Elsewhere], meta_bytes: bytes) -> None:
     """Write and sync a complete checkpoint in ``directory``; remove it if that fails."""
     directory.mkdir()
     try:
@@ -288,17 +306,17 @@ def _sync_file(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Elsewhere]) -> dict[str, Any]:
     """Write and hash a safetensors file in one pass, with one copy at a time of tensors that need one.
 
     The library's own ``save_file`` takes all tensors at once, contiguous and on the CPU: those of a device would all be
     in host memory together. It cannot hash what it writes, and has no complex128.
     """
     # Wide elements first keep every tensor aligned for readers that map the file.
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     spans, offset = {}, 0
     for name in order:
-        end = offset + tensors[name].numel() * tensors[name].element_size()
+        end = offset + tensors[name].shape.numel() * tensors[name].dtype.itemsize
         spans[name], offset = [offset, end], end
     header = json.dumps(
         {n: {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": spans[n]} for n, t in tensors.items()}
@@ -313,7 +331,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str,
 
         put(struct.pack("<Q", len(header)) + header)
         for name in order:
-            tensor = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous()
+            own = tensors[name]
+            tensor = own if isinstance(own, torch.Tensor) else own.read()
+            tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
             data = memory(tensor)
             for start in range(0, len(data), CHUNK_BYTES):
                 put(data[start : start + CHUNK_BYTES])

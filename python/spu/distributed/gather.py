@@ -1,71 +1,179 @@
-"""The state of a training whose stages are in several processes, brought together in rank 0 tensor by tensor."""
+"""The state of a training whose stages are in several processes, seen from rank 0: each tensor is sent when it is read.
+
+So rank 0 never holds the others' state: what it writes goes through its memory one tensor at a time.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from spu.distributed.job import Job
+from spu.engine.base import Sample, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.generators import generator_states
 from spu.engine.optimizer_state import Optimizers
-from spu.engine.state import TrainingState, frozen_parameters, training_state
+from spu.engine.state import TrainingState, frozen_parameters, model_state, training_state
 
-__all__ = ["gathered_generators", "gathered_state"]
+__all__ = ["Far", "gathered_samples", "save_state", "with_tensors"]
+
+_END, _WAIT = -1, -2  # in the place of a tensor's number
+_WORD_S = 10.0  # between two words to a process that has nothing to send
 
 
-def gathered_state(
-    job: Job, built: BuiltStages, optimizers: Optimizers, own: frozenset[int], *, frozen: bool = True
-) -> TrainingState | None:
-    """Return the state of all stages in rank 0, whose host memory holds the other processes' meanwhile; None elsewhere.
+@dataclass(frozen=True)
+class Far:
+    """A tensor of another process, which sends it when it is read (`spu.checkpoint.writing.Elsewhere`).
+
+    Attributes:
+        rank: of that process.
+        number: of the tensor among those that it has named.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    rank: int
+    number: int
+    _job: Job
+    _asked: _Asked
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor, on the CPU."""
+        self._asked.ask(self.rank, self.number)
+        return self._job.receive(self.shape, self.dtype, self.rank)
+
+
+class _Asked:
+    """Rank 0's side of the talk: the others give up on who says nothing for long, so that they hear a word at times."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._last = job, time.monotonic()
+
+    def ask(self, rank: int, number: int) -> None:
+        if time.monotonic() - self._last > _WORD_S:
+            self.say(_WAIT)
+        self._job.send(torch.tensor([number]), rank)
+
+    def say(self, word: int) -> None:
+        self._last = time.monotonic()
+        for rank in range(1, self._job.size):
+            self._job.send(torch.tensor([word]), rank)
+
+
+def with_tensors(
+    job: Job, tensors: Mapping[str, torch.Tensor], work: Callable[[dict[str, torch.Tensor | Far]], str], what: str
+) -> str:
+    """Call ``work`` in rank 0 with the tensors of the first pipeline's processes, and return what it returns in all.
+
+    Called in every process; the others send what ``work`` reads.
+
+    Args:
+        job: the processes.
+        tensors: of this process, by name.
+        work: reads each tensor once or more often; those of rank 0 are there.
+        what: it does, for errors.
+
+    Raises:
+        ValueError: it failed; rank 0 itself raises what it met.
+    """
+    forms = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} if job.leads else {}
+    told = job.gathered(forms)
+    if job.rank != 0:
+        names = list(forms)
+        while (number := int(job.receive((1,), torch.int64, 0))) != _END:
+            if number != _WAIT:
+                job.send(tensors[names[number]], 0)
+        return job.decided(str, what)
+
+    def led() -> str:
+        asked = _Asked(job)
+        found: dict[str, torch.Tensor | Far] = dict(tensors)
+        for rank, theirs in list(enumerate(told))[1:]:
+            for number, (name, (shape, dtype)) in enumerate(theirs.items()):
+                found.setdefault(name, Far(torch.Size(shape), dtype, rank, number, job, asked))
+        try:
+            return work(found)
+        finally:
+            asked.say(_END)
+
+    return job.decided(led, what)
+
+
+def save_state(
+    job: Job,
+    path: str | Path,
+    built: BuiltStages,
+    optimizers: Optimizers,
+    own: frozenset[int],
+    meta: dict[str, Any],
+    *,
+    frozen: bool = True,
+) -> None:
+    """Write a checkpoint of all stages, in rank 0: the tensors that one process would have written, in their order.
 
     Called in every process.
 
     Args:
         job: the processes.
+        path, meta: as `TrainingState.save` takes them.
         built, optimizers: all stages; only this process's have values of now.
         own: indices of these.
         frozen: as in `training_state`.
 
     Raises:
-        CheckpointError: the optimizer's state cannot be saved; raised in its process.
+        CheckpointError: the optimizer's state cannot be saved, in its process; or writing failed, in rank 0.
+        ValueError: writing failed, in the others.
     """
-    part = training_state(_some(built, own), optimizers, frozen=frozen)
+    part = training_state(built.only(own), optimizers, frozen=frozen)
     groups = [stage for stage in sorted(own) if optimizers[stage] is not None]
-    forms = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in part.tensors.items()}
-    if not job.leads:  # a replica has what another pipeline has
-        forms = {}
-    told = job.gathered((groups if job.leads else [], part.optimizer, part.extra if job.leads else {}, forms))
-    if job.rank != 0:
-        for name in forms:
-            job.send(part.tensors[name], 0)
-        return None
-    tensors, extra = dict(part.tensors), dict(part.extra)
-    for rank, (_, _, theirs, forms) in list(enumerate(told))[1:]:
+    mine = (groups, part.optimizer, part.extra, part.frozen) if job.leads else ([], part.optimizer, {}, {})
+    told = job.gathered((*mine, generator_states(built.only(own).stages)))
+    extra, resting = dict[str, Any](), dict[str, Sample]()
+    generators: dict[str, str] = {}
+    for _, _, theirs, samples, states in told:
         extra |= theirs
-        for name, (shape, dtype) in forms.items():
-            tensors[name] = job.receive(shape, getattr(torch, dtype), rank)
-    resting = {} if frozen else frozen_parameters(built)
-    return TrainingState(tensors, resting, _joined([(groups, rest) for groups, rest, _, _ in told]), extra)
+        resting |= samples
+        generators |= {name: state for name, state in states.items() if name not in generators}
+
+    def write(tensors: dict[str, torch.Tensor | Far]) -> str:
+        order = _order(built, optimizers)
+        ordered = dict(sorted(tensors.items(), key=lambda item: _place(item[0], order)))
+        joined = _joined([(groups, rest) for groups, rest, *_ in told])
+        TrainingState(ordered, resting, joined, extra).save(path, {**meta, "generators": generators})
+        return "done"
+
+    # The types: those of a part are tensors.
+    with_tensors(job, {n: t for n, t in part.tensors.items() if isinstance(t, torch.Tensor)}, write, "save")
 
 
-def gathered_generators(job: Job, built: BuiltStages, own: frozenset[int]) -> dict[str, str]:
-    """Return the states of the model's own generators, by name, each from the process that draws from it."""
-    states: dict[str, str] = {}
-    for theirs in job.gathered(generator_states(_some(built, own).stages)):
-        states |= {name: state for name, state in theirs.items() if name not in states}
-    return states
+def gathered_samples(job: Job, built: BuiltStages, own: frozenset[int]) -> dict[str, Sample]:
+    """Return what is kept of the frozen parameters of all processes; called in each."""
+    found: dict[str, Sample] = {}
+    for theirs in job.gathered(sampled(frozen_parameters(built.only(own)))):
+        found |= theirs
+    return found
 
 
-def _some(built: BuiltStages, own: frozenset[int]) -> BuiltStages:
-    return dataclasses.replace(built, stages=[stage for stage in built.stages if stage.index in own])
+def _order(built: BuiltStages, optimizers: Optimizers) -> dict[str, int]:
+    return {name: index for index, name in enumerate(model_state(built, optimizers))}
 
 
-def _joined(told: Sequence[tuple[list[int], Mapping[str, Any]]]) -> dict[str, Any]:
+def _place(full: str, order: Mapping[str, int]) -> tuple[int, int]:
+    """Return where a tensor stands among those of a checkpoint; equal ones stay as they are."""
+    prefix, _, name = full.partition(":")
+    if prefix == "optimizer":
+        name = name.rpartition("/")[0]
+    return ("model", "optimizer", "extra").index(prefix), order.get(name, len(order))
+
+
+def _joined(told: Iterable[tuple[Sequence[int], Mapping[str, Any]]]) -> dict[str, Any]:
     """Return what is no tensor of all optimizers' state, for stages in order."""
+    told = list(told)
     rows = [
         (stage, group, count)
         for stages, rest in told

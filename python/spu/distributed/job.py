@@ -164,9 +164,11 @@ class Job:
         """Return, on the CPU, the tensor that another process sends."""
         made = torch.empty(tuple(shape), dtype=dtype)
         if made.numel():
-            raw = torch.empty(made.numel() * dtype.itemsize, dtype=torch.uint8, device=self._carries)
+            flat = made.view(-1).view(torch.uint8)
+            raw = flat if self._carries.type == "cpu" else torch.empty_like(flat, device=self._carries)
             dist.recv(raw, rank)
-            made.view(-1).view(torch.uint8).copy_(raw)
+            if raw is not flat:
+                flat.copy_(raw)
         return made
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

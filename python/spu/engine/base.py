@@ -4,34 +4,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from spu.checkpoint.writing import CheckpointError
 
-__all__ = ["base_record", "check_base"]
+__all__ = ["Sample", "base_record", "check_base", "sampled"]
 
 _SAMPLED = 64  # values of each tensor: all of them would be read from a disk at every save
 
 
-def base_record(frozen: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+class Sample(NamedTuple):
+    """What is kept of a frozen tensor: shape, dtype, and the bytes of some of its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: bytes
+
+
+def sampled(frozen: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
+    """Return what is kept of frozen weights, by name in the model; names in order."""
+    found = {}
+    for name, tensor in sorted(frozen.items()):
+        flat = tensor.reshape(-1)
+        some = flat[torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)]
+        values = b"" if some.is_meta else some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), values)
+    return found
+
+
+def base_record(frozen: Mapping[str, Sample]) -> dict[str, Any]:
     """Return what is kept of frozen weights, as JSON: a hash of names and shapes, one of some values, and the dtypes.
 
     Args:
-        frozen: by name in the model.
+        frozen: by name in the model, as :func:`sampled` returns them.
     """
     form, values = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(frozen.items()):
-        form.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.reshape(-1)
-        some = flat[torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)]
-        values.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    dtypes = sorted({str(tensor.dtype) for tensor in frozen.values()})
+    for name, sample in sorted(frozen.items()):
+        form.update(f"{name} {sample.shape}\n".encode())
+        values.update(sample.values)
+    dtypes = sorted({sample.dtype for sample in frozen.values()})
     return {"tensors": len(frozen), "form": form.hexdigest(), "values": values.hexdigest(), "dtypes": dtypes}
 
 
-def check_base(saved: Mapping[str, Any] | None, frozen: Mapping[str, torch.Tensor]) -> None:
+def check_base(saved: Mapping[str, Any] | None, frozen: Mapping[str, Sample]) -> None:
     """Raise CheckpointError if these are not the frozen weights that a checkpoint was saved with.
 
     Values are compared where the precision is the same.

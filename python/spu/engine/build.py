@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weigh
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
+from spu.memory.unit import absent
 from spu.model.layers import Layer
 from spu.precision.dtypes import convert_state, state_dtypes
 
@@ -76,6 +77,10 @@ class BuiltStages:
                 for use in self.tied:
                     use.restore()
 
+    def only(self, own: Collection[int]) -> BuiltStages:
+        """Return these with some of the stages alone."""
+        return replace(self, stages=[stage for stage in self.stages if stage.index in own])
+
     def restore(self) -> None:
         """Give the model back as it was; harmless when called twice."""
         for use in self.tied:
@@ -90,7 +95,9 @@ class BuiltStages:
                 spu_nn.restore(self.fused.pop())
 
 
-def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False) -> dict[int, torch.Tensor]:
+def to_precision(
+    layers: Sequence[Layer], precision: str, *, fused: bool = False, away: Collection[int] = ()
+) -> dict[int, torch.Tensor]:
     """Convert floating-point parameters in place, and return the fp32 values that rounding lost.
 
     `spu.precision.dtypes` says which parameters keep fp32 or their own dtype. In a 16-bit precision, linear layers also
@@ -101,6 +108,7 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
         precision: "fp16", "bf16" or "fp32".
         fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that defer weight
             gradients need it, since plain autograd computes both gradients of a layer at once.
+        away: ids of parameters whose values are in other processes.
 
     Returns:
         parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
@@ -111,7 +119,9 @@ def to_precision(layers: Sequence[Layer], precision: str, *, fused: bool = False
     masters: dict[int, torch.Tensor] = {}
     for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
         becomes = dtypes.get(id(parameter), parameter.dtype)
-        if parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
+        if id(parameter) in away:
+            parameter.data = absent(parameter.shape, becomes)
+        elif parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
             masters[id(parameter)] = parameter.detach().to(torch.float32)  # its own memory: it gets another one below
     convert_state(modules, dtypes)
     for layer in layers:

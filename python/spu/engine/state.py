@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
-from spu.checkpoint.writing import CheckpointError, Stored
-from spu.engine.base import base_record, check_base
+from spu.checkpoint.writing import CheckpointError, Elsewhere, Stored
+from spu.engine.base import Sample, base_record, check_base, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.optimizer_state import (
     Optimizers,
@@ -60,13 +60,13 @@ class TrainingState:
 
     Attributes:
         tensors: by name: "model:", "optimizer:" and "extra:" before the names in the model.
-        frozen: parameters that a checkpoint of adapters leaves out, by name.
+        frozen: what is kept of parameters that a checkpoint of adapters leaves out, by name.
         optimizer: what is no tensor of the optimizers' state, for stages in order.
         extra: the modules' own states, as JSON.
     """
 
-    tensors: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor | Elsewhere]
+    frozen: Mapping[str, Sample]
     optimizer: dict[str, Any]
     extra: dict[str, Any]
 
@@ -101,17 +101,25 @@ def training_state(built: BuiltStages, optimizers: Optimizers, *, frozen: bool =
     aside: dict[str, torch.Tensor] = {}
     extra = {name: _packed(module.get_extra_state(), name, aside) for name, module in _extra_states(built).items()}
     tensors |= {f"extra:{name}": tensor for name, tensor in aside.items()}
-    return TrainingState(tensors, resting, rest, extra)
+    return TrainingState(tensors, sampled(resting), rest, extra)
 
 
 def load_training(
-    path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None] = lambda: None
+    path: str | Path,
+    built: BuiltStages,
+    optimizers: Optimizers,
+    begin: Callable[[], None] = lambda: None,
+    *,
+    resting: Mapping[str, Sample] | None = None,
+    own: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint of a `TrainingState` into a model cut into any number of stages, and return its meta.
 
     Args:
         begin: called after all checks, before the first value is changed: a failure after it (of the disk) leaves
             some old values.
+        resting: what is kept of all frozen parameters, where some are in other processes.
+        own: indices of the stages that are loaded, and read; None: all.
 
     Raises:
         CheckpointError: missing, damaged, or of another model or optimizer.
@@ -126,17 +134,37 @@ def load_training(
         if foreign:
             raise CheckpointError(f"the checkpoint is of another model: it has {_some(foreign)} in excess")
         model = _with_prefix(tensors, "model:")
-        resting = frozen_parameters(built) if meta.get("base") else {}
+        if not meta.get("base"):
+            resting = {}
+        elif resting is None:
+            resting = sampled(frozen_parameters(built))
         check_base(meta.get("base"), resting)
         current = model_state(built, optimizers)
         _check_model({name: tensor for name, tensor in current.items() if name not in resting}, model)
+        here = built if own is None else built.only(own)
         begin()
-        _restore_model(built, optimizers, model)
+        _restore_model(here, optimizers, model)
         restore_optimizers(built, optimizers, state)
-        own = {name: stored.read() for name, stored in _with_prefix(tensors, "extra:").items()}
-        for name, packed in extra.items():
-            keepers[name].set_extra_state(_unpacked(packed, own))
+        for name, module in _extra_states(here).items():
+            if name in extra:
+                module.set_extra_state(_unpacked(extra[name], _Read(_with_prefix(tensors, "extra:"))))
     return meta
+
+
+class _Read(Mapping[str, torch.Tensor]):
+    """Stored tensors, each read when it is asked for."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 class Carried:
@@ -201,19 +229,21 @@ def state_for_model(
     """Return the model's own state_dict on the CPU, with hooks and extra state, and parameters in full precision.
 
     Args:
-        away: values from other processes, by name.
+        away: values from other processes, by name; they are not copied.
     """
-    exact = exact_parameters(built, optimizers)
+    exact, theirs = exact_parameters(built, optimizers), set[int]()
     if away:
         layers = [layer for stage in built.stages for layer in stage.parts]
         named = (pair for layer in layers for pair in (*layer.named_parameters(), *layer.named_buffers()))
-        exact |= {id(tensor): away[name] for name, tensor in named if name in away}
+        found = {id(tensor): away[name] for name, tensor in named if name in away}
+        exact, theirs = exact | found, set(found)
     state: dict[str, Any] = {}
     copies: dict[int, torch.Tensor] = {}  # ties stay ties
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             if id(value) not in copies:
-                copies[id(value)] = exact.get(id(value), value).detach().to("cpu", copy=True)
+                own = exact.get(id(value), value).detach()
+                copies[id(value)] = own if id(value) in theirs else own.to("cpu", copy=True)
             state[name] = copies[id(value)]
         else:
             state[name] = deepcopy(value)

@@ -15,15 +15,16 @@ from spu.common import torch_private
 from spu.common.dtypes import DTYPES
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
+from spu.distributed.away import check_here, let_go
 from spu.distributed.engine import SCHEDULES, DistributedEngine
-from spu.distributed.gather import gathered_generators, gathered_state
+from spu.distributed.gather import Far, gathered_samples, save_state, with_tensors
 from spu.distributed.job import Job
 from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
-from spu.engine.base import base_record
+from spu.engine.base import base_record, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.optimizer_state import Optimizers
-from spu.engine.state import state_for_model
+from spu.engine.state import load_training, model_state, state_for_model
 from spu.model.layers import Layer
 from spu.plan import Plan
 from spu.settings import AUTO, TrainSettings
@@ -96,7 +97,7 @@ class Spread:
         Raises:
             ValueError: the processes have other models or settings, or rank 0 could not plan.
         """
-        record = base_record({name: p.detach() for layer in layers for name, p in layer.named_parameters()})
+        record = base_record(sampled({n: p.detach() for layer in layers for n, p in layer.named_parameters()}))
         self.job.check_alike(
             {
                 "model (names and shapes of its parameters)": record["form"],
@@ -106,23 +107,27 @@ class Spread:
         )
         return Plan.from_json(self.job.decided(lambda: make().to_json(), "plan"))
 
-    def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
-        """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here.
+    def let_go(self, plan: Plan, layers: Sequence[Layer]) -> frozenset[int]:
+        """Free the memory of other processes' layers; return the ids of their parameters.
 
         Raises:
-            ValueError: a parameter is in stages of several processes.
+            ValueError: a parameter is in stages of several processes, or a layer counts statistics that replicas do not
+                share; nothing was freed.
         """
-        ranks = [plan.devices.index(stage.device) for stage in plan.stages]
         if self.job.replicas > 1:
-            _check_rows_apart(built)
+            _check_rows_apart(layers)
+        places = [plan.devices.index(stage.device) for stage in plan.stages for _ in range(*stage.layers)]
+        _check_apart(layers, places)
+        own = [layer for layer, place in zip(layers, places, strict=True) if place == self.job.place]
+        check_here(own)
+        kept = {id(p) for layer in own for p in layer.module.parameters()}
+        others = (layer.module for layer, place in zip(layers, places) if place != self.job.place)
+        return let_go(others, kept)
+
+    def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
+        """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here."""
+        ranks = [plan.devices.index(stage.device) for stage in plan.stages]
         peers = PipelinePeers(self.job, ranks)
-        for use in built.tied:
-            if ranks[use.stage] != ranks[use.owner_stage]:
-                name = next((n for n, p in built.owned[use.owner_stage].items() if p is use.owner), "a parameter")
-                raise ValueError(
-                    f"{name} is used in stages {use.owner_stage} and {use.stage}, which are in two processes: "
-                    "engine='distributed' does not tie weights over processes; untie it, or train with engine='local'"
-                )
         for index in range(len(built.owned)):
             if index not in peers.own:
                 built.away |= built.owned[index]
@@ -149,33 +154,48 @@ class Spread:
         Raises:
             CheckpointError: writing failed.
         """
-        generators = gathered_generators(self.job, built, self._own)
-        state = gathered_state(self.job, built, optimizers, self._own, frozen=frozen)
+        save_state(self.job, path, built, optimizers, self._own, meta, frozen=frozen)
 
-        def write() -> str:
-            assert state is not None
-            state.save(path, {**meta, "generators": generators})
-            return "done"
-
-        self.job.decided(write, "save")
+    def load(
+        self, path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Load this process's stages from a checkpoint, as `load_training`; called in every process."""
+        resting = gathered_samples(self.job, built, self._own)
+        return load_training(path, built, optimizers, begin, resting=resting, own=self._own)
 
     def state_for_model(self, model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
         """Return the model's state in rank 0, and nothing in the others; called in every process."""
-        state = gathered_state(self.job, built, optimizers, self._own)
-        if state is None:
-            return {}
-        away = {name.removeprefix("model:"): t for name, t in state.tensors.items() if name.startswith("model:")}
-        return state_for_model(model, built, optimizers, away)
+        state: dict[str, Any] = {}
+
+        def take(tensors: dict[str, torch.Tensor | Far]) -> str:
+            away = {name: tensor.read() for name, tensor in tensors.items() if isinstance(tensor, Far)}
+            state.update(state_for_model(model, built, optimizers, away))
+            return "done"
+
+        with_tensors(self.job, model_state(built.only(self._own), optimizers), take, "take the model's state")
+        return state
 
 
-def _check_rows_apart(built: BuiltStages) -> None:
+def _check_apart(layers: Sequence[Layer], places: Sequence[int]) -> None:
+    """Raise ValueError for a parameter of layers in several processes."""
+    first: dict[int, tuple[int, str]] = {}
+    for layer, place in zip(layers, places, strict=True):
+        for name, parameter in layer.named_parameters():
+            other, its = first.setdefault(id(parameter), (place, name))
+            if other != place:
+                raise ValueError(
+                    f"{name} is {its}, and they are used in stages of two processes (rank{other} and rank{place}): "
+                    "engine='distributed' does not tie weights over processes; untie it, or train with engine='local'"
+                )
+
+
+def _check_rows_apart(layers: Sequence[Layer]) -> None:
     """Raise ValueError for a layer that counts statistics of the rows it has seen, which each replica has others of."""
-    for stage in built.stages:
-        for layer in stage.parts:
-            for name, module in layer.module.named_modules():
-                if isinstance(module, torch_private.NormBase) and module.track_running_stats:
-                    raise ValueError(
-                        f"{layer.name_of(name) if name else layer.name!r} ({type(module).__name__}) counts statistics "
-                        "of the rows that it has seen, and each replica sees others: replicas=1, or a LayerNorm or "
-                        "GroupNorm, or track_running_stats=False"
-                    )
+    for layer in layers:
+        for name, module in layer.module.named_modules():
+            if isinstance(module, torch_private.NormBase) and module.track_running_stats:
+                raise ValueError(
+                    f"{layer.name_of(name) if name else layer.name!r} ({type(module).__name__}) counts statistics "
+                    "of the rows that it has seen, and each replica sees others: replicas=1, or a LayerNorm or "
+                    "GroupNorm, or track_running_stats=False"
+                )

@@ -159,10 +159,11 @@ class StagedModel:
             plan = make() if self._spread is None else self._spread.plan(make, layers)
             stop_if_asked()
             taken_over = release(layers)
+            away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers)
             self._fused = unfused(layers)
             fused = schedules.splits_backward(plan.settings.schedule)
             with converting(plan, self.tiers):
-                masters = to_precision(layers, self.precision, fused=fused) | taken_over
+                masters = to_precision(layers, self.precision, fused=fused, away=away) | taken_over
             restore_masters(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))

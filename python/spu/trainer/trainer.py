@@ -380,7 +380,8 @@ class ModelParallelTrainer(StagedModel):
                 whole.enter_context(delayed_interrupts())  # from the first changed value to the last
                 updater.broken = f"a load of {path} failed half-way"
 
-            meta = load_training(path, self._runner.built, updater.optimizers, begin)
+            load = load_training if self._spread is None else self._spread.load
+            meta = load(path, self._runner.built, updater.optimizers, begin)
             if meta["scaler"]:  # empty if saved in a precision without a loss scale: then it starts afresh
                 self.scaler.load_state_dict(meta["scaler"])
             self.steps_done = meta["step"]
