@@ -45,8 +45,9 @@ class Job:
 JOBS: dict[str, dict[str, Any]] = {
     "main": {},
     "thin": {"width": 128, "blocks": 2, "rows": 16, "length": 256, "vocabulary": 256},
+    "wire": {"width": 64, "blocks": 2, "rows": 32, "length": 128, "vocabulary": 64, "microbatches": 4},
 }
-"""By name; "thin" has little work for each byte that crosses, as a card has that is much faster than these cores."""
+"""By name; "thin" and "wire" have little work for each byte that crosses, as cards have that are faster than a core."""
 
 
 def sizes(text: str) -> dict[str, Any]:
