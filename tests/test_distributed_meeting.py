@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
-from spu.distributed.meeting import meeting
+from spu.distributed.meeting import found_store, meeting
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -40,3 +41,15 @@ def test_one_alone_gives_up() -> None:
         meeting(dist.HashStore(), 0, 3, 0.05)
     with pytest.raises(TimeoutError, match="rank 2 has heard nothing of rank 0 for 0.05 s"):
         meeting(dist.HashStore(), 2, 3, 0.05)
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:  # as torchrun's is when its process is stopped: the system takes connections for it
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        given = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
+        for name, value in given.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        with pytest.raises(TimeoutError, match="has not answered for 0.2 s"):
+            found_store(0.2)

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from spu.devices.manager import Device, DeviceManager, Spec
-from spu.distributed.meeting import meeting
+from spu.distributed.meeting import found_store, meeting
 
 __all__ = ["Job", "join"]
 
@@ -44,7 +43,7 @@ def join(devices: Spec, timeout_s: int) -> bool:
             "one was started alone (no RANK and WORLD_SIZE in its environment)"
         )
     backend, timeout = "nccl" if _kind_of(devices) == "cuda" else "gloo", timedelta(seconds=timeout_s)
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store, rank, size = found_store(timeout_s)
     store = meeting(store, rank, size, timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return True

@@ -7,15 +7,47 @@ each start a name, and the keys of its process groups begin with that.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["meeting"]
+__all__ = ["found_store", "meeting"]
 
 _PAUSE_S = 0.01
+
+
+def found_store(timeout_s: float) -> tuple[dist.Store, int, int]:
+    """Return the store that torchrun's environment names, this process's rank, and how many there are.
+
+    Raises:
+        TimeoutError: nobody answers there. Torch's own timeout is for the connection; for the first answer of a server
+            that is stopped, or whose machine has gone, it waits for ever.
+    """
+    found: list[Any] = []
+
+    def find() -> None:
+        try:
+            found.append(next(rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+        except Exception as error:
+            found.append(error)
+
+    finder = threading.Thread(target=find, name="spu rendezvous", daemon=True)
+    finder.start()
+    finder.join(timeout_s + 1)
+    if not found:
+        raise TimeoutError(
+            f"torchrun's store (MASTER_ADDR, MASTER_PORT) takes connections and has not answered for {timeout_s:g} s: "
+            "its process is stopped, or its machine has gone"
+        )
+    if isinstance(found[0], Exception):
+        raise found[0]
+    store, rank, size = found[0]
+    return store, rank, size
 
 
 def meeting(store: dist.Store, rank: int, size: int, timeout_s: float) -> dist.Store:
