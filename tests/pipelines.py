@@ -30,7 +30,8 @@ SCHEDULES = [
 ]
 
 every_schedule = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SCHEDULES)
-some_schedules = pytest.mark.parametrize(("schedule", "ranks", "virtual"), [("gpipe", 3, 1), ("zbv", 2, 2)])
+SOME_SCHEDULES = [("gpipe", 3, 1), ("zbv", 2, 2)]
+some_schedules = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SOME_SCHEDULES)
 with_and_without_recompute = pytest.mark.parametrize("recompute", [False, True])
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from pipelines import (
+    SCHEDULES,
+    SOME_SCHEDULES,
     assert_equals_plain,
     batch,
-    every_schedule,
     reference,
-    some_schedules,
     trainer,
     with_and_without_recompute,
 )
@@ -114,18 +115,24 @@ def total(linear: nn.Module, tree: Any) -> torch.Tensor:
 OUTPUTS = [same_twice, whole_and_part, part_and_whole, reshaped, detached, in_a_dict, halves, kinds]
 
 
-@pytest.mark.parametrize("make", OUTPUTS)
-@with_and_without_recompute
-@some_schedules
+@pytest.mark.parametrize(
+    ("make", "middle", "schedule", "recompute"),
+    covering(OUTPUTS, (nn.Identity, Relu), SOME_SCHEDULES, (False, True)),
+)
 def test_outputs_that_share_memory(
-    schedule: str, ranks: int, virtual: int, recompute: bool, make: Callable[..., Any]
+    make: Callable[..., Any], middle: type[nn.Module], schedule: tuple[str, int, int], recompute: bool
 ) -> None:
     """Each had a graph of its own: a change in place of one lost half of the other's gradient."""
-    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
-    assert_equals_plain(layers(make, total, nn.Identity()), *batch(), **settings)
-    if make is not halves:
+    if make is halves:  # two parts of one tensor: test_overlapping_parts_that_are_changed_are_named
+        middle = nn.Identity
+    settings = way(schedule, recompute)
+    if middle is Relu:
         settings["same_order"] = make not in (whole_and_part, in_a_dict)
-        assert_equals_plain(layers(make, total, Relu()), *batch(), **settings)
+    assert_equals_plain(layers(make, total, middle()), *batch(), **settings)
+
+
+def way(schedule: tuple[str, int, int], recompute: bool) -> dict[str, Any]:
+    return dict(zip(("schedule", "ranks", "virtual"), schedule)) | {"recompute": recompute}
 
 
 @pytest.mark.parametrize("make", [same_twice, whole_and_part, reshaped, in_a_dict])
@@ -153,15 +160,14 @@ class Input(nn.Module):
         return {"itself": x, "view": x.view(x.shape), "part": x[:, :WIDTH], "twice": (x, x)[0]}[self.how]
 
 
-@pytest.mark.parametrize("how", ["itself", "view", "part", "twice"])
-@with_and_without_recompute
-@some_schedules
-def test_a_layer_returns_its_input(schedule: str, ranks: int, virtual: int, recompute: bool, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "schedule", "recompute"), covering(("itself", "view", "part", "twice"), SOME_SCHEDULES, (False, True))
+)
+def test_a_layer_returns_its_input(how: str, schedule: tuple[str, int, int], recompute: bool) -> None:
     model = layers(
         lambda linear, x: linear(x), lambda linear, x: linear(x), Input(how), nn.ReLU(inplace=True), Input(how)
     )
-    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
-    assert_equals_plain(model, *batch(), **settings)
+    assert_equals_plain(model, *batch(), **way(schedule, recompute))
 
 
 @with_and_without_recompute
@@ -244,16 +250,14 @@ class AddTo(nn.Module):
         return torch.tanh(x + shift.sum(0))
 
 
-@pytest.mark.parametrize("part", [lambda p: p, lambda p: p[:1], lambda p: p * 1])
-@with_and_without_recompute
-@every_schedule
-def test_a_parameter_is_handed_on(
-    schedule: str, ranks: int, virtual: int, recompute: bool, part: Callable[..., Any]
-) -> None:
+@pytest.mark.parametrize(
+    ("part", "schedule", "recompute"),
+    covering((lambda p: p, lambda p: p[:1], lambda p: p * 1), SCHEDULES, (False, True)),
+)
+def test_a_parameter_is_handed_on(part: Callable[..., Any], schedule: tuple[str, int, int], recompute: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, WIDTH), OwnParameter(part), AddTo(False), nn.Linear(WIDTH, 4))
-    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
-    assert_equals_plain(model, *batch(), **settings)
+    assert_equals_plain(model, *batch(), **way(schedule, recompute))
 
 
 @pytest.mark.parametrize("part", [lambda p: p, lambda p: p[:1]])
