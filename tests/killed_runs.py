@@ -1,9 +1,9 @@
 """Runs of `spu train` killed before their n-th change of the disk, and gone on with. Run by test_train_crashes.py.
 
-    python tests/killed_runs.py FOLDER FIRST STRIDE COUNT [RESIDENCY]
+    python tests/killed_runs.py FOLDER RESIDENCY:FIRST:STRIDE:COUNT ...
 
-prints a line for each: the number, what was to happen, and what going on gave. This process only imports and forks.
-With RESIDENCY "streamed" or "offloaded" the layers come from a disk, in whose folder no run may leave a file.
+prints a line for each: the residency, the number, what was to happen, what going on gave. This process only imports
+and forks. With RESIDENCY "streamed" or "offloaded" layers come from a disk, in whose folder no run may leave a file.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def check(folder: Path, number: int, whole: list[tuple[int, float]], options: li
     return f"{number}: {killed}; saved {saved}; went on after {gone_on}"
 
 
-def main_of_test(folder: Path, first: int, stride: int, count: int, residency: str = "resident") -> None:
-    (folder / "disk").mkdir()
+def main_of_test(folder: Path, residency: str, first: int, stride: int, count: int) -> None:
+    (folder / "disk").mkdir(parents=True)
     (folder / "tiny.json").write_text(json.dumps(CONFIG))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     options = ["--model", str(folder / "tiny.json"), "--data", str(folder / "text.txt"), "--out", str(folder / "runs")]
@@ -126,8 +126,10 @@ def main_of_test(folder: Path, first: int, stride: int, count: int, residency: s
     for number in range(first, first + stride * count, stride):
         if not (line := check(folder, number, whole, options)):
             break
-        print(line, flush=True)
+        print(residency, line, flush=True)
 
 
 if __name__ == "__main__":
-    main_of_test(Path(sys.argv[1]), *map(int, sys.argv[2:5]), *sys.argv[5:])
+    for index, runs in enumerate(sys.argv[2:]):
+        residency, *numbers = runs.split(":")
+        main_of_test(Path(sys.argv[1]) / f"{index}-{residency}", residency, *map(int, numbers))

@@ -7,8 +7,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python"
 
@@ -166,11 +164,12 @@ def test_the_map_names_every_room() -> None:
         assert f"{name}/" in page or f"{name}.py" in page, name
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in FILES])
-def test_files_and_functions_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+def test_files_and_functions_are_short() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
     long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1}"
+        f"{path.relative_to(ROOT)}: {node.name}: {node.end_lineno - node.lineno + 1}"
+        for path in FILES
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno is not None
@@ -179,14 +178,20 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert long == []
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=name) for name, path in MODULES.items()])
-def test_modules_share_one_style(path: Path) -> None:
-    tree = parsed(path)
-    assert ast.get_docstring(tree), "no docstring"
+def test_modules_share_one_style() -> None:
+    faults = [f"{name}: {fault}" for name, path in MODULES.items() for fault in faults_of_style(parsed(path))]
+    assert faults == []
+
+
+def faults_of_style(tree: ast.Module) -> Iterator[str]:
+    if not ast.get_docstring(tree):
+        yield "no docstring"
     relative = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert relative == [], "relative imports"
+    if relative:
+        yield f"relative imports in lines {relative}"
     if any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body):
         names = [
             t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
         ]
-        assert "__all__" in names
+        if "__all__" not in names:
+            yield "no __all__"

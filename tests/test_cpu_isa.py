@@ -7,6 +7,7 @@ in memory besides, and run that way.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -56,10 +57,16 @@ def run_kernel_tests(env: dict[str, str], files: list[str] = EVERYTHING, without
     assert " passed" in result.stdout
 
 
-def chosen(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+@functools.cache
+def chosen(isa: str) -> subprocess.CompletedProcess[str]:
+    """What a process says that asks for this instruction set."""
     code = "import torch, spu.ops, spu._C; print(spu._C.isa())"
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, "SPU_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -67,21 +74,21 @@ def test_isa_is_the_widest_unless_forced() -> None:
     if "SPU_CPU_ISA" not in os.environ:
         cpuinfo = Path("/proc/cpuinfo")
         flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-        if flags >= {"avx512f", "amx_tile", "amx_bf16"} and chosen({"SPU_CPU_ISA": "amx"}).returncode == 0:
+        if flags >= {"avx512f", "amx_tile", "amx_bf16"} and chosen("amx").returncode == 0:
             assert _C.isa() == "amx"
         elif flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"}:
             assert _C.isa() == ("avx512bf16" if "avx512_bf16" in flags else "avx512")
         elif flags >= {"avx2", "fma", "f16c"}:
             assert _C.isa() == "avx2"
     assert _C.isa() in LEVELS
-    assert chosen({"SPU_CPU_ISA": "scalar"}).stdout.strip() == "scalar"
-    wrong = chosen({"SPU_CPU_ISA": "sse9"})
+    assert chosen("scalar").stdout.strip() == "scalar"
+    wrong = chosen("sse9")
     assert wrong.returncode != 0
     assert "ValueError: SPU_CPU_ISA=sse9" in wrong.stderr
 
 
 def test_amx_works_or_says_what_is_missing() -> None:
-    asked = chosen({"SPU_CPU_ISA": "amx"})
+    asked = chosen("amx")
     if asked.returncode == 0:
         assert asked.stdout.strip() == "amx"
     else:

@@ -305,7 +305,7 @@ def test_nothing_is_allocated_in_the_steady_state(tmp_path: Path, kind: str) -> 
             for ticket in tickets:
                 ticket.wait()
 
-    turn(20)
+    turn(10)
     gc.collect()
     maps, files = Path("/proc/self/maps").read_text().count("\n"), len(os.listdir("/proc/self/fd"))
     tracemalloc.start()
@@ -314,12 +314,12 @@ def test_nothing_is_allocated_in_the_steady_state(tmp_path: Path, kind: str) -> 
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        turn(67)  # 201 requests of 28 MB in all
+        turn(30)  # 90 requests
         gc.collect()
         after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert after - held < 16_000  # lists of free objects; a ticket or a view kept of each request would be 100 kB
+    assert after - held < 16_000  # lists of free objects; a ticket or a view kept of each request would be 45 kB
     assert peak - held < 40_000  # tickets and views of three requests at a time; a piece is 64 kB
     assert Path("/proc/self/maps").read_text().count("\n") <= maps
     assert len(os.listdir("/proc/self/fd")) == files

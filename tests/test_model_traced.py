@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import covering
 from numeric import assert_equal
-from pipelines import batch, every_schedule, reference, some_schedules, trainer
+from pipelines import SCHEDULES, SOME_SCHEDULES, batch, reference, trainer
 from torch import nn
 
 from spu.engine.microbatch import as_dicts
@@ -150,23 +151,18 @@ def assert_equals_plain(model: nn.Module, x: Any, y: torch.Tensor, loss_fn: Any,
         assert t.state_dict_for_model().keys() == model.state_dict().keys()
 
 
-KINDS = pytest.mark.parametrize("kind", [Residual, Dense, UNet])
+# All schedules with the model whose tensors skip most stages; each model with few and many stages, kept and recomputed.
+WAYS = [(UNet, schedule, False) for schedule in SCHEDULES]
+WAYS += [(kind, schedule, False) for kind in (Residual, Dense) for schedule in SOME_SCHEDULES]
+WAYS += covering((Residual, Dense, UNet), SOME_SCHEDULES, (True,))
 
 
-@every_schedule
-@KINDS
+@pytest.mark.parametrize(("kind", "schedule", "recompute"), WAYS)
 @pytest.mark.usefixtures("reference")
-def test_losses_and_gradients_are_the_plain_models(kind: Any, schedule: str, ranks: int, virtual: int) -> None:
+def test_losses_and_gradients_are_the_plain_models(kind: Any, schedule: tuple[str, int, int], recompute: bool) -> None:
     model, x, y, loss_fn = made(kind)
-    assert_equals_plain(model, x, y, loss_fn, ranks, schedule=schedule, virtual=virtual, recompute=False)
-
-
-@some_schedules
-@KINDS
-@pytest.mark.usefixtures("reference")
-def test_with_recompute(kind: Any, schedule: str, ranks: int, virtual: int) -> None:
-    model, x, y, loss_fn = made(kind)
-    assert_equals_plain(model, x, y, loss_fn, ranks, schedule=schedule, virtual=virtual, recompute=True)
+    name, ranks, virtual = schedule
+    assert_equals_plain(model, x, y, loss_fn, ranks, schedule=name, virtual=virtual, recompute=recompute)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])

@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 from backend_params import every_backend
+from covering import covering
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import assert_equal
@@ -55,9 +56,7 @@ def by_hand(x: torch.Tensor, codec: str) -> torch.Tensor:
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "codec", "shape"), covering(DTYPES, CODECS, SHAPES))
 def test_round_trip(backend: str, dtype: torch.dtype, codec: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).to(dtype)
     with ops.use_backend(backend):
