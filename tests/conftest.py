@@ -58,7 +58,10 @@ LONG = (
     "test_nn_accelerate", "test_trainer_lower_limited", "test_cli_plan", "test_guides", "test_engine_local",
     "test_checkpoint_reading", "test_model_convert_decoder", "test_fuzz", "test_ops_cross_entropy",
     "test_memory_device_store", "test_common_interrupts", "test_train_keep", "test_train_chat", "test_packaging",
-    "test_precision_distributed", "test_cuda_kernels", "test_settings", "test_train_adapter", "test_ops_dispatch",
+    "test_distributed_engine", "test_distributed_gather", "test_train_led", "test_cuda_kernels", "test_settings",
+    "test_train_adapter", "test_integrations_hf_trainer", "test_planning_traces", "test_equivalence",
+    "test_train_tensorboard", "test_model_families", "test_memory_activations", "test_cost_count",
+    "test_engine_streaming_grid", "test_engine_crossing", "test_ops_dispatch",
 )  # fmt: skip
 PLACE = {name: place for place, name in enumerate(LONG)}
 

@@ -1,4 +1,4 @@
-"""Twenty steps of every family of decoders through a pipeline equal the plain model's, bit for bit, in fp32.
+"""Ten steps of every family of decoders through a pipeline equal the plain model's, bit for bit, in fp32.
 
 The batches have padding on either side, positions that skip it, and targets of -100; the plain model runs the same
 microbatches whole, with torch's AdamW.
