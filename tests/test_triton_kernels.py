@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-INTERPRETED = {"interpreted_triton.py": 50, "interpreted_products.py": 75, "interpreted_fused.py": 50}
+INTERPRETED = {("interpreted_triton.py", "interpreted_fused.py"): 110, ("interpreted_products.py",): 75}
 OP_LAYER = [
     f"test_ops_{name}.py"
     for name in ("linear", "gated", "cross_entropy", "optimizer", "sink", "main_grads", "norm", "embedding", "rotary")
@@ -65,7 +65,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Star
     folder = tmp_path_factory.mktemp("triton")
     suite = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    runs = {name: start([*suite, name], folder / name, **environment) for name in INTERPRETED}
+    runs = {names[0]: start([*suite, *names], folder / names[0], **environment) for names in INTERPRETED}
     runs["op layer"] = start([*suite, *OP_LAYER, "-k", CHOSEN], folder / "op_layer", **environment)
     runs["gate"] = start(GATE, folder / "gate", TRITON_CACHE_DIR=str(folder / "cache"))
     yield runs
@@ -105,9 +105,9 @@ def test_without_triton_the_error_names_the_fix(tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("file", INTERPRETED)
-def test_interpreted(file: str, started: dict[str, Started]) -> None:
-    check_passed(started[file].output(), INTERPRETED[file])
+@pytest.mark.parametrize("files", INTERPRETED, ids=" ".join)
+def test_interpreted(files: tuple[str, ...], started: dict[str, Started]) -> None:
+    check_passed(started[files[0]].output(), INTERPRETED[files])
 
 
 @needs_triton
