@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import accelerate  # noqa: F401  (imported once, before the forks)
+import matplotlib.backends.backend_agg
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch
 import torch._dynamo.config
-import transformers  # noqa: F401
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer  # noqa: F401
 
 from spu import ModelParallelTrainer  # noqa: F401
 from spu.cli.app import main
-from spu.train import chat, loop  # noqa: F401
+from spu.train import chat, loop, results  # noqa: F401
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
