@@ -1,9 +1,10 @@
 """Kill a random rank of `torchrun --max-restarts` at random moments; every run must end as if nobody had disturbed it.
 
-    python benchmarks/distributed/kills.py [--kills 30] [--ranks 2] [--replicas 1] [--seed 0] [--out FOLDER]
+    python benchmarks/distributed/kills.py [--kills 30] [--ranks 2] [--replicas 1] [--seed 0] [--in-steps] [--out DIR]
 
 Each kill (SIGKILL) has a run of its own. Its moment is drawn from the whole life of the ranks: they import, meet, plan,
-train, save, export. A line for each says what was lost; the last one how many of them resumed. About a minute each.
+train, save, export; on a busy machine most of it is import. With --in-steps it is within half a second of the end of a
+step that is drawn. A line for each says what was lost; the last one how many of them resumed. About a minute each.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ MODEL = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None,
     "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
+STEPS = 100
 SETTINGS = {
-    "model": "small.json", "data": "text.txt", "seq": 32, "batch": 8, "microbatches": 4, "steps": 100,
+    "model": "small.json", "data": "text.txt", "seq": 32, "batch": 8, "microbatches": 4, "steps": STEPS,
     "eval-every": 25, "save-every": 10, "wait-s": 60, "transfer": "int8",
 }  # fmt: skip
 POLL_S = 0.02
@@ -84,12 +86,12 @@ class Run:
                 found[int(entry.name)] = ranks[0] if ranks else -1
         return found
 
-    def kill(self, rank: int, moment: float) -> bool:
-        """Kill a rank so many seconds after the first one was there; return False if the run has ended before."""
+    def kill(self, rank: int, step: int, moment: float) -> bool:
+        """Kill a rank so many seconds after a step was done (0: it was there); return False if the run ended before."""
         first = None
         while self.torchrun.poll() is None:
             there = {theirs: pid for pid, theirs in self.processes().items()}
-            if first is None and rank in there:
+            if first is None and rank in there and (not step or any(row["step"] >= step for row in self.rows())):
                 first = time.monotonic()
             if first is not None and time.monotonic() - first >= moment and rank in there:
                 os.kill(there[rank], signal.SIGKILL)
@@ -132,9 +134,9 @@ def tensors(run: Run) -> bytes:
     return (run.folder / "runs" / run.name / "checkpoint" / "tensors.safetensors").read_bytes()
 
 
-def one(run: Run, whole: Run, rank: int, moment: float, longest: float) -> tuple[bool | None, str]:
+def one(run: Run, whole: Run, rank: int, when: tuple[int, float], longest: float) -> tuple[bool | None, str]:
     """Kill one rank of a run and watch it end: whether all is as it should be (None: too late to kill), and a line."""
-    if not run.kill(rank, moment):
+    if not run.kill(rank, *when):
         run.left()
         return None, "the run had ended"
     killed, rows = run.seconds(), run.rows()
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-steps", action="store_true")
     parser.add_argument("--out", type=Path, help="keeps the runs and their logs; default: a temporary folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -191,7 +194,9 @@ def main() -> None:
         while done < given.kills:
             drawn += 1
             run = Run(folder, f"killed{drawn}", given.ranks, given.replicas, 3)
-            fine, line = one(run, whole, draws.randrange(given.ranks), draws.uniform(0, life), 3 * life + 120)
+            rank = draws.randrange(given.ranks)
+            when = (draws.randrange(1, STEPS), draws.uniform(0, 0.5)) if given.in_steps else (0, draws.uniform(0, life))
+            fine, line = one(run, whole, rank, when, 3 * life + 120)
             print(f"{run.name}: {line}", flush=True)
             if fine is not None:
                 done, good = done + 1, good + fine
