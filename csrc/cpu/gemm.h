@@ -15,11 +15,14 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-// A k-block of a B panel (kKC slots x kNR) stays in L1, an A block (kMC x kKC) and the C block that it makes
-// (kMC x kTaskColumns) in L2. With 32 columns 256 slots are 32 KB: that and a panel of A fit the 48 KB of L1 that CPUs
-// with AVX-512 have.
+// A k-block of a B panel (kKC slots x kNR) stays in L1, or nearly: 256 slots of 32 columns are 32 KB. L2 holds the
+// k-block of a task's columns (kKC x kTaskColumns, 256 KB with AVX-512), the kFinishRows of A that it meets, and the C
+// block that it makes (kMC x kTaskColumns). Where L2 has 1 MB and more (AVX-512), C has many rows: each of them saves a
+// line of B from L3. Results are finished kFinishRows at a time, while they are hot.
+constexpr bool kRowsFirst = kNR >= 32;  // a panel of A meets all panels of B, or the other way round
 constexpr int64_t kKC = kNR >= 32 ? 256 : 384;
-constexpr int64_t kMC = 120 / kMR * kMR;
+constexpr int64_t kFinishRows = 120 / kMR * kMR;
+constexpr int64_t kMC = kRowsFirst ? 518 / kMR * kMR : kFinishRows;
 constexpr int64_t kTaskColumns = cpu::kStatColumns;
 // Bounds of one packing: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
 // ranges, C waits in fp32 between them, kNS of its columns at a time.
@@ -92,29 +95,29 @@ static void pack_a(void* context, int64_t begin, int64_t end) {
   }
 }
 
-// One task's columns [j0, j0 + columns) of the super-block, packed: `panels` of each product and k-block.
+// One task's columns [j0, j0 + columns) of the super-block: `panels` of each product and k-block, and where they go.
 struct TaskColumns {
-  const float* packed;
-  float* c;  // kMC rows, unless C is shared
+  float* packed;
   int64_t j0, columns, panels;
 };
 
+// One k-block of a task's columns. Where they are neighbours in memory the panels take a few k each in turn: a row of B
+// may be a page of its own.
 template <bool Pairs>
-static const float* pack_b(const Gemm& g, const TaskColumns& t) {
+static void pack_b(const Gemm& g, const TaskColumns& t, int64_t q, float* out) {
   const int64_t stride = panel_stride<kNR>(g.kc), products = g.products();
-  float* packed = cpu::workspace(cpu::kLocalB, g.k_blocks() * products * t.panels * stride);
-  float* out = packed;
-  for (int64_t q = 0; q < g.k_blocks(); ++q) {
-    const int64_t k = g.k0 + q * g.kc, kc = least(g.kc, g.ks - q * g.kc);
-    for (int64_t s = 0; s < products; ++s) {
-      const cpu::Operand b = transposed(s ? *g.p->b2 : g.p->b), next = transposed(g.p->a2 ? *g.p->b2 : g.p->b);
-      for (int64_t p = 0; p < t.panels; ++p, out += stride) {
-        const int64_t column = g.n0 + t.j0;
-        pack_slots<kNR, Pairs>(g, out, b, g.p->a2 ? &next : nullptr, column + p * kNR, column + t.columns, k, kc);
+  const int64_t k = g.k0 + q * g.kc, kc = least(g.kc, g.ks - q * g.kc);
+  for (int64_t s = 0; s < products; ++s) {
+    const cpu::Operand b = transposed(s ? *g.p->b2 : g.p->b), next = transposed(g.p->a2 ? *g.p->b2 : g.p->b);
+    const int64_t turn = b.row == 1 && b.col != 1 ? kTurn : kc, column = g.n0 + t.j0;
+    for (int64_t done = 0; done < kc; done += turn) {
+      for (int64_t p = 0; p < t.panels; ++p) {
+        pack_slots<kNR, Pairs>(g, out + p * stride + done * kNR, b, g.p->a2 ? &next : nullptr, column + p * kNR,
+                               column + t.columns, k + done, least(turn, kc - done));
       }
     }
+    out += t.panels * stride;
   }
-  return packed;
 }
 
 // The lines that the epilogue of a micro-tile will touch, asked for before they are needed.
@@ -127,28 +130,46 @@ SPU_INLINE void prefetch_target(const Gemm& g, int64_t row, int64_t column, int6
   }
 }
 
-// Rows [i0, i1) of the super-block (multiples of kMR) by one task's packed columns, all k-blocks.
+// Rows of a task: [i0, i1) of the super-block, and where their sums are.
+struct TaskRows {
+  int64_t i0, i1;
+  float* c;
+  int64_t ldc;
+};
+
+// Rows [r0, r1) by one k-block of the packed columns.
 template <bool Pairs>
-static void row_block(const Gemm& g, const TaskColumns& t, int64_t i0, int64_t i1) {
+SPU_INLINE void chunk(const Gemm& g, const TaskColumns& t, const TaskRows& rows, int64_t q, const float* packed,
+                      int64_t r0, int64_t r1) {
   const int64_t a_stride = panel_stride<kMR>(g.kc), b_stride = panel_stride<kNR>(g.kc);
-  const int64_t panels = g.products() * t.panels, blocks = g.k_blocks();
-  const int64_t ldc = g.shared_c ? g.shared_ldc : panels * kNR;
-  float* c = g.shared_c ? g.shared_c + i0 * ldc + g.products() * t.j0 : t.c;
-  for (int64_t q = 0; q < blocks; ++q) {
-    const int64_t kc = least(g.kc, g.ks - q * g.kc);
-    const bool add = q > 0 || g.k0 > 0, prefetch = q + 1 == blocks && g.last() && g.target;
-    for (int64_t jp = 0; jp < panels; ++jp) {
-      const float* b = t.packed + (q * panels + jp) * b_stride;
-      for (int64_t i = i0; i < i1; i += kMR) {
-        if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(kMR, g.ms - i));
-        const float* a = g.packed_a + (q * g.a_panels() + i / kMR) * a_stride;
-        micro_kernel<Pairs>(kc, a, b, c + (i - i0) * ldc + jp * kNR, ldc, add);
-      }
-    }
+  const int64_t kc = least(g.kc, g.ks - q * g.kc), b_panels = g.products() * t.panels, a_panels = (r1 - r0) / kMR;
+  const bool add = q > 0 || g.k0 > 0, prefetch = q + 1 == g.k_blocks() && g.last() && g.target;
+  for (int64_t tile = 0; tile < a_panels * b_panels; ++tile) {
+    const int64_t jp = kRowsFirst ? tile % b_panels : tile / a_panels;
+    const int64_t i = r0 + (kRowsFirst ? tile / b_panels : tile % a_panels) * kMR;
+    if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(kMR, g.ms - i));
+    const float* a = g.packed_a + (q * g.a_panels() + i / kMR) * a_stride;
+    micro_kernel<Pairs>(kc, a, packed + jp * b_stride, rows.c + (i - rows.i0) * rows.ldc + jp * kNR, rows.ldc, add);
   }
-  if (g.last()) {
-    const int64_t row = g.p->c_row + g.m0 + i0, column = g.p->c_column + g.n0 + t.j0;
-    g.epilogue(*g.e, {c, c + t.panels * kNR, ldc, row, column, least(i1, g.ms) - i0, t.columns, row_length(*g.p)});
+}
+
+// A block of rows (multiples of kMR) by one task's columns, all k-blocks. The task's first block packs them as it goes;
+// if others follow, each k-block has a place of its own.
+template <bool Pairs>
+static void row_block(const Gemm& g, const TaskColumns& t, const TaskRows& rows, bool first, bool only) {
+  const int64_t block = g.products() * t.panels * panel_stride<kNR>(g.kc);
+  for (int64_t q = 0; q < g.k_blocks(); ++q) {
+    float* packed = t.packed + (only ? 0 : q * block);
+    if (first) pack_b<Pairs>(g, t, q, packed);
+    for (int64_t r0 = rows.i0; r0 < rows.i1; r0 += kFinishRows) {
+      const int64_t r1 = least(r0 + kFinishRows, rows.i1);
+      chunk<Pairs>(g, t, rows, q, packed, r0, r1);
+      if (q + 1 < g.k_blocks() || !g.last()) continue;
+      const float* c = rows.c + (r0 - rows.i0) * rows.ldc;
+      const int64_t row = g.p->c_row + g.m0 + r0, column = g.p->c_column + g.n0 + t.j0;
+      g.epilogue(*g.e,
+                 {c, c + t.panels * kNR, rows.ldc, row, column, least(r1, g.ms) - r0, t.columns, row_length(*g.p)});
+    }
   }
 }
 
@@ -160,10 +181,17 @@ static void run_tasks(void* context, int64_t begin, int64_t end) {
     t.j0 = task % g.column_tasks * g.task_columns;
     t.columns = least(g.task_columns, g.ns - t.j0);
     t.panels = ceil_div(t.columns, kNR);
-    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.ms);
-    t.packed = pack_b<Pairs>(g, t);
-    if (!g.shared_c) t.c = cpu::workspace(cpu::kLocalC, kMC * g.products() * t.panels * kNR);
-    for (int64_t i = r0; i < r1; i += kMC) row_block<Pairs>(g, t, i, least(i + kMC, r1));
+    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.a_panels() * kMR);
+    const int64_t blocks = ceil_div(r1 - r0, kMC), most = ceil_div(ceil_div(r1 - r0, kMR), blocks) * kMR;
+    const int64_t columns = g.products() * t.panels * kNR;
+    const int64_t packed = g.products() * t.panels * panel_stride<kNR>(g.kc);
+    t.packed = cpu::workspace(cpu::kLocalB, (blocks > 1 ? g.k_blocks() : 1) * packed);
+    float* c = g.shared_c ? nullptr : cpu::workspace(cpu::kLocalC, most * columns);
+    for (int64_t i = r0; i < r1; i += most) {
+      TaskRows rows = {i, least(i + most, r1), c, columns};
+      if (g.shared_c) rows.ldc = g.shared_ldc, rows.c = g.shared_c + i * g.shared_ldc + g.products() * t.j0;
+      row_block<Pairs>(g, t, rows, i == r0, blocks == 1);
+    }
   }
 }
 

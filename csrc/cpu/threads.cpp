@@ -23,6 +23,10 @@ namespace {
 // The largest product needs 2^23 and the rounding of its rows to whole micro-tiles.
 constexpr int64_t kKeptFloats = (int64_t{1} << 23) + (int64_t{1} << 18);  // 33 MB
 
+// From half of it on a buffer is made of large pages: the panels of a product are read again and again, 64 small pages
+// at a time, which is all that the first level of a TLB holds.
+constexpr int64_t kPageFloats = int64_t{1} << 19;  // 2 MB
+
 struct Buffer {
   float* data = nullptr;
   int64_t floats = 0;
@@ -35,10 +39,12 @@ struct Buffer {
       std::free(data);
       data = nullptr;
       floats = 0;
-      const int64_t rounded = (wanted + 1023) / 1024 * 1024;
-      data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded) * sizeof(float)));
+      const bool large = wanted >= kPageFloats / 2;
+      const int64_t unit = large ? kPageFloats : 1024, rounded = (wanted + unit - 1) / unit * unit;
+      const size_t align = large ? static_cast<size_t>(kPageFloats) * sizeof(float) : 64;
+      data = static_cast<float*>(std::aligned_alloc(align, static_cast<size_t>(rounded) * sizeof(float)));
       if (!data) throw std::bad_alloc();
-      if (rounded * 4 >= kLargeBytes) advise_large_pages(data, rounded * 4);
+      if (large) advise_large_pages(data, rounded * 4);
       floats = rounded;
     }
     return data;
