@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ranks import in_ranks
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spu.cli.train import train_command
+from spu.model.convert.decoder import save_decoder
 from spu.train.config import RunOptions
 
 CONFIG = {
@@ -35,28 +37,43 @@ def run(folder: str, name: str, **settings: Any) -> str:
     return ""
 
 
+def make_folder(place: Path) -> None:
+    """A model's folder with weights, which every process reads its own layers of."""
+    torch.manual_seed(0)
+    save_decoder(LlamaForCausalLM(LlamaConfig.from_dict(CONFIG)), place / "small")
+
+
+WHOLE: dict[str, Any] = {"model": "small"}
+
+
+def run_with(folder: str, name: str, settings: dict[str, Any]) -> str:
+    return run(folder, name, **settings)
+
+
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [{key: v for key, v in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
 
 
 def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small.json").write_text(json.dumps(CONFIG))
+    make_folder(tmp_path)
     (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
     monkeypatch.chdir(tmp_path)
-    assert in_ranks(2, run, str(tmp_path), "two", timeout_s=120) == ["", ""]
+    assert in_ranks(2, run_with, str(tmp_path), "two", WHOLE, timeout_s=120) == ["", ""]
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(cores)[:2])  # a thread for each of its stages, too
     torch.set_num_threads(1)
     try:
-        assert run(str(tmp_path), "one", devices="cpu:0,cpu:1") == ""
+        assert run(str(tmp_path), "one", devices="cpu:0,cpu:1", **WHOLE) == ""
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
     assert rows(tmp_path, "two") == rows(tmp_path, "one")
-    assert {file.name for file in (tmp_path / "runs").iterdir()} == {"one", "two"}
-    for name in ("model/model.safetensors", "summary.json", "checkpoint/tensors.safetensors"):
-        assert (tmp_path / "runs" / "two" / name).exists()
+    runs = tmp_path / "runs"
+    assert {file.name for file in runs.iterdir()} == {"one", "two"}
+    assert (runs / "two" / "summary.json").exists()
+    for name in ("model/model.safetensors", "model/config.json", "checkpoint/tensors.safetensors"):
+        assert (runs / "two" / name).read_bytes() == (runs / "one" / name).read_bytes()
 
 
 def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:

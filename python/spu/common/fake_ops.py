@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spu.common import torch_private
+from spu.common.absent import is_absent
 from spu.common.torch_private import FakeTensorMode, TorchDispatchMode, is_fake, tree_map_only
 
 __all__ = ["FakeOps", "fake_copy", "fake_tensor"]
@@ -16,8 +17,10 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype |
     """Return a CPU tensor without data of this one's shape and strides; in ``dtype`` if both are floating."""
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
+    absent = is_absent(tensor)
     with mode:
-        if tensor.layout is not torch.strided:  # a sparse one: as many bytes as there can be
+        # A sparse one: as many bytes as there can be. One that is elsewhere will not lie in one place.
+        if tensor.layout is not torch.strided or absent:
             return torch.empty(tensor.shape, dtype=dtype)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.absent import is_absent
 from spu.common.dtypes import HALVES
 from spu.common.fake_ops import fake_copy
 from spu.common.interrupts import stop_if_asked
@@ -155,7 +156,7 @@ class _Counter:
         state = [t for layer in layers for t in itertools.chain(layer.module.parameters(), layer.module.buffers())]
         dtypes = {id(t): t.dtype for t in state} | state_dtypes([layer.module for layer in layers], dtype)
         self.form = TrainingForm(dtypes, fused, deferred, sample, DetachedSkips())
-        self._has_values = not any(t.is_meta or is_fake(t) for t in [*tensors_in(sample), *state])
+        self._has_values = not any(t.is_meta or is_fake(t) or is_absent(t) for t in [*tensors_in(sample), *state])
         self.has_loss = False  # the last layer's cost has it
         self._known_input = (0, sample)  # the real input of the layer of that index
 

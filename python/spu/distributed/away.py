@@ -1,7 +1,7 @@
 """Layers of other processes: their parameters let go of their memory, and refuse to be taken for values.
 
 The model's objects stay, so that shapes and names are known everywhere. In the place of a value stands one NaN
-(`spu.memory.unit.absent`).
+(`spu.common.absent`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
-from spu.common.torch_private import is_fake, parameters_of
-from spu.memory.unit import absent, reads_as_nan
+from spu.common.absent import absent, is_absent
+from spu.common.torch_private import parameters_of
 from spu.model.layers import Layer
 
 __all__ = ["check_here", "let_go"]
@@ -48,9 +47,8 @@ def let_go(modules: Iterable[nn.Module], kept: Collection[int] = ()) -> frozense
 def check_here(layers: Sequence[Layer]) -> None:
     """Raise ValueError for a parameter whose values an earlier trainer left to another process."""
     for layer in layers:
-        guarded = any(module in _GUARDS for module in layer.module.modules())
-        for name, parameter in layer.named_parameters() if guarded else ():
-            if _is_away(parameter):
+        for name, parameter in layer.named_parameters():
+            if is_absent(parameter):
                 raise ValueError(
                     f"{name} has no values in this process: an earlier trainer of this model had its stage in another "
                     "one; make the model anew, and load() that trainer's checkpoint"
@@ -72,14 +70,9 @@ def _unguard(module: nn.Module) -> None:
         handle.remove()
 
 
-def _is_away(parameter: torch.Tensor) -> bool:
-    known = parameter.is_floating_point() and parameter.device.type == "cpu" and not is_fake(parameter)
-    return known and reads_as_nan(parameter.detach())
-
-
 def _away(module: nn.Module) -> Iterator[str]:
     """Yield the names of a module's own parameters that are without values."""
-    return (name for name, p in parameters_of(module).items() if p is not None and _is_away(p))
+    return (name for name, p in parameters_of(module).items() if p is not None and is_absent(p))
 
 
 def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spu.checkpoint.writing import CheckpointError
+from spu.common.absent import is_absent
 
 __all__ = ["Sample", "base_record", "check_base", "sampled"]
 
@@ -27,9 +28,12 @@ def sampled(frozen: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
     """Return what is kept of frozen weights, by name in the model; names in order."""
     found = {}
     for name, tensor in sorted(frozen.items()):
+        if is_absent(tensor):
+            found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), b"")
+            continue
         flat = tensor.reshape(-1)
         some = flat[torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)]
-        values = b"" if some.is_meta else some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        values = some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), values)
     return found
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from spu import nn as spu_nn
+from spu.common.absent import absent
 from spu.common.dtypes import DTYPES
 from spu.common.interrupts import delayed_interrupts
 from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weights_below
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
-from spu.memory.unit import absent
 from spu.model.layers import Layer
 from spu.precision.dtypes import convert_state, state_dtypes
 

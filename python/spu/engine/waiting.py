@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from spu.common.absent import absent, reads_as_nan
 from spu.common.torch_private import parameters_of
-from spu.memory.unit import absent, reads_as_nan
 
 __all__ = ["Waiting", "refuse_stand_ins"]
 

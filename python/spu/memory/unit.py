@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from spu.common.absent import absent, reads_as_nan
 from spu.memory.slab import aligned
 from spu.memory.store import Region, Store
 
-__all__ = ["Absent", "Entry", "Piece", "Unit", "absent", "allocated", "narrow", "piece", "reads_as_nan"]
+__all__ = ["Absent", "Entry", "Piece", "Unit", "allocated", "narrow", "piece"]
 
 _ENTRY_ALIGNMENT = 64
 
@@ -208,19 +208,8 @@ def _same_place(present: Tensor, view: Tensor) -> bool:
     return present.data_ptr() == view.data_ptr() and present.is_contiguous()
 
 
-def absent(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Return a stand-in for a tensor that is elsewhere: NaN to who reads it, an error to who writes into it.
-
-    It takes the memory of one element. (torch refuses in-place writes where elements share memory.) Integers have no
-    NaN: codes of an optimizer's state get a tensor without memory, whose values cannot be read.
-    """
-    if not dtype.is_floating_point:
-        return torch.empty(tuple(shape), dtype=dtype, device="meta")
-    return torch.full((1,) * len(shape), float("nan"), dtype=dtype, device=device).expand(tuple(shape))
-
-
 class Absent:
-    """Stand-ins for the tensors of units that are elsewhere; see `absent`.
+    """Stand-ins for the tensors of units that are elsewhere; see `spu.common.absent`.
 
     Args:
         units: whose.
@@ -262,12 +251,6 @@ class Absent:
             self._of[id(entry)] = absent(entry.shape, entry.dtype, self.device)
             entry.put(self._of[id(entry)])
         return found
-
-
-def reads_as_nan(tensor: Tensor) -> bool:
-    """Tell whether the elements of a tensor share one place, which holds a NaN."""
-    one = all(size == 1 or step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return one and math.isnan(tensor.as_strided((), ()).item())
 
 
 def allocated(

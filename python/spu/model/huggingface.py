@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.absent import is_absent
 from spu.common.torch_private import version
 from spu.model.hf_context import Context, Inputs, LayerCall, copy_without_children, is_fake, split_inputs
 from spu.model.hf_proof import prove_split
@@ -247,6 +248,6 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers.append(("head", Head(model, found)))
     for _, part in layers:
         part.training = model.training
-    if not any(parameter.is_meta for parameter in model.parameters()):
+    if not any(parameter.is_meta or is_absent(parameter) for parameter in model.parameters()):
         prove_split(model, layers)
     return layers

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from spu.common.absent import is_absent
 from spu.data.tokenizer import make_tokenizer
 from spu.model.lora import LoraOptions, add_adapters
 from spu.model.merge import Base, base_of_files, merge_adapter, write_parts
@@ -39,7 +40,9 @@ def make_trained_model(config: TrainConfig) -> nn.Module:
     Raises:
         ValueError: as ``make_model``; or a target that is no layer of the model.
     """
-    model, options = make_model(config.model, config.seed).train(), lora_options(config)
+    options = lora_options(config)
+    later = config.engine == "distributed" and options is None
+    model = make_model(config.model, config.seed, later=later).train()
     if options is None:
         return model
     try:
@@ -59,7 +62,8 @@ def keep_adapter(model: nn.Module, trainer: ModelParallelTrainer, folder: Path) 
     matrix = next(p for p in model.parameters() if not p.requires_grad and p.dim() > 1)
     for parameter in model.parameters():
         parameter.grad = None
-        parameter.data = parameter.data.to("cpu", matrix.dtype)
+        if not is_absent(parameter):
+            parameter.data = parameter.data.to("cpu", matrix.dtype)
 
 
 def base_of(source: str | None, seed: int) -> Base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from spu.data.corpus import Corpus
 from spu.data.tokenizer import Tokenizer
 from spu.model.convert.decoder import save_decoder
 from spu.train.config import TrainConfig
+from spu.train.led import LeadingTrainer
 from spu.train.sample import SEARCHED, choose_prompt, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 
-__all__ = ["sample_of", "save_model", "take_exact"]
+__all__ = ["sample_of", "save_from_all", "save_model", "take_exact"]
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 240, 48
+_KEPT = 4  # tensors of another process: a stored one is made of three of ours at most
 
 
 @torch.no_grad()
@@ -35,6 +38,54 @@ def take_exact(model: nn.Module, trainer: ModelParallelTrainer) -> None:
     model.to("cpu")
     for name, parameter in model.named_parameters():  # each once: what is tied stays so
         parameter.data = exact.pop(name)
+
+
+class _Values(Mapping[str, torch.Tensor]):
+    """Tensors by name, those of other processes read when they are asked for; the last few are kept."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        if isinstance(tensor, torch.Tensor):
+            return tensor
+        if name not in self._kept:
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[name] = tensor.read()
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def save_from_all(
+    model: Any, trainer: LeadingTrainer, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype
+) -> bool:
+    """Save a model whose stages are in several processes as `save_model` does, one tensor at a time in memory here.
+
+    Returns:
+        False where the model's form does not allow that; nothing was written then.
+    """
+    written = []
+
+    def write(tensors: dict[str, Any]) -> str:
+        values = _Values(tensors)
+        checkpoint = getattr(model, "spu_checkpoint", None)
+        if checkpoint is not None:
+            checkpoint.save(model, folder, dtype, values)
+        written.append(checkpoint is not None or save_decoder(model, folder, values, dtype))
+        return "done"
+
+    trainer.with_state(write)
+    if written[0]:
+        tokenizer.save(folder)
+    return written[0]
 
 
 def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -93,9 +93,22 @@ def follow(make: Make) -> None:
             trainer = made
             continue
         assert trainer is not None
+        if what == "serve":
+            _with_state(trainer, _nothing)
+            continue
         if what == "step":
             *arguments, rates[0] = arguments
         getattr(trainer, what)(*arguments)
+
+
+def _with_state(trainer: ModelParallelTrainer, work: Callable[[dict[str, Any]], str]) -> None:
+    runner = trainer._readable()
+    assert trainer._spread is not None
+    trainer._spread.with_state(runner.built, runner.updater.optimizers, work)
+
+
+def _nothing(tensors: dict[str, Any]) -> str:
+    return ""
 
 
 class LeadingTrainer(ModelParallelTrainer):
@@ -135,9 +148,16 @@ class LeadingTrainer(ModelParallelTrainer):
         with self._told("load", str(Path(path).resolve())):
             return super().load(path)
 
-    def state_dict_for_model(self) -> dict[str, torch.Tensor]:
-        with self._told("state_dict_for_model"):
-            return super().state_dict_for_model()
+    def _state_for_model(self, trained: bool = False) -> dict[str, torch.Tensor]:
+        with self._told("_state_for_model", trained):
+            return super()._state_for_model(trained)
+
+    def with_state(self, work: Callable[[dict[str, Any]], str]) -> None:
+        """Call ``work`` with the model's parameters and buffers by name, in full precision: tensors, and
+        `spu.distributed.gather.Far` ones, which their process sends when they are read.
+        """
+        with self._told("serve"):
+            _with_state(self, work)
 
     def close(self) -> None:
         if not self._alone and self._runner is not None and not self._runner.updater.closed:

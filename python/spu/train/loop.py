@@ -16,9 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
+from spu.common.absent import is_absent
 from spu.common.dtypes import DTYPES
 from spu.common.options import AUTO
 from spu.common.out_of_memory import free_memory
@@ -33,12 +35,13 @@ from spu.settings import TrainSettings
 from spu.train.adapter import keep_adapter, make_trained_model
 from spu.train.config import TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
-from spu.train.export import sample_of, save_model, take_exact
+from spu.train.export import sample_of, save_from_all, save_model, take_exact
 from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
 from spu.train.keep import Checkpoints, disk_line
 from spu.train.led import LeadingTrainer, tell
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows, validation_rows
+from spu.train.model import make_model
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
@@ -78,14 +81,25 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         if loop.ended_early:
             summary["ended_early"] = loop.ended_early
         with beside_disk(job.config):
-            if job.config.lora is None:
-                take_exact(model, trainer)
-            else:
-                keep_adapter(model, trainer, job.folder.path)
+            written = _take(job, model, trainer)
+    room = trainer.devices[0].budget_bytes
     del trainer, loop  # masters and moments
     free_memory()
-    _finish(job, model, summary)
+    _finish(job, model, summary, room, written=written)
     return summary
+
+
+def _take(job: Job, model: nn.Module, trainer: ModelParallelTrainer) -> bool:
+    """Take what was trained out of the trainer, and end it; tell whether it is written already."""
+    if job.config.lora is not None:
+        keep_adapter(model, trainer, job.folder.path)
+        return True
+    if isinstance(trainer, LeadingTrainer):
+        dtype = DTYPES[job.config.export_dtype]
+        if save_from_all(model, trainer, job.tokenizer, job.folder / "model", dtype=dtype):
+            return True
+    take_exact(model, trainer)
+    return False
 
 
 def beside_disk(config: TrainConfig) -> AbstractContextManager[None]:
@@ -356,12 +370,27 @@ def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> f
     return mean_over_targets(trainer.evaluate, batches)
 
 
-def _finish(job: Job, model: nn.Module, summary: dict[str, Any]) -> None:
-    """Write the model, a sample of its text, the summary and the picture of the losses."""
-    if job.config.lora is None:
-        dtype = DTYPES[job.config.export_dtype]
+def _finish(job: Job, model: nn.Module, summary: dict[str, Any], room: int, *, written: bool) -> None:
+    """Write the model, a sample of its text, the summary and the picture of the losses.
+
+    Args:
+        room: bytes for a model whose layers were in several processes.
+        written: the model, or its adapter.
+    """
+    dtype = DTYPES[job.config.export_dtype]
+    if not written:
         save_model(model, job.tokenizer, job.folder / "model", dtype=dtype)
-    if job.sample:
-        summary["prompt"], summary["sample"] = sample_of(model, job.tokenizer, job.corpus, job.config)
+    if job.sample and (whole := _whole(job, model, room, dtype)) is not None:
+        summary["prompt"], summary["sample"] = sample_of(whole, job.tokenizer, job.corpus, job.config)
     save_result(job.folder / "summary.json", summary)
     draw_losses(job, summary)
+
+
+def _whole(job: Job, model: nn.Module, room: int, dtype: torch.dtype) -> nn.Module | None:
+    """Return the trained model to take a sample of; None, and say so, if it would not fit this process."""
+    if not any(map(is_absent, model.parameters())):
+        return model
+    if job.config.lora is None and 8 * sum(p.numel() for p in model.parameters()) <= room:
+        return make_model(str(job.folder / "model"), job.config.seed).to(dtype)
+    job.say("no sample of its text: the model's layers are in several processes")
+    return None

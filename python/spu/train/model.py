@@ -80,8 +80,11 @@ def has_weights(source: str | None) -> bool:
     return False
 
 
-def make_model(source: str | None, seed: int) -> nn.Module:
+def make_model(source: str | None, seed: int, *, later: bool = False) -> nn.Module:
     """Return a causal decoder in fp32, from weights or with random ones: a function of its arguments alone.
+
+    Args:
+        later: leave weights in their files, if that can be, until a trainer reads those of its stages.
 
     Raises:
         ValueError: nothing usable at ``source``; the text says what is wrong with it.
@@ -90,7 +93,7 @@ def make_model(source: str | None, seed: int) -> nn.Module:
 
     config = load_config(source)
     if source is not None and has_weights(source):
-        return _load(source, config)
+        return _load(source, config, later)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -99,13 +102,13 @@ def make_model(source: str | None, seed: int) -> nn.Module:
             raise ValueError(f"--model {source}: no causal decoder can be made from it: {first_line(error)}") from error
 
 
-def _load(source: str, config: Any) -> nn.Module:
+def _load(source: str, config: Any, later: bool) -> nn.Module:
     """Return the model of a folder with weights: tensor by tensor, or by transformers where that converts them."""
     try:
         with large_tensors_unmapped():
             if read_config(source)["model_type"] == MODEL_TYPE:
-                return load_internlm2(Path(source), config)
-            model = load_decoder(Path(source), config)
+                return load_internlm2(Path(source), config, later=later)
+            model = load_decoder(Path(source), config, later=later)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, ZeroDivisionError) as error:
         if is_out_of_memory(error):
             raise

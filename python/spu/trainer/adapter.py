@@ -19,7 +19,8 @@ __all__ = ["adapter_state", "save_adapter"]
 def adapter_state(trainer: ModelParallelTrainer) -> tuple[Any, dict[str, torch.Tensor]]:
     """Return the trainer's ``PeftModel`` and its state, in which trained parameters are in full precision.
 
-    Frozen weights are the model's own tensors, not copies.
+    Frozen weights are the model's own tensors, not copies; they are left out where stages are in several processes:
+    then it is called in each of them, and rank 0 alone has the state.
 
     Raises:
         TypeError: the model has no adapters.
@@ -28,6 +29,8 @@ def adapter_state(trainer: ModelParallelTrainer) -> tuple[Any, dict[str, torch.T
     model = check_adapted(trainer._parts.as_module())
     if trainer._runner is None:
         raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
+    if trainer._spread is not None:
+        return model, trainer._state_for_model(trained=True)
     runner = trainer._readable()
     exact = exact_parameters(runner.built, runner.updater.optimizers)
     own = model.state_dict(keep_vars=True)
@@ -49,4 +52,6 @@ def save_adapter(trainer: ModelParallelTrainer, folder: str | Path) -> None:
         ValueError: the folder cannot be written.
         RuntimeError: as ``state_dict_for_model``.
     """
-    write_adapter(*adapter_state(trainer), Path(folder))
+    model, state = adapter_state(trainer)
+    if trainer._spread is None or trainer._spread.job.rank == 0:
+        write_adapter(model, state, Path(folder))

@@ -25,6 +25,7 @@ from spu.engine.base import base_record, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import load_training, model_state, state_for_model
+from spu.model.deferred import bring
 from spu.model.layers import Layer
 from spu.plan import Plan
 from spu.settings import AUTO, TrainSettings
@@ -107,8 +108,9 @@ class Spread:
         )
         return Plan.from_json(self.job.decided(lambda: make().to_json(), "plan"))
 
-    def let_go(self, plan: Plan, layers: Sequence[Layer]) -> frozenset[int]:
-        """Free the memory of other processes' layers; return the ids of their parameters.
+    def let_go(self, plan: Plan, layers: Sequence[Layer], model: nn.Module) -> frozenset[int]:
+        """Read the deferred weights of this process's layers, and free the memory of the others'; return the ids of
+        their parameters.
 
         Raises:
             ValueError: a parameter is in stages of several processes, or a layer counts statistics that replicas do not
@@ -119,8 +121,9 @@ class Spread:
         places = [plan.devices.index(stage.device) for stage in plan.stages for _ in range(*stage.layers)]
         _check_apart(layers, places)
         own = [layer for layer, place in zip(layers, places, strict=True) if place == self.job.place]
-        check_here(own)
         kept = {id(p) for layer in own for p in layer.module.parameters()}
+        bring(model, kept)
+        check_here(own)
         others = (layer.module for layer, place in zip(layers, places) if place != self.job.place)
         return let_go(others, kept)
 
@@ -163,16 +166,47 @@ class Spread:
         resting = gathered_samples(self.job, built, self._own)
         return load_training(path, built, optimizers, begin, resting=resting, own=self._own)
 
-    def state_for_model(self, model: nn.Module, built: BuiltStages, optimizers: Optimizers) -> dict[str, Any]:
-        """Return the model's state in rank 0, and nothing in the others; called in every process."""
+    def with_state(
+        self,
+        built: BuiltStages,
+        optimizers: Optimizers,
+        work: Callable[[dict[str, torch.Tensor | Far]], str],
+        *,
+        trained: bool = False,
+    ) -> None:
+        """Call ``work`` in rank 0 with parameters in full precision, and buffers; called in every process.
+
+        Args:
+            work: reads what it wants, one tensor after the other.
+            trained: give it trained parameters alone.
+        """
+        here = built.only(self._own)
+        state = model_state(here, optimizers)
+        if trained:
+            layers = [layer for stage in here.stages for layer in stage.parts]
+            names = {name for layer in layers for name, p in layer.named_parameters() if p.requires_grad}
+            state = {name: tensor for name, tensor in state.items() if name in names}
+        with_tensors(self.job, state, work, "take the model's state")
+
+    def state_for_model(
+        self, model: nn.Module, built: BuiltStages, optimizers: Optimizers, *, trained: bool = False
+    ) -> dict[str, Any]:
+        """Return the model's state in rank 0, or what is trained of it, and nothing in the others; called in every
+        process.
+        """
         state: dict[str, Any] = {}
 
         def take(tensors: dict[str, torch.Tensor | Far]) -> str:
+            if trained:
+                state.update(
+                    (n, t.read() if isinstance(t, Far) else t.to("cpu", copy=True)) for n, t in tensors.items()
+                )
+                return "done"
             away = {name: tensor.read() for name, tensor in tensors.items() if isinstance(tensor, Far)}
             state.update(state_for_model(model, built, optimizers, away))
             return "done"
 
-        with_tensors(self.job, model_state(built.only(self._own), optimizers), take, "take the model's state")
+        self.with_state(built, optimizers, take, trained=trained)
         return state
 
 

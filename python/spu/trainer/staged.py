@@ -38,6 +38,7 @@ from spu.engine.state import Carried, state_for_model, training_state
 from spu.engine.structure import StructureCheck
 from spu.engine.tiers import converting, open_streaming, park_again
 from spu.engine.update import OptimizerFactory, release
+from spu.model.deferred import bring
 from spu.optim.forms import in_form
 from spu.plan import Plan
 from spu.plan.check import used_devices
@@ -146,6 +147,8 @@ class StagedModel:
         with delayed_interrupts():  # Ctrl-C while the model is traced would leave torch patched
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
+        if self._spread is None:
+            bring(self._parts.as_module())
         check_batch(layers, inputs, targets, self.loss_fn)
         devices = self.devices if self._spread is None else self._spread.job.devices
         planner = Planner(layers, devices, self.settings, self._loss, self.tiers)
@@ -159,7 +162,8 @@ class StagedModel:
             plan = make() if self._spread is None else self._spread.plan(make, layers)
             stop_if_asked()
             taken_over = release(layers)
-            away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers)
+            model = self._parts.as_module()
+            away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers, model)
             self._fused = unfused(layers)
             fused = schedules.splits_backward(plan.settings.schedule)
             with converting(plan, self.tiers):
@@ -374,10 +378,10 @@ class StagedModel:
         runner.updater.show()
         return runner
 
-    def _state_for_model(self) -> dict[str, torch.Tensor]:
+    def _state_for_model(self, trained: bool = False) -> dict[str, torch.Tensor]:
         runner, model = self._readable(), self._parts.as_module()
         if self._spread is not None:
-            return self._spread.state_for_model(model, runner.built, runner.updater.optimizers)
+            return self._spread.state_for_model(model, runner.built, runner.updater.optimizers, trained=trained)
         return state_for_model(model, runner.built, runner.updater.optimizers)
 
     def _save(self, path: str | Path, meta: dict[str, Any], *, frozen: bool) -> None:

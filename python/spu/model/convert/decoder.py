@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from spu.model.convert.empty import materialise, meta_parameters
 from spu.model.convert.layout import Layout, Run, Stored, check, fill, whole, write_tensor
 from spu.model.convert.shards import DTYPE_NAMES, INDEX, SINGLE, Shards, write_shard
+from spu.model.deferred import defer
 
 __all__ = ["empty_decoder", "load_decoder", "save_decoder"]
 
@@ -36,10 +38,13 @@ def empty_decoder(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
 
 
-def load_decoder(folder: Path, config: Any) -> nn.Module | None:
+def load_decoder(folder: Path, config: Any, *, later: bool = False) -> nn.Module | None:
     """Return the decoder of a config with the weights of a folder, in fp32.
 
     Its tensors are made by ``torch.empty``, which ``spu.spilled`` catches, and filled 16 MB at a time.
+
+    Args:
+        later: leave the weights in the folder until `spu.model.deferred.bring`, as a trainer does for its stages.
 
     Returns:
         the model; None where the checkpoint has other tensors than the model, and transformers knows how to convert
@@ -64,31 +69,46 @@ def load_decoder(folder: Path, config: Any) -> nn.Module | None:
         return name in ties or _OLD_TABLES.search(name) is not None or any(p.search(name) for p in ignored)
 
     check(layout, shards, needless)
-    fill(layout, shards, materialise(model))
+    if later:
+        defer(model, partial(fill, layout, shards))
+    else:
+        fill(layout, shards, materialise(model))
     _read_generation_config(folder, model)
     return model.eval()  # as from_pretrained
 
 
-def save_decoder(model: Any, folder: Path) -> None:
+def save_decoder(
+    model: Any, folder: Path, values: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+) -> bool:
     """Write a decoder as its ``save_pretrained`` does, the same bytes, without a copy of its weights: 16 MB at a time.
 
     The safetensors package makes a copy of all that goes into a file. It still writes models whose checkpoints
     transformers converts, and those of several dtypes, in files of 100 MB.
+
+    Args:
+        values: of the parameters, by name, where they are not the model's own; each is read when it is written.
+        dtype: that these are written in.
+
+    Returns:
+        False where such values cannot be written in this way; then nothing was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(parameters)
     tensors = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items() if name not in aliases}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensor.dtype if name not in parameters or dtype is None else dtype for name, tensor in tensors.items()}
     if _renames(model, tensors) or len(dtypes) != 1 or dtypes.isdisjoint(DTYPE_NAMES):
-        model.save_pretrained(folder, max_shard_size=_COPIED)
-        return
+        if values is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder, max_shard_size=_COPIED)
+        return values is None
+    folder.mkdir(parents=True, exist_ok=True)
     (dtype,) = dtypes
+    given = tensors if values is None else values
     layout = {name: whole(name, tensor) for name, tensor in sorted(tensors.items())}
     files = _in_files(layout, dtype)
     for file, names in files.items():
         shapes = [(name, layout[name].shape) for name in names]
-        write_shard(folder / file, shapes, dtype, lambda name: write_tensor(layout[name], tensors), {"format": "pt"})
+        write_shard(folder / file, shapes, dtype, lambda name: write_tensor(layout[name], given), {"format": "pt"})
     if len(files) > 1:
         places = {name: file for file, names in files.items() for name in names}
         size = sum(stored.numel for stored in layout.values()) * dtype.itemsize
@@ -99,6 +119,7 @@ def save_decoder(model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+    return True
 
 
 def _in_files(layout: Layout, dtype: torch.dtype) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from spu.model.convert.decoder import empty_decoder
 from spu.model.convert.empty import materialise
 from spu.model.convert.layout import Layout, Run, Stored, check, fill, whole, write_tensor
 from spu.model.convert.shards import DTYPE_NAMES, INDEX, Shards, write_shard
+from spu.model.deferred import defer
 
 __all__ = ["MODEL_TYPE", "Checkpoint", "internlm2_config", "layout_of", "load_internlm2"]
 
@@ -160,12 +161,19 @@ class Checkpoint:
         dtype = next((dtype for dtype, name in DTYPE_NAMES.items() if dtypes == {name}), None)
         return Checkpoint(json.loads(files["config.json"]), files, order, shards.metadata, dtype)
 
-    def save(self, model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save(
+        self,
+        model: Any,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write a model as the checkpoint was, in the dtype of the model's parameters or another one.
 
         In the checkpoint's own dtype, a model that was not changed gives the same bytes in every file. Needs 16 MB.
+        Values that are not the model's own are read by name, when they are written.
         """
-        parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        parameters: Mapping[str, Tensor] = values or dict(model.named_parameters(remove_duplicate=False))
         layout, dtype = layout_of(model), dtype or next(model.parameters()).dtype
         self.write(folder, layout, partial(_written, layout, parameters), dtype)
 
@@ -211,12 +219,13 @@ def _needless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "output.weight"
 
 
-def load_internlm2(folder: Path, config: Any) -> nn.Module:
+def load_internlm2(folder: Path, config: Any, *, later: bool = False) -> nn.Module:
     """Return an InternLM2 checkpoint as a Llama in fp32, whose attribute ``spu_checkpoint`` writes it back.
 
     Args:
         folder: of the checkpoint.
         config: as `internlm2_config` makes it.
+        later: as for `spu.model.convert.decoder.load_decoder`.
 
     Raises:
         ValueError: the checkpoint is damaged, or not of this config; the text names the file and the fix.
@@ -224,6 +233,9 @@ def load_internlm2(folder: Path, config: Any) -> nn.Module:
     shards, model = Shards(folder), empty_decoder(config)
     layout = layout_of(model)
     check(layout, shards, _needless)
-    fill(layout, shards, materialise(model))
+    if later:
+        defer(model, partial(fill, layout, shards))
+    else:
+        fill(layout, shards, materialise(model))
     model.spu_checkpoint = Checkpoint.of(shards, layout)
     return model.eval()

@@ -91,10 +91,14 @@ def _some(names: list[str]) -> str:
 def fill(layout: Layout, shards: Shards, tensors: Mapping[str, Tensor]) -> None:
     """Read every tensor of a checkpoint into parameters, cast to their dtypes, some MB at a time.
 
+    Args:
+        tensors: the parameters by name; what belongs to others alone is not read.
+
     Raises:
         ValueError: a tensor that is not floating-point, or a file that ends early.
     """
-    for name in sorted(layout, key=lambda n: (shards.entries[n].file, shards.entries[n].start)):
+    wanted = [name for name, stored in layout.items() if any(run.parameter in tensors for run in stored.runs)]
+    for name in sorted(wanted, key=lambda n: (shards.entries[n].file, shards.entries[n].start)):
         runs = layout[name].runs
         place = _Place(runs, tensors)
         for _, values in shards.pieces(name):
@@ -113,7 +117,8 @@ class _Place:
             run = self._runs[0]
             count = min(values.numel(), run.count - self._done)
             first = run.first + self._done
-            self._tensors[run.parameter].view(-1)[first : first + count].copy_(values[:count])
+            if run.parameter in self._tensors:
+                self._tensors[run.parameter].view(-1)[first : first + count].copy_(values[:count])
             values, self._done = values[count:], self._done + count
             if self._done == run.count:
                 self._runs.pop(0)

@@ -1,0 +1,66 @@
+"""Weights that stay in their files until a trainer knows which of them its process has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spu.common.absent import absent, is_absent
+from spu.common.torch_private import parameters_of
+
+__all__ = ["bring", "defer"]
+
+Fill = Callable[[Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class _Source:
+    state: dict[str, Tensor]
+    fill: Fill
+
+
+_SOURCES: WeakKeyDictionary[nn.Module, _Source] = WeakKeyDictionary()
+
+
+def defer(model: nn.Module, fill: Fill) -> None:
+    """Put stand-ins (`spu.common.absent`) in the place of a model's parameters on the meta device, until `bring`.
+
+    Args:
+        model: on the CPU otherwise; what is tied stays tied.
+        fill: writes values into tensors, given by their names in the model's state.
+    """
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no other takes an id
+    for module in model.modules():
+        for name, old in parameters_of(module).items():
+            if old is None or not old.is_meta:
+                continue
+            if id(old) not in made:
+                made[id(old)] = old, nn.Parameter(absent(old.shape, old.dtype), requires_grad=old.requires_grad)
+            setattr(module, name, made[id(old)][1])
+    _SOURCES[model] = _Source(model.state_dict(keep_vars=True), fill)
+
+
+@torch.no_grad()
+def bring(model: nn.Module, wanted: Collection[int] | None = None) -> None:
+    """Read deferred parameters; the others can be read no more.
+
+    Args:
+        model: has a deferred model in it, or none.
+        wanted: ids of parameters; None: all.
+
+    Raises:
+        ValueError: a file is damaged, or of another model; the text names it.
+    """
+    for module in model.modules():
+        source = _SOURCES.pop(module, None)
+        if source is None:
+            continue
+        here = {n: t for n, t in source.state.items() if not is_absent(t) or wanted is None or id(t) in wanted}
+        for tensor in {id(t): t for t in here.values()}.values():
+            if is_absent(tensor):
+                tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
+        source.fill({name: tensor.detach() for name, tensor in here.items()})

@@ -1,0 +1,61 @@
+"""Weights that stay in their files until somebody knows which of them are wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spu.common.absent import is_absent
+from spu.model.convert.decoder import load_decoder, save_decoder
+from spu.model.deferred import bring
+from spu.model.layers import model_layers
+
+CONFIG = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_decoder(LlamaForCausalLM(CONFIG), tmp_path)
+    return tmp_path
+
+
+def test_what_is_wanted_is_read_and_all_else_takes_no_memory(folder: Path) -> None:
+    model, whole = load_decoder(folder, CONFIG, later=True), load_decoder(folder, CONFIG)
+    assert model is not None
+    assert whole is not None
+    assert all(p.untyped_storage().nbytes() == p.element_size() for p in model.parameters())
+    before = {name: id(p) for name, p in model.named_parameters()}
+    first = model_layers(model)[:2]  # the embedding and the first block
+    wanted = {id(p) for layer in first for p in layer.module.parameters()}
+    bring(model, wanted)
+    for (name, own), wants in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert before[name] == id(own)
+        assert is_absent(own) == (id(own) not in wanted)
+        assert id(own) not in wanted or torch.equal(own, wants)
+    assert next(name for name, p in model.named_parameters() if not is_absent(p)) == "model.embed_tokens.weight"
+    bring(model)  # what was not wanted then is left
+    assert is_absent(model.lm_head.weight)
+
+
+def test_all_of_it_is_the_model_of_the_folder(folder: Path) -> None:
+    model, whole = load_decoder(folder, CONFIG, later=True), load_decoder(folder, CONFIG)
+    assert model is not None
+    assert whole is not None
+    bring(torch.nn.Sequential(model))  # within another module
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_a_file_that_is_gone_by_then_is_named(folder: Path) -> None:
+    model = load_decoder(folder, CONFIG, later=True)
+    assert model is not None
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        bring(model)
