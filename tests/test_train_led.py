@@ -44,6 +44,7 @@ def make_folder(place: Path) -> None:
 
 
 WHOLE: dict[str, Any] = {"model": "small"}
+ADAPTED: dict[str, Any] = {"model": "small", "lora": 2, "lora_targets": "q_proj,down_proj", "steps": 2}
 
 
 def run_with(folder: str, name: str, settings: dict[str, Any]) -> str:
@@ -59,21 +60,26 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
     make_folder(tmp_path)
     (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
     monkeypatch.chdir(tmp_path)
-    assert in_ranks(2, run_with, str(tmp_path), "two", WHOLE, timeout_s=120) == ["", ""]
+    for name, settings in (("two", WHOLE), ("two-lora", ADAPTED)):
+        assert in_ranks(2, run_with, str(tmp_path), name, settings, timeout_s=120) == ["", ""]
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(cores)[:2])  # a thread for each of its stages, too
     torch.set_num_threads(1)
     try:
         assert run(str(tmp_path), "one", devices="cpu:0,cpu:1", **WHOLE) == ""
+        assert run(str(tmp_path), "one-lora", devices="cpu:0,cpu:1", **ADAPTED) == ""
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
     assert rows(tmp_path, "two") == rows(tmp_path, "one")
+    assert rows(tmp_path, "two-lora") == rows(tmp_path, "one-lora")
     runs = tmp_path / "runs"
-    assert {file.name for file in runs.iterdir()} == {"one", "two"}
+    assert {file.name for file in runs.iterdir()} == {"one", "two", "one-lora", "two-lora"}
     assert (runs / "two" / "summary.json").exists()
     for name in ("model/model.safetensors", "model/config.json", "checkpoint/tensors.safetensors"):
         assert (runs / "two" / name).read_bytes() == (runs / "one" / name).read_bytes()
+    adapter = "adapter/adapter_model.safetensors"
+    assert (runs / "two-lora" / adapter).read_bytes() == (runs / "one-lora" / adapter).read_bytes()
 
 
 def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:

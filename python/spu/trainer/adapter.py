@@ -29,9 +29,13 @@ def adapter_state(trainer: ModelParallelTrainer) -> tuple[Any, dict[str, torch.T
     model = check_adapted(trainer._parts.as_module())
     if trainer._runner is None:
         raise RuntimeError("the trainer holds no trained state yet: call prepare() or step() first")
-    if trainer._spread is not None:
-        return model, trainer._state_for_model(trained=True)
     runner = trainer._readable()
+    if trainer._spread is not None:
+        values = trainer._state_for_model(trained=True)  # by their names in the layers, which know no prefix of peft's
+        layers = [layer for stage in runner.built.stages for layer in stage.parts]
+        names = {id(p): name for layer in layers for name, p in layer.named_parameters()}
+        whole = model.state_dict(keep_vars=True)
+        return model, {n: values[names[id(p)]] for n, p in whole.items() if names.get(id(p)) in values}
     exact = exact_parameters(runner.built, runner.updater.optimizers)
     own = model.state_dict(keep_vars=True)
     return model, {name: exact.get(id(value), value).detach() for name, value in own.items()}
