@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spu.common.absent import absent, is_absent
 from spu.common.torch_private import parameters_of
 
-__all__ = ["bring", "defer"]
+__all__ = ["bring", "defer", "fill_meta"]
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 
@@ -26,6 +26,18 @@ class _Source:
 _SOURCES: WeakKeyDictionary[nn.Module, _Source] = WeakKeyDictionary()
 
 
+def fill_meta(model: nn.Module, make: Callable[[torch.Size, torch.dtype], Tensor]) -> None:
+    """Replace each parameter on the meta device by what is made for its shape and dtype; what is tied stays tied."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no other takes an id
+    for module in model.modules():
+        for name, old in parameters_of(module).items():
+            if old is None or not old.is_meta:
+                continue
+            if id(old) not in made:
+                made[id(old)] = old, nn.Parameter(make(old.shape, old.dtype), requires_grad=old.requires_grad)
+            setattr(module, name, made[id(old)][1])
+
+
 def defer(model: nn.Module, fill: Fill) -> None:
     """Put stand-ins (`spu.common.absent`) in the place of a model's parameters on the meta device, until `bring`.
 
@@ -33,14 +45,7 @@ def defer(model: nn.Module, fill: Fill) -> None:
         model: on the CPU otherwise; what is tied stays tied.
         fill: writes values into tensors, given by their names in the model's state.
     """
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no other takes an id
-    for module in model.modules():
-        for name, old in parameters_of(module).items():
-            if old is None or not old.is_meta:
-                continue
-            if id(old) not in made:
-                made[id(old)] = old, nn.Parameter(absent(old.shape, old.dtype), requires_grad=old.requires_grad)
-            setattr(module, name, made[id(old)][1])
+    fill_meta(model, absent)
     _SOURCES[model] = _Source(model.state_dict(keep_vars=True), fill)
 
 

@@ -124,7 +124,7 @@ class Spread:
         kept = {id(p) for layer in own for p in layer.module.parameters()}
         bring(model, kept)
         check_here(own)
-        others = (layer.module for layer, place in zip(layers, places) if place != self.job.place)
+        others = (layer.module for layer, place in zip(layers, places, strict=True) if place != self.job.place)
         return let_go(others, kept)
 
     def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:

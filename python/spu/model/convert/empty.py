@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from spu.common.torch_private import parameters_of
+from spu.model.deferred import fill_meta
 
 __all__ = ["materialise", "meta_parameters"]
 
@@ -42,13 +42,5 @@ def materialise(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         All parameters and all buffers that are part of a model's state, by name, also those that are tied.
     """
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too, so that no other takes an id
-    for module in model.modules():
-        for name, old in parameters_of(module).items():
-            if old is None or not old.is_meta:
-                continue
-            if id(old) not in made:
-                new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
-                made[id(old)] = old, new
-            setattr(module, name, made[id(old)][1])
+    fill_meta(model, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
