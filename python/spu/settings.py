@@ -20,6 +20,7 @@ __all__ = [
     "AUTO",
     "ENGINES",
     "GRADS",
+    "GRAD_WIRES",
     "GRAPHS",
     "PRECISIONS",
     "RESIDENCIES",
@@ -34,6 +35,7 @@ RESIDENCIES = (AUTO, "resident", "offloaded", "streamed")
 STATES = ("fp32", "exact", "compact")
 GRADS = ("fp32", "bf16")
 GRAPHS = (AUTO, "on", "off")
+GRAD_WIRES = ("fp32", "fp16")
 ENGINES = ("local", "distributed")
 ACTIVATIONS = (AUTO, "keep", "exact", "fp16", "int8", "int4")
 
@@ -222,6 +224,12 @@ class TrainSettings(Settings):
     replicas: int = whole(
         1,
         "With engine distributed: pipelines side by side, each with its rows of the batch; processes / replicas each.",
+    )
+    grad_wire: str = choice(
+        "fp32",
+        "With replicas: the form in which gradients cross between pipelines. fp16: half the bytes; each one, and their "
+        "fp32 sum, is rounded once, by at most 2^-11 of itself.",
+        GRAD_WIRES,
     )
     wait_s: int = whole(600, "With engine distributed: seconds after which a process gives up waiting for another one.")
     retry: bool = flag(True, "If a step runs out of memory, plan with less and repeat it, with the same random draws.")

@@ -19,6 +19,7 @@ from spu.common.torch_private import pytree
 from spu.common.tracker import Tally
 from spu.distributed.job import Job
 from spu.distributed.packed_stage import PackedStage
+from spu.distributed.sums import GradientSums
 from spu.distributed.wire import Leaf, Wire
 from spu.engine.engine import MarkedSpan, Recording, Round, StageError
 from spu.engine.graphs import StageGraphs
@@ -64,6 +65,7 @@ class DistributedEngine:
         job: the processes.
         schedule: our name of the schedule.
         outputs: what crosses, for an example of a microbatch; asked in rank 0.
+        sums: adds up gradients over pipelines; None: there is one.
     """
 
     def __init__(
@@ -76,12 +78,13 @@ class DistributedEngine:
         job: Job,
         schedule: str,
         outputs: Outputs,
+        sums: GradientSums | None = None,
     ) -> None:
         self.stages, self.ranks, self.backend = list(stages), list(ranks), backend
         self.graphs: StageGraphs | None = None
         self.tallies: list[Tally] | None = None
         self.residencies: list[Residency] = [RESIDENT]
-        self._job, self._schedule, self._outputs = job, schedule, outputs
+        self._job, self._schedule, self._outputs, self._sums = job, schedule, outputs, sums
         self._codecs = [None if codec == "none" else codec for codec in codecs]
         self._own = [stage for stage, rank in zip(self.stages, self.ranks) if rank == job.place]
         self._ready: dict[tuple[int, bool], _Ready] = {}
@@ -186,7 +189,8 @@ class DistributedEngine:
         for stage in self._own:
             before = None if stage.is_first else wires[stage.index - 1]
             after = None if stage.is_last else wires[stage.index]
-            module = PackedStage(stage, before, after, self._spans, defer=train and self._schedule in _DEFERS)
+            defer = train and self._schedule in _DEFERS
+            module = PackedStage(stage, before, after, self._spans, defer=defer, sums=self._sums)
             device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
             end = torch.empty(1, device="meta").requires_grad_(train)
             made.append(
@@ -198,7 +202,7 @@ class DistributedEngine:
                     input_args=number if before is None else before.example(train=train),
                     output_args=end if after is None else after.example(train=train),
                     group=self._job.pipeline,
-                    dw_builder=module.weights if train and self._schedule in _DEFERS else None,
+                    dw_builder=module.weights if defer else None,
                 )
             )
             modules.append(module)

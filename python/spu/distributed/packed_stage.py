@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from spu.common.torch_private import pytree
 from spu.devices.clock import mark
+from spu.distributed.sums import GradientSums
 from spu.distributed.wire import Wire
 from spu.engine.channel import Exchange
 from spu.engine.engine import MarkedSpan, Round, StageError
@@ -36,6 +38,7 @@ class PackedStage(nn.Module):
         before, after: the boundaries; None at the model's ends.
         spans: gets what has run.
         defer: leave weight gradients to :meth:`weights`, for schedules that split the backward.
+        sums: adds up gradients over pipelines; None: there is one.
 
     Attributes:
         work: the run in progress.
@@ -43,9 +46,17 @@ class PackedStage(nn.Module):
     """
 
     def __init__(
-        self, stage: Stage, before: Wire | None, after: Wire | None, spans: list[MarkedSpan], *, defer: bool
+        self,
+        stage: Stage,
+        before: Wire | None,
+        after: Wire | None,
+        spans: list[MarkedSpan],
+        *,
+        defer: bool,
+        sums: GradientSums | None = None,
     ) -> None:
         super().__init__()
+        self._sums = sums
         self._stage, self._before, self._after, self._defer = [stage], before, after, defer
         # Makes autograd call the backward of a stage whose input has no gradient. The stage's own parameters are not
         # this module's: nobody but the stage's updater touches them.
@@ -79,7 +90,7 @@ class PackedStage(nn.Module):
 
         def run() -> None:
             if index >= 0:
-                with self._timed(Action(self.stage.index, "W", index)):
+                with self._timed(Action(self.stage.index, "W", index)), self._summed(at_once=False):
                     self.stage.weight_backward(self._key(index))
 
         return run
@@ -118,7 +129,8 @@ class PackedStage(nn.Module):
         assert work.scopes is not None
         with self._timed(Action(stage.index, "I" if self._defer else "B", index)):
             gradients = None if self._after is None else self._after.read_gradients(buffer)
-            own = stage.backward(gradients, self._key(index), work.scopes[stage.index], defer=self._defer)
+            with nullcontext() if self._defer else self._summed(at_once=True):
+                own = stage.backward(gradients, self._key(index), work.scopes[stage.index], defer=self._defer)
             if self._defer:
                 self._undone.append(index)
             return None if self._before is None else self._sent(self._before.write_gradients(own))
@@ -132,6 +144,11 @@ class PackedStage(nn.Module):
     def _sent(self, buffer: torch.Tensor) -> torch.Tensor:
         self.sent_bytes += buffer.numel() * buffer.element_size()
         return buffer
+
+    def _summed(self, *, at_once: bool) -> AbstractContextManager[None]:
+        if self._sums is None:
+            return nullcontext()
+        return self._sums.backward(self.stage.index, self.stage.parameters(), at_once=at_once)
 
     def _working(self) -> Round:
         assert self.work is not None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from spu.distributed.job import Job
+from spu.distributed.sums import GradientSums
+from spu.engine.build import BuiltStages
 
 __all__ = ["PipelinePeers"]
-
-_BUCKET = 25 * 2**20 // 4  # elements
 
 
 class PipelinePeers:
@@ -21,10 +19,15 @@ class PipelinePeers:
     Args:
         job: the processes.
         ranks: the place in the pipeline of each stage's process.
+        grad_wire: the form in which gradients cross between pipelines.
+
+    Attributes:
+        sums: adds up gradients over the pipelines; None: there is one.
     """
 
-    def __init__(self, job: Job, ranks: Sequence[int]) -> None:
+    def __init__(self, job: Job, ranks: Sequence[int], grad_wire: str = "fp32") -> None:
         self._job = job
+        self.sums = None if job.alike is None else GradientSums(job.alike, grad_wire)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
 
     def parts(self, planned: int) -> int:
@@ -37,33 +40,21 @@ class PipelinePeers:
         first = self._job.replica * each + min(self._job.replica, more)
         return range(first, first + each + (self._job.replica < more))
 
-    @torch.no_grad()
-    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients of these parameters over the pipelines, in buckets of fp32, the next one filled while
-        one is on its way. Each gradient is the same in all pipelines afterwards, to the last bit.
+    def begin(self, built: BuiltStages, backwards: int) -> None:
+        """Begin a step with so many backwards of each stage: gradients are added up as the last ones fill them."""
+        if self.sums is not None:
+            late = {id(use.owner) for use in built.tied}
+            self.sums.begin({k: list(built.owned[k].values()) for k in sorted(self.own)}, late, backwards)
 
-        A parameter that only some of them have used has a gradient in all of them.
-        """
-        group = self._job.alike
-        if group is None or not parameters:
-            return
-        used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-        dist.all_reduce(used, group=group)
-        gradients = []
-        for parameter, count in zip(parameters, used.tolist(), strict=True):
-            if count:
-                if parameter.grad is None:
-                    parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
-                    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-                gradients.append(parameter.grad)
-        waiting = []
-        for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            waiting.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-        for bucket, flat, work in waiting:
-            work.wait()
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+    def reduce(self) -> None:
+        """Add up what :meth:`begin` began: each gradient is the same in all pipelines afterwards, to the last bit."""
+        if self.sums is not None:
+            self.sums.end()
+
+    def cancel(self) -> None:
+        """Forget a step that failed."""
+        if self.sums is not None:
+            self.sums.cancel()
 
     def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.
@@ -85,17 +76,3 @@ class PipelinePeers:
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """Return a loss of which each process has a part, fp32, 0-dimensional."""
         return self._job.total(loss.to(torch.float64).reshape(1))[0].to(torch.float32)
-
-
-def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Yield runs of gradients of about the size that hides a reduction's latency, as DistributedDataParallel's."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        bucket.append(gradient)
-        size += gradient.numel()
-        if size >= _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket

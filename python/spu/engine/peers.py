@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+
+from spu.engine.build import BuiltStages
 
 __all__ = ["Peers"]
 
@@ -26,8 +26,14 @@ class Peers(Protocol):
     def share(self, parts: int) -> range:
         """Return the microbatches that go through this process's pipeline, of all of a batch."""
 
-    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients of this process's parameters over the pipelines."""
+    def begin(self, built: BuiltStages, backwards: int) -> None:
+        """Begin a step with so many backwards of each stage."""
+
+    def reduce(self) -> None:
+        """Add up the gradients of this process's parameters over the pipelines, which may have begun before."""
+
+    def cancel(self) -> None:
+        """Forget a step that failed."""
 
     def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.

@@ -147,10 +147,12 @@ class Runner:
         recordings = []
         autocast = self._autocast()
         self.updater.begin_step()
+        share = range(parts) if self._peers is None else self._peers.share(parts)
+        if self._peers is not None:
+            self._peers.begin(self.built, len(share))
         checks = self._watch(parts)
         try:
             with self.built.running():
-                share = range(parts) if self._peers is None else self._peers.share(parts)
                 for first in share[::size]:
                     own = slice(first, min(first + size, share.stop))
                     work = Round(

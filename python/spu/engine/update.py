@@ -185,7 +185,7 @@ class Updater:
             if not self._streams(use.owner_stage):  # whose gradient is on its way down
                 add_tied(use)
         if self._peers is not None:
-            self._peers.reduce([p for owned in self._built.owned for p in owned.values()])
+            self._peers.reduce()
         sums = self._engine.each(self._sqnorm)
         parts = torch.stack([on_device(each, self._scaler.device) for each in sums])
         if self._peers is not None:
@@ -246,6 +246,8 @@ class Updater:
         """Drop every gradient, after a step that failed half-way."""
         with delayed_interrupts():
             self._end_backward()
+            if self._peers is not None:
+                self._peers.cancel()
             for stage in self._built.stages:
                 for parameter in stage.parameters():
                     parameter.grad = None

@@ -55,7 +55,7 @@ DEFAULT_MODEL: dict[str, Any] = {
 
 # Where a run is placed, how long it is and what is kept of it may change between its parts; everything else makes it
 # another run.
-PLACEMENT = ("devices", "budget", "engine", "replicas", "wait_s")
+PLACEMENT = ("devices", "budget", "engine", "replicas", "grad_wire", "wait_s")
 LENGTH = ("steps", "tokens", "epochs")
 # What is watched and kept on the way; no loss depends on it.
 WATCHING = (

@@ -39,6 +39,11 @@ def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread
     Raises:
         ValueError: an unknown device, or as `Spread`.
     """
+    if settings.grad_wire != "fp32" and settings.replicas == 1:
+        raise ValueError(
+            f"grad_wire={settings.grad_wire!r} would change nothing: one pipeline sends no gradients; leave it out, or "
+            "give replicas"
+        )
     if settings.engine == "local":
         if settings.replicas != 1:
             raise ValueError(
@@ -130,7 +135,7 @@ class Spread:
     def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
         """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here."""
         ranks = [plan.devices.index(stage.device) for stage in plan.stages]
-        peers = PipelinePeers(self.job, ranks)
+        peers = PipelinePeers(self.job, ranks, self._settings.grad_wire)
         for index in range(len(built.owned)):
             if index not in peers.own:
                 built.away |= built.owned[index]
@@ -144,7 +149,9 @@ class Spread:
             found = layer_outputs(layers, sample, dtype, fused=fused) if layers else []
             return [[Leaf(*leaf) for leaf in found[end - 1]] for end in ends]
 
-        engine = partial(DistributedEngine, job=self.job, schedule=plan.settings.schedule, outputs=outputs)
+        engine = partial(
+            DistributedEngine, job=self.job, schedule=plan.settings.schedule, outputs=outputs, sums=peers.sums
+        )
         return {"engine": engine, "peers": peers, "graphs": "off"}
 
     def save(

@@ -1,0 +1,113 @@
+"""Gradients leave during the last backward; their sums do not depend on when: exact in fp32, within fp16's bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import in_ranks
+from torch import nn
+
+from spu import ModelParallelTrainer
+from spu.distributed.sums import GradientSums
+
+SIZE = 300_000  # more than a bucket of a small model
+
+
+class Seen(torch.autograd.Function):
+    """Identity; its backward notes which buckets have left."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sums: GradientSums, found: list[list[bool]]) -> torch.Tensor:
+        ctx.of = sums, found
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        sums, found = ctx.of
+        found.append([bucket.sending is not None for bucket in sums._buckets])
+        return grads[0], None, None
+
+
+def add(wire: str, extreme: float) -> dict[str, Any]:
+    """Three steps of two backwards: plain; a gradient that is changed afterwards in one process; one that is inf."""
+    rank, draws = dist.get_rank(), torch.Generator().manual_seed(7 + dist.get_rank())
+    first, second, third = (nn.Parameter(torch.randn(SIZE, generator=draws)) for _ in range(3))
+    unused, late = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    parameters = [unused, first, second, third, late]
+    sums = GradientSums(dist.new_group(), wire)  # nothing else is sent in this group
+    result: dict[str, Any] = {"left": [], "errors": []}
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad = None
+        sums.begin({0: parameters}, {id(late)}, 2)
+        for _ in range(2):
+            x = torch.randn(SIZE, generator=draws)
+            with sums.backward(0, parameters):
+                y = Seen.apply(x * first * late.sum(), sums, result["left"]) * second
+                y = y * third + (unused.sum() if rank else 0.0)
+                (y * extreme).mean().backward()
+        if rank and step == 1:
+            second.grad.mul_(3.0)
+        if rank and step == 2:
+            second.grad[5] = torch.inf
+        everyones: list[Any] = [None, None]
+        dist.all_gather_object(everyones, [None if p.grad is None else p.grad.clone() for p in parameters])
+        sums.end()
+        for parameter, *each in zip(parameters, *everyones, strict=True):
+            parts = [torch.zeros_like(parameter) if part is None else part for part in each]
+            wanted = parts[0] + parts[1]
+            if wire == "fp32":
+                result["errors"].append(float(not torch.equal(parameter.grad, wanted)))
+            else:
+                finite = wanted.isfinite()
+                assert not parameter.grad[~finite].isfinite().any()
+                if finite.all():
+                    bound = 2**-11 * 1.001 * (parts[0].abs() + parts[1].abs() + wanted.abs())
+                    bound += 2**-40 * max(part.abs().max() for part in (*parts, wanted))
+                    result["errors"].append(((parameter.grad - wanted).abs() / bound).nan_to_num(nan=0).max().item())
+        result["sums"] = [parameter.grad.double().sum().item() for parameter in (first, third, unused)]
+    return result
+
+
+@pytest.mark.parametrize(("wire", "extreme"), [("fp32", 1.0), ("fp16", 1e38), ("fp16", 1e-30)])
+def test_sums_are_right_whenever_gradients_leave(wire: str, extreme: float) -> None:
+    both = in_ranks(2, add, wire, extreme)
+    for found in both:
+        assert max(found["errors"]) <= (0.0 if wire == "fp32" else 1.0)
+        # Nothing leaves in a step's first backward; in its second one the third parameter's bucket has.
+        assert [sum(left) for left in found["left"]][::2] == [0, 0, 0]
+        assert all(left[0] and not left[-1] for left in found["left"][1::2])
+    assert both[0]["sums"] == both[1]["sums"]
+
+
+def train(wire: str) -> list[tuple[float, float, bool]]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    x, y = torch.randn(8, 6), torch.randint(4, (8,))
+    with ModelParallelTrainer(
+        net, engine="distributed", replicas=2, microbatches=2, precision="fp32", lr=1e-2, grad_wire=wire
+    ) as trainer:
+        found = [trainer.step(x, y)]
+        spoilt = x.clone()
+        spoilt[-1, 0] = torch.inf  # a row of the second pipeline
+        found += [trainer.step(spoilt, y), trainer.step(x, y)]
+        return [(result.loss, result.grad_norm, result.skipped) for result in found]
+
+
+def test_what_is_not_finite_in_one_pipeline_is_seen_in_both() -> None:
+    wanted, found = in_ranks(2, train, "fp32"), in_ranks(2, train, "fp16")
+    for first, second in (wanted, found):
+        assert [row[2] for row in first] == [row[2] for row in second] == [False, True, False]
+        assert first[0] == second[0]
+        assert first[2] == second[2]
+    assert found[0][0][0] == wanted[0][0][0]
+    assert found[0][0][1] != wanted[0][0][1]
+    assert found[0][0][1] == pytest.approx(wanted[0][0][1], rel=2 * 2**-11)
+
+
+def test_a_wire_without_pipelines_is_refused() -> None:
+    with pytest.raises(ValueError, match="grad_wire='fp16' would change nothing"):
+        ModelParallelTrainer(nn.Sequential(nn.Linear(2, 2)), "cpu", grad_wire="fp16")
