@@ -154,23 +154,27 @@ def linear_ce_dz(
 
 
 def cross_entropy_and_dz(logits: Tensor, target: Tensor, grad_rows: Tensor, ignore_index: int, dz: Tensor) -> Tensor:
-    """Return the losses of ``linear_ce_and_dz`` for wide logits [R, V], which are overwritten; the gradient goes to dz.
+    """Return the losses of ``linear_ce_and_dz`` for wide logits [R, V], which are overwritten; the gradient goes to dz,
+    which may be the same memory.
 
     On a CPU some rows at a time, which stay in the cache; their exponentials are made once, for the sum and for dz.
     """
-    losses = torch.empty_like(grad_rows)
+    kept = target != ignore_index
+    wanted, grads = torch.where(kept, target, 0)[:, None], torch.where(kept, grad_rows, 0)
+    found = logits.gather(1, wanted)[:, 0]
+    top, total = torch.empty_like(found), torch.empty_like(found)
     rows = max(1, _CACHE_BYTES // max(1, logits.shape[1] * logits.element_size())) if logits.is_cpu else len(logits)
     for part in (slice(first, first + rows) for first in range(0, len(logits), max(1, rows))):
-        z, kept = logits[part], target[part] != ignore_index
-        wanted = torch.where(kept, target[part], 0)[:, None]
-        z.sub_(z.amax(1, keepdim=True))
-        found = z.gather(1, wanted)[:, 0]
-        total = z.exp_().sum(1)
-        losses[part] = torch.where(kept, total.log() - found, 0)
-        grads = torch.where(kept, grad_rows[part], 0)
-        z.mul_((grads / total)[:, None]).scatter_add_(1, wanted, -grads[:, None])
-        dz[part] = z.masked_fill_(~kept[:, None], 0)
-    return losses
+        z = logits[part]
+        torch.amax(z, 1, out=top[part])
+        z.sub_(top[part, None]).exp_()
+        torch.sum(z, 1, out=total[part])
+        torch.mul(z, (grads[part] / total[part])[:, None], out=dz[part])
+    of_target = ((found - top).exp_() / total - 1) * grads
+    dz.scatter_(1, wanted, of_target.to(dz.dtype)[:, None])
+    if not logits.is_cpu or not kept.all():  # NaN logits times 0
+        dz.masked_fill_(~kept[:, None], 0)
+    return torch.where(kept, total.log() - (found - top), 0)
 
 
 @exact
