@@ -49,6 +49,10 @@ if importlib.util.find_spec("hypothesis") is not None:  # the tests on a GPU run
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        from interpreting import prepare
+
+        prepare()
     config.addinivalue_line("markers", "leaks_threads: exempt from the check that no thread outlives its test")
 
 
