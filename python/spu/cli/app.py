@@ -14,6 +14,7 @@ except ImportError:  # the library works without its command line
     packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
     sys.exit(f"spu: the command line needs more packages: pip install {packages}")
 
+from spu.common.launched import in_several_processes
 from spu.common.options import SWITCH, Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
 from spu.train.options import read_options
@@ -29,6 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show(lines: list[str]) -> None:
+    if lines:  # in several processes, rank 0 alone has some
+        print("\n".join(lines))
 
 
 def guarded(command: Callable[[], None]) -> None:
@@ -163,24 +169,34 @@ def devices(
     budget: Annotated[str | None, typer.Option(help="As in train.")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure, also where results are cached.")] = False,
 ) -> None:
-    """Show the devices: memory, budget, measured speeds and link bandwidths."""
+    """Show the devices: memory, budget, measured speeds and link bandwidths; under torchrun those of all processes."""
 
     def command() -> None:
+        if in_several_processes():
+            from spu.cli.ranks import device_lines_of_all
+
+            _show(device_lines_of_all(devices, budget, refresh))
+            return
         from spu.cli.devices import device_lines
 
-        print("\n".join(device_lines(devices, budget, refresh)))
+        _show(device_lines(devices, budget, refresh))
 
     guarded(command)
 
 
 @app.command()
 def doctor() -> None:
-    """Show what works on this machine, what does not, why, and the command that adds it."""
+    """Show what works on this machine, what does not, why, and the command that adds it; under torchrun for all."""
 
     def command() -> None:
+        if in_several_processes():
+            from spu.cli.ranks import doctor_lines_of_all
+
+            _show(doctor_lines_of_all())
+            return
         from spu.cli.devices import doctor_lines
 
-        print("\n".join(doctor_lines()))
+        _show(doctor_lines())
 
     guarded(command)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spu.cli.placed import planned_settings
+from spu.common.launched import in_several_processes
 from spu.common.options import AUTO
 from spu.cost.blueprint import config_names
 from spu.plan import Plan
@@ -16,7 +17,7 @@ from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
 from spu.train.defaults import with_defaults
 from spu.train.job import Job
-from spu.train.led import follow, in_several_processes, leading
+from spu.train.led import follow, leading
 from spu.train.loop import pipeline, train
 from spu.train.results import draw_losses, is_finished
 from spu.train.resume import resume_config

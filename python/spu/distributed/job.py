@@ -153,6 +153,11 @@ class Job:
         """Whether this process is in the pipeline whose state stands for all."""
         return self.replica == 0
 
+    @property
+    def transport(self) -> str:
+        """The process group's backend: "gloo" or "nccl"."""
+        return str(dist.get_backend())
+
     def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Send a tensor's bytes to another process, which waits for them."""
         flat = tensor.detach().contiguous().reshape(-1)

@@ -7,7 +7,6 @@ the run's folder, except to load its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +22,9 @@ from spu.train.config import TrainConfig
 from spu.train.signals import Stopped
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
-__all__ = ["LeadingTrainer", "follow", "in_several_processes", "leading", "tell"]
+__all__ = ["LeadingTrainer", "follow", "leading", "tell"]
 
 Make = Callable[[TrainConfig, Any, Plan | None, Callable[[int], float]], ModelParallelTrainer]
-
-
-def in_several_processes() -> bool:
-    """Tell whether torchrun has started this process with others beside it."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def tell(what: str, *arguments: Any) -> None:
