@@ -14,7 +14,7 @@ from spu import schedules
 from spu.plan.in_flight import actions_of
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
-from spu.plan.memory import Boundary, StageMemory
+from spu.plan.memory import Boundary, StageMemory, wire_bytes
 from spu.plan.partition import best_cuts, minimise
 from spu.plan.placement import Placement
 from spu.plan.stage_table import LayerArrays, StageTable
@@ -34,6 +34,20 @@ def crossings(settings: Settings, order: Sequence[int]) -> list[tuple[int, int]]
     """Return the devices on both sides of every stage boundary, where the ranks are the devices of `order`."""
     ranks = schedules.stage_ranks(settings.schedule, len(order), settings.stages_per_rank)
     return [(order[a], order[b]) for a, b in pairwise(ranks)]
+
+
+def fastest_codec(machine: Machine, precision: str, a: int, b: int, tensor_bytes: int, *, worth: float = 1.0) -> str:
+    """Return "int8" where it takes a tensor over a link in less than this share of the time, else "none"; packing and
+    unpacking included.
+    """
+
+    def seconds(codec: str) -> float:
+        packing = 0.0
+        if codec != "none":
+            packing = tensor_bytes / machine.speeds[a].pack_rate + tensor_bytes / machine.speeds[b].pack_rate
+        return wire_bytes(tensor_bytes, precision, codec) / machine.link(a, b) + packing
+
+    return "int8" if seconds("int8") < worth * seconds("none") else "none"
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from spu import schedules
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine
 from spu.plan.make_streaming import StreamingRequest
-from spu.plan.memory import wire_bytes
 from spu.plan.placement import Placement
 from spu.plan.plan import Plan
 from spu.plan.refusal import BudgetError, refusal, states
-from spu.plan.request import Request, Times, crossings
+from spu.plan.request import Request, Times, crossings, fastest_codec
 from spu.plan.streamed import Streamed
 from spu.settings import AUTO, Settings
 
@@ -253,13 +252,7 @@ class _Search:
         if a == b or not machine.copies(a, b):
             return "none"
 
-        def seconds(codec: str) -> float:
-            packing = 0.0
-            if codec != "none":
-                packing = tensor_bytes / machine.speeds[a].pack_rate + tensor_bytes / machine.speeds[b].pack_rate
-            return wire_bytes(tensor_bytes, self.settings.precision, codec) / machine.link(a, b) + packing
-
-        return min(("none", "int8"), key=seconds)
+        return fastest_codec(machine, self.settings.precision, a, b, tensor_bytes)
 
     def _profile(self, rows: int) -> tuple[Sequence[LayerCost], LayerCost, Sequence[Times] | None]:
         """Return (layers, loss, [devices] measured times) for a number of rows."""

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from spu.checkpoint import writing as checkpoint
@@ -116,7 +117,10 @@ def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:
     """
     config, plan = job.config, job.plan()
     if config.engine == "distributed":
-        plan = job.given_plan  # others than before may be there; the same ones are given the same stages
+        # Others than before may be there. As many are given the same stages, whatever is measured of them today.
+        places = dist.get_world_size() // config.replicas
+        if plan is not None and plan is not job.given_plan and (plan.streaming or len(plan.devices) != places):
+            plan = None
         tell("make", config.to_json(), None if plan is None else plan.to_json())
     own = plan is not None and plan is not job.given_plan
     trainer = pipeline(config, model, plan, lambda step: job.config.lr_factor(step), job.say, measure=not own)

@@ -28,6 +28,7 @@ from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
 from spu.plan.make import plain_loss
 from spu.plan.make_streaming import StreamingRequest, predict_streaming
+from spu.plan.request import crossings, fastest_codec
 from spu.plan.search import search_plan
 from spu.schedules import Timeline
 from spu.settings import AUTO, Recompute, Settings
@@ -42,6 +43,9 @@ NO_TIERS = Tiers()
 WORTH = 0.98
 """A new placement has to bring a step down to this share of the old one's time to be worth moving for."""
 
+WORTH_PACKING = 0.5
+"""A link is slow where packing brings a tensor over it in this share of the time: no matter of measuring noise."""
+
 
 class Planner:
     """Makes the plans of one model on its devices.
@@ -52,6 +56,7 @@ class Planner:
         settings: of the training.
         loss_fn: as in the trainer.
         tiers: what there is below the devices.
+        machine: the devices as they were measured, to be planned for; None: as `counted_machine` takes them.
     """
 
     def __init__(
@@ -61,10 +66,11 @@ class Planner:
         settings: Settings,
         loss_fn: LossFn,
         tiers: Tiers = NO_TIERS,
+        machine: Machine | None = None,
     ) -> None:
         check_made(layers)
         self.layers, self.devices, self.settings, self.loss_fn = layers, devices, settings, loss_fn
-        self.tiers = tiers.beside(devices)
+        self.tiers, self._given = tiers.beside(devices), machine
         self._defers = settings.schedule == AUTO or schedules.splits_backward(settings.schedule)
         self._batch: tuple[Any, Any] = (None, None)
         self._costs: dict[int, tuple[list[LayerCost], LayerCost | None]] = {}
@@ -88,7 +94,7 @@ class Planner:
         s = self.settings
         if s.searched:
             return self._searched(self.times, s)
-        machine = counted_machine(self.devices, s.precision)
+        machine = self._counted()
         makers = [self._resident] if s.residency in (AUTO, "resident") else [self._streamed]
         if s.residency == AUTO and self._streaming(machine).possible:
             makers.append(self._streamed)
@@ -114,10 +120,27 @@ class Planner:
             machine,
             s,
             loss_cost=loss,
+            codecs=self._codecs(costs),
             max_microbatches=s.run_microbatches * rows,
             rows=rows,
             tokens=tokens_of(sample),
         )
+
+    def _counted(self) -> Machine:
+        """Return the machine that layers are balanced over: its links take no time."""
+        machine = counted_machine(self.devices, self.settings.precision) if self._given is None else self._given
+        return replace(machine, links=dict.fromkeys(machine.links, math.inf))
+
+    def _codecs(self, costs: Sequence[LayerCost]) -> list[str] | None:
+        """Return the codec of each boundary where "auto" knows the links; None: as the settings say."""
+        s, machine = self.settings, self._given
+        if machine is None or s.transfer != AUTO:
+            return None
+        middle, pairs = costs[len(costs) // 2].input_bytes, crossings(s, range(len(self.devices)))
+        return [
+            "none" if a == b else fastest_codec(machine, s.precision, a, b, middle, worth=WORTH_PACKING)
+            for a, b in pairs
+        ]
 
     def _streamed(self, machine: Machine) -> Plan:
         sample, _ = self.sample(self.settings.parts)
@@ -245,7 +268,7 @@ class Planner:
         update, packing = time_update(devices, DTYPES[s.precision], s.state), [math.inf] * len(devices)
         if s.codec != "none":
             packing = time_packing(devices, DTYPES[s.precision], s.codec)
-        machine = counted_machine(devices, s.precision)
+        machine = counted_machine(devices, s.precision) if self._given is None else self._given
         links = {
             (a, b): measure_link(devices[a], devices[b]).bytes_per_s
             for a, b in machine.links

@@ -28,7 +28,9 @@ from spu.engine.state import load_training, model_state, state_for_model
 from spu.model.deferred import bring
 from spu.model.layers import Layer
 from spu.plan import Plan
+from spu.plan.machine import Machine
 from spu.settings import AUTO, TrainSettings
+from spu.trainer.rank_machine import measured_machine
 
 __all__ = ["Spread", "placed"]
 
@@ -97,11 +99,11 @@ class Spread:
         """Return the places of the pipeline; those of other processes as names alone."""
         return self.job.places(len(self.job.devices))
 
-    def plan(self, make: Callable[[], Plan], layers: Sequence[Layer]) -> Plan:
-        """Return the plan that rank 0 makes, in every process.
+    def planned_for(self, layers: Sequence[Layer]) -> tuple[list[Device], Machine | None]:
+        """Return the first pipeline's devices, and what was measured of them; called in every process.
 
         Raises:
-            ValueError: the processes have other models or settings, or rank 0 could not plan.
+            ValueError: the processes have other models or settings.
         """
         record = base_record(sampled({n: p.detach() for layer in layers for n, p in layer.named_parameters()}))
         self.job.check_alike(
@@ -111,6 +113,14 @@ class Spread:
                 "settings of the training": repr(self._settings),
             }
         )
+        return self.job.devices, measured_machine(self.job, self._settings)
+
+    def plan(self, make: Callable[[], Plan]) -> Plan:
+        """Return the plan that rank 0 makes, in every process.
+
+        Raises:
+            ValueError: rank 0 could not plan.
+        """
         return Plan.from_json(self.job.decided(lambda: make().to_json(), "plan"))
 
     def let_go(self, plan: Plan, layers: Sequence[Layer], model: nn.Module) -> frozenset[int]:

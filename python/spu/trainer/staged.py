@@ -150,8 +150,8 @@ class StagedModel:
         if self._spread is None:
             bring(self._parts.as_module())
         check_batch(layers, inputs, targets, self.loss_fn)
-        devices = self.devices if self._spread is None else self._spread.job.devices
-        planner = Planner(layers, devices, self.settings, self._loss, self.tiers)
+        devices, machine = (self.devices, None) if self._spread is None else self._spread.planned_for(layers)
+        planner = Planner(layers, devices, self.settings, self._loss, self.tiers, machine)
 
         def make() -> Plan:
             if self._given_plan is None:
@@ -159,7 +159,7 @@ class StagedModel:
             return planner.checked(self._given_plan, inputs, targets, measure=self.measure)
 
         with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
-            plan = make() if self._spread is None else self._spread.plan(make, layers)
+            plan = make() if self._spread is None else self._spread.plan(make)
             stop_if_asked()
             taken_over = release(layers)
             model = self._parts.as_module()
