@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spu.common.torch_private import pytree
 from spu.distributed.wire import Leaf, Wire
 from spu.engine.crossing import arrive, depart
 from spu.ops import pack, unpack
@@ -69,6 +70,18 @@ def test_gradients_come_back_in_their_places() -> None:
     assert torch.equal(first, gradient)
     assert second is None
     assert third is None
+
+
+def test_a_description_that_is_kept_is_that_of_its_message() -> None:
+    wire = Wire([Leaf((6, 5), torch.float32, True)] * 2, None, 0)
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randn(3, 5)
+    trees = [(x, 1), (x, True), (x, 1.0), x, x.detach(), (x, y), (x, y), (y, x), [x, y], (x, x[1:]), (x, x[2:]), x]
+    for tree in trees:
+        found = arrive(wire.read(wire.write(depart(tree, (), lambda: ()))), train=True).tree
+        for own, there in zip(*(pytree.tree_leaves(each) for each in (tree, found)), strict=True):
+            assert type(own) is type(there)
+            assert torch.equal(own, there) if isinstance(own, torch.Tensor) else own == there
+        assert pytree.tree_structure(found) == pytree.tree_structure(tree)
 
 
 def test_what_was_not_counted_is_refused() -> None:

@@ -64,6 +64,9 @@ class Wire:
         self.codec, self._after = codec, after
         self.needed_bytes = _HEADER + sum(_FOR_EACH + _padded(self._bytes_of(leaf)) for leaf in leaves)
         self.size_bytes = _padded(max(self.needed_bytes, at_least))
+        # One microbatch's description is mostly that of the next one.
+        self._wrote: tuple[list[Any], Layout | None, torch.Tensor] | None = None
+        self._parsed: tuple[bytes, list[Any], Layout | None] | None = None
 
     def example(self, *, train: bool) -> torch.Tensor:
         """Return a message without values: its shape and type."""
@@ -72,12 +75,13 @@ class Wire:
     def write(self, message: tuple[Sequence[torch.Tensor], Layout]) -> torch.Tensor:
         """Return the buffer of a stage's output, as `spu.engine.crossing.depart` gives it."""
         tensors, layout = message
-        return self._write(tensors, layout.plain(), activations=True)
+        return self._write(tensors, layout, activations=True)
 
     def read(self, buffer: torch.Tensor) -> tuple[list[Any], Layout]:
         """Return the output that :meth:`write` was given, for `spu.engine.crossing.arrive`."""
         tensors, layout = self._read(buffer)
-        return tensors, Layout.of(layout)
+        assert layout is not None
+        return tensors, layout
 
     def write_gradients(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Return the buffer of the gradients of an output's tensors; None for a tensor without one."""
@@ -95,7 +99,9 @@ class Wire:
     def _packs(self, tensor: Leaf | torch.Tensor) -> bool:
         return self.codec is not None and tensor.dtype in STORAGE and tensor.requires_grad
 
-    def _write(self, tensors: Sequence[torch.Tensor | None], layout: Any, *, activations: bool) -> torch.Tensor:
+    def _write(
+        self, tensors: Sequence[torch.Tensor | None], layout: Layout | None, *, activations: bool
+    ) -> torch.Tensor:
         rows: list[Any] = []
         pieces: list[tuple[int, torch.Tensor]] = []
         offset = 0
@@ -113,26 +119,38 @@ class Wire:
             rows.append([name, list(tensor.shape), stride, self.codec if wanted else None, offset, piece.numel()])
             pieces.append((offset, piece))
             offset += _padded(piece.numel())
-        head = json.dumps([rows, layout], separators=(",", ":")).encode()
-        start = _padded(8 + len(head))
+        front = self._front(rows, layout)
+        start = _padded(front.numel())
         self._check_fits(start + offset)
         device = pieces[0][1].device if pieces else torch.device("cpu")
         buffer = torch.empty(self.size_bytes // 4, device=device)
         raw = buffer.view(torch.uint8)
-        front = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
         raw[: front.numel()].copy_(front)
         for at, piece in pieces:
             raw[start + at : start + at + piece.numel()].copy_(piece)
         raw[start + offset :].zero_()  # what else lies in this memory is nobody's business
         return buffer
 
-    def _read(self, buffer: torch.Tensor) -> tuple[list[Any], Any]:
+    def _front(self, rows: list[Any], layout: Layout | None) -> torch.Tensor:
+        """Return the description, uint8: its length in eight bytes, then JSON."""
+        if self._wrote is not None and self._wrote[:2] == (rows, layout):
+            return self._wrote[2]
+        head = json.dumps([rows, None if layout is None else layout.plain()], separators=(",", ":")).encode()
+        front = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
+        if layout is None or layout.tensors_alone:
+            self._wrote = rows, layout, front
+        return front
+
+    def _read(self, buffer: torch.Tensor) -> tuple[list[Any], Layout | None]:
         # .data: views share a version counter, and a layer that changes its input in place would seem to change all.
         raw = buffer.detach().view(torch.uint8)
         size = int.from_bytes(bytes(raw[:8].tolist()), "little")
-        rows, layout = json.loads(bytes(raw[8 : 8 + size].cpu().numpy()))
+        head = bytes(raw[8 : 8 + size].cpu().numpy())
+        if self._parsed is None or self._parsed[0] != head:
+            rows, layout = json.loads(head)
+            self._parsed = head, rows, None if layout is None else Layout.of(layout)
         start = _padded(8 + size)
-        return [None if row is None else _tensor(raw, start, *row) for row in rows], layout
+        return [None if row is None else _tensor(raw, start, *row) for row in self._parsed[1]], self._parsed[2]
 
     def _check_fits(self, needed: int) -> None:
         if needed > self.size_bytes:
