@@ -235,6 +235,19 @@ def test_the_epilogue_of_an_mlps_gradient(activation: str, dtype: torch.dtype) -
 
 
 @needs_tiles
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_epilogue_of_a_gates_gradient(dtype: torch.dtype) -> None:
+    dy, w = torch.randn(70, 40).to(dtype), torch.randn(40, 300).to(dtype)
+    gate, up = torch.randn(70, 300).to(dtype), torch.randn(70, 300).to(dtype)
+    given = dy, w, gate, up
+    truth = OPS.gated_dh.reference(*(t.double() for t in given), "silu")
+    for ours, plain, true in zip(
+        OPS.gated_dh.cpu(*given, "silu"), OPS.gated_dh.reference(*given, "silu"), truth, strict=True
+    ):
+        assert_close_to_truth(ours, plain, true)
+
+
+@needs_tiles
 def test_bf16_denormals_count_as_zero_and_fp16_ones_do_not() -> None:
     tiny = torch.tensor([[2.0**-127, -(2.0**-133), 2.0**-126, 1.0]]).bfloat16()
     one = torch.ones(1, 1).bfloat16()

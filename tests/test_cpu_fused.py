@@ -60,6 +60,7 @@ def test_gated(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for activation in ("silu", "gelu", "gelu_tanh"):
         check("gated_linear", x, w_gate, w_up, activation, True)
         check("gated_dz", dh, gate, up, activation)
+        check("gated_dh", x, values(inner, hidden, dtype=dtype), gate, up, activation)
     check("gated_dx", gate, up, w_gate, w_up)
     kept = OPS.gated_linear.cpu(x, w_gate, w_up, "silu", True)
     alone = OPS.gated_linear.cpu(x, w_gate, w_up, "silu", False)
@@ -81,6 +82,7 @@ def test_gated_strides(dtype: torch.dtype) -> None:
             )
         for wide in variants(d).values():
             check("gated_dx", wide, d, other, w)
+            check("gated_dh", rows, other.t(), wide, d, "gelu")
 
 
 def test_a_gate_without_a_limit() -> None:

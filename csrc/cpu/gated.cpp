@@ -58,6 +58,36 @@ std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, s
   return {dgate, dup, h};
 }
 
+std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, std::string activation) {
+  const char* op = "gated_dh";
+  const Matrix d = as_matrix(op, "dy", dy), w = as_weight(op, w_down);
+  checks::expect_cpu(op, "gate", gate);
+  checks::expect_cpu(op, "up", up);
+  checks::expect_same_dtype(op, "dy", dy, "w_down", w_down);
+  checks::expect_same_dtype(op, "dy", dy, "gate", gate);
+  expect_pair(op, gate, "gate", up, "up");
+  expect_output(op, dy, d, w_down, w);
+  if (sizes_of(gate) != with_last(dy, w.cols)) {
+    checks::fail("spu::gated_dh: gate ", checks::shape(gate), " does not fit dy ", checks::shape(dy), " and w_down ",
+                 checks::shape(w_down));
+  }
+  const Tensor g = dense(gate), u = dense(up);
+  Tensor dgate = empty_as(g), dup = empty_as(g), h = empty_as(g);
+  Epilogue e = {};
+  e.kind = Epilogue::gated_derivative;
+  e.act = gate_act_of(op, activation);
+  e.out_type = d.type;
+  e.out = dgate.mutable_data_ptr();
+  e.up = dup.mutable_data_ptr();
+  e.acted = h.mutable_data_ptr();
+  e.saved = g.const_data_ptr();
+  e.saved_up = u.const_data_ptr();
+  if (h.numel() > 0) {
+    multiply(ProductOp::linear_dx, {d.rows, w.cols, d.cols, d.operand(), w.operand(), nullptr, nullptr}, e);
+  }
+  return {dgate, dup, h};
+}
+
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) {
   const char* op = "gated_dx";
   expect_pair(op, dgate, "dgate", dup, "dup");

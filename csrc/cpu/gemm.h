@@ -31,8 +31,8 @@ constexpr int64_t kNS = 4096;
 constexpr int64_t kSharedFloats = int64_t{1} << 21;
 // Slots along k that the panels of A pack in turn.
 constexpr int64_t kTurn = 16;
-// Below this many multiply-adds waking other threads costs more than it saves.
-constexpr int64_t kParallelWork = int64_t{1} << 18;
+// Below so many multiply-adds waking other threads costs more than it saves: torch's, and those of waiting stages.
+constexpr int64_t kParallelWork = int64_t{1} << 18, kSharedWork = int64_t{1} << 22;
 
 // One product, and the super-block of it that is being worked on. Lengths along k are in slots.
 struct Gemm {
@@ -228,8 +228,8 @@ static void super_block(Gemm& g, int64_t threads) {
     pack_a<Pairs>(&g, 0, g.a_panels());
     run_tasks<Pairs>(&g, 0, tasks);
   } else {
-    cpu::parallel(g.a_panels(), pack_a<Pairs>, &g);
-    cpu::parallel(tasks, run_tasks<Pairs>, &g);
+    cpu::parallel(g.a_panels(), threads, pack_a<Pairs>, &g);
+    cpu::parallel(tasks, threads, run_tasks<Pairs>, &g);
   }
 }
 
@@ -241,7 +241,7 @@ static void multiply(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
     g.target = reinterpret_cast<const char*>(e.main_grad), g.target_size = 4;
   } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
     g.target = static_cast<const char*>(e.out), g.target_size = e.out_type == Type::fp32 ? 4 : 2;
-  } else if (e.kind == cpu::Epilogue::derivative) {
+  } else if (e.kind == cpu::Epilogue::derivative || e.kind == cpu::Epilogue::gated_derivative) {
     g.target = static_cast<const char*>(e.saved), g.target_size = e.out_type == Type::fp32 ? 4 : 2;
   }
   g.per = Pairs ? 2 : 1;
@@ -273,7 +273,7 @@ static void finish(const cpu::Epilogue& e, const float* c, const float* c2, int6
 static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   if (p.m == 0 || p.n == 0) return;
   if (p.k == 0) return empty_sums(p, e);
-  const int64_t threads = p.m * p.n >= kParallelWork / p.k ? cpu::threads() : 1;
+  const int64_t threads = cpu::threads_for(p, kParallelWork, kSharedWork);
   if (wants_dots(p, e)) return few_rows(p, e, threads);
 #if defined(SPU_BF16_DOT)
   // A chained product needs its second half to begin at a whole slot.

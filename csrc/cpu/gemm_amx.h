@@ -23,7 +23,7 @@ constexpr int64_t kBlockSteps[] = {48, 32}, kBlockBytes = int64_t{1} << 20, kBlo
 constexpr int64_t kMostSteps = 512, kMostColumns = 65536, kMostBytes = int64_t{1} << 25, kWaitingColumns = 4096;
 constexpr int64_t kGroups = kMostColumns / cpu::kStatColumns;
 // Below this many multiply-adds waking other threads costs more than it saves.
-constexpr int64_t kParallelTiles = int64_t{1} << 21;
+constexpr int64_t kParallelTiles = int64_t{1} << 21, kSharedTiles = int64_t{1} << 25;
 
 struct TileGemm {
   const cpu::Product* p;
@@ -174,7 +174,7 @@ static void run_tile_tasks(void* context, int64_t begin, int64_t end) {
 static void in_parallel(const TileGemm& g, int64_t count, cpu::RangeBody body) {
   void* context = const_cast<TileGemm*>(&g);
   if (g.threads == 1) return body(context, 0, count);
-  cpu::parallel(count, body, context);
+  cpu::parallel(count, g.threads, body, context);
 }
 
 // The super-block's columns, as many at a time as the tasks' shares of B in L2 hold: whole groups, of about equal size.
@@ -247,8 +247,8 @@ static void multiply_tiles(TileGemm& g) {
 // fp16 sums that are rounded to 16 bits next do without lo * lo, which is at most 2^-16 of a product; those that stay
 // in fp32 (a main gradient, the logits under an exponential) have all four.
 SPU_INLINE bool wants_four(const cpu::Epilogue& e) {
-  const bool stored =
-      e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::gated || e.kind == cpu::Epilogue::derivative;
+  const bool stored = e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::gated ||
+                      e.kind == cpu::Epilogue::derivative || e.kind == cpu::Epilogue::gated_derivative;
   return !stored || e.out_type == Type::fp32;
 }
 
@@ -270,14 +270,14 @@ static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
     g.target = {reinterpret_cast<const char*>(e.main_grad), row_length(p) * 4, 0, 4};
   } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
     g.target = {static_cast<const char*>(e.out), row_length(p) * size, 0, size};
-  } else if (e.kind == cpu::Epilogue::derivative) {
+  } else if (e.kind == cpu::Epilogue::derivative || e.kind == cpu::Epilogue::gated_derivative) {
     g.target = {static_cast<const char*>(e.saved), row_length(p) * size, 0, size};
   }
   g.parts = p.a.type == Type::fp16 ? 2 : 1;
   g.products = p.b2 && !p.a2 ? 2 : 1;
   g.half = ceil_div(p.k, kTileDepth);
   g.width = e.kind == cpu::Epilogue::softmax_stats ? cpu::kStatColumns / kPanelRows : 1;
-  g.threads = p.m * p.n >= kParallelTiles / p.k ? cpu::threads() : 1;
+  g.threads = cpu::threads_for(p, kParallelTiles, kSharedTiles);
   if (p.a.type == Type::bf16) return multiply_tiles<Chain::one>(g);
   if (wants_four(e)) return multiply_tiles<Chain::four>(g);
   multiply_tiles<Chain::three>(g);

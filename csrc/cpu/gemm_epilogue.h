@@ -108,6 +108,24 @@ static void store_derivative(const cpu::Epilogue& e, const Tile& t) {
                           SPU_LAMBDA { store_upto(total + j, load_upto(total + j, left) + load(sums + j), left); });
 }
 
+// dgate = acc * up * act'(gate), dup = acc * act(gate), and h = act(gate) * up again.
+template <math::Act A, class T>
+static void store_gated_derivative(const cpu::Epilogue& e, const Tile& t) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t at = (t.row + i) * t.n + t.col;
+    const float* c = t.c + i * t.ldc;
+    const T *gate = static_cast<const T*>(e.saved) + at, *up = static_cast<const T*>(e.saved_up) + at;
+    T *dgate = static_cast<T*>(e.out) + at, *dup = static_cast<T*>(e.up) + at, *h = static_cast<T*>(e.acted) + at;
+    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+      const vf dh = load_upto(c + j, left), u = load_upto(up + j, left);
+      const ValueAndSlope a = value_and_slope<A>(load_upto(gate + j, left));
+      store_upto(dgate + j, dh * u * a.slope, left);
+      store_upto(dup + j, dh * a.value, left);
+      store_upto(h + j, a.value * u, left);
+    });
+  }
+}
+
 template <class T, template <math::Act, class> class Choice>
 SPU_INLINE TileEpilogue by_activation(math::Act act) {
   switch (act) {
@@ -138,10 +156,16 @@ struct Derivative {
   static constexpr TileEpilogue body = store_derivative<A, T>;
 };
 
+template <math::Act A, class T>
+struct GatedDerivative {
+  static constexpr TileEpilogue body = store_gated_derivative<A, T>;
+};
+
 template <class T>
 static TileEpilogue typed_epilogue(const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::gated) return by_activation<T, Gated>(e.act);
   if (e.kind == cpu::Epilogue::derivative) return by_activation<T, Derivative>(e.act);
+  if (e.kind == cpu::Epilogue::gated_derivative) return by_activation<T, GatedDerivative>(e.act);
   if (e.kind == cpu::Epilogue::softmax_grad) return softmax_grad<T>;
   return by_activation<T, Activated>(e.act);
 }

@@ -14,9 +14,10 @@
 namespace spu {
 namespace cpu {
 
-// Runs body(context, begin, end) over a partition of [0, count) on the calling thread's torch threads.
+// Runs body(context, begin, end) over a partition of [0, count) on the calling thread's torch threads; on those of
+// waiting stages too, if `parts`, among how many it is to be divided, are more than its own.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
-void parallel(int64_t count, RangeBody body, void* context);
+void parallel(int64_t count, int64_t parts, RangeBody body, void* context);
 int64_t threads();
 
 // Scratch memory of the calling thread, 64-byte aligned, at least `floats` long, kept for the next call (up to a
@@ -45,18 +46,23 @@ struct Product {
   int64_t c_row = 0, c_column = 0, c_length = 0;
 };
 
+// Among how many threads a product (k > 0) is to be divided: from `least` multiply-adds on, those of the calling
+// thread; from `shared` on those besides that wait and can help (cpu/help.h).
+int64_t threads_for(const Product& p, int64_t least, int64_t shared);
+
 // Softmax statistics are kept per group of this many columns, whatever the threads are.
 constexpr int64_t kStatColumns = 256;
 
 // What happens to an fp32 accumulator block of C.
 struct Epilogue {
   enum Kind {
-    store,          // out = act(acc + bias) in out_type, z = acc + bias into preact
-    main_grad_add,  // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
-    gated,          // out = act(acc) * twin; preact = acc and up = twin, unless null
-    softmax_stats,  // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
-    softmax_grad,   // out = (exp(acc - lse) - onehot(target)) * grad
-    derivative,     // out = acc * act'(saved); acted = act(saved) unless null; column_sums += out as it was rounded
+    store,             // out = act(acc + bias) in out_type, z = acc + bias into preact
+    main_grad_add,     // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
+    gated,             // out = act(acc) * twin; preact = acc and up = twin, unless null
+    softmax_stats,     // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
+    softmax_grad,      // out = (exp(acc - lse) - onehot(target)) * grad
+    derivative,        // out = acc * act'(saved); acted = act(saved) unless null; column_sums += out as it was rounded
+    gated_derivative,  // out = acc * saved_up * act'(saved), up = acc * act(saved), acted = act(saved) * saved_up
   };
   Kind kind;
 
@@ -81,7 +87,8 @@ struct Epilogue {
   int64_t rows;           // m
   int64_t ignore_index;   // rows with this target have no gradient, whatever their grad is
 
-  const void* saved;   // of out_type, as is acted: the pre-activation, or relu's result
+  const void* saved;  // of out_type, as is acted: the pre-activation, or relu's result
+  const void* saved_up;
   void* acted;         // or null
   float* column_sums;  // [n], zero at first, or null; one task has all rows of a column, so that their order is fixed
 };
@@ -153,7 +160,7 @@ struct AdamWRange : math::AdamWItem {
 struct KernelTable {
   // k = 0 gives zero accumulators.
   void (*gemm)(const Product& p, const Epilogue& e);
-  // The epilogue (store, main_grad_add or gated) of rows [begin, end) on their fp32 sums c [end - begin, n], and the
+  // The epilogue (those without sums over rows) of rows [begin, end) on their fp32 sums c [end - begin, n], and the
   // twin's c2.
   void (*finish)(const Epilogue& e, const float* c, const float* c2, int64_t n, int64_t begin, int64_t end);
 

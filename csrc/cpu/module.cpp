@@ -6,12 +6,14 @@
 
 #include <string>
 
+#include "cpu/help.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 #include "cpu/products.h"
 
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   spu::cpu::register_shared(m);
+  SPU_IMPL(m, "gated_dh", spu::cpu::gated_dh);
   SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
   SPU_IMPL(m, "mlp_dz", spu::cpu::mlp_dz);
   SPU_IMPL(m, "linear_ce", spu::cpu::linear_ce);
@@ -83,6 +85,26 @@ PyObject* way(PyObject*, PyObject* arguments) {
   return PyUnicode_FromString(found);
 }
 
+PyObject* rings(PyObject*, PyObject*) {
+  return PyLong_FromUnsignedLong(spu::cpu::rings());
+}
+
+PyObject* ring(PyObject*, PyObject*) {
+  spu::cpu::ring();
+  Py_RETURN_NONE;
+}
+
+PyObject* help_until(PyObject*, PyObject* more_than) {
+  const unsigned long seen = PyLong_AsUnsignedLong(more_than);
+  if (PyErr_Occurred()) return nullptr;
+  Py_BEGIN_ALLOW_THREADS spu::cpu::help_until(static_cast<uint32_t>(seen));
+  Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+PyObject* helped(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(spu::cpu::helped());
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'. SPU_CPU_ISA forces "
@@ -97,6 +119,11 @@ PyMethodDef methods[] = {
      "or "
      "'torch'. False if that cannot be here. For all threads."},
     {"way", way, METH_VARARGS, "way(op, dtype, rows, columns, inner) -> str: the way in use for a product."},
+    {"rings", rings, METH_NOARGS, "rings() -> int: how often ring() was called, modulo 2**32."},
+    {"ring", ring, METH_NOARGS, "ring(): wake the threads in help_until."},
+    {"help_until", help_until, METH_O,
+     "help_until(seen): take part in the products of other threads until rings() is not `seen`."},
+    {"helped", helped, METH_NOARGS, "helped() -> int: pieces of work that threads in help_until have done so far."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

@@ -7,6 +7,7 @@
 namespace spu {
 namespace cpu {
 
+std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, std::string activation);
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
 std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,

@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <vector>
 
+#include "cpu/help.h"
 #include "cpu/kernels.h"
 #include "torch/tensors.h"
 
@@ -65,12 +67,22 @@ inline void raise_found_inf(const Tensor& found_inf) {
   __atomic_store(static_cast<float*>(found_inf.mutable_data_ptr()), &one, __ATOMIC_RELAXED);
 }
 
-// Runs body(begin, end) over [0, count) in pieces of at least `grain`, on the calling thread alone if one suffices.
+// Runs body(begin, end) over [0, count) in pieces of at least `grain`, on the calling thread alone if one suffices;
+// from kSharedGrains pieces on with those that wait and can help.
+constexpr int64_t kSharedGrains = 8;
+
 template <class Body>
 void for_ranges(int64_t count, int64_t grain, const Body& body) {
   if (count <= grain) {
     if (count > 0) body(int64_t{0}, count);
     return;
+  }
+  if (count / grain >= kSharedGrains) {
+    const RangeBody one = [](void* context, int64_t begin, int64_t end) {
+      (*static_cast<const Body*>(context))(begin, end);
+    };
+    const int64_t parts = threads() + lent_threads(), piece = std::max(grain, (count + parts - 1) / parts);
+    if (share(count, piece, one, const_cast<Body*>(&body))) return;
   }
   torch::stable::parallel_for(0, count, grain, body);
 }

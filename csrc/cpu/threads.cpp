@@ -1,9 +1,10 @@
-// torch's threads and each thread's scratch memory.
+// Threads and each thread's scratch memory.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <new>
 
+#include "cpu/help.h"
 #include "cpu/kernels.h"
 
 namespace spu {
@@ -13,7 +14,13 @@ int64_t threads() {
   return static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
-void parallel(int64_t count, RangeBody body, void* context) {
+int64_t threads_for(const Product& p, int64_t least, int64_t shared) {
+  if (p.m * p.n < least / p.k) return 1;
+  return threads() + (p.m * p.n < shared / p.k ? 0 : lent_threads());
+}
+
+void parallel(int64_t count, int64_t parts, RangeBody body, void* context) {
+  if (parts > threads() && share(count, (count + parts - 1) / parts, body, context)) return;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 

@@ -114,7 +114,8 @@ class LocalEngine:
             StageError: a stage failed; every other one has stopped, and the round leaves nothing behind.
             KeyboardInterrupt: likewise.
         """
-        exchange = Exchange()
+        on_cpus = all(stage.device.torch_device.type == "cpu" for stage in self.stages)
+        exchange = Exchange(helpers=len(self._workers) if on_cpus else 0)
         spans: list[list[MarkedSpan]] = [[] for _ in self._workers]
         start = time.perf_counter()
         with delayed_interrupts():
@@ -236,6 +237,7 @@ class LocalEngine:
                         residency.release(visit)
             finally:
                 residency.end()
+        exchange.leave()
 
     @staticmethod
     @contextmanager

@@ -1,0 +1,176 @@
+// A stage of a pipeline waits for a good part of each step, and its cores with it. Here its thread waits by helping: a
+// product that is large enough puts its tasks on a desk, and whoever waits takes some. Results stay the same bit for
+// bit, since a task is the same work whoever does it and no sum depends on how many there are.
+#include "cpu/help.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <exception>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace spu {
+namespace cpu {
+namespace {
+
+struct Job {
+  int64_t count, piece;
+  RangeBody body;
+  void* context;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error = nullptr;
+
+  bool left() const { return next.load(std::memory_order_relaxed) < count; }
+
+  // Returns how many pieces were left for the calling thread.
+  int64_t work() {
+    for (int64_t done = 0;; ++done) {
+      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
+      if (begin >= count) return done;
+      try {
+        body(context, begin, begin + piece < count ? begin + piece : count);
+      } catch (...) {  // for want of memory: the one who shared the job raises it
+        if (!failed.exchange(true)) error = std::current_exception();
+        next.store(count, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  int64_t work_on_own_threads() {
+    const int64_t threads = cpu::threads();
+    if (threads == 1) return work();
+    std::atomic<int64_t> done{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { done.fetch_add(work()); });
+    return done.load();
+  }
+};
+
+// A job lives on its owner's stack. `inside` counts those who may hold a pointer to it; its owner leaves after them.
+struct alignas(64) Desk {
+  std::atomic<Job*> job{nullptr};
+  std::atomic<int> inside{0};
+};
+
+constexpr int kDesks = 16;
+Desk desks[kDesks];
+
+// All that a waiting thread looks for changes `events`, which it sleeps on.
+std::atomic<uint32_t> events{0}, bell{0};
+std::atomic<int64_t> lent{0}, pieces_helped{0};
+std::atomic<int> asleep{0};
+
+// A step makes a product every millisecond or so: the next one is worth a short wait, a sleeper takes longer to wake.
+constexpr int kSpins = 2000;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+void announce() {
+  events.fetch_add(1);
+#if defined(__linux__)
+  if (asleep.load() > 0) syscall(SYS_futex, &events, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+#endif
+}
+
+void wait_for_change(uint32_t seen) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (events.load(std::memory_order_relaxed) != seen) return;
+    pause_briefly();
+  }
+#if defined(__linux__)
+  asleep.fetch_add(1);
+  syscall(SYS_futex, &events, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+  asleep.fetch_sub(1);
+#endif
+}
+
+bool help_once() {
+  bool helped = false;
+  for (Desk& desk : desks) {
+    if (!desk.job.load(std::memory_order_relaxed)) continue;
+    desk.inside.fetch_add(1);
+    Job* job = desk.job.load();
+    if (job && job->left()) {
+      pieces_helped.fetch_add(job->work_on_own_threads());
+      helped = true;
+    }
+    desk.inside.fetch_sub(1);
+  }
+  return helped;
+}
+
+#if defined(__linux__)
+// A forked process has none of the threads that were waiting or at work.
+void forget_threads() {
+  for (Desk& desk : desks) desk.job.store(nullptr), desk.inside.store(0);
+  lent.store(0), asleep.store(0);
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+#endif
+
+}  // namespace
+
+int64_t lent_threads() {
+  return lent.load(std::memory_order_relaxed);
+}
+
+bool share(int64_t count, int64_t piece, RangeBody body, void* context) {
+  if (lent_threads() == 0) return false;
+  Job job = {count, piece, body, context};
+  Desk* found = nullptr;
+  for (Desk& desk : desks) {
+    Job* none = nullptr;
+    if (!desk.job.compare_exchange_strong(none, &job)) continue;
+    found = &desk;
+    break;
+  }
+  if (!found) return false;
+  announce();
+  job.work_on_own_threads();
+  found->job.store(nullptr);
+  while (found->inside.load() > 0) pause_briefly();
+  if (job.failed) std::rethrow_exception(job.error);
+  return true;
+}
+
+int64_t helped() {
+  return pieces_helped.load();
+}
+
+uint32_t rings() {
+  return bell.load();
+}
+
+void ring() {
+  bell.fetch_add(1);
+  announce();
+}
+
+void help_until(uint32_t more_than) {
+  const int64_t own = threads();
+  lent.fetch_add(own);
+  for (;;) {
+    const uint32_t seen = events.load();
+    if (bell.load() != more_than) break;
+    if (!help_once()) wait_for_change(seen);
+  }
+  lent.fetch_sub(own);
+}
+
+}  // namespace cpu
+}  // namespace spu

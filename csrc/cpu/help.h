@@ -1,0 +1,28 @@
+// Threads that wait for a message help the others meanwhile: they take tasks of a product that another thread shares.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/kernels.h"
+
+namespace spu {
+namespace cpu {
+
+// torch threads of those that wait in help_until now.
+int64_t lent_threads();
+
+// Runs body(context, begin, end) over pieces of [0, count), each `piece` long, on the calling thread's torch threads
+// and on those that are lent. Which of them runs a piece is left to chance. False, and nothing done, if nobody can
+// help.
+bool share(int64_t count, int64_t piece, RangeBody body, void* context);
+
+// Pieces that waiting threads have done so far.
+int64_t helped();
+
+// How often ring() was called. One who finds his message missing helps until it is more.
+uint32_t rings();
+void ring();
+void help_until(uint32_t more_than);
+
+}  // namespace cpu
+}  // namespace spu
