@@ -22,8 +22,13 @@ constexpr int64_t kBlockSteps[] = {48, 32}, kBlockBytes = int64_t{1} << 20, kBlo
 // at a time.
 constexpr int64_t kMostSteps = 512, kMostColumns = 65536, kMostBytes = int64_t{1} << 25, kWaitingColumns = 4096;
 constexpr int64_t kGroups = kMostColumns / cpu::kStatColumns;
-// Below this many multiply-adds waking other threads costs more than it saves.
-constexpr int64_t kParallelTiles = int64_t{1} << 21, kSharedTiles = int64_t{1} << 25;
+// Below so many multiply-adds waking other threads costs more than it saves: torch's, and those of waiting stages.
+constexpr int64_t kParallelTiles = int64_t{1} << 21;
+#if defined(SPU_EMULATE_AVX512)
+constexpr int64_t kSharedTiles = kParallelTiles;
+#else
+constexpr int64_t kSharedTiles = int64_t{1} << 25;
+#endif
 
 struct TileGemm {
   const cpu::Product* p;

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <exception>
+#include <thread>
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -143,7 +144,13 @@ bool share(int64_t count, int64_t piece, RangeBody body, void* context) {
   announce();
   job.work_on_own_threads();
   found->job.store(nullptr);
-  while (found->inside.load() > 0) pause_briefly();
+  for (int i = 0; found->inside.load() > 0; ++i) {
+    if (i < kSpins) {
+      pause_briefly();
+    } else {
+      std::this_thread::yield();  // the helper may have lost its core
+    }
+  }
   if (job.failed) std::rethrow_exception(job.error);
   return true;
 }
