@@ -225,7 +225,12 @@ class GradSink(Protocol):
     Called in the backward's thread, with ``current_scope()`` set. ``spu.ops.linear_dw_``, ``linear_db_``,
     ``embedding_dw_`` and ``unscale_`` do the work; where ``current_scope().deferred`` is a list, append a call to it
     instead, which keeps the tensors, the scope and the backend's name.
+
+    Attributes:
+        attached: kept by `attach_sink` and `detach_sink`: for the sink of one parameter, whether it is the parameter's.
     """
+
+    attached: bool
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
         """Add dw = dz.T @ x, with dz [..., N] and x [..., K] in the storage dtype, dz still scaled."""
@@ -255,13 +260,16 @@ def attach_sink(param: Tensor, sink: GradSink) -> None:
     """
     if not param.is_leaf:
         raise ValueError("a sink belongs to a leaf tensor (a parameter), not to the result of an operation")
-    _SINKS[param] = sink
+    detach_sink(param)
+    _SINKS[param], sink.attached = sink, True
     wide_sums.install(_makes_main_grads)
 
 
 def detach_sink(param: Tensor) -> None:
     """Remove the parameter's sink, if it has one."""
-    _SINKS.pop(param, None)
+    sink = _SINKS.pop(param, None)
+    if sink is not None:
+        sink.attached = False
 
 
 def sink_of(param: Tensor) -> GradSink | None:

@@ -73,7 +73,7 @@ class ParameterSink:
 
     def __init__(self, param: nn.Parameter, adopted: bool = False) -> None:
         self._param = TensorWeakRef(param)  # sinks are found through the parameter: a strong link would keep both alive
-        self.adopted = adopted
+        self.adopted, self.attached = adopted, False
         self.needs_scope = False
         self.at_true_scale = not adopted  # what ``param.grad`` holds; adopted: from a backward to the next unscale_
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
@@ -178,14 +178,13 @@ class ParameterSink:
 
     def unscale(self, grad: Tensor | None) -> Tensor | None:
         """Tensor hook: return the gradient unscaled to fp32 and checked inside a scope, the gradient itself outside."""
-        scope, param = current_scope(), self._param()
-        if grad is None or param is None:  # None: all uses were fused and went to the sink
+        if grad is None or not self.attached:  # all uses were fused; or another MainGrads' hook unscales
             return grad
-        if sink_of(param) is not self:  # replaced by another MainGrads, whose hook unscales
-            return grad
+        scope = current_scope()
         if scope is not None and scope.plain and grad.dtype == torch.float32 and grad.layout == torch.strided:
             self._buffer = None  # autograd moves the first gradient into place
             return grad
+        param = self._parameter()
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
             return grad
