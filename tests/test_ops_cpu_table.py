@@ -108,6 +108,7 @@ def test_empty_operands_have_empty_results(no_ways: None, shape: tuple[int, int,
         x, w, dz = (random(*size, dtype=dtype) for size in ((rows, inner), (out, inner), (rows, out)))
         assert OPS.linear.cpu(x, w, None, "gelu", True)[0].eq(0).all()
         assert OPS.linear_dx.cpu(dz, w).eq(0).all()
+        assert OPS.gated_dx.cpu(dz, dz, w, w).eq(0).all()
         main, inv, found = torch.full((out, inner), 7.0), torch.tensor([1.0]), torch.zeros(1)
         OPS.linear_dw_.cpu(dz, x, main, inv, found, False)
         assert main.eq(0).all()
@@ -141,6 +142,7 @@ def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: 
         random(45, dtype=kind),
     )
     dz = random(45, rows, dtype=kind).t()
+    dy, down, gate = random(rows, 24, dtype=kind), random(24, 45, dtype=kind), random(rows, 45, dtype=kind) * 9
     main, one, found_inf = torch.randn(45, 70), torch.full((1,), 0.5), torch.zeros(1)
 
     def results() -> list[Tensor]:
@@ -148,16 +150,18 @@ def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: 
         OPS.linear_dw_.cpu(dz, x, into, one, found_inf, True)
         return [*OPS.linear.cpu(x, w, bias, "gelu", True), OPS.linear.cpu(x, w, None, "none", False)[0],
                 OPS.linear_dx.cpu(dz, w), OPS.linear_dw.cpu(dz, x), into,
-                *OPS.gated_linear.cpu(x, w, up, "silu", True)]  # fmt: skip
+                *OPS.gated_linear.cpu(x, w, up, "silu", True), OPS.gated_dx.cpu(dz, gate, w, up),
+                *OPS.gated_dh.cpu(dy, down, gate, dz, "silu")]  # fmt: skip
 
     own = results()
     cpu_table.install((everywhere(way),))
     found = results()
     wide = [t.double() for t in (x, w, up, bias, dz)]
     z = wide[0] @ wide[1].t()
+    dh = OPS.gated_dh.reference(*(t.double() for t in (dy, down, gate, dz)), "silu")
     truths = [torch.nn.functional.gelu(z + wide[3]), z + wide[3], z, wide[4] @ wide[1], wide[4].t() @ wide[0],
               main.double() + 0.5 * (wide[4].t() @ wide[0]), torch.nn.functional.silu(z) * (wide[0] @ wide[2].t()), z,
-              wide[0] @ wide[2].t()]  # fmt: skip
+              wide[0] @ wide[2].t(), wide[4] @ wide[1] + gate.double() @ wide[2], *dh]  # fmt: skip
     assert found_inf.item() == 0
     for i, (ours, plain, truth) in enumerate(zip(found, own, truths, strict=True)):
         assert_close_to_truth(ours, plain, truth, name=f"result {i}")

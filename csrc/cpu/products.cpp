@@ -97,27 +97,39 @@ Operand rows_of(const Operand& x, int64_t begin) {
 // Memory of torch's way: sums of so many values at a time, and widened weights up to a bound.
 constexpr int64_t kBlockSums = int64_t{1} << 22, kBlockRows = 256, kMostWidened = int64_t{1} << 24;
 
-// By torch's fp32 product into fp32 sums, then the epilogue. False where that cannot serve: nothing is done then.
+// c += c2, of `count` values.
+void add_sums(float* c, const float* c2, int64_t count) {
+  for_ranges(count, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) c[i] += c2[i];
+  });
+}
+
+// By torch's fp32 product into fp32 sums, then the epilogue; a chained product (a2) is made apart and added to the
+// first's sums. False where that cannot serve: nothing is done then.
 bool by_torch(const Product& p, const Epilogue& e) {
-  const bool twin = p.b2 != nullptr, wide = p.b.type == Type::fp32;
-  if (p.a2 || !dense_lines(p.a) || !dense_lines(p.b) || (twin && !dense_lines(*p.b2)) || p.k == 0) return false;
-  if ((!wide && (twin ? 2 : 1) * p.n * p.k > kMostWidened) || !torch_is_exact()) return false;
-  const Tensor b = widened(p.b, p.k, p.n, kLocalB), b2 = twin ? widened(*p.b2, p.k, p.n, kLocalC) : b;
-  const bool plain = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact;
+  const bool second = p.b2 != nullptr, chained = p.a2 != nullptr, wide = p.b.type == Type::fp32;
+  if (!dense_lines(p.a) || !dense_lines(p.b) || p.k == 0) return false;
+  if ((second && !dense_lines(*p.b2)) || (chained && !dense_lines(*p.a2))) return false;
+  if ((!wide && (second ? 2 : 1) * p.n * p.k > kMostWidened) || !torch_is_exact()) return false;
+  const Tensor b = widened(p.b, p.k, p.n, kLocalB), b2 = second ? widened(*p.b2, p.k, p.n, kLocalC) : b;
+  const bool plain = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact && !chained;
   if (plain && e.out_type == Type::fp32) {
     torch_mm(widened(p.a, p.m, p.k, kSharedA), b, matrix(static_cast<float*>(e.out), p.m, p.n, p.n, 1));
     return true;
   }
   const int64_t fit = kBlockSums / p.n, most = fit > kBlockRows ? fit : kBlockRows;
   const int64_t rows = p.m < most ? p.m : most;
-  float* c = workspace(kSharedC, (twin ? 2 : 1) * rows * p.n);
-  float* c2 = twin ? c + rows * p.n : c;
+  float* c = workspace(kSharedC, (second ? 2 : 1) * rows * p.n);
+  float* c2 = second ? c + rows * p.n : c;
   const KernelTable& k = kernels();
   for (int64_t r = 0; r < p.m; r += rows) {
     const int64_t count = p.m - r < rows ? p.m - r : rows;
     const Tensor a = widened(rows_of(p.a, r), count, p.k, kSharedA);
     torch_mm(a, b, matrix(c, count, p.n, p.n, 1));
-    if (twin) torch_mm(a, b2, matrix(c2, count, p.n, p.n, 1));
+    if (second) {
+      torch_mm(chained ? widened(rows_of(*p.a2, r), count, p.k, kSharedA) : a, b2, matrix(c2, count, p.n, p.n, 1));
+    }
+    if (chained) add_sums(c, c2, count * p.n);
     for_ranges(count, kGrain / (p.n + 1) + 1, [&](int64_t begin, int64_t end) {
       k.finish(e, c + begin * p.n, c2 + begin * p.n, p.n, r + begin, r + end);
     });
@@ -144,7 +156,7 @@ bool set_way(const char* op, const char* type, const char* shape_class, const ch
   if (o < 0 || t < 0 || s < 0) return false;
   const KernelTable* found = nullptr;
   if (!std::strcmp(way, "torch")) {
-    if (s == 0 || !std::strcmp(op, "linear_ce") || !std::strcmp(op, "gated_dx")) return false;
+    if (s == 0 || !std::strcmp(op, "linear_ce")) return false;
     found = &kTorch;
   } else if (*way) {
     found = kernels_named(way);

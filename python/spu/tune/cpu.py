@@ -41,7 +41,7 @@ _SECONDS, _LEAST_PAIRS, _MOST_PAIRS = 0.5, 5, 100  # of a row and way
 def ways_of(op: str, dtype: str, shape_class: str, isa: str) -> list[str]:
     """Return the ways to compare with our kernels of the instruction set in use."""
     narrower = list(_NARROWER.get(isa, ())) if dtype != "fp32" else []
-    takes_torch = shape_class != "row" and op not in ("gated_dx", "linear_ce") and torch.backends.mkl.is_available()
+    takes_torch = shape_class != "row" and op != "linear_ce" and torch.backends.mkl.is_available()
     return [*narrower, *(["torch"] if takes_torch else [])]
 
 
