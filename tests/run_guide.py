@@ -24,6 +24,7 @@ import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
 import torch
 import torch._dynamo.config
+import torch.distributed.pipelining
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer  # noqa: F401
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from jobs import Job, batch, cut, layers, loss_fn, sizes
 from launch import between, cpu, judged, ranks
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed import pipelining
 
 import spu
 from spu import LossScaler, ModelParallelTrainer
@@ -51,7 +51,7 @@ class Peer:
         tokens = torch.zeros(rows, job.length, dtype=torch.long)
         hidden = torch.zeros(rows, job.length, job.width, dtype=dtype, requires_grad=True)
         logits = torch.zeros(rows, job.length, job.vocabulary, dtype=dtype, requires_grad=True)
-        stage = PipelineStage(
+        stage = pipelining.PipelineStage(
             self.part,
             rank,
             2,
@@ -60,7 +60,7 @@ class Peer:
             output_args=hidden if rank == 0 else logits,
         )
         stages = stage if schedule in ("gpipe", "1f1b") else [stage]
-        self.schedule = SCHEDULES[schedule](stages, job.microbatches, loss_fn=self.loss)
+        self.schedule = getattr(pipelining, SCHEDULES[schedule])(stages, job.microbatches, loss_fn=self.loss)
         self.optimizer = spu.optim.AdamW(self.part.parameters(), lr=LR)
         self.scaler = spu.GradScaler("cpu", enabled=job.precision == "fp16", **SCALE)
 

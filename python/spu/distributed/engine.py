@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed import pipelining
 
 from spu import ops
 from spu.common.torch_private import pytree
@@ -28,12 +27,12 @@ from spu.memory.residency import RESIDENT, Residency
 
 __all__ = ["SCHEDULES", "DistributedEngine"]
 
-SCHEDULES: dict[str, Any] = {
-    "gpipe": pipelining.ScheduleGPipe,
-    "1f1b": pipelining.Schedule1F1B,
-    "interleaved": pipelining.ScheduleInterleaved1F1B,
-    "zb": pipelining.ScheduleInterleavedZeroBubble,
-    "zbv": pipelining.ScheduleZBVZeroBubble,
+SCHEDULES: dict[str, str] = {
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zb": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
 }
 """Our names of torch's schedules. They run a stage's backwards in the same order as ours."""
 
@@ -185,6 +184,8 @@ class DistributedEngine:
         return counted
 
     def _made(self, wires: list[Wire], parts: int, train: bool) -> _Ready:
+        from torch.distributed import pipelining  # more than a second, which only such a training pays
+
         modules, made = [], []
         for stage in self._own:
             before = None if stage.is_first else wires[stage.index - 1]
@@ -206,7 +207,7 @@ class DistributedEngine:
                 )
             )
             modules.append(module)
-        make = SCHEDULES[self._schedule]
+        make = getattr(pipelining, SCHEDULES[self._schedule])
         # Each microbatch's share, and the loss scale, are in the stage's own backward.
         try:
             schedule = make(
