@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,11 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import ModelParallelTrainer
+from spu.cli.train import train_command
 from spu.devices.speed import DeviceSpeed
 from spu.distributed.links import RankLink
 from spu.ops import use_backend
+from spu.train.config import RunOptions
 from spu.trainer import rank_machine
 
 
@@ -91,3 +96,33 @@ def test_of_pipelines_side_by_side_the_slowest_process_of_a_place_counts() -> No
 def test_processes_of_one_machine_are_planned_for_without_measuring() -> None:
     (layers, codecs), _ = in_ranks(2, told, (1e11, 1e11), 0.0, {})[0]
     assert (layers, codecs) == ([(0, 4), (4, 8)], ["none"])
+
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def go_on(folder: str, speeds: tuple[float, float], steps: int, resume: str | None) -> None:
+    """A run of so many steps, or its continuation, where each rank is told its speed."""
+    os.chdir(folder)
+    rank_machine._kind = lambda device: str(dist.get_rank())  # type: ignore[assignment]
+    speed = speeds[int(os.environ["RANK"])]
+    rank_machine.measure_device = lambda device: DeviceSpeed(speed, speed, speed, speed / 10)  # type: ignore[attr-defined]
+    given = {"steps": steps} if resume else {
+        "model": "small.json", "data": ("text.txt",), "seq": 16, "batch": 8, "microbatches": 4, "steps": steps
+    }  # fmt: skip
+    train_command(given, RunOptions(name=None if resume else "run", resume=resume, sample=False))
+
+
+def test_a_run_goes_on_by_its_plan_whatever_is_measured_then(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
+    plan = tmp_path / "runs" / "run" / "plan.json"
+    in_ranks(2, go_on, str(tmp_path), (4e11, 1e11), 1, None, timeout_s=120)
+    first = [stage["layers"] for stage in json.loads(plan.read_text())["stages"]]
+    in_ranks(2, go_on, str(tmp_path), (1e11, 4e11), 2, "run", timeout_s=120)
+    assert [stage["layers"] for stage in json.loads(plan.read_text())["stages"]] == first
+    assert first[0][1] - first[0][0] > first[1][1] - first[1][0]
