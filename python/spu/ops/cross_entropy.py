@@ -1,22 +1,26 @@
 """``linear_cross_entropy``: the loss of a vocabulary projection whose logits never exist whole.
 
-The forward keeps one number a row, the log-sum-exp. The gradient of the logits is made in the backward, from the scaled
-gradient of the loss: unscaled (about 1 / (rows * vocabulary)) it would underflow in fp16. It is made for some rows at a
-time, which the input gradient and the weight's sink take at once:
+The gradient of the logits is made in fp32 for some rows at a time and rounded once:
 
-    dz = (softmax(hidden @ weight.T) - onehot(target)) * dloss      fp32, rounded once
-    dhidden = dz @ weight,  main_grad (+)= inv_scale * dz.T @ hidden
+    dz = (softmax(hidden @ weight.T) - onehot(target)) * unit      unit: a power of two, 2^15 for fp16, else 1
+    dhidden = factor * (dz @ weight)                                 factor = dloss / (rows * unit)
+    main_grad (+)= inv_scale * factor * dz.T @ hidden
 
-The logits are made twice so: four products, where a plain loss takes three. A caller who needs the loss's value only
-when its backward has run, as a training does, takes ``cross_entropy_share``: it leaves the logits to the backward,
-where the loss scale is known and sinks take gradients, and makes value and gradients from them there. On one thread
-(AVX-512, 512 rows, 8,192 words, hidden size 512 and 1,024) this takes 157 ms instead of 184, and 296 instead of 364.
+The loss is a mean, so its gradient is one factor for all rows. It is multiplied in fp32 into the products of dz, before
+their only rounding: in fp16 dz * dloss would underflow without a loss scale, about 1 / (rows * vocabulary), and
+overflow with a large one. So the forward on a CPU makes value and dz from the same logits, three products as in plain
+torch, and keeps dz. What would take more than ``_kept_rows`` allows is made again in the backward, from the
+log-sum-exp of each row, as it is on other devices and under ``torch.compile``: there from the scaled gradient of the
+loss, which is put into dz.
+
+A caller who needs the loss's value only when its backward has run, as a training does, takes ``cross_entropy_share``:
+it leaves the logits to the backward and makes value and gradients from them there, and keeps nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,11 +31,12 @@ from torch import Tensor
 from spu.common.codecs import numel_of
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
-from spu.ops.dispatch import DTYPES, choose_backend
-from spu.ops.linear import compute_dtype, linear_dw_
+from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
+from spu.ops.linear import compute_dtype
+from spu.ops.logit_gradients import spread
 from spu.ops.plain import fake, refuse_derivatives_of_backward, takes
+from spu.ops.reference import composed
 from spu.ops.reference.linear import exact, wide
-from spu.ops.sink import MainGrad, at_once, sinks_of
 
 __all__ = ["counted_as", "cross_entropy_share", "linear_cross_entropy"]
 
@@ -57,60 +62,27 @@ def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...], given:
     ctx.ignore_index = ignore_index
 
 
-def _chunks(hidden: Tensor, weight: Tensor, item_bytes: int) -> Iterator[slice]:
+def _device_type(hidden: Tensor) -> str:
+    return _COUNTED_AS.get() or hidden.device.type
+
+
+def _chunk_bytes(hidden: Tensor) -> int:
+    return _CHUNK_BYTES.get(_device_type(hidden), _CHUNK_BYTES_DEVICE)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, item_bytes: int, rows: slice = slice(None)) -> Iterator[slice]:
     """Yield ranges of rows whose logits, of ``item_bytes`` each, take a bounded number of bytes."""
-    limit = _CHUNK_BYTES.get(_COUNTED_AS.get() or hidden.device.type, _CHUNK_BYTES_DEVICE)
-    rows, step = hidden.shape[0], max(1, limit // max(1, item_bytes * weight.shape[0]))
-    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+    first, end, _ = rows.indices(hidden.shape[0])
+    step = max(1, _chunk_bytes(hidden) // max(1, item_bytes * weight.shape[0]))
+    return (slice(start, min(end, start + step)) for start in range(first, end, step))
 
 
-class _PlainWeightGradient:
-    """The sum of dz.T @ x over chunks, rounded to the storage dtype once."""
-
-    def __init__(self, weight: Tensor, backend: str) -> None:
-        self._weight, self._backend = weight, backend
-        self._total: Tensor | None = None
-
-    def add(self, dz: Tensor, x: Tensor) -> None:
-        if self._weight.dtype == torch.float64:
-            part = schema.overload("linear_dw", self._backend)(dz, x)
-            self._total = part if self._total is None else self._total + part
-            return
-        accumulate = self._total is not None
-        if self._total is None:
-            self._total = torch.empty(self._weight.shape, dtype=torch.float32, device=dz.device)
-        one = torch.ones(1, dtype=torch.float32, device=dz.device)
-        linear_dw_(dz, x, MainGrad(self._total, one, torch.zeros_like(one), accumulate), backend=self._backend)
-
-    def result(self) -> Tensor:
-        total = torch.zeros_like(self._weight) if self._total is None else self._total
-        return total.to(self._weight.dtype)
-
-
-def _spread(
-    ctx: Any, hidden: Tensor, weight: Tensor, backend: str, item_bytes: int, dz_of: Callable[[slice], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of hidden and weight, None for one that a sink has taken, from those of some rows' logits at
-    a time; ``item_bytes``: what ``dz_of`` takes for each.
+def _kept_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Return of how many rows dz is kept: it may take what a chunk takes, which the backward needs in any case, or the
+    bytes of the weight, whose gradient takes as much.
     """
-    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    (sink,) = sinks_of(ctx, (ctx.parameter,))
-    plain = _PlainWeightGradient(weight, backend) if needs_weight and sink is None else None
-    pieces: list[Tensor] = []
-    for part in _chunks(hidden, weight, item_bytes):
-        x, dz = hidden[part], dz_of(part)
-        if needs_hidden:
-            pieces.append(schema.overload("linear_dx", backend)(dz, weight))
-        if sink is not None:
-            with at_once():  # deferred work would keep the logit gradients of all pieces
-                sink.linear_weight(dz, x, backend)
-        elif plain is not None:
-            plain.add(dz, x)
-        del dz  # before the next rows' are made
-    dhidden = None
-    if needs_hidden:
-        dhidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.zeros_like(hidden)
-    return dhidden, None if plain is None else plain.result()
+    row_bytes = max(1, weight.shape[0] * weight.element_size())
+    return min(hidden.shape[0], max(_chunk_bytes(hidden), weight.shape[1] * row_bytes) // row_bytes)
 
 
 def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
@@ -122,7 +94,78 @@ def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Te
     def dz_of(part: slice) -> Tensor:
         return op(hidden[part], weight, target[part], lse[part], grad_rows[part], ctx.ignore_index)  # type: ignore[no-any-return]
 
-    return _spread(ctx, hidden, weight, backend, hidden.element_size(), dz_of)
+    return spread(ctx, hidden, weight, backend, list(_chunks(hidden, weight, hidden.element_size())), dz_of)
+
+
+def _losses_and_dz(
+    backend: str,
+    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int],
+    dz: Tensor,
+) -> Tensor:
+    """Return the losses of ``linear_ce_and_dz(*given)`` and write its gradient to ``dz``, which may be the logits'."""
+    if dz.is_cpu and not fake(dz) and not has_kernel("linear_ce_and_dz", backend):
+        return composed.linear_ce_and_dz(backend, *given, dz=dz)[0]
+    losses, made = schema.overload("linear_ce_and_dz", backend)(*given)
+    dz.copy_(made)
+    return losses  # type: ignore[no-any-return]
+
+
+class _AtForward(torch.autograd.Function):
+    """``apply(hidden, weight, target, ignore_index, backend, dtype, keep)``: the mean loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, *how: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.ignore_index, ctx.backend, dtype, keep = how
+        ctx.parameter = weight if ctx.needs_input_grad[1] and weight.is_leaf else None
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = _operands(hidden, weight, dtype)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        ctx.unit = 2.0**15 if hidden.dtype == torch.float16 else 1.0
+        rows, kept = hidden.shape[0], _kept_rows(hidden, weight) if keep else 0
+        losses = torch.empty(rows, dtype=wide, device=hidden.device)
+        units = torch.full_like(losses, ctx.unit)
+        dz = torch.empty(kept, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        room: Tensor | None = None
+        for part in _chunks(hidden, weight, wide.itemsize, slice(kept)):
+            logits = dz[part]
+            if wide != hidden.dtype:
+                room = torch.empty_like(logits, dtype=wide) if room is None else room  # the first part is the largest
+                logits = room[: part.stop - part.start]
+            given = hidden[part], weight, target[part], units[part], logits, ctx.ignore_index
+            losses[part] = _losses_and_dz(ctx.backend, given, dz[part])
+        lse: Tensor | None = None
+        if kept < rows or rows == 0:
+            op = schema.overload("linear_ce", ctx.backend)
+            losses[kept:], lse = op(hidden[kept:], weight, target[kept:], ctx.ignore_index)
+        ctx.save_for_backward(hidden, weight, target, dz, lse)
+        return losses.sum() / (target != ctx.ignore_index).sum()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dloss is None:
+            return (None,) * 7
+        refuse_derivatives_of_backward("linear_cross_entropy", dloss)
+        hidden, weight, target, kept, lse = ctx.saved_tensors
+        op, counted, rows = schema.overload("linear_ce_dz", ctx.backend), target != ctx.ignore_index, len(kept)
+        count = counted.sum()
+        factor = torch.where(count == 0, 0, dloss / count / ctx.unit).reshape(1)
+        finite = fake(factor) or bool(factor.isfinite())
+
+        def dz_of(part: slice) -> Tensor:
+            dz = kept
+            if part.start >= rows:
+                sums = lse[part.start - rows : part.stop - rows]
+                dz = op(hidden[part], weight, target[part], sums, torch.full_like(sums, ctx.unit), ctx.ignore_index)
+            if finite:
+                return dz
+            return torch.where(counted[part, None], dz * factor, 0).to(dz.dtype)  # not finite where torch's is not
+
+        parts = [slice(0, rows)] if rows else []
+        parts += _chunks(hidden, weight, hidden.element_size(), slice(rows, None))
+        found = spread(ctx, hidden, weight, ctx.backend, parts, dz_of, factor if finite else None)
+        mine = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
+        return (*mine, *[None] * 5)
 
 
 class _AtBackward(torch.autograd.Function):
@@ -156,7 +199,7 @@ class _AtBackward(torch.autograd.Function):
             losses[part], dz = op(hidden[part], weight, target[part], grad_rows[part], logits, ctx.ignore_index)
             return dz  # type: ignore[no-any-return]
 
-        found = _spread(ctx, hidden, weight, ctx.backend, item_bytes, dz_of)
+        found = spread(ctx, hidden, weight, ctx.backend, list(_chunks(hidden, weight, item_bytes)), dz_of)
         value = losses.sum() / count * ctx.factor
         ctx.share.copy_(torch.where(ctx.factor == 0, 0, value) if isinstance(ctx.factor, Tensor) else value)
         mine = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True)]
@@ -219,7 +262,9 @@ def _check_range(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100, *, keep: bool = True
+) -> Tensor:
     """Compute the mean cross-entropy of ``hidden @ weight.T`` over the targets that are not ``ignore_index``.
 
     ``F.cross_entropy(F.linear(hidden, weight).float(), target)`` in much less memory: logits and their gradients exist
@@ -230,6 +275,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
         weight: [V, K], same dtype and device.
         target: int64 [...], each in [0, V) or ignore_index.
         ignore_index: the target of rows that do not count.
+        keep: on a CPU, where gradients are wanted, keep the gradient of the logits from the forward to the backward
+            for as many rows as fit into 64 MiB or into the bytes of the weight, whichever is more. False: keep nothing
+            and make the logits twice, in more time.
 
     Returns:
         The loss, zero-dimensional, fp32 (fp64 for fp64); NaN if no target counts, as in torch. Differentiable once in
@@ -249,6 +297,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         operands = _operands(rows, weight, dtype)
         losses = schema.overload("linear_ce", backend)(*operands, targets, ignore_index)[0]
+    elif _device_type(rows) == "cpu" and (rows.requires_grad or weight.requires_grad):
+        return _AtForward.apply(rows, weight, targets, ignore_index, backend, dtype, keep)  # type: ignore[no-any-return,no-untyped-call]
     else:
         losses = Eager.apply(rows, weight, targets, _LINEAR_CE, backend, (ignore_index,), (dtype,))
     return losses.sum() / (targets != ignore_index).sum()

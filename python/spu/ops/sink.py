@@ -11,6 +11,7 @@ task of its own and does not inherit: open the scope again on its root, and chec
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class BackwardScope:
 
     Attributes:
         scale: the factor the loss was multiplied by.
-        inv_scale: 1 / scale.
+        inv_scale: 1 / scale; inside ``at_once(factor)`` times that factor.
         found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
         deferred: where sinks leave their work for later, in order; None if they are to do it at once.
         plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
@@ -89,12 +90,20 @@ class BackwardScope:
         return found
 
 
+class _Own(threading.local):
+    """The thread's own form of a backward's scope, and the backward's task, which other threads may run too."""
+
+    scope: tuple[int, BackwardScope] | None = None
+
+
 _SCOPES: dict[int, BackwardScope] = {}  # of the backwards that run now
+_OWN = _Own()
 
 
 def current_scope() -> BackwardScope | None:
     """Return the scope of the backward that is running on this thread; None outside one, or without a scope."""
-    return _SCOPES.get(graph_task_id())
+    task, own = graph_task_id(), _OWN.scope
+    return own[1] if own is not None and own[0] == task else _SCOPES.get(task)
 
 
 def _makes_main_grads() -> bool:
@@ -180,19 +189,25 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Make the sinks of this backward do their work at once inside, also where it is deferred otherwise. For an op that
-    makes its operands piece by piece, and would have to keep all of them.
+def at_once(factor: Tensor | None = None) -> Iterator[None]:
+    """Make the sinks that this thread calls inside do their work at once, also where it is deferred otherwise. For an
+    op that makes its operands piece by piece, and would have to keep all of them.
+
+    Args:
+        factor: fp32 [1]: what the operands' products lack; the scope's inv_scale has it inside.
     """
     task, scope = graph_task_id(), current_scope()
-    if scope is None or scope.deferred is None:
+    if scope is None or (scope.deferred is None and factor is None):
         yield
         return
-    _SCOPES[task] = replace(scope, deferred=None)
+    if factor is not None:
+        scope = scope.on(factor.device)
+        scope = replace(scope, inv_scale=scope.inv_scale * factor)
+    before, _OWN.scope = _OWN.scope, (task, replace(scope, deferred=None))
     try:
         yield
     finally:
-        _SCOPES[task] = scope
+        _OWN.scope = before
 
 
 def leave_to_norm(found_inf: Tensor) -> None:

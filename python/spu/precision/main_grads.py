@@ -139,7 +139,7 @@ class ParameterSink:
             scope = scope.on(param.device)
         grad = param.grad
         if grad is not None and not self.at_true_scale:
-            unscale_grad(param, scope.inv_scale)
+            unscale_grad(param, scope.scale.double().reciprocal().float())  # inv_scale may hold an op's own factor
         elif grad is not None and (grad.dtype != torch.float32 or grad.layout != torch.strided):
             with torch.no_grad():
                 param.grad = grad.to_dense().to(torch.float32)

@@ -154,9 +154,14 @@ def linear_ce_and_dz(
     grad_rows: Tensor,
     logits: Tensor,
     ignore_index: int,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply the reference's formula to logits in fp32: a weight gradient's product, which is not rounded to 16 bits."""
-    dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    """Apply the reference's formula to logits in fp32: a weight gradient's product, which is not rounded to 16 bits.
+
+    dz: memory for the gradient, which may be that of the logits; default: new.
+    """
+    if dz is None:
+        dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     if dz.numel() == 0:
         return torch.zeros_like(grad_rows), dz
     one = torch.ones_like(grad_rows[:1])
