@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,24 +106,33 @@ CONFIG = {
 }  # fmt: skip
 
 
-def go_on(folder: str, speeds: tuple[float, float], steps: int, resume: str | None) -> None:
-    """A run of so many steps, or its continuation, where each rank is told its speed."""
+def begin_and_go_on(folder: str) -> None:
+    """A run of one step and its continuation, where each rank is told its speed: the first is fast, then the second."""
     os.chdir(folder)
-    rank_machine._kind = lambda device: str(dist.get_rank())  # type: ignore[assignment]
-    speed = speeds[int(os.environ["RANK"])]
-    rank_machine.measure_device = lambda device: DeviceSpeed(speed, speed, speed, speed / 10)  # type: ignore[attr-defined]
-    given = {"steps": steps} if resume else {
-        "model": "small.json", "data": ("text.txt",), "seq": 16, "batch": 8, "microbatches": 4, "steps": steps
-    }  # fmt: skip
-    train_command(given, RunOptions(name=None if resume else "run", resume=resume, sample=False))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rank_machine._kind = lambda device: str(rank)  # type: ignore[assignment]
+    settings = {"model": "small.json", "data": ("text.txt",), "seq": 16, "batch": 8, "microbatches": 4}
+    for steps, fast, options in (
+        (1, 0, RunOptions(name="run", sample=False)),
+        (2, 1, RunOptions(resume="run", sample=False)),
+    ):
+        if not dist.is_initialized():  # a run leaves its group
+            dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=size)
+        speed = 4e11 if rank == fast else 1e11
+        measured = DeviceSpeed(speed, speed, speed, speed / 10)
+        rank_machine.measure_device = lambda device, found=measured: found  # type: ignore[attr-defined]
+        train_command({"steps": steps} | ({} if options.resume else settings), options)
+        if rank == 0:
+            shutil.copy("runs/run/plan.json", f"{steps}.json")
 
 
 def test_a_run_goes_on_by_its_plan_whatever_is_measured_then(tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(CONFIG))
     (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
-    plan = tmp_path / "runs" / "run" / "plan.json"
-    in_ranks(2, go_on, str(tmp_path), (4e11, 1e11), 1, None, timeout_s=120)
-    first = [stage["layers"] for stage in json.loads(plan.read_text())["stages"]]
-    in_ranks(2, go_on, str(tmp_path), (1e11, 4e11), 2, "run", timeout_s=120)
-    assert [stage["layers"] for stage in json.loads(plan.read_text())["stages"]] == first
+    in_ranks(2, begin_and_go_on, str(tmp_path), timeout_s=120)
+    first, second = (
+        [stage["layers"] for stage in json.loads((tmp_path / f"{steps}.json").read_text())["stages"]]
+        for steps in (1, 2)
+    )
+    assert first == second
     assert first[0][1] - first[0][0] > first[1][1] - first[1][0]
