@@ -86,7 +86,7 @@ def test_what_a_stage_waits_for_is_no_work_of_its(monkeypatch: pytest.MonkeyPatc
     copy = Link._copy
 
     def slow(self: Link, tensor: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.05)
+        time.sleep(0.5)
         return copy(self, tensor)
 
     monkeypatch.setattr(Link, "_copy", slow)
@@ -100,9 +100,9 @@ def test_what_a_stage_waits_for_is_no_work_of_its(monkeypatch: pytest.MonkeyPatc
         trainer.step(torch.randn(4, 3), torch.zeros(4, 3))
         timeline = trainer.timeline()
     first, second = ({span.kind: span for span in timeline.of(stage)} for stage in range(2))
-    assert second["F"].start - first["F"].end > 0.04
-    assert first["B"].start - second["B"].end > 0.04
-    assert max(timeline.busy) < 0.04
+    assert second["F"].start - first["F"].end > 0.49
+    assert first["B"].start - second["B"].end > 0.49
+    assert max(timeline.busy) < 0.4
 
 
 class Fails(nn.Module):

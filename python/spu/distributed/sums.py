@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from spu.common import torch_private
 from spu.distributed.grad_wire import WIRES, Sending
 
 __all__ = ["GradientSums"]
@@ -125,7 +126,7 @@ class GradientSums:
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
         gradients = [parameter.grad for parameter in bucket.parameters]
-        bucket.sent = [(grad, -1 if grad is None else grad._version) for grad in gradients]
+        bucket.sent = [(grad, -1 if grad is None else torch_private.version(grad)) for grad in gradients]
         flat = torch.cat(
             [
                 torch.zeros(p.numel(), device=p.device) if grad is None else grad.reshape(-1)
@@ -188,7 +189,7 @@ def _give(parameters: Sequence[nn.Parameter], flat: torch.Tensor, used: dict[int
 
 
 def _differs(parameter: nn.Parameter, grad: torch.Tensor | None, version: int) -> bool:
-    return parameter.grad is not grad or (grad is not None and grad._version != version)
+    return parameter.grad is not grad or (grad is not None and torch_private.version(grad) != version)
 
 
 def _changed(bucket: _Bucket) -> bool:
