@@ -23,7 +23,7 @@ struct Parts {
 
 }  // namespace
 
-Tensor pack(Tensor x, std::string codec_name) {
+Tensor pack(Tensor x, Text codec_name) {
   checks::expect_cpu("pack", "x", x);
   const wire::Codec codec = wire::codec_of("pack", codec_name);
   const Type type = storage_type("pack", "x", x);
@@ -59,7 +59,7 @@ Tensor pack(Tensor x, std::string codec_name) {
   return out;
 }
 
-Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
+Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, Text codec_name) {
   checks::expect_cpu("unpack", "wire", wire_tensor);
   const wire::Codec codec = wire::codec_of("unpack", codec_name);
   const int64_t numel = wire::numel_of("unpack", shape);

@@ -15,8 +15,7 @@ void expect_pair(const char* op, const Tensor& a, const char* a_name, const Tens
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
-                                                bool keep) {
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Text activation, bool keep) {
   const char* op = "gated_linear";
   const Matrix in = as_matrix(op, "x", x), gate_w = as_weight(op, w_gate), up_w = as_weight(op, w_up);
   checks::expect_same_dtype(op, "x", x, "w_gate", w_gate);
@@ -42,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   return {h, gate, up};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, Text activation) {
   const char* op = "gated_dz";
   const math::Act act = gate_act_of(op, activation);
   for (const Tensor* t : {&dh, &gate, &up}) checks::expect_cpu(op, "an operand", *t);
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, s
   return {dgate, dup, h};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, Text activation) {
   const char* op = "gated_dh";
   const Matrix d = as_matrix(op, "dy", dy), w = as_weight(op, w_down);
   checks::expect_cpu(op, "gate", gate);

@@ -52,7 +52,7 @@ void sink(Type type, const void* values, int64_t count, float* main_grad, const 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
                                   bool keep_preact) {
   const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
   checks::expect_same_dtype("linear", "x", x, "weight", weight);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
   return {y, preact};
 }
 
-Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
+Tensor linear_dz(Tensor dy, Tensor saved, Text activation) {
   const math::Act act = act_of("linear_dz", activation);
   checks::expect_cpu("linear_dz", "dy", dy);
   checks::expect_cpu("linear_dz", "saved", saved);

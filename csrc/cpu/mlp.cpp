@@ -6,7 +6,7 @@
 namespace spu {
 namespace cpu {
 
-std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,
+std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums) {
   const char* op = "mlp_dz";
   const Matrix g = as_matrix(op, "dy", dy), w = as_weight(op, w_out);

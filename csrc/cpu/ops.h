@@ -7,10 +7,10 @@
 namespace spu {
 namespace cpu {
 
-std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, std::string activation);
+std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, Text activation);
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
-std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,
+std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums);
 
 std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index);

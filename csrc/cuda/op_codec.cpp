@@ -31,20 +31,20 @@ struct Packing {
 
 }  // namespace
 
-Tensor pack(Tensor x, std::string codec_name) {
+Tensor pack(Tensor x, Text codec_name) {
   const Packing packing("pack", x, codec_name);
   Tensor out = new_empty(x, {wire::wire_bytes(x.numel(), packing.codec)}, ScalarType::Byte);
   packing.into(static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;
 }
 
-void pack_into(Tensor x, std::string codec_name, Tensor wire_tensor) {
+void pack_into(Tensor x, Text codec_name, Tensor wire_tensor) {
   const Packing packing("pack_", x, codec_name);
   wire::expect_wire("pack_", wire_tensor, x.numel(), packing.codec, codec_name);
   packing.into(static_cast<uint8_t*>(device_address("pack_", "wire", wire_tensor, x)));
 }
 
-Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, std::string codec_name) {
+Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, Text codec_name) {
   expect_device("unpack", "wire", wire_tensor, wire_tensor);
   const Codec codec = wire::codec_of("unpack", codec_name);
   const int64_t numel = wire::numel_of("unpack", shape);
@@ -60,7 +60,7 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
   return out;
 }
 
-void unpack_into(Tensor wire_tensor, std::string codec_name, Tensor out) {
+void unpack_into(Tensor wire_tensor, Text codec_name, Tensor out) {
   expect_device("unpack_", "out", out, out);
   const Codec codec = wire::codec_of("unpack_", codec_name);
   wire::expect_wire("unpack_", wire_tensor, out.numel(), codec, codec_name);

@@ -33,7 +33,7 @@ void add_rows(const RowSums& sums, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
                                   bool keep_preact) {
   expect_pair("linear", "x", x, "weight", weight);
   const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
 
 // The second product's epilogue multiplies by act(gate): h is made without a pass of its own, and up is not rounded
 // before it. gated_dx stays two products and a sum.
-std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
-                                                bool keep) {
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Text activation, bool keep) {
   const char* op = "gated_linear";
   const math::Act act = gate_act_of(op, activation);
   checks::expect_same_shape(op, "w_gate", w_gate, "w_up", w_up);
@@ -76,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   return {h, keep ? gate : new_empty(x, none, x.scalar_type()), up};
 }
 
-Tensor linear_dz(Tensor dy, Tensor saved, std::string activation) {
+Tensor linear_dz(Tensor dy, Tensor saved, Text activation) {
   const math::Act act = act_of("linear_dz", activation);
   expect_pair("linear_dz", "dy", dy, "saved", saved);
   checks::expect_same_shape("linear_dz", "dy", dy, "saved", saved);
@@ -171,7 +170,7 @@ void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, 
   if (!in_place) torch::stable::copy_(main_grad, out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, Text activation) {
   const char* op = "gated_dz";
   const math::Act act = gate_act_of(op, activation);
   expect_pair(op, "dh", dh, "gate", gate);

@@ -8,7 +8,7 @@ namespace cuda {
 
 // The derivative is in the product's epilogue by plain FMA and, for the gelu of the form with tanh, by cuBLASLt. After
 // a product by CUTLASS, which rounds, it is a pass in place; so are h and the sums always.
-std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,
+std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums) {
   const char* op = "mlp_dz";
   const math::Act act = act_of(op, activation);

@@ -7,10 +7,10 @@
 namespace spu {
 namespace cuda {
 
-void pack_into(Tensor x, std::string codec, Tensor wire);
-void unpack_into(Tensor wire, std::string codec, Tensor out);
+void pack_into(Tensor x, Text codec, Tensor wire);
+void unpack_into(Tensor wire, Text codec, Tensor out);
 void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets);
-std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, std::string activation, bool needs_h,
+std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums);
 
 }  // namespace cuda

@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "torch/text.h"
+
 #define SPU_OVERLOAD_OF(library) #library
 #define SPU_OVERLOAD(library) "." SPU_OVERLOAD_OF(library)
 #define SPU_IMPL(m, name, function) (m).impl(name SPU_OVERLOAD(SPU_LIBRARY), TORCH_BOX(&function))
@@ -20,9 +22,9 @@ namespace SPU_LIBRARY {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation,
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
                                   bool keep_preact);
-Tensor linear_dz(Tensor dy, Tensor saved, std::string activation);
+Tensor linear_dz(Tensor dy, Tensor saved, Text activation);
 Tensor linear_dx(Tensor dz, Tensor weight);
 Tensor linear_dw(Tensor dz, Tensor x);
 Tensor linear_db(Tensor dz);
@@ -30,12 +32,11 @@ void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Ten
 void linear_db_sink(Tensor dz, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate);
 void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate);
 
-std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, std::string activation,
-                                                bool keep);
-std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, std::string activation);
+std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor w_up, Text activation, bool keep);
+std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, Text activation);
 
-Tensor pack(Tensor x, std::string codec);
-Tensor unpack(Tensor wire, std::vector<int64_t> shape, torch::headeronly::ScalarType dtype, std::string codec);
+Tensor pack(Tensor x, Text codec);
+Tensor unpack(Tensor wire, std::vector<int64_t> shape, torch::headeronly::ScalarType dtype, Text codec);
 
 // Lists of one length, but masters: empty for fp32 parameters. All parameters have one dtype.
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> masters,
