@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from heads import one_thread
 from numeric import assert_equal
 from torch import Tensor
 
 from spu.engine.channel import Exchange
+
+__all__ = ["one_thread"]
 
 C = pytest.importorskip("test_cpu_kernels").C  # spu._C, or the library that test_cpu_isa.py has built
 
@@ -28,14 +31,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="threads wait by a futex"),
     pytest.mark.usefixtures("one_thread"),
 ]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
