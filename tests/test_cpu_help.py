@@ -25,8 +25,8 @@ __all__ = ["one_thread"]
 C = pytest.importorskip("test_cpu_kernels").C  # spu._C, or the library that test_cpu_isa.py has built
 
 OPS = torch.ops.spu
-# Products are shared from so many multiply-adds on: 2^25 on AMX tiles, 2^22 elsewhere (2^21 on emulated tiles, which are
-# slow). These have 38M, emulated 6M: each is shared, where it is not torch's (fp32).
+# Products are shared from 2^25 multiply-adds on on AMX tiles, from 2^22 on elsewhere, from 2^21 on on emulated tiles,
+# which are slow. These have 38M, emulated 6M: each is shared, where it is not torch's (fp32).
 ROWS, WIDTH, HIDDEN = (96, 192, 320) if "SPU_TEST_LIBRARY" in os.environ else (128, 512, 576)
 
 pytestmark = [
