@@ -131,7 +131,9 @@ def test_compiles_ahead_of_time(started: dict[str, Started]) -> None:
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(rows) >= 25, output
     assert not [row for row in rows if row["faults"]], output
-    assert any(row["tensor_core"] == "wgmma.mma_async" and row["uses_tma"] for row in rows), output
+    products = [row for row in rows if row["tensor_core"] == "wgmma.mma_async" and row["uses_tma"]]
+    assert products, output
+    assert all(row["mix"] and row["peak_share"] > 0 for row in products), output
     wide = [row for row in rows if row["name"] in ("adamw_kernel", "square_sum_kernel")]
     assert len(wide) >= 2, output
     assert all(row["widest_load"] == 16 for row in wide), output
