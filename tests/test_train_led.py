@@ -38,12 +38,14 @@ def run(folder: str, name: str, **settings: Any) -> str:
 
 
 def make_folder(place: Path) -> None:
-    """A model's folder with weights, which every process reads its own layers of."""
+    """Folders with weights, of which every process reads its own layers'; in "tied" the head has the embedding's."""
     torch.manual_seed(0)
     save_decoder(LlamaForCausalLM(LlamaConfig.from_dict(CONFIG)), place / "small")
+    save_decoder(LlamaForCausalLM(LlamaConfig.from_dict(CONFIG | {"tie_word_embeddings": True})), place / "tied")
 
 
 WHOLE: dict[str, Any] = {"model": "small"}
+TIED: dict[str, Any] = {"model": "tied", "precision": "fp16", "steps": 3}
 ADAPTED: dict[str, Any] = {"model": "small", "lora": 2, "lora_targets": "q_proj,down_proj", "steps": 2}
 
 
@@ -60,7 +62,7 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
     make_folder(tmp_path)
     (tmp_path / "text.txt").write_text("a line of the text that it learns\n" * 200)
     monkeypatch.chdir(tmp_path)
-    for name, settings in (("two", WHOLE), ("two-lora", ADAPTED)):
+    for name, settings in (("two", WHOLE), ("two-lora", ADAPTED), ("two-tied", TIED)):
         assert in_ranks(2, run_with, str(tmp_path), name, settings, timeout_s=120) == ["", ""]
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(cores)[:2])  # a thread for each of its stages, too
@@ -68,16 +70,19 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
     try:
         assert run(str(tmp_path), "one", devices="cpu:0,cpu:1", **WHOLE) == ""
         assert run(str(tmp_path), "one-lora", devices="cpu:0,cpu:1", **ADAPTED) == ""
+        assert run(str(tmp_path), "one-tied", devices="cpu:0,cpu:1", **TIED) == ""
     finally:
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
     assert rows(tmp_path, "two") == rows(tmp_path, "one")
     assert rows(tmp_path, "two-lora") == rows(tmp_path, "one-lora")
+    assert rows(tmp_path, "two-tied") == rows(tmp_path, "one-tied")
     runs = tmp_path / "runs"
-    assert {file.name for file in runs.iterdir()} == {"one", "two", "one-lora", "two-lora"}
+    assert len(list(runs.iterdir())) == 6
     assert (runs / "two" / "summary.json").exists()
-    for name in ("model/model.safetensors", "model/config.json", "checkpoint/tensors.safetensors"):
-        assert (runs / "two" / name).read_bytes() == (runs / "one" / name).read_bytes()
+    for more in ("", "-tied"):
+        for name in ("model/model.safetensors", "model/config.json", "checkpoint/tensors.safetensors"):
+            assert (runs / f"two{more}" / name).read_bytes() == (runs / f"one{more}" / name).read_bytes()
     adapter = "adapter/adapter_model.safetensors"
     assert (runs / "two-lora" / adapter).read_bytes() == (runs / "one-lora" / adapter).read_bytes()
 

@@ -145,7 +145,7 @@ class Job:
         beside = {s + d for s in own for d in (-1, 1) if 0 <= s + d < len(ranks)} - own
         found: dict[int, list[int]] = {}
         for stage in sorted(beside):
-            found.setdefault(self.rank - self.place + ranks[stage], []).append(stage)
+            found.setdefault(self.rank_of(ranks[stage]), []).append(stage)
         return found
 
     @property
@@ -163,6 +163,16 @@ class Job:
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             dist.send(flat.view(torch.uint8).to(self._carries), rank)
+
+    def post(self, tensor: torch.Tensor, rank: int) -> list[tuple[dist.Work, torch.Tensor]]:
+        """Send a tensor's bytes as :meth:`send`, without waiting; return what to wait for and to keep."""
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self._carries)
+        work = dist.isend(flat, rank) if flat.numel() else None
+        return [] if work is None else [(work, flat)]
+
+    def rank_of(self, place: int) -> int:
+        """Return the rank of a place in this process's pipeline."""
+        return self.rank - self.place + place
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> torch.Tensor:
         """Return, on the CPU, the tensor that another process sends."""

@@ -8,6 +8,7 @@ import torch
 
 from spu.distributed.job import Job
 from spu.distributed.sums import GradientSums
+from spu.distributed.ties import Ties
 from spu.engine.build import BuiltStages
 
 __all__ = ["PipelinePeers"]
@@ -19,14 +20,16 @@ class PipelinePeers:
     Args:
         job: the processes.
         ranks: the place in the pipeline of each stage's process.
+        built: the stages.
         grad_wire: the form in which gradients cross between pipelines.
 
     Attributes:
+        ties: the parameters that several processes of a pipeline use.
         sums: adds up gradients over the pipelines; None: there is one.
     """
 
-    def __init__(self, job: Job, ranks: Sequence[int], grad_wire: str = "fp32") -> None:
-        self._job = job
+    def __init__(self, job: Job, ranks: Sequence[int], built: BuiltStages, grad_wire: str = "fp32") -> None:
+        self._job, self.ties = job, Ties(job, ranks, built)
         self.sums = None if job.alike is None else GradientSums(job.alike, grad_wire)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
 
@@ -42,14 +45,24 @@ class PipelinePeers:
 
     def begin(self, built: BuiltStages, backwards: int) -> None:
         """Begin a step with so many backwards of each stage: gradients are added up as the last ones fill them."""
+        self.agree()
         if self.sums is not None:
-            late = {id(use.owner) for use in built.tied}
-            self.sums.begin({k: list(built.owned[k].values()) for k in sorted(self.own)}, late, backwards)
+            late = {id(use.owner) for use in built.tied if not use.apart}
+            leaves = {k: [*built.owned[k].values(), *self.ties.leaves(k)] for k in sorted(self.own)}
+            self.sums.begin(leaves, late, backwards)
+
+    def agree(self) -> None:
+        """Give each parameter of several processes one value: see `spu.distributed.ties`."""
+        self.ties.agree()
 
     def reduce(self) -> None:
-        """Add up what :meth:`begin` began: each gradient is the same in all pipelines afterwards, to the last bit."""
+        """Add up what :meth:`begin` began: each gradient is the same in all pipelines afterwards, to the last bit.
+
+        Each use of a parameter over the pipelines, then the uses: the sums that one process adds to one another.
+        """
         if self.sums is not None:
             self.sums.end()
+        self.ties.add()
 
     def cancel(self) -> None:
         """Forget a step that failed."""

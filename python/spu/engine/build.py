@@ -46,6 +46,7 @@ class BuiltStages:
         twins: further uses of modules.
         fused: modules whose layers were put on fused ops for this training alone.
         away: the trainable parameters of stages in other processes, by name.
+        others: stages left out by `only`.
         masters: fp32 values of 16-bit parameters from before they were rounded, by parameter id.
     """
 
@@ -56,6 +57,7 @@ class BuiltStages:
     masters: dict[int, torch.Tensor] = field(default_factory=dict)
     fused: list[nn.Module] = field(default_factory=list)
     away: dict[str, nn.Parameter] = field(default_factory=dict)
+    others: list[Stage] = field(default_factory=list)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -79,7 +81,8 @@ class BuiltStages:
 
     def only(self, own: Collection[int]) -> BuiltStages:
         """Return these with some of the stages alone."""
-        return replace(self, stages=[stage for stage in self.stages if stage.index in own])
+        stages = [stage for stage in self.stages if stage.index in own]
+        return replace(self, stages=stages, others=[stage for stage in self.stages if stage.index not in own])
 
     def restore(self) -> None:
         """Give the model back as it was; harmless when called twice."""

@@ -29,8 +29,13 @@ class Peers(Protocol):
     def begin(self, built: BuiltStages, backwards: int) -> None:
         """Begin a step with so many backwards of each stage."""
 
+    def agree(self) -> None:
+        """Give a parameter that several processes use one value, if they may have different ones."""
+
     def reduce(self) -> None:
-        """Add up the gradients of this process's parameters over the pipelines, which may have begun before."""
+        """Add up the gradients of this process's parameters over the pipelines, which may have begun before; and over
+        the processes that use one parameter.
+        """
 
     def cancel(self) -> None:
         """Forget a step that failed."""

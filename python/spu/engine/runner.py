@@ -262,6 +262,8 @@ class Runner:
             autocast=self._autocast(),
         )
         checks = self._watch(parts)
+        if self._peers is not None:
+            self._peers.agree()
         with delayed_interrupts():  # no module is left in evaluation mode
             try:
                 for module in training:

@@ -24,16 +24,25 @@ __all__ = ["TiedUse", "Twin", "separate", "untie"]
 
 @dataclass
 class TiedUse:
-    """A parameter's use in a later stage than its first: a leaf of its own, with a gradient buffer of its own."""
+    """A parameter's use in a later stage than its first: a leaf of its own, with a gradient buffer of its own.
+
+    Attributes:
+        apart: the parameter is used in several processes, which tell one another its gradients and values.
+        here: this stage is in this process.
+    """
 
     owner: nn.Parameter
     owner_stage: int
     alias: nn.Parameter
     stage: int
     places: list[tuple[nn.Module, str]]
+    apart: bool = False
+    here: bool = True
 
     def enter(self) -> None:
         """Put the alias where the stage uses the parameter, with the owner's present values."""
+        if not self.here:
+            return
         self.alias.requires_grad_(self.owner.requires_grad)
         if self.alias.device != self.owner.device:
             self.alias.data.copy_(self.owner.data)
@@ -41,6 +50,16 @@ class TiedUse:
             self.alias.data = self.owner.data
         for module, name in self.places:
             parameters_of(module)[name] = self.alias
+
+    def add(self, gradient: torch.Tensor | None) -> None:
+        """Add a gradient of this use, which belongs to this object from now on, to the owner's."""
+        if gradient is None:
+            return
+        gradient = gradient.to(self.owner.device)
+        if self.owner.grad is None:
+            self.owner.grad = gradient
+        else:
+            self.owner.grad.add_(gradient)
 
     def restore(self) -> None:
         """Put the owner back where the alias stands; harmless when called twice."""

@@ -43,14 +43,19 @@ _FORMAT = "spu-trainer"
 def _named(
     built: BuiltStages, optimizers: Optimizers
 ) -> dict[str, tuple[nn.Parameter, AdamW | MasterOptimizer | None]]:
-    """Return every parameter by each of its names, with its optimizer; for an alias its owner."""
+    """Return every parameter by each of its names, with its optimizer; for an alias its owner.
+
+    Of some of the stages, the parameters are those whose first stage is among them, by their names in others too.
+    """
     owner = {id(p): (use.owner, use.owner_stage) for use in built.tied for p in (use.alias, use.owner)}
+    own = {stage.index for stage in built.stages}
     found = {}
-    for stage in built.stages:
+    for stage in (*built.stages, *built.others):
         for layer in stage.parts:
             for name, parameter in layer.named_parameters():
                 parameter, index = owner.get(id(parameter), (parameter, stage.index))
-                found[name] = (parameter, optimizers[index])
+                if index in own:
+                    found[name] = (parameter, optimizers[index])
     return found
 
 

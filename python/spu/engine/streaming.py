@@ -292,13 +292,7 @@ def _settings(optimizer: AdamW, groups: Sequence[dict[str, Any]]) -> Iterator[No
 def add_tied(use: TiedUse) -> None:
     """Add the gradient of a tied use to its owner's."""
     gradient, use.alias.grad = use.alias.grad, None
-    if gradient is None:
-        return
-    gradient = gradient.to(use.owner.device)
-    if use.owner.grad is None:
-        use.owner.grad = gradient
-    else:
-        use.owner.grad.add_(gradient)
+    use.add(gradient)
 
 
 def streaming_units(

@@ -127,7 +127,8 @@ class Updater:
         """Raise ValueError for a hook on a tied parameter, whose gradient is complete only after the last backward."""
         for use in self._built.tied:
             if has_foreign_hook(use.owner) or torch_private.post_accumulate_hooks(use.owner):
-                names = (name for name, p in self._built.owned[use.owner_stage].items() if p is use.owner)
+                known = {**self._built.away, **self._built.owned[use.owner_stage]}
+                names = (name for name, p in known.items() if p is use.owner)
                 raise ValueError(
                     f"{next(names, 'a parameter')} is used in stages {use.owner_stage} and {use.stage} and has a hook "
                     "on its gradient, which would see the part of one stage: remove the hook and change the gradient "
@@ -182,7 +183,7 @@ class Updater:
         self._end_backward()
         # (6) in docs/architecture.md
         for use in self._built.tied:
-            if not self._streams(use.owner_stage):  # whose gradient is on its way down
+            if not use.apart and not self._streams(use.owner_stage):  # whose gradient is on its way down
                 add_tied(use)
         if self._peers is not None:
             self._peers.reduce()
@@ -219,6 +220,8 @@ class Updater:
         with self._rates(lr_factor):  # (7) in docs/architecture.md
             try:
                 self._engine.each(step)
+                if self._peers is not None:
+                    self._peers.agree()
             except BaseException as error:
                 self.broken = f"an update failed half-way ({type(error).__name__}: {error})"
                 raise

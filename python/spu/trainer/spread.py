@@ -23,6 +23,7 @@ from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record, sampled
 from spu.engine.build import BuiltStages
+from spu.engine.loss import loss_part
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import load_training, model_state, state_for_model
 from spu.model.deferred import bring
@@ -94,6 +95,7 @@ class Spread:
         self.job = Job(devices, replicas=settings.replicas, timeout_s=settings.wait_s)
         self._settings = settings
         self._own: frozenset[int] = frozenset()
+        self._peers: PipelinePeers | None = None
 
     def devices(self) -> list[Device]:
         """Return the places of the pipeline; those of other processes as names alone."""
@@ -123,19 +125,19 @@ class Spread:
         """
         return Plan.from_json(self.job.decided(lambda: make().to_json(), "plan"))
 
-    def let_go(self, plan: Plan, layers: Sequence[Layer], model: nn.Module) -> frozenset[int]:
+    def let_go(self, plan: Plan, layers: Sequence[Layer], model: nn.Module, loss_fn: Any) -> frozenset[int]:
         """Read the deferred weights of this process's layers, and free the memory of the others'; return the ids of
         their parameters.
 
         Raises:
-            ValueError: a parameter is in stages of several processes, or a layer counts statistics that replicas do not
-                share; nothing was freed.
+            ValueError: a layer counts statistics that replicas do not share; nothing was freed.
         """
         if self.job.replicas > 1:
             _check_rows_apart(layers)
         places = [plan.devices.index(stage.device) for stage in plan.stages for _ in range(*stage.layers)]
-        _check_apart(layers, places)
         own = [layer for layer, place in zip(layers, places, strict=True) if place == self.job.place]
+        loss = loss_part(loss_fn, layers) if places[-1] == self.job.place else None  # the last stage trains it
+        own += [] if loss is None else [loss]
         kept = {id(p) for layer in own for p in layer.module.parameters()}
         bring(model, kept)
         check_here(own)
@@ -145,7 +147,7 @@ class Spread:
     def runs(self, built: BuiltStages, plan: Plan) -> dict[str, Any]:
         """Return the arguments of a `Runner` for the stages; leave those of other processes nothing to train here."""
         ranks = [plan.devices.index(stage.device) for stage in plan.stages]
-        peers = PipelinePeers(self.job, ranks, self._settings.grad_wire)
+        peers = self._peers = PipelinePeers(self.job, ranks, built, self._settings.grad_wire)
         for index in range(len(built.owned)):
             if index not in peers.own:
                 built.away |= built.owned[index]
@@ -181,7 +183,11 @@ class Spread:
     ) -> dict[str, Any]:
         """Load this process's stages from a checkpoint, as `load_training`; called in every process."""
         resting = gathered_samples(self.job, built, self._own)
-        return load_training(path, built, optimizers, begin, resting=resting, own=self._own)
+        meta = load_training(path, built, optimizers, begin, resting=resting, own=self._own)
+        if self._peers is not None:
+            self._peers.ties.changed()
+            self._peers.agree()
+        return meta
 
     def with_state(
         self,
@@ -200,7 +206,7 @@ class Spread:
         here = built.only(self._own)
         state = model_state(here, optimizers)
         if trained:
-            layers = [layer for stage in here.stages for layer in stage.parts]
+            layers = [layer for stage in (*here.stages, *here.others) for layer in stage.parts]
             names = {name for layer in layers for name, p in layer.named_parameters() if p.requires_grad}
             state = {name: tensor for name, tensor in state.items() if name in names}
         with_tensors(self.job, state, work, "take the model's state")
@@ -225,19 +231,6 @@ class Spread:
 
         self.with_state(built, optimizers, take, trained=trained)
         return state
-
-
-def _check_apart(layers: Sequence[Layer], places: Sequence[int]) -> None:
-    """Raise ValueError for a parameter of layers in several processes."""
-    first: dict[int, tuple[int, str]] = {}
-    for layer, place in zip(layers, places, strict=True):
-        for name, parameter in layer.named_parameters():
-            other, its = first.setdefault(id(parameter), (place, name))
-            if other != place:
-                raise ValueError(
-                    f"{name} is {its}, and they are used in stages of two processes (rank{other} and rank{place}): "
-                    "engine='distributed' does not tie weights over processes; untie it, or train with engine='local'"
-                )
 
 
 def _check_rows_apart(layers: Sequence[Layer]) -> None:

@@ -163,7 +163,7 @@ class StagedModel:
             stop_if_asked()
             taken_over = release(layers)
             model = self._parts.as_module()
-            away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers, model)
+            away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers, model, self._loss)
             self._fused = unfused(layers)
             fused = schedules.splits_backward(plan.settings.schedule)
             with converting(plan, self.tiers):
