@@ -23,6 +23,12 @@ import torch.distributed as dist
 __all__ = ["in_ranks"]
 
 _WAIT_S = 150  # a busy machine takes its time to import
+# By the server, before the forks: also what a training run imports on its way, most of its time.
+_IMPORTED = [
+    "torch", "torch.distributed.pipelining", "torch._dynamo.config", "spu", "spu.trainer.trainer", "spu.train.loop",
+    "spu.train.results", "transformers.generation", "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama", "peft", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+]  # fmt: skip
 
 
 def in_ranks(count: int, work: Callable[..., Any], *args: Any, timeout_s: int = 60, grouped: bool = True) -> list[Any]:
@@ -37,7 +43,7 @@ def in_ranks(count: int, work: Callable[..., Any], *args: Any, timeout_s: int = 
         AssertionError: one failed, with its traceback; or did not end.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.pipelining", "spu", "spu.trainer.trainer"])
+    context.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         store = str(Path(folder) / "store")
