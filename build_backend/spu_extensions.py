@@ -46,7 +46,7 @@ ISA_FLAGS = {
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": AVX512,
     "_avx512bf16": [*AVX512, "-mavx512bf16"],
-    "_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

@@ -105,6 +105,19 @@ def test_blocks(rows: int, out: int, inner: int, dtype: torch.dtype) -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize("inner", [96, 1024], ids=["few sets of L1", "one set"])
+@pytest.mark.parametrize(("start", "apart"), [(0, 0), (0, 32), (1, 0), (32, 7)], ids=str)
+def test_rows_are_the_same_wherever_they_lie(inner: int, start: int, apart: int) -> None:
+    """bf16 rows of whole cache lines are read from where they lie; others, and a last part of a panel, are packed."""
+    x, w = torch.randn(96, inner).bfloat16(), torch.randn(40, inner).bfloat16()
+    here = torch.full((96, start + inner + apart), NAN, dtype=torch.bfloat16)[:, start : start + inner]
+    here.copy_(x)
+    assert_equal(linear(here, w), linear(x, w))
+    assert_equal(linear(here[:80], w), linear(x, w)[:80])
+    assert_close_to_truth(linear(x, w), x @ w.T, x.double() @ w.double().T)
+
+
+@needs_tiles
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_chains_twins_and_statistics_in_ranges_of_k(dtype: torch.dtype) -> None:
     rows, hidden, wide = 3, 4, 16500

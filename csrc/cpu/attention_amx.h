@@ -18,8 +18,8 @@ SPU_INLINE int64_t key_panels(const QueryPanel& p) {
 template <class T>
 static void scores_of(const TileHead& h, const QueryPanel& p, const uint16_t* left, const uint16_t* right, float* c) {
   for (int64_t i = 0; i < key_panels(p); ++i) {
-    tile_kernel<kOfStorage<T>>(h.depth, left + i * h.depth * kStepValues<T>, right, c + i * kBlockFloats, kPanelRows,
-                               false, Ahead{});
+    tile_kernel<kOfStorage<T>>(h.depth, packed_left<kOfStorage<T>>(left + i * h.depth * kStepValues<T>), right,
+                               c + i * kBlockFloats, kPanelRows, false, Ahead{});
   }
 }
 static void clear_unseen(const QueryPanel& p, float* c) {
@@ -31,8 +31,8 @@ static void clear_unseen(const QueryPanel& p, float* c) {
 template <class T>
 static void turned_times_weights(const TileHead& h, const QueryPanel& p) {
   for (int64_t d = 0; d < h.depth; ++d) {
-    tile_kernel<kByWeights<T>>(key_panels(p), h.turned + d * h.keys * kStepValues<T>, h.weights,
-                               h.out + d * kBlockFloats, kPanelRows, false, Ahead{});
+    tile_kernel<kByWeights<T>>(key_panels(p), packed_left<kByWeights<T>>(h.turned + d * h.keys * kStepValues<T>),
+                               h.weights, h.out + d * kBlockFloats, kPanelRows, false, Ahead{});
   }
 }
 

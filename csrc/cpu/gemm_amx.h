@@ -34,7 +34,7 @@ struct TileGemm {
   const cpu::Product* p;
   const cpu::Epilogue* e;
   TileEpilogue epilogue;
-  Ahead target;      // the matrix that the epilogue reads or writes, its rows' stride and a value's size in `bytes`
+  Targets targets;
   int64_t parts;     // 1 or 2
   int64_t products;  // 2 with a twin
   int64_t half;      // steps of the first product of a chain, or of the only one
@@ -45,6 +45,7 @@ struct TileGemm {
   int64_t s0, ss;          // its steps of k
   int64_t j0, js;          // panels of B (from n0 on) that are packed
   bool last;               // no more steps follow
+  bool direct;             // A's tiles are loaded from where it lies
   uint16_t *a, *b;
   float* waiting;         // sums between super-blocks along k, or null
   uint8_t left[kGroups];  // groups of columns, from n0 on, that are left to the AVX-512 kernel
@@ -111,6 +112,15 @@ SPU_INLINE float* sums_of(const TileGemm& g, const TileTask& t, int64_t i, int64
   return t.c + ((i - t.i0) % kBlockPanels * (t.u1 - t.u0) + u - t.u0) * g.unit_floats();
 }
 
+// A's panel i from step s of the super-block on.
+template <Chain C>
+SPU_INLINE Left left_of(const TileGemm& g, int64_t i, int64_t s) {
+  if (!g.direct) return packed_left<C>(g.a + i * g.panel() + s * g.parts * 2 * kTileValues);
+  const int64_t row = g.p->a.row;
+  const uint16_t* at = static_cast<const uint16_t*>(g.p->a.data) + (g.m0 + i * kPanelRows) * row;
+  return {at + (g.s0 + s) * kTileDepth, row * 2, row * kTileRows, kTileDepth};
+}
+
 // Steps [s, s + steps) of one unit.
 template <Chain C>
 SPU_INLINE void multiply_unit(const TileGemm& g, float* c, int64_t i, int64_t u, int64_t s, int64_t steps, bool add,
@@ -119,13 +129,9 @@ SPU_INLINE void multiply_unit(const TileGemm& g, float* c, int64_t i, int64_t u,
   const int64_t row = g.p->c_row + g.m0 + i * kPanelRows, rows = least(kPanelRows, g.ms - i * kPanelRows);
   for (int64_t j = 0; j < panels; ++j) {
     const int64_t panel = u * g.width + j, column = g.p->c_column + g.n0 + (g.j0 + panel) * kPanelRows;
-    Ahead ahead = {};
-    if (ask) {
-      ahead = {g.target.at + row * g.target.stride + column * g.target.bytes, g.target.stride, rows,
-               kPanelRows * g.target.bytes};
-    }
+    Ahead ahead = {&g.targets, row * g.targets.stride + column * g.targets.bytes, ask ? rows : 0};
     for (int64_t q = 0; q < g.products; ++q, ahead.rows = 0) {
-      tile_kernel<C>(steps, g.a + i * g.panel() + at, g.b + (panel * g.products + q) * g.panel() + at,
+      tile_kernel<C>(steps, left_of<C>(g, i, s), g.b + (panel * g.products + q) * g.panel() + at,
                      c + q * kPanelRows * g.ldc() + j * kPanelRows, g.ldc(), add, ahead);
     }
   }
@@ -148,7 +154,7 @@ static void multiply_task(const TileGemm& g, const TileTask& t) {
         for (int64_t u = t.u0; u < t.u1; ++u) {
           if (g.left[(g.j0 + u * g.width) / group]) continue;
           float* c = blocks > 1 || g.waiting ? sums_of(g, t, i, u) : t.c;
-          multiply_unit<C>(g, c, i, u, s, least(each, g.ss - s), s > 0 || g.s0 > 0, done && g.target.at);
+          multiply_unit<C>(g, c, i, u, s, least(each, g.ss - s), s > 0 || g.s0 > 0, done && g.targets.count);
           if (done) finish_unit(g, c, i, u);
         }
       }
@@ -240,8 +246,10 @@ static void multiply_tiles(TileGemm& g) {
       }
       for (g.s0 = 0; g.s0 < steps && !g.left_rows; g.s0 += kMostSteps) {
         g.ss = least(kMostSteps, steps - g.s0), g.last = g.s0 + g.ss == steps;
-        g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
-        in_parallel(g, g.a_panels(), pack_rows);
+        if (!g.direct) {
+          g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
+          in_parallel(g, g.a_panels(), pack_rows);
+        }
         if (!g.left_rows) multiply_columns<C>(g);
       }
       finish_left(g);
@@ -266,23 +274,38 @@ SPU_INLINE bool tiles_serve(const cpu::Product& p) {
   return p.k > 0 && p.m >= rule.rows && p.n >= rule.columns && p.k >= rule.depth;
 }
 
+// Whether A may stay where it lies: bf16 rows along k, whole tiles of whole cache lines, and 32 rows that do not crowd
+// in a few of the 64 sets of L1, where each panel of B would bring them from L2 anew.
+SPU_INLINE bool loads_directly(const cpu::Product& p) {
+  const int64_t lines = p.a.row / kTileDepth;
+  return p.a.type == Type::bf16 && !p.a2 && p.a.col == 1 && p.k % kTileDepth == 0 && p.m % kPanelRows == 0 &&
+         p.a.row % kTileDepth == 0 && reinterpret_cast<uintptr_t>(p.a.data) % 64 == 0 && lines % 32 != 0;
+}
+
+// What an epilogue reads, or else its first result. To ask for all that a gated one writes, three to five lines a row,
+// kept the tiles' own loads waiting for longer than the epilogue gained.
+SPU_INLINE Targets targets_of(const cpu::Product& p, const cpu::Epilogue& e) {
+  const bool wide = e.kind == cpu::Epilogue::main_grad_add || e.out_type == Type::fp32;
+  Targets targets = {{}, 0, row_length(p) * (wide ? 4 : 2), wide ? 4 : 2};
+  if (e.kind == cpu::Epilogue::main_grad_add) {
+    targets.add(e.main_grad);
+  } else if (e.kind != cpu::Epilogue::softmax_stats) {
+    targets.add(e.saved ? e.saved : e.out), targets.add(e.saved_up);
+  }
+  return targets;
+}
+
 static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   if (!tiles_serve(p)) return SPU_AMX_BASE().gemm(p, e);
   TileGemm g = {};
   g.p = &p, g.e = &e, g.epilogue = choose_epilogue(e);
-  const int64_t size = e.out_type == Type::fp32 ? 4 : 2;
-  if (e.kind == cpu::Epilogue::main_grad_add) {
-    g.target = {reinterpret_cast<const char*>(e.main_grad), row_length(p) * 4, 0, 4};
-  } else if (e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::softmax_grad) {
-    g.target = {static_cast<const char*>(e.out), row_length(p) * size, 0, size};
-  } else if (e.kind == cpu::Epilogue::derivative || e.kind == cpu::Epilogue::gated_derivative) {
-    g.target = {static_cast<const char*>(e.saved), row_length(p) * size, 0, size};
-  }
+  g.targets = targets_of(p, e);
   g.parts = p.a.type == Type::fp16 ? 2 : 1;
   g.products = p.b2 && !p.a2 ? 2 : 1;
   g.half = ceil_div(p.k, kTileDepth);
   g.width = e.kind == cpu::Epilogue::softmax_stats ? cpu::kStatColumns / kPanelRows : 1;
   g.threads = cpu::threads_for(p, kParallelTiles, kSharedTiles);
+  g.direct = loads_directly(p);
   if (p.a.type == Type::bf16) return multiply_tiles<Chain::one>(g);
   if (wants_four(e)) return multiply_tiles<Chain::four>(g);
   multiply_tiles<Chain::three>(g);

@@ -70,7 +70,7 @@ template <math::Act A>
 SPU_INLINE ValueAndSlope value_and_slope(vf z) {
   if constexpr (A == math::Act::silu) {
     // As math::silu and math::silu_grad, from one exponential; below -87 silu is 0 here (NaN at -inf, as there).
-    const vf c = math::clamp(z, 87.0f);
+    const vf c = O::clamp(z, -87.0f, 87.0f);
     const math::Logistic<vf> s = math::logistic_pair<vf>(c);
     const vf value = z * (z < -87.0f ? vf{} : s.up);
     return {value, s.up * O::fma(c, s.down, O::splat(1.0f)) + (z - z)};

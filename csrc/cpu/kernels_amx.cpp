@@ -10,6 +10,7 @@
 #define SPU_AMX_BASE spu::cpu::avx512bf16_kernels  // the table that a test's build has
 #else
 #define SPU_VEC_AVX512
+#define SPU_BF16_CONVERT  // every CPU with tiles has AVX512_BF16
 #define SPU_AMX_BASE spu::cpu::avx512_kernels
 #endif
 #include "cpu/attention_amx.h"

@@ -36,7 +36,7 @@ SPU_HD F gelu_tanh(F z) {
   return z * logistic<F>(gelu_tanh_2u<F>(z));
 }
 
-// logistic(x) and logistic(-x) for |x| <= 88, both with a small relative error: 1 - logistic(x) would cancel.
+// logistic(x) and logistic(-x) for |x| <= 87, both with a small relative error: 1 - logistic(x) would cancel.
 template <class F>
 struct Logistic {
   F up, down;
@@ -44,16 +44,9 @@ struct Logistic {
 
 template <class F>
 SPU_HD Logistic<F> logistic_pair(F x) {
-  const F e = exp<F>(-x);
+  const F e = exp_normal<F>(-x);
   const F s = 1.0f / (1.0f + e);
   return {s, e * s};
-}
-
-template <class F>
-SPU_HD F clamp(F x, float bound) {
-  using O = Ops<F>;
-  x = x > bound ? O::splat(bound) : x;
-  return x < -bound ? O::splat(-bound) : x;  // NaN passes
 }
 
 // With s = logistic(2u): s + z s (1 - s) 2u'. Beyond |z| = 10 that is 0 or 1 to the last bit; the clamp keeps the
@@ -61,7 +54,7 @@ SPU_HD F clamp(F x, float bound) {
 template <class F>
 SPU_HD F gelu_tanh_grad(F z) {
   using O = Ops<F>;
-  const F c = clamp(z, 10.0f);
+  const F c = Ops<F>::clamp(z, -10.0f, 10.0f);
   const Logistic<F> s = logistic_pair<F>(gelu_tanh_2u<F>(c));
   const F du = O::fma(c * c, O::splat(3.0f * 0.07135481283f), O::splat(1.595769122f));
   return O::fma(c * s.up * s.down, du, s.up) + (z - z);
@@ -75,7 +68,7 @@ SPU_HD F silu(F z) {
 // s (1 + z (1 - s)), s = logistic(z)
 template <class F>
 SPU_HD F silu_grad(F z) {
-  const F c = clamp(z, 87.0f);
+  const F c = Ops<F>::clamp(z, -87.0f, 87.0f);
   const Logistic<F> s = logistic_pair<F>(c);
   return s.up * Ops<F>::fma(c, s.down, Ops<F>::splat(1.0f)) + (z - z);
 }

@@ -6,15 +6,16 @@
 namespace spu {
 namespace math {
 
-// e^x, about 1.5 ulp over the whole range: subnormal results, 0 and inf at the ends, NaN in NaN out.
-// x = n ln2 + r with |r| <= ln2 / 2 (Cody and Waite's two-part ln2); Taylor-like minimax polynomial in r; 2^n is
-// applied as two factors so that n = 128 and subnormal results need no special case.
+// e^x = p 2^n. t = n + round_magic() holds n in its low bits, also where it is negative; NaN gives NaN for p.
 template <class F>
-SPU_HD F exp(F x) {
+struct Exponential {
+  F p, t;
+};
+
+// x = n ln2 + r with |r| <= ln2 / 2 (Cody and Waite's two-part ln2); Taylor-like minimax polynomial in r.
+template <class F>
+SPU_HD Exponential<F> exp_parts(F x) {
   using O = Ops<F>;
-  const F hi = O::splat(89.0f), lo = O::splat(-104.0f);
-  x = x > hi ? hi : x;  // written so that NaN passes
-  x = x < lo ? lo : x;
   const F t = O::fma(x, O::splat(1.44269504f), O::splat(round_magic()));
   const F n = t - round_magic();
   F r = O::fma(n, O::splat(-0.693359375f), x);
@@ -25,18 +26,38 @@ SPU_HD F exp(F x) {
   const F p45 = O::fma(r, O::splat(1.0f / 120.0f), O::splat(1.0f / 24.0f));
   const F p23 = O::fma(r, O::splat(1.0f / 6.0f), O::splat(0.5f));
   const F high = O::fma(r2, p67, p45);
-  const F p = O::fma(O::fma(r2, high, p23), r2, r) + 1.0f;
-  // round_magic's pattern is 0x4b400000; the difference of patterns is n.
-  const typename O::UInt un = O::bits(t) - 0x4b400000u;
-  const typename O::UInt n1 = ((un + 1024u) >> 1) - 512u;  // floor(n / 2) with a logical shift
-  const typename O::UInt n2 = un - n1;
-  return p * O::from_bits((n1 + 127u) << 23) * O::from_bits((n2 + 127u) << 23);
+  return {O::fma(O::fma(r2, high, p23), r2, r) + 1.0f, t};
 }
 
-// 1 / (1 + e^-x)
+// round_magic's pattern is 0x4b400000; the difference of patterns is n.
+constexpr uint32_t kMagicBits = 0x4b400000u;
+
+// e^x, about 1.5 ulp over the whole range: subnormal results, 0 and inf at the ends, NaN in NaN out. 2^n is applied as
+// two factors so that n = 128 and subnormal results need no special case.
+template <class F>
+SPU_HD F exp(F x) {
+  using O = Ops<F>;
+  const Exponential<F> e = exp_parts<F>(O::clamp(x, -104.0f, 89.0f));
+  const typename O::UInt un = O::bits(e.t) - kMagicBits;
+  const typename O::UInt n1 = ((un + 1024u) >> 1) - 512u;  // floor(n / 2) with a logical shift
+  const typename O::UInt n2 = un - n1;
+  return e.p * O::from_bits((n1 + 127u) << 23) * O::from_bits((n2 + 127u) << 23);
+}
+
+// The same for -87 <= x <= 88, where 2^n is one normal factor.
+template <class F>
+SPU_HD F exp_normal(F x) {
+  using O = Ops<F>;
+  const Exponential<F> e = exp_parts<F>(x);
+  return e.p * O::from_bits((O::bits(e.t) - (kMagicBits - 127u)) << 23);
+}
+
+// 1 / (1 + e^-x). Beyond 87 that is 1 to the last bit; below -88 it is 0 here, as where e^-x overflows.
 template <class F>
 SPU_HD F logistic(F x) {
-  return 1.0f / (1.0f + exp<F>(-x));
+  using O = Ops<F>;
+  const F s = 1.0f / (1.0f + exp_normal<F>(-O::clamp(x, -88.0f, 87.0f)));
+  return x < -88.0f ? O::splat(0.0f) : s;
 }
 
 // The standard normal distribution function Phi(x) and its density phi(x), sharing one exponential.

@@ -47,8 +47,7 @@ template <class F, class U = typename Ops<F>::UInt>
 SPU_HD U float_to_bf16(F x) {
   const U u = Ops<F>::bits(x);
   const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const U is_nan_bound = U{} + 0x7f800000u;
-  return (u & 0x7fffffffu) > is_nan_bound ? (U{} + 0x7fc0u) : rounded;
+  return x != x ? (U{} + 0x7fc0u) : rounded;
 }
 
 }  // namespace math

@@ -50,6 +50,11 @@ struct Ops<float> {
 #endif
   }
   SPU_HD_MEMBER float sqrt(float x) { return __builtin_sqrtf(x); }
+  // x within [lo, hi]; NaN passes.
+  SPU_HD_MEMBER float clamp(float x, float lo, float hi) {
+    x = x > hi ? hi : x;
+    return x < lo ? lo : x;
+  }
   SPU_HD_MEMBER float of_int(Int i) { return static_cast<float>(i); }
   // Ties to even; any integer where |x| > 2^30.
   SPU_HD_MEMBER Int nearest_int(float x) {
