@@ -134,14 +134,13 @@ const KernelTable& choose() {
 }
 #endif
 
-// By Type. A panel is 32 rows and 32 deep: from half of that on the tiles are ahead by the figures of packing and of
-// products (docs/cpu_kernels.md). An emulated build gives the tiles whatever it can.
+// By Type: from where on the tiles were ahead of AVX-512 (docs/cpu_kernels.md). An emulated build gives the tiles
+// whatever it can.
 #if defined(SPU_EMULATE_AVX512)
-constexpr TileRule kFirstRule = {1, 1, 1};
+TileRule rules[] = {{1, 1, 1}, {1, 1, 1}, {1, 1, 1}};
 #else
-constexpr TileRule kFirstRule = {16, 16, 16};
+TileRule rules[] = {{16, 1, 16}, {4, 1, 16}, {1, 1, 1}};
 #endif
-TileRule rules[] = {kFirstRule, kFirstRule, kFirstRule};
 
 }  // namespace
 
