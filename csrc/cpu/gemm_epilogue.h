@@ -9,54 +9,83 @@
 namespace spu {
 namespace SPU_ISA_NS {
 
-template <math::Act A, class T>
-static void store_activated(const cpu::Epilogue& e, const Tile& t) {
-  const T* bias = e.bias ? static_cast<const T*>(e.bias) + t.col : nullptr;
+// What the rows of a block share is read once: a store to the results might change it, as far as the compiler knows.
+template <class T, class P>
+SPU_INLINE T* corner(P* matrix, const Tile& t) {
+  return matrix ? static_cast<T*>(matrix) + t.row * t.n + t.col : nullptr;
+}
+template <class T>
+SPU_INLINE T* row_of(T* corner, const Tile& t, int64_t i) {
+  return corner ? corner + i * t.n : nullptr;
+}
+
+// The sums as they are.
+template <class T>
+static void store_plain(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  T* const out = corner<T>(e.out, t);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const int64_t at = (t.row + i) * t.n + t.col;
     const float* c = t.c + i * t.ldc;
-    T* out = static_cast<T*>(e.out) + at;
-    T* preact = e.preact ? static_cast<T*>(e.preact) + at : nullptr;
-    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+    T* const row[] = {out + i * t.n};
+    if (t.cols == 2 * kLanes) {  // a panel of the tiles
+      store_pair(row[0], load(c), load(c + kLanes));
+    } else {
+      store_row(row, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA { return Results<1>{load_upto(c + j, left)}; });
+    }
+  }
+}
+
+template <math::Act A, class T>
+static void store_activated(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  const T* bias = e.bias ? static_cast<const T*>(e.bias) + t.col : nullptr;
+  T *const out = corner<T>(e.out, t), *const preact = corner<T>(e.preact, t);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* c = t.c + i * t.ldc;
+    T* const rows[] = {row_of(out, t, i), row_of(preact, t, i)};
+    store_row(rows, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
       vf z = load_upto(c + j, left);
       if (bias) z = z + load_upto(bias + j, left);
-      if (preact) store_upto(preact + j, z, left);
-      store_upto(out + j, math::activate<A, vf>(z), left);
+      return Results<2>{math::activate<A, vf>(z), z};
     });
   }
 }
 
 template <bool Accumulate>
-static void store_main_grad(const cpu::Epilogue& e, const Tile& t) {
-  vi bad = {};
+static void store_main_grad(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  float* const grad = corner<float>(e.main_grad, t);
   const float inv_scale = e.inv_scale;
+  vi bad = {};
   for (int64_t i = 0; i < t.rows; ++i) {
     const float* c = t.c + i * t.ldc;
-    float* g = e.main_grad + (t.row + i) * t.n + t.col;
-    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+    float* g = grad + i * t.n;
+    const auto add = [&](int64_t j, int64_t left) SPU_LAMBDA {
       const vf acc = load_upto(c + j, left);
       bad |= math::is_nonfinite<vf>(acc);
       const vf v = acc * inv_scale;
       store_upto(g + j, Accumulate ? load_upto(g + j, left) + v : v, left);
-    });
+    };
+    if (t.cols == 2 * kLanes) {  // a panel of the tiles
+      add(0, kLanes), add(kLanes, kLanes);
+    } else {
+      for_vectors(t.cols, add);
+    }
   }
   if (any(bad)) __atomic_store_n(e.nonfinite, 1, __ATOMIC_RELAXED);
 }
 
 // h = act(gate) * up from the accumulators; gate and up are kept for the backward, rounded on their own.
 template <math::Act A, class T>
-static void store_gated(const cpu::Epilogue& e, const Tile& t) {
+static void store_gated(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  T *const out = corner<T>(e.out, t), *const gate = corner<T>(e.preact, t), *const up = corner<T>(e.up, t);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const int64_t at = (t.row + i) * t.n + t.col;
     const float *c = t.c + i * t.ldc, *c2 = t.c2 + i * t.ldc;
-    T* out = static_cast<T*>(e.out) + at;
-    T* gate = e.preact ? static_cast<T*>(e.preact) + at : nullptr;
-    T* up = e.up ? static_cast<T*>(e.up) + at : nullptr;
-    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+    T* const rows[] = {row_of(out, t, i), row_of(gate, t, i), row_of(up, t, i)};
+    store_row(rows, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
       const vf z = load_upto(c + j, left), u = load_upto(c2 + j, left);
-      if (gate) store_upto(gate + j, z, left);
-      if (up) store_upto(up + j, u, left);
-      store_upto(out + j, math::activate<A, vf>(z) * u, left);
+      return Results<3>{math::activate<A, vf>(z) * u, z, u};
     });
   }
 }
@@ -81,47 +110,49 @@ SPU_INLINE ValueAndSlope value_and_slope(vf z) {
 // dz = acc * act'(saved), and h = act(saved). Column sums are of the rounded dz: of a block's rows first, so that their
 // rounding grows with the number of blocks and the rows of one.
 template <math::Act A, class T>
-static void store_derivative(const cpu::Epilogue& e, const Tile& t) {
+static void store_derivative(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
   alignas(64) float sums[cpu::kStatColumns] = {};
+  float* const total = e.column_sums;
+  const T* const saved = corner<const T>(e.saved, t);
+  T *const out = corner<T>(e.out, t), *const acted = corner<T>(e.acted, t);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const int64_t at = (t.row + i) * t.n + t.col;
     const float* c = t.c + i * t.ldc;
-    const T* saved = static_cast<const T*>(e.saved) + at;
-    T* out = static_cast<T*>(e.out) + at;
-    T* acted = e.acted ? static_cast<T*>(e.acted) + at : nullptr;
-    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
-      const vf z = load_upto(saved + j, left), dh = load_upto(c + j, left);
+    const T* z_row = saved + i * t.n;
+    T* const rows[] = {row_of(out, t, i), row_of(acted, t, i)};
+    store_row(rows, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+      const vf z = load_upto(z_row + j, left), dh = load_upto(c + j, left);
       if (acted && A != math::Act::relu) {
         const ValueAndSlope both = value_and_slope<A>(z);
-        store_upto(acted + j, both.value, left);
-        store_upto(out + j, dh * both.slope, left);
-      } else {
-        if (acted) store_upto(acted + j, math::activate<A, vf>(z), left);
-        store_upto(out + j, math::activate_backward<A, vf>(dh, z), left);
+        return Results<2>{dh * both.slope, both.value};
       }
-      if (e.column_sums) store(sums + j, load(sums + j) + load_upto(out + j, left));
+      return Results<2>{math::activate_backward<A, vf>(dh, z), acted ? math::activate<A, vf>(z) : z};
     });
+    if (!total) continue;
+    for_vectors(t.cols, [&](int64_t j, int64_t left)
+                            SPU_LAMBDA { store(sums + j, load(sums + j) + load_upto(rows[0] + j, left)); });
   }
-  if (!e.column_sums) return;
-  float* total = e.column_sums + t.col;
-  for_vectors(t.cols, [&](int64_t j, int64_t left)
-                          SPU_LAMBDA { store_upto(total + j, load_upto(total + j, left) + load(sums + j), left); });
+  if (!total) return;
+  for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+    float* at = total + t.col + j;
+    store_upto(at, load_upto(at, left) + load(sums + j), left);
+  });
 }
 
 // dgate = acc * up * act'(gate), dup = acc * act(gate), and h = act(gate) * up again.
 template <math::Act A, class T>
-static void store_gated_derivative(const cpu::Epilogue& e, const Tile& t) {
+static void store_gated_derivative(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  const T *const gates = corner<const T>(e.saved, t), *const ups = corner<const T>(e.saved_up, t);
+  T *const dgate = corner<T>(e.out, t), *const dup = corner<T>(e.up, t), *const h = corner<T>(e.acted, t);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const int64_t at = (t.row + i) * t.n + t.col;
     const float* c = t.c + i * t.ldc;
-    const T *gate = static_cast<const T*>(e.saved) + at, *up = static_cast<const T*>(e.saved_up) + at;
-    T *dgate = static_cast<T*>(e.out) + at, *dup = static_cast<T*>(e.up) + at, *h = static_cast<T*>(e.acted) + at;
-    for_vectors(t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+    const T *gate = gates + i * t.n, *up = ups + i * t.n;
+    T* const rows[] = {dgate + i * t.n, dup + i * t.n, h + i * t.n};
+    store_row(rows, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
       const vf dh = load_upto(c + j, left), u = load_upto(up + j, left);
       const ValueAndSlope a = value_and_slope<A>(load_upto(gate + j, left));
-      store_upto(dgate + j, dh * u * a.slope, left);
-      store_upto(dup + j, dh * a.value, left);
-      store_upto(h + j, a.value * u, left);
+      return Results<3>{dh * u * a.slope, dh * a.value, a.value * u};
     });
   }
 }
@@ -167,6 +198,7 @@ static TileEpilogue typed_epilogue(const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::derivative) return by_activation<T, Derivative>(e.act);
   if (e.kind == cpu::Epilogue::gated_derivative) return by_activation<T, GatedDerivative>(e.act);
   if (e.kind == cpu::Epilogue::softmax_grad) return softmax_grad<T>;
+  if (e.act == math::Act::none && !e.bias && !e.preact) return store_plain<T>;
   return by_activation<T, Activated>(e.act);
 }
 

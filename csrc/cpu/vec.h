@@ -192,6 +192,23 @@ SPU_INLINE void store(Fp16* p, vf v) {
 #endif
 }
 
+// Two vectors that follow each other: 16-bit ones of AVX-512 as one line of the cache, which halves a block's stores.
+template <class T>
+SPU_INLINE void store_pair(T* p, vf a, vf b) {
+  store(p, a), store(p + kLanes, b);
+}
+#if defined(SPU_VEC_AVX512)
+SPU_INLINE void store_pair(Fp16* p, vf a, vf b) {
+  const __m256i low = _mm512_maskz_cvtps_ph(0xffff, (__m512)a, 0), high = _mm512_maskz_cvtps_ph(0xffff, (__m512)b, 0);
+  store_raw(p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
+#endif
+#if defined(SPU_BF16_CONVERT)
+SPU_INLINE void store_pair(Bf16* p, vf a, vf b) {
+  store_raw(p, _mm512_maskz_cvtne2ps_pbh(~0u, (__m512)b, (__m512)a));
+}
+#endif
+
 // v as it comes back from storage.
 template <class T>
 SPU_INLINE vf rounded_to(vf v) {
@@ -385,9 +402,13 @@ SPU_INLINE float sum_of(vf v) {
   return x[0];
 }
 SPU_INLINE bool any(vi mask) {
+#if defined(SPU_VEC_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
   int32_t r = 0;
   for (int i = 0; i < kLanes; ++i) r |= mask[i];
   return r != 0;
+#endif
 }
 
 SPU_INLINE int64_t least(int64_t a, int64_t b) {
