@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/vec_codes.h"
 #include "math/codec.h"
 
 namespace spu {

@@ -3,7 +3,7 @@
 
 #include "cpu/codec_kernels.h"
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/vec_codes.h"
 #include "math/codec.h"
 
 namespace spu {
