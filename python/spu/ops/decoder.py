@@ -23,9 +23,10 @@ from torch import Tensor
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
 from spu.ops.gated import gated_gradients
+from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import bias_gradient, weight_gradient
 from spu.ops.plain import refuse_derivatives_of_backward
-from spu.ops.sink import GradSink, sinks_of
+from spu.ops.sink import GradSink
 
 __all__ = ["AttentionForm", "AttentionWeights", "GatedForm", "NormForm", "attention_half", "gated_half"]
 
@@ -121,7 +122,7 @@ class _GatedHalf(torch.autograd.Function):
         refuse_derivatives_of_backward("gated_mlp", dy)
         x, norm_weight, rstd, *saved = ctx.saved_tensors
         form, needs = ctx.form, ctx.needs_input_grad
-        sinks = sinks_of(ctx, ctx.parameters)
+        sinks = weight_sinks_of(ctx, ctx.parameters, form.backend)
         needs_normed = needs[0] or needs[1]
         d = dy.to(form.dtype)
         found = gated_gradients(
@@ -240,7 +241,7 @@ class _AttentionHalf(torch.autograd.Function):
         refuse_derivatives_of_backward("attention", dy)
         x, norm_weight, rstd, normed, q, k, v, out, lse, cos, sin, wo, *kept = ctx.saved_tensors
         form, needs, backend = ctx.form, ctx.needs_input_grad, ctx.form.backend
-        norm_sink, *found = sinks_of(ctx, ctx.parameters)
+        norm_sink, *found = weight_sinks_of(ctx, ctx.parameters, backend)
         edges = iter(found)
         sinks = [next(edges) if dtype else None for dtype in ctx.dtypes]
         d = dy.to(form.dtype)

@@ -23,10 +23,11 @@ from torch import Tensor
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend, has_kernel
+from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import check_operands, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
-from spu.ops.sink import GradSink, sinks_of
+from spu.ops.sink import GradSink
 
 __all__ = ["GATED_ACTIVATIONS", "fused_gated_mlp", "gated_gradients", "gated_mlp"]
 
@@ -87,7 +88,7 @@ def gated_gradients(
 
 def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, w_gate, w_up and w_down."""
-    sinks = sinks_of(ctx, ctx.parameters)
+    sinks = weight_sinks_of(ctx, ctx.parameters, backend)
     dtypes = (None,) * 3 if ctx.dtypes is None else ctx.dtypes[1:]
     return gated_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], sinks, ctx.activation, backend, dtypes)
 

@@ -21,9 +21,10 @@ from spu.common.torch_private import any_autocast
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
+from spu.ops.in_place import weight_sinks_of
 from spu.ops.plain import takes
 from spu.ops.reference.linear import ACTIVATIONS, autocast_enabled, exact, torch_activation
-from spu.ops.sink import GradSink, MainGrad, sinks_of
+from spu.ops.sink import GradSink, MainGrad
 
 __all__ = [
     "bias_gradient",
@@ -65,7 +66,7 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, Tenso
     """Return the gradients of x, weight and bias."""
     x, weight, saved = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    weight_sink, bias_sink = sinks_of(ctx, ctx.parameters)
+    weight_sink, bias_sink = weight_sinks_of(ctx, ctx.parameters, backend)
     dz, dx = _input_gradients(dy, saved, weight if needs_x else None, ctx.activation, backend)
     transposed = bool(ctx.how) and ctx.how[1]  # the weight is [K, N]
     if weight_sink is not None and bias_sink is not None and not transposed:

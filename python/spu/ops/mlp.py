@@ -24,11 +24,11 @@ from torch import Tensor
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend
+from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import bias_gradient, check_operands, compute_dtype, weight_gradient
 from spu.ops.plain import takes
 from spu.ops.reference.fused import acted
 from spu.ops.reference.linear import exact, torch_activation
-from spu.ops.sink import sinks_of
 
 __all__ = ["MLP_ACTIVATIONS", "fused_mlp", "mlp"]
 
@@ -57,7 +57,7 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, w_in, b_in, w_out and b_out."""
     x, w_in, w_out, saved = ctx.saved_tensors
     needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad[:5]
-    w_in_sink, b_in_sink, w_out_sink, b_out_sink = sinks_of(ctx, ctx.parameters)
+    w_in_sink, b_in_sink, w_out_sink, b_out_sink = weight_sinks_of(ctx, ctx.parameters, backend)
     transposed = bool(ctx.how) and ctx.how[1]
     dtypes = (None,) * 5 if ctx.dtypes is None else ctx.dtypes
     relu, dz, h = ctx.activation == "relu", None, saved

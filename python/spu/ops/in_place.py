@@ -1,0 +1,93 @@
+"""Weight gradients outside a loss scale's scope: the product's kernel adds them to the parameter's ``grad``.
+
+Autograd would add a gradient of its own memory to that tensor, in place. Here the kernel does it as it stores its fp32
+sums, with the same bits: grad + sum, rounded once. What can see the difference takes the ordinary way: hooks, the
+anomaly mode, whoever holds the parameter's AccumulateGrad node, a gradient that is asked for as a result. A weight that
+is used several times gets its gradients one after the other, not their sum.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from spu.common.torch_private import backward_hooks, post_accumulate_hooks
+from spu.ops import schema
+from spu.ops.sink import GradSink, accumulates, current_scope, sink_of, sinks_of
+
+__all__ = ["weight_sinks_of"]
+
+_LOCKS = tuple(threading.Lock() for _ in range(64))  # backwards in several threads may add to the same gradient
+
+_UNHELD = 2  # references to the Python object of a node that is made for the question
+
+
+class _InPlace(GradSink):
+    """Adds one weight's gradient to ``grad``, which `_may_add_to` has seen."""
+
+    def __init__(self, grad: Tensor) -> None:
+        self._grad = grad
+
+    def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
+        grad, one = self._grad, torch.ones(1)
+        with _LOCKS[(id(grad) >> 5) % len(_LOCKS)]:
+            schema.overload("linear_dw_", backend)(dz, x, grad, one, torch.zeros_like(one), True)
+            increment_version(grad)
+
+
+def _may_add_to(grad: Tensor, param: Tensor) -> bool:
+    return (
+        type(grad) is Tensor
+        and grad.dtype == torch.float32
+        and grad.layout == torch.strided
+        and grad.is_cpu
+        and grad.is_contiguous()
+        and grad.shape == param.shape
+        and not grad.requires_grad
+        and not grad.is_inference()
+    )
+
+
+def _is_held(node: Any, place: int) -> bool:
+    """Tell whether Python code holds the node that a node's input came from, and so may have hung hooks on it."""
+    return sys.getrefcount(node.next_functions[place][0]) > _UNHELD
+
+
+def _adds(node: Any, place: int, param: Tensor) -> bool:
+    """Tell whether autograd would add to the ``grad`` of an fp32 matrix, and nothing else would see what."""
+    grad = param.grad
+    return (
+        grad is not None
+        and _may_add_to(grad, param)
+        and not backward_hooks(param)
+        and not post_accumulate_hooks(param)
+        and sink_of(param) is None  # of a scope that this backward does not have: its hook sees to the gradient
+        and not _is_held(node, place)
+        and accumulates(node.next_functions[place][0])
+    )
+
+
+def weight_sinks_of(
+    node: Any, parameters: Sequence[Tensor | None], backend: str, first: int = 1
+) -> list[GradSink | None]:
+    """Return ``sinks_of`` inside a scope. Outside, return for each fp32 matrix on a CPU what adds to the ``grad`` that
+    it has, None for all else: vectors, other devices, and the reference backend, which adds up as autograd does.
+    """
+    if current_scope() is not None:
+        return sinks_of(node, parameters, first)
+    found: list[GradSink | None] = [None for _ in parameters]
+    if backend == "reference" or torch.is_anomaly_enabled():
+        return found
+    for i, param in enumerate(parameters):
+        if param is None or type(param) not in (nn.Parameter, Tensor) or param.dim() != 2:
+            continue
+        if param.dtype == torch.float32 and param.is_cpu and _adds(node, first + i, param):
+            assert param.grad is not None
+            found[i] = _InPlace(param.grad)
+    return found
