@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import in_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spu.cli.train import train_command
 from spu.model.convert.decoder import save_decoder
+from spu.train import led
 from spu.train.config import RunOptions
 
 CONFIG = {
@@ -93,3 +95,26 @@ def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:
     assert "text.txt" in first
     assert second == ""
     assert not (tmp_path / "runs").exists()
+
+
+def begin_elsewhere(folder: str) -> str:
+    if dist.get_rank() == 1:
+        exists = Path.exists
+        led.platform.node = lambda: "other"  # type: ignore[assignment]
+        Path.exists = lambda self: self.name == "config.json" or exists(self)  # type: ignore[method-assign, assignment]
+    os.chdir(folder)
+    try:
+        train_command({"model": "small.json"}, RunOptions(name="one", resume="auto", sample=False))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_another_machine_has_begun_is_not_begun_again(tmp_path: Path) -> None:
+    """torchrun gives ranks anew at a restart: another machine may be the first one then."""
+    first, second = in_ranks(2, begin_elsewhere, str(tmp_path))
+    assert first.startswith(
+        "rank 1 (on other) has the run runs/one, and rank 0 has not: start other's process as rank 0"
+    )
+    assert second == ""
+    assert list(tmp_path.iterdir()) == []

@@ -48,7 +48,7 @@ try:
 except ImportError:  # Windows: saves by several processes into one directory are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Elsewhere", "Stored", "exists", "load", "opened", "save", "settle"]
+__all__ = ["CheckpointError", "Elsewhere", "Stored", "exists", "fingerprint", "load", "opened", "save", "settle"]
 
 
 class Elsewhere(Protocol):
@@ -147,6 +147,17 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Return whether ``load`` finds something at ``path``: a checkpoint, or what a crashed ``save`` left beside it."""
     place = Path(os.path.realpath(path))
     return place.exists() or any(map(_is_complete, _leftovers(place)))
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Return what tells the checkpoint that ``load`` reads at ``path`` from all others, its manifest's digest; "" where
+    there is none, or one that is damaged.
+    """
+    place = Path(os.path.realpath(path))
+    for directory in [place] if place.exists() else filter(_is_complete, _leftovers(place)):
+        with contextlib.suppress(CheckpointError, OSError):
+            return str(read_manifest(directory)["sha256"])
+    return ""
 
 
 def settle(path: str | os.PathLike[str]) -> None:

@@ -17,7 +17,7 @@ from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
 from spu.train.defaults import with_defaults
 from spu.train.job import Job
-from spu.train.led import follow, leading
+from spu.train.led import check_not_elsewhere, follow, leading
 from spu.train.loop import pipeline, train
 from spu.train.results import draw_losses, is_finished
 from spu.train.resume import resume_config
@@ -88,7 +88,10 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
     if resume == AUTO:
         if name is None:
             raise ValueError("--resume auto needs the run's --name: it goes on with that run, or begins it")
-        exists = (Path(out) / name / "config.json").exists()
+        config = Path(out) / name / "config.json"
+        exists = config.exists()
+        if not exists and in_several_processes():
+            check_not_elsewhere(config)
         resume, name = (name, None) if exists else (None, name)
         if exists:  # the run has turned them into steps
             given = {key: value for key, value in given.items() if key != "minutes"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ def load_training(
     *,
     resting: Mapping[str, Sample] | None = None,
     own: Collection[int] | None = None,
+    opened: Callable[[], AbstractContextManager[tuple[dict[str, Stored], dict[str, Any]]]] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint of a `TrainingState` into a model cut into any number of stages, and return its meta.
 
@@ -125,11 +127,14 @@ def load_training(
             some old values.
         resting: what is kept of all frozen parameters, where some are in other processes.
         own: indices of the stages that are loaded, and read; None: all.
+        opened: opens the checkpoint; None: from the disk.
 
     Raises:
         CheckpointError: missing, damaged, or of another model or optimizer.
     """
-    with checkpoint.opened(path) as (tensors, meta):  # one tensor at a time: a second copy of all may not fit
+    with contextlib.ExitStack() as stack:
+        # One tensor at a time: a second copy of all may not fit.
+        tensors, meta = stack.enter_context(checkpoint.opened(path) if opened is None else opened())
         if meta.get("format") != _FORMAT:
             raise CheckpointError(f"{path} was not saved by ModelParallelTrainer.save; choose one that was")
         state = OptimizerState.joined(_with_prefix(tensors, "optimizer:"), meta.get("optimizer"))

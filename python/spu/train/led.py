@@ -1,12 +1,13 @@
 """A run in several processes: rank 0 decides, reads, prints and writes; the others do what it tells them.
 
 What a trainer does in all of its processes is told by name, with its arguments: so the others need neither the data nor
-the run's folder, except to load its checkpoint.
+the run's folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from spu.train.config import TrainConfig
 from spu.train.signals import Stopped
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
-__all__ = ["LeadingTrainer", "follow", "leading", "tell"]
+__all__ = ["LeadingTrainer", "check_not_elsewhere", "follow", "leading", "tell"]
 
 Make = Callable[[TrainConfig, Any, Plan | None, Callable[[int], float]], ModelParallelTrainer]
 
@@ -37,6 +38,31 @@ def tell(what: str, *arguments: Any) -> None:
         dist.broadcast_object_list([what, arguments], src=0)
     except RuntimeError as error:
         raise RuntimeError(f"a rank has ended, or does not listen; its own output says why. torch: {error}") from error
+
+
+def check_not_elsewhere(file: Path) -> None:
+    """Raise ValueError if another process's machine has a run that rank 0's has not; called in rank 0.
+
+    After a restart another machine may have become rank 0: it would begin the run anew.
+
+    Args:
+        file: of the run, by which it is known.
+    """
+    tell("look", str(file.resolve()))
+    for rank, host in enumerate(_lookers(file)):
+        if host:
+            raise ValueError(
+                f"rank {rank} (on {host}) has the run {file.parent}, and rank 0 has not: start {host}'s process as "
+                "rank 0 (torchrun --node-rank 0 there, with a static rendezvous), or give --out a folder that all "
+                "machines see"
+            )
+
+
+def _lookers(file: Path) -> list[str]:
+    """Return each process's host if the file is there, else ""; called in every process."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, platform.node() or "its machine" if file.exists() else "")
+    return found
 
 
 @contextlib.contextmanager
@@ -81,6 +107,9 @@ def follow(make: Make) -> None:
         what, arguments = box
         if what == "end":
             return
+        if what == "look":
+            _lookers(Path(*arguments))
+            continue
         if what == "make":
             config, plan = TrainConfig.from_json(arguments[0]), arguments[1]
             made = make(config, make_trained_model(config), plan and Plan.from_json(plan), lambda _: rates[0])

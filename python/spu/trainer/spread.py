@@ -19,6 +19,7 @@ from spu.distributed.away import check_here, let_go
 from spu.distributed.engine import SCHEDULES, DistributedEngine
 from spu.distributed.gather import Far, gathered_samples, save_state, with_tensors
 from spu.distributed.job import Job
+from spu.distributed.lend import load_anywhere
 from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record, sampled
@@ -181,9 +182,10 @@ class Spread:
     def load(
         self, path: str | Path, built: BuiltStages, optimizers: Optimizers, begin: Callable[[], None]
     ) -> dict[str, Any]:
-        """Load this process's stages from a checkpoint, as `load_training`; called in every process."""
+        """Load this process's stages from a checkpoint of rank 0's disk, as `load_training`; called in every one."""
         resting = gathered_samples(self.job, built, self._own)
-        meta = load_training(path, built, optimizers, begin, resting=resting, own=self._own)
+        load = partial(load_training, path, built, optimizers, begin, resting=resting, own=self._own)
+        meta: dict[str, Any] = load_anywhere(self.job, path, lambda opened: load(opened=opened))
         if self._peers is not None:
             self._peers.ties.changed()
             self._peers.agree()
