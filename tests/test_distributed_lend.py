@@ -15,6 +15,7 @@ from test_distributed_ties import batch, make, steps
 
 from spu.checkpoint import CheckpointError
 from spu.ops import use_backend
+from spu.trainer import spread
 
 
 def begin(place: Path, first: int) -> None:
@@ -72,6 +73,41 @@ def test_what_rank_0_cannot_read_is_told_in_every_process(tmp_path: Path, monkey
     first, second = in_ranks(2, go_on, "distributed", "auto", str(tmp_path))
     assert "is damaged: its checksum does not match" in first
     assert second.startswith("rank 0 could not read the checkpoint: CheckpointError")
+
+
+def again(folder: str) -> Any:
+    """Rank 1, which reads from rank 0, fails once; the next load is whole."""
+    os.chdir(f"{folder}/rank{dist.get_rank()}")
+    with use_backend("reference"), make("distributed", "auto", 4, precision="fp16") as trainer:
+        trainer.prepare(*batch(0))
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr(spread, "load_training", lambda *_, opened, **more: opened().__enter__() and 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    trainer.load("saved")
+            else:
+                patch.setattr(trainer._spread._peers, "agree", lambda: None)  # type: ignore[union-attr]
+                trainer.load("saved")
+        trainer.load("saved")
+        return steps(trainer, 2, 3)
+
+
+def test_a_load_that_has_failed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rank in range(2):
+            (tmp_path / f"rank{rank}").mkdir()
+        begin(tmp_path / "rank0" / "saved", 0)
+        os.chdir(tmp_path / "rank0")
+        with use_backend("reference"), make("local", devices(2), 4, precision="fp16") as trainer:
+            trainer.prepare(*batch(0))
+            trainer.load("saved")
+            wanted = steps(trainer, 2, 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert in_ranks(2, again, str(tmp_path)) == [wanted, wanted]
 
 
 def another_model(folder: str) -> str:

@@ -1,11 +1,12 @@
 """The same losses whatever runs the stages, and whatever a checkpoint came from: 200 steps, and resumes in other forms.
 
-    python benchmarks/distributed/same_losses.py [--steps 200] [--precision fp32,fp16] [--part forms,resumes]
+    python benchmarks/distributed/same_losses.py [--steps 200] [--precision fp32,fp16] [--part forms,resumes] [--tied]
 
 A form is the number of stages ("2 local": threads of one process; "2 ranks": processes) or, for "2 x 2 ranks", two
 pipelines of two. Losses have to be equal bit for bit where sums have the same order. Two pipelines add gradients in
 another order: there the bound is twice the difference that one process has from itself when it takes the microbatches
-in reverse order.
+in reverse order. With --tied the head's weight is the embedding's: stages add up its gradients apart, so that processes
+have to be equal to as many stages of one process, and these are within the bound of one stage.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ FORMS = {
     "1 process": (1, 1, "local"),
     "2 local": (2, 1, "local"),
     "3 local": (3, 1, "local"),
+    "4 local": (4, 1, "local"),
     "2 ranks": (2, 1, "distributed"),
     "4 ranks": (4, 1, "distributed"),
     "2 x 2 ranks": (2, 2, "distributed"),
 }
+LIKE = {"2 ranks": "2 local", "4 ranks": "4 local", "2 x 2 ranks": "2 local"}  # with a tied weight
 RESUMES = [
     ["1 process", "3 local", "2 local"],
     ["2 ranks", "1 process", "4 ranks"],
@@ -57,7 +60,7 @@ def train(given: argparse.Namespace) -> None:
         dist.init_process_group("gloo")
         settings["replicas"] = replicas
     with ModelParallelTrainer(
-        nn.Sequential(*layers(job)),
+        _model(job, tied=given.tied),
         precision=job.precision,
         microbatches=job.microbatches // replicas,
         loss_fn=loss_fn,
@@ -77,6 +80,13 @@ def train(given: argparse.Namespace) -> None:
             trainer.save(given.save)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _model(job: Job, *, tied: bool) -> nn.Sequential:
+    model = nn.Sequential(*layers(job))
+    if tied:
+        model[-1][-1].weight = model[0].weight
+    return model
 
 
 def losses(form: str, precision: str, first: int, last: int, **more: Any) -> list[float]:
@@ -112,9 +122,9 @@ def told(name: str, ours: list[float], other: list[float], bound: float, every: 
     return good
 
 
-def bound_of(whole: list[float], precision: str, steps: int) -> float:
+def bound_of(whole: list[float], precision: str, steps: int, **more: Any) -> float:
     """Return twice what one process is apart from itself where it adds microbatches in the other order."""
-    own, _ = furthest(losses("1 process", precision, 0, steps, reverse=True), whole)
+    own, _ = furthest(losses("1 process", precision, 0, steps, reverse=True, **more), whole)
     return 2 * own
 
 
@@ -123,6 +133,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--precision", default="fp32,fp16")
     parser.add_argument("--part", default="forms,resumes")
+    parser.add_argument("--tied", action="store_true", help="the head's weight is the embedding's")
     parser.add_argument("--rank", action="store_true", help="(this is one of the processes; so are the next ones)")
     parser.add_argument("--form", choices=list(FORMS))
     parser.add_argument("--reverse", action="store_true")
@@ -134,25 +145,30 @@ def main() -> None:
     if given.rank:
         train(given)
         return
-    good, steps = True, given.steps
+    good, steps, more = True, given.steps, {"tied": True} if given.tied else {}
     print(f"{cpu()}; torch {torch.__version__}; {Job(**SIZES)}; each beside one process", flush=True)
     for precision in given.precision.split(","):
-        whole = losses("1 process", precision, 0, steps)
-        bound = bound_of(whole, precision, steps)
+        known = {"1 process": losses("1 process", precision, 0, steps, **more)}
+        whole = known["1 process"]
+        bound = bound_of(whole, precision, steps, **more)
         ends = f"{whole[0]:.4f} -> {whole[-1]:.4f}"
         print(f"{precision}: loss {ends}; the other order of sums: {bound / 2:.1e}", flush=True)
         for form in FORMS if "forms" in given.part else ():
-            if form != "1 process":
-                allowed = bound if FORMS[form][1] > 1 else 0.0
-                good &= told(form, losses(form, precision, 0, steps), whole, allowed, max(1, steps // 10))
+            if form == "1 process":
+                continue
+            like = LIKE.get(form, "1 process") if given.tied else "1 process"
+            allowed = bound if FORMS[form][1] > 1 or (given.tied and form not in LIKE) else 0.0
+            known[form] = losses(form, precision, 0, steps, **more)
+            name = form if like == "1 process" else f"{form} (as {like})"
+            good &= told(name, known[form], known[like], allowed, max(1, steps // 10))
         for chain in RESUMES if "resumes" in given.part else ():
             with tempfile.TemporaryDirectory() as folder:
                 found: list[float] = []
                 for number, form in enumerate(chain):
                     span = [steps * k // len(chain) for k in (number, number + 1)]
                     load = {"load": str(Path(folder) / str(number))} if number else {}
-                    found += losses(form, precision, *span, save=str(Path(folder) / str(number + 1)), **load)
-            allowed = bound if any(FORMS[form][1] > 1 for form in chain) else 0.0
+                    found += losses(form, precision, *span, save=str(Path(folder) / str(number + 1)), **load, **more)
+            allowed = bound if given.tied or any(FORMS[form][1] > 1 for form in chain) else 0.0
             good &= told(" -> ".join(chain), found, whole, allowed, max(1, steps // 10))
     sys.exit(not good)
 

@@ -104,16 +104,22 @@ def _say(job: Job, word: int, ranks: Any) -> None:
 def _borrow(job: Job, told: Any, own: Opened, load: Callable[[Opened], T]) -> T:
     """Load from this process's own disk, or what rank 0 has told of, when it is this process's turn."""
     results: list[T] = []
-    try:
-        if told is None:
-            results.append(load(own))
-    finally:
-        while (word := int(job.receive((1,), torch.int64, 0))) != _END:
-            if word == _TURN:
-                try:
-                    results.append(load(lambda: contextlib.nullcontext(_described(job, *told))))
-                finally:
-                    job.send(torch.tensor([_DONE, 0]), 0)
+    failures: list[Exception] = []
+
+    def attempt(opened: Opened) -> None:
+        try:
+            results.append(load(opened))
+        except Exception as error:  # raised when rank 0 has said its last word: the next talk begins with a new one
+            failures.append(error)
+
+    if told is None:
+        attempt(own)
+    while (word := int(job.receive((1,), torch.int64, 0))) != _END:
+        if word == _TURN:
+            attempt(lambda: contextlib.nullcontext(_described(job, *told)))
+            job.send(torch.tensor([_DONE, 0]), 0)
+    if failures:
+        raise failures[0]
     if not results:
         raise CheckpointError("rank 0 reads the checkpoint for this process, and has failed: its output says why")
     return results[0]
