@@ -1,6 +1,6 @@
 """Kill a random rank of `torchrun --max-restarts` at random moments; every run must end as if nobody had disturbed it.
 
-    python benchmarks/distributed/kills.py [--kills 30] [--ranks 2] [--replicas 1] [--seed 0] [--in-steps] [--out DIR]
+    python benchmarks/distributed/kills.py [--kills 30] [--ranks 2] [--replicas 1] [--seed 0] [--in-steps] [--tied]
 
 Each kill (SIGKILL) has a run of its own. Its moment is drawn from the whole life of the ranks: they import, meet, plan,
 train, save, export; on a busy machine most of it is import. With --in-steps it is within half a second of the end of a
@@ -173,12 +173,13 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--in-steps", action="store_true")
+    parser.add_argument("--tied", action="store_true", help="the head's weight is the embedding's")
     parser.add_argument("--out", type=Path, help="keeps the runs and their logs; default: a temporary folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "small.json").write_text(json.dumps(MODEL))
+        (folder / "small.json").write_text(json.dumps(MODEL | {"tie_word_embeddings": given.tied}))
         text = random.Random(0)
         words = ["".join(text.choices("etaoinshrdlu", k=text.randint(2, 7))) for _ in range(200)]
         (folder / "text.txt").write_text(" ".join(text.choices(words, k=4000)))
