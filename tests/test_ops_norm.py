@@ -13,6 +13,7 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 
 from spu import ops
+from spu.ops import backends, schema
 from spu.precision import LossScaler, MainGrads
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -227,3 +228,31 @@ def test_transforms_and_compile_are_torchs_own() -> None:
     leaf = x.clone().requires_grad_()
     ops.rms_norm(leaf, weight).pow(2).sum().backward()
     torch.testing.assert_close(total, leaf.grad)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("cols", [1, 16, 45, 64, 200])
+def test_rows_in_and_out_in_another_dtype(backend: str, dtype: torch.dtype, rounded: bool, cols: int) -> None:
+    """A norm of fp32 rows that stores 16 bits, and its backward from 16 bits: the bits of a conversion apart."""
+    if backend == "cpu" and not backends()["cpu"].available:
+        pytest.skip("spu._C is not built")
+    x, dsum, weight = torch.randn(3, 11, cols) * 50, torch.randn(3, 11, cols), torch.randn(cols)
+    norm, norm_to = schema.overload("rms_norm", backend), schema.overload("rms_norm_to", backend)
+    y, rstd, _ = norm(x, None, weight, 1e-5, 1.0, rounded)
+    narrow, same = norm_to(x, weight, 1e-5, 1.0, rounded, dtype)
+    assert_equal(narrow, y.to(dtype))
+    assert_equal(same, rstd)
+    for given in (torch.float32, dtype):  # what it does not do itself it converts
+        there = x.to(given)
+        expected = norm(there, None, weight, 1e-5, 0.0, rounded)[0]
+        for wanted in (torch.float32, torch.float16, torch.bfloat16):
+            assert_equal(norm_to(there, weight, 1e-5, 0.0, rounded, wanted)[0], expected.to(wanted))
+    back = schema.overload("rms_norm_backward", backend)
+    dy = torch.randn(x.shape).to(dtype)
+    for more in (None, dsum):
+        rest = more, x, weight, rstd, 1.0, rounded, True, True
+        for found, expected in zip(back(dy, *rest), back(dy.float(), *rest), strict=True):
+            assert_equal(found, expected)
+    torch.library.opcheck(norm_to, (x, weight, 1e-5, 1.0, rounded, dtype))

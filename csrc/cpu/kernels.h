@@ -124,6 +124,7 @@ struct Attention {
 // fp32. Pointers that a direction does not use are null.
 struct Norm {
   Type type, weight_type;
+  Type y_type;          // of y or dy: type, or, where that is fp32 and no LayerNorm is asked for, a 16-bit one
   bool layer, rounded;  // rounded: the normalised row is rounded to the type before the weight multiplies it
   int64_t rows, cols;
   float eps, offset;  // the weight's offset
@@ -203,6 +204,8 @@ struct KernelTable {
   // Blocks [begin, end) of math::kMomentBlock values.
   void (*adamw)(const AdamWRange& tensor, const math::AdamWStep& step, int64_t begin, int64_t end);
   double (*square_sum)(const float* x, int64_t begin, int64_t end);
+  // out = x + y
+  void (*add)(Type type, const float* x, const void* y, float* out, int64_t begin, int64_t end);
   const char* name;
 };
 

@@ -18,7 +18,8 @@ namespace SPU_ISA_NS {
 static const cpu::KernelTable kTable = {gemm,           finish,       attention, attention_backward, act_backward,
                                         gated_backward, column_sums,  norm,      norm_backward,      sum_rows,
                                         rotary,         unscale,      convert,   int8_encode,        int8_decode,
-                                        small_encode,   small_decode, adamw,     square_sum,         SPU_ISA_NAME};
+                                        small_encode,   small_decode, adamw,     square_sum,         add,
+                                        SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

@@ -21,9 +21,12 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   SPU_IMPL(m, "attention", spu::cpu::attention);
   SPU_IMPL(m, "attention_backward", spu::cpu::attention_backward);
   SPU_IMPL(m, "rms_norm", spu::cpu::rms_norm);
+  SPU_IMPL(m, "rms_norm_to", spu::cpu::rms_norm_to);
   SPU_IMPL(m, "rms_norm_backward", spu::cpu::rms_norm_backward);
   SPU_IMPL(m, "layer_norm", spu::cpu::layer_norm);
   SPU_IMPL(m, "layer_norm_backward", spu::cpu::layer_norm_backward);
+  SPU_IMPL(m, "copy_in_", spu::cpu::copy_in);
+  SPU_IMPL(m, "add_narrow", spu::cpu::add_narrow);
   SPU_IMPL(m, "embedding_dw_", spu::cpu::embedding_dw_sink);
   SPU_IMPL(m, "rotary", spu::cpu::rotary);
 }

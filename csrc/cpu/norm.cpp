@@ -57,19 +57,24 @@ const float* statistics(const char* op, const char* what, const Tensor& t, int64
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// (y, mean, rstd, sum)
+bool is_half(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+// (y, mean, rstd, sum); y in x's dtype, or of 16 bits from fp32
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Norm n, const Tensor& given,
                                                    const std::optional<Tensor>& residual,
                                                    const std::optional<Tensor>& weight,
-                                                   const std::optional<Tensor>& bias) {
+                                                   const std::optional<Tensor>& bias, ScalarType dtype) {
   const Rows size = rows_of(op, given);
   const Tensor x = dense(given), other = like_x(op, "residual", residual, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols), b = vector_of(op, "bias", bias, x, size.cols);
   if (w.defined() && b.defined()) checks::expect_same_dtype(op, "bias", b, "weight", w);
-  Tensor y = empty_as(x), mean = new_empty(x, {n.layer ? size.rows : int64_t{0}}, ScalarType::Float);
+  Tensor y = new_empty(x, sizes_of(x), dtype),
+         mean = new_empty(x, {n.layer ? size.rows : int64_t{0}}, ScalarType::Float);
   Tensor rstd = new_empty(x, {size.rows}, ScalarType::Float);
   Tensor sum = other.defined() ? empty_as(x) : new_empty(x, {0}, x.scalar_type());
-  n.type = storage_type(op, "x", x);
+  n.type = storage_type(op, "x", x), n.y_type = storage_type(op, "y", y);
   n.weight_type = w.defined() ? storage_type(op, "weight", w) : b.defined() ? storage_type(op, "bias", b) : n.type;
   n.rows = size.rows, n.cols = size.cols;
   n.x = x.const_data_ptr(), n.residual = data(other), n.weight = data(w), n.bias = data(b);
@@ -95,9 +100,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, Norm n, const Tensor
                                             const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                                             bool needs_dx, bool needs_dw, bool needs_db) {
   const Rows size = rows_of(op, kept);
-  const Tensor x = dense(kept), dy = like_x(op, "dy", grad, x), more = like_x(op, "dsum", dsum, x);
+  const Tensor x = dense(kept), more = like_x(op, "dsum", dsum, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols);
-  n.type = storage_type(op, "x", x);
+  const bool narrow = !n.layer && x.scalar_type() == ScalarType::Float && is_half(grad.scalar_type());
+  if (narrow) checks::expect_same_shape(op, "dy", grad, "x", x);
+  const Tensor dy = narrow ? dense(grad) : like_x(op, "dy", grad, x);
+  n.type = storage_type(op, "x", x), n.y_type = storage_type(op, "dy", dy);
   n.weight_type = w.defined() ? storage_type(op, "weight", w) : n.type;
   n.rows = size.rows, n.cols = size.cols;
   n.x = x.const_data_ptr(), n.dy = dy.const_data_ptr(), n.dsum = data(more), n.weight = data(w);
@@ -126,8 +134,18 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> resi
                                             double eps, double offset, bool rounded) {
   Norm n = {};
   n.rounded = rounded, n.eps = static_cast<float>(eps), n.offset = static_cast<float>(offset);
-  const auto [y, mean, rstd, sum] = forward("rms_norm", n, x, residual, weight, std::nullopt);
+  const auto [y, mean, rstd, sum] = forward("rms_norm", n, x, residual, weight, std::nullopt, x.scalar_type());
   return {y, rstd, sum};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_to(Tensor x, std::optional<Tensor> weight, double eps, double offset, bool rounded,
+                                       ScalarType dtype) {
+  Norm n = {};
+  n.rounded = rounded, n.eps = static_cast<float>(eps), n.offset = static_cast<float>(offset);
+  const bool direct = dtype == x.scalar_type() || (x.scalar_type() == ScalarType::Float && is_half(dtype));
+  const ScalarType made = direct ? dtype : x.scalar_type();
+  const auto [y, mean, rstd, sum] = forward("rms_norm_to", n, x, std::nullopt, weight, std::nullopt, made);
+  return {direct ? y : torch::stable::to(y, dtype), rstd};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,
@@ -145,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Te
                                                       double eps) {
   Norm n = {};
   n.layer = true, n.eps = static_cast<float>(eps);
-  return forward("layer_norm", n, x, residual, weight, bias);
+  return forward("layer_norm", n, x, residual, weight, bias, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,

@@ -35,7 +35,7 @@ SPU_INLINE vf norm_weight(const W* weight, int64_t j, int64_t left, float offset
   return weight ? load_upto(weight + j, left) + offset : O::splat(1.0f);
 }
 
-template <bool Layer, bool Rounded, class T, class W>
+template <bool Layer, bool Rounded, class T, class W, class Y = T>
 static void norm_rows(const cpu::Norm& n, int64_t begin, int64_t end) {
   const int64_t cols = n.cols;
   const W *weight = static_cast<const W*>(n.weight), *bias = static_cast<const W*>(n.bias);
@@ -67,7 +67,7 @@ static void norm_rows(const cpu::Norm& n, int64_t begin, int64_t end) {
       if constexpr (Rounded) v = rounded_to<T>(v);
       if (weight) v = v * norm_weight(weight, j, left, n.offset);
       if (bias) v = v + load_upto(bias + j, left);
-      store_upto(static_cast<T*>(n.y) + row * cols + j, v, left);
+      store_upto(static_cast<Y*>(n.y) + row * cols + j, v, left);
     });
     if (Layer) n.mean[row] = mean;
     n.rstd[row] = rstd;
@@ -76,7 +76,7 @@ static void norm_rows(const cpu::Norm& n, int64_t begin, int64_t end) {
 
 // With n the normalised row and g = dy * weight: dx = rstd (g - mean(g n) n), for LayerNorm less mean(g) too, plus
 // dsum; dw = sum over rows of dy * n, db of dy. A block's sums go to its own row of dw and db.
-template <bool Layer, bool Rounded, class T, class W>
+template <bool Layer, bool Rounded, class T, class W, class Y = T>
 static void norm_backward_blocks(const cpu::Norm& n, int64_t begin, int64_t end) {
   const int64_t cols = n.cols;
   const float share = 1.0f / static_cast<float>(cols);
@@ -87,7 +87,8 @@ static void norm_backward_blocks(const cpu::Norm& n, int64_t begin, int64_t end)
     if (dw) memset(dw, 0, static_cast<size_t>(cols) * sizeof(float));
     if (db) memset(db, 0, static_cast<size_t>(cols) * sizeof(float));
     for (int64_t row = block * n.block_rows; row < least(n.rows, (block + 1) * n.block_rows); ++row) {
-      const T *x = static_cast<const T*>(n.x) + row * cols, *dy = static_cast<const T*>(n.dy) + row * cols;
+      const T* x = static_cast<const T*>(n.x) + row * cols;
+      const Y* dy = static_cast<const Y*>(n.dy) + row * cols;
       const float mean = Layer ? n.mean[row] : 0.0f, rstd = n.rstd[row];
       vf along = {}, total = {};
       for_vectors(cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
@@ -132,6 +133,10 @@ static void norm_backward_typed(const cpu::Norm& n, int64_t begin, int64_t end) 
 }
 
 static void norm(const cpu::Norm& n, int64_t begin, int64_t end) {
+  if (n.y_type != n.type) {  // rounding a row to fp32 changes nothing
+    return n.y_type == Type::fp16 ? norm_rows<false, false, float, float, Fp16>(n, begin, end)
+                                  : norm_rows<false, false, float, float, Bf16>(n, begin, end);
+  }
   const bool wide = n.weight_type == Type::fp32;
   if (n.type == Type::fp16)
     return wide ? norm_typed<Fp16, float>(n, begin, end) : norm_typed<Fp16, Fp16>(n, begin, end);
@@ -141,6 +146,10 @@ static void norm(const cpu::Norm& n, int64_t begin, int64_t end) {
 }
 
 static void norm_backward(const cpu::Norm& n, int64_t begin, int64_t end) {
+  if (n.y_type != n.type) {
+    return n.y_type == Type::fp16 ? norm_backward_blocks<false, false, float, float, Fp16>(n, begin, end)
+                                  : norm_backward_blocks<false, false, float, float, Bf16>(n, begin, end);
+  }
   const bool wide = n.weight_type == Type::fp32;
   if (n.type == Type::fp16) {
     return wide ? norm_backward_typed<Fp16, float>(n, begin, end) : norm_backward_typed<Fp16, Fp16>(n, begin, end);

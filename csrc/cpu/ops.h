@@ -22,6 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight,
                                             double eps, double offset, bool rounded);
+// y in another type than x: fp32 rows to 16 bits.
+std::tuple<Tensor, Tensor> rms_norm_to(Tensor x, std::optional<Tensor> weight, double eps, double offset, bool rounded,
+                                       torch::headeronly::ScalarType dtype);
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,
                                              std::optional<Tensor> weight, Tensor rstd, double offset, bool rounded,
                                              bool needs_dx, bool needs_dw);
@@ -31,6 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Te
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<Tensor> dsum, Tensor x,
                                                        std::optional<Tensor> weight, Tensor mean, Tensor rstd,
                                                        bool needs_dx, bool needs_dw, bool needs_db);
+
+void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets);
+Tensor add_narrow(Tensor x, Tensor y);  // fp32 [..] + 16 bits
 
 void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale, Tensor found_inf,
                        bool accumulate);

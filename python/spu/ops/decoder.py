@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.convert import narrowed, stacked
 from spu.ops.gated import gated_gradients
 from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import bias_gradient, weight_gradient
@@ -80,8 +82,14 @@ def _leaves(ctx: Any, given: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _norm(x: Tensor, weight: Tensor, form: GatedForm | AttentionForm) -> tuple[Tensor, Tensor]:
     """Return (the normalised rows in the dtype of the computation, 1 / their root mean squares)."""
-    normed, rstd, _ = schema.overload("rms_norm", form.backend)(x, None, weight, *form.norm)
-    return normed.to(form.dtype), rstd
+    return schema.overload("rms_norm_to", form.backend)(x, weight, *form.norm, form.dtype)  # type: ignore[no-any-return]
+
+
+def _sum(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """Return x + y, of x's dtype."""
+    if x.dtype == torch.float32 and y.dtype in HALVES:
+        return schema.overload("add_narrow", backend)(x, y)  # type: ignore[no-any-return]
+    return x + y
 
 
 def _through_norm(
@@ -92,8 +100,10 @@ def _through_norm(
     if dn is None:
         return dy if needs_x else None, None
     norm, backend = ctx.form.norm, ctx.form.backend
+    if x.dtype != torch.float32:
+        dn = dn.to(x.dtype)
     backward = schema.overload("rms_norm_backward", backend)
-    dx, dw = backward(dn.to(x.dtype), dy, x, weight, rstd, norm.offset, norm.rounded, needs_x, needs_weight)
+    dx, dw = backward(dn, dy, x, weight, rstd, norm.offset, norm.rounded, needs_x, needs_weight)
     if sink is not None:
         sink.summed(dw, backend)
     return dx if needs_x else None, dw if needs_weight and sink is None else None
@@ -110,10 +120,10 @@ class _GatedHalf(torch.autograd.Function):
         ctx.dtypes = [w.dtype for w in weights]
         with BelowAutograd():
             normed, rstd = _norm(x, norm_weight, form)
-            operands = normed, *(w.to(form.dtype) for w in weights)
+            operands = normed, *(narrowed(w, form.dtype) for w in weights)
             y, gate, up = schema.overload("gated_mlp", form.backend)(*operands, form.activation, True)
             ctx.save_for_backward(x, norm_weight, rstd, *operands, gate, up)
-            return x + y
+            return _sum(x, y, form.backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -124,7 +134,7 @@ class _GatedHalf(torch.autograd.Function):
         form, needs = ctx.form, ctx.needs_input_grad
         sinks = weight_sinks_of(ctx, ctx.parameters, form.backend)
         needs_normed = needs[0] or needs[1]
-        d = dy.to(form.dtype)
+        d = narrowed(dy, form.dtype)
         found = gated_gradients(
             d, saved, (needs_normed, *needs[2:5]), sinks[1:], form.activation, form.backend, ctx.dtypes
         )
@@ -167,14 +177,6 @@ class _Gradients:
         self.found[index + 4] = bias_gradient(bias, self.needs[index + 4], dz, self.backend)
 
 
-def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return tensors one below the other, in another dtype."""
-    out = parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype)
-    for target, part in zip(out.split([part.shape[0] for part in parts]), parts, strict=True):
-        target.copy_(part)
-    return out
-
-
 def _projected(normed: Tensor, weights: AttentionWeights, form: AttentionForm) -> tuple[list[Tensor], list[Tensor]]:
     """Return q, k and v [..., out], and their weights in the dtype of the computation: one matrix of all three where
     they have to be converted, so that there is one product.
@@ -183,11 +185,11 @@ def _projected(normed: Tensor, weights: AttentionWeights, form: AttentionForm) -
     ws, biases = weights[:3], weights[4:7]
     given = [bias for bias in biases if bias is not None]
     if all(w.dtype != form.dtype for w in ws) and len(given) in (0, 3):
-        weight = _stacked(ws, form.dtype)
-        bias = _stacked(given, form.dtype) if given else None
+        weight = stacked(ws, form.dtype)
+        bias = stacked(given, form.dtype) if given else None
         y = linear(normed, weight, bias, "none", False)[0]
         return list(y.split([w.shape[0] for w in ws], -1)), [weight]
-    kept = [w.to(form.dtype) for w in ws]
+    kept = [narrowed(w, form.dtype) for w in ws]
     narrow = [None if bias is None else bias.to(form.dtype) for bias in biases]
     return [linear(normed, w, b, "none", False)[0] for w, b in zip(kept, narrow, strict=True)], kept
 
@@ -228,11 +230,11 @@ class _AttentionHalf(torch.autograd.Function):
             q, k, v = (t.view(heads) for t in projected)
             q, k = _turned(q, k, cos, sin, form, inverse=False)
             out, lse = schema.overload("attention", backend)(q, k, v, form.scale, True)
-            wo = weights.o.to(form.dtype)
+            wo = narrowed(weights.o, form.dtype)
             bias = None if weights.o_bias is None else weights.o_bias.to(form.dtype)
             y = schema.overload("linear", backend)(out.flatten(2), wo, bias, "none", False)[0]
             ctx.save_for_backward(x, norm_weight, rstd, normed, q, k, v, out, lse, cos, sin, wo, *kept)
-            return x + y
+            return _sum(x, y, backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -244,7 +246,7 @@ class _AttentionHalf(torch.autograd.Function):
         norm_sink, *found = weight_sinks_of(ctx, ctx.parameters, backend)
         edges = iter(found)
         sinks = [next(edges) if dtype else None for dtype in ctx.dtypes]
-        d = dy.to(form.dtype)
+        d = narrowed(dy, form.dtype)
         grads = _Gradients(backend, sinks, needs[2:10], ctx.dtypes)
         grads.add(3, d, out.flatten(2))
         dn = None

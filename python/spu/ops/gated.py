@@ -13,7 +13,8 @@ SwiGLU and its relatives: Shazeer, arXiv:2002.05202.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
+from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import check_operands, compute_dtype, weight_gradient
@@ -93,13 +95,20 @@ def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:
     return gated_gradients(dy, ctx.saved_tensors, ctx.needs_input_grad[:4], sinks, ctx.activation, backend, dtypes)
 
 
-def _operands(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+def _operands(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    dtype: torch.dtype | None,
+    to: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+) -> tuple[Tensor, ...]:
     """Return the tensors in the dtype of the computation (None: in their own)."""
     operands = x, w_gate, w_up, w_down
-    return operands if dtype is None else tuple(operand.to(dtype) for operand in operands)
+    return operands if dtype is None else tuple(to(operand, dtype) for operand in operands)
 
 
-_GATED_MLP = FusedOp("gated_mlp", "gated_mlp", 4, _save, _gradients, _operands)
+_GATED_MLP = FusedOp("gated_mlp", "gated_mlp", 4, _save, _gradients, partial(_operands, to=narrowed))
 
 
 def _check(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, dtype: torch.dtype | None) -> None:

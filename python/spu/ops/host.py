@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from spu.common import wire
 from spu.ops import schema
@@ -113,6 +114,7 @@ def copy_in(sources: Sequence[Tensor], targets: Sequence[Tensor], *, stores: boo
             )
     if targets:
         _run("copy_in_", targets[0], stores, list(sources), list(targets))
+        increment_version([target for target in targets if target.is_cpu and not target.is_inference()])
 
 
 def _check_host(packed: Tensor, size: int, on_device: Tensor) -> None:

@@ -9,7 +9,8 @@ Forward and backward follow one recipe on every backend (dy is the scaled gradie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from spu.common.dtypes import HALVES
 from spu.common.torch_private import any_autocast
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
+from spu.ops.convert import narrowed
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.in_place import weight_sinks_of
 from spu.ops.plain import takes
@@ -128,17 +130,20 @@ def _input_gradients(
 
 
 def _operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    transposed: bool,
+    to: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return x [..., K], weight [N, K] and bias [N] in the dtype of the computation (None: in their own)."""
-    if transposed:
-        weight = weight.t()
-    if dtype is None:
-        return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if dtype is not None:
+        x, weight, bias = to(x, dtype), to(weight, dtype), None if bias is None else to(bias, dtype)
+    return x, weight.t() if transposed else weight, bias
 
 
-_LINEAR = FusedOp("linear", "linear_act", 3, _save, _gradients, _operands)
+_LINEAR = FusedOp("linear", "linear_act", 3, _save, _gradients, partial(_operands, to=narrowed))
 
 
 def check_activation(activation: str) -> None:

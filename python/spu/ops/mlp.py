@@ -14,7 +14,8 @@ all four by the parameters' sinks, inside a scope; else plain gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
+from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend
 from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import bias_gradient, check_operands, compute_dtype, weight_gradient
@@ -93,15 +95,16 @@ def _operands(
     b_out: Tensor | None,
     dtype: torch.dtype | None,
     transposed: bool,
+    to: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
 ) -> tuple[Tensor | None, ...]:
     """Return x [..., K], weights [N, K] and [M, N], and biases in the dtype of the computation (None: in their own)."""
-    if transposed:
-        w_in, w_out = w_in.t(), w_out.t()
-    operands = x, w_in, b_in, w_out, b_out
-    return operands if dtype is None else tuple(t if t is None else t.to(dtype) for t in operands)
+    if dtype is not None:
+        x, w_in, w_out = to(x, dtype), to(w_in, dtype), to(w_out, dtype)
+        b_in, b_out = (b if b is None else to(b, dtype) for b in (b_in, b_out))
+    return (x, w_in.t(), b_in, w_out.t(), b_out) if transposed else (x, w_in, b_in, w_out, b_out)
 
 
-_MLP = FusedOp("mlp", "mlp", 5, _save, _gradients, _operands)
+_MLP = FusedOp("mlp", "mlp", 5, _save, _gradients, partial(_operands, to=narrowed))
 
 
 def _check(

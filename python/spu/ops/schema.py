@@ -74,6 +74,7 @@ SCHEMAS: dict[str, str] = {
     "pack_": "(Tensor x, str codec, Tensor(a!) wire) -> ()",
     "unpack_": "(Tensor wire, str codec, Tensor(a!) out) -> ()",
     "copy_in_": "(Tensor[] sources, Tensor(a!)[] targets) -> ()",
+    "add_narrow": "(Tensor x, Tensor y) -> Tensor",  # fp32 + 16 bits
     "adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor[] steps, Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, "
@@ -118,6 +119,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, bool rounded) -> "
         "(Tensor y, Tensor rstd, Tensor sum)"
     ),
+    # y in another dtype than x
+    "rms_norm_to": (
+        "(Tensor x, Tensor? weight, float eps, float offset, bool rounded, ScalarType dtype) -> (Tensor y, Tensor rstd)"
+    ),
+    # dy may be of 16 bits beside an fp32 x
     "rms_norm_backward": (
         "(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor rstd, float offset, bool rounded, bool needs_dx, "
         "bool needs_dw) -> (Tensor dx, Tensor dw)"
@@ -136,7 +142,8 @@ SCHEMAS: dict[str, str] = {
 }
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
-    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_",
+    "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_", "rms_norm_to",
+    "add_narrow",
 )  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -249,6 +256,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "pack_": _fake_nothing,
     "unpack_": _fake_nothing,
     "copy_in_": _fake_nothing,
+    "add_narrow": lambda x, y: x.new_empty(x.shape),
     "adamw_": _fake_nothing,
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float64),
     "gated_linear": _fake_gated_linear,
@@ -268,6 +276,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     ),
     "embedding_dw_": _fake_nothing,
     "rms_norm": _fake_norm,
+    "rms_norm_to": lambda x, weight, eps, offset, rounded, dtype: (
+        x.new_empty(x.shape, dtype=dtype),
+        _fp32(x, x.shape[:-1].numel()),
+    ),
     "rms_norm_backward": lambda dy, dsum, x, weight, rstd, offset, rounded, *needs: _fake_norm_gradients(x, *needs),
     "layer_norm": _fake_layer_norm,
     "layer_norm_backward": lambda dy, dsum, x, weight, mean, rstd, *needs: _fake_norm_gradients(x, *needs),

@@ -21,6 +21,7 @@ from spu.ops.reference.linear import wide
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "add_narrow",
     "attention",
     "attention_backward",
     "copy_in_",
@@ -38,6 +39,7 @@ __all__ = [
     "mlp",
     "mlp_dz",
     "pack_",
+    "rms_norm_to",
     "unpack_",
 ]
 
@@ -179,6 +181,19 @@ def attention_backward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return reference_attention.attention_backward(*args)  # type: ignore[no-any-return]
 
 
+def rms_norm_to(
+    backend: str, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounded: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute the norm, then convert."""
+    y, rstd, _ = _op("rms_norm", backend)(x, None, weight, eps, offset, rounded)
+    return y if y.dtype == dtype else y.to(dtype), rstd
+
+
+def add_narrow(backend: str, x: Tensor, y: Tensor) -> Tensor:
+    """Compute torch's sum of an fp32 tensor and one of 16 bits."""
+    return (x + y).contiguous()
+
+
 def pack_(backend: str, x: Tensor, codec: str, wire: Tensor) -> None:
     """Pack on x's device, then copy: by the copy engine where that is a CUDA device and the wire is pinned."""
     wire.copy_(_op("pack", backend)(x, codec), non_blocking=wire.is_cuda or wire.is_pinned())
@@ -222,6 +237,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "linear_ce_and_dz": linear_ce_and_dz,
+    "rms_norm_to": rms_norm_to,
+    "add_narrow": add_narrow,
     "pack_": pack_,
     "unpack_": unpack_,
     "copy_in_": copy_in_,
