@@ -117,10 +117,12 @@ def test_empty_operands_have_empty_results(no_ways: None, shape: tuple[int, int,
 
 @needs_mkl
 def test_classes_of_shapes(no_ways: None) -> None:
-    sizes = {"row": (4, 9000, 9000), "skinny": (64, 64, 9000), "small": (65, 512, 704), "deep": (512, 1024, 4096)}
-    for shape, size in (sizes | {"large": (512, 2048, 2048)}).items():
+    sizes = {"row": (4, 9000, 9000), "skinny": (64, 64, 9000), "few": (128, 9000, 9000), "small": (129, 512, 704)}
+    sizes |= {"deep": (512, 1024, 4096), "large": (512, 2048, 2048)}
+    for shape, size in sizes.items():
         took = _C.set_way("linear", "fp32", shape, "torch")
         assert (_C.way("linear", "fp32", *size) == "torch") is took is (shape != "row"), shape
+        assert (_C.way("linear", "fp32", 9000, 9000, 128) == "torch") is (shape == "few")
         _C.set_way("linear", "fp32", shape, "")
         assert _C.way("linear", "fp32", *size) == _C.isa()
 

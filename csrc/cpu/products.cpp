@@ -16,10 +16,10 @@ namespace {
 
 constexpr const char* kOps[] = {"linear", "linear_dx", "linear_dw", "gated_linear", "gated_dx", "linear_ce"};
 constexpr const char* kTypes[] = {"fp32", "fp16", "bf16"};
-constexpr const char* kClasses[] = {"row", "skinny", "small", "deep", "large"};
-constexpr int kOpCount = 6, kTypeCount = 3, kClassCount = 5;
+constexpr const char* kClasses[] = {"row", "skinny", "few", "small", "deep", "large"};
+constexpr int kOpCount = 6, kTypeCount = 3, kClassCount = 6;
 
-constexpr int64_t kRow = 4, kSkinny = 64, kSmall = int64_t{1} << 27, kDeep = 2048;
+constexpr int64_t kRow = 4, kSkinny = 64, kFew = 128, kSmall = int64_t{1} << 27, kDeep = 2048;
 
 // A place holds null (the chosen kernels), another instruction set's table, or kTorch.
 const KernelTable kTorch = {};
@@ -32,8 +32,9 @@ int type_place(Type type) {
 int class_place(int64_t m, int64_t n, int64_t k) {
   if (m <= kRow) return 0;
   if (m <= kSkinny) return 1;
-  if (m * n <= kSmall / (k > 0 ? k : 1)) return 2;
-  return k > kDeep ? 3 : 4;
+  if (m <= kFew || k <= kFew) return 2;
+  if (m * n <= kSmall / k) return 3;
+  return k > kDeep ? 4 : 5;
 }
 
 template <size_t N>

@@ -10,7 +10,7 @@ namespace cpu {
 enum class ProductOp { linear, linear_dx, linear_dw, gated_linear, gated_dx, linear_ce };
 
 // What gemm does, by the way that the table names for the op, the operands' type and the product's class:
-// row (m <= 4), skinny (m <= 64), small (m n k <= 2^27), deep (k > 2048) or large.
+// row (m <= 4), skinny (m <= 64), few (m or k <= 128), small (m n k <= 2^27), deep (k > 2048) or large.
 void multiply(ProductOp op, const Product& p, const Epilogue& e);
 
 // The table's words. A way is "" (the chosen kernels), an instruction set's name, or "torch": the sums by torch's fp32

@@ -42,7 +42,7 @@ __all__ = [
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 OPS = ("linear", "linear_dx", "linear_dw", "gated_linear", "gated_dx", "linear_ce")  # as in csrc/cpu/products.cpp
-CLASSES = ("row", "skinny", "small", "deep", "large")
+CLASSES = ("row", "skinny", "few", "small", "deep", "large")
 _DTYPES = ("fp32", "fp16", "bf16")
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 # Intel's cores with AMX: vdpbf16ps does two multiply-adds a lane there in four times the time of one in fp32.
