@@ -26,7 +26,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 
-AMX = ["-mamx-tile", "-mamx-bf16"]
+AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 WIDE = [
     ("kernels_avx2", AVX2),
