@@ -59,20 +59,25 @@ def test_the_users_rows_come_before_the_shipped(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SPU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu_table, "SHIPPED", tmp_path)
     name = "intel-6-143-avx512bf16"
-    cpu_table.write(CpuTable(name, {"linear/fp32/large": "torch"}), tmp_path / f"{name}.json")
-    cpu_table.write(CpuTable(name, {"linear/fp32/large": ""}), cpu_table.user_path(name))
+    cpu_table.write(CpuTable(name, {"linear_dw/fp32/large": "torch"}), tmp_path / f"{name}.json")
+    cpu_table.write(CpuTable(name, {"linear_dw/fp32/large": ""}), cpu_table.user_path(name))
     found = cpu_table.tables(name)
     assert found[0].ways["linear_dw/bf16/deep"] == "avx512"
-    assert [table.ways.get("linear/fp32/large") for table in found] == [None, "torch", ""]
+    assert [table.ways.get("linear_dw/fp32/large") for table in found] == [None, "torch", ""]
     cpu_table.write(CpuTable("amd-25-33-avx2", {}), cpu_table.user_path(name))
     with pytest.raises(ValueError, match="amd-25-33-avx2, not intel"):
         cpu_table.tables(name)
 
 
-def test_only_slow_dot_products_are_derived() -> None:
+def test_what_a_familys_name_says() -> None:
     assert cpu_table.derived("amd-25-97-avx512bf16").ways == {}
-    assert cpu_table.derived("intel-6-143-amx").ways == {}
-    assert set(cpu_table.derived("intel-6-207-avx512bf16").ways.values()) == {"avx512"}
+    assert cpu_table.derived("intel-6-85-avx2").ways == {}
+    plain = cpu_table.derived("intel-6-143-amx").ways
+    assert set(plain.values()) == {"torch"}
+    assert {key.split("/")[1] for key in plain} == {"fp32"}
+    slow = cpu_table.derived("intel-6-207-avx512bf16").ways
+    assert {way for key, way in slow.items() if key not in plain} == {"avx512"}
+    assert {key.split("/")[1] for key in slow.keys() - plain.keys()} == {"bf16"}
 
 
 @pytest.mark.parametrize("path", sorted(cpu_table.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
