@@ -88,8 +88,8 @@ def test_the_error_of_loss_scaled_gradients_is_not_above_torchs(low: float, high
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "out", "inner"),
-    [(40, 600, 1700), (300, 70, 1700), (3, 300, 16500), (520, 20, 16400)],
-    ids=["blocks of k and of columns", "of rows", "ranges of k", "ranges of k and of rows"],
+    [(40, 600, 1700), (300, 70, 1700), (3, 300, 16500), (520, 20, 16400), (32, 40, 16512)],
+    ids=["blocks of k and of columns", "of rows", "ranges of k", "ranges of k and of rows", "of k in place"],
 )
 def test_blocks(rows: int, out: int, inner: int, dtype: torch.dtype) -> None:
     if rows == 520 and dtype == torch.bfloat16:
