@@ -88,10 +88,10 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
     if resume == AUTO:
         if name is None:
             raise ValueError("--resume auto needs the run's --name: it goes on with that run, or begins it")
-        config = Path(out) / name / "config.json"
-        exists = config.exists()
+        begun = Path(out) / name / "config.json"
+        exists = begun.exists()
         if not exists and in_several_processes():
-            check_not_elsewhere(config)
+            check_not_elsewhere(begun)
         resume, name = (name, None) if exists else (None, name)
         if exists:  # the run has turned them into steps
             given = {key: value for key, value in given.items() if key != "minutes"}

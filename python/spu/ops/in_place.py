@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ _LOCKS = tuple(threading.Lock() for _ in range(64))  # backwards in several thre
 _UNHELD = 2  # references to the Python object of a node that is made for the question
 
 
-class _InPlace(GradSink):
-    """Adds one weight's gradient to ``grad``, which `_may_add_to` has seen."""
+class _InPlace:
+    """What fused ops ask of a matrix's `GradSink`: adds its gradient to ``grad``, which `_may_add_to` has seen."""
 
     def __init__(self, grad: Tensor) -> None:
         self._grad = grad
@@ -89,5 +89,5 @@ def weight_sinks_of(
             continue
         if param.dtype == torch.float32 and param.is_cpu and _adds(node, first + i, param):
             assert param.grad is not None
-            found[i] = _InPlace(param.grad)
+            found[i] = cast(GradSink, _InPlace(param.grad))
     return found
