@@ -111,7 +111,8 @@ Tensor linear_dw(Tensor dz, Tensor x) {
   expect_rows("linear_dw", dz, g, x, in);
   Tensor dw = new_empty(dz, {g.cols, in.cols}, dz.scalar_type());
   if (dw.numel() > 0) {
-    multiply(ProductOp::linear_dw, {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr},
+    // Stored as it is, like an input gradient: the table's row for weight gradients is of those into a main gradient.
+    multiply(ProductOp::linear_dx, {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr},
              store_only(g.type, dw.mutable_data_ptr()));
   }
   return dw;
