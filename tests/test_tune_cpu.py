@@ -80,6 +80,7 @@ def test_a_run_writes_what_is_faster_and_goes_on_with_it(tmp_path: Path, monkeyp
     assert NAME is not None
     monkeypatch.setenv("SPU_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_table, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(cpu_table, "derived", lambda name: CpuTable(name, {}))
     monkeypatch.setattr(cpu, "call_of", lambda op, dtype, shape: lambda: (op, shape))
     monkeypatch.setattr(cpu, "ways_of", lambda op, dtype, shape, isa: ["avx2"])
     gains = {"avx2": 1.04}
