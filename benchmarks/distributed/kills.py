@@ -148,7 +148,10 @@ def one(run: Run, whole: Run, rank: int, when: tuple[int, float], longest: float
     left = run.left()
     step = max((row["step"] for row in rows if "loss" in row), default=0)
     saved = max((row["step"] for row in rows if row.get("saved")), default=0)
-    on = [int(line.split()[-1]) for line in run.log().splitlines() if line.startswith("going on with")]
+    log = run.log().splitlines()
+    on = [int(line.split()[-1]) for line in log if line.startswith("going on with")]
+    if any(line.startswith(f"run {run.name} is complete") for line in log):  # killed after the end of its work
+        on = [STEPS]
     faults = {
         f"hung for {longest:.0f} s": hung,
         f"exit code {code}": code not in (0, None),

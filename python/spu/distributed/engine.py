@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from spu import ops
 from spu.common.torch_private import pytree
@@ -24,6 +25,9 @@ from spu.engine.engine import MarkedSpan, Recording, Round, StageError
 from spu.engine.graphs import StageGraphs
 from spu.engine.stage import Stage
 from spu.memory.residency import RESIDENT, Residency
+
+if TYPE_CHECKING:
+    from spu.distributed.prompt_stage import PromptStage
 
 __all__ = ["SCHEDULES", "DistributedEngine"]
 
@@ -50,6 +54,7 @@ class _Ready(NamedTuple):
 
     schedule: Any
     modules: list[PackedStage]
+    prompt: list[PromptStage]
     sizes: tuple[int, ...]
 
 
@@ -107,11 +112,17 @@ class DistributedEngine:
             for module in ready.modules:
                 module.work = work
             try:
+                for each in ready.prompt:
+                    each.begin(len(numbers))
                 ready.schedule.step(
                     *given, target=numbers if last and work.train else None, return_outputs=False, microbatch=numbers
                 )
-            except Exception as error:
+                for each in ready.prompt:
+                    each.end()
+            except BaseException as error:
                 self._ready.clear()  # its messages are half received
+                if not isinstance(error, Exception):
+                    raise
                 raise self._blamed(error) from error
             finally:
                 for module in ready.modules:
@@ -186,6 +197,9 @@ class DistributedEngine:
     def _made(self, wires: list[Wire], parts: int, train: bool) -> _Ready:
         from torch.distributed import pipelining  # more than a second, which only such a training pays
 
+        from spu.distributed.prompt_stage import PromptStage
+
+        prompt = dist.get_backend(self._job.pipeline) == "gloo"
         modules, made = [], []
         for stage in self._own:
             before = None if stage.is_first else wires[stage.index - 1]
@@ -195,7 +209,7 @@ class DistributedEngine:
             device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
             end = torch.empty(1, device="meta").requires_grad_(train)
             made.append(
-                pipelining.PipelineStage(
+                (PromptStage if prompt else pipelining.PipelineStage)(
                     module,
                     stage.index,
                     len(self.stages),
@@ -222,7 +236,7 @@ class DistributedEngine:
                 f"{len(self.stages)} stages: {error} Give another number of microbatches, leave out an epoch's short "
                 "last batch (DataLoader(drop_last=True)), or take schedule='gpipe', which takes any number"
             ) from error
-        return _Ready(schedule, modules, tuple(wire.size_bytes for wire in wires))
+        return _Ready(schedule, modules, made if prompt else [], tuple(wire.size_bytes for wire in wires))
 
     def _blamed(self, error: BaseException) -> Exception:
         """Return the stage's own error within torch's, or one that names the wait in which another process was lost."""
