@@ -48,7 +48,8 @@ def trained(kind: Made, schedule: str, watch: Callable[[list[Any]], None] | None
         for stage in stages:
             if isinstance(stage, PromptStage):
                 stage.end()
-                assert not stage._posted and not stage._sent
+                assert not stage._posted
+                assert not stage._sent
     return [p.grad for stage in stages for p in stage.submod.parameters() if p.grad is not None]
 
 

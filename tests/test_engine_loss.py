@@ -231,6 +231,18 @@ def test_equal_losses_of_all_microbatches_do_not_hide_wrong_weights() -> None:
         check.end()
 
 
+@pytest.mark.parametrize("margin", [0.0, 8.0, 11.0, 12.0, 14.0])
+def test_gradients_that_fp16_can_hardly_hold_are_no_evidence(margin: float) -> None:
+    """A model that has learnt its data: the whole batch's gradients are rounded where a microbatch's are not yet."""
+    targets = torch.arange(64) % 4
+    logits = (margin * F.one_hot(targets) + 0.5 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).half()
+    check = LossCheck(lambda o, t: F.cross_entropy(o.float(), t), weighing_of(lambda o, t: None))
+    assert check.begin(8)
+    for outputs, labels in zip(logits.split(8), targets.split(8), strict=True):
+        check.add(outputs, labels)
+    check.end()
+
+
 def test_what_is_looked_at_is_bounded() -> None:
     """Of outputs as large as a vocabulary's logits only some rows are kept."""
     check = LossCheck(lambda o, t: F.mse_loss(o, t), weighing_of(lambda o, t: None))

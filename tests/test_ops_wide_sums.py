@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import spu
 from spu import LossScaler, MainGrads, ModelParallelTrainer
+from spu.common.tensor_table import TensorTable
 from spu.ops import sink
 from spu.precision import GradScaler
 
@@ -166,7 +166,7 @@ def test_layer_norm_with_fp32_parameters_on_16_bit_rows(dtype: torch.dtype) -> N
 def test_what_needs_no_such_sum_is_torchs_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradients of inputs; and all gradients of a backward that makes no main gradients."""
     # A parameter of an earlier test that is still alive may have a sink, and then this backward is summed in fp32 too.
-    monkeypatch.setattr(sink, "_SINKS", WeakTensorKeyDictionary())
+    monkeypatch.setattr(sink, "_SINKS", TensorTable())
     inputs, biases = [], []
     for scale in (LossScaler(4.0).scale, lambda y: y * 4):
         torch.manual_seed(0)

@@ -70,16 +70,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Norm n, const
   const Tensor x = dense(given), other = like_x(op, "residual", residual, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols), b = vector_of(op, "bias", bias, x, size.cols);
   if (w.defined() && b.defined()) checks::expect_same_dtype(op, "bias", b, "weight", w);
-  Tensor y = new_empty(x, sizes_of(x), dtype),
-         mean = new_empty(x, {n.layer ? size.rows : int64_t{0}}, ScalarType::Float);
+  Tensor y = new_empty(x, sizes_of(x), dtype), mean;
   Tensor rstd = new_empty(x, {size.rows}, ScalarType::Float);
+  if (n.layer) mean = new_empty(x, {size.rows}, ScalarType::Float);
   Tensor sum = other.defined() ? empty_as(x) : new_empty(x, {0}, x.scalar_type());
   n.type = storage_type(op, "x", x), n.y_type = storage_type(op, "y", y);
   n.weight_type = w.defined() ? storage_type(op, "weight", w) : b.defined() ? storage_type(op, "bias", b) : n.type;
   n.rows = size.rows, n.cols = size.cols;
   n.x = x.const_data_ptr(), n.residual = data(other), n.weight = data(w), n.bias = data(b);
   n.y = y.mutable_data_ptr(), n.sum = sum.mutable_data_ptr();
-  n.mean = static_cast<float*>(mean.mutable_data_ptr()), n.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  n.mean = n.layer ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
+  n.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   const KernelTable& k = kernels();
   for_ranges(n.rows, kGrain / (n.cols + 1) + 1, [&](int64_t begin, int64_t end) { k.norm(n, begin, end); });
   return {y, mean, rstd, sum};

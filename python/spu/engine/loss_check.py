@@ -117,11 +117,13 @@ class LossCheck:
             self._warn("it draws random numbers")
         if draws.draws or not together.isfinite().all():
             return
-        dtypes = (leaf.dtype for leaf in pytree.tree_leaves(whole[0]) if isinstance(leaf, torch.Tensor))
+        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(whole[0]) if isinstance(leaf, torch.Tensor)}
         allowed = max(_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes) * together.norm()
+        least = max((_least(dtype) for dtype in dtypes if dtype.is_floating_point), default=0.0)
         own = together.split([len(part) for part in parts])
         for index, (part, share, wanted) in enumerate(zip(parts, shares, own, strict=True)):
-            if not (wanted - part * share.to(part)).norm() <= allowed:  # NaN too
+            rounding = least * part.numel() ** 0.5
+            if not (wanted - part * share.to(part)).norm() <= allowed + rounding:  # NaN too
                 found = float((wanted * part).sum() / (part * part).sum())
                 raise ValueError(_REFUSAL.format(index=index, share=float(share), found=found))
 
@@ -144,6 +146,13 @@ class LossCheck:
             [gradient.double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None] for gradient in found],
             1,
         )
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Return the spacing of the smallest numbers: what two roundings to 16 bits can take from a gradient, whose whole
+    range may lie there once a model has learnt its data (no loss scale is applied here).
+    """
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
 
 
 def _has(leaf: Any, rows: int) -> bool:

@@ -46,7 +46,7 @@ def from_library(cls: type) -> bool:
 def unwatched(module: nn.Module) -> bool:
     """Tell whether no one would notice if the module were not called."""
     state = module.__dict__
-    return not any(state[name] for name in MODULE_HOOKS) and "forward" not in state
+    return not any(map(state.__getitem__, MODULE_HOOKS)) and "forward" not in state
 
 
 def activation_of(module: object) -> str | None:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from spu.common.tensor_table import TensorTable
 from spu.common.torch_private import at_end_of_backward, backward_hooks, graph_task_id, will_execute
 from spu.ops import wide_sums
 
@@ -265,7 +265,7 @@ class GradSink(Protocol):
         """Add a gradient that is summed up already, in fp32 and still scaled."""
 
 
-_SINKS = WeakTensorKeyDictionary()
+_SINKS: TensorTable[GradSink] = TensorTable()
 
 
 def attach_sink(param: Tensor, sink: GradSink) -> None:
@@ -282,7 +282,7 @@ def attach_sink(param: Tensor, sink: GradSink) -> None:
 
 def detach_sink(param: Tensor) -> None:
     """Remove the parameter's sink, if it has one."""
-    sink = _SINKS.pop(param, None)
+    sink = _SINKS.pop(param)
     if sink is not None:
         sink.attached = False
 
