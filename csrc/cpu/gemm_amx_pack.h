@@ -29,15 +29,15 @@ SPU_INLINE vf load_upto_or_zero(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : n > 0 ? load_some(p, n) : vf{};
 }
 
-// Two vectors of values to pairs of hi and of lo, the first vector's in the low halves. `left` adds up what the lo are:
-// NaN if a value was not finite.
+// Two vectors of values to pairs of hi and of lo, the first vector's in the low halves. `left` adds up products of the
+// lo: NaN if a value was not finite.
 SPU_INLINE void split_pairs(vf x, vf y, vu (&out)[2], vf& left) {
   // Halves away from zero: lo makes good whichever way hi went.
   const vu hx = (O::bits(x) + 0x8000u) & 0xffff0000u, hy = (O::bits(y) + 0x8000u) & 0xffff0000u;
   const vf lx = x - O::from_bits(hx), ly = y - O::from_bits(hy);
   out[0] = hx >> 16 | hy;
   out[1] = O::bits(lx) >> 16 | (O::bits(ly) & 0xffff0000u);
-  left += lx + ly;
+  left = O::fma(lx, ly, left);  // of finite fp16 values at most 2^14 each time
 }
 
 template <class T>
