@@ -64,6 +64,7 @@ CASES: list[dict[str, Any]] = [
     {"precision": "fp32"},
     {"precision": "fp16", "schedule": "gpipe", "recompute": True, "transfer": "int8"},
     {"precision": "fp16", "schedule": "interleaved", "accumulate": 2, "microbatches": 2},
+    {"precision": "fp32", "schedule": "zbv", "transfer": "int8"},
 ]
 
 

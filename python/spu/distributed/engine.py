@@ -89,7 +89,10 @@ class DistributedEngine:
         self.tallies: list[Tally] | None = None
         self.residencies: list[Residency] = [RESIDENT]
         self._job, self._schedule, self._outputs, self._sums = job, schedule, outputs, sums
-        self._codecs = [None if codec == "none" else codec for codec in codecs]
+        self._codecs = [  # within a process nothing is packed, as within a rank of one process
+            None if codec == "none" or before == after else codec
+            for codec, before, after in zip(codecs, self.ranks, self.ranks[1:])
+        ]
         self._own = [stage for stage, rank in zip(self.stages, self.ranks) if rank == job.place]
         self._ready: dict[tuple[int, bool], _Ready] = {}
         self._counted: list[tuple[_Form, list[list[Leaf]]]] = []
@@ -197,7 +200,7 @@ class DistributedEngine:
     def _made(self, wires: list[Wire], parts: int, train: bool) -> _Ready:
         from torch.distributed import pipelining  # more than a second, which only such a training pays
 
-        from spu.distributed.prompt_stage import PromptStage
+        from spu.distributed.prompt_stage import EvaluableStage, PromptStage
 
         prompt = dist.get_backend(self._job.pipeline) == "gloo"
         modules, made = [], []
@@ -209,7 +212,7 @@ class DistributedEngine:
             device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
             end = torch.empty(1, device="meta").requires_grad_(train)
             made.append(
-                (PromptStage if prompt else pipelining.PipelineStage)(
+                (PromptStage if prompt else EvaluableStage)(
                     module,
                     stage.index,
                     len(self.stages),

@@ -1,4 +1,5 @@
-"""A pipelining stage whose messages do not wait for its schedule: for backends that move each one by itself, as gloo.
+"""Torch's pipelining stages, as spu needs them: one that can run without a backward under every schedule, and one whose
+messages do not wait for its schedule, for backends that move each one by itself, as gloo.
 
 Torch's schedules post a receive when its microbatch is due, and wait for what they send before they compute on. Gloo
 moves a message only once both ends have asked for it, so each then costs its whole way there while the receiver stands
@@ -15,12 +16,28 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import pipelining
 
-__all__ = ["PromptStage"]
+__all__ = ["EvaluableStage", "PromptStage"]
 
 _UNDER_WAY = 2  # sends of a stage, whose buffers live until they have arrived
 
 
-class PromptStage(pipelining.PipelineStage):
+class EvaluableStage(pipelining.PipelineStage):
+    """A ``PipelineStage`` for runs without a backward too.
+
+    There torch's zbv schedule hands gradients from stage to stage of a process as ever, and 2.13's stages refuse that.
+    """
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """Return the gradients of a microbatch's input; without a backward none."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients of a microbatch's output; without a backward there are none."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+class PromptStage(EvaluableStage):
     """A ``PipelineStage``, to be told where a run begins and ends."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
