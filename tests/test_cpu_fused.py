@@ -62,6 +62,7 @@ def test_gated(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         check("gated_dz", dh, gate, up, activation)
         check("gated_dh", x, values(inner, hidden, dtype=dtype), gate, up, activation)
     check("gated_dx", gate, up, w_gate, w_up)
+    check("gated_mlp", x, w_gate, w_up, values(5, hidden, dtype=dtype), "silu", True)
     kept = OPS.gated_linear.cpu(x, w_gate, w_up, "silu", True)
     alone = OPS.gated_linear.cpu(x, w_gate, w_up, "silu", False)
     assert_equal(alone[0], kept[0])
@@ -108,6 +109,61 @@ def test_cross_entropy(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     check("linear_ce_dz", hidden, weight, target, lse, grads, -100)
 
 
+def check_loss_and_gradient(hidden: Tensor, weight: Tensor, target: Tensor, grads: Tensor, name: str = "") -> None:
+    """spu::linear_ce_and_dz_.cpu against the reference in the same dtype and in fp64; dz in the logits' memory too."""
+
+    def made(backend: str, dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        logits = torch.empty(len(hidden), len(weight), dtype=wide)
+        dz = torch.empty_like(logits, dtype=dtype)
+        op = getattr(OPS.linear_ce_and_dz_, backend)
+        losses = op(hidden.to(dtype), weight.to(dtype), target, grads.to(wide), logits, dz, -100)
+        if dtype == wide:
+            again = op(hidden.to(dtype), weight.to(dtype), target, grads.to(wide), logits, logits, -100)
+            assert_equal(again, losses, "losses in place")
+            assert_equal(logits, dz, "dz in place")
+        return losses, dz
+
+    ours, plain = (made(backend, hidden.dtype, torch.float32) for backend in ("cpu", "reference"))
+    truth = made("reference", torch.float64, torch.float64)
+    for i, what in enumerate(("loss", "dz")):
+        eps = (1.5 if ours[i].dtype == torch.float32 else 0.5) * torch.finfo(ours[i].dtype).eps * largest(truth[i])
+        assert_close_to_truth(ours[i], plain[i], truth[i], eps=eps, name=f"{what} {name}")
+        assert_equal(ours[i].isnan(), plain[i].isnan(), f"NaN of {what} {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*CE_SHAPES, (3, 2, 20000)], ids=str)
+def test_cross_entropy_and_its_gradient(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, inner, vocabulary = shape
+    hidden, weight = values(rows, inner, dtype=dtype) * 8, values(vocabulary, inner, dtype=dtype)
+    target = torch.randint(vocabulary, (rows,))
+    check_loss_and_gradient(hidden, weight, target, torch.randn(rows))
+    target[::3] = -100
+    grads = torch.randn(rows)
+    grads[::3] = float("inf")  # of ignored rows: never looked at
+    check_loss_and_gradient(hidden, weight, target, grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy_and_its_gradient_of_strided_operands(dtype: torch.dtype) -> None:
+    hidden, weight, target = values(11, 37, dtype=dtype) * 6, values(70, 37, dtype=dtype), torch.randint(70, (11,))
+    for name, rows in variants(hidden).items():
+        for words in variants(weight).values():
+            check_loss_and_gradient(rows, words, target, torch.rand(11), name)
+
+
+def test_a_row_that_is_not_finite_has_no_gradient_but_nan() -> None:
+    """And it leaves the others alone; one whose target does not count has the gradient 0 all the same."""
+    inf, nan = float("inf"), float("nan")
+    for bad in ([1.0, inf], [-inf, 2.0], [-inf, -inf], [nan, 1.0], [inf, nan], [-3e38, 3e38]):
+        weight = torch.zeros(600, 2)  # the first column holds the logits of the first and the last row
+        weight[:, 0], weight[0, 0], weight[:, 1] = bad[1], bad[0], torch.linspace(-9, 9, 600)
+        hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        if not weight[:, 0].isfinite().all():  # 0 times them is NaN
+            weight[:, 1] = 0
+        check_loss_and_gradient(hidden, weight, torch.tensor([1, 5, -100]), torch.ones(3), str(bad))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_cross_entropy_depends_on_no_thread_count(threads: int) -> None:
     torch.manual_seed(3)
@@ -118,6 +174,7 @@ def test_cross_entropy_depends_on_no_thread_count(threads: int) -> None:
         once = OPS.linear_ce.cpu(hidden, weight, target, -100)
         torch.set_num_threads(threads)
         again = OPS.linear_ce.cpu(hidden, weight, target, -100)
+        check_loss_and_gradient(hidden, weight, target, torch.rand(70))
     finally:
         torch.set_num_threads(before)
     assert_equal(again[0], once[0])
@@ -168,3 +225,11 @@ def test_direct_callers_are_told_what_does_not_fit() -> None:
         OPS.linear_ce.cpu(x, w, torch.zeros(2, dtype=torch.int64), -100)
     with pytest.raises(ValueError, match="lse must be contiguous with 3 values"):
         OPS.linear_ce_dz.cpu(x, w, torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(3), -100)
+    logits, target, ones = torch.empty(3, 5), torch.tensor([0, 5, 1]), torch.ones(3)
+    op = OPS.linear_ce_and_dz_.cpu
+    with pytest.raises(ValueError, match=r"target\[1\] is 5, not 0 to 4 or -100"):
+        op(x, w, target, ones, logits, logits, -100)
+    with pytest.raises(ValueError, match=r"dz must be contiguous with 15 values, got shape \[5, 3\]"):
+        op(x, w, target % 5, ones, logits, torch.empty(3, 5).t(), -100)
+    with pytest.raises(ValueError, match="logits must be float32"):
+        op(x.half(), w.half(), target % 5, ones, logits.half(), logits.half(), -100)

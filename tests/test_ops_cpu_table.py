@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,9 +154,11 @@ def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: 
     main, one, found_inf = torch.randn(45, 70), torch.full((1,), 0.5), torch.zeros(1)
 
     def results() -> list[Tensor]:
-        into = main.clone()
+        into, alone = main.clone(), main.clone()
         OPS.linear_dw_.cpu(dz, x, into, one, found_inf, True)
-        return [*OPS.linear.cpu(x, w, bias, "gelu", True), OPS.linear.cpu(x, w, None, "none", False)[0],
+        OPS.linear_dw_.cpu(dz, x, alone, one, found_inf, False)
+        return [alone, OPS.gated_linear.cpu(x, w, up, "silu", False)[0], OPS.linear.cpu(x, w, bias, "gelu", False)[0],
+                *OPS.linear.cpu(x, w, bias, "gelu", True), OPS.linear.cpu(x, w, None, "none", False)[0],
                 OPS.linear_dx.cpu(dz, w), OPS.linear_dw.cpu(dz, x), into,
                 *OPS.gated_linear.cpu(x, w, up, "silu", True), OPS.gated_dx.cpu(dz, gate, w, up),
                 *OPS.gated_dh.cpu(dy, down, gate, dz, "silu")]  # fmt: skip
@@ -166,8 +169,9 @@ def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: 
     wide = [t.double() for t in (x, w, up, bias, dz)]
     z = wide[0] @ wide[1].t()
     dh = OPS.gated_dh.reference(*(t.double() for t in (dy, down, gate, dz)), "silu")
-    truths = [torch.nn.functional.gelu(z + wide[3]), z + wide[3], z, wide[4] @ wide[1], wide[4].t() @ wide[0],
-              main.double() + 0.5 * (wide[4].t() @ wide[0]), torch.nn.functional.silu(z) * (wide[0] @ wide[2].t()), z,
+    h = torch.nn.functional.silu(z) * (wide[0] @ wide[2].t())
+    dw, acted = wide[4].t() @ wide[0], torch.nn.functional.gelu(z + wide[3])
+    truths = [0.5 * dw, h, acted, acted, z + wide[3], z, wide[4] @ wide[1], dw, main.double() + 0.5 * dw, h, z,
               wide[0] @ wide[2].t(), wide[4] @ wide[1] + gate.double() @ wide[2], *dh]  # fmt: skip
     assert found_inf.item() == 0
     for i, (ours, plain, truth) in enumerate(zip(found, own, truths, strict=True)):
@@ -182,18 +186,53 @@ def test_a_non_finite_gradient_is_seen_behind_torchs_product(no_ways: None) -> N
     OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, True)
     assert found_inf.item() == 0
     assert torch.equal(main, torch.full_like(main, 100.0))
+    OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, False)
+    assert found_inf.item() == 0
+    assert torch.equal(main, torch.full_like(main, 100.0))
     dz[3, 7] = float("inf")
-    OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, True)
-    assert found_inf.item() == 1
+    for accumulate in (True, False):
+        found_inf.zero_()
+        OPS.linear_dw_.cpu(dz, x, main, torch.ones(1), found_inf, accumulate)
+        assert found_inf.item() == 1
 
 
 @needs_mkl
-def test_sums_in_several_blocks_of_rows(no_ways: None) -> None:
-    x, w = torch.randn(600, 20).half(), torch.randn(17000, 20).half()
-    own = OPS.linear.cpu(x, w, None, "none", False)[0]
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_sums_in_several_blocks_of_rows(no_ways: None, dtype: str) -> None:
+    """fp32 sums are made where the result is to be, 16-bit ones in memory for some rows."""
+    x, w, up = (random(rows, 20, dtype=DTYPES[dtype]) for rows in (600, 17000, 17000))
+    bias = random(17000, dtype=DTYPES[dtype])
+
+    def results() -> list[Tensor]:
+        plain, acted = OPS.linear.cpu(x, w, None, "none", False)[0], OPS.linear.cpu(x, w, bias, "relu", False)[0]
+        return [plain, acted, *OPS.gated_linear.cpu(x, w, up, "silu", True), OPS.gated_dx.cpu(x, x, w.t(), up.t())]
+
+    own = results()
     cpu_table.install((everywhere("torch"),))
-    found = OPS.linear.cpu(x, w, None, "none", False)[0]
-    assert_close_to_truth(found, own, x.double() @ w.double().t(), name="blocks")
+    found = results()
+    z, u = x.double() @ w.double().t(), x.double() @ up.double().t()
+    truths = [z, (z + bias.double()).relu(), torch.nn.functional.silu(z) * u, z, u, z + u]
+    for i, (ours, plain, truth) in enumerate(zip(found, own, truths, strict=True)):
+        assert_close_to_truth(ours, plain, truth, name=f"blocks {i}")
+
+
+@needs_mkl
+def test_a_product_in_inference_mode_leaves_the_next_one_alone(no_ways: None) -> None:
+    """The question whether torch rounds is asked by tensors that a thread keeps."""
+    x, w = torch.randn(100, 30), torch.randn(20, 30)
+    cpu_table.install((everywhere("torch"),))
+    found: list[Tensor] = []
+
+    def run() -> None:  # a thread of its own asks for the first time
+        with torch.inference_mode():
+            found.append(OPS.linear_dx.cpu(x, w.t()))
+        found.append(OPS.linear_dx.cpu(x, w.t()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    assert torch.equal(found[0], found[1])
 
 
 @needs_mkl

@@ -316,6 +316,10 @@ def test_opcheck(backend: str) -> None:
     for name, arguments in (
         ("linear_ce", (hidden.requires_grad_(), weight.requires_grad_(), target, -100)),
         ("linear_ce_and_dz", (hidden.detach(), weight.detach(), target, torch.rand(6), torch.empty(6, 11), -100)),
+        (
+            "linear_ce_and_dz_",
+            (hidden.detach(), weight.detach(), target, torch.rand(6), torch.empty(6, 11), torch.empty(6, 11), -100),
+        ),
         ("linear_ce_dz", (hidden.detach(), weight.detach(), target, lse.detach(), torch.rand(6), -100)),
     ):
         results = torch.library.opcheck(schema.overload(name, backend), arguments)

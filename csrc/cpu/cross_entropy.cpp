@@ -91,7 +91,53 @@ void some_rows(const Logits& l, int64_t ignore_index, int64_t begin, int64_t end
   });
 }
 
+// The logits, fp32: of 16-bit operands as the sums of a main gradient, which are not rounded to 16 bits.
+void make_logits(const Logits& l, float* logits) {
+  int32_t nonfinite = 0;
+  Epilogue e = {};
+  e.out = logits;
+  e.out_type = Type::fp32;
+  if (l.hidden.type == Type::fp32) return multiply(ProductOp::linear, l.product(), e);
+  e.kind = Epilogue::main_grad_add;
+  e.main_grad = logits;
+  e.inv_scale = 1.0f;
+  e.nonfinite = &nonfinite;
+  multiply(ProductOp::linear_dw, l.product(), e);
+}
+
+void expect_values(const char* op, const char* what, const Tensor& t, ScalarType dtype, int64_t numel) {
+  checks::expect_cpu(op, what, t);
+  checks::expect_dtype(op, what, t, dtype);
+  if (!t.is_contiguous() || t.numel() != numel) {
+    checks::fail("spu::", op, ": ", what, " must be contiguous with ", numel, " values, got shape ", checks::shape(t));
+  }
+}
+
 }  // namespace
+
+Tensor linear_ce_and_dz_into(Tensor hidden, Tensor weight, Tensor target, Tensor grad_rows, Tensor logits, Tensor dz,
+                             int64_t ignore_index) {
+  const char* op = "linear_ce_and_dz_";
+  const Logits l = logits_of(op, hidden, weight, target);
+  const int64_t rows = l.hidden.rows, classes = l.weight.rows;
+  expect_targets(l.targets(), rows, classes, ignore_index);
+  const Tensor scaled = dense(grad_rows);
+  expect_values(op, "logits", logits, ScalarType::Float, rows * classes);
+  expect_values(op, "dz", dz, hidden.scalar_type(), rows * classes);
+  Tensor losses = new_empty(hidden, {rows}, ScalarType::Float);
+  const CrossEntropy c = {l.hidden.type,
+                          classes,
+                          static_cast<float*>(logits.mutable_data_ptr()),
+                          dz.mutable_data_ptr(),
+                          l.targets(),
+                          row_values(op, "grad_rows", scaled, rows),
+                          static_cast<float*>(losses.mutable_data_ptr()),
+                          ignore_index};
+  if (rows * classes > 0) make_logits(l, c.logits);
+  const KernelTable& k = kernels();
+  for_ranges(rows, kGrain / (classes + 1) + 1, [&](int64_t begin, int64_t end) { k.cross_entropy(c, begin, end); });
+  return losses;
+}
 
 std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index) {
   const Logits l = logits_of("linear_ce", hidden, weight, target);

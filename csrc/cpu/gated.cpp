@@ -41,6 +41,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear(Tensor x, Tensor w_gate, Tensor 
   return {h, gate, up};
 }
 
+std::tuple<Tensor, Tensor, Tensor> gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Text activation,
+                                             bool keep) {
+  auto [h, gate, up] = gated_linear(x, w_gate, w_up, activation, keep);
+  return {std::get<0>(linear(h, w_down, std::nullopt, "none", false)), gate, up};
+}
+
 std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, Text activation) {
   const char* op = "gated_dz";
   const math::Act act = gate_act_of(op, activation);

@@ -149,6 +149,20 @@ struct Rotary {
   const void *cos, *sin;
 };
 
+// Rows of logits [rows, cols] become exponentials; dz [rows, cols], which may be the same memory, is
+// (softmax - onehot(target)) * grad, rounded to the type; rows whose target is ignore_index have no loss and no
+// gradient.
+struct CrossEntropy {
+  Type type;
+  int64_t cols;
+  float* logits;
+  void* dz;
+  const int64_t* target;  // each in [0, cols) or ignore_index
+  const float* grad;
+  float* losses;
+  int64_t ignore_index;
+};
+
 // A parameter with what its update needs beside; seed is that of the step's noise.
 struct AdamWRange : math::AdamWItem {
   Type param_type, grad_type;
@@ -206,6 +220,8 @@ struct KernelTable {
   double (*square_sum)(const float* x, int64_t begin, int64_t end);
   // out = x + y
   void (*add)(Type type, const float* x, const void* y, float* out, int64_t begin, int64_t end);
+  // Rows [begin, end).
+  void (*cross_entropy)(const CrossEntropy& c, int64_t begin, int64_t end);
   const char* name;
 };
 

@@ -11,6 +11,7 @@
 #include "cpu/optim_kernels.h"
 #include "cpu/pointwise.h"
 #include "cpu/row_kernels.h"
+#include "cpu/softmax_kernels.h"
 
 namespace spu {
 namespace SPU_ISA_NS {
@@ -19,7 +20,7 @@ static const cpu::KernelTable kTable = {gemm,           finish,       attention,
                                         gated_backward, column_sums,  norm,      norm_backward,      sum_rows,
                                         rotary,         unscale,      convert,   int8_encode,        int8_decode,
                                         small_encode,   small_decode, adamw,     square_sum,         add,
-                                        SPU_ISA_NAME};
+                                        cross_entropy,  SPU_ISA_NAME};
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

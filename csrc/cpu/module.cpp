@@ -13,10 +13,12 @@
 
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   spu::cpu::register_shared(m);
+  SPU_IMPL(m, "gated_mlp", spu::cpu::gated_mlp);
   SPU_IMPL(m, "gated_dh", spu::cpu::gated_dh);
   SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
   SPU_IMPL(m, "mlp_dz", spu::cpu::mlp_dz);
   SPU_IMPL(m, "linear_ce", spu::cpu::linear_ce);
+  SPU_IMPL(m, "linear_ce_and_dz_", spu::cpu::linear_ce_and_dz_into);
   SPU_IMPL(m, "linear_ce_dz", spu::cpu::linear_ce_dz);
   SPU_IMPL(m, "attention", spu::cpu::attention);
   SPU_IMPL(m, "attention_backward", spu::cpu::attention_backward);

@@ -7,6 +7,8 @@
 namespace spu {
 namespace cpu {
 
+std::tuple<Tensor, Tensor, Tensor> gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Text activation,
+                                             bool keep);
 std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, Text activation);
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
@@ -14,6 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved,
                                           bool needs_sums);
 
 std::tuple<Tensor, Tensor> linear_ce(Tensor hidden, Tensor weight, Tensor target, int64_t ignore_index);
+Tensor linear_ce_and_dz_into(Tensor hidden, Tensor weight, Tensor target, Tensor grad_rows, Tensor logits, Tensor dz,
+                             int64_t ignore_index);
 Tensor linear_ce_dz(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Tensor grad_rows, int64_t ignore_index);
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale, bool causal);

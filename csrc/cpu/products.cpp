@@ -1,5 +1,6 @@
 #include "cpu/products.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
@@ -51,22 +52,29 @@ Tensor matrix(const float* data, int64_t rows, int64_t cols, int64_t row, int64_
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
 }
 
+// Straight to the CPU's kernel: by the dispatcher a product of a few rows took three times as long.
 void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack = {torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                       torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // its reference to out
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // torch.set_float32_matmul_precision may let fp32 products round their operands to fewer bits, at any time. No stable
-// interface tells, but a small product does: 1 + 2^-12 has a bit that neither bf16 nor TF32 keeps.
+// interface tells, but a small product does: 1 + 2^-12 has a bit that neither bf16 nor TF32 keeps. A thread makes its
+// operands once: the question is asked before every product of torch's.
 bool torch_is_exact() {
   constexpr int64_t side = 24;  // oneDNN takes products from 16 x 16 x 16 on
-  float a[side * side], ones[side * side], out[side * side] = {};
-  for (float& value : a) value = 1.0f + 0x1p-12f;
-  for (float& value : ones) value = 1.0f;
-  torch_mm(matrix(a, side, side, side, 1), matrix(ones, side, side, side, 1), matrix(out, side, side, side, 1));
-  return out[0] == side * (1.0f + 0x1p-12f);
+  struct Probe {
+    float a[side * side], ones[side * side], out[side * side];
+    Tensor as, bs;
+    Probe() : as(square(a)), bs(square(ones)) {
+      for (float& value : a) value = 1.0f + 0x1p-12f;
+      for (float& value : ones) value = 1.0f;
+    }
+    static Tensor square(float* data) { return matrix(data, side, side, side, 1); }
+  };
+  thread_local Probe probe;
+  probe.out[0] = 0.0f;
+  torch_mm(probe.as, probe.bs, Probe::square(probe.out));  // one made in inference mode could not be written after it
+  return probe.out[0] == side * (1.0f + 0x1p-12f);
 }
 
 // x [rows, cols] as fp32 with a unit stride: itself, or widened into a workspace, with the layout that it has.
@@ -98,11 +106,28 @@ Operand rows_of(const Operand& x, int64_t begin) {
 // Memory of torch's way: sums of so many values at a time, and widened weights up to a bound.
 constexpr int64_t kBlockSums = int64_t{1} << 22, kBlockRows = 256, kMostWidened = int64_t{1} << 24;
 
-// c += c2, of `count` values.
-void add_sums(float* c, const float* c2, int64_t count) {
-  for_ranges(count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) c[i] += c2[i];
-  });
+// The sums of an epilogue with fp32 results are made where a result is to be, which the epilogue reads before it writes
+// there: no memory beside, and no second writing of what is stored as it is.
+struct InPlace {
+  float *c, *c2;  // null where the workspace serves
+  Epilogue rest;  // what is left to do
+  bool done;      // nothing is
+};
+
+InPlace in_place(const Epilogue& e) {
+  InPlace place = {nullptr, nullptr, e, false};
+  if (e.kind == Epilogue::main_grad_add) {
+    place.c = e.accumulate ? nullptr : e.main_grad;
+  } else if (e.out_type != Type::fp32) {
+    return place;
+  } else if (e.kind == Epilogue::gated && e.preact && e.up) {
+    place.c = static_cast<float*>(e.preact), place.c2 = static_cast<float*>(e.up);
+    place.rest.preact = place.rest.up = nullptr;
+  } else if (e.kind == Epilogue::store || e.kind == Epilogue::gated || e.kind == Epilogue::gated_derivative) {
+    place.c = static_cast<float*>(e.out);
+    place.done = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact;
+  }
+  return place;
 }
 
 // By torch's fp32 product into fp32 sums, then the epilogue; a chained product (a2) is made apart and added to the
@@ -113,26 +138,27 @@ bool by_torch(const Product& p, const Epilogue& e) {
   if ((second && !dense_lines(*p.b2)) || (chained && !dense_lines(*p.a2))) return false;
   if ((!wide && (second ? 2 : 1) * p.n * p.k > kMostWidened) || !torch_is_exact()) return false;
   const Tensor b = widened(p.b, p.k, p.n, kLocalB), b2 = second ? widened(*p.b2, p.k, p.n, kLocalC) : b;
-  const bool plain = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact && !chained;
-  if (plain && e.out_type == Type::fp32) {
-    torch_mm(widened(p.a, p.m, p.k, kSharedA), b, matrix(static_cast<float*>(e.out), p.m, p.n, p.n, 1));
-    return true;
-  }
+  const InPlace place = in_place(e);
   const int64_t fit = kBlockSums / p.n, most = fit > kBlockRows ? fit : kBlockRows;
-  const int64_t rows = p.m < most ? p.m : most;
-  float* c = workspace(kSharedC, (second ? 2 : 1) * rows * p.n);
-  float* c2 = second ? c + rows * p.n : c;
+  const int64_t rows = p.m < most || (wide && place.done && !second) ? p.m : most;
+  const bool own = !place.c, own2 = second && !place.c2;  // in the workspace
+  float* const room = own || own2 ? workspace(kSharedC, (own + own2) * rows * p.n) : nullptr;
   const KernelTable& k = kernels();
   for (int64_t r = 0; r < p.m; r += rows) {
     const int64_t count = p.m - r < rows ? p.m - r : rows;
+    float* const c = own ? room : place.c + r * p.n;
+    float* const c2 = !second ? c : own2 ? room + own * rows * p.n : place.c2 + r * p.n;
     const Tensor a = widened(rows_of(p.a, r), count, p.k, kSharedA);
     torch_mm(a, b, matrix(c, count, p.n, p.n, 1));
     if (second) {
       torch_mm(chained ? widened(rows_of(*p.a2, r), count, p.k, kSharedA) : a, b2, matrix(c2, count, p.n, p.n, 1));
     }
-    if (chained) add_sums(c, c2, count * p.n);
+    if (chained) {
+      for_ranges(count * p.n, kGrain, [&](int64_t begin, int64_t end) { k.add(Type::fp32, c, c2, c, begin, end); });
+    }
+    if (place.done) continue;
     for_ranges(count, kGrain / (p.n + 1) + 1, [&](int64_t begin, int64_t end) {
-      k.finish(e, c + begin * p.n, c2 + begin * p.n, p.n, r + begin, r + end);
+      k.finish(place.rest, c + begin * p.n, c2 + begin * p.n, p.n, r + begin, r + end);
     });
   }
   return true;

@@ -88,4 +88,5 @@ _OURS = {
     "linear_ce": _linear,
     "linear_ce_dz": _linear,
     "linear_ce_and_dz": _linear,
+    "linear_ce_and_dz_": _linear,
 }

@@ -20,6 +20,7 @@ it leaves the logits to the backward and makes value and gradients from them the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -35,7 +36,6 @@ from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.linear import compute_dtype
 from spu.ops.logit_gradients import spread
 from spu.ops.plain import fake, refuse_derivatives_of_backward, takes
-from spu.ops.reference import composed
 from spu.ops.reference.linear import exact, wide
 
 __all__ = ["counted_as", "cross_entropy_share", "linear_cross_entropy"]
@@ -77,6 +77,11 @@ def _chunks(hidden: Tensor, weight: Tensor, item_bytes: int, rows: slice = slice
     return (slice(start, min(end, start + step)) for start in range(first, end, step))
 
 
+def _rows(tensor: Tensor, part: slice) -> Tensor:
+    """Return some rows; all as they are, for a view costs as much as a small op."""
+    return tensor if part.stop - part.start == len(tensor) else tensor[part]
+
+
 def _kept_rows(hidden: Tensor, weight: Tensor) -> int:
     """Return of how many rows dz is kept: it may take what a chunk takes, which the backward needs in any case, or the
     bytes of the weight, whose gradient takes as much.
@@ -103,8 +108,9 @@ def _losses_and_dz(
     dz: Tensor,
 ) -> Tensor:
     """Return the losses of ``linear_ce_and_dz(*given)`` and write its gradient to ``dz``, which may be the logits'."""
-    if dz.is_cpu and not fake(dz) and not has_kernel("linear_ce_and_dz", backend):
-        return composed.linear_ce_and_dz(backend, *given, dz=dz)[0]
+    if has_kernel("linear_ce_and_dz_", backend):
+        *rows, ignore_index = given
+        return schema.overload("linear_ce_and_dz_", backend)(*rows, dz, ignore_index)  # type: ignore[no-any-return]
     losses, made = schema.overload("linear_ce_and_dz", backend)(*given)
     dz.copy_(made)
     return losses  # type: ignore[no-any-return]
@@ -123,34 +129,35 @@ class _AtForward(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         ctx.unit = 2.0**15 if hidden.dtype == torch.float16 else 1.0
         rows, kept = hidden.shape[0], _kept_rows(hidden, weight) if keep else 0
-        losses = torch.empty(rows, dtype=wide, device=hidden.device)
-        units = torch.full_like(losses, ctx.unit)
-        dz = torch.empty(kept, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        units = hidden.new_full((rows,), ctx.unit, dtype=wide)
+        dz = hidden.new_empty(kept, weight.shape[0])
+        losses: list[Tensor] = []
         room: Tensor | None = None
         for part in _chunks(hidden, weight, wide.itemsize, slice(kept)):
-            logits = dz[part]
+            x, targets, grads, made = (_rows(t, part) for t in (hidden, target, units, dz))
+            logits = made
             if wide != hidden.dtype:
                 room = torch.empty_like(logits, dtype=wide) if room is None else room  # the first part is the largest
                 logits = room[: part.stop - part.start]
-            given = hidden[part], weight, target[part], units[part], logits, ctx.ignore_index
-            losses[part] = _losses_and_dz(ctx.backend, given, dz[part])
+            losses.append(_losses_and_dz(ctx.backend, (x, weight, targets, grads, logits, ctx.ignore_index), made))
         lse: Tensor | None = None
         if kept < rows or rows == 0:
             op = schema.overload("linear_ce", ctx.backend)
-            losses[kept:], lse = op(hidden[kept:], weight, target[kept:], ctx.ignore_index)
-        ctx.save_for_backward(hidden, weight, target, dz, lse)
-        return losses.sum() / (target != ctx.ignore_index).sum()
+            more, lse = op(hidden[kept:], weight, target[kept:], ctx.ignore_index)
+            losses.append(more)
+        count = (target != ctx.ignore_index).sum()
+        ctx.save_for_backward(hidden, weight, target, dz, lse, count)
+        return (losses[0] if len(losses) == 1 else torch.cat(losses)).sum() / count
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if dloss is None:
             return (None,) * 7
         refuse_derivatives_of_backward("linear_cross_entropy", dloss)
-        hidden, weight, target, kept, lse = ctx.saved_tensors
-        op, counted, rows = schema.overload("linear_ce_dz", ctx.backend), target != ctx.ignore_index, len(kept)
-        count = counted.sum()
+        hidden, weight, target, kept, lse, count = ctx.saved_tensors
+        op, rows = schema.overload("linear_ce_dz", ctx.backend), len(kept)
         factor = torch.where(count == 0, 0, dloss / count / ctx.unit).reshape(1)
-        finite = fake(factor) or bool(factor.isfinite())
+        finite = fake(factor) or math.isfinite(factor)
 
         def dz_of(part: slice) -> Tensor:
             dz = kept
@@ -159,7 +166,8 @@ class _AtForward(torch.autograd.Function):
                 dz = op(hidden[part], weight, target[part], sums, torch.full_like(sums, ctx.unit), ctx.ignore_index)
             if finite:
                 return dz
-            return torch.where(counted[part, None], dz * factor, 0).to(dz.dtype)  # not finite where torch's is not
+            counted = (target[part] != ctx.ignore_index)[:, None]
+            return torch.where(counted, dz * factor, 0).to(dz.dtype)  # not finite where torch's is not
 
         parts = [slice(0, rows)] if rows else []
         parts += _chunks(hidden, weight, hidden.element_size(), slice(rows, None))

@@ -80,6 +80,9 @@ class _InputGradient:
             piece = schema.overload("linear_dx", self._backend)(dz, self._weight)
             self._pieces.append(piece if self._factor is None else piece * self._factor)
             return
+        if self._dtype == dz.dtype == torch.float32 and dz.is_cpu:  # as exact: the factor multiplies the same sums
+            self._pieces.append(schema.overload("linear_dx", self._backend)(dz, self._weight).mul_(self._factor))
+            return
         piece = torch.empty(dz.shape[0], self._weight.shape[1], dtype=torch.float32, device=dz.device)
         into = MainGrad(piece, self._factor, torch.zeros_like(self._factor), False)
         linear_dw_(dz.t(), self._weight, into, backend=self._backend)
@@ -110,7 +113,7 @@ def spread(
     dhidden = _InputGradient(hidden, weight, backend, dtypes[0], factor) if needs_hidden else None
     dweight: Tensor | None = None
     for part in parts:
-        x, dz = hidden[part], dz_of(part)
+        x, dz = hidden if len(parts) == 1 else hidden[part], dz_of(part)
         if dhidden is not None:
             dhidden.add(dz)
         if sink is not None:

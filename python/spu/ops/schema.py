@@ -114,6 +114,11 @@ SCHEMAS: dict[str, str] = {
         "(Tensor hidden, Tensor weight, Tensor target, Tensor grad_rows, Tensor(a!) logits, int ignore_index) -> "
         "(Tensor loss_rows, Tensor dz)"
     ),
+    # into memory that is there; dz may be the logits'
+    "linear_ce_and_dz_": (
+        "(Tensor hidden, Tensor weight, Tensor target, Tensor grad_rows, Tensor(a!) logits, Tensor(b!) dz, "
+        "int ignore_index) -> Tensor loss_rows"
+    ),
     "embedding_dw_": f"(Tensor dy, Tensor ids, int padding_idx, {_SINK}) -> ()",
     "rms_norm": (
         "(Tensor x, Tensor? residual, Tensor? weight, float eps, float offset, bool rounded) -> "
@@ -274,6 +279,7 @@ FAKES: dict[str, Callable[..., Any]] = {
         _fake_linear_ce(hidden)[0],
         hidden.new_empty((hidden.shape[0], weight.shape[0])),
     ),
+    "linear_ce_and_dz_": lambda hidden, *_: _fake_linear_ce(hidden)[0],
     "embedding_dw_": _fake_nothing,
     "rms_norm": _fake_norm,
     "rms_norm_to": lambda x, weight, eps, offset, rounded, dtype: (

@@ -33,6 +33,7 @@ __all__ = [
     "implementation",
     "linear_ce",
     "linear_ce_and_dz",
+    "linear_ce_and_dz_",
     "linear_ce_dz",
     "linear_dw_db_",
     "linear_dz_dx",
@@ -156,19 +157,29 @@ def linear_ce_and_dz(
     grad_rows: Tensor,
     logits: Tensor,
     ignore_index: int,
-    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply the reference's formula to logits in fp32: a weight gradient's product, which is not rounded to 16 bits.
+    """Compute ``linear_ce_and_dz_`` with new memory for the gradient."""
+    dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    op = _op("linear_ce_and_dz_", backend)
+    return op(hidden, weight, target, grad_rows, logits, dz, ignore_index), dz
 
-    dz: memory for the gradient, which may be that of the logits; default: new.
-    """
-    if dz is None:
-        dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+
+def linear_ce_and_dz_(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    grad_rows: Tensor,
+    logits: Tensor,
+    dz: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """Apply the reference's formula to logits in fp32: a weight gradient's product, which is not rounded to 16 bits."""
     if dz.numel() == 0:
-        return torch.zeros_like(grad_rows), dz
+        return torch.zeros_like(grad_rows)
     one = torch.ones_like(grad_rows[:1])
     _op("linear_dw_", backend)(hidden.t(), weight.t(), logits, one, torch.zeros_like(one), False)
-    return fused.cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz), dz
+    return fused.cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz)
 
 
 def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
@@ -237,6 +248,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "linear_ce_and_dz": linear_ce_and_dz,
+    "linear_ce_and_dz_": linear_ce_and_dz_,
     "rms_norm_to": rms_norm_to,
     "add_narrow": add_narrow,
     "pack_": pack_,

@@ -22,6 +22,7 @@ __all__ = [
     "gated_linear",
     "linear_ce",
     "linear_ce_and_dz",
+    "linear_ce_and_dz_",
     "linear_ce_dz",
     "mlp_dz",
     "row_sums",
@@ -190,10 +191,24 @@ def linear_ce_and_dz(
     ``logits`` is memory for them, [R, V] fp32 (fp64 for fp64 operands), overwritten.
     """
     dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    return linear_ce_and_dz_(hidden, weight, target, grad_rows, logits, dz, ignore_index), dz
+
+
+@exact
+def linear_ce_and_dz_(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    grad_rows: Tensor,
+    logits: Tensor,
+    dz: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """Return the losses of ``linear_ce_and_dz`` and write the gradient to dz [R, V], which may be the logits'."""
     if dz.numel() == 0:
-        return torch.zeros_like(grad_rows), dz
+        return torch.zeros_like(grad_rows)
     torch.mm(wide(hidden), wide(weight).t(), out=logits)
-    return cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz), dz
+    return cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -204,4 +219,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "linear_ce_and_dz": linear_ce_and_dz,
+    "linear_ce_and_dz_": linear_ce_and_dz_,
 }
