@@ -11,6 +11,7 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import ModelParallelTrainer
+from spu.distributed import sums as module
 from spu.distributed.sums import GradientSums
 
 SIZE = 300_000  # more than a bucket of a small model
@@ -81,6 +82,71 @@ def test_sums_are_right_whenever_gradients_leave(wire: str, extreme: float) -> N
         assert [sum(left) for left in found["left"]][::2] == [0, 0, 0]
         assert all(left[0] and not left[-1] for left in found["left"][1::2])
     assert both[0]["sums"] == both[1]["sums"]
+
+
+class Adds(torch.autograd.Function):
+    """Identity; its backward runs a backward of its own, which adds to a gradient that was complete."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        ctx.parameter = [parameter]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            (ctx.parameter[0] * (2.0 + dist.get_rank())).sum().backward()
+        return grads[0], None
+
+
+def repeat(kept: int) -> list[tuple[bool, list[bool], set[str], int]]:
+    """Steps in which a gradient gets more: whether sums are right, what had left, who waits from now on, and how many
+    gradients were seen to be complete. The first parameter is frozen in the third step.
+    """
+    module._KEPT = kept
+    draws = torch.Generator().manual_seed(7 + dist.get_rank())
+    first, second = (nn.Parameter(torch.randn(SIZE, generator=draws)) for _ in range(2))
+    names = {id(first): "first", id(second): "second"}
+    sums, result = GradientSums(dist.new_group()), []
+    complete, seen = sums._complete, []
+    sums._complete = lambda key: (seen.append(key), complete(key))[1]  # type: ignore[method-assign,assignment]
+    for step in range(6):
+        first.requires_grad_(step != 2)
+        first.grad = second.grad = None
+        sums.begin({0: [first, second]}, set(), 2)
+        left: list[list[bool]] = []
+        for k in range(2):
+            seen.clear()
+            x = torch.randn(SIZE, generator=draws)
+            with sums.backward(0, [first, second]):
+                y = Seen.apply(x * first, sums, left)
+                y = Adds.apply(y, second) if step in (1, 4) and k else y
+                (y * second).mean().backward()
+                inside = len(seen)
+        everyones: list[Any] = [None, None]
+        dist.all_gather_object(everyones, [None if p.grad is None else p.grad.clone() for p in (first, second)])
+        sums.end()
+        right = all(
+            (p.grad is None) == (a is None) and (a is None or torch.equal(p.grad, a + b))
+            for p, a, b in zip((first, second), *everyones, strict=True)
+        )
+        result.append((right, left[-1] if left else [], {names[key] for key in sums._again}, inside))
+    sums.close()
+    sums._watching.append(sums._complete)
+    seen.clear()
+    (first * second).sum().backward()
+    assert not seen
+    return result
+
+
+@pytest.mark.parametrize("kept", [8, 1])
+def test_a_gradient_that_gets_more_goes_again(kept: int) -> None:
+    for found in in_ranks(2, repeat, kept):
+        assert [row[0] for row in found] == [True] * 6
+        assert [row[1] for row in found] == [[True, False], [True, False], [], *[[False, False]] * 3]
+        assert [row[2] for row in found] == [set(), *[{"second"}] * 5]
+        # Hooks that stay from step to step see no more than those that do not; a frozen parameter's is made anew.
+        assert [row[3] for row in found] == [2, 3, 1, 2, 3, 2]
 
 
 def train(wire: str) -> list[tuple[float, float, bool]]:

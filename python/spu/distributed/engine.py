@@ -158,6 +158,8 @@ class DistributedEngine:
     def close(self) -> None:
         """Give back the buffers; the process group is whose it was."""
         self._ready.clear()
+        if self._sums is not None:
+            self._sums.close()
 
     def _for(self, work: Round) -> _Ready:
         """Return the schedule for a run, made anew where its buffers would be too small, or twice too large."""
