@@ -47,16 +47,8 @@ class Writable {
   Tensor target_, dense_;
 };
 
-// On the CPU, as `like` is. Without the dispatcher, by which a tensor costs as much as the rest of a small op.
-inline Tensor new_empty(const Tensor& /*like*/, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), -1, &handle));
-  Tensor out(handle);
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor out = new_empty_of(like, sizes, dtype);
   const int64_t bytes = out.numel() * out.element_size();
   if (bytes >= kLargeBytes) advise_large_pages(out.mutable_data_ptr(), bytes);
   return out;
