@@ -204,7 +204,7 @@ class DistributedEngine:
 
         from spu.distributed.prompt_stage import EvaluableStage, PromptStage
 
-        prompt = dist.get_backend(self._job.pipeline) == "gloo"
+        kind = PromptStage if dist.get_backend(self._job.pipeline) == "gloo" else EvaluableStage
         modules, made = [], []
         for stage in self._own:
             before = None if stage.is_first else wires[stage.index - 1]
@@ -214,7 +214,7 @@ class DistributedEngine:
             device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
             end = torch.empty(1, device="meta").requires_grad_(train)
             made.append(
-                (PromptStage if prompt else EvaluableStage)(
+                kind(
                     module,
                     stage.index,
                     len(self.stages),
@@ -241,7 +241,8 @@ class DistributedEngine:
                 f"{len(self.stages)} stages: {error} Give another number of microbatches, leave out an epoch's short "
                 "last batch (DataLoader(drop_last=True)), or take schedule='gpipe', which takes any number"
             ) from error
-        return _Ready(schedule, modules, made if prompt else [], tuple(wire.size_bytes for wire in wires))
+        prompt = [each for each in made if isinstance(each, PromptStage)]
+        return _Ready(schedule, modules, prompt, tuple(wire.size_bytes for wire in wires))
 
     def _blamed(self, error: BaseException) -> Exception:
         """Return the stage's own error within torch's, or one that names the wait in which another process was lost."""
