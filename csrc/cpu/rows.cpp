@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
     if (t->stride(3) != 1 && dim > 0) *t = torch::stable::contiguous(*t);
   }
   // In the layout of q and k where that has no gaps.
-  const Tensor q_out = empty_in_layout_of(q), k_out = empty_in_layout_of(k);
+  const Tensor q_out = torch::stable::empty_like(q), k_out = torch::stable::empty_like(k);
   const Tensor c = dense(cos), s = dense(sin);
   Rotary r = {};
   r.type = storage_type(op, "q", q), r.angles = storage_type(op, "cos", cos);

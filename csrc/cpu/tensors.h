@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <utility>
 #include <vector>
 
 #include "cpu/help.h"
@@ -56,23 +55,6 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
 
 inline Tensor empty_as(const Tensor& like) {
   return new_empty(like, sizes_of(like), like.scalar_type());
-}
-
-// Like t, in its layout where that has no gaps.
-inline Tensor empty_in_layout_of(const Tensor& t) {
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  std::vector<int64_t> strides;
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    strides.push_back(t.stride(i));
-    if (t.size(i) != 1) dims.emplace_back(t.stride(i), t.size(i));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t next = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != next) return torch::stable::empty_like(t);
-    next *= size;
-  }
-  return next == 0 ? torch::stable::empty_like(t) : new_empty_of(t, sizes_of(t), t.scalar_type(), strides);
 }
 
 inline float value(const Tensor& one) {

@@ -64,24 +64,16 @@ inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 
 // By the C function: torch::stable::new_empty looks its op up by name and boxes every argument, which for a small op
 // takes as long as the rest of it.
-inline Tensor new_empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
-                           const std::vector<int64_t>& strides = {}) {
-  std::vector<int64_t> dense = strides;
-  if (dense.empty()) {
-    dense.resize(sizes.size());
-    int64_t next = 1;
-    for (size_t i = sizes.size(); i-- > 0;) {
-      dense[i] = next;
-      next *= sizes[i] > 1 ? sizes[i] : 1;
-    }
-  }
+inline Tensor new_empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made = nullptr;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), dense.data(), type,
-                                                  device_type, device_index, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  type, device_type, device_index, &made));
   return Tensor(made);
 }
 
