@@ -51,6 +51,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "sequential": sequential,
     "gated": gated,
     "pair": pair,
+    "norms": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH, eps=1e-6)),
 }
 
 
@@ -296,6 +297,13 @@ def test_layers_of_other_dtypes(dtype: torch.dtype, precision: str | None) -> No
     x = (torch.randn(3, WIDTH) * 10).to(dtype)
     ours = spu.accelerate(copy.deepcopy(plain), precision)
     assert_same(ours(x), plain(x), 0.5 if precision and dtype == torch.float64 else 1e-5)
+
+
+def test_embeddings_and_norms_are_recorded_by_fx() -> None:
+    plain = nn.Sequential(nn.Embedding(5, WIDTH, padding_idx=1), nn.LayerNorm((2, WIDTH)), nn.RMSNorm(WIDTH))
+    ids = torch.tensor([[0, 1], [4, 2]])
+    recorded = torch.fx.symbolic_trace(spu.accelerate(copy.deepcopy(plain)))
+    assert_same(recorded(ids), plain(ids))
 
 
 def test_no_features_in_or_out() -> None:

@@ -102,6 +102,21 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda *t: ours(*t, None) if len(t) == 2 else ours(*t), given)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp64_rows_with_fp32_vectors_are_computed_in_fp64(kind: str) -> None:
+    x, *vectors = tensors((4, 9), torch.float64)
+    ours, dy = functions(kind)[0], torch.randn(4, 9, dtype=torch.float64)
+    narrow = [vector.float() for vector in vectors]
+    found = with_grads(ours, [x, *narrow], dy)
+    expected = with_grads(ours, [x, *(vector.double() for vector in narrow)], dy)
+    for a, b in zip(found, expected):
+        if b is not None:
+            assert_equal(a, b.to(a.dtype))
+    with torch.no_grad():  # torch's own ops, which serve what the op leaves
+        left = torch.vmap(lambda row: ours(row, *narrow))(x)
+    torch.testing.assert_close(left, expected[0], rtol=1e-14, atol=1e-14)
+
+
 @every_backend
 @pytest.mark.parametrize("layer", [False, True], ids=["rms", "layer"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,13 @@ __all__ = ["FusedNorm", "LayerNorm", "RMSNorm", "norm_block"]
 _FORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # (offset, rounded) of RMSNorms that the op computes
 
 
-def _fused(op: str, x: Tensor, *vectors: Tensor | None) -> bool:
-    """Tell whether a kernel of ours serves a norm of these tensors."""
+def _fused(op: str, shape: Sequence[int] | None, x: Tensor, *vectors: Tensor | None) -> bool:
+    """Tell whether a kernel of ours serves a norm of these tensors, over the last dimensions of ``shape`` (None: over
+    the last one).
+    """
     if not takes(x, *vectors) or x.dtype not in STORAGE or x.dim() == 0 or torch.compiler.is_compiling():
+        return False  # takes() comes first: nothing else may be asked of what stands for a tensor in torch.fx
+    if shape is not None and (len(shape) != 1 or x.shape[-1] != shape[0]):
         return False
     given = [t for t in vectors if t is not None]
     if any(t.shape != x.shape[-1:] or t.device != x.device or t.dtype not in (x.dtype, torch.float32) for t in given):
@@ -52,8 +57,7 @@ class RMSNorm(nn.RMSNorm):
         if torch.jit.is_scripting():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         else:  # TorchScript compiles the branch that it takes, and no more
-            one = len(self.normalized_shape) == 1 and tuple(x.shape[-1:]) == tuple(self.normalized_shape)
-            if one and _fused("rms_norm", x, self.weight) and not _widened_by_autocast(x):
+            if _fused("rms_norm", self.normalized_shape, x, self.weight) and not _widened_by_autocast(x):
                 return rms_norm(x, self.weight, self.eps)  # type: ignore[return-value]
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
@@ -66,8 +70,8 @@ class LayerNorm(nn.LayerNorm):
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         else:
-            one = len(self.normalized_shape) == 1 and tuple(input.shape[-1:]) == tuple(self.normalized_shape)
-            if one and _fused("layer_norm", input, self.weight, self.bias) and not _widened_by_autocast(input):
+            fused = _fused("layer_norm", self.normalized_shape, input, self.weight, self.bias)
+            if fused and not _widened_by_autocast(input):
                 return layer_norm(input, self.weight, self.bias, self.eps)  # type: ignore[return-value]
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -90,7 +94,7 @@ class FusedNorm(FusedBlock):
         """Tell whether the op computes the norm of x."""
         weight, block = self.weight, self.spu_block
         # The weight multiplies a row that is rounded to 16 bits: an fp32 one would make the result fp32.
-        return _fused("rms_norm", x, weight) and (weight.dtype == x.dtype or not block.rounded)  # type: ignore
+        return _fused("rms_norm", None, x, weight) and (weight.dtype == x.dtype or not block.rounded)  # type: ignore
 
 
 MIXINS[NormBlock] = FusedNorm

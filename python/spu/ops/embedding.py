@@ -67,13 +67,15 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
     Raises:
         ValueError: a padding_idx outside [-V, V).
     """
+    if not takes(ids, weight):
+        return F.embedding(ids, weight, padding_idx)
     learns = weight.requires_grad and torch.is_grad_enabled()
     if not learns or weight.dim() != 2 or weight.dtype not in STORAGE or torch.compiler.is_compiling():
         return F.embedding(ids, weight, padding_idx)
     entries = weight.shape[0]
     if padding_idx is not None and not -entries <= padding_idx < entries:
         raise ValueError(f"embedding: padding_idx {padding_idx} is not in [{-entries}, {entries})")
-    if not takes(ids, weight) or ids.device != weight.device:
+    if ids.device != weight.device:
         return F.embedding(ids, weight, padding_idx)
     backend = choose_backend(weight)
     if backend == "reference" or not has_kernel("embedding_dw_", backend):

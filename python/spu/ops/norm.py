@@ -188,7 +188,8 @@ def torch_rms_norm(
     if rounded:
         normed = wide(normed.to(x.dtype))
     if weight is not None:
-        normed = normed * (offset + wide(weight) if offset else wide(weight))
+        factor = weight.to(normed.dtype)
+        normed = normed * (offset + factor if offset else factor)
     y = normed.to(x.dtype)
     return y if residual is None else (y, v)
 
@@ -199,6 +200,7 @@ def torch_layer_norm(
 ) -> Tensor | Pair:
     """Compute ``layer_norm`` by torch's own ops."""
     v = x if residual is None else x + residual
-    w, b = (None if t is None else wide(t) for t in (weight, bias))
-    y = F.layer_norm(wide(v), x.shape[-1:], w, b, eps).to(x.dtype)
+    values = wide(v)
+    w, b = (None if t is None else t.to(values.dtype) for t in (weight, bias))
+    y = F.layer_norm(values, x.shape[-1:], w, b, eps).to(x.dtype)
     return y if residual is None else (y, v)

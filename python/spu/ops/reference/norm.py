@@ -38,7 +38,8 @@ def _added(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
 def _weighted(normed: Tensor, weight: Tensor | None, offset: float) -> Tensor:
     if weight is None:
         return normed
-    return normed * (offset + wide(weight) if offset else wide(weight))
+    factor = weight.to(normed.dtype)
+    return normed * (offset + factor if offset else factor)
 
 
 def rms_norm(
@@ -104,8 +105,9 @@ def layer_norm(
         (y [..., C], mean fp32 [rows], 1 / sqrt(..) fp32 [rows], the sum v [..., C] or empty)
     """
     v, total = _added(x, residual)
-    given = None if weight is None else wide(weight), None if bias is None else wide(bias)
-    y, mean, rstd = torch.native_layer_norm(wide(v), x.shape[-1:], *given, eps)
+    values = wide(v)
+    given = (None if vector is None else vector.to(values.dtype) for vector in (weight, bias))
+    y, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], *given, eps)
     return y.to(x.dtype).contiguous(), mean.reshape(-1), rstd.reshape(-1), total
 
 
