@@ -42,7 +42,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-EVERYTHING = ["kernels", "wire_and_optimizer", "fused", "attention"]
+EVERYTHING = ["kernels", "wire_and_optimizer", "fused", "shared", "attention"]
 
 
 def run_kernel_tests(env: dict[str, str], files: list[str] = EVERYTHING, without: str = "") -> None:
@@ -118,7 +118,7 @@ def test_avx512_kernels_without_avx512(emulated: str) -> None:
 
 @needs_compiler
 def test_amx_kernels_without_amx(emulated: str) -> None:
-    products = ["amx", "kernels", "fused", "attention", "help"]
+    products = ["amx", "kernels", "fused", "shared", "attention", "help"]
     # the AVX-512 kernels, which the test above has run
     others = "float32 every_fp16 unscale test_dz gated_strides found_inf_sees"
     run_kernel_tests({"SPU_TEST_LIBRARY": emulated, "SPU_CPU_ISA": "amx"}, products, others)

@@ -39,13 +39,13 @@ def x_of(seed: int) -> Tensor:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The gradients that a kernel has added to."""
     found: list[Tensor] = []
-    add = in_place._InPlace.linear_weight
+    add = in_place._InPlace.linear_weights
 
-    def noting(self: Any, *args: Any) -> None:
-        found.append(self._grad)
-        add(self, *args)
+    def noting(self: Any, others: Any, *args: Any) -> None:
+        found.extend(sink._grad for sink in (self, *others))
+        add(self, others, *args)
 
-    monkeypatch.setattr(in_place._InPlace, "linear_weight", noting)
+    monkeypatch.setattr(in_place._InPlace, "linear_weights", noting)
     return found
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -283,3 +285,73 @@ def test_post_accumulate_hooks_of_the_user_still_fire() -> None:
     main_grads.begin_step()
     scaler.scale(layer(torch.ones(1, 3)).sum()).backward()
     assert fired == [True]
+
+
+def gated_gradients(
+    prepare: Callable[[nn.Parameter, nn.Parameter], None], weights: Sequence[nn.Parameter] = ()
+) -> list[Tensor]:
+    """The main gradients of a gated MLP's weights after two backwards; ``prepare(gate, up)`` comes first."""
+    torch.manual_seed(0)
+    shapes = (40, 24), (40, 24), (16, 40)
+    gate, up, down = weights or [nn.Parameter(torch.randn(*shape).half() / 4) for shape in shapes]
+    params = list(dict.fromkeys((gate, up, down)))
+    main_grads, scaler = MainGrads(params), LossScaler(64.0)
+    main_grads.begin_step()
+    prepare(gate, up)
+    for _ in range(2):
+        y = ops.gated_mlp(torch.randn(33, 24).half(), gate, up, down)
+        scaler.scale(y.float().square().mean()).backward()
+    return [p.grad.clone() for p in params]
+
+
+@every_backend
+def test_weights_of_one_x_get_their_gradients_together_or_one_by_one(backend: str) -> None:
+    """A hook that is to see a gradient at once, and gradients of which some are there: the same bits."""
+    fired: list[Tensor] = []
+
+    def hook(gate: Tensor, up: Tensor) -> None:
+        up.register_post_accumulate_grad_hook(lambda p: fired.append(p.grad.clone()))
+
+    def there(gate: Tensor, up: Tensor) -> None:
+        up.grad = torch.zeros(40, 24)
+
+    with ops.use_backend(backend):
+        expected = gated_gradients(lambda gate, up: None)
+        for prepare in (hook, there):
+            for ours, other in zip(gated_gradients(prepare), expected, strict=True):
+                assert_equal(ours, other)
+    assert len(fired) == 2
+    assert_equal(fired[-1], expected[1])
+
+
+def test_one_weight_in_both_places() -> None:
+    torch.manual_seed(1)
+    weight, down = nn.Parameter(torch.randn(40, 24).half() / 4), nn.Parameter(torch.randn(16, 40).half())
+    tied = gated_gradients(lambda *_: None, (weight, weight, down))
+    twins = nn.Parameter(weight.detach().clone()), nn.Parameter(weight.detach().clone())
+    gate, up, _ = gated_gradients(lambda *_: None, (*twins, nn.Parameter(down.detach().clone())))
+    torch.testing.assert_close(tied[0], gate + up, rtol=1e-6, atol=1e-7)
+
+
+def test_backwards_in_two_threads_that_share_weights_in_other_places_end() -> None:
+    first, second = (nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+    down, x = torch.eye(8), torch.randn(4, 8)
+    main_grads, scaler = MainGrads([first, second]), LossScaler(1.0)
+    main_grads.begin_step()
+
+    def run(*weights: Tensor) -> None:
+        for _ in range(200):
+            scaler.scale(ops.gated_mlp(x, *weights, down).sum()).backward()
+
+    threads = [threading.Thread(target=run, args=order, daemon=True) for order in ((first, second), (second, first))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    once = [p.grad.clone() for p in (first, second)]
+    main_grads.begin_step()
+    run(first, second)
+    run(second, first)
+    for grad, p in zip(once, (first, second), strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-2)

@@ -1,5 +1,5 @@
-// spu::copy_in_ and spu::add_narrow: passes between fp32 and the 16-bit types. torch's own take an element at a time
-// through its casting loops, or AVX2's conversion.
+// spu::copy_in_: passes between fp32 and the 16-bit types. torch's own take an element at a time through its casting
+// loops, or AVX2's conversion.
 #include "cpu/ops.h"
 
 #include "cpu/tensors.h"
@@ -40,23 +40,6 @@ void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets) {
     void* dst = target.mutable_data_ptr();
     for_ranges(source.numel(), kGrain, [&](int64_t begin, int64_t end) { k.convert(from, src, to, dst, begin, end); });
   }
-}
-
-Tensor add_narrow(Tensor x, Tensor y) {
-  const char* op = "add_narrow";
-  checks::expect_cpu(op, "x", x);
-  checks::expect_cpu(op, "y", y);
-  checks::expect_dtype(op, "x", x, ScalarType::Float);
-  checks::expect_same_shape(op, "x", x, "y", y);
-  const Tensor wide = dense(x), narrow = dense(y);
-  const Type type = storage_type(op, "y", y);
-  Tensor out = empty_as(wide);
-  const KernelTable& k = kernels();
-  const float* a = static_cast<const float*>(wide.const_data_ptr());
-  float* sum = static_cast<float*>(out.mutable_data_ptr());
-  for_ranges(out.numel(), kGrain,
-             [&](int64_t begin, int64_t end) { k.add(type, a, narrow.const_data_ptr(), sum, begin, end); });
-  return out;
 }
 
 }  // namespace cpu

@@ -47,6 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp(Tensor x, Tensor w_gate, Tensor w_u
   return {std::get<0>(linear(h, w_down, std::nullopt, "none", false)), gate, up};
 }
 
+std::tuple<Tensor, Tensor, Tensor> gated_mlp_add(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Text activation,
+                                                 Tensor addend) {
+  auto [h, gate, up] = gated_linear(x, w_gate, w_up, activation, true);
+  return {linear_add(h, w_down, std::nullopt, addend), gate, up};
+}
+
 std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, Text activation) {
   const char* op = "gated_dz";
   const math::Act act = gate_act_of(op, activation);

@@ -62,6 +62,31 @@ SPU_INLINE cpu::Operand columns_of(const cpu::Operand& x) {
   return {x.data, x.type, x.col, x.row};
 }
 
+// One whole side of the thread's last product as it was packed, all of it finite; uses: of its slot, when that was
+// done.
+struct PackedSide {
+  const void* data;
+  Type type;
+  int64_t row, col, length, k, uses;
+  uint16_t* panels;
+};
+
+SPU_INLINE PackedSide& packed_side(int slot) {
+  static thread_local PackedSide sides[2];
+  return sides[slot == cpu::kSharedA ? 0 : 1];
+}
+
+// Its panels, if it is this operand, of `length` rows (columns of B) by k, and nothing else has used the slot since.
+SPU_INLINE uint16_t* panels_of(int slot, const cpu::Operand& x, int64_t length, int64_t k) {
+  const PackedSide& s = packed_side(slot);
+  const bool same = s.panels && s.data == x.data && s.type == x.type && s.row == x.row && s.col == x.col;
+  return same && s.length == length && s.k == k && s.uses == cpu::workspace_uses(slot) ? s.panels : nullptr;
+}
+
+SPU_INLINE void keep_panels(int slot, const cpu::Operand& x, int64_t length, int64_t k, uint16_t* panels) {
+  packed_side(slot) = {x.data, x.type, x.row, x.col, length, k, cpu::workspace_uses(slot), panels};
+}
+
 // The super-block's steps of panels [begin, end) of an operand, or of two that follow each other along k.
 template <bool Right>
 static bool pack_chain(const TileGemm& g, uint16_t* out, int64_t panel_values, const cpu::Operand& one,
@@ -196,10 +221,16 @@ static void multiply_columns(TileGemm& g) {
   const int64_t in_l2 = g.threads * kBlockBytes / (step * least(g.ss, kBlockSteps[g.parts - 1]));
   const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group), fit = least(in_l2, kMostBytes / (step * g.ss));
   const int64_t each = ceil_div(groups, ceil_div(groups, fit > 1 ? fit : 1)) * group;
-  g.b = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kLocalB, each * g.products * g.panel() / 2));
+  const bool whole = each >= ceil_div(g.p->n, kPanelRows) && g.ns == g.p->n && g.ss == g.half && !g.p->b2;
+  g.b = whole && g.p->same_b ? panels_of(cpu::kLocalB, g.p->b, g.p->n, g.p->k) : nullptr;
+  const bool there = g.b;
+  if (!there) g.b = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kLocalB, each * g.products * g.panel() / 2));
   for (g.j0 = 0; g.j0 < ceil_div(g.ns, kPanelRows); g.j0 += each) {
     g.js = least(each, ceil_div(g.ns, kPanelRows) - g.j0);
-    in_parallel(g, ceil_div(g.js, group), pack_columns);
+    if (!there) in_parallel(g, ceil_div(g.js, group), pack_columns);
+    if (whole && !there && !memchr(g.left, 1, sizeof g.left)) {
+      keep_panels(cpu::kLocalB, g.p->b, g.p->n, g.p->k, g.b);
+    }
     in_parallel(g, row_tasks(g) * least(g.units(), g.threads), run_tile_tasks<C>);
   }
 }
@@ -227,6 +258,16 @@ static void finish_left(const TileGemm& g) {
   }
 }
 
+// The super-block's rows of A.
+static void pack_left(TileGemm& g) {
+  const bool whole = g.ms == g.p->m && g.ss == g.half && !g.p->a2;
+  g.a = whole && g.p->same_a ? panels_of(cpu::kSharedA, g.p->a, g.p->m, g.p->k) : nullptr;
+  if (g.a) return;
+  g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
+  in_parallel(g, g.a_panels(), pack_rows);
+  if (whole && !g.left_rows) keep_panels(cpu::kSharedA, g.p->a, g.p->m, g.p->k, g.a);
+}
+
 template <Chain C>
 static void multiply_tiles(TileGemm& g) {
   const int64_t steps = g.p->a2 ? 2 * g.half : g.half, most = least(steps, kMostSteps);
@@ -246,10 +287,7 @@ static void multiply_tiles(TileGemm& g) {
       }
       for (g.s0 = 0; g.s0 < steps && !g.left_rows; g.s0 += kMostSteps) {
         g.ss = least(kMostSteps, steps - g.s0), g.last = g.s0 + g.ss == steps;
-        if (!g.direct) {
-          g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
-          in_parallel(g, g.a_panels(), pack_rows);
-        }
+        if (!g.direct) pack_left(g);
         if (!g.left_rows) multiply_columns<C>(g);
       }
       finish_left(g);
@@ -262,7 +300,7 @@ static void multiply_tiles(TileGemm& g) {
 SPU_INLINE bool wants_four(const cpu::Epilogue& e) {
   const bool stored = e.kind == cpu::Epilogue::store || e.kind == cpu::Epilogue::gated ||
                       e.kind == cpu::Epilogue::derivative || e.kind == cpu::Epilogue::gated_derivative;
-  return !stored || e.out_type == Type::fp32;
+  return !stored || (e.addend ? e.sum_type : e.out_type) == Type::fp32;
 }
 
 SPU_INLINE bool tiles_serve(const cpu::Product& p) {
@@ -290,7 +328,7 @@ SPU_INLINE Targets targets_of(const cpu::Product& p, const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::main_grad_add) {
     targets.add(e.main_grad);
   } else if (e.kind != cpu::Epilogue::softmax_stats) {
-    targets.add(e.saved ? e.saved : e.out), targets.add(e.saved_up);
+    targets.add(e.saved ? e.saved : e.addend ? e.addend : e.out), targets.add(e.saved_up);
   }
   return targets;
 }

@@ -51,6 +51,32 @@ static void store_activated(const cpu::Epilogue& e, const Tile& tile) {
   }
 }
 
+// The sums, rounded to T as if they were stored, are added to what is of S.
+template <class T, class S>
+static void store_added(const cpu::Epilogue& e, const Tile& tile) {
+  const Tile t = tile;
+  const T* bias = e.bias ? static_cast<const T*>(e.bias) + t.col : nullptr;
+  const S* const addend = corner<const S>(e.addend, t);
+  S* const out = corner<S>(e.out, t);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const float* c = t.c + i * t.ldc;
+    const S* other = addend + i * t.n;
+    S* const row[] = {out + i * t.n};
+    store_row(row, t.cols, [&](int64_t j, int64_t left) SPU_LAMBDA {
+      vf z = load_upto(c + j, left);
+      if (bias) z = z + load_upto(bias + j, left);
+      return Results<1>{load_upto(other + j, left) + rounded_to<T>(z)};
+    });
+  }
+}
+
+template <class S>
+static TileEpilogue adding_epilogue(Type sum_type) {
+  if (sum_type == Type::fp16) return store_added<Fp16, S>;
+  if (sum_type == Type::bf16) return store_added<Bf16, S>;
+  return store_added<float, S>;
+}
+
 template <bool Accumulate>
 static void store_main_grad(const cpu::Epilogue& e, const Tile& tile) {
   const Tile t = tile;
@@ -198,6 +224,7 @@ static TileEpilogue typed_epilogue(const cpu::Epilogue& e) {
   if (e.kind == cpu::Epilogue::derivative) return by_activation<T, Derivative>(e.act);
   if (e.kind == cpu::Epilogue::gated_derivative) return by_activation<T, GatedDerivative>(e.act);
   if (e.kind == cpu::Epilogue::softmax_grad) return softmax_grad<T>;
+  if (e.addend) return adding_epilogue<T>(e.sum_type);
   if (e.act == math::Act::none && !e.bias && !e.preact) return store_plain<T>;
   return by_activation<T, Activated>(e.act);
 }

@@ -24,6 +24,8 @@ int64_t threads();
 // bound). Slots are independent buffers.
 constexpr int kSharedA = 0, kLocalB = 1, kLocalC = 2, kSharedC = 3, kSlots = 4;
 float* workspace(int slot, int64_t floats);
+// How often the thread has asked for a slot: what it wrote there is still there as long as this stands.
+int64_t workspace_uses(int slot);
 
 // A hint before the first write to `bytes` of new memory at data; worth a system call from kLargeBytes on.
 constexpr int64_t kLargeBytes = int64_t{1} << 22;
@@ -44,6 +46,8 @@ struct Product {
   Operand a, b;
   const Operand *a2, *b2;
   int64_t c_row = 0, c_column = 0, c_length = 0;
+  // A, or B, is that of this thread's last product, and unchanged since: what it was packed to may serve again.
+  bool same_a = false, same_b = false;
 };
 
 // Among how many threads a product (k > 0) is to be divided: from `least` multiply-adds on, those of the calling
@@ -56,7 +60,8 @@ constexpr int64_t kStatColumns = 256;
 // What happens to an fp32 accumulator block of C.
 struct Epilogue {
   enum Kind {
-    store,             // out = act(acc + bias) in out_type, z = acc + bias into preact
+    store,             // out = act(acc + bias) in out_type, z = acc + bias into preact; with an addend, of out_type,
+                       // out = addend + (acc + bias, rounded to sum_type)
     main_grad_add,     // main_grad (+)= inv_scale * acc, and *nonfinite = 1 if some acc is infinite or NaN
     gated,             // out = act(acc) * twin; preact = acc and up = twin, unless null
     softmax_stats,     // per row and group of columns the maximum and the sum of exp(acc - maximum); the target's acc
@@ -73,6 +78,8 @@ struct Epilogue {
   void* up;      // or null
   Type out_type;
   math::Act act;
+  const void* addend;  // or null; then without an activation and preact
+  Type sum_type;
 
   float* main_grad;
   float inv_scale;
@@ -219,7 +226,7 @@ struct KernelTable {
   void (*adamw)(const AdamWRange& tensor, const math::AdamWStep& step, int64_t begin, int64_t end);
   double (*square_sum)(const float* x, int64_t begin, int64_t end);
   // out = x + y
-  void (*add)(Type type, const float* x, const void* y, float* out, int64_t begin, int64_t end);
+  void (*add)(const float* x, const float* y, float* out, int64_t begin, int64_t end);
   // Rows [begin, end).
   void (*cross_entropy)(const CrossEntropy& c, int64_t begin, int64_t end);
   const char* name;

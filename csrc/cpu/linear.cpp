@@ -50,14 +50,30 @@ void sink(Type type, const void* values, int64_t count, float* main_grad, const 
   if (bad) raise_found_inf(found_inf);
 }
 
-}  // namespace
+Tensor expect_addend(const Tensor& x, const Tensor& weight, const Tensor& addend, const std::vector<int64_t>& sizes) {
+  checks::expect_cpu("linear_add", "addend", addend);
+  if (addend.scalar_type() != ScalarType::Float) checks::expect_same_dtype("linear_add", "addend", addend, "x", x);
+  if (sizes_of(addend) != sizes) {
+    checks::fail("spu::linear_add: addend ", checks::shape(addend), " does not fit x ", checks::shape(x),
+                 " and weight ", checks::shape(weight));
+  }
+  return dense(addend);
+}
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
-                                  bool keep_preact) {
-  const Matrix in = as_matrix("linear", "x", x), w = as_weight("linear", weight);
+struct How {
+  math::Act act;
+  bool keep_preact;
+  bool same_x;           // the last product was of this x too
+  const Tensor* addend;  // of y's shape, in its dtype or fp32, as then y is; or null
+};
+
+// y = act(x weight^T + bias), or the addend plus that, and the pre-activation where it is kept.
+std::tuple<Tensor, Tensor> product(const Tensor& x, const Matrix& in, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const How& how) {
+  const Matrix w = as_weight("linear", weight);
   checks::expect_same_dtype("linear", "x", x, "weight", weight);
   expect_input(x, in, weight, w);
-  Tensor dense_bias;
+  Tensor dense_bias, addend;
   if (bias.has_value()) {
     checks::expect_cpu("linear", "bias", *bias);
     checks::expect_same_dtype("linear", "bias", *bias, "weight", weight);
@@ -65,16 +81,49 @@ std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor>
     dense_bias = dense(*bias);
   }
   Epilogue e = {};
-  e.act = act_of("linear", activation);
-  Tensor y = new_empty(x, with_last(x, w.rows), x.scalar_type());
-  Tensor preact = new_empty(x, keep_preact ? with_last(x, w.rows) : std::vector<int64_t>{0}, x.scalar_type());
+  e.act = how.act;
+  e.out_type = e.sum_type = in.type;
+  const std::vector<int64_t> sizes = with_last(x, w.rows);
+  if (how.addend) {
+    addend = expect_addend(x, weight, *how.addend, sizes);
+    e.addend = addend.const_data_ptr(), e.out_type = storage_type("linear_add", "addend", addend);
+  }
+  Tensor y = new_empty(x, sizes, how.addend ? addend.scalar_type() : x.scalar_type());
+  Tensor preact = new_empty(x, how.keep_preact ? sizes : std::vector<int64_t>{0}, x.scalar_type());
   e.bias = bias.has_value() ? dense_bias.const_data_ptr() : nullptr;
   e.out = y.mutable_data_ptr();
-  e.preact = keep_preact ? preact.mutable_data_ptr() : nullptr;
-  e.out_type = in.type;
-  if (y.numel() > 0)
-    multiply(ProductOp::linear, {in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr}, e);
+  e.preact = how.keep_preact ? preact.mutable_data_ptr() : nullptr;
+  Product p = {in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr};
+  p.same_a = how.same_x;
+  if (y.numel() > 0) multiply(ProductOp::linear, p, e);
   return {y, preact};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
+                                  bool keep_preact) {
+  const math::Act act = act_of("linear", activation);
+  return product(x, as_matrix("linear", "x", x), weight, bias, {act, keep_preact, false, nullptr});
+}
+
+Tensor linear_add(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor addend) {
+  const Matrix in = as_matrix("linear", "x", x);
+  return std::get<0>(product(x, in, weight, bias, {math::Act::none, false, false, &addend}));
+}
+
+std::vector<Tensor> linear_each(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  if (!biases.empty() && biases.size() != weights.size()) {
+    checks::fail("spu::linear_each: ", biases.size(), " biases for ", weights.size(),
+                 " weights: give none, or one each");
+  }
+  const Matrix in = as_matrix("linear", "x", x);
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const std::optional<Tensor> bias = biases.empty() ? std::optional<Tensor>() : biases[i];
+    found.push_back(std::get<0>(product(x, in, weights[i], bias, {math::Act::none, false, i > 0, nullptr})));
+  }
+  return found;
 }
 
 Tensor linear_dz(Tensor dy, Tensor saved, Text activation) {
@@ -119,20 +168,33 @@ Tensor linear_dw(Tensor dz, Tensor x) {
 }
 
 void linear_dw_sink(Tensor dz, Tensor x, Tensor main_grad, Tensor inv_scale, Tensor found_inf, bool accumulate) {
+  linear_dw_each({dz}, x, {main_grad}, inv_scale, found_inf, accumulate);
+}
+
+void linear_dw_each(std::vector<Tensor> dzs, Tensor x, std::vector<Tensor> main_grads, Tensor inv_scale,
+                    Tensor found_inf, bool accumulate) {
   const char* op = "linear_dw_";
-  const Matrix g = as_matrix(op, "dz", dz), in = as_matrix(op, "x", x);
-  checks::expect_same_dtype(op, "dz", dz, "x", x);
-  expect_rows(op, dz, g, x, in);
+  if (dzs.size() != main_grads.size()) {
+    checks::fail("spu::linear_dw_each_: ", dzs.size(), " dzs for ", main_grads.size(), " main_grads");
+  }
+  const Matrix in = as_matrix(op, "x", x);
   checks::expect_scalar(op, "inv_scale", inv_scale);
   checks::expect_scalar(op, "found_inf", found_inf);
   int32_t nonfinite = 0;
   Epilogue e = {};
   e.kind = Epilogue::main_grad_add;
-  e.main_grad = main_grad_data(op, main_grad, g.cols * in.cols);
   e.inv_scale = value(inv_scale);
   e.accumulate = accumulate;
   e.nonfinite = &nonfinite;
-  multiply(ProductOp::linear_dw, {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr}, e);
+  for (size_t i = 0; i < dzs.size(); ++i) {
+    const Matrix g = as_matrix(op, "dz", dzs[i]);
+    checks::expect_same_dtype(op, "dz", dzs[i], "x", x);
+    expect_rows(op, dzs[i], g, x, in);
+    e.main_grad = main_grad_data(op, main_grads[i], g.cols * in.cols);
+    Product p = {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr};
+    p.same_b = i > 0;
+    multiply(ProductOp::linear_dw, p, e);
+  }
   if (nonfinite) raise_found_inf(found_inf);
 }
 

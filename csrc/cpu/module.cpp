@@ -13,7 +13,11 @@
 
 STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   spu::cpu::register_shared(m);
+  SPU_IMPL(m, "linear_add", spu::cpu::linear_add);
+  SPU_IMPL(m, "linear_each", spu::cpu::linear_each);
+  SPU_IMPL(m, "linear_dw_each_", spu::cpu::linear_dw_each);
   SPU_IMPL(m, "gated_mlp", spu::cpu::gated_mlp);
+  SPU_IMPL(m, "gated_mlp_add", spu::cpu::gated_mlp_add);
   SPU_IMPL(m, "gated_dh", spu::cpu::gated_dh);
   SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
   SPU_IMPL(m, "mlp_dz", spu::cpu::mlp_dz);
@@ -28,7 +32,6 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   SPU_IMPL(m, "layer_norm", spu::cpu::layer_norm);
   SPU_IMPL(m, "layer_norm_backward", spu::cpu::layer_norm_backward);
   SPU_IMPL(m, "copy_in_", spu::cpu::copy_in);
-  SPU_IMPL(m, "add_narrow", spu::cpu::add_narrow);
   SPU_IMPL(m, "embedding_dw_", spu::cpu::embedding_dw_sink);
   SPU_IMPL(m, "rotary", spu::cpu::rotary);
 }

@@ -7,8 +7,18 @@
 namespace spu {
 namespace cpu {
 
+// Products that share x, in turn: y_i = x weights_i^T + biases_i (none, or one each); main_grads_i (+)= inv_scale
+// dzs_i^T x.
+std::vector<Tensor> linear_each(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases);
+// y = addend + (x weight^T + bias, rounded to x's dtype); the addend in x's dtype or fp32, as then y is.
+Tensor linear_add(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor addend);
+void linear_dw_each(std::vector<Tensor> dzs, Tensor x, std::vector<Tensor> main_grads, Tensor inv_scale,
+                    Tensor found_inf, bool accumulate);
+
 std::tuple<Tensor, Tensor, Tensor> gated_mlp(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Text activation,
                                              bool keep);
+std::tuple<Tensor, Tensor, Tensor> gated_mlp_add(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Text activation,
+                                                 Tensor addend);
 std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, Text activation);
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
@@ -40,7 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
                                                        bool needs_dx, bool needs_dw, bool needs_db);
 
 void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets);
-Tensor add_narrow(Tensor x, Tensor y);  // fp32 [..] + 16 bits
 
 void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_grad, Tensor inv_scale, Tensor found_inf,
                        bool accumulate);

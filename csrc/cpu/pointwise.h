@@ -115,18 +115,10 @@ static bool unscale(Type type, const void* grad, float* main_grad, float inv_sca
   return unscale_typed<float>(grad, main_grad, inv_scale, accumulate, begin, end);
 }
 
-template <class T>
-static void add_range(const float* x, const void* y, float* out, int64_t begin, int64_t end) {
-  const T* other = static_cast<const T*>(y);
+static void add(const float* x, const float* y, float* out, int64_t begin, int64_t end) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) store(out + i, load(x + i) + load(other + i));
-  if (i < end) store_some(out + i, load_some(x + i, end - i) + load_some(other + i, end - i), end - i);
-}
-
-static void add(Type type, const float* x, const void* y, float* out, int64_t begin, int64_t end) {
-  if (type == Type::fp16) return add_range<Fp16>(x, y, out, begin, end);
-  if (type == Type::bf16) return add_range<Bf16>(x, y, out, begin, end);
-  return add_range<float>(x, y, out, begin, end);
+  for (; i + kLanes <= end; i += kLanes) store(out + i, load(x + i) + load(y + i));
+  if (i < end) store_some(out + i, load_some(x + i, end - i) + load_some(y + i, end - i), end - i);
 }
 
 }  // namespace SPU_ISA_NS

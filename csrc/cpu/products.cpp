@@ -125,7 +125,7 @@ InPlace in_place(const Epilogue& e) {
     place.rest.preact = place.rest.up = nullptr;
   } else if (e.kind == Epilogue::store || e.kind == Epilogue::gated || e.kind == Epilogue::gated_derivative) {
     place.c = static_cast<float*>(e.out);
-    place.done = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact;
+    place.done = e.kind == Epilogue::store && e.act == math::Act::none && !e.bias && !e.preact && !e.addend;
   }
   return place;
 }
@@ -154,7 +154,7 @@ bool by_torch(const Product& p, const Epilogue& e) {
       torch_mm(chained ? widened(rows_of(*p.a2, r), count, p.k, kSharedA) : a, b2, matrix(c2, count, p.n, p.n, 1));
     }
     if (chained) {
-      for_ranges(count * p.n, kGrain, [&](int64_t begin, int64_t end) { k.add(Type::fp32, c, c2, c, begin, end); });
+      for_ranges(count * p.n, kGrain, [&](int64_t begin, int64_t end) { k.add(c, c2, c, begin, end); });
     }
     if (place.done) continue;
     for_ranges(count, kGrain / (p.n + 1) + 1, [&](int64_t begin, int64_t end) {

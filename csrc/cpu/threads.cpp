@@ -36,11 +36,12 @@ constexpr int64_t kPageFloats = int64_t{1} << 19;  // 2 MB
 
 struct Buffer {
   float* data = nullptr;
-  int64_t floats = 0;
+  int64_t floats = 0, uses = 0;
 
   ~Buffer() { std::free(data); }
 
   float* at_least(int64_t wanted) {
+    ++uses;
     const bool shrink = floats > kKeptFloats && wanted <= kKeptFloats;
     if (wanted > floats || shrink) {
       std::free(data);
@@ -58,11 +59,16 @@ struct Buffer {
   }
 };
 
+thread_local Buffer buffers[kSlots];
+
 }  // namespace
 
 float* workspace(int slot, int64_t floats) {
-  thread_local Buffer buffers[kSlots];
   return buffers[slot].at_least(floats);
+}
+
+int64_t workspace_uses(int slot) {
+  return buffers[slot].uses;
 }
 
 }  // namespace cpu

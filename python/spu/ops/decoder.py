@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spu.common.dtypes import HALVES
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
 from spu.ops.convert import narrowed, stacked
 from spu.ops.gated import gated_gradients
 from spu.ops.in_place import weight_sinks_of
-from spu.ops.linear import bias_gradient, weight_gradient
+from spu.ops.linear import bias_gradient, weight_gradients
 from spu.ops.plain import refuse_derivatives_of_backward
 from spu.ops.sink import GradSink
 
@@ -85,11 +84,9 @@ def _norm(x: Tensor, weight: Tensor, form: GatedForm | AttentionForm) -> tuple[T
     return schema.overload("rms_norm_to", form.backend)(x, weight, *form.norm, form.dtype)  # type: ignore[no-any-return]
 
 
-def _sum(x: Tensor, y: Tensor, backend: str) -> Tensor:
-    """Return x + y, of x's dtype."""
-    if x.dtype == torch.float32 and y.dtype in HALVES:
-        return schema.overload("add_narrow", backend)(x, y)  # type: ignore[no-any-return]
-    return x + y
+def _may_be_added(x: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a product's kernel may add its result to this residual: not to one of the other 16-bit dtype."""
+    return x.dtype in (dtype, torch.float32)
 
 
 def _through_norm(
@@ -121,9 +118,13 @@ class _GatedHalf(torch.autograd.Function):
         with BelowAutograd():
             normed, rstd = _norm(x, norm_weight, form)
             operands = normed, *(narrowed(w, form.dtype) for w in weights)
-            y, gate, up = schema.overload("gated_mlp", form.backend)(*operands, form.activation, True)
+            if _may_be_added(x, form.dtype):
+                y, gate, up = schema.overload("gated_mlp_add", form.backend)(*operands, form.activation, x)
+            else:
+                y, gate, up = schema.overload("gated_mlp", form.backend)(*operands, form.activation, True)
+                y = x + y
             ctx.save_for_backward(x, norm_weight, rstd, *operands, gate, up)
-            return _sum(x, y, form.backend)
+            return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -167,31 +168,33 @@ class _Gradients:
     dtypes: Sequence[torch.dtype | None]
     found: list[Tensor | None] = field(default_factory=lambda: [None] * 8)
 
-    def add(self, index: int, dz: Tensor, x: Tensor) -> None:
-        """Compute those of one product, y = x @ weight.T + bias."""
-        weight, bias = self.sinks[index], self.sinks[index + 4]
-        if weight is not None and bias is not None:
-            weight.linear_weight_and_bias(dz, x, bias, self.backend)
-            return
-        self.found[index] = weight_gradient(weight, self.needs[index], dz, x, False, self.backend, self.dtypes[index])
-        self.found[index + 4] = bias_gradient(bias, self.needs[index + 4], dz, self.backend)
+    def add(self, first: int, dzs: Sequence[Tensor], x: Tensor) -> None:
+        """Compute those of products of one x, y = x @ weight.T + bias, from the ``first`` weight on."""
+        part = slice(first, first + len(dzs))
+        of_weights = self.sinks[part], self.needs[part], dzs, x, self.backend, self.dtypes[part]
+        self.found[part] = weight_gradients(*of_weights)
+        for i, dz in enumerate(dzs, first + 4):
+            self.found[i] = bias_gradient(self.sinks[i], self.needs[i], dz, self.backend)
 
 
 def _projected(normed: Tensor, weights: AttentionWeights, form: AttentionForm) -> tuple[list[Tensor], list[Tensor]]:
     """Return q, k and v [..., out], and their weights in the dtype of the computation: one matrix of all three where
     they have to be converted, so that there is one product.
     """
-    linear = schema.overload("linear", form.backend)
     ws, biases = weights[:3], weights[4:7]
     given = [bias for bias in biases if bias is not None]
-    if all(w.dtype != form.dtype for w in ws) and len(given) in (0, 3):
+    if len(given) not in (0, 3):
+        linear = schema.overload("linear", form.backend)
+        kept = [narrowed(w, form.dtype) for w in ws]
+        narrow = [None if bias is None else bias.to(form.dtype) for bias in biases]
+        return [linear(normed, w, b, "none", False)[0] for w, b in zip(kept, narrow, strict=True)], kept
+    if all(w.dtype != form.dtype for w in ws):
         weight = stacked(ws, form.dtype)
         bias = stacked(given, form.dtype) if given else None
-        y = linear(normed, weight, bias, "none", False)[0]
+        y = schema.overload("linear", form.backend)(normed, weight, bias, "none", False)[0]
         return list(y.split([w.shape[0] for w in ws], -1)), [weight]
     kept = [narrowed(w, form.dtype) for w in ws]
-    narrow = [None if bias is None else bias.to(form.dtype) for bias in biases]
-    return [linear(normed, w, b, "none", False)[0] for w, b in zip(kept, narrow, strict=True)], kept
+    return schema.overload("linear_each", form.backend)(normed, kept, [bias.to(form.dtype) for bias in given]), kept
 
 
 def _projected_back(dqkv: Sequence[Tensor], weights: Sequence[Tensor], backend: str) -> Tensor:
@@ -201,7 +204,7 @@ def _projected_back(dqkv: Sequence[Tensor], weights: Sequence[Tensor], backend: 
         return linear_dx(torch.cat(tuple(dqkv), -1), weights[0])  # type: ignore[no-any-return]
     (dq, dk, dv), (wq, wk, wv) = dqkv, weights
     both = schema.overload("gated_dx", backend)(dk, dv, wk, wv)
-    return both.add_(linear_dx(dq, wq))  # type: ignore[no-any-return]
+    return schema.overload("linear_add", backend)(dq, wq.t(), None, both)  # type: ignore[no-any-return]
 
 
 def _turned(
@@ -232,9 +235,10 @@ class _AttentionHalf(torch.autograd.Function):
             out, lse = schema.overload("attention", backend)(q, k, v, form.scale, True)
             wo = narrowed(weights.o, form.dtype)
             bias = None if weights.o_bias is None else weights.o_bias.to(form.dtype)
-            y = schema.overload("linear", backend)(out.flatten(2), wo, bias, "none", False)[0]
             ctx.save_for_backward(x, norm_weight, rstd, normed, q, k, v, out, lse, cos, sin, wo, *kept)
-            return _sum(x, y, backend)
+            if _may_be_added(x, form.dtype):
+                return schema.overload("linear_add", backend)(out.flatten(2), wo, bias, x)  # type: ignore[no-any-return]
+            return x + schema.overload("linear", backend)(out.flatten(2), wo, bias, "none", False)[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -248,15 +252,14 @@ class _AttentionHalf(torch.autograd.Function):
         sinks = [next(edges) if dtype else None for dtype in ctx.dtypes]
         d = narrowed(dy, form.dtype)
         grads = _Gradients(backend, sinks, needs[2:10], ctx.dtypes)
-        grads.add(3, d, out.flatten(2))
+        grads.add(3, [d], out.flatten(2))
         dn = None
         if any(needs[i] for i in (0, 1, 2, 3, 4, 6, 7, 8)):
             dout = schema.overload("linear_dx", backend)(d, wo).view(out.shape)
             attention = schema.overload("attention_backward", backend)
             dq, dk, dv = attention(dout, q, k, v, out, lse, form.scale, True)
             dqkv = [t.flatten(2) for t in (*_turned(dq, dk, cos, sin, form, inverse=True), dv)]
-            for i, part in enumerate(dqkv):
-                grads.add(i, part, normed)
+            grads.add(0, dqkv, normed)
             if needs[0] or needs[1]:
                 dn = _projected_back(dqkv, kept, backend)
         dx, dw = _through_norm(ctx, dn, dy, x, norm_weight, rstd, norm_sink)

@@ -26,7 +26,7 @@ from spu.ops.autograd import Eager, FusedOp
 from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.in_place import weight_sinks_of
-from spu.ops.linear import check_operands, compute_dtype, weight_gradient
+from spu.ops.linear import check_operands, compute_dtype, weight_gradient, weight_gradients
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact, torch_activation
 from spu.ops.sink import GradSink
@@ -83,9 +83,8 @@ def gated_gradients(
     d_down = weight_gradient(sinks[2], needs_down, dy, h, False, backend, dtypes[2])
     del h
     dx = schema.overload("gated_dx", backend)(dgate, dup, w_gate, w_up) if needs_x else None
-    d_gate = weight_gradient(sinks[0], needs_gate, dgate, x, False, backend, dtypes[0])  # type: ignore
-    d_up = weight_gradient(sinks[1], needs_up, dup, x, False, backend, dtypes[1])  # type: ignore
-    return dx, d_gate, d_up, d_down
+    both = sinks[:2], (needs_gate, needs_up), (dgate, dup), x, backend, dtypes[:2]
+    return dx, *weight_gradients(*both), d_down  # type: ignore[arg-type]
 
 
 def _gradients(ctx: Any, dy: Tensor, backend: str) -> tuple[Tensor | None, ...]:

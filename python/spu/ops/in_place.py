@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -35,10 +36,19 @@ class _InPlace:
         self._grad = grad
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
-        grad, one = self._grad, torch.ones(1)
-        with _LOCKS[(id(grad) >> 5) % len(_LOCKS)]:
-            schema.overload("linear_dw_", backend)(dz, x, grad, one, torch.zeros_like(one), True)
-            increment_version(grad)
+        self.linear_weights((), (dz,), x, backend)
+
+    def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
+        grads = [self._grad, *(cast(_InPlace, sink)._grad for sink in others)]
+        one = torch.ones(1)
+        with ExitStack() as locks:
+            for place in sorted({(id(grad) >> 5) % len(_LOCKS) for grad in grads}):
+                locks.enter_context(_LOCKS[place])
+            if len(dzs) == 1:
+                schema.overload("linear_dw_", backend)(dzs[0], x, grads[0], one, torch.zeros_like(one), True)
+            else:
+                schema.overload("linear_dw_each_", backend)(dzs, x, grads, one, torch.zeros_like(one), True)
+            increment_version(grads)
 
 
 def _may_add_to(grad: Tensor, param: Tensor) -> bool:

@@ -38,8 +38,10 @@ __all__ = [
     "linear_db_",
     "linear_dw_",
     "linear_dw_db_",
+    "linear_dw_each_",
     "torch_linear_act",
     "weight_gradient",
+    "weight_gradients",
 ]
 
 _NEEDS_PREACT = ("gelu", "gelu_tanh", "silu")
@@ -100,12 +102,40 @@ def weight_gradient(
         return None
     if not needed:
         return None
-    if backend == "reference" or dtype != torch.float32 or dz.dtype not in HALVES or dz.numel() == 0:
+    if not _stays_wide(dz, backend, dtype):
         return schema.overload("linear_dw", backend)(left, right)  # type: ignore[no-any-return]
-    one = torch.ones(1, device=dz.device)
-    dw = torch.empty(left.shape[-1], right.shape[-1], device=dz.device)
-    schema.overload("linear_dw_", backend)(left, right, dw, one, torch.zeros_like(one), False)
-    return dw
+    return _wide_gradients([left], right, backend)[0]
+
+
+def weight_gradients(
+    sinks: Sequence[GradSink | None],
+    needed: Sequence[bool],
+    dzs: Sequence[Tensor],
+    x: Tensor,
+    backend: str,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """Do ``weight_gradient`` for several weights [N, K] of products that share x, by one op where all are alike."""
+    first, *others = sinks
+    if first is not None and None not in others:
+        first.linear_weights(others, dzs, x, backend)  # type: ignore[arg-type]
+        return [None] * len(sinks)
+    if all(needed) and not any(sinks) and all(_stays_wide(dzs[0], backend, dtype) for dtype in dtypes):
+        return list(_wide_gradients(dzs, x, backend))
+    each = zip(sinks, needed, dzs, dtypes, strict=True)
+    return [weight_gradient(sink, need, dz, x, False, backend, dtype) for sink, need, dz, dtype in each]
+
+
+def _stays_wide(dz: Tensor, backend: str, dtype: torch.dtype | None) -> bool:
+    """Tell whether the gradient of a parameter of ``dtype`` is the fp32 sum itself."""
+    return backend != "reference" and dtype == torch.float32 and dz.dtype in HALVES and dz.numel() > 0
+
+
+def _wide_gradients(dzs: Sequence[Tensor], x: Tensor, backend: str) -> list[Tensor]:
+    one = torch.ones(1, device=x.device)
+    dws = [torch.empty(dz.shape[-1], x.shape[-1], device=x.device) for dz in dzs]
+    linear_dw_each_(dzs, x, dws, MainGrad(dws[0], one, torch.zeros_like(one), False), backend=backend)
+    return dws
 
 
 def bias_gradient(sink: GradSink | None, needed: bool, dz: Tensor, backend: str) -> Tensor | None:
@@ -268,6 +298,16 @@ def torch_linear_act(
 def linear_dw_(dz: Tensor, x: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
     """Compute main_grad (+)= inv_scale * dz.T @ x: fp32 [N, K], contiguous. For gradient sinks."""
     schema.overload("linear_dw_", backend or choose_backend(dz))(dz, x, *into)
+
+
+def linear_dw_each_(
+    dzs: Sequence[Tensor], x: Tensor, main_grads: Sequence[Tensor], how: MainGrad, *, backend: str
+) -> None:
+    """Compute ``linear_dw_`` of products that share x into each of ``main_grads``, all as ``how`` says."""
+    if len(dzs) == 1:
+        schema.overload("linear_dw_", backend)(dzs[0], x, main_grads[0], *how[1:])
+    else:
+        schema.overload("linear_dw_each_", backend)(dzs, x, main_grads, *how[1:])
 
 
 def linear_dw_db_(dz: Tensor, x: Tensor, into: MainGrad, bias_grad: Tensor, *, backend: str | None = None) -> None:

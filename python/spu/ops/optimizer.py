@@ -194,7 +194,6 @@ def grad_norm(grads: Iterable[Tensor]) -> Tensor:
     return grad_sqnorm(grads).sqrt().to(torch.float32)
 
 
-@torch.no_grad()
 def unscale_(grad: Tensor, into: MainGrad, *, backend: str | None = None) -> None:
     """Compute main_grad (+)= inv_scale * grad, of any floating dtype and strides and of main_grad's shape."""
     main_grad = into.main_grad
@@ -203,4 +202,5 @@ def unscale_(grad: Tensor, into: MainGrad, *, backend: str | None = None) -> Non
             f"unscale_: main_grad must be float32 of shape {tuple(grad.shape)}, got {main_grad.dtype} "
             f"{tuple(main_grad.shape)}"
         )
-    schema.overload("unscale_", backend or choose_backend(grad))(grad, *into)
+    values = grad.detach() if grad.requires_grad else grad
+    schema.overload("unscale_", backend or choose_backend(grad))(values, *into)

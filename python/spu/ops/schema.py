@@ -67,6 +67,14 @@ SCHEMAS: dict[str, str] = {
         "(Tensor dz, Tensor x, Tensor(a!) main_grad, Tensor(c!) bias_grad, Tensor inv_scale, Tensor(b!) found_inf, "
         "bool accumulate) -> ()"
     ),
+    # addend + y, which is rounded before; of the addend's dtype, that of x or fp32
+    "linear_add": "(Tensor x, Tensor weight, Tensor? bias, Tensor addend) -> Tensor",
+    # products that share x
+    "linear_each": "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]",
+    "linear_dw_each_": (
+        "(Tensor[] dzs, Tensor x, Tensor(a!)[] main_grads, Tensor inv_scale, Tensor(b!) found_inf, bool accumulate) "
+        "-> ()"
+    ),
     "unscale_": f"(Tensor grad, {_SINK}) -> ()",
     "pack": "(Tensor x, str codec) -> Tensor",
     "unpack": "(Tensor wire, SymInt[] shape, ScalarType dtype, str codec) -> Tensor",
@@ -74,7 +82,6 @@ SCHEMAS: dict[str, str] = {
     "pack_": "(Tensor x, str codec, Tensor(a!) wire) -> ()",
     "unpack_": "(Tensor wire, str codec, Tensor(a!) out) -> ()",
     "copy_in_": "(Tensor[] sources, Tensor(a!)[] targets) -> ()",
-    "add_narrow": "(Tensor x, Tensor y) -> Tensor",  # fp32 + 16 bits
     "adamw_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
         "Tensor[] steps, Tensor grad_scale, Tensor found_inf, float lr, float beta1, float beta2, float eps, "
@@ -91,6 +98,11 @@ SCHEMAS: dict[str, str] = {
     "gated_dx": "(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) -> Tensor",
     "gated_mlp": (
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, bool keep) -> "
+        "(Tensor y, Tensor gate, Tensor up)"
+    ),
+    # addend + y as in linear_add; gate and up are kept
+    "gated_mlp_add": (
+        "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, Tensor addend) -> "
         "(Tensor y, Tensor gate, Tensor up)"
     ),
     "mlp": (
@@ -148,7 +160,7 @@ SCHEMAS: dict[str, str] = {
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
     "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_", "rms_norm_to",
-    "add_narrow",
+    "linear_add", "linear_each", "linear_dw_each_", "gated_mlp_add",
 )  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -255,13 +267,15 @@ FAKES: dict[str, Callable[..., Any]] = {
     "linear_dw_": _fake_nothing,
     "linear_db_": _fake_nothing,
     "linear_dw_db_": _fake_nothing,
+    "linear_add": lambda x, weight, bias, addend: addend.new_empty((*x.shape[:-1], weight.shape[0])),
+    "linear_each": lambda x, weights, biases: [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights],
+    "linear_dw_each_": _fake_nothing,
     "unscale_": _fake_nothing,
     "pack": _fake_pack,
     "unpack": _fake_unpack,
     "pack_": _fake_nothing,
     "unpack_": _fake_nothing,
     "copy_in_": _fake_nothing,
-    "add_narrow": lambda x, y: x.new_empty(x.shape),
     "adamw_": _fake_nothing,
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float64),
     "gated_linear": _fake_gated_linear,
@@ -269,6 +283,10 @@ FAKES: dict[str, Callable[..., Any]] = {
     "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
     "gated_mlp": _fake_gated_mlp,
+    "gated_mlp_add": lambda x, w_gate, w_up, w_down, activation, addend: (
+        addend.new_empty((*x.shape[:-1], w_down.shape[0])),
+        *_fake_gated(x, w_gate, True),
+    ),
     "mlp": _fake_mlp,
     "mlp_dz": _fake_mlp_dz,
     "attention": _fake_attention,

@@ -250,6 +250,13 @@ class GradSink(Protocol):
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
         """Add dw = dz.T @ x, with dz [..., N] and x [..., K] in the storage dtype, dz still scaled."""
 
+    def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
+        """Do what ``linear_weight`` of this sink and of the others does, each with its own dz and all with one x, which
+        some backends read once for all.
+        """
+        for sink, dz in zip((self, *others), dzs, strict=True):
+            sink.linear_weight(dz, x, backend)
+
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         """Add db = sum over rows of dz, still scaled."""
 

@@ -8,7 +8,8 @@ whichever came first. A buffer is never zeroed: the first contribution of a step
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.weak import TensorWeakRef
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import post_accumulate_hooks
 from spu.ops import embedding_dw_, has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
+from spu.ops.linear import linear_dw_each_
 from spu.ops.sink import (
     BackwardScope,
     GradSink,
@@ -82,6 +84,14 @@ class ParameterSink:
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
         _now_or_later(self._parameter(), self._accumulate, linear_dw_, (dz, x), backend)
 
+    def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
+        """Do ``linear_weight`` in several sinks, in one op where no hook is to see one of the gradients at once."""
+        sinks = [self, *(sink for sink in others if isinstance(sink, ParameterSink))]
+        if len(set(map(id, sinks))) <= len(others) or any(post_accumulate_hooks(s._parameter()) for s in sinks):
+            GradSink.linear_weights(self, others, dzs, x, backend)  # one is not of this class, or twice there
+        else:
+            _now_or_later(self._parameter(), self._accumulate_each, sinks, dzs, x, backend)
+
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         _now_or_later(self._parameter(), self._accumulate, linear_db_, (dz,), backend)
 
@@ -117,6 +127,28 @@ class ParameterSink:
             into = self._target(param, self._settle(param, scope))
             op(*operands, into, backend=backend)
             _keep(param, into)
+
+    def _accumulate_each(
+        self,
+        param: Tensor,
+        scope: BackwardScope,
+        sinks: Sequence[ParameterSink],
+        dzs: Sequence[Tensor],
+        x: Tensor,
+        backend: str,
+    ) -> None:
+        with ExitStack() as locks:
+            for sink in sorted(sinks, key=id):  # in one order, whoever asks
+                locks.enter_context(sink._lock)
+            params = [sink._parameter() for sink in sinks]
+            into = [sink._target(p, sink._settle(p, scope)) for sink, p in zip(sinks, params, strict=True)]
+            if len({target.accumulate for target in into}) == 1:
+                linear_dw_each_(dzs, x, [target.main_grad for target in into], into[0], backend=backend)
+            else:
+                for dz, target in zip(dzs, into, strict=True):
+                    linear_dw_(dz, x, target, backend=backend)
+            for p, target in zip(params, into, strict=True):
+                _keep(p, target)
 
     def _accumulate_both(
         self, param: Tensor, scope: BackwardScope, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str

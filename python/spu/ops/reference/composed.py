@@ -21,7 +21,6 @@ from spu.ops.reference.linear import wide
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "add_narrow",
     "attention",
     "attention_backward",
     "copy_in_",
@@ -30,13 +29,17 @@ __all__ = [
     "gated_dz",
     "gated_linear",
     "gated_mlp",
+    "gated_mlp_add",
     "implementation",
+    "linear_add",
     "linear_ce",
     "linear_ce_and_dz",
     "linear_ce_and_dz_",
     "linear_ce_dz",
     "linear_dw_db_",
+    "linear_dw_each_",
     "linear_dz_dx",
+    "linear_each",
     "mlp",
     "mlp_dz",
     "pack_",
@@ -68,6 +71,32 @@ def linear_dw_db_(
     """Compute one after the other."""
     _op("linear_dw_", backend)(dz, x, main_grad, inv_scale, found_inf, accumulate)
     _op("linear_db_", backend)(dz, bias_grad, inv_scale, found_inf, accumulate)
+
+
+def linear_add(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """Compute the product, then the sum."""
+    return (addend + _op("linear", backend)(x, weight, bias, "none", False)[0]).contiguous()
+
+
+def linear_each(backend: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    """Compute one product after the other."""
+    linear = _op("linear", backend)
+    given = biases if biases else [None] * len(weights)
+    return [linear(x, w, bias, "none", False)[0] for w, bias in zip(weights, given, strict=True)]
+
+
+def linear_dw_each_(
+    backend: str,
+    dzs: Sequence[Tensor],
+    x: Tensor,
+    main_grads: Sequence[Tensor],
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    accumulate: bool,
+) -> None:
+    """Compute one product after the other."""
+    for dz, main_grad in zip(dzs, main_grads, strict=True):
+        _op("linear_dw_", backend)(dz, x, main_grad, inv_scale, found_inf, accumulate)
 
 
 def gated_linear(
@@ -104,6 +133,14 @@ def gated_mlp(
     """Compute the whole block, for every backend: ``gated_linear`` and the down projection."""
     h, gate, up = _op("gated_linear", backend)(x, w_gate, w_up, activation, keep)
     return _op("linear", backend)(h, w_down, None, "none", False)[0], gate, up
+
+
+def gated_mlp_add(
+    backend: str, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str, addend: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``gated_linear``, then ``linear_add``."""
+    h, gate, up = _op("gated_linear", backend)(x, w_gate, w_up, activation, True)
+    return _op("linear_add", backend)(h, w_down, None, addend), gate, up
 
 
 def mlp(
@@ -200,11 +237,6 @@ def rms_norm_to(
     return y if y.dtype == dtype else y.to(dtype), rstd
 
 
-def add_narrow(backend: str, x: Tensor, y: Tensor) -> Tensor:
-    """Compute torch's sum of an fp32 tensor and one of 16 bits."""
-    return (x + y).contiguous()
-
-
 def pack_(backend: str, x: Tensor, codec: str, wire: Tensor) -> None:
     """Pack on x's device, then copy: by the copy engine where that is a CUDA device and the wire is pinned."""
     wire.copy_(_op("pack", backend)(x, codec), non_blocking=wire.is_cuda or wire.is_pinned())
@@ -236,11 +268,15 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     **{name: _reference(op) for name, op in reference_norm.IMPLEMENTATIONS.items()},
     "linear_dz_dx": linear_dz_dx,
     "linear_dw_db_": linear_dw_db_,
+    "linear_each": linear_each,
+    "linear_dw_each_": linear_dw_each_,
+    "linear_add": linear_add,
     "gated_linear": gated_linear,
     "gated_dz": gated_dz,
     "gated_dh": gated_dh,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
+    "gated_mlp_add": gated_mlp_add,
     "mlp": mlp,
     "mlp_dz": mlp_dz,
     "attention": attention,
@@ -250,7 +286,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_ce_and_dz": linear_ce_and_dz,
     "linear_ce_and_dz_": linear_ce_and_dz_,
     "rms_norm_to": rms_norm_to,
-    "add_narrow": add_narrow,
     "pack_": pack_,
     "unpack_": unpack_,
     "copy_in_": copy_in_,
