@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from spu.cli.app import main
+from spu.cli.app import guarded, main
+from spu.engine.engine import StageError
 from spu.train.metrics import read_metrics, train_rows
 
 TINY = {
@@ -253,6 +254,7 @@ BAD_INPUT = [
     (("--seq", "65"), ("--seq 65", "give 64 or less")),
     (("--data", "MISSING"), ("MISSING", "no such file")),
     (("--data", "EMPTY"), ("EMPTY", "is empty")),
+    (("--model", "OPT", "--data", "DOCUMENTS"), ("see each other", "--pack off")),
     (("--data", "SHORT"), ("SHORT has 20 tokens", "--seq 16 needs at least 34")),
     (("--model", "MISSING"), ("MISSING", "no such file")),
     (("--model", "T5"), ("T5", "no causal decoder can be made from it")),
@@ -271,7 +273,10 @@ def test_bad_input_names_value_and_fix_and_writes_nothing(place, capsys, options
     (place / "EMPTY").touch()
     (place / "SHORT").write_text("x" * 20)
     (place / "T5").write_text(json.dumps({"model_type": "t5", "vocab_size": 256, "d_model": 16, "num_layers": 2}))
-    files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "T5")}
+    (place / "OPT").write_text(json.dumps({**TINY, "model_type": "opt", "ffn_dim": 32, "word_embed_proj_dim": 16}))
+    (place / "DOCUMENTS.jsonl").write_text('{"text": "short"}\n' * 90)
+    files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "T5", "OPT")}
+    files["DOCUMENTS"] = str(place / "DOCUMENTS.jsonl")
     before = snapshot(place)
     code = run_here(place, *new_run(place, "bad", *(files.get(option, option) for option in options)))
     error = capsys.readouterr().err
@@ -372,6 +377,17 @@ def test_doctor_and_devices_print_their_tables(capsys, tmp_path, monkeypatch):
     assert "loopback, between two processes" in output
     assert run_here(tmp_path, "devices", "--devices", "npu") == 2
     assert "'npu'" in capsys.readouterr().err
+
+
+def test_what_a_stage_refuses_is_bad_input(capsys):
+    def command() -> None:
+        cause = ValueError("--colour red is not known: give blue")
+        raise StageError(0, "cpu:0", None, cause) from cause
+
+    with pytest.raises(typer.Exit) as exit_info:
+        guarded(command)
+    assert exit_info.value.exit_code == 2
+    assert capsys.readouterr().err == "spu: error: --colour red is not known: give blue\n"
 
 
 def test_help_does_not_import_torch():

@@ -48,6 +48,18 @@ def test_labels_that_are_the_inputs_are_refused(form: str) -> None:
         trainer.step(IDS[:, :-1], IDS[:, 1:])
 
 
+def test_packed_rows_that_a_model_lets_see_each_other_are_refused_before_it_is_touched() -> None:
+    config = transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, dropout=0.0, pad_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    packed = {"input_ids": IDS, "position_ids": torch.arange(9).repeat(8, 1)}
+    packed["position_ids"][5, 4:] -= 4
+    with make(model, precision="fp16") as trainer:
+        with pytest.raises(ValueError, match="layer 0 of this model would let documents .* --pack off"):
+            trainer.prepare(packed, IDS.roll(-1, 1))
+        assert trainer.plan is None
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_repeated_tokens_and_losses_of_ones_own_are_no_mistake() -> None:
     same = torch.full((8, 9), 3)
     with make(decoder().train()) as trainer:

@@ -40,8 +40,8 @@ def _show(lines: list[str]) -> None:
 def guarded(command: Callable[[], None]) -> None:
     """Run a command, and end with its exit code and one message; SPU_TRACEBACK=1 shows all.
 
-    0: done, or stopped as a signal has asked; 1: the disk or the machine failed; 2: bad input, or a run that diverged,
-    which would fail again; 130: interrupted at once, by a second signal.
+    0: done, or stopped as a signal has asked; 1: the disk or the machine failed; 2: bad input, also one that a stage
+    has refused, or a run that diverged, which would fail again; 130: interrupted at once, by a second signal.
     """
     try:
         command()
@@ -59,6 +59,10 @@ def guarded(command: Callable[[], None]) -> None:
             _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
         if isinstance(error, ValueError):
             _fail(f"error: {error}", BAD_INPUT)
+        from spu.engine.engine import StageError  # imports torch
+
+        if isinstance(error, StageError) and isinstance(error.__cause__, ValueError):
+            _fail(f"error: {error.__cause__}", BAD_INPUT)
         if isinstance(error, StoreError) or isinstance(error.__cause__, StoreError):
             _fail(f"error: {error}", 1)
         if isinstance(error, OSError):

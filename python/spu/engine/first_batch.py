@@ -11,6 +11,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.engine.loss import cross_entropy
+from spu.model.huggingface import Embed
 from spu.model.layers import Layer
 
 __all__ = ["check_batch"]
@@ -20,7 +21,8 @@ def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Cal
     """Check the first batch of a model, and warn if the model is in evaluation mode.
 
     Raises:
-        ValueError: a language model's targets are its inputs, not shifted: it would learn to repeat what it reads.
+        ValueError: a language model's targets are its inputs, not shifted: it would learn to repeat what it reads; or
+            rows hold several documents, which its layers would let see each other.
     """
     dropping = [module for layer in layers for module in layer.module.modules() if _drops(module)]
     if dropping and not any(module.training for module in dropping):
@@ -36,6 +38,9 @@ def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Cal
             "themselves, this trainer does where it is told: ModelParallelTrainer(..., shift=True); or give inputs "
             "ids[:, :-1] and targets ids[:, 1:]"
         )
+    for module in (layer.module for layer in layers):
+        if isinstance(module, Embed):
+            module.check_inputs(inputs)
 
 
 def _drops(module: nn.Module) -> bool:

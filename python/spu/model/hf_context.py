@@ -320,6 +320,17 @@ class Context:
             self._proved_apart = True
         return calls
 
+    def prove_apart(self, inputs: Inputs, width: int) -> None:
+        """Raise ValueError if a row holds several documents and the layers, of states ``width`` wide, would not keep
+        them apart. One row tells.
+        """
+        given = split_inputs(inputs)
+        packed = None if self._proved_apart else holds_several(given)
+        if packed is not None:
+            one = {key: value[packed[0] : packed[0] + 1] for key, value in given.items()}
+            shape = torch.Size((*one["input_ids"].shape, width))
+            self._compute(shape, torch.float32, one["input_ids"].device, one)
+
     def fake_states(self, embeds: torch.Tensor, real: dict[str, nn.Module]) -> torch.Tensor:
         """Return hidden states like the first layer's for a fake or meta embedding [batch, tokens, width].
 

@@ -17,7 +17,15 @@ from torch import nn
 
 from spu.common.absent import is_absent
 from spu.common.torch_private import version
-from spu.model.hf_context import Context, Inputs, LayerCall, copy_without_children, is_fake, split_inputs
+from spu.model.hf_context import (
+    Context,
+    Inputs,
+    LayerCall,
+    copy_without_children,
+    is_fake,
+    split_inputs,
+    unwrapped,
+)
 from spu.model.hf_proof import prove_split
 from spu.model.hf_structure import WORKS, Structure, structure_of
 from spu.nn.attention import register_attention, use_attention
@@ -67,6 +75,10 @@ class Embed(_Part):
         if is_fake(embeds):
             return self._context.fake_states(embeds, real)
         return self._context.run(embeds, x, real, self.training)[0][0]
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Raise ValueError for rows of several documents that the model's layers would not keep apart."""
+        self._context.prove_apart(inputs, unwrapped(self.embed_tokens).embedding_dim)
 
 
 class DecoderLayer(_Part):
