@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from spu.cli.app import guarded, main
-from spu.engine.engine import StageError
+from spu.cli.app import main
 from spu.train.metrics import read_metrics, train_rows
 
 TINY = {
@@ -377,17 +376,6 @@ def test_doctor_and_devices_print_their_tables(capsys, tmp_path, monkeypatch):
     assert "loopback, between two processes" in output
     assert run_here(tmp_path, "devices", "--devices", "npu") == 2
     assert "'npu'" in capsys.readouterr().err
-
-
-def test_what_a_stage_refuses_is_bad_input(capsys):
-    def command() -> None:
-        cause = ValueError("--colour red is not known: give blue")
-        raise StageError(0, "cpu:0", None, cause) from cause
-
-    with pytest.raises(typer.Exit) as exit_info:
-        guarded(command)
-    assert exit_info.value.exit_code == 2
-    assert capsys.readouterr().err == "spu: error: --colour red is not known: give blue\n"
 
 
 def test_help_does_not_import_torch():
