@@ -305,6 +305,38 @@ def test_recompute_of_a_layer_that_begins_to_change_its_input_is_refused() -> No
         t.step(*batch())
 
 
+class ChangesWhatIsSaved(nn.Module):
+    """Changes in place what an operator has saved for its backward; it is used only where ``used`` is set."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.used = used
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(x) if self.used else x * 1
+        if not self.used:
+            h.square()  # saves h for a backward that never runs
+        return self.inner(h.mul_(2))
+
+
+@with_and_without_recompute
+def test_a_saved_tensor_that_is_changed_in_place_is_refused(recompute: bool) -> None:
+    """Recompute gave a gradient of the changed values: torch's checkpoint does not compare versions."""
+    refused = pytest.raises(StageError, match="modified by an inplace operation|layer '1' changes in place a tensor")
+    with trainer(model_of(ChangesWhatIsSaved(True)), recompute=recompute) as t, refused:
+        t.step(*batch())
+
+
+@with_and_without_recompute
+@some_schedules
+def test_a_saved_tensor_that_no_backward_uses_may_change(
+    schedule: str, ranks: int, virtual: int, recompute: bool
+) -> None:
+    settings = {"schedule": schedule, "ranks": ranks, "virtual": virtual, "recompute": recompute}
+    assert_equals_plain(model_of(ChangesWhatIsSaved(False), nn.Tanh()), *batch(), passes=2, **settings)
+
+
 class Penalty(nn.Module):
     """Hands on the gradient of a part of itself."""
 

@@ -68,6 +68,7 @@ __all__ = [
     "post_accumulate_hooks",
     "pytree",
     "running_node_number",
+    "saved_tensor_hooks",
     "schema_of",
     "sequence_number",
     "set_hooks",
@@ -105,8 +106,7 @@ BelowAutograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Let the engine call ``callback`` at the end of the running backward, and drop it if that fails. For: removing
-    the backward's loss scale."""
+    """Let the engine call ``callback`` at the end of the running backward, if that succeeds. For: its loss scale."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
@@ -116,10 +116,14 @@ def sequence_number() -> int:
 
 
 def running_node_number() -> int | None:
-    """Return the number of the node whose backward runs on this thread; None outside one. For: which layer draws in
-    its backward."""
+    """Return the number of the node whose backward runs on this thread; None outside one. For: which layer draws."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
+
+
+def saved_tensor_hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
+    """Return what packs and unpacks saved tensors now, if anything does. For: looking at a checkpoint's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
 
 
 # What the ops ask before they serve a call
@@ -229,8 +233,7 @@ MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the module's own table of parameters, to read and to write: without the children's, duplicates kept. For:
-    tied parameters."""
+    """Return the module's own table of parameters, to read and to write, duplicates kept. For: tied parameters."""
     return module._parameters
 
 
@@ -272,8 +275,7 @@ def forget_compiled_call(module: nn.Module) -> None:
 
 
 def has_global_module_hook() -> bool:
-    """Return whether a hook on all modules exists (``register_module_forward_hook``). For: blocks that call no
-    module."""
+    """Return whether a hook on all modules exists. For: blocks that call no module."""
     return _module._has_any_global_hook()
 
 
@@ -323,8 +325,7 @@ def operator_names() -> list[str]:
 
 
 def operator_has_kernel(name: str, key: str) -> bool:
-    """Return whether ``namespace::name.overload`` has a kernel of its own for a dispatch key. For: what a compiled
-    library serves."""
+    """Return whether ``namespace::name.overload`` has a kernel of its own for a dispatch key. For: compiled ops."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
@@ -356,8 +357,7 @@ def foreach_add_(tensors: list[torch.Tensor], value: torch.Tensor) -> None:
 
 
 def unscale_and_check_(grads: list[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
-    """Multiply by ``inv_scale`` in place and set ``found_inf`` to 1 for a value that is not finite: the pass of torch's
-    GradScaler."""
+    """Multiply by ``inv_scale`` in place and set ``found_inf`` to 1 for a non-finite value, as GradScaler does."""
     torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
 
 

@@ -7,8 +7,8 @@ counts twice in running statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from spu.common import torch_private
 from spu.common.torch_private import generators_equal, pytree
 from spu.model.kept import Kept, Park
+from spu.model.saved import SavedVersions
 from spu.skips import ReplayedSkips, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
@@ -66,7 +67,7 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits, p
         *((x,) if kept is None else ()),
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (carried_by(replay.skips), replay),
+        context_fn=lambda: (replay.first(), replay),
     )
     replay.end_first()
     changed = versions != [torch_private.version(tensor) for tensor in tensors]
@@ -87,6 +88,7 @@ class _Replay:
     def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Kept | None) -> None:
         self.skips = ReplayedSkips(current_carrier())
         self._name = name
+        self._saved = SavedVersions(name)
         self._x = x
         self._constant = constant
         self._spaces = [
@@ -115,6 +117,12 @@ class _Replay:
         if not self._undo and not any(generators_equal(generator, known) for known, _ in self._generators):
             self._generators.append((generator, generator.get_state()))
 
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Return the context of the first run."""
+        with carried_by(self.skips), self._saved.first():
+            yield
+
     def end_first(self) -> None:
         """End the first run: drop the copies of large buffers that it did not change, also in later microbatches.
 
@@ -140,6 +148,7 @@ class _Replay:
             undo.callback(generator.set_state, generator.get_state())
             generator.set_state(state)
         undo.enter_context(self.skips.replaying())
+        undo.enter_context(self._saved.second())
         self._undo.append(undo)
 
     def __exit__(self, *error: object) -> None:
