@@ -6,7 +6,7 @@ import pytest
 
 typer = pytest.importorskip("typer")
 
-from spu.cli.app import guarded  # noqa: E402
+from spu.cli.app import guarded, main  # noqa: E402
 from spu.engine.engine import StageError  # noqa: E402
 
 
@@ -19,3 +19,18 @@ def test_what_a_stage_refuses_is_bad_input(capsys: pytest.CaptureFixture[str]) -
         guarded(command)
     assert exit_info.value.exit_code == 2
     assert capsys.readouterr().err == "spu: error: --colour red is not known: give blue\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("merge", "nobody", "--out", "new"), "spu merge nobody: no such run"),
+        (("merge", "nobody", "--out", ""), "--out '' names no folder: give a new one"),
+        (("chat", "nobody", "--seed", "9" * 20), "9223372036854775807"),
+    ],
+)
+def test_bad_input_is_named(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    assert exit_info.value.code == 2
+    assert expected in capsys.readouterr().err

@@ -37,7 +37,7 @@ from spu.settings import PRECISIONS, Recompute, Settings, TrainSettings
         ({"virtual": 2, "schedule": AUTO}, "virtual 2 needs a schedule that is named"),
         ({"max_grad_norm": 0.0}, "max_grad_norm 0.0 must be a positive number"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm nan must be a positive number"),
-        ({"seed": -1}, "seed -1 must be a whole number of at least 0"),
+        ({"seed": -1}, "seed -1 must be a whole number from 0 to 9223372036854775807"),
         ({"replan": 1}, "replan 1 must be true or false"),
     ],
 )

@@ -207,7 +207,7 @@ class TrainSettings(Settings):
     """The settings of a training: how it is laid out, and what no plan depends on."""
 
     max_grad_norm: float | None = number(None, "Clip the norm of all gradients to this.")
-    seed: int = whole(0, "Of every random draw.", least=0)
+    seed: int = whole(0, "Of every random draw.", least=0, most=2**63 - 1)
     replan: bool = flag(False, "After the second step, plan again from what it has measured.")
     graphs: str = choice(
         AUTO,

@@ -152,7 +152,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="Of the draws; 0: always the likeliest token.", min=0)] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest ones of this share.", min=0, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**63 - 1)] = 0,
     system: Annotated[str | None, typer.Option(help="First message of a chat.")] = None,
     runs: Annotated[str, typer.Option(help="Folder of all runs.")] = "runs",
 ) -> None:
@@ -219,48 +219,11 @@ def tune(
     """Measure the kernels on this GPU, or this CPU, and keep the fastest."""
 
     def command() -> None:
-        import torch
+        from spu.cli.tune import tune_command
 
-        where = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        names, kinds = tuple(ops.split(",")) if ops else (), tuple(dtypes.split(",")) if dtypes else ()
-        seconds = None if minutes is None else 60 * minutes
-        tuning = _tune_cpu if where == "cpu" else _tune_gpu
-        tuning(where, names, kinds, seconds, out, dry)
+        tune_command(device, ops, dtypes, minutes, out, dry)
 
     guarded(command)
-
-
-def _tune_cpu(
-    _: str, ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float | None, out: str | None, dry: bool
-) -> None:
-    from importlib import import_module
-    from pathlib import Path
-
-    from spu.ops.cpu_table import OPS
-    from spu.tune import cpu
-
-    names, kinds = ops or OPS, dtypes or ("fp16", "bf16", "fp32")
-    if dry:
-        print("\n".join(cpu.plan_lines(names, kinds, import_module("spu._C").isa())))
-        return
-    path = cpu.tune(names, kinds, seconds=seconds, out=None if out is None else Path(out))
-    print(f"written to {path}")
-
-
-def _tune_gpu(
-    device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], seconds: float | None, out: str | None, dry: bool
-) -> None:
-    from pathlib import Path
-
-    from spu.kernels.config import PRODUCTS
-    from spu.tune import run as tuning
-
-    names, kinds = ops or PRODUCTS, dtypes or ("fp16", "bf16")
-    if dry:
-        print("\n".join(tuning.plan_lines(90, names, kinds)))
-        return
-    path = tuning.tune(device, names, kinds, seconds=seconds, out=None if out is None else Path(out))
-    print(f"written to {path}")
 
 
 def _show_version(value: bool) -> None:

@@ -24,11 +24,13 @@ def merge_command(which: str, out: str, model: str | None, runs: str) -> None:
     Raises:
         ValueError: bad input; the text names it, and nothing was written.
     """
+    if not out:
+        raise ValueError("--out '' names no folder: give a new one")
     if (Path(which) / CONFIG).is_file() or model is not None:
         if model is None:
             raise ValueError(f"{which} is an adapter: give the model that it was trained on with --model FOLDER")
         merge_adapter(base_of(model, 0), which, out)
     else:
-        folder = find_folder(runs, which)
+        folder = find_folder(runs, which, "spu merge")
         merge_run(folder.read_config()[0], folder.path, out)
     print(f"written: {out}; load it with AutoModelForCausalLM.from_pretrained({out!r})")

@@ -44,6 +44,11 @@ def train_command(given: dict[str, Any], options: RunOptions, named: Collection[
     """
     named = set(given) if named is None else named
     if not in_several_processes():
+        if given.get("engine") == "distributed":
+            raise ValueError(
+                "--engine distributed runs in processes that torchrun starts, as in torchrun --nproc-per-node 2 -m spu "
+                "train ...; this one was started alone: give --engine local, or leave it out"
+            )
         return _train(given if "engine" in given else {**given, "engine": "local"}, options, named)
     with leading(int(given.get("wait_s", TrainConfig().wait_s))) as leads:
         if not leads:

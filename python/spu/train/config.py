@@ -136,6 +136,8 @@ class TrainConfig(TrainSettings):
         given = [option(name) for name in ("steps", "minutes", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say twice how long to train: give one of them")
+        if self.beta2 == 1:
+            raise ValueError("--beta2 1 would never forget a gradient: give a number below 1, 0.999 for example")
         check_step_size(self.batch, self.seq)
         check_lora(self)
         parts = self.parts

@@ -125,8 +125,10 @@ def new_folder(out: str, name: str | None) -> RunFolder:
     """Return the folder of a new run, not made yet: ``out``/``name``, or a name from the time that no run has.
 
     Raises:
-        ValueError: a name that is a path, or that is taken.
+        ValueError: a name that is a path, or that is taken; ``out`` is a file.
     """
+    if Path(out).is_file():
+        raise ValueError(f"--out {out} is a file: give a folder, which holds all runs")
     if name is not None:
         if name in ("", ".", "..", "latest") or Path(name).name != name:
             raise ValueError(
