@@ -33,13 +33,13 @@ class _InPlace:
     """What fused ops ask of a matrix's `GradSink`: adds its gradient to ``grad``, which `_may_add_to` has seen."""
 
     def __init__(self, grad: Tensor) -> None:
-        self._grad = grad
+        self.grad = grad
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
         self.linear_weights((), (dz,), x, backend)
 
     def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
-        grads = [self._grad, *(cast(_InPlace, sink)._grad for sink in others)]
+        grads = [self.grad, *(cast(_InPlace, sink).grad for sink in others)]
         one = torch.ones(1)
         with ExitStack() as locks:
             for place in sorted({(id(grad) >> 5) % len(_LOCKS) for grad in grads}):
