@@ -237,3 +237,31 @@ def test_what_products_left_to_the_norm_raises_the_scalers_flag(monkeypatch: pyt
         trainer.forward_backward(x, y)
         assert trainer.scaler.found_inf().item() == 0, "of this step alone"
         trainer.close()
+
+
+def _decayed_by_shape(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    groups = [{"params": [p for p in parameters if p.dim() == n], "weight_decay": 0.5 * (n == 2)} for n in (1, 2)]
+    return AdamW(groups, lr=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_our_optimizer_with_groups_of_parameters_streams_with_the_bits_of_a_resident_run(
+    precision: str, tmp_path: Path
+) -> None:
+    """A function that makes spu.optim.AdamW was refused there, with the advice to take spu.optim.AdamW."""
+    found = []
+    for more in ({}, {"residency": "streamed", "tiers": f"disk={tmp_path}/spill:1GB"}):
+        model = mlp()
+        with make(model, 1, optimizer=_decayed_by_shape, lr=None, precision=precision, **more) as trainer:
+            losses = [float(trainer.step(*batch()).loss) for _ in range(3)]
+            trainer.save(tmp_path / precision)
+            state = trainer.state_dict_for_model()
+        found.append((losses, state))
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        assert_equal(found[1][1][name], value, name)
+    with make(mlp(), 1, optimizer=_decayed_by_shape, lr=None, precision=precision) as trainer:
+        trainer.prepare(*batch())
+        trainer.load(tmp_path / precision)
+        for name, value in trainer.state_dict_for_model().items():
+            assert_equal(value, found[0][1][name], name)

@@ -345,7 +345,8 @@ def _make_optimizer(
     if is_ours(factory):
         made = factory(list(parameters))
     else:
-        made = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
+        on_masters = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
+        made = _without_masters(on_masters, parameters)
     remember_rates(made)
     rates = [group["lr"] for group in made.param_groups]
     if lr is not None and any(rate != lr for rate in rates):
@@ -354,6 +355,20 @@ def _make_optimizer(
             "(functools.partial(..., lr=...)), and none to the trainer"
         )
     return made
+
+
+def _without_masters(made: MasterOptimizer, parameters: Sequence[nn.Parameter]) -> AdamW | MasterOptimizer:
+    """Return our AdamW, which a function of the user's has made, on the parameters: it keeps masters by itself, in a
+    form that memory tiers can lay out. Return any other optimizer as it is.
+    """
+    ours = made.optimizer
+    own = {id(made.target(parameter)): parameter for parameter in parameters}
+    given = [group["params"] for group in ours.param_groups]
+    if not isinstance(ours, AdamW) or ours.state or own.keys() != {id(target) for part in given for target in part}:
+        return made
+    for part in given:
+        part[:] = [own[id(target)] for target in part]
+    return ours
 
 
 def _set_masters(optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: dict[int, torch.Tensor]) -> None:
