@@ -47,7 +47,12 @@ EVERYTHING = ["kernels", "wire_and_optimizer", "fused", "shared", "attention"]
 
 def run_kernel_tests(env: dict[str, str], files: list[str] = EVERYTHING, without: str = "") -> None:
     """Run tests/test_cpu_*.py in a process of their own, but for tests whose names contain one of ``without``."""
-    names = ["direct_callers", "python_threads", *without.split()]  # the same code at every level, and more
+    names = [
+        "direct_callers",
+        "python_threads",
+        "nothing_wrong",
+        *without.split(),
+    ]  # the same code at every level, and more
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += [f"tests/test_cpu_{name}.py" for name in files] + ["-k", f"not ({' or '.join(names)})"]
     # one thread: on a busy machine the waiting of a second one is most of the time
