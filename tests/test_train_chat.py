@@ -80,10 +80,28 @@ def test_a_chat_goes_through_the_template_and_ends_at_any_end(folder: Path) -> N
     for _ in range(6):
         talk.answer("how are you")
     assert len(talk.messages) < 14, "the oldest turns have no room"
-    with pytest.raises(ValueError, match="has 6. tokens, which with --max-tokens 8 is more than .* 48 pos"):
+    with pytest.raises(
+        ValueError, match="has 6. tokens, which leaves no room for .* 48 positions"
+    ):
         talk.answer("you " * 60)
     with pytest.raises(ValueError, match="the message is empty"):
         talk.answer("")
+
+
+def test_an_answer_is_as_long_as_the_positions_allow(folder: Path) -> None:
+    """More tokens than a small model has positions are no error: the default is more."""
+    model, tokenizer = load_trained(folder)
+    assert isinstance(tokenizer, FileTokenizer)
+    model.generation_config.eos_token_id, tokenizer.inner.eos_token_id = None, None
+    text = "you " * 20
+    prompt = tokenizer.inner(f"<user> {text} <bot>", add_special_tokens=False)["input_ids"]
+    drawn = greedy(model, prompt, 48 - len(prompt))
+    answer = Conversation(model, tokenizer, Draw(tokens=256, temperature=0)).answer(text)
+    assert answer == tokenizer.inner.decode(drawn, skip_special_tokens=True)
+    talk = Conversation(model, tokenizer, Draw(tokens=256, temperature=0))
+    for _ in range(2):
+        talk.answer("hello")
+    assert len(talk.messages) == 2, "the first turn made way: the answer has half of the positions"
 
 
 def test_the_command_answers_what_comes_through_a_pipe(folder: Path, monkeypatch, capsys) -> None:

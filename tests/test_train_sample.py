@@ -34,3 +34,6 @@ def test_sample_is_reproducible_and_leaves_the_model_as_it_was():
     assert first != sample_text(model, ByteTokenizer(), prompt, tokens=20, seed=2)
     assert first[0] == "hello"
     assert model.training
+    end = next(character for character in first[1] if character.isascii())
+    ended = sample_text(model, ByteTokenizer(), prompt, tokens=20, seed=1, ends=[ord(end)])
+    assert ended[1] == first[1].split(end)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from spu.data.tokenizer import FileTokenizer, Tokenizer, make_tokenizer
 from spu.train.adapter import ADAPTER
 from spu.train.model import has_weights, load_config, make_model
 from spu.train.run_folder import FORMAT, RunFolder
+from spu.train.sample import end_tokens
 
 __all__ = ["Conversation", "Draw", "load_trained"]
 
@@ -119,13 +121,9 @@ class Conversation:
         asked = [*self.messages, {"role": "user", "content": text}] if self.templated else []
         prompt, asked = self._with_room(text, asked)
         shown = _Shown(self._decode, show, skip=prompt.shape[1])
-        config = self.model.generation_config
-        ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id or ())
-        if isinstance(self.tokenizer, FileTokenizer) and self.tokenizer.inner.eos_token_id is not None:
-            ends.add(self.tokenizer.inner.eos_token_id)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.draw.seed + len(self.messages))
-            self._generate(prompt, sorted(ends), shown)
+            self._generate(prompt, end_tokens(self.model, self.tokenizer), shown)
         answer = shown.end()
         if self.templated:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
@@ -142,7 +140,7 @@ class Conversation:
             streamer=shown,
             generation_config=GenerationConfig(
                 do_sample=drawn,
-                max_new_tokens=self.draw.tokens,
+                max_new_tokens=min(self.draw.tokens, self._room(prompt.shape[1])),
                 eos_token_id=ends or None,
                 pad_token_id=ends[0] if ends else 0,
                 **sampling,
@@ -151,17 +149,23 @@ class Conversation:
 
     def _with_room(self, text: str, asked: list[dict[str, str]]) -> tuple[torch.Tensor, list[dict[str, str]]]:
         """Return the prompt [1, tokens], and the messages in it; the oldest turns are left out for lack of room."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         while True:
             ids = self._encode_chat(asked) if asked else self.tokenizer.encode(text.encode())
-            if positions is None or len(ids) + self.draw.tokens <= positions:
+            room = self._room(len(ids))
+            # Half of the positions is all that turns make way for; below, the answer has what the message leaves.
+            if room >= min(self.draw.tokens, (len(ids) + room) // 2) or (len(asked) < 3 and room > 0):
                 return ids.long()[None], asked
             if len(asked) < 3:
                 raise ValueError(
-                    f"the message has {len(ids)} tokens, which with --max-tokens {self.draw.tokens} is more than the "
-                    f"model's {positions} positions: give a shorter one, or fewer tokens"
+                    f"the message has {len(ids)} tokens, which leaves no room for an answer in the model's "
+                    f"{len(ids) + room} positions: give a shorter one"
                 )
             asked = asked[2:]
+
+    def _room(self, taken: int) -> int:
+        """Return how many of the model's positions are left."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return sys.maxsize if positions is None else int(positions) - taken
 
     def _encode_chat(self, messages: list[dict[str, str]]) -> torch.Tensor:
         assert isinstance(self.tokenizer, FileTokenizer)

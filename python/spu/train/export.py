@@ -15,7 +15,7 @@ from spu.data.tokenizer import Tokenizer
 from spu.model.convert.decoder import save_decoder
 from spu.train.config import TrainConfig
 from spu.train.led import LeadingTrainer
-from spu.train.sample import SEARCHED, choose_prompt, sample_text
+from spu.train.sample import SEARCHED, choose_prompt, end_tokens, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 
 __all__ = ["sample_of", "save_from_all", "save_model", "take_exact"]
@@ -110,10 +110,10 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: Path, *, dtype: torch.d
 
 
 def sample_of(model: Any, tokenizer: Tokenizer, corpus: Corpus, config: TrainConfig) -> tuple[str, str]:
-    """Return a prompt from the validation text, and the model's continuation of it."""
-    prompt = corpus.question(config.seq)
+    """Return a prompt from the validation text, and the model's continuation of it; its answer, if it is a question."""
+    prompt, ends = corpus.question(config.seq), end_tokens(model, tokenizer)
     if prompt is None:
-        prompt = choose_prompt(corpus.opening(SEARCHED), tokenizer, PROMPT_TOKENS)
+        prompt, ends = choose_prompt(corpus.opening(SEARCHED), tokenizer, PROMPT_TOKENS), []
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(SAMPLE_TOKENS, (room or SAMPLE_TOKENS + PROMPT_TOKENS) - len(prompt))
-    return sample_text(model, tokenizer, prompt, tokens=tokens, seed=config.seed)
+    return sample_text(model, tokenizer, prompt, tokens=tokens, seed=config.seed, ends=ends)
