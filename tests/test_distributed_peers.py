@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from pipelines import devices
@@ -96,3 +97,57 @@ def test_fp16_with_main_gradients_is_reduced_in_fp32() -> None:
     for own, true, theirs in zip(found, wanted, plain, strict=True):
         error = (torch.tensor(own, dtype=torch.float64) - true).abs().max()
         assert error <= 2 * (theirs.double() - true).abs().max() + torch.finfo(torch.float16).eps * true.abs().max()
+
+
+ROWS = (4, 3, 8, 1, 5, 2, 1, 9)  # of batches: shares that grow and shrink apart, and a pipeline without a row
+
+
+def of_rows(places: Any, **settings: Any) -> list[float]:
+    draws = torch.Generator().manual_seed(7)
+    found: list[float] = []
+    with (
+        use_backend("reference"),
+        ModelParallelTrainer(model(), places, precision="fp32", lr=1e-2, max_grad_norm=1.0, **settings) as trainer,
+    ):
+        for index, rows in enumerate(ROWS):
+            x, y = torch.randn(rows, 6, generator=draws), torch.randint(4, (rows,), generator=draws)
+            if index % 3:
+                result = trainer.step(x, y)
+                found += [result.loss, float(result.grad_norm)]
+            found.append(trainer.evaluate(x, y))
+        assert trainer.timeline().idle_share < 1
+    return found
+
+
+def of_rows_in_two_pipelines() -> list[float]:
+    return of_rows("auto", engine="distributed", replicas=2, microbatches=1)
+
+
+def test_pipelines_with_unlike_numbers_of_rows_stay_together() -> None:
+    """What crosses between stages is counted in all of them or in none, whichever rows are whose; one may have none."""
+    wanted = of_rows(devices(1), microbatches=2)
+    for theirs in (*in_ranks(2, of_rows_in_two_pipelines), *in_ranks(4, of_rows_in_two_pipelines)):
+        assert theirs == pytest.approx(wanted, rel=4 * torch.finfo(torch.float32).eps)
+
+
+class Sum(nn.Module):
+    """A loss that adds up over rows, which the weights of microbatches do not fit."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+def summed(rows: int) -> str:
+    x, y = torch.randn(rows, 6), torch.arange(rows) % 4
+    with ModelParallelTrainer(
+        model(), engine="distributed", replicas=2, microbatches=1, precision="fp32", loss_fn=Sum()
+    ) as trainer:
+        try:
+            trainer.step(x, y)
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_loss_is_checked_where_each_pipeline_has_one_microbatch() -> None:
+    assert all("loss_fn cannot be computed by microbatches as it is" in said for said in in_ranks(2, summed, 8))

@@ -80,9 +80,7 @@ def test_a_chat_goes_through_the_template_and_ends_at_any_end(folder: Path) -> N
     for _ in range(6):
         talk.answer("how are you")
     assert len(talk.messages) < 14, "the oldest turns have no room"
-    with pytest.raises(
-        ValueError, match="has 6. tokens, which leaves no room for .* 48 positions"
-    ):
+    with pytest.raises(ValueError, match="has 6. tokens, which leaves no room for .* 48 positions"):
         talk.answer("you " * 60)
     with pytest.raises(ValueError, match="the message is empty"):
         talk.answer("")

@@ -23,6 +23,7 @@ from spu.distributed.sums import GradientSums
 from spu.distributed.wire import Leaf, Wire
 from spu.engine.engine import MarkedSpan, Recording, Round, StageError
 from spu.engine.graphs import StageGraphs
+from spu.engine.microbatch import elements
 from spu.engine.stage import Stage
 from spu.memory.residency import RESIDENT, Residency
 
@@ -102,6 +103,8 @@ class DistributedEngine:
     def run(self, work: Round) -> Recording:
         """Run a schedule to its end; losses are 0 in processes that do not have the last stage.
 
+        Called in every process, also for no microbatches: what crosses is decided together.
+
         Raises:
             StageError: a stage of this process failed, or another process did while this one waited for it.
             ValueError: torch's schedule does not take this number of microbatches.
@@ -109,6 +112,9 @@ class DistributedEngine:
         start = time.perf_counter()
         with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
             ready = self._for(work)
+            if ready is None:
+                work.losses[0] = torch.zeros((), device=self._own[0].device.torch_device)
+                return Recording(self.stages, self.ranks, start, [])
             numbers = torch.arange(len(work.inputs))
             last = self._own[-1].is_last or self._own[0].is_last
             given = (numbers,) if any(stage.is_first for stage in self._own) else ()
@@ -161,9 +167,15 @@ class DistributedEngine:
         if self._sums is not None:
             self._sums.close()
 
-    def _for(self, work: Round) -> _Ready:
-        """Return the schedule for a run, made anew where its buffers would be too small, or twice too large."""
-        wires = self._wires(work.inputs, train=work.train)
+    def _for(self, work: Round) -> _Ready | None:
+        """Return the schedule for a run, made anew where its buffers would be too small, or twice too large; None for
+        a run of no microbatches.
+        """
+        # The same in all processes, also where other pipelines have other microbatches: they count together or not.
+        sample = max(work.inputs, key=elements) if work.largest is None else work.largest
+        wires = self._wires(sample, train=work.train)
+        if not work.inputs:
+            return None
         key = len(work.inputs), work.train
         ready = self._ready.get(key)
         fits = ready is not None and all(
@@ -175,8 +187,7 @@ class DistributedEngine:
             ready = self._ready[key] = self._made(wires, *key)
         return ready
 
-    def _wires(self, inputs: Sequence[Any], *, train: bool) -> list[Wire]:
-        sample = max(inputs, key=_elements)
+    def _wires(self, sample: Any, *, train: bool) -> list[Wire]:
         # Without a backward nothing has a gradient, and so nothing is packed, as over the links of one process.
         codecs = self._codecs if self._codecs and train else [None] * (len(self.stages) - 1)
         return [Wire(leaves, codec, index) for index, (leaves, codec) in enumerate(zip(self._crossing(sample), codecs))]
@@ -226,7 +237,10 @@ class DistributedEngine:
                 )
             )
             modules.append(module)
-        make = getattr(pipelining, SCHEDULES[self._schedule])
+        # Of fewer microbatches than stages torch takes no 1f1b, which would be gpipe, and a validation's last batch
+        # may have few rows.
+        short = self._schedule == "1f1b" and parts < len(self.stages)
+        make = getattr(pipelining, SCHEDULES["gpipe" if short else self._schedule])
         # Each microbatch's share, and the loss scale, are in the stage's own backward.
         try:
             schedule = make(
@@ -274,10 +288,6 @@ def _within(form: _Form, known: _Form) -> bool:
     )
     sizes = [sum(torch.Size(shape).numel() for shape, *_ in each) for each in (form, known)]
     return alike and 2 * sizes[0] >= sizes[1]
-
-
-def _elements(inputs: Any) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -47,6 +47,7 @@ class Round:
         scopes: the loss scale on each stage; None for a pass without backward.
         keep_outputs: collect the last stage's outputs.
         autocast: entered around every forward.
+        largest: the inputs of the batch's largest microbatch, which another process may run; None: it is one of these.
         losses, outputs: results by microbatch.
     """
 
@@ -60,6 +61,7 @@ class Round:
     scopes: Sequence[BackwardScope] | None = None
     keep_outputs: bool = False
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    largest: Any = None
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
 

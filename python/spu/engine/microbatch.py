@@ -16,6 +16,7 @@ __all__ = [
     "at_least",
     "batch_rows",
     "count_targets",
+    "elements",
     "move",
     "split_batch",
     "target_weights",
@@ -124,6 +125,11 @@ def target_weights(
         )
     shares = torch.where(valid, together / total, torch.nan).to(torch.float32)
     return [share.to(count.device).reshape(()) for share, count in zip(shares, counts, strict=True)]
+
+
+def elements(tree: Any) -> int:
+    """Return the number of all elements of a pytree's tensors."""
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
 def move(tree: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from spu.engine.graphs import graphs_for
 from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
-from spu.engine.microbatch import batch_rows, count_targets, split_batch, unscaled_leaves
+from spu.engine.microbatch import batch_rows, count_targets, elements, split_batch, unscaled_leaves
 from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
@@ -153,7 +153,7 @@ class Runner:
         checks = self._watch(parts)
         try:
             with self.built.running():
-                for first in share[::size]:
+                for first in share[::size] or [share.start]:
                     own = slice(first, min(first + size, share.stop))
                     work = Round(
                         self._actions_of(own.stop - first),
@@ -166,6 +166,7 @@ class Runner:
                         self.updater.scopes,
                         keep_outputs,
                         autocast,
+                        self._largest(inputs_by_part),
                     )
                     recordings.append(self.engine.run(work))
                     losses.update({first + index: loss for index, loss in work.losses.items()})
@@ -206,16 +207,17 @@ class Runner:
         rows, planned = batch_rows(inputs), self._plan.settings.parts
         if self._peers is not None:
             planned = self._peers.parts(planned)
-            if len(self._peers.share(min(planned, rows))) == 0:
-                raise ValueError(
-                    f"a batch of {rows} rows has none for one of the pipelines: leave out an epoch's short last batch "
-                    "(DataLoader(drop_last=True)), or train with fewer replicas"
-                )
         return max(1, min(planned, rows))
+
+    def _largest(self, inputs_by_part: Sequence[Any]) -> Any:
+        """Return the largest microbatch of all pipelines, where there are others: each is given the whole batch."""
+        return None if self._peers is None else max(inputs_by_part, key=elements)
 
     def _actions_of(self, microbatches: int) -> list[list[schedules.Action]]:
         if microbatches == self._plan.settings.microbatches:
             return self._actions
+        if microbatches == 0:  # the other pipelines have all rows
+            return []
         try:
             settings = dataclasses.replace(self._plan.settings, microbatches=microbatches)
             return dataclasses.replace(self._plan, settings=settings).actions()
@@ -250,16 +252,18 @@ class Runner:
         share = range(parts) if self._peers is None else self._peers.share(parts)
         own = slice(share.start, share.stop)
         together = parts if self.updater.streaming is not None else None  # so that a stage's weights come once
-        targets_by_part = split_batch(targets, parts, "targets")
+        inputs_by_part, targets_by_part = split_inputs(inputs, parts), split_batch(targets, parts, "targets")
+        places = max(self._ranks) + 1
         work = Round(
-            schedules.forward_only(max(self._ranks) + 1, len(share), stage_ranks=self._ranks, together=together),
-            split_inputs(inputs, parts)[own],
+            schedules.forward_only(places, len(share), stage_ranks=self._ranks, together=together) if share else [],
+            inputs_by_part[own],
             targets_by_part[own],
             self._weighing.shares(targets_by_part)[own],
             seed,
             step,
             share.start,
             autocast=self._autocast(),
+            largest=self._largest(inputs_by_part),
         )
         checks = self._watch(parts)
         if self._peers is not None:
