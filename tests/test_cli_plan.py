@@ -88,6 +88,9 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
         (("--budget", "cuda:7"), "is not DEVICE=SIZE"),
         (("--budget", "cpu=1GB,disk=/data"), "disk=/data has no size: write disk=FOLDER:SIZE"),
         (("--residency", "streamed"), "residency streamed would move nothing: there is no tier below cpu:0"),
+        (("--model", "NONE"), "LlamaForCausalLM has no layers: its config's num_hidden_layers is 0, give 1 or more"),
+        (("--model", "TEXT"), "Validation error for field 'hidden_size': TypeError: Field 'hidden_size' expected int"),
+        (("--out", "."), "--out . is a folder: give a file"),
         (("--speed", "cuda:3=rtx3070"), "--speed names cuda:3; the devices are cpu:0"),
         (
             ("--model", "internlm2-1.8b", "--microbatches", "few"),
@@ -96,8 +99,11 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
     ],
 )
 def test_bad_input_is_named(arguments, reason, tmp_path, capfd):
+    for name, wrong in (("NONE", {"num_hidden_layers": 0}), ("TEXT", {"hidden_size": "16"})):
+        (tmp_path / name).write_text(json.dumps({"model_type": "llama", **wrong}))
+    arguments = tuple(str(tmp_path / part) if part in ("NONE", "TEXT") else part for part in arguments)
     speed = () if "--speed" in arguments else ("--speed", "cpu=1GFLOPS")
-    assert run("plan", "--budget", "cpu=8GB", *arguments, *speed, "--out", str(tmp_path / "p.json")) == 2
+    assert run("plan", "--budget", "cpu=8GB", "--out", str(tmp_path / "p.json"), *arguments, *speed) == 2
     assert reason in capfd.readouterr().err
 
 

@@ -133,6 +133,8 @@ def plan_command(options: PlanOptions) -> Plan:
     from spu.cost.head import device_type_of
     from spu.plan.show.explain import explain
 
+    if Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a folder: give a file")
     began = time.perf_counter()
     budget, tiers = split_budget(options.budget)
     devices, absent = declared_devices(options.devices, budget)

@@ -6,5 +6,10 @@ __all__ = ["first_line"]
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name where it has none."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    """Return the first line of an error's message, and the second where the first announces it; the type's name where
+    there is none, or only a key.
+    """
+    name = type(error).__name__
+    lines = (str(error) or name).strip().splitlines()
+    text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{name}: {text}" if isinstance(error, KeyError) else text

@@ -94,6 +94,8 @@ def _refuse_others(model: nn.Module) -> None:
 def _find_blocks(model: Any) -> tuple[str, str]:
     """Return the path of the module that holds the blocks, and the name of their list in it."""
     name, count = type(model).__name__, model.config.get_text_config().num_hidden_layers
+    if count < 1:
+        raise ValueError(f"{name} has no layers: its config's num_hidden_layers is {count}, give 1 or more")
     prefix = str(model.base_model_prefix)
     base = getattr(model, prefix)
     planned = [n for n in getattr(model.config, "base_model_pp_plan", None) or () if _is_list(getattr(base, n, None))]
