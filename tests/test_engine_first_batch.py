@@ -88,8 +88,8 @@ def test_a_batch_encoding_is_a_dict() -> None:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb", "zbv", "layer_outer"])
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_an_epochs_short_last_batch_trains_as_the_plain_model_does(schedule: str, rows: int) -> None:
-    """It was refused: fewer rows than microbatches."""
+def test_a_short_batch_trains_as_the_plain_model_does(schedule: str, rows: int) -> None:
+    """It was refused, and then where it came first: fewer rows than microbatches. A resumed epoch may begin so."""
 
     def model() -> nn.Sequential:
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_an_epochs_short_last_batch_trains_as_the_plain_model_does(schedule: str
     plain, trained = model(), model()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     with make(trained, schedule=schedule, accumulate=2, optimizer=torch.optim.SGD, lr=0.1) as trainer:
-        for count in (8, rows, 8):
+        for count in (rows, 8, rows):
             optimizer.zero_grad()
             nn.functional.cross_entropy(plain(x[:count]), y[:count]).backward()
             optimizer.step()

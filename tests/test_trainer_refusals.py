@@ -93,8 +93,8 @@ def test_bad_arguments_name_the_value_and_what_there_is() -> None:
 def test_bad_batches_are_refused_before_anything_runs() -> None:
     x, y = batch()
     with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=4) as trainer:
-        with pytest.raises(ValueError, match=r"3 rows.*4 microbatches"):
-            trainer.step(x[:3], y[:3])
+        with pytest.raises(ValueError, match=r"0 rows.*4 microbatches"):
+            trainer.step(x[:0], y[:0])
         with pytest.raises(ValueError, match="no target"):
             trainer.step(x, torch.full_like(y, -100))
         with pytest.raises(ValueError, match="disagree"):
@@ -105,6 +105,15 @@ def test_bad_batches_are_refused_before_anything_runs() -> None:
         pytest.raises(ValueError, match="5 devices for 4 layers"),
     ):
         trainer.step(x, y)
+
+
+def test_few_rows_in_the_first_batch_are_said() -> None:
+    x, y = batch()
+    with ModelParallelTrainer(nn.Sequential(*layers()), devices(2), microbatches=4) as trainer:
+        with pytest.warns(UserWarning, match=r"the first batch has 3 rows, fewer than 4 microbatches .* lower"):
+            trainer.step(x[:3], y[:3])
+        trainer.step(x, y)
+        assert trainer.steps_done == 2
 
 
 def test_a_budget_that_is_too_small_is_refused_before_the_model_is_touched() -> None:

@@ -11,10 +11,26 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.engine.loss import cross_entropy
+from spu.engine.microbatch import at_least, batch_rows
 from spu.model.huggingface import Embed
 from spu.model.layers import Layer
 
-__all__ = ["check_batch"]
+__all__ = ["check_batch", "with_rows"]
+
+
+def with_rows(inputs: Any, targets: Any, parts: int) -> tuple[Any, Any]:
+    """Return the first batch as a plan wants it: with a row for each of ``parts`` microbatches. Warn where rows have to
+    be repeated for that.
+    """
+    rows = batch_rows(inputs)
+    if not 0 < rows < parts:
+        return inputs, targets
+    warnings.warn(
+        f"the first batch has {rows} rows, fewer than {parts} microbatches (microbatches x accumulate): such a batch "
+        "is cut into single rows. If all are as small, lower microbatches or accumulate",
+        stacklevel=4,
+    )
+    return at_least(inputs, parts), at_least(targets, parts)
 
 
 def check_batch(layers: Sequence[Layer], inputs: Any, targets: Any, loss_fn: Callable[[Any, Any], Any]) -> None:

@@ -28,7 +28,7 @@ from spu.engine.build import (
     unfused,
 )
 from spu.engine.engine import Recording
-from spu.engine.first_batch import check_batch
+from spu.engine.first_batch import check_batch, with_rows
 from spu.engine.generators import generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
@@ -144,6 +144,7 @@ class StagedModel:
         """Plan and build, unless that is done; inputs and targets as `labelled` returns them."""
         if self._plan is not None:
             return self._plan
+        inputs, targets = with_rows(inputs, targets, (self._given_plan or self).settings.parts)
         with delayed_interrupts():  # Ctrl-C while the model is traced would leave torch patched
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
