@@ -337,6 +337,30 @@ def test_a_saved_tensor_that_no_backward_uses_may_change(
     assert_equals_plain(model_of(ChangesWhatIsSaved(False), nn.Tanh()), *batch(), passes=2, **settings)
 
 
+class ChangesItsWeight(nn.Module):
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.change(self.weight)
+        return torch.tanh(x @ self.weight)
+
+
+def test_recompute_of_a_layer_that_keeps_its_weight_in_bounds() -> None:
+    model = model_of(ChangesItsWeight(lambda w: w.clamp_(-0.2, 0.2)))
+    assert_equals_plain(model, *batch(), schedule="gpipe", ranks=1, microbatches=1, recompute=True)
+
+
+def test_recompute_of_a_layer_that_changes_its_weight_again_is_refused() -> None:
+    """The weight was changed twice a step, and the gradient was that of the second value."""
+    refused = pytest.raises(StageError, match="layer '1' changes its own weights in place, and a second run changes")
+    with trainer(model_of(ChangesItsWeight(lambda w: w.mul_(1.5))), 1, recompute=True, microbatches=1) as t, refused:
+        t.step(*batch())
+
+
 class Penalty(nn.Module):
     """Hands on the gradient of a part of itself."""
 

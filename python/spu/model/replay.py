@@ -96,6 +96,10 @@ class _Replay:
             for path, part in module.named_modules()
             for space in (torch_private.buffers_of(part), vars(part))
         ]
+        weights = [w for part in module.modules() for w in torch_private.parameters_of(part).values() if w is not None]
+        self._weights = [(w, torch_private.version(w)) for w in weights if not w.is_inference()]
+        self._written: list[Tensor] = []  # those that the first run changed
+        self._before: list[list[Tensor]] = []  # for each active recomputation: their values
         self._generators: list[tuple[torch.Generator, Tensor]] = []  # own ones, with the state before the first draw
         self._undo: list[ExitStack] = []  # for each active recomputation: restores the replaced values
 
@@ -129,6 +133,8 @@ class _Replay:
         Raises:
             RuntimeError: it changed one that earlier microbatches did not change, so that no copy exists.
         """
+        self._written = [w for w, version in self._weights if torch_private.version(w) != version]
+        self._weights = []
         for path, _, kept in self._spaces:
             for key, was in kept.items():
                 if not isinstance(was, _Snapshot) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
@@ -150,9 +156,16 @@ class _Replay:
         undo.enter_context(self.skips.replaying())
         undo.enter_context(self._saved.second())
         self._undo.append(undo)
+        self._before.append([w.detach().clone() for w in self._written])
 
     def __exit__(self, *error: object) -> None:
         self._undo.pop().close()
+        # What the weights were before the first run is lost. A constraint (clamp_, max_norm) finds itself kept.
+        if not all(map(torch.equal, self._before.pop(), self._written)):
+            raise RuntimeError(
+                f"layer {self._name!r} changes its own weights in place, and a second run changes them again: train "
+                "with recompute=False, or change them outside of the forward"
+            )
 
     def _value(self, path: str, key: str, was: Any) -> Any:
         """Return a value as the first run found it, free to be changed."""
