@@ -31,7 +31,9 @@ def _has_pass() -> bool:
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x.to(dtype)``, where autograd does not record."""
-    if x.dtype == dtype or dtype not in STORAGE or not _is_ours(x) or x.numel() < _LEAST or not _has_pass():
+    if x.dtype == dtype:  # what .to says too, in a tenth of its time
+        return x
+    if dtype not in STORAGE or not _is_ours(x) or x.numel() < _LEAST or not _has_pass():
         return x.to(dtype)
     out = x.new_empty(x.shape, dtype=dtype)
     schema.overload("copy_in_", "cpu")([x], [out])

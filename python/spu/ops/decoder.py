@@ -97,7 +97,7 @@ def _through_norm(
     if dn is None:
         return dy if needs_x else None, None
     norm, backend = ctx.form.norm, ctx.form.backend
-    if x.dtype != torch.float32:
+    if x.dtype not in (torch.float32, dn.dtype):
         dn = dn.to(x.dtype)
     backward = schema.overload("rms_norm_backward", backend)
     dx, dw = backward(dn, dy, x, weight, rstd, norm.offset, norm.rounded, needs_x, needs_weight)
