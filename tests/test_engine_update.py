@@ -70,6 +70,21 @@ def test_a_torch_scheduler_and_the_trainers_schedule_multiply(tmp_path: Path) ->
         assert again.made[0].param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize("factor", [float("nan"), -1.0, float("inf"), None, "half"])
+def test_a_factor_that_is_no_number_of_0_or_more_is_refused(factor: Any) -> None:
+    """NaN made every weight NaN; None ended in a TypeError of the multiplication."""
+    model, given = mlp(), [factor, torch.tensor(0.5)]
+    with make(model, 1, precision="fp32", lr_schedule=lambda step: given[0]) as trainer:
+        trainer.prepare(*batch())
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=f"lr_schedule gave {factor!r}: it must return a factor of 0 or more"):
+            trainer.step(*batch())
+        assert all(map(torch.equal, before, model.parameters()))
+        del given[0]
+        trainer.step(*batch())
+        assert not any(map(torch.equal, before, model.parameters()))
+
+
 def test_a_rate_that_is_set_by_hand_holds() -> None:
     model, factory = mlp(), Makes()
     with make(model, optimizer=factory, lr=None, precision="fp32") as trainer:

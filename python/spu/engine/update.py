@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -201,8 +202,12 @@ class Updater:
         return Update(total, found_inf, loss)
 
     def apply(self, update: Update, lr_factor: float) -> None:
-        """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale."""
-        clip = None
+        """Step every optimizer, or none of them if a gradient was not finite, and adapt the loss scale.
+
+        Raises:
+            ValueError: a factor that is no number of 0 or more; nothing has changed then.
+        """
+        lr_factor, clip = _factor(lr_factor), None
         if self._max_grad_norm is not None:
             clip = clip_coefficient(update.sqnorm, self._max_grad_norm)
 
@@ -321,6 +326,17 @@ def release(layers: Sequence[Layer]) -> dict[int, torch.Tensor]:
                 updater.close()
                 updater._built.unfuse()
     return masters
+
+
+def _factor(value: Any) -> float:
+    """Return what an ``lr_schedule`` gave as a number."""
+    try:
+        factor = float(value)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise ValueError(f"lr_schedule gave {value!r}: it must return a factor of 0 or more, which multiplies the rate")
+    return factor
 
 
 def _modules(built: BuiltStages) -> Iterator[nn.Module]:
