@@ -207,7 +207,8 @@ class Updater:
         Raises:
             ValueError: a factor that is no number of 0 or more; nothing has changed then.
         """
-        lr_factor, clip = _factor(lr_factor), None
+        lr_factor = _factor(lr_factor)
+        clip = None
         if self._max_grad_norm is not None:
             clip = clip_coefficient(update.sqnorm, self._max_grad_norm)
 
