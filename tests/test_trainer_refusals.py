@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +107,24 @@ def test_bad_batches_are_refused_before_anything_runs() -> None:
         pytest.raises(ValueError, match="5 devices for 4 layers"),
     ):
         trainer.step(x, y)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer": "adamw"}, "optimizer is 'adamw': give an optimizer's class"),
+        ({"loss_fn": "ce"}, "loss_fn is 'ce': give a function of outputs and targets"),
+        ({"lr_schedule": 0.5}, "lr_schedule is 0.5: give a function from a step's index"),
+        ({"report": True}, "report is True: give a function of text"),
+        ({"lr": "1e-3"}, "lr is '1e-3': give a number"),
+        ({"plan": 3}, "plan is 3: give a Plan"),
+        ({"scaler": torch.amp.GradScaler("cpu")}, "scaler is a GradScaler: give a spu.LossScaler"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        ModelParallelTrainer(nn.Sequential(*layers()), devices(2), **given)
 
 
 def test_few_rows_in_the_first_batch_are_said() -> None:

@@ -31,6 +31,7 @@ from spu.plan.show.compare import comparison, replanned
 from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
+from spu.trainer.arguments import check_arguments
 from spu.trainer.bridge import StageModule
 from spu.trainer.manual import Parts
 from spu.trainer.spread import placed
@@ -76,7 +77,7 @@ class ModelParallelTrainer(StagedModel):
         {keywords}
 
     Raises:
-        TypeError: an unknown keyword; names the nearest one.
+        TypeError: an unknown keyword; names the nearest one. An argument of another kind.
         ValueError: an unknown device or a setting's value that is not allowed; says what is.
     """
 
@@ -100,12 +101,7 @@ class ModelParallelTrainer(StagedModel):
         settings: TrainSettings | None = None,
         **keywords: Any,
     ) -> None:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            name = type(optimizer).__name__
-            raise TypeError(
-                f"optimizer is an {name} that was made already; the trainer makes one for each stage: give its class, "
-                f"optimizer={name}, lr=..., or functools.partial({name}, lr=..., ...)"
-            )
+        check_arguments(optimizer, lr, plan, scaler, loss_fn=loss_fn, lr_schedule=lr_schedule, report=report)
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             Parts(model),
