@@ -120,7 +120,7 @@ def test_bad_batches_are_refused_before_anything_runs() -> None:
         ({"plan": 3}, "plan is 3: give a Plan"),
         ({"scaler": torch.amp.GradScaler("cpu")}, "scaler is a GradScaler: give a spu.LossScaler"),
     ],
-    ids=str,
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
 def test_arguments_of_another_kind_are_named(given: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=re.escape(said)):
