@@ -93,6 +93,25 @@ def test_our_linear_op_does_the_work_of_torchs_and_can_defer_half_of_the_backwar
     assert ours.left_input
 
 
+@pytest.mark.skipif(not status_of("cpu").available, reason="spu._C is not built")
+def test_all_products_of_a_decoder_layer_are_counted_and_their_weight_gradients_can_be_deferred():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    decoder = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(32, (2, 8))
+    with ModelParallelTrainer(decoder, ["cpu:0"], precision="fp16", schedule="zb") as trainer:
+        trainer.prepare(ids, ids.roll(-1, 1))
+        layer = trainer._planner.costs(1)[0][1]
+    products = 2 * ids.numel() * sum(p.numel() for p in decoder.model.layers[0].parameters() if p.dim() == 2)
+    scores = 4 * 2 * 2 * 8 * 8 * 32
+    assert layer.forward_flops == products + scores
+    assert layer.deferred_flops == products
+    assert layer.backward_flops == 2 * products + scores * 5 // 2
+
+
 def test_attention_and_convolution_are_counted():
     class Attention(nn.Module):
         def forward(self, x):

@@ -36,6 +36,14 @@ def _linear_dw(dz: Shape, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * _rows(dz) * dz[-1] * x[-1]
 
 
+def _linear_each(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(_linear(x, weight) for weight in weights)
+
+
+def _linear_dw_each(dzs: Sequence[Shape], x: Shape, *_: Any, **__: Any) -> int:
+    return sum(_linear_dw(dz, x) for dz in dzs)
+
+
 def _gated_linear(x: Shape, w_gate: Shape, *_: Any, **__: Any) -> int:
     return 2 * _linear(x, w_gate)
 
@@ -77,10 +85,14 @@ _OURS = {
     "linear_dw_": _linear_dw,
     "linear_dz_dx": _linear_dz_dx,
     "linear_dw_db_": _linear_dw,
+    "linear_add": _linear,
+    "linear_each": _linear_each,
+    "linear_dw_each_": _linear_dw_each,
     "gated_linear": _gated_linear,
     "gated_dx": _gated_dx,
     "gated_dh": _linear,
     "gated_mlp": _gated_mlp,
+    "gated_mlp_add": _gated_mlp,
     "mlp": _mlp,
     "mlp_dz": _linear,
     "attention": _attention,

@@ -80,6 +80,10 @@ _FREE = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided"
 """Operators whose time does not depend on the bytes that they move."""
 
 
+_WEIGHT_GRADIENTS = ("linear_dw_", "linear_dw_db_", "linear_dw_each_")
+"""What schedules with split backwards put off."""
+
+
 class Traffic(TorchDispatchMode):
     """Bytes that operators other than products read and write, and the work of weight gradients."""
 
@@ -94,8 +98,9 @@ class Traffic(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         packet = packet_of(func)
-        if packet is not None and packet.__name__ == "linear_dw_":
-            self.deferred_flops += 2 * args[0].numel() * args[1].shape[-1]
+        if packet is not None and packet.__name__ in _WEIGHT_GRADIENTS:
+            dzs = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+            self.deferred_flops += sum(2 * dz.numel() for dz in dzs) * args[1].shape[-1]
         if packet in self._products:
             return result
         storages = {storage_id(t) for t in given}

@@ -106,8 +106,8 @@ def layer_norm(
     """
     v, total = _added(x, residual)
     values = wide(v)
-    given = (None if vector is None else vector.to(values.dtype) for vector in (weight, bias))
-    y, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], *given, eps)
+    w, b = (None if vector is None else vector.to(values.dtype) for vector in (weight, bias))
+    y, mean, rstd = torch.native_layer_norm(values, x.shape[-1:], w, b, eps)
     return y.to(x.dtype).contiguous(), mean.reshape(-1), rstd.reshape(-1), total
 
 
