@@ -99,7 +99,7 @@ def test_fp16_with_main_gradients_is_reduced_in_fp32() -> None:
         assert error <= 2 * (theirs.double() - true).abs().max() + torch.finfo(torch.float16).eps * true.abs().max()
 
 
-ROWS = (4, 3, 8, 1, 5, 2, 1, 9)  # of batches: shares that grow and shrink apart, and a pipeline without a row
+ROWS = (4, 5, 3, 8, 1, 2, 1, 9)  # of batches: shares that grow and shrink apart, and a pipeline without a row
 
 
 def of_rows(places: Any, **settings: Any) -> list[float]:
