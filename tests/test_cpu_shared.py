@@ -97,16 +97,23 @@ def test_what_is_not_finite_stays_with_its_product(where: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_changed_x_is_read_anew(dtype: torch.dtype) -> None:
-    x, weights = values(64, 64, dtype=dtype), [values(64, 64, dtype=dtype) for _ in range(2)]
-    dzs = [values(64, 64, dtype=dtype) for _ in range(2)]
-    for _ in range(3):
-        check_each(x, weights, [], "x")
-        check_each(x[:32], weights, [], "rows of x")
-        ours, _, plain, _ = gradients(dzs, x, False)
-        for grad, other in zip(ours, plain, strict=True):
-            assert_equal(grad, other)
-        x.mul_(-0.5)
+@pytest.mark.parametrize("first", [64, 3, 0], ids=["like it", "narrow", "empty"])
+def test_what_an_earlier_call_has_packed_is_not_taken(first: int, dtype: torch.dtype) -> None:
+    """Nor where this call's first product packs nothing on tiles: it is another kernel's, or empty."""
+    x, weights = values(64, 64, dtype=dtype), [values(n, 64, dtype=dtype) for n in (first, 64)]
+    dzs, grads = [values(64, n, dtype=dtype) for n in (first, 64)], [torch.zeros(n, 64) for n in (first, 64)]
+    one, flag, changed = scalar(1.0), scalar(0.0), x * -0.5
+    y, grad = linear(changed, weights[1], None), torch.zeros(64, 64)
+    OPS.linear_dw_.cpu(dzs[1], changed, grad, one, flag, False)
+    OPS.linear_each.cpu(x, weights[1:], [])
+    OPS.linear_dw_each_.cpu(dzs[1:], x, grads[1:], one, flag, False)
+    x.copy_(changed)
+    OPS.linear_dw_each_.cpu(dzs, x, grads, one, flag, False)
+    assert_equal(grads[1], grad)
+    x.mul_(-2)
+    OPS.linear_each.cpu(x, weights[1:], [])
+    x.copy_(changed)
+    assert_equal(OPS.linear_each.cpu(x, weights, [])[1], y)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

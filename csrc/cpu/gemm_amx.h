@@ -62,9 +62,10 @@ SPU_INLINE cpu::Operand columns_of(const cpu::Operand& x) {
   return {x.data, x.type, x.col, x.row};
 }
 
-// One whole side of the thread's last product as it was packed, all of it finite; uses: of its slot, when that was
-// done.
+// One whole side of a product of the thread as it was packed for a call, all of it finite; uses: of its slot, when that
+// was done.
 struct PackedSide {
+  int64_t call;
   const void* data;
   Type type;
   int64_t row, col, length, k, uses;
@@ -76,15 +77,17 @@ SPU_INLINE PackedSide& packed_side(int slot) {
   return sides[slot == cpu::kSharedA ? 0 : 1];
 }
 
-// Its panels, if it is this operand, of `length` rows (columns of B) by k, and nothing else has used the slot since.
-SPU_INLINE uint16_t* panels_of(int slot, const cpu::Operand& x, int64_t length, int64_t k) {
+// Its panels, if it is this operand, of `length` rows (columns of B) by k, packed in the same call (an earlier call's
+// may have changed), and nothing else has used the slot since.
+SPU_INLINE uint16_t* panels_of(int slot, int64_t call, const cpu::Operand& x, int64_t length, int64_t k) {
   const PackedSide& s = packed_side(slot);
-  const bool same = s.panels && s.data == x.data && s.type == x.type && s.row == x.row && s.col == x.col;
+  const bool same = call && s.call == call && s.data == x.data && s.type == x.type && s.row == x.row && s.col == x.col;
   return same && s.length == length && s.k == k && s.uses == cpu::workspace_uses(slot) ? s.panels : nullptr;
 }
 
-SPU_INLINE void keep_panels(int slot, const cpu::Operand& x, int64_t length, int64_t k, uint16_t* panels) {
-  packed_side(slot) = {x.data, x.type, x.row, x.col, length, k, cpu::workspace_uses(slot), panels};
+SPU_INLINE void keep_panels(int slot, int64_t call, const cpu::Operand& x, int64_t length, int64_t k,
+                            uint16_t* panels) {
+  packed_side(slot) = {call, x.data, x.type, x.row, x.col, length, k, cpu::workspace_uses(slot), panels};
 }
 
 // The super-block's steps of panels [begin, end) of an operand, or of two that follow each other along k.
@@ -222,14 +225,14 @@ static void multiply_columns(TileGemm& g) {
   const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group), fit = least(in_l2, kMostBytes / (step * g.ss));
   const int64_t each = ceil_div(groups, ceil_div(groups, fit > 1 ? fit : 1)) * group;
   const bool whole = each >= ceil_div(g.p->n, kPanelRows) && g.ns == g.p->n && g.ss == g.half && !g.p->b2;
-  g.b = whole && g.p->same_b ? panels_of(cpu::kLocalB, g.p->b, g.p->n, g.p->k) : nullptr;
+  g.b = whole ? panels_of(cpu::kLocalB, g.p->shared_b, g.p->b, g.p->n, g.p->k) : nullptr;
   const bool there = g.b;
   if (!there) g.b = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kLocalB, each * g.products * g.panel() / 2));
   for (g.j0 = 0; g.j0 < ceil_div(g.ns, kPanelRows); g.j0 += each) {
     g.js = least(each, ceil_div(g.ns, kPanelRows) - g.j0);
     if (!there) in_parallel(g, ceil_div(g.js, group), pack_columns);
     if (whole && !there && !memchr(g.left, 1, sizeof g.left)) {
-      keep_panels(cpu::kLocalB, g.p->b, g.p->n, g.p->k, g.b);
+      keep_panels(cpu::kLocalB, g.p->shared_b, g.p->b, g.p->n, g.p->k, g.b);
     }
     in_parallel(g, row_tasks(g) * least(g.units(), g.threads), run_tile_tasks<C>);
   }
@@ -261,11 +264,11 @@ static void finish_left(const TileGemm& g) {
 // The super-block's rows of A.
 static void pack_left(TileGemm& g) {
   const bool whole = g.ms == g.p->m && g.ss == g.half && !g.p->a2;
-  g.a = whole && g.p->same_a ? panels_of(cpu::kSharedA, g.p->a, g.p->m, g.p->k) : nullptr;
+  g.a = whole ? panels_of(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k) : nullptr;
   if (g.a) return;
   g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
   in_parallel(g, g.a_panels(), pack_rows);
-  if (whole && !g.left_rows) keep_panels(cpu::kSharedA, g.p->a, g.p->m, g.p->k, g.a);
+  if (whole && !g.left_rows) keep_panels(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k, g.a);
 }
 
 template <Chain C>

@@ -46,8 +46,9 @@ struct Product {
   Operand a, b;
   const Operand *a2, *b2;
   int64_t c_row = 0, c_column = 0, c_length = 0;
-  // A, or B, is that of this thread's last product, and unchanged since: what it was packed to may serve again.
-  bool same_a = false, same_b = false;
+  // The number, on this thread, of the call all of whose products have this A, or B; 0: none. What it was packed to for
+  // one of them may serve the others.
+  int64_t shared_a = 0, shared_b = 0;
 };
 
 // Among how many threads a product (k > 0) is to be divided: from `least` multiply-adds on, those of the calling

@@ -60,10 +60,16 @@ Tensor expect_addend(const Tensor& x, const Tensor& weight, const Tensor& addend
   return dense(addend);
 }
 
+// A number for a call of several products, on its thread.
+int64_t next_call() {
+  static thread_local int64_t calls = 0;
+  return ++calls;
+}
+
 struct How {
   math::Act act;
   bool keep_preact;
-  bool same_x;           // the last product was of this x too
+  int64_t call;          // whose products all are of this x, or 0
   const Tensor* addend;  // of y's shape, in its dtype or fp32, as then y is; or null
 };
 
@@ -94,7 +100,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Matrix& in, const Tens
   e.out = y.mutable_data_ptr();
   e.preact = how.keep_preact ? preact.mutable_data_ptr() : nullptr;
   Product p = {in.rows, w.rows, in.cols, in.operand(), w.transposed(), nullptr, nullptr};
-  p.same_a = how.same_x;
+  p.shared_a = how.call;
   if (y.numel() > 0) multiply(ProductOp::linear, p, e);
   return {y, preact};
 }
@@ -104,12 +110,12 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Matrix& in, const Tens
 std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text activation,
                                   bool keep_preact) {
   const math::Act act = act_of("linear", activation);
-  return product(x, as_matrix("linear", "x", x), weight, bias, {act, keep_preact, false, nullptr});
+  return product(x, as_matrix("linear", "x", x), weight, bias, {act, keep_preact, 0, nullptr});
 }
 
 Tensor linear_add(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor addend) {
   const Matrix in = as_matrix("linear", "x", x);
-  return std::get<0>(product(x, in, weight, bias, {math::Act::none, false, false, &addend}));
+  return std::get<0>(product(x, in, weight, bias, {math::Act::none, false, 0, &addend}));
 }
 
 std::vector<Tensor> linear_each(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
@@ -118,10 +124,11 @@ std::vector<Tensor> linear_each(Tensor x, std::vector<Tensor> weights, std::vect
                  " weights: give none, or one each");
   }
   const Matrix in = as_matrix("linear", "x", x);
+  const int64_t call = next_call();
   std::vector<Tensor> found;
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::optional<Tensor> bias = biases.empty() ? std::optional<Tensor>() : biases[i];
-    found.push_back(std::get<0>(product(x, in, weights[i], bias, {math::Act::none, false, i > 0, nullptr})));
+    found.push_back(std::get<0>(product(x, in, weights[i], bias, {math::Act::none, false, call, nullptr})));
   }
   return found;
 }
@@ -180,6 +187,7 @@ void linear_dw_each(std::vector<Tensor> dzs, Tensor x, std::vector<Tensor> main_
   const Matrix in = as_matrix(op, "x", x);
   checks::expect_scalar(op, "inv_scale", inv_scale);
   checks::expect_scalar(op, "found_inf", found_inf);
+  const int64_t call = next_call();
   int32_t nonfinite = 0;
   Epilogue e = {};
   e.kind = Epilogue::main_grad_add;
@@ -192,7 +200,7 @@ void linear_dw_each(std::vector<Tensor> dzs, Tensor x, std::vector<Tensor> main_
     expect_rows(op, dzs[i], g, x, in);
     e.main_grad = main_grad_data(op, main_grads[i], g.cols * in.cols);
     Product p = {g.cols, in.cols, g.rows, g.transposed(), in.operand(), nullptr, nullptr};
-    p.same_b = i > 0;
+    p.shared_b = call;
     multiply(ProductOp::linear_dw, p, e);
   }
   if (nonfinite) raise_found_inf(found_inf);
