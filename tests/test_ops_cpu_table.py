@@ -81,6 +81,14 @@ def test_what_a_familys_name_says() -> None:
     assert {key.split("/")[1] for key in slow.keys() - plain.keys()} == {"bf16"}
 
 
+def test_what_torch_won_on_every_intel_family_measured_is_derived_for_the_others() -> None:
+    measured = [cpu_table.read(path).ways for path in cpu_table.SHIPPED.glob("intel-*-a[vm]*.json")]
+    won = set.intersection(*({key for key, way in ways.items() if way == "torch"} for ways in measured))
+    assert len(measured) >= 2
+    assert "gated_linear/fp32/few" in won
+    assert won <= cpu_table.derived("intel-6-143-avx512").ways.keys()
+
+
 @pytest.mark.parametrize("path", sorted(cpu_table.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_tables_name_what_there_is(path: Path) -> None:
     table = cpu_table.read(path)

@@ -45,7 +45,14 @@ OPS = ("linear", "linear_dx", "linear_dw", "gated_linear", "gated_dx", "linear_c
 CLASSES = ("row", "skinny", "few", "small", "deep", "large")
 _DTYPES = ("fp32", "fp16", "bf16")
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
-_MKL_CLASSES = ("few", "small", "deep", "large")
+# fp32 products that MKL was faster at on each Intel family with AVX-512 that was measured.
+_MKL_WINS = {
+    "linear": ("few", "small", "deep", "large"),
+    "linear_dx": ("few", "small", "deep", "large"),
+    "linear_dw": ("skinny", "small", "deep"),
+    "gated_linear": ("few",),
+    "gated_dx": ("few", "deep"),
+}
 # Intel's cores with AMX: vdpbf16ps does two multiply-adds a lane there in four times the time of one in fp32.
 _SLOW_DOTS = ("intel-6-143", "intel-6-173", "intel-6-174", "intel-6-207")
 
@@ -126,13 +133,12 @@ def user_path(name: str) -> Path:
 
 
 def derived(name: str) -> CpuTable:
-    """Return what a family's name alone says: on Intel's cores with AVX-512 plain fp32 products by torch (MKL), which
-    were 5 to 25% faster on both families that were measured; bf16 by fp32 multiply-adds where its own instruction is
-    slower.
+    """Return what a family's name alone says: on Intel's cores with AVX-512 by torch (MKL) the fp32 products that it
+    won on both families that were measured, by 4 to 25%; bf16 by fp32 multiply-adds where its own instruction is slower.
     """
     ways: dict[str, str] = {}
     if name.startswith("intel-") and name.endswith(("-avx512", "-avx512bf16", "-amx")):
-        ways |= {f"{op}/fp32/{shape}": "torch" for op in ("linear", "linear_dx") for shape in _MKL_CLASSES}
+        ways |= {f"{op}/fp32/{shape}": "torch" for op, won in _MKL_WINS.items() for shape in won}
     if name.endswith("-avx512bf16") and name.startswith(_SLOW_DOTS):
         ways |= {f"{op}/bf16/{shape}": "avx512" for op in OPS for shape in CLASSES}
     return CpuTable(name, ways)
