@@ -134,7 +134,7 @@ def user_path(name: str) -> Path:
 
 def derived(name: str) -> CpuTable:
     """Return what a family's name alone says: on Intel's cores with AVX-512 by torch (MKL) the fp32 products that it
-    won on both families that were measured, by 4 to 25%; bf16 by fp32 multiply-adds where its own instruction is slower.
+    won on both families that were measured, by 4 to 25%; bf16 by fp32 products where its own instruction is slower.
     """
     ways: dict[str, str] = {}
     if name.startswith("intel-") and name.endswith(("-avx512", "-avx512bf16", "-amx")):
