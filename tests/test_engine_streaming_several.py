@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.engine.engine import StageError
+from spu.engine.streaming import Streaming
 from spu.memory.host_store import HostStore
 from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
@@ -128,3 +130,27 @@ def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_pa
     assert predicted["disk"] == found["disk"]
     for name in ("cpu:0", "cpu:1"):
         assert 0.95 * found[name] <= predicted[name] <= 1.15 * found[name], (name, found, predicted)
+
+
+def test_what_an_update_needs_to_know_comes_from_the_stages_own_card() -> None:
+    """found_inf and the clip factor lie on the card of the last stage. Copied from there, they would cross in a stream
+    of that card, and the event of the stage's own streams would not tell when they have come: the host read the last
+    step's.
+    """
+    own, other = torch.device("meta"), torch.device("cpu")  # two cards, and no streams of either
+    copied: list[torch.Tensor] = []
+
+    class Recorded(HostStreams):
+        def copy(self, into: torch.Tensor, source: torch.Tensor, after: Any = ()) -> Any:
+            copied.append(source)
+            return super().mark()
+
+    streaming = object.__new__(Streaming)
+    stage = SimpleNamespace(device=SimpleNamespace(torch_device=own))
+    streaming._built = SimpleNamespace(stages=[stage])  # type: ignore[assignment]
+    streaming._optimizers = [SimpleNamespace(param_groups=[])]  # type: ignore[list-item]
+    streaming._made, streaming._deferred, streaming._streams = {0: [True]}, {}, {0: Recorded()}
+    streaming._scalars = {0: torch.zeros(2, 1)}
+    streaming.defer(0, torch.zeros(1, device=other), torch.ones(1, device=other))
+    assert [source.device for source in copied] == [own, own]
+    assert [source.device for source in streaming._deferred[0].sources if source is not None] == [own, own]

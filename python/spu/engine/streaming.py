@@ -21,6 +21,7 @@ from spu.memory.store import Store
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Event, Streams
 from spu.memory.unit import Entry, Unit, piece
+from spu.ops.optimizer import on_device
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -170,7 +171,9 @@ class Streaming:
             self._deferred[stage] = DeferredUpdate(found_inf, grad_scale, groups)
             return
         arrived, event = self._scalars[stage], None
-        sources = found_inf, grad_scale
+        # On the stage's own card: from another one, the copy would not run in the stream whose event is waited for.
+        device = self._built.stages[stage].device.torch_device
+        sources = tuple(None if value is None else on_device(value, device) for value in (found_inf, grad_scale))
         for here, value in zip(arrived, sources):
             if value is not None:
                 event = streams.copy(here, value, [streams.mark()])

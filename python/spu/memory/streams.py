@@ -86,6 +86,8 @@ class CudaStreams:
     def copy(self, into: Tensor, source: Tensor, after: Iterable[Event] = ()) -> Event:
         """See `Streams.copy`."""
         stream = self._inward if into.is_cuda else self._outward
+        # A copy runs in the current stream of the card that it touches, whatever the stream here is.
+        assert (into if into.is_cuda else source).device == self._device
         for event in after:
             assert isinstance(event, torch.cuda.Event)
             stream.wait_event(event)
