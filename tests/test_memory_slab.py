@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spu.memory.mapped import Mapped
-from spu.memory.slab import Pinning, Slab, aligned, grouped
+from spu.memory.slab import Pinning, Slab, aligned, cuda_pinning, grouped
 from spu.memory.store import ALIGNMENT, StoreError
 
 MB = 1 << 20
@@ -193,3 +196,27 @@ def test_unused_parts_are_those_between_the_views() -> None:
     assert mapped.view(ALIGNMENT, ALIGNMENT).data_ptr() == a.data_ptr() - 5
     del a, b
     assert list(mapped.unused()) == [(0, 10 * ALIGNMENT)]
+
+
+def test_memory_is_page_locked_for_all_cards_by_the_one_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered without a flag it was pageable to every card but the current one, which need not be in use at all."""
+    asked: list[tuple[str, int, int]] = []
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: asked.append(("lock", flags, current[0])) or 0,
+        cudaHostUnregister=lambda address: asked.append(("unlock", 1, current[0])),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    slab = Slab(2 * MB, cuda_pinning(torch.device("cuda:1")))
+    assert slab.pinned_bytes == 2 * MB
+    slab.close()
+    portable = 1  # cudaHostRegisterPortable
+    assert asked == [("lock", portable, 1), ("unlock", portable, 1)]

@@ -107,7 +107,7 @@ class DeviceManager:
     """
 
     def __init__(self, budget: str | Mapping[str, str | int] | None = None) -> None:
-        self._cuda = _cuda_memory()
+        self._cuda = _cuda_models()
         self._host_total, self._host_available = host_memory()
         self._budgets = self._parse_budgets(budget)
 
@@ -263,8 +263,16 @@ class DeviceManager:
         return Device(name, torch.device("cpu"), cores, threads, self._host_total, budget, text, reserve)
 
     def _cuda_device(self, name: str) -> Device:
-        model, total, available = self._cuda[_index(name)]
-        budget, reserve, how = self._budgets.get(name), 0, "as given"
+        model, total = self._cuda[_index(name)]
+        free, ours = _cuda_free(_index(name), total)
+        available, budget, reserve, how = free, self._budgets.get(name), 0, "as given"
+        if budget is not None and free + ours < budget <= total:
+            warnings.warn(
+                f"budget {name}={format_bytes(budget)} is more than the {format_bytes(free + ours)} that are free: "
+                "the driver and other programs have the rest, so a plan may not fit. Without a budget it is what is "
+                "free, less a reserve",
+                stacklevel=4,
+            )
         if budget is None:
             reserve = min(max(total // 20, 256 << 20), available // 2)
             budget = available - reserve
@@ -318,19 +326,24 @@ def _ranges(cores: Sequence[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _cuda_memory() -> list[tuple[str, int, int]]:
-    """Return (model, total bytes, available bytes) of each GPU that torch can use."""
+def _cuda_models() -> list[tuple[str, int]]:
+    """Return (model, total bytes) of each GPU that torch can use; none of them is touched."""
     if not torch.cuda.is_available():
         return []
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        try:
-            available = int(torch.cuda.mem_get_info(i)[0])
-        except RuntimeError:  # a GPU whose context cannot be made now (full, or in exclusive use)
-            available = int(properties.total_memory)
-        gpus.append((str(properties.name), int(properties.total_memory), available))
-    return gpus
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [(str(gpu.name), int(gpu.total_memory)) for gpu in gpus]
+
+
+def _cuda_free(index: int, total: int) -> tuple[int, int]:
+    """Return the bytes of a GPU that are free, with what torch keeps of tensors that are gone, and those of this
+    process's tensors. Asking makes a context there, of hundreds of megabytes: only a GPU that is used is asked.
+    """
+    try:
+        free = int(torch.cuda.mem_get_info(index)[0])
+    except RuntimeError:  # a GPU whose context cannot be made now (full, or in exclusive use)
+        return total, 0
+    ours = torch.cuda.memory_allocated(index)
+    return free + torch.cuda.memory_reserved(index) - ours, ours
 
 
 def _host_reserve(total: int, available: int) -> int:

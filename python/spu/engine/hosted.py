@@ -22,7 +22,7 @@ __all__ = ["host_updated", "in_turn", "pinning_for"]
 
 def pinning_for(device: torch.device) -> Pinning | None:
     """Return how memory beside a device is page-locked; None beside a CPU."""
-    return cuda_pinning() if device.type == "cuda" else None
+    return cuda_pinning(device) if device.type == "cuda" else None
 
 
 def in_turn(units: Mapping[int, Unit], slots: int) -> tuple[int, dict[int, int]]:

@@ -54,21 +54,29 @@ class Pinning:
     unregister: Callable[[int], None]
 
 
-def cuda_pinning() -> Pinning:
-    """Return how CUDA's driver page-locks memory; it needs a CUDA device."""
+_PORTABLE = 1
+"""cudaHostRegisterPortable: page-locked for all cards. Without it the memory is pageable to every card but the one that
+was current, whose copies then make the host wait."""
+
+
+def cuda_pinning(device: torch.device) -> Pinning:
+    """Return how CUDA's driver page-locks memory, for all cards; ``device`` is the one that does it, the only one that
+    this process need have a context on."""
     cudart = torch.cuda.cudart()
 
     def register(address: int, size: int) -> str:
-        code = cudart.cudaHostRegister(address, size, 0)
-        if int(code) == 0:
-            return ""
-        # The runtime remembers the failure, and torch would report it at its next launch, whatever that is.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")
-        return str(cudart.cudaGetErrorString(code))
+        with torch.cuda.device(device):
+            code = cudart.cudaHostRegister(address, size, _PORTABLE)
+            if int(code) == 0:
+                return ""
+            # The runtime remembers the failure, and torch would report it at its next launch, whatever that is.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)
+            return str(cudart.cudaGetErrorString(code))
 
     def unregister(address: int) -> None:
-        cudart.cudaHostUnregister(address)
+        with torch.cuda.device(device):
+            cudart.cudaHostUnregister(address)
 
     return Pinning(register, unregister)
 
