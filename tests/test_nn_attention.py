@@ -154,3 +154,25 @@ def test_autocast_does_not_narrow_what_was_widened() -> None:
     expected = attention.sdpa_attention(module, q, q, q, mask)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_equal(attention.sdpa_attention(module, q, q, q, mask)[0], expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_transformers_gets_heads_that_torchs_fast_kernels_take(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 on a CPU goes the way of a GPU's tensors. Before Ampere, heads are not shared; a mask's are not, anyway."""
+    asked: list[int] = []
+
+    def unshared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(k.shape[1])
+        return k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+
+    plain = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL)).eval()
+    ours = spu.accelerate(copy.deepcopy(plain))
+    ids = torch.randint(5, 64, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    given = {"attention_mask": mask} if masked else {}
+    expected, truth = (m(input_ids=ids, **given).logits for m in (plain, copy.deepcopy(plain).double()))
+    monkeypatch.setattr(attention, "unshared_heads", unshared)
+    attention.use_attention(ours)
+    assert_close_to_truth(ours(input_ids=ids, **given).logits, expected, truth)
+    assert asked == ([] if masked else [2, 2])

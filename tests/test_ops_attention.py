@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spu import ops
 from spu.ops import schema
-from spu.ops.attention import preferred_kernels
+from spu.ops.attention import preferred_kernels, unshared_heads
 
 attention_module = sys.modules["spu.ops.attention"]  # the package's own name is the function's
 
@@ -155,3 +155,48 @@ def test_cudnn_comes_first_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> N
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert len(asked) == 1
     assert enabled() == before
+
+
+class OnCard(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def on_card(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float16).as_subclass(OnCard)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_shared_heads_are_kept_where_flash_kernels_take_them(flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ampere torch has none, and its other kernels take no shared heads: it made the matrix of scores."""
+    asked: list[tuple[torch.Size, torch.Size]] = []
+    monkeypatch.setattr(
+        attention_module, "_has_flash", lambda q, k, v: asked.append((q.shape, k.shape)) is None and flash
+    )
+    q, k, v = on_card(2, 6, 5, 8), on_card(2, 3, 5, 8), on_card(2, 3, 5, 8)
+    key, value = unshared_heads(q, k, v)
+    assert asked == [(q.shape, k.shape)]
+    if flash:
+        assert (key, value) == (k, v)
+        return
+    for made, given in ((key, k), (value, v)):
+        assert torch.equal(made, given[:, [0, 0, 1, 1, 2, 2]])
+    assert unshared_heads(q, key, value) == (key, value)  # each has its own
+    plain = [x.as_subclass(torch.Tensor) for x in (q, k, v)]
+    assert unshared_heads(*plain) == (plain[1], plain[2])  # on a CPU
+    wide = [x.float() for x in (q, k, v)]
+    assert unshared_heads(*wide) == (wide[1], wide[2])
+    assert len(asked) == 1
+
+
+def test_torchs_attention_gets_what_its_fast_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads: list[int] = []
+    monkeypatch.setattr(attention_module, "unshared_heads", lambda q, k, v: (k.repeat_interleave(2, 1), v[:, [0, 0]]))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **how: heads.extend(x.shape[1] for x in (k, v)) or q,
+    )
+    attention_module._torch_attention(*(torch.randn(1, 4, n, 8) for n in (2, 1, 1)), 1.0, True)
+    assert heads == [2, 2]

@@ -3,7 +3,8 @@
 Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
 ``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
 which only adds precision. On every other device, for fp32, for tensors that are not plain ones, and with a keyword that
-is not known here (a position bias, sinks), these functions call transformers' own without touching a bit.
+is not known here (a position bias, sinks), these functions call transformers' own without touching a bit; on a GPU with
+the order of torch's kernels, and without shared heads, where only these keep it from slow ones (``ops.attention``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from spu.common.dtypes import HALVES
 from spu.ops import attention
-from spu.ops.attention import preferred_kernels
+from spu.ops.attention import preferred_kernels, unshared_heads
 from spu.ops.plain import takes
 from spu.ops.reference.linear import exact
 
@@ -126,6 +127,8 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not _serves(query, key, value, kwargs, _READ | UNREAD):
+        if attention_mask is None:  # with one, transformers itself gives each head its own
+            key, value = unshared_heads(query, key, value)
         with preferred_kernels(query):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
     fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None

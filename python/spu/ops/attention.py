@@ -22,10 +22,10 @@ from spu.common.dtypes import HALVES
 from spu.ops import schema
 from spu.ops.autograd import Eager, FusedOp
 from spu.ops.dispatch import choose_backend
-from spu.ops.plain import takes
+from spu.ops.plain import fake, takes
 from spu.ops.reference.linear import exact, wide
 
-__all__ = ["attention", "preferred_kernels"]
+__all__ = ["attention", "preferred_kernels", "unshared_heads"]
 
 _HOPPER = 9
 _ORDER = threading.Lock()  # torch keeps one order for the whole process: it is changed for one call at a time
@@ -110,6 +110,26 @@ def preferred_kernels(q: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def unshared_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k and v [batch, heads, keys, head_dim], q's heads first too, for a call of torch's attention without a
+    mask: with a head for each of q's where torch's flash kernels do not serve 16-bit tensors of a GPU.
+
+    Its next ones, which need no matrix of scores either, take no shared heads (torch 2.11 to 2.13). So torch would make
+    that matrix, in fp32: for every model with shared heads on GPUs before Ampere.
+    """
+    groups = q.shape[1] // max(1, k.shape[1])
+    if groups < 2 or not q.is_cuda or q.dtype not in HALVES or torch.compiler.is_compiling() or fake(q, k, v):
+        return k, v
+    if _has_flash(q, k, v):
+        return k, v
+    return k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+def _has_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True)
+    return bool(torch.backends.cuda.can_use_flash_attention(asked))
+
+
 @lru_cache(maxsize=64)
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == _HOPPER
@@ -131,6 +151,7 @@ def _cudnn_first() -> Iterator[None]:
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     # Torch's own kernels: on a CPU those for fp32, its 16-bit ones are slower and round more.
     query, key, value = ((wide(x) if q.device.type == "cpu" else x).transpose(1, 2) for x in (q, k, v))
+    key, value = unshared_heads(query, key, value)
     with preferred_kernels(query):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).to(q.dtype)
