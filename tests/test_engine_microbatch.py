@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import assert_equal
 
-from spu.engine.microbatch import count_targets, split_batch, target_weights
+from spu.engine import microbatch
+from spu.engine.microbatch import count_targets, move, split_batch, target_weights
 
 
 @given(rows=st.integers(1, 40), parts=st.integers(1, 12))
@@ -76,3 +77,25 @@ def test_what_counts() -> None:
         split_batch("text", 2)
     custom = target_weights([torch.zeros(2), torch.zeros(2)], loss_weight=lambda part: 3.0)
     assert [w.item() for w in custom] == [0.5, 0.5]
+
+
+def test_a_card_reads_no_memory_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page-locked inputs that were filled with the next batch after a step were read then, by the step before."""
+    read: list[tuple[torch.Tensor, bool]] = []
+    staged: list[torch.Tensor] = []
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+        read.append((tensor, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(microbatch, "_in_page_locked_memory", lambda t: staged.append(t.clone()) or staged[-1])
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch = {"ids": torch.arange(6).view(2, 3), "mask": (torch.ones(3), "text")}
+    wanted = torch.ones(2, requires_grad=True)
+    move(batch, torch.device("cuda:0"))
+    assert [given is own and later for (given, later), own in zip(read, staged, strict=True)] == [True, True]
+    assert_equal(staged[0], batch["ids"])
+    move(wanted, torch.device("cuda:0"))  # whose gradient comes back
+    move(batch, torch.device("cpu"))
+    assert [given is own for (given, _), own in zip(read[2:], [wanted, batch["ids"], batch["mask"][0]])] == [True] * 3
+    assert [later for _, later in read[2:]] == [True, False, False]

@@ -20,6 +20,7 @@ from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
 from spu.devices.clock import Mark, mark
 from spu.devices.manager import Device
+from spu.devices.order import in_callers_order
 from spu.devices.pin import pin_current_thread
 from spu.engine.channel import Aborted, Exchange
 from spu.engine.engine import MarkedSpan, Recording, Round, StageError
@@ -95,6 +96,7 @@ class LocalEngine:
         self.tallies: list[Tally] | None = None  # workers count allocated bytes here; see `counted_bytes`
         device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
+        self._cards = {place for stage in self.stages if (place := stage.device.torch_device).type == "cuda"}
         self.residencies: list[Residency] = [RESIDENT] * len(self._workers)
         self._forward_links, self._backward_links = [], []
         boundaries = len(self.stages) - 1
@@ -178,7 +180,7 @@ class LocalEngine:
         reports: SimpleQueue[Future[Any] | None] = SimpleQueue()
         futures: list[Future[Any]] = []
         self._busy = True
-        with delayed_interrupts(partial(reports.put, None)):
+        with in_callers_order(self._cards), delayed_interrupts(partial(reports.put, None)):
             try:
                 for task, rank in zip(tasks, ranks):
                     futures.append(self._workers[rank].submit(task))

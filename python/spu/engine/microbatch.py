@@ -133,8 +133,24 @@ def elements(tree: Any) -> int:
 
 
 def move(tree: Any, device: torch.device) -> Any:
-    """Return the pytree with every tensor on ``device``."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=device.type != "cpu"), tree)
+    """Return the pytree with every tensor on ``device``. Tensors of the host may be changed when it returns.
+
+    A card reads page-locked memory later than it is asked to, and the caller's own may be filled with the next batch by
+    then. A copy of pageable memory would make the host wait for the card.
+    """
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.requires_grad
+        if device.type == "cuda" and tensor.device.type == "cpu" and plain:
+            tensor = _in_page_locked_memory(tensor)
+        return tensor.to(device, non_blocking=device.type != "cpu")
+
+    return pytree.tree_map_only(torch.Tensor, moved, tree)
+
+
+def _in_page_locked_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in memory that torch keeps from reuse until a card has read it."""
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def unscaled_leaves(tree: Any) -> Any:
