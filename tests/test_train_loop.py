@@ -44,7 +44,7 @@ def test_a_run_is_locked_before_its_checkpoint_is_read(monkeypatch):
             raise KeyboardInterrupt
 
     folder = SimpleNamespace(lock=lambda: events.append("lock"), checkpoint=SimpleNamespace(exists=lambda: True))
-    monkeypatch.setattr(run, "make_trained_model", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(run, "make_trained_model", lambda *_, **__: nn.Linear(1, 1))
     monkeypatch.setattr(run, "make_trainer", lambda *_: Trainer())
     with pytest.raises(KeyboardInterrupt):
         run.train(SimpleNamespace(config=TrainConfig(), new=False, folder=folder), None)

@@ -28,6 +28,7 @@ __all__ = [
     "BuiltStages",
     "build_stages",
     "check_parameters",
+    "frozen_dtypes",
     "restore_masters",
     "to_precision",
     "undo_precision",
@@ -96,6 +97,15 @@ class BuiltStages:
         while self.fused:
             with contextlib.suppress(ValueError):  # its class has been changed since
                 spu_nn.restore(self.fused.pop())
+
+
+def frozen_dtypes(layers: Sequence[Layer], precision: str) -> dict[int, torch.dtype]:
+    """Return the dtypes, by id, that `to_precision` gives parameters which are not trained: no exact value is kept
+    beside them.
+    """
+    modules = [layer.module for layer in layers]
+    frozen = {id(p) for module in modules for p in module.parameters() if not p.requires_grad}
+    return {key: dtype for key, dtype in state_dtypes(modules, DTYPES[precision]).items() if key in frozen}
 
 
 def to_precision(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from spu.common.absent import absent, is_absent
 from spu.common.torch_private import parameters_of
 
-__all__ = ["bring", "defer", "fill_meta"]
+__all__ = ["bring", "brought", "defer", "fill_meta"]
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 
@@ -49,13 +50,39 @@ def defer(model: nn.Module, fill: Fill) -> None:
     _SOURCES[model] = _Source(model.state_dict(keep_vars=True), fill)
 
 
+@contextmanager
+def brought(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None) -> Iterator[None]:
+    """Read all deferred parameters, as `bring` does; if the block fails, they are deferred as before.
+
+    Args:
+        model: has a deferred model in it, or none.
+        dtypes: as in `bring`; None: nothing is read here, but in the block.
+    """
+    if dtypes is None:
+        yield
+        return
+    sources = {module: _SOURCES[module] for module in model.modules() if module in _SOURCES}
+    before = [(t, t.data) for source in sources.values() for t in source.state.values() if is_absent(t)]
+    try:
+        bring(model, dtypes=dtypes)
+        yield
+    except BaseException:
+        for tensor, stand_in in before:
+            tensor.data = stand_in
+        _SOURCES.update(sources)
+        raise
+
+
 @torch.no_grad()
-def bring(model: nn.Module, wanted: Collection[int] | None = None) -> None:
+def bring(
+    model: nn.Module, wanted: Collection[int] | None = None, dtypes: Mapping[int, torch.dtype] | None = None
+) -> None:
     """Read deferred parameters; the others can be read no more.
 
     Args:
         model: has a deferred model in it, or none.
         wanted: ids of parameters; None: all.
+        dtypes: of parameters that are to have another one than now, by id.
 
     Raises:
         ValueError: a file is damaged, or of another model; the text names it.
@@ -67,5 +94,5 @@ def bring(model: nn.Module, wanted: Collection[int] | None = None) -> None:
         here = {n: t for n, t in source.state.items() if not is_absent(t) or wanted is None or id(t) in wanted}
         for tensor in {id(t): t for t in here.values()}.values():
             if is_absent(tensor):
-                tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype)
+                tensor.data = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype))
         source.fill({name: tensor.detach() for name, tensor in here.items()})

@@ -14,6 +14,7 @@ from spu.data.tokenizer import make_tokenizer
 from spu.model.lora import LoraOptions, add_adapters
 from spu.model.merge import Base, base_of_files, merge_adapter, write_parts
 from spu.train.model import has_weights, load_config, make_model
+from spu.train.weights import may_wait
 from spu.trainer.adapter import save_adapter
 
 if TYPE_CHECKING:
@@ -34,15 +35,17 @@ def lora_options(config: TrainConfig | PlanOptions) -> LoraOptions | None:
     return LoraOptions(config.lora, alpha, dropout, targets, config.lora_kind)
 
 
-def make_trained_model(config: TrainConfig) -> nn.Module:
+def make_trained_model(config: TrainConfig, *, later: bool = False) -> nn.Module:
     """Return the run's model in fp32 and training mode, with its adapters if it has some.
+
+    Args:
+        later: leave weights in their files, where that serves (`may_wait`), until a trainer reads those of its stages.
 
     Raises:
         ValueError: as ``make_model``; or a target that is no layer of the model.
     """
     options = lora_options(config)
-    later = config.engine == "distributed" and options is None
-    model = make_model(config.model, config.seed, later=later).train()
+    model = make_model(config.model, config.seed, later=later and may_wait(config)).train()
     if options is None:
         return model
     try:

@@ -112,7 +112,9 @@ def follow(make: Make) -> None:
             continue
         if what == "make":
             config, plan = TrainConfig.from_json(arguments[0]), arguments[1]
-            made = make(config, make_trained_model(config), plan and Plan.from_json(plan), lambda _: rates[0])
+            made = make(
+                config, make_trained_model(config, later=True), plan and Plan.from_json(plan), lambda _: rates[0]
+            )
             trainer = made
             continue
         assert trainer is not None

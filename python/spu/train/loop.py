@@ -12,7 +12,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,6 @@ from spu.common.options import AUTO
 from spu.common.out_of_memory import free_memory
 from spu.devices.manager import DeviceManager, default_devices
 from spu.devices.tiers import split_budget
-from spu.memory.spill import spilled
 from spu.optim.adamw import AdamW
 from spu.plan import Plan
 from spu.precision import LossScaler
@@ -47,6 +45,7 @@ from spu.train.progress import Progress, RunningMean, open_view, terminal_width
 from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
 from spu.train.tensorboard import TensorBoard
+from spu.train.weights import beside_disk
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
 __all__ = ["Loop", "evaluate", "make_trainer", "pipeline", "settle_steps", "train"]
@@ -65,7 +64,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         ValueError: see ``make_trainer``, ``Guard`` and ``CheckpointError``; an existing checkpoint is left as it was.
     """
     with beside_disk(job.config):
-        model = make_trained_model(job.config)
+        model = make_trained_model(job.config, later=True)
     parameters = sum(p.numel() for p in model.parameters())
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
@@ -101,12 +100,6 @@ def _take(job: Job, model: nn.Module, trainer: ModelParallelTrainer) -> bool:
             return True
     take_exact(model, trainer)
     return False
-
-
-def beside_disk(config: TrainConfig) -> AbstractContextManager[None]:
-    """Return a context in which large new tensors lie on the budget's disk, where layers may be streamed from it."""
-    disk = split_budget(config.budget)[1].disk
-    return nullcontext() if disk is None or config.residency == "resident" else spilled(disk)
 
 
 def make_trainer(job: Job, model: nn.Module) -> ModelParallelTrainer:

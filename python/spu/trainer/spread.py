@@ -23,7 +23,7 @@ from spu.distributed.lend import load_anywhere
 from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record, sampled
-from spu.engine.build import BuiltStages
+from spu.engine.build import BuiltStages, frozen_dtypes
 from spu.engine.loss import loss_part
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import load_training, model_state, state_for_model
@@ -140,7 +140,7 @@ class Spread:
         loss = loss_part(loss_fn, layers) if places[-1] == self.job.place else None  # the last stage trains it
         own += [] if loss is None else [loss]
         kept = {id(p) for layer in own for p in layer.module.parameters()}
-        bring(model, kept)
+        bring(model, kept, frozen_dtypes(layers, self._settings.precision))
         check_here(own)
         others = (layer.module for layer, place in zip(layers, places, strict=True) if place != self.job.place)
         return let_go(others, kept)

@@ -22,6 +22,7 @@ from spu.engine.build import (
     BuiltStages,
     build_stages,
     check_parameters,
+    frozen_dtypes,
     restore_masters,
     to_precision,
     undo_precision,
@@ -38,7 +39,7 @@ from spu.engine.state import Carried, state_for_model, training_state
 from spu.engine.structure import StructureCheck
 from spu.engine.tiers import converting, open_streaming, park_again
 from spu.engine.update import OptimizerFactory, release
-from spu.model.deferred import bring
+from spu.model.deferred import brought
 from spu.optim.forms import in_form
 from spu.plan import Plan
 from spu.plan.check import used_devices
@@ -148,8 +149,6 @@ class StagedModel:
         with delayed_interrupts():  # Ctrl-C while the model is traced would leave torch patched
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
-        if self._spread is None:
-            bring(self._parts.as_module())
         check_batch(layers, inputs, targets, self.loss_fn)
         devices, machine = (self.devices, None) if self._spread is None else self._spread.planned_for(layers)
         planner = Planner(layers, devices, self.settings, self._loss, self.tiers, machine)
@@ -159,7 +158,8 @@ class StagedModel:
                 return planner.plan(inputs, targets, measure=self.measure)
             return planner.checked(self._given_plan, inputs, targets, measure=self.measure)
 
-        with delayed_interrupts():  # Ctrl-C within torch's fake mode would leave it on for good
+        frozen = frozen_dtypes(layers, self.precision) if self._spread is None else None
+        with brought(self._parts.as_module(), frozen), delayed_interrupts():  # Ctrl-C would leave torch's fake mode on
             plan = make() if self._spread is None else self._spread.plan(make)
             stop_if_asked()
             taken_over = release(layers)
