@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spu.common.absent import is_absent
 from spu.model.convert.decoder import load_decoder, save_decoder
-from spu.model.deferred import bring
+from spu.model.deferred import bring, brought
 from spu.model.layers import model_layers
 
 CONFIG = LlamaConfig(
@@ -59,3 +59,31 @@ def test_a_file_that_is_gone_by_then_is_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model.safetensors"):
         bring(model)
+
+
+def test_what_is_read_in_16_bits_is_what_rounding_makes_of_it(folder: Path) -> None:
+    model, whole = load_decoder(folder, CONFIG, later=True), load_decoder(folder, CONFIG)
+    assert model is not None
+    assert whole is not None
+    dtypes = {id(p): torch.float16 for p in model.model.layers.parameters()}
+    with brought(model, dtypes):
+        for own, wants in zip(model.parameters(), whole.parameters(), strict=True):
+            assert own.dtype == dtypes.get(id(own), torch.float32)
+            assert torch.equal(own, wants.to(own.dtype))
+
+
+@pytest.mark.parametrize("fails", ["while it is read", "in the block"])
+def test_a_model_is_deferred_again_where_what_it_was_read_for_fails(folder: Path, fails: str) -> None:
+    model, whole = load_decoder(folder, CONFIG, later=True), load_decoder(folder, CONFIG)
+    assert model is not None
+    assert whole is not None
+    file = folder / "model.safetensors"
+    if fails == "while it is read":
+        file.rename(folder / "away")
+    with pytest.raises(OSError, match="safetensors|no room"), brought(model, {id(model.lm_head.weight): torch.float16}):
+        raise OSError("no room")
+    assert all(is_absent(p) and p.dtype == torch.float32 for p in model.parameters())
+    if fails == "while it is read":
+        (folder / "away").rename(file)
+    bring(model)
+    assert all(torch.equal(own, wants) for own, wants in zip(model.parameters(), whole.parameters(), strict=True))

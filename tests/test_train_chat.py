@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from chat_models import chat_tokenizer, tiny_llama
 from small_runs import make_place, run, train
 
 from spu.data.tokenizer import ByteTokenizer, FileTokenizer
+from spu.train import chat
 from spu.train.chat import Conversation, Draw, load_trained
 from spu.train.model import quiet_transformers
 
@@ -115,6 +117,24 @@ def test_the_command_answers_what_comes_through_a_pipe(folder: Path, monkeypatch
     assert "no such run" in said("nobody", "--runs", str(folder), code=2).err
     (folder / "model.safetensors").unlink()
     assert "no weights there" in said(str(folder), code=2).err
+
+
+def test_weights_that_have_no_room_in_fp32_stay_in_the_16_bits_of_their_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of a 7B model was trained within 32 GB, and could not be tried there."""
+    peft = pytest.importorskip("peft")
+    config = json.loads((folder / "config.json").read_text())
+    whole, _ = load_trained(folder)
+    monkeypatch.setattr(chat, "_room", lambda: 4 * sum(p.numel() for p in whole.parameters()) - 1)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": name}))
+        model, _ = load_trained(folder)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        for own, wide in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(own, wide.to(dtype))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+        assert adapted(torch.arange(4)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("lora", [False, True])

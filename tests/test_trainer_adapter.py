@@ -17,7 +17,9 @@ from safetensors.torch import load_file  # noqa: E402
 
 import spu  # noqa: E402
 from spu import ModelParallelTrainer  # noqa: E402
+from spu.common.absent import is_absent  # noqa: E402
 from spu.memory.disk_store import DiskStore  # noqa: E402
+from spu.model.convert.decoder import load_decoder, save_decoder  # noqa: E402
 from spu.model.layers import DrawKey, model_layers  # noqa: E402
 
 __all__ = ["reference"]
@@ -108,6 +110,52 @@ def test_a_pipeline_trains_adapters_as_peft_and_torch_do(kind: str, tmp_path: Pa
         if name in frozen:
             assert frozen[name].grad is None, name
             assert torch.equal(frozen[name], parameter), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_weights_that_wait_in_their_files_train_the_same_adapter(precision: str, tmp_path: Path) -> None:
+    """A model was made whole in fp32 first: 31 GB of the 7B one, in a host of 32."""
+    save_decoder(decoder(), tmp_path / "base")
+    config, options = transformers.LlamaConfig(**SMALL), peft.LoraConfig(r=3, **KINDS["lora"], init_lora_weights=False)
+    found = []
+    for later in (False, True):
+        model = load_decoder(tmp_path / "base", config, later=later)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(model, options).train()
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert all(is_absent(p) == later for p in frozen)
+        with make(model, precision=precision) as trainer:
+            losses = losses_of(trainer)
+            assert not any(map(is_absent, frozen))
+            found.append((losses, trainer.state_dict_for_model(), [p.dtype for p in frozen]))
+    (losses, state, dtypes), (theirs, other, others) = found
+    assert losses == theirs
+    assert dtypes == others
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", ["dora, whole modules", "tokens, embedding"])
+def test_adapters_made_of_weights_that_are_not_there_yet_are_refused(kind: str, tmp_path: Path) -> None:
+    save_decoder(decoder(), tmp_path / "base")
+    model: Any = load_decoder(tmp_path / "base", transformers.LlamaConfig(**SMALL), later=True)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, **KINDS[kind])).train()
+    with make(model) as trainer, pytest.raises(ValueError, match="before the model's weights were read"):
+        losses_of(trainer)
+
+
+def test_a_plan_that_does_not_fit_leaves_weights_in_their_files(tmp_path: Path) -> None:
+    save_decoder(decoder(), tmp_path / "base")
+    model: Any = load_decoder(tmp_path / "base", transformers.LlamaConfig(**SMALL), later=True)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, **KINDS["lora"])).train()
+    small = spu.DeviceManager("cpu=1kB").get_devices("cpu")
+    with ModelParallelTrainer(model, small, shift=True, precision="fp16") as trainer, pytest.raises(ValueError):
+        losses_of(trainer)
+    assert all(is_absent(p) and p.dtype == torch.float32 for p in model.parameters() if not p.requires_grad)
+    with make(model, precision="fp32") as trainer:
+        losses_of(trainer)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    assert torch.equal(model.get_input_embeddings().weight, weights["model.embed_tokens.weight"])
 
 
 def others() -> dict[str, Any]:

@@ -85,14 +85,26 @@ def bring(
         dtypes: of parameters that are to have another one than now, by id.
 
     Raises:
-        ValueError: a file is damaged, or of another model; the text names it.
+        ValueError: a file is damaged, or of another model; or a parameter was made from values that were not there
+            yet, such as the norms of DoRA; the text names it.
     """
-    for module in model.modules():
-        source = _SOURCES.pop(module, None)
-        if source is None:
-            continue
+    sources = {module: _SOURCES[module] for module in model.modules() if module in _SOURCES}
+    if sources:
+        _check_others(model, {id(t) for source in sources.values() for t in source.state.values()})
+    for module, source in sources.items():
+        del _SOURCES[module]
         here = {n: t for n, t in source.state.items() if not is_absent(t) or wanted is None or id(t) in wanted}
         for tensor in {id(t): t for t in here.values()}.values():
             if is_absent(tensor):
                 tensor.data = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype))
         source.fill({name: tensor.detach() for name, tensor in here.items()})
+
+
+def _check_others(model: nn.Module, deferred: Collection[int]) -> None:
+    """Raise ValueError if a parameter that is not deferred has a NaN, as what is computed from stand-ins has."""
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in deferred and not parameter.is_meta and bool(parameter.isnan().any()):
+            raise ValueError(
+                f"{name} has values that are not numbers: it was made before the model's weights were read from their "
+                "files. Load the model without later=True, then put the adapters into it"
+            )

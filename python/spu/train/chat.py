@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from spu.common.absent import is_absent
 from spu.data.tokenizer import FileTokenizer, Tokenizer, make_tokenizer
+from spu.devices.host import host_memory
+from spu.model.deferred import bring
 from spu.train.adapter import ADAPTER
 from spu.train.model import has_weights, load_config, make_model
 from spu.train.run_folder import FORMAT, RunFolder
@@ -42,6 +45,8 @@ class Draw:
 def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     """Return the model and tokenizer of a run, its adapter included, or of a model's folder.
 
+    Weights are in fp32; where the memory that is free is too small for it, those of files stay in 16 bits.
+
     Raises:
         ValueError: neither of them, or a run that has not ended; says what is missing.
     """
@@ -57,11 +62,25 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     elif not has_weights(source):
         raise ValueError(f"{folder}: no weights there: give a run, or a folder with a model's safetensors")
     named = source or None
-    model: Any = make_model(named, seed)
+    model: Any = make_model(named, seed, later=True)
+    config = load_config(named)
+    narrow = 4 * sum(p.numel() for p in model.parameters()) > _room()
+    dtypes = {id(p): _narrow(config) for p in model.parameters() if is_absent(p)} if narrow else {}
     if adapter is not None:
         model = _adapted(model, adapter)
-    vocabulary = load_config(named).get_text_config().vocab_size
+    bring(model, dtypes=dtypes)
+    vocabulary = config.get_text_config().vocab_size
     return model.eval(), make_tokenizer(named, vocabulary, weights=has_weights(named))
+
+
+def _room() -> int:
+    """Return the bytes of memory that weights may take; the rest is for the answer's keys and values."""
+    return host_memory()[1] * 9 // 10
+
+
+def _narrow(config: Any) -> torch.dtype:
+    """Return the 16-bit dtype that a model's files have, or bf16."""
+    return torch.float16 if getattr(config, "dtype", None) in (torch.float16, "float16") else torch.bfloat16
 
 
 def _is_run(folder: Path) -> bool:
