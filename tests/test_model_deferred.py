@@ -65,8 +65,12 @@ def test_what_is_read_in_16_bits_is_what_rounding_makes_of_it(folder: Path) -> N
     model, whole = load_decoder(folder, CONFIG, later=True), load_decoder(folder, CONFIG)
     assert model is not None
     assert whole is not None
-    dtypes = {id(p): torch.float16 for p in model.model.layers.parameters()}
-    with brought(model, dtypes):
+    dtypes = {id(p): torch.float16 for p in model.model.layers.requires_grad_(False).parameters()}
+    with brought(model, dtypes) as read:
+        assert torch.equal(model.lm_head.weight, whole.lm_head.weight), "what is trained is read at once"
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data = torch.full((24, 16), 7.0, dtype=torch.float16)  # where it has moved to
+        read()
         for own, wants in zip(model.parameters(), whole.parameters(), strict=True):
             assert own.dtype == dtypes.get(id(own), torch.float32)
             assert torch.equal(own, wants.to(own.dtype))
@@ -78,6 +82,7 @@ def test_a_model_is_deferred_again_where_what_it_was_read_for_fails(folder: Path
     assert model is not None
     assert whole is not None
     file = folder / "model.safetensors"
+    model.model.requires_grad_(False)
     if fails == "while it is read":
         file.rename(folder / "away")
     with pytest.raises(OSError, match="safetensors|no room"), brought(model, {id(model.lm_head.weight): torch.float16}):

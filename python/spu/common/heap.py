@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["large_tensors_unmapped", "unmap_large_tensors"]
+__all__ = ["LARGE_BYTES", "large_tensors_unmapped", "unmap_large_tensors"]
 
-_LARGE_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
 _MOST_BYTES = 32 << 20  # to which glibc raises its threshold by itself
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
@@ -21,7 +21,7 @@ def unmap_large_tensors() -> None:
     layers, which stay, then lie between temporary tensors, and the heap grows by several times what is alive: in a
     decoder of width 1,024 by 20 MB a layer instead of 4.
     """
-    _set(_MMAP_THRESHOLD, _LARGE_BYTES)
+    _set(_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spu.common.absent import absent, is_absent
+from spu.common.heap import LARGE_BYTES, large_tensors_unmapped
 from spu.common.torch_private import parameters_of
 
 __all__ = ["bring", "brought", "defer", "fill_meta"]
@@ -22,6 +23,10 @@ Fill = Callable[[Mapping[str, Tensor]], None]
 class _Source:
     state: dict[str, Tensor]
     fill: Fill
+
+    @torch.no_grad()
+    def read(self, wanted: Callable[[Tensor], bool]) -> None:
+        self.fill({name: tensor.detach() for name, tensor in self.state.items() if wanted(tensor)})
 
 
 _SOURCES: WeakKeyDictionary[nn.Module, _Source] = WeakKeyDictionary()
@@ -51,21 +56,33 @@ def defer(model: nn.Module, fill: Fill) -> None:
 
 
 @contextmanager
-def brought(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None) -> Iterator[None]:
-    """Read all deferred parameters, as `bring` does; if the block fails, they are deferred as before.
+def brought(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None) -> Iterator[Callable[[], None]]:
+    """Give deferred parameters memory, and read those that are trained; if the block fails, all are deferred as before.
+
+    Memory that nothing was written to takes no room yet. So the others may move first, to a device or into a store,
+    and their values are never anywhere else than where they stay.
 
     Args:
         model: has a deferred model in it, or none.
-        dtypes: as in `bring`; None: nothing is read here, but in the block.
+        dtypes: as in `bring`; None: nothing is done.
+
+    Yields:
+        What reads the others, to where they are by then.
     """
-    if dtypes is None:
-        yield
-        return
-    sources = {module: _SOURCES[module] for module in model.modules() if module in _SOURCES}
+    sources = _sources_in(model) if dtypes is not None else {}
     before = [(t, t.data) for source in sources.values() for t in source.state.values() if is_absent(t)]
+    frozen = {id(t) for t, _ in before if not t.requires_grad}
     try:
-        bring(model, dtypes=dtypes)
-        yield
+        for source in sources.values():
+            with large_tensors_unmapped():
+                _reserve(source, None, dtypes)
+            source.read(lambda tensor: id(tensor) not in frozen)
+
+        def read() -> None:
+            for source in sources.values():
+                source.read(lambda tensor: id(tensor) in frozen)
+
+        yield read
     except BaseException:
         for tensor, stand_in in before:
             tensor.data = stand_in
@@ -88,16 +105,26 @@ def bring(
         ValueError: a file is damaged, or of another model; or a parameter was made from values that were not there
             yet, such as the norms of DoRA; the text names it.
     """
+    for source in _sources_in(model).values():
+        _reserve(source, wanted, dtypes)
+        source.read(lambda tensor: not is_absent(tensor))
+
+
+def _sources_in(model: nn.Module) -> dict[nn.Module, _Source]:
+    """Take out the sources of what is deferred in a model."""
     sources = {module: _SOURCES[module] for module in model.modules() if module in _SOURCES}
     if sources:
         _check_others(model, {id(t) for source in sources.values() for t in source.state.values()})
-    for module, source in sources.items():
+    for module in sources:
         del _SOURCES[module]
-        here = {n: t for n, t in source.state.items() if not is_absent(t) or wanted is None or id(t) in wanted}
-        for tensor in {id(t): t for t in here.values()}.values():
-            if is_absent(tensor):
-                tensor.data = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype))
-        source.fill({name: tensor.detach() for name, tensor in here.items()})
+    return sources
+
+
+def _reserve(source: _Source, wanted: Collection[int] | None, dtypes: Mapping[int, torch.dtype] | None) -> None:
+    for tensor in source.state.values():
+        if is_absent(tensor) and (wanted is None or id(tensor) in wanted):
+            made = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype))
+            tensor.data = made if made.nbytes > LARGE_BYTES else made.zero_()  # what is large is zero, and untouched
 
 
 def _check_others(model: nn.Module, deferred: Collection[int]) -> None:

@@ -54,8 +54,7 @@ __all__ = ["LastStep", "StagedModel"]
 
 T = TypeVar("T")
 
-_MOST_RETRIES = 8
-"""Notches that one pass may go down: all of them, and microbatches of 1/64 of their rows."""
+_MOST_RETRIES = 8  # notches that one pass may go down: all of them, and microbatches of 1/64 of their rows
 
 
 @dataclass
@@ -159,7 +158,7 @@ class StagedModel:
             return planner.checked(self._given_plan, inputs, targets, measure=self.measure)
 
         frozen = frozen_dtypes(layers, self.precision) if self._spread is None else None
-        with brought(self._parts.as_module(), frozen), delayed_interrupts():  # Ctrl-C would leave torch's fake mode on
+        with brought(self._parts.as_module(), frozen) as read, delayed_interrupts():  # or torch's fake mode stayed on
             plan = make() if self._spread is None else self._spread.plan(make)
             stop_if_asked()
             taken_over = release(layers)
@@ -172,6 +171,7 @@ class StagedModel:
             restore_masters(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))
+                read()  # what is frozen, to where it is now
             except BaseException:
                 undo_precision(layers, masters)
                 raise

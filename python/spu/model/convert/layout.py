@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spu.common.interrupts import stop_if_asked
 from spu.model.convert.shards import PIECE_BYTES, Shards
 
 __all__ = ["Layout", "Run", "Stored", "check", "fill", "whole", "write_tensor"]
@@ -99,8 +100,8 @@ def fill(layout: Layout, shards: Shards, tensors: Mapping[str, Tensor]) -> None:
     """
     wanted = [name for name, stored in layout.items() if any(run.parameter in tensors for run in stored.runs)]
     for name in sorted(wanted, key=lambda n: (shards.entries[n].file, shards.entries[n].start)):
-        runs = layout[name].runs
-        place = _Place(runs, tensors)
+        stop_if_asked()
+        place = _Place(layout[name].runs, tensors)
         for _, values in shards.pieces(name):
             place.put(values)
 
