@@ -63,3 +63,35 @@ def test_master_optimizer_state_continues_bit_for_bit() -> None:
         MasterOptimizer(sgd, params[:1]).load_state_dict(optimizer.state_dict())
     optimizer.zero_grad()
     assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_optimizers_find_each_weights_gradient_and_state(dtype: torch.dtype) -> None:
+    """Weights that were not contiguous were updated with other weights' gradients, and after a load with their moments.
+
+    torch's fused optimizers on CPUs do not compare strides.
+    """
+
+    def make(strided: bool) -> tuple[torch.nn.Parameter, MasterOptimizer]:
+        value = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        param = torch.nn.Parameter(value.t().contiguous().t() if strided else value)
+        param.grad_dtype = torch.float32
+        return param, MasterOptimizer(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), [param])
+
+    def steps(param: torch.nn.Parameter, optimizer: MasterOptimizer) -> None:
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            param.grad = torch.randn(5, 7, generator=generator)
+            optimizer.step()
+
+    (plain, first), (strided, second) = make(False), make(True)
+    steps(plain, first)
+    steps(strided, second)
+    assert_equal(strided.detach(), plain.detach())
+    again, third = make(True)
+    third.load_state_dict(copy.deepcopy(first.state_dict()))
+    if dtype == torch.float32:
+        again.data.copy_(plain.detach())
+    steps(plain, first)
+    steps(again, third)
+    assert_equal(again.detach(), plain.detach())

@@ -270,3 +270,30 @@ def test_a_backward_for_the_input_alone_leaves_the_weights_gradients(name: str) 
     for torchs, ours in zip(gradients[:2], gradients[2:], strict=True):
         for a, b in zip(ours, torchs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_transposed_weights_gradient_has_its_strides(fused: bool) -> None:
+    """It was contiguous, which torch's fused optimizers on CPUs pair with other elements of the weight."""
+
+    def train(transposed: bool) -> tuple[float, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        if transposed:
+            model[0].weight.data = model[0].weight.data.t().contiguous().t()
+        model = spu.accelerate(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        scaler, x = spu.GradScaler("cpu"), torch.randn(6, 8)
+        for _ in range(4):
+            optimizer.zero_grad()
+            for part in x.split(3):  # accumulated
+                loss = model(part).square().mean()
+                scaler.scale(loss).backward()
+            assert model[0].weight.grad.stride() == model[0].weight.stride()
+            scaler.step(optimizer)
+            scaler.update()
+        return loss.item(), model[0].weight.detach()
+
+    (loss, weight), (expected_loss, expected) = train(True), train(False)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)

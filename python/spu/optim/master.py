@@ -48,8 +48,9 @@ class MasterOptimizer:
         value = param if master is None else master
         if value.shape != param.shape:
             raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
-        target = nn.Parameter(value.detach().to(device=param.device, dtype=torch.float32, copy=True))
-        if value is not param:
+        value = value.detach().to(device=param.device, dtype=torch.float32, copy=True)
+        target = nn.Parameter(value.contiguous())  # as main gradients are
+        if master is not None:
             param.data.copy_(target.data)
         return target
 
@@ -100,13 +101,21 @@ class MasterOptimizer:
             if grad_scale is not None:
                 grad.mul_(on_device(grad_scale, grad.device).squeeze(0))
             self._followed(param, target)
-            target.grad = grad
+            target.grad = _strided_as(target, grad)
+            self._arrange_state(target)
         self.optimizer.step()
         for param, target in zip(self._params, self._targets, strict=True):
             if target is not param:
                 target.grad = None
                 if param.grad is not None:
                     param.copy_(target)
+
+    def _arrange_state(self, target: Tensor) -> None:
+        """Give a parameter's state its strides: a state that was loaded has those that it was saved with."""
+        state = self.optimizer.state.get(target, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == target.shape:
+                state[key] = _strided_as(target, value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop (or zero) the parameters' gradients."""
@@ -135,3 +144,13 @@ class MasterOptimizer:
             if master is not None:
                 target.copy_(master)
                 param.copy_(target)
+
+
+def _strided_as(target: Tensor, values: Tensor) -> Tensor:
+    """Return values of the target's shape in its strides: themselves where they have them, else a copy.
+
+    torch's fused optimizers on CPUs walk parameter, gradient and state through memory, each in its own order.
+    """
+    if values.stride() == target.stride() or values.layout != torch.strided:
+        return values
+    return torch.empty_like(target, dtype=values.dtype, device=values.device).copy_(values)

@@ -126,7 +126,7 @@ class ParameterSink:
         with self._lock:
             into = self._target(param, self._settle(param, scope))
             op(*operands, into, backend=backend)
-            _keep(param, into)
+            self._keep(param, into)
 
     def _accumulate_each(
         self,
@@ -147,8 +147,8 @@ class ParameterSink:
             else:
                 for dz, target in zip(dzs, into, strict=True):
                     linear_dw_(dz, x, target, backend=backend)
-            for p, target in zip(params, into, strict=True):
-                _keep(p, target)
+            for sink, p, target in zip(sinks, params, into, strict=True):
+                sink._keep(p, target)
 
     def _accumulate_both(
         self, param: Tensor, scope: BackwardScope, bias: ParameterSink, dz: Tensor, x: Tensor, backend: str
@@ -162,8 +162,8 @@ class ParameterSink:
             else:
                 linear_dw_(dz, x, into, backend=backend)
                 linear_db_(dz, bias_into, backend=backend)
-            _keep(param, into)
-            _keep(bias_param, bias_into)
+            self._keep(param, into)
+            bias._keep(bias_param, bias_into)
 
     def _settle(self, param: Tensor, scope: BackwardScope) -> BackwardScope:
         """Make ``grad`` a tensor that can be added to; return the scope on the parameter's device."""
@@ -184,6 +184,18 @@ class ParameterSink:
         if grad is None or not grad.is_contiguous():
             return MainGrad(self._take_buffer(param), scope.inv_scale, scope.found_inf, False)
         return MainGrad(grad, scope.inv_scale, scope.found_inf, True)
+
+    @torch.no_grad()
+    def _keep(self, param: Tensor, written: MainGrad) -> None:
+        """Make what an op has written the parameter's gradient; what was added to it is there already."""
+        if written.accumulate:
+            return
+        if param.grad is not None:  # laid out in another way by the user, to whom it belongs, or below: it stays
+            param.grad.add_(written.main_grad)
+        elif self.adopted and not param.is_contiguous():  # in the parameter's strides, as autograd's: fused optimizers
+            param.grad = torch.empty_like(param, dtype=torch.float32).copy_(written.main_grad)
+        else:
+            param.grad = written.main_grad
 
     def _parameter(self) -> Tensor:
         param = self._param()
@@ -257,17 +269,6 @@ class ParameterSink:
             value = self._take_buffer(param) if param.grad is None else grad.new_empty(grad.shape, dtype=torch.float32)
         unscale_(grad, MainGrad(value, scope.inv_scale, scope.found_inf, False))
         return value
-
-
-def _keep(param: Tensor, written: MainGrad) -> None:
-    """Make what an op has written the parameter's gradient; what was added to it is there already."""
-    if written.accumulate:
-        return
-    if param.grad is None:
-        param.grad = written.main_grad
-    else:  # laid out in another way by the user, to whom it belongs: it stays
-        with torch.no_grad():
-            param.grad.add_(written.main_grad)
 
 
 @torch.no_grad()
