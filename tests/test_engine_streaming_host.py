@@ -24,6 +24,7 @@ from spu.memory.host_store import HostStore
 from spu.memory.slab import Pinning
 from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
+from spu.model.deferred import Reading, defer
 from spu.optim.adamw import AdamW
 
 __all__ = ["reference"]
@@ -95,6 +96,21 @@ def test_equals_the_resident_run(
     store: Any = HostStore() if below == "host" else Lazy()
     how = {"slots": slots, "buffers": buffers, "streams": HostStreams()}
     assert same(trained(make(monkeypatch, own, store, residency, **how, **settings), own), wanted)
+
+
+@pytest.mark.parametrize("residency", ["streamed", "offloaded", MIXED, MIXED_TIE], ids=str)
+def test_weights_that_are_read_last_are_those_of_a_whole_model(
+    reference: None, monkeypatch: pytest.MonkeyPatch, residency: Any
+) -> None:
+    wanted, own = expected(monkeypatch, True, SETTINGS), model(True)
+    values, empty = own.state_dict(), dict[int, nn.Parameter]()
+    for module in own.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = empty.setdefault(id(p), nn.Parameter(p.data.to("meta"), p.requires_grad))
+    defer(own, lambda tensors: [tensor.copy_(values[name]) for name, tensor in tensors.items()] and None)
+    monkeypatch.setattr(Reading, "read_trained", lambda self: None)  # as of a plan that streams
+    assert same(trained(make(monkeypatch, own, HostStore(), residency, streams=HostStreams(), **SETTINGS), own), wanted)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pipelines import devices
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import spu
 from spu.common.absent import is_absent
 from spu.model.convert.decoder import load_decoder, save_decoder
 from spu.model.deferred import bring, brought
@@ -66,11 +69,12 @@ def test_what_is_read_in_16_bits_is_what_rounding_makes_of_it(folder: Path) -> N
     assert model is not None
     assert whole is not None
     dtypes = {id(p): torch.float16 for p in model.model.layers.requires_grad_(False).parameters()}
-    with brought(model, dtypes) as read:
-        assert torch.equal(model.lm_head.weight, whole.lm_head.weight), "what is trained is read at once"
+    with brought(model, dtypes) as reading:
+        reading.read_trained()
+        assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
         for layer in model.model.layers:
             layer.mlp.up_proj.weight.data = torch.full((24, 16), 7.0, dtype=torch.float16)  # where it has moved to
-        read()
+        reading.read_rest(lambda *_: pytest.fail("nothing that is trained is left"))
         for own, wants in zip(model.parameters(), whole.parameters(), strict=True):
             assert own.dtype == dtypes.get(id(own), torch.float32)
             assert torch.equal(own, wants.to(own.dtype))
@@ -85,10 +89,44 @@ def test_a_model_is_deferred_again_where_what_it_was_read_for_fails(folder: Path
     model.model.requires_grad_(False)
     if fails == "while it is read":
         file.rename(folder / "away")
-    with pytest.raises(OSError, match="safetensors|no room"), brought(model, {id(model.lm_head.weight): torch.float16}):
+    with (
+        pytest.raises(OSError, match="safetensors|no room"),
+        brought(model, {id(model.lm_head.weight): torch.float16}) as reading,
+    ):
+        reading.read_trained()
         raise OSError("no room")
     assert all(is_absent(p) and p.dtype == torch.float32 for p in model.parameters())
     if fails == "while it is read":
         (folder / "away").rename(file)
     bring(model)
     assert all(torch.equal(own, wants) for own, wants in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("state", ["fp32", "exact"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("where", ["in two stages", "below, on a disk"])
+def test_weights_that_are_read_last_train_as_those_of_a_whole_model(
+    where: str, precision: str, tied: bool, state: str, tmp_path: Path
+) -> None:
+    """Beside the slab that they stay in, the fp32 and the 16-bit weights had been in memory once more."""
+    config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
+    torch.manual_seed(0)
+    save_decoder(LlamaForCausalLM(config), tmp_path / "base")
+    settings: dict[str, Any] = {"precision": precision, "microbatches": 2, "lr": 0.01, "state": state}
+    if "disk" in where:
+        settings |= {"residency": "streamed", "tiers": f"disk={tmp_path / 'spill'}:1GB"}
+    ids, found = torch.randint(32, (4, 9), generator=torch.Generator().manual_seed(1)), []
+    for later in (False, True):
+        model = load_decoder(tmp_path / "base", config, later=later)
+        assert model is not None
+        model.train().model.layers[0].mlp.requires_grad_(False)
+        with spu.ModelParallelTrainer(model, devices(1 if "disk" in where else 2), **settings) as trainer:
+            losses = [trainer.step(ids[:, :-1], ids[:, 1:]).loss for _ in range(3)]
+            assert trainer.plan is not None
+            assert (trainer.plan.streaming is not None) == ("disk" in where)
+            found.append((losses, trainer.state_dict_for_model()))
+    (losses, values), (theirs, others) = found
+    assert losses == theirs
+    assert values.keys() == others.keys()
+    assert all(torch.equal(values[name], others[name]) for name in values)

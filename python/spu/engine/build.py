@@ -109,7 +109,12 @@ def frozen_dtypes(layers: Sequence[Layer], precision: str) -> dict[int, torch.dt
 
 
 def to_precision(
-    layers: Sequence[Layer], precision: str, *, fused: bool = False, away: Collection[int] = ()
+    layers: Sequence[Layer],
+    precision: str,
+    *,
+    fused: bool = False,
+    away: Collection[int] = (),
+    empty: Collection[int] = (),
 ) -> dict[int, torch.Tensor]:
     """Convert floating-point parameters in place, and return the fp32 values that rounding lost.
 
@@ -122,6 +127,7 @@ def to_precision(
         fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that defer weight
             gradients need it, since plain autograd computes both gradients of a layer at once.
         away: ids of parameters whose values are in other processes.
+        empty: ids of parameters that have memory and no values yet.
 
     Returns:
         parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
@@ -136,6 +142,8 @@ def to_precision(
             parameter.data = absent(parameter.shape, becomes)
         elif parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
             masters[id(parameter)] = parameter.detach().to(torch.float32)  # its own memory: it gets another one below
+            if id(parameter) in empty:  # a conversion would write to it
+                parameter.data = torch.empty(parameter.shape, dtype=becomes)
     convert_state(modules, dtypes)
     for layer in layers:
         layer.products = dtype if dtype.itemsize == 2 else None

@@ -32,6 +32,7 @@ __all__ = [
     "TrainingState",
     "exact_parameters",
     "frozen_parameters",
+    "give_value",
     "load_training",
     "model_state",
     "state_for_model",
@@ -345,6 +346,17 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
             tensor.copy_(value)
             if tensor.data_ptr() != parameter.data_ptr():  # the master of another optimizer
                 parameter.copy_(tensor)
+
+
+@torch.no_grad()
+def give_value(built: BuiltStages, optimizers: Optimizers, parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a trained parameter its value (fp32): to its master too, where our AdamW keeps one."""
+    stage = next(index for index, own in enumerate(built.owned) if any(parameter is p for p in own.values()))
+    optimizer = optimizers[stage]
+    if isinstance(optimizer, AdamW) and optimizer.keeps_master(parameter):
+        optimizer.set_master(parameter, value)
+    else:
+        parameter.data.copy_(value)
 
 
 def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:

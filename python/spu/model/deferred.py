@@ -14,7 +14,7 @@ from spu.common.absent import absent, is_absent
 from spu.common.heap import LARGE_BYTES, large_tensors_unmapped
 from spu.common.torch_private import parameters_of
 
-__all__ = ["bring", "brought", "defer", "fill_meta"]
+__all__ = ["Reading", "bring", "brought", "defer", "fill_meta"]
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 
@@ -55,34 +55,68 @@ def defer(model: nn.Module, fill: Fill) -> None:
     _SOURCES[model] = _Source(model.state_dict(keep_vars=True), fill)
 
 
-@contextmanager
-def brought(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None) -> Iterator[Callable[[], None]]:
-    """Give deferred parameters memory, and read those that are trained; if the block fails, all are deferred as before.
+class Reading:
+    """The values of parameters that have memory already; made by `brought`.
 
-    Memory that nothing was written to takes no room yet. So the others may move first, to a device or into a store,
-    and their values are never anywhere else than where they stay.
+    Memory that nothing was written to takes no room yet. So parameters may move first, to a device or into a store, and
+    their values are never anywhere else than where they stay.
+    """
+
+    def __init__(self, sources: Collection[_Source]) -> None:
+        self._sources = sources
+        waiting = (t for source in sources for t in source.state.values() if is_absent(t))
+        self.waiting = {id(tensor): tensor for tensor in waiting}
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters without values that are trained."""
+        return [tensor for tensor in self.waiting.values() if tensor.requires_grad]
+
+    def read_trained(self) -> None:
+        """Read trained parameters where they are."""
+        self._read([id(tensor) for tensor in self.trained])
+
+    def read_rest(self, give: Callable[[Tensor, Tensor], object]) -> None:
+        """Read all that have no values yet: what is frozen where it is, what is trained into memory of its own.
+
+        Args:
+            give: takes a trained parameter and its value (fp32), one after the other.
+        """
+        self._read([key for key, tensor in self.waiting.items() if not tensor.requires_grad])
+        for source in self._sources:
+            for tensor in source.state.values():
+                if self.waiting.pop(id(tensor), None) is not None:
+                    value = torch.empty(tensor.shape, dtype=torch.float32)
+                    source.fill({other: value for other, tied in source.state.items() if tied is tensor})
+                    give(tensor, value)
+
+    def _read(self, keys: Collection[int]) -> None:
+        for source in self._sources:
+            source.read(lambda tensor: id(tensor) in keys)
+        for key in keys:
+            del self.waiting[key]
+
+
+@contextmanager
+def brought(model: nn.Module, dtypes: Mapping[int, torch.dtype] | None) -> Iterator[Reading]:
+    """Give deferred parameters memory without values; if the block fails, they are deferred as before.
 
     Args:
         model: has a deferred model in it, or none.
         dtypes: as in `bring`; None: nothing is done.
 
     Yields:
-        What reads the others, to where they are by then.
+        What reads the values.
     """
     sources = _sources_in(model) if dtypes is not None else {}
-    before = [(t, t.data) for source in sources.values() for t in source.state.values() if is_absent(t)]
-    frozen = {id(t) for t, _ in before if not t.requires_grad}
+    reading = Reading(sources.values())
+    before = [(tensor, tensor.data) for tensor in reading.waiting.values()]
     try:
         for source in sources.values():
+            source.read(lambda tensor: id(tensor) not in reading.waiting)  # buffers
             with large_tensors_unmapped():
                 _reserve(source, None, dtypes)
-            source.read(lambda tensor: id(tensor) not in frozen)
-
-        def read() -> None:
-            for source in sources.values():
-                source.read(lambda tensor: id(tensor) in frozen)
-
-        yield read
+        yield reading
     except BaseException:
         for tensor, stand_in in before:
             tensor.data = stand_in

@@ -21,12 +21,12 @@ def beside_disk(config: TrainConfig) -> AbstractContextManager[None]:
 def may_wait(config: TrainConfig) -> bool:
     """Tell whether weights may stay in the model's own files until a trainer reads those of its stages.
 
-    In one process that spares memory where they are frozen: they are read in the precision of the training, and never
-    exist in fp32. DoRA begins with the norms of all weights, so it reads them.
+    They are nowhere else then than where they stay, and what is frozen never exists in fp32. DoRA begins with the norms
+    of all weights, so it reads them. Weights that are made in files of the disk take no memory anyway.
     """
     if config.lora is not None and config.lora_kind == "dora":
         return False
-    return config.engine == "distributed" or (config.lora is not None and _spill_folder(config) is None)
+    return config.engine == "distributed" or _spill_folder(config) is None
 
 
 def _spill_folder(config: TrainConfig) -> Path | None:

@@ -7,7 +7,7 @@ of the same batch, whose gradients are the same sum in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from spu.plan.make_streaming import predict_streaming
 from spu.settings import AUTO, Recompute
 from spu.trainer.planner import Planner, counted_machine, tokens_of
 
-__all__ = ["Lower", "lower"]
+__all__ = ["Lower", "lower", "with_advice"]
 
 SAME_BITS = "No bit of the training changes."
 OTHER_ORDER = (
@@ -160,3 +160,9 @@ def _lowered(
         )
     made.actions()  # a schedule may need a certain number of microbatches
     return replace(made, settings=kept)
+
+
+def with_advice(failure: Exception, advice: Sequence[str]) -> Exception:
+    """Return the failure, with what would help at the end of its message."""
+    failure.args = ("\n  ".join([str(failure) or type(failure).__name__, "what would help:", *advice]),)
+    return failure

@@ -35,7 +35,7 @@ from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
 from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
-from spu.engine.state import Carried, state_for_model, training_state
+from spu.engine.state import Carried, give_value, state_for_model, training_state
 from spu.engine.structure import StructureCheck
 from spu.engine.tiers import converting, open_streaming, park_again
 from spu.engine.update import OptimizerFactory, release
@@ -45,7 +45,7 @@ from spu.plan import Plan
 from spu.plan.check import used_devices
 from spu.precision import LossScaler
 from spu.settings import AUTO, TrainSettings
-from spu.trainer.lower import lower
+from spu.trainer.lower import lower, with_advice
 from spu.trainer.manual import Parts
 from spu.trainer.planner import WORTH, Planner
 from spu.trainer.spread import Spread
@@ -166,12 +166,14 @@ class StagedModel:
             away = frozenset[int]() if self._spread is None else self._spread.let_go(plan, layers, model, self._loss)
             self._fused = unfused(layers)
             fused = schedules.splits_backward(plan.settings.schedule)
+            if plan.streaming is None:  # else what is trained, too, is read to where it will be
+                read.read_trained()
             with converting(plan, self.tiers):
-                masters = to_precision(layers, self.precision, fused=fused, away=away) | taken_over
+                masters = to_precision(layers, self.precision, fused=fused, away=away, empty=read.waiting) | taken_over
             restore_masters(layers, taken_over)
             try:
                 self._runner = self._build(plan, lambda built: built.masters.update(masters))
-                read()  # what is frozen, to where it is now
+                read.read_rest(partial(give_value, self._runner.built, self._runner.updater.optimizers))
             except BaseException:
                 undo_precision(layers, masters)
                 raise
@@ -279,16 +281,16 @@ class StagedModel:
         given = self._given_plan is not None
         if lost or given or not left:
             why = lost or ("the plan was given" if given else f"{_MOST_RETRIES} notches down it still does not fit")
-            raise _with_advice(failure, [f"the step was not repeated with less: {why}"])
+            raise with_advice(failure, [f"the step was not repeated with less: {why}"])
         cut = self.settings.microbatches == AUTO or self.settings.parts > 1
         try:
             updater.show()
             planner = planner.for_batch(inputs, targets, plan)
             lowered = lower(planner, plan, batch_rows(inputs), runner.attempt, self._go_on_by, batch_is_cut=cut)
         except Exception as error:
-            raise _with_advice(failure, [f"going on with less failed: {type(error).__name__}: {error}"])  # noqa: B904
+            raise with_advice(failure, [f"going on with less failed: {type(error).__name__}: {error}"])  # noqa: B904
         if lowered.plan is None:
-            raise _with_advice(failure, lowered.advice or ["every microbatch has one row already: shorten it"])
+            raise with_advice(failure, lowered.advice or ["every microbatch has one row already: shorten it"])
         self._planner = planner
         text = (
             f"out of memory: {failure}\nfrom now on {lowered.label}, and the step is repeated. {lowered.means} "
@@ -392,9 +394,3 @@ class StagedModel:
             return
         meta = {**meta, "generators": generator_states(runner.built.stages)}
         training_state(runner.built, runner.updater.optimizers, frozen=frozen).save(path, meta)
-
-
-def _with_advice(failure: Exception, advice: Sequence[str]) -> Exception:
-    """Return the failure, with what would help at the end of its message."""
-    failure.args = ("\n  ".join([str(failure) or type(failure).__name__, "what would help:", *advice]),)
-    return failure
