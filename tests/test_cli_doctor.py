@@ -175,6 +175,7 @@ def test_cuda_kernels_are_built_for_the_devices_here(
     monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
     assert "nvidia-cuda-nvcc" not in doctor._fix("cuda", "spu._cuda is not built")
     assert doctor._fix("triton", "triton is not installed").endswith("-m pip install 'triton>=3.6,<3.10'")
+    assert doctor._fix("triton", "triton cannot build its launcher: no cc") == "sudo apt-get install -y gcc python3-dev"
 
 
 def test_the_build_command_is_for_the_checkout_or_for_the_package(

@@ -108,6 +108,25 @@ def test_without_a_cuda_backend_the_reason_is_said_once(monkeypatch: pytest.Monk
         assert dispatch._automatic("cuda", torch.float16) == "reference"
 
 
+def test_a_triton_that_cannot_launch_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C compiler its first launch raised, in the middle of a step."""
+    backend = pytest.importorskip("spu.kernels.backend")
+    if backend.interpreted():
+        pytest.skip("interpreted kernels need no launcher")
+
+    class NoCompiler:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "driver", NoCompiler())
+    status = dispatch._load_triton()
+    assert not status.available
+    assert status.reason == "triton cannot build its launcher: RuntimeError: Failed to find C compiler."
+    assert "gcc python3-dev" in status.fix
+
+
 def test_a_table_names_the_backend_by_op_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     table = pytest.importorskip("spu.kernels.table")  # absent where spu runs in place, without being installed
     config = pytest.importorskip("spu.kernels.config")

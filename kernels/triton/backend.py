@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from triton.runtime import driver
+
 from spu.kernels import codec, cross_entropy, gated, linear, mlp, norm, optim, rows
 from spu.kernels.arith import INTERPRET
 
@@ -12,6 +14,20 @@ from spu.kernels.arith import INTERPRET
 def interpreted() -> bool:
     """Tell whether kernels run interpreted (TRITON_INTERPRET=1): then on CPU tensors too."""
     return INTERPRET
+
+
+def launch_problem() -> str:
+    """Return why Triton cannot launch on this machine's GPUs; "" if it can.
+
+    It builds its launcher, once, with a C compiler, Python's headers and the driver's library: the first launch would
+    fail without them, in the middle of a training.
+    """
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # of a compiler, a linker, the driver
+        said = str(error).strip().splitlines()
+        return f"triton cannot build its launcher: {type(error).__name__}: {said[0] if said else ''}"
+    return ""
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

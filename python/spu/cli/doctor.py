@@ -227,6 +227,8 @@ def _fix(backend: str, reason: str) -> str:
         return "unset SPU_CPU_ISA" if "SPU_CPU_ISA" in reason else _build()
     if backend not in ("triton", "cuda") or not _has_cuda():
         return ""
+    if backend == "triton" and "its launcher" in reason:
+        return importlib.import_module("spu.ops.dispatch").BUILD_LAUNCHER  # type: ignore[no-any-return]
     return f"{_python_command()} -m pip install 'triton>={_TRITON[1]}'" if backend == "triton" else _build(cuda=True)
 
 

@@ -53,6 +53,7 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cuda": STORAGE,
 }
 CUDA_BACKENDS = ("triton", "cuda")  # those that serve CUDA tensors, the preferred one first
+BUILD_LAUNCHER = "sudo apt-get install -y gcc python3-dev"  # what Triton's needs on a Debian
 _BUILD = (
     "build the extensions in a checkout of spu, with a C++17 compiler: "
     "SPU_BUILD=1 pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -137,6 +138,8 @@ def _load_triton() -> BackendStatus:
         backend = importlib.import_module("spu.kernels.backend")
     except ImportError as error:
         return unavailable(f"spu.kernels cannot be imported: {error}", "pip install --upgrade 'triton>=3.6,<3.10'")
+    if cuda and not recorded and not backend.interpreted() and (problem := backend.launch_problem()):
+        return unavailable(problem, f"install a C compiler and Python's headers: {BUILD_LAUNCHER}")
     device_types = ("cuda", "cpu") if recorded or backend.interpreted() else ("cuda",)
 
     def pack(x: Tensor, codec: str) -> Tensor:
