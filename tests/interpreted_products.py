@@ -14,7 +14,7 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor
 
 from spu import kernels
-from spu.kernels import accumulation, cross_entropy, derive, gated
+from spu.kernels import accumulation, cross_entropy, derive, finish, gated
 from spu.kernels.config import KINDS, Config
 from spu.kernels.launch import for_alignment
 from spu.ops.reference import fused as reference_fused
@@ -272,6 +272,29 @@ def test_products_by_torch_keep_leading_dimensions() -> None:
     assert (y.shape, dx.shape) == ((2, 5, 6), (2, 5, 12))
     close(y, x @ w.t(), x.double() @ w.double().t(), "y")
     close(dx, y @ w, y.double() @ w.double(), "dx")
+
+
+def test_sums_in_fp32_by_torch_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before sm_80 all products are torch's: a weight gradient in fp32 was made whole, beside the main gradient. And
+    the two input gradients of a gated layer were one product, of a copy of both weights.
+    """
+    x, w, _, dz = operands((24, 40, 32), torch.float16)
+    up = w.flip(0).contiguous()
+    results: list[Tensor] = []
+    for limit in (finish.WIDE_BYTES, 4 * 32 * 16):  # all at once; rows by sixteens
+        made: list[int] = []
+        monkeypatch.setattr(finish, "WIDE_BYTES", limit)
+        with monkeypatch.context() as patch:
+            mm = torch.mm
+            patch.setattr(torch, "mm", lambda a, b, out=None, mm=mm, made=made: made.append(a.shape[0]) or mm(a, b))
+            patch.setattr(torch, "cat", None)
+            check_dw(dz, x, Config("torch"))
+            dx = kernels.gated_dx(dz, dz.flip(1), w, up, config=Config("torch"))
+        assert made == ([40, 40, 24, 24] if limit > 1 << 20 else [16, 16, 8] * 2 + [16, 16, 8, 8])
+        wide = dz.double() @ w.double() + dz.flip(1).double() @ up.double()
+        close(dx, torch.cat((dz, dz.flip(1)), 1) @ torch.cat((w, up)), wide, "dx")
+        results.append(dx)
+    assert_equal(*results)
 
 
 def test_a_persistent_grid_has_the_blocks_that_fit() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ SIZE = 1024
 SUM_COLUMNS, SUM_ROWS = 64, 32
 _ROWS_A_PART = 512
 _MOST_PARTS = 64
+WIDE_BYTES = 64 << 20  # of products in fp32 at a time: a whole weight's would be as large as its gradient
 
 
 @triton.jit
@@ -125,3 +128,17 @@ def column_sums(x: Tensor) -> tuple[Tensor, int]:
         grid = ceil_div(n, SUM_COLUMNS), count
         _COLUMN_SUM(grid, (x, parts), (m, n, *x.stride(), chunk, SUM_ROWS, SUM_COLUMNS))
     return parts, count
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in fp32, by cuBLAS on a GPU."""
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        if a.device.type == "cuda" and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float())
+
+
+def row_parts(rows: int, columns: int) -> Iterator[slice]:
+    """Yield ranges of rows whose products take ``WIDE_BYTES`` in fp32, or a row."""
+    step = max(1, WIDE_BYTES // (4 * max(1, columns)))
+    return (slice(first, min(rows, first + step)) for first in range(0, rows, step))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spu.kernels.arith import activate, backprop, narrow, widen
 from spu.kernels.config import Config
-from spu.kernels.finish import SIZE
+from spu.kernels.finish import SIZE, row_parts, wide_product
 from spu.kernels.gated_products import (
     gated_dh_descriptor_kernel,
     gated_dh_kernel,
@@ -265,8 +265,9 @@ def gated_dx(dgate: Tensor, dup: Tensor, w_gate: Tensor, w_up: Tensor, config: C
     begins = aligned(first, second, w_gate, w_up)
     plan = plan_of("gated_dx", dgate.dtype, dgate.device, (m, n, k), strides, begins, config)
     if plan.kind == "torch":
-        with torch.no_grad(), torch.autocast(dx.device.type, enabled=False):
-            torch.mm(torch.cat((first, second), 1), torch.cat((w_gate, w_up), 0), out=dx.view(m, n))
+        for part in row_parts(m, n):
+            total = wide_product(first[part], w_gate)
+            dx.view(m, n)[part] = total.add_(wide_product(second[part], w_up))
         return dx
     launch(_LAUNCHERS["gated_dx"], plan, (first, second, w_gate, w_up, dx), (m, n, k, *strides))
     return dx

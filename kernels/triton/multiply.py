@@ -12,7 +12,7 @@ from torch import Tensor
 from spu.kernels import library
 from spu.kernels.accumulation import SAMPLED_ROWS, wanted, watch_of
 from spu.kernels.config import Config
-from spu.kernels.finish import column_sums, finish, finish_main_grad
+from spu.kernels.finish import column_sums, finish, finish_main_grad, row_parts, wide_product
 from spu.kernels.kept import Launch
 from spu.kernels.launch import (
     ALIGN_BYTES,
@@ -250,19 +250,15 @@ def _by_library(a: Tensor, b: Tensor, out: Tensor, e: Epilogue, algorithm: int) 
 
 def _by_torch(a: Tensor, b: Tensor, out: Tensor, e: Epilogue) -> None:
     """Multiply by torch (cuBLAS on CUDA devices), then run our epilogue."""
+    if e.main_grad:
+        for part in row_parts(*out.shape):
+            _finish(wide_product(a[part], b), out[part], e, 1)
+        _sum_bias(a, e)
+        return
     with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
-        if e.main_grad:
-            if a.device.type == "cuda" and a.dtype != torch.float32:
-                product = torch.mm(a, b, out_dtype=torch.float32)
-            else:
-                product = torch.mm(a.float(), b.float())
-        elif e.bias is None and e.activation == "none" and e.preact is None:
+        if e.bias is None and e.activation == "none" and e.preact is None:
             torch.mm(a, b, out=out.view(a.shape[0], b.shape[1]))
             return
-        else:  # rounded here and once more after the activation, as in plain torch
-            product = torch.mm(a, b) if e.bias is None else torch.addmm(e.bias, a, b)
-    if e.main_grad:
-        _finish(product, out, e, 1)
-        _sum_bias(a, e)
-    else:
-        finish(product, out, activation=e.activation, preact=e.preact)
+        # rounded here and once more after the activation, as in plain torch
+        product = torch.mm(a, b) if e.bias is None else torch.addmm(e.bias, a, b)
+    finish(product, out, activation=e.activation, preact=e.preact)
