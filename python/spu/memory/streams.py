@@ -91,7 +91,8 @@ class CudaStreams:
         for event in after:
             assert isinstance(event, torch.cuda.Event)
             stream.wait_event(event)
-        with torch.cuda.stream(stream), torch.no_grad():
+        # The device first: the stream alone would leave the thread's own device current, and with it a context there.
+        with torch.cuda.device(self._device), torch.cuda.stream(stream), torch.no_grad():
             into.copy_(source, non_blocking=True)
         return self._recorded(stream)
 
