@@ -133,7 +133,9 @@ def test_compiles_ahead_of_time(started: dict[str, Started]) -> None:
     assert not [row for row in rows if row["faults"]], output
     products = [row for row in rows if row["tensor_core"] == "wgmma.mma_async" and row["uses_tma"]]
     assert products, output
-    assert all(row["mix"] and row["peak_share"] > 0 for row in products), output
+    listed = [row for row in products if row["mix"]]
+    assert {row["name"] for row in listed} == {row["name"] for row in products}, output
+    assert all(row["peak_share"] > 0 for row in listed), output
     wide = [row for row in rows if row["name"] in ("adamw_kernel", "square_sum_kernel")]
     assert len(wide) >= 2, output
     assert all(row["widest_load"] == 16 for row in wide), output
