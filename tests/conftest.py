@@ -10,8 +10,9 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,6 +120,34 @@ def costs_counted_once(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spu.trainer.planner.model_costs", counted_once)
+        yield
+
+
+# Files that look at pictures of a run.
+PICTURED = ("test_cli", "test_train_report", "test_plan_show_picture")
+
+
+def unrendered(draw: Callable[..., None]) -> Callable[..., None]:
+    """A function that draws a picture up to the last line of ours: an empty file is saved in its place."""
+
+    def drawn(*args: Any, **kwargs: Any) -> None:
+        from matplotlib.figure import Figure
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, path, **how: Path(path).write_bytes(b""))
+            draw(*args, **kwargs)
+
+    return drawn
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures_unrendered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Rendering two pictures is a fifth of a small run's time, and matplotlib's alone."""
+    results = sys.modules.get("spu.train.results")
+    with pytest.MonkeyPatch.context() as patch:
+        if results is not None and request.path.stem not in PICTURED:
+            for name in ("draw_timeline", "draw_loss"):
+                patch.setattr(results, name, unrendered(getattr(results, name)))
         yield
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import spu
 from spu.cost.count import model_costs
+from spu.model.hf_context import Context
 from spu.model.layers import Layer
 
 _KNOWN: dict[Any, Any] = {}
@@ -42,13 +43,18 @@ def _key(layers: Sequence[Layer]) -> tuple[Any, ...]:
     first: dict[int, int] = {}  # the same tensor in two places is a tie
     found = []
     for layer in layers:
-        for name, part in layer.module.named_modules():
-            own = {key: value for key, value in vars(part).items() if key not in _OF_MODULES}
-            settings = tuple((key, _setting(own[key])) for key in sorted(own))
-            found.append((layer.name, name, type(part), type(part).forward, part.training, settings))
-        for tensor in itertools.chain(layer.module.parameters(), layer.module.buffers()):
-            found.append((first.setdefault(id(tensor), len(first)), _tensor(tensor)))
-        found.append((layer.wants_inputs, layer.products))
+        found.append((layer.name, layer.wants_inputs, layer.products, _module(layer.module, first)))
+    return tuple(found)
+
+
+def _module(module: nn.Module, first: dict[int, int]) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for name, part in module.named_modules():
+        own = {key: value for key, value in vars(part).items() if key not in _OF_MODULES}
+        settings = tuple((key, _setting(own[key])) for key in sorted(own))
+        found.append((name, type(part), type(part).forward, part.training, settings))
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        found.append((first.setdefault(id(tensor), len(first)), _tensor(tensor)))
     return tuple(found)
 
 
@@ -57,19 +63,32 @@ def _setting(value: Any) -> Any:
         return type(value), repr(value)
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_setting, value))
+    if isinstance(value, dict):
+        return type(value), tuple((_setting(key), _setting(held)) for key, held in value.items())
+    if isinstance(value, set | frozenset) and all(isinstance(held, str) for held in value):
+        return type(value), tuple(sorted(value))
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if hasattr(value, "to_json_string"):  # of transformers
-        return value.to_json_string(use_diff=False), value._attn_implementation
+        return value.to_json_string(use_diff=False), getattr(value, "_attn_implementation", None)
+    if isinstance(value, Context):  # of a transformers decoder: what its layers are called with
+        return Context, value._layers_name, value._as_tuple, _module(value._template, {})
     if isinstance(value, functools.partial):
         return _setting(value.func), _setting(value.args), tuple((k, _setting(v)) for k, v in value.keywords.items())
-    if isinstance(value, nn.Module) and type(value).__module__.startswith("torch.nn.") and not any(value.children()):
+    if _is_part(value, "torch.nn."):
         own = {key: held for key, held in vars(value).items() if key not in _OF_MODULES}
         return type(value), tuple((key, _setting(own[key])) for key in sorted(own)), _setting([*value.buffers()])
+    if _is_part(value, "transformers."):
+        return _module(value, {})  # what a decoder's model does after its head
     if isinstance(value, types.FunctionType):
         cells = tuple(_setting(cell.cell_contents) for cell in value.__closure__ or ())
         return value.__code__, value.__module__, cells, _setting(value.__defaults__)
     return _builtin(value)
+
+
+def _is_part(value: Any, package: str) -> bool:
+    """A module of a package without modules of its own."""
+    return isinstance(value, nn.Module) and type(value).__module__.startswith(package) and not any(value.children())
 
 
 def _builtin(value: Any) -> tuple[str, str]:
