@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, ClassVar
 
 import pytest
@@ -135,6 +136,31 @@ def test_layers_of_a_kind_are_timed_twice_and_every_layer_and_the_loss_get_secon
     for row in rows:
         assert len({row[0], row[2], row[3], row[4]}) == 1
         assert min(row[-1]) > 0
+
+
+class Noting(nn.Linear):
+    """A linear layer that notes whether it had values to compute with, where a measurement puts nothing back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        NOTED.put(all(bool(t.any() and t.isfinite().all()) for t in (x, self.weight, self.bias, out)))
+        return out
+
+
+NOTED: SimpleQueue[bool] = SimpleQueue()
+
+
+def test_weights_without_values_are_timed_with_some() -> None:
+    """Those that wait in their files are zeros, which a card at its power limit multiplies faster."""
+    layers = parts_as_layers([Noting(6, 6), nn.LayerNorm(6), Noting(6, 6)])
+    for layer in layers:
+        for parameter in layer.module.parameters():
+            parameter.data.zero_()
+    time_layers(layers, *batch(), devices(), cross_entropy, precision="fp32", repeats=1)
+    seen = [NOTED.get() for _ in range(NOTED.qsize())]
+    assert len(seen) >= 4
+    assert all(seen)
+    assert not any(bool(parameter.any()) for layer in layers for parameter in layer.module.parameters())
 
 
 # Layers that move between tiers
