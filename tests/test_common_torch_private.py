@@ -333,16 +333,16 @@ def test_operators_with_private_names() -> None:
     assert all(isinstance(private.has_onednn_sums(dtype), bool) for dtype in (torch.bfloat16, torch.float16))
 
 
-@canary("foreach_add_", "unscale_and_check_", "update_scale_", uses="counts of steps, the loss scale's rule")
+@canary("foreach_add_", "unscale_and_check_", "update_scale_", "end_pool", uses="step counts, loss scales, graphs")
 def test_arithmetic_of_optimizers() -> None:
+    with pytest.raises(RuntimeError):
+        private.end_pool(0, (0, 1))
     steps = [torch.zeros(()), torch.ones(())]
     private.foreach_add_(steps, torch.ones(()))
     assert [float(step) for step in steps] == [1.0, 2.0]
-    found = torch.zeros(1)
-    grads = [torch.full((2,), 4.0)]
+    found, grads = torch.zeros(1), [torch.full((2,), 4.0)]
     private.unscale_and_check_(grads, found, torch.full((1,), 0.5))
-    assert grads[0].tolist() == [2.0, 2.0]
-    assert not found
+    assert (grads[0].tolist(), float(found)) == ([2.0, 2.0], 0.0)
     private.unscale_and_check_([torch.tensor([torch.inf])], found, torch.ones(1))
     assert found
     scale, tracker = torch.full((1,), 8.0), torch.zeros(1, dtype=torch.int32)

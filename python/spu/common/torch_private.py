@@ -1,7 +1,6 @@
 """torch's private names: all that spu uses of them, each with what it is needed for.
 
-Nothing promises that they stay. Every one is checked by a canary test (``tests/test_common_torch_private.py``), and no
-other module may use one. All were verified with torch 2.13.0.
+Nothing promises that they stay: each has a canary test, and no other module may use one. Verified with torch 2.13.0.
 
 What a hot path calls is the private function itself under a public name: a wrapper would cost 0.1 us a call.
 """
@@ -42,6 +41,7 @@ __all__ = [
     "buffers_of",
     "children_of",
     "constant_when_traced",
+    "end_pool",
     "fake_mode_active",
     "flash_attention_for_cpu",
     "foreach_add_",
@@ -351,8 +351,7 @@ def has_onednn_sums(dtype: torch.dtype) -> bool:
 
 
 def foreach_add_(tensors: list[torch.Tensor], value: torch.Tensor) -> None:
-    """Add one tensor of no dimension to each of a list. For: an optimizer's counts of steps. (torch._foreach_add_ takes
-    such a tensor for a number, whose value the host would wait for.)"""
+    """Add a tensor of no dimension to each of a list; torch._foreach_add_ would wait for it. For: step counts."""
     torch.ops.aten._foreach_add_.Tensor(tensors, value)
 
 
@@ -362,15 +361,16 @@ def unscale_and_check_(grads: list[torch.Tensor], found_inf: torch.Tensor, inv_s
 
 
 def update_scale_(
-    scale: torch.Tensor,
-    growth_tracker: torch.Tensor,
-    found_inf: torch.Tensor,
-    growth_factor: float,
-    backoff_factor: float,
-    growth_interval: int,
+    scale: torch.Tensor, tracker: torch.Tensor, found_inf: torch.Tensor, growth: float, backoff: float, interval: int
 ) -> None:
     """Change the loss scale after a step, on the device: the rule of torch's GradScaler."""
-    torch._amp_update_scale_(scale, growth_tracker, found_inf, growth_factor, backoff_factor, growth_interval)
+    torch._amp_update_scale_(scale, tracker, found_inf, growth, backoff, interval)
+
+
+def end_pool(device: int, pool: tuple[int, int]) -> None:
+    """Let a GPU's allocator end a capture that torch could not end. RuntimeError: none goes on in this pool."""
+    torch._C._cuda_endAllocateToPool(device, pool)
+    torch._C._cuda_releasePool(device, pool)
 
 
 # The dispatcher: a key of spu's own, before autograd, where random draws are met

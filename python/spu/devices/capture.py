@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from spu.common.capturing import capturing
+
 __all__ = ["Called", "Capture", "CudaCapture"]
 
 
@@ -32,18 +34,12 @@ class CudaCapture:
     """CUDA graphs in a memory pool of their own, captured on a side stream, replayed on the current one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        try:
-            # Other threads may allocate and synchronise meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        except RuntimeError:
-            torch.cuda.synchronize(self._device)  # raises once more if the context is lost
-            raise
+        with capturing(graph, self._stream, self._pool):
+            work()
         return graph.replay

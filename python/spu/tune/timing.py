@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from spu.common.capturing import capturing
+
 __all__ = ["Cuda", "Queue", "Timing", "context_is_gone", "measure_us", "time_call"]
 
 _WARM_UP, _ROUNDS, _ROUND_SECONDS = 3, 5, 0.02
@@ -66,15 +68,8 @@ class Cuda:
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        try:
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                run()
-        except RuntimeError:
-            torch.cuda.synchronize(self._device)  # raises once more if the context is lost
-            raise
+        with torch.cuda.device(self._device), capturing(graph, self._stream, torch.cuda.graph_pool_handle()):
+            run()
         return graph.replay
 
 
