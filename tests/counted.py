@@ -70,7 +70,8 @@ def _setting(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if hasattr(value, "to_json_string"):  # of transformers
-        return value.to_json_string(use_diff=False), getattr(value, "_attn_implementation", None)
+        hidden = {key: held for key, held in vars(value).items() if key.startswith("_")}  # of attention, of experts
+        return value.to_json_string(use_diff=False), _setting(hidden)
     if isinstance(value, Context):  # of a transformers decoder: what its layers are called with
         return Context, value._layers_name, value._as_tuple, _module(value._template, {})
     if isinstance(value, functools.partial):
