@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -22,11 +23,13 @@ def may_wait(config: TrainConfig) -> bool:
     """Tell whether weights may stay in the model's own files until a trainer reads those of its stages.
 
     They are nowhere else then than where they stay, and what is frozen never exists in fp32. DoRA begins with the norms
-    of all weights, so it reads them. Weights that are made in files of the disk take no memory anyway.
+    of all weights, so it reads them. Under a limit on the process's data, where memory that nothing was written to counts
+    too, weights are made in files of the disk, if there is one.
     """
     if config.lora is not None and config.lora_kind == "dora":
         return False
-    return config.engine == "distributed" or _spill_folder(config) is None
+    limited = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+    return not limited or config.engine == "distributed" or _spill_folder(config) is None
 
 
 def _spill_folder(config: TrainConfig) -> Path | None:
