@@ -67,7 +67,8 @@ LONG = (
     "test_distributed_engine", "test_distributed_gather", "test_train_led", "test_cuda_kernels", "test_settings",
     "test_train_adapter", "test_integrations_hf_trainer", "test_planning_traces", "test_equivalence",
     "test_train_tensorboard", "test_model_families", "test_memory_activations", "test_cost_count",
-    "test_engine_streaming_grid", "test_engine_crossing", "test_ops_dispatch",
+    "test_engine_streaming_grid", "test_engine_crossing", "test_ops_dispatch", "test_trainer_lower",
+    "test_memory_disk_faults", "test_precision_differential", "test_model_traced", "test_engine_head_loss",
 )  # fmt: skip
 PLACE = {name: place for place, name in enumerate(LONG)}
 
@@ -95,6 +96,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays_is_not_looked_through() -> Iterator[None]:
+    """What a file leaves for good, imports and caches, is no collector's work in the next ones: a second each time."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
