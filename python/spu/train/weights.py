@@ -22,9 +22,9 @@ def beside_disk(config: TrainConfig) -> AbstractContextManager[None]:
 def may_wait(config: TrainConfig) -> bool:
     """Tell whether weights may stay in the model's own files until a trainer reads those of its stages.
 
-    They are nowhere else then than where they stay, and what is frozen never exists in fp32. DoRA begins with the norms
-    of all weights, so it reads them. Under a limit on the process's data, to which memory counts that nothing was written
-    to, weights are made in files of the disk, if there is one.
+    They are nowhere else then than where they stay, and what is frozen never exists in fp32. DoRA begins with the
+    norms of all weights, so it reads them. Under a limit on the process's data (RLIMIT_DATA), which counts memory
+    that nothing was written to, weights are made in files of the disk, if there is one.
     """
     if config.lora is not None and config.lora_kind == "dora":
         return False
