@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spu
 from spu.common.absent import is_absent
+from spu.model import deferred
 from spu.model.convert.decoder import load_decoder, save_decoder
-from spu.model.deferred import bring, brought
+from spu.model.deferred import bring, brought, with_any_values
 from spu.model.layers import model_layers
 
 CONFIG = LlamaConfig(
@@ -130,3 +131,21 @@ def test_weights_that_are_read_last_train_as_those_of_a_whole_model(
     assert losses == theirs
     assert values.keys() == others.keys()
     assert all(torch.equal(values[name], others[name]) for name in values)
+
+
+@pytest.mark.parametrize("most", [1 << 26, 100])
+def test_any_values_are_others_for_each_parameter_and_take_a_bounded_memory(
+    folder: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "_ANY", most)
+    model = load_decoder(folder, CONFIG, later=True)
+    assert model is not None
+    with with_any_values(model):
+        parameters = list(model.parameters())
+        assert len({p.flatten()[0].item() for p in parameters}) == len(parameters)
+        assert all(p.isfinite().all() and len(p.flatten().unique()) > 10 for p in parameters)
+        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+        assert len(held) == 1
+        assert sum(held.values()) <= 4 * (max(min(most, 32 * 16), 16) + 64 * len(parameters))
+        assert model(torch.arange(6)[None]).logits.isfinite().all()
+    assert all(map(is_absent, model.parameters()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 
@@ -14,7 +15,10 @@ from families import BUILT, PLANNED  # noqa: E402
 from families import make_decoder as make_model  # noqa: E402
 from numeric import assert_close_to_truth  # noqa: E402
 
+from spu.common.absent import is_absent  # noqa: E402
 from spu.model import huggingface as hf  # noqa: E402
+from spu.model.convert.empty import meta_parameters  # noqa: E402
+from spu.model.deferred import defer  # noqa: E402
 from spu.nn import attention as hf_attention  # noqa: E402
 
 
@@ -266,9 +270,13 @@ def test_models_that_cannot_be_split_exactly_are_refused_with_the_layer():
     assert "inputs that depend on the embedding" in seen
 
 
-def test_a_layer_that_depends_on_another_is_refused_by_the_proof():
-    """What no shape shows: a block that reads what the block before it left behind."""
-    model = make_model("Llama")
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_layer_that_depends_on_another_is_refused_by_the_proof(deferred: bool):
+    """What no shape shows: a block that reads what the block before it left behind. Also before weights are read."""
+    with meta_parameters() if deferred else contextlib.nullcontext():
+        model = make_model("Llama")
+    if deferred:
+        defer(model, lambda tensors: None)
     first, second = model.model.layers[1], model.model.layers[2]
     forward = second.forward
     first.register_forward_hook(lambda module, args, out: setattr(module, "left", out.detach().mean()))
@@ -281,6 +289,7 @@ def test_a_layer_that_depends_on_another_is_refused_by_the_proof():
     second.forward = reads
     with pytest.raises(ValueError, match=r"layers.2 alone returns other values than in the whole model"):
         hf.decoder_layers(model)
+    assert all(is_absent(parameter) == deferred for parameter in model.parameters())
     assert model.training
     assert all(module.training for module in model.modules())
 

@@ -14,7 +14,10 @@ from spu.common.absent import absent, is_absent
 from spu.common.heap import LARGE_BYTES, large_tensors_unmapped
 from spu.common.torch_private import parameters_of
 
-__all__ = ["Reading", "bring", "brought", "defer", "fill_meta"]
+__all__ = ["Reading", "bring", "brought", "defer", "fill_meta", "with_any_values"]
+
+_ANY = 1 << 26  # values that parameters share at most
+_APART = 64  # values from the first one of a parameter to that of the next
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 
@@ -53,6 +56,30 @@ def defer(model: nn.Module, fill: Fill) -> None:
     """
     fill_meta(model, absent)
     _SOURCES[model] = _Source(model.state_dict(keep_vars=True), fill)
+
+
+@contextmanager
+def with_any_values(model: nn.Module) -> Iterator[None]:
+    """Give deferred parameters some values while the block runs, for what is true of a model whatever its weights are.
+
+    They are views of one small memory, each from another place on; the rows of a larger one overlap in it.
+    """
+    waiting = [p for p in model.parameters() if is_absent(p)]
+    rows = [p.shape[0] if p.dim() > 1 else 1 for p in waiting]
+    inner = [p.numel() // count for p, count in zip(waiting, rows, strict=True)]
+    size = max([min(_ANY, p.numel()) for p in waiting] + inner, default=0)
+    values = torch.randn(size + _APART * len(waiting), generator=torch.Generator().manual_seed(0)) / 20
+    before = [(p, p.data) for p in waiting]
+    try:
+        for place, parameter in enumerate(waiting):
+            strides = list(torch.empty(parameter.shape, device="meta").stride())
+            if parameter.numel() > size:
+                strides[0] = (size - inner[place]) // rows[place]
+            parameter.data = values.to(parameter.dtype).as_strided(parameter.shape, strides, _APART * place)
+        yield
+    finally:
+        for parameter, stand_in in before:
+            parameter.data = stand_in
 
 
 class Reading:

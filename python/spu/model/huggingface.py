@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.common.absent import is_absent
 from spu.common.torch_private import version
+from spu.model.deferred import with_any_values
 from spu.model.hf_context import (
     Context,
     Inputs,
@@ -260,6 +260,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers.append(("head", Head(model, found)))
     for _, part in layers:
         part.training = model.training
-    if not any(parameter.is_meta or is_absent(parameter) for parameter in model.parameters()):
-        prove_split(model, layers)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        with with_any_values(model):
+            prove_split(model, layers)
     return layers
