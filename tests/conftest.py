@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -20,6 +21,11 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+
+with contextlib.suppress(ImportError):  # the bars of other packages, also switched off, start a thread that never ends
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
 
 THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare at equal thread counts
 SETTLE_SECONDS = 2.0  # a worker that was told to stop may still be on its way out when the test returns

@@ -13,14 +13,11 @@ from pipelines import reference
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tqdm import tqdm  # noqa: E402
-
 from spu.integrations import SpuTrainer  # noqa: E402
 
 __all__ = ["reference"]
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
-tqdm.monitor_interval = 0
 pytestmark = pytest.mark.usefixtures("reference")
 
 SMALL: dict[str, Any] = {

@@ -16,12 +16,9 @@ from numeric import assert_close_to_truth
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tqdm import tqdm  # noqa: E402
-
 import spu  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
-tqdm.monitor_interval = 0  # else peft's merge leaves a thread behind
 IDS = torch.randint(1, 64, (2, 10), generator=torch.Generator().manual_seed(1))
 
 

@@ -19,7 +19,6 @@ pytest.importorskip("typer")
 from internlm2 import write_checkpoint  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from spu.cli.app import main  # noqa: E402
 from spu.model.lora import KINDS, LoraOptions, add_adapters  # noqa: E402
@@ -29,7 +28,6 @@ from spu.train.config import LORA_KINDS, TrainConfig  # noqa: E402
 from spu.train.model import make_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
-tqdm.monitor_interval = 0  # and so do peft's, also where they are switched off
 TINY: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 16,
