@@ -1,10 +1,11 @@
 """Attention for decoders whose weights are 16-bit, registered with transformers.
 
 Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
-``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
-which only adds precision. On every other device, for fp32, for tensors that are not plain ones, and with a keyword that
-is not known here (a position bias, sinks), these functions call transformers' own without touching a bit; on a GPU with
-the order of torch's kernels, and without shared heads, where only these keep it from slow ones (``ops.attention``).
+``spu.ops.attention`` serves instead, also for each document of rows that hold several; with them, queries, keys and
+values are widened to fp32 around torch's kernel, which only adds precision. On every other device, for fp32, for
+tensors that are not plain ones, and with a keyword that is not known here (a position bias, sinks), these functions
+call transformers' own without touching a bit; on a GPU with the order of torch's kernels, and without shared heads,
+where only these keep it from slow ones (``ops.attention``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from spu.common.dtypes import HALVES
+from spu.nn.documents import by_documents, document_lengths
 from spu.ops import attention
 from spu.ops.attention import preferred_kernels, unshared_heads
 from spu.ops.plain import takes
@@ -84,6 +86,26 @@ def _fused(
     return attention(q, k, v, scale=scale, causal=causal)
 
 
+def _apart(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    keywords: dict[str, Any],
+) -> torch.Tensor | None:
+    """Call ``spu.ops.attention`` for each document of rows that hold several. None for other masks."""
+    if torch.compiler.is_compiling() or not takes(mask) or mask.shape[-1] != key.shape[2] or key.shape[2] < 2:
+        return None
+    if not getattr(module, "is_causal", True) or query.shape[0] != mask.shape[0] or query.shape[2] != key.shape[2]:
+        return None
+    lengths = document_lengths(mask, query.shape[1] * query.shape[3])
+    if lengths is None:
+        return None
+    keywords = keywords | {"is_causal": True}  # as the mask says
+    return by_documents(query, key, value, lengths, lambda q, k, v: _fused(module, q, k, v, keywords))
+
+
 @exact
 def _widened(
     query: torch.Tensor,
@@ -131,7 +153,10 @@ def sdpa_attention(
             key, value = unshared_heads(query, key, value)
         with preferred_kernels(query):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
-    fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None
+    if attention_mask is None:
+        fused = _fused(module, query, key, value, kwargs)
+    else:
+        fused = _apart(module, query, key, value, attention_mask, kwargs)
     if fused is not None:
         return fused, None
     return _widened(query, key, value, attention_mask, sdpa_attention_forward, module, kwargs)  # type: ignore[no-any-return]
