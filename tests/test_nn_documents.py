@@ -47,6 +47,7 @@ def others() -> dict[str, Tensor]:
     left[..., :10] = False  # padding: queries that see nothing
     seen[0, 0, 200, 30] = True  # of another document
     later[0, 0, 20, 21] = True
+    ahead = torch.ones(TOKENS, TOKENS).triu(1).bool()[None, None]
     gap = whole.clone()
     gap[0, 0, 90, 50] = False
     return {
@@ -54,6 +55,7 @@ def others() -> dict[str, Tensor]:
         "padding": left,
         "a key of another document": seen,
         "a later key": later,
+        "later keys alone": ahead,
         "a key that is hidden": gap,
         "not bool": whole.float(),
         "of heads": whole.expand(1, 4, TOKENS, TOKENS),

@@ -94,14 +94,9 @@ class Reading:
         waiting = (t for source in sources for t in source.state.values() if is_absent(t))
         self.waiting = {id(tensor): tensor for tensor in waiting}
 
-    @property
-    def trained(self) -> list[Tensor]:
-        """The parameters without values that are trained."""
-        return [tensor for tensor in self.waiting.values() if tensor.requires_grad]
-
     def read_trained(self) -> None:
         """Read trained parameters where they are."""
-        self._read([id(tensor) for tensor in self.trained])
+        self._read(trained=True)
 
     def read_rest(self, give: Callable[[Tensor, Tensor], object]) -> None:
         """Read all that have no values yet: what is frozen where it is, what is trained into memory of its own.
@@ -109,7 +104,7 @@ class Reading:
         Args:
             give: takes a trained parameter and its value (fp32), one after the other.
         """
-        self._read([key for key, tensor in self.waiting.items() if not tensor.requires_grad])
+        self._read(trained=False)
         for source in self._sources:
             for tensor in source.state.values():
                 if self.waiting.pop(id(tensor), None) is not None:
@@ -117,7 +112,8 @@ class Reading:
                     source.fill({other: value for other, tied in source.state.items() if tied is tensor})
                     give(tensor, value)
 
-    def _read(self, keys: Collection[int]) -> None:
+    def _read(self, *, trained: bool) -> None:
+        keys = {key for key, tensor in self.waiting.items() if tensor.requires_grad == trained}
         for source in self._sources:
             source.read(lambda tensor: id(tensor) in keys)
         for key in keys:

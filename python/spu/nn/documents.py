@@ -6,6 +6,7 @@ backward: 64 MB a row and layer at 4,096 tokens. Documents that follow one anoth
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -52,8 +53,7 @@ def _lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
     for row in mask[:, 0]:
         first = torch.cat([part.to(torch.uint8).argmax(-1) for part in row.split(_QUERIES)])  # key that a query sees
         begins = (first == places).nonzero().flatten().tolist()
-        ends = [*begins[1:], tokens]
-        lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        lengths = [end - begin for begin, end in itertools.pairwise([*begins, tokens])]
         if sum(lengths) != tokens or len(lengths) * _CALL > tokens * tokens * heads_size:
             return None
         if not torch.equal(first, torch.repeat_interleave(torch.tensor(begins), torch.tensor(lengths))):
