@@ -9,8 +9,10 @@ import pytest
 import torch
 from activations import ACTIVATIONS
 from numeric import assert_close_to_truth, assert_equal, tensor_core_limit
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from spu import ops
+from spu.nn.documents import by_documents, document_lengths
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.spu
@@ -210,3 +212,16 @@ def test_products_follow_torchs_current_stream() -> None:
         y = OPS.linear.cuda(late, w, None, "gelu", False)[0]
     stream.synchronize()
     assert_equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_documents_of_a_row_are_read_from_its_mask_and_computed_by_themselves(dtype: torch.dtype) -> None:
+    lengths = [[500, 1, 523], [1024]]
+    rows = [torch.block_diag(*(torch.ones(n, n).tril() for n in own)) for own in lengths]
+    mask = torch.stack(rows)[:, None].bool().cuda()
+    assert document_lengths(mask, 1024) == lengths
+    q, k, v = (torch.randn(2, 8, 1024, 128).cuda().to(dtype) for _ in range(3))
+    apart = by_documents(q, k, v, lengths, lambda *own: sdpa(*own, is_causal=True).transpose(1, 2))
+    masked, truth = (sdpa(*(x.to(wide) for x in (q, k, v)), mask).transpose(1, 2) for wide in (dtype, torch.float64))
+    assert apart is not None
+    assert_close_to_truth(apart, masked, truth)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from spu.nn import attention
 from spu.nn.documents import by_documents, document_lengths
@@ -70,7 +71,19 @@ def test_other_masks_are_left_to_torch(name: str) -> None:
     assert document_lengths(others()[name], SIZE) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where an attention is called with a mask."""
+    from transformers.integrations import sdpa_attention
+
+    inner = sdpa_attention.sdpa_attention_forward
+
+    def unmasked(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
+        return inner(module, q, k, v, mask, **named) if mask is None else pytest.fail("by the mask")
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", unmasked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_documents_by_themselves_are_what_their_mask_makes(
     dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
@@ -91,7 +104,7 @@ def test_documents_by_themselves_are_what_their_mask_makes(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention.sdpa_attention(module(groups), q, k, v, mask, scaling=0.3, dropout=0.0)[0]
 
-    monkeypatch.setattr(attention, "_widened", lambda *_: pytest.fail("by the mask"))
+    without_masks(monkeypatch)
     for mine, plain, truth in zip(run(ours, dtype), run(torchs, dtype), run(torchs, torch.float64), strict=True):
         assert_close_to_truth(mine, plain, truth)
 
@@ -106,21 +119,26 @@ def test_dropout_and_what_is_unknown_go_by_the_mask() -> None:
     assert attention._apart(plain, q, q, q, mask, {}) is None
     with torch.inference_mode():
         assert document_lengths(mask_of([[100, 156]]), SIZE) is None
+    assert document_lengths(mask.to("meta"), SIZE) is None
+    with FakeTensorMode():
+        assert document_lengths(torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool), SIZE) is None
+    assert document_lengths(torch.ones(0, 1, TOKENS, TOKENS, dtype=torch.bool), SIZE) is None
 
 
-def test_a_models_packed_rows_are_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_models_packed_rows_are_its_documents(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers makes one mask for all layers, which fp32 copies of took 64 MB a layer at 4,096 tokens."""
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).half().eval()
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     attention.use_attention(model)
     ids = torch.randint(64, (1, TOKENS))
     lengths = [100, 156]
     places = torch.cat([torch.arange(n) for n in lengths])[None]
-    monkeypatch.setattr(attention, "_widened", lambda *_: pytest.fail("by the mask"))
+    without_masks(monkeypatch)
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=places, use_cache=False).logits
         alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peers import attention_step, megatron_step
+from peers import attention_step, megatron_step, packed_attention_step
 from torch import Tensor, nn
 
 Call = Callable[[], object]
@@ -27,6 +27,7 @@ _KINDS = ("spu Triton kernel", "spu cuBLAS", "spu cuBLASLt")  # configurations t
 BARE = "cuBLAS, bare"
 _GIGABYTE = 1 << 30
 MICROBATCHES = 4  # of a step: AMP unscales once for all of them
+_PACKED = ("spu documents", "SDPA mask")
 HEADS = (8, 1024, 32, 128)  # batch, tokens, heads, features of a head
 STEP = f"step of {MICROBATCHES} microbatches"
 MEGATRON = "torch, Megatron-style"
@@ -282,7 +283,8 @@ def _cross_entropy(at: Setting, peer: str) -> Call:
 def _attention(at: Setting, peer: str) -> Call:
     batch, tokens, heads, features = HEADS if at.device == "cuda" else (1, 16, 2, 8)
     q, k, v, dy = (torch.randn(batch, tokens, heads, features, device=at.device).half() for _ in range(4))
-    return attention_step(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, peer)
+    step = packed_attention_step if peer in _PACKED else attention_step
+    return step(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy, peer)
 
 
 def _pack(at: Setting, codec: str, unpack: bool, peer: str) -> Call:
@@ -360,6 +362,8 @@ def cases(at: Setting) -> Iterator[Case]:
     flops = 3.5 * 2 * batch * heads * tokens * tokens * features  # two products forward, five backward, half masked
     for peer in ("spu attention", "SDPA cuDNN", "SDPA flash"):
         yield Case("attention step", name_of(HEADS), peer, flops, 0.0, partial(_attention, at, peer))
+    for peer in _PACKED:
+        yield Case("attention of 11 documents", name_of(HEADS), peer, flops / 11, 0.0, partial(_attention, at, peer))
     shape = (at.tokens[0], at.vocabulary, hidden)
     for peer in (*_OURS, "torch eager", *liger):
         flops = 6.0 * shape[0] * shape[1] * shape[2]

@@ -1,4 +1,6 @@
-"""Steps of others that ``cases.py`` times: Megatron-LM's gradient sums, attention by each of SDPA's kernels."""
+"""Steps of others that ``cases.py`` times: Megatron-LM's gradient sums, attention by each of SDPA's kernels, and of
+packed rows by a mask.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +51,41 @@ def attention_step(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, peer: str) -> Ca
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backends[peer]):
             return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+    def step() -> None:
+        q.grad = k.grad = v.grad = None
+        forward().backward(dy)
+
+    return step
+
+
+def packed_attention_step(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, peer: str) -> Callable[[], object]:
+    """Forward and backward of attention over rows of eleven documents, by "spu documents" or by "SDPA mask".
+
+    Args:
+        q, k, v, dy: [batch, tokens, heads, head_dim].
+    """
+    from spu.nn.documents import by_documents, document_lengths
+
+    lengths = [len(part) for part in torch.arange(q.shape[1]).tensor_split(11) if len(part)]
+    places = torch.cat([torch.arange(n, device=q.device) for n in lengths])
+    owner = torch.repeat_interleave(torch.tensor(lengths, device=q.device))
+    seen = (owner[:, None] == owner) & (places[:, None] >= places)
+    mask = seen.expand(len(q), 1, -1, -1)
+    read = document_lengths(mask, q.shape[2] * q.shape[3])
+    if q.is_cuda and read != [lengths] * len(q):
+        raise RuntimeError(f"documents of {lengths} tokens were read as {read} from their mask")
+
+    def alone(*document: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*document, is_causal=True).transpose(1, 2)
+
+    def forward() -> Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        if peer == "spu documents":
+            out = by_documents(query, key, value, [lengths] * len(q), alone)
+            assert out is not None
+            return out
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
     def step() -> None:
         q.grad = k.grad = v.grad = None

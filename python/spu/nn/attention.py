@@ -1,11 +1,13 @@
 """Attention for decoders whose weights are 16-bit, registered with transformers.
 
+Rows that hold several documents, whose mask tells no more than that, are computed document by document, as each
+would be by itself: in every dtype and on every device.
+
 Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
-``spu.ops.attention`` serves instead, also for each document of rows that hold several; with them, queries, keys and
-values are widened to fp32 around torch's kernel, which only adds precision. On every other device, for fp32, for
-tensors that are not plain ones, and with a keyword that is not known here (a position bias, sinks), these functions
-call transformers' own without touching a bit; on a GPU with the order of torch's kernels, and without shared heads,
-where only these keep it from slow ones (``ops.attention``).
+``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
+which only adds precision. On every other device, for fp32, for tensors that are not plain ones, and with a keyword that
+is not known here (a position bias, sinks), these functions call transformers' own without touching a bit; on a GPU with
+the order of torch's kernels, and without shared heads, where only these keep it from slow ones (``ops.attention``).
 """
 
 from __future__ import annotations
@@ -52,9 +54,13 @@ UNREAD = frozenset((
 
 def _serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any], known: frozenset[str]) -> bool:
     """Tell whether this is a call that is known here in every detail, in 16 bits on a CPU."""
-    if q.device.type != "cpu" or q.dtype not in HALVES or not q.dtype == k.dtype == v.dtype:
+    return q.device.type == "cpu" and q.dtype in HALVES and _knows(q, k, v, keywords, known)
+
+
+def _knows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any], known: frozenset[str]) -> bool:
+    if not q.dtype == k.dtype == v.dtype or not all(x in known or keywords[x] is None for x in keywords):
         return False
-    return all(name in known or value is None for name, value in keywords.items()) and takes(q, k, v)
+    return takes(q, k, v)
 
 
 def _fused(
@@ -94,16 +100,22 @@ def _apart(
     mask: torch.Tensor,
     keywords: dict[str, Any],
 ) -> torch.Tensor | None:
-    """Call ``spu.ops.attention`` for each document of rows that hold several. None for other masks."""
-    if torch.compiler.is_compiling() or not takes(mask) or mask.shape[-1] != key.shape[2] or key.shape[2] < 2:
+    """Call ``sdpa_attention`` for each document of rows that hold several. None for other masks, and with dropout."""
+    if torch.compiler.is_compiling() or not takes(mask) or not query.dim() == key.dim() == value.dim() == 4:
         return None
-    if not getattr(module, "is_causal", True) or query.shape[0] != mask.shape[0] or query.shape[2] != key.shape[2]:
+    if query.shape[2] < 2 or not query.shape[2] == key.shape[2] == value.shape[2] or query.shape[0] != mask.shape[0]:
+        return None
+    if keywords.get("dropout") or not getattr(module, "is_causal", True):
+        return None
+    if mask.shape[-1] != key.shape[2] or not _knows(query, key, value, keywords, _READ | UNREAD):
         return None
     lengths = document_lengths(mask, query.shape[1] * query.shape[3])
     if lengths is None:
         return None
     keywords = keywords | {"is_causal": True}  # as the mask says
-    return by_documents(query, key, value, lengths, lambda q, k, v: _fused(module, q, k, v, keywords))
+    return by_documents(
+        query, key, value, lengths, lambda q, k, v: sdpa_attention(module, q, k, v, None, **keywords)[0]
+    )
 
 
 @exact
@@ -148,15 +160,16 @@ def sdpa_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if attention_mask is not None:
+        apart = _apart(module, query, key, value, attention_mask, kwargs)
+        if apart is not None:
+            return apart, None
     if not _serves(query, key, value, kwargs, _READ | UNREAD):
         if attention_mask is None:  # with one, transformers itself gives each head its own
             key, value = unshared_heads(query, key, value)
         with preferred_kernels(query):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[arg-type]
-    if attention_mask is None:
-        fused = _fused(module, query, key, value, kwargs)
-    else:
-        fused = _apart(module, query, key, value, attention_mask, kwargs)
+    fused = _fused(module, query, key, value, kwargs) if attention_mask is None else None
     if fused is not None:
         return fused, None
     return _widened(query, key, value, attention_mask, sdpa_attention_forward, module, kwargs)  # type: ignore[no-any-return]
