@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spu
 from spu.ops import sink
-from spu.precision import main_grads
+from spu.precision import grad_scaler, main_grads
 
 
 @pytest.mark.parametrize("since", ["the start", "the second step"])
@@ -186,3 +187,73 @@ def test_the_parts_of_torch_that_we_build_on_are_there() -> None:
     found = scaler._unscale_grads_(optimizer, torch.tensor(0.5), torch.tensor(0.0), False)
     assert list(found) == [torch.device("cpu")]
     assert torch.optim.AdamW([parameter], fused=True)._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("several_processes", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("way", ["backward", "grad"])
+def test_a_backward_that_goes_on_from_a_scaled_gradient(
+    way: str, dtype: torch.dtype, fused: bool, several_processes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier stage's: from the second step on its 16-bit parameters kept the scale. The zero-bubble schedules of
+    torch.distributed.pipelining put what torch.autograd.grad returns into ``grad``."""
+    monkeypatch.setattr(grad_scaler, "_several_processes", lambda: several_processes)
+    torch.manual_seed(0)
+    parts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(2)).to(dtype)
+    plain, x = copy.deepcopy(parts).float(), torch.randn(4, 8).to(dtype)
+    for part in parts:
+        _ = spu.accelerate(part) if fused else part
+    optimizer, scaler = spu.optim.AdamW(parts.parameters(), lr=0.0), spu.GradScaler("cpu", init_scale=1024.0)
+    first = list(parts[0].parameters())
+    for turn in range(3):
+        for _ in range(2):  # microbatches
+            h = parts[0](x)
+            cut = h.detach().requires_grad_()
+            scaler.scale(parts[1](cut).float().square().mean()).backward()
+            if way == "backward":
+                h.backward(cut.grad)
+                continue
+            for p, grad in zip(first, torch.autograd.grad(h, first, cut.grad), strict=True):
+                p.grad = grad if p.grad is None else p.grad + grad
+        scaler.unscale_(optimizer)
+        plain.zero_grad()
+        (2 * plain[1](plain[0](x.float())).square().mean()).backward()
+        for ours, wanted in zip(parts.parameters(), plain.parameters(), strict=True):
+            error = (ours.grad.float() - wanted.grad).norm() / wanted.grad.norm()
+            assert error < 4 * torch.finfo(dtype).eps, f"turn {turn}: {error}"
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+def test_a_backward_without_the_scale_is_divided_by_it_too() -> None:
+    """As torch's class does it, before and after one that knows the scale."""
+    gradients = []
+    for cls in (torch.amp.GradScaler, spu.GradScaler):
+        layer, seen = nn.Linear(3, 1, bias=False), []
+        layer = spu.accelerate(layer) if cls is spu.GradScaler else layer
+        optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.0), cls("cpu", init_scale=8.0)
+        for order in ("scaled", "scaled other", "other scaled", "other", "scaled other scaled"):
+            for kind in order.split():
+                loss = layer(torch.ones(2, 3)).sum()
+                (scaler.scale(loss) if kind == "scaled" else loss).backward()
+            scaler.unscale_(optimizer)
+            seen.append(layer.weight.grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        gradients.append(seen)
+    for ours, wanted in zip(gradients[1], gradients[0], strict=True):
+        assert_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("scale", [spu.GradScaler("cpu").scale, spu.LossScaler().scale], ids=["torch's", "ours"])
+def test_a_scaled_loss_is_no_view(scale: Callable[[Tensor], Tensor]) -> None:
+    """Zero-bubble schedules of torch.distributed.pipelining detach the loss in place, as they may torch's."""
+    weight = nn.Parameter(torch.ones(2))
+    loss = scale(weight.sum())
+    assert not loss._is_view()
+    (grad,) = torch.autograd.grad(loss, [weight], retain_graph=True)
+    loss.detach_()
+    assert grad[0] == loss / 2

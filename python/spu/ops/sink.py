@@ -148,23 +148,26 @@ class _OpenScope(torch.autograd.Function):
     """Identity; the first node that a backward from its outputs runs."""
 
     @staticmethod
-    def forward(ctx: Any, scope: BackwardScope, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, scope: BackwardScope, fresh: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.scope = scope
         ctx.set_materialize_grads(False)
+        if fresh:
+            ctx.mark_dirty(*tensors)
+            return tensors
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         _register(ctx.scope)
-        return (None, *grads)
+        return (None, None, *grads)
 
 
-def _identity(scope: BackwardScope, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+def _identity(scope: BackwardScope, fresh: bool, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     with torch.enable_grad():  # hooks run without it, and may have to open a scope for a backward of their own
-        return _OpenScope.apply(scope, *tensors)
+        return _OpenScope.apply(scope, fresh, *tensors)
 
 
-def open_scope(value: _T, scope: BackwardScope) -> _T:
+def open_scope(value: _T, scope: BackwardScope, *, fresh: bool = False) -> _T:
     """Return ``value`` unchanged, but make a backward from it run in ``scope``.
 
     It does not multiply: seed the backward with gradients that already carry the scale, or use
@@ -173,15 +176,17 @@ def open_scope(value: _T, scope: BackwardScope) -> _T:
     Args:
         value: a tensor, or a tuple or list of anything; tensors that need no gradient pass through.
         scope: what ops and hooks of that backward will find.
+        fresh: the tensors are nobody else's, and are returned themselves. Others come back as views, which cannot be
+            detached in place.
     """
     if isinstance(value, Tensor):
-        return _identity(scope, [value])[0] if value.requires_grad else value  # type: ignore[return-value]
+        return _identity(scope, fresh, [value])[0] if value.requires_grad else value  # type: ignore[return-value]
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"open_scope takes a tensor or a tuple of them, got {type(value).__name__}")
     items: list[Any] = list(value)
     places = [i for i, item in enumerate(items) if isinstance(item, Tensor) and item.requires_grad]
     if places:
-        for i, tensor in zip(places, _identity(scope, [items[i] for i in places]), strict=True):
+        for i, tensor in zip(places, _identity(scope, fresh, [items[i] for i in places]), strict=True):
             items[i] = tensor
     if hasattr(value, "_fields"):
         return type(value)(*items)  # type: ignore[return-value]  # a named tuple

@@ -90,9 +90,10 @@ class GradScaler(torch.amp.GradScaler):
 
     - parameters of fused ops (``spu.accelerate``, ``spu.nn``, ``spu.ops``) have fp32 gradients at true scale as soon as
       the backward is over; ``unscale_`` and ``step`` leave those as they are and skip on their overflows all the same;
-    - fp16 and bf16 parameters are allowed: their gradients become fp32, for ``spu.optim.AdamW``;
-    - gradients of a backward that did not start at ``scale``'s result are taken to be at true scale for parameters of
-      fused ops.
+    - fp16 and bf16 parameters are allowed: their gradients become fp32, for ``spu.optim.AdamW``.
+
+    Gradients of backwards that did not start at ``scale``'s result (an earlier stage's, a loss that nobody scaled) count
+    as scaled, as with torch's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +111,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _in_scope(self, value: _T) -> _T:
         if isinstance(value, Tensor):
-            return open_scope(value, self._scope(value.device))
+            return open_scope(value, self._scope(value.device), fresh=True)  # schedules may detach a loss in place
         assert isinstance(value, Iterable)  # torch's scale has raised for everything else
         inner = map(self._in_scope, value)
         return type(value)(inner) if isinstance(value, (list, tuple)) else inner  # type: ignore[call-arg,return-value]
@@ -156,7 +157,8 @@ class GradScaler(torch.amp.GradScaler):
             for param in _parameters(optimizer):
                 sink = sink_of(param)
                 if isinstance(sink, ParameterSink) and sink.adopted:
-                    sink.at_true_scale = False  # until the next backward: what the user leaves or puts here is scaled
+                    # Until the next backward: what the user leaves or puts here is scaled.
+                    sink.at_true_scale = sink.seen_scaled = False
 
     def _unscale_grads_(
         self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -177,7 +179,7 @@ class GradScaler(torch.amp.GradScaler):
             sink = sink_of(param)
             if sink is None and param.dtype in HALVES and param.requires_grad and grad.layout == torch.strided:
                 sink, grad = self._adopt(param), cast(Tensor, param.grad)
-            if not isinstance(sink, ParameterSink) or not (sink.at_true_scale or reduced):
+            if not isinstance(sink, ParameterSink) or not (sink.at_true_scale or (reduced and not sink.seen_scaled)):
                 scaled.append(param)
             elif grad.dtype == torch.float32 and grad.layout == torch.strided:
                 true.setdefault(grad.device, []).append(grad)

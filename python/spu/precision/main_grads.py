@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
-from spu.common.dtypes import STORAGE
+from spu.common.dtypes import HALVES, STORAGE
 from spu.common.torch_private import post_accumulate_hooks
 from spu.ops import embedding_dw_, has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
 from spu.ops.linear import linear_dw_each_
@@ -78,6 +78,8 @@ class ParameterSink:
         self.adopted, self.attached = adopted, False
         self.needs_scope = False
         self.at_true_scale = not adopted  # what ``param.grad`` holds; adopted: from a backward to the next unscale_
+        self.seen_scaled = False  # adopted: a backward outside a scope had a gradient for it since the last unscale_
+        self._inv_scale: Tensor | None = None  # adopted: of the last scope that brought ``param.grad`` to true scale
         self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
         self._lock = threading.Lock()  # backwards in several threads may meet here
 
@@ -169,6 +171,7 @@ class ParameterSink:
         """Make ``grad`` a tensor that can be added to; return the scope on the parameter's device."""
         if self.adopted:
             scope = scope.on(param.device)
+            self._inv_scale = scope.inv_scale
         grad = param.grad
         if grad is not None and not self.at_true_scale:
             unscale_grad(param, scope.scale.double().reciprocal().float())  # inv_scale may hold an op's own factor
@@ -231,15 +234,14 @@ class ParameterSink:
         param = self._parameter()
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
-            return grad
+            return self._outside(grad, returned=True) if scope is None and self.adopted else grad
         if scope is None:
             if self.needs_scope or (self.adopted and adopting()):
                 raise RuntimeError(
                     "a gradient came from a backward inside the backward, which does not know the loss scale: use "
                     "torch.utils.checkpoint with use_reentrant=False, or the trainer's recompute=True"
                 )
-            self.at_true_scale = True
-            return grad
+            return self._outside(grad, returned=False) if self.adopted else grad
         if not has_foreign_hook(param):
             return self._unscaled(grad, scope)
         # Others see the scaled gradient, also if their hooks come after this one: a node's run after all of a tensor's.
@@ -253,6 +255,24 @@ class ParameterSink:
 
         handle = node.register_prehook(unscale_at_last)
         return grad
+
+    @torch.no_grad()
+    def _outside(self, grad: Tensor, returned: bool) -> Tensor:
+        """Return what a backward that a GradScaler does not know of adds: an earlier stage's, begun at a gradient.
+
+        torch's class divides whatever is in ``grad``. So the first such gradient stays as it is, until ``unscale_``;
+        to one that is at true scale already it is added divided. One that is returned, and put into ``grad`` by hand
+        (by the zero-bubble schedules of torch.distributed.pipelining), has to have the dtype that ``grad`` has.
+        """
+        with self._lock:
+            self.seen_scaled = True
+            if returned:
+                return grad.to(torch.float32) if grad.dtype in HALVES else grad
+            if self._parameter().grad is None:
+                self.at_true_scale = False
+            if self.at_true_scale and self._inv_scale is not None:
+                return grad.to(torch.float32) * self._inv_scale.squeeze(0)
+            return grad
 
     def _unscaled(self, grad: Tensor, scope: BackwardScope) -> Tensor:
         if grad.layout != torch.strided and not self.adopted:

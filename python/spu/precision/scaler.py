@@ -105,7 +105,7 @@ class LossScaler:
         """Return loss * scale; a backward from it runs in this scaler's scope for the loss's device."""
         scope = self.scope(loss.device, owner)
         # Zero-dimensional, so that types promote as with torch.amp.GradScaler.
-        return open_scope(loss * scope.scale.squeeze(0), scope)
+        return open_scope(loss * scope.scale.squeeze(0), scope, fresh=True)
 
     def found_inf(self) -> Tensor:
         """Return fp32 [1] on the scaler's device: 1 if any scope met a non-finite gradient in this step."""
