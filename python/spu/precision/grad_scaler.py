@@ -92,8 +92,8 @@ class GradScaler(torch.amp.GradScaler):
       the backward is over; ``unscale_`` and ``step`` leave those as they are and skip on their overflows all the same;
     - fp16 and bf16 parameters are allowed: their gradients become fp32, for ``spu.optim.AdamW``.
 
-    Gradients of backwards that did not start at ``scale``'s result (an earlier stage's, a loss that nobody scaled) count
-    as scaled, as with torch's.
+    Gradients of backwards that did not start at ``scale``'s result (an earlier stage's, a loss that nobody scaled)
+    count as scaled, as with torch's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
