@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from families import BUILT, PLANNED, make_decoder
 
+from spu.model import hf_context, packed
+from spu.model.hf_context import Context, same
 from spu.model.huggingface import decoder_layers
 
 LENGTHS = (7, 1, 12, 4)
@@ -77,3 +79,60 @@ def test_a_mask_that_hides_something_of_packed_rows_is_refused() -> None:
     left = {"input_ids": ids, "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}  # as transformers pads on the left
     left["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1]])
     assert torch.isfinite(logits_of(parts, left)[:, 2:]).all()
+
+
+def positions_of(*rows: tuple[int, ...]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in rows])
+
+
+def context_of(family: str, **options: Any) -> Context:
+    found: Context = decoder_layers(make_decoder(family, **options))[1][1]._context  # type: ignore[assignment]
+    return found
+
+
+@pytest.mark.parametrize("family", [family for family in (*PLANNED, *BUILT) if family not in NEVER_APART])
+def test_layers_get_what_transformers_gives_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows of a length are compared with transformers' own masks; of later ones these are not made, unless a
+    document that fills a row would get another (a shorter window: Mistral, Gemma), or masks are other ones (Falcon)."""
+    context, ours = context_of(family), []
+    inner = hf_context.document_mask
+    monkeypatch.setattr(hf_context, "document_mask", lambda *given: ours.append(1) or inner(*given))
+    hidden = torch.zeros(2, 24, 32)
+    for rows in (((5, 3, 8, 8), (1, 7, 8, 8)), ((23, 1), (12, 12)), ((24,), (4, 20))):
+        ours.clear()
+        inputs = {"input_ids": torch.zeros(2, 24, dtype=torch.long), "position_ids": positions_of(*rows)}
+        calls = context.layer_calls(hidden, inputs)
+        assert bool(ours) == (rows[0][0] == 5 or family not in ("Mistral", "Gemma2", "Gemma3Text", "Falcon"))
+        assert same(calls, context.run(hidden, inputs)[1])
+
+
+def test_a_base_model_that_takes_no_mask_of_ours_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = context_of("Llama")
+    monkeypatch.setattr(hf_context, "document_mask", lambda *_: torch.ones(3, 3, 3))
+    inputs = {"input_ids": torch.zeros(1, 24, dtype=torch.long), "position_ids": POSITIONS[None]}
+    for _ in range(2):
+        calls = context.layer_calls(torch.zeros(1, 24, 32), inputs)
+        assert same(calls, context.run(torch.zeros(1, 24, 32), inputs)[1])
+        inputs = {key: value.clone() for key, value in inputs.items()}
+
+
+def test_what_rows_hold_is_found_on_the_host_and_goes_with_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"input_ids": torch.zeros(1, 24), "position_ids": POSITIONS[None], "attention_mask": torch.ones(1, 24)}
+    given["position_ids"] = given["position_ids"].clone()
+    copies = {name: value.clone() for name, value in given.items()}
+    packed.carry(given, copies)
+    with monkeypatch.context() as changed:
+        for name in ("_lengths", "_whole"):
+            changed.setattr(packed, name, lambda _: pytest.fail("a card would be waited for"))
+        assert packed.document_lengths(copies["position_ids"]) == [list(LENGTHS)]
+        assert packed.holds_several(copies) == (0, 7)
+        assert set(packed.parting_documents(copies)) == {"input_ids", "position_ids"}
+    copies["position_ids"][:, 7:] += 7  # changed in place: looked at anew
+    assert packed.holds_several(copies) is None
+    with torch.inference_mode():
+        there = {name: value.clone() for name, value in given.items()}
+        packed.carry(given, there)
+        assert packed.holds_several(there) == (0, 7)
+    packed.carry(torch.zeros(2), torch.zeros(2))
+    packed.carry({"position_ids": 3}, {"position_ids": 3})
+    packed.carry({"position_ids": torch.zeros(2)}, {"position_ids": torch.zeros(2)})

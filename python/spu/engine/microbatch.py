@@ -9,6 +9,7 @@ import torch
 
 from spu.common.torch_private import pytree
 from spu.engine.crossing import check_known
+from spu.model.packed import carry
 from spu.ops.sink import current_scope
 
 __all__ = [
@@ -136,7 +137,8 @@ def move(tree: Any, device: torch.device) -> Any:
     """Return the pytree with every tensor on ``device``. Tensors of the host may be changed when it returns.
 
     A card reads page-locked memory later than it is asked to, and the caller's own may be filled with the next batch by
-    then. A copy of pageable memory would make the host wait for the card.
+    then. A copy of pageable memory would make the host wait for the card, and so would to ask it what a decoder's
+    packed rows hold.
     """
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,7 +147,10 @@ def move(tree: Any, device: torch.device) -> Any:
             tensor = _in_page_locked_memory(tensor)
         return tensor.to(device, non_blocking=device.type != "cpu")
 
-    return pytree.tree_map_only(torch.Tensor, moved, tree)
+    there = pytree.tree_map_only(torch.Tensor, moved, tree)
+    if device.type != "cpu":
+        carry(tree, there)
+    return there
 
 
 def _in_page_locked_memory(tensor: torch.Tensor) -> torch.Tensor:

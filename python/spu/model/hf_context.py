@@ -13,152 +13,22 @@ import copy
 import threading
 import weakref
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
-from spu.model.packed import check_apart, holds_several, parting_documents
+from spu.model.hf_stand_ins import LayerCall, Recorder, Stand, StandCall, copy_without_children
+from spu.model.packed import check_apart, document_lengths, holds_several, parting_documents
+from spu.nn.documents import document_mask
 
-__all__ = [
-    "Context",
-    "Inputs",
-    "LayerCall",
-    "Recorder",
-    "Stand",
-    "StandCall",
-    "copy_without_children",
-    "hidden_of",
-    "is_fake",
-    "same",
-    "split_inputs",
-    "unwrapped",
-]
+__all__ = ["Context", "Inputs", "is_fake", "same", "split_inputs"]
 
 Inputs = torch.Tensor | dict[str, torch.Tensor]
-LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 _KEPT_CONTEXTS = 16  # contexts of that many different (shape, device, dtype) are kept
 _ALLOWED_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-class Recorder(nn.Module):
-    """Replaces a decoder layer: returns its input and records its arguments.
-
-    Plain attributes of the layer (such as its attention type) are copied, because a base model's forward may read them.
-
-    Args:
-        layer: which it replaces.
-        index: its place among the layers.
-        as_tuple: the layer returns a tuple whose first element is the hidden state.
-        log: gets the index when it is called.
-    """
-
-    def __init__(self, layer: nn.Module, index: int, as_tuple: bool, log: list[Any]) -> None:
-        super().__init__()
-        for key, value in vars(layer).items():
-            if not key.startswith("_") and isinstance(value, str | int | float | bool | type(None)):
-                setattr(self, key, value)
-        self._index, self._as_tuple, self._log = index, as_tuple, log
-        self._calls: list[tuple[torch.Tensor, LayerCall]] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._log.append(self._index)
-        hidden, rest, named = hidden_of(args, kwargs)
-        self._calls.append((hidden, (rest, named)))
-        return (hidden,) if self._as_tuple else hidden
-
-    def take(self) -> tuple[torch.Tensor, LayerCall]:
-        """Return the one call since the last `take`: (hidden state, (args, kwargs))."""
-        calls = self._calls
-        self.forget()
-        if len(calls) != 1:
-            raise ValueError(
-                f"the base model calls decoder layer {self._index} {len(calls)} times in one forward: not supported"
-            )
-        return calls[0]
-
-    def forget(self) -> None:
-        """Drop what was recorded."""
-        self._calls = []
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Return what a layer is called with as (hidden state, other positional arguments, other keywords)."""
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["hidden_states"], (), {key: value for key, value in kwargs.items() if key != "hidden_states"}
-
-
-class Stand(nn.Module):
-    """Replaces a child of the base model that has weights, or neither weights nor tables: keeps shapes, has no values.
-
-    What embeds gives zeros, what projects too; a norm or a dropout gives its input back. So the arguments that layers
-    get can be computed without the weights, as far as they do not depend on them.
-
-    Args:
-        name: of the child.
-        module: the child.
-        log: gets a `StandCall` for each call.
-    """
-
-    def __init__(self, name: str, module: nn.Module, log: list[Any]) -> None:
-        super().__init__()
-        self.name, self._log = name, log
-        module = unwrapped(module)
-        self.embeds = isinstance(module, nn.Embedding)
-        self._width: int | None = None  # of what it returns; None: that of what it gets
-        if isinstance(module, nn.Embedding):
-            self._width = module.embedding_dim
-        elif any(parameter.dim() > 1 for parameter in module.parameters()):
-            self._width = getattr(module, "out_features", getattr(module, "nf", None))  # nn.Linear, Conv1D
-            if self._width is None:
-                raise ValueError(
-                    f"{name} ({type(module).__name__}) beside the layers is no embedding, norm or projection"
-                )
-        self.dtype = torch.float32  # of the hidden states
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        returned = given
-        if self._width is not None:
-            shape = given.shape if self.embeds else given.shape[:-1]
-            returned = torch.zeros((), dtype=self.dtype, device=given.device).expand(*shape, self._width)
-        self._log.append(StandCall(self.name, self.embeds, (args, kwargs), given, returned))
-        return returned
-
-
-class StandCall(NamedTuple):
-    """A call of a stand-in.
-
-    Attributes:
-        name: of the child that it replaces.
-        embeds: the child is an embedding.
-        call: (args, kwargs).
-        given, returned: its first tensor, and its result.
-    """
-
-    name: str
-    embeds: bool
-    call: LayerCall
-    given: torch.Tensor
-    returned: torch.Tensor
-
-
-def unwrapped(module: Any) -> Any:
-    """Return the module that adapters wrap."""
-    while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
-        module = inner
-    return module
-
-
-def copy_without_children(module: nn.Module) -> nn.Module:
-    """Return a shallow copy of `module` with new tables of children, parameters and buffers, and no child."""
-    clone = copy.copy(module)
-    buffers = {k: b if b is None else b.detach().clone() for k, b in torch_private.buffers_of(module).items()}
-    torch_private.set_tables(clone, dict(torch_private.parameters_of(module)), buffers, {})
-    return clone
 
 
 def split_inputs(inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -192,6 +62,7 @@ class Context:
 
     def _reset(self) -> None:
         self._proved_apart = False  # that layers keep the documents of packed rows apart
+        self._masks_alone: dict[Any, bool] = {}  # by length and dtype: what they get is known but for the mask
         self._lock = threading.Lock()
         self._shells: dict[torch.device, nn.Module] = {}
         self._kept: OrderedDict[Any, list[LayerCall]] = OrderedDict()
@@ -311,14 +182,52 @@ class Context:
         return calls
 
     def _compute(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, inputs: Inputs) -> list[LayerCall]:
+        given = split_inputs(inputs)
+        packed = holds_several(given)
         # An evaluation may run under inference_mode: a tensor made there could not be used in a later training step.
         with torch.inference_mode(False), torch.no_grad():
             embeds = torch.zeros((), dtype=dtype, device=device).expand(shape)
-            calls = self.run(embeds, inputs)[1]
-        if not self._proved_apart and (packed := holds_several(split_inputs(inputs))) is not None:
+            calls = self.run(embeds, inputs)[1] if packed is None else self._packed_calls(embeds, given)
+        if packed is not None and not self._proved_apart:
             check_apart(calls, packed)
             self._proved_apart = True
         return calls
+
+    def _packed_calls(self, embeds: torch.Tensor, given: dict[str, torch.Tensor]) -> list[LayerCall]:
+        """Return the calls for rows of several documents: with a mask of our own where transformers' is no other.
+
+        Transformers' takes ten times as long to make, and waits for a GPU.
+        """
+        lengths = document_lengths(given["position_ids"])
+        if lengths is None or given["position_ids"].shape != embeds.shape[:2]:
+            return self.run(embeds, given)[1]
+        key = embeds.shape[1], embeds.dtype, embeds.device
+        alone = self._masks_alone.get(key)
+        if alone:
+            return self._masked_calls(embeds, given, lengths)
+        calls = self.run(embeds, given)[1]
+        if alone is None:  # a window or a chunk that is shorter than a row shows in one document that fills nearly all
+            long = torch.arange(embeds.shape[1], device=embeds.device)[None].clone()
+            long[:, -1] = 0
+            one = {"input_ids": given["input_ids"][:1], "position_ids": long}
+            of_one = self.run(embeds[:1], one)[1]
+            self._masks_alone[key] = self._gets(calls, embeds, given, lengths) and self._gets(
+                of_one, embeds[:1], one, [[embeds.shape[1] - 1, 1]]
+            )
+        return calls
+
+    def _gets(self, calls: list[LayerCall], *masked: Any) -> bool:
+        """Tell whether the layers get the same with a mask of our own, in every argument."""
+        try:
+            return same(calls, self._masked_calls(*masked))
+        except Exception:  # whatever a base model makes of a mask that it does not know
+            return False
+
+    def _masked_calls(
+        self, embeds: torch.Tensor, given: dict[str, torch.Tensor], lengths: list[list[int]]
+    ) -> list[LayerCall]:
+        mask = document_mask(lengths, embeds.device)
+        return self.run(embeds, given | {"attention_mask": mask})[1]
 
     def prove_apart(self, inputs: Inputs, width: int) -> None:
         """Raise ValueError if a row holds several documents and the layers, of states ``width`` wide, would not keep

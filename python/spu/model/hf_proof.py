@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from spu.common.out_of_memory import is_out_of_memory
-from spu.model.hf_context import Inputs, hidden_of, same
+from spu.model.hf_context import Inputs, same
+from spu.model.hf_stand_ins import hidden_of
 
 __all__ = ["prove_split"]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.model.hf_context import Context, StandCall, same, unwrapped
+from spu.model.hf_context import Context, same
+from spu.model.hf_stand_ins import StandCall, unwrapped
 
 __all__ = ["WORKS", "Structure", "structure_of"]
 

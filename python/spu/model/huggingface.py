@@ -17,16 +17,9 @@ from torch import nn
 
 from spu.common.torch_private import version
 from spu.model.deferred import with_any_values
-from spu.model.hf_context import (
-    Context,
-    Inputs,
-    LayerCall,
-    copy_without_children,
-    is_fake,
-    split_inputs,
-    unwrapped,
-)
+from spu.model.hf_context import Context, Inputs, is_fake, split_inputs
 from spu.model.hf_proof import prove_split
+from spu.model.hf_stand_ins import LayerCall, copy_without_children, unwrapped
 from spu.model.hf_structure import WORKS, Structure, structure_of
 from spu.nn.attention import register_attention, use_attention
 from spu.ops.linear import compute_dtype

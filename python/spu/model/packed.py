@@ -2,16 +2,73 @@
 
 Where ``position_ids`` begin again, transformers makes masks that let no document see another; but not beside an
 ``attention_mask``, even one of all ones, and not in every family.
+
+What is asked of such inputs is found once for each tensor, on the host where it comes from, and goes with its copy to a
+GPU (``carry``), which nobody then has to wait for.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["check_apart", "holds_several", "parting_documents"]
+from spu.common.torch_private import version
+
+__all__ = ["carry", "check_apart", "document_lengths", "holds_several", "parting_documents"]
+
+_FOUND = WeakTensorKeyDictionary()  # position_ids or attention_mask -> (version, what was found)
+
+
+def _once(tensor: torch.Tensor, find: Any) -> Any:
+    if tensor.is_inference():  # has no version
+        return find(tensor)
+    known = _FOUND.get(tensor)
+    if known is None or known[0] != version(tensor):
+        known = _FOUND[tensor] = version(tensor), find(tensor)
+    return known[1]
+
+
+def carry(given: Any, moved: Any) -> None:
+    """Let copies of a decoder's inputs be known by what they are copies of, as far as values are asked for.
+
+    Args:
+        given: a microbatch's inputs, on the host.
+        moved: the same on another device.
+    """
+    if not isinstance(given, Mapping) or not isinstance(positions := given.get("position_ids"), torch.Tensor):
+        return
+    mask = given.get("attention_mask")
+    for name, tensor, find in (("position_ids", positions, _lengths), ("attention_mask", mask, _whole)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.device.type != "cpu":
+            continue
+        if not moved[name].is_inference():
+            _FOUND[moved[name]] = version(moved[name]), _once(tensor, find)
+
+
+def document_lengths(positions: torch.Tensor) -> list[list[int]] | None:
+    """Return the lengths of each row's documents; None if no row holds several, or positions do anything else than
+    count on and begin again at 0.
+
+    Args:
+        positions: int64 [batch, tokens].
+    """
+    return _once(positions, _lengths)  # type: ignore[no-any-return]
+
+
+def _lengths(positions: torch.Tensor) -> list[list[int]] | None:
+    again, on = positions[:, 1:] == 0, positions[:, 1:] == positions[:, :-1] + 1
+    if not again.any() or not (again | on).all():
+        return None
+    rows = [[0, *(at + 1 for at, begins in enumerate(row) if begins), positions.shape[1]] for row in again.tolist()]
+    return [[end - begin for begin, end in itertools.pairwise(row)] for row in rows]
+
+
+def _whole(mask: torch.Tensor) -> bool:
+    return bool((mask != 0).all())
 
 
 def holds_several(inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
@@ -26,10 +83,12 @@ def holds_several(inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
         return None
     if mask is not None and mask.shape != positions.shape:
         return None
+    if mask is None or _once(mask, _whole):
+        rows = enumerate(document_lengths(positions) or [])
+        return next(((row, lengths[0]) for row, lengths in rows if len(lengths) > 1), None)
     again, on = positions[:, 1:] == 0, positions[:, 1:] == positions[:, :-1] + 1
-    if mask is not None:
-        both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-        again, on = again & both, on | ~both
+    both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    again, on = again & both, on | ~both
     places = again.nonzero()
     return (int(places[0, 0]), int(places[0, 1]) + 1) if len(places) and (again | on).all() else None
 
@@ -43,7 +102,7 @@ def parting_documents(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     mask = inputs.get("attention_mask")
     if mask is None or holds_several(inputs) is None:
         return inputs
-    if not (mask != 0).all():
+    if not _once(mask, _whole):
         raise ValueError(
             "attention_mask hides tokens of rows whose position_ids begin again: transformers would let their "
             "documents see each other; leave attention_mask out, and let the padding's position_ids begin at 0 as well"

@@ -7,28 +7,50 @@ on a CPU 64 MB a row and layer at 4,096 tokens. Documents that follow one anothe
 from __future__ import annotations
 
 import itertools
-import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spu.common.torch_private import version
 from spu.ops.plain import fake
 
-__all__ = ["by_documents", "document_lengths"]
+__all__ = ["by_documents", "document_lengths", "document_mask"]
 
 # Multiply-adds that take as long as a call beside a kernel's work: on a CPU; elsewhere by arithmetic, 0.1 ms of calls
 # forward and backward beside 20 TFLOP/s.
 _CALL, _CALL_ELSEWHERE = 1 << 20, 1 << 27
-_QUERIES = 256  # of a mask, looked at at a time
-_LAST = threading.local()
+_KNOWN = WeakTensorKeyDictionary()  # mask -> (version, lengths)
+
+
+def document_mask(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the mask of rows that hold several documents; ``document_lengths`` knows it without looking.
+
+    Args:
+        lengths: of each row's documents; the same sum in every row.
+
+    Returns:
+        bool [batch, 1, tokens, tokens]: a query sees its own document up to itself.
+    """
+    mask = _filled(lengths, device)
+    _KNOWN[mask] = version(mask), [list(row) for row in lengths]
+    return mask
+
+
+def _filled(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    tokens, longest = sum(lengths[0]), max(map(max, lengths))
+    mask = torch.zeros(len(lengths), 1, tokens, tokens, dtype=torch.bool, device=device)
+    seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
+    for row, own in zip(mask[:, 0], lengths, strict=True):
+        for end, length in zip(itertools.accumulate(own), own, strict=True):
+            row[end - length : end, end - length : end] = seen[:length, :length]
+    return mask
 
 
 def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
     """Return the lengths of each row's documents, if a mask hides all but a token's own document up to itself. All
-    layers of a stage ask with one mask, which is looked at once (a GPU is waited for once).
+    layers of a stage ask with one mask, which is looked at once (a GPU is waited for meanwhile).
 
     Args:
         mask: bool [batch, 1, tokens, tokens], True where a query (third dimension) sees a key.
@@ -44,31 +66,22 @@ def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
         return None
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    call = _CALL if mask.device.type == "cpu" else _CALL_ELSEWHERE
-    most = mask.shape[2] ** 2 * heads_size // call  # documents a row
+    most = mask.shape[2] ** 2 * heads_size // (_CALL if mask.device.type == "cpu" else _CALL_ELSEWHERE)
     if most < 2:
         return None
-    last = getattr(_LAST, "value", None)
-    seen = version(mask), most
-    if last is None or last[0]() is not mask or last[1] != seen:
-        last = _LAST.value = (weakref.ref(mask), seen, _lengths(mask, most))
-    lengths: list[list[int]] | None = last[2]
-    return lengths
+    known = _KNOWN.get(mask)
+    if known is None or known[0] != version(mask):
+        known = _KNOWN[mask] = version(mask), _lengths(mask)
+    lengths: list[list[int]] | None = known[1]
+    return None if lengths is None or max(map(len, lengths)) > most else lengths
 
 
-def _lengths(mask: Tensor, most: int) -> list[list[int]] | None:
+def _lengths(mask: Tensor) -> list[list[int]] | None:
     tokens = mask.shape[2]
-    places = torch.arange(tokens, device=mask.device)
-    begins = mask.new_ones(len(mask), tokens)
-    begins[:, 1:] = ~mask[:, 0].diagonal(-1, 1, 2)  # who does not see the token before
-    own = torch.where(begins, places, 0).cummax(1).values  # the place where its document begins
-    blocks = (mask[:, 0].split(_QUERIES, 1), own[..., None].split(_QUERIES, 1), places[:, None].split(_QUERIES))
-    same = [(part == ((places >= low) & (places <= high))).all() for part, low, high in zip(*blocks, strict=True)]
-    good, *flags = torch.cat([torch.stack(same).all()[None], begins.flatten()]).tolist()  # one transfer
-    rows = [[at for at in range(tokens) if flags[row * tokens + at]] for row in range(len(mask))]
-    if not good or max(map(len, rows)) > most:
-        return None
-    return [[end - begin for begin, end in itertools.pairwise([*row, tokens])] for row in rows]
+    hidden = (~mask[:, 0].diagonal(-1, 1, 2)).tolist()  # who does not see the token before begins a document
+    rows = [[0, *(at + 1 for at, begins in enumerate(row) if begins), tokens] for row in hidden]
+    lengths = [[end - begin for begin, end in itertools.pairwise(row)] for row in rows]
+    return lengths if torch.equal(mask, _filled(lengths, mask.device)) else None
 
 
 def by_documents(
