@@ -13,6 +13,7 @@ from test_optim import HYPER, parameters, random_grads, set_grads
 from torch import Tensor, nn
 
 from spu import ops
+from spu.ops import masters
 from spu.optim.adamw import AdamW
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -237,3 +238,19 @@ def test_a_copied_optimizer_keeps_its_form() -> None:
     step_once(optimizer, [param], [torch.ones(10)])
     assert copied.master_form == "8bit"
     assert_equal(copied.state[other]["correction"], optimizer.state[param]["correction"])
+
+
+@pytest.mark.parametrize("form", NARROW)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_pieces_make_no_difference(dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do strides; a master of 16 bits is taken in fp32."""
+    for values in (torch.randn(7, 11), torch.randn(11, 7).t(), torch.randn(3, 5, 4).half(), torch.randn(77)):
+        whole = masters.split(values, dtype, form)
+        value = masters.joined(*whole)
+        with monkeypatch.context() as patched:
+            patched.setattr(masters, "_PIECE", 8)
+            pieces = masters.split(values, dtype, form)
+            for own, expected in zip((*pieces, masters.joined(*pieces)), (*whole, value), strict=True):
+                assert_equal(own, expected)
+            strided = pieces[0].t().contiguous().t() if values.dim() == 2 else pieces[0]
+            assert_equal(masters.joined(strided, pieces[1]), value)

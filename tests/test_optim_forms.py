@@ -15,7 +15,9 @@ from pipelines import trainer as trainer_of
 from torch import nn
 
 from spu import ModelParallelTrainer
+from spu.common.tracker import MemoryTracker
 from spu.engine.result import state_bytes
+from spu.ops import masters
 from spu.optim.adamw import AdamW
 from spu.optim.forms import FORMS, in_form, is_ours
 from spu.settings import STATES
@@ -89,6 +91,24 @@ def test_the_plan_counts_the_form(state: str) -> None:
     # 64 bytes at most are added to the scales of each moment, and 4 for a step number
     assert 0 <= held - (planned - 4 * count) <= 6 * (2 * 68 + 4)
     assert held / count == pytest.approx({"fp32": 14, "exact": 6.125, "compact": 5.125}[state], rel=0.01)
+
+
+@pytest.mark.parametrize("state", NARROW)
+def test_masters_are_joined_one_at_a_time(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, its loading and the trained model took 4 to 8 bytes a parameter beside all that a plan counts, and
+    60 bytes for each value of the largest weight."""
+    monkeypatch.setattr(masters, "_PIECE", 4096)
+    model = nn.Sequential(nn.Linear(6, 256), *(nn.Linear(256, 256) for _ in range(11)), nn.Linear(256, 4))
+    largest = 4 * 256**2
+    with trainer_of(model, 1, precision="bf16", microbatches=2, lr=3e-3, state=state) as trainer:
+        trainer.step(*batch())
+        taken = {"save": functools.partial(trainer.save, tmp_path / "checkpoint"), "take": trainer.state_dict_for_model}
+        taken["load"] = functools.partial(trainer.load, tmp_path / "checkpoint")
+        for what, work in taken.items():
+            with MemoryTracker() as tracker:
+                work()
+            kept = {"save": 0, "take": 12, "load": 6}[what]  # the model; moments that replace the old ones
+            assert tracker.tally.peak < (kept + 3) * largest, what
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

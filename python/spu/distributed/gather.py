@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from spu.checkpoint.writing import Elsewhere
 from spu.distributed.job import Job
 from spu.engine.base import Sample, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.generators import generator_states
+from spu.engine.joined import whole
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import TrainingState, frozen_parameters, model_state, training_state
 
@@ -66,7 +68,7 @@ class _Asked:
 
 
 def with_tensors(
-    job: Job, tensors: Mapping[str, torch.Tensor], work: Callable[[dict[str, torch.Tensor | Far]], str], what: str
+    job: Job, tensors: Mapping[str, torch.Tensor | Elsewhere], work: Callable[[dict[str, Any]], str], what: str
 ) -> str:
     """Call ``work`` in rank 0 with the tensors of the first pipeline's processes, and return what it returns in all.
 
@@ -75,7 +77,7 @@ def with_tensors(
     Args:
         job: the processes.
         tensors: of this process, by name.
-        work: reads each tensor once or more often; those of rank 0 are there.
+        work: takes tensors, or what is read as one (`Elsewhere`), once or more often.
         what: it does, for errors.
 
     Raises:
@@ -87,12 +89,12 @@ def with_tensors(
         names = list(forms)
         while (number := int(job.receive((1,), torch.int64, 0))) != _END:
             if number != _WAIT:
-                job.send(tensors[names[number]], 0)
+                job.send(whole(tensors[names[number]]), 0)
         return job.decided(str, what)
 
     def led() -> str:
         asked = _Asked(job)
-        found: dict[str, torch.Tensor | Far] = dict(tensors)
+        found: dict[str, torch.Tensor | Elsewhere] = dict(tensors)
         for rank, theirs in list(enumerate(told))[1:]:
             for number, (name, (shape, dtype)) in enumerate(theirs.items()):
                 found.setdefault(name, Far(torch.Size(shape), dtype, rank, number, job, asked))
@@ -140,15 +142,14 @@ def save_state(
         resting |= samples
         generators |= {name: state for name, state in states.items() if name not in generators}
 
-    def write(tensors: dict[str, torch.Tensor | Far]) -> str:
+    def write(tensors: dict[str, torch.Tensor | Elsewhere]) -> str:
         order = _order(built, optimizers)
         ordered = dict(sorted(tensors.items(), key=lambda item: _place(item[0], order)))
         joined = _joined([(groups, rest) for groups, rest, *_ in told])
         TrainingState(ordered, resting, joined, extra).save(path, {**meta, "generators": generators})
         return "done"
 
-    # The types: those of a part are tensors.
-    with_tensors(job, {n: t for n, t in part.tensors.items() if isinstance(t, torch.Tensor)}, write, "save")
+    with_tensors(job, part.tensors, write, "save")
 
 
 def gathered_samples(job: Job, built: BuiltStages, own: frozenset[int]) -> dict[str, Sample]:

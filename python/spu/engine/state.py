@@ -17,6 +17,7 @@ from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, Elsewhere, Stored
 from spu.engine.base import Sample, base_record, check_base, sampled
 from spu.engine.build import BuiltStages
+from spu.engine.joined import Joined, whole
 from spu.engine.optimizer_state import (
     Optimizers,
     OptimizerState,
@@ -182,7 +183,7 @@ class Carried:
     """The state of a training, kept while its stages are rebuilt; the old stages may be closed meanwhile."""
 
     def __init__(self, built: BuiltStages, optimizers: Optimizers) -> None:
-        self._model = model_state(built, optimizers)
+        self._model = {name: whole(value) for name, value in model_state(built, optimizers).items()}
         self._optimizer = optimizer_state(built, optimizers)
         self._attached = any(map(is_attached, optimizers))
         self._resting = [p for owned in built.owned for p in owned.values() if not p.requires_grad]
@@ -218,9 +219,12 @@ class Carried:
         restore_optimizers(built, optimizers, self._optimizer)
 
 
-def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """Return parameters in full precision (the fp32 master if there is one) and persistent buffers, by model name."""
-    state = {}
+def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.Tensor | Joined]:
+    """Return parameters in full precision (the fp32 master if there is one) and persistent buffers, by model name.
+
+    A master that is kept as a correction is made when it is read.
+    """
+    state: dict[str, torch.Tensor | Joined] = {}
     for name, (parameter, optimizer) in _named(built, optimizers).items():
         state[name] = _master(parameter, optimizer)
     for stage in built.stages:
@@ -229,8 +233,8 @@ def model_state(built: BuiltStages, optimizers: Optimizers) -> dict[str, torch.T
     return state
 
 
-def exact_parameters(built: BuiltStages, optimizers: Optimizers) -> dict[int, torch.Tensor]:
-    """Return every parameter in full precision (the fp32 master if there is one), by its id."""
+def exact_parameters(built: BuiltStages, optimizers: Optimizers) -> dict[int, torch.Tensor | Joined]:
+    """Return every parameter in full precision (the fp32 master if there is one), by its id, as `model_state`."""
     return {id(p): _master(p, optimizer) for p, optimizer in _named(built, optimizers).values()}
 
 
@@ -253,8 +257,9 @@ def state_for_model(
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             if id(value) not in copies:
-                own = exact.get(id(value), value).detach()
-                copies[id(value)] = own if id(value) in theirs else own.to("cpu", copy=True)
+                own = exact.get(id(value), value)
+                fresh = id(value) in theirs or isinstance(own, Joined)
+                copies[id(value)] = whole(own).detach().to("cpu", copy=not fresh)
             state[name] = copies[id(value)]
         else:
             state[name] = deepcopy(value)
@@ -339,12 +344,13 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
                 continue
             value = state[name]
             value = value.read() if isinstance(value, Stored) else value
-            parameter, optimizer = owners.get(name, (tensor, None))
+            parameter, optimizer = owners.get(name, (None, None))
             if isinstance(optimizer, AdamW) and optimizer.keeps_master(parameter):
                 optimizer.set_master(parameter, value)
                 continue
+            assert isinstance(tensor, torch.Tensor)  # else the optimizer keeps a correction
             tensor.copy_(value)
-            if tensor.data_ptr() != parameter.data_ptr():  # the master of another optimizer
+            if parameter is not None and tensor.data_ptr() != parameter.data_ptr():  # the master of another optimizer
                 parameter.copy_(tensor)
 
 
@@ -359,8 +365,10 @@ def give_value(built: BuiltStages, optimizers: Optimizers, parameter: torch.Tens
         parameter.data.copy_(value)
 
 
-def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
+def _master(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor | Joined:
     """Return the fp32 master of a parameter, also of a frozen one; the parameter itself if it has none."""
+    if isinstance(optimizer, AdamW) and optimizer.keeps_correction(parameter):
+        return Joined(parameter, optimizer)
     return parameter.detach() if optimizer is None else optimizer.master(parameter)
 
 

@@ -30,6 +30,8 @@ The idea, a 16-bit weight with a correction for its master, is FlashOptim's (arX
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,7 @@ _INFINITY, _FP16_INFINITY, _BF16_INFINITY = 0x7F800000, 0x7C00, 0x7F80
 _BIAS = 112 << 23  # an exponent of fp16 in the place of fp32's
 _SMALLEST_NORMAL = 113 << 23  # 2**-14
 _LARGEST = 0x47800FFF  # the fp32 pattern of 65,567.99: the last that X of fp16 rounds to infinity's weight
+_PIECE = 1 << 20  # values that are worked on at a time: each takes some 60 bytes of integers meanwhile
 
 
 def correction_dtype(master: str) -> torch.dtype:
@@ -73,6 +76,23 @@ def joined(weight: Tensor, correction: Tensor) -> Tensor:
     A weight that somebody has written since is joined with the old correction: the value is at most half a unit in the
     weight's last place from what was written. NaN gives NaN, a 0 with a negative correction 0.
     """
+    if weight.numel() <= _PIECE:
+        return _joined(weight, correction)
+    value = torch.empty_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for into, *piece in _pieces(value, weight, correction):
+        into.copy_(_joined(*piece))
+    return value
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of tensors of one shape, `_PIECE` values at a time; rows at least, where one is not contiguous."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    rows = tensors[0].shape[0]
+    return zip(*(tensor.split(max(1, _PIECE * rows // tensor.numel())) for tensor in tensors), strict=True)
+
+
+def _joined(weight: Tensor, correction: Tensor) -> Tensor:
     bits = 8 * correction.dtype.itemsize
     pattern = weight.view(torch.int16).to(torch.int64) & 0xFFFF
     magnitude = pattern & 0x7FFF
@@ -95,9 +115,10 @@ def _floats(pattern: Tensor) -> Tensor:
 
 
 def split(master: Tensor, dtype: torch.dtype, form: str, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (weight, correction) of an fp32 master.
+    """Return (weight, correction) of a master.
 
     Args:
+        master: fp32; of another dtype, it is taken in fp32.
         dtype: the weight's, fp16 or bf16.
         form: "16bit" or "8bit".
         noise: int64, 8 random bits for each value, in any shape: rounds an "8bit" master stochastically; None: to
@@ -105,8 +126,18 @@ def split(master: Tensor, dtype: torch.dtype, form: str, noise: Tensor | None = 
     """
     assert dtype in HALVES
     kind = correction_dtype(form)
+    if noise is not None or master.numel() <= _PIECE:
+        return _split(master, dtype, kind, noise)
+    both = tuple(torch.empty(master.shape, dtype=own, device=master.device) for own in (dtype, kind))
+    for piece, *into in _pieces(master, *both):
+        for own, value in zip(into, _split(piece, dtype, kind, None), strict=True):
+            own.copy_(value)
+    return both
+
+
+def _split(master: Tensor, dtype: torch.dtype, kind: torch.dtype, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     bits = 8 * kind.itemsize
-    pattern = master.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    pattern = master.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     magnitude = pattern & 0x7FFFFFFF
     random = torch.full_like(magnitude, 0x80) if noise is None else noise.reshape(magnitude.shape)
     sizes = _sizes_of_bf16 if dtype == torch.bfloat16 else _sizes_of_fp16

@@ -144,7 +144,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"the master has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
         weight, kept = value.detach(), value.detach()
         if self.master_form != "fp32":
-            weight, kept = split(kept.to(device=param.device, dtype=torch.float32), param.dtype, self.master_form)
+            weight, kept = split(kept.to(device=param.device), param.dtype, self.master_form)
         self._keep(param, kept)
         if value is not param:
             param.data.copy_(weight)
@@ -184,6 +184,10 @@ class AdamW(torch.optim.Optimizer):
     def keeps_master(self, param: Tensor) -> bool:
         """Tell whether the state has an fp32 value of a parameter, as a master or a correction."""
         return any(key in self.state.get(param, {}) for key in MASTER_KEYS)
+
+    def keeps_correction(self, param: Tensor) -> bool:
+        """Tell whether :meth:`master` is made each time, of a weight and its correction."""
+        return param.dtype in HALVES and "correction" in self.state.get(param, {})
 
     def state_layout(self, param: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return the shape and the dtype of every tensor that the state has for a parameter from the first step on.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spu.engine.joined import whole
 from spu.engine.state import exact_parameters
 from spu.model.lora import check_adapted, write_adapter
 
@@ -34,11 +35,11 @@ def adapter_state(trainer: ModelParallelTrainer) -> tuple[Any, dict[str, torch.T
         values = trainer._state_for_model(trained=True)  # by their names in the layers, which know no prefix of peft's
         layers = [layer for stage in runner.built.stages for layer in stage.parts]
         names = {id(p): name for layer in layers for name, p in layer.named_parameters()}
-        whole = model.state_dict(keep_vars=True)
-        return model, {n: values[names[id(p)]] for n, p in whole.items() if names.get(id(p)) in values}
+        own = model.state_dict(keep_vars=True)
+        return model, {n: values[names[id(p)]] for n, p in own.items() if names.get(id(p)) in values}
     exact = exact_parameters(runner.built, runner.updater.optimizers)
     own = model.state_dict(keep_vars=True)
-    return model, {name: exact.get(id(value), value).detach() for name, value in own.items()}
+    return model, {name: whole(exact.get(id(value), value)).detach() for name, value in own.items()}
 
 
 def save_adapter(trainer: ModelParallelTrainer, folder: str | Path) -> None:

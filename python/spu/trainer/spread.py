@@ -24,6 +24,7 @@ from spu.distributed.peers import PipelinePeers
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record, sampled
 from spu.engine.build import BuiltStages, frozen_dtypes
+from spu.engine.joined import whole
 from spu.engine.loss import loss_part
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import load_training, model_state, state_for_model
@@ -195,7 +196,7 @@ class Spread:
         self,
         built: BuiltStages,
         optimizers: Optimizers,
-        work: Callable[[dict[str, torch.Tensor | Far]], str],
+        work: Callable[[dict[str, Any]], str],
         *,
         trained: bool = False,
     ) -> None:
@@ -221,11 +222,10 @@ class Spread:
         """
         state: dict[str, Any] = {}
 
-        def take(tensors: dict[str, torch.Tensor | Far]) -> str:
+        def take(tensors: dict[str, Any]) -> str:
             if trained:
-                state.update(
-                    (n, t.read() if isinstance(t, Far) else t.to("cpu", copy=True)) for n, t in tensors.items()
-                )
+                for name, value in tensors.items():
+                    state[name] = whole(value).to("cpu", copy=isinstance(value, torch.Tensor))
                 return "done"
             away = {name: tensor.read() for name, tensor in tensors.items() if isinstance(tensor, Far)}
             state.update(state_for_model(model, built, optimizers, away))
