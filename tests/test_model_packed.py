@@ -90,10 +90,13 @@ def context_of(family: str, **options: Any) -> Context:
     return found
 
 
+OTHER_MASKS = ("Mistral", "Gemma2", "Gemma3Text", "Falcon")  # a window that is shorter than a row; of floats
+
+
 @pytest.mark.parametrize("family", [family for family in (*PLANNED, *BUILT) if family not in NEVER_APART])
 def test_layers_get_what_transformers_gives_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rows of a length are compared with transformers' own masks; of later ones these are not made, unless a
-    document that fills a row would get another (a shorter window: Mistral, Gemma), or masks are other ones (Falcon)."""
+    document that fills a row would get another."""
     context, ours = context_of(family), []
     inner = hf_context.document_mask
     monkeypatch.setattr(hf_context, "document_mask", lambda *given: ours.append(1) or inner(*given))
@@ -102,8 +105,27 @@ def test_layers_get_what_transformers_gives_them(family: str, monkeypatch: pytes
         ours.clear()
         inputs = {"input_ids": torch.zeros(2, 24, dtype=torch.long), "position_ids": positions_of(*rows)}
         calls = context.layer_calls(hidden, inputs)
-        assert bool(ours) == (rows[0][0] == 5 or family not in ("Mistral", "Gemma2", "Gemma3Text", "Falcon"))
+        assert bool(ours) == (rows[0][0] == 5 or family not in OTHER_MASKS)
         assert same(calls, context.run(hidden, inputs)[1])
+
+
+@pytest.mark.parametrize("family", [*PLANNED, *BUILT])
+def test_layers_get_what_transformers_gives_them_for_padded_rows(family: str) -> None:
+    context, hidden = context_of(family), torch.zeros(3, 24, 32)
+    for lengths in ((5, 3, 8), (23, 24, 1), (24, 24, 24), (24, 0, 2), (24, 24, 24), (9, 9, 9)):
+        mask = (torch.arange(24) < torch.tensor(lengths)[:, None]).long()
+        for given in (mask, mask.flip(1), mask.roll(1, 1)):
+            inputs = {"input_ids": torch.zeros(3, 24, dtype=torch.long), "attention_mask": given}
+            assert same(context.layer_calls(hidden, inputs), context.run(hidden, inputs)[1])
+
+
+def test_a_mask_that_hides_nothing_is_no_input_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, hidden = context_of("Llama"), torch.zeros(2, 24, 32)
+    ids = torch.zeros(2, 24, dtype=torch.long)
+    first = context.layer_calls(hidden, {"input_ids": ids, "attention_mask": torch.ones(2, 24)})
+    monkeypatch.setattr(context, "run", lambda *_: pytest.fail("run again"))
+    assert context.layer_calls(hidden, {"input_ids": ids, "attention_mask": torch.ones(2, 24)}) is first
+    assert context.layer_calls(hidden, ids) is first
 
 
 def test_a_base_model_that_takes_no_mask_of_ours_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +144,9 @@ def test_what_rows_hold_is_found_on_the_host_and_goes_with_their_copies(monkeypa
     copies = {name: value.clone() for name, value in given.items()}
     packed.carry(given, copies)
     with monkeypatch.context() as changed:
-        for name in ("_lengths", "_whole"):
+        for name in ("_lengths", "_kept"):
             changed.setattr(packed, name, lambda _: pytest.fail("a card would be waited for"))
-        assert packed.document_lengths(copies["position_ids"]) == [list(LENGTHS)]
+        assert packed.row_lengths(copies) == [list(LENGTHS)]
         assert packed.holds_several(copies) == (0, 7)
         assert set(packed.parting_documents(copies)) == {"input_ids", "position_ids"}
     copies["position_ids"][:, 7:] += 7  # changed in place: looked at anew

@@ -1,4 +1,4 @@
-"""Attention of rows with several documents: what a mask makes of them, without the mask."""
+"""Attention of rows with several documents, or with padding: what a mask makes of them, without the mask."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from spu.nn import attention
-from spu.nn.documents import by_documents, document_lengths
+from spu.nn import attention, documents
+from spu.nn.documents import document_lengths, document_mask
 
 transformers = pytest.importorskip("transformers")
 
-LENGTHS = [[5, 1, 90, 64, 96], [256], [128, 127, 1]]
+LENGTHS = [[5, 1, 90, 64, 96], [256], [128, 127, 1], [200], [255], [1]]  # in three rows padding follows
 TOKENS, SIZE = 256, 128  # large enough for calls of their own
 
 
-def mask_of(lengths: list[list[int]]) -> Tensor:
-    rows = [torch.block_diag(*(torch.ones(n, n).tril() for n in own)) for own in lengths]
+def mask_of(lengths: list[list[int]], tokens: int = TOKENS) -> Tensor:
+    rows = []
+    for own in lengths:
+        row = torch.block_diag(*(torch.ones(n, n).tril() for n in own))
+        padding = tokens - sum(own)
+        rows.append(torch.nn.functional.pad(row, (0, padding, 0, padding)))
+        rows[-1][sum(own) :, : sum(own)] = 1
     return torch.stack(rows)[:, None].bool()
 
 
@@ -37,7 +42,17 @@ def test_lengths_are_read_from_the_mask_and_once() -> None:
     assert found == LENGTHS
     assert document_lengths(mask, SIZE) is found
     mask[1, 0, 100:, :100] = False  # in place
-    assert document_lengths(mask, SIZE) == [LENGTHS[0], [100, 156], LENGTHS[2]]
+    assert document_lengths(mask, SIZE) == [LENGTHS[0], [100, 156], *LENGTHS[2:]]
+
+
+def test_a_mask_that_is_made_of_lengths_is_known_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = document_mask(LENGTHS, TOKENS, torch.device("cpu"))
+    assert torch.equal(mask, mask_of(LENGTHS))
+    with monkeypatch.context() as changed:
+        changed.setattr(documents, "_lengths", lambda _: pytest.fail("looked at"))
+        assert document_lengths(mask, SIZE) == LENGTHS
+    mask[0, 0, 7, 6] = False
+    assert document_lengths(mask, SIZE) is None
 
 
 def others() -> dict[str, Tensor]:
@@ -45,7 +60,11 @@ def others() -> dict[str, Tensor]:
     window = whole.clone()
     window[0, 0] &= torch.ones(TOKENS, TOKENS).tril().bool() & ~torch.ones(TOKENS, TOKENS).tril(-8).bool()
     left, seen, later = whole.clone(), whole.clone(), whole.clone()
-    left[..., :10] = False  # padding: queries that see nothing
+    left[..., :10] = False  # padding on the left: queries that see nothing
+    padded = mask_of([[200]])
+    padded[..., 230, 229] = True  # padding that sees padding
+    inside = whole.clone()
+    inside[..., 50] = False  # padding inside a document
     seen[0, 0, 200, 30] = True  # of another document
     later[0, 0, 20, 21] = True
     ahead = torch.ones(TOKENS, TOKENS).triu(1).bool()[None, None]
@@ -54,6 +73,10 @@ def others() -> dict[str, Tensor]:
     return {
         "a window": window,
         "padding": left,
+        "padding that is seen": padded,
+        "padding inside": inside,
+        "padding behind several documents": mask_of([[100, 100]]),
+        "padding alone": torch.zeros(1, 1, TOKENS, TOKENS, dtype=torch.bool),
         "a key of another document": seen,
         "a later key": later,
         "later keys alone": ahead,
@@ -62,7 +85,7 @@ def others() -> dict[str, Tensor]:
         "of heads": whole.expand(1, 4, TOKENS, TOKENS),
         "more keys than queries": whole[:, :, 1:],
         "documents too short for a call each": mask_of([[2] * 128]),
-        "rows too short": mask_of([[8, 8]]),
+        "rows too short": mask_of([[8, 8]], 16),
     }
 
 
@@ -89,9 +112,9 @@ def test_documents_by_themselves_are_what_their_mask_makes(
     dtype: torch.dtype, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads, mask = 4, mask_of(LENGTHS)
-    shapes = [(3, heads, TOKENS, 32), *[(3, heads // groups, TOKENS, 32)] * 2]
+    shapes = [(len(LENGTHS), heads, TOKENS, 32), *[(len(LENGTHS), heads // groups, TOKENS, 32)] * 2]
     given = [torch.randn(shape).to(dtype) for shape in shapes]
-    dy = torch.randn(3, TOKENS, heads, 32).to(dtype)
+    dy = torch.randn(len(LENGTHS), TOKENS, heads, 32).to(dtype)
 
     def run(function: Any, wide: torch.dtype) -> list[Tensor]:
         leaves = [x.to(wide).requires_grad_() for x in given]
@@ -113,7 +136,6 @@ def test_dropout_and_what_is_unknown_go_by_the_mask() -> None:
     mask, q = mask_of([[100, 156]]), torch.randn(1, 4, TOKENS, 32).half()
     assert attention._apart(module(1), q, q, q, mask, {"dropout": 0.1}) is None
     assert attention._apart(module(1), q[:, :, -1:], q, q, mask, {}) is None
-    assert by_documents(q, q, q, [[100, 156]], lambda *_: None) is None
     plain = module(1)
     plain.is_causal = False
     assert attention._apart(plain, q, q, q, mask, {}) is None
@@ -143,3 +165,23 @@ def test_a_models_packed_rows_are_its_documents(dtype: torch.dtype, monkeypatch:
         packed = model(input_ids=ids, position_ids=places, use_cache=False).logits
         alone = [model(input_ids=part, use_cache=False).logits for part in ids.split(lengths, 1)]
     assert_equal(packed, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_models_padded_rows_are_its_documents(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    ids, seen = torch.randint(64, (2, TOKENS)), torch.ones(2, TOKENS, dtype=torch.long)
+    seen[0, 200:] = 0
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+        truth = model.double()(input_ids=ids, attention_mask=seen, use_cache=False).logits
+        model.to(dtype)
+        attention.use_attention(model)
+        without_masks(monkeypatch)
+        ours = model(input_ids=ids, attention_mask=seen, use_cache=False).logits
+    assert_close_to_truth(ours, plain, truth)

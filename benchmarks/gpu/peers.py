@@ -76,15 +76,13 @@ def packed_attention_step(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, peer: str
     if q.is_cuda and read != [lengths] * len(q):
         raise RuntimeError(f"documents of {lengths} tokens were read as {read} from their mask")
 
-    def alone(*document: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*document, is_causal=True).transpose(1, 2)
+    def alone(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
     def forward() -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         if peer == "spu documents":
-            out = by_documents(query, key, value, [lengths] * len(q), alone)
-            assert out is not None
-            return out
+            return by_documents(query, key, value, [lengths] * len(q), alone)
         return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
     def step() -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import FakeTensor, tree_map_only, unset_fake_temporarily
 from spu.model.hf_stand_ins import LayerCall, Recorder, Stand, StandCall, copy_without_children
-from spu.model.packed import check_apart, document_lengths, holds_several, parting_documents
+from spu.model.packed import check_apart, holds_several, parting_documents, row_lengths, whole
 from spu.nn.documents import document_mask
 
 __all__ = ["Context", "Inputs", "is_fake", "same", "split_inputs"]
@@ -62,7 +62,8 @@ class Context:
 
     def _reset(self) -> None:
         self._proved_apart = False  # that layers keep the documents of packed rows apart
-        self._masks_alone: dict[Any, bool] = {}  # by length and dtype: what they get is known but for the mask
+        self._known_masks: dict[Any, bool] = {}  # by length of rows: transformers' mask is ours
+        self._needless_masks: dict[Any, bool] = {}  # by shape: transformers makes nothing of one that hides nothing
         self._lock = threading.Lock()
         self._shells: dict[torch.device, nn.Module] = {}
         self._kept: OrderedDict[Any, list[LayerCall]] = OrderedDict()
@@ -157,6 +158,8 @@ class Context:
         stream = torch.cuda.current_stream(hidden.device).cuda_stream if hidden.is_cuda else 0
         key = (hidden.shape, hidden.dtype, hidden.device, stream)
         extras = [v for k, v in rest.items() if k != "input_ids"]
+        if extras and self._needless(hidden, rest):
+            inputs, extras = rest["input_ids"], []
         if extras:
             return self._last_or_new(key, hidden, inputs, extras)
         with self._lock:
@@ -183,38 +186,64 @@ class Context:
 
     def _compute(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, inputs: Inputs) -> list[LayerCall]:
         given = split_inputs(inputs)
-        packed = holds_several(given)
+        packed, lengths = holds_several(given), row_lengths(given)
         # An evaluation may run under inference_mode: a tensor made there could not be used in a later training step.
         with torch.inference_mode(False), torch.no_grad():
             embeds = torch.zeros((), dtype=dtype, device=device).expand(shape)
-            calls = self.run(embeds, inputs)[1] if packed is None else self._packed_calls(embeds, given)
+            calls = self.run(embeds, inputs)[1] if lengths is None else self._by_lengths(embeds, given, lengths)
         if packed is not None and not self._proved_apart:
             check_apart(calls, packed)
             self._proved_apart = True
         return calls
 
-    def _packed_calls(self, embeds: torch.Tensor, given: dict[str, torch.Tensor]) -> list[LayerCall]:
-        """Return the calls for rows of several documents: with a mask of our own where transformers' is no other.
-
-        Transformers' takes ten times as long to make, and waits for a GPU.
+    def _needless(self, hidden: torch.Tensor, given: dict[str, torch.Tensor]) -> bool:
+        """Tell whether inputs are ids and a mask that hides nothing, of which transformers makes what it makes of ids
+        alone: proved once for each shape.
         """
-        lengths = document_lengths(given["position_ids"])
-        if lengths is None or given["position_ids"].shape != embeds.shape[:2]:
-            return self.run(embeds, given)[1]
-        key = embeds.shape[1], embeds.dtype, embeds.device
-        alone = self._masks_alone.get(key)
-        if alone:
+        mask = given.get("attention_mask")
+        if mask is None or len(given) > 2 or mask.shape != given["input_ids"].shape or not whole(mask):
+            return False
+        key = hidden.shape, hidden.dtype, hidden.device
+        if key not in self._needless_masks:
+            with torch.inference_mode(False), torch.no_grad():
+                embeds = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
+                with_mask, without = (self.run(embeds, x)[1] for x in (given, given["input_ids"]))
+            self._needless_masks[key] = same(with_mask, without)
+        return self._needless_masks[key]
+
+    def _by_lengths(
+        self, embeds: torch.Tensor, given: dict[str, torch.Tensor], lengths: list[list[int]]
+    ) -> list[LayerCall]:
+        """Return the calls for rows of several documents, or with padding behind one: with a mask of our own where
+        transformers' is no other. Its takes ten times as long to make, and waits for a GPU.
+        """
+        key = embeds.shape[1], embeds.dtype, embeds.device, "position_ids" in given
+        known = self._known_masks.get(key)
+        if known:
             return self._masked_calls(embeds, given, lengths)
         calls = self.run(embeds, given)[1]
-        if alone is None:  # a window or a chunk that is shorter than a row shows in one document that fills nearly all
-            long = torch.arange(embeds.shape[1], device=embeds.device)[None].clone()
-            long[:, -1] = 0
-            one = {"input_ids": given["input_ids"][:1], "position_ids": long}
-            of_one = self.run(embeds[:1], one)[1]
-            self._masks_alone[key] = self._gets(calls, embeds, given, lengths) and self._gets(
-                of_one, embeds[:1], one, [[embeds.shape[1] - 1, 1]]
+        if known is None:
+            rows, of_rows = self._long_rows(embeds, "position_ids" in given)
+            two = embeds[:1].expand(2, *embeds.shape[1:])
+            self._known_masks[key] = self._gets(calls, embeds, given, lengths) and self._gets(
+                self.run(two, rows)[1], two, rows, of_rows
             )
         return calls
+
+    @staticmethod
+    def _long_rows(embeds: torch.Tensor, packed: bool) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+        """Return rows in which a window or a chunk shows that hides something of any row: a document that fills all,
+        and one that fills all but one token.
+        """
+        tokens = embeds.shape[1]
+        rows = {"input_ids": torch.zeros(2, tokens, dtype=torch.long, device=embeds.device)}
+        if packed:
+            rows["position_ids"] = torch.arange(tokens, device=embeds.device).repeat(2, 1)
+            rows["position_ids"][0, -1] = 0
+            return rows, [[tokens - 1, 1], [tokens]]
+        rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+        rows["attention_mask"][0, -1] = 0
+        return rows, [[tokens - 1], [tokens]]
 
     def _gets(self, calls: list[LayerCall], *masked: Any) -> bool:
         """Tell whether the layers get the same with a mask of our own, in every argument."""
@@ -226,7 +255,7 @@ class Context:
     def _masked_calls(
         self, embeds: torch.Tensor, given: dict[str, torch.Tensor], lengths: list[list[int]]
     ) -> list[LayerCall]:
-        mask = document_mask(lengths, embeds.device)
+        mask = document_mask(lengths, embeds.shape[1], embeds.device)
         return self.run(embeds, given | {"attention_mask": mask})[1]
 
     def prove_apart(self, inputs: Inputs, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Rows that hold several documents: transformers is told so, and it is proved that its layers keep them apart.
+"""Rows that hold several documents, or end with padding: what is in them, and a proof that layers keep it apart.
 
 Where ``position_ids`` begin again, transformers makes masks that let no document see another; but not beside an
 ``attention_mask``, even one of all ones, and not in every family.
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spu.common.torch_private import version
 
-__all__ = ["carry", "check_apart", "document_lengths", "holds_several", "parting_documents"]
+__all__ = ["carry", "check_apart", "holds_several", "parting_documents", "row_lengths", "whole"]
 
 _FOUND = WeakTensorKeyDictionary()  # position_ids or attention_mask -> (version, what was found)
 
@@ -39,24 +39,40 @@ def carry(given: Any, moved: Any) -> None:
         given: a microbatch's inputs, on the host.
         moved: the same on another device.
     """
-    if not isinstance(given, Mapping) or not isinstance(positions := given.get("position_ids"), torch.Tensor):
+    if not isinstance(given, Mapping):
         return
-    mask = given.get("attention_mask")
-    for name, tensor, find in (("position_ids", positions, _lengths), ("attention_mask", mask, _whole)):
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.device.type != "cpu":
-            continue
-        if not moved[name].is_inference():
+    for name, find in (("position_ids", _lengths), ("attention_mask", _kept)):
+        tensor = given.get(name)
+        on_host = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.device.type == "cpu"
+        if on_host and not moved[name].is_inference():
             _FOUND[moved[name]] = version(moved[name]), _once(tensor, find)
 
 
-def document_lengths(positions: torch.Tensor) -> list[list[int]] | None:
-    """Return the lengths of each row's documents; None if no row holds several, or positions do anything else than
-    count on and begin again at 0.
+def row_lengths(inputs: Mapping[str, torch.Tensor]) -> list[list[int]] | None:
+    """Return the lengths of each row's documents, where some row holds several, or ends with padding behind its one
+    (lengths that do not add up to the tokens). None for all other inputs.
 
     Args:
-        positions: int64 [batch, tokens].
+        inputs: of a decoder; "input_ids" int64 [batch, tokens], and "position_ids" of that shape, or "attention_mask"
+            without them.
     """
-    return _once(positions, _lengths)  # type: ignore[no-any-return]
+    shape, positions, mask = inputs["input_ids"].shape, inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is not None:
+        if positions.shape != shape or holds_several(inputs) is None or not (mask is None or whole(mask)):
+            return None
+        return _once(positions, _lengths)  # type: ignore[no-any-return]
+    if mask is None or mask.dim() != 2 or mask.shape != shape:
+        return None
+    kept = _once(mask, _kept)
+    if kept is None or not all(kept) or min(kept, default=0) == shape[1]:
+        return None
+    return [[count] for count in kept]
+
+
+def whole(mask: torch.Tensor) -> bool:
+    """Tell whether an ``attention_mask`` [batch, tokens] hides nothing."""
+    kept = _once(mask, _kept)
+    return kept is not None and all(count == mask.shape[1] for count in kept)
 
 
 def _lengths(positions: torch.Tensor) -> list[list[int]] | None:
@@ -67,8 +83,11 @@ def _lengths(positions: torch.Tensor) -> list[list[int]] | None:
     return [[end - begin for begin, end in itertools.pairwise(row)] for row in rows]
 
 
-def _whole(mask: torch.Tensor) -> bool:
-    return bool((mask != 0).all())
+def _kept(mask: torch.Tensor) -> list[int] | None:
+    """Return how many tokens of each row are no padding, if all padding is on the right."""
+    kept = (mask != 0).sum(1)
+    right = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) < kept[:, None])
+    return kept.tolist() if right.all() else None
 
 
 def holds_several(inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
@@ -83,8 +102,8 @@ def holds_several(inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
         return None
     if mask is not None and mask.shape != positions.shape:
         return None
-    if mask is None or _once(mask, _whole):
-        rows = enumerate(document_lengths(positions) or [])
+    if mask is None or whole(mask):
+        rows = enumerate(_once(positions, _lengths) or [])
         return next(((row, lengths[0]) for row, lengths in rows if len(lengths) > 1), None)
     again, on = positions[:, 1:] == 0, positions[:, 1:] == positions[:, :-1] + 1
     both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
@@ -102,7 +121,7 @@ def parting_documents(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     mask = inputs.get("attention_mask")
     if mask is None or holds_several(inputs) is None:
         return inputs
-    if not _once(mask, _whole):
+    if not whole(mask):
         raise ValueError(
             "attention_mask hides tokens of rows whose position_ids begin again: transformers would let their "
             "documents see each other; leave attention_mask out, and let the padding's position_ids begin at 0 as well"

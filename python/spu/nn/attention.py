@@ -1,7 +1,7 @@
 """Attention for decoders whose weights are 16-bit, registered with transformers.
 
-Rows that hold several documents, whose mask tells no more than that, are computed document by document, as each
-would be by itself: in every dtype and on every device.
+Rows that hold several documents, or one with padding behind it, and whose mask tells no more than that, are computed
+document by document, as each would be by itself: in every dtype and on every device.
 
 Torch's own fp16 attention on a CPU is scalar code and takes two thirds of a training step. Without a mask and dropout
 ``spu.ops.attention`` serves instead; with them, queries, keys and values are widened to fp32 around torch's kernel,
@@ -100,7 +100,9 @@ def _apart(
     mask: torch.Tensor,
     keywords: dict[str, Any],
 ) -> torch.Tensor | None:
-    """Call ``sdpa_attention`` for each document of rows that hold several. None for other masks, and with dropout."""
+    """Call ``sdpa_attention`` for each document of rows that hold several, or one and padding. None for other masks,
+    and with dropout.
+    """
     if torch.compiler.is_compiling() or not takes(mask) or not query.dim() == key.dim() == value.dim() == 4:
         return None
     if query.shape[2] < 2 or not query.shape[2] == key.shape[2] == value.shape[2] or query.shape[0] != mask.shape[0]:
@@ -112,10 +114,11 @@ def _apart(
     lengths = document_lengths(mask, query.shape[1] * query.shape[3])
     if lengths is None:
         return None
-    keywords = keywords | {"is_causal": True}  # as the mask says
-    return by_documents(
-        query, key, value, lengths, lambda q, k, v: sdpa_attention(module, q, k, v, None, **keywords)[0]
-    )
+
+    def unmasked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        return sdpa_attention(module, q, k, v, None, **keywords | {"is_causal": causal})[0]
+
+    return by_documents(query, key, value, lengths, unmasked)
 
 
 @exact

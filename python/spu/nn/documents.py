@@ -1,7 +1,8 @@
-"""Attention of rows that hold several documents: each document by itself, without its row's mask.
+"""Attention of rows that hold several documents, or one and padding: each document by itself, without its row's mask.
 
 A mask has tokens x tokens values, which torch makes into floating-point ones in every layer and keeps for the backward:
 on a CPU 64 MB a row and layer at 4,096 tokens. Documents that follow one another need none: each is causal by itself.
+Neither does a document with padding behind it, whose queries see all of the document's keys.
 """
 
 from __future__ import annotations
@@ -24,40 +25,42 @@ _CALL, _CALL_ELSEWHERE = 1 << 20, 1 << 27
 _KNOWN = WeakTensorKeyDictionary()  # mask -> (version, lengths)
 
 
-def document_mask(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return the mask of rows that hold several documents; ``document_lengths`` knows it without looking.
+def document_mask(lengths: Sequence[Sequence[int]], tokens: int, device: torch.device) -> Tensor:
+    """Return the mask of rows that hold several documents, or one and padding; ``document_lengths`` knows it unseen.
 
     Args:
-        lengths: of each row's documents; the same sum in every row.
+        lengths: of each row's documents. They add up to ``tokens``, or a row holds one, and padding behind it.
 
     Returns:
-        bool [batch, 1, tokens, tokens]: a query sees its own document up to itself.
+        bool [batch, 1, tokens, tokens]: a query sees its own document up to itself; padding all of the one before it.
     """
-    mask = _filled(lengths, device)
+    mask = _filled(lengths, tokens, device)
     _KNOWN[mask] = version(mask), [list(row) for row in lengths]
     return mask
 
 
-def _filled(lengths: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    tokens, longest = sum(lengths[0]), max(map(max, lengths))
+def _filled(lengths: Sequence[Sequence[int]], tokens: int, device: torch.device) -> Tensor:
+    longest = max(map(max, lengths))
     mask = torch.zeros(len(lengths), 1, tokens, tokens, dtype=torch.bool, device=device)
     seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
     for row, own in zip(mask[:, 0], lengths, strict=True):
         for end, length in zip(itertools.accumulate(own), own, strict=True):
             row[end - length : end, end - length : end] = seen[:length, :length]
+        row[end:, end - length : end] = True
     return mask
 
 
 def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
-    """Return the lengths of each row's documents, if a mask hides all but a token's own document up to itself. All
-    layers of a stage ask with one mask, which is looked at once (a GPU is waited for meanwhile).
+    """Return the lengths of each row's documents, if a mask is what ``document_mask`` makes of them. All layers of a
+    stage ask with one mask, which is looked at once (a GPU is waited for meanwhile).
 
     Args:
         mask: bool [batch, 1, tokens, tokens], True where a query (third dimension) sees a key.
         heads_size: heads x head_dim, of a query.
 
     Returns:
-        None for any other mask (a window, padding that sees nothing), where documents are so short that a call for each
+        Lengths that add up to less than the tokens: padding follows. None for any other mask (a window, padding on the
+        left), where documents are so short that a call for each
         would take longer than the mask, and while a CUDA graph is captured, in which no value can be read.
     """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
@@ -78,33 +81,37 @@ def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
 
 def _lengths(mask: Tensor) -> list[list[int]] | None:
     tokens = mask.shape[2]
-    hidden = (~mask[:, 0].diagonal(-1, 1, 2)).tolist()  # who does not see the token before begins a document
-    rows = [[0, *(at + 1 for at, begins in enumerate(row) if begins), tokens] for row in hidden]
-    lengths = [[end - begin for begin, end in itertools.pairwise(row)] for row in rows]
-    return lengths if torch.equal(mask, _filled(lengths, mask.device)) else None
+    before = mask[:, 0].diagonal(-1, 1, 2)  # [batch, tokens - 1]: who sees the token before it
+    lengths = []
+    for row in torch.cat([before, mask[:, 0, -1]], 1).tolist():
+        sees, last = row[: tokens - 1], row[tokens - 1 :]
+        begins = [0, *(at + 1 for at, seen in enumerate(sees) if not seen), tokens] if last[-1] else [0, sum(last)]
+        lengths.append([end - begin for begin, end in itertools.pairwise(begins)])
+    if not all(map(all, lengths)) or not torch.equal(mask, _filled(lengths, tokens, mask.device)):
+        return None
+    return lengths
 
 
 def by_documents(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], function: Callable[..., Tensor | None]
-) -> Tensor | None:
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], function: Callable[..., Tensor]
+) -> Tensor:
     """Return the attention of every document by itself.
 
     Args:
         query, key, value: [batch, heads, tokens, head_dim]
-        lengths: of each row's documents.
-        function: computes it for one, [1, heads, length, head_dim] three times -> [1, length, heads, head_dim]; or
-            gives None, for these and all others.
+        lengths: of each row's documents, as ``document_lengths`` has them.
+        function: (q [1, heads, queries, head_dim], k, v [1, heads, keys, head_dim], causal) -> [1, queries, heads,
+            head_dim]; causal: as many queries as keys, and each sees those up to itself.
 
     Returns:
-        [batch, tokens, heads, head_dim]; None where the function gives it.
+        [batch, tokens, heads, head_dim]
     """
     rows = []
-    for one, own in zip(zip(*(x.split(1) for x in (query, key, value)), strict=True), lengths, strict=True):
-        parts = []
-        for document in zip(*(x.split(own, 2) for x in one), strict=True):
-            done = function(*document)
-            if done is None:
-                return None
-            parts.append(done)
+    for q, k, v, own in zip(query.split(1), key.split(1), value.split(1), lengths, strict=True):
+        end, padding = sum(own), query.shape[2] - sum(own)
+        documents = zip(*(x[:, :, :end].split(own, 2) for x in (q, k, v)), strict=True)
+        parts = [function(*document, True) for document in documents]
+        if padding:
+            parts.append(function(q[:, :, end:], k[:, :, :end], v[:, :, :end], False))
         rows.append(torch.cat(parts, 1))
     return torch.cat(rows)
