@@ -115,6 +115,27 @@ def test_a_16_bit_model_has_the_parts_results_to_the_bit_and_gradients_as_close(
         assert_close_to_truth(grad, expected_grads[name], truth[name], name=name)
 
 
+@pytest.mark.parametrize("rows", ["packed", "padded"])
+def test_rows_of_documents_and_padded_rows_have_the_parts_results_to_the_bit_too(rows: str) -> None:
+    plain = decoder(max_position_embeddings=256).to(torch.float16)
+    ids = torch.arange(512).view(2, 256) * 7 % 64
+    places = torch.cat([torch.arange(100), torch.arange(156)])
+    packed, padded = (
+        {"position_ids": places.expand(2, -1)},
+        {"attention_mask": (torch.arange(512).view(2, 256) < 400) * 1},
+    )
+    given = packed if rows == "packed" else padded
+    results = []
+    for model in (spu.accelerate(copy.deepcopy(plain)), by_parts(spu.accelerate(copy.deepcopy(plain))), plain.double()):
+        loss = loss_of(model, ids, **given)
+        assert bool(nodes(loss)) == (not results)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert_equal(results[0][0], results[1][0])
+    for mine, parts, truth in zip(*results, strict=True):
+        assert_close_to_truth(mine, parts, truth)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 @pytest.mark.parametrize("how", ["precision", "autocast"])

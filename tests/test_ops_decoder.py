@@ -32,11 +32,11 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, NORM.eps)
 
 
-def plain_attention(x: Tensor, norm: Tensor, w: list[Tensor], b: list[Any], turn: Any) -> Tensor:
+def plain_attention(x: Tensor, norm: Tensor, w: list[Tensor], b: list[Any], turn: Any, mask: Any = None) -> Tensor:
     n = plain_norm(x, norm)
     q, k, v = (F.linear(n, w[i], b[i]).unflatten(-1, (-1, DIM)).transpose(1, 2) for i in range(3))
     q, k = plain(q, k, *turn)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return x + F.linear(out.transpose(1, 2).flatten(2), w[3], b[3])
 
 
@@ -52,11 +52,18 @@ def leaves_of(values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES, ids=str)
 @pytest.mark.parametrize("biases", [(), (0, 1, 2), (1, 3)], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
-def test_attention_half(wide: torch.dtype, narrow: torch.dtype, biases: tuple[int, ...], interleaved: bool) -> None:
+@pytest.mark.parametrize("lengths", [None, [[3, 1, 3], [5]]], ids=["whole rows", "documents and padding"])
+def test_attention_half(
+    wide: torch.dtype, narrow: torch.dtype, biases: tuple[int, ...], interleaved: bool, lengths: Any
+) -> None:
     heads, kv = HEADS * DIM, KV_HEADS * DIM
     shapes = ((heads, WIDTH), (kv, WIDTH), (kv, WIDTH), (WIDTH, heads))
     values = tensors((2, 7, WIDTH), (WIDTH,), *shapes, *((shapes[i][0],) for i in biases))
     cos, sin = angles(1, 7, DIM, interleaved, wide)
+    mask = None
+    if lengths is not None:
+        mask = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths[0])).expand(2, 1, 7, 7).clone().bool()
+        mask[1, 0] = torch.ones(7, 7).tril().bool() & (torch.arange(7) < lengths[1][0])
 
     def places(given: list[Tensor]) -> list[Any]:
         return [given[biases.index(i)] if i in biases else None for i in range(4)]
@@ -64,12 +71,13 @@ def test_attention_half(wide: torch.dtype, narrow: torch.dtype, biases: tuple[in
     def run_plain(dtype: torch.dtype) -> list[Tensor]:
         leaves = leaves_of([value.to(wide) for value in values], dtype)
         x, norm, *rest = leaves
-        y = plain_attention(x, norm, rest[:4], places(rest[4:]), (cos.to(dtype), sin.to(dtype), interleaved))
+        turn = cos.to(dtype), sin.to(dtype), interleaved
+        y = plain_attention(x, norm, rest[:4], places(rest[4:]), turn, mask)
         return gradients(y, leaves)
 
     leaves = leaves_of(values, wide)
     x, norm, *rest = leaves
-    form = AttentionForm(NORM, narrow, "cpu", DIM, DIM**-0.5, interleaved)
+    form = AttentionForm(NORM, narrow, "cpu", DIM, DIM**-0.5, interleaved, lengths)
     found = gradients(attention_half(x, norm, AttentionWeights(*rest[:4], *places(rest[4:])), cos, sin, form), leaves)
     for i, (a, b, truth) in enumerate(zip(found, run_plain(narrow), run_plain(torch.float64), strict=True)):
         assert a.dtype == wide

@@ -2,8 +2,8 @@
 
 What such a layer computes is h = x + attention(norm(x)), then h + mlp(norm(h)); the ops need to know all that is in it.
 So a layer is fused where ``accelerate`` knows its norms, its attention and its MLP, nobody watches or has replaced a
-part, and the call is a training's: causal, without a mask, a cache or dropout, in 16 bits on a CPU. At every other call
-it runs its parts one by one.
+part, and the call is a training's: causal, without a cache or dropout, without a mask or with one that tells documents
+and padding apart and nothing else, in 16 bits on a CPU. At every other call it runs its parts one by one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from spu.nn.blocks import (
     unwatched,
     watched_globally,
 )
+from spu.nn.documents import document_lengths
 from spu.nn.linear import Linear
 from spu.nn.norm import FusedNorm
 from spu.nn.rotary import PROJECTIONS, FusedRotary
@@ -45,7 +46,7 @@ class FusedDecoder(FusedBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute hidden_states [batch, tokens, C] -> the same."""
         if len(args) == 1 and not torch.compiler.is_compiling() and _is_plain_call(kwargs):
-            y = _fused(self, args[0], *kwargs["position_embeddings"])
+            y = _fused(self, args[0], *kwargs["position_embeddings"], kwargs.get("attention_mask"))
             if y is not None:
                 return y
         return self.spu_plain.forward(self, *args, **kwargs)
@@ -55,15 +56,15 @@ MIXINS[DecoderBlock] = FusedDecoder
 
 
 def _is_plain_call(kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call is without a mask and a cache, and known in every detail."""
+    """Tell whether a call is without a cache, and known in every detail."""
     for name, value in kwargs.items():
-        if value is not None and name not in UNREAD and name != "position_embeddings":
+        if value is not None and name not in UNREAD and name not in ("position_embeddings", "attention_mask"):
             return False
     angles = kwargs.get("position_embeddings")
     return isinstance(angles, tuple) and len(angles) == 2
 
 
-def _fused(layer: FusedDecoder, x: Any, cos: Any, sin: Any) -> Tensor | None:
+def _fused(layer: FusedDecoder, x: Any, cos: Any, sin: Any, mask: Any) -> Tensor | None:
     """Compute a layer by two ops; None where they do not serve."""
     block = layer.spu_block
     assert isinstance(block, DecoderBlock)
@@ -89,13 +90,25 @@ def _fused(layer: FusedDecoder, x: Any, cos: Any, sin: Any) -> Tensor | None:
         return None
     if dtype is None and computed == x.dtype and any(w.dtype != computed for w in weights):
         return None  # the parts say what is wrong
+    lengths = None
+    if mask is not None:
+        lengths = _documents(mask, x, weights[0])
+        if lengths is None:
+            return None
     forms = [NormForm(float(getattr(n, n.spu_block.eps)), n.spu_block.offset, n.spu_block.rounded) for n in norms]
     given = AttentionWeights(*weights[:4], *biases[:4])
     turned = attention.spu_block.interleaved
-    form = AttentionForm(forms[0], computed, "cpu", attention.head_dim, float(attention.scaling), turned)
+    form = AttentionForm(forms[0], computed, "cpu", attention.head_dim, float(attention.scaling), turned, lengths)
     h = attention_half(x, norms[0].weight, given, cos, sin, form)
     gate, up, down = weights[4:]
     return gated_half(h, norms[1].weight, gate, up, down, GatedForm(forms[1], computed, "cpu", str(activation)))
+
+
+def _documents(mask: Any, x: Tensor, q_weight: Tensor) -> list[list[int]] | None:
+    """Return the lengths of the documents of each row of x [batch, tokens, C]; None for other masks."""
+    if not isinstance(mask, Tensor) or not takes(mask) or mask.shape != (x.shape[0], 1, x.shape[1], x.shape[1]):
+        return None
+    return document_lengths(mask, q_weight.shape[0])
 
 
 def _parts(attention: Any, mlp: Any) -> list[Any] | None:

@@ -8,13 +8,14 @@ Neither does a document with padding behind it, whose queries see all of the doc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spu.common.torch_private import version
+from spu.ops.documents import Lengths, parts_of
 from spu.ops.plain import fake
 
 __all__ = ["by_documents", "document_lengths", "document_mask"]
@@ -25,7 +26,7 @@ _CALL, _CALL_ELSEWHERE = 1 << 20, 1 << 27
 _KNOWN = WeakTensorKeyDictionary()  # mask -> (version, lengths)
 
 
-def document_mask(lengths: Sequence[Sequence[int]], tokens: int, device: torch.device) -> Tensor:
+def document_mask(lengths: Lengths, tokens: int, device: torch.device) -> Tensor:
     """Return the mask of rows that hold several documents, or one and padding; ``document_lengths`` knows it unseen.
 
     Args:
@@ -39,14 +40,13 @@ def document_mask(lengths: Sequence[Sequence[int]], tokens: int, device: torch.d
     return mask
 
 
-def _filled(lengths: Sequence[Sequence[int]], tokens: int, device: torch.device) -> Tensor:
+def _filled(lengths: Lengths, tokens: int, device: torch.device) -> Tensor:
     longest = max(map(max, lengths))
     mask = torch.zeros(len(lengths), 1, tokens, tokens, dtype=torch.bool, device=device)
     seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
-    for row, own in zip(mask[:, 0], lengths, strict=True):
-        for end, length in zip(itertools.accumulate(own), own, strict=True):
-            row[end - length : end, end - length : end] = seen[:length, :length]
-        row[end:, end - length : end] = True
+    for row, queries, keys, causal in parts_of(lengths, tokens):
+        length = keys.stop - keys.start
+        mask[row, 0, queries, keys] = seen[:length, :length] if causal else True
     return mask
 
 
@@ -106,12 +106,8 @@ def by_documents(
     Returns:
         [batch, tokens, heads, head_dim]
     """
-    rows = []
-    for q, k, v, own in zip(query.split(1), key.split(1), value.split(1), lengths, strict=True):
-        end, padding = sum(own), query.shape[2] - sum(own)
-        documents = zip(*(x[:, :, :end].split(own, 2) for x in (q, k, v)), strict=True)
-        parts = [function(*document, True) for document in documents]
-        if padding:
-            parts.append(function(q[:, :, end:], k[:, :, :end], v[:, :, :end], False))
-        rows.append(torch.cat(parts, 1))
-    return torch.cat(rows)
+    rows: list[list[Tensor]] = [[] for _ in lengths]
+    for row, queries, keys, causal in parts_of(lengths, query.shape[2]):
+        one = slice(row, row + 1)
+        rows[row].append(function(query[one, :, queries], key[one, :, keys], value[one, :, keys], causal))
+    return torch.cat([torch.cat(parts, 1) for parts in rows])

@@ -23,6 +23,7 @@ from torch import Tensor
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
 from spu.ops.convert import narrowed, stacked
+from spu.ops.documents import Lengths, attention_apart, attention_apart_backward
 from spu.ops.gated import gated_gradients
 from spu.ops.in_place import weight_sinks_of
 from spu.ops.linear import bias_gradient, weight_gradients
@@ -50,7 +51,9 @@ class GatedForm(NamedTuple):
 
 
 class AttentionForm(NamedTuple):
-    """How an attention half is computed: causal, ``interleaved`` as in ``rotary``."""
+    """How an attention half is computed: causal, ``interleaved`` as in ``rotary``; rows of several documents, or with
+    padding, by the ``lengths`` of their documents.
+    """
 
     norm: NormForm
     dtype: torch.dtype
@@ -58,6 +61,7 @@ class AttentionForm(NamedTuple):
     head_dim: int
     scale: float
     interleaved: bool
+    lengths: Lengths | None = None
 
 
 class AttentionWeights(NamedTuple):
@@ -216,6 +220,24 @@ def _turned(
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
+def _attended(q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> tuple[Tensor, list[Tensor]]:
+    """Return the attention [batch, tokens, heads, head_dim], and the log-sum-exps that its backward needs."""
+    if form.lengths is not None:
+        return attention_apart(q, k, v, form.lengths, form.scale, form.backend)
+    out, lse = schema.overload("attention", form.backend)(q, k, v, form.scale, True)
+    return out, [lse]
+
+
+def _attended_back(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: list[Tensor], form: AttentionForm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
+    if form.lengths is not None:
+        return attention_apart_backward(dout, q, k, v, out, sums, form.lengths, form.scale, form.backend)
+    backward = schema.overload("attention_backward", form.backend)
+    return backward(dout, q, k, v, out, *sums, form.scale, True)  # type: ignore[no-any-return]
+
+
 class _AttentionHalf(torch.autograd.Function):
     """``apply(x, norm_weight, *weights, cos, sin, form)``."""
 
@@ -232,10 +254,11 @@ class _AttentionHalf(torch.autograd.Function):
             projected, kept = _projected(normed, weights, form)
             q, k, v = (t.view(heads) for t in projected)
             q, k = _turned(q, k, cos, sin, form, inverse=False)
-            out, lse = schema.overload("attention", backend)(q, k, v, form.scale, True)
+            out, sums = _attended(q, k, v, form)
             wo = narrowed(weights.o, form.dtype)
             bias = None if weights.o_bias is None else weights.o_bias.to(form.dtype)
-            ctx.save_for_backward(x, norm_weight, rstd, normed, q, k, v, out, lse, cos, sin, wo, *kept)
+            ctx.sums = len(sums)
+            ctx.save_for_backward(x, norm_weight, rstd, normed, q, k, v, out, cos, sin, wo, *sums, *kept)
             if _may_be_added(x, form.dtype):
                 return schema.overload("linear_add", backend)(out.flatten(2), wo, bias, x)  # type: ignore[no-any-return]
             return x + schema.overload("linear", backend)(out.flatten(2), wo, bias, "none", False)[0]
@@ -245,7 +268,8 @@ class _AttentionHalf(torch.autograd.Function):
         if dy is None:
             return (None,) * 13
         refuse_derivatives_of_backward("attention", dy)
-        x, norm_weight, rstd, normed, q, k, v, out, lse, cos, sin, wo, *kept = ctx.saved_tensors
+        x, norm_weight, rstd, normed, q, k, v, out, cos, sin, wo, *rest = ctx.saved_tensors
+        sums, kept = rest[: ctx.sums], rest[ctx.sums :]
         form, needs, backend = ctx.form, ctx.needs_input_grad, ctx.form.backend
         norm_sink, *found = weight_sinks_of(ctx, ctx.parameters, backend)
         edges = iter(found)
@@ -256,8 +280,7 @@ class _AttentionHalf(torch.autograd.Function):
         dn = None
         if any(needs[i] for i in (0, 1, 2, 3, 4, 6, 7, 8)):
             dout = schema.overload("linear_dx", backend)(d, wo).view(out.shape)
-            attention = schema.overload("attention_backward", backend)
-            dq, dk, dv = attention(dout, q, k, v, out, lse, form.scale, True)
+            dq, dk, dv = _attended_back(dout, q, k, v, out, sums, form)
             dqkv = [t.flatten(2) for t in (*_turned(dq, dk, cos, sin, form, inverse=True), dv)]
             grads.add(0, dqkv, normed)
             if needs[0] or needs[1]:
