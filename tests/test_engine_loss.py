@@ -15,6 +15,7 @@ from pipelines import trainer
 from torch import Tensor, nn
 
 from spu import ModelParallelTrainer
+from spu.engine.engine import StageError
 from spu.engine.loss import weighing_of
 from spu.engine.loss_check import LossCheck
 from spu.ops import linear_cross_entropy
@@ -192,6 +193,49 @@ def test_loss_weight_says_what_a_loss_divides_by(name: str, loss_weight: Any) ->
     loss, targets = OTHER[name]
     ours = model()
     check_whole(loss, targets, trainer_of(ours, loss, loss_weight=loss_weight), ours)
+
+
+BROADCAST: dict[str, Any] = {  # every output would meet every target of its microbatch, and not of the batch
+    "mse": nn.MSELoss(),
+    "mse sum": nn.MSELoss(reduction="sum"),
+    "l1": F.l1_loss,
+    "smooth l1": nn.SmoothL1Loss(),
+    "huber": partial(F.huber_loss, delta=0.5),
+    "kl batchmean": nn.KLDivLoss(reduction="batchmean"),
+    "poisson": nn.PoissonNLLLoss(),
+    "hinge": nn.HingeEmbeddingLoss(),
+    "multilabel soft margin": nn.MultiLabelSoftMarginLoss(),
+    "own": lambda o, t: (o - t).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+@pytest.mark.parametrize("kind", ["targets without the last dimension", "outputs without it"])
+def test_a_loss_that_broadcasts_rows_is_refused(name: str, kind: str) -> None:
+    """Plain torch warns of most of these, and has the mean over [rows, rows]; over microbatches it would be another."""
+    loss, alone = BROADCAST[name], kind.startswith("targets")
+
+    def ours() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1), nn.Identity() if alone else nn.Flatten(0))
+
+    targets = FLAGS[:, 0] if alone else FLAGS[:, :1]
+    with trainer_of(ours(), loss) as trainer, pytest.raises((StageError, ValueError), match="by microbatches"):
+        trainer.step(X, targets)
+    with trainer_of(ours(), loss) as trainer, pytest.raises((StageError, ValueError), match="by microbatches"):
+        trainer.evaluate(X, targets)
+    with trainer_of(ours(), loss, loss_weight=len) as trainer:
+        if name == "own":
+            return  # the user's word is taken
+        with pytest.raises(StageError, match="by microbatches"):
+            trainer.step(X, targets)
+    whole = ours()
+    check_whole(loss, targets, trainer_of(whole, loss, parts=1), whole)
+
+
+def test_targets_that_are_broadcast_within_their_rows_are_trained() -> None:
+    ours = model()
+    check_whole(nn.MSELoss(), REAL[:, :1], trainer_of(ours, nn.MSELoss()), ours)
 
 
 def test_a_check_looks_at_later_batches_too() -> None:

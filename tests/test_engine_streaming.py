@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipelines import devices, reference
-from streamed_runs import LAYERS, MIXED, MIXED_TIE, Lazy, batches, make, model, trained
+from streamed_runs import LAYERS, MIXED, MIXED_TIE, Done, Lazy, batches, make, model, trained
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -250,3 +251,46 @@ def test_evaluations_in_a_row_equal_the_resident_ones(
         results.append(values)
         trainer.close()
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("wait", [1, 2, 7, 12, 18, 23, 25])
+def test_ctrl_c_within_a_flush_loses_no_update(reference: None, monkeypatch: pytest.MonkeyPatch, wait: int) -> None:
+    """It comes while a read or a write is waited for, which is not done by then; the next flush has to know of it."""
+
+    class Store(Lazy):
+        left = 0
+
+        def read(self, region: int, into: torch.Tensor) -> Done:
+            return self._interrupted(super().read(region, into))
+
+        def write(self, region: int, data: torch.Tensor) -> Done:
+            return self._interrupted(super().write(region, data))
+
+        def _interrupted(self, done: Done) -> Done:
+            task = done.task
+
+            def wait() -> None:
+                self.left -= 1
+                if self.left == 0:
+                    signal.raise_signal(signal.SIGINT)
+                assert task is not None
+                task()
+
+            return Done(wait)
+
+    def state(interrupted: bool) -> list[torch.Tensor]:
+        store = Store()
+        trainer = make(monkeypatch, model(), store)
+        for x, y in batches(2):
+            trainer.step(x, y)
+        if interrupted:
+            store.left = wait
+            with pytest.raises(KeyboardInterrupt):
+                trainer.flush()
+        trainer.step(*batches(1)[0])
+        found = [value.clone() for value in trainer.state_dict_for_model().values()]
+        trainer.close()
+        return found
+
+    for have, want in zip(state(interrupted=True), state(interrupted=False), strict=True):
+        assert torch.equal(have, want)

@@ -62,6 +62,22 @@ def test_copies_to_another_dtype_and_clones_are_caught(tmp_path: Path) -> None:
     assert torch.equal(half, source.half() * 2)
 
 
+def test_an_order_of_memory_that_was_asked_for_is_kept(tmp_path: Path) -> None:
+    with spu.spilled(tmp_path):
+        made = torch.empty(2, 64, 64, 64, memory_format=torch.channels_last)
+        copied = torch.zeros(2, 64, 64, 64).to(memory_format=torch.channels_last).clone()
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert copied.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_tensors_without_elements_take_no_file(tmp_path: Path) -> None:
+    with spu.spilled(tmp_path, least_bytes=0):
+        empty, copied = torch.empty(0, 5), torch.zeros(0).half()
+        layer = nn.Linear(3, 2)
+    assert (empty.shape, copied.shape) == ((0, 5), (0,))
+    assert mapped(layer.weight)
+
+
 def test_a_view_keeps_the_file(tmp_path: Path) -> None:
     with spu.spilled(tmp_path):
         row = torch.ones(1 << 20)[5:9]

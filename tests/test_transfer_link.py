@@ -47,6 +47,13 @@ def test_packed_tensors_arrive_as_the_codec_leaves_them(codec: str, dtype: torch
     assert link.sent_bytes == ops.wire_bytes((7, 5), dtype, codec) + 3 * 8 + 2 + 2 * 8
 
 
+def test_what_has_too_many_dimensions_for_a_wire_crosses_as_it_is() -> None:
+    x = torch.randn(2, 1, 3, 1, 2, 2)
+    link = Link(CPU, "int8")
+    assert_equal(link.receive(link.send(x)), x)
+    assert link.sent_bytes == x.numel() * 4
+
+
 def test_an_overflow_is_still_seen_on_the_other_side() -> None:
     x = torch.ones(200)
     x[3], x[100] = torch.inf, torch.nan

@@ -29,6 +29,7 @@ __all__ = [
     "OnRawOutputs",
     "PlainCrossEntropy",
     "Weighing",
+    "check_rows",
     "cross_entropy",
     "loss_of",
     "loss_part",
@@ -179,6 +180,9 @@ _DIVISORS: dict[Any, _Divisor] = {
     F.multilabel_soft_margin_loss: _rows,
 }
 
+# functions that broadcast outputs and targets
+_BROADCAST = {F.multilabel_soft_margin_loss, *(of for of, by in _DIVISORS.items() if by in (_elements, _divergence))}
+
 # forward of a module -> the function that it calls; a subclass that overrides it is not among these
 _FORWARDS: dict[Any, Any] = {
     nn.CrossEntropyLoss.forward: F.cross_entropy,
@@ -207,11 +211,13 @@ class Weighing:
         weigh: targets of a microbatch -> how much it counts; None: losses add up, each counts 1.
         ignore_index: the integer target that does not count.
         known: nothing needs a check: it is torch's loss, or the user's own ``loss_weight``.
+        broadcasts: a loss of torch's that broadcasts outputs and targets; see :func:`check_rows`.
     """
 
     weigh: Callable[[Any], Any] | None
     ignore_index: int
     known: bool
+    broadcasts: bool = False
 
     def shares(self, targets: list[Any]) -> list[torch.Tensor]:
         """Return each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 for a sum.
@@ -239,19 +245,38 @@ def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = N
     ignore_index = setting("ignore_index", -100)
     if isinstance(loss_weight, str) and loss_weight != SUM:
         raise ValueError(f"unknown loss_weight {loss_weight!r}; there is {SUM!r}, or give a function of the targets")
+    divisor = _DIVISORS.get(function) if callable(function) else None
+    broadcasts = divisor is not None and function in _BROADCAST
     if loss_weight is not None:
-        return Weighing(None if loss_weight == SUM else loss_weight, ignore_index, known=True)  # type: ignore[arg-type]
+        weigh: Any = None if loss_weight == SUM else loss_weight
+        return Weighing(weigh, ignore_index, known=True, broadcasts=broadcasts)
     if reduction not in ("mean", "batchmean", SUM):
         raise ValueError(f"loss_fn has reduction={reduction!r}, but a step needs one number: give it 'mean' or 'sum'")
-    divisor = _DIVISORS.get(function) if callable(function) else None
     weight = setting("weight")
     if divisor is _classes and isinstance(weight, torch.Tensor) and not ((weight >= 0) & weight.isfinite()).all():
         raise ValueError(f"loss_fn.weight must be 0 or more, and finite, got {weight.tolist()}")
     if reduction == SUM:
-        return Weighing(None, ignore_index, known=divisor is not None)
+        return Weighing(None, ignore_index, known=divisor is not None, broadcasts=broadcasts)
     if divisor is not None:
-        return Weighing(functools.partial(divisor, setting=setting), ignore_index, known=True)
+        weigh = functools.partial(divisor, setting=setting)
+        return Weighing(weigh, ignore_index, known=True, broadcasts=broadcasts)
     return Weighing(functools.partial(count_targets, ignore_index=ignore_index), ignore_index, known=False)
+
+
+def check_rows(outputs: Any, targets: Any) -> None:
+    """Check that a loss which broadcasts compares each row of a microbatch's outputs with the target of that row alone.
+
+    Raises:
+        ValueError: outputs [rows, 1] beside targets [rows], say: every output would meet every target of the batch.
+    """
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)) or not targets.dim():
+        return
+    if outputs.dim() != targets.dim() or outputs.shape[:1] != targets.shape[:1]:
+        raise ValueError(
+            f"loss_fn broadcasts outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, "
+            "so that rows meet the targets of other rows: it cannot be computed by microbatches. Give both the same "
+            "shape (targets.unsqueeze(-1), say), or train with microbatches=1"
+        )
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,7 @@ class Runner:
             return False
         checks = self._check.begin(parts)
         last.watch_loss = self._check.add if checks else None
+        last.checks_rows = self._weighing.broadcasts and parts > 1
         return checks
 
     def close(self) -> None:

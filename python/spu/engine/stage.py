@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.head_loss import HeadInput, HeadLoss
-from spu.engine.loss import loss_of
+from spu.engine.loss import check_rows, loss_of
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
 from spu.memory.activations import ActivationStore
@@ -88,6 +88,7 @@ class Stage:
         self._parameters, self._leaves_known = list(found.values()), False
         self.reaches_outside = False
         self.watch_loss: Callable[[Any, Any], None] | None = None  # called with the arguments of each loss
+        self.checks_rows = False  # `check_rows` of these arguments
         self._head_loss = HeadLoss.of(layers[-1], loss_fn) if is_last and layers else None
         self._in_flight: dict[int, _InFlight] = {}
         self._deferred: dict[int, list[Callable[[], None]]] = {}
@@ -184,6 +185,8 @@ class Stage:
         targets = move(targets, self.device.torch_device)
         if self.watch_loss is not None:
             self.watch_loss(outputs, targets)
+        if self.checks_rows:
+            check_rows(outputs, targets)
         flight = None if scope is None else self._in_flight[key.microbatch]
         if flight is not None:
             flight.randomness.layer(LOSS)

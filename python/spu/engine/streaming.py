@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spu import ops
+from spu.common.interrupts import delayed_interrupts
 from spu.engine.below import weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
@@ -201,15 +202,19 @@ class Streaming:
             )
 
     def show(self, *, grads: bool = False) -> None:
-        """Run what is deferred and give the model its tensors back, with the last gradients if asked."""
-        self._waiting.reveal()
-        for residency in self.residencies:
-            residency.show()
-            for index, unit in residency.units.items() if grads else ():
-                if unit.grads is not None:
-                    views = unit.grads.views(residency.store.home(unit.grads.region))
-                    for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
-                        parameter.grad = view.float() if made else None  # itself, or a copy where it is narrower
+        """Run what is deferred and give the model its tensors back, with the last gradients if asked.
+
+        Ctrl-C waits: between an update and the write of its values, either would be lost.
+        """
+        with delayed_interrupts():
+            self._waiting.reveal()
+            for residency in self.residencies:
+                residency.show()
+                for index, unit in residency.units.items() if grads else ():
+                    if unit.grads is not None:
+                        views = unit.grads.views(residency.store.home(unit.grads.region))
+                        for parameter, view, made in zip(self._owned[index], views, self._made.get(index, ())):
+                            parameter.grad = view.float() if made else None  # itself, or a copy where it is narrower
 
     # spu.memory.work.Work
 

@@ -65,14 +65,16 @@ class _Spill(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in _FACTORIES:
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            if self._takes(kwargs, torch.Size(args[0]).numel() * dtype.itemsize):
+            plain = kwargs.get("memory_format") in (None, torch.contiguous_format)
+            if plain and self._takes(kwargs, torch.Size(args[0]).numel() * dtype.itemsize):
                 made, value = self._new(args[0], dtype), _FACTORIES[func]
                 return made if value is None else made.fill_(value)
         elif func is CASTING_COPY or func is torch.ops.aten.clone.default:
             (source,) = args
             dtype = kwargs.get("dtype") or source.dtype
             kept = kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
-            plain = source.device.type == "cpu" and source.layout == torch.strided and source.is_contiguous() and kept
+            plain = source.device.type == "cpu" and source.layout == torch.strided and not source.is_quantized
+            plain = plain and source.is_contiguous() and kept
             if plain and self._takes({"device": source.device} | kwargs, source.numel() * dtype.itemsize):
                 return self._new(source.shape, dtype).copy_(source)
         return func(*args, **kwargs)
@@ -80,7 +82,8 @@ class _Spill(TorchDispatchMode):
     def _takes(self, kwargs: dict[str, Any], size: int) -> bool:
         device, layout = kwargs.get("device"), kwargs.get("layout")
         on_cpu = torch.device(device if device is not None else "cpu").type == "cpu"
-        return on_cpu and layout in (None, torch.strided) and not kwargs.get("pin_memory") and size >= self._least
+        large = size >= max(self._least, 1)  # there is no mapping of nothing
+        return on_cpu and layout in (None, torch.strided) and not kwargs.get("pin_memory") and large
 
     def _new(self, shape: Any, dtype: torch.dtype) -> Tensor:
         """Return a tensor in a file of its own, whose blocks are there."""

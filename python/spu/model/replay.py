@@ -1,8 +1,8 @@
 """Recompute: a layer's forward runs a second time in the backward, from the same state as the first time.
 
-That state is the first run's input, its popped tensors, its buffers and attributes, and the states of its own
-generators: a later microbatch may have changed them in between. Changes by the second run are discarded: no batch
-counts twice in running statistics.
+That state is the first run's input, its popped tensors, its buffers and attributes, what containers and objects of the
+user's hold there (`spu.model.spaces`), and the states of its own generators: a later microbatch may have changed them
+in between. Changes by the second run are discarded: no batch counts twice in running statistics.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from spu.common import torch_private
 from spu.common.torch_private import generators_equal, pytree
 from spu.model.kept import Kept, Park
 from spu.model.saved import SavedVersions
+from spu.model.spaces import Space, spaces_of
 from spu.skips import ReplayedSkips, carried_by, current_carrier
 
 __all__ = ["Habits", "run_twice"]
@@ -35,11 +36,11 @@ class Habits:
 
     Attributes:
         in_place: whether a run changed its input; None before the first run.
-        constant: large buffers that no run changed, by module and name.
+        constant: large buffers that no run changed, by their place and name.
     """
 
     in_place: bool | None = None
-    constant: set[tuple[str, str]] = field(default_factory=set)
+    constant: set[tuple[str, str, Any]] = field(default_factory=set)
 
 
 def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits, park: Park | None = None) -> Any:
@@ -85,16 +86,16 @@ def run_twice(module: nn.Module, name: str, x: Any, run: _Run, habits: Habits, p
 class _Replay:
     """The context of a layer's recomputation; entered several times if the layer runs a backward of its own."""
 
-    def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str]], x: Kept | None) -> None:
+    def __init__(self, module: nn.Module, name: str, constant: set[tuple[str, str, Any]], x: Kept | None) -> None:
         self.skips = ReplayedSkips(current_carrier())
         self._name = name
         self._saved = SavedVersions(name)
         self._x = x
         self._constant = constant
+        taken: dict[int, _Snapshot] = {}  # by the tensor's identity: it may be in several places
         self._spaces = [
-            (path, space, {key: self._snapshot(path, key, value) for key, value in space.items()})
-            for path, part in module.named_modules()
-            for space in (torch_private.buffers_of(part), vars(part))
+            (space, {key: self._snapshot(space, key, value, taken) for key, value in space.now().items()})
+            for space in spaces_of(module)
         ]
         weights = [w for part in module.modules() for w in torch_private.parameters_of(part).values() if w is not None]
         self._weights = [(w, torch_private.version(w)) for w in weights if not w.is_inference()]
@@ -103,11 +104,16 @@ class _Replay:
         self._generators: list[tuple[torch.Generator, Tensor]] = []  # own ones, with the state before the first draw
         self._undo: list[ExitStack] = []  # for each active recomputation: restores the replaced values
 
-    def _snapshot(self, path: str, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.requires_grad:
+    def _snapshot(self, space: Space, key: Any, value: Any, taken: dict[int, _Snapshot]) -> Any:
+        if not isinstance(value, Tensor) or value.requires_grad or isinstance(value, nn.Parameter):
             return value
-        large = value.numel() * value.element_size() > _LARGE_BYTES
-        return _Snapshot(value, None if large and (path, key) in self._constant else value.clone())
+        if value.is_inference():  # nothing that trains may change it, or ask for its version
+            return value
+        if id(value) not in taken:
+            large = value.numel() * value.element_size() > _LARGE_BYTES
+            known = large and (space.path, space.key, key) in self._constant
+            taken[id(value)] = _Snapshot(value, None if known else value.clone())
+        return taken[id(value)]
 
     def input(self, once: list[Any]) -> Any:
         """Return the first run's input, taken from the list; later an equal copy of it."""
@@ -135,21 +141,22 @@ class _Replay:
         """
         self._written = [w for w, version in self._weights if torch_private.version(w) != version]
         self._weights = []
-        for path, _, kept in self._spaces:
+        for space, kept in self._spaces:
             for key, was in kept.items():
                 if not isinstance(was, _Snapshot) or was.tensor.numel() * was.tensor.element_size() <= _LARGE_BYTES:
                     continue
                 if torch_private.version(was.tensor) == was.version:
                     was.copy = None
-                    self._constant.add((path, key))
+                    self._constant.add((space.path, space.key, key))
                 elif was.copy is None:
-                    raise RuntimeError(self._lost(path, key))
+                    raise RuntimeError(self._lost(space, key))
 
     def __enter__(self) -> None:
         undo = ExitStack()
-        for path, space, kept in self._spaces:
-            undo.callback(_become, space, dict(space))
-            _become(space, {key: self._value(path, key, was) for key, was in kept.items()})
+        made: dict[int, Tensor] = {}  # by the snapshot's identity
+        for space, kept in self._spaces:
+            undo.callback(space.become, space.now())
+            space.become({key: self._value(space, key, was, made) for key, was in kept.items()})
         for generator, state in self._generators:
             undo.callback(generator.set_state, generator.get_state())
             generator.set_state(state)
@@ -167,16 +174,19 @@ class _Replay:
                 "with recompute=False, or change them outside of the forward"
             )
 
-    def _value(self, path: str, key: str, was: Any) -> Any:
+    def _value(self, space: Space, key: Any, was: Any, made: dict[int, Tensor]) -> Any:
         """Return a value as the first run found it, free to be changed."""
         if not isinstance(was, _Snapshot):
             return was
         if was.copy is None and torch_private.version(was.tensor) != was.version:
-            raise RuntimeError(self._lost(path, key))
-        return (was.tensor if was.copy is None else was.copy).clone()
+            raise RuntimeError(self._lost(space, key))
+        if id(was) not in made:
+            made[id(was)] = (was.tensor if was.copy is None else was.copy).clone()
+        return made[id(was)]
 
-    def _lost(self, path: str, key: str) -> str:
-        where = ".".join(filter(None, (self._name, path, key)))
+    def _lost(self, space: Space, key: Any) -> str:
+        inner = f"{space.key}[{key!r}]" if space.key else key
+        where = ".".join(filter(None, (self._name, space.path, inner)))
         return (
             f"{where!r} was changed in this microbatch, and not in those before, so that running layer {self._name!r} "
             "again would not repeat it: train with recompute=False"
@@ -190,11 +200,3 @@ class _Snapshot:
         self.tensor = tensor
         self.version = torch_private.version(tensor)
         self.copy = copy  # None: the tensor still has that value
-
-
-def _become(space: dict[str, Any], then: dict[str, Any]) -> None:
-    for key in [key for key in space if key not in then]:
-        del space[key]
-    for key, value in then.items():
-        if key not in space or space[key] is not value:
-            space[key] = value

@@ -24,14 +24,13 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.common.torch_private import TorchDispatchMode
+from spu.model.spaces import is_installed, is_library
 
 __all__ = ["untouched"]
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
-_LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "triton", "spu"}
 _CONTAINERS = (dict, list, set, collections.deque, bytearray)
 _HOLDERS = ("collections", "weakref", "queue")  # of the standard library, objects that hold others
-_INSTALLED = ("site-packages", "dist-packages")
 
 
 @contextlib.contextmanager
@@ -158,7 +157,7 @@ class _Reached:
         self._attributes(value)
 
     def _function(self, function: types.FunctionType) -> None:
-        if _library(function.__module__):
+        if is_library(function.__module__):
             return
         self._left += [*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__, function.__dict__]
         self._left.append(getattr(function, "__wrapped__", None))
@@ -173,7 +172,7 @@ class _Reached:
             for value in self._named(read, own.__setitem__, own.__delitem__).values():
                 if not isinstance(value, types.ModuleType):
                     self._left.append(value)
-                elif not _library(value.__name__) and all(vars(value) is not other for other in spaces):
+                elif not is_library(value.__name__) and all(vars(value) is not other for other in spaces):
                     spaces.append(vars(value))
 
     def _named(
@@ -200,7 +199,7 @@ class _Reached:
             self._left.append(content)
 
     def _class(self, cls: type) -> None:
-        if _library(cls.__module__) or _installed(cls.__module__):
+        if is_library(cls.__module__) or is_installed(cls.__module__):
             return
         before = self._named(
             lambda: {name: value for name, value in vars(cls).items() if not _dunder(name)},
@@ -296,7 +295,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _slots(cls: type) -> list[str]:
-    own = [] if _library(cls.__module__) else cls.__dict__.get("__slots__", ())
+    own = [] if is_library(cls.__module__) else cls.__dict__.get("__slots__", ())
     return [own] if isinstance(own, str) else [n for n in own if not _dunder(n)]
 
 
@@ -308,18 +307,9 @@ def _hooks(name: str) -> bool:
     return name.startswith("_") and "_hooks" in name
 
 
-def _library(module: str | None) -> bool:
-    return (module or "builtins").split(".")[0] in _LIBRARIES
-
-
-def _installed(module: str | None) -> bool:
-    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return any(part in file for part in _INSTALLED)
-
-
 def _walked(value: Any) -> bool:
     """Tell whether to look at an object's attributes: a module's, and those of a class of the user's."""
     module = type(value).__module__
     if isinstance(value, nn.Module | types.SimpleNamespace) or module in _HOLDERS:
         return True
-    return not isinstance(value, types.ModuleType) and not _library(module) and not _installed(module)
+    return not isinstance(value, types.ModuleType) and not is_library(module) and not is_installed(module)

@@ -11,6 +11,7 @@ import torch
 from spu import ops
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import pytree
+from spu.common.wire import MAX_NDIM
 from spu.transfer.side import Side
 
 __all__ = ["Link", "Packet"]
@@ -31,8 +32,9 @@ class Link:
 
     With a codec, floating-point tensors are packed on the sender's device, so that only the wire crosses, and are
     unpacked on the receiver's. Integers, and everything where ``codec`` is None, cross unpacked: between two
-    stages on the same device a tensor is passed on, not copied. So do, from a CPU, tensors that the codec would make
-    infinite or NaN: a mask's -inf would spoil the finite values of its block.
+    stages on the same device a tensor is passed on, not copied. So do tensors of more dimensions than a wire's header
+    has room for, and, from a CPU, tensors that the codec would make infinite or NaN: a mask's -inf would spoil the
+    finite values of its block.
 
     Args:
         target: the device that receives.
@@ -80,7 +82,8 @@ class Link:
             return pytree.tree_map_only(torch.Tensor, self._send, tree)
 
     def _send(self, tensor: torch.Tensor) -> Any:
-        wanted = tensor.dtype in STORAGE and (tensor.requires_grad or not self._activations)
+        wanted = tensor.dtype in STORAGE and tensor.dim() <= MAX_NDIM
+        wanted = wanted and (tensor.requires_grad or not self._activations)
         tensor = tensor.detach()
         if self.codec is not None and wanted:
             wire = ops.pack(tensor, self.codec)
