@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,34 @@ def test_a_shared_layer_that_counts_is_refused_by_name() -> None:
         pytest.raises(RuntimeError, match="layer '3' is used in several stages, and its forward changes 'calls'"),
     ):
         trainer.step(*batch())
+
+
+@pytest.mark.parametrize(
+    "held",
+    [{"calls": 0}, [0], SimpleNamespace(calls=0), {"calls": torch.zeros(())}],
+    ids=["dict", "list", "object", "tensor"],
+)
+def test_a_shared_layer_that_counts_in_what_it_holds_is_refused_by_name(held: Any) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.held = nn.Linear(16, 16), held
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if isinstance(held, list):
+                held[0] += 1
+                return self.linear(x) * held[0]
+            table = held if isinstance(held, dict) else vars(held)
+            table["calls"] += 1
+            return self.linear(x) * float(table["calls"])
+
+    shared = Counts()
+    model = nn.Sequential(nn.Linear(6, 16), shared, nn.Linear(16, 16), shared, nn.Linear(16, 4))
+    with (
+        make(model, 3) as made,
+        pytest.raises(RuntimeError, match="layer '3' is used in several stages, and its forward changes 'held'"),
+    ):
+        made.step(*batch())
 
 
 def test_a_tied_weight_that_gets_new_data_has_it_in_every_use() -> None:

@@ -66,6 +66,43 @@ def test_a_prepare_that_fails_leaves_the_ties() -> None:
     assert model[2].weight is model[0].weight
 
 
+@pytest.mark.parametrize("full", [1, 2, 3])
+def test_a_device_without_room_leaves_the_ties_and_shared_modules(full: int) -> None:
+    """The next step, after others had made room, trained a weight that was tied no more."""
+
+    class Moves(nn.Linear):
+        times = 0
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            Moves.times += 1
+            if Moves.times == full:
+                raise torch.OutOfMemoryError("no room")
+            return super()._apply(fn, recurse)
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        shared = nn.Sequential(Moves(6, 6), nn.Tanh())
+        made = nn.Sequential(Moves(6, 6), shared, nn.Linear(6, 6), shared, Moves(6, 6), nn.Linear(6, 6))
+        made[5].weight = made[0].weight
+        return made
+
+    def losses(own: nn.Sequential, trainer: Any) -> list[float]:
+        found = [trainer.step(*batch()).loss for _ in range(2)]
+        assert own[5].weight is own[0].weight
+        assert own[3] is own[1]
+        return found
+
+    own = model()
+    with make(own) as trainer:
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.prepare(*batch())
+        assert own[5].weight is own[0].weight
+        found = losses(own, trainer)
+    plain = model()
+    with make(plain) as trainer:
+        assert losses(plain, trainer) == found
+
+
 def test_a_closed_trainer_says_so() -> None:
     """It spoke of futures that cannot be scheduled."""
     trainer = make(model_of())

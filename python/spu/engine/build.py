@@ -214,25 +214,32 @@ def build_stages(
     """
     placed = [[layers[i] for i in indices] for indices in ranges]
     loss = loss_part(loss_fn, layers)
-    twins = separate(placed)
-    parts = [*placed[:-1], [*placed[-1], *([] if loss is None else [loss])]]
     hosted = hosted_stages(devices, residencies)
-    tied = untie(parts, [CPU if index in hosted else device.torch_device for index, device in enumerate(devices)])
-    below = weights_below(list(map(stage_weights, parts)), tied, residencies, host_updates=True) if hosted else []
-    if loss is None or len(placed) - 1 not in hosted:
-        move_loss(loss_fn, devices[-1].torch_device)
-    stages = []
-    for index, (own, device) in enumerate(zip(placed, devices)):
-        if index in hosted:
-            move_rest(parts[index], below[index], device.torch_device)
-        else:
-            for layer in own:
-                layer.module.to(device.torch_device)
-        is_last = index == len(placed) - 1
-        only_input = [i in recompute for i in ranges[index]]
-        stages.append(
-            Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=only_input, parts=parts[index])
-        )
+    homes = [CPU if index in hosted else device.torch_device for index, device in enumerate(devices)]
+    with contextlib.ExitStack() as undo:  # a device may have no room: ties and shared modules are the model's again
+        twins = separate(placed)
+        for twin in twins:
+            undo.callback(twin.restore)
+        parts = [*placed[:-1], [*placed[-1], *([] if loss is None else [loss])]]
+        tied = untie(parts, homes)
+        for use in tied:
+            undo.callback(use.restore)
+        below = weights_below(list(map(stage_weights, parts)), tied, residencies, host_updates=True) if hosted else []
+        if loss is None or len(placed) - 1 not in hosted:
+            move_loss(loss_fn, devices[-1].torch_device)
+        stages = []
+        for index, (own, device) in enumerate(zip(placed, devices)):
+            if index in hosted:
+                move_rest(parts[index], below[index], device.torch_device)
+            else:
+                for layer in own:
+                    layer.module.to(device.torch_device)
+            is_last = index == len(placed) - 1
+            only_input = [i in recompute for i in ranges[index]]
+            stages.append(
+                Stage(index, own, device, is_last=is_last, loss_fn=loss_fn, recompute=only_input, parts=parts[index])
+            )
+        undo.pop_all()
     owned = _owned(parts, {id(use.alias) for use in tied})
     everything = {id(p): name for own in parts for layer in own for name, p in layer.named_parameters()}
     for stage in stages:

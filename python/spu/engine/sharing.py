@@ -18,6 +18,7 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import MODULE_TABLES, buffers_of, children_of, parameters_of
 from spu.model.layers import Layer
+from spu.model.spaces import Space, spaces_of
 
 __all__ = ["TiedUse", "Twin", "separate", "untie"]
 
@@ -82,6 +83,7 @@ class Twin:
     pairs: list[tuple[str, nn.Module, nn.Module]]
     _buffers: list[tuple[str, nn.Module, torch.Tensor | None, int]] = field(default_factory=list)
     _attributes: list[tuple[str, nn.Module, dict[str, Any]]] = field(default_factory=list)
+    _held: list[tuple[Space, dict[Any, tuple[Any, int]]]] = field(default_factory=list)
 
     def enter(self) -> None:
         """Copy the changes in the user's module since the last run."""
@@ -101,6 +103,8 @@ class Twin:
                 for module in (original, twin):
                     held = buffers_of(module)[key]
                     self._buffers.append((_join(name, key), module, held, _version(held)))
+        # Both have the same dicts, lists and objects.
+        self._held = [(space, _contents(space)) for space in spaces_of(self.module) if space.key]
 
     def check(self) -> None:
         """Check, after a run, that no forward changed shared state.
@@ -120,6 +124,10 @@ class Twin:
                 for key in after
                 if key not in MODULE_TABLES and before.get(key, self) is not after[key]
             ]
+        for space, held in self._held:
+            now = _contents(space)
+            if list(now) != list(held) or any(now[k][0] is not held[k][0] or now[k][1] != held[k][1] for k in now):
+                changed.append(_join(space.path, space.key))
         if changed:
             raise RuntimeError(_has_state(self.layer.name, changed[0]))
 
@@ -134,6 +142,11 @@ def _join(name: str, key: str) -> str:
 
 def _version(buffer: torch.Tensor | None) -> int:
     return -1 if buffer is None or buffer.is_inference() else torch_private.version(buffer)
+
+
+def _contents(space: Space) -> dict[Any, tuple[Any, int]]:
+    """Return a space's values, of tensors with their versions."""
+    return {key: (each, _version(each) if isinstance(each, torch.Tensor) else 0) for key, each in space.now().items()}
 
 
 def _has_state(layer: str, what: str) -> str:
@@ -193,8 +206,20 @@ def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[torch.device]) ->
         placed: the layers of each stage.
         devices: where the parameters of each stage are between runs.
     """
-    owner_stage: dict[int, int] = {}
     tied: dict[tuple[int, int], TiedUse] = {}
+    try:
+        _untie(placed, devices, tied)
+    except BaseException:  # a device has no room for a copy
+        for use in tied.values():
+            use.restore()
+        raise
+    return list(tied.values())
+
+
+def _untie(
+    placed: Sequence[Sequence[Layer]], devices: Sequence[torch.device], tied: dict[tuple[int, int], TiedUse]
+) -> None:
+    owner_stage: dict[int, int] = {}
     for stage, own in enumerate(placed):
         for module in (module for layer in own for module in layer.module.modules()):
             for name, parameter in list(parameters_of(module).items()):
@@ -211,4 +236,3 @@ def untie(placed: Sequence[Sequence[Layer]], devices: Sequence[torch.device]) ->
                     owner_stage[id(alias)] = stage
                 parameters_of(module)[name] = use.alias
                 use.places.append((module, name))
-    return list(tied.values())
