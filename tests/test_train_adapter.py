@@ -240,3 +240,30 @@ def test_merging_wants_a_base_a_new_folder_and_a_run_with_adapters(
     assert not (place / "new").exists()
     assert LORA_KINDS == KINDS
     assert TrainConfig(lora=2).lora_kind == "lora"
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_that_took_its_part_out_of_the_base_is_not_added_to_the_whole_one(
+    place: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That part would be there twice. What peft has converted to a plain LoRA is merged."""
+    load, base = transformers.AutoModelForCausalLM.from_pretrained, tmp_path / "base"
+    load(place / "base", dtype=torch.float32).save_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=kind)
+    model = peft.get_peft_model(load(base), config)
+    model.peft_config["default"].init_lora_weights = True  # what is saved first is read as it is
+    model.save_pretrained(tmp_path / "first")
+    model.peft_config["default"].init_lora_weights = kind
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p += 0.1
+    model.save_pretrained(tmp_path / "own")
+    before = sorted(tmp_path.rglob("*"))
+    assert spu("merge", tmp_path / "own", "--model", base, "--out", tmp_path / "merged") == 2
+    assert f"sets init_lora_weights='{kind}', which took a part out of the base" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    assert spu("merge", tmp_path / "plain", "--model", base, "--out", tmp_path / "merged") == 0
+    torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted)

@@ -26,6 +26,7 @@ __all__ = ["Base", "base_of_files", "merge_adapter", "write_parts"]
 PART_BYTES = 100 << 20
 _PREFIX = "base_model.model."
 _UNREAD = ("rank_pattern", "alpha_pattern", "layer_replication", "trainable_token_indices", "target_parameters")
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # beginnings of init_lora_weights in peft's configs
 _WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -149,6 +150,13 @@ class _Adapter:
         used = [name for name in _UNREAD if self.config.get(name)]
         if used:
             raise ValueError(f"{folder / CONFIG} sets {used[0]}, which is not merged here: use peft's merge_and_unload")
+        first = self.config.get("init_lora_weights")
+        if isinstance(first, str) and first.lower().startswith(_CHANGE_THE_BASE):
+            raise ValueError(
+                f"{folder / CONFIG} sets init_lora_weights={first!r}, which took a part out of the base weights: added "
+                "to whole ones, that part would be there twice. Use peft's merge_and_unload on the trained model, or "
+                "save it as a plain LoRA (save_pretrained's path_initial_model_for_weight_conversion)"
+            )
         self.scale = self.config.get("lora_alpha", 8) / (
             math.sqrt(self.config["r"]) if self.config.get("use_rslora") else self.config["r"]
         )
