@@ -91,10 +91,20 @@ class Footprint:
         form: of the copy.
         tally: counts live bytes of all layers' runs.
         mode: run on fake tensors of it; None: on real ones.
+        most: operators that the forward may run; beyond them ManyOperators is raised. None: any number.
     """
 
-    def __init__(self, layer: Layer, x: Any, form: TrainingForm, tally: Tally, mode: FakeTensorMode | None) -> None:
-        self.x, self.form, self.tally, self.mode = x, form, tally, mode
+    def __init__(
+        self,
+        layer: Layer,
+        x: Any,
+        form: TrainingForm,
+        tally: Tally,
+        mode: FakeTensorMode | None,
+        *,
+        most: int | None = None,
+    ) -> None:
+        self.x, self.form, self.tally, self.mode, self.most = x, form, tally, mode, most
         self.layer = form.copied(layer, mode)
         self.parameters = list(self.layer.module.parameters())
         self.saved: dict[int, torch.Tensor] = {}
@@ -153,7 +163,7 @@ class Footprint:
             return tensor if tensor.is_leaf else tensor.detach()
 
         started = self.tally.live
-        work = Traffic()
+        work = Traffic(self.most)
         self.tally.restart()
         with (
             MemoryTracker(self.tally),
