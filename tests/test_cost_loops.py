@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spu.cost import count
+from spu.cost import loops
 from spu.cost.blueprint import blueprint, costs_by_rows
 from spu.cost.footprint import Footprint
 from spu.plan.layer_cost import LayerCost
@@ -39,11 +39,11 @@ def test_a_recurrence_costs_what_its_whole_rows_cost(mamba: str, monkeypatch: py
         return run(self)
 
     monkeypatch.setattr(Footprint, "cost", noted)
-    monkeypatch.setattr(count, "MOST_OPERATORS", 500)
+    monkeypatch.setattr(loops, "MOST_OPERATORS", 500)
     short = costs(mamba)
     assert (6, 8, 64) in seen
     assert (3, 16, 64) in seen
-    monkeypatch.setattr(count, "MOST_OPERATORS", 1 << 30)
+    monkeypatch.setattr(loops, "MOST_OPERATORS", 1 << 30)
     for found, whole in zip(short, costs(mamba), strict=True):
         for field in dataclasses.fields(LayerCost):
             own, expected = getattr(found, field.name), getattr(whole, field.name)
@@ -54,7 +54,7 @@ def test_a_recurrence_costs_what_its_whole_rows_cost(mamba: str, monkeypatch: py
 
 
 def test_rows_that_are_no_multiple_are_rounded_up(mamba: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(count, "MOST_OPERATORS", 500)
+    monkeypatch.setattr(loops, "MOST_OPERATORS", 500)
     layers = blueprint(mamba)
     long, longer = (costs_by_rows(layers, tokens, Settings(precision="bf16"))(1)[0][1] for tokens in (45, 48))
     assert longer.output_bytes == long.output_bytes * 48 // 45

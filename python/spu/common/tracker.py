@@ -11,7 +11,7 @@ import torch
 from spu.common.flops import flop_formulas
 from spu.common.torch_private import TorchDispatchMode, packet_of, schema_of, storage_id, tree_leaves
 
-__all__ = ["ManyOperators", "MemoryTracker", "Tally", "Traffic"]
+__all__ = ["MemoryTracker", "Operators", "Tally", "Traffic"]
 
 
 class Tally:
@@ -76,6 +76,18 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
 
+class Operators(TorchDispatchMode):
+    """Counts operators. (It cannot stop them: an error that is raised here may end the process in C++.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 _FREE = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided", "new_empty")
 """Operators whose time does not depend on the bytes that they move."""
 
@@ -84,29 +96,16 @@ _WEIGHT_GRADIENTS = ("linear_dw_", "linear_dw_db_", "linear_dw_each_")
 """What schedules with split backwards put off."""
 
 
-class ManyOperators(Exception):
-    """More operators have run than it was asked to count."""
-
-
 class Traffic(TorchDispatchMode):
-    """Bytes that operators other than products read and write, and the work of weight gradients.
+    """Bytes that operators other than products read and write, and the work of weight gradients."""
 
-    Args:
-        most: operators; the next one raises ManyOperators. None: any number.
-    """
-
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._left = most
         self.moved_bytes = 0
         self.deferred_flops = 0
         self._products = set(flop_formulas()) | {getattr(torch.ops.aten, name) for name in _FREE}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                raise ManyOperators
         result = func(*args, **(kwargs or {}))
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]

@@ -29,10 +29,10 @@ from spu.common.fake_ops import fake_copy
 from spu.common.interrupts import stop_if_asked
 from spu.common.quiet import hushed
 from spu.common.torch_private import FakeTensor, FakeTensorMode, is_fake, tree_map, tree_map_only
-from spu.common.tracker import ManyOperators, Tally
+from spu.common.tracker import Tally
 from spu.cost.footprint import DetachedSkips, Footprint, TrainingForm, following, tensor_bytes, tensors_in
 from spu.cost.head import WithLoss
-from spu.cost.loops import MOST_OPERATORS, counted_short
+from spu.cost.loops import counted_short
 from spu.engine.loss import loss_of
 from spu.model.layers import Layer
 from spu.model.stand_in import hooks_off
@@ -188,15 +188,11 @@ class _Counter:
 
     def _counted(self, layer: Layer, x: Any) -> tuple[LayerCost, Any]:
         """Return a layer's cost and output, counted on fakes."""
+
+        def short(x: Any, inputs: Any) -> Footprint:
+            return Footprint(layer, x, dataclasses.replace(self.form, inputs=inputs), self.tally, self.mode)
+
         if layer.wants_inputs:
-            try:
-                return Footprint(layer, x, self.form, self.tally, self.mode, most=MOST_OPERATORS).cost()
-            except ManyOperators:
-                pass
-
-            def short(x: Any, inputs: Any) -> tuple[LayerCost, Any]:
-                return Footprint(layer, x, dataclasses.replace(self.form, inputs=inputs), self.tally, self.mode).cost()
-
             with self.mode:
                 found = counted_short(x, self.form.inputs, short)
             if found is not None:

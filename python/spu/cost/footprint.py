@@ -18,7 +18,7 @@ from spu.common import torch_private
 from spu.common.fake_ops import FakeOps, fake_tensor
 from spu.common.flops import flop_formulas
 from spu.common.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
-from spu.common.tracker import MemoryTracker, Tally, Traffic
+from spu.common.tracker import MemoryTracker, Operators, Tally, Traffic
 from spu.model.layers import DrawKey, Layer
 from spu.model.stand_in import stand_in
 from spu.ops.cut import cut
@@ -91,23 +91,19 @@ class Footprint:
         form: of the copy.
         tally: counts live bytes of all layers' runs.
         mode: run on fake tensors of it; None: on real ones.
-        most: operators that the forward may run; beyond them ManyOperators is raised. None: any number.
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        x: Any,
-        form: TrainingForm,
-        tally: Tally,
-        mode: FakeTensorMode | None,
-        *,
-        most: int | None = None,
-    ) -> None:
-        self.x, self.form, self.tally, self.mode, self.most = x, form, tally, mode, most
+    def __init__(self, layer: Layer, x: Any, form: TrainingForm, tally: Tally, mode: FakeTensorMode | None) -> None:
+        self.x, self.form, self.tally, self.mode = x, form, tally, mode
         self.layer = form.copied(layer, mode)
         self.parameters = list(self.layer.module.parameters())
         self.saved: dict[int, torch.Tensor] = {}
+
+    def operators(self) -> int:
+        """Run the forward alone, and return its number of operators."""
+        with on_fakes(self.mode), torch.no_grad(), Operators() as operators:
+            self.form.run(self.layer, self.x)
+        return operators.count
 
     def cost(self) -> tuple[LayerCost, Any]:
         """Run the layer, and return its cost and the next layer's input."""
@@ -163,7 +159,7 @@ class Footprint:
             return tensor if tensor.is_leaf else tensor.detach()
 
         started = self.tally.live
-        work = Traffic(self.most)
+        work = Traffic()
         self.tally.restart()
         with (
             MemoryTracker(self.tally),

@@ -4,13 +4,13 @@ operators a token, minutes of counting for a row of 2,048. They are counted on r
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spu.common.torch_private import is_fake, tree_map_only
+from spu.cost.footprint import Footprint
 from spu.plan.layer_cost import LayerCost
 
 __all__ = ["MOST_OPERATORS", "counted_short"]
@@ -25,7 +25,7 @@ _TRAFFIC = ("forward_traffic_bytes", "backward_traffic_bytes")
 
 
 def counted_short(
-    x: Any, inputs: Any, count: Callable[[Any, Any], tuple[LayerCost, Any]]
+    x: Any, inputs: Any, footprint: Callable[[Any, Any], Footprint]
 ) -> tuple[LayerCost, torch.Tensor] | None:
     """Return the cost of a decoder's layer with a loop over tokens, and the next layer's input.
 
@@ -36,30 +36,37 @@ def counted_short(
     Args:
         x: hidden states, fake, [rows, tokens, width].
         inputs: the microbatch's.
-        count: given both, shorter, returns a cost and an output.
+        footprint: of the layer, given both, shorter.
 
     Returns:
-        None for what is not such hidden states, before or after, and for rows that are short already.
+        None for a layer without such a loop, what is not such hidden states, before or after, and rows that are short.
     """
     if not isinstance(x, torch.Tensor) or x.dim() != 3 or not is_fake(x) or x.shape[1] < 2 * _SHORT:
         return None
-    gc.collect()  # what a run that was given up has left would be freed within the next one
-    rows, tokens = x.shape[:2]
-    costs: list[LayerCost] = []
-    long = -(-rows * tokens // _SHORT)
-    for short, more in ((_SHORT // 2, 2 * long), (_SHORT, long)):
-        given = torch.empty((more, short, *x.shape[2:]), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
-        cost, out = count(given, _shortened(inputs, tokens, short, more))
-        if not isinstance(out, torch.Tensor) or out.shape[:2] != given.shape[:2]:
-            return None
-        costs.append(cost)
-    after = torch.empty((rows, tokens, *out.shape[2:]), dtype=out.dtype, device=out.device)
-    one, two = costs
+    tokens = x.shape[1]
+
+    def shortened(length: int, rows: int) -> Footprint:
+        given = torch.empty((rows, length, *x.shape[2:]), dtype=x.dtype, device=x.device)
+        return footprint(given.requires_grad_(x.requires_grad), _shortened(inputs, tokens, length, rows))
+
+    half, whole = _SHORT // 2, _SHORT
+    try:
+        fewer, more = shortened(half, 1).operators(), shortened(whole, 1).operators()
+    except Exception:  # the whole layer will meet it, and say it
+        return None
+    if more + (more - fewer) * (tokens - whole) // half <= MOST_OPERATORS:
+        return None
+    rows = -(-x.shape[0] * tokens // whole)
+    one, out = shortened(half, 2 * rows).cost()
+    two, out = shortened(whole, rows).cost()
+    if not isinstance(out, torch.Tensor) or out.shape[:2] != (rows, whole):
+        return None
+    after = torch.empty((*x.shape[:2], *out.shape[2:]), dtype=out.dtype, device=out.device)
     values: dict[str, Any] = {}
     for name in (*_BYTES, *_FLOPS, *_TRAFFIC):
-        half, whole = getattr(one, name), getattr(two, name)  # of half the length and of all of it
-        steps = 2 * (tokens - _SHORT)
-        values[name] = max(whole + (whole - half) * steps // (_SHORT if name in _TRAFFIC else 2 * tokens), 0)
+        first, second = getattr(one, name), getattr(two, name)
+        further = 2 * (tokens - whole) * (second - first)
+        values[name] = max(second + further // (whole if name in _TRAFFIC else 2 * tokens), 0)
     values["input_bytes"] = x.numel() * x.element_size()
     values["output_bytes"] = after.numel() * after.element_size()
     return dataclasses.replace(two, **values), after.requires_grad_(out.requires_grad)
