@@ -17,6 +17,7 @@ from torch import nn
 from spu import ModelParallelTrainer
 from spu.common.tracker import MemoryTracker
 from spu.engine.result import state_bytes
+from spu.memory.spill import _Spill, spilled
 from spu.ops import masters
 from spu.optim.adamw import AdamW
 from spu.optim.forms import FORMS, in_form, is_ours
@@ -109,6 +110,12 @@ def test_masters_are_joined_one_at_a_time(state: str, tmp_path: Path, monkeypatc
                 work()
             kept = {"save": 0, "take": 12, "load": 6}[what]  # the model; moments that replace the old ones
             assert tracker.tally.peak < (kept + 3) * largest, what
+        made: list[int] = []
+        new = _Spill._new
+        monkeypatch.setattr(_Spill, "_new", lambda self, *of: made.append(1) or new(self, *of))
+        with spilled(tmp_path / "spill", least_bytes=largest):
+            trainer.state_dict_for_model()
+        assert len(made) == 11, "beside a disk, the trained model is in files"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

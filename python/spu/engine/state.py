@@ -257,9 +257,9 @@ def state_for_model(
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             if id(value) not in copies:
-                own = exact.get(id(value), value)
-                fresh = id(value) in theirs or isinstance(own, Joined)
-                copies[id(value)] = whole(own).detach().to("cpu", copy=not fresh)
+                own = whole(exact.get(id(value), value)).detach()
+                # Also of one that was joined just now: the copy may be in a file (`spu.memory.spill`).
+                copies[id(value)] = own if id(value) in theirs else own.to("cpu", copy=True)
             state[name] = copies[id(value)]
         else:
             state[name] = deepcopy(value)

@@ -225,7 +225,7 @@ class Spread:
         def take(tensors: dict[str, Any]) -> str:
             if trained:
                 for name, value in tensors.items():
-                    state[name] = whole(value).to("cpu", copy=isinstance(value, torch.Tensor))
+                    state[name] = value.read() if isinstance(value, Far) else whole(value).to("cpu", copy=True)
                 return "done"
             away = {name: tensor.read() for name, tensor in tensors.items() if isinstance(tensor, Far)}
             state.update(state_for_model(model, built, optimizers, away))
