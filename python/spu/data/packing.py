@@ -46,18 +46,21 @@ def cut_pieces(ends: Ints, trained: Ints | None, chosen: Ints | None, seq: int) 
         part = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
         starts, lengths = begins[document] + part * seq, np.minimum(seq, inputs[document] - part * seq)
         if trained is not None and len(starts):
-            learnt = _sums(trained, starts + 1, starts + 1 + lengths) > 0
+            learnt = _largest(trained, starts + 1, starts + 1 + lengths) > 0
             starts, lengths = starts[learnt], lengths[learnt]
         yield starts, lengths
         first = last
 
 
-def _sums(values: Ints, begins: Ints, ends: Ints) -> Ints:
-    """Return the sum of ``values`` over each range, without a copy of them; ranges are in order and not empty."""
+def _largest(values: Ints, begins: Ints, ends: Ints) -> Ints:
+    """Return the largest of ``values`` in each range; ranges are in order and not empty.
+
+    Nothing outside them is read, or copied: a sum in int64 would make 8 bytes of each value.
+    """
     bounds = np.stack((begins, ends), axis=1).reshape(-1)
-    within = bounds[:-1] if bounds[-1] == len(values) else bounds  # reduceat wants places that there are
-    sums: Ints = np.add.reduceat(values, within, dtype=np.int64)[::2]
-    return sums
+    first, last = int(bounds[0]), int(bounds[-1])
+    found: Ints = np.maximum.reduceat(values[first:last], bounds[:-1] - first)[::2]
+    return found
 
 
 def best_fit(lengths: Ints, seq: int) -> list[list[int]]:
