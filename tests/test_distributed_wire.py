@@ -62,6 +62,13 @@ def test_what_has_a_gradient_is_packed() -> None:
     assert torch.equal(found[1], mask)
 
 
+def test_what_has_too_many_dimensions_for_a_codec_crosses_as_it_is() -> None:
+    x = torch.randn(2, 1, 3, 1, 2, 2, requires_grad=True)
+    found = sent(x, "int8")
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, x)
+
+
 def test_gradients_come_back_in_their_places() -> None:
     wire = Wire([Leaf((3, 5), torch.bfloat16, True), Leaf((2,), torch.int64, False)], None, 0)
     gradient = torch.randn(3, 5).bfloat16()

@@ -103,6 +103,37 @@ def test_a_device_without_room_leaves_the_ties_and_shared_modules(full: int) -> 
         assert losses(plain, trainer) == found
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_replan_without_room_leaves_the_training_as_it_was(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It left a closed trainer, and the moments were gone."""
+
+    class Moves(nn.Linear):
+        full: Any = None
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            if Moves.full is self:  # and no copy that is measured
+                Moves.full = None
+                raise torch.OutOfMemoryError("no room")
+            return super()._apply(fn, recurse)
+
+    monkeypatch.setattr("spu.trainer.staged.WORTH", 1e9)  # stages are built again
+    found = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        own = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Moves(6, 6), nn.Linear(6, 6))
+        own[3].weight = own[0].weight
+        with make(own, precision=precision) as trainer:
+            losses = [trainer.step(*batch()).loss for _ in range(2)]
+            if fails:
+                plan, Moves.full = trainer.plan, own[2]
+                with pytest.raises(torch.OutOfMemoryError):
+                    trainer.replan()
+                assert trainer.plan is plan
+            found.append(losses + [trainer.step(*batch()).loss for _ in range(2)])
+            assert own[3].weight is own[0].weight
+    assert found[0] == found[1]
+
+
 def test_a_closed_trainer_says_so() -> None:
     """It spoke of futures that cannot be scheduled."""
     trainer = make(model_of())

@@ -17,7 +17,7 @@ import torch
 
 from spu import ops
 from spu.common.dtypes import STORAGE
-from spu.common.wire import wire_bytes
+from spu.common.wire import MAX_NDIM, wire_bytes
 from spu.engine.crossing import Layout
 
 __all__ = ["Leaf", "Wire"]
@@ -97,7 +97,7 @@ class Wire:
         return torch.Size(leaf.shape).numel() * leaf.dtype.itemsize
 
     def _packs(self, tensor: Leaf | torch.Tensor) -> bool:
-        return self.codec is not None and tensor.dtype in STORAGE and tensor.requires_grad
+        return self.codec is not None and _packable(tensor) and tensor.requires_grad
 
     def _write(
         self, tensors: Sequence[torch.Tensor | None], layout: Layout | None, *, activations: bool
@@ -109,7 +109,7 @@ class Wire:
             if tensor is None:
                 rows.append(None)
                 continue
-            wanted = self.codec is not None and tensor.dtype in STORAGE and (tensor.requires_grad or not activations)
+            wanted = self.codec is not None and _packable(tensor) and (tensor.requires_grad or not activations)
             value, stride = tensor.detach(), _dense_stride(tensor)
             if wanted:
                 piece, stride = ops.pack(value, self.codec or ""), None
@@ -159,6 +159,10 @@ class Wire:
                 "its shapes or types depend on values, or later microbatches are larger, which cannot cross to another "
                 "process; pad the batch, or train with engine='local'"
             )
+
+
+def _packable(tensor: Leaf | torch.Tensor) -> bool:
+    return tensor.dtype in STORAGE and len(tensor.shape) <= MAX_NDIM
 
 
 def _padded(size: int) -> int:

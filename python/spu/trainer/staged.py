@@ -195,6 +195,7 @@ class StagedModel:
         Raises:
             RuntimeError: before the first step.
             ValueError: the stages are in several processes.
+            Exception: a device has no room, say; the training goes on by the present plan.
         """
         if self._spread is not None:
             raise ValueError("replan() does not go with engine='distributed': layers do not move between processes")
@@ -213,7 +214,15 @@ class StagedModel:
         return best
 
     def _rebuild(self, plan: Plan, carried: Carried) -> None:
-        """Build the stages of another plan and give them the state of the present ones, which are closed."""
+        """Take other stages, with the state of the present ones; where that fails, go on by the plan of before."""
+        before = self._plan or plan
+        try:
+            self._move(plan, carried)
+        except Exception:
+            self._move(before, carried)
+            raise
+
+    def _move(self, plan: Plan, carried: Carried) -> None:
         old = self._prepared()
         with carried.unfrozen():
             old.updater.clear_gradients()
@@ -308,16 +317,11 @@ class StagedModel:
             StoreError: the tier below has no room; the training goes on by the present plan.
         """
         before, runner = self._plan, self._prepared()
-        assert before is not None
-        if before.streaming is None and plan.streaming is not None:
+        if before is not None and before.streaming is None and plan.streaming is not None:
             carried = Carried(runner.built, runner.updater.optimizers)
             if carried.differs_by_stage:
                 raise ValueError("the optimizer has values for each stage, or a scheduler refers to it")
-            try:
-                self._rebuild(plan, carried)
-            except Exception:
-                self._rebuild(before, carried)
-                raise
+            self._rebuild(plan, carried)
             return
         if plan.streaming is not None and runner.updater.streaming is not None:
             park_again(plan, self.tiers, runner.built, runner.updater.streaming)
