@@ -60,8 +60,8 @@ def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
 
     Returns:
         Lengths that add up to less than the tokens: padding follows. None for any other mask (a window, padding on the
-        left), where documents are so short that a call for each
-        would take longer than the mask, and while a CUDA graph is captured, in which no value can be read.
+        left), where documents are so short that a call for each would take longer than the mask, and while a CUDA graph
+        is captured, in which no value can be read.
     """
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
