@@ -176,3 +176,30 @@ def test_transformers_gets_heads_that_torchs_fast_kernels_take(masked: bool, mon
     attention.use_attention(ours)
     assert_close_to_truth(ours(input_ids=ids, **given).logits, expected, truth)
     assert asked == ([] if masked else [2, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_bool_mask_is_made_into_numbers_once_for_all_layers(dtype: torch.dtype, heads: int) -> None:
+    """torch makes and keeps new ones in every call (findings/sdpa_bool_mask_copies.sh)."""
+    module = nn.Module()
+    module.num_key_value_groups = 1  # type: ignore[assignment]
+    mask = (torch.rand(2, heads, 9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
+    q = torch.randn(2, 2, 9, 8, dtype=dtype, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.extend([t] if t.shape == mask.shape and t.dtype.is_floating_point else [])
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        outs = [attention.sdpa_attention(module, q, q, q, mask, scaling=0.3)[0] for _ in range(3)]
+    assert len(kept) == 3
+    assert len({t.untyped_storage().data_ptr() for t in kept}) == 1
+    wide = q.float() if dtype == torch.float16 else q
+    plain = torch.nn.functional.scaled_dot_product_attention(wide, wide, wide, mask, scale=0.3).transpose(1, 2)
+    for out in outs:
+        assert_equal(out, plain.to(dtype))
+    mask[0, 0, 5, :5] = False  # in place
+    plain = torch.nn.functional.scaled_dot_product_attention(wide, wide, wide, mask, scale=0.3).transpose(1, 2)
+    assert_equal(attention.sdpa_attention(module, q, q, q, mask, scaling=0.3)[0], plain.to(dtype))

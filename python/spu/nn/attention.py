@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spu.common.dtypes import HALVES
+from spu.common.torch_private import version
 from spu.nn.documents import by_documents, document_lengths
 from spu.ops import attention
 from spu.ops.attention import preferred_kernels, unshared_heads
-from spu.ops.plain import takes
+from spu.ops.plain import fake, takes
 from spu.ops.reference.linear import exact
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
 
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
+_ADDED = WeakTensorKeyDictionary()  # bool mask -> ((version, dtype), what is added to scores)
 _OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}
 _READ = frozenset(("scaling", "dropout", "is_causal"))  # keywords that are served here
 # Keywords that reach an attention but speak of the mask, which is made by then, or of other parts of the model.
@@ -139,6 +142,21 @@ def _widened(
     return out.to(query.dtype), weights
 
 
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what torch makes of a bool mask on a CPU, once for all layers: it would keep another for each of them, of
+    four times the memory, until their backward.
+    """
+    if mask.dtype != torch.bool or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return mask
+    if mask.is_inference() or not takes(mask) or fake(mask):
+        return mask
+    known = _ADDED.get(mask)
+    if known is None or known[0] != (version(mask), dtype):
+        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+        known = _ADDED[mask] = (version(mask), dtype), added
+    return known[1]  # type: ignore[no-any-return]
+
+
 def sdpa_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -167,7 +185,10 @@ def sdpa_attention(
         apart = _apart(module, query, key, value, attention_mask, kwargs)
         if apart is not None:
             return apart, None
-    if not _serves(query, key, value, kwargs, _READ | UNREAD):
+    ours = _serves(query, key, value, kwargs, _READ | UNREAD)
+    if attention_mask is not None and (ours or _knows(query, key, value, kwargs, _READ | UNREAD)):
+        attention_mask = _additive(attention_mask, torch.float32 if ours else query.dtype)
+    if not ours:
         if attention_mask is None:  # with one, transformers itself gives each head its own
             key, value = unshared_heads(query, key, value)
         with preferred_kernels(query):
