@@ -113,3 +113,26 @@ def test_a_layer_that_changes_its_weight_behind_autograd_is_refused(
     with pytest.raises(StageError, match="changes a weight of its own"):
         trainer.step(x, y)
     trainer.close()
+
+
+@pytest.mark.parametrize("first", ["step", "evaluate"])
+def test_a_change_of_bytes_alone_is_seen_in_training_after_an_evaluation(
+    reference: None, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """An evaluation without the change had settled that there was none, and in training it was lost without a word."""
+    own = model()
+    layer = own[4]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if layer.training:
+            layer.weight.data.clamp_(-0.1, 0.1)  # type: ignore[union-attr, operator]
+        return nn.functional.linear(x, layer.weight)  # type: ignore[arg-type]
+
+    trainer = make(monkeypatch, own, Lazy(), precision="fp32")
+    layer.forward = forward  # type: ignore[method-assign]
+    x, y = batches(1)[0]
+    if first == "evaluate":
+        trainer.evaluate(x, y)
+    with pytest.raises(StageError, match="stage 4 changes a weight of its own while it runs"):
+        trainer.step(x, y)
+    trainer.close()

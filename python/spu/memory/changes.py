@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from spu.common.torch_private import version
@@ -18,7 +19,7 @@ class Watch:
     """Notices that a stage changes a weight of its own while it runs; the slot it lies in is not written back."""
 
     def __init__(self) -> None:
-        self._sure: set[int] = set()  # units that have run without
+        self._sure: set[tuple[int, bool]] = set()  # units that have run without, and whether in training
         self._seen: list[object] = []
 
     def begin(self, unit: Unit, slot: Iterable[Tensor]) -> None:
@@ -32,16 +33,17 @@ class Watch:
                 f"stage {unit.index} changes a weight of its own while it runs, and the slot it lies in is not written "
                 "back: change it between steps, after flush(), or train with residency='offloaded'"
             )
-        self._sure.add(unit.index)
+        self._sure.add((unit.index, torch.is_grad_enabled()))
 
     def _marks(self, unit: Unit, slot: Iterable[Tensor]) -> list[object]:
         """Return numbers that change with the weights.
 
-        ``parameter.data.clamp_()`` changes bytes alone. Their checksums are taken until the unit has run once.
+        ``parameter.data.clamp_()`` changes bytes alone. Their checksums are taken until the unit has run once: an
+        evaluation says nothing of a training.
         """
         tensors = [entry.get() for piece in unit.weights for entry in piece.entries]
         own: list[object] = [(version(tensor), tensor.data_ptr()) for tensor in tensors if tensor is not None]
-        if unit.index not in self._sure:
+        if (unit.index, torch.is_grad_enabled()) not in self._sure:
             own += [checksum(memory.numpy()) for memory in slot if memory.numel() and memory.device.type == "cpu"]
         return own
 
