@@ -297,6 +297,18 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert_equal(a, b, "three threads against one")
 
 
+@pytest.mark.skipif(C.isa() == "amx", reason="tiles, whose sums have another order, serve from some rows on")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_how_many_there_are(dtype: torch.dtype) -> None:
+    """The panels of a product use as many rows as they can all have, by a micro-kernel for each number of rows."""
+    torch.manual_seed(0)
+    dz, w = torch.randn(43, 70).to(dtype), torch.randn(70, 40).to(dtype)
+    whole = OPS.linear_dx.cpu(dz, w)
+    assert_close_to_truth(whole, (dz.float() @ w.float()).to(dtype), dz.double() @ w.double(), name="all rows")
+    for rows in range(1, 43):
+        assert_equal(OPS.linear_dx.cpu(dz[:rows], w), whole[:rows])
+
+
 def test_two_python_threads_at_once() -> None:
     x, w = torch.randn(64, 300), torch.randn(257, 300)
     expected = OPS.linear.cpu(x, w, None, "silu", True)

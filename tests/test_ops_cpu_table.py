@@ -71,9 +71,12 @@ def test_the_users_rows_come_before_the_shipped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_a_familys_name_says() -> None:
-    assert cpu_table.derived("amd-25-97-avx512bf16").ways == {}
-    assert cpu_table.derived("intel-6-85-avx2").ways == {}
     plain = cpu_table.derived("intel-6-143-amx").ways
+    assert plain["linear_dx/fp32/row"] == "torch"
+    half = {f"linear_dx/{dtype}/{shape}" for dtype in ("fp16", "bf16") for shape in ("deep", "large")}
+    assert set(cpu_table.derived("intel-6-85-avx2").ways) == {*plain, "linear_dw/fp32/large", *half}
+    assert cpu_table.derived("intel-6-85-scalar").ways == {}
+    assert cpu_table.derived("amd-25-97-avx512bf16").ways == {}
     assert set(plain.values()) == {"torch"}
     assert {key.split("/")[1] for key in plain} == {"fp32"}
     slow = cpu_table.derived("intel-6-207-avx512bf16").ways
@@ -104,6 +107,7 @@ def test_shipped_tables_name_what_there_is(path: Path) -> None:
 
 def test_ways_that_do_not_serve_are_passed_over(no_ways: None) -> None:
     assert not _C.set_way("linear", "fp16", "row", "torch")
+    assert _C.set_way("linear_dx", "fp32", "row", "torch")
     assert not _C.set_way("linear_ce", "fp16", "large", "torch")
     assert not _C.set_way("linear", "fp64", "large", "torch")
     assert not _C.set_way("linear", "fp16", "large", "sse9")
@@ -141,11 +145,11 @@ def test_classes_of_shapes(no_ways: None) -> None:
         assert _C.way("linear", "fp32", *size) == _C.isa()
 
 
-# rows in the classes skinny and small, ragged; strided operands; the second in several blocks of sums would be large
+# rows in the classes row, skinny and small, ragged; strided operands; the last one in blocks of sums would be large
 @needs_mkl
 @pytest.mark.parametrize("way", ["torch", "avx2"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [37, 129])
+@pytest.mark.parametrize("rows", [3, 37, 129])
 def test_a_way_gives_the_ops_results(no_ways: None, way: str, dtype: str, rows: int) -> None:
     if way != "torch" and not _C.set_way("linear", "fp32", "small", way):
         pytest.skip(f"this processor lacks {way}")

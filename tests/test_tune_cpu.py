@@ -54,6 +54,7 @@ def test_ways_that_are_compared() -> None:
     assert cpu.ways_of("linear_dw", "fp32", "large", "amx") == mkl
     assert cpu.ways_of("linear_ce", "fp16", "large", "avx512") == []
     assert cpu.ways_of("linear", "fp16", "row", "avx2") == []
+    assert cpu.ways_of("linear_dx", "fp32", "row", "avx2") == mkl
     lines = cpu.plan_lines(("linear", "linear_ce"), ("fp16",), "avx512bf16")
     assert len(lines) == 2 * len(cpu_table.CLASSES)
     assert lines[0] == "linear/fp16/row: avx512 beside avx512bf16 at 2 x 1024 x 1024"

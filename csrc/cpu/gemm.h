@@ -21,8 +21,8 @@ namespace SPU_ISA_NS {
 // line of B from L3. Results are finished kFinishRows at a time, while they are hot.
 constexpr bool kRowsFirst = kNR >= 32;  // a panel of A meets all panels of B, or the other way round
 constexpr int64_t kKC = kNR >= 32 ? 256 : 384;
-constexpr int64_t kFinishRows = 120 / kMR * kMR;
-constexpr int64_t kMC = kRowsFirst ? 518 / kMR * kMR : kFinishRows;
+constexpr int64_t kFinishRows = 120;
+constexpr int64_t kMC = kRowsFirst ? 518 : kFinishRows;
 constexpr int64_t kTaskColumns = cpu::kStatColumns;
 // Bounds of one packing: kKS slots along k, and 2M floats (8 MB) of A in all. Where k takes several such
 // ranges, C waits in fp32 between them, kNS of its columns at a time.
@@ -45,6 +45,7 @@ struct Gemm {
 
   int64_t n0, ns;  // columns of the super-block
   int64_t m0, ms;  // its rows
+  int64_t mr;      // of a panel of A, at most kMR: as equal as they can be, for rows of padding cost as much as others
   int64_t k0, ks;  // its k range
   int64_t kc;      // k-block
   float* packed_a;
@@ -54,7 +55,8 @@ struct Gemm {
 
   int64_t products() const { return p->b2 && !p->a2 ? 2 : 1; }  // C and its twin, side by side
   int64_t k_blocks() const { return ceil_div(ks, kc); }
-  int64_t a_panels() const { return ceil_div(ms, kMR); }
+  int64_t a_panels() const { return ceil_div(ms, mr); }
+  int64_t whole_panels(int64_t rows) const { return rows / mr * mr; }
   bool last() const { return k0 + ks == k; }
 };
 
@@ -89,7 +91,7 @@ static void pack_a(void* context, int64_t begin, int64_t end) {
     for (int64_t k = 0; k < kc; k += turn) {
       for (int64_t p = begin; p < end; ++p) {
         pack_slots<kMR, Pairs>(g, g.packed_a + (q * g.a_panels() + p) * stride + k * kMR, g.p->a, g.p->a2,
-                               g.m0 + p * kMR, g.m0 + g.ms, g.k0 + q * g.kc + k, least(turn, kc - k));
+                               g.m0 + p * g.mr, g.m0 + g.ms, g.k0 + q * g.kc + k, least(turn, kc - k));
       }
     }
   }
@@ -142,14 +144,15 @@ template <bool Pairs>
 SPU_INLINE void chunk(const Gemm& g, const TaskColumns& t, const TaskRows& rows, int64_t q, const float* packed,
                       int64_t r0, int64_t r1) {
   const int64_t a_stride = panel_stride<kMR>(g.kc), b_stride = panel_stride<kNR>(g.kc);
-  const int64_t kc = least(g.kc, g.ks - q * g.kc), b_panels = g.products() * t.panels, a_panels = (r1 - r0) / kMR;
+  const int64_t kc = least(g.kc, g.ks - q * g.kc), b_panels = g.products() * t.panels, a_panels = (r1 - r0) / g.mr;
   const bool add = q > 0 || g.k0 > 0, prefetch = q + 1 == g.k_blocks() && g.last() && g.target;
+  const MicroKernel micro = kMicroKernels<Pairs>[g.mr - 1];
   for (int64_t tile = 0; tile < a_panels * b_panels; ++tile) {
     const int64_t jp = kRowsFirst ? tile % b_panels : tile / a_panels;
-    const int64_t i = r0 + (kRowsFirst ? tile / b_panels : tile % a_panels) * kMR;
-    if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(kMR, g.ms - i));
-    const float* a = g.packed_a + (q * g.a_panels() + i / kMR) * a_stride;
-    micro_kernel<Pairs>(kc, a, packed + jp * b_stride, rows.c + (i - rows.i0) * rows.ldc + jp * kNR, rows.ldc, add);
+    const int64_t i = r0 + (kRowsFirst ? tile / b_panels : tile % a_panels) * g.mr;
+    if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(g.mr, g.ms - i));
+    const float* a = g.packed_a + (q * g.a_panels() + i / g.mr) * a_stride;
+    micro(kc, a, packed + jp * b_stride, rows.c + (i - rows.i0) * rows.ldc + jp * kNR, rows.ldc, add);
   }
 }
 
@@ -157,12 +160,12 @@ SPU_INLINE void chunk(const Gemm& g, const TaskColumns& t, const TaskRows& rows,
 // if others follow, each k-block has a place of its own.
 template <bool Pairs>
 static void row_block(const Gemm& g, const TaskColumns& t, const TaskRows& rows, bool first, bool only) {
-  const int64_t block = g.products() * t.panels * panel_stride<kNR>(g.kc);
+  const int64_t block = g.products() * t.panels * panel_stride<kNR>(g.kc), finished = g.whole_panels(kFinishRows);
   for (int64_t q = 0; q < g.k_blocks(); ++q) {
     float* packed = t.packed + (only ? 0 : q * block);
     if (first) pack_b<Pairs>(g, t, q, packed);
-    for (int64_t r0 = rows.i0; r0 < rows.i1; r0 += kFinishRows) {
-      const int64_t r1 = least(r0 + kFinishRows, rows.i1);
+    for (int64_t r0 = rows.i0; r0 < rows.i1; r0 += finished) {
+      const int64_t r1 = least(r0 + finished, rows.i1);
       chunk<Pairs>(g, t, rows, q, packed, r0, r1);
       if (q + 1 < g.k_blocks() || !g.last()) continue;
       const float* c = rows.c + (r0 - rows.i0) * rows.ldc;
@@ -181,8 +184,9 @@ static void run_tasks(void* context, int64_t begin, int64_t end) {
     t.j0 = task % g.column_tasks * g.task_columns;
     t.columns = least(g.task_columns, g.ns - t.j0);
     t.panels = ceil_div(t.columns, kNR);
-    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.a_panels() * kMR);
-    const int64_t blocks = ceil_div(r1 - r0, kMC), most = ceil_div(ceil_div(r1 - r0, kMR), blocks) * kMR;
+    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.a_panels() * g.mr);
+    const int64_t blocks = ceil_div(r1 - r0, g.whole_panels(kMC));
+    const int64_t most = ceil_div(ceil_div(r1 - r0, g.mr), blocks) * g.mr;
     const int64_t columns = g.products() * t.panels * kNR;
     const int64_t packed = g.products() * t.panels * panel_stride<kNR>(g.kc);
     t.packed = cpu::workspace(cpu::kLocalB, (blocks > 1 ? g.k_blocks() : 1) * packed);
@@ -215,7 +219,7 @@ static void plan_tasks(Gemm& g, int64_t threads) {
   g.column_tasks = ceil_div(g.ns, g.task_columns);
   const bool whole = g.column_tasks >= threads || g.e->column_sums != nullptr;
   const int64_t row_tasks = whole ? 1 : least(ceil_div(threads, g.column_tasks), g.a_panels());
-  g.task_rows = ceil_div(g.a_panels(), row_tasks) * kMR;
+  g.task_rows = ceil_div(g.a_panels(), row_tasks) * g.mr;
 }
 
 template <bool Pairs>
@@ -257,6 +261,7 @@ static void multiply(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
     g.ns = least(most_n, p.n - g.n0);
     for (g.m0 = 0; g.m0 < p.m; g.m0 += most_m) {
       g.ms = least(most_m, p.m - g.m0);
+      g.mr = ceil_div(g.ms, ceil_div(g.ms, kMR));
       for (g.k0 = 0; g.k0 < g.k; g.k0 += kKS) {
         g.ks = least(kKS, g.k - g.k0);
         super_block<Pairs>(g, threads);

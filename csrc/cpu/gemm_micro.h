@@ -7,6 +7,8 @@
 // left L1 (32 KB on Cascade Lake), so AVX-512 asks for them ahead: 15% of the time of large products there.
 #pragma once
 
+#include <utility>
+
 #include "cpu/vec.h"
 
 namespace spu {
@@ -32,13 +34,13 @@ SPU_INLINE vf multiply_add(vf a, vf b, vf c) {
 // Slots that a panel is asked for ahead of its use: a line of A holds four or five.
 constexpr int kAheadA = 16, kAheadB = 8;
 
-// c [kMR, kNR] (+)= a panel (kMR x slots) times b panel (slots x kNR); `add` loads c first.
-template <bool Pairs>
+// c [Rows, kNR] (+)= the first Rows of a panel (kMR x slots) times b panel (slots x kNR); `add` loads c first.
+template <bool Pairs, int Rows = kMR>
 __attribute__((noinline)) static void micro_kernel(int64_t slots, const float* a, const float* b, float* c, int64_t ldc,
                                                    bool add) {
-  vf acc[kMR][kNV];
+  vf acc[Rows][kNV];
 #pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kNV; ++j) acc[i][j] = vf{};
   }
@@ -47,7 +49,7 @@ __attribute__((noinline)) static void micro_kernel(int64_t slots, const float* a
 #pragma GCC unroll 4
     for (int j = 0; j < kNV; ++j) bv[j] = load(b + j * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kMR; ++i) {
+    for (int i = 0; i < Rows; ++i) {
       const vf av = splat_slot<Pairs>(a + i);
 #pragma GCC unroll 4
       for (int j = 0; j < kNV; ++j) acc[i][j] = multiply_add<Pairs>(av, bv[j], acc[i][j]);
@@ -61,7 +63,7 @@ __attribute__((noinline)) static void micro_kernel(int64_t slots, const float* a
     b += kNR;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kNV; ++j) {
       float* p = c + i * ldc + j * kLanes;
@@ -69,6 +71,19 @@ __attribute__((noinline)) static void micro_kernel(int64_t slots, const float* a
     }
   }
 }
+
+using MicroKernel = void (*)(int64_t slots, const float* a, const float* b, float* c, int64_t ldc, bool add);
+
+template <bool Pairs, class Rows>
+struct MicroKernels;
+template <bool Pairs, int... Rows>
+struct MicroKernels<Pairs, std::integer_sequence<int, Rows...>> {
+  static constexpr MicroKernel of[] = {micro_kernel<Pairs, Rows + 1>...};
+};
+
+// By the rows of a panel that are used, less one.
+template <bool Pairs>
+constexpr const MicroKernel (&kMicroKernels)[kMR] = MicroKernels<Pairs, std::make_integer_sequence<int, kMR>>::of;
 
 }  // namespace SPU_ISA_NS
 }  // namespace spu

@@ -183,7 +183,7 @@ bool set_way(const char* op, const char* type, const char* shape_class, const ch
   if (o < 0 || t < 0 || s < 0) return false;
   const KernelTable* found = nullptr;
   if (!std::strcmp(way, "torch")) {
-    if (s == 0 || !std::strcmp(op, "linear_ce")) return false;
+    if ((s == 0 && std::strcmp(op, "linear_dx")) || !std::strcmp(op, "linear_ce")) return false;
     found = &kTorch;
   } else if (*way) {
     found = kernels_named(way);

@@ -14,8 +14,9 @@ enum class ProductOp { linear, linear_dx, linear_dw, gated_linear, gated_dx, lin
 void multiply(ProductOp op, const Product& p, const Epilogue& e);
 
 // The table's words. A way is "" (the chosen kernels), an instruction set's name, or "torch": the sums by torch's fp32
-// product, 16-bit operands widened before it, whose accumulation is as exact as ours; not for row and linear_ce.
-// False for a word that is unknown, and for a way that does not serve here.
+// product, 16-bit operands widened before it, whose accumulation is as exact as ours; not for linear_ce, and for row
+// only of linear_dx (the dot products of the others need no packing). False for a word that is unknown, and for a way
+// that does not serve here.
 bool set_way(const char* op, const char* type, const char* shape_class, const char* way);
 // The way in use for a product; null for an unknown op or type.
 const char* way_of(const char* op, const char* type, int64_t m, int64_t n, int64_t k);

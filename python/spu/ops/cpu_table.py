@@ -45,14 +45,16 @@ OPS = ("linear", "linear_dx", "linear_dw", "gated_linear", "gated_dx", "linear_c
 CLASSES = ("row", "skinny", "few", "small", "deep", "large")
 _DTYPES = ("fp32", "fp16", "bf16")
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
-# fp32 products that MKL was faster at on each Intel family with AVX-512 that was measured.
+# fp32 products that MKL is faster at, or as fast, on Intel's cores: with AVX-512, and on those that have AVX2 alone.
 _MKL_WINS = {
     "linear": ("few", "small", "deep", "large"),
-    "linear_dx": ("few", "small", "deep", "large"),
+    "linear_dx": CLASSES,
     "linear_dw": ("skinny", "small", "deep"),
-    "gated_linear": ("few",),
-    "gated_dx": ("few", "deep"),
+    "gated_linear": ("few", "small", "deep", "large"),
+    "gated_dx": ("skinny", "few", "small", "deep", "large"),
 }
+_MKL_WINS_AVX2 = {**_MKL_WINS, "linear_dw": ("skinny", "small", "deep", "large")}
+_MKL_WINS_AVX2_HALF = ("deep", "large")  # input gradients, although the weight is widened first
 # Intel's cores with AMX: vdpbf16ps does two multiply-adds a lane there in four times the time of one in fp32.
 _SLOW_DOTS = ("intel-6-143", "intel-6-173", "intel-6-174", "intel-6-207")
 
@@ -133,12 +135,16 @@ def user_path(name: str) -> Path:
 
 
 def derived(name: str) -> CpuTable:
-    """Return what a family's name alone says: on Intel's cores with AVX-512 by torch (MKL) the fp32 products that it
-    won on both families that were measured, by 4 to 25%; bf16 by fp32 products where its own instruction is slower.
+    """Return what a family's name alone says: on Intel's cores by torch (MKL) the products that it won there; bf16
+    by fp32 products where its own instruction is slower.
     """
     ways: dict[str, str] = {}
-    if name.startswith("intel-") and name.endswith(("-avx512", "-avx512bf16", "-amx")):
-        ways |= {f"{op}/fp32/{shape}": "torch" for op, won in _MKL_WINS.items() for shape in won}
+    if name.startswith("intel-"):
+        isa = name.rpartition("-")[2]
+        won = {} if isa == "scalar" else _MKL_WINS_AVX2 if isa == "avx2" else _MKL_WINS
+        ways |= {f"{op}/fp32/{shape}": "torch" for op, shapes in won.items() for shape in shapes}
+        half = _MKL_WINS_AVX2_HALF if isa == "avx2" else ()
+        ways |= {f"linear_dx/{dtype}/{shape}": "torch" for dtype in ("fp16", "bf16") for shape in half}
     if name.endswith("-avx512bf16") and name.startswith(_SLOW_DOTS):
         ways |= {f"{op}/bf16/{shape}": "avx512" for op in OPS for shape in CLASSES}
     return CpuTable(name, ways)

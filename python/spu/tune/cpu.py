@@ -48,8 +48,8 @@ def shape_of(op: str, shape_class: str) -> tuple[int, int, int]:
 def ways_of(op: str, dtype: str, shape_class: str, isa: str) -> list[str]:
     """Return the ways to compare with our kernels of the instruction set in use."""
     narrower = list(_NARROWER.get(isa, ())) if dtype != "fp32" else []
-    takes_torch = shape_class != "row" and op != "linear_ce" and torch.backends.mkl.is_available()
-    return [*narrower, *(["torch"] if takes_torch else [])]
+    takes_torch = op == "linear_dx" or (shape_class != "row" and op != "linear_ce")
+    return [*narrower, *(["torch"] if takes_torch and torch.backends.mkl.is_available() else [])]
 
 
 def _rows(ops: tuple[str, ...], dtypes: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
