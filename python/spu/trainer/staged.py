@@ -37,7 +37,7 @@ from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
 from spu.engine.state import Carried, give_value, state_for_model, training_state
 from spu.engine.structure import StructureCheck
-from spu.engine.tiers import converting, open_streaming, park_again
+from spu.engine.tiers import converting, open_streaming, park_again, spare_heap
 from spu.engine.update import OptimizerFactory, release
 from spu.model.deferred import brought
 from spu.optim.forms import in_form
@@ -330,9 +330,9 @@ class StagedModel:
 
     def _build(self, plan: Plan, add_masters: Callable[[BuiltStages], None]) -> Runner:
         """Move the layers to their planned devices, and build their stages and optimizers."""
-        device_of = dict(
-            zip(plan.devices, used_devices(plan, self.devices))
-        )  # by rank: another machine may name them otherwise
+        # By rank: another machine may name them otherwise.
+        device_of = dict(zip(plan.devices, used_devices(plan, self.devices)))
+        spare_heap(plan, device_of)
         built = build_stages(
             self._parts.layers,
             [range(*stage.layers) for stage in plan.stages],
