@@ -12,6 +12,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.distributed import sums as module
+from spu.distributed.grad_wire import WIRES
 from spu.distributed.sums import GradientSums
 
 SIZE = 300_000  # more than a bucket of a small model
@@ -82,6 +83,19 @@ def test_sums_are_right_whenever_gradients_leave(wire: str, extreme: float) -> N
         assert [sum(left) for left in found["left"]][::2] == [0, 0, 0]
         assert all(left[0] and not left[-1] for left in found["left"][1::2])
     assert both[0]["sums"] == both[1]["sums"]
+
+
+def add_nothing() -> list[tuple[int, ...]]:
+    found = []
+    for wire in WIRES.values():
+        sending = wire(torch.zeros(0), dist.group.WORLD)
+        sending.half_way()
+        found.append(tuple(sending.sum().shape))
+    return found
+
+
+def test_a_bucket_of_parameters_without_elements_is_added_up_too() -> None:
+    assert in_ranks(2, add_nothing) == [[(0,)] * len(WIRES)] * 2
 
 
 class Adds(torch.autograd.Function):

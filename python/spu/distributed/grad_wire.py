@@ -58,7 +58,7 @@ class Rounded:
     def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup) -> None:
         self._group, self._count = group, flat.numel()
         parts = group.size()
-        self._each = -(-flat.numel() // (parts * _EACH)) * _EACH
+        self._each = max(1, -(-flat.numel() // (parts * _EACH))) * _EACH  # a part of nothing has no largest value
         rows = F.pad(flat, (0, parts * self._each - flat.numel())).view(parts, self._each)
         self._sent = _rounded(rows)
         self._got = torch.empty_like(self._sent)
