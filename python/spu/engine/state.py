@@ -246,12 +246,14 @@ def state_for_model(
     Args:
         away: values from other processes, by name; they are not copied.
     """
-    exact, theirs = exact_parameters(built, optimizers), set[int]()
+    exact: dict[int, torch.Tensor | Joined] = exact_parameters(built, optimizers)
+    theirs = set[int]()
     if away:
         layers = [layer for stage in built.stages for layer in stage.parts]
         named = (pair for layer in layers for pair in (*layer.named_parameters(), *layer.named_buffers()))
         found = {id(tensor): away[name] for name, tensor in named if name in away}
-        exact, theirs = exact | found, set(found)
+        exact.update(found)
+        theirs = set(found)
     state: dict[str, Any] = {}
     copies: dict[int, torch.Tensor] = {}  # ties stay ties
     for name, value in model.state_dict(keep_vars=True).items():
@@ -318,7 +320,7 @@ def _unpacked(packed: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> An
     return value
 
 
-def _check_model(current: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor | Stored]) -> None:
+def _check_model(current: Mapping[str, torch.Tensor | Elsewhere], state: Mapping[str, torch.Tensor | Stored]) -> None:
     """Raise CheckpointError for names or shapes that do not belong to this model."""
     missing = sorted(current.keys() - state.keys())
     foreign = sorted(state.keys() - current.keys())
@@ -345,7 +347,7 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
             value = state[name]
             value = value.read() if isinstance(value, Stored) else value
             parameter, optimizer = owners.get(name, (None, None))
-            if isinstance(optimizer, AdamW) and optimizer.keeps_master(parameter):
+            if parameter is not None and isinstance(optimizer, AdamW) and optimizer.keeps_master(parameter):
                 optimizer.set_master(parameter, value)
                 continue
             assert isinstance(tensor, torch.Tensor)  # else the optimizer keeps a correction

@@ -128,11 +128,11 @@ def split(master: Tensor, dtype: torch.dtype, form: str, noise: Tensor | None = 
     kind = correction_dtype(form)
     if noise is not None or master.numel() <= _PIECE:
         return _split(master, dtype, kind, noise)
-    both = tuple(torch.empty(master.shape, dtype=own, device=master.device) for own in (dtype, kind))
+    both = [torch.empty(master.shape, dtype=own, device=master.device) for own in (dtype, kind)]
     for piece, *into in _pieces(master, *both):
         for own, value in zip(into, _split(piece, dtype, kind, None), strict=True):
             own.copy_(value)
-    return both
+    return both[0], both[1]
 
 
 def _split(master: Tensor, dtype: torch.dtype, kind: torch.dtype, noise: Tensor | None) -> tuple[Tensor, Tensor]:
