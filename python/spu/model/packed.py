@@ -43,8 +43,9 @@ def carry(given: Any, moved: Any) -> None:
         return
     for name, find in (("position_ids", _lengths), ("attention_mask", _kept)):
         tensor = given.get(name)
-        on_host = isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.device.type == "cpu"
-        if on_host and not moved[name].is_inference():
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.device.type != "cpu":
+            continue
+        if not moved[name].is_inference():
             _FOUND[moved[name]] = version(moved[name]), _once(tensor, find)
 
 

@@ -122,7 +122,8 @@ class _Walk:
 def _space(path: str, key: str, value: Any) -> Space | None:
     if isinstance(value, _CONTAINERS):
         return (_Dict if isinstance(value, dict) else _Sequence)(path, key, value)
-    own = getattr(value, "__dict__", None) if _is_object(type(value)) else None
+    kind: type[object] = type(value)
+    own = getattr(value, "__dict__", None) if _is_object(kind) else None
     return Space(path, key, own) if isinstance(own, dict) else None
 
 

@@ -46,7 +46,8 @@ class FusedDecoder(FusedBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute hidden_states [batch, tokens, C] -> the same."""
         if len(args) == 1 and not torch.compiler.is_compiling() and _is_plain_call(kwargs):
-            y = _fused(self, args[0], *kwargs["position_embeddings"], kwargs.get("attention_mask"))
+            cos, sin = kwargs["position_embeddings"]
+            y = _fused(self, args[0], cos, sin, kwargs.get("attention_mask"))
             if y is not None:
                 return y
         return self.spu_plain.forward(self, *args, **kwargs)
