@@ -122,8 +122,8 @@ class _Walk:
 def _space(path: str, key: str, value: Any) -> Space | None:
     if isinstance(value, _CONTAINERS):
         return (_Dict if isinstance(value, dict) else _Sequence)(path, key, value)
-    kind: type[object] = type(value)
-    own = getattr(value, "__dict__", None) if _is_object(kind) else None
+    kind = type(value)
+    own = getattr(value, "__dict__", None) if _is_object(kind) else None  # type: ignore[arg-type]  # a metaclass hashes
     return Space(path, key, own) if isinstance(own, dict) else None
 
 
