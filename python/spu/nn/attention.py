@@ -152,7 +152,8 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return mask
     known = _ADDED.get(mask)
     if known is None or known[0] != (version(mask), dtype):
-        added = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
+        with torch.inference_mode(False), torch.no_grad():  # a training may meet the mask of an evaluation
+            added = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
         known = _ADDED[mask] = (version(mask), dtype), added
     return known[1]  # type: ignore[no-any-return]
 
