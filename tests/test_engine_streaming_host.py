@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from spu.engine import hosted
 from spu.engine.engine import StageError
 from spu.engine.result import counted_bytes
 from spu.engine.streaming import Streaming
-from spu.memory import slab
+from spu.memory import changes, slab
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Pinning
@@ -163,6 +164,7 @@ def test_a_missing_wait_would_be_seen(
 ) -> None:
     streams = broken()
     store: Any = HostStore() if below == "host" else Lazy()
+    monkeypatch.setattr(changes, "checksum", lambda _: 0)  # which may see that weights come too late, and end the run
     run(monkeypatch, store, streams, slots=2, buffers=1)
     assert streams.errors
 
@@ -247,6 +249,36 @@ def test_a_skipped_step_changes_nothing(reference: None, monkeypatch: pytest.Mon
     trainer.flush()
     assert own[1][0].weight.eq(torch.tensor(6e4, dtype=torch.float16)).all()  # type: ignore[index]
     trainer.close()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("beside", ["a device", "nothing"])
+@pytest.mark.parametrize("below", ["host", "disk"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_trainer_that_is_dropped_gives_its_last_values_back(
+    reference: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, below: str, beside: str
+) -> None:
+    """Python ends the parts of a cycle in any order: an update waited for ever for a thread that had gone."""
+    found = []
+    for closed in (True, False):
+        own, store = model(), HostStore() if below == "host" else DiskStore(str(tmp_path))
+        streams = {"streams": HostStreams()} if beside == "a device" else {}
+        trainer = make(monkeypatch, own, store, precision=precision, **streams)
+        gc.disable()  # it comes where it is called
+        try:
+            for x, y in batches(2):
+                trainer.step(x, y)
+            threads = threading.active_count()
+            if closed:
+                trainer.close()
+            trainer.itself = trainer  # type: ignore[attr-defined]
+            del trainer, store
+            gc.collect()
+        finally:
+            gc.enable()
+        assert threading.active_count() < threads
+        found.append(list(own.parameters()))
+    assert same(*found)
 
 
 def test_what_the_device_alone_knows_reaches_the_host(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:

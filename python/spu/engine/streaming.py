@@ -28,6 +28,9 @@ from spu.precision import MainGrads
 
 __all__ = ["DeferredUpdate", "Share", "Streaming", "add_tied", "streaming_units"]
 
+_OPEN: dict[int, Store] = {}
+"""Stores of what is not closed: the parts of a dropped trainer end in any order, and it has values to give back."""
+
 _LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 _Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]
 
@@ -109,6 +112,7 @@ class Streaming:
         modules = {id(m): m for k in units for part in built.stages[k].parts for m in part.module.modules()}
         self._guards = [module.register_state_dict_pre_hook(refuse_stand_ins) for module in modules.values()]
         self.residencies = [share.make(share.units, self) for share in shares]
+        _OPEN.update((id(residency.store), residency.store) for residency in self.residencies)
 
     @property
     def failed(self) -> bool:
@@ -137,6 +141,7 @@ class Streaming:
             guard.remove()
         for residency in self.residencies:
             residency.close()
+            _OPEN.pop(id(residency.store), None)
 
     def __contains__(self, stage: int) -> bool:
         return stage in self._owned
