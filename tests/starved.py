@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import UserList
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Starved(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, width)
         self.rows, self.backward_rows, self.graphs = rows, backward_rows, graphs
-        self.seen: list[int] = []
+        self.seen: UserList[int] = UserList()  # of a plain list a recomputation takes out what it has put in
         self.alive: list[weakref.ref[np.ndarray]] = []
 
     def forward(self, x: Tensor) -> Tensor:

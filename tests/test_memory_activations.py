@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from collections import UserList
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,9 +231,9 @@ def test_the_users_steps() -> None:
 class Watch(nn.Module):
     """Notes how many of the inputs that it has seen are still in memory."""
 
-    def __init__(self, seen: list[weakref.ref[Any]]) -> None:
+    def __init__(self, seen: UserList[weakref.ref[Any]]) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen = seen  # no plain list, of which a recomputation takes out what it has put in
         self.linear = nn.Linear(WIDTH, WIDTH)
 
     def __deepcopy__(self, memo: Any) -> Watch:
@@ -245,7 +246,7 @@ class Watch(nn.Module):
 
 def test_the_devices_memory_is_freed() -> None:
     """Between forward and backward only the messages of one boundary are in memory, without the collector's help."""
-    seen: list[weakref.ref[Any]] = []
+    seen: UserList[weakref.ref[Any]] = UserList()
     alive: list[int] = []
 
     def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
