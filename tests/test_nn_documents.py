@@ -147,15 +147,19 @@ def test_dropout_and_what_is_unknown_go_by_the_mask() -> None:
     assert document_lengths(torch.ones(0, 1, TOKENS, TOKENS, dtype=torch.bool), SIZE) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_models_packed_rows_are_its_documents(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers makes one mask for all layers, which fp32 copies of took 64 MB a layer at 4,096 tokens."""
+def llama(dtype: torch.dtype) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_models_packed_rows_are_its_documents(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes one mask for all layers, which fp32 copies of took 64 MB a layer at 4,096 tokens."""
+    model = llama(dtype)
     attention.use_attention(model)
     ids = torch.randint(64, (1, TOKENS))
     lengths = [100, 156]
@@ -169,12 +173,7 @@ def test_a_models_packed_rows_are_its_documents(dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_models_padded_rows_are_its_documents(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = llama(dtype)
     ids, seen = torch.randint(64, (2, TOKENS)), torch.ones(2, TOKENS, dtype=torch.long)
     seen[0, 200:] = 0
     with torch.no_grad():
