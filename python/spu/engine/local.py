@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from spu import ops
+from spu.common.denormals import call_as, flushes_denormals
 from spu.common.interrupts import delayed_interrupts
 from spu.common.out_of_memory import is_out_of_memory
 from spu.common.torch_private import pytree
@@ -41,6 +42,7 @@ T = TypeVar("T")
 class Worker:
     """A thread that runs one task at a time, with the cores, the thread count and the CUDA device of ``device``.
 
+    Each task treats denormal numbers as the thread that submits it does (`torch.set_flush_denormal`).
     A process forked from this one has none of its threads. There, the first task starts one.
     """
 
@@ -51,7 +53,7 @@ class Worker:
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
         if self._process != os.getpid():
             self._start()
-        return self._pool.submit(task, *args)
+        return self._pool.submit(call_as, flushes_denormals(), task, *args)
 
     def close(self) -> None:
         """Wait for the running task and end the thread; harmless when called twice."""
