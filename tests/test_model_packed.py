@@ -144,8 +144,8 @@ def test_what_rows_hold_is_found_on_the_host_and_goes_with_their_copies(monkeypa
     copies = {name: value.clone() for name, value in given.items()}
     packed.carry(given, copies)
     with monkeypatch.context() as changed:
-        for name in ("_lengths", "_kept"):
-            changed.setattr(packed, name, lambda _: pytest.fail("a card would be waited for"))
+        for known in (packed._lengths, packed._kept):
+            changed.setattr(known, "_find", lambda _: pytest.fail("a card would be waited for"))
         assert packed.row_lengths(copies) == [list(LENGTHS)]
         assert packed.holds_several(copies) == (0, 7)
         assert set(packed.parting_documents(copies)) == {"input_ids", "position_ids"}

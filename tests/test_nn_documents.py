@@ -49,7 +49,7 @@ def test_a_mask_that_is_made_of_lengths_is_known_unseen(monkeypatch: pytest.Monk
     mask = document_mask(LENGTHS, TOKENS, torch.device("cpu"))
     assert torch.equal(mask, mask_of(LENGTHS))
     with monkeypatch.context() as changed:
-        changed.setattr(documents, "_lengths", lambda _: pytest.fail("looked at"))
+        changed.setattr(documents._lengths, "_find", lambda _: pytest.fail("looked at"))
         assert document_lengths(mask, SIZE) == LENGTHS
     mask[0, 0, 7, 6] = False
     assert document_lengths(mask, SIZE) is None

@@ -14,22 +14,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from spu.common.torch_private import version
+from spu.common.known import Known
 
 __all__ = ["carry", "check_apart", "holds_several", "parting_documents", "row_lengths", "whole"]
-
-_FOUND = WeakTensorKeyDictionary()  # position_ids or attention_mask -> (version, what was found)
-
-
-def _once(tensor: torch.Tensor, find: Any) -> Any:
-    if tensor.is_inference():  # has no version
-        return find(tensor)
-    known = _FOUND.get(tensor)
-    if known is None or known[0] != version(tensor):
-        known = _FOUND[tensor] = version(tensor), find(tensor)
-    return known[1]
 
 
 def carry(given: Any, moved: Any) -> None:
@@ -41,12 +29,11 @@ def carry(given: Any, moved: Any) -> None:
     """
     if not isinstance(given, Mapping):
         return
-    for name, find in (("position_ids", _lengths), ("attention_mask", _kept)):
+    for name, known in (("position_ids", _lengths), ("attention_mask", _kept)):
         tensor = given.get(name)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.device.type != "cpu":
             continue
-        if not moved[name].is_inference():
-            _FOUND[moved[name]] = version(moved[name]), _once(tensor, find)
+        known.note(moved[name], known(tensor))
 
 
 def row_lengths(inputs: Mapping[str, torch.Tensor]) -> list[list[int]] | None:
@@ -61,10 +48,10 @@ def row_lengths(inputs: Mapping[str, torch.Tensor]) -> list[list[int]] | None:
     if positions is not None:
         if positions.shape != shape or holds_several(inputs) is None or not (mask is None or whole(mask)):
             return None
-        return _once(positions, _lengths)  # type: ignore[no-any-return]
+        return _lengths(positions)
     if mask is None or mask.dim() != 2 or mask.shape != shape:
         return None
-    kept = _once(mask, _kept)
+    kept = _kept(mask)
     if kept is None or not all(kept) or min(kept, default=0) == shape[1]:
         return None
     return [[count] for count in kept]
@@ -72,10 +59,11 @@ def row_lengths(inputs: Mapping[str, torch.Tensor]) -> list[list[int]] | None:
 
 def whole(mask: torch.Tensor) -> bool:
     """Tell whether an ``attention_mask`` [batch, tokens] hides nothing."""
-    kept = _once(mask, _kept)
+    kept = _kept(mask)
     return kept is not None and all(count == mask.shape[1] for count in kept)
 
 
+@Known
 def _lengths(positions: torch.Tensor) -> list[list[int]] | None:
     again, on = positions[:, 1:] == 0, positions[:, 1:] == positions[:, :-1] + 1
     if not again.any() or not (again | on).all():
@@ -84,6 +72,7 @@ def _lengths(positions: torch.Tensor) -> list[list[int]] | None:
     return [[end - begin for begin, end in itertools.pairwise(row)] for row in rows]
 
 
+@Known
 def _kept(mask: torch.Tensor) -> list[int] | None:
     """Return how many tokens of each row are no padding, if all padding is on the right."""
     kept = (mask != 0).sum(1)
@@ -104,7 +93,7 @@ def holds_several(inputs: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
     if mask is not None and mask.shape != positions.shape:
         return None
     if mask is None or whole(mask):
-        rows = enumerate(_once(positions, _lengths) or [])
+        rows = enumerate(_lengths(positions) or [])
         return next(((row, lengths[0]) for row, lengths in rows if len(lengths) > 1), None)
     again, on = positions[:, 1:] == 0, positions[:, 1:] == positions[:, :-1] + 1
     both = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from spu.common.dtypes import HALVES
-from spu.common.torch_private import version
+from spu.common.known import Known
 from spu.nn.documents import by_documents, document_lengths
 from spu.ops import attention
 from spu.ops.attention import preferred_kernels, unshared_heads
@@ -44,7 +43,6 @@ __all__ = [
 
 SDPA_NAME = "spu"
 EAGER_NAME = "spu_eager"
-_ADDED = WeakTensorKeyDictionary()  # bool mask -> ((version, dtype), what is added to scores)
 _OURS = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}
 _READ = frozenset(("scaling", "dropout", "is_causal"))  # keywords that are served here
 # Keywords that reach an attention but speak of the mask, which is made by then, or of other parts of the model.
@@ -150,12 +148,13 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return mask
     if mask.is_inference() or not takes(mask) or fake(mask):
         return mask
-    known = _ADDED.get(mask)
-    if known is None or known[0] != (version(mask), dtype):
-        with torch.inference_mode(False), torch.no_grad():  # a training may meet the mask of an evaluation
-            added = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
-        known = _ADDED[mask] = (version(mask), dtype), added
-    return known[1]  # type: ignore[no-any-return]
+    return _added(mask, dtype)
+
+
+@Known
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # a training may meet the mask of an evaluation
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def sdpa_attention(

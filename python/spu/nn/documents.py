@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from spu.common.torch_private import version
+from spu.common.known import Known
 from spu.ops.documents import Lengths, parts_of
 from spu.ops.plain import fake
 
@@ -23,7 +22,6 @@ __all__ = ["by_documents", "document_lengths", "document_mask"]
 # Multiply-adds that take as long as a call beside a kernel's work: on a CPU; elsewhere by arithmetic, 0.1 ms of calls
 # forward and backward beside 20 TFLOP/s.
 _CALL, _CALL_ELSEWHERE = 1 << 20, 1 << 27
-_KNOWN = WeakTensorKeyDictionary()  # mask -> (version, lengths)
 
 
 def document_mask(lengths: Lengths, tokens: int, device: torch.device) -> Tensor:
@@ -36,7 +34,7 @@ def document_mask(lengths: Lengths, tokens: int, device: torch.device) -> Tensor
         bool [batch, 1, tokens, tokens]: a query sees its own document up to itself; padding all of the one before it.
     """
     mask = _filled(lengths, tokens, device)
-    _KNOWN[mask] = version(mask), [list(row) for row in lengths]
+    _lengths.note(mask, [list(row) for row in lengths])
     return mask
 
 
@@ -72,13 +70,11 @@ def document_lengths(mask: Tensor, heads_size: int) -> list[list[int]] | None:
     most = mask.shape[2] ** 2 * heads_size // (_CALL if mask.device.type == "cpu" else _CALL_ELSEWHERE)
     if most < 2:
         return None
-    known = _KNOWN.get(mask)
-    if known is None or known[0] != version(mask):
-        known = _KNOWN[mask] = version(mask), _lengths(mask)
-    lengths: list[list[int]] | None = known[1]
+    lengths = _lengths(mask)
     return None if lengths is None or max(map(len, lengths)) > most else lengths
 
 
+@Known
 def _lengths(mask: Tensor) -> list[list[int]] | None:
     tokens = mask.shape[2]
     before = mask[:, 0].diagonal(-1, 1, 2)  # [batch, tokens - 1]: who sees the token before it
