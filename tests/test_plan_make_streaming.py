@@ -194,6 +194,20 @@ def test_two_equal_devices_take_turns_and_halve_the_step():
     assert "streamed through cuda:0 and cuda:1, in turn, from the host" in two.table()
 
 
+@pytest.mark.parametrize("residency", ["streamed", "offloaded"])
+def test_a_tied_weight_waits_once_and_its_second_gradient_stays_on_the_device(residency):
+    """It was counted twice on the disk, and its gradient from the later stage nowhere."""
+    costs = layers(6, params=200_000)
+    apart = stream(costs, residency=residency).streaming
+    costs[-1] = dataclasses.replace(costs[-1], ties=((0, 100_000, 100_000),))
+    tied = stream(costs, residency=residency).streaming
+    assert (tied.slots, tied.state_slots) == (apart.slots, apart.state_slots)
+    assert tied.tiers[1].peak_bytes == pytest.approx(apart.tiers[1].peak_bytes, abs=2 * 4096)
+    in_a_slot = 2 * 100_000 if residency == "streamed" else 0
+    more = tied.tiers[0].peak_bytes - apart.tiers[0].peak_bytes
+    assert more == pytest.approx(4 * 100_000 + in_a_slot, abs=2 * 4096)
+
+
 def test_a_faster_device_takes_more_layers():
     plan = stream_on(layers(24, params=100_000, flops=10**10), [3e12, 1e12])
     assert shares(plan) == {"cuda:0": 18, "cuda:1": 6}

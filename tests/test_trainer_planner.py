@@ -236,6 +236,26 @@ def test_the_peak_of_every_tier_is_the_predicted_one(how: dict[str, Any], tmp_pa
         assert device.peak_bytes == pytest.approx(found["cpu:0"], rel=0.05)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_large_vocabularies_that_stream_take_what_is_predicted(precision: str, tied: bool, tmp_path: Path) -> None:
+    """In fp32 autograd's own gradients lay beside the slots that were lent for them; a tied one's from the head did."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(4000, 64), nn.Linear(64, 4000, bias=False)
+    if tied:
+        head.weight = table.weight
+    net = nn.Sequential(table, nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), head)
+    ids, targets = torch.randint(4000, (64, 8)), torch.randint(4000, (64, 8))
+    how = {"precision": precision, "microbatches": 8, "residency": "streamed"}
+    with ModelParallelTrainer(net, "cpu", tiers=f"disk={tmp_path}:1GB", **how) as trainer:
+        found = measured_peaks(trainer, (ids, targets))
+        assert trainer.plan is not None
+        assert trainer.plan.streaming is not None
+        device, disk = trainer.plan.streaming.tiers
+        assert disk.peak_bytes == pytest.approx(found["disk"], abs=2 * 4096)
+        assert device.peak_bytes == pytest.approx(found["cpu:0"], rel=0.01)
+
+
 @pytest.mark.parametrize(("both", "share"), [(1.0, 1.0), (1.5, 2 / 3), (2.0, 0.5), (9.0, 0.5)])
 def test_a_link_is_timed_in_both_directions_at_once(monkeypatch: pytest.MonkeyPatch, both: float, share: float) -> None:
     """A copy takes a second, two at one time take ``both`` seconds."""

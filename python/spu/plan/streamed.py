@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from spu.common.codecs import parked_bytes
-from spu.plan.memory import ITEM_BYTES, StageBytes, update_bytes
+from spu.plan.memory import ITEM_BYTES, update_bytes
 from spu.plan.placement import Placement
 from spu.plan.plan import Plan, StagePlan
+from spu.plan.regions import Regions, aligned
 from spu.plan.streaming import StreamingPlan, TierBytes, busiest
 from spu.plan.visits import RESOURCES, Visit, simulate_visits
 from spu.settings import Settings
@@ -21,40 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Streamed"]
 
-ALIGNMENT = 4096
-"""Bytes to which regions and slots are rounded up, as `spu.memory.store` asks."""
-
 CHECKED = 8 << 20
 """Bytes that a disk store checks or pads at a time, in memory of its own (`spu.memory.disk_store`)."""
 
 PARKED = 3
 """Slots through which activations go to the tier below and come back (`spu.memory.activations`)."""
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Bytes of a stage's regions, aligned, of the fp32 gradients on the device, and of the weights that are trained."""
-
-    weights: int
-    grads: int
-    state: int
-    sums: int
-    trained: int
-
-    @classmethod
-    def of(cls, stage: StageBytes, settings: Settings) -> Regions:
-        count, state = stage.main_grad_bytes // 4, _aligned(stage.master_bytes + stage.moment_bytes)
-        grads = _aligned(count * ITEM_BYTES[settings.grads])
-        trained = count * ITEM_BYTES[settings.precision]
-        return cls(_aligned(stage.param_bytes), grads, state, _aligned(stage.main_grad_bytes), trained)
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.grads + self.state
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +51,13 @@ class Streamed:
     @cached_property
     def regions(self) -> list[Regions]:
         """The regions of every stage."""
-        return [Regions.of(stage, self.settings) for stage in self.placed.stages]
+        tied = map(self._tied, self.placed.parts)
+        return [Regions.of(stage, self.settings, own) for stage, own in zip(self.placed.stages, tied, strict=True)]
+
+    def _tied(self, part: range) -> tuple[int, int]:
+        """Return the parameters, and the trained ones, that a stage has in common with an earlier one."""
+        apart = [(p, t) for k in part for before, p, t in self.placed.request.layers[k].ties if before < part.start]
+        return sum(p for p, _ in apart), sum(t for _, t in apart)
 
     @property
     def settings(self) -> Settings:
@@ -137,7 +115,7 @@ class Streamed:
         codec = None if self.activations == "exact" else self.activations
         inputs = [[self.placed.request.layers[k].input_bytes for k in own if k] for own in self.placed.recomputed]
         inputs[-1] = []
-        return [[(size, _aligned(parked_bytes(size // item, item, codec))) for size in own] for own in inputs]
+        return [[(size, aligned(parked_bytes(size // item, item, codec))) for size in own] for own in inputs]
 
     @cached_property
     def _below(self) -> list[int]:
@@ -166,7 +144,7 @@ class Streamed:
             in_flight -= self.microbatches * sum(map(self._gone, range(rank, len(self.regions), self.ranks)))
             # In the forward they wait for the next stage; an input is there when its layer runs again.
             waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes(rank))
-        resident = 0 if self._streams else sum(r.weights for r in own)
+        resident = sum(r.tied_sums for r in own) + (0 if self._streams else sum(r.own_weights for r in own))
         largest_region = max(max(r.weights * self._streams, r.grads, r.state) for r in own)
         checked = 0 if self.on_gpu else min(CHECKED, largest_region)
         return self.ring_bytes(rank) + resident + in_flight + waiting + checked

@@ -80,7 +80,8 @@ class ParameterSink:
         self.at_true_scale = not adopted  # what ``param.grad`` holds; adopted: from a backward to the next unscale_
         self.seen_scaled = False  # adopted: a backward outside a scope had a gradient for it since the last unscale_
         self._inv_scale: Tensor | None = None  # adopted: of the last scope that brought ``param.grad`` to true scale
-        self._buffer: Tensor | None = None  # the last step's gradient, until this step's first contribution takes it
+        self._buffer: Tensor | None = None  # the last step's gradient, or lent; this step's first contribution takes it
+        self._lent = False
         self._lock = threading.Lock()  # backwards in several threads may meet here
 
     def linear_weight(self, dz: Tensor, x: Tensor, backend: str) -> None:
@@ -214,7 +215,17 @@ class ParameterSink:
         return buffer
 
     def lend(self, buffer: Tensor | None) -> None:
-        self._buffer = buffer
+        self._buffer, self._lent = buffer, buffer is not None
+
+    @torch.no_grad()
+    def _placed(self, grad: Tensor) -> Tensor:
+        """Return a gradient, which autograd takes as it is, where it is to lie: a stage's would be there twice."""
+        buffer, param = self._buffer, self._parameter()
+        if not self._lent:
+            self._buffer = None  # autograd moves the first gradient into place
+        elif buffer is not None and param.grad is None and accumulates(get_gradient_edge(param).node):
+            self._buffer, grad = None, buffer.copy_(grad)
+        return grad
 
     def begin_step(self) -> None:
         param = self._parameter()
@@ -229,8 +240,7 @@ class ParameterSink:
             return grad
         scope = current_scope()
         if scope is not None and scope.plain and grad.dtype == torch.float32 and grad.layout == torch.strided:
-            self._buffer = None  # autograd moves the first gradient into place
-            return grad
+            return self._placed(grad)
         param = self._parameter()
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
