@@ -65,6 +65,18 @@ SPU_INLINE void row_pairs(const T* p, int64_t n, vu (&out)[kParts<T>], vf& left)
   }
 }
 
+// The memory that the next tile of the same rows (along), or the next panel (across), reads where this one reads its
+// i-th row: transposing takes longer than the processor looks ahead, and rows apart are no stream that it foresees.
+template <Run R, bool Apart, class T>
+SPU_INLINE void ask_for_next(const T* p, int64_t stride, int64_t i) {
+  if constexpr (R == Run::along) {
+    __builtin_prefetch(p + i * stride + kTileDepth);
+  } else {
+    __builtin_prefetch(p + (Apart ? i : 2 * i) * stride + kPanelRows);
+    __builtin_prefetch(p + (Apart ? i + kLanes : 2 * i + 1) * stride + kPanelRows);
+  }
+}
+
 // 16 rows by 32 values along k, from p on, to a tile a part; `rows` and `depth` of them exist (all of them if Whole).
 // Right: for the right operand, whose tile has pairs in rows. Apart: pairs are 16 apart along k. stride: between rows
 // (along) or along k (across).
@@ -77,6 +89,7 @@ SPU_INLINE void pack_tiles(uint16_t* out, const T* p, int64_t stride, int64_t ro
 #pragma GCC unroll 16
   for (int i = 0; i < kTileRows; ++i) {
     vu pair[kParts<T>];
+    if constexpr (turn && Whole) ask_for_next<R, Apart>(p, stride, i);
     if constexpr (R == Run::along) {
       row_pairs<T>(p + i * stride, i < rows ? depth : 0, pair, left);
     } else {
