@@ -169,6 +169,22 @@ def test_non_finite_values_stand_where_they_belong(dtype: torch.dtype, bad: floa
 
 
 @needs_tiles
+def test_a_value_that_is_not_finite_leaves_other_panels_of_rows_on_tiles() -> None:
+    x, w = torch.randn(400, 512).half(), torch.randn(300, 512).half()
+    clean, grad = linear(x, w), main_grad(w.T.contiguous(), x.T)[0]  # grad: rows are w's
+    x[200, 50] = INF  # in the panel of rows 192 to 223, and in the second part of the rows that is packed
+    others = torch.cat((torch.arange(192), torch.arange(224, 400)))
+    assert_equal(linear(x, w)[others], clean[others], "rows of the left operand")
+    assert not bool(linear(x, w)[200].isfinite().any())
+    w[40, 9] = NAN
+    columns = torch.cat((torch.arange(32), torch.arange(64, 300)))
+    again, found = main_grad(w.T.contiguous(), x.nan_to_num(0.0, posinf=0.0).T)
+    assert found == 1.0
+    assert not bool(again[40].isfinite().any())
+    assert_equal(again[columns][:, others], grad[columns][:, others], "rows of a main gradient")
+
+
+@needs_tiles
 def test_non_finite_values_of_twins_chains_and_logits() -> None:
     x, gate, up = torch.randn(40, 70).half(), torch.randn(300, 70).half(), torch.randn(300, 70).half()
     up[270, 3] = INF
@@ -287,9 +303,10 @@ def test_the_rule_says_which_products_are_the_tiles() -> None:
 
 @needs_tiles
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    shapes = [(150, 300, 130), (530, 40, 200), (33, 40, 3000), (33, 560, 1600)]
+    # The last two: a thread by itself packs all columns and then some rows at a time.
+    shapes = [(150, 300, 130), (530, 40, 200), (33, 40, 3000), (33, 560, 1600), (300, 320, 512), (300, 320, 512)]
     operands = [(torch.randn(m, k).half(), (torch.randn(n, k) / k**0.5).half()) for m, n, k in shapes]
-    operands[0][1][270, 5] = INF
+    operands[0][1][270, 5] = operands[4][0][140, 7] = operands[4][1][270, 5] = INF
     targets = [torch.randint(len(w), (len(x),)) for x, w in operands]
 
     def run() -> list[Tensor]:

@@ -5,11 +5,12 @@
 // blocks of C, first by columns. fp32 sums wait in memory only where k takes several blocks. An element's additions
 // have an order that depends on the product's shape alone, so that results do not depend on the number of threads.
 //
-// An fp16 value that is not finite has no two parts. Packing finds them before any result is written: rows with one in
-// A, and groups of columns with one in B, are left to the AVX-512 kernel, in which an infinity stays one.
+// An fp16 value that is not finite has no two parts. Packing finds them before any result is written: panels of rows
+// with one in A, and groups of columns with one in B, are left to the AVX-512 kernel, in which an infinity stays one.
 #pragma once
 
 #include "cpu/gemm_amx_micro.h"
+#include "cpu/gemm_amx_shared.h"
 #include "cpu/gemm_epilogue.h"
 
 namespace spu {
@@ -18,10 +19,13 @@ namespace SPU_ISA_NS {
 // Steps of k (32 values) that a block of B in L2 has, by parts; a task's share of B in L2; rows of C that are
 // worked on while a k-block is there.
 constexpr int64_t kBlockSteps[] = {48, 32}, kBlockBytes = int64_t{1} << 20, kBlockPanels = 8;
+// Panels of A that are packed at a time, to the same place, where all of B is there: L2 holds what was written last,
+// and a line that it does not hold takes as long to write as its values to convert.
+constexpr int64_t kReusedBytes = int64_t{1} << 18;
 // Bounds of one packing: steps of k, columns, bytes of A and of B. Where k takes more, C waits in fp32, kWaitingColumns
 // at a time.
 constexpr int64_t kMostSteps = 512, kMostColumns = 65536, kMostBytes = int64_t{1} << 25, kWaitingColumns = 4096;
-constexpr int64_t kGroups = kMostColumns / cpu::kStatColumns;
+constexpr int64_t kGroups = kMostColumns / cpu::kStatColumns, kMostPanels = kMostBytes / (2 * kTileValues * 2);
 // Below so many multiply-adds waking other threads costs more than it saves: torch's, and those of waiting stages.
 constexpr int64_t kParallelTiles = int64_t{1} << 21;
 #if defined(SPU_EMULATE_AVX512)
@@ -46,48 +50,23 @@ struct TileGemm {
   int64_t j0, js;          // panels of B (from n0 on) that are packed
   bool last;               // no more steps follow
   bool direct;             // A's tiles are loaded from where it lies
+  bool by_rows;            // B is packed once for all super-blocks, which are a few of A's rows
   uint16_t *a, *b;
-  float* waiting;         // sums between super-blocks along k, or null
-  uint8_t left[kGroups];  // groups of columns, from n0 on, that are left to the AVX-512 kernel
-  uint8_t left_rows;      // all of them
+  int64_t b_uses;  // of B's workspace, when it was packed
+  float* waiting;  // sums between super-blocks along k, or null
+  // What is left to the AVX-512 kernel: groups of columns, from n0 on, and panels of rows, from m0 on.
+  uint8_t left[kGroups], *left_rows;
 
   int64_t panel() const { return ss * parts * 2 * kTileValues; }  // 16-bit values
   int64_t a_panels() const { return ceil_div(ms, kPanelRows); }
   int64_t units() const { return ceil_div(js, width); }
   int64_t ldc() const { return width * kPanelRows + (width > 1 ? kLanes : 0); }  // not a multiple of L1's sets
   int64_t unit_floats() const { return products * kPanelRows * ldc(); }
+  bool b_stays() const { return by_rows && b && b_uses == cpu::workspace_uses(cpu::kLocalB); }
 };
 
 SPU_INLINE cpu::Operand columns_of(const cpu::Operand& x) {
   return {x.data, x.type, x.col, x.row};
-}
-
-// One whole side of a product of the thread as it was packed for a call, all of it finite; uses: of its slot, when that
-// was done.
-struct PackedSide {
-  int64_t call;
-  const void* data;
-  Type type;
-  int64_t row, col, length, k, uses;
-  uint16_t* panels;
-};
-
-SPU_INLINE PackedSide& packed_side(int slot) {
-  static thread_local PackedSide sides[2];
-  return sides[slot == cpu::kSharedA ? 0 : 1];
-}
-
-// Its panels, if it is this operand, of `length` rows (columns of B) by k, packed in the same call (an earlier call's
-// may have changed), and nothing else has used the slot since.
-SPU_INLINE uint16_t* panels_of(int slot, int64_t call, const cpu::Operand& x, int64_t length, int64_t k) {
-  const PackedSide& s = packed_side(slot);
-  const bool same = call && s.call == call && s.data == x.data && s.type == x.type && s.row == x.row && s.col == x.col;
-  return same && s.length == length && s.k == k && s.uses == cpu::workspace_uses(slot) ? s.panels : nullptr;
-}
-
-SPU_INLINE void keep_panels(int slot, int64_t call, const cpu::Operand& x, int64_t length, int64_t k,
-                            uint16_t* panels) {
-  packed_side(slot) = {call, x.data, x.type, x.row, x.col, length, k, cpu::workspace_uses(slot), panels};
 }
 
 // The super-block's steps of panels [begin, end) of an operand, or of two that follow each other along k.
@@ -109,9 +88,11 @@ static bool pack_chain(const TileGemm& g, uint16_t* out, int64_t panel_values, c
 
 static void pack_rows(void* context, int64_t begin, int64_t end) {
   TileGemm& g = *static_cast<TileGemm*>(context);
-  if (pack_chain<false>(g, g.a, g.panel(), g.p->a, g.p->a2, g.m0, g.m0 + g.ms, begin, end)) {
-    __atomic_store_n(&g.left_rows, 1, __ATOMIC_RELAXED);
-  }
+  const auto pack = [&](int64_t from, int64_t to) {
+    return pack_chain<false>(g, g.a, g.panel(), g.p->a, g.p->a2, g.m0, g.m0 + g.ms, from, to);
+  };
+  if (!pack(begin, end)) return;
+  for (int64_t i = begin; i < end; ++i) g.left_rows[i] |= pack(i, i + 1);  // which of them, then
 }
 
 // Groups of columns [begin, end), from panel j0 on: a group's panels, a twin's beside each.
@@ -179,6 +160,7 @@ static void multiply_task(const TileGemm& g, const TileTask& t) {
     for (int64_t s = 0; s < g.ss; s += each) {
       const bool done = g.last && s + each >= g.ss;
       for (int64_t i = i0; i < least(i0 + kBlockPanels, t.i1); ++i) {
+        if (g.left_rows[i]) continue;
         for (int64_t u = t.u0; u < t.u1; ++u) {
           if (g.left[(g.j0 + u * g.width) / group]) continue;
           float* c = blocks > 1 || g.waiting ? sums_of(g, t, i, u) : t.c;
@@ -216,18 +198,29 @@ static void in_parallel(const TileGemm& g, int64_t count, cpu::RangeBody body) {
   cpu::parallel(count, g.threads, body, context);
 }
 
-// The super-block's columns, as many at a time as the tasks' shares of B in L2 hold: whole groups, of about equal size.
+// Groups of the super-block's columns that are packed at a time: those that the tasks' shares of L2 hold, in about
+// equal parts. One, to the same place, where a single task has all of A in L2 beside it.
+static int64_t groups_at_a_time(const TileGemm& g) {
+  constexpr int64_t group = cpu::kStatColumns / kPanelRows;
+  const int64_t step = g.parts * 2 * kTileValues * 2 * g.products * group;  // bytes of a group and step of k
+  const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group);
+  const bool beside_a = g.threads == 1 && !g.by_rows && !g.p->shared_b && g.a_panels() * g.panel() * 2 <= kBlockBytes;
+  if (beside_a) return 1;
+  const int64_t in_l2 = g.threads * kBlockBytes / (step * least(g.ss, kBlockSteps[g.parts - 1]));
+  const int64_t fit = least(in_l2, kMostBytes / (step * g.ss));
+  return ceil_div(groups, ceil_div(groups, fit > 1 ? fit : 1));
+}
+
+// The super-block's columns, whole groups at a time.
 template <Chain C>
 static void multiply_columns(TileGemm& g) {
   constexpr int64_t group = cpu::kStatColumns / kPanelRows;
-  const int64_t step = g.parts * 2 * kTileValues * 2 * g.products * group;  // bytes of a group and step of k
-  const int64_t in_l2 = g.threads * kBlockBytes / (step * least(g.ss, kBlockSteps[g.parts - 1]));
-  const int64_t groups = ceil_div(ceil_div(g.ns, kPanelRows), group), fit = least(in_l2, kMostBytes / (step * g.ss));
-  const int64_t each = ceil_div(groups, ceil_div(groups, fit > 1 ? fit : 1)) * group;
+  const int64_t each = groups_at_a_time(g) * group;
   const bool whole = each >= ceil_div(g.p->n, kPanelRows) && g.ns == g.p->n && g.ss == g.half && !g.p->b2;
-  g.b = whole ? panels_of(cpu::kLocalB, g.p->shared_b, g.p->b, g.p->n, g.p->k) : nullptr;
+  if (!g.b_stays()) g.b = whole ? panels_of(cpu::kLocalB, g.p->shared_b, g.p->b, g.p->n, g.p->k) : nullptr;
   const bool there = g.b;
   if (!there) g.b = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kLocalB, each * g.products * g.panel() / 2));
+  g.b_uses = cpu::workspace_uses(cpu::kLocalB);
   for (g.j0 = 0; g.j0 < ceil_div(g.ns, kPanelRows); g.j0 += each) {
     g.js = least(each, ceil_div(g.ns, kPanelRows) - g.j0);
     if (!there) in_parallel(g, ceil_div(g.js, group), pack_columns);
@@ -238,26 +231,41 @@ static void multiply_columns(TileGemm& g) {
   }
 }
 
-// What the super-block left: rows [m0, m0 + ms) of runs of groups, by the AVX-512 kernel.
+// Rows [row, row + rows) and columns [column, column + columns) of the super-block, by the AVX-512 kernel.
+static void multiply_left(const TileGemm& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  const auto part = [](const cpu::Operand& x, int64_t i, int64_t j) {
+    return cpu::Operand{static_cast<const char*>(x.data) + (i * x.row + j * x.col) * 2, x.type, x.row, x.col};
+  };
+  cpu::Product p = *g.p;
+  row += g.m0, column += g.n0;
+  p.m = rows, p.n = columns;
+  p.c_row += row, p.c_column += column, p.c_length = row_length(*g.p);
+  cpu::Operand a2 = {}, b2 = {};
+  p.a = part(p.a, row, 0), p.b = part(p.b, 0, column);
+  if (g.p->a2) a2 = part(*g.p->a2, row, 0), p.a2 = &a2;
+  if (g.p->b2) b2 = part(*g.p->b2, 0, column), p.b2 = &b2;
+  SPU_AMX_BASE().gemm(p, *g.e);
+}
+
+// The first place from i on, before n, whose flag is another.
+SPU_INLINE int64_t run_end(const uint8_t* flags, int64_t i, int64_t n) {
+  const uint8_t flag = flags[i];
+  while (i < n && flags[i] == flag) ++i;
+  return i;
+}
+
+// What the super-block left: runs of panels of rows, and of the other rows runs of groups of columns.
 static void finish_left(const TileGemm& g) {
   const int64_t groups = ceil_div(g.ns, cpu::kStatColumns);
-  for (int64_t first = 0; first < groups; ++first) {
-    if (!g.left_rows && !g.left[first]) continue;
-    int64_t end = first + 1;
-    while (end < groups && (g.left_rows || g.left[end])) ++end;
-    const int64_t column = g.n0 + first * cpu::kStatColumns;
-    const auto part = [](const cpu::Operand& x, int64_t row, int64_t col) {
-      return cpu::Operand{static_cast<const char*>(x.data) + (row * x.row + col * x.col) * 2, x.type, x.row, x.col};
-    };
-    cpu::Product p = *g.p;
-    p.m = g.ms, p.n = least(end * cpu::kStatColumns, g.ns) - first * cpu::kStatColumns;
-    p.c_row += g.m0, p.c_column += column, p.c_length = row_length(*g.p);
-    cpu::Operand a2 = {}, b2 = {};
-    p.a = part(p.a, g.m0, 0), p.b = part(p.b, 0, column);
-    if (g.p->a2) a2 = part(*g.p->a2, g.m0, 0), p.a2 = &a2;
-    if (g.p->b2) b2 = part(*g.p->b2, 0, column), p.b2 = &b2;
-    SPU_AMX_BASE().gemm(p, *g.e);
-    first = end - 1;
+  for (int64_t i = 0, i1; i < g.a_panels(); i = i1) {
+    i1 = run_end(g.left_rows, i, g.a_panels());
+    const int64_t row = i * kPanelRows, rows = least(i1 * kPanelRows, g.ms) - row;
+    if (g.left_rows[i]) multiply_left(g, row, rows, 0, g.ns);
+    for (int64_t j = 0, j1; j < groups && !g.left_rows[i]; j = j1) {
+      j1 = run_end(g.left, j, groups);
+      const int64_t column = j * cpu::kStatColumns;
+      if (g.left[j]) multiply_left(g, row, rows, column, least(j1 * cpu::kStatColumns, g.ns) - column);
+    }
   }
 }
 
@@ -268,30 +276,40 @@ static void pack_left(TileGemm& g) {
   if (g.a) return;
   g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
   in_parallel(g, g.a_panels(), pack_rows);
-  if (whole && !g.left_rows) keep_panels(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k, g.a);
+  if (whole && !memchr(g.left_rows, 1, static_cast<size_t>(g.a_panels())))
+    keep_panels(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k, g.a);
+}
+
+// Panels of A that are packed at a time, of a product with `steps` steps of k. A call that shares A wants all of it.
+static int64_t panels_at_a_time(TileGemm& g, int64_t steps) {
+  const int64_t step_bytes = g.parts * 2 * kTileValues * 2,
+                panels = kMostBytes / (least(steps, kMostSteps) * step_bytes);
+  const int64_t columns = ceil_div(g.p->n, cpu::kStatColumns) * (cpu::kStatColumns / kPanelRows);
+  g.by_rows = g.threads == 1 && !g.direct && !g.p->shared_a && steps <= kMostSteps &&
+              columns * g.products * steps * step_bytes <= kBlockBytes;
+  const int64_t reused = kReusedBytes / (steps * step_bytes), fit = g.by_rows ? least(reused, panels) : panels;
+  return fit > 1 ? fit : 1;
 }
 
 template <Chain C>
 static void multiply_tiles(TileGemm& g) {
-  const int64_t steps = g.p->a2 ? 2 * g.half : g.half, most = least(steps, kMostSteps);
-  const int64_t step_bytes = g.parts * 2 * kTileValues * 2;
-  const int64_t fit = kMostBytes / (most * step_bytes);
-  const int64_t rows = (fit > 1 ? fit : 1) * kPanelRows;
+  const int64_t steps = g.p->a2 ? 2 * g.half : g.half, rows = panels_at_a_time(g, steps) * kPanelRows;
   const int64_t columns = steps > kMostSteps ? kWaitingColumns : kMostColumns;
   for (g.n0 = 0; g.n0 < g.p->n; g.n0 += columns) {
     g.ns = least(columns, g.p->n - g.n0);
     for (g.m0 = 0; g.m0 < g.p->m; g.m0 += rows) {
       g.ms = least(rows, g.p->m - g.m0);
-      g.left_rows = 0;
-      memset(g.left, 0, sizeof g.left);
+      memset(g.left_rows, 0, static_cast<size_t>(g.a_panels()));
+      if (!g.b_stays()) memset(g.left, 0, sizeof g.left);
       if (steps > kMostSteps) {
         const int64_t units = ceil_div(g.ns, g.width * kPanelRows);
         g.waiting = cpu::workspace(cpu::kSharedC, g.a_panels() * units * g.unit_floats());
       }
-      for (g.s0 = 0; g.s0 < steps && !g.left_rows; g.s0 += kMostSteps) {
+      for (g.s0 = 0; g.s0 < steps; g.s0 += kMostSteps) {
         g.ss = least(kMostSteps, steps - g.s0), g.last = g.s0 + g.ss == steps;
         if (!g.direct) pack_left(g);
-        if (!g.left_rows) multiply_columns<C>(g);
+        if (!memchr(g.left_rows, 0, static_cast<size_t>(g.a_panels()))) break;
+        multiply_columns<C>(g);
       }
       finish_left(g);
     }
@@ -338,7 +356,9 @@ SPU_INLINE Targets targets_of(const cpu::Product& p, const cpu::Epilogue& e) {
 
 static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   if (!tiles_serve(p)) return SPU_AMX_BASE().gemm(p, e);
+  uint8_t left_rows[kMostPanels];
   TileGemm g = {};
+  g.left_rows = left_rows;
   g.p = &p, g.e = &e, g.epilogue = choose_epilogue(e);
   g.targets = targets_of(p, e);
   g.parts = p.a.type == Type::fp16 ? 2 : 1;
