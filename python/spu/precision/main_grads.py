@@ -189,15 +189,16 @@ class ParameterSink:
             return MainGrad(self._take_buffer(param), scope.inv_scale, scope.found_inf, False)
         return MainGrad(grad, scope.inv_scale, scope.found_inf, True)
 
-    @torch.no_grad()
     def _keep(self, param: Tensor, written: MainGrad) -> None:
         """Make what an op has written the parameter's gradient; what was added to it is there already."""
         if written.accumulate:
             return
         if param.grad is not None:  # laid out in another way by the user, to whom it belongs, or below: it stays
-            param.grad.add_(written.main_grad)
+            with torch.no_grad():
+                param.grad.add_(written.main_grad)
         elif self.adopted and not param.is_contiguous():  # in the parameter's strides, as autograd's: fused optimizers
-            param.grad = torch.empty_like(param, dtype=torch.float32).copy_(written.main_grad)
+            with torch.no_grad():
+                param.grad = torch.empty_like(param, dtype=torch.float32).copy_(written.main_grad)
         else:
             param.grad = written.main_grad
 
