@@ -107,8 +107,10 @@ def build_fma(folder: Path) -> Callable[[int, int], float] | None:
 
 
 def seconds_of(function: Callable[[], object]) -> float:
-    """With one thread its own processor time, which other programs on the machine do not add to."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    """With one thread the process's own processor time, which other programs on the machine do not add to. (Of the
+    process, because a trainer works in a thread of its own.)
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     function()
     return clock() - start
