@@ -18,6 +18,7 @@ from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weigh
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
+from spu.model.aliases import overlapping
 from spu.model.layers import Layer
 from spu.precision.dtypes import convert_state, state_dtypes
 
@@ -167,7 +168,7 @@ def unfused(layers: Sequence[Layer]) -> list[nn.Module]:
 
 
 def check_parameters(layers: Sequence[Layer]) -> None:
-    """Raise ValueError for a complex parameter that is to be trained."""
+    """Raise ValueError for parameters that are to be trained and cannot be: complex ones, and two over one memory."""
     for layer in layers:
         for name, parameter in layer.named_parameters():
             if parameter.is_complex() and parameter.requires_grad:
@@ -176,6 +177,16 @@ def check_parameters(layers: Sequence[Layer]) -> None:
                     "optimizers here are real: hold its real and imaginary parts (torch.view_as_real), and put them "
                     "together in forward with torch.view_as_complex; or freeze it"
                 )
+    named = {id(parameter): (name, parameter) for layer in layers for name, parameter in layer.named_parameters()}
+    pair = overlapping([parameter for _, parameter in named.values()])
+    found = [] if pair is None else [list(named.values())[index] for index in pair]
+    if any(parameter.requires_grad for _, parameter in found):
+        (first, _), (second, _) = found
+        raise ValueError(
+            f"{first!r} and {second!r} are two parameters over one memory, as load_state_dict(assign=True) makes them "
+            "of a tied model: two updates would write to it, in two stages at once, and 16 bits would part them. Tie "
+            "them: make one parameter of both (head.weight = embedding.weight)"
+        )
 
 
 def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from spu.common import torch_private
 
-__all__ = ["View", "memory_of", "share_memory", "views_among"]
+__all__ = ["View", "memory_of", "overlapping", "share_memory", "views_among"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,24 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
         return False
     (a_first, a_end), (b_first, b_end) = _bytes(a), _bytes(b)
     return a_first < b_end and b_first < a_end
+
+
+def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Return the indices of two different tensors with elements in common, or None.
+
+    Tensors with gaps, which may lie between one another, and stand-ins of one element are not looked at.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        memory = memory_of(tensor)
+        if memory is not None and tensor.numel() and _dense(tensor):
+            groups.setdefault(memory, []).append(index)
+    for group in groups.values():
+        group.sort(key=lambda index: _bytes(tensors[index]))
+        for before, after in pairwise(group):
+            if tensors[before] is not tensors[after] and share_memory(tensors[before], tensors[after]):
+                return min(before, after), max(before, after)
+    return None
 
 
 def views_among(leaves: Sequence[Any]) -> dict[int, View]:
