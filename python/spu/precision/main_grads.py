@@ -69,8 +69,7 @@ class ParameterSink:
 
     Args:
         param: held weakly.
-        adopted: by a GradScaler, whose users may put gradients of their own into ``param.grad``: scaled ones, as with
-            torch's.
+        adopted: by a GradScaler, whose users may put gradients of their own into ``param.grad``, scaled as torch's.
     """
 
     def __init__(self, param: nn.Parameter, adopted: bool = False) -> None:
