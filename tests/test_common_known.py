@@ -34,7 +34,8 @@ def test_an_answer_is_of_what_else_was_asked() -> None:
     cast = Known(lambda tensor, dtype: tensor.to(dtype))
     tensor = torch.ones(2)
     half = cast(tensor, torch.float16)
-    assert half.dtype == torch.float16 and cast(tensor, torch.float16) is half
+    assert half.dtype == torch.float16
+    assert cast(tensor, torch.float16) is half
     assert cast(tensor, torch.bfloat16).dtype == torch.bfloat16
 
 

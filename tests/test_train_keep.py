@@ -56,6 +56,21 @@ def test_the_last_ones_and_the_best_are_kept_and_share_their_room(tmp_path: Path
     assert sorted(kept(tmp_path)) == ["best-00000005"]
 
 
+def test_a_best_one_that_is_gone_does_not_keep_the_next_from_being_kept(tmp_path: Path, no_sync: None) -> None:
+    """Back at step 4: the best of then was removed when step 5 was better, and step 5's is of a run that is not."""
+    folder, metrics = RunFolder(tmp_path), MetricsFile(tmp_path / "metrics.jsonl")
+    checkpoints = Checkpoints(folder, metrics, [], done=0, keep=3, best=True)
+    for step, loss in enumerate([5.0, 3.0, 4.5, 4.0, 2.0], 1):
+        metrics.append(step=step, val_loss=loss)
+        checkpoints.save(saving(step), step, loss if checkpoints.improves(loss) else None)
+    shutil.rmtree(folder.checkpoint)
+    keep_copy(tmp_path / "checkpoints" / "step-00000004", folder.checkpoint)
+    metrics.keep_up_to(4)
+    again = Checkpoints(folder, metrics, read_metrics(metrics.path), done=4, keep=3, best=True)
+    assert (again.best_loss, again.best()) == (4.0, (4, tmp_path / "checkpoints" / "best-00000004"))
+    assert again.improves(3.5)
+
+
 @pytest.mark.parametrize("between_renames", [False, True])
 def test_what_a_crash_has_cut_short_is_made_up_for(tmp_path: Path, no_sync: None, between_renames: bool) -> None:
     """Killed between saving a checkpoint and keeping it as the best and among the last ones, or in the save itself."""

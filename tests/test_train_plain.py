@@ -57,6 +57,16 @@ def test_a_step_is_that_of_the_whole_batch_whatever_its_microbatches(sizes: dict
     assert row["grad_norm"] == pytest.approx(before.grad.norm().item(), rel=1e-5)
 
 
+def test_its_speed_is_of_all_tokens_as_the_pipelines_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--compare` sets them side by side: of a chat, say, half of whose tokens are learnt, it once showed half."""
+    config = TrainConfig(steps=1, microbatches=1, batch=8, seq=128)
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(plain.time, "perf_counter", lambda: next(clock))
+    model = Words()
+    row = plain.train_step(model, plain.make_optimizer(model, config), config, Tokens(), 0)
+    assert row["tokens_per_s"] == 8 * 128 / 2.0
+
+
 def test_its_result_does_not_hang_on_how_the_pipeline_is_cut() -> None:
     config = TrainConfig(steps=2)
     key = plain.reference_key(config, Tokens())

@@ -33,7 +33,7 @@ class Checkpoints:
         best: whether to keep the best one.
 
     Attributes:
-        best_loss: validation loss of the best one that was saved; inf before the first.
+        best_loss: validation loss of the best one that is kept; inf where there is none.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class Checkpoints:
         rows = list(rows)
         chosen = {row["step"] for row in rows if row.get("best")}
         losses = {row["step"]: row["val_loss"] for row in validation_rows(rows) if row["val_loss"] is not None}
-        self.best_loss = min((loss for step, loss in losses.items() if step in chosen), default=math.inf)
         self._clear(done)
+        # One that is gone is no best one any more: an earlier checkpoint was put in place, and a better one removed
+        chosen &= {_step_of(path) for path in self._kept(_BEST)}
+        self.best_loss = min((loss for step, loss in losses.items() if step in chosen), default=math.inf)
         if done:
             self._catch_up(done, losses.get(done, math.nan))
 

@@ -279,10 +279,11 @@ class Loop:
                     )
                 )
                 last = step == self.steps or self._patience.spent
-                self._save_if_due(step, best, last=last, stop=signals.asked is not None)
+                asked = signals.asked  # read once: of a signal that comes from here on the next step takes notice
+                self._save_if_due(step, best, last=last, stop=asked is not None)
                 self.done = step
-                if signals.asked is not None and not last:
-                    self._stop(step, signals.asked)
+                if asked is not None and not last:
+                    self._stop(step, asked)
                 if last:
                     break
         self.job.view = None

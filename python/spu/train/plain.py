@@ -92,7 +92,7 @@ def train_step(
             loss += share.item()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
     optimizer.step()
-    speed = counted / (time.perf_counter() - begin)
+    speed = targets.numel() / (time.perf_counter() - begin)  # all of the batch's tokens, as the pipeline counts them
     return {"loss": loss, "grad_norm": norm, "tokens_per_s": speed}
 
 
