@@ -267,6 +267,12 @@ BAD_INPUT = [
     (("--resume", "whole"), ("--name", "leave --name out")),
     (("--microbatches", "many"), ("--microbatches", "many")),
     (("--colour", "red"), ("--colour",)),
+    (("--learning-rate", "1e-3"), ("--learning-rate is not an option of spu train", "did you mean --lr?")),
+    (("--fp16",), ("--fp16 is not an option", "did you mean --precision?")),
+    (("--init-scale", "1e39"), ("init_scale", "at most 2**127")),
+    (("--max-grad-norm", "0"), ("--max-grad-norm 0.0", "1e9, clips nothing")),
+    (("--save-every", "1e2"), ("--save-every '1e2'", "write 100")),
+    (("--plan", "MISSING"), ("cannot read the plan", "MISSING", "give a file that spu plan")),
 ]
 
 

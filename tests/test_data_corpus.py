@@ -78,6 +78,19 @@ def test_split_keeps_the_end_for_validation(tmp_path):
     assert len(make_corpus(str(path), ByteTokenizer(), 100).validation.ids) == 101, "at least one sequence"
 
 
+def test_validation_on_what_is_trained_is_said(tmp_path):
+    (tmp_path / "train.txt").write_text("a b c d " * 40)
+    (tmp_path / "other.txt").write_text("e f g h " * 40)
+    said = []
+    for held_out in ("other.txt", "train.txt"):
+        assert not said
+        files = str(tmp_path / "train.txt"), str(tmp_path / held_out)
+        make_corpus(files[0], ByteTokenizer(), 16, said.append, val_data=files[1])
+    assert [line.split(":")[0] for line in said] == [
+        f"--val-data {tmp_path / 'train.txt'} is trained on as well (--data)"
+    ]
+
+
 def test_unusable_text_is_refused(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"x" * 33)

@@ -194,6 +194,19 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits_and_loads_the_best(tmp_
         make(SpuTrainer, tmp_path, **keys).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_a_checkpoint_of_many_stages_goes_on_in_one(tmp_path: Path) -> None:
+    """The embedding's stage has no parameter without weight decay: its optimizer once had one group, the others two."""
+    keys: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    (tmp_path / "spill").mkdir()
+    streamed = {"residency": "streamed", "tiers": f"disk={tmp_path / 'spill'}:100MB"}
+    whole, part = Recorder(), Recorder()
+    make(SpuTrainer, tmp_path / "a", recorder=whole, **keys, spu=streamed).train()
+    later = make(SpuTrainer, tmp_path / "b", recorder=part, **keys)
+    later.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert part.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+    assert part.norms == pytest.approx(whole.norms[3:], rel=1e-5)
+
+
 def test_adapters_of_peft_train_and_are_saved_by_themselves(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(decoder(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))

@@ -292,6 +292,10 @@ def test_precision_chooses_what_is_computed_in() -> None:
     assert "spu_dtype" not in restore(halved)[0].__dict__
     with pytest.raises(ValueError, match="unknown precision 'int8': use one of 'fp16', 'bf16', 'fp32'"):
         accelerate(model, precision="int8")
+    with pytest.raises(
+        TypeError, match=r"accelerate takes a module, got <class.*: give the model, such as Linear\(...\)"
+    ):
+        accelerate(nn.Linear)  # type: ignore[type-var]
 
 
 @pytest.mark.leaks_threads  # the compiler's

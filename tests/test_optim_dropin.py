@@ -110,6 +110,25 @@ def test_a_gradient_that_does_not_fit_its_parameter_is_named() -> None:
         AdamW([narrow]).step()
 
 
+def test_values_of_another_kind_are_named() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match="lr is '1e-3': give a number"):
+        AdamW(params, lr="1e-3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"betas is 0.9: give two numbers, such as \(0.9, 0.999\)"):
+        AdamW(params, betas=0.9)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"betas\[1\] is None: give a number"):
+        AdamW(params, betas=(0.9, None))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="factory is a SGD: give what makes an optimizer"):
+        MasterOptimizer(torch.optim.SGD(params, lr=0.1), params)  # type: ignore[arg-type]
+    optimizer = AdamW(params)
+    for state, has in (({}, "it is empty"), ({"weight": torch.ones(1)}, "weight")):
+        with pytest.raises(ValueError, match=rf"no optimizer's state \({has}\): give what its state_dict\(\) returned"):
+            optimizer.load_state_dict(state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the state has no betas, eps: it is another optimizer's than AdamW's"):
+        optimizer.load_state_dict(torch.optim.SGD(params, lr=0.1).state_dict())
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
 DEFAULTS = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False}
 
 

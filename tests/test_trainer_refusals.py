@@ -90,6 +90,13 @@ def test_bad_arguments_name_the_value_and_what_there_is() -> None:
         ModelParallelTrainer(lambda x: x, devices(2))
     with pytest.raises(ValueError, match="no layers"):
         ModelParallelTrainer([], devices(2))
+    for given in (2, None):
+        with pytest.raises(TypeError, match=f"devices is {given}: name them, as in 'cpu:0,cpu:1'"):
+            ModelParallelTrainer(model, given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device and has no values"):
+        ModelParallelTrainer(nn.Sequential(nn.Linear(2, 2, device="meta")), devices(1))
+    with pytest.raises(ValueError, match=r"compiled as a whole.*give the model itself \(compiled\._orig_mod\)"):
+        ModelParallelTrainer(torch.compile(model), devices(2))
 
 
 def test_bad_batches_are_refused_before_anything_runs() -> None:
@@ -99,6 +106,8 @@ def test_bad_batches_are_refused_before_anything_runs() -> None:
             trainer.step(x[:0], y[:0])
         with pytest.raises(ValueError, match="no target"):
             trainer.step(x, torch.full_like(y, -100))
+        with pytest.raises(ValueError, match=r"^targets hold no tensor .*\(ndarray\).*torch.as_tensor"):
+            trainer.step(x, y.numpy())
         with pytest.raises(ValueError, match="disagree"):
             trainer.step({"a": x, "b": x[:5]}, y)
         assert trainer.steps_done == 0
@@ -119,6 +128,10 @@ def test_bad_batches_are_refused_before_anything_runs() -> None:
         ({"lr": "1e-3"}, "lr is '1e-3': give a number"),
         ({"plan": 3}, "plan is 3: give a Plan"),
         ({"scaler": torch.amp.GradScaler("cpu")}, "scaler is a GradScaler: give a spu.LossScaler"),
+        ({"loss_fn": nn.MSELoss}, "loss_fn is the class MSELoss: give a function of outputs and targets, or a module"),
+        ({"lr_schedule": torch.optim.lr_scheduler.StepLR}, "lr_schedule is the class StepLR: give a function from a"),
+        ({"tiers": 8}, "tiers is 8: give a text such as 'cpu=32GB"),
+        ({"gradient_accumulation_steps": 2}, "is not one of its keywords; did you mean accumulate?"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )

@@ -206,7 +206,9 @@ class Settings(Options):
 class TrainSettings(Settings):
     """The settings of a training: how it is laid out, and what no plan depends on."""
 
-    max_grad_norm: float | None = number(None, "Clip the norm of all gradients to this.")
+    max_grad_norm: float | None = number(
+        None, "Clip the norm of all gradients to this.", otherwise="a large one, such as 1e9, clips nothing"
+    )
     seed: int = whole(0, "Of every random draw.", least=0, most=2**63 - 1)
     replan: bool = flag(False, "After the second step, plan again from what it has measured.")
     graphs: str = choice(

@@ -14,6 +14,7 @@ except ImportError:  # the library works without its command line
     packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
     sys.exit(f"spu: the command line needs more packages: pip install {packages}")
 
+from spu.common.elsewhere import meant_by
 from spu.common.launched import in_several_processes
 from spu.common.options import SWITCH, Options, kind_of
 from spu.train.config import PlanOptions, RunOptions, TrainConfig, option
@@ -254,7 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the base class of usage errors moved between typer's versions
             raise
-        print(f"spu: error: {error.format_message()}{_given(error, arguments)}; see spu --help", file=sys.stderr)
+        said = _unknown(error, arguments) or f"{error.format_message()}{_given(error, arguments)}"
+        print(f"spu: error: {said}; see spu --help", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code or 0)
 
@@ -276,6 +278,17 @@ def _switches(arguments: list[str]) -> list[str]:
         elif not value:
             result[-1] = f"--no-{name[2:]}"
     return result
+
+
+def _unknown(error: Any, arguments: list[str]) -> str:
+    """Return the words that refuse an option which train or plan does not have; "" for every other error."""
+    name, command = getattr(error, "option_name", None), next(iter(arguments), "")
+    classes = {"train": (TrainConfig, RunOptions), "plan": (PlanOptions,)}.get(command)
+    if not name or classes is None:
+        return ""
+    known = [option(field.name) for options in classes for field in options.own_first()]
+    near = meant_by(name, [k[2:].replace("-", "_") for k in known])
+    return f"{name} is not an option of spu {command}; did you mean {option(near)}?" if near else ""
 
 
 def _given(error: Any, arguments: list[str]) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from spu.common.elsewhere import meant_by, rewritten
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -55,6 +57,7 @@ class Kind:
         is_flag: whether the command line has an option without a value for it.
         many: whether the command line may name it several times, for a value of several.
         metavar: what stands for the value in help texts.
+        otherwise: what to do instead, for error messages.
     """
 
     about: str
@@ -65,6 +68,7 @@ class Kind:
     is_flag: bool = False
     many: bool = False
     metavar: str = "TEXT"
+    otherwise: str = ""
 
     def shown(self, value: Any) -> str:
         """Return a value as help texts have it."""
@@ -108,7 +112,9 @@ def whole(default: int | str | None, about: str, *, least: int = 1, most: int | 
     return field_of(default, Kind(about, allowed, take, parse, metavar="INTEGER|auto" if auto else "INTEGER"))
 
 
-def number(default: float | None, about: str, *, zero: bool = False, most: float = math.inf) -> Any:
+def number(
+    default: float | None, about: str, *, zero: bool = False, most: float = math.inf, otherwise: str = ""
+) -> Any:
     """Return a field for a finite number above 0 (with ``zero``, or 0) and up to ``most``."""
 
     def take(value: Any) -> Any:
@@ -120,7 +126,7 @@ def number(default: float | None, about: str, *, zero: bool = False, most: float
 
     allowed = "0 or a positive number" if zero else "a positive number"
     allowed = f"from 0 to {most:g}" if math.isfinite(most) else allowed
-    return field_of(default, Kind(about, allowed, take, parse, metavar="NUMBER"))
+    return field_of(default, Kind(about, allowed, take, parse, metavar="NUMBER", otherwise=otherwise))
 
 
 def flag(default: bool, about: str) -> Any:
@@ -200,10 +206,12 @@ SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "
 
 
 def unknown(name: str, known: Iterable[str], what: str = "a setting") -> str:
-    """Return the words that refuse a name that is not known: with the nearest one, or all of them."""
+    """Return the words that refuse a name that is not known: with what other libraries call so, the nearest one, or all
+    of them.
+    """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    said = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    near = meant_by(name, names) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    said = f"did you mean {near}?" if near else f"there are {', '.join(names)}"
     return f"{name!r} is not {what}; {said}"
 
 
@@ -240,7 +248,9 @@ class Options:
         except (ValueError, TypeError, OverflowError):
             if kind.listed:
                 raise ValueError(f"unknown {label} {value!r}: give {kind.allowed}") from None
-            raise ValueError(f"{label} {value!r} must be {kind.allowed}") from None
+            better = rewritten(value, kind.metavar)
+            fix = f": write {better}" if better else f"; {kind.otherwise}" if kind.otherwise else ""
+            raise ValueError(f"{label} {value!r} must be {kind.allowed}{fix}") from None
 
     @classmethod
     def names(cls) -> list[str]:

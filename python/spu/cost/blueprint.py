@@ -47,8 +47,8 @@ def read_config(source: str) -> dict[str, Any]:
         file = file / "config.json" if file.is_dir() else file
         if not file.is_file():
             raise ValueError(
-                f"--model {source}: no such file or folder with a config.json; with spu come the configs "
-                f"{', '.join(config_names())}"
+                f"--model {source}: no such file or folder with a config.json (nothing is downloaded: hf download NAME "
+                f"--local-dir FOLDER); with spu come the configs {', '.join(config_names())}"
             )
         name, text = file.name, file.read_text(encoding="utf-8", errors="replace")
     try:

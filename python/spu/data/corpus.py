@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,11 +118,14 @@ def make_corpus(
         train, validation = made.part.split(VALIDATION_SHARE, seq, f"--data {made.name}", tokenizer.name)
         return Corpus(made.name, made.sha256, train, validation, made.top)
     held_out = find_files(_listed(val_data), "--val-data")
+    trained = {Path(file.path).resolve() for file in files or ()}
+    if both := [file.path for file in held_out if Path(file.path).resolve() in trained]:
+        say(f"--val-data {both[0]} is trained on as well (--data): the validation loss tells nothing of other text")
     other = _part(held_out, tokenizer, seq, say, pack)
     made.part.check(seq, f"--data {made.name}", tokenizer.name)
     other.part.check(seq, f"--val-data {other.name}", tokenizer.name)
-    both = hashlib.sha256(f"{made.sha256} {other.sha256}".encode()).hexdigest()
-    return Corpus(made.name, both, made.part, other.part, max(made.top, other.top))
+    joined = hashlib.sha256(f"{made.sha256} {other.sha256}".encode()).hexdigest()
+    return Corpus(made.name, joined, made.part, other.part, max(made.top, other.top))
 
 
 @dataclass(frozen=True)

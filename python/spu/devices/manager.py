@@ -164,6 +164,11 @@ class DeviceManager:
             parts = list(spec.split(","))
         elif isinstance(spec, (torch.device, Device)):
             parts = [spec]
+        elif spec is None or isinstance(spec, int):
+            raise TypeError(
+                f"devices is {spec!r}: name them, as in 'cpu:0,cpu:1' or ['cuda:0', 'cpu'], or give 'auto'; there is: "
+                f"{self.known()}"
+            )
         else:
             parts = [piece for part in spec for piece in (part.split(",") if isinstance(part, str) else [part])]
         items: list[str | Device] = []

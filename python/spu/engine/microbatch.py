@@ -48,7 +48,11 @@ def split_batch(batch: Any, parts: int, what: str = "inputs") -> list[Any]:
     leaves, spec = pytree.tree_flatten(batch)
     rows = {leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
     if not rows:
-        raise ValueError(f"{what} hold no tensor with a batch dimension; pass a tensor, or a tuple or dict of tensors")
+        found = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+        raise ValueError(
+            f"{what} hold no tensor with a batch dimension{found and f' ({found})'}; pass a tensor, such as "
+            "torch.as_tensor(values), or a tuple or dict of tensors"
+        )
     if len(rows) > 1:
         raise ValueError(
             f"tensors of the {what} disagree on the batch size (dimension 0): {sorted(rows)}; make them equal"

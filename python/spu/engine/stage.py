@@ -16,6 +16,7 @@ from spu.common.torch_private import pytree
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.head_loss import HeadInput, HeadLoss
 from spu.engine.loss import check_rows, loss_of
+from spu.engine.loss_errors import EXPLAINED, explained
 from spu.engine.microbatch import move
 from spu.engine.skips import StageSkips
 from spu.memory.activations import ActivationStore
@@ -219,9 +220,15 @@ class Stage:
         return self._head_loss.share(outputs, targets, factor)
 
     def _loss_of(self, outputs: Any, targets: Any) -> Any:
-        if self._head_loss is None or not isinstance(outputs, HeadInput):
-            return loss_of(self.loss_fn, outputs, targets)
-        return self._head_loss.loss(outputs, targets)
+        try:
+            if self._head_loss is None or not isinstance(outputs, HeadInput):
+                return loss_of(self.loss_fn, outputs, targets)
+            return self._head_loss.loss(outputs, targets)
+        except EXPLAINED as error:
+            said = explained(error, outputs, targets)
+            if said is error:
+                raise
+            raise said from error
 
     def backward(self, gradients: Any, key: DrawKey, scope: BackwardScope, *, defer: bool = False) -> Any:
         """Run the backward of one microbatch.

@@ -16,7 +16,9 @@ DECAYED = "decayed"
 
 
 class GroupedAdamW(AdamW):
-    """AdamW whose parameters are in two groups: those that decay, and those that do not.
+    """AdamW whose parameters are in two groups: those that decay, and those that do not. A stage has both, also where
+    one is empty (an embedding's, a last norm's): so a checkpoint goes on with other stages, which share parameters out
+    in another way.
 
     Args:
         params: of a stage.
@@ -33,7 +35,7 @@ class GroupedAdamW(AdamW):
             {"params": [p for p in own if id(p) not in undecayed], "weight_decay": weight_decay, DECAYED: True},
             {"params": [p for p in own if id(p) in undecayed], "weight_decay": 0.0, DECAYED: False},
         ]
-        super().__init__([group for group in groups if group["params"]], **keywords)
+        super().__init__(groups, **keywords)
 
 
 def set_rates(optimizers: Iterable[Any], front: Sequence[dict[str, Any]]) -> None:

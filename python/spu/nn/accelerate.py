@@ -61,7 +61,11 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
 
     Raises:
         ValueError: for an unknown precision.
+        TypeError: for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        made = f", such as {model.__name__}(...)" if isinstance(model, type) else ""
+        raise TypeError(f"accelerate takes a module, got {model!r}: give the model{made}")
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: use one of {', '.join(map(repr, DTYPES))}, or None")
     dtype = None if precision is None else DTYPES[precision]

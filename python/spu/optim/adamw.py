@@ -14,7 +14,17 @@ from spu.ops import adamw_
 from spu.ops.masters import MASTERS, correction_dtype, joined, split
 from spu.ops.moments import MOMENTS, fits, load_moment, moment_layout, moments_of, new_moment, stored_moment
 from spu.ops.reference.optimizer import follow
-from spu.optim.checks import MODES, PLAIN, Constants, check_grad, check_saved, check_settings, control, step_number
+from spu.optim.checks import (
+    MODES,
+    PLAIN,
+    Constants,
+    check_grad,
+    check_numbers,
+    check_saved,
+    check_settings,
+    control,
+    step_number,
+)
 from spu.optim.master import MasterOptimizer
 
 __all__ = ["MASTER_KEYS", "AdamW", "MasterOptimizer", "clip_coefficient"]
@@ -100,6 +110,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"master is {master!r}: choose one of {', '.join(map(repr, MASTERS))}")
         given = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable, "differentiable": differentiable}
         check_settings(given | {"lr": lr})
+        check_numbers(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas is {betas!r}: give two numbers, such as (0.9, 0.999)")
+        check_numbers(**{"betas[0]": betas[0], "betas[1]": betas[1]})
         betas = float(betas[0]), float(betas[1])
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -375,5 +389,5 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _begin_load(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    check_saved(state_dict["param_groups"])
+    check_saved(state_dict)
     cast(AdamW, optimizer)._loading = state_dict

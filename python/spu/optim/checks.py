@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,9 +80,23 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"lr must be a number or a tensor of one element, got one of shape {tuple(lr.shape)}")
 
 
-def check_saved(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise ValueError where a saved state's settings mean another update than that of ``spu.optim.AdamW``."""
-    for group in groups:
+def check_numbers(**settings: Any) -> None:
+    """Raise TypeError for a setting that is neither a number nor a tensor."""
+    for name, value in settings.items():
+        if not isinstance(value, (Real, Tensor)):
+            raise TypeError(f"{name} is {value!r}: give a number")
+
+
+def check_saved(saved: Any) -> None:
+    """Raise ValueError for what is no optimizer's state, or one whose settings mean another update than that of
+    ``spu.optim.AdamW``.
+    """
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        has = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"this is no optimizer's state ({has or 'it is empty'}): give what its state_dict() returned")
+    for group in saved["param_groups"]:
+        if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
+            raise ValueError(f"the state has no {', '.join(missing)}: it is another optimizer's than AdamW's")
         for name in _OTHER_UPDATES:
             if group.get(name):
                 raise ValueError(f"the state was saved with {name}=True, which this AdamW does not have")

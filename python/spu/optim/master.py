@@ -34,6 +34,11 @@ class MasterOptimizer:
         params: Iterable[nn.Parameter],
         masters: Sequence[Tensor | None] | None = None,
     ) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"factory is a {type(factory).__name__}: give what makes an optimizer of a list of tensors, such as "
+                "lambda tensors: torch.optim.SGD(tensors, lr=0.1)"
+            )
         self._params = list(params)
         given = [None] * len(self._params) if masters is None else list(masters)
         if len(given) != len(self._params):

@@ -195,7 +195,10 @@ class Plan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the plan {os.fspath(path)}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"cannot read the plan {os.fspath(path)} ({why}): give a file that spu plan or plan.save() wrote"
+            ) from None
         return cls.from_json(text, source=os.fspath(path))
 
 

@@ -12,6 +12,7 @@ from spu.ops.sink import BackwardScope, open_scope
 
 __all__ = ["LossScaler"]
 
+_LARGEST_SCALE = 2.0**127  # a power of two in fp32
 _STATE_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
@@ -59,8 +60,10 @@ class LossScaler:
         enabled: bool = True,
         device: str | torch.device = "cpu",
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive, got {init_scale}")
+        if not 0 < init_scale <= _LARGEST_SCALE:
+            raise ValueError(
+                f"init_scale must be positive and at most 2**127, got {init_scale}: 2.0**16 is the usual first one"
+            )
         if not growth_factor > 1:
             raise ValueError(f"growth_factor must be above 1, got {growth_factor}")
         if not 0 < backoff_factor < 1:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from spu.common.torch_private import inner_of_compiled
+from spu.devices.tiers import Tiers
 from spu.plan import Plan
 from spu.precision import LossScaler
 
@@ -14,7 +16,16 @@ __all__ = ["check_arguments"]
 
 
 def check_arguments(
-    optimizer: Any, lr: Any, plan: Any, scaler: Any, *, loss_fn: Any, lr_schedule: Any, report: Any
+    optimizer: Any,
+    lr: Any,
+    plan: Any,
+    scaler: Any,
+    *,
+    loss_fn: Any,
+    lr_schedule: Any,
+    report: Any,
+    model: Any = None,
+    tiers: Any = None,
 ) -> None:
     """Raise TypeError for an argument of another kind than the trainer takes; None is one of each."""
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -32,6 +43,14 @@ def check_arguments(
     for name, (value, wanted) in callables.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} is {value!r}: give {wanted}")
+    for name in ("loss_fn", "lr_schedule"):
+        value, wanted = callables[name]
+        if isinstance(value, type) and issubclass(value, (torch.nn.Module, torch.optim.lr_scheduler.LRScheduler)):
+            raise TypeError(f"{name} is the class {value.__name__}: give {wanted}")
+    if model is not None:
+        _check_model(model)
+    if tiers is not None and not isinstance(tiers, (str, Tiers)):
+        raise TypeError(f"tiers is {tiers!r}: give a text such as 'cpu=32GB,disk=/data/spill:100GB', or Tiers(...)")
     if lr is not None and not isinstance(lr, (Real, torch.Tensor)):
         raise TypeError(f"lr is {lr!r}: give a number")
     if plan is not None and not isinstance(plan, Plan):
@@ -40,3 +59,19 @@ def check_arguments(
         raise TypeError(
             f"scaler is a {type(scaler).__name__}: give a spu.LossScaler, which stages in threads can share"
         )
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError for a model without values, or one that torch.compile has made one piece."""
+    if inner_of_compiled(model) is not None:
+        raise ValueError(
+            "the model is compiled as a whole, so that no layers can be found in it: give the model itself "
+            "(compiled._orig_mod), whose layers may be compiled one by one"
+        )
+    for part in model if isinstance(model, (list, tuple)) else [model]:
+        for name, parameter in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device and has no values: make the model without torch.device('meta'), or "
+                    "load its weights first"
+                )

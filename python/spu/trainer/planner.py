@@ -259,7 +259,7 @@ class Planner:
         """Return one microbatch of inputs and of targets."""
         inputs, targets = self._batch
         sample = split_inputs(inputs, parts)[0]
-        return sample, None if targets is None else split_batch(targets, parts)[0]
+        return sample, None if targets is None else split_batch(targets, parts, "targets")[0]
 
     @cached_property
     def _machine(self) -> Machine:

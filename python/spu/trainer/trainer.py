@@ -101,7 +101,8 @@ class ModelParallelTrainer(StagedModel):
         settings: TrainSettings | None = None,
         **keywords: Any,
     ) -> None:
-        check_arguments(optimizer, lr, plan, scaler, loss_fn=loss_fn, lr_schedule=lr_schedule, report=report)
+        kinds = {"loss_fn": loss_fn, "lr_schedule": lr_schedule, "report": report, "model": model, "tiers": tiers}
+        check_arguments(optimizer, lr, plan, scaler, **kinds)
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             Parts(model),
