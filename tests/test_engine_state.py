@@ -136,6 +136,73 @@ def test_groups_that_differ_by_stage_go_on_in_the_same_stages_only(tmp_path: Pat
             trainer.load(tmp_path / "checkpoint")
 
 
+def decay_groups(kind: Any) -> Any:
+    """As many loops make them: matrices decay, the rest does not, and a group without parameters is left out."""
+
+    def factory(parameters: Any) -> torch.optim.Optimizer:
+        own = list(parameters)
+        groups = [
+            {"params": [p for p in own if p.dim() > 1], "weight_decay": 0.5},
+            {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return kind([group for group in groups if group["params"]], lr=0.05)  # type: ignore[no-any-return]
+
+    return factory
+
+
+def tower() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4, bias=False))
+
+
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.AdamW], ids=["ours", "torch"])
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (2, 4), (1, 3)])
+def test_decay_groups_go_on_with_other_stages(tmp_path: Path, kind: Any, before: int, after: int) -> None:
+    """Stages with other groups than the first were refused elsewhere, though the factory makes the same values anew."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(4, 6, generator=generator), torch.randint(4, (4,), generator=generator)) for _ in range(6)]
+    plain = tower()
+    optimizer = decay_groups(torch.optim.AdamW)(plain.parameters())
+    for x, y in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    path = tmp_path / "checkpoint"
+    with make(tower(), before, optimizer=decay_groups(kind)) as trainer:
+        for x, y in batches[:3]:
+            trainer.step(x, y)
+        trainer.save(path)
+    with make(tower(), after, optimizer=decay_groups(kind)) as trainer:
+        trainer.prepare(*batches[0])
+        trainer.load(path)
+        for x, y in batches[3:]:
+            trainer.step(x, y)
+        for name, value in trainer.state_dict_for_model().items():
+            torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_rate_that_was_changed_in_all_groups_goes_on_in_other_stages(tmp_path: Path) -> None:
+    x, y = torch.randn(4, 6), torch.randint(4, (4,))
+    path = tmp_path / "checkpoint"
+    with make(tower(), 4, optimizer=decay_groups(AdamW)) as trainer:
+        trainer.step(x, y)
+        for optimizer in trainer._prepared().updater.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01
+        trainer.save(path)
+    with make(tower(), 1, optimizer=decay_groups(AdamW)) as trainer:
+        trainer.prepare(x, y)
+        trainer.load(path)
+        groups = trainer._prepared().updater.optimizers[0].param_groups
+        assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.01, 0.5), (0.01, 0.0)]
+        groups[0]["lr"] = 0.02  # now one group's own
+        trainer.save(path)
+    with make(tower(), 4, optimizer=decay_groups(AdamW)) as trainer:
+        trainer.prepare(x, y)
+        with pytest.raises(CheckpointError, match="2 parameter groups with values of their own.*and 1 in stage 0"):
+            trainer.load(path)
+
+
 @pytest.mark.parametrize("after", [1, 5, 9])
 @pytest.mark.parametrize("optimizer", [AdamW, torch.optim.Adam])
 def test_a_load_that_fails_in_the_middle_leaves_nothing_to_train_on(

@@ -21,14 +21,15 @@ __all__ = [
     "check_optimizers",
     "is_attached",
     "optimizer_state",
-    "remember_rates",
+    "remember_groups",
     "restore_optimizers",
 ]
 
 Optimizers = Sequence[AdamW | MasterOptimizer | None]
 
-_OWN = ("params", "lr", "initial_lr")  # a rate is the trainer's argument, until somebody changes it
-_RATES: WeakKeyDictionary[torch.optim.Optimizer, list[float]] = WeakKeyDictionary()  # that each group was made with
+_OWN = ("params", "param_names", "initial_lr")
+# What each group was made with: the trainer's argument, as the defaults are, until somebody changes it.
+_MADE: WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class OptimizerState:
     Attributes:
         kind: the optimizer's class, by name; "" where nothing is trained.
         entries: ``NAME/KEY`` -> a parameter's state: a tensor, or another value of the optimizer.
-        groups: for each stage and parameter group, the values that differ from the optimizer's defaults.
+        groups: for each stage and parameter group, the values that were changed since it was made.
         owned: the number of parameters that each stage updates.
     """
 
@@ -51,7 +52,14 @@ class OptimizerState:
     def differs_by_stage(self) -> bool:
         """Whether groups hold values that only the same stages can use."""
         own = [groups for groups, count in zip(self.groups, self.owned) if count]
-        return any(groups != own[0] for groups in own)
+        return self.common is None and any(groups != own[0] for groups in own)
+
+    @property
+    def common(self) -> dict[str, Any] | None:
+        """The values that all groups of all stages share, often none; None if one has others."""
+        every = [group for groups, count in zip(self.groups, self.owned) if count for group in groups]
+        first = every[0] if every else {}
+        return first if all(group == first for group in every) else None
 
     def split(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the tensors, and the rest as JSON.
@@ -105,6 +113,14 @@ def check_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimize
             f"{state.kind} has its own {', '.join(keys)} in each of {len(state.owned)} stages: "
             "go on with the plan that the checkpoint was saved with"
         )
+    for index, inner in enumerate(inner for inner in map(_inner, optimizers) if inner):
+        saved = _saved_groups(state, index, inner)
+        if len(saved) != len(inner.param_groups) and not _known(saved, inner):
+            raise CheckpointError(
+                f"{state.kind} has {len(saved)} parameter groups with values of their own in the checkpoint, and "
+                f"{len(inner.param_groups)} in stage {index} of this plan: go on with the plan that it was saved with, "
+                "or make the same groups in every stage (a group may be empty)"
+            )
 
 
 def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
@@ -127,22 +143,64 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
                 entries[key] = value
     inners = [inner for inner in map(_inner, optimizers) if inner]
     for index, inner in enumerate(inners):
-        saved = state.groups[index] if state.differs_by_stage else next(iter(state.groups), [])
+        saved = _saved_groups(state, index, inner)
         if len(saved) == len(inner.param_groups):
-            for group, values in zip(inner.param_groups, saved):
-                group.update({k: v for k, v in inner.defaults.items() if k in group and k not in _OWN})
-                for key, value in values.items():
+            for group, made, values in zip(inner.param_groups, _made(inner), saved):
+                for key, value in (made | values).items():
                     if key == "lr" and isinstance(group["lr"], torch.Tensor):
                         group["lr"].fill_(value)
                     else:
                         group[key] = tuple(value) if isinstance(value, list) else value  # JSON has lists
 
 
-def remember_rates(optimizer: AdamW | MasterOptimizer) -> None:
-    """Remember the rates of a new optimizer: a rate that differs later is part of the state."""
+def _saved_groups(state: OptimizerState, index: int, inner: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return a state's values for the groups of an optimizer, the one with this index."""
+    if state.common is not None:
+        return [state.common for _ in inner.param_groups]
+    return state.groups[index] if state.differs_by_stage else next(iter(state.groups), [])
+
+
+def _known(saved: list[dict[str, Any]], inner: torch.optim.Optimizer) -> bool:
+    """Tell whether every group has the values of a saved one as it was made, so that nothing is to be restored."""
+    if not any(saved):
+        return True
+    return all(
+        any(all(key in made and _same(made[key], value) for key, value in values.items()) for values in saved)
+        for made in _made(inner)
+    )
+
+
+def remember_groups(optimizer: AdamW | MasterOptimizer) -> None:
+    """Remember the values that a new optimizer's groups have: one that differs later is part of the state."""
     inner = _inner(optimizer)
     assert inner is not None
-    _RATES[inner] = [float(group["lr"]) for group in inner.param_groups]
+    _MADE[inner] = [_values(group) for group in inner.param_groups]
+
+
+def _values(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's values, which stay as they are when it changes."""
+    found = {key: value for key, value in group.items() if key not in _OWN}
+    found["lr"] = float(found["lr"])
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+
+
+def _made(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what the groups were made with; of one that came later the optimizer's defaults."""
+    made = _MADE.get(optimizer, [])
+    later = [
+        {key: value for key, value in optimizer.defaults.items() if key in group and key not in (*_OWN, "lr")}
+        for group in optimizer.param_groups[len(made) :]
+    ]
+    return [*made[: len(optimizer.param_groups)], *later]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+    try:
+        return bool((list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b))
+    except (RuntimeError, ValueError):  # of tensors or arrays in a list
+        return False
 
 
 def is_attached(optimizer: AdamW | MasterOptimizer | None) -> bool:
@@ -162,18 +220,16 @@ def _inner(optimizer: AdamW | MasterOptimizer | None) -> torch.optim.Optimizer |
 
 
 def _changed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group's values that differ from the optimizer's defaults: its state from step to step."""
-    missing = object()
+    """Return a group's values that differ from those that it was made with: its state from step to step."""
+    index = next(i for i, own in enumerate(optimizer.param_groups) if own is group)
+    made = _made(optimizer)[index]
     changed = {}
     for key, value in group.items():
-        if key not in _OWN:
-            default = optimizer.defaults.get(key, missing)
-            if value is not default and (isinstance(value, torch.Tensor) or value != default):
-                changed[key] = value
-    made = _RATES.get(optimizer, [])
-    index = next(i for i, own in enumerate(optimizer.param_groups) if own is group)
-    if index < len(made) and group["lr"] != made[index]:
-        changed["lr"] = float(group["lr"])
+        if key in _OWN or (key == "lr" and key not in made):
+            continue
+        value = float(value) if key == "lr" else value
+        if key not in made or not _same(value, made[key]):
+            changed[key] = value
     return changed
 
 

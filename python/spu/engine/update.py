@@ -20,7 +20,7 @@ from spu.common import torch_private
 from spu.common.interrupts import delayed_interrupts
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine
-from spu.engine.optimizer_state import remember_rates
+from spu.engine.optimizer_state import remember_groups
 from spu.engine.peers import Peers
 from spu.engine.stage import Stage
 from spu.engine.streaming import Streaming, add_tied
@@ -364,7 +364,7 @@ def _make_optimizer(
     else:
         on_masters = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
         made = _without_masters(on_masters, parameters)
-    remember_rates(made)
+    remember_groups(made)
     rates = [group["lr"] for group in made.param_groups]
     if lr is not None and any(rate != lr for rate in rates):
         raise ValueError(
