@@ -73,7 +73,8 @@ class AdamW(torch.optim.Optimizer):
         foreach, fused: torch's choices of an implementation; they change nothing here.
         moments: how the two moments are kept: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8 bits and a scale for 64 values),
             8, 4 or 2.1 bytes a parameter together. Those below fp32 are rounded stochastically, the same way at every
-            run (``spu.ops.moments``).
+            run (``spu.ops.moments``). Where a second moment exceeds fp32 (gradients of some 1e20), an fp32 one is
+            infinite and its weight stands still from then on; of ``"int8"`` the block's 64 weights become NaN.
         master: how the fp32 value of a 16-bit parameter is kept. ``"fp32"``: as ``state[param]["master"]``, 4 bytes.
             ``"16bit"``: the weight and ``state[param]["correction"]``, int16, together are that value, bit for bit (of
             bf16 all; of fp16 magnitudes from 2**-16 to 65,567, and smaller ones within 2**-40). ``"8bit"``: the same

@@ -34,4 +34,5 @@ class StopSignals:
 
     def __exit__(self, *error: object) -> None:
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+            if handler is not None:  # else it was set from C, where Python cannot set it again
+                signal.signal(signum, handler)
