@@ -56,7 +56,7 @@ _POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9}
 def meant_by(name: str, known: Iterable[str]) -> str | None:
     """Return which of the known options another library calls so; None if that is not known."""
     ours = _OURS.get(name.strip("-").replace("-", "_").lower())
-    return ours if ours in known else None
+    return ours if ours is not None and ours in known else None
 
 
 def rewritten(value: Any, kind: str) -> str:

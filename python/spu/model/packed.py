@@ -29,7 +29,8 @@ def carry(given: Any, moved: Any) -> None:
     """
     if not isinstance(given, Mapping):
         return
-    for name, known in (("position_ids", _lengths), ("attention_mask", _kept)):
+    asked: tuple[tuple[str, Known[Any]], ...] = ("position_ids", _lengths), ("attention_mask", _kept)
+    for name, known in asked:
         tensor = given.get(name)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.device.type != "cpu":
             continue
