@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from memory_probe import measured_peaks
 from pipelines import devices
 from ranks import in_ranks
 from torch import nn
@@ -93,6 +94,33 @@ def test_ranks_give_the_numbers_of_one_process(ranks: int, cases: list[dict[str,
     if ranks == 2:  # and those of one stage
         assert local(cases[:1], 1) == wanted[:1]
         assert wanted[0][0] != wanted[0][2]
+
+
+def counted() -> list[tuple[dict[str, int], dict[str, int]]]:
+    found = []
+    for schedule in ("1f1b", "gpipe"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 256), *(nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(4)))
+        x, y = torch.randn(256, 64), torch.randint(256, (256,))
+        told: list[str] = []
+        settings = {"precision": "fp16", "microbatches": 4, "schedule": schedule, "report": told.append}
+        with ModelParallelTrainer(net, "auto", engine="distributed", **settings) as trainer:
+            trainer.step(x, y)
+            trainer.step(x, y)
+            assert trainer.plan is not None
+            plan = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
+            found.append((plan, measured_peaks(trainer, (x, y))))
+            assert [word for word in told[0].split() if word in plan] != []
+    return found
+
+
+def test_each_process_reports_its_own_peak_which_is_the_planned_one() -> None:
+    """Activations were not counted, and of other processes' stages the gradients that they do not have here."""
+    for rank, cases in enumerate(in_ranks(2, counted)):
+        for plan, measured in cases:
+            name = f"rank{rank}"
+            assert list(measured) == [name]
+            assert 0.9 * plan[name] < measured[name] <= plan[name]
 
 
 class Broken(nn.Module):

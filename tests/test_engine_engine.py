@@ -31,6 +31,7 @@ class SerialEngine:
     ) -> None:
         self.stages, self.ranks, self.backend = list(stages), list(ranks), backend
         self.tallies: list[Tally] | None = None
+        self.here = frozenset(ranks)
         self.closed = False
 
     def run(self, work: Round) -> Recording:

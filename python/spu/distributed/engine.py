@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from spu import ops
 from spu.common.torch_private import pytree
-from spu.common.tracker import Tally
+from spu.common.tracker import MemoryTracker, Tally
 from spu.distributed.job import Job
 from spu.distributed.packed_stage import PackedStage
 from spu.distributed.sums import GradientSums
@@ -88,6 +89,7 @@ class DistributedEngine:
         self.stages, self.ranks, self.backend = list(stages), list(ranks), backend
         self.graphs: StageGraphs | None = None
         self.tallies: list[Tally] | None = None
+        self.here = frozenset({job.place})
         self.residencies: list[Residency] = [RESIDENT]
         self._job, self._schedule, self._outputs, self._sums = job, schedule, outputs, sums
         self._codecs = [  # within a process nothing is packed, as within a rank of one process
@@ -110,7 +112,8 @@ class DistributedEngine:
             ValueError: torch's schedule does not take this number of microbatches.
         """
         start = time.perf_counter()
-        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train):
+        counting = nullcontext() if self.tallies is None else MemoryTracker(self.tallies[self._job.place])
+        with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
             ready = self._for(work)
             if ready is None:
                 work.losses[0] = torch.zeros((), device=self._own[0].device.torch_device)

@@ -118,6 +118,7 @@ class Engine(Protocol):
         backend: a forced kernel backend, or None for automatic choice; may be changed between runs.
         graphs: captures the last stage's microbatches; None: all run eagerly. An engine may leave it alone.
         tallies: one for each rank, which counts the bytes that its actions allocate; None: bytes are not counted.
+        here: the ranks that this process is.
     """
 
     stages: list[Stage]
@@ -125,6 +126,7 @@ class Engine(Protocol):
     residencies: list[Residency]
     backend: str | None
     tallies: list[Tally] | None
+    here: frozenset[int]
     graphs: StageGraphs | None
 
     def run(self, work: Round) -> Recording:

@@ -96,6 +96,7 @@ class LocalEngine:
         self._process, self._busy = os.getpid(), False
         self.graphs: StageGraphs | None = None
         self.tallies: list[Tally] | None = None  # workers count allocated bytes here; see `counted_bytes`
+        self.here = frozenset(self.ranks)
         device_of = {rank: stage.device for rank, stage in zip(self.ranks, self.stages)}
         self._workers = [Worker(device_of[rank]) for rank in range(len(device_of))]
         self._cards = {place for stage in self.stages if (place := stage.device.torch_device).type == "cuda"}

@@ -95,13 +95,15 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     Memory from before the block is counted from known tensors: weights, optimizer state, and main gradients. Main
     gradients are allocated here if there are none yet, so that a first step holds as much as all others. Of stages that
     are streamed the slots count, and what lies below them counts for the store's tier, "host" or "disk". Counting slows
-    a step down: its times are not usable. Memory that a kernel allocates internally is not counted.
+    a step down: its times are not usable. Memory that a kernel allocates internally is not counted, and nothing of
+    stages in other processes.
     """
     peaks: dict[str, int] = {}
     stages, ranks = runner.built.stages, runner.engine.ranks
     tallies = [Tally() for _ in range(max(ranks) + 1)]
     streaming = runner.updater.streaming
-    for stage, rank in zip(stages, ranks):
+    here = [(stage, rank) for stage, rank in zip(stages, ranks) if rank in runner.engine.here]
+    for stage, rank in here:
         for parameter in stage.parameters():
             if parameter.requires_grad and (streaming is None or stage.index not in streaming):
                 if parameter.grad is None:
@@ -114,7 +116,7 @@ def counted_bytes(runner: Runner) -> Iterator[dict[str, int]]:
     finally:
         runner.engine.tallies = None
     state = state_bytes(runner.built, runner.updater.optimizers, ranks)
-    for stage, rank in zip(stages, ranks):
+    for stage, rank in here:
         peaks[stage.device.name] = state[rank] + tallies[rank].peak
     if streaming is not None:
         first = [stages[ranks.index(rank)] for rank in range(len(streaming.residencies))]
