@@ -141,13 +141,13 @@ def flag(default: bool, about: str) -> Any:
     return field_of(default, Kind(about, "true or false", take, parse, is_flag=True))
 
 
-def text(default: str | None, about: str) -> Any:
-    """Return a field for any text."""
+def text(default: str | None, about: str, *, otherwise: str = "") -> Any:
+    """Return a field for any text; ``otherwise`` is said where something else is given."""
 
     def take(value: Any) -> Any:
         return value if isinstance(value, str) else _refuse()
 
-    return field_of(default, Kind(about, "a text", take))
+    return field_of(default, Kind(about, "a text", take, otherwise=otherwise))
 
 
 def texts(about: str) -> Any:

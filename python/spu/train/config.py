@@ -83,9 +83,13 @@ class TrainConfig(TrainSettings):
     )
     val_data: tuple[str, ...] | None = texts("The same, to validate with. Default: a twentieth of the data.")
     pack: bool = flag(True, "Put several documents in a row, kept apart from each other; off: a row each, padded.")
-    devices: str = text(AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...")
+    devices: str = text(
+        AUTO, "auto, cpu, cpu:0,cpu:1, cuda:0,cpu, ...", otherwise="name them, as in cpu:0,cpu:1, or write auto"
+    )
     budget: str | None = text(
-        None, "Memory to use, and a disk to stream from: cuda:0=8GB,cpu=24GB,disk=FOLDER:100GB. Default: what is free."
+        None,
+        "Memory to use, and a disk to stream from: cuda:0=8GB,cpu=24GB,disk=FOLDER:100GB. Default: what is free.",
+        otherwise="write DEVICE=SIZE, as in cuda:0=8GB,cpu=24GB",
     )
     steps: int | None = whole(None, "Updates; with --resume, more than before.")
     tokens: int | None = whole(None, f"Or: tokens to train on. Default: {DEFAULT_TOKENS}.")

@@ -92,7 +92,10 @@ def read_yaml(path: str, *classes: type[Options]) -> dict[str, Given]:
             raise ValueError(f"{where}{label} stands in line {seen[name]} already: give it once")
         seen[name] = line
         if not _is_plain(node):
-            raise ValueError(f"{where}{label} has keys or lists in it: an option has one value, or a plain list")
+            raise ValueError(
+                f"{where}{label} has keys or lists in it: an option has one value, or a plain list"
+                + (_as_pairs(node) if name == "budget" else "")
+            )
         if values[key.value] is not None:
             result[name] = Given(values[key.value], label, where)
     return result
@@ -101,6 +104,13 @@ def read_yaml(path: str, *classes: type[Options]) -> dict[str, Given]:
 def _is_plain(node: Any) -> bool:
     """Tell whether a node is a scalar or a list of scalars."""
     return node.id == "scalar" or (node.id == "sequence" and all(item.id == "scalar" for item in node.value))
+
+
+def _as_pairs(node: Any) -> str:
+    """Return how a mapping of plain values is written in one text, as budgets are; "" for anything else."""
+    if node.id != "mapping" or any(part.id != "scalar" for pair in node.value for part in pair):
+        return ""
+    return ": write " + ",".join(f"{key.value}={value.value}" for key, value in node.value)
 
 
 def _one_line(error: BaseException) -> str:
