@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import os
 import signal
@@ -229,6 +230,33 @@ def test_a_worker_has_its_devices_cores_and_threads() -> None:
         worker.close()
         worker.close()
     assert not any(t.name.startswith("spu") for t in threading.enumerate())
+
+
+FACTOR: contextvars.ContextVar[float] = contextvars.ContextVar("FACTOR", default=1.0)
+
+
+class Factor(nn.Module):
+    """Multiplies by what the caller has set in a context variable, as a library's settings are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * FACTOR.get()
+
+
+def test_layers_see_the_callers_context_variables() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Factor(), nn.Linear(8, 3), Factor())
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    plain = [nn.functional.cross_entropy(_with_factor(f, model, x), y).item() for f in (1.0, 3.0)]
+    with ModelParallelTrainer(model, ["cpu", "cpu"], precision="fp32", microbatches=1) as trainer:
+        for factor, loss in zip((1.0, 3.0), plain, strict=True):
+            token = FACTOR.set(factor)
+            assert float(trainer.evaluate(x, y)) == loss
+            FACTOR.reset(token)
+        assert FACTOR.get() == 1.0
+
+
+def _with_factor(factor: float, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return contextvars.copy_context().run(lambda: (FACTOR.set(factor), model(x))[1])
 
 
 def test_an_abort_wakes_a_waiting_worker() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,8 @@ T = TypeVar("T")
 class Worker:
     """A thread that runs one task at a time, with the cores, the thread count and the CUDA device of ``device``.
 
-    Each task treats denormal numbers as the thread that submits it does (`torch.set_flush_denormal`).
+    Each task has the context variables of the thread that submits it, and treats denormal numbers as that thread does
+    (`torch.set_flush_denormal`).
     A process forked from this one has none of its threads. There, the first task starts one.
     """
 
@@ -53,7 +55,7 @@ class Worker:
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
         if self._process != os.getpid():
             self._start()
-        return self._pool.submit(call_as, flushes_denormals(), task, *args)
+        return self._pool.submit(contextvars.copy_context().run, call_as, flushes_denormals(), task, *args)
 
     def close(self) -> None:
         """Wait for the running task and end the thread; harmless when called twice."""
