@@ -101,6 +101,27 @@ def test_large_scores_do_not_overflow() -> None:
     assert_close_to_truth(ours[0], truth[0].half(), truth[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_below_the_normal_values_of_fp32_are_zero(dtype: torch.dtype) -> None:
+    """Scores of 0, -80, -87.5, -100 and -110 below the largest: weights from 2e-35 to none."""
+    q, v = torch.ones(1, 40, 1, 8), torch.randn(1, 40, 1, 8)
+    k = torch.tensor([0.0, -10.0, -10.9375, -12.5, -13.75]).repeat(8).view(1, 40, 1, 1).expand(1, 40, 1, 8)
+    arguments = [t.to(dtype) for t in (q, k, v)]
+    out, lse = OPS.attention.cpu(*arguments, 1.0, True)
+    true_out, true_lse = OPS.attention.reference(*[t.double() for t in arguments], 1.0, True)
+    plain = OPS.attention.reference(*arguments, 1.0, True)[0]
+    assert_close_to_truth(out, plain, true_out, eps=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse.double(), true_lse.double(), rtol=1e-6, atol=1e-6)
+    dout = torch.randn(1, 40, 1, 8).to(dtype)
+    ours = OPS.attention_backward.cpu(dout, *arguments, out, lse, 1.0, True)
+    truth = OPS.attention_backward.reference(
+        *[t.double() for t in (dout, *arguments)], true_out, true_lse.double(), 1.0, True
+    )
+    for one, true in zip(ours, truth, strict=True):
+        largest = float(true.abs().max())
+        assert_close_to_truth(one, true.to(dtype), true, eps=8 * torch.finfo(dtype).eps * max(largest, 1.0))
+
+
 def test_direct_callers_are_checked() -> None:
     q, k, v = operands(1, 4, 2, 1, 8, keys=5, dtype=torch.float16)
     for arguments, text in [

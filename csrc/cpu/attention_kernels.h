@@ -104,7 +104,7 @@ SPU_INLINE void softmax_of_panel(const QueryPanel& p, float scale, float* s, vf 
       top = z > top ? z : top;
     }
     for (int64_t key = 0; key < p.keys; ++key) {
-      const vf e = math::exp<vf>((load(c + key * kNR) - top) * scale);
+      const vf e = math::exp_or_zero<vf>((load(c + key * kNR) - top) * scale);
       store(c + key * kNR, e);
       total += e;
     }
@@ -256,7 +256,7 @@ static void scores_backward(const QueryPanel& p, float scale, const float* lse, 
     const vf l = load(lse + g * kLanes), d = load(delta + g * kLanes);
     float *c = s + g * kLanes, *dc = dp + g * kLanes;
     for (int64_t key = 0; key < p.keys; ++key) {
-      vf e = math::exp<vf>(O::fma(load(c + key * kNR), O::splat(scale), -l));
+      vf e = math::exp_or_zero<vf>(O::fma(load(c + key * kNR), O::splat(scale), -l));
       vf ds = e * (load(dc + key * kNR) - d) * scale;
       if (key >= p.whole) {
         const vi seen = sees(p, g, key);

@@ -35,7 +35,7 @@ SPU_INLINE float exponentials(float* z, int64_t cols, float top) {
     vf sum = {};
     for_vectors(least(cols - run, kRunColumns), [&](int64_t j, int64_t left) SPU_LAMBDA {
       float* at = z + run + j;
-      const vf e = math::exp<vf>((left < kLanes ? load_or(at, left, lowest) : load(at)) - top);
+      const vf e = math::exp_or_zero<vf>((left < kLanes ? load_or(at, left, lowest) : load(at)) - top);
       store_upto(at, e, left);
       sum += e;
     });

@@ -82,6 +82,21 @@ struct Ops<SPU_ISA_NS::vf> {
     return x < lo ? splat(lo) : x;
 #endif
   }
+#if defined(SPU_VEC_AVX512)
+  SPU_HD_MEMBER vf times_power(vf p, vf t) {
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(t - round_magic()));
+  }
+  SPU_HD_MEMBER vf times_normal_power(vf p, vf t) { return times_power(p, t); }
+  // 14 bits, and Newton's step: a division would keep one of the two units busy for 16 cycles.
+  SPU_HD_MEMBER vf reciprocal(vf x) {
+    const vf r = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return fma(r, fma(-x, r, splat(1.0f)), r);
+  }
+#else
+  SPU_HD_MEMBER vf times_power(vf p, vf t) { return by_two_powers<vf>(p, t); }
+  SPU_HD_MEMBER vf times_normal_power(vf p, vf t) { return p * from_bits((bits(t) - (kMagicBits - 127u)) << 23); }
+  SPU_HD_MEMBER vf reciprocal(vf x) { return 1.0f / x; }
+#endif
   SPU_HD_MEMBER vf of_int(Int i) { return __builtin_convertvector(i, vf); }
   SPU_HD_MEMBER Int nearest_int(vf x) {
 #if defined(SPU_VEC_AVX512)

@@ -45,7 +45,7 @@ struct Logistic {
 template <class F>
 SPU_HD Logistic<F> logistic_pair(F x) {
   const F e = exp_normal<F>(-x);
-  const F s = 1.0f / (1.0f + e);
+  const F s = Ops<F>::reciprocal(1.0f + e);
   return {s, e * s};
 }
 

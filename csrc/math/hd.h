@@ -19,11 +19,28 @@
 namespace spu {
 namespace math {
 
+// Rounds |x| < 2^22 to the nearest integer, ties to even, with the addition 1.5 * 2^23 (needs the default rounding
+// mode and no -ffast-math). The low bits of the sum's pattern are the integer in two's complement.
+SPU_HD float round_magic() {
+  return 12582912.0f;
+}
+// round_magic's pattern: the difference of two sums' patterns is that of their integers.
+constexpr uint32_t kMagicBits = 0x4b400000u;
+
 // The primitive operations of a value type F. Formulas in this folder are templates over F, written once with
 // operators, ternaries and Ops<F>; F is float here and a GCC vector of floats in csrc/cpu/vec.h (where a ternary
 // on a comparison selects lane by lane).
 template <class F>
 struct Ops;
+
+// p 2^n with t = n + round_magic(), rounded once, by two factors: n = 128 and subnormal results need no special case.
+template <class F>
+SPU_HD F by_two_powers(F p, F t) {
+  using O = Ops<F>;
+  const typename O::UInt n = O::bits(t) - kMagicBits;
+  const typename O::UInt half = ((n + 1024u) >> 1) - 512u;  // floor(n / 2) with a logical shift
+  return p * O::from_bits((half + 127u) << 23) * O::from_bits((n - half + 127u) << 23);
+}
 
 template <>
 struct Ops<float> {
@@ -55,18 +72,19 @@ struct Ops<float> {
     x = x > hi ? hi : x;
     return x < lo ? lo : x;
   }
+  // p 2^n for -252 <= n <= 254, t = n + round_magic(); and for powers 2^n that are normal values.
+  SPU_HD_MEMBER float times_power(float p, float t) { return by_two_powers<float>(p, t); }
+  SPU_HD_MEMBER float times_normal_power(float p, float t) {
+    return p * from_bits((bits(t) - (kMagicBits - 127u)) << 23);
+  }
+  // 1 / x for 1 <= x < 2^127, within an ulp.
+  SPU_HD_MEMBER float reciprocal(float x) { return 1.0f / x; }
   SPU_HD_MEMBER float of_int(Int i) { return static_cast<float>(i); }
   // Ties to even; any integer where |x| > 2^30.
   SPU_HD_MEMBER Int nearest_int(float x) {
     return x <= 0x1p30f && x >= -0x1p30f ? static_cast<Int>(__builtin_rintf(x)) : 0;
   }
 };
-
-// Rounds |x| < 2^22 to the nearest integer, ties to even, with the addition 1.5 * 2^23 (needs the default rounding
-// mode and no -ffast-math). The low bits of the sum's pattern are the integer in two's complement.
-SPU_HD float round_magic() {
-  return 12582912.0f;
-}
 
 template <class F>
 SPU_HD F abs(F x) {
