@@ -194,6 +194,14 @@ def test_two_equal_devices_take_turns_and_halve_the_step():
     assert "streamed through cuda:0 and cuda:1, in turn, from the host" in two.table()
 
 
+def test_frozen_and_trained_weights_have_regions_of_their_own():
+    """With adapters the disk took a page a stage more than was planned."""
+    costs = layers(6, params=200_100)
+    costs = [dataclasses.replace(cost, trained_count=100) for cost in costs]
+    disk = stream(costs).streaming.tiers[1]
+    assert disk.peak_bytes == 6 * (page(2 * 200_000) + page(2 * 100) + page(4 * 100) + page(12 * 100))
+
+
 @pytest.mark.parametrize("residency", ["streamed", "offloaded"])
 def test_a_tied_weight_waits_once_and_its_second_gradient_stays_on_the_device(residency):
     """It was counted twice on the disk, and its gradient from the later stage nowhere."""

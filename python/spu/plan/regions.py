@@ -40,8 +40,9 @@ class Regions:
         params, trained = tied
         count, state = stage.main_grad_bytes // 4 - trained, aligned(stage.master_bytes + stage.moment_bytes)
         item = ITEM_BYTES[settings.precision]
+        frozen = stage.param_bytes - (count + params) * item  # these, the trained and the tied have a region each
         return cls(
-            weights=aligned(stage.param_bytes),
+            weights=aligned(frozen) + aligned(count * item) + aligned(params * item),
             grads=aligned(count * ITEM_BYTES[settings.grads]),
             state=state,
             sums=aligned(4 * count),
@@ -53,7 +54,7 @@ class Regions:
     @property
     def own_weights(self) -> int:
         """Bytes of the region of the weights that no earlier stage has."""
-        return aligned(self.weights - self.tied_weights)
+        return self.weights - aligned(self.tied_weights)
 
     @property
     def total(self) -> int:
