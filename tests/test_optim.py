@@ -179,6 +179,27 @@ def test_parameters_without_a_gradient_are_skipped() -> None:
     assert set(optimizer.state) == {params[0]}
 
 
+@pytest.mark.parametrize(("moments", "eps"), [*((moments, 1e-8) for moments in MOMENTS), ("fp32", 1e-12)])
+def test_moments_without_a_gradient_end_at_zero(moments: str, eps: float) -> None:
+    """And not as denormal values for ever, for which a CPU takes twenty times as long (a vocabulary's rare tokens)."""
+    pytest.importorskip("spu._C")
+    ours, hyper = nn.Parameter(torch.randn(3, 64)), {"lr": 1e-3, "betas": (0.9, 0.8), "eps": eps, "weight_decay": 0.0}
+    plain = nn.Parameter(ours.detach().clone())
+    optimizers = AdamW([ours], moments=moments, **hyper), torch.optim.AdamW([plain], **hyper)
+    grad = torch.randn(3, 64)
+    with ops.use_backend("cpu"):
+        for step in range(1200):
+            for param, optimizer in zip((ours, plain), optimizers, strict=True):
+                param.grad = grad.clone() if step < 2 else torch.zeros_like(grad)
+                optimizer.step()
+    mine, theirs = optimizers[0].state[ours], optimizers[1].state[plain]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert bool((theirs[name] != 0).all())  # torch's stay (findings/adamw_denormal_moments.sh)
+        assert bool((mine[name] == 0).all()) == (eps == 1e-8), name  # below an eps of 2^-32 nothing is left out
+    if moments == "fp32":
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
 def test_narrow_moments_train_as_well_as_fp32_ones() -> None:
     """A small classifier: after 120 steps the loss is within 3% of that with fp32 moments.
 

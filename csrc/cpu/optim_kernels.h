@@ -16,6 +16,19 @@ SPU_INLINE vf corrected_root(vf root, float by, float inv) {
   return q < O::from_bits(vu{} + 0x7f800000u) ? corrected : q;
 }
 
+// Moments below these are read as 0. Without a gradient (an embedding's rare tokens) a moment decays until it is a
+// denormal value, and stays one: 0.9 times the fourth of them is, rounded, the fourth again. Each step of its vector
+// then takes 150 cycles and more, for ever. Bounds by fp32's patterns: 2^-98, so that m times the step's size is no
+// denormal either, and 2^-124. With eps from 2^-32 on such a second moment changes no bit of root + eps, and such a
+// first one a weight by less than 2^-62 of the rate; below that eps nothing is left out.
+constexpr int32_t kLeastFirst = (127 - 98) << 23, kLeastSecond = (127 - 124) << 23;
+constexpr float kLeastEps = 0x1p-32f;
+
+SPU_INLINE vf settled(vf moment, int32_t least) {
+  const vi magnitude = (vi)(O::bits(moment) & 0x7fffffffu);
+  return magnitude < least ? vf{} : moment;
+}
+
 // `blocks` of kMomentBlock values from `at`; one of fewer with a tail.
 template <Moments M, class Kept>
 SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, int64_t at, int blocks, Tail* tail) {
@@ -47,6 +60,8 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
   if constexpr (Kept::staged) kept.read_all(blocks, p);
   constexpr bool rounds = M != Moments::fp32 || Kept::rounds;
   const float inv_bias2_sqrt = 1.0f / k.bias2_sqrt;
+  const int32_t settles = k.eps >= kLeastEps, least_first = settles * kLeastFirst,
+                least_second = settles * kLeastSecond;
   const vu strides =
       noise_strides(typename MakeLanes<kLanes>::type{}) + (static_cast<uint32_t>(at) * math::kNoiseStride + r.seed);
 #pragma GCC unroll 2
@@ -56,6 +71,7 @@ SPU_INLINE void adamw_chunk(const cpu::AdamWRange& r, const math::AdamWStep& k, 
     if constexpr (!Kept::staged) s.param = kept.read(i);
     if constexpr (M == Moments::int8) s.m = m[i], s.v = v[i];
     if constexpr (M != Moments::int8) s.m = first.read(i), s.v = second.read(i);
+    s.m = settled(s.m, least_first), s.v = settled(s.v, least_second);
     s = math::adamw_moments<vf>(s, load(grad + i * kLanes) * r.grad_scale, k);
     s.param = math::adamw_param<vf>(s, corrected_root(O::sqrt(s.v), k.bias2_sqrt, inv_bias2_sqrt), k);
     const vu noise = rounds ? math::mix<vu>(strides + static_cast<uint32_t>(i * kLanes) * math::kNoiseStride) : vu{};
