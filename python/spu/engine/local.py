@@ -55,7 +55,8 @@ class Worker:
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
         if self._process != os.getpid():
             self._start()
-        return self._pool.submit(contextvars.copy_context().run, call_as, flushes_denormals(), task, *args)
+        in_context: Callable[..., T] = contextvars.copy_context().run
+        return self._pool.submit(in_context, call_as, flushes_denormals(), task, *args)
 
     def close(self) -> None:
         """Wait for the running task and end the thread; harmless when called twice."""
