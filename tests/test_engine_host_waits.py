@@ -71,8 +71,7 @@ def cards(count: int) -> list[Device]:
 
 
 def model() -> nn.Sequential:
-    layers = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 11))
-    return layers.to(CARD)
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 11))
 
 
 def test_a_wait_is_found(waits: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from spu import nn as spu_nn
 from spu.common.absent import absent
@@ -177,7 +178,8 @@ def check_parameters(layers: Sequence[Layer]) -> None:
                     "optimizers here are real: hold its real and imaginary parts (torch.view_as_real), and put them "
                     "together in forward with torch.view_as_complex; or freeze it"
                 )
-    named = {id(parameter): (name, parameter) for layer in layers for name, parameter in layer.named_parameters()}
+    parameters = [pair for layer in layers for pair in layer.named_parameters()]
+    named = {id(parameter): (name, parameter) for name, parameter in parameters if not is_lazy(parameter)}
     pair = overlapping([parameter for _, parameter in named.values()])
     found = [] if pair is None else [list(named.values())[index] for index in pair]
     if any(parameter.requires_grad for _, parameter in found):

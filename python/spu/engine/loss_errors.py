@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from spu.common.out_of_memory import is_out_of_memory
+from spu.engine.head_loss import HeadInput
 
 __all__ = ["EXPLAINED", "explained"]
 
@@ -23,6 +24,8 @@ def explained(error: Exception, outputs: Any, targets: Any) -> Exception:
     """
     if type(error) not in EXPLAINED or is_out_of_memory(error) or not isinstance(targets, torch.Tensor):
         return error
+    if isinstance(outputs, HeadInput):  # the logits that nobody made
+        outputs = outputs.hidden.new_empty((*outputs.hidden.shape[:-1], len(outputs.weight)), device="meta")
     given = f"targets {_form(targets)}"
     if isinstance(outputs, torch.Tensor):
         given = f"outputs {_form(outputs)} and {given}"
