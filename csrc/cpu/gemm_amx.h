@@ -276,24 +276,35 @@ static void pack_left(TileGemm& g) {
   if (g.a) return;
   g.a = reinterpret_cast<uint16_t*>(cpu::workspace(cpu::kSharedA, g.a_panels() * g.panel() / 2));
   in_parallel(g, g.a_panels(), pack_rows);
-  if (whole && !memchr(g.left_rows, 1, static_cast<size_t>(g.a_panels())))
-    keep_panels(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k, g.a);
+  if (!whole || memchr(g.left_rows, 1, static_cast<size_t>(g.a_panels()))) return;
+  keep_panels(cpu::kSharedA, g.p->shared_a, g.p->a, g.p->m, g.p->k, g.a);
 }
 
-// Panels of A that are packed at a time, of a product with `steps` steps of k. A call that shares A wants all of it.
-static int64_t panels_at_a_time(TileGemm& g, int64_t steps) {
-  const int64_t step_bytes = g.parts * 2 * kTileValues * 2,
-                panels = kMostBytes / (least(steps, kMostSteps) * step_bytes);
+// Bytes of a panel's step of k.
+static int64_t step_bytes(const TileGemm& g) {
+  return g.parts * 2 * kTileValues * 2;
+}
+
+// Whether all of B stays in L2 while A's rows are packed and multiplied a few at a time. A call that shares A wants all
+// of it at once.
+static bool goes_by_rows(const TileGemm& g, int64_t steps) {
   const int64_t columns = ceil_div(g.p->n, cpu::kStatColumns) * (cpu::kStatColumns / kPanelRows);
-  g.by_rows = g.threads == 1 && !g.direct && !g.p->shared_a && steps <= kMostSteps &&
-              columns * g.products * steps * step_bytes <= kBlockBytes;
-  const int64_t reused = kReusedBytes / (steps * step_bytes), fit = g.by_rows ? least(reused, panels) : panels;
+  return g.threads == 1 && !g.direct && !g.p->shared_a && steps <= kMostSteps &&
+         columns * g.products * steps * step_bytes(g) <= kBlockBytes;
+}
+
+// Panels of A that are packed at a time, of a product with `steps` steps of k.
+static int64_t panels_at_a_time(const TileGemm& g, int64_t steps) {
+  const int64_t most = kMostBytes / (least(steps, kMostSteps) * step_bytes(g));
+  const int64_t fit = g.by_rows ? least(most, kReusedBytes / (steps * step_bytes(g))) : most;
   return fit > 1 ? fit : 1;
 }
 
 template <Chain C>
 static void multiply_tiles(TileGemm& g) {
-  const int64_t steps = g.p->a2 ? 2 * g.half : g.half, rows = panels_at_a_time(g, steps) * kPanelRows;
+  const int64_t steps = g.p->a2 ? 2 * g.half : g.half;
+  g.by_rows = goes_by_rows(g, steps);
+  const int64_t rows = panels_at_a_time(g, steps) * kPanelRows;
   const int64_t columns = steps > kMostSteps ? kWaitingColumns : kMostColumns;
   for (g.n0 = 0; g.n0 < g.p->n; g.n0 += columns) {
     g.ns = least(columns, g.p->n - g.n0);
