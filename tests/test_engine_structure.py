@@ -31,6 +31,19 @@ def add_parameter(model: nn.Sequential) -> None:
     model[0].register_parameter("more", nn.Parameter(torch.zeros(3)))
 
 
+def delete_module(model: nn.Sequential) -> None:
+    del model[1]  # makes a new table
+
+
+def swap_modules(model: nn.Sequential) -> None:
+    model[0], model[1] = model[1], model[0]  # the same members in another order
+
+
+def rename_module(model: nn.Sequential) -> None:
+    children = model._modules
+    children["last"] = children.pop("2")
+
+
 def replace_module(model: nn.Sequential) -> None:
     model[1] = nn.ReLU()
 
@@ -53,6 +66,9 @@ def to_fp32(model: nn.Sequential) -> None:
         (replace_parameter, r"parameter '0.weight' was replaced"),
         (add_parameter, r"parameter '0.more' was added"),
         (replace_module, r"module '1' was replaced"),
+        (delete_module, r"module '1' was replaced, added or removed"),
+        (swap_modules, r"module '0' was replaced"),
+        (rename_module, r"module '(2|last)' was replaced, added or removed"),
         (append_module, r"module '3' was replaced, added"),
         (parametrize, r"'2.parametrizations' was replaced, added|parameter '2.weight' was added or removed"),
         (to_fp32, r"parameter '0.weight' is torch.float32 .* was torch.bfloat16"),
@@ -104,3 +120,15 @@ def test_a_hook_on_the_whole_model_is_refused() -> None:
             trainer.step(*batch())
         hook.remove()
         trainer.step(*batch())
+
+
+def test_what_changes_after_a_parameter_was_frozen_is_found_too() -> None:
+    """Freezing is allowed, and makes every later look a long one."""
+    model = mlp()
+    with make(model) as trainer:
+        trainer.step(*batch())
+        model[2].bias.requires_grad_(False)
+        trainer.step(*batch())
+        replace_parameter(model)
+        with pytest.raises(RuntimeError, match=r"parameter '0.weight' was replaced"):
+            trainer.step(*batch())

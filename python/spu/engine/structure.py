@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -34,6 +37,41 @@ class _Seen:
         return _Seen(key, parameter, parameter.requires_grad, (parameter.dtype, parameter.device, parameter.shape))
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """All modules' tables one after another: the same in nearly every step, and compared without a line of Python for
+    each module.
+    """
+
+    lengths: list[int]
+    names: list[str]
+    members: list[nn.Module | nn.Parameter | None]
+    kinds: list[Any]
+
+    @staticmethod
+    def of(modules: list[nn.Module]) -> _Tables | None:
+        """Return those of now; None where a module of TorchScript has tables of its own kind."""
+        tables = list(chain.from_iterable(map(_TABLES_OF, modules)))
+        if set(map(type, tables)) - {dict, OrderedDict}:
+            return None
+        members = list(chain.from_iterable(map(dict.values, tables)))
+        parameters = [member for member in members if isinstance(member, torch.Tensor)]
+        return _Tables(
+            list(map(len, tables)), list(chain.from_iterable(tables)), members, list(map(_KIND_OF, parameters))
+        )
+
+    def same(self, others: _Tables | None) -> bool:
+        return (
+            others is not None
+            and (self.lengths, self.names, self.kinds) == (others.lengths, others.names, others.kinds)
+            and all(map(is_, self.members, others.members))
+        )
+
+
+_TABLES_OF = attrgetter(torch_private.MODULE_TABLES[0], torch_private.MODULE_TABLES[2])  # buffers may be replaced
+_KIND_OF = attrgetter("dtype", "device", "shape", "requires_grad")
+
+
 class StructureCheck:
     """Remembers a prepared model, and finds parameters and modules replaced, added, converted or unfrozen since.
 
@@ -54,17 +92,27 @@ class StructureCheck:
             seen = [_Seen.of(key, parameter) for key, parameter in torch_private.parameters_of(module).items()]
             self._rows.append((name, module, layer, dict(_table(torch_private.children_of(module))), seen))
         self._list = (model, list(model)) if isinstance(model, (list, nn.ModuleList)) else None
+        self._modules = [row[1] for row in self._rows]
+        self._outer = [(name, module) for name, module, layer, *_ in self._rows if layer is None]
+        self._tables = _Tables.of(self._modules)
 
     def check(self, *, training: bool = True) -> None:
         """Raise RuntimeError for a change; a parameter that was unfrozen is an error in training only."""
         if self._list is not None and not _same(list(self._list[0]), self._list[1]):
             raise RuntimeError(f"the list of layers has changed since this trainer prepared: undo it, or {_REMEDY}")
-        for name, module, layer, children, parameters in self._rows:
-            if layer is None and any(getattr(module, hooks, None) for hooks in torch_private.MODULE_HOOKS):
+        for name, module in self._outer:
+            if any(getattr(module, hooks, None) for hooks in torch_private.MODULE_HOOKS):
                 raise RuntimeError(
                     f"{f'module {name!r}' if name else 'the model'} ({type(module).__name__}) has a hook, but a "
                     "pipeline calls the layers one by one and never the whole: register it on a layer"
                 )
+        tables = _Tables.of(self._modules)
+        if tables is None or not tables.same(self._tables):
+            self._find(training)
+
+    def _find(self, training: bool) -> None:
+        """Look at each module and parameter by itself, and raise for the first change that is not allowed."""
+        for name, module, layer, children, parameters in self._rows:
             now, own = _table(torch_private.children_of(module)), _table(torch_private.parameters_of(module))
             if now.keys() != children.keys() or not _same(now.values(), children.values()):
                 changed = next(k for k in {**children, **now} if now.get(k, self) is not children.get(k, self))

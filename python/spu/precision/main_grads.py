@@ -219,16 +219,13 @@ class ParameterSink:
 
     @torch.no_grad()
     def _placed(self, grad: Tensor) -> Tensor:
-        """Return a gradient, which autograd takes as it is, where it is to lie: a stage's would be there twice."""
+        """Return a gradient, which autograd takes as it is, in the memory that was lent: it would be there twice."""
         buffer, param = self._buffer, self._parameter()
-        if not self._lent:
-            self._buffer = None  # autograd moves the first gradient into place
-        elif buffer is not None and param.grad is None and accumulates(get_gradient_edge(param).node):
+        if buffer is not None and param.grad is None and accumulates(get_gradient_edge(param).node):
             self._buffer, grad = None, buffer.copy_(grad)
         return grad
 
-    def begin_step(self) -> None:
-        param = self._parameter()
+    def begin_step(self, param: Tensor) -> None:
         if param.grad is not None:
             self._buffer = param.grad
         param.grad = None
@@ -240,7 +237,10 @@ class ParameterSink:
             return grad
         scope = current_scope()
         if scope is not None and scope.plain and grad.dtype == torch.float32 and grad.layout == torch.strided:
-            return self._placed(grad)
+            if self._lent:
+                return self._placed(grad)
+            self._buffer = None  # autograd moves the first gradient into place
+            return grad
         param = self._parameter()
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
@@ -366,7 +366,7 @@ class MainGrads:
         for param, sink in zip(self._params, self._sinks, strict=True):
             if sink_of(param) is not sink:
                 attach_sink(param, sink)
-            sink.begin_step()
+            sink.begin_step(param)
 
     def lend(self, buffers: Mapping[int, Tensor]) -> None:
         """Let the gradients to come be written into these tensors, by parameter id; into new ones where there is none.
