@@ -19,6 +19,7 @@ __all__ = [
     "OptimizerState",
     "Optimizers",
     "check_optimizers",
+    "check_saves",
     "is_attached",
     "optimizer_state",
     "remember_groups",
@@ -98,6 +99,16 @@ def optimizer_state(built: BuiltStages, optimizers: Optimizers) -> OptimizerStat
     return OptimizerState(_kind(optimizers), found, groups, counts)
 
 
+def check_saves(optimizers: Optimizers) -> None:
+    """Raise CheckpointError for an optimizer with more to save than the state of parameters and groups."""
+    for inner in filter(None, map(_inner, optimizers)):
+        if aside := _aside(inner):
+            raise CheckpointError(
+                f"{type(inner).__name__}.state_dict() has {', '.join(aside)} beside 'state' and 'param_groups', which "
+                "belongs to no parameter, and a checkpoint would lose it: keep it in the optimizer's parameter groups"
+            )
+
+
 def check_optimizers(built: BuiltStages, optimizers: Optimizers, state: OptimizerState) -> None:
     """Check that these optimizers can continue from a state.
 
@@ -147,7 +158,7 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
         if len(saved) == len(inner.param_groups):
             for group, made, values in zip(inner.param_groups, _made(inner), saved):
                 for key, value in (made | values).items():
-                    if key == "lr" and isinstance(group["lr"], torch.Tensor):
+                    if key == "lr" and isinstance(group.get("lr"), torch.Tensor):
                         group["lr"].fill_(value)
                     else:
                         group[key] = tuple(value) if isinstance(value, list) else value  # JSON has lists
@@ -180,7 +191,8 @@ def remember_groups(optimizer: AdamW | MasterOptimizer) -> None:
 def _values(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's values, which stay as they are when it changes."""
     found = {key: value for key, value in group.items() if key not in _OWN}
-    found["lr"] = float(found["lr"])
+    if "lr" in found:
+        found["lr"] = float(found["lr"])
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
 
 
@@ -204,11 +216,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def is_attached(optimizer: AdamW | MasterOptimizer | None) -> bool:
-    """Tell whether a scheduler or a hook of the user's refers to this optimizer object."""
+    """Tell whether a scheduler or a hook of the user's refers to this optimizer object, or what it keeps is its own."""
     inner = _inner(optimizer)
     if inner is None:
         return False
-    return torch_private.has_step_hooks(inner)
+    return torch_private.has_step_hooks(inner) or bool(_aside(inner))
 
 
 def _kind(optimizers: Optimizers) -> str:
@@ -217,6 +229,13 @@ def _kind(optimizers: Optimizers) -> str:
 
 def _inner(optimizer: AdamW | MasterOptimizer | None) -> torch.optim.Optimizer | None:
     return optimizer.optimizer if isinstance(optimizer, MasterOptimizer) else optimizer
+
+
+def _aside(inner: torch.optim.Optimizer) -> list[str]:
+    """Return the keys of an optimizer's own ``state_dict`` that are neither parameters' state nor groups."""
+    if type(inner).state_dict is AdamW.state_dict:
+        return []
+    return sorted(map(str, inner.state_dict().keys() - {"state", "param_groups"}))
 
 
 def _changed(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:

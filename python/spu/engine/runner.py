@@ -21,11 +21,12 @@ from spu.engine.graphs import graphs_for
 from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
+from spu.engine.make_optimizer import OptimizerFactory
 from spu.engine.microbatch import batch_rows, count_targets, elements, split_batch, unscaled_leaves
 from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
-from spu.engine.update import OptimizerFactory, Updater
+from spu.engine.update import Updater
 from spu.precision import LossScaler
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from spu.engine.optimizer_state import (
     Optimizers,
     OptimizerState,
     check_optimizers,
+    check_saves,
     is_attached,
     optimizer_state,
     restore_optimizers,
@@ -104,6 +105,7 @@ def training_state(built: BuiltStages, optimizers: Optimizers, *, frozen: bool =
     resting = {} if frozen else frozen_parameters(built)
     state = model_state(built, optimizers)
     tensors = {f"model:{name}": tensor for name, tensor in state.items() if name not in resting}
+    check_saves(optimizers)
     own, rest = optimizer_state(built, optimizers).split()
     tensors |= {f"optimizer:{name}": tensor for name, tensor in own.items()}
     aside: dict[str, torch.Tensor] = {}

@@ -6,9 +6,8 @@ import contextlib
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +19,7 @@ from spu.common import torch_private
 from spu.common.interrupts import delayed_interrupts
 from spu.engine.build import BuiltStages
 from spu.engine.engine import Engine
-from spu.engine.optimizer_state import remember_groups
+from spu.engine.make_optimizer import OptimizerFactory, make_optimizer, set_masters
 from spu.engine.peers import Peers
 from spu.engine.stage import Stage
 from spu.engine.streaming import Streaming, add_tied
@@ -28,12 +27,9 @@ from spu.model.layers import Layer
 from spu.ops.optimizer import on_device
 from spu.ops.sink import has_foreign_hook, leave_to_norm
 from spu.optim.adamw import AdamW, MasterOptimizer, clip_coefficient
-from spu.optim.forms import is_ours
 from spu.precision import LossScaler, MainGrads
 
-__all__ = ["OptimizerFactory", "Update", "Updater", "release"]
-
-OptimizerFactory = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+__all__ = ["Update", "Updater", "release"]
 
 
 @dataclass
@@ -92,7 +88,7 @@ class Updater:
             if _looks_cost(stage.device.torch_device):
                 leave_to_norm(scope.found_inf)
         self.optimizers: list[AdamW | MasterOptimizer | None] = [
-            _make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
+            make_optimizer(list(owned.values()), built.masters, optimizer, lr) if owned else None
             for owned in built.owned
         ]
         self.streaming: Streaming | None = None
@@ -102,7 +98,7 @@ class Updater:
             if self.streaming is not None and index in self.streaming:
                 self.streaming.fill(index)
             if isinstance(made, AdamW):
-                _set_masters(made, owned.values(), built.masters)
+                set_masters(made, owned.values(), built.masters)
         self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)
@@ -239,8 +235,16 @@ class Updater:
         """Multiply every rate by ``factor`` for one update.
 
         Between updates ``group["lr"]`` belongs to the user, or to a torch scheduler.
+
+        Raises:
+            ValueError: the factor is not 1, and the optimizer has no rate that it could multiply.
         """
         groups = [group for optimizer in self.optimizers for group in _groups(optimizer)] if factor != 1.0 else []
+        if any("lr" not in group for group in groups):
+            raise ValueError(
+                f"lr_schedule gave {factor}, but the optimizer's parameter groups have no 'lr' to multiply: name its "
+                "rate 'lr', or give no lr_schedule"
+            )
         changed = [(group, group["lr"], group["lr"] * factor) for group in groups]
         for group, _, now in changed:
             group["lr"] = now
@@ -347,52 +351,6 @@ def _modules(built: BuiltStages) -> Iterator[nn.Module]:
 def _looks_cost(device: torch.device) -> bool:
     """Tell whether a look for values that are not finite may be a pass of its own, as after cuBLASLt's products."""
     return device.type == "cuda"
-
-
-def _make_optimizer(
-    parameters: Sequence[nn.Parameter],
-    masters: dict[int, torch.Tensor],
-    optimizer: OptimizerFactory | type[torch.optim.Optimizer] | None,
-    lr: float | None,
-) -> AdamW | MasterOptimizer:
-    factory: Any = AdamW if optimizer is None else optimizer
-    if isinstance(factory, type) and lr is not None:
-        factory = partial(factory, lr=lr)
-    made: AdamW | MasterOptimizer
-    if is_ours(factory):
-        made = factory(list(parameters))
-    else:
-        on_masters = MasterOptimizer(factory, parameters, [masters.get(id(p)) for p in parameters])
-        made = _without_masters(on_masters, parameters)
-    remember_groups(made)
-    rates = [group["lr"] for group in made.param_groups]
-    if lr is not None and any(rate != lr for rate in rates):
-        raise ValueError(
-            f"lr={lr} would be ignored: the optimizer that was given sets its own lr, {rates[0]}. Give the rate there "
-            "(functools.partial(..., lr=...)), and none to the trainer"
-        )
-    return made
-
-
-def _without_masters(made: MasterOptimizer, parameters: Sequence[nn.Parameter]) -> AdamW | MasterOptimizer:
-    """Return our AdamW, which a function of the user's has made, on the parameters: it keeps masters by itself, in a
-    form that memory tiers can lay out. Return any other optimizer as it is.
-    """
-    ours = made.optimizer
-    own = {id(made.target(parameter)): parameter for parameter in parameters}
-    given = [group["params"] for group in ours.param_groups]
-    if not isinstance(ours, AdamW) or ours.state or own.keys() != {id(target) for part in given for target in part}:
-        return made
-    for part in given:
-        part[:] = [own[id(target)] for target in part]
-    return ours
-
-
-def _set_masters(optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: dict[int, torch.Tensor]) -> None:
-    """Set the masters now, not at the first step: a checkpoint may be loaded before it."""
-    for parameter in parameters:
-        if parameter.dtype.itemsize == 2:
-            optimizer.set_master(parameter, masters.pop(id(parameter), parameter))
 
 
 def _groups(optimizer: AdamW | MasterOptimizer | None) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from spu.common.torch_private import inner_of_compiled
 from spu.devices.tiers import Tiers
+from spu.engine.make_optimizer import check_class
 from spu.plan import Plan
 from spu.precision import LossScaler
 
@@ -27,7 +29,12 @@ def check_arguments(
     model: Any = None,
     tiers: Any = None,
 ) -> None:
-    """Raise TypeError for an argument of another kind than the trainer takes; None is one of each."""
+    """Check arguments that are objects; None is one of each kind.
+
+    Raises:
+        TypeError: an argument of another kind than the trainer takes.
+        ValueError: an optimizer, a model or a loss of the right kind that cannot be trained with.
+    """
     if isinstance(optimizer, torch.optim.Optimizer):
         name = type(optimizer).__name__
         raise TypeError(
@@ -47,6 +54,9 @@ def check_arguments(
         value, wanted = callables[name]
         if isinstance(value, type) and issubclass(value, (torch.nn.Module, torch.optim.lr_scheduler.LRScheduler)):
             raise TypeError(f"{name} is the class {value.__name__}: give {wanted}")
+    kind = optimizer.func if isinstance(optimizer, partial) else optimizer
+    if isinstance(kind, type):
+        check_class(kind)
     if model is not None:
         _check_model(model)
     if tiers is not None and not isinstance(tiers, (str, Tiers)):

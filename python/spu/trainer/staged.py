@@ -33,12 +33,13 @@ from spu.engine.first_batch import check_batch, with_rows
 from spu.engine.generators import generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import OnRawOutputs, cross_entropy, weighing_of
+from spu.engine.make_optimizer import OptimizerFactory
 from spu.engine.microbatch import batch_rows
 from spu.engine.runner import Runner
 from spu.engine.state import Carried, give_value, state_for_model, training_state
 from spu.engine.structure import StructureCheck
 from spu.engine.tiers import converting, open_streaming, park_again, spare_heap
-from spu.engine.update import OptimizerFactory, release
+from spu.engine.update import release
 from spu.model.deferred import brought
 from spu.optim.forms import in_form
 from spu.plan import Plan
@@ -201,9 +202,9 @@ class StagedModel:
             raise ValueError("replan() does not go with engine='distributed': layers do not move between processes")
         if self._plan is None or self._last.recording is None or self._planner is None:
             raise RuntimeError("no step has run yet: call step() first")
-        self._ready().updater.show()
-        same, best = self._planner.after_step(self._plan, self._last.recording.timeline())
         old = self._ready()
+        old.updater.show()
+        same, best = self._planner.after_step(self._plan, self._last.recording.timeline())
         carried = Carried(old.built, old.updater.optimizers)
         if best.predicted.step_s > WORTH * same.predicted.step_s or carried.differs_by_stage:
             self._plan = same

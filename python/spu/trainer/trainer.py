@@ -20,11 +20,12 @@ from spu.devices.tiers import Tiers, parse_tiers
 from spu.engine.generators import set_generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import cross_entropy
+from spu.engine.make_optimizer import OptimizerFactory
 from spu.engine.microbatch import at_least
 from spu.engine.result import StepResult, counted_bytes, peak_bytes
 from spu.engine.runner import Pass
 from spu.engine.state import load_training
-from spu.engine.update import OptimizerFactory, Update
+from spu.engine.update import Update
 from spu.model.layers import is_adapted
 from spu.plan import Plan
 from spu.plan.show.compare import comparison, replanned
