@@ -104,8 +104,7 @@ class StagedModel:
         self._parts = parts
         self.devices, self._spread = list(where[0]), where[1]
         self.settings = settings
-        self.precision = settings.precision
-        self.accumulate = settings.accumulate
+        self.precision, self.accumulate = settings.precision, settings.accumulate
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.loss_weight = loss_weight
         self.max_grad_norm = settings.max_grad_norm
