@@ -130,6 +130,30 @@ def test_pipelines_with_unlike_numbers_of_rows_stay_together() -> None:
         assert theirs == pytest.approx(wanted, rel=4 * torch.finfo(torch.float32).eps)
 
 
+def with_deferred_weight_gradients() -> list[float]:
+    x, y = batch()
+    settings: dict[str, Any] = {"schedule": "zb", "microbatches": 4, "precision": "fp32", "lr": 1e-2}
+    with (
+        use_backend("reference"),
+        ModelParallelTrainer(model(), engine="distributed", replicas=2, **settings) as trainer,
+    ):
+        return [trainer.step(x, y).loss for _ in range(3)]
+
+
+def test_weight_gradients_that_wait_are_added_to_gradients_of_the_step_before() -> None:
+    """The second step failed, as the memory of the first one's sums was a view that autograd lets nobody change."""
+    net, (x, y) = model(), batch()
+    optimizer, wanted = torch.optim.AdamW(net.parameters(), lr=1e-2), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        wanted.append(loss.item())
+    for theirs in in_ranks(4, with_deferred_weight_gradients):
+        assert theirs == pytest.approx(wanted, rel=8 * torch.finfo(torch.float32).eps)
+
+
 class Sum(nn.Module):
     """A loss that adds up over rows, which the weights of microbatches do not fit."""
 

@@ -288,6 +288,7 @@ class Stage:
                 f"input's values, which waited packed as {self.activations.codec}; use activations='exact'"
             ) from error
 
+    @torch.no_grad()  # as in a backward: a gradient may be a view that was made so, which autograd lets nobody change
     def weight_backward(self, key: DrawKey) -> None:
         """Compute the weight gradients that a :meth:`backward` with ``defer`` has deferred, in its order."""
         deferred = self._deferred.pop(key.microbatch)
