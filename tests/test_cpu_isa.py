@@ -2,18 +2,20 @@
 
 The narrower ones are forced by SPU_CPU_ISA in a subprocess that runs test_cpu_kernels.py. The AVX-512 kernels are
 compiled from the same sources with plain arithmetic on 64-byte vectors for their instructions, those for AMX with tiles
-in memory besides, and run that way; the former where the CPU lacks the instructions.
+in memory besides, and run that way where the CPU lacks the instructions: elsewhere the same files have run on these.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,21 +47,55 @@ needs_compiler = pytest.mark.skipif(
 EVERYTHING = ["kernels", "wire_and_optimizer", "fused", "shared", "attention"]
 
 
-def run_kernel_tests(env: dict[str, str], files: list[str] = EVERYTHING, without: str = "") -> None:
-    """Run tests/test_cpu_*.py in a process of their own, but for tests whose names contain one of ``without``."""
-    names = [
-        "direct_callers",
-        "python_threads",
-        "nothing_wrong",
-        *without.split(),
-    ]  # the same code at every level, and more
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [f"tests/test_cpu_{name}.py" for name in files] + ["-k", f"not ({' or '.join(names)})"]
+# What is imported is most of a run's time: once, and each run is a fork of this process. spu._C is not among it.
+SERVE = """
+import json, os, sys
+import hypothesis, numpy, pytest, torch, torch._dynamo
+import spu.ops
+assert "spu._C" not in sys.modules
+for line in sys.stdin:
+    settings, log, arguments = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.update(settings)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        code = 99
+        try:
+            code = int(pytest.main(arguments))
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def run_kernel_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run tests/test_cpu_*.py in a process of their own, but for tests whose names contain a word of ``without``."""
+    log = tmp_path_factory.mktemp("levels") / "log"
     # one thread: on a busy machine the waiting of a second one is most of the time
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def run(settings: dict[str, str], files: list[str] = EVERYTHING, without: str = "") -> None:
+        names = ["direct_callers", "python_threads", "nothing_wrong"]  # the same code at every level
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", *(f"tests/test_cpu_{name}.py" for name in files)]
+        arguments += ["-k", f"not ({' or '.join([*names, *without.split()])})"]
+        print(json.dumps([settings, str(log), arguments]), file=server.stdin, flush=True)
+        code = server.stdout.readline().strip()
+        said = log.read_text() if log.exists() else ""
+        assert code == "0", said[-6000:]
+        assert " passed" in said
+
+    yield run
+    server.kill()
+    server.wait()
 
 
 # torch is imported once, and each instruction set asked for in a fork of that process.
@@ -118,7 +154,7 @@ def has_bf16() -> bool:
 
 
 @pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512bf16"])
-def test_narrower_instruction_sets(level: str) -> None:
+def test_narrower_instruction_sets(level: str, run_kernel_tests: Run) -> None:
     if LEVELS.index(level) >= LEVELS.index(_C.isa()):
         pytest.skip(f"this machine runs {_C.isa()}, which test_cpu_kernels.py has tested")
     if level == "avx512bf16" and not has_bf16():
@@ -137,12 +173,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @needs_compiler
 @pytest.mark.skipif(has_bf16(), reason="this CPU has run these kernels on their own instructions, above")
-def test_avx512_kernels_without_avx512(emulated: str) -> None:
+def test_avx512_kernels_without_avx512(emulated: str, run_kernel_tests: Run) -> None:
     run_kernel_tests({"SPU_TEST_LIBRARY": emulated})
 
 
 @needs_compiler
-def test_amx_kernels_without_amx(emulated: str) -> None:
+@pytest.mark.skipif(_C.isa() == "amx", reason="this CPU runs these files on its own tiles, in the suite itself")
+def test_amx_kernels_without_amx(emulated: str, run_kernel_tests: Run) -> None:
     products = ["amx", "kernels", "fused", "shared", "attention", "help"]
     # the AVX-512 kernels, which the test above has run
     others = "float32 every_fp16 unscale test_dz gated_strides found_inf_sees"
