@@ -48,10 +48,11 @@ def training_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        for loss in losses:
-            with autocast(peer):
-                value = loss() / len(losses)
-            scaler.scale(value).backward()
+        with spu.same_weights() if peer.startswith("spu") else nullcontext():
+            for loss in losses:
+                with autocast(peer):
+                    value = loss() / len(losses)
+                scaler.scale(value).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

@@ -17,6 +17,9 @@ def test_entries_are_by_identity() -> None:
     assert (table.get(one), table.get(other), len(table)) == ("one", None, 1)
     table[one] = "again"
     assert (table.pop(one), table.pop(one), len(table)) == ("again", None, 0)
+    table[one] = table[other] = "more"
+    table.clear()
+    assert (table.get(one), len(table)) == (None, 0)
 
 
 def test_an_entry_goes_with_its_tensor() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spu.nn import accelerate as accelerate
     from spu.nn import restore as restore
     from spu.ops import backends as backends
+    from spu.ops import same_weights as same_weights
     from spu.ops import use_backend as use_backend
     from spu.precision import GradScaler as GradScaler
     from spu.precision import LossScaler as LossScaler
@@ -45,6 +46,7 @@ _EXPORTS = {
     "accelerate": "spu.nn",
     "backends": "spu.ops",
     "restore": "spu.nn",
+    "same_weights": "spu.ops",
     "save_adapter": "spu.trainer.adapter",
     "spilled": "spu.memory.spill",
     "use_backend": "spu.ops",

@@ -35,6 +35,10 @@ class TensorTable(Generic[_V]):
             del self._rows[id(tensor)]
         return value
 
+    def clear(self) -> None:
+        """Forget everything now: the table and its entries' callbacks know each other until the collector comes."""
+        self._rows.clear()
+
     def __setitem__(self, tensor: Tensor, value: _V) -> None:
         self._rows[id(tensor)] = weakref.ref(tensor, partial(self._forget, id(tensor))), value
 

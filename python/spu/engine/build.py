@@ -21,6 +21,7 @@ from spu.engine.sharing import TiedUse, Twin, separate, untie
 from spu.engine.stage import Stage
 from spu.model.aliases import overlapping
 from spu.model.layers import Layer
+from spu.ops.convert import same_weights
 from spu.precision.dtypes import convert_state, state_dtypes
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class BuiltStages:
     def running(self) -> Iterator[None]:
         """Give each stage leaves and modules of its own, equal to the user's present ones, while the block runs.
 
+        A stage's weights may be other ones in the same memory at its next visit: no conversion of them is kept.
+
         Raises:
             RuntimeError: a forward changed what several stages share.
         """
@@ -74,7 +77,8 @@ class BuiltStages:
                 twin.enter()
             for use in self.tied:
                 use.enter()
-            yield
+            with same_weights(False):
+                yield
             for twin in self.twins:
                 twin.check()
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from spu.common.codecs import CODECS
 from spu.ops.attention import attention
 from spu.ops.codec import is_finite_wire, pack, unpack, wire_bytes
+from spu.ops.convert import same_weights
 from spu.ops.cross_entropy import linear_cross_entropy
 from spu.ops.dispatch import BackendStatus, backends, choose_backend, forced_backend, has_kernel, use_backend
 from spu.ops.embedding import embedding, embedding_dw_
@@ -55,6 +56,7 @@ __all__ = [
     "pack_to_host",
     "rms_norm",
     "rotary",
+    "same_weights",
     "sink_of",
     "unpack",
     "unpack_from_host",
