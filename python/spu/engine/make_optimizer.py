@@ -29,7 +29,7 @@ def check_class(kind: type) -> None:
             "or spu.optim.AdamW"
         )
     step = getattr(kind, "step", None)
-    _, *arguments = inspect.signature(step).parameters.values() if callable(step) else [None]
+    arguments = list(inspect.signature(step).parameters.values())[1:] if callable(step) else []
     needed = [a.name for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
     if needed:
         raise ValueError(
