@@ -19,7 +19,7 @@ from goals import GOALS
 
 from spu import DeviceManager, ModelParallelTrainer
 from spu.common.codecs import parked_bytes
-from spu.engine.result import counted_bytes
+from spu.engine.counted import counted_bytes
 from spu.memory.activations import ActivationStore
 from spu.memory.disk_store import DiskStore
 

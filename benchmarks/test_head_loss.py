@@ -17,7 +17,7 @@ from goals import GOALS
 
 from spu import ModelParallelTrainer
 from spu.engine import head_loss
-from spu.engine.result import counted_bytes
+from spu.engine.counted import counted_bytes
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spu.engine.result import counted_bytes
+from spu.engine.counted import counted_bytes
 
 
 def measured_peaks(trainer: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, int]:

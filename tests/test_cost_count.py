@@ -16,8 +16,8 @@ from torch import nn
 from spu import DeviceManager
 from spu.common.tracker import MemoryTracker, Tally
 from spu.cost.count import model_costs
+from spu.engine.counted import state_bytes
 from spu.engine.loss import cross_entropy
-from spu.engine.result import state_bytes
 from spu.model.layers import Layer, parts_as_layers
 from spu.ops.dispatch import status_of
 from spu.plan.layer_cost import LayerCost

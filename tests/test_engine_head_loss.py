@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from spu import LossScaler
 from spu.engine import head_loss
+from spu.engine.counted import counted_bytes
 from spu.engine.loss import cross_entropy, plain_cross_entropy
-from spu.engine.result import counted_bytes
 
 __all__ = ["calls", "one_thread"]
 

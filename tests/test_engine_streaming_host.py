@@ -16,8 +16,8 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.engine import hosted
+from spu.engine.counted import counted_bytes
 from spu.engine.engine import StageError
-from spu.engine.result import counted_bytes
 from spu.engine.streaming import Streaming
 from spu.memory import changes, slab
 from spu.memory.disk_store import DiskStore

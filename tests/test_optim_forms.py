@@ -16,7 +16,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.common.tracker import MemoryTracker
-from spu.engine.result import state_bytes
+from spu.engine.counted import state_bytes
 from spu.memory.spill import _Spill, spilled
 from spu.ops import masters
 from spu.optim.adamw import AdamW

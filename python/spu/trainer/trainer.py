@@ -17,12 +17,13 @@ from spu.common.options import takes_keywords
 from spu.devices.clock import Elapsed, Mark, mark
 from spu.devices.manager import Device
 from spu.devices.tiers import Tiers, parse_tiers
+from spu.engine.counted import counted_bytes, peak_bytes
 from spu.engine.generators import set_generator_states
 from spu.engine.labels import labelled
 from spu.engine.loss import cross_entropy
 from spu.engine.make_optimizer import OptimizerFactory
 from spu.engine.microbatch import at_least
-from spu.engine.result import StepResult, counted_bytes, peak_bytes
+from spu.engine.result import StepResult
 from spu.engine.runner import Pass
 from spu.engine.state import load_training
 from spu.engine.update import Update
