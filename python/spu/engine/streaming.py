@@ -187,7 +187,9 @@ class Streaming:
         self._deferred[stage] = DeferredUpdate(arrived[0], scale, groups, event, sources)
 
     def hide(self) -> None:
-        """Let nobody see weights whose update waits and that are not below, where nobody sees them."""
+        """Let nobody see weights whose update waits, also where `show` was called between a step's two halves."""
+        for residency in (each for each in self.residencies if any(map(self.pending, each.units))):
+            residency.hide()
         self._waiting.hide(self._deferred)
 
     def reveal(self) -> None:

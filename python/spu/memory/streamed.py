@@ -106,7 +106,7 @@ class Streamed:
             StoreError: the store has failed before: what it held is lost.
         """
         self._check()
-        self._hide()
+        self.hide()
         self._put_absent(self._absent)
         self._visits, self._at, self._ahead = list(visits), 0, 0
         self._top_up()
@@ -203,6 +203,19 @@ class Streamed:
                     piece.put(self.store.home(piece.region))
         self._shown = True
 
+    def hide(self) -> None:
+        """Take back below what :meth:`show` has put into the user's hands."""
+        if not self._shown:
+            return
+        take_out(self.units.values(), self.store)
+        for unit in self.units.values():
+            self.fill(unit)
+        self.store.hidden(self._regions())
+        self.forget()
+        for unit in self.units.values():
+            self._absent.put(*unit.weights, unit.state)
+        self._shown = False
+
     def forget(self) -> None:
         """Take nothing that is in a slot as valid any more: the store's regions have been changed."""
         self._held = [None] * len(self._slots)
@@ -215,18 +228,6 @@ class Streamed:
         self._slots, self._buffers = [], []
 
     # Inside
-
-    def _hide(self) -> None:
-        if not self._shown:
-            return
-        take_out(self.units.values(), self.store)
-        for unit in self.units.values():
-            self.fill(unit)
-        self.store.hidden(self._regions())
-        self.forget()
-        for unit in self.units.values():
-            self._absent.put(*unit.weights, unit.state)
-        self._shown = False
 
     def _put_absent(self, absent: Absent) -> None:
         """Put stand-ins where weights were, between runs or in them; those of a CPU are the same."""
