@@ -1,4 +1,4 @@
-"""The C library's heap: large tensors with mappings of their own, so that what is freed is given back."""
+"""The C library's heap: what is freed is given back, by mappings of large tensors' own or on request."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["LARGE_BYTES", "large_tensors_unmapped", "unmap_large_tensors"]
+__all__ = ["LARGE_BYTES", "give_back", "large_tensors_unmapped", "share_heaps", "unmap_large_tensors"]
 
 LARGE_BYTES = 1 << 20
 _MOST_BYTES = 32 << 20  # to which glibc raises its threshold by itself
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of glibc's mallopt
 
 
 def unmap_large_tensors() -> None:
@@ -35,7 +35,25 @@ def large_tensors_unmapped() -> Iterator[None]:
         _set(_TRIM_THRESHOLD, 2 * _MOST_BYTES)
 
 
+def share_heaps() -> None:
+    """Let threads that begin later use the heaps there are, instead of one each.
+
+    A thread's heap keeps what was freed in it, and no other thread gets that memory.
+    """
+    _set(_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """Return the free pages of all heaps to the system, also those between tensors that are alive."""
+    _call("malloc_trim", 0)
+
+
 def _set(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(parameter, value)
+    _call("mallopt", parameter, value)
+
+
+def _call(name: str, *arguments: int) -> None:
+    """Call a function of glibc; nothing where the C library is another one."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)

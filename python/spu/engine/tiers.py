@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spu.common.dtypes import DTYPES
-from spu.common.heap import unmap_large_tensors
+from spu.common.dtypes import DTYPES, HALVES
+from spu.common.heap import give_back, share_heaps, unmap_large_tensors
+from spu.common.units import format_bytes
 from spu.devices.manager import Device
 from spu.devices.tiers import Tiers
 from spu.engine.build import BuiltStages
@@ -28,6 +29,7 @@ from spu.memory.store import Region, Store
 from spu.memory.streamed import Streamed
 from spu.memory.streams import Streams, streams_for
 from spu.memory.unit import Unit, allocated
+from spu.model.layers import Layer
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["converting", "open_streaming", "park_again", "spare_heap", "stream"]
 
 _ROOMY = 0.8  # of the CPUs' budgets: what is left holds what the heap keeps beside
+_BESIDE_EXPERTS = 1.25  # the most that a process took beside the plan of a mixture of experts: 1.22 (docs/planning.md)
 
 
 def converting(plan: Plan, tiers: Tiers) -> AbstractContextManager[None]:
@@ -45,19 +48,46 @@ def converting(plan: Plan, tiers: Tiers) -> AbstractContextManager[None]:
     return spilled(str(tiers.disk)) if on_disk else nullcontext()
 
 
-def spare_heap(plan: Plan, devices: Mapping[str, Device]) -> None:
-    """Give large tensors mappings of their own (`spu.common.heap`) where a plan needs nearly all that CPUs may use.
+def spare_heap(plan: Plan, devices: Mapping[str, Device], layers: Sequence[Layer]) -> None:
+    """Give back what planning and the conversion have left in the heap; where a plan needs nearly all that CPUs may
+    use, let it keep little from now on (`spu.common.heap`).
 
-    Otherwise the heap keeps what lay between tensors: a quarter of what is alive in fp32, which no plan counts. Where
-    there is room, a step takes a seventh to a quarter less time with it.
+    Large tensors get mappings of their own then, and threads share the heap. Otherwise it keeps what lay between
+    tensors, a quarter of what is alive in fp32, and what a thread has freed: no plan counts that. Where there is room,
+    a step takes a seventh to a quarter less time with it.
 
     Args:
         devices: by their names in the plan.
+        layers: the model's; a warning names experts in 16 bits that may take more than a budget has left.
     """
     peaks = zip(plan.devices, plan.predicted.peak_bytes, strict=True)
     held = {name: peak for name, peak in peaks if devices[name].torch_device.type == "cpu"}
-    if sum(held.values()) > _ROOMY * sum(devices[name].budget_bytes for name in held):
+    if held:
+        give_back()
+    planned, room = sum(held.values()), sum(devices[name].budget_bytes for name in held)
+    if planned > _ROOMY * room:
         unmap_large_tensors()
+        share_heaps()
+        if (experts := _experts(layers)) is not None and planned * _BESIDE_EXPERTS > room:
+            warnings.warn(
+                f"{experts} multiplies by torch's own products, with other numbers of rows each time: what torch keeps "
+                f"for their shapes, and the heap, take up to {_BESIDE_EXPERTS - 1:.0%} more than the "
+                f"{format_bytes(planned)} that are planned, and the budgets are {format_bytes(room)}. Give budgets of "
+                f"{1 / _BESIDE_EXPERTS:.0%} of the memory that there is",
+                stacklevel=2,
+            )
+
+
+def _experts(layers: Sequence[Layer]) -> str | None:
+    """Return the first module that holds 16-bit matrices of several experts in one parameter; None without one."""
+    for layer in layers:
+        for name, module in layer.module.named_modules():
+            own = module.parameters(recurse=False)
+            if not type(module).__module__.startswith("torch.") and any(
+                p.dim() == 3 and p.dtype in HALVES for p in own
+            ):
+                return f"{layer.name}.{name}" if name else layer.name
+    return None
 
 
 def open_streaming(

@@ -13,6 +13,7 @@ from torch.torch_version import TorchVersion
 
 from spu.common import torch_private
 from spu.common.dtypes import DTYPES
+from spu.common.product_cache import bound_product_caches
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
 from spu.distributed.away import check_here, let_go
@@ -54,9 +55,12 @@ def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread
             raise ValueError(
                 f"replicas={settings.replicas} is for engine='distributed': leave it out, or give that too"
             )
-        return DeviceManager().get_devices(default_devices(devices, settings.residency)), None
-    spread = Spread(devices, settings)
-    return spread.devices(), spread
+        found, spread = DeviceManager().get_devices(default_devices(devices, settings.residency)), None
+    else:
+        spread = Spread(devices, settings)
+        found = spread.devices()
+    bound_product_caches([device.budget_bytes for device in found if device.torch_device.type == "cpu"])
+    return found, spread
 
 
 class Spread:

@@ -332,7 +332,7 @@ class StagedModel:
         """Move the layers to their planned devices, and build their stages and optimizers."""
         # By rank: another machine may name them otherwise.
         device_of = dict(zip(plan.devices, used_devices(plan, self.devices)))
-        spare_heap(plan, device_of)
+        spare_heap(plan, device_of, self._parts.layers)
         built = build_stages(
             self._parts.layers,
             [range(*stage.layers) for stage in plan.stages],
