@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["converting", "open_streaming", "park_again", "spare_heap", "stream"]
 
 _ROOMY = 0.8  # of the CPUs' budgets: what is left holds what the heap keeps beside
-_BESIDE_EXPERTS = 1.25  # the most that a process took beside the plan of a mixture of experts: 1.22 (docs/planning.md)
+_LEAST_BESIDE = 80 * 10**6  # a small mixture of experts; a larger one, a quarter of its plan (docs/planning.md: 0.22)
 
 
 def converting(plan: Plan, tiers: Tiers) -> AbstractContextManager[None]:
@@ -68,12 +68,12 @@ def spare_heap(plan: Plan, devices: Mapping[str, Device], layers: Sequence[Layer
     if planned > _ROOMY * room:
         unmap_large_tensors()
         share_heaps()
-        if (experts := _experts(layers)) is not None and planned * _BESIDE_EXPERTS > room:
+        beside = max(planned // 4, _LEAST_BESIDE)
+        if planned + beside > room and (experts := _experts(layers)) is not None:
             warnings.warn(
                 f"{experts} multiplies by torch's own products, with other numbers of rows each time: what torch keeps "
-                f"for their shapes, and the heap, take up to {_BESIDE_EXPERTS - 1:.0%} more than the "
-                f"{format_bytes(planned)} that are planned, and the budgets are {format_bytes(room)}. Give budgets of "
-                f"{1 / _BESIDE_EXPERTS:.0%} of the memory that there is",
+                f"for their shapes, and the heap, take up to {format_bytes(beside)} beside the {format_bytes(planned)} "
+                f"that are planned, and the budgets are {format_bytes(room)}. Give budgets that leave as much free",
                 stacklevel=2,
             )
 
