@@ -97,6 +97,10 @@ class StageSkips:
                 pairs.append((tensor, gradient.to(tensor.device)))
         return pairs
 
+    def ends(self) -> list[Cut | LeafCut]:
+        """Return where the gradients of popped tensors arrive."""
+        return list(self._taken.values())
+
     def send_gradients(self) -> None:
         """Send back, after the backward, the gradients of popped tensors."""
         for name, end in self._taken.items():

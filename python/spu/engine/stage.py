@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from spu.common.torch_private import pytree
+from spu.engine.apart import part_gradients
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.head_loss import HeadInput, HeadLoss
 from spu.engine.loss import check_rows, loss_of
@@ -266,9 +267,12 @@ class Stage:
             self._leaves_known = True
         if pairs:
             # (5) in docs/architecture.md
+            fresh = [parameter for parameter in self._parameters if parameter.grad is None]
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             with flight.randomness.during(self.device.torch_device), self._replayed():
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
+            ends = flight.cuts if flight.skips is None else [*flight.cuts, *flight.skips.ends()]
+            part_gradients(fresh, [g for _, g in pairs] + [end.gradient for end in ends if end is not None])
         if flight.skips is not None:
             flight.skips.send_gradients()
         if self.activations is not None:

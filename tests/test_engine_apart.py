@@ -1,0 +1,85 @@
+"""Gradients of viewed and added parameters, which torch puts into one memory (findings/views_share_gradient.sh)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pipelines import devices
+from torch import Tensor, nn
+
+from spu import ModelParallelTrainer
+from spu.engine.apart import part_gradients
+
+
+class Viewed(nn.Module):
+    """A linear layer whose weight is the sum of two viewed parameters, and its bias viewed; or without views."""
+
+    def __init__(self, *, views: bool) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(64) * 0.3) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(8))
+        self.views = views
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.views:
+            return F.linear(x, (self.a + self.b).view(8, 8)) + self.bias
+        return F.linear(x, self.a.view(8, 8) + self.b.view(8, 8)) + self.bias.view(1, 8)
+
+
+def model_of(*, views: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Viewed(views=views), nn.Tanh(), Viewed(views=views), nn.Tanh(), Viewed(views=views))
+
+
+def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(outputs, targets)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "zbv"])
+@pytest.mark.parametrize("microbatches", [2, 8])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_microbatches_add_up(schedule: str, microbatches: int, recompute: bool) -> None:
+    """The second microbatch counted twice; in a V with one row each, what it added went into a message as well."""
+    x, y = torch.randn(8, 8), torch.randn(8, 8)
+    plain, model = model_of(views=False), model_of(views=True)
+    F.mse_loss(plain(x), y).backward()
+    settings: dict[str, Any] = {"schedule": schedule, "recompute": recompute, "microbatches": microbatches}
+    with ModelParallelTrainer(model, devices(2), precision="fp32", loss_fn=loss_of, **settings) as trainer:
+        trainer.forward_backward(x, y)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def parameter_with(gradient: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(gradient.shape))
+    parameter.grad = gradient
+    return parameter
+
+
+def test_only_what_overlaps_moves() -> None:
+    memory = torch.arange(12.0)
+    apart = [parameter_with(memory[:4]), parameter_with(memory[4:8])]
+    before = [parameter.grad for parameter in apart]
+    part_gradients(apart)
+    assert all(parameter.grad is gradient for parameter, gradient in zip(apart, before, strict=True))
+
+    first, inside = parameter_with(memory[:8]), parameter_with(memory[4:8])
+    part_gradients([inside, first])
+    for parameter in (first, inside):
+        assert parameter.grad is not None
+        parameter.grad.add_(1)
+    torch.testing.assert_close(inside.grad, torch.arange(5.0, 9.0))
+    torch.testing.assert_close(first.grad, torch.arange(1.0, 9.0))
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_what_is_held_stays(start: int) -> None:
+    memory = torch.arange(12.0)
+    held, parameter = memory[start : start + 6], parameter_with(memory[2:10])
+    part_gradients([parameter, parameter_with(torch.zeros(0))], [None, held])
+    assert parameter.grad is not None
+    parameter.grad.zero_()
+    assert torch.equal(memory, torch.arange(12.0))
