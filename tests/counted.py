@@ -1,4 +1,4 @@
-"""A model's costs, counted once in a process: most of the time of many tests' trainers goes into that."""
+"""Costs of models and layers, counted once in a process: most of the time of many tests' trainers goes into that."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import functools
 import itertools
 import sys
 import types
+import weakref
+from collections import UserList
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import spu
+from spu.cost import count
 from spu.cost.count import model_costs
 from spu.model.hf_context import Context
 from spu.model.layers import Layer
 
 _KNOWN: dict[Any, Any] = {}
+_LAYERS: dict[Any, Any] = {}
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.Size, torch.device)
 _OF_MODULES = set(vars(nn.Module()))
 
@@ -32,11 +37,58 @@ def counted_once(layers: Sequence[Layer], sample: Any, dtype: torch.dtype, **how
     try:
         key = (_key(layers), _given((sample, how["targets"])), dtype, _how(how), spu.ops.forced_backend())
     except _Unknown:
-        return model_costs(layers, sample, dtype, **how)
+        return _by_layers(layers, sample, dtype, how)
     if key not in _KNOWN:
-        _KNOWN[key] = model_costs(layers, sample, dtype, **how)
+        _KNOWN[key] = _by_layers(layers, sample, dtype, how)
     costs, loss = _KNOWN[key]
     return list(costs), loss
+
+
+def _by_layers(layers: Sequence[Layer], sample: Any, dtype: torch.dtype, how: dict[str, Any]) -> Any:
+    """The costs of a model that is not known, some of whose layers may be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(count, "_Counter", _Remembering)
+        return model_costs(layers, sample, dtype, **how)
+
+
+class _Remembering(count._Counter):
+    """Counts on fakes only layers that differ from all known ones in what decides the cost."""
+
+    def cost(self, x: Any, before: list[Any]) -> Any:
+        layer, skips = self.layers[len(before)], self.form.skips.tensors
+        try:
+            key = () if skips else self._deciding(layer, x)
+        except _Unknown:
+            key = ()
+        if key in _LAYERS:
+            cost, leaves, spec = _LAYERS[key]
+            return cost, pytree.tree_unflatten([self._fake(leaf) for leaf in leaves], spec)
+        cost, after = super().cost(x, before)
+        leaves, spec = pytree.tree_flatten(after)
+        # Not what a layer hands on by a skip, nor what was counted on values.
+        if key and not skips and cost.basis == "counted" and all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            described = [(t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in leaves]
+            _LAYERS[key] = cost, described, spec
+        return cost, after
+
+    def _deciding(self, layer: Layer, x: Any) -> tuple[Any, ...]:
+        form, module = self.form, layer.module
+        dtypes = [form.dtypes.get(id(t)) for t in itertools.chain(module.parameters(), module.buffers())]
+        how = (
+            form.fused,
+            form.deferred,
+            self._has_values,
+            layer.wants_inputs,
+            layer.products,
+            spu.ops.forced_backend(),
+        )
+        inputs = _given(form.inputs) if layer.wants_inputs else ()
+        return _module(module, {}), _given(x), inputs, tuple(dtypes), how, spu.ops.forced_backend()
+
+    def _fake(self, described: tuple[Any, ...]) -> torch.Tensor:
+        shape, stride, dtype, device, wants = described
+        with self.mode:
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device).requires_grad_(wants)
 
 
 def _key(layers: Sequence[Layer]) -> tuple[Any, ...]:
@@ -61,8 +113,10 @@ def _module(module: nn.Module, first: dict[int, int]) -> tuple[Any, ...]:
 def _setting(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), repr(value)
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | UserList):
         return type(value), tuple(map(_setting, value))
+    if isinstance(value, weakref.ref):  # of what decides nothing but by being there
+        return weakref.ref, value() is None
     if isinstance(value, dict):
         return type(value), tuple((_setting(key), _setting(held)) for key, held in value.items())
     if isinstance(value, set | frozenset) and all(isinstance(held, str) for held in value):
