@@ -17,7 +17,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-INPUTS = {nn.Embedding(11, 8): torch.arange(11), nn.Linear(8, 8): torch.ones(3, 8), nn.Conv1d(4, 8, 3): torch.ones(2, 4, 9)}
+torch.manual_seed(0)
+# So many values that dropout cannot drop all of them, or the same ones twice.
+INPUTS = {nn.Embedding(11, 8): torch.arange(11), nn.Linear(8, 8): torch.ones(99, 8), nn.Conv1d(4, 8, 3): torch.ones(99, 4, 9)}
 
 for layer, x in INPUTS.items():
     config = LoraConfig(target_modules=["0"], lora_dropout=0.9, r=4, init_lora_weights=False)
