@@ -66,15 +66,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files of some minutes: begun first, none of them is still running alone when all others are done.
 LONG = (
-    "test_cuda_build", "test_triton_kernels", "test_cli", "test_train_crashes", "test_cpu_isa", "test_train_export",
+    "test_cuda_build", "test_triton_kernels", "test_cpu_isa", "test_cli", "test_cuda_kernels", "test_train_crashes",
+    "test_train_export",
     "test_nn_accelerate", "test_trainer_lower_limited", "test_cli_plan", "test_guides", "test_engine_local",
     "test_checkpoint_reading", "test_model_convert_decoder", "test_fuzz", "test_ops_cross_entropy",
     "test_memory_device_store", "test_common_interrupts", "test_train_keep", "test_train_chat", "test_packaging",
-    "test_distributed_engine", "test_distributed_gather", "test_train_led", "test_cuda_kernels", "test_settings",
+    "test_distributed_engine", "test_distributed_gather", "test_train_led", "test_settings",
     "test_train_adapter", "test_integrations_hf_trainer", "test_planning_traces", "test_equivalence",
     "test_train_tensorboard", "test_model_families", "test_memory_activations", "test_cost_count",
     "test_engine_streaming_grid", "test_engine_crossing", "test_ops_dispatch", "test_trainer_lower",
     "test_memory_disk_faults", "test_precision_differential", "test_model_traced", "test_engine_head_loss",
+    "test_planning_gates",
 )  # fmt: skip
 PLACE = {name: place for place, name in enumerate(LONG)}
 

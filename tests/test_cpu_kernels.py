@@ -70,17 +70,20 @@ def test_linear(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, out, inner = shape
     x, w = torch.randn(rows, inner).to(dtype), (torch.randn(out, inner) / (inner + 1) ** 0.5).to(dtype)
     b = torch.randn(out).to(dtype)
-    for bias in (b, None):
-        for name, act in ACTIVATIONS.items():
-            truth_z = F.linear(x.double(), w.double(), None if bias is None else bias.double())
-            plain_z = F.linear(x, w, bias)
-            y, z = OPS.linear.cpu(x, w, bias, name, True)
-            assert_close_to_truth(z, plain_z, truth_z, name=f"z ({name})")
-            assert_close_to_truth(y, act(plain_z), act(truth_z), name=f"y ({name})")
-            y_only, nothing = OPS.linear.cpu(x, w, bias, name, False)
-            assert_equal(y_only, y, "y without preact")
-            assert nothing.shape == (0,)
-            assert nothing.dtype == dtype
+    cases = [(bias, name) for bias in (b, None) for name in ACTIVATIONS]
+    if inner > 1000:  # how long the sums are is not known where they end; simulated threads take seconds
+        cases = [(b, "gelu"), (None, "none")]
+    for bias, name in cases:
+        act = ACTIVATIONS[name]
+        truth_z = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+        plain_z = F.linear(x, w, bias)
+        y, z = OPS.linear.cpu(x, w, bias, name, True)
+        assert_close_to_truth(z, plain_z, truth_z, name=f"z ({name})")
+        assert_close_to_truth(y, act(plain_z), act(truth_z), name=f"y ({name})")
+        y_only, nothing = OPS.linear.cpu(x, w, bias, name, False)
+        assert_equal(y_only, y, "y without preact")
+        assert nothing.shape == (0,)
+        assert nothing.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
