@@ -15,6 +15,7 @@ from pipelines import batch, layers, reference, trainer  # noqa: F401
 from torch import Tensor, nn
 
 from spu.checkpoint.writing import CheckpointError
+from spu.engine.counted import state_bytes
 from spu.engine.make_optimizer import check_class
 
 
@@ -151,3 +152,18 @@ def test_a_stage_without_a_parameter_for_the_optimizer_is_named() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
     with trainer(model, optimizer=muon) as made, pytest.raises(ValueError, match=r"one of them .* of shape \(4,\)"):
         made.step(*batch())
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4 + 4), ("bf16", 2 + 4 + 4)])
+def test_the_state_of_any_optimizer_is_counted(precision: str, bytes_each: int) -> None:
+    """With report=, the first step ended in AttributeError: 'MasterOptimizer' object has no attribute 'state'."""
+    told: list[str] = []
+    sgd = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    with trainer(nn.Sequential(*layers()), 1, optimizer=sgd, precision=precision, report=told.append) as made:
+        for seed in range(2):
+            made.step(*batch(seed=seed))
+        runner = made._prepared()
+        counted = state_bytes(runner.built, runner.updater.optimizers, runner.engine.ranks)
+        elements = sum(p.numel() for p in made.parameters())
+    assert len(told) == 1
+    assert counted == [bytes_each * elements]  # weights, masters, momentum

@@ -17,6 +17,7 @@ from spu.memory.activations import ActivationStore
 from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.streamed import Streamed
+from spu.optim.adamw import AdamW, MasterOptimizer
 
 if TYPE_CHECKING:
     from spu.devices.manager import Device
@@ -77,12 +78,16 @@ def _streamed_bytes(moving: Streamed, parked: ActivationStore | None) -> tuple[i
     return moving.slot_bytes + slots + own, {tier: moving.stored_bytes + waiting}
 
 
-def state_bytes(built: BuiltStages, optimizers: list, ranks: list[int]) -> list[int]:
+def state_bytes(
+    built: BuiltStages, optimizers: Sequence[AdamW | MasterOptimizer | None], ranks: Sequence[int]
+) -> list[int]:
     """Return the bytes of weights and optimizer state on each rank, from the tensors themselves."""
     storages: list[dict[int, int]] = [{} for _ in range(max(ranks) + 1)]
     for stage, optimizer, rank in zip(built.stages, optimizers, ranks):
         tensors: list[torch.Tensor] = list(stage.parameters())
-        if optimizer is not None:
+        if isinstance(optimizer, MasterOptimizer):
+            tensors += optimizer.tensors()
+        elif optimizer is not None:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         storages[rank].update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
     return [sum(own.values()) for own in storages]

@@ -64,6 +64,12 @@ class MasterOptimizer:
         """The inner optimizer's groups (learning rates are set here)."""
         return self.optimizer.param_groups
 
+    def tensors(self) -> list[Tensor]:
+        """Return what is kept beside the parameters: their masters, and the inner optimizer's state."""
+        own = [target for param, target in zip(self._params, self._targets, strict=True) if target is not param]
+        states = self.optimizer.state.values()
+        return own + [value for state in states for value in state.values() if isinstance(value, Tensor)]
+
     def masters(self) -> list[Tensor | None]:
         """Return the fp32 master of each parameter, None for those that are fp32 themselves."""
         pairs = zip(self._params, self._targets, strict=True)
