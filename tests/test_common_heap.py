@@ -61,3 +61,26 @@ def test_share_heaps_lets_threads_use_what_others_have_freed(shared: bool) -> No
         MALLOC_ARENA_MAX="8",
     )
     assert grown < 60 << 20 if shared else grown > 90 << 20
+
+
+def test_a_training_whose_rows_have_other_lengths_each_step_does_not_grow() -> None:
+    early, late = numbers(
+        "import random, spu\n"
+        "from torch import nn\n"
+        "torch.manual_seed(0)\n"
+        "class Experts(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weights = nn.Parameter(torch.randn(2, 64, 64) / 8)\n"
+        "    def forward(self, x):\n"
+        "        cut = random.randint(1, x.shape[1] - 1)\n"
+        "        return torch.cat([x[:, :cut] @ self.weights[0], x[:, cut:] @ self.weights[1]], 1)\n"
+        "model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), Experts())\n"
+        "device = spu.DeviceManager('cpu:0=64MB').get_devices('cpu:0')\n"
+        "trainer = spu.ModelParallelTrainer(model, device, precision='fp16', microbatches=2)\n"
+        "for step in range(120):\n"
+        "    ids = torch.randint(64, (8, random.Random(step).randint(16, 256)))\n"
+        "    trainer.step(ids, ids)\n"
+        "    print(held()) if step in (39, 119) else None\n",
+    )
+    assert late - early < 6 << 20

@@ -85,7 +85,7 @@ class Experts(nn.Module):
         return torch.cat([x[: len(x) // 2] @ self.weights[0], x[len(x) // 2 :] @ self.weights[1]])
 
 
-@pytest.mark.parametrize(("room", "precision"), [(1.1, "fp16"), (2.0, "fp16"), (1.1, "fp32")])
+@pytest.mark.parametrize(("room", "precision"), [(1.1, "fp16"), (1.5, "fp16"), (2.0, "fp16"), (1.1, "fp32")])
 def test_experts_that_may_take_more_than_a_budget_are_named(room: float, precision: str) -> None:
     """A mixture of experts peaked at 1,939 MB under a budget of 750 MB, without a word."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.ReLU(), Experts()))
@@ -98,5 +98,5 @@ def test_experts_that_may_take_more_than_a_budget_are_named(room: float, precisi
         with ModelParallelTrainer(model, [device], precision=precision, microbatches=2) as trainer:
             trainer.prepare(x, y)
     named = [str(one.message) for one in told if "multiplies by torch's own products" in str(one.message)]
-    assert len(named) == (room == 1.1 and precision == "fp16")
+    assert len(named) == (room < 2 and precision == "fp16")
     assert all(text.startswith("1.1 multiplies") and "80.0 MB beside" in text for text in named)
