@@ -271,8 +271,8 @@ class Stage:
             opened = open_scope(tuple(root for root, _ in pairs), scope)
             with flight.randomness.during(self.device.torch_device), self._replayed():
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
-            ends = flight.cuts if flight.skips is None else [*flight.cuts, *flight.skips.ends()]
-            part_gradients(fresh, [g for _, g in pairs] + [end.gradient for end in ends if end is not None])
+            cuts = [*flight.cuts, *(() if flight.skips is None else flight.skips.ends())]
+            part_gradients(fresh, [g for _, g in pairs] + [cut.gradient for cut in cuts if cut is not None])
         if flight.skips is not None:
             flight.skips.send_gradients()
         if self.activations is not None:
