@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from spu.common.moves import move_module
 from spu.common.torch_private import parameters_of
 from spu.engine.sharing import TiedUse
 from spu.model.layers import Layer
@@ -110,7 +111,7 @@ def move_rest(parts: Sequence[Layer], below: dict[int, nn.Parameter], device: to
         for module, name, _ in away:
             parameters_of(module)[name] = None
         for layer in parts:
-            layer.module.to(device)
+            move_module(layer.module, device)
     finally:
         for module, name, parameter in away:
             parameters_of(module)[name] = parameter

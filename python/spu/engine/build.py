@@ -15,6 +15,7 @@ from spu import nn as spu_nn
 from spu.common.absent import absent
 from spu.common.dtypes import DTYPES
 from spu.common.interrupts import delayed_interrupts
+from spu.common.moves import move_module
 from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weights_below
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
@@ -250,7 +251,7 @@ def build_stages(
                 move_rest(parts[index], below[index], device.torch_device)
             else:
                 for layer in own:
-                    layer.module.to(device.torch_device)
+                    move_module(layer.module, device.torch_device)
             is_last = index == len(placed) - 1
             only_input = [i in recompute for i in ranges[index]]
             stages.append(

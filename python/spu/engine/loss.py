@@ -18,6 +18,7 @@ from torch import nn
 
 from spu.common import torch_private
 from spu.common.dtypes import HALVES
+from spu.common.moves import move_module
 from spu.common.torch_private import pytree
 from spu.engine.microbatch import count_targets, target_weights
 from spu.model.layers import Layer
@@ -102,7 +103,7 @@ def loss_part(loss_fn: Any, layers: Iterable[Layer]) -> Layer | None:
 def move_loss(loss_fn: Any, device: torch.device) -> None:
     """Move a loss's parameters and buffers to the device that computes it."""
     for module in _modules_of(loss_fn):
-        module.to(device)
+        move_module(module, device)
 
 
 def _modules_of(loss_fn: Any) -> list[nn.Module]:

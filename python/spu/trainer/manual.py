@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from spu.common.moves import move_module
 from spu.devices.manager import Device
 from spu.model.layers import Layer, has_order, layers_by_tracing, model_layers, parts_as_layers
 from spu.plan import partition
@@ -95,7 +96,7 @@ class Parts:
         if not self._stage_modules:
             bridge = Bridge()
             for index, (layer, device) in enumerate(zip(self.layers, _place(self.layers, devices))):
-                layer.module.to(device.torch_device)
+                move_module(layer.module, device.torch_device)
                 self.placed = True
                 self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
         return iter(self._stage_modules)
