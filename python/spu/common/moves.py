@@ -11,8 +11,8 @@ __all__ = ["move_module"]
 def move_module(module: nn.Module, device: torch.device) -> None:
     """Move a module in place; its parameters stay the objects that they are, and get other memory.
 
-    Optimizers, masters and sinks know them by identity. ``torch.__future__`` may have been told to let ``Module.to`` make
-    others, or to swap them, which it refuses for parameters that somebody refers to weakly.
+    Optimizers, masters and sinks know them by identity. ``torch.__future__`` may have been told to let ``Module.to``
+    make others, or to swap them, which it refuses for parameters that somebody refers to weakly.
     """
     options = torch.__future__
     before = options.get_overwrite_module_params_on_conversion(), options.get_swap_module_params_on_conversion()
