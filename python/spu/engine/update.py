@@ -39,6 +39,7 @@ class Update:
     sqnorm: torch.Tensor  # fp64: finite where every gradient is
     found_inf: torch.Tensor  # fp32
     loss: torch.Tensor  # of the whole batch, also where another process has the last stage; fp32
+    clipped: bool = False  # the gradients are, by `Updater.clip`
 
     @property
     def grad_norm(self) -> torch.Tensor:
@@ -204,9 +205,7 @@ class Updater:
             ValueError: a factor that is no number of 0 or more; nothing has changed then.
         """
         lr_factor = _factor(lr_factor)
-        clip = None
-        if self._max_grad_norm is not None:
-            clip = clip_coefficient(update.sqnorm, self._max_grad_norm)
+        clip = None if update.clipped else self._clip_factor(update)
 
         def step(stage: Stage) -> None:
             optimizer = self.optimizers[stage.index]
@@ -229,6 +228,21 @@ class Updater:
                 raise
         self._scaler.update(update.found_inf)
         self.hide()
+
+    def clip(self, update: Update) -> Update:
+        """Multiply the gradients of resident stages by the clip coefficient now; ``apply`` then does not."""
+        factor = self._clip_factor(update)
+
+        def scale(stage: Stage) -> None:
+            for gradient in self._gradients(stage):
+                gradient.mul_(on_device(factor, stage.device.torch_device).to(gradient.dtype))
+
+        if factor is not None:
+            self._engine.each(scale)
+        return replace(update, clipped=True)
+
+    def _clip_factor(self, update: Update) -> torch.Tensor | None:
+        return None if self._max_grad_norm is None else clip_coefficient(update.sqnorm, self._max_grad_norm)
 
     @contextlib.contextmanager
     def _rates(self, factor: float) -> Iterator[None]:

@@ -46,6 +46,19 @@ def set_rates(optimizers: Iterable[Any], front: Sequence[dict[str, Any]]) -> Non
             group.update({key: given[key] for key in ("lr", "weight_decay", "betas", "eps")})
 
 
+class _Elsewhere(dict[Any, Any]):
+    """The state of an optimizer that has none: looks empty, and refuses to be asked for a parameter's or changed."""
+
+    def _refuse(self, *arguments: Any, **keywords: Any) -> Any:
+        raise RuntimeError(
+            "SpuTrainer's moments are in the engine's optimizers, one for each stage: they cannot be read or changed "
+            "through trainer.optimizer.state; use transformers.Trainer for that"
+        )
+
+    __getitem__ = __setitem__ = __delitem__ = __contains__ = _refuse  # type: ignore[assignment]
+    get = pop = clear = update = setdefault = _refuse  # type: ignore[assignment]
+
+
 class FrontOptimizer(torch.optim.Optimizer):
     """Holds rates for schedulers and callbacks; its ``step`` is the engine's update. It has no state of its own.
 
@@ -59,6 +72,7 @@ class FrontOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], update: Callable[[], bool]) -> None:
         super().__init__(groups, defaults)
+        self.state = _Elsewhere()  # type: ignore[assignment]
         self._update = update
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -70,6 +84,11 @@ class FrontOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("step(closure) is not possible here: the gradients are there already")
         self.step_was_skipped = self._update()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the groups' settings."""
+        super().load_state_dict(state_dict)
+        self.state = _Elsewhere()  # type: ignore[assignment]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Do nothing: the engine forgets gradients when the next step begins."""

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_arguments", "check_class", "check_given"]
+import transformers
+
+__all__ = ["check_arguments", "check_class", "check_given", "check_instance", "overridden", "watchers"]
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
-_HOOKS = ("compute_loss", "training_step", "create_optimizer", "get_optimizer_cls_and_kwargs", "prediction_step")
+_HOOKS = (
+    "compute_loss",
+    "training_step",
+    "create_optimizer",
+    "get_optimizer_cls_and_kwargs",
+    "prediction_step",
+    "compute_loss_context_manager",
+    "autocast_smart_context_manager",
+    "_clip_grad_norm",
+    "_get_grad_norm",
+)
 
 # argument -> (what is allowed, what to do instead)
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -24,18 +37,47 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp16_full_eval": ((False,), "leave it out: evaluation runs in the training's precision"),
     "bf16_full_eval": ((False,), "leave it out: evaluation runs in the training's precision"),
     "sharded_ddp": ((None, "", []), "leave it out"),
+    "debug": ((None, "", []), "leave it out: its hooks look for whole layers' calls; transformers.Trainer has it"),
 }
 
 
 def check_class(cls: type, base: type) -> None:
     """Raise TypeError if a subclass has changed what the engine does in the base's place."""
     for name in _HOOKS:
-        here = next(c for c in cls.__mro__ if name in vars(c))
-        if here is not base and not here.__module__.startswith(("spu.", "transformers.")):
-            raise TypeError(
-                f"{here.__name__}.{name} would not be called: the engine computes loss, gradients and update. Use "
-                "transformers.Trainer for it, or spu.ModelParallelTrainer with loss_fn= and optimizer="
-            )
+        here = _changed(cls, base, name)
+        if here is not None:
+            raise TypeError(_not_called(here.__name__, name))
+
+
+def check_instance(trainer: Any, base: type) -> None:
+    """Raise TypeError if a trainer itself was given a function in the place of one that the engine replaces."""
+    for name in _HOOKS:
+        if name in vars(trainer):
+            raise TypeError(_not_called(base.__name__, name))
+
+
+def overridden(trainer: Any, base: type, names: Iterable[str]) -> bool:
+    """Tell whether a subclass of the user's, or the trainer itself, has one of these methods of its own."""
+    return any(name in vars(trainer) or _changed(type(trainer), base, name) is not None for name in names)
+
+
+def watchers(callbacks: Iterable[Any]) -> list[str]:
+    """Return the names of the callbacks that are called between gradients and update, and may change gradients."""
+    plain = transformers.TrainerCallback.on_pre_optimizer_step
+    return [type(c).__name__ for c in callbacks if getattr(type(c), "on_pre_optimizer_step", plain) is not plain]
+
+
+def _changed(cls: type, base: type, name: str) -> type | None:
+    """Return the user's class that has changed a method."""
+    here = next(c for c in cls.__mro__ if name in vars(c))
+    return None if here is base or here.__module__.startswith(("spu.", "transformers.")) else here
+
+
+def _not_called(owner: str, name: str) -> str:
+    return (
+        f"{owner}.{name} would not be called: the engine computes loss, gradients and update. Use "
+        "transformers.Trainer for it, or spu.ModelParallelTrainer with loss_fn= and optimizer="
+    )
 
 
 def check_given(**given: Any) -> None:

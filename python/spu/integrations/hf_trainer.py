@@ -19,17 +19,27 @@ import transformers
 from torch import nn
 
 from spu.common.files import write_json
+from spu.engine.labels import IGNORED
 from spu.integrations.hf_batches import joined
+from spu.integrations.hf_loss import check_loss
 from spu.integrations.hf_optimizer import FrontOptimizer, GroupedAdamW, set_rates
-from spu.integrations.hf_refusals import check_arguments, check_class, check_given
+from spu.integrations.hf_refusals import (
+    check_arguments,
+    check_class,
+    check_given,
+    check_instance,
+    overridden,
+    watchers,
+)
 from spu.model.layers import is_adapted
 from spu.trainer.adapter import adapter_state
-from spu.trainer.halves import Halfway, begin_step, end_step
+from spu.trainer.halves import Halfway, begin_step, clip_now, end_step
 from spu.trainer.trainer import ModelParallelTrainer
 
 __all__ = ["SpuTrainer"]
 
 _STATE = "spu"  # the engine's part of a checkpoint
+_COUNTING = ("get_batch_samples", "_get_num_items_in_batch", "_prepare_inputs", "_prepare_input")  # decide the mean
 
 
 class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -64,8 +74,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._given = dict(spu or {})
         self._engine: ModelParallelTrainer | None = None
         self._halfway: Halfway | None = None
-        self._batches: list[Any] = []
-        self._seen = 0
+        self._batches: list[Any] = []  # of an update that is not complete yet
         self._resumed: Path | None = None
         super().__init__(model, args, *more, **keywords)
         check_arguments(self.args)
@@ -155,6 +164,8 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self.create_optimizer()
         self.create_scheduler(num_training_steps=max_steps)
         self.model_wrapped = self._module
+        check_instance(self, SpuTrainer)
+        check_loss(self._module, counted=bool(self.model_accepts_loss_kwargs))
         self._own_accelerator()
         self.accelerator._optimizers = [self.optimizer]  # asked whether a step was skipped
         self._engine = self._make_engine()
@@ -166,31 +177,67 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         return self.model, train_dataloader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """Return the batches of one update, and how many targets count in them."""
+        """Return the batches of one update, and how many targets count in them.
+
+        Raises:
+            ValueError: a callback ended the epoch in the midst of the update before; the model's loss cannot be taken
+                over several batches.
+        """
+        if self._batches:
+            raise ValueError(
+                f"the epoch ended after {len(self._batches)} of the batches of an update, whose gradients "
+                "transformers adds to the next update: end it in on_step_end, not in on_substep_end"
+            )
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if items is None and len(batches) > 1:
             raise ValueError(
                 f"{type(self.model).__name__} takes no num_items_in_batch: over several batches its loss is no mean "
                 "over targets. Give gradient_accumulation_steps=1 and a larger batch; spu={'microbatches': ...} cuts it"
             )
-        self._batches, self._seen = batches, 0
         return batches, items
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run forward and backward of all batches of an update when its last one comes; return their loss there."""
-        self._seen += 1
-        if self._seen < len(self._batches):
+        """Run forward and backward of all batches of an update when its last one comes; return their loss there.
+
+        Raises:
+            ValueError: the data ended before the update was complete; another number of targets than counts.
+        """
+        self._batches.append(self._prepare_inputs(inputs))
+        wanted = self.current_gradient_accumulation_steps
+        if len(self._batches) < wanted:
             return torch.zeros((), device=self.args.device)
+        if not self.accelerator.sync_gradients:
+            raise ValueError(
+                f"the data ended after {wanted} of the {self.args.gradient_accumulation_steps} batches of an update, "
+                "whose gradients transformers adds to the first update of the next epoch: give a stream with whole "
+                "updates (islice, or take), or gradient_accumulation_steps=1 and a larger batch, which "
+                "spu={'microbatches': ...} cuts"
+            )
         model.train()
         batch = joined([dict(batch) for batch in self._batches])
+        self._batches = []
+        self._check_items(batch, num_items_in_batch)
         engine = self._engine
         assert engine is not None
         if self._resumed is not None:
             engine.prepare(batch)
             engine.load(self._resumed)
             self._resumed = None
-        self._halfway = begin_step(engine, batch)
+        halfway = begin_step(engine, batch)
+        who = watchers(self.callback_handler.callbacks)
+        self._halfway = clip_now(engine, halfway, who) if who else halfway
         return self._halfway.loss.detach().to(self.args.device)
+
+    def _check_items(self, batch: Mapping[str, Any], items: Any) -> None:
+        """Raise ValueError if code of a subclass divides the loss by another number than that of counted targets."""
+        if items is None or not overridden(self, SpuTrainer, _COUNTING):
+            return
+        counted = int((batch["labels"][..., 1:] != IGNORED).sum())
+        if int(items) != counted:
+            raise ValueError(
+                f"{type(self).__name__} counts {int(items)} targets in an update, and {counted} labels of it are not "
+                f"{IGNORED}: the engine divides the loss by these; use transformers.Trainer for another mean"
+            )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         assert self._halfway is not None
@@ -214,7 +261,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
             with self._autocast(self.args.device):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if prediction_loss_only and inputs.get("labels") is not None:
-            loss = engine.evaluate(dict(inputs))
+            loss = engine.evaluate(dict(self._prepare_inputs(inputs)))
             return torch.tensor(loss, device=self.args.device), None, None
         kinds = {device.torch_device for device in engine.devices}
         if len(kinds) > 1:

@@ -144,8 +144,8 @@ def _watched(
             return (context, *_order(name, context, width))
         except Exception as error:  # of the model's own code, given what its blocks do not return
             problems.append(error)
-    first = next((e for e in problems if isinstance(e, ValueError)), problems[0])
-    if isinstance(first, ValueError):
+    first = next((e for e in problems if str(e).startswith(name)), problems[0])
+    if isinstance(first, ValueError) and str(first).startswith(name):  # ours
         raise first
     raise ValueError(f"{name} cannot be run without its layers: {first}; {ELSE}") from first
 

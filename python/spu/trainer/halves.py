@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from spu.engine.update import Update
 if TYPE_CHECKING:
     from spu.trainer.trainer import ModelParallelTrainer
 
-__all__ = ["Halfway", "begin_step", "end_step"]
+__all__ = ["Halfway", "begin_step", "clip_now", "end_step"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,31 @@ def begin_step(trainer: ModelParallelTrainer, inputs: Any, targets: Any = None) 
     run = partial(trainer._reduced, inputs, targets, keep_outputs=False)
     done, update = trainer._repeated(run, inputs, targets)
     return Halfway(done.loss, update)
+
+
+@torch.inference_mode(False)
+def clip_now(trainer: ModelParallelTrainer, halfway: Halfway, readers: Sequence[str] = ()) -> Halfway:
+    """Clip the gradients in the parameters, as a loop does before its update, which then clips nothing.
+
+    So that code between the halves sees, and may change, what the update takes.
+
+    Args:
+        trainer: that began the step.
+        halfway: what it returned.
+        readers: names of that code.
+
+    Raises:
+        ValueError: layers are streamed or offloaded: their gradients are on the way to a tier.
+    """
+    updater = trainer._prepared().updater
+    if updater.streaming is not None:
+        updater.clear_gradients()
+        raise ValueError(
+            f"{', '.join(readers) or 'code between backward and update'} may read or change gradients before the "
+            "update, and those of streamed and offloaded layers are in the tier below by then: train with "
+            "residency='resident', or leave it out"
+        )
+    return replace(halfway, update=updater.clip(halfway.update))
 
 
 @torch.inference_mode(False)
