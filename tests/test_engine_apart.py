@@ -83,3 +83,13 @@ def test_what_is_held_stays(start: int) -> None:
     assert parameter.grad is not None
     parameter.grad.zero_()
     assert torch.equal(memory, torch.arange(12.0))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_sparse_gradient_is_refused_by_name(precision: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))
+    with (
+        ModelParallelTrainer(model, "cpu", precision=precision, microbatches=2) as trainer,
+        pytest.raises(Exception, match=r"layout torch.sparse_coo.*sparse=False"),
+    ):
+        trainer.step(torch.tensor([[1, 2]] * 4), torch.tensor([0, 1, 1, 0]))

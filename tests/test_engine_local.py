@@ -23,7 +23,7 @@ from spu.engine.channel import Aborted, Exchange
 from spu.engine.local import LocalEngine, Worker
 from spu.engine.stage import Stage
 from spu.model.layers import DrawKey
-from spu.precision import main_grads
+from spu.precision import parameter_sink
 from spu.transfer import Link
 
 
@@ -162,14 +162,14 @@ def test_a_failure_in_any_action_stops_everything_at_once(
     stage = schedules.stage_ranks(schedule, 2).index(rank)
     failing = layers[stage] = Fails(where)
     if where == "weight":
-        real = main_grads.linear_dw_
+        real = parameter_sink.linear_dw_
 
         def linear_dw_(dz: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor, *rest, **how) -> None:
             if threading.current_thread().name.startswith(f"spu cpu:{rank}"):
                 failing.maybe_fail()
             real(dz, x, main_grad, *rest, **how)
 
-        monkeypatch.setattr(main_grads, "linear_dw_", linear_dw_)
+        monkeypatch.setattr(parameter_sink, "linear_dw_", linear_dw_)
     x, y = torch.randn(8, 4), torch.randint(4, (8,))
     with ModelParallelTrainer(
         layers, ["cpu:0", "cpu:1"], precision="fp32", microbatches=8, schedule=schedule
@@ -192,7 +192,7 @@ def test_a_failure_in_any_action_stops_everything_at_once(
 @pytest.mark.parametrize("schedule", ["zb", "zbv"])
 def test_weight_gradients_of_linear_layers_are_computed_in_w(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In W and nowhere else, once for each linear layer and microbatch."""
-    real_product, real_action = main_grads.linear_dw_, Stage.weight_backward
+    real_product, real_action = parameter_sink.linear_dw_, Stage.weight_backward
     running = threading.local()
     places: list[bool] = []
 
@@ -205,7 +205,7 @@ def test_weight_gradients_of_linear_layers_are_computed_in_w(schedule: str, monk
         real_action(self, key)
         running.w = False
 
-    monkeypatch.setattr(main_grads, "linear_dw_", linear_dw_)
+    monkeypatch.setattr(parameter_sink, "linear_dw_", linear_dw_)
     monkeypatch.setattr(Stage, "weight_backward", weight_backward)
     layers = [nn.Linear(4, 4) for _ in range(4)]
     with ModelParallelTrainer(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spu
 from spu.ops import sink
-from spu.precision import grad_scaler, main_grads
+from spu.precision import grad_scaler, parameter_sink
 
 
 @pytest.mark.parametrize("since", ["the start", "the second step"])
@@ -70,7 +70,7 @@ def test_parameters_on_another_device_than_the_loss(monkeypatch: pytest.MonkeyPa
     def record(dz: Tensor, x: Tensor, into: spu.ops.MainGrad, *, backend: str) -> None:
         devices.append({tensor.device.type for tensor in (dz, x, *into[:3])})
 
-    monkeypatch.setattr(main_grads, "linear_dw_", record)
+    monkeypatch.setattr(parameter_sink, "linear_dw_", record)
     scaler, there = spu.GradScaler("cpu", init_scale=8.0), nn.Parameter(torch.empty(2, 3, device="meta"))
     x = torch.ones(3, requires_grad=True)
 

@@ -206,6 +206,29 @@ def test_buffers_are_reused_from_step_to_step() -> None:
     assert pointers[0] == pointers[1] == pointers[2]
 
 
+def test_without_hooks_gradients_are_autograds_and_memory_is_kept_for_ops_alone() -> None:
+    x = torch.randn(3, 4)
+    fused, plain, half = (nn.Parameter(torch.randn(4, 4).to(d)) for d in (torch.float32, torch.float32, torch.float16))
+    wanted = [p.detach().clone().requires_grad_() for p in (fused, plain)]
+    F.linear(x, wanted[0]).matmul(wanted[1]).sum().backward()
+    scaler = LossScaler(enabled=False)
+    with MainGrads([fused, plain, half], hooked=False) as grads:
+        places: list[int] = []
+        for _ in range(3):
+            grads.begin_step()
+            loss = (ops.linear_act(x, fused) @ plain).sum() + (half * half).float().sum()
+            scaler.scale(loss).backward()
+            assert half.grad is not None
+            assert half.grad.dtype == torch.float32  # it has a hook
+            places.append(fused.grad.data_ptr())  # type: ignore[union-attr]
+            assert_equal(plain.grad, wanted[1].grad)
+            torch.testing.assert_close(fused.grad, wanted[0].grad)
+            made = weakref.ref(plain.grad)
+            grads.begin_step()
+            assert made() is None  # nothing would use its memory
+        assert len(set(places)) == 1
+
+
 def test_outside_a_scope_gradients_are_plain() -> None:
     layer = Linear(3, 2).half()
     main_grads = MainGrads(layer.parameters())

@@ -20,7 +20,7 @@ from spu.common.torch_private import pytree
 from spu.common.tracker import MemoryTracker, Tally
 from spu.distributed.job import Job
 from spu.distributed.packed_stage import PackedStage
-from spu.distributed.sums import GradientSums
+from spu.distributed.sums import Sums
 from spu.distributed.wire import Leaf, Wire
 from spu.engine.engine import MarkedSpan, Recording, Round, StageError
 from spu.engine.graphs import StageGraphs
@@ -84,7 +84,7 @@ class DistributedEngine:
         job: Job,
         schedule: str,
         outputs: Outputs,
-        sums: GradientSums | None = None,
+        sums: Sums | None = None,
     ) -> None:
         self.stages, self.ranks, self.backend = list(stages), list(ranks), backend
         self.graphs: StageGraphs | None = None
@@ -126,9 +126,8 @@ class DistributedEngine:
             try:
                 for each in ready.prompt:
                     each.begin(len(numbers))
-                ready.schedule.step(
-                    *given, target=numbers if last and work.train else None, return_outputs=False, microbatch=numbers
-                )
+                targets = numbers if last and work.train else None
+                ready.schedule.step(*given, target=targets, return_outputs=False)
                 for each in ready.prompt:
                     each.end()
             except BaseException as error:

@@ -17,7 +17,7 @@ from torch import nn
 
 from spu.common.torch_private import pytree
 from spu.devices.clock import mark
-from spu.distributed.sums import GradientSums
+from spu.distributed.sums import Sums
 from spu.distributed.wire import Wire
 from spu.engine.channel import Exchange
 from spu.engine.engine import MarkedSpan, Round, StageError
@@ -42,6 +42,7 @@ class PackedStage(nn.Module):
 
     Attributes:
         work: the run in progress.
+        number: of the microbatch that :meth:`forward` is called for next, in this run.
         sent_bytes: to other stages, so far.
     """
 
@@ -53,7 +54,7 @@ class PackedStage(nn.Module):
         spans: list[MarkedSpan],
         *,
         defer: bool,
-        sums: GradientSums | None = None,
+        sums: Sums | None = None,
     ) -> None:
         super().__init__()
         self._sums = sums
@@ -62,6 +63,7 @@ class PackedStage(nn.Module):
         # this module's: nobody but the stage's updater touches them.
         self.anchor = nn.Parameter(torch.zeros(()))
         self.work: Round | None = None
+        self.number = 0
         self.sent_bytes = 0
         self._spans = spans
         self._undone: list[int] = []
@@ -71,17 +73,16 @@ class PackedStage(nn.Module):
         """The stage; not a submodule."""
         return self._stage[0]
 
-    def forward(self, x: torch.Tensor, microbatch: torch.Tensor) -> torch.Tensor:
-        """Run a microbatch.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the microbatch ``number``; each process has the batch itself.
 
         Args:
             x: the buffer from the stage before; of the first stage anything.
-            microbatch: its number in this run, int64 [1]; each process has the batch itself.
 
         Returns:
             The buffer for the next stage; of the last one a 0: losses are left in ``work``.
         """
-        result: torch.Tensor = _Run.apply(self, int(microbatch), x, self.anchor)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Run.apply(self, self.number, x, self.anchor)  # type: ignore[no-untyped-call]
         return result
 
     def weights(self) -> Callable[[], None]:

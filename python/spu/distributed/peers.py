@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
+import torch.distributed as dist
 
 from spu.distributed.job import Job
-from spu.distributed.sums import GradientSums
+from spu.distributed.shared_memory import shared_places
+from spu.distributed.shared_sums import PLACE_BYTES, SharedSums
+from spu.distributed.sums import GradientSums, Sums
 from spu.distributed.ties import Ties
 from spu.engine.build import BuiltStages
 
 __all__ = ["PipelinePeers"]
+
+_SHARING = 8
+"""Processes up to which each reads the gradients of all others; through sockets a ring moves those of two."""
 
 
 class PipelinePeers:
@@ -30,8 +37,9 @@ class PipelinePeers:
 
     def __init__(self, job: Job, ranks: Sequence[int], built: BuiltStages, grad_wire: str = "fp32") -> None:
         self._job, self.ties = job, Ties(job, ranks, built)
-        self.sums = None if job.alike is None else GradientSums(job.alike, grad_wire)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
+        on_cpu = all(built.stages[stage].device.torch_device.type == "cpu" for stage in self.own)
+        self.sums = None if job.alike is None else _sums(job.alike, grad_wire, on_cpu=on_cpu)
 
     def parts(self, planned: int) -> int:
         """Return into how many microbatches all pipelines together cut a batch."""
@@ -69,14 +77,19 @@ class PipelinePeers:
         if self.sums is not None:
             self.sums.cancel()
 
+    def measured(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return a pipeline's part, by elements, of gradients that all of them have."""
+        count, place = self._job.replicas, self._job.replica
+        ends = [0, *accumulate(gradient.numel() for gradient in gradients)]
+        return [g for g, start in zip(gradients, ends) if start * count // max(1, ends[-1]) == place]
+
     def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.
 
-        fp64 holds each exactly, and 0 adds nothing to it: the sums are those of one process, bit for bit. Not finite is
-        what is not finite in one process: SUM keeps NaN and inf in every place, which MAX does not over gloo.
+        fp64 holds each exactly, and 0 adds nothing to it: with one pipeline the sums are those of one process, bit for
+        bit. Not finite is what is not finite in one process: SUM keeps NaN and inf in every place, which MAX does not
+        over gloo.
         """
-        if not self._job.leads:
-            sums = torch.zeros_like(sums)  # the first pipeline has the same
         own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained)).to(sums)])
         together = self._job.total(torch.cat([sums.to(torch.float64), own]))
         if not bool(together[-1]):
@@ -89,3 +102,13 @@ class PipelinePeers:
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """Return a loss of which each process has a part, fp32, 0-dimensional."""
         return self._job.total(loss.to(torch.float64).reshape(1))[0].to(torch.float32)
+
+
+def _sums(group: dist.ProcessGroup, wire: str, *, on_cpu: bool) -> Sums:
+    """Return what adds up gradients over a group: in memory where its processes share one, else over its transport."""
+    few = 2 <= group.size() <= _SHARING and dist.get_backend(group) == "gloo"
+    if few and wire == "fp32":
+        places = shared_places(group, PLACE_BYTES, willing=on_cpu)
+        if places is not None:
+            return SharedSums(group, places)
+    return GradientSums(group, wire)

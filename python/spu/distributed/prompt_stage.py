@@ -25,7 +25,13 @@ class EvaluableStage(pipelining.PipelineStage):
     """A ``PipelineStage`` for runs without a backward too.
 
     There torch's zbv schedule hands gradients from stage to stage of a process as ever, and 2.13's stages refuse that.
+    Its module is told which microbatch is next: by an argument of the schedule's, every stage would cut one up.
     """
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a microbatch's forward."""
+        self.submod.number = fwd_chunk_id
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """Return the gradients of a microbatch's input; without a backward none."""

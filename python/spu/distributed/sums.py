@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from spu.common import torch_private
 from spu.distributed.grad_wire import WIRES, Sending
 
-__all__ = ["GradientSums"]
+__all__ = ["GradientSums", "Sums"]
 
 _SMALLEST, _LARGEST = 2**20 // 4, 25 * 2**20 // 4  # elements; DistributedDataParallel's first bucket, and its others
 _COUNT = 8
@@ -61,8 +61,29 @@ class _Bucket:
         self.sizes = [p.numel() for p in self.parameters]
 
 
+class Sums(Protocol):
+    """What adds up gradients over the processes that have the same stages: see `GradientSums`."""
+
+    def begin(self, stages: dict[int, list[nn.Parameter]], late: Collection[int], backwards: int) -> None:
+        """Begin a step."""
+
+    def backward(
+        self, stage: int, parameters: Sequence[nn.Parameter], *, at_once: bool = True
+    ) -> AbstractContextManager[None]:
+        """Return a context for a backward of a stage."""
+
+    def end(self) -> None:
+        """Give every parameter the sum."""
+
+    def cancel(self) -> None:
+        """Forget a step that failed."""
+
+    def close(self) -> None:
+        """Let go of what was kept between steps."""
+
+
 class GradientSums:
-    """Adds up gradients over the processes that have the same stages.
+    """Adds up gradients over the processes that have the same stages, over their transport.
 
     Args:
         group: these processes.

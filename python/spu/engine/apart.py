@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from spu.precision.parameter_sink import check_dense
+
 __all__ = ["part_gradients"]
 
 
@@ -20,13 +22,16 @@ def part_gradients(parameters: Iterable[nn.Parameter], held: Iterable[Tensor | N
     Args:
         parameters: those that had no gradient before the backward.
         held: gradients of the backward that somebody else still uses; they stay as they are.
+
+    Raises:
+        TypeError: a gradient is sparse.
     """
     taken = [_span(gradient) for gradient in held if gradient is not None and gradient.layout is torch.strided]
-    made = [
-        (*_span(parameter.grad), position, parameter)
-        for position, parameter in enumerate(parameters)
-        if parameter.grad is not None and parameter.grad.layout is torch.strided
-    ]
+    made = []
+    for position, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            check_dense(parameter.grad)
+            made.append((*_span(parameter.grad), position, parameter))
     made.sort()
     end = 0
     for start, stop, _, parameter in made:

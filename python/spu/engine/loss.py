@@ -62,7 +62,8 @@ def loss_of(loss_fn: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: 
     16-bit outputs are converted to fp32: a sum over rows would overflow, or stop growing, in 16 bits.
     """
     if not isinstance(loss_fn, OnRawOutputs):
-        outputs = pytree.tree_map_only(torch.Tensor, _wide, outputs)
+        alone = isinstance(outputs, torch.Tensor)
+        outputs = _wide(outputs) if alone else pytree.tree_map_only(torch.Tensor, _wide, outputs)
     return loss_fn(outputs, targets)
 
 

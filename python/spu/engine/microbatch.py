@@ -151,7 +151,8 @@ def move(tree: Any, device: torch.device) -> Any:
             tensor = _in_page_locked_memory(tensor)
         return tensor.to(device, non_blocking=device.type != "cpu")
 
-    there = pytree.tree_map_only(torch.Tensor, moved, tree)
+    # Most trees are a tensor, and to walk one costs more than to move it.
+    there = moved(tree) if isinstance(tree, torch.Tensor) else pytree.tree_map_only(torch.Tensor, moved, tree)
     if device.type != "cpu":
         carry(tree, there)
     return there
@@ -171,7 +172,7 @@ def unscaled_leaves(tree: Any) -> Any:
             tensor.register_hook(_unscale)
         return tensor
 
-    return pytree.tree_map_only(torch.Tensor, unscaled, tree)
+    return unscaled(tree) if isinstance(tree, torch.Tensor) else pytree.tree_map_only(torch.Tensor, unscaled, tree)
 
 
 def _unscale(gradient: torch.Tensor) -> torch.Tensor:

@@ -40,11 +40,14 @@ class Peers(Protocol):
     def cancel(self) -> None:
         """Forget a step that failed."""
 
+    def measured(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return those of a stage's gradients whose squares this process adds up: each is some process's."""
+
     def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.
 
         Args:
-            sums: fp64, one for each stage; 0 for those of other processes.
+            sums: fp64, one for each stage, of what is :meth:`measured` here; 0 for those of other processes.
             loss: fp32, 0-dimensional; this process's part.
             trained: a parameter of this process has a gradient.
 

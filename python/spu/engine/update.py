@@ -80,7 +80,8 @@ class Updater:
         self._scaler = scaler
         self._peers = peers
         self._max_grad_norm = max_grad_norm
-        self._main_grads = [MainGrads(stage.parameters()) for stage in built.stages]
+        hooked = scaler.enabled or make_streaming is not None
+        self._main_grads = [MainGrads(stage.parameters(), hooked=hooked) for stage in built.stages]
         self.scopes = [
             replace(scaler.scope(stage.device.torch_device, f"stage {stage.index}"), plain=not scaler.enabled)
             for stage in built.stages
@@ -319,11 +320,11 @@ class Updater:
 
     def _sqnorm(self, stage: Stage) -> torch.Tensor:
         found = self.streaming.sqnorm(stage.index) if self.streaming is not None else None
-        return ops.grad_sqnorm(self._gradients(stage)) if found is None else found
-
-    def _gradients(self, stage: Stage) -> list[torch.Tensor]:
+        if found is not None:
+            return found
         owned = self._built.owned[stage.index].values()
-        return [parameter.grad for parameter in owned if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in owned if parameter.grad is not None]
+        return ops.grad_sqnorm(gradients if self._peers is None else self._peers.measured(gradients))
 
 
 # Which updater has put hooks and ties of its own into a module. A notebook makes one trainer after another.

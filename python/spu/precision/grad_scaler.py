@@ -22,7 +22,7 @@ from spu.common.dtypes import HALVES
 from spu.ops import grad_sqnorm
 from spu.ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
 from spu.optim.adamw import AdamW
-from spu.precision.main_grads import ParameterSink, unscale_grad
+from spu.precision.parameter_sink import ParameterSink, unscale_grad
 
 __all__ = ["GradScaler"]
 

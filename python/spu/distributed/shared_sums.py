@@ -1,0 +1,138 @@
+"""Gradients added up by processes of one machine: each writes its own to shared memory, and reads the others'.
+
+A piece of all gradients at a time: a process writes its values to the half of its place that is free, waits until all
+have, and adds theirs to its own, in the order of ranks. The other half is free again by then: a process that waits has
+read all that was written before the last wait. Through sockets the same bytes go into the kernel and out of it twice,
+and a thread of the transport takes a tenth of a step on the core that computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["PLACE_BYTES", "SharedSums"]
+
+_PIECE = 2**22
+"""Elements that are written between two waits."""
+
+PLACE_BYTES = 2 * 4 * _PIECE
+"""Of a process's place: two halves, fp32."""
+
+
+class _Part(NamedTuple):
+    """Elements of one parameter."""
+
+    parameter: int
+    start: int
+    stop: int
+
+
+class SharedSums:
+    """Adds up gradients over processes of one machine: `spu.distributed.sums.Sums`.
+
+    Args:
+        group: the processes that have the same stages.
+        places: theirs, by rank, uint8 [PLACE_BYTES]: see `spu.distributed.shared_memory`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, places: Sequence[torch.Tensor]) -> None:
+        self._group, self._own = group, group.rank()
+        by_rank = [place.view(torch.float32).split(_PIECE) for place in places]
+        self._halves = list(zip(*by_rank, strict=True))
+        self._turn = 0  # the half that is free
+        self._parameters: list[nn.Parameter] = []
+        self._pieces: list[list[_Part]] = []
+
+    def begin(self, stages: dict[int, list[nn.Parameter]], late: Collection[int], backwards: int) -> None:
+        """Begin a step; gradients are read at its end, so that it matters to none when they are complete."""
+        if not self._pieces:
+            self._parameters = [p for own in stages.values() for p in own]
+            self._pieces = list(_pieces([p.numel() for p in self._parameters]))
+
+    def backward(
+        self, stage: int, parameters: Sequence[nn.Parameter], *, at_once: bool = True
+    ) -> AbstractContextManager[None]:
+        """Return a context for a backward of a stage: nothing leaves before the end."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Give every parameter the sum: the same in all processes, to the last bit.
+
+        A parameter that only some of them have used has a gradient in all of them.
+        """
+        values = [None if p.grad is None else p.grad.reshape(-1) for p in self._parameters]
+        for piece in self._pieces:
+            half = self._halves[self._turn]
+            self._write(piece, values, half[self._own])
+            if piece is self._pieces[0]:
+                self._fill(values)
+            else:
+                dist.all_reduce(torch.zeros(1), group=self._group)  # all have written
+            self._turn = 1 - self._turn
+            self._add(piece, values, half)
+        for parameter, value in zip(self._parameters, values, strict=True):
+            grad = parameter.grad
+            if value is not None and grad is not None and not grad.is_contiguous():  # the value is a copy
+                grad.copy_(value.view(grad.shape))
+
+    def cancel(self) -> None:
+        """Forget what is on its way: nothing is."""
+
+    def close(self) -> None:
+        """Let go of the places."""
+        self._halves.clear()
+
+    def _write(self, piece: Sequence[_Part], values: Sequence[torch.Tensor | None], place: torch.Tensor) -> None:
+        own = [(part, values[part.parameter]) for part in piece]
+        parts = [torch.zeros(p.stop - p.start) if v is None else v[p.start : p.stop] for p, v in own]
+        if parts:
+            torch.cat(parts, out=place[: sum(map(len, parts))])
+
+    def _fill(self, values: list[torch.Tensor | None]) -> None:
+        """Tell which parameters have a gradient, and make one, 0 so far, where only others have; all have written."""
+        told = torch.tensor([value is not None for value in values], dtype=torch.float32)
+        dist.all_reduce(told, group=self._group)
+        for index, (parameter, count) in enumerate(zip(self._parameters, told.tolist(), strict=True)):
+            if count and values[index] is None:
+                parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+                parameter.grad = torch.zeros(parameter.shape)
+                values[index] = parameter.grad.view(-1)
+
+    def _add(self, piece: Sequence[_Part], values: Sequence[torch.Tensor | None], half: Sequence[torch.Tensor]) -> None:
+        sizes = [part.stop - part.start for part in piece]
+        terms = [place[: sum(sizes)].split(sizes) for place in half]
+        if len(half) == 2:  # a + b is b + a
+            del terms[self._own]
+        for part, *each in zip(piece, *terms, strict=True):
+            value = values[part.parameter]
+            if value is None:
+                continue
+            total = value[part.start : part.stop]
+            if len(half) > 2:
+                total.copy_(each.pop(0))
+            for term in each:
+                total += term
+
+
+def _pieces(sizes: Sequence[int]) -> Iterator[list[_Part]]:
+    """Yield parts of at most a piece's elements together, which are those of all parameters; at least one list."""
+    piece: list[_Part] = []
+    free = _PIECE
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + free)
+            piece.append(_Part(index, start, stop))
+            free -= stop - start
+            start = stop
+            if not free:
+                yield piece
+                piece, free = [], _PIECE
+    yield piece
