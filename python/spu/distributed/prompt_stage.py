@@ -30,7 +30,8 @@ class EvaluableStage(pipelining.PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run a microbatch's forward."""
-        self.submod.number = fwd_chunk_id
+        module: Any = self.submod
+        module.number = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
