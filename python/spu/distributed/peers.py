@@ -87,8 +87,7 @@ class PipelinePeers:
         """Return the sums of squares of every stage, and the loss, the same in each process.
 
         fp64 holds each exactly, and 0 adds nothing to it: with one pipeline the sums are those of one process, bit for
-        bit. Not finite is what is not finite in one process: SUM keeps NaN and inf in every place, which MAX does not
-        over gloo.
+        bit. Not finite is what is not finite in one process.
         """
         own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained)).to(sums)])
         together = self._job.total(torch.cat([sums.to(torch.float64), own]))

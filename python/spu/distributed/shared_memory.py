@@ -17,6 +17,8 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from spu.distributed.few import summed
+
 __all__ = ["shared_places"]
 
 _WAIT_S = 20.0
@@ -104,6 +106,4 @@ def _mapped(place: int, size: int) -> torch.Tensor:
 
 def _all(good: bool, group: dist.ProcessGroup) -> bool:
     """Tell whether all processes say so."""
-    told = torch.tensor(float(not good))
-    dist.all_reduce(told, group=group)
-    return not told.item()
+    return not summed(torch.tensor(float(not good)), group).item()

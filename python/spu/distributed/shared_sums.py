@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from spu.distributed.few import summed
+
 __all__ = ["PLACE_BYTES", "SharedSums"]
 
 _PIECE = 2**22
@@ -74,7 +76,7 @@ class SharedSums:
             if piece is self._pieces[0]:
                 self._fill(values)
             else:
-                dist.all_reduce(torch.zeros(1), group=self._group)  # all have written
+                summed(torch.zeros(1), self._group)  # all have written
             self._turn = 1 - self._turn
             self._add(piece, values, half)
         for parameter, value in zip(self._parameters, values, strict=True):
@@ -98,8 +100,8 @@ class SharedSums:
     def _fill(self, values: list[torch.Tensor | None]) -> None:
         """Tell which parameters have a gradient, and make one, 0 so far, where only others have; all have written."""
         told = torch.tensor([value is not None for value in values], dtype=torch.float32)
-        dist.all_reduce(told, group=self._group)
-        for index, (parameter, count) in enumerate(zip(self._parameters, told.tolist(), strict=True)):
+        counts = summed(told, self._group).tolist()
+        for index, (parameter, count) in enumerate(zip(self._parameters, counts, strict=True)):
             if count and values[index] is None:
                 parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
                 parameter.grad = torch.zeros(parameter.shape)

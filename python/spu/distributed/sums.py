@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from spu.common import torch_private
+from spu.distributed.few import summed
 from spu.distributed.grad_wire import WIRES, Sending
 
 __all__ = ["GradientSums", "Sums"]
@@ -217,8 +218,7 @@ class GradientSums:
         facts = [p.grad is not None for bucket in self._buckets for p in bucket.parameters]
         facts += [bucket.stale or bool(own) for bucket, own in zip(self._buckets, changed)]
         told = torch.tensor(facts, dtype=torch.float32, device=self._buckets[0].parameters[0].device)
-        dist.all_reduce(told, group=self._group)
-        counts = told.tolist()
+        counts = summed(told, self._group).tolist()
         for bucket, own, anywhere in zip(self._buckets, changed, counts[-len(changed) :], strict=True):
             if anywhere:
                 assert bucket.sending is not None
