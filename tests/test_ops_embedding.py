@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from backend_params import every_backend
 from numeric import assert_equal
 from torch import Tensor, nn
 
+import spu
 from spu import ops
 from spu.ops import schema
 from spu.precision import LossScaler, MainGrads
@@ -130,3 +133,44 @@ def test_the_cpu_kernel_reads_and_writes_nothing_outside() -> None:
         op(torch.ones(2, 3), torch.tensor([0, 1, 2]), -1, torch.zeros(4, 3), one, torch.zeros(1), True)
     with pytest.raises(ValueError, match="main_grad must be contiguous"):
         op(torch.ones(2, 3), torch.tensor([0, 1]), -1, torch.zeros(3, 4).t(), one, torch.zeros(1), True)
+
+
+class _Positions(nn.Module):
+    """What many decoders of one's own do with an embedding's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(13, 8), nn.Embedding(4, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        x *= 8**0.5
+        x += self.places(torch.arange(ids.shape[-1]) if ids.dim() else ids.clamp(max=3))
+        return x
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (0, 4)])
+def test_rows_may_be_changed_in_place(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The rows of ids of two dimensions were a view made in a custom function, which autograd refuses to change."""
+    torch.manual_seed(0)
+    plain = _Positions().to(dtype)
+    model = spu.accelerate(copy.deepcopy(plain))
+    ids, weights = torch.randint(0, 13, shape), torch.randn(*shape, 8).to(dtype)
+    with spu.use_backend(backend):
+        for module in (plain, model):
+            (module(ids) * weights).sum().backward()
+    for (name, p), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad, rtol=2e-2, atol=1e-2, msg=name)
+
+
+def test_a_trainer_in_16_bits_changes_rows_in_place() -> None:
+    """fp16 is the default, so that such a model did not train."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_Positions(), nn.Linear(8, 5))
+    with spu.ModelParallelTrainer(model, ["cpu:0"], microbatches=2, precision="fp16") as trainer:
+        first, *_, last = [
+            trainer.step(torch.arange(12).view(3, 4) % 7, torch.arange(12).view(3, 4) % 5).loss for _ in range(30)
+        ]
+    assert last < first

@@ -233,12 +233,12 @@ class Updater:
     def clip(self, update: Update) -> Update:
         """Multiply the gradients of resident stages by the clip coefficient now; ``apply`` then does not."""
         factor = self._clip_factor(update)
-
-        def scale(stage: Stage) -> None:
-            for gradient in self._gradients(stage):
-                gradient.mul_(on_device(factor, stage.device.torch_device).to(gradient.dtype))
-
         if factor is not None:
+
+            def scale(stage: Stage, factor: torch.Tensor = factor) -> None:
+                for gradient in self._gradients(stage):
+                    gradient.mul_(on_device(factor, stage.device.torch_device).to(gradient.dtype))
+
             self._engine.each(scale)
         return replace(update, clipped=True)
 
