@@ -1,7 +1,8 @@
-"""Gradients of viewed and added parameters, which torch puts into one memory (findings/views_share_gradient.sh)."""
+"""Gradients of parameters that are viewed and added, or concatenated: torch has others' values in their memory."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -60,8 +61,8 @@ def parameter_with(gradient: Tensor) -> nn.Parameter:
 
 
 def test_only_what_overlaps_moves() -> None:
-    memory = torch.arange(12.0)
-    apart = [parameter_with(memory[:4]), parameter_with(memory[4:8])]
+    memory = torch.arange(8.0)
+    apart = [parameter_with(memory[:4]), parameter_with(memory[4:])]
     before = [parameter.grad for parameter in apart]
     part_gradients(apart)
     assert all(parameter.grad is gradient for parameter, gradient in zip(apart, before, strict=True))
@@ -93,3 +94,42 @@ def test_a_sparse_gradient_is_refused_by_name(precision: str) -> None:
         pytest.raises(Exception, match=r"layout torch.sparse_coo.*sparse=False"),
     ):
         trainer.step(torch.tensor([[1, 2]] * 4), torch.tensor([0, 1, 1, 0]))
+
+
+def test_what_others_would_keep_alive_is_left() -> None:
+    """Two gradients fill their memory together and stay; of two that do not, each has its own."""
+    full, rest = torch.arange(8.0), torch.arange(9.0)
+    parameters = [parameter_with(part) for part in (full[:4], full[4:], rest[:4], rest[5:])]
+    part_gradients(parameters)
+    gradients = [parameter.grad for parameter in parameters]
+    assert [None if g is None else g.untyped_storage().nbytes() for g in gradients] == [32, 32, 16, 16]
+    assert torch.equal(torch.cat([g for g in gradients if g is not None]), torch.cat([full, rest[:4], rest[5:]]))
+
+
+class Prompted(nn.Module):
+    """A layer with a learnt row before those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.layer = nn.Parameter(torch.randn(1, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(torch.cat([self.prompt, x]))
+        return (h + h[:1])[1:].tanh()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_prompt_does_not_keep_the_gradient_of_the_data(recompute: bool) -> None:
+    """It did, in each layer, from a microbatch's backward to the end of the step (concatenated_gradient_memory.sh)."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(*[Prompted() for _ in range(4)])
+    model = copy.deepcopy(plain)
+    x, y = torch.randn(64, 8), torch.randn(64, 8)
+    F.mse_loss(torch.cat([plain(part) for part in x.chunk(4)]), y).backward()
+    settings: dict[str, Any] = {"precision": "fp32", "loss_fn": loss_of, "microbatches": 4, "recompute": recompute}
+    with ModelParallelTrainer(model, devices(2), **settings) as trainer:
+        trainer.forward_backward(x, y)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert ours.grad.untyped_storage().nbytes() == ours.nbytes
+        torch.testing.assert_close(ours.grad, theirs.grad)

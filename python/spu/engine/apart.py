@@ -1,4 +1,4 @@
-"""Gradients that autograd has put into the memory of others."""
+"""Gradients that autograd has put into the memory of others, or that keep more memory than their own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def part_gradients(parameters: Iterable[nn.Parameter], held: Iterable[Tensor | N
     b.view(3, 4)``, ``x + bias.view(1, 8)``), the parameter takes a view of that tensor as its gradient, and what the
     next backward adds to it is added to the other side's too (findings/views_share_gradient.sh).
 
+    A concatenation's backward has views of one tensor for its sides. The gradient of a learnt prompt would keep that of
+    the prompt and the data until the step's end (findings/concatenated_gradient_memory.sh); where parameters alone are
+    concatenated, their gradients fill the memory, and stay.
+
     Args:
         parameters: those that had no gradient before the backward.
         held: gradients of the backward that somebody else still uses; they stay as they are.
@@ -33,12 +37,23 @@ def part_gradients(parameters: Iterable[nn.Parameter], held: Iterable[Tensor | N
             check_dense(parameter.grad)
             made.append((*_span(parameter.grad), position, parameter))
     made.sort()
+    filled: dict[int, int] = {}  # bytes of a memory that gradients take
+    for start, stop, _, parameter in made:
+        memory = _memory(parameter)
+        filled[memory.data_ptr()] = filled.get(memory.data_ptr(), 0) + stop - start
     end = 0
     for start, stop, _, parameter in made:
-        if start < end or any(start < last and first < stop for first, last in taken):
+        memory = _memory(parameter)
+        shared = start < end or any(start < last and first < stop for first, last in taken)
+        if shared or filled[memory.data_ptr()] < memory.nbytes():
             assert parameter.grad is not None
             parameter.grad = parameter.grad.clone()
         end = max(end, stop)
+
+
+def _memory(parameter: nn.Parameter) -> torch.UntypedStorage:
+    assert parameter.grad is not None
+    return parameter.grad.untyped_storage()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
