@@ -34,8 +34,10 @@ class _Embedding(torch.autograd.Function):
         ctx.parameter = weight if weight.is_leaf else None
         ctx.how = weight.shape[0], padding_idx, backend
         with BelowAutograd():  # torch.embedding gives a view of its rows, which nobody could change in place then
-            rows = torch.index_select(weight, 0, ids.reshape(-1))
-            return torch.ops.aten._unsafe_view(rows, [*ids.shape, weight.shape[1]])
+            width = weight.shape[1]
+            rows = weight.new_empty((*ids.shape, width))
+            torch.index_select(weight, 0, ids.reshape(-1), out=rows.view(ids.numel(), width))
+            return rows
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
