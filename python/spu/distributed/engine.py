@@ -92,6 +92,7 @@ class DistributedEngine:
         self.here = frozenset({job.place})
         self.residencies: list[Residency] = [RESIDENT]
         self._job, self._schedule, self._outputs, self._sums = job, schedule, outputs, sums
+        job.let_go_with(self)
         self._codecs = [  # within a process nothing is packed, as within a rank of one process
             None if codec == "none" or before == after else codec
             for codec, before, after in zip(codecs, self.ranks, self.ranks[1:])
@@ -165,9 +166,13 @@ class DistributedEngine:
 
     def close(self) -> None:
         """Give back the buffers; the process group is whose it was."""
-        self._ready.clear()
+        self.let_go()
         if self._sums is not None:
             self._sums.close()
+
+    def let_go(self) -> None:
+        """Give back the buffers, and the schedules, which keep the pipeline's group."""
+        self._ready.clear()
 
     def _for(self, work: Round) -> _Ready | None:
         """Return the schedule for a run, made anew where its buffers would be too small, or twice too large; None for

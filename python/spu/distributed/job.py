@@ -1,26 +1,31 @@
 """The processes of a distributed training: which there are, what each has, and what they tell one another.
 
 torchrun starts them and says in environment variables where they meet. A process is a place in a pipeline of stages;
-with several pipelines, each with rows of the batch of its own, a `DeviceMesh` of two dimensions has both.
+with several pipelines, each with rows of the batch of its own, it is in two groups: its pipeline's, and its place's.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+
+if dist.is_available():  # pipelining imports it: once a group is there, the defaults of its functions would keep that
+    import torch.distributed.nn.functional
 
 from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.few import summed
 from spu.distributed.meeting import found_store, meeting
 
-__all__ = ["Job", "join"]
+__all__ = ["Job", "join", "leave"]
 
 
 def join(devices: Spec, timeout_s: int) -> bool:
@@ -47,7 +52,28 @@ def join(devices: Spec, timeout_s: int) -> bool:
     store, rank, size = found_store(timeout_s)
     store = meeting(store, rank, size, timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    atexit.register(leave)
     return True
+
+
+def leave() -> None:
+    """Leave the process group that :func:`join` has joined; harmless when called twice.
+
+    Its threads have ended when this returns, if nobody keeps the group. One that still had a message's tensor in hand
+    while Python ends would wait for the interpreter's lock, which is not given any more: the process would abort.
+    """
+    atexit.unregister(leave)
+    for job in list(_JOBS):
+        job.let_go()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class GroupUser(Protocol):
+    """What keeps process groups of a job."""
+
+    def let_go(self) -> None:
+        """Keep none any more; nothing runs afterwards."""
 
 
 class Job:
@@ -75,6 +101,7 @@ class Job:
 
     def __init__(self, devices: Spec = "auto", *, replicas: int = 1, timeout_s: int = 600) -> None:
         self._joined = join(devices, timeout_s)
+        self._users: weakref.WeakSet[GroupUser] = weakref.WeakSet()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size % replicas:
             raise ValueError(
@@ -86,10 +113,12 @@ class Job:
         self._carries = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         self.pipeline: dist.ProcessGroup | None = None
         self.alike: dist.ProcessGroup | None = None
+        _JOBS.add(self)
         if replicas > 1:
-            shape = replicas, self.size // replicas
-            mesh = init_device_mesh(self._carries.type, shape, mesh_dim_names=("replica", "stage"))
-            self.pipeline, self.alike = mesh.get_group("stage"), mesh.get_group("replica")
+            ranks, timeout = torch.arange(self.size).view(replicas, -1), timedelta(seconds=timeout_s)
+            # Not by a DeviceMesh: its groups wait for half an hour, and one of all processes is torch's default group.
+            self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+            self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
         self.device = _own_device(devices, self.rank)
         everyones = self.gathered(_told(self.device))
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
@@ -190,11 +219,29 @@ class Job:
         """Return the sum over all processes, the same in each."""
         return summed(values)
 
+    def let_go_with(self, user: GroupUser) -> None:
+        """Have :meth:`let_go` call that of an object that keeps a group."""
+        self._users.add(user)
+
+    def let_go(self) -> None:
+        """Destroy the groups that were made here, and keep none of them; harmless when called twice."""
+        for user in list(self._users):
+            user.let_go()
+        made, self.pipeline, self.alike = (self.pipeline, self.alike), None, None
+        for group in made:
+            if group is not None and dist.is_initialized():
+                with contextlib.suppress(ValueError):  # whose the default group is has ended these with it
+                    dist.destroy_process_group(group)
+
     def close(self) -> None:
         """Leave the process group, if it was joined here; harmless when called twice."""
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
+        self.let_go()
+        if self._joined:
+            leave()
         self._joined = False
+
+
+_JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)

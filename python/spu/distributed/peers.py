@@ -40,6 +40,8 @@ class PipelinePeers:
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
         on_cpu = all(built.stages[stage].device.torch_device.type == "cpu" for stage in self.own)
         self.sums = None if job.alike is None else _sums(job.alike, grad_wire, on_cpu=on_cpu)
+        if self.sums is not None:
+            job.let_go_with(self.sums)
 
     def parts(self, planned: int) -> int:
         """Return into how many microbatches all pipelines together cut a batch."""

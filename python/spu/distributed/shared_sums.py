@@ -87,6 +87,10 @@ class SharedSums:
     def cancel(self) -> None:
         """Forget what is on its way: nothing is."""
 
+    def let_go(self) -> None:
+        """Keep the group no more; nothing is added up afterwards."""
+        vars(self).pop("_group", None)
+
     def close(self) -> None:
         """Let go of the places."""
         self._halves.clear()

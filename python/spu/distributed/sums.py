@@ -82,6 +82,9 @@ class Sums(Protocol):
     def close(self) -> None:
         """Let go of what was kept between steps."""
 
+    def let_go(self) -> None:
+        """Keep the group no more; nothing is added up afterwards."""
+
 
 class GradientSums:
     """Adds up gradients over the processes that have the same stages, over their transport.
@@ -241,6 +244,11 @@ class GradientSums:
         self._next = 0
         for bucket in self._buckets:
             bucket.sending, bucket.sent = None, []
+
+    def let_go(self) -> None:
+        """Keep the group no more; nothing is added up afterwards."""
+        self.cancel()
+        vars(self).pop("_group", None)
 
     def close(self) -> None:
         """Take the hooks off, and let go of the nodes."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spu.distributed.job import join
+from spu.distributed.job import join, leave
 from spu.plan import Plan
 from spu.train.adapter import make_trained_model
 from spu.train.config import TrainConfig
@@ -85,7 +85,7 @@ def leading(timeout_s: int) -> Iterator[bool]:
             with contextlib.suppress(RuntimeError):
                 tell("end")
         if told:
-            dist.destroy_process_group()
+            leave()
 
 
 def follow(make: Make) -> None:
