@@ -12,9 +12,9 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.distributed import peers, shared_sums
+from spu.distributed import peers
 from spu.distributed.shared_memory import shared_places
-from spu.distributed.shared_sums import SharedSums
+from spu.distributed.shared_sums import SharedSums, place_bytes
 from spu.distributed.sums import GradientSums
 
 PIECE = 1000  # elements, in the place of 4 million
@@ -31,9 +31,8 @@ class Delayed(SharedSums):
 
 def add() -> list[bool]:
     """Five steps over parameters of several pieces; what each gets is compared with all processes' gradients."""
-    shared_sums._PIECE = PIECE
     rank, size = dist.get_rank(), dist.get_world_size()
-    places = shared_places(dist.group.WORLD, 8 * PIECE)
+    places = shared_places(dist.group.WORLD, place_bytes(PIECE))
     assert places is not None
     sums = Delayed(dist.group.WORLD, places)
     shapes = [(3,), (7, 300), (0, 4), (PIECE,), (2, 3, 8, 8), (), (2500,), (5, 1)]
@@ -77,7 +76,7 @@ def test_sums_are_those_of_all_processes_bit_for_bit(count: int) -> None:
 
 
 def add_nothing() -> list[Any]:
-    places = shared_places(dist.group.WORLD, 8 * PIECE)
+    places = shared_places(dist.group.WORLD, place_bytes(PIECE))
     assert places is not None
     sums, found = SharedSums(dist.group.WORLD, places), []
     for parameters in ([], [nn.Parameter(torch.zeros(0))]):
@@ -108,14 +107,14 @@ class Net(nn.Module):
 
 
 def train(precision: str, shared: bool) -> tuple[list[type], list[float], list[Any]]:
-    made, make = [], peers._sums
+    made, make = [], peers.PipelinePeers._sums
 
     def noted(*given: Any, **how: Any) -> Any:
         found = make(*given, **how)
         made.append(type(found))
         return found
 
-    peers._SHARING, peers._sums = (8 if shared else 0), noted
+    peers._SHARING, peers.PipelinePeers._sums = (8 if shared else 0), noted
     net, draws = Net(), torch.Generator().manual_seed(5)
     with ModelParallelTrainer(
         net, engine="distributed", replicas=2, microbatches=2, precision=precision, lr=1e-2, max_grad_norm=0.5

@@ -7,10 +7,11 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from spu.distributed.job import Job
 from spu.distributed.shared_memory import shared_places
-from spu.distributed.shared_sums import PLACE_BYTES, SharedSums
+from spu.distributed.shared_sums import SharedSums, place_bytes
 from spu.distributed.sums import GradientSums, Sums
 from spu.distributed.ties import Ties
 from spu.engine.build import BuiltStages
@@ -38,8 +39,7 @@ class PipelinePeers:
     def __init__(self, job: Job, ranks: Sequence[int], built: BuiltStages, grad_wire: str = "fp32") -> None:
         self._job, self.ties = job, Ties(job, ranks, built)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
-        on_cpu = all(built.stages[stage].device.torch_device.type == "cpu" for stage in self.own)
-        self.sums = None if job.alike is None else _sums(job.alike, grad_wire, on_cpu=on_cpu)
+        self.sums = None if job.alike is None else self._sums(built, job.alike, grad_wire)
         if self.sums is not None:
             job.let_go_with(self.sums)
 
@@ -58,8 +58,7 @@ class PipelinePeers:
         self.agree()
         if self.sums is not None:
             late = {id(use.owner) for use in built.tied if not use.apart}
-            leaves = {k: [*built.owned[k].values(), *self.ties.leaves(k)] for k in sorted(self.own)}
-            self.sums.begin(leaves, late, backwards)
+            self.sums.begin(self._leaves(built), late, backwards)
 
     def agree(self) -> None:
         """Give each parameter of several processes one value: see `spu.distributed.ties`."""
@@ -104,12 +103,16 @@ class PipelinePeers:
         """Return a loss of which each process has a part, fp32, 0-dimensional."""
         return self._job.total(loss.to(torch.float64).reshape(1))[0].to(torch.float32)
 
+    def _leaves(self, built: BuiltStages) -> dict[int, list[nn.Parameter]]:
+        return {k: [*built.owned[k].values(), *self.ties.leaves(k)] for k in sorted(self.own)}
 
-def _sums(group: dist.ProcessGroup, wire: str, *, on_cpu: bool) -> Sums:
-    """Return what adds up gradients over a group: in memory where its processes share one, else over its transport."""
-    few = 2 <= group.size() <= _SHARING and dist.get_backend(group) == "gloo"
-    if few and wire == "fp32":
-        places = shared_places(group, PLACE_BYTES, willing=on_cpu)
-        if places is not None:
-            return SharedSums(group, places)
-    return GradientSums(group, wire)
+    def _sums(self, built: BuiltStages, group: dist.ProcessGroup, wire: str) -> Sums:
+        """Return what adds up gradients over a group: in memory that they share, or over its transport."""
+        few = 2 <= group.size() <= _SHARING and dist.get_backend(group) == "gloo"
+        if few and wire == "fp32":
+            on_cpu = all(built.stages[stage].device.torch_device.type == "cpu" for stage in self.own)
+            size = place_bytes(sum(p.numel() for own in self._leaves(built).values() for p in own))
+            places = shared_places(group, size, willing=on_cpu)
+            if places is not None:
+                return SharedSums(group, places)
+        return GradientSums(group, wire)

@@ -18,13 +18,15 @@ from torch import nn
 
 from spu.distributed.few import summed
 
-__all__ = ["PLACE_BYTES", "SharedSums"]
+__all__ = ["SharedSums", "place_bytes"]
 
-_PIECE = 2**22
-"""Elements that are written between two waits."""
+_LARGEST = 2**22
+"""Elements that are written between two waits, of a model that has more."""
 
-PLACE_BYTES = 2 * 4 * _PIECE
-"""Of a process's place: two halves, fp32."""
+
+def place_bytes(elements: int) -> int:
+    """Return the size of a process's place, for so many gradients: two halves, fp32."""
+    return 2 * 4 * max(1, min(elements, _LARGEST))
 
 
 class _Part(NamedTuple):
@@ -40,13 +42,12 @@ class SharedSums:
 
     Args:
         group: the processes that have the same stages.
-        places: theirs, by rank, uint8 [PLACE_BYTES]: see `spu.distributed.shared_memory`.
+        places: theirs, by rank, uint8 [place_bytes(...)]: see `spu.distributed.shared_memory`.
     """
 
     def __init__(self, group: dist.ProcessGroup, places: Sequence[torch.Tensor]) -> None:
         self._group, self._own = group, group.rank()
-        by_rank = [place.view(torch.float32).split(_PIECE) for place in places]
-        self._halves = list(zip(*by_rank, strict=True))
+        self._halves = list(zip(*(place.view(torch.float32).chunk(2) for place in places), strict=True))
         self._turn = 0  # the half that is free
         self._parameters: list[nn.Parameter] = []
         self._pieces: list[list[_Part]] = []
@@ -55,7 +56,7 @@ class SharedSums:
         """Begin a step; gradients are read at its end, so that it matters to none when they are complete."""
         if not self._pieces:
             self._parameters = [p for own in stages.values() for p in own]
-            self._pieces = list(_pieces([p.numel() for p in self._parameters]))
+            self._pieces = list(_pieces([p.numel() for p in self._parameters], self._halves[0][0].numel()))
 
     def backward(
         self, stage: int, parameters: Sequence[nn.Parameter], *, at_once: bool = True
@@ -127,10 +128,10 @@ class SharedSums:
                 total += term
 
 
-def _pieces(sizes: Sequence[int]) -> Iterator[list[_Part]]:
-    """Yield parts of at most a piece's elements together, which are those of all parameters; at least one list."""
+def _pieces(sizes: Sequence[int], most: int) -> Iterator[list[_Part]]:
+    """Yield parts of at most ``most`` elements together, which are those of all parameters; at least one list."""
     piece: list[_Part] = []
-    free = _PIECE
+    free = most
     for index, size in enumerate(sizes):
         start = 0
         while start < size:
@@ -140,5 +141,5 @@ def _pieces(sizes: Sequence[int]) -> Iterator[list[_Part]]:
             start = stop
             if not free:
                 yield piece
-                piece, free = [], _PIECE
+                piece, free = [], most
     yield piece
