@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pipelines import devices
 from torch import Tensor, nn
 
-from spu import ModelParallelTrainer
+from spu import LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.apart import part_gradients
+from spu.ops import linear_act
 
 
 class Viewed(nn.Module):
@@ -133,3 +134,22 @@ def test_a_prompt_does_not_keep_the_gradient_of_the_data(recompute: bool) -> Non
         assert ours.grad is not None
         assert ours.grad.untyped_storage().nbytes() == ours.nbytes
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_stays_in_memory_that_was_lent(dtype: torch.dtype) -> None:
+    """A streamed stage's slot: a clone would take as much memory again."""
+    parameters = [nn.Parameter(torch.randn(4, 4).to(dtype)) for _ in range(2)]
+    slot = torch.zeros(100)
+    with MainGrads(parameters) as grads:
+        grads.begin_step()
+        grads.lend({id(parameters[0]): slot[:16].view(4, 4)})
+        product = linear_act(torch.randn(3, 4).to(dtype), parameters[0])
+        LossScaler(enabled=False).scale(
+            product.float().sum() + (parameters[0] * parameters[1]).float().sum()
+        ).backward()
+        wanted = [parameter.grad for parameter in parameters]
+        part_gradients(parameters)
+        assert [p.grad is g for p, g in zip(parameters, wanted, strict=True)] == [True, True]
+        assert parameters[0].grad is not None
+        assert parameters[0].grad.data_ptr() == slot.data_ptr()

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from spu.precision.parameter_sink import check_dense
+from spu.ops.sink import sink_of
+from spu.precision.parameter_sink import ParameterSink, check_dense
 
 __all__ = ["part_gradients"]
 
@@ -31,29 +32,31 @@ def part_gradients(parameters: Iterable[nn.Parameter], held: Iterable[Tensor | N
         TypeError: a gradient is sparse.
     """
     taken = [_span(gradient) for gradient in held if gradient is not None and gradient.layout is torch.strided]
-    made = []
+    made, filled = [], {}  # bytes of a larger memory that gradients take
     for position, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            check_dense(parameter.grad)
-            made.append((*_span(parameter.grad), position, parameter))
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        check_dense(gradient)
+        memory, (start, stop) = gradient.untyped_storage(), _span(gradient)
+        place = memory.data_ptr() if memory.nbytes() > stop - start and not _is_lent(parameter) else None
+        if place is not None:
+            filled[place] = filled.get(place, 0) + stop - start
+        made.append((start, stop, position, parameter, place, memory.nbytes()))
     made.sort()
-    filled: dict[int, int] = {}  # bytes of a memory that gradients take
-    for start, stop, _, parameter in made:
-        memory = _memory(parameter)
-        filled[memory.data_ptr()] = filled.get(memory.data_ptr(), 0) + stop - start
     end = 0
-    for start, stop, _, parameter in made:
-        memory = _memory(parameter)
+    for start, stop, _, parameter, place, size in made:
         shared = start < end or any(start < last and first < stop for first, last in taken)
-        if shared or filled[memory.data_ptr()] < memory.nbytes():
+        if shared or (place is not None and filled[place] < size):
             assert parameter.grad is not None
             parameter.grad = parameter.grad.clone()
         end = max(end, stop)
 
 
-def _memory(parameter: nn.Parameter) -> torch.UntypedStorage:
-    assert parameter.grad is not None
-    return parameter.grad.untyped_storage()
+def _is_lent(parameter: nn.Parameter) -> bool:
+    """Tell whether somebody has lent the gradient a part of a larger memory."""
+    sink = sink_of(parameter)
+    return isinstance(sink, ParameterSink) and sink.lent
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

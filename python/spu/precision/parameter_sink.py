@@ -67,6 +67,9 @@ class ParameterSink:
     Args:
         param: held weakly.
         adopted: by a GradScaler, whose users may put gradients of their own into ``param.grad``, scaled as torch's.
+
+    Attributes:
+        lent: the gradient gets memory of somebody else's.
     """
 
     def __init__(self, param: nn.Parameter, adopted: bool = False) -> None:
@@ -77,7 +80,7 @@ class ParameterSink:
         self.seen_scaled = False  # adopted: a backward outside a scope had a gradient for it since the last unscale_
         self._inv_scale: Tensor | None = None  # adopted: of the last scope that brought ``param.grad`` to true scale
         self._buffer: Tensor | None = None  # the last step's gradient, or lent; this step's first contribution takes it
-        self._lent = False
+        self.lent = False
         self._took = False  # an op has asked for memory in this step
         self._lock = threading.Lock()  # backwards in several threads may meet here
 
@@ -213,7 +216,7 @@ class ParameterSink:
         return buffer
 
     def lend(self, buffer: Tensor | None) -> None:
-        self._buffer, self._lent = buffer, buffer is not None
+        self._buffer, self.lent = buffer, buffer is not None
 
     @torch.no_grad()
     def _placed(self, grad: Tensor) -> Tensor:
@@ -237,7 +240,7 @@ class ParameterSink:
             return grad
         scope = current_scope()
         if scope is not None and scope.plain and grad.dtype == torch.float32 and grad.layout == torch.strided:
-            if self._lent:
+            if self.lent:
                 return self._placed(grad)
             self._buffer = None  # autograd moves the first gradient into place
             return grad
