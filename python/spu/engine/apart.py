@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def part_gradients(parameters: Iterable[nn.Parameter], held: Iterable[Tensor | N
         TypeError: a gradient is sparse.
     """
     taken = [_span(gradient) for gradient in held if gradient is not None and gradient.layout is torch.strided]
-    made, filled = [], {}  # bytes of a larger memory that gradients take
+    made: list[tuple[Any, ...]] = []
+    filled: dict[int, int] = {}  # bytes of a larger memory that gradients take
     for position, parameter in enumerate(parameters):
         gradient = parameter.grad
         if gradient is None:

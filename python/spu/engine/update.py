@@ -322,9 +322,12 @@ class Updater:
         found = self.streaming.sqnorm(stage.index) if self.streaming is not None else None
         if found is not None:
             return found
-        owned = self._built.owned[stage.index].values()
-        gradients = [parameter.grad for parameter in owned if parameter.grad is not None]
+        gradients = self._gradients(stage)
         return ops.grad_sqnorm(gradients if self._peers is None else self._peers.measured(gradients))
+
+    def _gradients(self, stage: Stage) -> list[torch.Tensor]:
+        owned = self._built.owned[stage.index].values()
+        return [parameter.grad for parameter in owned if parameter.grad is not None]
 
 
 # Which updater has put hooks and ties of its own into a module. A notebook makes one trainer after another.
