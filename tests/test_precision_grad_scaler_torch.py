@@ -257,3 +257,35 @@ def test_a_scaled_loss_is_no_view(scale: Callable[[Tensor], Tensor]) -> None:
     (grad,) = torch.autograd.grad(loss, [weight], retain_graph=True)
     loss.detach_()
     assert grad[0] == loss / 2
+
+
+@pytest.mark.parametrize("emptied", [True, False], ids=["to none", "to zeros"])
+@pytest.mark.parametrize("by_hand", ["set", "added"])
+@pytest.mark.parametrize("before", ["a step", "a backward without a step", "a backward of the same update"])
+def test_gradients_of_autograd_grad_are_scaled_whatever_came_before(before: str, by_hand: str, emptied: bool) -> None:
+    """After a backward whose update was left out they kept the scale, 256 times too large, in silence."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3)), torch.randn(5, 4)
+    updated = []
+    for model, cls in ((plain, torch.amp.GradScaler), (spu.accelerate(copy.deepcopy(plain)), spu.GradScaler)):
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), cls("cpu", init_scale=256.0)
+        weights = list(model.parameters())
+        for turn in ("first", "by hand", "last"):
+            if turn != "by hand" or before != "a backward of the same update":
+                optimizer.zero_grad(set_to_none=emptied)
+            loss = scaler.scale(model(x).square().mean())
+            if turn != "by hand":
+                loss.backward()
+                if turn == "first" and before != "a step":
+                    continue
+            else:
+                for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                    if by_hand == "set" or weight.grad is None:
+                        weight.grad = gradient
+                    else:
+                        weight.grad += gradient
+            scaler.step(optimizer)
+            scaler.update()
+        updated.append(weights)
+    for theirs, ours in zip(*updated, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -247,6 +247,8 @@ class ParameterSink:
         param = self._parameter()
         node = get_gradient_edge(param).node
         if not accumulates(node):  # torch.autograd.grad returns it, as it is
+            if self.adopted and scope is not None:
+                self._scale_back(param, scope)
             return self._outside(grad, returned=True) if scope is None and self.adopted else grad
         if scope is None:
             if self.needs_scope or (self.adopted and adopting()):
@@ -279,13 +281,24 @@ class ParameterSink:
         """
         with self._lock:
             self.seen_scaled = True
-            if returned:
-                return grad.to(torch.float32) if grad.dtype in HALVES else grad
             if self._parameter().grad is None:
                 self.at_true_scale = False
+            if returned:
+                return grad.to(torch.float32) if grad.dtype in HALVES else grad
             if self.at_true_scale and self._inv_scale is not None:
                 return grad.to(torch.float32) * self._inv_scale.squeeze(0)
             return grad
+
+    @torch.no_grad()
+    def _scale_back(self, param: Tensor, scope: BackwardScope) -> None:
+        """Multiply what ``grad`` has by the scale again, before ``torch.autograd.grad`` returns a scaled gradient.
+
+        Its caller may put that into ``grad``, or add it there: then all of it is scaled, as with torch's class.
+        """
+        with self._lock:
+            if self.at_true_scale and param.grad is not None:
+                param.grad.mul_(scope.on(param.device).scale.squeeze(0))
+            self.at_true_scale = False
 
     def _unscaled(self, grad: Tensor, scope: BackwardScope) -> Tensor:
         if not self.adopted:
