@@ -11,7 +11,7 @@ from spu.ops.schema import SCHEMAS, overload
 NO_PRODUCT = {
     "linear_dz", "linear_db", "linear_db_", "unscale_", "pack", "unpack", "pack_", "unpack_", "copy_in_", "adamw_",
     "grad_sqnorm", "gated_dz", "embedding_dw_", "rms_norm", "rms_norm_to", "rms_norm_backward", "layer_norm",
-    "layer_norm_backward", "rotary",
+    "layer_norm_backward", "rotary", "experts_order", "rows_sum", "rows_dot",
 }  # fmt: skip
 
 

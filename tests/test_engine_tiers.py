@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import make_decoder
 from parking import decoder, token_loss, tokens
 from pipelines import reference, trainer
 from torch import Tensor, nn
 
+import spu
 from spu import DeviceManager, ModelParallelTrainer
 from spu.engine import tiers
 from spu.memory.activations import Counts
+from spu.model.layers import Layer
+from spu.ops import backends, use_backend
 
 __all__ = ["reference"]
 
@@ -72,6 +76,17 @@ def test_a_resident_plan_that_fills_its_budget_leaves_no_holes_in_the_heap(
     with ModelParallelTrainer(model, [device], precision="fp32", microbatches=2) as trainer:
         trainer.prepare(x, y)
     assert asked == ["give_back"] + ["unmap_large_tensors", "share_heaps"] * spared
+
+
+@pytest.mark.skipif(not backends()["cpu"].available, reason="spu._C is not built")
+def test_experts_that_this_library_multiplies_are_not_named() -> None:
+    model = make_decoder("Qwen3Moe").half()
+    layers = [Layer("decoder", model)]
+    assert str(tiers._experts(layers)).endswith("mlp.experts")
+    spu.accelerate(model)
+    assert tiers._experts(layers) is not None  # on the reference backend torch multiplies
+    with use_backend("cpu"):
+        assert tiers._experts(layers) is None
 
 
 class Experts(nn.Module):

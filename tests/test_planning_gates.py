@@ -234,5 +234,6 @@ def test_a_mixture_of_experts_is_planned_and_trained(family, precision, experts)
     with ModelParallelTrainer(net, ["cpu:0", "cpu:1"], precision=precision, microbatches=2) as trainer:
         loss = trainer.step(ids, following).loss
         how = {how for _, how in trainer.plan.uncounted}
-    assert how == (set() if experts == "grouped_mm" else {"measured"})
+    ours = family != "GptOss" and precision != "fp32" and spu.ops.backends()["cpu"].available
+    assert how == (set() if experts == "grouped_mm" or ours else {"measured"})
     assert loss == pytest.approx(expected.item(), rel=1e-5 if precision == "fp32" else 1e-2)

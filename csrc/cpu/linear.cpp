@@ -60,12 +60,6 @@ Tensor expect_addend(const Tensor& x, const Tensor& weight, const Tensor& addend
   return dense(addend);
 }
 
-// A number for a call of several products, on its thread.
-int64_t next_call() {
-  static thread_local int64_t calls = 0;
-  return ++calls;
-}
-
 struct How {
   math::Act act;
   bool keep_preact;

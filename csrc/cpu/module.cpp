@@ -20,6 +20,14 @@ STABLE_TORCH_LIBRARY_IMPL(spu, CPU, m) {
   SPU_IMPL(m, "gated_mlp_add", spu::cpu::gated_mlp_add);
   SPU_IMPL(m, "gated_dh", spu::cpu::gated_dh);
   SPU_IMPL(m, "gated_dx", spu::cpu::gated_dx);
+  SPU_IMPL(m, "experts_order", spu::cpu::experts_order);
+  SPU_IMPL(m, "experts_mlp", spu::cpu::experts_mlp);
+  SPU_IMPL(m, "experts_dh", spu::cpu::experts_dh);
+  SPU_IMPL(m, "experts_dx", spu::cpu::experts_dx);
+  SPU_IMPL(m, "experts_dw", spu::cpu::experts_dw);
+  SPU_IMPL(m, "experts_dw_", spu::cpu::experts_dw_sink);
+  SPU_IMPL(m, "rows_sum", spu::cpu::rows_sum);
+  SPU_IMPL(m, "rows_dot", spu::cpu::rows_dot);
   SPU_IMPL(m, "mlp_dz", spu::cpu::mlp_dz);
   SPU_IMPL(m, "linear_ce", spu::cpu::linear_ce);
   SPU_IMPL(m, "linear_ce_and_dz_", spu::cpu::linear_ce_and_dz_into);

@@ -22,6 +22,21 @@ std::tuple<Tensor, Tensor, Tensor> gated_mlp_add(Tensor x, Tensor w_gate, Tensor
 std::tuple<Tensor, Tensor, Tensor> gated_dh(Tensor dy, Tensor w_down, Tensor gate, Tensor up, Text activation);
 Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up);
 
+// A mixture of gated experts: rows one expert after the other, `ends` where each one's end; weights [experts, out, in],
+// those of gate and up one below the other.
+std::tuple<Tensor, Tensor, Tensor> experts_order(Tensor ids, int64_t experts);
+std::tuple<Tensor, Tensor, Tensor> experts_mlp(Tensor x, Tensor ends, Tensor w_gate_up, Tensor w_down, Text activation,
+                                               bool keep);
+std::tuple<Tensor, Tensor, Tensor> experts_dh(Tensor dy, Tensor ends, Tensor w_down, Tensor gate, Tensor up,
+                                              Text activation);
+Tensor experts_dx(Tensor dgate, Tensor dup, Tensor ends, Tensor w_gate_up);
+Tensor experts_dw(std::vector<Tensor> dzs, Tensor x, Tensor ends);
+void experts_dw_sink(std::vector<Tensor> dzs, Tensor x, Tensor ends, Tensor main_grad, Tensor inv_scale,
+                     Tensor found_inf, bool accumulate);
+// Sums of the rows that places [count, terms] name, by factors; products a_i b_places_ij.
+Tensor rows_sum(Tensor rows, Tensor places, std::optional<Tensor> factors, torch::headeronly::ScalarType dtype);
+Tensor rows_dot(Tensor a, Tensor b, Tensor places);
+
 std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums);
 

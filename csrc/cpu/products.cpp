@@ -178,6 +178,11 @@ void multiply(ProductOp op, const Product& p, const Epilogue& e) {
   (way ? *way : kernels()).gemm(p, e);
 }
 
+int64_t next_call() {
+  static thread_local int64_t calls = 0;
+  return ++calls;
+}
+
 bool set_way(const char* op, const char* type, const char* shape_class, const char* way) {
   const int o = place_of(kOps, op), t = place_of(kTypes, type), s = place_of(kClasses, shape_class);
   if (o < 0 || t < 0 || s < 0) return false;

@@ -13,6 +13,9 @@ enum class ProductOp { linear, linear_dx, linear_dw, gated_linear, gated_dx, lin
 // row (m <= 4), skinny (m <= 64), few (m or k <= 128), small (m n k <= 2^27), deep (k > 2048) or large.
 void multiply(ProductOp op, const Product& p, const Epilogue& e);
 
+// A number for a call of several products, on its thread: Product's shared_a or shared_b.
+int64_t next_call();
+
 // The table's words. A way is "" (the chosen kernels), an instruction set's name, or "torch": the sums by torch's fp32
 // product, 16-bit operands widened before it, whose accumulation is as exact as ours; not for linear_ce, and for row
 // only of linear_dx (the dot products of the others need no packing). False for a word that is unknown, and for a way

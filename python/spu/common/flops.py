@@ -60,6 +60,18 @@ def _mlp(x: Shape, w_in: Shape, b_in: Shape | None, w_out: Shape, *_: Any, **__:
     return _linear(x, w_in) + 2 * _rows(x) * w_out[0] * w_out[1]
 
 
+def _experts_mlp(x: Shape, ends: Shape, w_gate_up: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
+    return _rows(x) * (_linear((1,), w_gate_up[1:]) + _linear((1,), w_down[1:]))
+
+
+def _experts_dh(dy: Shape, ends: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
+    return _linear(dy, w_down[1:])
+
+
+def _experts_dx(dgate: Shape, dup: Shape, ends: Shape, w_gate_up: Shape, *_: Any, **__: Any) -> int:
+    return _linear(dgate, w_gate_up[1:])
+
+
 def _attention(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
     batch, tokens, heads, head_dim = q
     return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
@@ -93,6 +105,11 @@ _OURS = {
     "gated_dh": _linear,
     "gated_mlp": _gated_mlp,
     "gated_mlp_add": _gated_mlp,
+    "experts_mlp": _experts_mlp,
+    "experts_dh": _experts_dh,
+    "experts_dx": _experts_dx,
+    "experts_dw": _linear_dw_each,
+    "experts_dw_": _linear_dw_each,
     "mlp": _mlp,
     "mlp_dz": _linear,
     "attention": _attention,

@@ -5,8 +5,8 @@ Two caches hold 1,024 shapes each, and nothing but newer shapes takes the old on
 - oneDNN's, one for the process: compiled code and what it was made of, 0.3 to 0.5 MB a shape (bf16 most);
 - torch's own, one for each thread that multiplies: descriptions of products, 0.26 MB a shape.
 
-A model of few shapes never fills them. A mixture of experts does within a step or two, because an expert has other
-numbers of rows in every layer and microbatch: 0.5 GB for one CPU device, 0.8 GB for two.
+A model of few shapes never fills them. A mixture of experts that torch multiplies does within a step or two, because an
+expert has other numbers of rows in every layer and microbatch: 0.5 GB for one CPU device, 0.8 GB for two.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def shapes_kept(budgets: Sequence[int]) -> int:
 
 def bound_product_caches(budgets: Sequence[int]) -> None:
     """Set the sizes of both caches for this process, unless its environment does or the default has room.
+
+    Processes that begin later inherit both: a loader's worker that multiplies 16-bit values keeps as few shapes.
 
     torch reads them at a process's first 16-bit product (oneDNN's: at the first of its products or convolutions), so
     it has to be called before that, and changes nothing later.

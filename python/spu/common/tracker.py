@@ -92,7 +92,7 @@ _FREE = ("mm", "addmm", "bmm", "baddbmm", "empty", "empty_like", "empty_strided"
 """Operators whose time does not depend on the bytes that they move."""
 
 
-_WEIGHT_GRADIENTS = ("linear_dw_", "linear_dw_db_", "linear_dw_each_")
+_WEIGHT_GRADIENTS = ("linear_dw_", "linear_dw_db_", "linear_dw_each_", "experts_dw_")
 """What schedules with split backwards put off."""
 
 

@@ -30,6 +30,7 @@ from spu.memory.streamed import Streamed
 from spu.memory.streams import Streams, streams_for
 from spu.memory.unit import Unit, allocated
 from spu.model.layers import Layer
+from spu.nn.experts import multiplies_by_ours
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import MainGrads
 
@@ -81,13 +82,15 @@ def spare_heap(plan: Plan, devices: Mapping[str, Device], layers: Sequence[Layer
 
 
 def _experts(layers: Sequence[Layer]) -> str | None:
-    """Return the first module that holds 16-bit matrices of several experts in one parameter; None without one."""
+    """Return the first module that holds 16-bit matrices of several experts in one parameter, which torch's products
+    multiply; None without one.
+    """
     for layer in layers:
         for name, module in layer.module.named_modules():
             own = module.parameters(recurse=False)
-            if not type(module).__module__.startswith("torch.") and any(
-                p.dim() == 3 and p.dtype in HALVES for p in own
-            ):
+            if type(module).__module__.startswith("torch.") or multiplies_by_ours(module):
+                continue
+            if any(p.dim() == 3 and p.dtype in HALVES for p in own):
                 return f"{layer.name}.{name}" if name else layer.name
     return None
 

@@ -11,6 +11,7 @@ from spu.nn.attention import restore_attention, use_attention
 from spu.nn.blocks import MIXINS, FusedBlock, FusedSequential, from_library, fused_class
 from spu.nn.decoder import decoder_block
 from spu.nn.embedding import Embedding
+from spu.nn.experts import experts_block
 from spu.nn.linear import Linear
 from spu.nn.norm import LayerNorm, RMSNorm, norm_block
 from spu.nn.rotary import rotary_block
@@ -37,7 +38,7 @@ def _fused_form(module: nn.Module) -> type[nn.Module] | None:
     if cls is nn.Sequential:
         return fused_class(FusedSequential, cls, None)
     named = BLOCKS.get(cls.__name__) if from_library(cls) and not issubclass(cls, FusedBlock) else None
-    block = named or norm_block(module) or rotary_block(module) or decoder_block(module)
+    block = named or norm_block(module) or rotary_block(module) or decoder_block(module) or experts_block(module)
     return None if block is None else fused_class(MIXINS[type(block)], cls, block)
 
 
@@ -46,7 +47,8 @@ def accelerate(model: _Model, precision: str | None = None) -> _Model:
 
     What changes: every ``nn.Linear``, ``nn.Embedding``, ``nn.LayerNorm`` and ``nn.RMSNorm``; in an ``nn.Sequential``, a
     linear layer and the ReLU, GELU or SiLU after it run as one op; of Hugging Face transformers, the MLP blocks of
-    Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX and the BERT family (``spu.nn.table``), and every
+    Llama, InternLM3, Qwen2, Qwen3, Mistral, Gemma, GPT-2, GPT-NeoX and the BERT family (``spu.nn.table``), every
+    mixture of gated experts in two parameters (Qwen3-MoE, Mixtral and their like: ``spu.nn.experts``), and every
     RMSNorm and rotary position whose formula the op computes to the bit. A Hugging Face model given whole also gets
     ``spu.nn.attention`` in place of torch's, which differs for 16-bit tensors on a CPU; with it, a decoder layer of
     Llama's form is two ops there (``spu.nn.decoder``). Only exact classes change, and only in class: parameters, hooks,

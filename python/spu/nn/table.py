@@ -10,6 +10,7 @@ __all__ = [
     "LIBRARIES",
     "Block",
     "DecoderBlock",
+    "ExpertsBlock",
     "GatedBlock",
     "NormBlock",
     "PairBlock",
@@ -78,7 +79,16 @@ class DecoderBlock:
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
 
 
-Block = DecoderBlock | GatedBlock | NormBlock | PairBlock | RotaryBlock | TransposedLinear
+@dataclass(frozen=True)
+class ExpertsBlock:
+    """Gated experts in two parameters; the names of the attributes. Found by ``spu.nn.experts``."""
+
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+
+
+Block = DecoderBlock | ExpertsBlock | GatedBlock | NormBlock | PairBlock | RotaryBlock | TransposedLinear
 
 BLOCKS: dict[str, Block] = {
     **dict.fromkeys(

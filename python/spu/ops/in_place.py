@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,9 @@ _UNHELD = 2  # references to the Python object of a node that is made for the qu
 
 
 class _InPlace:
-    """What fused ops ask of a matrix's `GradSink`: adds its gradient to ``grad``, which `_may_add_to` has seen."""
+    """What fused ops ask of the `GradSink` of a matrix, or of experts' matrices: adds their gradient to ``grad``, which
+    `_may_add_to` has seen.
+    """
 
     def __init__(self, grad: Tensor) -> None:
         self.grad = grad
@@ -41,14 +43,26 @@ class _InPlace:
     def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
         grads = [self.grad, *(cast(_InPlace, sink).grad for sink in others)]
         one = torch.ones(1)
-        with ExitStack() as locks:
-            for place in sorted({(id(grad) >> 5) % len(_LOCKS) for grad in grads}):
-                locks.enter_context(_LOCKS[place])
+        with _locked(grads):
             if len(dzs) == 1:
                 schema.overload("linear_dw_", backend)(dzs[0], x, grads[0], one, torch.zeros_like(one), True)
             else:
                 schema.overload("linear_dw_each_", backend)(dzs, x, grads, one, torch.zeros_like(one), True)
             increment_version(grads)
+
+    def experts_weight(self, dzs: Sequence[Tensor], x: Tensor, ends: Tensor, backend: str) -> None:
+        one = torch.ones(1)
+        with _locked([self.grad]):
+            schema.overload("experts_dw_", backend)(dzs, x, ends, self.grad, one, torch.zeros_like(one), True)
+            increment_version(self.grad)
+
+
+@contextmanager
+def _locked(grads: Sequence[Tensor]) -> Iterator[None]:
+    with ExitStack() as locks:
+        for place in sorted({(id(grad) >> 5) % len(_LOCKS) for grad in grads}):
+            locks.enter_context(_LOCKS[place])
+        yield
 
 
 def _may_add_to(grad: Tensor, param: Tensor) -> bool:
@@ -86,8 +100,9 @@ def _adds(node: Any, place: int, param: Tensor) -> bool:
 def weight_sinks_of(
     node: Any, parameters: Sequence[Tensor | None], backend: str, first: int = 1
 ) -> list[GradSink | None]:
-    """Return ``sinks_of`` inside a scope. Outside, return for each fp32 matrix on a CPU what adds to the ``grad`` that
-    it has, None for all else: vectors, other devices, and the reference backend, which adds up as autograd does.
+    """Return ``sinks_of`` inside a scope. Outside, return for each fp32 matrix on a CPU, or experts' matrices in one
+    parameter, what adds to the ``grad`` that it has, None for all else: vectors, other devices, and the reference
+    backend, which adds up as autograd does.
     """
     if current_scope() is not None:
         return sinks_of(node, parameters, first)
@@ -95,7 +110,7 @@ def weight_sinks_of(
     if backend == "reference" or torch.is_anomaly_enabled():
         return found
     for i, param in enumerate(parameters):
-        if param is None or type(param) not in (nn.Parameter, Tensor) or param.dim() != 2:
+        if param is None or type(param) not in (nn.Parameter, Tensor) or param.dim() not in (2, 3):
             continue
         if param.dtype == torch.float32 and param.is_cpu and _adds(node, first + i, param):
             assert param.grad is not None

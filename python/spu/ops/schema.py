@@ -105,6 +105,21 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, str activation, Tensor addend) -> "
         "(Tensor y, Tensor gate, Tensor up)"
     ),
+    # a mixture of experts: spu.ops.reference.experts says what rows, ends and weights are
+    "experts_order": "(Tensor ids, int experts) -> (Tensor order, Tensor places, Tensor ends)",
+    "experts_mlp": (
+        "(Tensor x, Tensor ends, Tensor w_gate_up, Tensor w_down, str activation, bool keep) -> "
+        "(Tensor y, Tensor gate, Tensor up)"
+    ),
+    "experts_dh": (
+        "(Tensor dy, Tensor ends, Tensor w_down, Tensor gate, Tensor up, str activation) -> "
+        "(Tensor dgate, Tensor dup, Tensor h)"
+    ),
+    "experts_dx": "(Tensor dgate, Tensor dup, Tensor ends, Tensor w_gate_up) -> Tensor",
+    "experts_dw": "(Tensor[] dzs, Tensor x, Tensor ends) -> Tensor",
+    "experts_dw_": f"(Tensor[] dzs, Tensor x, Tensor ends, {_SINK}) -> ()",
+    "rows_sum": "(Tensor rows, Tensor places, Tensor? factors, ScalarType dtype) -> Tensor",
+    "rows_dot": "(Tensor a, Tensor b, Tensor places) -> Tensor",
     "mlp": (
         "(Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, str activation, bool keep) -> "
         "(Tensor y, Tensor saved)"
@@ -160,7 +175,8 @@ SCHEMAS: dict[str, str] = {
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
     "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_", "rms_norm_to",
-    "linear_add", "linear_each", "linear_dw_each_", "gated_mlp_add",
+    "linear_add", "linear_each", "linear_dw_each_", "gated_mlp_add", "experts_order", "experts_mlp", "experts_dh",
+    "experts_dx", "experts_dw", "experts_dw_", "rows_sum", "rows_dot",
 )  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -287,6 +303,21 @@ FAKES: dict[str, Callable[..., Any]] = {
         addend.new_empty((*x.shape[:-1], w_down.shape[0])),
         *_fake_gated(x, w_gate, True),
     ),
+    "experts_order": lambda ids, experts: (
+        ids.new_empty((ids.numel(),)),
+        ids.new_empty(ids.shape),
+        ids.new_empty((experts,)),
+    ),
+    "experts_mlp": lambda x, ends, w_gate_up, w_down, activation, keep: (
+        x.new_empty((x.shape[0], w_down.shape[1])),
+        *(x.new_empty((x.shape[0], w_down.shape[2]) if keep else (0,)) for _ in range(2)),
+    ),
+    "experts_dh": lambda dy, ends, w_down, gate, *_: tuple(gate.new_empty(gate.shape) for _ in range(3)),
+    "experts_dx": lambda dgate, dup, ends, w_gate_up: dgate.new_empty((dgate.shape[0], w_gate_up.shape[2])),
+    "experts_dw": lambda dzs, x, ends: x.new_empty((ends.shape[0], sum(dz.shape[1] for dz in dzs), x.shape[1])),
+    "experts_dw_": _fake_nothing,
+    "rows_sum": lambda rows, places, factors, dtype: rows.new_empty((places.shape[0], rows.shape[1]), dtype=dtype),
+    "rows_dot": lambda a, b, places: _fp32(a, places.numel()).view(places.shape),
     "mlp": _fake_mlp,
     "mlp_dz": _fake_mlp_dz,
     "attention": _fake_attention,

@@ -262,6 +262,9 @@ class GradSink(Protocol):
         for sink, dz in zip((self, *others), dzs, strict=True):
             sink.linear_weight(dz, x, backend)
 
+    def experts_weight(self, dzs: Sequence[Tensor], x: Tensor, ends: Tensor, backend: str) -> None:
+        """Add dw [E, out, in] of a mixture of experts: for each, [dzs].T @ x of its rows (``reference.experts``)."""
+
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         """Add db = sum over rows of dz, still scaled."""
 

@@ -21,6 +21,7 @@ from torch.utils.weak import TensorWeakRef
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import post_accumulate_hooks
 from spu.ops import embedding_dw_, has_kernel, linear_db_, linear_dw_, linear_dw_db_, unscale_
+from spu.ops.experts import experts_dw_
 from spu.ops.linear import linear_dw_each_
 from spu.ops.sink import (
     BackwardScope,
@@ -94,6 +95,9 @@ class ParameterSink:
             GradSink.linear_weights(self, others, dzs, x, backend)  # one is not of this class, or twice there
         else:
             _now_or_later(self._parameter(), self._accumulate_each, sinks, dzs, x, backend)
+
+    def experts_weight(self, dzs: Sequence[Tensor], x: Tensor, ends: Tensor, backend: str) -> None:
+        _now_or_later(self._parameter(), self._accumulate, experts_dw_, (dzs, x, ends), backend)
 
     def linear_bias(self, dz: Tensor, backend: str) -> None:
         _now_or_later(self._parameter(), self._accumulate, linear_db_, (dz,), backend)

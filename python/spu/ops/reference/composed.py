@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spu.ops.reference import attention as reference_attention
-from spu.ops.reference import fused
+from spu.ops.reference import experts, fused
 from spu.ops.reference import norm as reference_norm
 from spu.ops.reference.linear import wide
 
@@ -266,6 +266,7 @@ def _reference(op: Callable[..., Any]) -> Callable[..., Any]:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     **{name: _reference(op) for name, op in reference_norm.IMPLEMENTATIONS.items()},
+    **experts.IMPLEMENTATIONS,
     "linear_dz_dx": linear_dz_dx,
     "linear_dw_db_": linear_dw_db_,
     "linear_each": linear_each,
