@@ -3,8 +3,8 @@
 #
 # Compiled, bf16 values are added and multiplied like any others, wider where the device needs it. The interpreter keeps a bf16
 # tensor as 16-bit integers, for want of such a type in NumPy, and hands these to NumPy's functions: 1 + 2 is infinity, the product
-# of two matrices of ones 4e9 instead of 16, a negative number is larger than its half, a sum of four numbers is 0. Nothing is
-# raised. abs, division and casts to fp32 know the type; a cast from fp32, or a store of it, cuts bits off instead of rounding to the
+# of two matrices of ones 4e9 instead of 16, every negative number is larger than all positive ones, a sum of four numbers is 0.
+# Nothing is raised. abs, division and casts to fp32 know the type; a cast from fp32, or a store of it, cuts bits off instead of rounding to the
 # nearest. fp16 and fp32 are right. So a kernel that is written for bf16 and tested interpreted has to widen each operand,
 # and to round by hand.
 #
