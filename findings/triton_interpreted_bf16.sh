@@ -4,9 +4,9 @@
 # Compiled, bf16 values are added and multiplied like any others, wider where the device needs it. The interpreter keeps a bf16
 # tensor as 16-bit integers, for want of such a type in NumPy, and hands these to NumPy's functions: 1 + 2 is infinity, the product
 # of two matrices of ones 4e9 instead of 16, every negative number is larger than all positive ones, a sum of four numbers is 0.
-# Nothing is raised. abs, division and casts to fp32 know the type; a cast from fp32, or a store of it, cuts bits off instead of rounding to the
-# nearest. fp16 and fp32 are right. So a kernel that is written for bf16 and tested interpreted has to widen each operand,
-# and to round by hand.
+# Nothing is raised. abs, division and casts to fp32 know the type; a cast from fp32, or a store of it, cuts bits off instead of
+# rounding to the nearest. fp16 and fp32 are right. So a kernel that is written for bf16 and tested interpreted has to widen each
+# operand, and to round by hand.
 #
 # Seen, 1 -2 3 -4 and 2 -1 -5 0.5 in bf16: a + b inf, inf, 2e-38, -inf; a * b 0, 0, 7e-15, 0; maximum 2, -2, -5, -4; a / b right; sum
 # of the first 0 (-2); product of 16 x 16 ones 4228120576 (16); stores of 1.70 and 1.0059 in fp32 1.6953125, 1.0 (1.703125,
