@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +244,28 @@ def test_a_trainer_plans_them_by_counting_and_gives_them_back(precision: str, re
         assert again.loss < result.loss
     spu.restore(model)
     assert [type(module) for module in experts_of(model)] == plain
+
+
+def losses_and_weights(**options: Any) -> tuple[list[float], list[Tensor]]:
+    model = decoder(num_hidden_layers=3)
+    ids = torch.arange(4 * 38).view(8, 19) * 7 % 64
+    how: dict[str, Any] = {"devices": "cpu:0", "precision": "fp16", "microbatches": 2, "lr": 1e-2} | options
+    with spu.ModelParallelTrainer(model, how.pop("devices"), **how) as trainer:
+        losses = [float(trainer.step(ids[:, :-1], ids[:, 1:]).loss) for _ in range(3)]
+        assert all(isinstance(module, FusedExperts) for module in experts_of(model))
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("how", ["recompute", "two stages", "split backward", "streamed"])
+def test_every_way_to_train_has_the_same_bits(how: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "recompute": {"recompute": True},
+        "two stages": {"devices": ["cpu:0", "cpu:1"]},
+        "split backward": {"devices": ["cpu:0", "cpu:1"], "schedule": "zb"},
+        "streamed": {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "recompute": True},
+    }[how]
+    losses, weights = losses_and_weights(**options)
+    expected, expected_weights = losses_and_weights()
+    assert losses == expected
+    for mine, other in zip(weights, expected_weights, strict=True):
+        assert_equal(mine, other)
