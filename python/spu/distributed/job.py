@@ -22,6 +22,7 @@ if dist.is_available():  # pipelining imports it: once a group is there, the def
     import torch.distributed.nn.functional
 
 from spu.devices.manager import Device, DeviceManager, Spec
+from spu.distributed.alike import HINTS
 from spu.distributed.few import summed
 from spu.distributed.meeting import found_store, meeting
 
@@ -159,9 +160,9 @@ class Job:
         for name in facts:
             others = [rank for rank, theirs in enumerate(everyones) if theirs.get(name) != everyones[0].get(name)]
             if others:
+                hint = f", {HINTS[name]}" if name in HINTS else ""
                 raise ValueError(
-                    f"rank {others[0]} has another {name} than rank 0: every process must make the same one, with the "
-                    "same seed (torch.manual_seed(...) before the model is made)"
+                    f"rank {others[0]} has another {name} than rank 0: every process must have the same one{hint}"
                 )
 
     def places(self, count: int) -> list[Device]:

@@ -16,6 +16,7 @@ from spu.common.dtypes import DTYPES
 from spu.common.product_cache import bound_product_caches
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
+from spu.distributed.alike import WEIGHTS, given_facts
 from spu.distributed.away import check_here, let_go
 from spu.distributed.engine import SCHEDULES, DistributedEngine
 from spu.distributed.gather import Far, gathered_samples, save_state, with_tensors
@@ -107,18 +108,23 @@ class Spread:
         """Return the places of the pipeline; those of other processes as names alone."""
         return self.job.places(len(self.job.devices))
 
-    def planned_for(self, layers: Sequence[Layer]) -> tuple[list[Device], Machine | None]:
+    def planned_for(self, layers: Sequence[Layer], given: tuple[Any, ...]) -> tuple[list[Device], Machine | None]:
         """Return the first pipeline's devices, and what was measured of them; called in every process.
 
+        Args:
+            layers: the model's.
+            given: the arguments of `spu.distributed.alike.given_facts`.
+
         Raises:
-            ValueError: the processes have other models or settings.
+            ValueError: the processes have other models, settings, first batches or versions of torch.
         """
         record = base_record(sampled({n: p.detach() for layer in layers for n, p in layer.named_parameters()}))
         self.job.check_alike(
             {
                 "model (names and shapes of its parameters)": record["form"],
-                "set of initial weights": record["values"],
+                WEIGHTS: record["values"],
                 "settings of the training": repr(self._settings),
+                **given_facts(*given),
             }
         )
         return self.job.devices, measured_machine(self.job, self._settings)

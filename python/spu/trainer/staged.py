@@ -108,8 +108,7 @@ class StagedModel:
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
         self.loss_weight = loss_weight
         self.max_grad_norm = settings.max_grad_norm
-        self.measure = measure
-        self.tiers = tiers
+        self.measure, self.tiers = measure, tiers
         self.shift = False
         self._report = report
         self.scaler = scaler or LossScaler(enabled=settings.precision == "fp16")
@@ -149,7 +148,8 @@ class StagedModel:
             layers = self._parts.layers_for(inputs)
         check_parameters(layers)
         check_batch(layers, inputs, targets, self.loss_fn)
-        devices, machine = (self.devices, None) if self._spread is None else self._spread.planned_for(layers)
+        given = (inputs, targets), self._optimizer, self.loss_fn, self.scaler.state_dict()
+        devices, machine = (self.devices, None) if self._spread is None else self._spread.planned_for(layers, given)
         planner = Planner(layers, devices, self.settings, self._loss, self.tiers, machine)
 
         def make() -> Plan:
