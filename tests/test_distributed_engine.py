@@ -189,6 +189,28 @@ def test_a_lost_process_is_named_by_its_neighbour(tmp_path: Path, how: str) -> N
     assert "for rank 1 (stages [1]), which has ended or no longer answers" in said
 
 
+def part(evaluates: int) -> str:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    batch = torch.ones(4, 8), torch.zeros(4, dtype=torch.int64)
+    trainer = ModelParallelTrainer(net, engine="distributed", precision="fp32", microbatches=2)
+    trainer.step(*batch)
+    try:
+        (trainer.evaluate if dist.get_rank() == evaluates else trainer.step)(*batch)
+    except (StageError, RuntimeError) as error:
+        return str(error)
+    return "nothing was wrong"
+
+
+@pytest.mark.parametrize("evaluates", [0, 1])
+def test_a_process_that_evaluates_while_another_trains_is_told(evaluates: int) -> None:
+    """It took the other's messages for its own, and gloo ended it by SIGABRT."""
+    said = in_ranks(2, part, evaluates, timeout_s=4)
+    trains = said[1 - evaluates]
+    assert f"for rank {evaluates} (stages [{evaluates}]), which has ended or no longer answers" in trains, said
+    assert "nothing was wrong" not in said
+
+
 def differ() -> str:
     torch.manual_seed(dist.get_rank())
     with ModelParallelTrainer(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), engine="distributed") as trainer:

@@ -101,10 +101,10 @@ class PromptStage(EvaluableStage):
         for part in range(self._parts):
             if self._is_elsewhere(self.stage_index - 1):
                 ops = super().get_fwd_recv_ops(part)
-                self._posted["F", part] = [_received(op, _tag("F", self.stage_index - 1)) for op in ops]
+                self._posted["F", part] = [_received(op, self._tag("F", self.stage_index - 1)) for op in ops]
             if self._is_elsewhere(self.stage_index + 1):
                 ops = super().get_bwd_recv_ops(part)
-                self._posted["B", part] = [_received(op, _tag("B", self.stage_index)) for op in ops]
+                self._posted["B", part] = [_received(op, self._tag("B", self.stage_index)) for op in ops]
 
     def _is_elsewhere(self, stage: int) -> bool:
         """Tell whether there is such a stage, in another process: within one, a schedule hands tensors on itself."""
@@ -118,13 +118,16 @@ class PromptStage(EvaluableStage):
     def _send(self, ops: list[dist.P2POp], kind: str, boundary: int) -> None:
         while len(self._sent) >= _UNDER_WAY:
             _wait(self._sent.popleft())
-        tag = _tag(kind, boundary)
+        tag = self._tag(kind, boundary)
         self._sent.append([op.op(op.tensor, group=op.group, tag=tag, group_dst=op.group_peer) for op in ops])
 
+    def _tag(self, kind: str, boundary: int) -> int:
+        """Return a number for one direction over one boundary: two processes may have several in common.
 
-def _tag(kind: str, boundary: int) -> int:
-    """Return a number for one direction over one boundary: two processes may have several in common."""
-    return 2 * boundary + (kind == "B")
+        A forward without a backward has its own: where one process evaluates while another trains, each waits for
+        what does not come, and says so. Tag 0 is of what torch's schedules ask one another before their first run.
+        """
+        return 3 * boundary + (2 if kind == "B" else 1 if self.has_backward else 3)
 
 
 def _received(op: dist.P2POp, tag: int) -> dist.Work:
