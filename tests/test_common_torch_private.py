@@ -260,18 +260,18 @@ def test_hooks_of_modules_are_found() -> None:
         hook.remove()
 
 
-@canary("inner_of_compiled", "forget_compiled_call", uses="looking inside torch.compile's modules")
+@canary("inner_of_compiled", "swap_compiled_call", uses="looking inside torch.compile's modules")
 def test_what_compile_has_wrapped_is_found() -> None:
     module = nn.Linear(2, 2)
     assert private.inner_of_compiled(torch.compile(module)) is module
-    assert private.inner_of_compiled(module) is None
-    assert private.inner_of_compiled(len) is None
+    assert private.inner_of_compiled(module) is private.inner_of_compiled(len) is None
     module.compile(backend="eager")
-    private.forget_compiled_call(module)
+    compiled = private.swap_compiled_call(module)
     runs: list[Tensor] = []
     module.forward = runs.append  # type: ignore[method-assign]
     module(torch.ones(2))
     assert len(runs) == 1
+    assert private.swap_compiled_call(module, compiled) is None is not compiled
 
 
 @canary("DropoutNd", "Moved", "NormBase", "RECURRENT", uses="layers that draw, keep fp32 statistics, share buffers")

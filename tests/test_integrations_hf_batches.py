@@ -31,6 +31,8 @@ def test_shorter_ones_are_padded_on_the_right_with_what_counts_nothing() -> None
 def test_what_has_no_known_padding_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'pixels' has shapes \(1, 2\), \(1, 3\) in one update"):
         joined([{"pixels": torch.zeros(1, 2)}, {"pixels": torch.zeros(1, 3)}])
+    with pytest.raises(ValueError, match=r"'attention_mask' has shapes \(1, 1, 2, 2\), \(1, 1, 3, 3\) in one update"):
+        joined([{"attention_mask": torch.ones(1, 1, tokens, tokens)} for tokens in (2, 3)])
     with pytest.raises(ValueError, match="have different keys: a, b"):
         joined([{"a": torch.zeros(1)}, {"b": torch.zeros(1)}])
     with pytest.raises(ValueError, match="'n' is no tensor and differs"):

@@ -360,3 +360,18 @@ def test_attention_is_switched_only_from_torchs_own():
     eager.set_attn_implementation("eager")
     hf.decoder_layers(eager)
     assert eager.config._attn_implementation == "spu_eager"
+
+
+@pytest.mark.parametrize("which", ["the whole", "the base", "each layer"])
+def test_what_was_compiled_in_place_is_cut(which: str) -> None:
+    """The proof compared compiled code with plain code, and took its rounding, or what a hook sees there, for wrong."""
+    plain = make_model("Llama")
+    model = copy.deepcopy(plain)
+    for part in {"the whole": [model], "the base": [model.model], "each layer": model.model.layers}[which]:
+        part.compile(backend="eager")
+    compiled = {module: module._compiled_call_impl for module in model.modules()}
+    layers = hf.decoder_layers(model)
+    assert {module: module._compiled_call_impl for module in model.modules()} == compiled
+    ids = make_inputs("ids")
+    logits, _ = run_split(layers, ids)
+    torch.testing.assert_close(logits, plain(ids).logits)

@@ -45,7 +45,6 @@ __all__ = [
     "fake_mode_active",
     "flash_attention_for_cpu",
     "foreach_add_",
-    "forget_compiled_call",
     "forward_mode_active",
     "generators_equal",
     "global_hook_tables",
@@ -75,6 +74,7 @@ __all__ = [
     "set_tables",
     "set_version",
     "storage_id",
+    "swap_compiled_call",
     "transformed",
     "tree_leaves",
     "tree_map",
@@ -269,9 +269,10 @@ def set_tables(
     module.__dict__.update(_parameters=parameters, _buffers=buffers, _modules=children)
 
 
-def forget_compiled_call(module: nn.Module) -> None:
-    """Undo ``module.compile()``, whose result runs the forward of the module that this one is a copy of."""
-    module.__dict__["_compiled_call_impl"] = None
+def swap_compiled_call(module: nn.Module, other: Any = None) -> Any:
+    """Undo ``module.compile()``, whose result runs the forward of the module that it was called of; return that."""
+    was, module.__dict__["_compiled_call_impl"] = module.__dict__.get("_compiled_call_impl"), other
+    return was
 
 
 def has_global_module_hook() -> bool:
@@ -288,8 +289,7 @@ def inner_of_compiled(module: object) -> nn.Module | None:
     """Return the module that ``torch.compile`` made this one from; None for any other. For: looking inside it."""
     if not isinstance(module, nn.Module) or not type(module).__module__.startswith("torch._dynamo"):
         return None
-    inner = module._modules.get("_orig_mod")
-    return inner if isinstance(inner, nn.Module) else None
+    return module._modules.get("_orig_mod")
 
 
 def legacy_reduction(size_average: Any, reduce: Any) -> str:

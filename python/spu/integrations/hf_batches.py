@@ -39,11 +39,11 @@ def _column(key: str, values: list[Any]) -> Any:
         if all(value == values[0] for value in values):
             return values[0]
         raise ValueError(f"{key!r} is no tensor and differs between the batches of one update: leave it out")
-    longest = max(value.shape[1] if value.dim() > 1 else 0 for value in values)
-    if any(value.dim() > 1 and value.shape[1] != longest for value in values):
+    if any(value.shape[1:] != values[0].shape[1:] for value in values):
         if key not in _PADDING or any(value.dim() != 2 for value in values):
             shapes = ", ".join(str(tuple(value.shape)) for value in values)
             raise ValueError(f"{key!r} has shapes {shapes} in one update: let the collator pad to one length")
+        longest = max(value.shape[1] for value in values)
         pad = torch.nn.functional.pad
         values = [pad(value, (0, longest - value.shape[1]), value=_PADDING[key]) for value in values]
     return values[0] if len(values) == 1 else torch.cat(values)

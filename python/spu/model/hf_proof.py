@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spu.common.out_of_memory import is_out_of_memory
+from spu.common.torch_private import swap_compiled_call
 from spu.model.hf_context import Inputs, same
 from spu.model.hf_stand_ins import hidden_of
 
@@ -33,7 +34,8 @@ def prove_split(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> No
     Raises:
         ValueError: a layer gets or returns something else than in the whole model; it is named.
     """
-    with _evaluating(model, *(part for _, part in layers)), torch.enable_grad():
+    plain = _uncompiled(model)  # compiled, a whole rounds otherwise than its parts
+    with _evaluating(model, *(part for _, part in layers)), torch.enable_grad(), plain:
         for inputs in _batches(model):
             try:
                 _compare(model, layers, inputs)
@@ -126,6 +128,17 @@ def _compare(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], inputs: 
     head, name = layers[-1][1], type(model).__name__
     if comparison.last is None or not same(head(comparison.last, inputs), logits):
         raise ValueError(f"{name}: its head alone gives other logits than in the whole model: {_ADVICE}")
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let modules whose ``compile()`` was called run as they are in this block."""
+    compiled = {module: swap_compiled_call(module) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            swap_compiled_call(module, call)
 
 
 @contextmanager

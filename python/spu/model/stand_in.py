@@ -72,7 +72,7 @@ class _Copier:
         own.update(source.__dict__)
         for name in MODULE_TABLES:
             own[name] = {key: self.value(entry) for key, entry in source.__dict__[name].items()}
-        torch_private.forget_compiled_call(made)
+        torch_private.swap_compiled_call(made)
         for name in MODULE_HOOKS:
             own[name] = OrderedDict((key, _quiet(hook)) for key, hook in source.__dict__.get(name, {}).items())
         for name in source.__dict__:
