@@ -135,8 +135,8 @@ def test_what_the_ops_do_not_know_is_torchs(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("an op of ours was called")
 
-    monkeypatch.setattr("spu.nn.norm.rms_norm", refuse)
-    monkeypatch.setattr("spu.nn.norm.layer_norm", refuse)
+    monkeypatch.setattr("spu.nn.norm.fused_rms_norm", refuse)
+    monkeypatch.setattr("spu.nn.norm.fused_layer_norm", refuse)
     monkeypatch.setattr("spu.nn.embedding.embedding", refuse)
     x = torch.randn(2, 3, 4)
     for module, given in (

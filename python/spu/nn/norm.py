@@ -15,7 +15,7 @@ from spu.common.torch_private import buffers_of, parameters_of, unset_fake_tempo
 from spu.nn.blocks import MIXINS, FusedBlock, from_library
 from spu.nn.table import NormBlock
 from spu.ops import choose_backend, has_kernel
-from spu.ops.norm import LARGEST_TRITON_ROW, layer_norm, rms_norm, torch_rms_norm
+from spu.ops.norm import LARGEST_TRITON_ROW, fused_layer_norm, fused_rms_norm, torch_rms_norm
 from spu.ops.plain import takes
 from spu.ops.reference.linear import autocast_enabled
 
@@ -24,24 +24,27 @@ __all__ = ["FusedNorm", "LayerNorm", "RMSNorm", "norm_block"]
 _FORMS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # (offset, rounded) of RMSNorms that the op computes
 
 
-def _fused(op: str, shape: Sequence[int] | None, x: Tensor, *vectors: Tensor | None) -> bool:
-    """Tell whether a kernel of ours serves a norm of these tensors, over the last dimensions of ``shape`` (None: over
-    the last one).
+def _fused(op: str, shape: Sequence[int] | None, x: Tensor, *vectors: Tensor | None) -> str | None:
+    """Return the backend whose kernel serves a norm of these tensors, over the last dimensions of ``shape`` (None: over
+    the last one); None: torch's own ops do.
     """
     if not takes(x, *vectors) or x.dtype not in STORAGE or x.dim() == 0 or torch.compiler.is_compiling():
-        return False  # takes() comes first: nothing else may be asked of what stands for a tensor in torch.fx
-    if shape is not None and (len(shape) != 1 or x.shape[-1] != shape[0]):
-        return False
-    given = [t for t in vectors if t is not None]
-    if any(t.shape != x.shape[-1:] or t.device != x.device or t.dtype not in (x.dtype, torch.float32) for t in given):
-        return False
-    if len({t.dtype for t in given}) > 1:
-        return False
+        return None  # takes() comes first: nothing else may be asked of what stands for a tensor in torch.fx
+    row, dtype = x.shape[-1:], None
+    if shape is not None and (len(shape) != 1 or row[0] != shape[0]):
+        return None
+    for vector in vectors:
+        if vector is None:
+            continue
+        dtype = dtype or vector.dtype
+        alike = vector.dtype == dtype and (dtype == x.dtype or dtype == torch.float32)
+        if not alike or vector.shape != row or vector.device != x.device:
+            return None
     if op == "layer_norm" and x.is_cpu and x.dtype == torch.float32:
-        return False  # torch's own is as fast there, and sums in fp32 too
+        return None  # torch's own is as fast there, and sums in fp32 too
     backend = choose_backend(x)
-    fits = backend != "triton" or x.shape[-1] <= LARGEST_TRITON_ROW
-    return fits and backend != "reference" and has_kernel(op, backend)
+    fits = backend != "triton" or row[0] <= LARGEST_TRITON_ROW
+    return backend if fits and backend != "reference" and has_kernel(op, backend) else None
 
 
 def _widened_by_autocast(x: Tensor) -> bool:
@@ -57,8 +60,10 @@ class RMSNorm(nn.RMSNorm):
         if torch.jit.is_scripting():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         else:  # TorchScript compiles the branch that it takes, and no more
-            if _fused("rms_norm", self.normalized_shape, x, self.weight) and not _widened_by_autocast(x):
-                return rms_norm(x, self.weight, self.eps)  # type: ignore[return-value]
+            weight = self.weight
+            backend = _fused("rms_norm", self.normalized_shape, x, weight)
+            if backend is not None and not _widened_by_autocast(x):
+                return fused_rms_norm(x, weight, self.eps, backend)
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
@@ -70,9 +75,10 @@ class LayerNorm(nn.LayerNorm):
         if torch.jit.is_scripting():
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
         else:
-            fused = _fused("layer_norm", self.normalized_shape, input, self.weight, self.bias)
-            if fused and not _widened_by_autocast(input):
-                return layer_norm(input, self.weight, self.bias, self.eps)  # type: ignore[return-value]
+            weight, bias = self.weight, self.bias
+            backend = _fused("layer_norm", self.normalized_shape, input, weight, bias)
+            if backend is not None and not _widened_by_autocast(input):
+                return fused_layer_norm(input, weight, bias, self.eps, backend)
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -85,16 +91,20 @@ class FusedNorm(FusedBlock):
         assert isinstance(block, NormBlock)
         if len(args) == 1 and not kwargs:
             x, weight = args[0], self.weight
-            if self.serves(x):
-                eps = float(getattr(self, block.eps))
-                return rms_norm(x, weight, eps, offset=block.offset, rounded=block.rounded)  # type: ignore[arg-type]
+            backend = self._backend_of(x)
+            if backend is not None:
+                return fused_rms_norm(x, weight, float(getattr(self, block.eps)), backend, block.offset, block.rounded)  # type: ignore[arg-type]
         return self.spu_plain.forward(self, *args, **kwargs)
 
     def serves(self, x: Tensor) -> bool:
         """Tell whether the op computes the norm of x."""
+        return self._backend_of(x) is not None
+
+    def _backend_of(self, x: Tensor) -> str | None:
         weight, block = self.weight, self.spu_block
         # The weight multiplies a row that is rounded to 16 bits: an fp32 one would make the result fp32.
-        return _fused("rms_norm", None, x, weight) and (weight.dtype == x.dtype or not block.rounded)  # type: ignore
+        backend = _fused("rms_norm", None, x, weight)  # type: ignore[arg-type]
+        return backend if weight.dtype == x.dtype or not block.rounded else None  # type: ignore[union-attr]
 
 
 MIXINS[NormBlock] = FusedNorm

@@ -26,7 +26,15 @@ from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.reference.linear import exact, wide
 from spu.ops.sink import sinks_of
 
-__all__ = ["LARGEST_TRITON_ROW", "layer_norm", "rms_norm", "torch_layer_norm", "torch_rms_norm"]
+__all__ = [
+    "LARGEST_TRITON_ROW",
+    "fused_layer_norm",
+    "fused_rms_norm",
+    "layer_norm",
+    "rms_norm",
+    "torch_layer_norm",
+    "torch_rms_norm",
+]
 
 LARGEST_TRITON_ROW = 16384  # elements: a program of the Triton kernels keeps a row in its registers
 
@@ -148,14 +156,30 @@ def rms_norm(
         ValueError: shapes or devices that do not fit.
         TypeError: dtypes that differ or are not supported.
     """
-    if eps is None:
-        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     _check("rms_norm", x, residual, {"weight": weight})
     backend = _backend(x, residual, weight)
     if backend is None:
-        return torch_rms_norm(x, weight, eps, residual, offset, rounded)
-    y, total = _Norm.apply(x, weight, None, residual, _Form(False, eps, offset, rounded, backend))
+        return torch_rms_norm(x, weight, _eps(x) if eps is None else eps, residual, offset, rounded)
+    form = _Form(False, _eps(x) if eps is None else eps, offset, rounded, backend)
+    y, total = _Norm.apply(x, weight, None, residual, form)
     return y if total is None else (y, total)
+
+
+def fused_rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float | None, backend: str, offset: float = 0.0, rounded: bool = False
+) -> Tensor:
+    """Compute ``rms_norm`` of tensors that a backend's kernel is known to take."""
+    form = _Form(False, _eps(x) if eps is None else eps, offset, rounded, backend)
+    return _Norm.apply(x, weight, None, None, form)[0]  # type: ignore[no-any-return]
+
+
+def fused_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
+    """Compute ``layer_norm`` of tensors that a backend's kernel is known to take."""
+    return _Norm.apply(x, weight, bias, None, _Form(True, eps, 0.0, False, backend))[0]  # type: ignore[no-any-return]
+
+
+def _eps(x: Tensor) -> float:
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
 
 
 def layer_norm(
