@@ -90,5 +90,6 @@ class Eager(torch.autograd.Function):
         if dy is not None:
             refuse_derivatives_of_backward(op.public, dy)
             found = op.gradients(ctx, dy, ctx.backend)
-        mine = [None if grad is None else grad.to(dtype) for grad, dtype in zip(found, dtypes, strict=False)]
+        each = zip(found, dtypes, strict=False)
+        mine = [grad if grad is None or grad.dtype == dtype else grad.to(dtype) for grad, dtype in each]
         return (*mine, *[None] * (len(dtypes) + 4 - len(mine)))
