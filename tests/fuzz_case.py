@@ -38,11 +38,18 @@ def _changes_in_place(case: Case) -> bool:
     return any("in place" in name or "inplace" in name for name in case.names)
 
 
+PACKED = ("fp16", "int8", "int4")
+
 # What the trainer may refuse by name: (name, a part of the error's text, in which cases).
 _REFUSALS: list[tuple[str, str, Callable[[Case], bool]]] = [
     ("recompute of a change in place", "changes its input in place", lambda case: bool(case.recompute)),
     ("a change in place of what autograd keeps", "modified by an inplace operation", _changes_in_place),
     ("a parameter unfrozen after prepare", "was frozen when this trainer prepared", lambda c: "freeze" in c.actions),
+    (
+        "packed inputs that decide on shapes",
+        "depend on its input's values",
+        lambda c: c.streaming.get("activations") in PACKED,
+    ),
     ("a loss that hides what it divides by", "cannot be computed by microbatches", lambda c: LOSSES[c.loss].may_refuse),
 ]
 

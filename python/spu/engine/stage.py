@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from spu.devices.manager import Device
 
 __all__ = ["Stage"]
+
+_OTHER_SHAPES = re.compile("shape|sizes|size of tensor|invalid gradient")
+"""In the words of operators and of autograd, where the checkpoint itself has not seen it."""
 
 
 @dataclass
@@ -284,8 +288,9 @@ class Stage:
         """Say why a layer could not be run again, where packed activations are why."""
         try:
             yield
-        except CheckpointError as error:
-            if self.activations is None or self.activations.codec is None:
+        except RuntimeError as error:
+            other = isinstance(error, CheckpointError) or _OTHER_SHAPES.search(str(error))
+            if not other or self.activations is None or self.activations.codec is None:
                 raise
             raise RuntimeError(
                 "a layer that is run again in the backward has other shapes than in the forward: they depend on its "
