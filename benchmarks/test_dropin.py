@@ -1,9 +1,9 @@
 """Whole training steps of a loop that changed two lines, beside the same loop in plain torch.
 
 The MLP is 512-2048-512 on 256 rows. The language model is a decoder of width 512, 8 heads, SwiGLU 1408, 8 layers and a
-vocabulary of 256, without biases; one step is two microbatches of two sequences of 256 tokens, or eight of them, beside
-which the goals of issue 16 stand by the kind of CPU. Its fp16 runs
-as docs/drop-in.md advises on a CPU: products in fp16, the rest in fp32. (Plain torch's autocast fp16 takes minutes.)
+vocabulary of 256, without biases; one step is two microbatches of two sequences of 256 tokens, or eight of them, which
+have a goal for each kind of CPU. Its fp16 runs as docs/drop-in.md advises on a CPU: products in fp16, the rest in fp32.
+(Plain torch's autocast fp16 takes minutes.)
 The eight microbatches run through the trainer too, on one core: its weights have 16 bits and are not converted.
 Figures are multiply-adds of the linear layers over the time of the whole step.
 """
