@@ -12,7 +12,7 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.distributed import peers
+from spu.distributed import peers, shared_sums
 from spu.distributed.shared_memory import shared_places
 from spu.distributed.shared_sums import SharedSums, place_bytes
 from spu.distributed.sums import GradientSums
@@ -73,6 +73,16 @@ def test_sums_are_those_of_all_processes_bit_for_bit(count: int) -> None:
     for found in in_ranks(count, add):
         assert len(found) == 5 * 8 * 2 + 5 * 2 - 1
         assert all(found)
+
+
+def test_a_piece_that_parameters_fill_is_the_only_one() -> None:
+    def cut(sizes: list[int], most: int) -> list[list[tuple[int, int, int]]]:
+        return [[tuple(part) for part in piece] for piece in shared_sums._pieces(sizes, most)]
+
+    assert cut([3, 2], 5) == [[(0, 0, 3), (1, 0, 2)]]  # the usual case: a place is as large as the gradients
+    assert cut([3, 0, 4], 5) == [[(0, 0, 3), (2, 0, 2)], [(2, 2, 4)]]
+    assert cut([12], 5) == [[(0, 0, 5)], [(0, 5, 10)], [(0, 10, 12)]]
+    assert cut([], 5) == cut([0], 5) == [[]]
 
 
 def add_nothing() -> list[Any]:

@@ -142,4 +142,5 @@ def _pieces(sizes: Sequence[int], most: int) -> Iterator[list[_Part]]:
             if not free:
                 yield piece
                 piece, free = [], most
-    yield piece
+    if piece or not sum(sizes):  # each piece is a wait; without one nobody would hear who has a gradient
+        yield piece
