@@ -186,6 +186,16 @@ def test_amx_kernels_without_amx(emulated: str, run_kernel_tests: Run) -> None:
     run_kernel_tests({"SPU_TEST_LIBRARY": emulated, "SPU_CPU_ISA": "amx"}, products, others)
 
 
+def test_the_files_of_the_library_compile_as_one() -> None:
+    """What `build_emulated` needs, which a CPU with every instruction does not try."""
+    owners: dict[str, list[str]] = {}
+    for path in (CSRC / "cpu").glob("*.cpp"):
+        if not path.stem.startswith("kernels_"):
+            for name in re.findall(r"^(?:struct|class|enum(?: class)?) (\w+)(?=[ ;{])", path.read_text(), re.M):
+                owners.setdefault(name, []).append(path.name)
+    assert {name: files for name, files in owners.items() if len(files) > 1} == {}
+
+
 def build_emulated(folder: Path) -> None:
     """The op library with 16-lane kernels in plain vector arithmetic, on the registers that the CPU has."""
     # The widest ones are compiled in a third of the time: nothing has to be cut into pieces.

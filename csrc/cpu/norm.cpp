@@ -12,11 +12,11 @@ namespace {
 // Sums over rows are made for blocks of rows, whatever the threads are, and added up in their order.
 constexpr int64_t kMostBlocks = 64, kLeastRows = 16;
 
-struct Rows {
+struct Size {
   int64_t rows, cols;
 };
 
-Rows rows_of(const char* op, const Tensor& x) {
+Size size_of(const char* op, const Tensor& x) {
   checks::expect_cpu(op, "x", x);
   if (x.dim() < 1) checks::fail("spu::", op, ": x must have at least one dimension, got a scalar");
   const int64_t cols = x.size(x.dim() - 1);
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const char* op, Norm n, const
                                                    const std::optional<Tensor>& residual,
                                                    const std::optional<Tensor>& weight,
                                                    const std::optional<Tensor>& bias, ScalarType dtype) {
-  const Rows size = rows_of(op, given);
+  const Size size = size_of(op, given);
   const Tensor x = dense(given), other = like_x(op, "residual", residual, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols), b = vector_of(op, "bias", bias, x, size.cols);
   if (w.defined() && b.defined()) checks::expect_same_dtype(op, "bias", b, "weight", w);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, Norm n, const Tensor
                                             const std::optional<Tensor>& dsum, const Tensor& kept,
                                             const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                                             bool needs_dx, bool needs_dw, bool needs_db) {
-  const Rows size = rows_of(op, kept);
+  const Size size = size_of(op, kept);
   const Tensor x = dense(kept), more = like_x(op, "dsum", dsum, x);
   const Tensor w = vector_of(op, "weight", weight, x, size.cols);
   const bool narrow = !n.layer && x.scalar_type() == ScalarType::Float && is_half(grad.scalar_type());
