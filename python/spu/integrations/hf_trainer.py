@@ -18,9 +18,11 @@ import torch
 import transformers
 from torch import nn
 
+from spu.common.dtypes import DTYPES
 from spu.common.files import write_json
 from spu.engine.labels import IGNORED
 from spu.integrations.hf_batches import joined
+from spu.integrations.hf_dtypes import GivenDtypes, chosen_precision
 from spu.integrations.hf_loss import check_loss
 from spu.integrations.hf_optimizer import FrontOptimizer, GroupedAdamW, set_rates
 from spu.integrations.hf_refusals import (
@@ -45,9 +47,11 @@ _COUNTING = ("get_batch_samples", "_get_num_items_in_batch", "_prepare_inputs", 
 class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
     """A ``transformers.Trainer`` for causal language models (a ``PeftModel`` too) that trains through spu's engine.
 
-    ``bf16=True`` and ``fp16=True`` train weights in 16 bits with fp32 masters, not under autocast; what is saved is the
-    masters. After ``train()`` the model is in fp32 again. Random draws (dropout) are the engine's: a function of seed,
-    step, microbatch and layer.
+    ``bf16=True`` and ``fp16=True`` train weights in 16 bits with fp32 masters, not under autocast. Without them the
+    precision is the model's own. After ``train()`` each weight has the dtype that it was given in, as with
+    ``transformers.Trainer``, and so it has in what is saved: an fp32 model gets its masters, a bf16 model these rounded
+    once. The engine's part of a checkpoint has the masters themselves. Random draws (dropout) are the engine's: a
+    function of seed, step, microbatch and layer.
 
     Args:
         args, keywords: as ``transformers.Trainer`` takes them.
@@ -73,6 +77,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
             args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: the engine takes further GPUs
         self._given = dict(spu or {})
         self._engine: ModelParallelTrainer | None = None
+        self._dtypes: GivenDtypes | None = None
         self._halfway: Halfway | None = None
         self._batches: list[Any] = []  # of an update that is not complete yet
         self._resumed: Path | None = None
@@ -102,19 +107,26 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self.accelerator._models = [self.model]
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Return what the whole model is evaluated under: autocast, as ``transformers.Trainer`` has it."""
+        """Return what the whole model is evaluated under: autocast, as ``transformers.Trainer`` has it.
+
+        While the engine has the model its norms are fp32 in every 16-bit precision.
+        """
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        if self._engine is not None:
+            trained = DTYPES[self._engine.precision]
+            dtype = trained if trained.itemsize == 2 else None
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     def _settings(self) -> dict[str, Any]:
         args = self.args
         own = {
             "devices": [str(args.device)],
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "microbatches": args.gradient_accumulation_steps,
             "max_grad_norm": args.max_grad_norm or None,
             "seed": args.seed,
         }
+        if "precision" not in self._given:
+            own["precision"] = chosen_precision(self._module, bf16=args.bf16, fp16=args.fp16)
         return own | self._given
 
     def _make_engine(self) -> ModelParallelTrainer:
@@ -122,7 +134,9 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         decayed = set(self.get_decay_parameter_names(model))
         undecayed = frozenset(id(p) for name, p in model.named_parameters() if name not in decayed)
         optimizer = partial(GroupedAdamW, undecayed=undecayed, weight_decay=self.args.weight_decay, **self._adamw())
-        return ModelParallelTrainer(model, shift=True, optimizer=optimizer, **self._settings())
+        engine = ModelParallelTrainer(model, shift=True, optimizer=optimizer, **self._settings())
+        self._dtypes = GivenDtypes(model, engine.precision)  # it converts them when it sees a batch
+        return engine
 
     def _adamw(self) -> dict[str, Any]:
         args = self.args
@@ -278,12 +292,15 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         engine, exact = self._engine, state_dict
         if engine is not None and engine.plan is not None and state_dict is None:
+            assert self._dtypes is not None
             exact = adapter_state(engine)[1] if is_adapted(self._module) else engine.state_dict_for_model()
+            exact = self._dtypes.state(exact)
         super()._save(output_dir, exact)
         config = Path(str(output_dir or self.args.output_dir)) / "config.json"
         if exact is not state_dict and config.is_file():  # it says what the weights have while they train
             values = json.loads(config.read_text(encoding="utf-8"))
-            write_json(config, values | {"dtype": "float32"})
+            assert self._dtypes is not None
+            write_json(config, values | {"dtype": self._dtypes.config})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -316,16 +333,13 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _end_engine(self) -> None:
-        """Give the model back, in full precision, on the device that the arguments name."""
+        """Give the model back, in the dtypes that it had, on the device that the arguments name."""
         engine, self._engine = self._engine, None
         if engine is None:
             return
         engine.close()
         if engine.plan is None:
             return
-        exact = engine.state_dict_for_model()
-        for name, parameter in self._module.named_parameters():
-            parameter.grad = None
-            parameter.data = exact[name].to(self.args.device)
-        for buffer in self._module.buffers():
-            buffer.data = buffer.data.to(self.args.device)
+        assert self._dtypes is not None
+        exact = self._dtypes.state(engine.state_dict_for_model())
+        self._dtypes.give_back(self._module, exact, self.args.device)

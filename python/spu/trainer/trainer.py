@@ -320,7 +320,9 @@ class ModelParallelTrainer(StagedModel):
     # State
 
     def state_dict_for_model(self) -> dict[str, torch.Tensor]:
-        """Return parameters in full precision, and buffers, by their names in the model, copied to the CPU.
+        """Return the model's parameters and buffers by their names in it, copied to the CPU.
+
+        Trained parameters are in full precision (fp32 masters), frozen ones, which have no master, in the training's.
 
         Raises:
             RuntimeError: before :meth:`prepare` or the first step, and where the values would not be those of one step
