@@ -11,6 +11,7 @@ import torch
 
 from spu import __version__
 from spu.common.torch_private import pytree
+from spu.distributed.told import BATCH as EACH_BATCH
 from spu.engine.base import sampled
 
 __all__ = ["BATCH", "HINTS", "WEIGHTS", "described", "given_facts"]
@@ -21,6 +22,8 @@ WEIGHTS, BATCH = "set of initial weights", "first batch"
 
 HINTS: Mapping[str, str] = {
     WEIGHTS: "with the same seed (torch.manual_seed(...) before the model is made)",
+    EACH_BATCH: "in the same order (one seed for all, and no DistributedSampler): replicas share the rows of a batch "
+    "among themselves",
     BATCH: "without a DistributedSampler: replicas share the rows of a batch among themselves",
 }
 """What helps, by the name of a fact."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
-__all__ = ["summed"]
+__all__ = ["added", "gathered", "summed"]
 
 
 def summed(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -18,9 +20,19 @@ def summed(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torc
         values: few, of one shape and dtype in all processes, where the group's transport reads them.
         group: None: all processes.
     """
-    everyones = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyones, values, group=group)
+    return added(gathered(values, group))
+
+
+def added(everyones: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of what every process had, in order."""
     total = everyones[0]
     for each in everyones[1:]:
         total = total + each
     return total
+
+
+def gathered(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+    """Return the values of each of a group's processes, by rank; arguments as for :func:`summed`."""
+    everyones = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyones, values, group=group)
+    return everyones

@@ -23,8 +23,9 @@ if dist.is_available():  # pipelining imports it: once a group is there, the def
 
 from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.alike import HINTS
-from spu.distributed.few import summed
+from spu.distributed.few import added, gathered
 from spu.distributed.meeting import found_store, meeting
+from spu.distributed.told import check_told
 
 __all__ = ["Job", "join", "leave"]
 
@@ -216,9 +217,22 @@ class Job:
                 flat.copy_(raw)
         return made
 
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes, the same in each."""
-        return summed(values)
+    def total(self, values: torch.Tensor, told: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
+        """Return the sum over all processes, the same in each.
+
+        Args:
+            values: fp64, of one dimension.
+            told: facts that travel with them: see `spu.distributed.told`.
+
+        Raises:
+            ValueError: the processes differ in one, in every process.
+        """
+        facts = torch.stack([torch.as_tensor(fact).to(values) for fact in told.values()])
+        everyones = gathered(torch.cat([values, facts]))
+        last = len(values)
+        names = [dict(zip(told, own[last:].tolist(), strict=True)) for own in everyones]
+        check_told(names, [rank % (self.size // self.replicas) for rank in range(self.size)], HINTS)
+        return added([own[:last] for own in everyones])
 
     def let_go_with(self, user: GroupUser) -> None:
         """Have :meth:`let_go` call that of an object that keeps a group."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from spu.distributed.shared_memory import shared_places
 from spu.distributed.shared_sums import SharedSums, place_bytes
 from spu.distributed.sums import GradientSums, Sums
 from spu.distributed.ties import Ties
+from spu.distributed.told import BATCH, FACTOR, RATES, digest, rates_digest
 from spu.engine.build import BuiltStages
 
 __all__ = ["PipelinePeers"]
@@ -39,6 +41,7 @@ class PipelinePeers:
     def __init__(self, job: Job, ranks: Sequence[int], built: BuiltStages, grad_wire: str = "fp32") -> None:
         self._job, self.ties = job, Ties(job, ranks, built)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
+        self._batch = torch.zeros((), dtype=torch.float64)  # of the step under way
         self.sums = None if job.alike is None else self._sums(built, job.alike, grad_wire)
         if self.sums is not None:
             job.let_go_with(self.sums)
@@ -53,9 +56,10 @@ class PipelinePeers:
         first = self._job.replica * each + min(self._job.replica, more)
         return range(first, first + each + (self._job.replica < more))
 
-    def begin(self, built: BuiltStages, backwards: int) -> None:
+    def begin(self, built: BuiltStages, backwards: int, batch: Any) -> None:
         """Begin a step with so many backwards of each stage: gradients are added up as the last ones fill them."""
         self.agree()
+        self._batch = digest(batch)
         if self.sums is not None:
             late = {id(use.owner) for use in built.tied if not use.apart}
             self.sums.begin(self._leaves(built), late, backwards)
@@ -84,14 +88,23 @@ class PipelinePeers:
         ends = [0, *accumulate(gradient.numel() for gradient in gradients)]
         return [g for g, start in zip(gradients, ends) if start * count // max(1, ends[-1]) == place]
 
-    def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def joined(
+        self,
+        sums: torch.Tensor,
+        loss: torch.Tensor,
+        *,
+        trained: bool,
+        lr_factor: float,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.
 
         fp64 holds each exactly, and 0 adds nothing to it: with one pipeline the sums are those of one process, bit for
         bit. Not finite is what is not finite in one process.
         """
         own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained)).to(sums)])
-        together = self._job.total(torch.cat([sums.to(torch.float64), own]))
+        told = {BATCH: self._batch, FACTOR: lr_factor, RATES: rates_digest(groups)}
+        together = self._job.total(torch.cat([sums.to(torch.float64), own]), told)
         if not bool(together[-1]):
             raise RuntimeError(
                 "nothing to train: the loss depends on no parameter that requires a gradient. Unfreeze one, or look "
@@ -99,9 +112,9 @@ class PipelinePeers:
             )
         return together[:-2], together[-2].to(torch.float32)
 
-    def total(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return a loss of which each process has a part, fp32, 0-dimensional."""
-        return self._job.total(loss.to(torch.float64).reshape(1))[0].to(torch.float32)
+    def total(self, loss: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch, of which each process has a part, fp32, 0-dimensional."""
+        return self._job.total(loss.to(torch.float64).reshape(1), {BATCH: digest(batch)})[0].to(torch.float32)
 
     def _leaves(self, built: BuiltStages) -> dict[int, list[nn.Parameter]]:
         return {k: [*built.owned[k].values(), *self.ties.leaves(k)] for k in sorted(self.own)}

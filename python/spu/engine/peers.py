@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -26,8 +27,8 @@ class Peers(Protocol):
     def share(self, parts: int) -> range:
         """Return the microbatches that go through this process's pipeline, of all of a batch."""
 
-    def begin(self, built: BuiltStages, backwards: int) -> None:
-        """Begin a step with so many backwards of each stage."""
+    def begin(self, built: BuiltStages, backwards: int, batch: Any) -> None:
+        """Begin a step over a batch with so many backwards of each stage."""
 
     def agree(self) -> None:
         """Give a parameter that several processes use one value, if they may have different ones."""
@@ -43,17 +44,32 @@ class Peers(Protocol):
     def measured(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return those of a stage's gradients whose squares this process adds up: each is some process's."""
 
-    def joined(self, sums: torch.Tensor, loss: torch.Tensor, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def joined(
+        self,
+        sums: torch.Tensor,
+        loss: torch.Tensor,
+        *,
+        trained: bool,
+        lr_factor: float,
+        groups: Sequence[Mapping[str, Any]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sums of squares of every stage, and the loss, the same in each process.
 
         Args:
             sums: fp64, one for each stage, of what is :meth:`measured` here; 0 for those of other processes.
             loss: fp32, 0-dimensional; this process's part.
             trained: a parameter of this process has a gradient.
+            lr_factor: what the rates of the coming update are multiplied by.
+            groups: the settings of this process's optimizers.
 
         Raises:
             RuntimeError: none has in any process.
+            ValueError: the processes have another batch, factor or settings.
         """
 
-    def total(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return a loss of which each process has a part."""
+    def total(self, loss: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Return the loss of a batch, of which each process has a part.
+
+        Raises:
+            ValueError: the processes have other batches.
+        """

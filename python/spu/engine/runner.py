@@ -150,7 +150,7 @@ class Runner:
         self.updater.begin_step()
         share = range(parts) if self._peers is None else self._peers.share(parts)
         if self._peers is not None:
-            self._peers.begin(self.built, len(share))
+            self._peers.begin(self.built, len(share), (inputs, targets))
         checks = self._watch(parts)
         try:
             with self.built.running():
@@ -283,7 +283,7 @@ class Runner:
         if checks:
             self._check.end()
         loss = sum_losses(work.losses)
-        return loss if self._peers is None else self._peers.total(loss)
+        return loss if self._peers is None else self._peers.total(loss, (inputs, targets))
 
     def _watch(self, parts: int) -> bool:
         """Begin a batch; tell whether its loss will be checked."""

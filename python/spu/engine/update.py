@@ -173,11 +173,15 @@ class Updater:
         streamed = self.streaming is not None and self.streaming.has_gradients()
         return streamed or any(p.grad is not None for stage in self._built.stages for p in stage.parameters())
 
-    def reduce(self, loss: torch.Tensor) -> Update:
+    def reduce(self, loss: torch.Tensor, lr_factor: float = 1.0) -> Update:
         """Add up the gradients of tied parameters; return the norm over all gradients, found_inf and the loss.
 
         Args:
             loss: this process's part of it.
+            lr_factor: of the coming update: all processes must have the same one.
+
+        Raises:
+            ValueError: they have another one, another batch, or other settings of an optimizer.
         """
         self._end_backward()
         # (6) in docs/architecture.md
@@ -189,7 +193,9 @@ class Updater:
         sums = self._engine.each(self._sqnorm)
         parts = torch.stack([on_device(each, self._scaler.device) for each in sums])
         if self._peers is not None:
-            parts, loss = self._peers.joined(parts.reshape(-1), loss, trained=self.has_gradients())
+            groups = [group for optimizer in self.optimizers for group in _groups(optimizer)]
+            facts = {"trained": self.has_gradients(), "lr_factor": _factor(lr_factor), "groups": groups}
+            parts, loss = self._peers.joined(parts.reshape(-1), loss, **facts)
         total = parts.sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
         found_inf = (~total.isfinite()).to(torch.float32)

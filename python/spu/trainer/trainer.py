@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,12 @@ class ModelParallelTrainer(StagedModel):
         inputs, targets = labelled(inputs, targets, shift=self.shift)
         self._set_up(inputs, targets)
         updater = self._prepared().updater
-        with contextlib.ExitStack() as counting:
-            done, update, began = self._repeated(partial(self._attempt, counting, inputs, targets), inputs, targets)
+        factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
+        with ExitStack() as counting:
+            attempt = partial(self._attempt, counting, inputs, targets, factor)
+            done, update, began = self._repeated(attempt, inputs, targets)
             scale = updater.scopes[-1].scale.clone()
             try:
-                factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
                 with delayed_interrupts():  # Ctrl-C waits: all stages are updated, or none
                     self._update(update, factor)
             except BaseException:
@@ -184,22 +185,22 @@ class ModelParallelTrainer(StagedModel):
             self._look_back()
         return result
 
-    def _attempt(self, counting: contextlib.ExitStack, inputs: Any, targets: Any) -> tuple[Pass, Update, list[Mark]]:
+    def _attempt(self, counting: Any, inputs: Any, targets: Any, factor: float) -> tuple[Pass, Update, list[Mark]]:
         """Return the results of a step up to its update, and when it began; a step may need several attempts."""
         begin = self._marks()
         counting.close()
         if self._report is not None and self._last.done == 0:
             self._last.counted_bytes = counting.enter_context(counted_bytes(self._prepared()))
-        return *self._reduced(inputs, targets, keep_outputs=False), begin
+        return *self._reduced(inputs, targets, factor, keep_outputs=False), begin
 
     def _marks(self) -> list[Mark]:
         return [mark(device.torch_device) for device in self.devices]
 
-    def _reduced(self, inputs: Any, targets: Any, *, keep_outputs: bool) -> tuple[Pass, Update]:
+    def _reduced(self, inputs: Any, targets: Any, factor: float = 1.0, *, keep_outputs: bool) -> tuple[Pass, Update]:
         done = self._accumulate(inputs, targets, keep_outputs=keep_outputs)
         updater = self._prepared().updater
         try:
-            return done, updater.reduce(done.loss)
+            return done, updater.reduce(done.loss, factor)
         except BaseException:
             updater.clear_gradients()
             raise
@@ -375,7 +376,7 @@ class ModelParallelTrainer(StagedModel):
         updater.check_own()
         updater.show()
 
-        with contextlib.ExitStack() as whole:
+        with ExitStack() as whole:
 
             def begin() -> None:
                 whole.enter_context(delayed_interrupts())  # from the first changed value to the last
