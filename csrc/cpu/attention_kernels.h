@@ -51,17 +51,7 @@ __attribute__((noinline)) static void add_rows_times(int64_t slots, const float*
 #pragma GCC unroll 4
     for (int j = 0; j < kNV; ++j) acc[i][j] = load(c + i * ldc + j * kLanes);
   }
-  for (int64_t k = 0; k < slots; ++k, b += kNR) {
-    vf bv[kNV];
-#pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j) bv[j] = load(b + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kMR; ++i) {
-      const vf av = O::splat(a[i * kNR + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kNV; ++j) acc[i][j] = O::fma(av, bv[j], acc[i][j]);
-    }
-  }
+  for (int64_t k = 0; k < slots; ++k, b += kNR) multiply_slot<false, kMR>(a + k, kNR, b, acc);
 #pragma GCC unroll 16
   for (int i = 0; i < kMR; ++i) {
 #pragma GCC unroll 4
