@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import ModelParallelTrainer
+from spu.distributed import peers
 from spu.distributed import sums as module
 from spu.distributed.grad_wire import WIRES
 from spu.distributed.sums import GradientSums
+from spu.engine.engine import StageError
 
 SIZE = 300_000  # more than a bucket of a small model
 
@@ -191,3 +195,61 @@ def test_what_is_not_finite_in_one_pipeline_is_seen_in_both() -> None:
 def test_a_wire_without_pipelines_is_refused() -> None:
     with pytest.raises(ValueError, match="grad_wire='fp16' would change nothing"):
         ModelParallelTrainer(nn.Sequential(nn.Linear(2, 2)), "cpu", grad_wire="fp16")
+
+
+class Stuck(torch.autograd.Function):
+    """Sleeps in rank 0 before its backward; fails in rank 1 after the layers behind, whose gradients have left."""
+
+    asked = False
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        if Stuck.asked and dist.get_rank() == 0:
+            time.sleep(8)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        if Stuck.asked and dist.get_rank() == 1:
+            raise ArithmeticError("as asked")
+        return grad
+
+
+class Sticking(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Stuck.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def fail_with_a_sum_under_way(wire: str) -> tuple[str, bool, float]:
+    """Returns the error, whether something was on its way, and how long it took to leave."""
+    peers._SHARING = 1  # no shared memory
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 600), Sticking(), nn.Linear(600, 600), nn.Linear(600, 600))
+    trainer = ModelParallelTrainer(
+        model, "cpu", engine="distributed", replicas=2, microbatches=1, precision="fp32", loss_fn=nn.MSELoss(),
+        grad_wire=wire,
+    )  # fmt: skip
+    x, y = torch.ones(4, 4), torch.zeros(4, 600)
+    trainer.step(x, y)
+    Stuck.asked = True
+    try:
+        trainer.step(x, y)
+        said = "no error"
+    except (ConnectionError, StageError) as error:
+        said = str(error)
+    sums = trainer._spread._peers.sums  # type: ignore[union-attr]
+    assert isinstance(sums, GradientSums)
+    under_way, begin = sums.under_way(), time.monotonic()
+    trainer.close()
+    return said, under_way, time.monotonic() - begin
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="connections are found in /proc")
+@pytest.mark.parametrize("wire", ["fp32", "fp16"])
+def test_a_process_that_fails_with_a_sum_under_way_leaves_at_once(wire: str) -> None:
+    """It waited for the others' part, as torch ends no collective over gloo before its time."""
+    (lost, *_), (failed, under_way, took) = in_ranks(2, fail_with_a_sum_under_way, wire, timeout_s=60)
+    assert "ArithmeticError: as asked" in failed
+    assert under_way
+    assert took < 4, took
+    assert lost.startswith("rank 0 exchanged gradients with rank 1, which has ended or no longer answers"), lost

@@ -29,6 +29,9 @@ class Sending(Protocol):
     def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup) -> None:
         """Send fp32 values of one dimension, which belong to this object from now on."""
 
+    def done(self) -> bool:
+        """Tell whether what was sent so far has come, or failed."""
+
     def half_way(self) -> None:
         """Send what can be sent only when the others' values are here; called in every process, in one order."""
 
@@ -42,6 +45,10 @@ class Whole:
     def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup) -> None:
         self._flat = flat
         self._work = dist.all_reduce(flat, group=group, async_op=True)
+
+    def done(self) -> bool:
+        """Tell whether the all-reduce has ended."""
+        return bool(self._work.is_completed())
 
     def half_way(self) -> None:
         """Do nothing."""
@@ -63,6 +70,10 @@ class Rounded:
         self._sent = _rounded(rows)
         self._got = torch.empty_like(self._sent)
         self._work = dist.all_to_all_single(self._got, self._sent, group=group, async_op=True)
+
+    def done(self) -> bool:
+        """Tell whether what was sent last has come."""
+        return bool(self._work.is_completed())
 
     def half_way(self) -> None:
         """Add up this process's part and send it."""

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.alike import HINTS
 from spu.distributed.few import added, gathered
 from spu.distributed.meeting import found_store, meeting
+from spu.distributed.sockets import Connections
 from spu.distributed.told import check_told
 
 __all__ = ["Job", "join", "leave"]
@@ -74,6 +75,9 @@ def leave() -> None:
 class GroupUser(Protocol):
     """What keeps process groups of a job."""
 
+    def under_way(self) -> bool:
+        """Tell whether something is on its way that nobody waits for: a step has failed meanwhile."""
+
     def let_go(self) -> None:
         """Keep none any more; nothing runs afterwards."""
 
@@ -104,6 +108,7 @@ class Job:
     def __init__(self, devices: Spec = "auto", *, replicas: int = 1, timeout_s: int = 600) -> None:
         self._joined = join(devices, timeout_s)
         self._users: weakref.WeakSet[GroupUser] = weakref.WeakSet()
+        self._connections = Connections()  # of the groups that are made here, in which sums go on beside the work
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size % replicas:
             raise ValueError(
@@ -119,8 +124,9 @@ class Job:
         if replicas > 1:
             ranks, timeout = torch.arange(self.size).view(replicas, -1), timedelta(seconds=timeout_s)
             # Not by a DeviceMesh: its groups wait for half an hour, and one of all processes is torch's default group.
-            self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
-            self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+            with self._connections.made_here():
+                self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+                self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
         self.device = _own_device(devices, self.rank)
         everyones = self.gathered(_told(self.device))
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
@@ -225,21 +231,44 @@ class Job:
             told: facts that travel with them: see `spu.distributed.told`.
 
         Raises:
+            ConnectionError: another process has ended, or no longer answers.
             ValueError: the processes differ in one, in every process.
         """
         facts = torch.stack([torch.as_tensor(fact).to(values) for fact in told.values()])
-        everyones = gathered(torch.cat([values, facts]))
+        with self.exchanging("the end of a step", range(self.size)):
+            everyones = gathered(torch.cat([values, facts]))
         last = len(values)
         names = [dict(zip(told, own[last:].tolist(), strict=True)) for own in everyones]
         check_told(names, [rank % (self.size // self.replicas) for rank in range(self.size)], HINTS)
         return added([own[:last] for own in everyones])
+
+    @contextlib.contextmanager
+    def exchanging(self, what: str, ranks: Iterable[int]) -> Iterator[None]:
+        """Return a context for an exchange with other processes.
+
+        Raises:
+            ConnectionError: inside, torch.distributed has lost one of them.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # of torch.distributed
+            others = ", ".join(str(rank) for rank in ranks if rank != self.rank)
+            raise ConnectionError(
+                f"rank {self.rank} exchanged {what} with rank {others}, which has ended or no longer answers; its own "
+                f"output says why. torch: {type(error).__name__}: {error}"
+            ) from error
 
     def let_go_with(self, user: GroupUser) -> None:
         """Have :meth:`let_go` call that of an object that keeps a group."""
         self._users.add(user)
 
     def let_go(self) -> None:
-        """Destroy the groups that were made here, and keep none of them; harmless when called twice."""
+        """Destroy the groups that were made here, and keep none of them; harmless when called twice.
+
+        What is under way in them after a failure is given up: the others hear at once that this process has left.
+        """
+        if any(user.under_way() for user in list(self._users)):
+            self._connections.shut_down()
         for user in list(self._users):
             user.let_go()
         made, self.pipeline, self.alike = (self.pipeline, self.alike), None, None

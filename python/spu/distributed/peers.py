@@ -74,7 +74,9 @@ class PipelinePeers:
         Each use of a parameter over the pipelines, then the uses: the sums that one process adds to one another.
         """
         if self.sums is not None:
-            self.sums.end()
+            alike = range(self._job.place, self._job.size, self._job.size // self._job.replicas)
+            with self._job.exchanging("gradients", alike):
+                self.sums.end()
         self.ties.add()
 
     def cancel(self) -> None:

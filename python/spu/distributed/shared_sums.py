@@ -88,6 +88,10 @@ class SharedSums:
     def cancel(self) -> None:
         """Forget what is on its way: nothing is."""
 
+    def under_way(self) -> bool:
+        """Return False: whoever sends waits."""
+        return False
+
     def let_go(self) -> None:
         """Keep the group no more; nothing is added up afterwards."""
         vars(self).pop("_group", None)

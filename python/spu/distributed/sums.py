@@ -82,6 +82,9 @@ class Sums(Protocol):
     def close(self) -> None:
         """Let go of what was kept between steps."""
 
+    def under_way(self) -> bool:
+        """Tell whether something of a step that failed is still on its way."""
+
     def let_go(self) -> None:
         """Keep the group no more; nothing is added up afterwards."""
 
@@ -99,6 +102,7 @@ class GradientSums:
         self._buckets: list[_Bucket] = []
         self._bucket_of: dict[int, _Bucket] = {}
         self._next = 0  # the first bucket that has not left during a backward
+        self._lost: list[Sending] = []  # on their way when their step failed
         self._again: set[int] = set()  # ids of parameters that got more after they seemed complete
         self._left: dict[int, int] = {}
         self._nodes: dict[int, tuple[Any, RemovableHandle]] = {}  # that add to gradients, and our hook, by parameter id
@@ -243,11 +247,19 @@ class GradientSums:
         """Forget what is on its way."""
         self._next = 0
         for bucket in self._buckets:
+            if bucket.sending is not None and not bucket.sending.done():
+                self._lost.append(bucket.sending)
             bucket.sending, bucket.sent = None, []
+
+    def under_way(self) -> bool:
+        """Tell whether something of a step that failed is still on its way."""
+        sending = (bucket.sending for bucket in self._buckets if bucket.sending is not None)
+        return not all(each.done() for each in (*self._lost, *sending))
 
     def let_go(self) -> None:
         """Keep the group no more; nothing is added up afterwards."""
         self.cancel()
+        self._lost.clear()
         vars(self).pop("_group", None)
 
     def close(self) -> None:

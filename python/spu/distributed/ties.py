@@ -106,15 +106,10 @@ class Ties:
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        try:
+        places = {place for _, home, others in self._shared.values() for place in (home, *others)}
+        ranks = [self._job.rank_of(place) for place in sorted(places)]
+        with self._job.exchanging(f"the {what} of weights that several stages use", ranks):
             yield
-        except RuntimeError as error:  # of torch.distributed
-            places = {place for _, home, others in self._shared.values() for place in (home, *others)}
-            ranks = ", ".join(str(self._job.rank_of(place)) for place in sorted(places - {self._job.place}))
-            raise ConnectionError(
-                f"rank {self._job.rank} exchanged the {what} of weights that several stages use with rank {ranks}, "
-                f"which has ended or no longer answers; its own output says why. torch: {type(error).__name__}: {error}"
-            ) from error
 
     def _posted(self, gradient: torch.Tensor | None, home: int) -> list[tuple[dist.Work, torch.Tensor]]:
         rank = self._job.rank_of(home)
