@@ -230,6 +230,8 @@ def test_models_that_are_no_decoders_are_refused_by_name():
         hf.decoder_layers(transformers.BertForMaskedLM(config))
     with pytest.raises(ValueError, match=r"OPTForCausalLM leaves out layers by chance.*set config.layerdrop=0.0"):
         hf.decoder_layers(make_model("OPT", layerdrop=0.1))
+    with pytest.raises(ValueError, match=r"is set to flex attention, which has no backward on CPUs.*\('sdpa'\)"):
+        hf.decoder_layers(make_model("Llama", attn_implementation="flex_attention"))
     with pytest.raises(ValueError, match=r"MixtralForCausalLM adds a router loss.*output_router_logits=False"):
         hf.decoder_layers(make_model("Mixtral", output_router_logits=True))
 

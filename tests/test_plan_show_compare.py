@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from test_plan_plan import PLAN
 
 from spu.plan.show.compare import comparison
@@ -15,7 +18,24 @@ def test_time_bubble_work_and_bytes_stand_side_by_side():
     assert lines[1].endswith("+100.0%")
     assert any(line.split()[:2] == ["cpu:1", "works"] and line.endswith("+0.0%") for line in lines)
     assert any(line.split() == ["cpu:0", "peak", "100", "B", "110", "B", "+10.0%"] for line in lines)
-    assert lines[-1].endswith("with Python and libraries")
+    assert lines[-2].endswith("with Python and libraries")
+
+
+@pytest.mark.parametrize(
+    ("basis", "times", "says"),
+    [
+        ("measured", 1.4, ""),
+        ("measured", 1 / 1.4, ""),
+        ("measured", 2.0, "A step took 2.0 times more than predicted: other work on the devices"),
+        ("measured", 0.25, "A step took 4.0 times less than predicted: other work on the devices"),
+        ("estimated", 3.0, "A step took 3.0 times more than predicted: it rests on counted work"),
+        ("nominal", 9.0, "The prediction is at made-up speeds"),
+    ],
+)
+def test_what_is_far_from_its_prediction_is_said_with_what_to_do(basis: str, times: float, says: str) -> None:
+    plan = dataclasses.replace(PLAN, predicted=dataclasses.replace(PLAN.predicted, basis=basis))
+    last = comparison(plan, plan.timeline(), times * plan.predicted.step_s)[-1]
+    assert last.startswith(says) if says else " works" in last
 
 
 def test_memory_over_time_holds_what_is_in_flight():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison", "replanned"]
 
+_FAR = 1.5  # times: a shared machine's speed changes by a third within an hour
+
 
 def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mapping[str, int] | None = None) -> list[str]:
     """Return lines of text: time of a step, bubble, each device's work and peak bytes, predicted and measured.
@@ -34,7 +36,7 @@ def comparison(plan: Plan, timeline: Timeline, step_s: float, peak_bytes: Mappin
     ]
     rows += map(_row, [f"{name} works" for name in plan.devices], _work(plan, expected), _work(plan, timeline))
     rows += _memory_rows(plan, peak_bytes or {})
-    return columns(rows, left=1)
+    return columns(rows, left=1) + _remarks(plan, step_s)
 
 
 def replanned(before: Plan, after: Plan) -> str:
@@ -46,6 +48,27 @@ def replanned(before: Plan, after: Plan) -> str:
     cuts = [", ".join(f"{s.device} {s.layers[1] - s.layers[0]}" for s in plan.stages) for plan in (before, after)]
     how = f"{after.settings.schedule}, {after.settings.microbatches} microbatches"
     return f"planned again: layers {cuts[0]} -> {cuts[1]}; {how}; {format_seconds(after.predicted.step_s)} a step"
+
+
+def _remarks(plan: Plan, step_s: float) -> list[str]:
+    """Return a line where a step took another time by far than was predicted: why, and what to do."""
+    predicted, basis = plan.predicted.step_s, plan.predicted.basis
+    times = max(step_s, predicted) / max(min(step_s, predicted), 1e-9)
+    if times < _FAR:
+        return []
+    if basis == "nominal":
+        return [
+            "The prediction is at made-up speeds: its shares count, its seconds do not. measure=True predicts seconds."
+        ]
+    how = "more" if step_s > predicted else "less"
+    why = {
+        "measured": "other work on the devices now, or while the layers were timed, or an input that takes longer",
+        "estimated": "it rests on counted work and the devices' measured speeds; measure=True times the layers",
+    }
+    return [
+        f"A step took {times:.1f} times {how} than predicted: {why.get(basis, basis)}. trainer.replan() (replan=True) plans "
+        "again from what this step took."
+    ]
 
 
 def _work(plan: Plan, timeline: Timeline) -> list[float]:
