@@ -26,9 +26,9 @@ def test_time_bubble_work_and_bytes_stand_side_by_side():
     [
         ("measured", 1.4, ""),
         ("measured", 1 / 1.4, ""),
-        ("measured", 2.0, "A step took 2.0 times more than predicted: other work on the devices"),
-        ("measured", 0.25, "A step took 4.0 times less than predicted: other work on the devices"),
-        ("estimated", 3.0, "A step took 3.0 times more than predicted: it rests on counted work"),
+        ("measured", 2.0, "A step took 2 times its predicted time: other work on the devices"),
+        ("measured", 0.25, "A step took 0.25 times its predicted time: other work on the devices"),
+        ("estimated", 3.0, "A step took 3 times its predicted time: it rests on counted work"),
         ("nominal", 9.0, "The prediction is at made-up speeds"),
     ],
 )

@@ -88,8 +88,8 @@ def _refuse_others(model: nn.Module) -> None:
         raise ValueError(f"{name} ends in another head than a language model's; {ELSE}")
     if getattr(config.get_text_config(), "_attn_implementation", None) == "flex_attention":
         raise ValueError(
-            f"{name} is set to flex attention, which has no backward on CPUs, and whose masks (torch's BlockMask: functions "
-            "of positions) cannot be cut into microbatches: model.set_attn_implementation('sdpa')"
+            f"{name} is set to flex attention, which has no backward on CPUs, and whose masks (torch's BlockMask: "
+            "functions of positions) cannot be cut into microbatches: model.set_attn_implementation('sdpa')"
         )
     if getattr(config, "output_router_logits", False):
         raise ValueError(f"{name} adds a router loss over all layers at once: set config.output_router_logits=False")

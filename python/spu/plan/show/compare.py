@@ -57,17 +57,14 @@ def _remarks(plan: Plan, step_s: float) -> list[str]:
     if times < _FAR:
         return []
     if basis == "nominal":
-        return [
-            "The prediction is at made-up speeds: its shares count, its seconds do not. measure=True predicts seconds."
-        ]
-    how = "more" if step_s > predicted else "less"
+        return ["The prediction is at made-up speeds: its shares count, its seconds do not; measure=True times layers."]
     why = {
         "measured": "other work on the devices now, or while the layers were timed, or an input that takes longer",
         "estimated": "it rests on counted work and the devices' measured speeds; measure=True times the layers",
     }
     return [
-        f"A step took {times:.1f} times {how} than predicted: {why.get(basis, basis)}. trainer.replan() (replan=True) plans "
-        "again from what this step took."
+        f"A step took {step_s / max(predicted, 1e-9):.2g} times its predicted time: {why.get(basis, basis)}. "
+        "trainer.replan() (replan=True) plans again from what this step took."
     ]
 
 
