@@ -33,6 +33,8 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 pytho
 SPU_BUILD ?= $(if $(shell command -v $(CXX) g++ clang++ c++),1,0)
 export SPU_BUILD
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The packages are installed without bytecode: unwritten, each of the tests' processes would compile what it imports, 10 s of it.
+unexport PYTHONDONTWRITEBYTECODE
 
 # torch is there first and pinned, so the package builds against it without an isolated second copy.
 # --no-compile: bytecode is written by the first import, for the modules that are imported, not for all of them.
