@@ -270,4 +270,5 @@ def test_rows_in_and_out_in_another_dtype(backend: str, dtype: torch.dtype, roun
         rest = more, x, weight, rstd, 1.0, rounded, True, True
         for found, expected in zip(back(dy, *rest), back(dy.float(), *rest), strict=True):
             assert_equal(found, expected)
-    torch.library.opcheck(norm_to, (x, weight, 1e-5, 1.0, rounded, dtype))
+    if cols == 45:  # of schema, fake and autograd, which know no sizes
+        torch.library.opcheck(norm_to, (x, weight, 1e-5, 1.0, rounded, dtype))
