@@ -53,6 +53,11 @@ train-small-ram: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/pytest $(TEST_WORKERS) $(ARGS)
 
+# Also what make aot-cuda, make gpu-test or other cases of the suite repeat (tests/thorough.py).
+.PHONY: test-all
+test-all:
+	SPU_TEST_ALL=1 $(MAKE) test
+
 bench: $(VENV)/.bench
 	$(BIN)/pytest benchmarks $(ARGS)
 

@@ -27,6 +27,8 @@ with contextlib.suppress(ImportError):  # the bars of other packages, also switc
 
     tqdm.monitor_interval = 0
 
+from thorough import ALL
+
 THREADS = 2  # the suite is meant for two cores, and bit-equality tests compare at equal thread counts
 SETTLE_SECONDS = 2.0  # a worker that was told to stop may still be on its way out when the test returns
 
@@ -61,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from interpreting import prepare
 
         prepare()
+    config.addinivalue_line("markers", "thorough(why): run by `make test-all` alone; why it may be")
     config.addinivalue_line("markers", "leaks_threads: exempt from the check that no thread outlives its test")
 
 
@@ -98,6 +101,10 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACE.get(item.path.stem, len(LONG)))
+    for item in items:
+        mark = item.get_closest_marker("thorough")
+        if mark is not None and not ALL:
+            item.add_marker(pytest.mark.skip(reason=f"{mark.args[0]}; make test-all runs it"))
     if torch.cuda.is_available():
         return
     reason = f"needs a CUDA device; torch {torch.__version__} sees none here"

@@ -13,13 +13,13 @@ from spu.cost.footprint import Footprint
 from spu.plan.layer_cost import LayerCost
 from spu.settings import Settings
 
-TOKENS = 48
+TOKENS = 32
 
 
 @pytest.fixture
 def mamba(tmp_path: Path) -> str:
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100, state_size=8)
+    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=100, state_size=8)
     config.save_pretrained(tmp_path)
     return str(tmp_path)
 
@@ -41,8 +41,8 @@ def test_a_recurrence_costs_what_its_whole_rows_cost(mamba: str, monkeypatch: py
     monkeypatch.setattr(Footprint, "cost", noted)
     monkeypatch.setattr(loops, "MOST_OPERATORS", 500)
     short = costs(mamba)
-    assert (6, 8, 64) in seen
-    assert (3, 16, 64) in seen
+    assert (4, 8, 64) in seen
+    assert (2, 16, 64) in seen
     monkeypatch.setattr(loops, "MOST_OPERATORS", 1 << 30)
     for found, whole in zip(short, costs(mamba), strict=True):
         for field in dataclasses.fields(LayerCost):

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from thorough import ALL
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
 import spu
 from spu.ops import use_backend
 
-SEQUENCES, CALLS = 25, 30
+SEQUENCES, CALLS = 250 if ALL else 120, 30
 
 pytestmark = pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 
@@ -249,7 +250,7 @@ def test_random_sequences_are_decided_as_torch_decides_them(batch: int) -> None:
     torch.set_num_threads(1)
     try:
         with use_backend("reference"):
-            compared = [run_sequence(seed) for seed in range(batch * SEQUENCES, (batch + 1) * SEQUENCES)]
+            compared = [run_sequence(seed) for seed in range(batch, SEQUENCES, 10)]
     finally:
         torch.set_num_threads(threads)
-    assert sum(compared) > 2 * SEQUENCES
+    assert sum(compared) > 2 * len(compared)
