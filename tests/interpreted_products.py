@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
+from thorough import ALL
 from torch import Tensor
 
 from spu import kernels
@@ -35,7 +36,8 @@ def derived() -> list[object]:
     """Every configuration of the derived tables, each with the ops that use it (warps and stages change no result).
 
     What runs the same kernel in the same form is tried once: linear_dx is linear without an epilogue, and linear_dz_dx
-    in any kind but "tile" is linear_dx.
+    in any kind but "tile" is linear_dx. Of the rest, smaller tiles first, those that bring an op or a tile to a kind:
+    the tile is how often a loop runs, which no op knows of. All of them: `make test-all`.
     """
     found: dict[tuple[str, Config], None] = {}
     for arch in derive.ARCHITECTURES:
@@ -43,7 +45,13 @@ def derived() -> list[object]:
             op, one = key.split("/")[0], entry.config
             op = "linear" if op == "linear_dx" or (op == "linear_dz_dx" and one.kind != "tile") else op
             found[op, dataclasses.replace(one, group_m=2, num_warps=4, num_stages=2)] = None
-    return [pytest.param(op, one, id=f"{op}-{one.kind}-{one.block_m}x{one.block_n}x{one.block_k}") for op, one in found]
+    kept, met = [], set[tuple[object, ...]]()
+    for op, one in sorted(found, key=lambda case: case[1].block_m * case[1].block_n * case[1].block_k):
+        brought = {(op, one.kind), (one.kind, one.block_m, one.block_n, one.block_k)} - met
+        met |= brought
+        if brought or ALL:
+            kept.append(pytest.param(op, one, id=f"{op}-{one.kind}-{one.block_m}x{one.block_n}x{one.block_k}"))
+    return kept
 
 
 def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -30,9 +30,10 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 
 AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
+thorough = pytest.mark.thorough("kernels_avx512bf16.cpp includes the same files, with an instruction more")
 WIDE = [
     ("kernels_avx2", AVX2),
-    ("kernels_avx512", AVX512),
+    pytest.param("kernels_avx512", AVX512, marks=thorough),
     ("kernels_avx512bf16", [*AVX512, "-mavx512bf16"]),
     ("kernels_amx", [*AVX512, *AMX]),
 ]
