@@ -79,7 +79,8 @@ LONG = (
     "test_train_tensorboard", "test_model_families", "test_memory_activations", "test_cost_count",
     "test_engine_streaming_grid", "test_engine_crossing", "test_ops_dispatch", "test_trainer_lower",
     "test_memory_disk_faults", "test_precision_differential", "test_model_traced", "test_engine_head_loss",
-    "test_planning_gates",
+    "test_planning_gates", "test_ops_linear", "test_distributed_ties", "test_engine_streaming_host",
+    "test_trainer_adapter", "test_trainer_planner", "test_distributed_job", "test_common_heap",
 )  # fmt: skip
 PLACE = {name: place for place, name in enumerate(LONG)}
 
