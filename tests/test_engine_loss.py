@@ -395,3 +395,14 @@ def test_parameters_that_only_masked_rows_use_are_decayed_as_in_the_whole_batch(
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.equal(plain[1].scales[1], torch.ones(6))
+
+
+def test_a_microbatch_whose_weight_is_0_and_whose_smoothed_loss_is_not_is_named() -> None:
+    """Its part of the numerator was left out: a mean of 1.60 for 1.88."""
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 0.0, 2.0]), label_smoothing=0.1)
+    weighing = weighing_of(loss)
+    with pytest.raises(ValueError, match="label_smoothing gives them a loss.*a small weight"):
+        weighing.shares([torch.tensor([0, 2]), torch.tensor([1, 1])])
+    assert [float(share) for share in weighing.shares([torch.tensor([0, 1]), torch.tensor([-100, -100])])] == [1.0, 0.0]
+    plain = weighing_of(nn.CrossEntropyLoss(torch.tensor([1.0, 0.0, 2.0])))
+    assert [float(share) for share in plain.shares([torch.tensor([0, 1]), torch.tensor([1, 1])])] == [1.0, 0.0]
