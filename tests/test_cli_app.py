@@ -34,3 +34,19 @@ def test_bad_input_is_named(arguments: tuple[str, ...], expected: str, capsys: p
         main(list(arguments))
     assert exit_info.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["merge"], "Missing argument 'run'; see spu merge --help"),
+        (["plan", "internlm2-1.8b"], "(internlm2-1.8b); see spu plan --help"),
+        (["trian"], "Did you mean 'train'?; see spu --help"),
+    ],
+)
+def test_a_wrong_argument_names_the_help_of_its_command(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().err.strip().endswith(says)

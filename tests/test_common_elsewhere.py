@@ -58,6 +58,10 @@ def test_values_are_written_as_they_are_taken(value: Any, kind: str, better: str
 def test_a_refusal_says_what_to_write() -> None:
     with pytest.raises(ValueError, match="--steps '1e3' must be a whole number of at least 1: write 1000$"):
         TrainConfig(steps="1e3")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--steps 0 must be a whole number of at least 1$"):
+        TrainConfig(steps=0)  # it once went on: write 0
+    with pytest.raises(ValueError, match="--seq '-1k' must be a whole number of at least 1$"):
+        TrainConfig(seq="-1k")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"--devices \['cpu:0', 'cpu:1'\] must be a text: write cpu:0,cpu:1$"):
         TrainConfig(devices=["cpu:0", "cpu:1"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_grad_norm 0 must be a positive number; a large one, such as 1e9, clips"):

@@ -255,8 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # the base class of usage errors moved between typer's versions
             raise
-        said = _unknown(error, arguments) or f"{error.format_message()}{_given(error, arguments)}"
-        print(f"spu: error: {said}; see spu --help", file=sys.stderr)
+        said = _unknown(error, arguments) or f"{error.format_message().rstrip('.')}{_given(error, arguments)}"
+        command = getattr(getattr(error, "ctx", None), "command_path", "spu")
+        print(f"spu: error: {said}; see {command} --help", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code or 0)
 

@@ -95,6 +95,14 @@ def choice(default: str | None, about: str, values: Iterable[str]) -> Any:
     return field_of(default, Kind(about, f"one of {', '.join(known)}", take))
 
 
+def _takes(kind: Kind, text: str) -> bool:
+    try:
+        kind.take(kind.parse(text))
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
 def whole(default: int | str | None, about: str, *, least: int = 1, most: int | None = None, auto: bool = False) -> Any:
     """Return a field for a whole number, or "auto" where ``auto`` allows it."""
 
@@ -249,6 +257,7 @@ class Options:
             if kind.listed:
                 raise ValueError(f"unknown {label} {value!r}: give {kind.allowed}") from None
             better = rewritten(value, kind.metavar)
+            better = better if _takes(kind, better) else ""  # 0, where it must be 1, is no other way to write it
             fix = f": write {better}" if better else f"; {kind.otherwise}" if kind.otherwise else ""
             raise ValueError(f"{label} {value!r} must be {kind.allowed}{fix}") from None
 
