@@ -380,3 +380,16 @@ def test_backwards_in_two_threads_that_share_weights_in_other_places_end() -> No
     run(second, first)
     for grad, p in zip(once, (first, second), strict=True):
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+def test_recurrent_weights_add_their_steps_in_fp32(kind: type[nn.RNNBase]) -> None:
+    """torch's own sum over the steps is off by half and more (findings/gru_16bit_gradients.sh)."""
+    torch.manual_seed(0)
+    net = kind(4, 4, batch_first=True).bfloat16()
+    truth, x = copy.deepcopy(net).double(), torch.rand(1, 1500, 4).bfloat16()
+    MainGrads(net.parameters()).begin_step()
+    net(x)[0].sum().backward()
+    truth(x.double())[0].sum().backward()
+    for p, q in zip(net.parameters(), truth.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 0.02 * q.grad.norm()
