@@ -327,5 +327,6 @@ def kind_of(module: nn.Module, x: Any) -> tuple[Any, ...]:
         settings.append((name, type(part), tuple(plain)))
     state = itertools.chain(module.named_parameters(), module.named_buffers())
     shapes = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state]
-    given = [(tuple(t.shape), t.dtype) for t in tensors_in(x)]
+    # Behind frozen layers the first one's input wants no gradient, and the others' do.
+    given = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors_in(x)]
     return tuple(settings), tuple(shapes), tuple(given), module.training
