@@ -7,7 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -122,7 +122,7 @@ class Footprint:
             backward_peak, work = self._backward(out, base)
             backward_flops = counter.get_total_flops() - forward_flops if work else 2 * forward_flops
             counts = self.form.fused and self.form.deferred and work
-            left, left_input, immediate_flops = self._deferred() if counts else (0, False, 0)
+            split = self._deferred() if counts else _Split()
         kept, peak, traffic = forward
         inputs, outputs = _storages(x), _storages(out)
         own = max(kept - sum(n for key, n in outputs.items() if key not in inputs), 0)
@@ -137,12 +137,13 @@ class Footprint:
             output_saved=not outputs.keys().isdisjoint(self.saved),
             forward_extra_bytes=max(peak - kept, 0),
             backward_extra_bytes=max(backward_peak - kept, 0),
-            deferred_bytes=max(left - own, 0),
-            left_bytes=left,
-            left_input=left_input,
+            split_extra_bytes=split.extra,
+            deferred_bytes=max(split.left - own, 0),
+            left_bytes=split.left,
+            left_input=split.left_input,
             forward_flops=forward_flops,
             backward_flops=backward_flops,
-            deferred_flops=work.deferred_flops - immediate_flops if work else 0,
+            deferred_flops=work.deferred_flops - split.immediate_flops if work else 0,
             forward_traffic_bytes=traffic,
             backward_traffic_bytes=work.moved_bytes if work else 0,
             basis="counted" if self.mode is not None else "measured",
@@ -192,13 +193,8 @@ class Footprint:
         with _spared(roots, self.parameters):
             torch.autograd.backward(opened, gradients)
 
-    def _deferred(self) -> tuple[int, bool, int]:
-        """Run a backward that defers weight gradients.
-
-        Returns:
-            Bytes that the deferred ones hold, without the layer's input; whether they hold the input; FLOPs of weight
-            gradients that were not deferred.
-        """
+    def _deferred(self) -> _Split:
+        """Run a backward that defers weight gradients."""
         deferred: list[Callable[[], None]] = []
         x = following(self.x)
         inputs, base, own = Tally(), self.tally.live, Traffic()
@@ -207,19 +203,37 @@ class Footprint:
         tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
             out = self.form.run(self.layer, x)
-            roots = _roots(out)
+            kept, roots = self.tally.live, _roots(out)
             if not roots:
-                return 0, False, 0
+                return _Split()
+            self.tally.restart()
             try:
                 with own:
                     self._run_backward(roots, deferred)
             except Exception:  # as in `_backward`
-                return 0, False, 0
+                return _Split()
             finally:
                 del out, roots, x
-            left = max(self.tally.live - base - passed_on, 0), inputs.live > 0
+            left = max(self.tally.live - base - passed_on, 0)
+            found = _Split(self.tally.peak - kept, left, inputs.live > 0, own.deferred_flops)
             deferred.clear()
-        return *left, own.deferred_flops
+        return found
+
+
+class _Split(NamedTuple):
+    """A backward that leaves weight gradients for later.
+
+    Attributes:
+        extra: the most bytes beyond what the forward has left behind.
+        left: bytes that what is deferred holds, without the layer's input.
+        left_input: whether it holds the input.
+        immediate_flops: of weight gradients that were not deferred.
+    """
+
+    extra: int = 0
+    left: int = 0
+    left_input: bool = False
+    immediate_flops: int = 0
 
 
 def _roots(out: Any) -> tuple[torch.Tensor, ...]:

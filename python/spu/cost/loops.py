@@ -19,7 +19,9 @@ MOST_OPERATORS = 3000
 """Of a layer's forward: the mixtures of experts and attentions of transformers have fewer, whatever the tokens."""
 
 _SHORT = 16
-_BYTES = ("own_bytes", "forward_extra_bytes", "backward_extra_bytes", "deferred_bytes", "left_bytes")
+_BYTES = (
+    "own_bytes", "forward_extra_bytes", "backward_extra_bytes", "split_extra_bytes", "deferred_bytes", "left_bytes",
+)  # fmt: skip
 _FLOPS = ("forward_flops", "backward_flops", "deferred_flops")
 _TRAFFIC = ("forward_traffic_bytes", "backward_traffic_bytes")
 

@@ -41,6 +41,9 @@ class LayerCost:
     backward_extra_bytes: int = 0
     """The most bytes that the backward takes beyond those that the forward has left behind, while it runs."""
 
+    split_extra_bytes: int = 0
+    """The same of a backward that leaves weight gradients for later, whose operands then stay."""
+
     deferred_bytes: int = 0
     """Bytes that deferred weight gradients keep beside ``own_bytes``, between input gradient and weight gradients."""
 
@@ -77,10 +80,13 @@ class LayerCost:
         """The share of the backward's time that deferrable weight gradients take."""
         return self.deferred_flops / self.backward_flops if self.backward_flops else 0.0
 
-    @property
-    def extra_bytes(self) -> int:
-        """The most bytes of workspace of an action."""
-        return max(self.forward_extra_bytes, self.backward_extra_bytes)
+    def extra_bytes(self, deferred: bool = False) -> int:
+        """Return the most bytes of workspace of an action, where weight gradients are ``deferred`` or are not."""
+        return max(self.forward_extra_bytes, self.backward_extra(deferred))
+
+    def backward_extra(self, deferred: bool) -> int:
+        """Return the most bytes that the backward takes beyond what the forward has left behind."""
+        return max(self.backward_extra_bytes, self.split_extra_bytes if deferred else 0)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> tuple[float, float]:
         """Return (forward, backward) seconds: FLOPs at ``flops_per_s`` and traffic at ``bytes_per_s``."""

@@ -221,7 +221,7 @@ class StageMemory:
             transient = layer.own_bytes if recomputed else 0
             given = layer.input_bytes if k > first and not kept else 0
             most = max(most, here + transient + given + layer.output_bytes + layer.forward_extra_bytes)
-            extra = max(layer.backward_extra_bytes, layer.forward_extra_bytes if recomputed else 0)
+            extra = max(layer.backward_extra(self.deferred), layer.forward_extra_bytes if recomputed else 0)
             marks.append(here + transient + extra + (tail if k < last - 1 else 0))
         each = self.each(stage, first, last, recompute)
         if final:
@@ -247,7 +247,7 @@ class StageMemory:
 
     def _workspace(self, stage: int, first: int, last: int, recompute: Collection[int]) -> int:
         layers = enumerate(self.layers[first:last], first)
-        most = max(layer.extra_bytes + (layer.own_bytes if k in recompute else 0) for k, layer in layers)
+        most = max(layer.extra_bytes(self.deferred) + (layer.own_bytes if k in recompute else 0) for k, layer in layers)
         if stage == len(self.in_flight) - 1:
             # The logits are kept while the loss is computed.
             most = max(most, self.loss.forward_extra_bytes + self.loss.input_bytes, self.loss.backward_extra_bytes)

@@ -34,7 +34,7 @@ class LayerArrays:
         output_saved = [False, *(layer.output_saved for layer in layers[:-1])]
         self.input_saved = np.array([layer.input_saved for layer in layers])
         self.inner = np.where(self.input_saved | output_saved, self.inputs, 0)
-        extra = _bytes(layer.extra_bytes for layer in layers)
+        extra = _bytes(layer.extra_bytes(deferred) for layer in layers)
         self.extra, self.extra_recomputed = _largest_between(extra), extra + [layer.own_bytes for layer in layers]
         self.each = sums_between(self.own)
         self.each[:-1] += sums_between(self.inner)[1:]  # where the first layer's input is, its stage says
