@@ -7,21 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["LARGE_BYTES", "give_back", "large_tensors_unmapped", "share_heaps", "unmap_large_tensors"]
+__all__ = ["LARGE_BYTES", "MIDDLE_BYTES", "give_back", "large_tensors_unmapped", "share_heaps", "unmap_large_tensors"]
 
 LARGE_BYTES = 1 << 20
+MIDDLE_BYTES = 128 << 10  # where glibc begins
 _MOST_BYTES = 32 << 20  # to which glibc raises its threshold by itself
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENA_MAX = -3, -1, -8  # of glibc's mallopt
 
 
-def unmap_large_tensors() -> None:
-    """Let glibc give large tensors mappings of their own, which leave nothing behind when they are freed.
+def unmap_large_tensors(least_bytes: int = LARGE_BYTES) -> None:
+    """Let glibc give tensors from ``least_bytes`` on mappings of their own, which leave nothing behind when freed.
 
     By default it raises the size from which it does so to that of whatever has been freed, up to 32 MB. Inputs of
     layers, which stay, then lie between temporary tensors, and the heap grows by several times what is alive: in a
     decoder of width 1,024 by 20 MB a layer instead of 4.
     """
-    _set(_MMAP_THRESHOLD, LARGE_BYTES)
+    _set(_MMAP_THRESHOLD, least_bytes)
 
 
 @contextmanager

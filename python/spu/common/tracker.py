@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spu.common.flops import flop_formulas
+from spu.common.inner import inner_bytes
 from spu.common.torch_private import TorchDispatchMode, packet_of, schema_of, storage_id, tree_leaves
 
 __all__ = ["MemoryTracker", "Operators", "Tally", "Traffic"]
@@ -40,6 +41,11 @@ class Tally:
             self.live += count
             self.peak = max(self.peak, self.live)
 
+    def reach(self, count: int) -> None:
+        """Note that so many bytes were live for a moment beside those that are now."""
+        with self._lock:
+            self.peak = max(self.peak, self.live + count)
+
     def restart(self) -> None:
         """Set the peak to the bytes that are live now."""
         with self._lock:
@@ -55,7 +61,8 @@ class MemoryTracker(TorchDispatchMode):
     """Counts the storage of every tensor that an operator makes in the threads that have entered it.
 
     Works on real, meta and fake tensors alike, so that predictions on fake tensors and measurements on real ones count
-    the same bytes. Memory that a kernel allocates for itself is not seen, nor are tensors from before.
+    the same bytes. Of what a kernel allocates for itself, tensors of our own ops are counted (`inner_bytes`), and the
+    room that a thread keeps for its products is not; nor are tensors from before.
 
     Args:
         tally: where to count; default: one of its own.
@@ -73,6 +80,7 @@ class MemoryTracker(TorchDispatchMode):
             # A view, or an argument changed in place, is memory from before.
             if isinstance(leaf, torch.Tensor) and storage_id(leaf) not in given:
                 self.tally.add(leaf)
+        self.tally.reach(inner_bytes(func, args))
         return result
 
 
