@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spu import schedules
+from spu.common.heap import give_back
 from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
 from spu.engine.attempt import Attempt
@@ -124,6 +125,7 @@ class Runner:
         built.masters.clear()  # the optimizers own them now
         streaming = self.updater.streaming
         self.attempt = Attempt(built, frozenset() if streaming is None else frozenset(streaming.units))
+        self._settled = False
 
     def accumulate(self, inputs: Any, targets: Any, *, seed: int, step: int, keep_outputs: bool = False) -> Pass:
         """Run forward and backward of a whole batch; gradients stay in the parameters, for `Updater.reduce`.
@@ -144,7 +146,7 @@ class Runner:
         targets_by_part = split_batch(targets, parts, "targets")
         weights = self._weighing.shares(targets_by_part)
         losses: dict[int, torch.Tensor] = {}
-        outputs: list[Any] = []
+        outputs: list[Any] = []  # none where another process has the last stage
         recordings = []
         autocast = self._autocast()
         self.updater.begin_step()
@@ -180,9 +182,17 @@ class Runner:
             self._check.cancel()
             self.updater.clear_gradients()
             raise
+        self._settle()
         counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
-        joined = join_outputs(outputs) if outputs else None  # another process may have the last stage
-        return Pass(sum_losses(losses), joined, counted, recordings[-1])
+        return Pass(sum_losses(losses), join_outputs(outputs) if outputs else None, counted, recordings[-1])
+
+    def _settle(self) -> None:
+        """Give back what the first pass and all before it have freed, before there are moments: later passes would have
+        it beside what they use themselves.
+        """
+        if not self._settled:
+            self._settled = True
+            give_back()
 
     @property
     def graphs_lines(self) -> list[str]:
