@@ -147,12 +147,15 @@ SPU_INLINE void chunk(const Gemm& g, const TaskColumns& t, const TaskRows& rows,
   const int64_t kc = least(g.kc, g.ks - q * g.kc), b_panels = g.products() * t.panels, a_panels = (r1 - r0) / g.mr;
   const bool add = q > 0 || g.k0 > 0, prefetch = q + 1 == g.k_blocks() && g.last() && g.target;
   const MicroKernel micro = kMicroKernels<Pairs>[g.mr - 1];
-  for (int64_t tile = 0; tile < a_panels * b_panels; ++tile) {
-    const int64_t jp = kRowsFirst ? tile % b_panels : tile / a_panels;
-    const int64_t i = r0 + (kRowsFirst ? tile / b_panels : tile % a_panels) * g.mr;
-    if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(g.mr, g.ms - i));
-    const float* a = g.packed_a + (q * g.a_panels() + i / g.mr) * a_stride;
-    micro(kc, a, packed + jp * b_stride, rows.c + (i - rows.i0) * rows.ldc + jp * kNR, rows.ldc, add);
+  const float* first = g.packed_a + (q * g.a_panels() + r0 / g.mr) * a_stride;
+  const int64_t outer = kRowsFirst ? a_panels : b_panels, inner = kRowsFirst ? b_panels : a_panels;
+  for (int64_t o = 0; o < outer; ++o) {
+    for (int64_t n = 0; n < inner; ++n) {
+      const int64_t ip = kRowsFirst ? o : n, jp = kRowsFirst ? n : o, i = r0 + ip * g.mr;
+      if (prefetch) prefetch_target(g, g.m0 + i, g.n0 + t.j0 + jp * kNR, least(g.mr, g.ms - i));
+      micro(kc, first + ip * a_stride, packed + jp * b_stride, rows.c + (i - rows.i0) * rows.ldc + jp * kNR, rows.ldc,
+            add);
+    }
   }
 }
 
