@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def _stats(hidden: torch.Tensor, weight: torch.Tensor, *_: Any) -> int:
     return (8 * groups + 4) * min(hidden.shape[0], _STAT_ROWS)
 
 
-_INNER = {
+_INNER: dict[str, Callable[..., int]] = {
     "gated_mlp": _hidden,
     "gated_mlp_add": _hidden,
     "mlp": _hidden,

@@ -105,7 +105,7 @@ class PipelinePeers:
         bit. Not finite is what is not finite in one process.
         """
         own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained)).to(sums)])
-        told = {BATCH: self._batch, FACTOR: lr_factor, RATES: rates_digest(groups)}
+        told: dict[str, float | torch.Tensor] = {BATCH: self._batch, FACTOR: lr_factor, RATES: rates_digest(groups)}
         together = self._job.total(torch.cat([sums.to(torch.float64), own]), told)
         if not bool(together[-1]):
             raise RuntimeError(

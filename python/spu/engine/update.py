@@ -194,8 +194,8 @@ class Updater:
         parts = torch.stack([on_device(each, self._scaler.device) for each in sums])
         if self._peers is not None:
             groups = [group for optimizer in self.optimizers for group in _groups(optimizer)]
-            facts = {"trained": self.has_gradients(), "lr_factor": _factor(lr_factor), "groups": groups}
-            parts, loss = self._peers.joined(parts.reshape(-1), loss, **facts)
+            trained, factor = self.has_gradients(), _factor(lr_factor)
+            parts, loss = self._peers.joined(parts.reshape(-1), loss, trained=trained, lr_factor=factor, groups=groups)
         total = parts.sum(0)
         # A gradient that is not finite in one microbatch is not finite in the sum, unless a user's hook repaired it.
         found_inf = (~total.isfinite()).to(torch.float32)
