@@ -165,11 +165,11 @@ class ModelParallelTrainer(StagedModel):
         begin = self._marks()
         inputs, targets = labelled(inputs, targets, shift=self.shift)
         self._set_up(inputs, targets)
-        updater = self._prepared().updater
         factor = self.lr_schedule(self.steps_done) if self.lr_schedule is not None else 1.0
         with ExitStack() as counting:
             attempt = partial(self._attempt, counting, inputs, targets, factor)
             done, update, began = self._repeated(attempt, inputs, targets)
+            updater = self._prepared().updater  # of the stages that the step has come to
             scale = updater.scopes[-1].scale.clone()
             try:
                 with delayed_interrupts():  # Ctrl-C waits: all stages are updated, or none
