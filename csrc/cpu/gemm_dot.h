@@ -5,14 +5,16 @@
 
 #include "cpu/codec_kernels.h"
 #include "cpu/gemm_epilogue.h"
+#include "cpu/transpose.h"
 
 namespace spu {
 namespace SPU_ISA_NS {
 
 constexpr int64_t kDotRows = 4, kDotColumns = 64;
 
+// A dot product in lanes, which are still to be added.
 template <class T>
-static float dot(const float* a, const T* b, int64_t k) {
+SPU_INLINE vf dot_lanes(const float* a, const T* b, int64_t k) {
   vf sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
@@ -21,7 +23,7 @@ static float dot(const float* a, const T* b, int64_t k) {
   }
   for (; i + kLanes <= k; i += kLanes) sum[0] = O::fma(load(a + i), load(b + i), sum[0]);
   if (i < k) sum[1] = O::fma(load_some(a + i, k - i), load_some(b + i, k - i), sum[1]);
-  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 struct FewRows {
@@ -35,8 +37,21 @@ template <class T>
 static void dot_tile(const FewRows& g, const cpu::Operand& operand, int64_t j0, int64_t columns, float* c) {
   const T* b = static_cast<const T*>(operand.data);
   const int64_t m = g.p->m, k = g.p->k;
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < m; ++i) c[i * kDotColumns + j] = dot(g.a + i * k, b + (j0 + j) * operand.col, k);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t some = least(kLanes, columns - j);
+    vf r[kDotRows][kLanes];  // by row and column
+    for (int64_t l = 0; l < some; ++l) {
+      for (int64_t i = 0; i < m; ++i) r[i][l] = dot_lanes(g.a + i * k, b + (j0 + j + l) * operand.col, k);
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t l = some; l < kLanes; ++l) r[i][l] = vf{};
+      transpose(r[i]);  // the lanes of all columns are added at once, in the order of sum_of
+#pragma GCC unroll 4
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) r[i][l] += r[i][l + half];
+      }
+      store_upto(c + i * kDotColumns + j, r[i][0], some);
+    }
   }
 }
 

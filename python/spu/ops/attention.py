@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spu.common.dtypes import HALVES
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp
+from spu.ops.autograd import Eager, FusedOp, without_gradient
 from spu.ops.dispatch import choose_backend
 from spu.ops.plain import fake, takes
 from spu.ops.reference.linear import exact, wide
@@ -93,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     _check(q, k, v, scale, causal)
     if choose_backend(q) == "cpu" and takes(q, k, v):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return schema.overload("attention", "cpu")(q, k, v, scale, causal)[0]  # type: ignore[no-any-return]
+            return without_gradient("attention", "cpu", q, k, v, scale, causal)[0]  # type: ignore[no-any-return]
         return Eager.apply(q, k, v, _ATTENTION, "cpu", (scale, causal), ())
     return _torch_attention(q, k, v, scale, causal)  # type: ignore[no-any-return]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from spu.common.codecs import numel_of
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp
+from spu.ops.autograd import Eager, FusedOp, without_gradient
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.linear import compute_dtype
 from spu.ops.logit_gradients import spread
@@ -304,7 +304,7 @@ def linear_cross_entropy(
     backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         operands = _operands(rows, weight, dtype)
-        losses = schema.overload("linear_ce", backend)(*operands, targets, ignore_index)[0]
+        losses = without_gradient("linear_ce", backend, *operands, targets, ignore_index)[0]
     elif _device_type(rows) == "cpu" and (rows.requires_grad or weight.requires_grad):
         return _AtForward.apply(rows, weight, targets, ignore_index, backend, dtype, keep)  # type: ignore[no-any-return,no-untyped-call]
     else:

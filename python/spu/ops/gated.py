@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp
+from spu.ops.autograd import Eager, FusedOp, without_gradient
 from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.in_place import weight_sinks_of
@@ -182,4 +182,4 @@ def fused_gated_mlp(
     needs_grad = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
     if needs_grad and not torch.compiler.is_compiling():
         return Eager.apply(*operands, _GATED_MLP, backend, (activation, True), (dtype,))
-    return schema.overload("gated_mlp", backend)(*_operands(*operands, dtype), activation, needs_grad)[0]
+    return without_gradient("gated_mlp", backend, *_operands(*operands, dtype), activation, needs_grad)[0]  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from torch import Tensor
 from spu.common.dtypes import HALVES
 from spu.common.torch_private import any_autocast
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp
+from spu.ops.autograd import Eager, FusedOp, without_gradient
 from spu.ops.convert import narrowed
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.in_place import weight_sinks_of
@@ -283,7 +283,7 @@ def fused_linear_act(
         how = dtype, transposed
         return Eager.apply(x, weight, bias, _LINEAR, backend, (activation, keep_preact), how)
     operands = _operands(x, weight, bias, dtype, transposed)
-    return schema.overload("linear", backend)(*operands, activation, keep_preact)[0]
+    return without_gradient("linear", backend, *operands, activation, keep_preact)[0]  # type: ignore[no-any-return]
 
 
 @exact

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp
+from spu.ops.autograd import Eager, FusedOp, without_gradient
 from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend
 from spu.ops.in_place import weight_sinks_of
@@ -207,4 +207,4 @@ def fused_mlp(
     if needs_grad and not torch.compiler.is_compiling():
         return Eager.apply(*given, _MLP, backend, (activation, True), (dtype, transposed))
     operands = _operands(*given, dtype, transposed)
-    return schema.overload("mlp", backend)(*operands, activation, needs_grad)[0]  # type: ignore[no-any-return]
+    return without_gradient("mlp", backend, *operands, activation, needs_grad)[0]  # type: ignore[no-any-return]

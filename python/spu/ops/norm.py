@@ -51,6 +51,27 @@ class _Form(NamedTuple):
     backend: str
 
 
+def _computed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: _Form
+) -> tuple[Tensor, ...]:
+    """Return (y, statistics of the rows, x + residual)."""
+    with BelowAutograd():
+        if form.layer:
+            return schema.overload("layer_norm", form.backend)(x, residual, weight, bias, form.eps)  # type: ignore[no-any-return]
+        options = form.eps, form.offset, form.rounded
+        return schema.overload("rms_norm", form.backend)(x, residual, weight, *options)  # type: ignore[no-any-return]
+
+
+def _normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: _Form
+) -> tuple[Tensor, Tensor | None]:
+    """Return (y, x + residual or None), with a node of the graph where there is one."""
+    if torch.is_grad_enabled():
+        return _Norm.apply(x, weight, bias, residual, form)  # type: ignore[no-any-return]
+    y, *_, total = _computed(x, weight, bias, residual, form)
+    return y, None if residual is None else total
+
+
 class _Norm(torch.autograd.Function):
     """``apply(x, weight, bias, residual, form)`` -> (y, x + residual or None)."""
 
@@ -58,12 +79,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: _Form
     ) -> tuple[Tensor, Tensor | None]:
-        with BelowAutograd():
-            if form.layer:
-                y, *statistics, total = schema.overload("layer_norm", form.backend)(x, residual, weight, bias, form.eps)
-            else:
-                options = form.eps, form.offset, form.rounded
-                y, *statistics, total = schema.overload("rms_norm", form.backend)(x, residual, weight, *options)
+        y, *statistics, total = _computed(x, weight, bias, residual, form)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else total, weight, *statistics)
         ctx.form, ctx.vectors = form, (weight is not None, bias is not None)
@@ -161,7 +177,7 @@ def rms_norm(
     if backend is None:
         return torch_rms_norm(x, weight, _eps(x) if eps is None else eps, residual, offset, rounded)
     form = _Form(False, _eps(x) if eps is None else eps, offset, rounded, backend)
-    y, total = _Norm.apply(x, weight, None, residual, form)
+    y, total = _normed(x, weight, None, residual, form)
     return y if total is None else (y, total)
 
 
@@ -170,12 +186,12 @@ def fused_rms_norm(
 ) -> Tensor:
     """Compute ``rms_norm`` of tensors that a backend's kernel is known to take."""
     form = _Form(False, _eps(x) if eps is None else eps, offset, rounded, backend)
-    return _Norm.apply(x, weight, None, None, form)[0]  # type: ignore[no-any-return]
+    return _normed(x, weight, None, None, form)[0]
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str) -> Tensor:
     """Compute ``layer_norm`` of tensors that a backend's kernel is known to take."""
-    return _Norm.apply(x, weight, bias, None, _Form(True, eps, 0.0, False, backend))[0]  # type: ignore[no-any-return]
+    return _normed(x, weight, bias, None, _Form(True, eps, 0.0, False, backend))[0]
 
 
 def _eps(x: Tensor) -> float:
@@ -198,7 +214,7 @@ def layer_norm(
     backend = _backend(x, residual, weight, bias)
     if backend is None:
         return torch_layer_norm(x, weight, bias, eps, residual)
-    y, total = _Norm.apply(x, weight, bias, residual, _Form(True, eps, 0.0, False, backend))
+    y, total = _normed(x, weight, bias, residual, _Form(True, eps, 0.0, False, backend))
     return y if total is None else (y, total)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.autograd import without_gradient
 from spu.ops.dispatch import DTYPES, choose_backend
 from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.reference.norm import rotated
@@ -58,7 +59,10 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool 
     _check(q, k, cos, sin)
     if not takes(q, k, cos, sin) or torch.compiler.is_compiling():
         return torch_rotary(q, k, cos, sin, interleaved)
-    return _Rotary.apply(q, k, cos, sin, interleaved, choose_backend(q))  # type: ignore[no-any-return]
+    backend = choose_backend(q)
+    if not torch.is_grad_enabled():
+        return without_gradient("rotary", backend, q, k, cos, sin, interleaved, False)  # type: ignore[no-any-return]
+    return _Rotary.apply(q, k, cos, sin, interleaved, backend)  # type: ignore[no-any-return]
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
