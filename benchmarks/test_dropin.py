@@ -155,6 +155,32 @@ def test_large_decoder_step(measure: Measure, peer: str, beside: str) -> None:
     )  # fmt: skip
 
 
+def token_step(peer: str, batch: int) -> Callable[[], object]:
+    """A forward of one token each, without a gradient, as in generation: its keys and values apart."""
+    model = decoder().eval().to(torch.bfloat16 if peer.endswith("bf16") else torch.float32)
+    if peer.startswith("spu"):
+        spu.accelerate(model)
+    ids = torch.randint(VOCABULARY, (batch, 1))
+
+    def step() -> object:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    return step
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("peer", ["spu fp32", "spu bf16"])
+def test_token_step(measure: Measure, peer: str, batch: int) -> None:
+    linear = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER) + WIDTH * VOCABULARY
+    beside = peer.replace("spu", "torch")
+    measure(
+        "decoder, a token without gradients", f"batch {batch}", peer, token_step(peer, batch),
+        bytes_=linear * (2.0 if peer.endswith("bf16") else 4.0), targets={beside: 0.95},
+        paired={beside: token_step(beside, batch)},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("peer", ["spu fp16", "torch fused"])
 def test_optimizer_of_a_loop(measure: Measure, peer: str) -> None:
     """From scaled gradients to 16-bit parameters: what follows the backward.
