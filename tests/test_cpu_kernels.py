@@ -364,3 +364,19 @@ def test_two_python_threads_at_once() -> None:
 def test_direct_callers_get_the_values_in_the_message(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "inner"), [(1, 1), (3, 17), (16, 64), (35, 100), (70, 513)])
+def test_a_row_has_its_own_bits_whatever_rows_and_columns_are_beside_it(
+    columns: int, inner: int, dtype: torch.dtype
+) -> None:
+    """Products of up to four rows take columns four and sixteen at a time, and those that are left one by one."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    whole = OPS.linear.cpu(x, w, None, "none", False)[0]
+    assert_close_to_truth(whole, F.linear(x, w), x.double() @ w.double().t())
+    for i in range(4):
+        assert_equal(OPS.linear.cpu(x[i : i + 1], w, None, "none", False)[0], whole[i : i + 1])
+    last = OPS.linear.cpu(x, w[-1:].contiguous(), None, "none", False)[0]
+    assert_equal(last, whole[:, -1:].contiguous())
