@@ -259,6 +259,57 @@ def _with_factor(factor: float, model: nn.Module, x: torch.Tensor) -> torch.Tens
     return contextvars.copy_context().run(lambda: (FACTOR.set(factor), model(x))[1])
 
 
+class Raising(nn.Module):
+    """Raises what it is given to, once, in its forward or in its backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: BaseException | None = None
+        self.backward = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.clone()
+        if self.backward and out.requires_grad:
+            out.register_hook(lambda _: self._raise())
+        elif not self.backward:
+            self._raise()
+        return out
+
+    def _raise(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt("user's"), SystemExit(3), GeneratorExit()], ids=repr)
+def test_an_exit_in_the_users_code_stays_one(error: BaseException, backward: bool) -> None:
+    """It ended as a StageError, which an ``except Exception`` takes, and after which a process exits with 1."""
+    torch.manual_seed(0)
+    raising = Raising()
+    raising.backward = backward
+    model = nn.Sequential(nn.Linear(4, 8), raising, nn.Linear(8, 3))
+    plain = nn.Sequential(*(nn.Linear(4, 8), nn.Linear(8, 3)))
+    plain.load_state_dict({name.replace("2.", "1."): value.clone() for name, value in model.state_dict().items()})
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    losses = []
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    with ModelParallelTrainer(model, ["cpu", "cpu"], precision="fp32", microbatches=4, optimizer=optimizer) as trainer:
+        trainer.prepare(x, y)
+        raising.error = error
+        with pytest.raises(type(error)) as ended:
+            trainer.step(x, y)
+        assert ended.value is error
+        losses = [float(trainer.step(x, y).loss) for _ in range(2)]  # it goes on as if nothing had been
+    plain_optimizer = optimizer(plain.parameters())
+    for loss in losses:
+        expected = nn.functional.cross_entropy(plain(x), y)
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        plain_optimizer.zero_grad()
+        expected.backward()
+        plain_optimizer.step()
+
+
 def test_an_abort_wakes_a_waiting_worker() -> None:
     exchange = Exchange()
     outcome: list[object] = []

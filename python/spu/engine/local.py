@@ -250,13 +250,18 @@ class LocalEngine:
     @staticmethod
     @contextmanager
     def _blamed(stage: Stage, action: Action, exchange: Exchange) -> Iterator[None]:
-        """Stop the other ranks when an action fails, and say which it was."""
+        """Stop the other ranks when an action fails, and say which it was.
+
+        An interrupt or an exit that the user's code raises (``sys.exit()`` in a hook) stays what it is.
+        """
         try:
             yield
         except Aborted:
             raise
         except BaseException as error:
             exchange.abort()
+            if not isinstance(error, Exception):
+                raise
             raise StageError(stage.index, stage.device.name, action, error) from error
 
     def _perform(self, stage: Stage, action: Action, work: Round, exchange: Exchange) -> Mark:
