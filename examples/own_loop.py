@@ -11,6 +11,7 @@ import math
 from functools import partial
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spu import ModelParallelTrainer
@@ -71,6 +72,14 @@ again.prepare(*batch(0))  # plans and builds; trains nothing
 note = again.load("checkpoint")["note"]
 assert again.steps_done == STEPS
 assert again.step(*batch(again.steps_done)).loss == expected, "the same step, to the last bit"
+
+exact = LlamaForCausalLM(config)
+averaged = AveragedModel(exact, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+for step in range(again.steps_done, again.steps_done + 4):
+    again.step(*batch(step))
+    exact.load_state_dict(again.state_dict_for_model())  # a copy of the weights; every tenth step may be enough
+    averaged.update_parameters(exact)
+assert all(value.dtype == torch.float32 for value in averaged.parameters())
 
 state = again.state_dict_for_model()  # full precision, on the CPU, by the model's own names
 again.close()

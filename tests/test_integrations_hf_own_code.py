@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import reference
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -177,3 +178,91 @@ def test_a_stream_that_ends_within_an_update_is_refused(tmp_path: Path) -> None:
 def test_debugging_hooks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"TrainingArguments.debug=.*underflow_overflow.* is not possible"):
         make(SpuTrainer, tmp_path, debug="underflow_overflow")
+
+
+class Averaging(transformers.TrainerCallback):  # type: ignore[misc]
+    """Averages the model's weights at the end of every step, as torch's documentation does."""
+
+    def __init__(self) -> None:
+        self.averaged: Any = None
+
+    def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        if self.averaged is None:
+            self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+        else:
+            self.averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("residency", ["resident", "offloaded", "streamed"])
+def test_a_callback_sees_the_weights_of_now(residency: str, tmp_path: Path) -> None:
+    """Those of streamed and offloaded layers read as NaN until their next visit, and so did an average of them."""
+    below = {} if residency == "resident" else {"tiers": f"disk={tmp_path}:1GB"}
+    theirs, ours = Averaging(), Averaging()
+    plain = make(transformers.Trainer, tmp_path / "a", **SHORT)
+    plain.add_callback(theirs)
+    plain.train()
+    trainer = make(SpuTrainer, tmp_path / "b", spu={"residency": residency, **below}, **SHORT)
+    trainer.add_callback(ours)
+    trainer.train()
+    for (name, a), b in zip(ours.averaged.named_parameters(), theirs.averaged.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+    assert [type(c).__name__ for c in trainer.callback_handler.callbacks] == ["DefaultFlowCallback", "Averaging"]
+
+
+def test_weights_of_streamed_layers_are_shown_to_the_users_callbacks_alone(tmp_path: Path) -> None:
+    shown: list[int] = []
+
+    class Counting(SpuTrainer):
+        def _show_weights(self) -> None:
+            shown.append(self.state.global_step)
+            super()._show_weights()
+
+    for callback in (None, Averaging()):
+        trainer = make(Counting, tmp_path / "a", **SHORT)
+        if callback is not None:
+            trainer.add_callback(callback)
+        trainer.train()
+        assert shown == ([] if callback is None else [1, 2, 3])
+
+
+def test_averages_of_16_bit_weights_are_made_of_the_exact_ones(tmp_path: Path) -> None:
+    """An average that is kept in bf16 stands still where a step of it is less than half a unit in the last place."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keeping(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            exact = trainer.state_dict_for_model()
+            assert all(value.dtype == torch.float32 for value in exact.values())
+            for name, parameter in model.named_parameters():
+                assert parameter.dtype == torch.bfloat16
+                assert torch.equal(exact[name].bfloat16(), parameter), name
+            seen.append(exact)
+
+    trainer = make(SpuTrainer, tmp_path, bf16=True, **SHORT)
+    trainer.add_callback(Keeping())
+    before = trainer.state_dict_for_model()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    trainer.train()
+    after = trainer.state_dict_for_model()
+    assert all(torch.equal(value, after[name]) for name, value in seen[-1].items())
+
+
+def test_gpt2_is_taken_once_it_says_what_it_is(tmp_path: Path) -> None:
+    """transformers does not see by its name that it is a causal language model, and counts a target a row too many."""
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    still = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = transformers.GPT2Config(**sizes, **still, bos_token_id=None, eos_token_id=None)
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(config)
+
+    with pytest.raises(ValueError, match=r"counts the first label of each row.*model.loss_type = 'ForCausalLM'"):
+        make(SpuTrainer, tmp_path, model=model(), **SHORT)
+    runs = []
+    for cls in (transformers.Trainer, SpuTrainer):
+        told, recorder = model(), Recorder()
+        told.loss_type = "ForCausalLM"
+        make(cls, tmp_path, model=told, recorder=recorder, **SHORT).train()
+        runs.append(recorder)
+    assert_near(runs[1], runs[0], 1e-5)

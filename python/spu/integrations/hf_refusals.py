@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import transformers
+from transformers.loss.loss_utils import LOSS_MAPPING
 
-__all__ = ["check_arguments", "check_class", "check_given", "check_instance", "overridden", "watchers"]
+__all__ = ["check_arguments", "check_class", "check_given", "check_instance", "check_model", "overridden"]
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _HOOKS = (
@@ -61,12 +61,6 @@ def overridden(trainer: Any, base: type, names: Iterable[str]) -> bool:
     return any(name in vars(trainer) or _changed(type(trainer), base, name) is not None for name in names)
 
 
-def watchers(callbacks: Iterable[Any]) -> list[str]:
-    """Return the names of the callbacks that are called between gradients and update, and may change gradients."""
-    plain = transformers.TrainerCallback.on_pre_optimizer_step
-    return [type(c).__name__ for c in callbacks if getattr(type(c), "on_pre_optimizer_step", plain) is not plain]
-
-
 def _changed(cls: type, base: type, name: str) -> type | None:
     """Return the user's class that has changed a method."""
     here = next(c for c in cls.__mro__ if name in vars(c))
@@ -87,6 +81,29 @@ def check_given(**given: Any) -> None:
             raise ValueError(
                 f"SpuTrainer takes no {name}: use spu.ModelParallelTrainer, which takes losses and optimizers"
             )
+
+
+def check_model(trainer: Any) -> None:
+    """Raise ValueError if a trainer's model has another loss than that of the next tokens, as transformers counts it.
+
+    transformers knows a causal language model by its ``loss_type``, which it takes from the class's name: GPT-2's and
+    CTRL's have none. Their losses are divided by the number of all labels, the first of each row too.
+    """
+    if trainer._loss_shifts_labels:
+        return
+    model = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    name, loss = type(model).__name__, getattr(model, "loss_function", None)
+    shifts = loss is not None and loss is LOSS_MAPPING["ForCausalLM"]
+    if shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"transformers.Trainer divides {name}'s loss by a number that counts the first label of each row, which "
+            f"has no prediction: its loss_type is {getattr(model, 'loss_type', None)!r}. Say that it is a causal "
+            "language model: model.loss_type = 'ForCausalLM'"
+        )
+    raise ValueError(
+        f"SpuTrainer trains causal language models, and {name}'s loss is another: use spu.ModelParallelTrainer with "
+        "its loss, or spu.accelerate(model) with transformers.Trainer"
+    )
 
 
 def check_arguments(args: Any) -> None:

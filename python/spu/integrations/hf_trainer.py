@@ -22,6 +22,7 @@ from spu.common.dtypes import DTYPES
 from spu.common.files import write_json
 from spu.engine.labels import IGNORED
 from spu.integrations.hf_batches import joined
+from spu.integrations.hf_callbacks import ShownWeights, watchers
 from spu.integrations.hf_dtypes import GivenDtypes, chosen_precision
 from spu.integrations.hf_loss import check_loss
 from spu.integrations.hf_optimizer import FrontOptimizer, GroupedAdamW, set_rates
@@ -30,8 +31,8 @@ from spu.integrations.hf_refusals import (
     check_class,
     check_given,
     check_instance,
+    check_model,
     overridden,
-    watchers,
 )
 from spu.model.layers import is_adapted
 from spu.trainer.adapter import adapter_state
@@ -89,11 +90,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
             optimizers=self.optimizer or self.lr_scheduler,
         )
         self._own_accelerator()
-        if not self._loss_shifts_labels:
-            raise ValueError(
-                f"SpuTrainer trains causal language models, and {type(self.model).__name__}'s loss is another: use "
-                "spu.ModelParallelTrainer with its loss, or spu.accelerate(model) with transformers.Trainer"
-            )
+        check_model(self)
 
     # The engine
 
@@ -170,6 +167,21 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._halfway = None
         return end_step(engine, halfway, lambda optimizers: set_rates(optimizers, front.param_groups))
 
+    def _show_weights(self) -> None:
+        engine = self._engine
+        if engine is not None and engine.plan is not None and engine.plan.streaming is not None:
+            engine.flush()
+
+    def state_dict_for_model(self) -> dict[str, torch.Tensor]:
+        """Return the model's values at full precision (fp32 masters), by its own names, copied to the CPU.
+
+        While it trains in 16 bits its parameters hold them rounded: make averages of weights from these.
+        """
+        engine = self._engine
+        if engine is not None and engine.plan is not None:
+            return engine.state_dict_for_model()
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._module.state_dict().items()}
+
     # The loop's places
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -183,6 +195,8 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._own_accelerator()
         self.accelerator._optimizers = [self.optimizer]  # asked whether a step was skipped
         self._engine = self._make_engine()
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, ShownWeights(callbacks, self._show_weights))
         if resume_from_checkpoint is not None:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         for name in ("model", "optimizer", "lr_scheduler"):
@@ -337,6 +351,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         engine, self._engine = self._engine, None
         if engine is None:
             return
+        self.callback_handler.remove_callback(ShownWeights)
         engine.close()
         if engine.plan is None:
             return

@@ -81,7 +81,7 @@ def _refuse_others(model: nn.Module) -> None:
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; {ELSE}")
-    base = getattr(model, str(model.base_model_prefix), None)
+    base = getattr(model, _base_name(model), None)
     if base is None or base is model:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
@@ -97,12 +97,18 @@ def _refuse_others(model: nn.Module) -> None:
         raise ValueError(f"{name} leaves out layers by chance (layerdrop {config.layerdrop}): set config.layerdrop=0.0")
 
 
+def _base_name(model: Any) -> str:
+    """Return the name of the model's base model: a text model of a multimodal family (Llama 4's) names the family's."""
+    prefix = str(model.base_model_prefix)
+    return "model" if not hasattr(model, prefix) and hasattr(model, "lm_head") else prefix
+
+
 def _find_blocks(model: Any) -> tuple[str, str]:
     """Return the path of the module that holds the blocks, and the name of their list in it."""
     name, count = type(model).__name__, model.config.get_text_config().num_hidden_layers
     if count < 1:
         raise ValueError(f"{name} has no layers: its config's num_hidden_layers is {count}, give 1 or more")
-    prefix = str(model.base_model_prefix)
+    prefix = _base_name(model)
     base = getattr(model, prefix)
     planned = [n for n in getattr(model.config, "base_model_pp_plan", None) or () if _is_list(getattr(base, n, None))]
     if len(planned) == 1:
