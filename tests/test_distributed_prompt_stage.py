@@ -1,4 +1,4 @@
-"""Stages whose messages do not wait for the schedule: the same numbers as torch's own, and what is posted when."""
+"""Stages that run their microbatches themselves: the same numbers as torch's own, and what is posted when."""
 
 from __future__ import annotations
 
@@ -9,85 +9,116 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import in_ranks
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import pipelining
 
-from spu.distributed import prompt_stage
-from spu.distributed.prompt_stage import PromptStage
+from spu.distributed.prompt_stage import DirectStage, PromptStage
 
 PARTS, WIDTH, STEPS = 6, 8, 2
-Made = type[pipelining.PipelineStage]
+TARGETS = torch.randn(PARTS, 2, WIDTH, generator=torch.Generator().manual_seed(2))
+INPUTS = torch.randn(PARTS, 2, WIDTH, generator=torch.Generator().manual_seed(1))
+Watch = Callable[[str], None]
 
 
-def stages_of(kind: Made, each: int) -> list[pipelining.PipelineStage]:
-    """This rank's stages of a model with ``each`` a rank, in a loop over the ranks."""
-    rank, count = dist.get_rank(), each * dist.get_world_size()
+class Plain:
+    """A module's part of each microbatch; with ``defers`` a backward leaves the parameters' gradients."""
+
+    def __init__(self, module: nn.Module, *, first: bool, last: bool, defers: bool, watch: Watch) -> None:
+        self.module, self.first, self.last, self.defers, self.watch = module, first, last, defers, watch
+        self.ends: dict[int, tuple[Tensor, Tensor]] = {}
+        self.left: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def forward(self, index: int, buffer: Tensor | None) -> Tensor:
+        assert (buffer is None) == self.first
+        x = INPUTS[index] if buffer is None else buffer.clone()  # torch's schedules receive into it again
+        output = self.module(x.requires_grad_())
+        if self.last:
+            output = nn.functional.mse_loss(output, TARGETS[index])
+        self.ends[index] = x, output
+        self.watch("forward")
+        return output.detach()
+
+    def backward(self, index: int, buffer: Tensor | None) -> Tensor | None:
+        assert (buffer is None) == self.last
+        x, output = self.ends.pop(index)
+        gradient = None if buffer is None else buffer.clone()
+        if not self.defers:
+            output.backward(gradient)
+            return None if self.first else x.grad
+        self.left[index] = output, gradient
+        return None if self.first else torch.autograd.grad(output, x, gradient, retain_graph=True)[0]
+
+    def weights(self, index: int) -> None:
+        output, gradient = self.left.pop(index)
+        output.backward(gradient, inputs=list(self.module.parameters()))
+
+
+def trained(kind: type, schedule: str, watch: Watch = lambda _: None) -> list[Tensor]:
+    """The gradients of this rank's parameters, after two steps."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    multi = "Interleaved" in schedule
+    count, zero_bubble = ranks * (2 if multi else 1), "ZeroBubble" in schedule
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(count)]
     example = torch.zeros(2, WIDTH, device="meta", requires_grad=True)
-    return [
-        kind(layers[k], k, count, torch.device("cpu"), input_args=example, output_args=example)
-        for k in range(rank, count, dist.get_world_size())
-    ]
-
-
-def trained(kind: Made, schedule: str, watch: Callable[[list[Any]], None] | None = None) -> list[torch.Tensor]:
-    """The gradients of this rank's parameters, after two steps."""
-    multi = schedule.startswith("ScheduleInterleaved")
-    stages = stages_of(kind, 2 if multi else 1)
-    if watch is not None:
-        watch(stages)
-    runs = getattr(pipelining, schedule)(stages if multi else stages[0], PARTS, loss_fn=nn.MSELoss())
-    x = torch.randn(2 * PARTS, WIDTH, generator=torch.Generator().manual_seed(1))
+    stages: list[Any] = []
+    for k in range(rank, count, ranks):
+        work: Any = layers[k]
+        more: dict[str, Any] = {}
+        if kind is not pipelining.PipelineStage:
+            work = Plain(layers[k], first=k == 0, last=k == count - 1, defers=zero_bubble, watch=watch)
+            more = {"defers": zero_bubble}
+        stages.append(kind(work, k, count, torch.device("cpu"), input_args=example, output_args=example, **more))
+    plain = kind is pipelining.PipelineStage
+    loss = nn.functional.mse_loss if plain else lambda output, _: output
+    runs = getattr(pipelining, schedule)(stages if multi else stages[0], PARTS, loss_fn=loss, scale_grads=False)
+    prompt = [stage for stage in stages if isinstance(stage, PromptStage)]
+    last = rank == ranks - 1
     for _ in range(STEPS):
-        for stage in stages:
-            if isinstance(stage, PromptStage):
-                stage.begin(PARTS)
-        first, last = dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() - 1
-        runs.step(*([x] if first else []), target=x if last else None, return_outputs=False)
-        for stage in stages:
-            if isinstance(stage, PromptStage):
-                stage.end()
-                assert not stage._posted
-                assert not stage._sent
-    return [p.grad for stage in stages for p in stage.submod.parameters() if p.grad is not None]
+        watch("step")
+        for stage in prompt:
+            stage.begin(PARTS)
+        targets = TARGETS.flatten(0, 1) if last else None
+        runs.step(*([INPUTS.flatten(0, 1)] if plain and rank == 0 else []), target=targets, return_outputs=False)
+        for stage in prompt:
+            stage.end()
+            assert not stage._posted
+            assert not stage._under_way
+    return [p.grad for k in range(rank, count, ranks) for p in layers[k].parameters() if p.grad is not None]
 
 
-def both(schedule: str) -> bool:
-    found, expected = (trained(kind, schedule) for kind in (PromptStage, pipelining.PipelineStage))
+def alike(schedule: str, kind: type) -> bool:
+    found, expected = (trained(each, schedule) for each in (kind, pipelining.PipelineStage))
     return len(found) > 0 and all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("kind", [PromptStage, DirectStage])
 @pytest.mark.parametrize(
     ("schedule", "ranks"),
     [("Schedule1F1B", 3), ("ScheduleGPipe", 2), ("ScheduleInterleaved1F1B", 2), ("ScheduleInterleavedZeroBubble", 2)],
 )
-def test_same_gradients_as_torchs_stage(schedule: str, ranks: int) -> None:
-    assert in_ranks(ranks, both, schedule) == [True] * ranks
+def test_same_gradients_as_torchs_stage(schedule: str, ranks: int, kind: type) -> None:
+    assert in_ranks(ranks, alike, schedule, kind) == [True] * ranks
 
 
 def what_happens() -> list[str]:
     """What this rank does in its second step: messages posted and sent, microbatches run."""
     events: list[str] = []
-    post, send = prompt_stage._received, PromptStage._send
+    receive, send = dist.irecv, dist.isend
 
-    def posting(*args: Any) -> dist.Work:
-        events.append("recv")
-        return post(*args)
+    def watched(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append(name)
+            return function(*args, **kwargs)
 
-    def sending(stage: PromptStage, ops: list[Any], *args: Any) -> None:
-        events.extend(["send"] * len(ops))
-        send(stage, ops, *args)
+        return call
 
-    def watch(stages: list[Any]) -> None:
-        stages[0].submod.register_forward_pre_hook(lambda *_: events.append("forward"))
-
-    prompt_stage._received, PromptStage._send = posting, sending  # type: ignore[method-assign]
+    dist.irecv, dist.isend = watched("recv", receive), watched("send", send)
     try:
-        trained(PromptStage, "Schedule1F1B", watch)
+        trained(PromptStage, "Schedule1F1B", events.append)
     finally:
-        prompt_stage._received, PromptStage._send = post, send  # type: ignore[method-assign]
-    return events[len(events) // STEPS :]
+        dist.irecv, dist.isend = receive, send
+    return events[len(events) - events[::-1].index("step") :]
 
 
 def test_receives_come_before_the_first_forward_and_sends_right_after_their_own() -> None:

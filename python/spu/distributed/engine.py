@@ -55,7 +55,7 @@ class _Ready(NamedTuple):
     """A schedule for runs of one number of microbatches, with buffers of one size."""
 
     schedule: Any
-    modules: list[PackedStage]
+    stages: list[PackedStage]
     prompt: list[PromptStage]
     sizes: tuple[int, ...]
 
@@ -119,16 +119,16 @@ class DistributedEngine:
             if ready is None:
                 work.losses[0] = torch.zeros((), device=self._own[0].device.torch_device)
                 return Recording(self.stages, self.ranks, start, [])
-            numbers = torch.arange(len(work.inputs))
+            parts = len(work.inputs)
             last = self._own[-1].is_last or self._own[0].is_last
-            given = (numbers,) if any(stage.is_first for stage in self._own) else ()
-            for module in ready.modules:
-                module.work = work
+            for stage in ready.stages:
+                stage.work = work
             try:
                 for each in ready.prompt:
-                    each.begin(len(numbers))
-                targets = numbers if last and work.train else None
-                ready.schedule.step(*given, target=targets, return_outputs=False)
+                    each.begin(parts)
+                # A schedule cuts up targets for a loss, and the stage has made that already.
+                targets = torch.empty(parts) if last and work.train else None
+                ready.schedule.step(target=targets, return_outputs=False)
                 for each in ready.prompt:
                     each.end()
             except BaseException as error:
@@ -137,8 +137,8 @@ class DistributedEngine:
                     raise
                 raise self._blamed(error) from error
             finally:
-                for module in ready.modules:
-                    module.clear()
+                for stage in ready.stages:
+                    stage.clear()
                 spans, self._spans[:] = list(self._spans), ()
         if not last and work.targets is not None:
             device = self._own[0].device.torch_device
@@ -162,7 +162,7 @@ class DistributedEngine:
 
     def sent_bytes(self) -> int:
         """Return the bytes that this process has sent to its neighbours so far."""
-        return self._sent_bytes + sum(module.sent_bytes for ready in self._ready.values() for module in ready.modules)
+        return self._sent_bytes + sum(stage.sent_bytes for ready in self._ready.values() for stage in ready.stages)
 
     def close(self) -> None:
         """Give back the buffers; the process group is whose it was."""
@@ -194,7 +194,7 @@ class DistributedEngine:
         )
         if ready is None or not fits:
             if ready is not None:
-                self._sent_bytes += sum(module.sent_bytes for module in ready.modules)
+                self._sent_bytes += sum(stage.sent_bytes for stage in ready.stages)
             ready = self._ready[key] = self._made(wires, *key)
         return ready
 
@@ -224,30 +224,28 @@ class DistributedEngine:
     def _made(self, wires: list[Wire], parts: int, train: bool) -> _Ready:
         from torch.distributed import pipelining  # more than a second, which only such a training pays
 
-        from spu.distributed.prompt_stage import EvaluableStage, PromptStage
+        from spu.distributed.prompt_stage import DirectStage, PromptStage
 
-        kind = PromptStage if dist.get_backend(self._job.pipeline) == "gloo" else EvaluableStage
-        modules, made = [], []
+        kind = PromptStage if dist.get_backend(self._job.pipeline) == "gloo" else DirectStage
+        defer = train and self._schedule in _DEFERS
+        packed, made = [], []
         for stage in self._own:
             before = None if stage.is_first else wires[stage.index - 1]
             after = None if stage.is_last else wires[stage.index]
-            defer = train and self._schedule in _DEFERS
-            module = PackedStage(stage, before, after, self._spans, defer=defer, sums=self._sums)
-            device, number = stage.device.torch_device, torch.empty(1, dtype=torch.int64, device="meta")
+            packed.append(PackedStage(stage, before, after, self._spans, defer=defer, sums=self._sums))
             end = torch.empty(1, device="meta").requires_grad_(train)
             made.append(
                 kind(
-                    module,
+                    packed[-1],
                     stage.index,
                     len(self.stages),
-                    device,
-                    input_args=number if before is None else before.example(train=train),
+                    stage.device.torch_device,
+                    input_args=end if before is None else before.example(train=train),
                     output_args=end if after is None else after.example(train=train),
                     group=self._job.pipeline,
-                    dw_builder=module.weights if defer else None,
+                    defers=defer,
                 )
             )
-            modules.append(module)
         # Of fewer microbatches than stages torch takes no 1f1b, which would be gpipe, and a validation's last batch
         # may have few rows.
         short = self._schedule == "1f1b" and parts < len(self.stages)
@@ -267,7 +265,7 @@ class DistributedEngine:
                 "last batch (DataLoader(drop_last=True)), or take schedule='gpipe', which takes any number"
             ) from error
         prompt = [each for each in made if isinstance(each, PromptStage)]
-        return _Ready(schedule, modules, prompt, tuple(wire.size_bytes for wire in wires))
+        return _Ready(schedule, packed, prompt, tuple(wire.size_bytes for wire in wires))
 
     def _blamed(self, error: BaseException) -> Exception:
         """Return the stage's own error within torch's, or one that names the wait in which another process was lost."""
