@@ -267,12 +267,13 @@ def test_a_generator_that_no_checkpoint_could_hold_is_refused() -> None:
     assert_equals_plain(model_of(Fn(seeded)), *batch(), recompute=True)
 
 
-def test_an_operator_that_takes_no_generator_is_refused_on_the_cpu() -> None:
+def test_torchs_attention_on_the_cpu_draws_nothing_itself() -> None:
     q = torch.randn(1, 2, 8, 16)
-    with LayerRandomness(0, 0, 0, "a"):
+    with LayerRandomness(0, 0, 0, "a") as context:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
-        with pytest.raises(RuntimeError, match="takes no generator on cpu.*set that dropout to 0"):
+        with pytest.raises(RuntimeError, match="do not support dropout"):  # else `_NO_DRAWS` is wrong
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.5)
+    assert context.draws == 0
 
 
 def test_a_generator_of_ones_own_in_a_backward_is_refused() -> None:

@@ -56,6 +56,7 @@ class PackedStage:
     ) -> None:
         self.stage, self._before, self._after, self._defer = stage, before, after, defer
         self._sums, self._spans = sums, spans
+        self._nothing = Exchange()  # no skip connection leaves a process
         self.work: Round | None = None
         self.sent_bytes = 0
 
@@ -78,7 +79,7 @@ class PackedStage:
                 assert buffer is not None
                 given = self._before.read(buffer)
             inputs = move(work.inputs[index], device) if stage.wants_inputs else None
-            skips = StageSkips(Exchange(), index, device, train=work.train)
+            skips = StageSkips(self._nothing, index, device, train=work.train)
             whole = work.keep_outputs or work.targets is None
             key = self._key(index)
             output = stage.forward(given, inputs, key, train=work.train, skips=skips, whole=whole)

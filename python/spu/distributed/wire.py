@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -66,7 +66,8 @@ class Wire:
         self.size_bytes = _padded(max(self.needed_bytes, at_least))
         # One microbatch's description is mostly that of the next one.
         self._wrote: tuple[list[Any], Layout | None, torch.Tensor] | None = None
-        self._parsed: tuple[bytes, list[Any], Layout | None] | None = None
+        self._parsed: tuple[torch.Tensor, list[_Row | None], Layout | None] | None = None
+        self._zeros = torch.zeros(0, dtype=torch.uint8)
 
     def example(self, *, train: bool) -> torch.Tensor:
         """Return a message without values: its shape and type."""
@@ -103,7 +104,7 @@ class Wire:
         self, tensors: Sequence[torch.Tensor | None], layout: Layout | None, *, activations: bool
     ) -> torch.Tensor:
         rows: list[Any] = []
-        pieces: list[tuple[int, torch.Tensor]] = []
+        pieces: list[torch.Tensor] = []
         offset = 0
         for tensor in tensors:
             if tensor is None:
@@ -117,40 +118,40 @@ class Wire:
                 piece = _bytes_in_order(value, stride)
             name = str(tensor.dtype).removeprefix("torch.")
             rows.append([name, list(tensor.shape), stride, self.codec if wanted else None, offset, piece.numel()])
-            pieces.append((offset, piece))
+            pieces.append(piece)
+            if missing := -piece.numel() % _ALIGN:
+                pieces.append(self._zero(missing, piece.device))
             offset += _padded(piece.numel())
-        front = self._front(rows, layout)
-        start = _padded(front.numel())
-        self._check_fits(start + offset)
-        device = pieces[0][1].device if pieces else torch.device("cpu")
-        buffer = torch.empty(self.size_bytes // 4, device=device)
-        raw = buffer.view(torch.uint8)
-        raw[: front.numel()].copy_(front)
-        for at, piece in pieces:
-            raw[start + at : start + at + piece.numel()].copy_(piece)
-        raw[start + offset :].zero_()  # what else lies in this memory is nobody's business
-        return buffer
+        front = self._front(rows, layout, pieces[0].device if pieces else torch.device("cpu"))
+        used = front.numel() + offset
+        self._check_fits(used)
+        rest = self._zero(self.size_bytes - used, front.device)
+        return torch.cat([front, *pieces, rest]).view(torch.float32)
 
-    def _front(self, rows: list[Any], layout: Layout | None) -> torch.Tensor:
-        """Return the description, uint8: its length in eight bytes, then JSON."""
-        if self._wrote is not None and self._wrote[:2] == (rows, layout):
+    def _zero(self, size: int, device: torch.device) -> torch.Tensor:
+        if self._zeros.numel() < size or self._zeros.device != device:
+            self._zeros = torch.zeros(size, dtype=torch.uint8, device=device)
+        return self._zeros[:size]
+
+    def _front(self, rows: list[Any], layout: Layout | None, device: torch.device) -> torch.Tensor:
+        """Return the description, uint8, padded: its length in eight bytes, then JSON."""
+        if self._wrote is not None and self._wrote[:2] == (rows, layout) and self._wrote[2].device == device:
             return self._wrote[2]
         head = json.dumps([rows, None if layout is None else layout.plain()], separators=(",", ":")).encode()
-        front = torch.frombuffer(bytearray(len(head).to_bytes(8, "little") + head), dtype=torch.uint8)
+        head = len(head).to_bytes(8, "little") + head
+        front = torch.frombuffer(bytearray(head.ljust(_padded(len(head)), b"\0")), dtype=torch.uint8).to(device)
         if layout is None or layout.tensors_alone:
             self._wrote = rows, layout, front
         return front
 
     def _read(self, buffer: torch.Tensor) -> tuple[list[Any], Layout | None]:
-        # .data: views share a version counter, and a layer that changes its input in place would seem to change all.
         raw = buffer.detach().view(torch.uint8)
-        size = int.from_bytes(bytes(raw[:8].tolist()), "little")
-        head = bytes(raw[8 : 8 + size].cpu().numpy())
-        if self._parsed is None or self._parsed[0] != head:
-            rows, layout = json.loads(head)
-            self._parsed = head, rows, None if layout is None else Layout.of(layout)
-        start = _padded(8 + size)
-        return [None if row is None else _tensor(raw, start, *row) for row in self._parsed[1]], self._parsed[2]
+        if self._parsed is None or not torch.equal(raw[: self._parsed[0].numel()], self._parsed[0]):
+            size = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+            rows, layout = json.loads(bytes(raw[8:size].cpu().numpy()))
+            placed = [None if row is None else _Row.of(_padded(size), *row) for row in rows]
+            self._parsed = raw[:size].clone(), placed, None if layout is None else Layout.of(layout)
+        return [None if row is None else row.read(raw) for row in self._parsed[1]], self._parsed[2]
 
     def _check_fits(self, needed: int) -> None:
         if needed > self.size_bytes:
@@ -159,6 +160,31 @@ class Wire:
                 "its shapes or types depend on values, or later microbatches are larger, which cannot cross to another "
                 "process; pad the batch, or train with engine='local'"
             )
+
+
+class _Row(NamedTuple):
+    """A tensor in a buffer: its own properties, the codec that it is packed by, and its bytes' place."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    codec: str | None
+    start: int
+    size: int
+
+    @staticmethod
+    def of(start: int, name: str, shape: list[int], stride: Any, codec: str | None, at: int, size: int) -> _Row:
+        """Return it as `Wire` has written it down; ``start``: of the first tensor."""
+        strides = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
+        return _Row(getattr(torch, name), tuple(shape), strides, codec, start + at, size)
+
+    def read(self, raw: torch.Tensor) -> torch.Tensor:
+        """Return the tensor; one that is not packed lies in the buffer, uint8."""
+        if self.codec is not None:
+            return ops.unpack(raw[self.start : self.start + self.size], self.shape, self.dtype, codec=self.codec)
+        values = raw.view(self.dtype).as_strided(self.shape, self.stride, self.start // self.dtype.itemsize)
+        # Views share a version counter, and a layer that changes its input in place would seem to change all of them.
+        return values.data
 
 
 def _packable(tensor: Leaf | torch.Tensor) -> bool:
@@ -187,14 +213,3 @@ def _bytes_in_order(tensor: torch.Tensor, stride: list[int] | None) -> torch.Ten
     """Return the tensor's bytes, in the order of its memory if it has strides of its own."""
     flat = tensor.contiguous() if stride is None else tensor.as_strided((tensor.numel(),), (1,))
     return flat.reshape(-1).view(torch.uint8)
-
-
-def _tensor(
-    raw: torch.Tensor, start: int, name: str, shape: list[int], stride: Any, codec: str | None, at: int, size: int
-) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, name)
-    piece = raw[start + at : start + at + size]
-    if codec is not None:
-        return ops.unpack(piece, shape, dtype, codec=codec)
-    values = piece.view(dtype).data
-    return values.view(shape) if stride is None else values.as_strided(shape, stride)

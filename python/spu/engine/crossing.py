@@ -126,6 +126,9 @@ class Arrival:
                 )
 
 
+_ONE = pytree.tree_structure(0)
+
+
 def depart(
     tree: Any, stashed: Iterable[tuple[str, Tensor]], buffers: Callable[[], Iterable[Tensor]]
 ) -> tuple[Any, ...]:
@@ -136,6 +139,9 @@ def depart(
         stashed: (name, tensor) of tensors that skip to other stages.
         buffers: returns the tensors that the stage keeps for later microbatches.
     """
+    others = list(stashed)
+    if isinstance(tree, Tensor) and tree.requires_grad and not others:  # most of them are
+        return [tree], Layout([_Index(0)], _ONE, [_kind(tree, "")])
     leaves, spec = pytree.tree_flatten(tree)
     views = views_among(leaves)
     places: dict[int, int] = {}
@@ -145,7 +151,6 @@ def depart(
             places[index] = len(tensors)
             tensors.append(leaf)
     layout = [_placed(index, leaf, places, views) for index, leaf in enumerate(leaves)]
-    others = list(stashed)
     kinds = [_kind(tensor, _tangled(tensor, tensors, others)) for tensor in tensors]
     for index, (tensor, kind) in enumerate(zip(tensors, kinds)):
         # A buffer as output: the next microbatch may change it before this one's value has been read.

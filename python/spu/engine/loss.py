@@ -20,7 +20,7 @@ from spu.common import torch_private
 from spu.common.dtypes import HALVES
 from spu.common.moves import move_module
 from spu.common.torch_private import pytree
-from spu.engine.microbatch import count_targets, target_weights
+from spu.engine.microbatch import count_each, count_targets, shares_of, target_weights
 from spu.model.layers import Layer
 from spu.nn.blocks import unwatched
 from spu.ops.optimizer import on_device
@@ -236,7 +236,22 @@ class Weighing:
         """
         if self.weigh is None:
             return [torch.ones(()) for _ in targets]
-        return target_weights(targets, self.weigh, self.ignore_index)
+        counts = self._counts(targets)
+        if counts is None:
+            return target_weights(targets, self.weigh, self.ignore_index)
+        return list(shares_of(counts.to(torch.float64), self.ignore_index))
+
+    def _counts(self, targets: list[Any]) -> torch.Tensor | None:
+        """Return what each microbatch counts where that is the number of its targets, and quickly told."""
+        weigh = self.weigh
+        if not isinstance(weigh, functools.partial):
+            return None
+        if weigh.func is count_targets:
+            return count_each(targets, self.ignore_index)
+        setting = weigh.keywords["setting"] if weigh.func is _classes else None
+        if setting is None or setting("weight") is not None:
+            return None
+        return count_each(targets, setting("ignore_index", -100))
 
 
 def weighing_of(loss_fn: Any, loss_weight: Callable[[Any], Any] | str | None = None) -> Weighing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ __all__ = [
     "as_dicts",
     "at_least",
     "batch_rows",
+    "count_each",
     "count_targets",
     "elements",
     "move",
+    "shares_of",
     "split_batch",
     "target_weights",
     "unscaled_leaves",
@@ -106,6 +108,20 @@ def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:
     return sum(counts)
 
 
+def count_each(parts: Sequence[Any], ignore_index: int = -100) -> torch.Tensor | None:
+    """Return `count_targets` of each microbatch, int64 [parts], by four ops for all of them; None where these are no
+    integer tensors of one shape on the CPU.
+    """
+    first = parts[0] if parts else None
+    if type(first) is not torch.Tensor or first.device.type != "cpu":
+        return None
+    if first.is_floating_point() or first.is_complex() or first.dtype == torch.bool:
+        return None
+    if any(type(p) is not torch.Tensor or p.shape != first.shape or p.dtype != first.dtype for p in parts[1:]):
+        return None
+    return (torch.stack(tuple(parts)) != ignore_index).reshape(len(parts), -1).sum(1)
+
+
 def target_weights(
     targets: list[Any], loss_weight: Callable[[Any], Any] | None = None, ignore_index: int = -100
 ) -> list[torch.Tensor]:
@@ -121,6 +137,11 @@ def target_weights(
     weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
     counts = [torch.as_tensor(weigh(part), dtype=torch.float64).detach() for part in targets]
     together = torch.stack([count.to(counts[0].device).reshape(()) for count in counts])
+    return [share.to(count.device).reshape(()) for share, count in zip(shares_of(together, ignore_index), counts)]
+
+
+def shares_of(together: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """Return `target_weights`, [parts], by what each microbatch counts, fp64 [parts]; raise what that raises."""
     valid, total = ((together >= 0) & together.isfinite()).all(), together.sum()
     if total.device.type == "cpu" and not valid:
         raise ValueError(f"a microbatch must count 0 or more in the loss, and not NaN or inf: got {together.tolist()}")
@@ -128,8 +149,7 @@ def target_weights(
         raise ValueError(
             f"no target of the batch counts in the loss (all equal ignore_index {ignore_index}, or weigh nothing)"
         )
-    shares = torch.where(valid, together / total, torch.nan).to(torch.float32)
-    return [share.to(count.device).reshape(()) for share, count in zip(shares, counts, strict=True)]
+    return torch.where(valid, together / total, torch.nan).to(torch.float32)
 
 
 def elements(tree: Any) -> int:

@@ -23,7 +23,7 @@ from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
 from spu.engine.make_optimizer import OptimizerFactory
-from spu.engine.microbatch import batch_rows, count_targets, elements, split_batch, unscaled_leaves
+from spu.engine.microbatch import batch_rows, count_each, count_targets, elements, split_batch, unscaled_leaves
 from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
@@ -183,8 +183,12 @@ class Runner:
             self.updater.clear_gradients()
             raise
         self._settle()
-        counted = sum(count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
-        return Pass(sum_losses(losses), join_outputs(outputs) if outputs else None, counted, recordings[-1])
+        return Pass(
+            sum_losses(losses),
+            join_outputs(outputs) if outputs else None,
+            _counted(targets_by_part, self._weighing.ignore_index),
+            recordings[-1],
+        )
 
     def _settle(self) -> None:
         """Give back what the first pass and all before it have freed, before there are moments: later passes would have
@@ -310,6 +314,11 @@ class Runner:
         with delayed_interrupts():
             self.engine.close()
             self.updater.close()
+
+
+def _counted(targets_by_part: Sequence[Any], ignore_index: int) -> int | torch.Tensor:
+    counts = count_each(targets_by_part, ignore_index)
+    return sum(count_targets(part, ignore_index) for part in targets_by_part) if counts is None else counts.sum()
 
 
 def _callers_autocast(kinds: Iterable[str]) -> Callable[[], AbstractContextManager[Any]]:

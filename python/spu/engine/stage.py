@@ -26,7 +26,7 @@ from spu.model.kept import Park
 from spu.model.layers import DrawKey, Layer
 from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.ops.cut import Cut, LeafCut, hollow, is_start
-from spu.ops.sink import BackwardScope, open_scope
+from spu.ops.sink import BackwardScope, scoped
 from spu.skips import carried_by, current_carrier
 
 if TYPE_CHECKING:
@@ -134,10 +134,11 @@ class Stage:
             if skips is not None:
                 skips.arrived = pytree.tree_leaves(x)
         randomness = BackwardRandomness(key.run_seed, key.step, key.microbatch, key.kept)
-        with carried_by(skips or current_carrier()):
+        draws = LayerRandomness(key.run_seed, key.step, key.microbatch, "", kept=key.kept)
+        with carried_by(skips or current_carrier()), draws:
             for position, (layer, recompute) in enumerate(zip(self._layers_for(whole), self.recompute, strict=True)):
                 randomness.layer(layer.name)
-                step: Callable[..., Any] = layer.run
+                step: Callable[..., Any] = partial(layer.run, within=draws)
                 if recompute and train:
                     step = partial(layer.run_checkpointed, park=self._park(key.microbatch, position))
                 x = step(x, inputs, key)  # (3) in docs/architecture.md
@@ -272,7 +273,7 @@ class Stage:
         if pairs:
             # (5) in docs/architecture.md
             fresh = [parameter for parameter in self._parameters if parameter.grad is None]
-            opened = open_scope(tuple(root for root, _ in pairs), scope)
+            opened = scoped([root for root, _ in pairs], scope)
             with flight.randomness.during(self.device.torch_device), self._replayed():
                 torch.autograd.backward(opened, [gradient for _, gradient in pairs])
             cuts = [*flight.cuts, *(() if flight.skips is None else flight.skips.ends())]

@@ -56,13 +56,21 @@ class Layer:
     _unknown: tuple[torch.Generator, DrawKey] | None = field(default=None, init=False)
     _mixed: bool | None = field(default=None, init=False)
 
-    def run(self, x: Any, inputs: Any, key: DrawKey, on_own: Callable[[torch.Generator], None] | None = None) -> Any:
+    def run(
+        self,
+        x: Any,
+        inputs: Any,
+        key: DrawKey,
+        on_own: Callable[[torch.Generator], None] | None = None,
+        within: LayerRandomness | None = None,
+    ) -> Any:
         """Call the module, with random draws that depend on ``key`` and the layer's name alone.
 
         Args:
             x, inputs: the module's arguments.
             key: decides its draws from default generators.
             on_own: called with a generator of the layer's own before it is drawn from.
+            within: the context in use, which is made this layer's; None: one is entered.
 
         Raises:
             RuntimeError: it draws from a generator whose state no checkpoint could hold.
@@ -73,6 +81,10 @@ class Layer:
             if on_own is not None:
                 on_own(generator)
 
+        if within is not None:
+            within.layer(self.name, own)
+            with self.in_precision(x):
+                return self._call(x, inputs)
         draws = LayerRandomness(key.run_seed, key.step, key.microbatch, self.name, on_own=own, kept=key.kept)
         with draws, self.in_precision(x):
             return self._call(x, inputs)

@@ -108,6 +108,10 @@ class LayerRandomness:
         self._context.__exit__(*error)
         self._context = None  # a cycle: made for every layer of every microbatch, they would keep the collector busy
 
+    def layer(self, name: str, on_own: Callable[[torch.Generator], None] | None = None) -> None:
+        """Go on with another layer's draws: to enter a context for each would cost more than most layers draw."""
+        self._key, self._on_own, self._generators = (*self._key[:3], name), on_own, {}
+
     def generator(self, device: torch.device) -> torch.Generator:
         """Return the generator that replaces the device's default one."""
         self.draws += 1

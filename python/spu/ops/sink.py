@@ -37,6 +37,7 @@ __all__ = [
     "has_foreign_hook",
     "leave_to_norm",
     "open_scope",
+    "scoped",
     "sink_of",
     "sinks_of",
 ]
@@ -191,6 +192,25 @@ def open_scope(value: _T, scope: BackwardScope, *, fresh: bool = False) -> _T:
     if hasattr(value, "_fields"):
         return type(value)(*items)  # type: ignore[return-value]  # a named tuple
     return type(value)(items)  # type: ignore[return-value,call-arg]
+
+
+def scoped(roots: Sequence[Tensor], scope: BackwardScope) -> Sequence[Tensor]:
+    """Return tensors from which a backward runs in ``scope``, as :func:`open_scope` does: where they can, the roots
+    themselves, with a hook in place of a node and a view for each microbatch.
+
+    Args:
+        roots: the only tensors that the backward begins with.
+        scope: what ops and hooks of that backward will find.
+    """
+    if any(root.is_leaf or backward_hooks(root) for root in roots):  # hooks are called in their order
+        return open_scope(tuple(roots), scope)
+
+    def begin(_: Tensor) -> None:
+        _register(scope)
+
+    for root in roots:
+        root.register_hook(begin)
+    return roots
 
 
 @contextmanager
