@@ -74,7 +74,9 @@ class DirectStage(pipelining.PipelineStage):
         self.fwd_cache[fwd_chunk_id] = (output,), []  # where `get_fwd_send_ops` looks
         return output
 
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **_: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         """Run a microbatch's backward; without ``full_backward`` its weights' part is left."""
         if not self.has_backward:
             return
@@ -140,7 +142,8 @@ class PromptStage(DirectStage):
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Send a microbatch's gradients; return nothing to do."""
         if self.has_backward and self._is_elsewhere(self.stage_index - 1):
-            (gradients,) = self.bwd_cache.pop(bwd_chunk_id)
+            gradients = self.bwd_cache.pop(bwd_chunk_id)[0]
+            assert gradients is not None
             self._send(gradients, self.stage_index - 1, self._tag("B", self.stage_index - 1))
         return []
 
@@ -149,7 +152,9 @@ class PromptStage(DirectStage):
         self._await("F", fwd_chunk_id)
         return super().forward_one_chunk(fwd_chunk_id)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **_: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         """Run a microbatch's backward as soon as its output's gradients are here."""
         self._await("B", bwd_chunk_id)
         super().backward_one_chunk(bwd_chunk_id, full_backward=full_backward)

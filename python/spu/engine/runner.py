@@ -183,12 +183,8 @@ class Runner:
             self.updater.clear_gradients()
             raise
         self._settle()
-        return Pass(
-            sum_losses(losses),
-            join_outputs(outputs) if outputs else None,
-            _counted(targets_by_part, self._weighing.ignore_index),
-            recordings[-1],
-        )
+        counted = _counted(targets_by_part, self._weighing.ignore_index)
+        return Pass(sum_losses(losses), join_outputs(outputs) if outputs else None, counted, recordings[-1])
 
     def _settle(self) -> None:
         """Give back what the first pass and all before it have freed, before there are moments: later passes would have
