@@ -32,7 +32,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "StableLm": {"use_parallel_residual": True},
     "GPTNeoX": {"use_parallel_residual": True},
     "Mixtral": {"num_local_experts": 4},
-    "Llama4Text": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attn_temperature_tuning": False},
+    "Llama4Text": {
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "attn_temperature_tuning": False,
+    },
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numeric import assert_equal
 
 from spu.engine import microbatch
-from spu.engine.microbatch import count_targets, move, split_batch, target_weights
+from spu.engine.microbatch import count_each, count_targets, move, shares_of, split_batch, target_weights
 
 
 @given(rows=st.integers(1, 40), parts=st.integers(1, 12))
@@ -99,3 +99,18 @@ def test_a_card_reads_no_memory_of_the_callers(monkeypatch: pytest.MonkeyPatch) 
     move(batch, torch.device("cpu"))
     assert [given is own for (given, _), own in zip(read[2:], [wanted, batch["ids"], batch["mask"][0]])] == [True] * 3
     assert [later for _, later in read[2:]] == [True, False, False]
+
+
+def test_targets_counted_together_are_those_counted_one_by_one() -> None:
+    draws = torch.Generator().manual_seed(0)
+    whole = torch.randint(-1, 3, (10, 7), generator=draws)
+    for parts in (split_batch(whole, 5), split_batch(whole[:, 0], 2), split_batch(whole.to(torch.uint8), 10)):
+        counts = count_each(parts, ignore_index=-1)
+        assert counts == [int(count_targets(part, ignore_index=-1)) for part in parts]
+        assert counts is not None
+        assert shares_of(counts, -1) == target_weights(parts, ignore_index=-1)
+    with pytest.raises(ValueError, match="no target of the batch counts.*ignore_index -1"):
+        shares_of([0, 0], -1)
+    assert count_each(split_batch(whole, 4)) is None  # of two sizes
+    for others in ([whole.float()], [whole > 0], [whole, None], [(whole, whole)], [whole.to("meta")], []):
+        assert count_each(others) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ BATCH, FACTOR, RATES = "batch", "learning rate from lr_schedule", "setting of an
 
 _MOST = 2**20  # elements that are read of a tensor
 _ROW = 64  # values of 8 bytes
+_FEW = 2**18  # bytes up to which each value has a factor of its own: a few ops less
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / the golden ratio, as torch's int64 holds it
 _BITS = 52  # what fp64 holds of an integer
 
@@ -94,11 +96,20 @@ def _read(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     """Return a sum of bytes, int64, 0-dimensional, on their device."""
-    missing = -sum(map(len, parts)) % (8 * _ROW)
-    values = torch.cat([*parts, parts[0].new_zeros(missing)]).view(torch.int64).view(-1, _ROW)
+    size = sum(map(len, parts))
+    missing = -size % (8 if size <= _FEW else 8 * _ROW)
+    values = torch.cat([*parts, parts[0].new_zeros(missing)]).view(torch.int64)
+    if size <= _FEW:  # by its size alone: a batch has the same number on every device
+        return (values * _factors(len(values), values.device)).sum()
+    values = values.view(-1, _ROW)
     sums = torch.cat([values.sum(0), values.sum(1)])
-    places = torch.arange(1, len(sums) + 1, device=sums.device)
-    return (_mixed(sums) * (_mixed(places) | 1)).sum()
+    return (_mixed(sums) * _factors(len(sums), sums.device)).sum()
+
+
+@lru_cache(maxsize=16)
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    """Return an odd number for each place, int64 [count]."""
+    return _mixed(torch.arange(1, count + 1, device=device)) | 1
 
 
 def _mixed(values: torch.Tensor) -> torch.Tensor:

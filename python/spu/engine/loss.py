@@ -228,21 +228,24 @@ class Weighing:
     known: bool
     broadcasts: bool = False
 
-    def shares(self, targets: list[Any]) -> list[torch.Tensor]:
+    def shares(self, targets: list[Any], counts: list[int] | None = None) -> list[torch.Tensor]:
         """Return each microbatch's share of the batch's loss, 0-dimensional fp32: they add up to 1, or are 1 for a sum.
+
+        Args:
+            targets: of each microbatch.
+            counts: what :meth:`counts` has said of them.
 
         Raises:
             ValueError: as :func:`target_weights`.
         """
         if self.weigh is None:
             return [torch.ones(()) for _ in targets]
-        counts = self._counts(targets)
         if counts is None:
             return target_weights(targets, self.weigh, self.ignore_index)
-        return list(shares_of(counts.to(torch.float64), self.ignore_index))
+        return shares_of(counts, self.ignore_index)
 
-    def _counts(self, targets: list[Any]) -> torch.Tensor | None:
-        """Return what each microbatch counts where that is the number of its targets, and quickly told."""
+    def counts(self, targets: list[Any]) -> list[int] | None:
+        """Return what each microbatch counts where that is the number of its targets, and quickly told; else None."""
         weigh = self.weigh
         if not isinstance(weigh, functools.partial):
             return None

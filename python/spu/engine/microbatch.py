@@ -108,9 +108,9 @@ def count_targets(targets: Any, ignore_index: int = -100) -> int | torch.Tensor:
     return sum(counts)
 
 
-def count_each(parts: Sequence[Any], ignore_index: int = -100) -> torch.Tensor | None:
-    """Return `count_targets` of each microbatch, int64 [parts], by four ops for all of them; None where these are no
-    integer tensors of one shape on the CPU.
+def count_each(parts: Sequence[Any], ignore_index: int = -100) -> list[int] | None:
+    """Return `count_targets` of each microbatch, by a few ops for all of them; None where these are no integer tensors
+    of one shape on the CPU.
     """
     first = parts[0] if parts else None
     if type(first) is not torch.Tensor or first.device.type != "cpu":
@@ -119,7 +119,8 @@ def count_each(parts: Sequence[Any], ignore_index: int = -100) -> torch.Tensor |
         return None
     if any(type(p) is not torch.Tensor or p.shape != first.shape or p.dtype != first.dtype for p in parts[1:]):
         return None
-    return (torch.stack(tuple(parts)) != ignore_index).reshape(len(parts), -1).sum(1)
+    counts: list[int] = (torch.stack(tuple(parts)) != ignore_index).reshape(len(parts), -1).sum(1).tolist()
+    return counts
 
 
 def target_weights(
@@ -137,19 +138,29 @@ def target_weights(
     weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
     counts = [torch.as_tensor(weigh(part), dtype=torch.float64).detach() for part in targets]
     together = torch.stack([count.to(counts[0].device).reshape(()) for count in counts])
-    return [share.to(count.device).reshape(()) for share, count in zip(shares_of(together, ignore_index), counts)]
-
-
-def shares_of(together: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Return `target_weights`, [parts], by what each microbatch counts, fp64 [parts]; raise what that raises."""
     valid, total = ((together >= 0) & together.isfinite()).all(), together.sum()
     if total.device.type == "cpu" and not valid:
         raise ValueError(f"a microbatch must count 0 or more in the loss, and not NaN or inf: got {together.tolist()}")
     if total.device.type == "cpu" and not total > 0:
-        raise ValueError(
-            f"no target of the batch counts in the loss (all equal ignore_index {ignore_index}, or weigh nothing)"
-        )
-    return torch.where(valid, together / total, torch.nan).to(torch.float32)
+        raise ValueError(_nothing_counts(ignore_index))
+    shares = torch.where(valid, together / total, torch.nan).to(torch.float32)
+    return [share.to(count.device).reshape(()) for share, count in zip(shares, counts, strict=True)]
+
+
+def shares_of(counts: Sequence[int], ignore_index: int = -100) -> list[torch.Tensor]:
+    """Return `target_weights` by the number of each microbatch's targets.
+
+    Raises:
+        ValueError: all are 0.
+    """
+    total = sum(counts)
+    if not total:
+        raise ValueError(_nothing_counts(ignore_index))
+    return list(torch.tensor([count / total for count in counts], dtype=torch.float64).to(torch.float32))
+
+
+def _nothing_counts(ignore_index: int) -> str:
+    return f"no target of the batch counts in the loss (all equal ignore_index {ignore_index}, or weigh nothing)"
 
 
 def elements(tree: Any) -> int:

@@ -23,7 +23,7 @@ from spu.engine.local import LocalEngine
 from spu.engine.loss import Weighing
 from spu.engine.loss_check import LossCheck
 from spu.engine.make_optimizer import OptimizerFactory
-from spu.engine.microbatch import batch_rows, count_each, count_targets, elements, split_batch, unscaled_leaves
+from spu.engine.microbatch import batch_rows, count_targets, elements, split_batch, unscaled_leaves
 from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
@@ -144,7 +144,8 @@ class Runner:
         # (1) in docs/architecture.md
         inputs_by_part = split_inputs(inputs, parts)
         targets_by_part = split_batch(targets, parts, "targets")
-        weights = self._weighing.shares(targets_by_part)
+        counts = self._weighing.counts(targets_by_part)
+        weights = self._weighing.shares(targets_by_part, counts)
         losses: dict[int, torch.Tensor] = {}
         outputs: list[Any] = []  # none where another process has the last stage
         recordings = []
@@ -183,8 +184,8 @@ class Runner:
             self.updater.clear_gradients()
             raise
         self._settle()
-        counted = _counted(targets_by_part, self._weighing.ignore_index)
-        return Pass(sum_losses(losses), join_outputs(outputs) if outputs else None, counted, recordings[-1])
+        each = counts or (count_targets(part, self._weighing.ignore_index) for part in targets_by_part)
+        return Pass(sum_losses(losses), join_outputs(outputs) if outputs else None, sum(each), recordings[-1])
 
     def _settle(self) -> None:
         """Give back what the first pass and all before it have freed, before there are moments: later passes would have
@@ -310,11 +311,6 @@ class Runner:
         with delayed_interrupts():
             self.engine.close()
             self.updater.close()
-
-
-def _counted(targets_by_part: Sequence[Any], ignore_index: int) -> int | torch.Tensor:
-    counts = count_each(targets_by_part, ignore_index)
-    return sum(count_targets(part, ignore_index) for part in targets_by_part) if counts is None else counts.sum()
 
 
 def _callers_autocast(kinds: Iterable[str]) -> Callable[[], AbstractContextManager[Any]]:
