@@ -21,6 +21,31 @@ def test_what_a_stage_refuses_is_bad_input(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == "spu: error: --colour red is not known: give blue\n"
 
 
+def test_a_lost_process_is_said_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    """It said `error: : rank 1 ...: check the path and the room on it`, or printed a hundred lines of traceback."""
+    lost = ConnectionError("rank 1 exchanged gradients with rank 0, which has ended")
+    stage = StageError(0, "rank0", None, lost)
+    stage.__cause__ = lost
+    for error in (lost, stage, TimeoutError("rank 0 has waited 60 s for ranks [1]: their output says why")):
+
+        def command(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(typer.Exit) as exit_info:
+            guarded(command)
+        assert exit_info.value.exit_code == 1
+        assert capsys.readouterr().err == f"spu: error: {error}\n"
+
+
+def test_a_full_disk_is_said_with_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(28, "No space left on device", "runs/one")
+
+    with pytest.raises(typer.Exit):
+        guarded(command)
+    assert "runs/one: No space left on device: check the path and the room on it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -140,7 +140,7 @@ def fail() -> str:
         try:
             trainer.step(torch.ones(13, 8), torch.zeros(13, dtype=torch.int64))
         except StageError as error:
-            return str(error)
+            return f"{error}\nby {type(error.__cause__).__name__}"  # which a command's exit code goes by
     return "no error"
 
 
@@ -149,6 +149,8 @@ def test_a_failed_stage_is_named_in_every_rank() -> None:
     assert last.startswith("stage 1 (rank1), action 1F1, microbatch 1: ArithmeticError: a layer of the user's")
     assert "for rank 1 (stages [1]), which has ended or no longer answers" in first
     assert first.startswith("stage 0 (rank0)")
+    assert last.endswith("by ArithmeticError")
+    assert first.endswith("by ConnectionError")
 
 
 class Ends(nn.Module):

@@ -102,3 +102,20 @@ def test_a_replica_that_hangs_is_given_up_after_wait_s(tmp_path: Path) -> None:
     """The groups of a DeviceMesh waited for half an hour."""
     said = in_ranks(4, wait_for_a_replica, str(tmp_path / "done"))
     assert "2000ms" in said[0] or "imed out" in said[0], said
+
+
+def lose_one(of: int) -> str:
+    job = Job("cpu")
+    if job.rank == of - 1:
+        return ""
+    with pytest.raises(ConnectionError) as caught:
+        job.gathered(0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("of", [2, 3])
+def test_one_of_several_is_not_taken_for_all(of: int) -> None:
+    """It said that ranks 1, 2, 3 have ended, where it knows of one of them; and in some places torch's words alone."""
+    said = in_ranks(of, lose_one, of)[0]
+    with_whom = "rank 1, which has" if of == 2 else "ranks 1, 2, one of which has"
+    assert said.startswith(f"rank 0 exchanged what each knows with {with_whom} ended or no longer answers"), said

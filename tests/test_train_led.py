@@ -97,6 +97,23 @@ def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def lose_a_rank() -> str:
+    """Rank 0 finds in its work that a rank is lost; return what becomes of one that listens."""
+    try:
+        with led.leading(20) as leads:
+            if leads:
+                raise ConnectionError("rank 0 exchanged gradients with ranks 1, 2, one of which no longer answers")
+            led.follow(None)  # type: ignore[arg-type]
+    except ConnectionError as error:
+        return str(error)
+    return "done"
+
+
+def test_a_run_that_lost_a_process_is_no_end_for_the_others() -> None:
+    """They ended as after a run's last step, with 0: torchrun on their machine began them no more."""
+    assert in_ranks(2, lose_a_rank)[1].startswith("rank 0 has ended, or says nothing any more. torch: ")
+
+
 def begin_elsewhere(folder: str) -> str:
     if dist.get_rank() == 1:
         exists = Path.exists

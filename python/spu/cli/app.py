@@ -41,8 +41,9 @@ def _show(lines: list[str]) -> None:
 def guarded(command: Callable[[], None]) -> None:
     """Run a command, and end with its exit code and one message; SPU_TRACEBACK=1 shows all.
 
-    0: done, or stopped as a signal has asked; 1: the disk or the machine failed; 2: bad input, also one that a stage
-    has refused, or a run that diverged, which would fail again; 130: interrupted at once, by a second signal.
+    0: done, or stopped as a signal has asked; 1: the disk, the machine or another process failed; 2: bad input, also
+    one that a stage has refused, or a run that diverged, which would fail again; 130: interrupted at once, by a second
+    signal.
     """
     try:
         command()
@@ -65,6 +66,9 @@ def guarded(command: Callable[[], None]) -> None:
         if isinstance(error, StageError) and isinstance(error.__cause__, ValueError):
             _fail(f"error: {error.__cause__}", BAD_INPUT)
         if isinstance(error, StoreError) or isinstance(error.__cause__, StoreError):
+            _fail(f"error: {error}", 1)
+        lost = isinstance(error, (ConnectionError, TimeoutError)) and error.errno is None  # a process, no path
+        if lost or (isinstance(error, StageError) and isinstance(error.__cause__, ConnectionError)):
             _fail(f"error: {error}", 1)
         if isinstance(error, OSError):
             _fail(f"error: {error.filename or ''}: {error.strerror or error}: check the path and the room on it", 1)

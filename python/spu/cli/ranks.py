@@ -34,7 +34,7 @@ def doctor_lines_of_all() -> list[str]:
     """Return the lines of ``spu doctor``, likewise."""
     try:
         return _in_all("auto", _doctor)
-    except (RuntimeError, TimeoutError) as error:  # a broken connection is what it is asked about
+    except (RuntimeError, ConnectionError, TimeoutError) as error:  # a broken connection is what it is asked about
         row = doctor.Row("processes", False, f"{type(error).__name__}: {' '.join(str(error).split())}")
         return [*doctor_lines(), *doctor_lines([row])]
 

@@ -135,7 +135,8 @@ class DistributedEngine:
                 self._ready.clear()  # its messages are half received
                 if not isinstance(error, Exception):
                     raise
-                raise self._blamed(error) from error
+                blamed = self._blamed(error)
+                raise blamed from blamed.__cause__  # what a command's exit code goes by
             finally:
                 for stage in ready.stages:
                     stage.clear()
@@ -274,15 +275,17 @@ class DistributedEngine:
                 return cause
         done = self._spans[-1].action if self._spans else None
         stage = self._own[0] if done is None else self.stages[done.stage]
-        others = ", ".join(
-            f"rank {rank} (stages {stages})" for rank, stages in self._job.neighbours(self.ranks).items()
-        )
+        others = [f"rank {rank} (stages {stages})" for rank, stages in self._job.neighbours(self.ranks).items()]
+        of = "" if len(others) == 1 else "one of "
         after = "before its first action" if done is None else f"after its action {done}"
         lost = ConnectionError(
-            f"rank {self._job.rank} waited, {after}, for {others}, which has ended or no longer answers; its own "
-            f"output says why. torch: {type(error).__name__}: {error}"
+            f"rank {self._job.rank} waited, {after}, for {', '.join(others)}, {of}which has ended or no longer "
+            f"answers; its own output says why. torch: {type(error).__name__}: {error}"
         )
-        return StageError(stage.index, stage.device.name, done, lost)
+        lost.__cause__ = error
+        failed = StageError(stage.index, stage.device.name, done, lost)
+        failed.__cause__ = lost
+        return failed
 
 
 def _as_it_is(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,7 @@ class Job:
     Raises:
         ValueError: not started by torchrun and in no process group, more than one device, or a number of processes
             that is no multiple of the replicas.
+        ConnectionError: another process has ended.
     """
 
     def __init__(self, devices: Spec = "auto", *, replicas: int = 1, timeout_s: int = 600) -> None:
@@ -124,7 +125,7 @@ class Job:
         if replicas > 1:
             ranks, timeout = torch.arange(self.size).view(replicas, -1), timedelta(seconds=timeout_s)
             # Not by a DeviceMesh: its groups wait for half an hour, and one of all processes is torch's default group.
-            with self._connections.made_here():
+            with self.exchanging("addresses", range(self.size)), self._connections.made_here():
                 self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
                 self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
         self.device = _own_device(devices, self.rank)
@@ -132,9 +133,14 @@ class Job:
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
 
     def gathered(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank."""
+        """Return every process's value, by rank.
+
+        Raises:
+            ConnectionError: one of them has ended.
+        """
         everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, value)
+        with self.exchanging("what each knows", range(self.size)):
+            dist.all_gather_object(everyones, value)
         return everyones
 
     def decided(self, make: Callable[[], str], what: str) -> str:
@@ -154,7 +160,8 @@ class Job:
                 box[0] = make()
             except Exception as error:
                 failure, box[1] = error, f"{type(error).__name__}: {error}"
-        dist.broadcast_object_list(box, src=0)
+        with self.exchanging("what rank 0 decides", range(self.size)):
+            dist.broadcast_object_list(box, src=0)
         if failure is not None:
             raise failure
         if box[0] is None:
@@ -252,10 +259,11 @@ class Job:
         try:
             yield
         except RuntimeError as error:  # of torch.distributed
-            others = ", ".join(str(rank) for rank in ranks if rank != self.rank)
+            others = [str(rank) for rank in ranks if rank != self.rank]
+            many, of = ("", "") if len(others) == 1 else ("s", "one of ")
             raise ConnectionError(
-                f"rank {self.rank} exchanged {what} with rank {others}, which has ended or no longer answers; its own "
-                f"output says why. torch: {type(error).__name__}: {error}"
+                f"rank {self.rank} exchanged {what} with rank{many} {', '.join(others)}, {of}which has ended or no "
+                f"longer answers; its own output says why. torch: {type(error).__name__}: {error}"
             ) from error
 
     def let_go_with(self, user: GroupUser) -> None:

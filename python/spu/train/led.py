@@ -32,12 +32,14 @@ def tell(what: str, *arguments: Any) -> None:
     """Tell the other processes what to do; called in rank 0.
 
     Raises:
-        RuntimeError: one has ended, or listens no more.
+        ConnectionError: one has ended, or listens no more.
     """
     try:
         dist.broadcast_object_list([what, arguments], src=0)
     except RuntimeError as error:
-        raise RuntimeError(f"a rank has ended, or does not listen; its own output says why. torch: {error}") from error
+        raise ConnectionError(
+            f"a rank has ended, or does not listen; its own output says why. torch: {error}"
+        ) from error
 
 
 def check_not_elsewhere(file: Path) -> None:
@@ -77,12 +79,14 @@ def leading(timeout_s: int) -> Iterator[bool]:
     try:
         yield leads
         told = True
+    except ConnectionError:  # the others are not to take it for the end of the run: it has lost a process
+        raise
     except (Stopped, ValueError, OSError):
         told = True
         raise
     finally:
         if leads and told:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(ConnectionError):
                 tell("end")
         if told:
             leave()
@@ -103,7 +107,7 @@ def follow(make: Make) -> None:
         try:
             dist.broadcast_object_list(box, src=0)
         except RuntimeError as error:
-            raise RuntimeError(f"rank 0 has ended, or says nothing any more. torch: {error}") from error
+            raise ConnectionError(f"rank 0 has ended, or says nothing any more. torch: {error}") from error
         what, arguments = box
         if what == "end":
             return
