@@ -65,6 +65,62 @@ def test_master_optimizer_state_continues_bit_for_bit() -> None:
     assert all(p.grad is None for p in params)
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps state that fp32 cannot hold."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state["count"] = torch.tensor(2**24)
+                state["codes"] = torch.arange(param.numel(), dtype=torch.uint8).view(param.shape)
+                state["sum"] = torch.full(param.shape, 1 / 3, dtype=torch.float64)
+                state["narrow"] = torch.ones(param.shape, dtype=torch.bfloat16)
+            state["count"] += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_state_that_fp32_cannot_hold_is_loaded_as_it_was_saved(dtype: torch.dtype) -> None:
+    """torch casts state to fp32: a count of 2^24 + 1 lost its last bit (findings/optimizer_load_narrows_state.sh)."""
+
+    def make() -> tuple[torch.nn.Parameter, MasterOptimizer]:
+        param = torch.nn.Parameter(torch.ones(3, 4, dtype=dtype))
+        param.grad_dtype = torch.float32
+        param.grad = torch.ones(3, 4)
+        return param, MasterOptimizer(lambda p: Counting(p, {}), [param])
+
+    _, optimizer = make()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    _, loaded = make()
+    loaded.load_state_dict(state)
+    (saved,), (found,) = optimizer.optimizer.state.values(), loaded.optimizer.state.values()
+    for key in ("count", "codes", "sum"):
+        assert_equal(found[key], saved[key], key)
+    assert saved["count"] == 2**24 + 1
+    assert found["narrow"].dtype == torch.float32
+
+
+def test_steps_after_a_load_leave_the_loaded_state_alone() -> None:
+    """torch takes a state's tensors as its own: a second start from it had the first run's last moments.
+
+    See findings/optimizer_load_takes_tensors.sh.
+    """
+    params = parameters(torch.float32)
+    optimizer = MasterOptimizer(sgd, params)
+    set_grads(params, random_grads())
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(state["optimizer"]["state"])
+    loaded = MasterOptimizer(sgd, params)
+    loaded.load_state_dict(state)
+    set_grads(params, random_grads())
+    loaded.step()
+    for index, saved in before.items():
+        assert_equal(state["optimizer"]["state"][index]["momentum_buffer"], saved["momentum_buffer"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fused_optimizers_find_each_weights_gradient_and_state(dtype: torch.dtype) -> None:
     """Weights that were not contiguous were updated with other weights' gradients, and after a load with their moments.

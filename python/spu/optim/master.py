@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both; 16-bit parameters receive their masters' values."""
+        """Restore both; 16-bit parameters receive their masters' values, and the inner state keeps the saved dtypes."""
         masters = state_dict["masters"]
         if len(masters) != len(self._params):
             raise ValueError(f"the state has {len(masters)} masters, this optimizer {len(self._params)} parameters")
@@ -150,11 +151,31 @@ class MasterOptimizer:
         for i, (param, target, master) in enumerate(rows):
             if (master is None) != (target is param) or (master is not None and master.shape != param.shape):
                 raise ValueError(f"the state's master {i} does not fit a {param.dtype} parameter {tuple(param.shape)}")
-        self.optimizer.load_state_dict(state_dict["optimizer"])  # what it refuses leaves the parameters as they were
+        inner = copy.deepcopy(state_dict["optimizer"])  # torch takes tensors as its own, and steps would change them
+        self.optimizer.load_state_dict(inner)  # what it refuses leaves the parameters as they were
+        if type(self.optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            _restore_dtypes(self.optimizer, inner)
         for param, target, master in rows:
             if master is not None:
                 target.copy_(master)
                 param.copy_(target)
+
+
+def _restore_dtypes(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Replace state that torch's load has cast to the parameters' fp32 with a loss: integers, and fp64.
+
+    What was saved in fewer bits of floating point stays as it was cast.
+    """
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    targets = [target for group in optimizer.param_groups for target in group["params"]]
+    for index, target in zip(indices, targets, strict=True):
+        state = optimizer.state.get(target, {})
+        for key, value in saved["state"].get(index, {}).items():
+            cast = state.get(key)
+            if not isinstance(value, Tensor) or not isinstance(cast, Tensor) or cast.dtype == value.dtype:
+                continue
+            if not value.is_floating_point() or torch.promote_types(value.dtype, cast.dtype) != cast.dtype:
+                state[key] = value.detach().to(cast.device)
 
 
 def _strided_as(target: Tensor, values: Tensor) -> Tensor:
