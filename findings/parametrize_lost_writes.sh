@@ -9,9 +9,9 @@
 # that was written. In parametrize.cached() the writes hold until its end. layer.weight = value, or writes before parametrising,
 # do what is meant.
 #
-# Seen, weight of a linear layer after the write, distance from what was written: weight_norm, orthogonal, spectral_norm: nn.init.zeros_ with
-# biases 0, copy_ and reset_parameters leave every bit of the weight; layer.weight = value of weight_norm 1e-7 away; plain layer
-# 0
+# Seen, weight of a linear layer after the write, distance from what was written: weight_norm, orthogonal, spectral_norm:
+# nn.init.zeros_ with biases 0, copy_ and reset_parameters leave every bit of the weight; layer.weight = value of weight_norm
+# 1e-7 away; plain layer 0
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
