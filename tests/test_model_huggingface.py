@@ -232,6 +232,9 @@ def test_models_that_are_no_decoders_are_refused_by_name():
         hf.decoder_layers(make_model("OPT", layerdrop=0.1))
     with pytest.raises(ValueError, match=r"is set to flex attention, which has no backward on CPUs.*\('sdpa'\)"):
         hf.decoder_layers(make_model("Llama", attn_implementation="flex_attention"))
+    gpt = transformers.OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel cannot be run in parts: StopIteration; it cannot be"):
+        hf.decoder_layers(transformers.OpenAIGPTLMHeadModel(gpt))  # its base model asks its parameters for a dtype
     with pytest.raises(ValueError, match=r"MixtralForCausalLM adds a router loss.*output_router_logits=False"):
         hf.decoder_layers(make_model("Mixtral", output_router_logits=True))
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from spu.common.dtypes import HALVES
+from spu.common.errors import first_line
 from spu.common.out_of_memory import is_out_of_memory
 from spu.common.quiet import hushed
 from spu.engine.labels import IGNORED, shifted
@@ -39,10 +40,11 @@ def check_loss(model: Any, *, counted: bool) -> None:
         model.train()  # a term may be added in training alone
         try:
             _compare(name, model, counted)
-        except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-            if is_out_of_memory(error):
+        except Exception as error:
+            if isinstance(error, ValueError) or is_out_of_memory(error):  # a ValueError names what it is already
                 raise
-            raise ValueError(f"{name} cannot be asked for its loss on a few tokens: {error}; {_ADVICE}") from error
+            why = first_line(error)
+            raise ValueError(f"{name} cannot be asked for its loss on a few tokens: {why}; {_ADVICE}") from error
         finally:
             for module, training in mode.items():
                 module.training = training

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.errors import first_line
 from spu.common.out_of_memory import is_out_of_memory
 from spu.common.torch_private import swap_compiled_call
 from spu.model.hf_context import Inputs, same
@@ -39,10 +40,11 @@ def prove_split(model: nn.Module, layers: Sequence[tuple[str, nn.Module]]) -> No
         for inputs in _batches(model):
             try:
                 _compare(model, layers, inputs)
-            except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-                if is_out_of_memory(error):
+            except Exception as error:
+                if isinstance(error, ValueError) or is_out_of_memory(error):  # a ValueError names what it is already
                     raise
-                raise ValueError(f"{type(model).__name__} cannot be run in parts: {error}; {_ADVICE}") from error
+                why = first_line(error)
+                raise ValueError(f"{type(model).__name__} cannot be run in parts: {why}; {_ADVICE}") from error
 
 
 def _batches(model: Any) -> Iterator[Inputs]:
