@@ -32,13 +32,14 @@ def test_tensors_arrive_with_every_bit_and_their_strides() -> None:
         "halves": torch.randn(5, 7).half().requires_grad_(),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(7),
+        "one": torch.arange(8.0)[::4][:1],
     }
     found = sent(tree)
     assert isinstance(found, dict)
     assert torch.equal(found["x"].view(torch.int32), odd.view(torch.int32))
     assert found["x"].requires_grad
     assert found["transposed"].stride() == (1, 4)
-    for name in ("transposed", "holes", "halves", "empty", "scalar"):
+    for name in ("transposed", "holes", "halves", "empty", "scalar", "one"):
         assert torch.equal(found[name], tree[name])
         assert found[name].dtype == tree[name].dtype
     assert torch.equal(found["mask"][0], tree["mask"][0])

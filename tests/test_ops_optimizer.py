@@ -135,6 +135,21 @@ def test_strided_parameters(backend: str) -> None:
         torch.testing.assert_close(strided[name], plain[name])
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_parameter_of_one_element_may_have_any_stride(backend: str, dtype: torch.dtype) -> None:
+    """A strided view of one element is contiguous for torch, and its bits could not be compared with the master's."""
+    strided = one_state((1,), dtype)
+    plain = copied(strided)
+    strided["param"] = torch.zeros(3, dtype=dtype)[::3].copy_(strided["param"])
+    assert strided["param"].stride() == (3,)
+    with ops.use_backend(backend):
+        apply(strided)
+        apply(plain)
+    for name in ("param", "master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(strided[name], plain[name]), name
+
+
 def test_the_two_reference_paths_agree() -> None:
     """The one for the CPU reads found_inf and the step on the host, the one for other devices does not."""
     state = one_state((40,), torch.float32)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 if dist.is_available():  # pipelining imports it: once a group is there, the defaults of its functions would keep that
     import torch.distributed.nn.functional
 
+from spu.common.raw import bytes_of
 from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.alike import HINTS
 from spu.distributed.few import added, gathered
@@ -205,13 +206,12 @@ class Job:
 
     def send(self, tensor: torch.Tensor, rank: int) -> None:
         """Send a tensor's bytes to another process, which waits for them."""
-        flat = tensor.detach().contiguous().reshape(-1)
-        if flat.numel():
-            dist.send(flat.view(torch.uint8).to(self._carries), rank)
+        if tensor.numel():
+            dist.send(bytes_of(tensor).to(self._carries), rank)
 
     def post(self, tensor: torch.Tensor, rank: int) -> list[tuple[dist.Work, torch.Tensor]]:
         """Send a tensor's bytes as :meth:`send`, without waiting; return what to wait for and to keep."""
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self._carries)
+        flat = bytes_of(tensor).to(self._carries)
         work = dist.isend(flat, rank) if flat.numel() else None
         return [] if work is None else [(work, flat)]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spu.common.raw import bytes_of
 from spu.common.torch_private import pytree
 
 __all__ = ["BATCH", "FACTOR", "RATES", "check_told", "digest", "rates_digest"]
@@ -91,7 +92,7 @@ def _read(tensor: torch.Tensor) -> torch.Tensor:
         step, first = -(-tensor.numel() // _MOST), min(1, tensor.dim() - 1)
         longest = max(range(first, tensor.dim()), key=tensor.shape.__getitem__)
         tensor = tensor[(slice(None),) * longest + (slice(None, None, step),)]
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    return bytes_of(tensor.resolve_conj().resolve_neg())
 
 
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from spu import ops
 from spu.common.dtypes import STORAGE
+from spu.common.raw import bytes_of
 from spu.common.wire import MAX_NDIM, wire_bytes
 from spu.engine.crossing import Layout
 
@@ -211,5 +212,6 @@ def _dense_stride(tensor: torch.Tensor) -> list[int] | None:
 
 def _bytes_in_order(tensor: torch.Tensor, stride: list[int] | None) -> torch.Tensor:
     """Return the tensor's bytes, in the order of its memory if it has strides of its own."""
-    flat = tensor.contiguous() if stride is None else tensor.as_strided((tensor.numel(),), (1,))
-    return flat.reshape(-1).view(torch.uint8)
+    if stride is None:
+        return bytes_of(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -10,6 +10,7 @@ import torch
 
 from spu.checkpoint.writing import CheckpointError
 from spu.common.absent import is_absent
+from spu.common.raw import bytes_of
 
 __all__ = ["Sample", "base_record", "check_base", "sampled"]
 
@@ -33,7 +34,7 @@ def sampled(frozen: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
             continue
         flat = tensor.reshape(-1)
         some = flat[torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)]
-        values = some.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        values = bytes_of(some.cpu()).numpy().tobytes()
         found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), values)
     return found
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.raw import bytes_of
+
 __all__ = ["DTYPE_NAMES", "INDEX", "PIECE_BYTES", "SINGLE", "Entry", "Shards", "write_shard"]
 
 INDEX = "model.safetensors.index.json"
@@ -196,7 +198,7 @@ def write_shard(
             opened.write(len(text).to_bytes(8, "little") + text)
             for name, _ in tensors:
                 for values in pieces(name):
-                    opened.write(values.to(dtype).contiguous().view(torch.uint8).numpy().data)
+                    opened.write(bytes_of(values.to(dtype)).numpy().data)
             if opened.tell() != 8 + len(text) + end:
                 raise AssertionError(f"{file}: {opened.tell()} bytes written of {8 + len(text) + end}")
             opened.flush()

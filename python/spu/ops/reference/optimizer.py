@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.raw import flat
 from spu.ops.masters import joined, master_noise, masters_of, split
 from spu.ops.moments import load_moment, moments_of, noise, stored_moment
 
@@ -80,7 +81,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Compare the bits of two 16-bit tensors, four elements at a time, because torch compares them one by one."""
     if not (a.is_contiguous() and b.is_contiguous() and a.storage_offset() % 4 == b.storage_offset() % 4 == 0):
         return torch.equal(a, b)
-    a, b, even = a.reshape(-1), b.reshape(-1), a.numel() // 4 * 4
+    a, b, even = flat(a), flat(b), a.numel() // 4 * 4
     return torch.equal(a[:even].view(torch.int64), b[:even].view(torch.int64)) and torch.equal(a[even:], b[even:])
 
 
