@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spu.common.raw import bytes_of, flat
+from spu.common.raw import bytes_of, flat, write
 from spu.distributed.told import digest
 
 ONE = {
@@ -40,3 +40,17 @@ def test_the_last_row_of_every_other_one_is_told() -> None:
     targets = torch.arange(4)
     assert digest(targets[::2][:1]) == digest(targets[:1])
     assert digest(targets[::2][:1]) != digest(targets[1:2])
+
+
+def test_values_are_written_once_where_elements_share_memory() -> None:
+    expanded = torch.zeros(1, 3, 1).expand(2, 3, 4)
+    values = torch.arange(3.0)[:, None].expand(2, 3, 4).clone()
+    write(expanded, values)
+    assert torch.equal(expanded, values)
+    values[1, 2, 3] = 7
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\) is expanded and cannot hold values that differ"):
+        write(expanded, values)
+    assert expanded.sum() == 2 * 4 * 3
+    plain = torch.zeros(2, 3)
+    write(plain, torch.ones(2, 3))
+    assert plain.sum() == 6

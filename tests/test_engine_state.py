@@ -262,3 +262,33 @@ class FailingFile:
     def __init__(self, file: Any, read: Any) -> None:
         self.name, self.seek = file.name, file.seek
         self.readinto = functools.partial(read, file)
+
+
+class Expanded(nn.Module):
+    """Has a buffer all of whose elements are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.full((1,), 1.5).expand(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+def test_an_expanded_buffer_is_loaded_and_carried_over(tmp_path: Path) -> None:
+    """save() took it, and every load() failed in the middle, after which nothing could be trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), Expanded(), nn.Linear(16, 4))
+    other = copy.deepcopy(model)
+    with trainer_of(model, 2, microbatches=2, lr=1e-2) as trainer:
+        trainer.step(*batch())
+        trainer.save(tmp_path / "checkpoint")
+        trainer.replan()
+        expected = float(trainer.step(*batch()).loss)
+    with torch.no_grad():
+        other[1].gain[:1].fill_(0.5)
+    with trainer_of(other, 1, microbatches=2, lr=1e-2) as trainer:
+        trainer.prepare(*batch())
+        trainer.load(tmp_path / "checkpoint")
+        assert float(trainer.step(*batch()).loss) == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(other[1].gain, torch.full((16,), 1.5))

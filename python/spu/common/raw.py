@@ -1,10 +1,10 @@
-"""The bytes of tensors."""
+"""Tensors as memory: their bytes, and writing where elements share it."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["bytes_of", "flat"]
+__all__ = ["bytes_of", "flat", "write"]
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,3 +20,21 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes in the order of its elements, uint8 [bytes]; the same memory if they lie so."""
     return flat(tensor.detach()).view(torch.uint8)
+
+
+def write(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values into a tensor, also into one that was expanded (``torch.ones(1).expand(8)``): once into its memory.
+
+    Raises:
+        ValueError: they differ where they would share memory.
+    """
+    shared = [dim for dim in range(tensor.dim()) if tensor.stride(dim) == 0 and tensor.shape[dim] > 1]
+    if not shared:
+        tensor.copy_(values)
+        return
+    once = tuple(slice(0, 1) if dim in shared else slice(None) for dim in range(tensor.dim()))
+    if not torch.equal(values[once].expand_as(values), values):
+        raise ValueError(
+            f"a tensor of {tuple(tensor.shape)} is expanded and cannot hold values that differ: clone() it"
+        )
+    tensor[once].copy_(values[once])

@@ -15,6 +15,7 @@ from torch import nn
 
 from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, Elsewhere, Stored
+from spu.common.raw import write
 from spu.engine.base import Sample, base_record, check_base, sampled
 from spu.engine.build import BuiltStages
 from spu.engine.joined import Joined, whole
@@ -353,7 +354,7 @@ def _restore_model(built: BuiltStages, optimizers: Optimizers, state: Mapping[st
                 optimizer.set_master(parameter, value)
                 continue
             assert isinstance(tensor, torch.Tensor)  # else the optimizer keeps a correction
-            tensor.copy_(value)
+            write(tensor, value)
             if parameter is not None and tensor.data_ptr() != parameter.data_ptr():  # the master of another optimizer
                 parameter.copy_(tensor)
 
