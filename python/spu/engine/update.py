@@ -83,7 +83,9 @@ class Updater:
         hooked = scaler.enabled or make_streaming is not None
         self._main_grads = [MainGrads(stage.parameters(), hooked=hooked) for stage in built.stages]
         self.scopes = [
-            replace(scaler.scope(stage.device.torch_device, f"stage {stage.index}"), plain=not scaler.enabled)
+            replace(
+                scaler.scope(stage.device.torch_device, f"stage {stage.index}"), plain=not scaler.enabled, whole=True
+            )
             for stage in built.stages
         ]
         for stage, scope in zip(built.stages, self.scopes):

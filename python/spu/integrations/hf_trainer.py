@@ -50,10 +50,11 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
 
     ``bf16=True`` and ``fp16=True`` train weights in 16 bits with fp32 masters. Without them the precision is the
     model's own. In 16 bits layers compute as under autocast, also where the model came in them: a router whose product
-    the model asks for in fp32 has it in 16 bits, as with ``transformers.Trainer`` and ``bf16=True``. After ``train()`` each weight has the dtype that it was given in, as with
-    ``transformers.Trainer``, and so it has in what is saved: an fp32 model gets its masters, a bf16 model these rounded
-    once. The engine's part of a checkpoint has the masters themselves. Random draws (dropout) are the engine's: a
-    function of seed, step, microbatch and layer.
+    the model asks for in fp32 has it in 16 bits, as with ``transformers.Trainer`` and ``bf16=True``.
+
+    After ``train()`` each weight has the dtype that it was given in, as with ``transformers.Trainer``, and so it has in
+    what is saved: an fp32 model gets its masters, a bf16 model these rounded once. The engine's part of a checkpoint
+    has the masters themselves. Random draws (dropout) are the engine's: a function of seed, step, microbatch and layer.
 
     Args:
         args, keywords: as ``transformers.Trainer`` takes them.

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spu.common.torch_private import BelowAutograd
+from spu.common.torch_private import BelowAutograd, transformed
 from spu.ops import schema
 from spu.ops.plain import refuse_derivatives_of_backward
 
-__all__ = ["Eager", "FusedOp", "without_gradient"]
+__all__ = ["Eager", "Function", "FusedOp", "without_gradient"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,20 @@ class FusedOp:
         return backward
 
 
-class Eager(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """An autograd function for plain tensors. Torch's own ``apply`` looks at each argument for what a transform has
+    left behind; without that a call takes 2.4 us less. In a transform it is torch's.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """Compute it, as ``torch.autograd.Function.apply`` without keywords."""
+        if transformed():
+            return super().apply(*arguments)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
+class Eager(Function):
     """``apply(*given, op, backend, options, how)``: compute an op in eager code that takes its gradient.
 
     Args:

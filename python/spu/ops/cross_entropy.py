@@ -31,7 +31,7 @@ from torch import Tensor
 
 from spu.common.codecs import numel_of
 from spu.ops import schema
-from spu.ops.autograd import Eager, FusedOp, without_gradient
+from spu.ops.autograd import Eager, Function, FusedOp, without_gradient
 from spu.ops.dispatch import DTYPES, choose_backend, has_kernel
 from spu.ops.linear import compute_dtype
 from spu.ops.logit_gradients import spread
@@ -116,7 +116,7 @@ def _losses_and_dz(
     return losses  # type: ignore[no-any-return]
 
 
-class _AtForward(torch.autograd.Function):
+class _AtForward(Function):
     """``apply(hidden, weight, target, ignore_index, backend, dtype, keep)``: the mean loss."""
 
     @staticmethod
@@ -176,7 +176,7 @@ class _AtForward(torch.autograd.Function):
         return (*mine, *[None] * 5)
 
 
-class _AtBackward(torch.autograd.Function):
+class _AtBackward(Function):
     """``apply(hidden, weight, target, factor, ignore_index, backend, dtype)``: `cross_entropy_share`."""
 
     @staticmethod
@@ -306,7 +306,7 @@ def linear_cross_entropy(
         operands = _operands(rows, weight, dtype)
         losses = without_gradient("linear_ce", backend, *operands, targets, ignore_index)[0]
     elif _device_type(rows) == "cpu" and (rows.requires_grad or weight.requires_grad):
-        return _AtForward.apply(rows, weight, targets, ignore_index, backend, dtype, keep)  # type: ignore[no-any-return,no-untyped-call]
+        return _AtForward.apply(rows, weight, targets, ignore_index, backend, dtype, keep)  # type: ignore[no-any-return]
     else:
         losses = Eager.apply(rows, weight, targets, _LINEAR_CE, backend, (ignore_index,), (dtype,))
     return losses.sum() / (targets != ignore_index).sum()
@@ -335,7 +335,7 @@ def cross_entropy_share(
     _check(hidden, weight, target, ignore_index, dtype)
     rows, targets = hidden.reshape(numel_of(target.shape), hidden.shape[-1]), target.reshape(-1)
     backend = choose_backend(hidden, dtype, op="linear_ce", shape=(rows.shape[0], *weight.shape))
-    return _AtBackward.apply(rows, weight, targets, factor, ignore_index, backend, dtype)  # type: ignore[no-any-return,no-untyped-call]
+    return _AtBackward.apply(rows, weight, targets, factor, ignore_index, backend, dtype)  # type: ignore[no-any-return]
 
 
 @exact

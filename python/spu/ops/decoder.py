@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.autograd import Function
 from spu.ops.convert import narrowed, stacked
 from spu.ops.documents import Lengths, attention_apart, attention_apart_backward
 from spu.ops.gated import gated_gradients
@@ -110,7 +111,7 @@ def _through_norm(
     return dx if needs_x else None, dw if needs_weight and sink is None else None
 
 
-class _GatedHalf(torch.autograd.Function):
+class _GatedHalf(Function):
     """``apply(x, norm_weight, w_gate, w_up, w_down, form)``."""
 
     @staticmethod
@@ -238,7 +239,7 @@ def _attended_back(
     return backward(dout, q, k, v, out, *sums, form.scale, True)  # type: ignore[no-any-return]
 
 
-class _AttentionHalf(torch.autograd.Function):
+class _AttentionHalf(Function):
     """``apply(x, norm_weight, *weights, cos, sin, form)``."""
 
     @staticmethod

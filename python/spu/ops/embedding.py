@@ -19,6 +19,7 @@ from torch import Tensor
 from spu.common.dtypes import STORAGE
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.autograd import Function
 from spu.ops.dispatch import choose_backend, has_kernel
 from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.sink import MainGrad, sinks_of
@@ -26,7 +27,7 @@ from spu.ops.sink import MainGrad, sinks_of
 __all__ = ["embedding", "embedding_dw_"]
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int, backend: str) -> Tensor:
         ctx.save_for_backward(ids)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.autograd import Function
 from spu.ops.convert import narrowed
 from spu.ops.dispatch import choose_backend
 from spu.ops.in_place import weight_sinks_of
@@ -74,7 +75,7 @@ def _forward(
     return rows_sum(y, routed.places, scores.to(torch.float32), x.dtype), y, gate, up
 
 
-class _Experts(torch.autograd.Function):
+class _Experts(Function):
     """``apply(x, scores, w_gate_up, w_down, ids, form)``."""
 
     @staticmethod

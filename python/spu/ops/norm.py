@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
+from spu.ops.autograd import Function
 from spu.ops.dispatch import DTYPES, choose_backend
 from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.reference.linear import exact, wide
@@ -72,7 +73,7 @@ def _normed(
     return y, None if residual is None else total
 
 
-class _Norm(torch.autograd.Function):
+class _Norm(Function):
     """``apply(x, weight, bias, residual, form)`` -> (y, x + residual or None)."""
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spu.common.torch_private import BelowAutograd
 from spu.ops import schema
-from spu.ops.autograd import without_gradient
+from spu.ops.autograd import Function, without_gradient
 from spu.ops.dispatch import DTYPES, choose_backend
 from spu.ops.plain import refuse_derivatives_of_backward, takes
 from spu.ops.reference.norm import rotated
@@ -21,7 +21,7 @@ from spu.ops.reference.norm import rotated
 __all__ = ["rotary", "torch_rotary"]
 
 
-class _Rotary(torch.autograd.Function):
+class _Rotary(Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str

@@ -54,6 +54,7 @@ class BackwardScope:
         inv_scale: 1 / scale; inside ``at_once(factor)`` times that factor.
         found_inf: set to 1 by every op that meets a non-finite gradient; never reset by ops.
         deferred: where sinks leave their work for later, in order; None if they are to do it at once.
+        whole: the backward was asked for no results or inputs: it adds to every parameter's ``grad`` that it reaches.
         plain: the scale is 1, and whoever ends the step looks for non-finite values in the sums: an fp32 gradient may
             be added as it is, without a pass over it.
         adopt: called with a parameter of a fused op that has no sink yet; may give it one.
@@ -64,6 +65,7 @@ class BackwardScope:
     inv_scale: Tensor
     found_inf: Tensor
     deferred: list[Callable[[], None]] | None = None
+    whole: bool = False
     plain: bool = False
     adopt: Callable[[Tensor], GradSink | None] | None = None
     family: object = field(default_factory=object)
@@ -364,10 +366,10 @@ def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> 
     scope = current_scope()
     if scope is None:
         return [None for _ in parameters]
-    edges = node.next_functions
+    edges = None if scope.whole else node.next_functions
     found: list[GradSink | None] = []
     for i, param in enumerate(parameters, first):
-        if param is None or not accumulates(edges[i][0]) or has_foreign_hook(param):
+        if param is None or (edges is not None and not accumulates(edges[i][0])) or has_foreign_hook(param):
             found.append(None)
         else:
             found.append(_SINKS.get(param) or (scope.adopt and scope.adopt(param)))
