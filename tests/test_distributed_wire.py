@@ -98,3 +98,14 @@ def test_what_was_not_counted_is_refused() -> None:
         wire.write_gradients([torch.zeros(10_000)])
     with pytest.raises(TypeError, match="hands a complex to the next stage"):
         wire.write(depart((torch.zeros(4), 1j), (), lambda: ()))
+
+
+@pytest.mark.parametrize("codec", [None, "int8"])
+def test_a_buffer_may_be_a_part_of_a_larger_memory(codec: str | None) -> None:
+    x = torch.randn(4, 64, requires_grad=True)
+    wire = Wire([Leaf((4, 64), torch.float32, True)], codec, 0)
+    buffer = wire.write(depart(x, (), lambda: ()))
+    memory = torch.full((3 * buffer.numel(),), float("nan"))
+    part = memory[buffer.numel() : 2 * buffer.numel()].copy_(buffer)
+    found = arrive(wire.read(part), train=True).tree
+    assert torch.equal(found, x if codec is None else unpack(pack(x.detach(), codec), x.shape, x.dtype))

@@ -49,6 +49,23 @@ def record_scope(x: Tensor, seen: list[ops.BackwardScope | None]) -> Tensor:
     return y
 
 
+@pytest.mark.parametrize("kind", ["plain", "watched", "leaf"])
+def test_a_backward_runs_in_the_scope_of_its_roots(kind: str) -> None:
+    """Where a hook of the user's or a leaf comes first, by a node of its own in front of it."""
+    seen: list[ops.BackwardScope | None] = []
+    x, scope = torch.ones(3, requires_grad=True), scope_of()
+    root = x if kind == "leaf" else record_scope(x, seen) * 2
+    if kind != "plain":
+        root.register_hook(lambda _: seen.append(ops.current_scope()))
+    (begin,) = sink_module.scoped([root], scope)
+    assert (begin is root) == (kind == "plain")
+    begin.backward(torch.ones(3))
+    assert seen == [scope] * {"plain": 1, "watched": 2, "leaf": 1}[kind]
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0 if kind == "leaf" else 2.0] * 3
+    assert not sink_module._SCOPES
+
+
 def test_a_scope_lives_for_its_backward_only() -> None:
     seen: list[ops.BackwardScope | None] = []
     x, scope = torch.ones(3, requires_grad=True), scope_of()

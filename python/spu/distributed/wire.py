@@ -183,7 +183,9 @@ class _Row(NamedTuple):
         """Return the tensor; one that is not packed lies in the buffer, uint8."""
         if self.codec is not None:
             return ops.unpack(raw[self.start : self.start + self.size], self.shape, self.dtype, codec=self.codec)
-        values = raw.view(self.dtype).as_strided(self.shape, self.stride, self.start // self.dtype.itemsize)
+        whole = raw.view(self.dtype)
+        start = whole.storage_offset() + self.start // self.dtype.itemsize
+        values = whole.as_strided(self.shape, self.stride, start)
         # Views share a version counter, and a layer that changes its input in place would seem to change all of them.
         return values.data
 
