@@ -195,3 +195,28 @@ def faults_of_style(tree: ast.Module) -> Iterator[str]:
         ]
         if "__all__" not in names:
             yield "no __all__"
+
+
+MAKERS = {"arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones"}
+MAKERS |= {"rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
+OF_THEIR_VALUES = {"arange", "as_tensor", "asarray", "randint", "randperm", "tensor"}  # integers, here
+
+
+def test_tensors_are_made_with_a_dtype_and_on_a_device() -> None:
+    """What a user's script has set (``torch.set_default_dtype``, ``torch.set_default_device``) is meant for its own
+    tensors. (``spu tune`` is a process of its own.)
+    """
+    left = []
+    for path in [*MODULES.values(), *(ROOT / "kernels").rglob("*.py")]:
+        if "tune" in path.parts:
+            continue
+        for call in ast.walk(parsed(path)):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func).removeprefix("torch.") in MAKERS):
+                continue
+            if not ast.unparse(call.func).startswith("torch."):
+                continue
+            named = {keyword.arg for keyword in call.keywords}
+            needed = {"device"} if call.func.attr in OF_THEIR_VALUES else {"device", "dtype"}  # type: ignore[attr-defined]
+            if None not in named and not needed <= named:
+                left.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert not left

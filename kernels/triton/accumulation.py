@@ -87,7 +87,7 @@ class Watch:
         )  # an overflow of both is neither's
         worst = share.nan_to_num(nan=torch.inf).amax()
         if worst.is_cuda:
-            here = torch.empty((), pin_memory=True).copy_(worst, non_blocking=True)
+            here = torch.empty((), pin_memory=True, dtype=torch.float32, device="cpu").copy_(worst, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._arriving = here, event

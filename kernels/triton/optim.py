@@ -200,7 +200,7 @@ def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Te
             "adamw_ and grad_sqnorm keep a table of these tensors on the device, and it is not there yet: call them "
             "once with the same tensors on this stream before the capture"
         )
-    here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    here = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")
     return here.to(device, non_blocking=True)
 
 

@@ -75,7 +75,7 @@ class Stored:
         Raises:
             CheckpointError: it cannot be read any more.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         data = memory(tensor)
         try:
             self.file.seek(self.offset)

@@ -244,7 +244,7 @@ def _graphs() -> list[Row]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         with torch.cuda.device(device):
-            value = torch.zeros(1, device=device)
+            value = torch.zeros(1, device=device, dtype=torch.float32)
             torch.cuda.synchronize(device)
             replay = CudaCapture(device).record(partial(_add_one, value), ())
             replay()

@@ -21,8 +21,8 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype |
     with mode:
         # A sparse one: as many bytes as there can be. One that is elsewhere will not lie in one place.
         if tensor.layout is not torch.strided or absent:
-            return torch.empty(tensor.shape, dtype=dtype)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
+            return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
 
 
 def fake_copy(mode: FakeTensorMode, value: Any) -> Any:

@@ -247,7 +247,7 @@ def _made_up(x: Any) -> Any:
     """Return real tensors like fake ones: normal numbers; integers are zeros, which most uses of an index allow."""
 
     def one(fake: torch.Tensor) -> torch.Tensor:
-        made = torch.zeros(fake.shape, dtype=fake.dtype)
+        made = torch.zeros(fake.shape, dtype=fake.dtype, device="cpu")
         if fake.dtype == torch.bool:
             return made.fill_(True)  # selects everything: the most that there can be
         return made.normal_() if fake.is_floating_point() or fake.is_complex() else made

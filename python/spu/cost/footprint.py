@@ -188,7 +188,7 @@ class Footprint:
         gradients = [torch.empty_like(root) for root in roots]
         if self.mode is None:
             gradients = [gradient.fill_(1e-4) for gradient in gradients]
-        one, inverse, flag = (torch.ones(1, dtype=torch.float32) for _ in range(3))
+        one, inverse, flag = (torch.ones(1, dtype=torch.float32, device="cpu") for _ in range(3))
         opened = open_scope(roots, BackwardScope(one, inverse, flag, deferred=deferred, plain=True))
         with _spared(roots, self.parameters):
             torch.autograd.backward(opened, gradients)

@@ -125,7 +125,9 @@ def time_duplex(device: Device, streams: Streams | None = None) -> float:
     place = device.torch_device
     streams = streams_for(place) if streams is None else streams
     there = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, device=place) for _ in range(2)]
-    here = [torch.zeros(_LINK_BYTES, dtype=torch.uint8, pin_memory=place.type == "cuda") for _ in range(2)]
+    here = [
+        torch.zeros(_LINK_BYTES, dtype=torch.uint8, pin_memory=place.type == "cuda", device="cpu") for _ in range(2)
+    ]
     copies = [(there[0], here[0]), (here[1], there[1])]  # in, out
 
     def seconds(which: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -236,8 +238,10 @@ def _give_values(module: torch.nn.Module) -> None:
         if weight.dim() < 2 and not weight.any():
             weight.fill_(0.5)
         elif weight.dim() > 1 and not weight[0].any():
-            weight.copy_(torch.linspace(-0.02, 0.02, weight.shape[-1]).expand_as(weight))
-            weight.mul_(torch.linspace(0.5, 1.5, len(weight)).view(-1, *(1,) * (weight.dim() - 1)).to(weight))
+            row = torch.linspace(-0.02, 0.02, weight.shape[-1], dtype=torch.float32, device="cpu")
+            factors = torch.linspace(0.5, 1.5, len(weight), dtype=torch.float32, device="cpu")
+            weight.copy_(row.expand_as(weight))
+            weight.mul_(factors.view(-1, *(1,) * (weight.dim() - 1)).to(weight))
 
 
 class _Bench:
@@ -308,7 +312,7 @@ class _Bench:
             return 0.0, 0.0
         begin = _now(self.device)
         out = self._loss.forward(self._last, None, _KEY, train=True)
-        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32), _KEY, self._scope)
+        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32, device="cpu"), _KEY, self._scope)
         middle = _now(self.device)
         self._loss.backward(None, _KEY, self._scope)
         return middle - begin, _now(self.device) - middle

@@ -168,7 +168,7 @@ def _text_part(files: list[DataFile] | None, tokenizer: Tokenizer, say: Callable
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     if sum(text.size for text in texts) <= _IN_MEMORY:
         parts = [ids for text in texts for ids in _tokens_of(text, tokenizer, say)]
-        ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+        ids = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32, device="cpu")
         return _Made(name, sha256, Windows(ids), int(ids.max()) if len(ids) else 0)
 
     def make(writer: Writer) -> Mapping[str, Any]:

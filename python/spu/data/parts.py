@@ -66,10 +66,10 @@ class Windows:
     def batch(self, seed: int, step: int, batch: int, seq: int) -> Batch:
         """Return windows that begin at random places."""
         generator = torch.Generator().manual_seed((seed * _GOLDEN + step * 2 + 1) % 2**63)
-        return self._at(torch.randint(len(self.ids) - seq, (batch,), generator=generator), seq)
+        return self._at(torch.randint(len(self.ids) - seq, (batch,), generator=generator, device="cpu"), seq)
 
     def _at(self, starts: torch.Tensor, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        window = self.ids[starts[:, None] + torch.arange(seq + 1)].long()
+        window = self.ids[starts[:, None] + torch.arange(seq + 1, device="cpu")].long()
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
     def steps_per_epoch(self, batch: int, seq: int) -> int:
@@ -79,7 +79,7 @@ class Windows:
     def in_order(self, batch: int, seq: int, windows: int | None) -> list[Batch]:
         """Return windows side by side."""
         places = _spread((len(self.ids) - 1) // seq, seq, windows)
-        inputs, targets = self._at(torch.tensor(places) * seq, seq)
+        inputs, targets = self._at(torch.tensor(places, device="cpu") * seq, seq)
         return list(zip(inputs.split(batch), targets.split(batch), strict=True))
 
     def question(self, tokens: int) -> None:

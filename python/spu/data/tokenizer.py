@@ -74,7 +74,9 @@ class ByteTokenizer:
 
     def encode(self, text: bytes) -> torch.Tensor:
         """Return the bytes as uint8 [bytes]."""
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        if not text:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Tokens]:
         """Return the bytes of each example, and which of them are trained."""

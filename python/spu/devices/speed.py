@@ -161,7 +161,8 @@ def _linear() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     try:
         from spu.ops import linear_act
 
-        linear_act(torch.ones(1, 1), torch.ones(1, 1))
+        one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+        linear_act(one, one)
     except Exception:
         return torch.nn.functional.linear
     return linear_act
@@ -185,21 +186,24 @@ def _linear_seconds(
 ) -> float:
     # A generator of its own: measuring must not move the caller's random numbers.
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(side, side, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+        for _ in range(2)
+    )
     with torch.no_grad():
         return _median_seconds(lambda: linear(x, weight), device, budget_s)
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    source = torch.ones(_COPY_BYTES // 4, device=device)
+    source = torch.ones(_COPY_BYTES // 4, device=device, dtype=torch.float32)
     target = torch.ones_like(source)
     return 2.0 * _COPY_BYTES / _median_seconds(lambda: target.copy_(source), device, _SECONDS_EACH)
 
 
 def _link_bandwidth(a: torch.device, b: torch.device, pinned: bool) -> float:
     pin = pinned and {a.type, b.type} == {"cpu", "cuda"}
-    source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu")
-    target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu")
+    source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu", dtype=torch.float32)
+    target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu", dtype=torch.float32)
     sync = b if b.type == "cuda" else a
     return _LINK_BYTES / _median_seconds(lambda: target.copy_(source), sync, _SECONDS_EACH)
 

@@ -117,7 +117,7 @@ class DistributedEngine:
         with ops.use_backend(self.backend), torch.set_grad_enabled(work.train), counting:
             ready = self._for(work)
             if ready is None:
-                work.losses[0] = torch.zeros((), device=self._own[0].device.torch_device)
+                work.losses[0] = torch.zeros((), device=self._own[0].device.torch_device, dtype=torch.float32)
                 return Recording(self.stages, self.ranks, start, [])
             parts = len(work.inputs)
             last = self._own[-1].is_last or self._own[0].is_last
@@ -127,7 +127,7 @@ class DistributedEngine:
                 for each in ready.prompt:
                     each.begin(parts)
                 # A schedule cuts up targets for a loss, and the stage has made that already.
-                targets = torch.empty(parts) if last and work.train else None
+                targets = torch.empty(parts, dtype=torch.float32, device="cpu") if last and work.train else None
                 ready.schedule.step(target=targets, return_outputs=False)
                 for each in ready.prompt:
                     each.end()
@@ -143,7 +143,9 @@ class DistributedEngine:
                 spans, self._spans[:] = list(self._spans), ()
         if not last and work.targets is not None:
             device = self._own[0].device.torch_device
-            work.losses.update({index: torch.zeros((), device=device) for index in range(len(work.inputs))})
+            work.losses.update(
+                {index: torch.zeros((), device=device, dtype=torch.float32) for index in range(len(work.inputs))}
+            )
         return Recording(self.stages, self.ranks, start, spans)
 
     def each(self, task: Callable[[Stage], Any]) -> list[Any]:
@@ -234,7 +236,7 @@ class DistributedEngine:
             before = None if stage.is_first else wires[stage.index - 1]
             after = None if stage.is_last else wires[stage.index]
             packed.append(PackedStage(stage, before, after, self._spans, defer=defer, sums=self._sums))
-            end = torch.empty(1, device="meta").requires_grad_(train)
+            end = torch.empty(1, device="meta", dtype=torch.float32).requires_grad_(train)
             made.append(
                 kind(
                     packed[-1],

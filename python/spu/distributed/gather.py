@@ -59,12 +59,12 @@ class _Asked:
     def ask(self, rank: int, number: int) -> None:
         if time.monotonic() - self._last > _WORD_S:
             self.say(_WAIT)
-        self._job.send(torch.tensor([number]), rank)
+        self._job.send(torch.tensor([number], device="cpu"), rank)
 
     def say(self, word: int) -> None:
         self._last = time.monotonic()
         for rank in range(1, self._job.size):
-            self._job.send(torch.tensor([word]), rank)
+            self._job.send(torch.tensor([word], device="cpu"), rank)
 
 
 def with_tensors(

@@ -78,7 +78,7 @@ class Rounded:
     def half_way(self) -> None:
         """Add up this process's part and send it."""
         self._work.wait()
-        total = torch.zeros(self._each, device=self._got.device)
+        total = torch.zeros(self._each, device=self._got.device, dtype=torch.float32)
         for row in _restored(self._got):
             total += row
         self._sent = _rounded(total[None])

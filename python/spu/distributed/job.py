@@ -124,7 +124,7 @@ class Job:
         self.alike: dist.ProcessGroup | None = None
         _JOBS.add(self)
         if replicas > 1:
-            ranks, timeout = torch.arange(self.size).view(replicas, -1), timedelta(seconds=timeout_s)
+            ranks, timeout = torch.arange(self.size, device="cpu").view(replicas, -1), timedelta(seconds=timeout_s)
             # Not by a DeviceMesh: its groups wait for half an hour, and one of all processes is torch's default group.
             with self.exchanging("addresses", range(self.size)), self._connections.made_here():
                 self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
@@ -221,7 +221,7 @@ class Job:
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> torch.Tensor:
         """Return, on the CPU, the tensor that another process sends."""
-        made = torch.empty(tuple(shape), dtype=dtype)
+        made = torch.empty(tuple(shape), dtype=dtype, device="cpu")
         if made.numel():
             flat = made.view(-1).view(torch.uint8)
             raw = flat if self._carries.type == "cpu" else torch.empty_like(flat, device=self._carries)
@@ -241,7 +241,7 @@ class Job:
             ConnectionError: another process has ended, or no longer answers.
             ValueError: the processes differ in one, in every process.
         """
-        facts = torch.stack([torch.as_tensor(fact).to(values) for fact in told.values()])
+        facts = torch.stack([torch.as_tensor(fact, dtype=values.dtype, device=values.device) for fact in told.values()])
         with self.exchanging("the end of a step", range(self.size)):
             everyones = gathered(torch.cat([values, facts]))
         last = len(values)

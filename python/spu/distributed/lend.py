@@ -85,7 +85,7 @@ def _serve(job: Job, files: list[IO[bytes]], rank: int) -> None:
     others, last = [other for other in range(1, job.size) if other != rank], time.monotonic()
     _say(job, _TURN, [rank])
     while (asked := job.receive((2,), torch.int64, rank).tolist())[0] != _DONE:
-        piece = torch.empty(asked[1], dtype=torch.uint8)
+        piece = torch.empty(asked[1], dtype=torch.uint8, device="cpu")
         file = files[0]
         file.seek(asked[0])
         if file.readinto(memory(piece)) != asked[1]:  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def _serve(job: Job, files: list[IO[bytes]], rank: int) -> None:
 
 def _say(job: Job, word: int, ranks: Any) -> None:
     for rank in ranks:
-        job.send(torch.tensor([word]), rank)
+        job.send(torch.tensor([word], device="cpu"), rank)
 
 
 def _borrow(job: Job, told: Any, own: Opened, load: Callable[[Opened], T]) -> T:
@@ -117,7 +117,7 @@ def _borrow(job: Job, told: Any, own: Opened, load: Callable[[Opened], T]) -> T:
     while (word := int(job.receive((1,), torch.int64, 0))) != _END:
         if word == _TURN:
             attempt(lambda: contextlib.nullcontext(_described(job, *told)))
-            job.send(torch.tensor([_DONE, 0]), 0)
+            job.send(torch.tensor([_DONE, 0], device="cpu"), 0)
     if failures:
         raise failures[0]
     if not results:
@@ -142,7 +142,7 @@ class _FarFile:
         self._at = offset
 
     def readinto(self, piece: memoryview) -> int:
-        self._job.send(torch.tensor([self._at, len(piece)]), 0)
+        self._job.send(torch.tensor([self._at, len(piece)], device="cpu"), 0)
         received = self._job.receive((len(piece),), torch.uint8, 0)
         piece[:] = memory(received)
         self._at += len(piece)

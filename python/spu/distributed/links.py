@@ -72,7 +72,7 @@ def measure_links(job: Job, pairs: Sequence[tuple[int, int]]) -> list[RankLink]:
 
 def _turn(job: Job, source: int, other: int, there: int, back: int, turns: int) -> list[float]:
     """Return the seconds of some round trips; an unmeasured one comes first."""
-    question, answer = (torch.zeros(size, dtype=torch.uint8) for size in (there, back))
+    question, answer = (torch.zeros(size, dtype=torch.uint8, device="cpu") for size in (there, back))
     taken = []
     for _ in range(turns + 1):
         begin = time.perf_counter()
@@ -88,6 +88,6 @@ def _turn(job: Job, source: int, other: int, there: int, back: int, turns: int) 
 
 def _told(job: Job, seconds: float, source: int, other: int) -> float:
     if job.rank == source:
-        job.send(torch.tensor([seconds], dtype=torch.float64), other)
+        job.send(torch.tensor([seconds], dtype=torch.float64, device="cpu"), other)
         return seconds
     return float(job.receive((1,), torch.float64, other))

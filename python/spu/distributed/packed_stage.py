@@ -97,7 +97,7 @@ class PackedStage:
                 assert work.weights is not None
                 scope = work.scopes[stage.index] if work.scopes is not None else None
                 work.losses[index] = stage.loss(output, work.targets[index], work.weights[index], key, scope)
-        return torch.zeros(1, device=device)
+        return torch.zeros(1, device=device, dtype=torch.float32)
 
     def backward(self, index: int, buffer: torch.Tensor | None) -> torch.Tensor | None:
         """Run the backward of a microbatch.

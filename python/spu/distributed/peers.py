@@ -41,7 +41,7 @@ class PipelinePeers:
     def __init__(self, job: Job, ranks: Sequence[int], built: BuiltStages, grad_wire: str = "fp32") -> None:
         self._job, self.ties = job, Ties(job, ranks, built)
         self.own = frozenset(stage for stage, place in enumerate(ranks) if place == job.place)
-        self._batch = torch.zeros((), dtype=torch.float64)  # of the step under way
+        self._batch = torch.zeros((), dtype=torch.float64, device="cpu")  # of the step under way
         self.sums = None if job.alike is None else self._sums(built, job.alike, grad_wire)
         if self.sums is not None:
             job.let_go_with(self.sums)
@@ -104,7 +104,7 @@ class PipelinePeers:
         fp64 holds each exactly, and 0 adds nothing to it: with one pipeline the sums are those of one process, bit for
         bit. Not finite is what is not finite in one process.
         """
-        own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained)).to(sums)])
+        own = torch.stack([loss.to(torch.float64).reshape(()), torch.tensor(float(trained), device="cpu").to(sums)])
         told: dict[str, float | torch.Tensor] = {BATCH: self._batch, FACTOR: lr_factor, RATES: rates_digest(groups)}
         together = self._job.total(torch.cat([sums.to(torch.float64), own]), told)
         if not bool(together[-1]):

@@ -106,4 +106,4 @@ def _mapped(place: int, size: int) -> torch.Tensor:
 
 def _all(good: bool, group: dist.ProcessGroup) -> bool:
     """Tell whether all processes say so."""
-    return not summed(torch.tensor(float(not good)), group).item()
+    return not summed(torch.tensor(float(not good), device="cpu"), group).item()

@@ -77,7 +77,7 @@ class SharedSums:
             if piece is self._pieces[0]:
                 self._fill(values)
             else:
-                summed(torch.zeros(1), self._group)  # all have written
+                summed(torch.zeros(1, dtype=torch.float32, device="cpu"), self._group)  # all have written
             self._turn = 1 - self._turn
             self._add(piece, values, half)
         for parameter, value in zip(self._parameters, values, strict=True):
@@ -102,18 +102,21 @@ class SharedSums:
 
     def _write(self, piece: Sequence[_Part], values: Sequence[torch.Tensor | None], place: torch.Tensor) -> None:
         own = [(part, values[part.parameter]) for part in piece]
-        parts = [torch.zeros(p.stop - p.start) if v is None else v[p.start : p.stop] for p, v in own]
+        parts = [
+            torch.zeros(p.stop - p.start, dtype=torch.float32, device="cpu") if v is None else v[p.start : p.stop]
+            for p, v in own
+        ]
         if parts:
             torch.cat(parts, out=place[: sum(map(len, parts))])
 
     def _fill(self, values: list[torch.Tensor | None]) -> None:
         """Tell which parameters have a gradient, and make one, 0 so far, where only others have; all have written."""
-        told = torch.tensor([value is not None for value in values], dtype=torch.float32)
+        told = torch.tensor([value is not None for value in values], dtype=torch.float32, device="cpu")
         counts = summed(told, self._group).tolist()
         for index, (parameter, count) in enumerate(zip(self._parameters, counts, strict=True)):
             if count and values[index] is None:
                 parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
-                parameter.grad = torch.zeros(parameter.shape)
+                parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
                 values[index] = parameter.grad.view(-1)
 
     def _add(self, piece: Sequence[_Part], values: Sequence[torch.Tensor | None], half: Sequence[torch.Tensor]) -> None:

@@ -204,7 +204,7 @@ class GradientSums:
         bucket.versions = [-1 if grad is None else torch_private.version(grad) for grad in bucket.sent]
         flat = torch.cat(
             [
-                torch.zeros(p.numel(), device=p.device) if grad is None else grad.reshape(-1)
+                torch.zeros(p.numel(), device=p.device, dtype=torch.float32) if grad is None else grad.reshape(-1)
                 for p, grad in zip(bucket.parameters, bucket.sent)
             ]
         )

@@ -113,7 +113,7 @@ class Ties:
 
     def _posted(self, gradient: torch.Tensor | None, home: int) -> list[tuple[dist.Work, torch.Tensor]]:
         rank = self._job.rank_of(home)
-        said = self._job.post(torch.tensor([gradient is not None]), rank)
+        said = self._job.post(torch.tensor([gradient is not None], device="cpu"), rank)
         return said if gradient is None else said + self._job.post(gradient, rank)
 
     def _received(self, use: TiedUse, place: int) -> torch.Tensor | None:

@@ -36,7 +36,7 @@ def digest(batch: Any) -> torch.Tensor:
     tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
     plain = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float, str))]
     form = [(tuple(t.shape), str(t.dtype)) for t in tensors]
-    total = torch.tensor(zlib.crc32(repr((form, plain)).encode()))
+    total = torch.tensor(zlib.crc32(repr((form, plain)).encode()), device="cpu")
     flat: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         flat.setdefault(tensor.device, []).append(_read(tensor))

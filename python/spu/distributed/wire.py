@@ -68,11 +68,11 @@ class Wire:
         # One microbatch's description is mostly that of the next one.
         self._wrote: tuple[list[Any], Layout | None, torch.Tensor] | None = None
         self._parsed: tuple[torch.Tensor, list[_Row | None], Layout | None] | None = None
-        self._zeros = torch.zeros(0, dtype=torch.uint8)
+        self._zeros = torch.zeros(0, dtype=torch.uint8, device="cpu")
 
     def example(self, *, train: bool) -> torch.Tensor:
         """Return a message without values: its shape and type."""
-        return torch.empty(self.size_bytes // 4, device="meta").requires_grad_(train)
+        return torch.empty(self.size_bytes // 4, device="meta", dtype=torch.float32).requires_grad_(train)
 
     def write(self, message: tuple[Sequence[torch.Tensor], Layout]) -> torch.Tensor:
         """Return the buffer of a stage's output, as `spu.engine.crossing.depart` gives it."""
@@ -176,7 +176,7 @@ class _Row(NamedTuple):
     @staticmethod
     def of(start: int, name: str, shape: list[int], stride: Any, codec: str | None, at: int, size: int) -> _Row:
         """Return it as `Wire` has written it down; ``start``: of the first tensor."""
-        strides = torch.empty(shape, device="meta").stride() if stride is None else tuple(stride)
+        strides = torch.empty(shape, device="meta", dtype=torch.float32).stride() if stride is None else tuple(stride)
         return _Row(getattr(torch, name), tuple(shape), strides, codec, start + at, size)
 
     def read(self, raw: torch.Tensor) -> torch.Tensor:

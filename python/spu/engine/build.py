@@ -150,7 +150,7 @@ def to_precision(
         elif parameter.requires_grad and becomes != parameter.dtype and becomes.itemsize == 2:
             masters[id(parameter)] = parameter.detach().to(torch.float32)  # its own memory: it gets another one below
             if id(parameter) in empty:  # a conversion would write to it
-                parameter.data = torch.empty(parameter.shape, dtype=becomes)
+                parameter.data = torch.empty(parameter.shape, dtype=becomes, device="cpu")
     convert_state(modules, dtypes)
     for layer in layers:
         layer.products = dtype if dtype.itemsize == 2 else None

@@ -53,4 +53,4 @@ def set_generator_states(stages: Sequence[Stage], states: dict[str, str]) -> Non
     """Restore the states of `generator_states`; generators that it does not name keep theirs."""
     for _, name, generator in named_generators(stages):
         if name in states:
-            generator.set_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8))
+            generator.set_state(torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8, device="cpu"))

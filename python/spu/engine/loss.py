@@ -239,7 +239,7 @@ class Weighing:
             ValueError: as :func:`target_weights`.
         """
         if self.weigh is None:
-            return [torch.ones(()) for _ in targets]
+            return [torch.ones((), dtype=torch.float32, device="cpu") for _ in targets]
         if counts is None:
             return target_weights(targets, self.weigh, self.ignore_index)
         return shares_of(counts, self.ignore_index)

@@ -136,7 +136,7 @@ def target_weights(
             the host; on a GPU such a batch's shares are NaN).
     """
     weigh = loss_weight or (lambda part: count_targets(part, ignore_index))
-    counts = [torch.as_tensor(weigh(part), dtype=torch.float64).detach() for part in targets]
+    counts = [_number(weigh(part)) for part in targets]
     together = torch.stack([count.to(counts[0].device).reshape(()) for count in counts])
     valid, total = ((together >= 0) & together.isfinite()).all(), together.sum()
     if total.device.type == "cpu" and not valid:
@@ -145,6 +145,12 @@ def target_weights(
         raise ValueError(_nothing_counts(ignore_index))
     shares = torch.where(valid, together / total, torch.nan).to(torch.float32)
     return [share.to(count.device).reshape(()) for share, count in zip(shares, counts, strict=True)]
+
+
+def _number(count: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(count, torch.Tensor):  # as_tensor moves it to the default device
+        return count.detach().to(torch.float64)
+    return torch.as_tensor(count, dtype=torch.float64, device="cpu")
 
 
 def shares_of(counts: Sequence[int], ignore_index: int = -100) -> list[torch.Tensor]:
@@ -156,7 +162,7 @@ def shares_of(counts: Sequence[int], ignore_index: int = -100) -> list[torch.Ten
     total = sum(counts)
     if not total:
         raise ValueError(_nothing_counts(ignore_index))
-    return list(torch.tensor([count / total for count in counts], dtype=torch.float64).to(torch.float32))
+    return list(torch.tensor([count / total for count in counts], dtype=torch.float64, device="cpu").to(torch.float32))
 
 
 def _nothing_counts(ignore_index: int) -> str:

@@ -101,10 +101,10 @@ class Streaming:
         self._made: dict[int, list[bool]] = {}  # which parameters of a stage have a gradient in this step
         self._sqnorms: dict[int, Tensor] = {}
         self._streams = {index: share.streams for share in shares for index in share.units if share.streams is not None}
-        self._scalars = {  # what an update needs to know, of each stage, when it has come from the device
-            index: torch.zeros(2, 1, pin_memory=built.stages[index].device.torch_device.type == "cuda")
-            for index in self._streams
-        }
+        # What an update needs to know, of each stage, when it has come from the device.
+        scalars = partial(torch.zeros, 2, 1, dtype=torch.float32, device="cpu")
+        cards = {index: built.stages[index].device.torch_device.type == "cuda" for index in self._streams}
+        self._scalars = {index: scalars(pin_memory=card) for index, card in cards.items()}
         self._parking: Sequence[Store] = ()
         self._half_done: set[int] = set()
         below = {id(_parameter(e)) for unit in units.values() for each in unit.weights for e in each.entries}
@@ -233,7 +233,7 @@ class Streaming:
             if "exp_avg" in optimizer.state[parameter]:
                 optimizer.prepare(parameter)
             else:  # its tensors are made where they belong: those of a whole stage may not fit beside it
-                optimizer.state[parameter]["step"] = torch.zeros(1, dtype=torch.float32)
+                optimizer.state[parameter]["step"] = torch.zeros(1, dtype=torch.float32, device="cpu")
 
     def pending(self, stage: int) -> bool:
         """Tell whether an update of the stage is deferred."""
@@ -383,7 +383,7 @@ def _weight(parameter: nn.Parameter) -> _Entry:
 
 def _gradient(parameter: nn.Parameter, dtype: torch.dtype) -> _Entry:
     """Return the entry of a gradient, which is lent and collected instead of put."""
-    return parameter.shape, dtype, lambda tensor: None, lambda: torch.zeros(parameter.shape, dtype=dtype)
+    return parameter.shape, dtype, lambda tensor: None, lambda: torch.zeros(parameter.shape, dtype=dtype, device="cpu")
 
 
 def _state(optimizer: AdamW, parameters: Iterable[nn.Parameter]) -> Iterator[_Entry]:

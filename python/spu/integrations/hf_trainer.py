@@ -235,7 +235,7 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
         self._batches.append(self._prepare_inputs(inputs))
         wanted = self.current_gradient_accumulation_steps
         if len(self._batches) < wanted:
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), device=self.args.device, dtype=torch.float32)
         if not self.accelerator.sync_gradients:
             raise ValueError(
                 f"the data ended after {wanted} of the {self.args.gradient_accumulation_steps} batches of an update, "

@@ -37,7 +37,7 @@ class Mapped:
         if not 0 <= start <= start + size <= self._size:
             raise ValueError(f"bytes {start} to {start + size} do not lie in {self._size}")
         if size == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         with self._lock:  # two views of one part share its memoryview: there is one reference to tell by
             found = self._parts.get((start, size))
             part = None if found is None else found()

@@ -71,7 +71,7 @@ def cuda_pinning(device: torch.device) -> Pinning:
                 return ""
             # The runtime remembers the failure, and torch would report it at its next launch, whatever that is.
             with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device=device)
+                torch.zeros(1, device=device, dtype=torch.float32)
             return str(cudart.cudaGetErrorString(code))
 
     def unregister(address: int) -> None:
@@ -146,7 +146,7 @@ class Slab:
     def view(self, start: int, size: int) -> Tensor:
         """Return bytes ``start`` to ``start + size`` as a uint8 tensor whose storage is these bytes and no more."""
         if self.size == 0 and start == size == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._mapped is None:
             raise ValueError("the slab is closed" if self.size else "the slab is empty")
         return self._mapped.view(start, size)

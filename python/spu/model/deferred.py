@@ -68,11 +68,12 @@ def with_any_values(model: nn.Module) -> Iterator[None]:
     rows = [p.shape[0] if p.dim() > 1 else 1 for p in waiting]
     inner = [p.numel() // count for p, count in zip(waiting, rows, strict=True)]
     size = max([min(_ANY, p.numel()) for p in waiting] + inner, default=0)
-    values = torch.randn(size + _APART * len(waiting), generator=torch.Generator().manual_seed(0)) / 20
+    draws = torch.Generator().manual_seed(0)
+    values = torch.randn(size + _APART * len(waiting), generator=draws, dtype=torch.float32, device="cpu") / 20
     before = [(p, p.data) for p in waiting]
     try:
         for place, parameter in enumerate(waiting):
-            strides = list(torch.empty(parameter.shape, device="meta").stride())
+            strides = list(torch.empty(parameter.shape, device="meta", dtype=torch.float32).stride())
             if parameter.numel() > size:
                 strides[0] = (size - inner[place]) // rows[place]
             parameter.data = values.to(parameter.dtype).as_strided(parameter.shape, strides, _APART * place)
@@ -108,7 +109,7 @@ class Reading:
         for source in self._sources:
             for tensor in source.state.values():
                 if self.waiting.pop(id(tensor), None) is not None:
-                    value = torch.empty(tensor.shape, dtype=torch.float32)
+                    value = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
                     source.fill({other: value for other, tied in source.state.items() if tied is tensor})
                     give(tensor, value)
 
@@ -180,7 +181,7 @@ def _sources_in(model: nn.Module) -> dict[nn.Module, _Source]:
 def _reserve(source: _Source, wanted: Collection[int] | None, dtypes: Mapping[int, torch.dtype] | None) -> None:
     for tensor in source.state.values():
         if is_absent(tensor) and (wanted is None or id(tensor) in wanted):
-            made = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype))
+            made = torch.empty(tensor.shape, dtype=(dtypes or {}).get(id(tensor), tensor.dtype), device="cpu")
             tensor.data = made if made.nbytes > LARGE_BYTES else made.zero_()  # what is large is zero, and untouched
 
 

@@ -276,8 +276,8 @@ class Context:
         Embeddings are added, all else is applied.
         """
         with unset_fake_temporarily(), torch.no_grad():
-            zeros = torch.zeros((), dtype=embeds.dtype).expand(embeds.shape)
-            log = self.watch(zeros, torch.zeros(embeds.shape[:2], dtype=torch.long))[3]
+            zeros = torch.zeros((), dtype=embeds.dtype, device="cpu").expand(embeds.shape)
+            log = self.watch(zeros, torch.zeros(embeds.shape[:2], dtype=torch.long, device="cpu"))[3]
         states, added = embeds, []
         stands = {entry.name: entry for entry in log if isinstance(entry, StandCall)}
         for name, module in real.items():
@@ -293,7 +293,7 @@ class Context:
     def _fake_layer_calls(self, hidden: torch.Tensor) -> list[LayerCall]:
         """Return the same for a fake or meta hidden state: computed on the CPU for unmasked ids, then converted."""
         with unset_fake_temporarily():
-            ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device="cpu")
             calls = self._compute(torch.Size(hidden.shape), hidden.dtype, torch.device("cpu"), ids)
         return without_values(calls, hidden)  # type: ignore[no-any-return]
 

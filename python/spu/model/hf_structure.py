@@ -162,8 +162,8 @@ def _watched(
 
 
 def _order(name: str, context: Context, width: int) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    ids = torch.zeros((1, 4), dtype=torch.long)
-    embeds = torch.zeros(1, 4, width)
+    ids = torch.zeros((1, 4), dtype=torch.long, device="cpu")
+    embeds = torch.zeros(1, 4, width, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         other = context.watch(torch.ones_like(embeds), ids)[1]
         given, calls, out, log = context.watch(embeds, ids)

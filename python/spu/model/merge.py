@@ -132,7 +132,7 @@ def _base_of_internlm2(folder: Path) -> Base:
     def save(into: Path, changed: Changed) -> None:
         def pieces(name: str) -> Iterator[torch.Tensor]:
             names = {run.parameter for run in layout[name].runs}
-            own = {key: torch.empty(parameters[key].shape, dtype=dtype) for key in names}
+            own = {key: torch.empty(parameters[key].shape, dtype=dtype, device="cpu") for key in names}
             fill({name: layout[name]}, shards, own)
             return write_tensor(layout[name], {key: changed(key, tensor) for key, tensor in own.items()})
 

@@ -127,7 +127,7 @@ def experts_block(module: nn.Module) -> ExpertsBlock | None:
         x[:4] /= 1000
         x, w_gate_up, w_down = x.view(6, 4), w_gate_up.view(3, 4, 4), w_down.view(3, 4, 2)
         ids = torch.tensor([[0, 1], [1, 0], [2, 0], [0, 2], [2, 0], [1, 2]], device="cpu")
-        scores = torch.linspace(0.1, 0.9, 12, device="cpu").view(6, 2)
+        scores = torch.linspace(0.1, 0.9, 12, device="cpu", dtype=torch.float32).view(6, 2)
         config = SimpleNamespace(_experts_implementation="eager")
         vars(probe).update({"config": config, "num_experts": 3, block.activation: _act})
         vars(probe).update({block.gate_up: w_gate_up, block.down: w_down, "intermediate_dim": 2, "hidden_dim": 4})

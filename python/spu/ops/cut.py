@@ -59,7 +59,7 @@ def cut(tensor: Tensor) -> tuple[Tensor, Cut]:
     as it may in a graph that was never cut.
     """
     end = Cut()
-    token = torch.empty((), device=tensor.device, requires_grad=True)
+    token = torch.empty((), device=tensor.device, requires_grad=True, dtype=torch.float32)
     # Detached before the function as well, or the old graph would hang on the new one and run with absent gradients.
     return _Start.apply(end, token, tensor.detach()), end
 

@@ -26,6 +26,8 @@ from spu.ops.sink import MainGrad, sinks_of
 
 __all__ = ["embedding", "embedding_dw_"]
 
+_IDS = (torch.int64, torch.int32)
+
 
 class _Embedding(Function):
     @staticmethod
@@ -79,7 +81,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
     entries = weight.shape[0]
     if padding_idx is not None and not -entries <= padding_idx < entries:
         raise ValueError(f"embedding: padding_idx {padding_idx} is not in [{-entries}, {entries})")
-    if ids.device != weight.device:
+    if ids.device != weight.device or ids.dtype not in _IDS:  # torch's op says what is wrong
         return F.embedding(ids, weight, padding_idx)
     backend = choose_backend(weight)
     if backend == "reference" or not has_kernel("embedding_dw_", backend):

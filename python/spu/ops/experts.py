@@ -152,9 +152,9 @@ def _weight_gradient(
         return None
     if dtype == x.dtype:
         return schema.overload("experts_dw", backend)(dzs, x, ends)  # type: ignore[no-any-return]
-    one = torch.ones(1, device=x.device)
+    one = torch.ones(1, device=x.device, dtype=torch.float32)
     columns = sum(dz.shape[1] for dz in dzs)
-    wide = torch.empty(ends.shape[0], columns, x.shape[1], device=x.device)
+    wide = torch.empty(ends.shape[0], columns, x.shape[1], device=x.device, dtype=torch.float32)
     experts_dw_(dzs, x, ends, MainGrad(wide, one, torch.zeros_like(one), False), backend=backend)
     return wide.to(dtype)
 

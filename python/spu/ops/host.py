@@ -67,7 +67,7 @@ def pack_to_host(x: Tensor, codec: str, out: Tensor | None = None, *, stores: bo
     wire.check_source(x.shape, x.dtype)
     size = wire.wire_bytes(x.shape, x.dtype, codec)
     if out is None:
-        out = torch.empty(size, dtype=torch.uint8, pin_memory=x.is_cuda)
+        out = torch.empty(size, dtype=torch.uint8, pin_memory=x.is_cuda, device="cpu")
     _check_host(out, size, x)
     _run("pack_", x, stores, x, codec, out)
     return out

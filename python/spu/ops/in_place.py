@@ -42,7 +42,7 @@ class _InPlace:
 
     def linear_weights(self, others: Sequence[GradSink], dzs: Sequence[Tensor], x: Tensor, backend: str) -> None:
         grads = [self.grad, *(cast(_InPlace, sink).grad for sink in others)]
-        one = torch.ones(1)
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
         with _locked(grads):
             if len(dzs) == 1:
                 schema.overload("linear_dw_", backend)(dzs[0], x, grads[0], one, torch.zeros_like(one), True)
@@ -51,7 +51,7 @@ class _InPlace:
             increment_version(grads)
 
     def experts_weight(self, dzs: Sequence[Tensor], x: Tensor, ends: Tensor, backend: str) -> None:
-        one = torch.ones(1)
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
         with _locked([self.grad]):
             schema.overload("experts_dw_", backend)(dzs, x, ends, self.grad, one, torch.zeros_like(one), True)
             increment_version(self.grad)

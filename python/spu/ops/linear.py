@@ -132,8 +132,8 @@ def _stays_wide(dz: Tensor, backend: str, dtype: torch.dtype | None) -> bool:
 
 
 def _wide_gradients(dzs: Sequence[Tensor], x: Tensor, backend: str) -> list[Tensor]:
-    one = torch.ones(1, device=x.device)
-    dws = [torch.empty(dz.shape[-1], x.shape[-1], device=x.device) for dz in dzs]
+    one = torch.ones(1, device=x.device, dtype=torch.float32)
+    dws = [torch.empty(dz.shape[-1], x.shape[-1], device=x.device, dtype=torch.float32) for dz in dzs]
     linear_dw_each_(dzs, x, dws, MainGrad(dws[0], one, torch.zeros_like(one), False), backend=backend)
     return dws
 

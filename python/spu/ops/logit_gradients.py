@@ -58,9 +58,9 @@ class _PlainWeightGradient:
         if self._dtype not in HALVES or not dz.is_cpu:
             self.add(dz, x)
             return self.result()
-        (vocabulary, width), dw = self._weight.shape, torch.empty(self._weight.shape, dtype=self._dtype)
+        (vocabulary, width), dw = self._weight.shape, torch.empty(self._weight.shape, dtype=self._dtype, device="cpu")
         words = max(1, _SUM_BYTES // (4 * max(1, width)))
-        sums = torch.empty(min(words, vocabulary), width, dtype=torch.float32)
+        sums = torch.empty(min(words, vocabulary), width, dtype=torch.float32, device="cpu")
         for first in range(0, vocabulary, words):
             some = sums[: min(words, vocabulary - first)]
             self._into(some, dz[:, first : first + words], x, False)

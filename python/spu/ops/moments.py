@@ -148,7 +148,7 @@ def _codes(share: Tensor, bits: Tensor, signed: bool) -> Tensor:
     pattern = share.view(torch.int32).to(torch.int64)
     magnitude = pattern & 0x7FFFFFFF
     normal = ((magnitude + (bits << (drop - 16))) >> drop) - base
-    smallest = torch.tensor((base + 1) << drop, dtype=torch.int32).view(torch.float32).item()
+    smallest = torch.tensor((base + 1) << drop, dtype=torch.int32, device="cpu").view(torch.float32).item()
     least = smallest * (bits.float() / 65536) if signed else 0.0
     code = torch.where(share.abs() < smallest, (share.abs() > least).to(torch.int64), normal)
     return code | ((pattern >> 24) & 0x80) if signed else code

@@ -186,7 +186,7 @@ def grad_sqnorm(grads: Iterable[Tensor]) -> Tensor:
     for group in groups.values():
         value = schema.overload("grad_sqnorm", choose_backend(group[0], op="grad_sqnorm"))(group)
         total = value if total is None else total + value.to(total.device)
-    return torch.zeros(1, dtype=torch.float64) if total is None else total
+    return torch.zeros(1, dtype=torch.float64, device="cpu") if total is None else total
 
 
 def grad_norm(grads: Iterable[Tensor]) -> Tensor:

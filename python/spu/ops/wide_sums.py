@@ -112,7 +112,7 @@ def _layer_norm(
     n, sums = math.prod(shape), [False, mask[1], mask[2]]
     parts = [*(t.reshape(-1, n) for t in (dy, x)), *(t.reshape(-1, 1) for t in (mean, rstd))]
     flat = [None if t is None else t.reshape(n).float() for t in (weight, bias)]
-    dw, db = (torch.zeros(n, dtype=torch.float32) for _ in "wb")
+    dw, db = (torch.zeros(n, dtype=torch.float32, device="cpu") for _ in "wb")
     for dy_, x_, mean_, rstd_ in zip(*(part.split(max(1, _CHUNK // n)) for part in parts), strict=True):
         wide = x_.float()
         if mean_.dtype in HALVES:

@@ -26,7 +26,7 @@ def _indexed(device: str | torch.device) -> torch.device:
     found = torch.device(device)
     if found.type == "cpu":
         return torch.device("cpu")
-    return found if found.index is not None else torch.empty(0, device=found).device
+    return found if found.index is not None else torch.empty(0, device=found, dtype=torch.float32).device
 
 
 class LossScaler:

@@ -42,5 +42,5 @@ def materialise(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         All parameters and all buffers that are part of a model's state, by name, also those that are tied.
     """
-    fill_meta(model, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    fill_meta(model, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="cpu"))
     return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
