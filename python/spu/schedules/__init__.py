@@ -13,7 +13,7 @@ from spu.schedules.actions import (
     ranks_of,
     stage_count,
 )
-from spu.schedules.catalog import get, in_flight_bound, names, splits_backward, stage_ranks, stages_per_rank
+from spu.schedules.catalog import get, names, splits_backward, stage_ranks, stages_per_rank
 from spu.schedules.gpipe import forward_only, gpipe
 from spu.schedules.interleaved import interleaved
 from spu.schedules.layer_outer import layer_outer
@@ -33,7 +33,6 @@ __all__ = [
     "forward_only",
     "get",
     "gpipe",
-    "in_flight_bound",
     "interleaved",
     "layer_outer",
     "names",

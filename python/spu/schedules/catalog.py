@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from spu.schedules.actions import Action, check_counts, check_virtual
-from spu.schedules.gpipe import gpipe, gpipe_bound
-from spu.schedules.interleaved import interleaved, interleaved_bound
-from spu.schedules.layer_outer import layer_outer, layer_outer_bound
-from spu.schedules.one_f_one_b import one_f_one_b, one_f_one_b_bound
-from spu.schedules.zero_bubble import zb, zb_bound, zbv, zbv_bound
+from spu.schedules.gpipe import gpipe
+from spu.schedules.interleaved import interleaved
+from spu.schedules.layer_outer import layer_outer
+from spu.schedules.one_f_one_b import one_f_one_b
+from spu.schedules.zero_bubble import zb, zbv
 
-__all__ = ["ScheduleFunction", "get", "in_flight_bound", "names", "splits_backward", "stage_ranks", "stages_per_rank"]
+__all__ = ["ScheduleFunction", "get", "names", "splits_backward", "stage_ranks", "stages_per_rank"]
 
 
 class ScheduleFunction(Protocol):
@@ -25,7 +24,6 @@ class ScheduleFunction(Protocol):
 
 class _Entry(NamedTuple):
     make: ScheduleFunction
-    bound: Callable[[int, int, int], list[int]]
     virtual: int  # stages on each rank by default
     any_virtual: bool = False
     splits_backward: bool = False
@@ -33,12 +31,12 @@ class _Entry(NamedTuple):
 
 
 _SCHEDULES = {
-    "gpipe": _Entry(gpipe, gpipe_bound, 1),
-    "1f1b": _Entry(one_f_one_b, one_f_one_b_bound, 1),
-    "interleaved": _Entry(interleaved, interleaved_bound, 2, any_virtual=True),
-    "zb": _Entry(zb, zb_bound, 1, splits_backward=True),
-    "zbv": _Entry(zbv, zbv_bound, 2, splits_backward=True, turns_back=True),
-    "layer_outer": _Entry(layer_outer, layer_outer_bound, 1, any_virtual=True),
+    "gpipe": _Entry(gpipe, 1),
+    "1f1b": _Entry(one_f_one_b, 1),
+    "interleaved": _Entry(interleaved, 2, any_virtual=True),
+    "zb": _Entry(zb, 1, splits_backward=True),
+    "zbv": _Entry(zbv, 2, splits_backward=True, turns_back=True),
+    "layer_outer": _Entry(layer_outer, 1, any_virtual=True),
 }
 
 
@@ -100,12 +98,6 @@ def stage_ranks(name: str, ranks: int, virtual: int | None = None) -> list[int]:
 def splits_backward(name: str) -> bool:
     """Tell whether a schedule has I and W in place of B."""
     return _entry(name).splits_backward
-
-
-def in_flight_bound(name: str, ranks: int, microbatches: int, virtual: int | None = None) -> list[int]:
-    """Return, per rank, an upper bound of a schedule's `peak_on_ranks`: microbatches of a stage held at one time."""
-    check_counts(ranks, microbatches)
-    return _entry(name).bound(ranks, microbatches, stages_per_rank(name, virtual))
 
 
 def _entry(name: str) -> _Entry:

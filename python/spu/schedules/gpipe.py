@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
-__all__ = ["forward_only", "gpipe", "gpipe_bound"]
+__all__ = ["forward_only", "gpipe"]
 
 
 def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
@@ -25,11 +25,6 @@ def gpipe(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Actio
     check_counts(ranks, microbatches)
     one_stage_each("gpipe", virtual)
     return [[Action(rank, kind, i) for kind in "FB" for i in range(microbatches)] for rank in range(ranks)]
-
-
-def gpipe_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches that each rank holds."""
-    return [microbatches] * ranks
 
 
 def forward_only(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spu.schedules.actions import Action, check_counts, check_virtual
 from spu.schedules.one_f_one_b import one_f_one_b
 
-__all__ = ["interleaved", "interleaved_bound"]
+__all__ = ["interleaved"]
 
 
 def interleaved(ranks: int, microbatches: int, *, virtual: int = 2) -> list[list[Action]]:
@@ -42,10 +42,3 @@ def _rank_actions(rank: int, ranks: int, microbatches: int, virtual: int) -> lis
     row += backwards[len(forwards) - warmup :]
     # The last group was counted as full: an order that runs with more microbatches also runs without some of them.
     return [action for action in row if action.microbatch < microbatches]
-
-
-def interleaved_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches of a stage that each rank holds, over all of its stages."""
-    if virtual == 1:
-        return [min(microbatches, ranks - rank) for rank in range(ranks)]
-    return [min(microbatches * virtual, 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1) for rank in range(ranks)]

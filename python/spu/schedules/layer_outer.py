@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spu.schedules.actions import Action, check_counts, check_virtual
 
-__all__ = ["layer_outer", "layer_outer_bound"]
+__all__ = ["layer_outer"]
 
 
 def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
@@ -34,8 +34,3 @@ def layer_outer(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list
         row += [Action(stage, kind, i) for stage in last for i in range(microbatches) for kind in "FB"]
         rows.append(row + [Action(stage, "B", i) for stage in reversed(stages) for i in range(microbatches)])
     return rows
-
-
-def layer_outer_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches of a stage that each rank holds, over all of its stages."""
-    return [microbatches * virtual] * (ranks - 1) + [microbatches * (virtual - 1) + 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
-__all__ = ["one_f_one_b", "one_f_one_b_bound"]
+__all__ = ["one_f_one_b"]
 
 
 def one_f_one_b(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
@@ -31,8 +31,3 @@ def _rank_actions(stage: int, ranks: int, microbatches: int) -> list[Action]:
         row += [Action(stage, "F", warmup + i), Action(stage, "B", i)]
     row += [Action(stage, "B", i) for i in range(microbatches - warmup, microbatches)]
     return row
-
-
-def one_f_one_b_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches that each rank holds."""
-    return [min(microbatches, ranks - rank) for rank in range(ranks)]

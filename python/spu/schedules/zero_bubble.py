@@ -10,7 +10,7 @@ import itertools
 
 from spu.schedules.actions import Action, check_counts, one_stage_each
 
-__all__ = ["zb", "zb_bound", "zbv", "zbv_bound"]
+__all__ = ["zb", "zbv"]
 
 
 def zb(ranks: int, microbatches: int, *, virtual: int = 1) -> list[list[Action]]:
@@ -81,13 +81,3 @@ def _zbv_actions(rank: int, ranks: int, microbatches: int) -> list[Action]:
     row = (Action(stage, kind, next(numbers[stage, kind])) for stage, kind in work)
     # An order that runs with more microbatches also runs without some of them.
     return [action for action in row if action.microbatch < microbatches]
-
-
-def zb_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches that each rank holds, W included."""
-    return [min(microbatches, ranks)] * ranks
-
-
-def zbv_bound(ranks: int, microbatches: int, virtual: int) -> list[int]:
-    """Return the most microbatches of a stage that each rank holds, over both stages, W included."""
-    return [min(2 * microbatches, 2 * ranks)] * ranks
