@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--overhead", default="700MB", help="of the limit, for Python, torch and its libraries")
     parser.add_argument("--state", default="fp32")
     arguments = parser.parse_args()
-    from spu.data.corpus import read_text
+    from spu.data.text import default_text
     from spu.devices.manager import parse_bytes
 
     folder, model = arguments.folder.absolute(), config(arguments.width, arguments.layers)
@@ -121,7 +121,7 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model))
-    _, text = read_text(None)  # of which the last tenth or so is for validation
+    text = b"".join(default_text().pieces())  # of which the last tenth or so is for validation
     (folder / "text.txt").write_bytes(text[:20_000])
     common = ["train", "--model", str(folder / "config.json"), "--steps", str(arguments.steps), "--recompute", "on"]
     common += ["--data", str(folder / "text.txt")]

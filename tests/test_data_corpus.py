@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spu.data.corpus import Corpus, make_corpus, read_text
+from spu.data.corpus import Corpus, make_corpus
 from spu.data.parts import Windows
+from spu.data.text import default_text, open_text
 from spu.data.tokenizer import ByteTokenizer
 
 
@@ -18,10 +19,11 @@ def corpus_of(length: int) -> Corpus:
 
 
 def test_default_text_is_the_language_reference():
-    name, text = read_text(None)
-    assert name == "pydoc_data.topics"
+    made = default_text()
+    text = b"".join(made.pieces())
+    assert made.name == "pydoc_data.topics"
     assert len(text) > 300_000
-    assert text == read_text(None)[1]
+    assert text == b"".join(default_text().pieces())
     assert b"coroutine" in text
 
 
@@ -95,11 +97,11 @@ def test_unusable_text_is_refused(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "short").write_bytes(b"x" * 33)
     with pytest.raises(ValueError, match="no such file: give the path"):
-        read_text(str(tmp_path / "missing"))
+        open_text(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="is a folder without files that end in .txt, .jsonl"):
         make_corpus(str(tmp_path), ByteTokenizer(), 16)
     with pytest.raises(ValueError, match="is empty"):
-        read_text(str(tmp_path / "empty"))
+        open_text(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"33 tokens \(bytes\), and --seq 16 needs at least 34"):
         make_corpus(str(tmp_path / "short"), ByteTokenizer(), 16)
     (tmp_path / "short").write_bytes(b"x" * 34)

@@ -17,11 +17,23 @@ pytest.importorskip("transformers")
 
 from spu.cli.app import main
 from spu.data import text as text_module
-from spu.data.corpus import make_corpus, read_text
-from spu.data.text import clean_text, is_utf8, open_text
+from spu.data.corpus import make_corpus
+from spu.data.text import Text, open_text
 from spu.data.tokenizer import ByteTokenizer
 
 TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n" * 40
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the file ``FILE`` is to be."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "FILE"
+
+
+def opened(file: Path, content: bytes) -> Text:
+    file.write_bytes(content)
+    return open_text(file.name)
 
 
 @pytest.mark.parametrize(
@@ -49,26 +61,28 @@ TEXT = "Voilà: the quick brown fox.\n\nIt jumps over the lazy dog, naïvely.\n"
         (f"{json.dumps({'text': TEXT})}\n".encode() * 3, "JSON Lines", "ending .jsonl"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(content: bytes, what: str, fix: str) -> None:
+def test_what_is_no_text_is_refused_by_name(file: Path, content: bytes, what: str, fix: str) -> None:
     """Training on such bytes went well, without a word."""
     with pytest.raises(ValueError, match=f"--data FILE is (text, but )?{what}.*{fix}"):
-        clean_text("FILE", content)
+        opened(file, content)
 
 
-@pytest.mark.parametrize("text", ["[Chapter 1]\nOnce.", "{ hello }", "(a) [b] {c}\n", "PARIS", "[1] A footnote.", ""])
-def test_text_that_looks_a_little_like_something_else_is_text(text: str) -> None:
-    assert clean_text("FILE", text.encode()) == text.encode()
+@pytest.mark.parametrize("text", ["[Chapter 1]\nOnce.", "{ hello }", "(a) [b] {c}\n", "PARIS", "[1] A footnote."])
+def test_text_that_looks_a_little_like_something_else_is_text(file: Path, text: str) -> None:
+    assert b"".join(opened(file, text.encode()).pieces()) == text.encode()
 
 
-def test_line_ends_and_a_byte_order_mark_are_not_trained_on() -> None:
-    assert clean_text("FILE", b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r") == b"one\ntwo\n\nthree\r"
+def test_line_ends_and_a_byte_order_mark_are_not_trained_on(file: Path) -> None:
+    text = opened(file, b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\r")
+    assert b"".join(text.pieces()) == b"one\ntwo\n\nthree\r"
 
 
-def test_a_character_across_two_pieces_is_utf8() -> None:
-    assert is_utf8(b"x" * ((1 << 20) - 1) + "é".encode())
-    assert not is_utf8(b"x" * ((1 << 20) - 1) + "é".encode()[:1])
+def test_a_character_across_two_pieces_is_utf8(file: Path) -> None:
+    assert opened(file, b"x" * ((1 << 20) - 1) + "é".encode()).utf8
+    with pytest.raises(ValueError, match=r"byte 1048575 is 0xc3"):
+        opened(file, b"x" * ((1 << 20) - 1) + "é".encode()[:1])
     with pytest.raises(ValueError, match=r"byte 1048575 is 0xe9"):
-        clean_text("FILE", b"x" * ((1 << 20) - 1) + b"\xe9t\xe9")
+        opened(file, b"x" * ((1 << 20) - 1) + b"\xe9t\xe9")
 
 
 def test_other_bytes_are_for_models_of_bytes_and_said_to_be(tmp_path: Path) -> None:
@@ -86,7 +100,7 @@ def test_other_bytes_are_for_models_of_bytes_and_said_to_be(tmp_path: Path) -> N
 def test_a_file_is_refused_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(64))
     with pytest.raises(ValueError, match=r"--data .*t.parquet is a Parquet file"):
-        read_text(str(tmp_path / "t.parquet"))
+        open_text(str(tmp_path / "t.parquet"))
     with pytest.raises(SystemExit) as ended:
         main(["train", "--data", str(tmp_path / "t.parquet"), "--out", str(tmp_path / "runs")])
     assert ended.value.code == 2

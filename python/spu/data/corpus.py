@@ -19,7 +19,7 @@ from spu.data.stream import Progress, token_stream
 from spu.data.text import Text, default_text, open_text
 from spu.data.tokenizer import Tokenizer
 
-__all__ = ["MAX_VALIDATION_TOKENS", "VALIDATION_SHARE", "Corpus", "make_corpus", "read_text"]
+__all__ = ["MAX_VALIDATION_TOKENS", "VALIDATION_SHARE", "Corpus", "make_corpus"]
 
 VALIDATION_SHARE = 0.05  # the end of a text, or documents from all over
 _IN_MEMORY = 1 << 24  # bytes of text whose tokens are not worth a file
@@ -78,16 +78,6 @@ class Corpus:
         return self.validation.opening(tokens)
 
 
-def read_text(data: str | None) -> tuple[str, bytes]:
-    """Return (name, contents) of a text file, or of Python's language reference, which every CPython ships.
-
-    Raises:
-        ValueError: see ``open_text``.
-    """
-    text = default_text() if data is None else open_text(data)
-    return text.name, b"".join(text.pieces())
-
-
 def make_corpus(
     data: str | Sequence[str] | None,
     tokenizer: Tokenizer,
@@ -113,7 +103,7 @@ def make_corpus(
         ValueError: files that cannot be used; or too little for one training and one validation sequence.
     """
     files = None if data is None else find_files(_listed(data))
-    made = _part(files, tokenizer, seq, say, pack)
+    made = _part(files, tokenizer, say, pack)
     if val_data is None:
         train, validation = made.part.split(VALIDATION_SHARE, seq, f"--data {made.name}", tokenizer.name)
         return Corpus(made.name, made.sha256, train, validation, made.top)
@@ -121,7 +111,7 @@ def make_corpus(
     trained = {Path(file.path).resolve() for file in files or ()}
     if both := [file.path for file in held_out if Path(file.path).resolve() in trained]:
         say(f"--val-data {both[0]} is trained on as well (--data): the validation loss tells nothing of other text")
-    other = _part(held_out, tokenizer, seq, say, pack)
+    other = _part(held_out, tokenizer, say, pack)
     made.part.check(seq, f"--data {made.name}", tokenizer.name)
     other.part.check(seq, f"--val-data {other.name}", tokenizer.name)
     joined = hashlib.sha256(f"{made.sha256} {other.sha256}".encode()).hexdigest()
@@ -142,9 +132,7 @@ def _listed(data: str | Sequence[str]) -> list[str]:
     return [data] if isinstance(data, str) else list(data)
 
 
-def _part(
-    files: list[DataFile] | None, tokenizer: Tokenizer, seq: int, say: Callable[[str], object], pack: bool
-) -> _Made:
+def _part(files: list[DataFile] | None, tokenizer: Tokenizer, say: Callable[[str], object], pack: bool) -> _Made:
     if files is None or all(file.kind == TEXT for file in files):
         return _text_part(files, tokenizer, say)
     name = files[0].path if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"

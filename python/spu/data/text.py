@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Text", "clean_text", "default_text", "is_utf8", "open_text"]
+__all__ = ["Text", "default_text", "open_text"]
 
 # How files begin that are often given for text, what they are, and what to do.
 _UNPACK = "unpack it first: {command}, and give the file that comes out"
@@ -109,16 +109,6 @@ def default_text() -> Text:
     )
 
 
-def clean_text(path: str, content: bytes) -> bytes:
-    """Return the contents of a text file as ``Text.pieces`` yields them, refused as ``open_text`` does.
-
-    Bytes that are no text of any kind come back unchanged: a model of bytes can be trained on it (see ``is_utf8``).
-    """
-    if not content:
-        return content
-    return b"".join(_checked(path, "--data", lambda: io.BytesIO(content)).pieces())
-
-
 def _checked(path: str, label: str, opened: Callable[[], BinaryIO]) -> Text:
     with opened() as stream:
         head = stream.read(_PIECE)
@@ -179,11 +169,6 @@ def _clean(stream: BinaryIO, *, newlines: bool) -> Iterator[bytes]:
         yield piece.replace(b"\r\n", b"\n") if newlines and b"\r\n" in piece else piece
     if held:
         yield held
-
-
-def is_utf8(content: bytes) -> bool:
-    """Tell whether bytes are text in UTF-8."""
-    return _first_not_utf8(iter([content]))[0] is None
 
 
 def _refused(path: str, label: str, what: str, fix: str) -> ValueError:
