@@ -12,7 +12,7 @@ from spu.devices.tiers import Tiers
 from spu.plan import BudgetError, Plan
 from spu.plan.layer_cost import LayerCost
 from spu.plan.machine import Machine, Speed
-from spu.plan.make_streaming import grouped, make_streaming_plan
+from spu.plan.make_streaming import StreamingRequest, grouped
 from spu.settings import Settings
 
 DISK = Tiers(0, Path("/spill"), 1000 * MB)
@@ -22,7 +22,8 @@ LOSS = LayerCost(name="loss", input_bytes=100_000, output_bytes=4)
 def stream(costs, tiers=DISK, *, budget=1000 * MB, flops=1e12, update_rate=1e12, disk=(1e9, 1e9), **settings):
     machine = Machine((device("cpu:0", budget),), (Speed(flops, 1e12, update_rate),), disk=disk)
     options = {"residency": "streamed", "microbatches": 4, "activations": "keep", "recompute": True, **settings}
-    return make_streaming_plan(costs, LOSS, machine, Settings(**options), tiers, model="tiny", rows=2, tokens=100)
+    request = StreamingRequest(tuple(costs), LOSS, machine, Settings(**options), tiers)
+    return request.plan(model="tiny", rows=2, tokens=100)
 
 
 def page(count: int) -> int:
@@ -158,7 +159,7 @@ def stream_on(costs, flops, *, budget=1000 * MB, host=10**9, **settings):
     speeds = tuple(Speed(each, 1e12, 1e12) for each in flops)
     machine = Machine((*devices, device("cpu:0", 10)), (*speeds, Speed(1e9, 1e12, 1e12)))
     options = {"residency": "streamed", "microbatches": 8, "activations": "keep", "recompute": True, **settings}
-    return make_streaming_plan(costs, LOSS, machine, Settings(**options), Tiers(host), rows=2, tokens=100)
+    return StreamingRequest(tuple(costs), LOSS, machine, Settings(**options), Tiers(host)).plan(rows=2, tokens=100)
 
 
 def shares(plan: Plan) -> dict[str, int]:
@@ -230,7 +231,7 @@ def test_layers_that_share_parameters_stay_on_one_device():
     machine = Machine((device("cpu:0"), device("cpu:1")), (Speed(1e12, 1e12, 1e12),) * 2)
     for each, count in ((costs, 8), (layers(1), 1)):
         with pytest.raises(ValueError, match=rf"cannot share these {count} layers among 2 devices: .* Give one device"):
-            make_streaming_plan(each, LOSS, machine, Settings(residency="streamed", microbatches=4), DISK)
+            StreamingRequest(tuple(each), LOSS, machine, Settings(residency="streamed", microbatches=4), DISK).plan()
 
 
 def test_activations_of_several_devices_are_counted_by_stage():

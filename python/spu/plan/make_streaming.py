@@ -26,14 +26,14 @@ from spu.settings import AUTO, STATES, Recompute, Settings
 if TYPE_CHECKING:
     from spu.devices.tiers import Tiers
 
-__all__ = ["StreamingRequest", "grouped", "make_streaming_plan", "predict_streaming"]
+__all__ = ["StreamingRequest", "grouped", "predict_streaming"]
 
 _SLOTS = (2, 3, 4)
 
 
-def grouped(layers: Sequence[LayerCost], most: int | None = None) -> list[range]:
-    """Return runs of layers, each with at most so many parameters together, or as many as the largest layer alone."""
-    most = max(layer.param_count for layer in layers) if most is None else most
+def grouped(layers: Sequence[LayerCost]) -> list[range]:
+    """Return runs of layers, each with at most as many parameters together as the largest layer alone."""
+    most = max(layer.param_count for layer in layers)
     cuts, count = [0], 0
     for k, layer in enumerate(layers):
         if k > cuts[-1] and count + layer.param_count > most:
@@ -45,7 +45,16 @@ def grouped(layers: Sequence[LayerCost], most: int | None = None) -> list[range]
 
 @dataclass(frozen=True)
 class StreamingRequest:
-    """What is to be streamed; fields as the arguments of `make_streaming_plan`."""
+    """What is to be streamed.
+
+    Attributes:
+        layers, loss: costs for one microbatch, in the precision of the training.
+        machine: its fastest GPUs compute, one or several; its CPUs where there is none.
+        settings: of the training; the schedule is `layer_outer` whatever they say, with a stage for each layer.
+        tiers: what there is below the devices.
+        measured: (forward, backward) seconds of every layer, and last of the loss, on every device; default: counted
+            work at the machine's speeds.
+    """
 
     layers: tuple[LayerCost, ...]
     loss: LayerCost
@@ -177,7 +186,16 @@ class StreamingRequest:
         return all(rank[k] == rank[earlier] for k, cost in enumerate(self.layers) for earlier, *_ in cost.ties)
 
     def plan(self, *, model: str = "", rows: int = 0, tokens: int = 0, max_microbatches: int | None = None) -> Plan:
-        """Return the fastest plan; arguments and errors as of `make_plan` and `make_streaming_plan`."""
+        """Return the fastest plan that moves layers between tiers and keeps every budget.
+
+        Args:
+            model, rows, tokens: noted in the plan.
+            max_microbatches: the batch cannot be cut into more, so that no refusal advises it.
+
+        Raises:
+            BudgetError: nothing fits; says which tiers are short by how much, and what was tried and fits.
+            ValueError: settings that streaming cannot serve, or no tier below the device.
+        """
         self.settings.recompute.check_within(len(self.layers))
         self.check()
         best = self.best()
@@ -240,37 +258,6 @@ class StreamingRequest:
             yield label, replace(finer, settings=replace(s, microbatches=count))
 
 
-def make_streaming_plan(
-    layer_costs: Sequence[LayerCost],
-    loss: LayerCost,
-    machine: Machine,
-    settings: Settings,
-    tiers: Tiers,
-    *,
-    model: str = "",
-    rows: int = 0,
-    tokens: int = 0,
-    times: Sequence[Times] | None = None,
-) -> Plan:
-    """Return the fastest plan that moves layers between tiers and keeps every budget.
-
-    Args:
-        layer_costs, loss: for one microbatch, in the precision of the training.
-        machine: its fastest GPUs compute, one or several; its CPUs where there is none.
-        settings: of the training; the schedule is `layer_outer` whatever they say, with a stage for each layer.
-        tiers: what there is below the device.
-        model, rows, tokens: noted in the plan.
-        times: measured (forward, backward) seconds of every layer, and last of the loss, on every device; default:
-            counted work at the machine's speeds.
-
-    Raises:
-        BudgetError: nothing fits; says which tiers are short by how much, and what was tried and fits.
-        ValueError: settings that streaming cannot serve, or no tier below the device.
-    """
-    request = StreamingRequest(tuple(layer_costs), loss, machine, settings, tiers, times)
-    return request.plan(model=model, rows=rows, tokens=tokens)
-
-
 def predict_streaming(
     plan: Plan,
     layer_costs: Sequence[LayerCost],
@@ -279,7 +266,7 @@ def predict_streaming(
     tiers: Tiers,
     times: Sequence[Times] | None = None,
 ) -> Plan:
-    """Return a streamed plan as it is, predicted from other costs, speeds or times; see `make_streaming_plan`.
+    """Return a streamed plan as it is, predicted from other costs, speeds or times.
 
     Raises:
         ValueError: its stages have different residencies.
