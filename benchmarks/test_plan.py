@@ -237,7 +237,7 @@ def test_planning_80_layers_on_8_devices() -> None:
 
 def test_planning_a_20b_config() -> None:
     code = (
-        "from spu.cli import main\n"
+        "from spu.cli.app import main\n"
         "try: main('plan --model internlm2-20b --budget cuda:0=8GB,cpu=64GB --speed cpu=desktop-cpu'.split())\n"
         "except SystemExit as end: print('exit', end.code)\n"
         "text = open('/proc/self/status').read()\n"  # since the start of this program, unlike ru_maxrss

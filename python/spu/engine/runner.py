@@ -70,7 +70,7 @@ class Runner:
         optimizer, lr, max_grad_norm: as `Updater` takes them.
         engine: makes the engine that runs the stages, from the arguments of `LocalEngine`.
         graphs: whether the last stage's microbatches are captured: see `spu.engine.graphs`.
-        make_streaming: makes what streams the stages (`spu.engine.streaming.stream`) from stages, optimizers and main
+        make_streaming: makes what streams the stages (`spu.engine.tiers.stream`) from stages, optimizers and main
             gradients; None if all are resident.
         peers: the processes of other stages; None: all stages are in this one.
     """
