@@ -21,10 +21,10 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from spu.cli.app import main  # noqa: E402
-from spu.model.lora import KINDS, LoraOptions, add_adapters  # noqa: E402
+from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
 from spu.model.merge import merge_adapter, write_parts  # noqa: E402
 from spu.train.adapter import base_of  # noqa: E402
-from spu.train.config import LORA_KINDS, TrainConfig  # noqa: E402
+from spu.train.config import TrainConfig  # noqa: E402
 from spu.train.model import make_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
@@ -238,7 +238,6 @@ def test_merging_wants_a_base_a_new_folder_and_a_run_with_adapters(
     assert "base is there already: give a new folder" in capsys.readouterr().err
     assert spu("merge", "nowhere", "--runs", place / "runs", "--out", place / "new") == 2
     assert not (place / "new").exists()
-    assert LORA_KINDS == KINDS
     assert TrainConfig(lora=2).lora_kind == "lora"
 
 

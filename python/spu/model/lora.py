@@ -21,7 +21,6 @@ from spu.model.layers import is_adapted
 
 __all__ = [
     "CONFIG",
-    "KINDS",
     "WEIGHTS",
     "LoraOptions",
     "add_adapters",
@@ -31,7 +30,6 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KINDS = ("lora", "rslora", "dora")
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head
 
 
@@ -44,7 +42,7 @@ class LoraOptions:
         alpha: B A is scaled by alpha / rank (``rslora``: alpha / sqrt(rank), arXiv:2312.03732); None: twice the rank.
         dropout: share of a layer's inputs that its adapter does not see in training.
         targets: names of layers, or the ends of their names, such as ``q_proj``; none: all linear layers of the blocks.
-        kind: one of ``KINDS``; ``dora`` trains the columns' norms too (arXiv:2402.09353).
+        kind: lora, rslora or dora, which trains the columns' norms too (arXiv:2402.09353).
     """
 
     rank: int

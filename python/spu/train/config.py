@@ -13,7 +13,6 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_TOKENS",
     "LENGTH",
-    "LORA_KINDS",
     "MAX_PARTS",
     "MAX_STEP_TOKENS",
     "MOST_PLANNED_TOKENS",
