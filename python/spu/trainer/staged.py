@@ -106,7 +106,6 @@ class StagedModel:
         self.settings = settings
         self.precision, self.accumulate = settings.precision, settings.accumulate
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
-        self.loss_weight = loss_weight
         self.max_grad_norm = settings.max_grad_norm
         self.measure, self.tiers = measure, tiers
         self.shift = False
