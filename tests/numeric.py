@@ -30,13 +30,6 @@ def assert_equal(actual: Tensor, expected: Tensor, name: str = "tensor") -> None
         )
 
 
-def max_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference over the elements where truth is finite; 0 for an empty tensor."""
-    difference = (value.detach().double() - truth.detach().double()).abs()
-    difference = difference[torch.isfinite(truth.detach().double())]
-    return float(difference.max()) if difference.numel() else 0.0
-
-
 def assert_close_to_truth(
     actual: Tensor,
     plain: Tensor,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST_REGISTERS = 255
-TENSOR_CORE = {"75": "HMMA", "80": "HMMA", "90": "HGMMA"}  # by the generation in an object's name
 # Instructions that tell how a kernel works, by a name for their kind.
 INSTRUCTIONS = {
     "tensor core": r"(HMMA|HGMMA)\b",
