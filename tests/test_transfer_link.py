@@ -136,7 +136,7 @@ def test_masks_cross_packed_links(precision: str, codec: str, masked: bool) -> N
 
 @pytest.mark.parametrize("codec", [None, "int8"])
 def test_a_side_carries_the_same_tensors_beside_the_senders_work(codec: str | None) -> None:
-    side = HostSide("link")
+    side = HostSide()
     link, plain = Link(CPU, codec, side), Link(CPU, codec)
     tree = {"x": torch.randn(3, 64), "ids": torch.arange(3), "depth": 2}
     with ops.use_backend("reference"):

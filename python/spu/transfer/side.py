@@ -103,13 +103,12 @@ class _HostTicket:
 class HostSide:
     """A thread of the host; a forked process starts its own."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"spu {self._name}")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="spu link")
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
         if self._process != os.getpid():
@@ -131,4 +130,4 @@ def side_for(source: torch.device, target: torch.device, beside: bool | None) ->
     gpus = [end for end in (source, target) if end.type == "cuda"]
     if gpus:
         return GpuSide(gpus, computed=source.type == "cuda")
-    return HostSide("link") if beside else None
+    return HostSide() if beside else None
