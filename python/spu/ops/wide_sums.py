@@ -55,14 +55,10 @@ def _in_place(call: Call, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return self.copy_(wide)
 
 
-def _accumulating(flag: int) -> _Wide:
-    """Return a function like ``_in_place`` for ops with an argument, at this place, for whether values are added."""
-
-    def run(call: Call, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adds = kwargs.get("accumulate", args[flag] if len(args) > flag else False)
-        return _in_place(call, self, *args, **kwargs) if adds else call(self, *args, **kwargs)
-
-    return run
+def _accumulating(call: Call, self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Do as ``_in_place`` where the op is told to add: by its fourth argument, ``accumulate``."""
+    adds = kwargs.get("accumulate", args[2] if len(args) > 2 else False)
+    return _in_place(call, self, *args, **kwargs) if adds else call(self, *args, **kwargs)
 
 
 def _terms(size: Sequence[int], step: Sequence[int]) -> int:
@@ -184,8 +180,8 @@ _KERNELS: dict[str, _Wide] = {
     "convolution_backward": _convolution,
     "embedding_dense_backward": _all_wide,
     "_embedding_bag_dense_backward": _all_wide,
-    "_index_put_impl_": _accumulating(2),
-    "put_": _accumulating(2),
+    "_index_put_impl_": _accumulating,
+    "put_": _accumulating,
     "index_add_": _in_place,
     "grid_sampler_2d_backward": _all_wide,
     "grid_sampler_3d_backward": _all_wide,
