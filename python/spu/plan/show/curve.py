@@ -10,26 +10,21 @@ from spu.schedules import Action
 
 if TYPE_CHECKING:
     from spu.plan.plan import Plan
-    from spu.schedules import Timeline
 
 __all__ = ["memory_curve", "peak_moment"]
 
 
-def memory_curve(plan: Plan, timeline: Timeline | None = None) -> list[list[tuple[float, int]]]:
-    """Return the bytes held on each device from each change on.
+def memory_curve(plan: Plan) -> list[list[tuple[float, int]]]:
+    """Return the bytes held on each device from each change on, as predicted.
 
     State and wires, or a streamed plan's slots, are there all the time; each microbatch in flight adds what its stage
     keeps, from the start of its forward to the end of its backward, and what a deferred weight gradient keeps until
     that is done; forwards and backwards add their stage's workspace while they run.
 
-    Args:
-        plan: whose bytes.
-        timeline: whose times; default the predicted one.
-
     Returns:
         One list per device, in the order of ``plan.devices``, of (seconds, bytes), by time.
     """
-    timeline = (timeline or plan.timeline()).shifted()
+    timeline = plan.timeline().shifted()
     ranks = {name: rank for rank, name in enumerate(plan.devices)}
     rank_of = [ranks[stage.device] for stage in plan.stages]
     changes: list[list[tuple[float, int, int]]] = [[] for _ in ranks]  # (when, frees first, bytes)
