@@ -63,15 +63,15 @@ def product(
     return _call(_FORWARD, a, b, out, added, kept, _ACTIVATIONS[activation], 0, 0, 0, algorithm)
 
 
-def derivative(a: Tensor, b: Tensor, out: Tensor, saved: Tensor, activation: str, algorithm: int = 0) -> bool:
+def derivative(a: Tensor, b: Tensor, out: Tensor, saved: Tensor, activation: str) -> bool:
     """Compute out = (a @ b) * activation'(saved), rounded once where the library has the derivative, else from the
-    rounded product. False and ``algorithm``: as in ``product``.
+    rounded product, by the best algorithm that the library proposes. False: as in ``product``.
 
     Args:
         a: [M, K], b: [K, N], of any strides.
         out, saved: [M, N] elements, contiguous, a's dtype.
     """
-    return _call(_INPUT, a, b, out, 0, saved.data_ptr(), _ACTIVATIONS[activation], 0, 0, 0, algorithm)
+    return _call(_INPUT, a, b, out, 0, saved.data_ptr(), _ACTIVATIONS[activation], 0, 0, 0, 0)
 
 
 def add_weight_gradient(

@@ -178,10 +178,9 @@ def linear_dw_db_(
     inv_scale: Tensor,
     found_inf: Tensor,
     accumulate: bool,
-    config: Config | None = None,
 ) -> None:
     """Compute ``linear_dw_`` and its bias gradient, with the arguments of the op's schema."""
-    linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate, bias_grad, config)
+    linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate, bias_grad)
 
 
 def linear_db(dz: Tensor) -> Tensor:
