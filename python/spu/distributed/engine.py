@@ -193,7 +193,7 @@ class DistributedEngine:
         key = len(work.inputs), work.train
         ready = self._ready.get(key)
         fits = ready is not None and all(
-            wire.needed_bytes <= size <= 2 * wire.needed_bytes for wire, size in zip(wires, ready.sizes, strict=True)
+            wire.size_bytes <= size <= 2 * wire.size_bytes for wire, size in zip(wires, ready.sizes, strict=True)
         )
         if ready is None or not fits:
             if ready is not None:

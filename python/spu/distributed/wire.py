@@ -54,17 +54,14 @@ class Wire:
         leaves: the tensors of the largest message.
         codec: packs what has a gradient (`spu.ops.pack`); None: everything crosses as it is.
         after: the stage before the boundary, for errors.
-        at_least: bytes that a message may take in any case.
 
     Attributes:
-        needed_bytes: for the largest message.
         size_bytes: of every message.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], codec: str | None, after: int, at_least: int = 0) -> None:
+    def __init__(self, leaves: Sequence[Leaf], codec: str | None, after: int) -> None:
         self.codec, self._after = codec, after
-        self.needed_bytes = _HEADER + sum(_FOR_EACH + _padded(self._bytes_of(leaf)) for leaf in leaves)
-        self.size_bytes = _padded(max(self.needed_bytes, at_least))
+        self.size_bytes = _HEADER + sum(_FOR_EACH + _padded(self._bytes_of(leaf)) for leaf in leaves)
         # One microbatch's description is mostly that of the next one.
         self._wrote: tuple[list[Any], Layout | None, torch.Tensor] | None = None
         self._parsed: tuple[torch.Tensor, list[_Row | None], Layout | None] | None = None
