@@ -37,20 +37,15 @@ def content_of(files: Sequence[DataFile]) -> str:
         for part in parts:
             try:
                 with open(part, "rb") as stream:
-                    one = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else _digest(stream)
+                    one = hashlib.sha256()
+                    while block := stream.read(_BLOCK):
+                        one.update(block)
             except FileNotFoundError:
                 raise ValueError(f"{file.label} {part}: no such file: give the path of a file") from None
             except OSError as error:
                 raise ValueError(f"{file.label} {part} cannot be read ({error.strerror})") from error
             digest.update(f"{file.kind} {one.hexdigest()} ".encode())
     return digest.hexdigest()
-
-
-def _digest(stream: Any) -> Any:
-    digest = hashlib.sha256()
-    while block := stream.read(_BLOCK):
-        digest.update(block)
-    return digest
 
 
 def tokenised_documents(
