@@ -107,7 +107,6 @@ def _helping_kernels() -> Any:
     if sys.platform != "linux":
         return None
     try:
-        module = importlib.import_module("spu._C")
+        return importlib.import_module("spu._C")
     except ImportError:
         return None
-    return module if hasattr(module, "help_until") else None

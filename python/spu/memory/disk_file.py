@@ -171,7 +171,7 @@ def transfers() -> tuple[_Transfer, _Transfer]:
     A compiled transfer takes the interpreter's lock once, one in Python after each call to the system and each sum:
     beside a thread that runs Python it is half as fast.
     """
-    if compiled is not None and hasattr(compiled, "read_at"):
+    if compiled is not None:
         return compiled.read_at, compiled.write_at
     return read_in_python, write_in_python
 
