@@ -74,7 +74,7 @@ def run_here(folder: Path, *arguments: str) -> int:
 
 def start(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "spu.cli", *arguments],
+        [sys.executable, "-m", "spu", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -215,7 +215,7 @@ def stream(phase: Phase) -> None:
             "--out",
             str(LOGS / "plan.json"),
         )
-        phase.run(_python("-m", "spu.cli", *plan))
+        phase.run(_python("-m", "spu", *plan))
     out = LOGS / "streamed"
     out.mkdir(parents=True, exist_ok=True)
     cases: tuple[str, ...] = ("resident", "streamed", "streamed-compact", "offloaded", "disk")
