@@ -225,6 +225,19 @@ def test_packing_into_memory_that_is_there() -> None:
             assert_equal(there.cpu(), suite.OPS.unpack.cpu(expected, [7, 45], torch.float16, codec), codec)
 
 
+def test_a_given_wire_that_starts_anywhere_is_refused() -> None:
+    """A kernel's 4-byte store at another address would be an error that no later call survives."""
+    x = torch.randn(64, device=DEVICE)
+    length = len(torch.ops.spu.pack.cuda(x, "int8"))
+    for first in (1, 2, 3):
+        memory = torch.zeros(length + first, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(Exception, match="pack_: wire does not start at a multiple of 4 bytes"):
+            torch.ops.spu.pack_.cuda(x, "int8", memory[first:])
+        with pytest.raises(Exception, match="unpack_: wire does not start at a multiple of 4 bytes"):
+            torch.ops.spu.unpack_.cuda(memory[first:], "int8", torch.empty_like(x))
+        assert not memory.any()
+
+
 def test_shape_classes_are_pythons_and_tiles_are_checked(module: ModuleType) -> None:
     for shape in ((1, 8, 8), (64, 9999, 9), (65, 128, 8192), (65, 128, 8191), (2048, 1024, 64), (2049, 1024, 9000),
                   (4096, 4096, 1), (4097, 4096, 1), (8192, 8192, 4096)):  # fmt: skip

@@ -88,6 +88,20 @@ def test_one_row_of_positions_serves_all_batches_and_strides_do_not_matter(backe
 
 
 @every_backend
+def test_layouts_in_which_torch_puts_another_dimension_last(backend: str) -> None:
+    """One token for all, behind a dimension of stride 1 (a transposed column): heads of the result would have gaps."""
+    cos, sin = angles(1, 3, 8, False, torch.float32)
+    q = torch.randn(2, 8).unsqueeze(-1).transpose(1, 2).unsqueeze(2).expand(2, 1, 3, 8)
+    k = torch.randn(40).as_strided((2, 2, 3, 8), (4, 8, 1, 1))  # tokens that overlap
+    assert torch.empty_like(q).stride(3) != 1 != torch.empty_like(k).stride(3)
+    with ops.use_backend(backend):
+        found = [*ops.rotary(q, k, cos, sin), *ops.rotary(k, q.contiguous(), cos, sin)]
+    expected = [*plain(q, k, cos, sin, False), *plain(k, q, cos, sin, False)]
+    for a, t in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, t)
+
+
+@every_backend
 def test_halves_may_have_angles_of_their_own(backend: str) -> None:
     """The backward is the transpose, also where it is no rotation."""
     q, k, cos, sin = (torch.randn(1, 2, 4, 6), torch.randn(1, 1, 4, 6), torch.randn(1, 4, 6), torch.randn(1, 4, 6))

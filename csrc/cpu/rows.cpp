@@ -63,6 +63,17 @@ HeadsView heads_first(const Tensor& t) {  // of [batch, heads, tokens, head_dim]
   return {t.const_data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
 }
 
+// Memory for what becomes of *x, in its layout where that has no gaps. Heads lie dense in both: *x is copied where its
+// do not, and where torch would not put them last in the result, as it may beside strides of 0 or 1.
+Tensor result_of(Tensor* x) {
+  if (x->stride(3) == 1 || x->numel() == 0) {
+    const Tensor out = torch::stable::empty_like(*x);
+    if (out.stride(3) == 1 || out.numel() == 0) return out;
+  }
+  *x = torch::stable::contiguous(*x);
+  return new_empty_of(*x, sizes_of(*x), x->scalar_type());
+}
+
 void expect_heads(const char* op, const char* what, const Tensor& t, const Tensor& cos) {
   checks::expect_cpu(op, what, t);
   if (cos.scalar_type() != ScalarType::Float) checks::expect_same_dtype(op, what, t, "cos", cos);
@@ -125,11 +136,7 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
     checks::fail("spu::", op, ": q ", checks::shape(q), " and k ", checks::shape(k), " have different batches");
   }
   const int64_t dim = q.size(3);
-  for (Tensor* t : {&q, &k}) {
-    if (t->stride(3) != 1 && dim > 0) *t = torch::stable::contiguous(*t);
-  }
-  // In the layout of q and k where that has no gaps.
-  const Tensor q_out = torch::stable::empty_like(q), k_out = torch::stable::empty_like(k);
+  const Tensor q_out = result_of(&q), k_out = result_of(&k);
   const Tensor c = dense(cos), s = dense(sin);
   Rotary r = {};
   r.type = storage_type(op, "q", q), r.angles = storage_type(op, "cos", cos);

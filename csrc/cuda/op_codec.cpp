@@ -29,6 +29,16 @@ struct Packing {
   }
 };
 
+// A wire that is given: a view may start anywhere, but a kernel's scales and 16-bit values need their alignment. (A
+// store at another address ends the process's use of the device.)
+uint8_t* wire_data(const char* op, const Tensor& wire_tensor, const Tensor& like) {
+  uint8_t* bytes = static_cast<uint8_t*>(device_address(op, "wire", wire_tensor, like));
+  if (reinterpret_cast<uintptr_t>(bytes) % 4 != 0) {
+    checks::fail("spu::", op, ": wire does not start at a multiple of 4 bytes; give it a tensor of its own");
+  }
+  return bytes;
+}
+
 }  // namespace
 
 Tensor pack(Tensor x, Text codec_name) {
@@ -41,7 +51,7 @@ Tensor pack(Tensor x, Text codec_name) {
 void pack_into(Tensor x, Text codec_name, Tensor wire_tensor) {
   const Packing packing("pack_", x, codec_name);
   wire::expect_wire("pack_", wire_tensor, x.numel(), packing.codec, codec_name);
-  packing.into(static_cast<uint8_t*>(device_address("pack_", "wire", wire_tensor, x)));
+  packing.into(wire_data("pack_", wire_tensor, x));
 }
 
 Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, Text codec_name) {
@@ -65,10 +75,7 @@ void unpack_into(Tensor wire_tensor, Text codec_name, Tensor out) {
   const Codec codec = wire::codec_of("unpack_", codec_name);
   wire::expect_wire("unpack_", wire_tensor, out.numel(), codec, codec_name);
   const Type type = storage_type("unpack_", "out", out);
-  const uint8_t* bytes = static_cast<const uint8_t*>(device_address("unpack_", "wire", wire_tensor, out));
-  if (reinterpret_cast<uintptr_t>(bytes) % 4 != 0) {
-    checks::fail("spu::unpack_: wire does not start at a multiple of 4 bytes; copy it into a tensor of its own");
-  }
+  const uint8_t* bytes = wire_data("unpack_", wire_tensor, out);
   Tensor values = dense(out);
   const OnDevice on(out);
   launch_unpack(codec, type, bytes, values.mutable_data_ptr(), out.numel(), on.stream());

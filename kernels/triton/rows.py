@@ -124,6 +124,16 @@ def embedding_dw_(
     )
 
 
+def _with_result(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x and memory for its result, in the layout of x where that has no gaps; heads lie dense in both."""
+    if x.stride(3) == 1:
+        out = torch.empty_like(x)
+        if out.stride(3) == 1:  # beside strides of 0 or 1 torch may put another dimension last
+            return x, out
+    x = x.contiguous()
+    return x, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     """Turn queries and keys by their positions; ``inverse``: by the transpose. See ``spu.ops.rotary``.
 
@@ -142,9 +152,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
     batch, _, tokens, head_dim = q.shape
     if q.shape[2:] != k.shape[2:] or cos.shape != sin.shape or cos.shape[1:] != q.shape[2:] or head_dim % 2:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and cos {tuple(cos.shape)} do not fit")
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+    (q, q_out), (k, k_out) = _with_result(q), _with_result(k)
     cos, sin = cos.contiguous(), sin.contiguous()
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     if q.numel() + k.numel():
         half = head_dim // 2
         strides = [stride for x in (q, k, q_out, k_out) for stride in x.stride()[:3]]
