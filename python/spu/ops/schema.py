@@ -2,9 +2,9 @@
 
 A backend is an *overload*: ``spu::linear.reference`` and ``spu::linear.cpu`` share one schema and one fake kernel.
 A choice of backend is therefore visible in a graph, survives ``torch.compile``, and needs no state in other threads.
-The reference implementations are in ``reference*.py``; the C++ library only registers implementations for the overloads
+The reference implementations are in ``reference/``; the C++ library only registers implementations for the overloads
 that are defined here, so that an installation without a compiler has the same ops. A backend may lack the kernels of
-``COMPOSED``: there a composition of its own smaller ops serves (``composed.py``), until it registers one.
+``COMPOSED``: there a composition of its own smaller ops serves (``reference/composed.py``), until it registers one.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ SCHEMAS: dict[str, str] = {
 COMPOSED = frozenset(composed.IMPLEMENTATIONS)  # ops that a backend may lack
 COMPOSED_REFERENCE = (  # those that the reference lacks too
     "linear_dz_dx", "linear_dw_db_", "gated_dh", "gated_mlp", "mlp", "pack_", "unpack_", "copy_in_", "rms_norm_to",
-    "linear_add", "linear_each", "linear_dw_each_", "gated_mlp_add", "experts_order", "experts_mlp", "experts_dh",
-    "experts_dx", "experts_dw", "experts_dw_", "rows_sum", "rows_dot",
+    "linear_add", "linear_each", "linear_dw_each_", "linear_ce_and_dz", "gated_mlp_add", "experts_order",
+    "experts_mlp", "experts_dh", "experts_dx", "experts_dw", "experts_dw_", "rows_sum", "rows_dot",
 )  # fmt: skip
 
 _REFERENCE: dict[str, Callable[..., Any]] = {

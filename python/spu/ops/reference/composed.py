@@ -21,8 +21,6 @@ from spu.ops.reference.linear import wide
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "attention",
-    "attention_backward",
     "copy_in_",
     "gated_dh",
     "gated_dx",
@@ -219,16 +217,6 @@ def linear_ce_and_dz_(
     return fused.cross_entropy_and_dz(logits, target, grad_rows, ignore_index, dz)
 
 
-def attention(backend: str, *args: Any) -> tuple[Tensor, Tensor]:
-    """Compute the reference. (``spu.ops.attention`` calls torch's own kernels instead where a backend has none.)"""
-    return reference_attention.attention(*args)  # type: ignore[no-any-return]
-
-
-def attention_backward(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the reference."""
-    return reference_attention.attention_backward(*args)  # type: ignore[no-any-return]
-
-
 def rms_norm_to(
     backend: str, x: Tensor, weight: Tensor | None, eps: float, offset: float, rounded: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -266,6 +254,7 @@ def _reference(op: Callable[..., Any]) -> Callable[..., Any]:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     **{name: _reference(op) for name, op in reference_norm.IMPLEMENTATIONS.items()},
+    **{name: _reference(op) for name, op in reference_attention.IMPLEMENTATIONS.items()},
     **experts.IMPLEMENTATIONS,
     "linear_dz_dx": linear_dz_dx,
     "linear_dw_db_": linear_dw_db_,
@@ -280,8 +269,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "gated_mlp_add": gated_mlp_add,
     "mlp": mlp,
     "mlp_dz": mlp_dz,
-    "attention": attention,
-    "attention_backward": attention_backward,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
     "linear_ce_and_dz": linear_ce_and_dz,

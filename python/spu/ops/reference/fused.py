@@ -21,7 +21,6 @@ __all__ = [
     "gated_dz",
     "gated_linear",
     "linear_ce",
-    "linear_ce_and_dz",
     "linear_ce_and_dz_",
     "linear_ce_dz",
     "mlp_dz",
@@ -155,8 +154,8 @@ def linear_ce_dz(
 
 
 def cross_entropy_and_dz(logits: Tensor, target: Tensor, grad_rows: Tensor, ignore_index: int, dz: Tensor) -> Tensor:
-    """Return the losses of ``linear_ce_and_dz`` for wide logits [R, V], which are overwritten; the gradient goes to dz,
-    which may be the same memory.
+    """Return the losses of ``linear_ce_and_dz_`` for wide logits [R, V], which are overwritten; the gradient goes to
+    dz, which may be the same memory.
 
     On a CPU some rows at a time, which stay in the cache; their exponentials are made once, for the sum and for dz.
     """
@@ -183,18 +182,6 @@ def cross_entropy_and_dz(logits: Tensor, target: Tensor, grad_rows: Tensor, igno
 
 
 @exact
-def linear_ce_and_dz(
-    hidden: Tensor, weight: Tensor, target: Tensor, grad_rows: Tensor, logits: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Return (loss of ``linear_ce``, dz of ``linear_ce_dz``), for which the logits are made once.
-
-    ``logits`` is memory for them, [R, V] fp32 (fp64 for fp64 operands), overwritten.
-    """
-    dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-    return linear_ce_and_dz_(hidden, weight, target, grad_rows, logits, dz, ignore_index), dz
-
-
-@exact
 def linear_ce_and_dz_(
     hidden: Tensor,
     weight: Tensor,
@@ -204,7 +191,10 @@ def linear_ce_and_dz_(
     dz: Tensor,
     ignore_index: int,
 ) -> Tensor:
-    """Return the losses of ``linear_ce_and_dz`` and write the gradient to dz [R, V], which may be the logits'."""
+    """Return the loss of ``linear_ce`` and write dz of ``linear_ce_dz`` to dz [R, V], for which logits are made once.
+
+    ``logits`` is memory for them, [R, V] fp32 (fp64 for fp64 operands), overwritten; dz may be the same.
+    """
     if dz.numel() == 0:
         return torch.zeros_like(grad_rows)
     torch.mm(wide(hidden), wide(weight).t(), out=logits)
@@ -218,6 +208,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mlp_dz": mlp_dz,
     "linear_ce": linear_ce,
     "linear_ce_dz": linear_ce_dz,
-    "linear_ce_and_dz": linear_ce_and_dz,
     "linear_ce_and_dz_": linear_ce_and_dz_,
 }
