@@ -21,10 +21,10 @@ from spu.model.hf_context import Context, Inputs, is_fake, split_inputs
 from spu.model.hf_proof import prove_split
 from spu.model.hf_stand_ins import LayerCall, copy_without_children, unwrapped
 from spu.model.hf_structure import WORKS, Structure, structure_of
-from spu.nn.attention import register_attention, use_attention
+from spu.nn.attention import use_attention
 from spu.ops.linear import compute_dtype
 
-__all__ = ["DecoderLayer", "Embed", "Head", "decoder_layers", "is_decoder", "register_attention"]
+__all__ = ["DecoderLayer", "Embed", "Head", "decoder_layers", "is_decoder"]
 
 
 class _Part(nn.Module):

@@ -215,23 +215,15 @@ def eager_attention(
     return out, weights if weights is None else weights.to(query.dtype)
 
 
-def register_attention() -> bool:
-    """Make ``attn_implementation="spu"`` and ``"spu_eager"`` known to transformers, with their masks. Idempotent.
-
-    Returns:
-        False where transformers is too old (before 4.48) to be given an attention.
-    """
-    try:
-        from transformers import AttentionInterface
-    except ImportError:
-        return False
+def register_attention() -> None:
+    """Make ``attn_implementation="spu"`` and ``"spu_eager"`` known to transformers, with their masks. Idempotent."""
+    from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
     AttentionInterface.register(SDPA_NAME, sdpa_attention)
     AttentionMaskInterface.register(SDPA_NAME, sdpa_mask)
     AttentionInterface.register(EAGER_NAME, eager_attention)
     AttentionMaskInterface.register(EAGER_NAME, eager_mask)
-    return True
 
 
 def use_attention(model: nn.Module) -> None:
@@ -244,8 +236,7 @@ def use_attention(model: nn.Module) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(_without_adapters(model), transformers.PreTrainedModel):
         return
-    if not register_attention():
-        return
+    register_attention()
     for part in _parts(model):
         current = part.config._attn_implementation
         if current not in _OURS or any(current in _names_asked_for(name) for name in _source_modules(part)):

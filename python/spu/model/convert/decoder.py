@@ -179,19 +179,15 @@ def _candidates(name: str, model: Any) -> Iterator[str]:
 
 def _converts(model: Any) -> bool:
     """Tell whether transformers converts this model's checkpoints when it loads them."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return False
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     return any(hasattr(step, "operations") for step in get_model_conversion_mapping(model))
 
 
 def _renames(model: Any, tensors: dict[str, Tensor]) -> bool:
     """Tell whether transformers writes this model's tensors under other names or in other shapes."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return False
+    from transformers.core_model_loading import revert_weight_conversion
+
     written = revert_weight_conversion(model, {name: tensor.to("meta") for name, tensor in tensors.items()})
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return {name: tensor.shape for name, tensor in written.items()} != shapes
