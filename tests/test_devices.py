@@ -233,10 +233,10 @@ def test_without_affinity_all_cores_are_taken(monkeypatch: pytest.MonkeyPatch) -
 def test_the_default_budget_is_available_memory_less_the_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2, total=30 * GB, free=20 * GB)
     whole = DeviceManager().get_devices("cpu")[0]
-    assert (whole.memory_bytes, whole.budget_bytes, whole.reserve_bytes) == (30 * GB, 17 * GB, 3 * GB)
+    assert (whole.memory_bytes, whole.budget_bytes) == (30 * GB, 17 * GB)
     assert "20.0 GB available less 3.00 GB" in whole.description
     halves = DeviceManager().get_devices("cpu,cpu")
-    assert [(d.budget_bytes, d.reserve_bytes) for d in halves] == [(17 * GB // 2, 3 * GB // 2)] * 2
+    assert [d.budget_bytes for d in halves] == [17 * GB // 2] * 2
 
 
 def test_the_reserve_never_takes_more_than_half_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +251,8 @@ def test_a_gpu_keeps_a_twentieth(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 2)
     play_gpus(monkeypatch, ("A", 8 * GB, 7 * GB), ("B", 2 * GB, 2 * GB))
     first, second, _ = DeviceManager().get_devices()
-    assert (first.memory_bytes, first.budget_bytes, first.reserve_bytes) == (8 * GB, 7 * GB - 400 * 10**6, 400 * 10**6)
-    assert second.reserve_bytes == 256 << 20
+    assert (first.memory_bytes, first.budget_bytes) == (8 * GB, 7 * GB - 400 * 10**6)
+    assert second.budget_bytes == 2 * GB - (256 << 20)
 
 
 def test_given_budgets_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,6 @@ def test_given_budgets_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
     play_gpus(monkeypatch, ("A", 8 * GB, 8 * GB))
     found = DeviceManager(" CUDA:0 = 6 GiB , cpu=24GB,").get_devices(["cuda:0", "cpu", "cpu"])
     assert [d.budget_bytes for d in found] == [6 << 30, 12 * GB, 12 * GB]
-    assert [d.reserve_bytes for d in found] == [0, 0, 0]
     assert DeviceManager({"cpu": "50%", "cuda:0": 123456}).get_devices()[0].budget_bytes == 123456
     assert DeviceManager("cpu=50%").get_devices("cpu")[0].budget_bytes == 16 * GB
 

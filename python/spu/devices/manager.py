@@ -75,7 +75,6 @@ class Device:
         memory_bytes: the whole memory behind the device; every ``cpu:k`` shows the host's, which they share.
         budget_bytes: what spu may use of it.
         description: model, cores, and where the budget comes from.
-        reserve_bytes: what the default budget left out; 0 when the budget was given.
     """
 
     name: str
@@ -85,7 +84,6 @@ class Device:
     memory_bytes: int
     budget_bytes: int
     description: str
-    reserve_bytes: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -230,8 +228,8 @@ class DeviceManager:
                 )
         return budgets
 
-    def _cpu_budgets(self, names: list[str]) -> dict[str, tuple[int, int, str]]:
-        """Return (budget, reserve, where it comes from) of each CPU device: they share the host's memory."""
+    def _cpu_budgets(self, names: list[str]) -> dict[str, tuple[int, str]]:
+        """Return (budget, where it comes from) of each CPU device: they share the host's memory."""
         unused = [n for n in self._budgets if n.startswith("cpu:") and n not in names]
         if unused and names:
             raise ValueError(
@@ -240,10 +238,9 @@ class DeviceManager:
             )
         own = {n: self._budgets[n] for n in names if n in self._budgets}
         rest = [n for n in names if n not in own]
-        result = {n: (size, 0, "as given") for n, size in own.items()}
+        result = {n: (size, "as given") for n, size in own.items()}
         if not rest:
             return result
-        reserve = 0
         if "cpu" in self._budgets:
             pool, how = self._budgets["cpu"], "a share of the cpu budget" if len(names) > 1 else "as given"
         else:
@@ -258,19 +255,19 @@ class DeviceManager:
                 f"budget {given} leaves nothing of the cpu budget {format_bytes(pool)} for {', '.join(rest)}; "
                 "lower it, or give each CPU device its own budget"
             )
-        return result | {n: (left // len(rest), reserve // len(rest), how) for n in rest}
+        return result | {n: (left // len(rest), how) for n in rest}
 
-    def _cpu_device(self, name: str, cores: tuple[int, ...], budget: int, reserve: int, how: str) -> Device:
+    def _cpu_device(self, name: str, cores: tuple[int, ...], budget: int, how: str) -> Device:
         # A CPU quota below the number of cores is shared in proportion.
         threads = max(1, min(physical_cores(cores), effective_cores() * len(cores) // len(usable_cores())))
         which = f"core {cores[0]}" if len(cores) == 1 else f"cores {_ranges(cores)}"
         text = f"{cpu_model()}, {which}; budget {format_bytes(budget)}: {how}"
-        return Device(name, torch.device("cpu"), cores, threads, self._host_total, budget, text, reserve)
+        return Device(name, torch.device("cpu"), cores, threads, self._host_total, budget, text)
 
     def _cuda_device(self, name: str) -> Device:
         model, total = self._cuda[_index(name)]
         free, ours = _cuda_free(_index(name), total)
-        available, budget, reserve, how = free, self._budgets.get(name), 0, "as given"
+        available, budget, how = free, self._budgets.get(name), "as given"
         if budget is not None and free + ours < budget <= total:
             warnings.warn(
                 f"budget {name}={format_bytes(budget)} is more than the {format_bytes(free + ours)} that are free: "
@@ -283,7 +280,7 @@ class DeviceManager:
             budget = available - reserve
             how = f"{format_bytes(available)} available less {format_bytes(reserve)} kept for the driver"
         text = f"{model}; budget {format_bytes(budget)}: {how}"
-        return Device(name, torch.device(name), (), 1, total, budget, text, reserve)
+        return Device(name, torch.device(name), (), 1, total, budget, text)
 
 
 def default_devices(spec: Spec, residency: str) -> Spec:
