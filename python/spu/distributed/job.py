@@ -24,6 +24,7 @@ if dist.is_available():  # pipelining imports it: once a group is there, the def
 from spu.common.raw import bytes_of
 from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.alike import HINTS
+from spu.distributed.cores import described, share_of, where
 from spu.distributed.few import added, gathered
 from spu.distributed.meeting import found_store, meeting
 from spu.distributed.sockets import Connections
@@ -87,8 +88,8 @@ class Job:
     """The processes of a training, seen from one of them.
 
     Args:
-        devices: this process's device, or "auto": the GPU of its number on its machine, or the CPU with as many threads
-            as torch has here.
+        devices: this process's device, or "auto": the GPU of its number on its machine, or the CPU with its share of
+            the cores (`spu.distributed.cores`), or the threads that were chosen for it.
         replicas: pipelines side by side, each with rows of the batch of its own.
         timeout_s: seconds after which a process that waits for another one gives up.
 
@@ -130,6 +131,9 @@ class Job:
                 self.pipeline, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
                 self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
         self.device = _own_device(devices, self.rank)
+        self._share = share_of(self.gathered(where(self.device)), self.rank)
+        if self._share is not None:
+            self.device = self._share.of(self.device)
         everyones = self.gathered(_told(self.device))
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
 
@@ -286,8 +290,10 @@ class Job:
                     dist.destroy_process_group(group)
 
     def close(self) -> None:
-        """Leave the process group, if it was joined here; harmless when called twice."""
+        """Leave the process group, if it was joined here, and the cores; harmless when called twice."""
         self.let_go()
+        if self._share is not None:
+            self._share.give_back()
         if self._joined:
             leave()
         self._joined = False
@@ -350,7 +356,8 @@ def _own_device(devices: Spec, rank: int) -> Device:
     if device.torch_device.type == "cuda":
         torch.cuda.set_device(device.torch_device)
         return dataclasses.replace(device, name=f"rank{rank}")
-    budget = device.budget_bytes // max(1, beside) if automatic else device.budget_bytes
-    return dataclasses.replace(
-        device, name=f"rank{rank}", cores=(), threads=torch.get_num_threads(), budget_bytes=budget
-    )
+    if automatic and beside > 1:
+        one = DeviceManager().get_devices(["cpu"] * beside)[0]
+        text = described(device.description, one.description)
+        device = dataclasses.replace(device, budget_bytes=one.budget_bytes, description=text)
+    return dataclasses.replace(device, name=f"rank{rank}", cores=(), threads=torch.get_num_threads())
