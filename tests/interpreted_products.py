@@ -385,6 +385,15 @@ def test_fp16_accumulation_is_used_where_it_is_asked_for_alone(watches: dict[obj
     assert [watch.usable for watch in watches.values()] == [True], "one product was watched, the forward's"
 
 
+def test_fp16_accumulation_of_nothing(watches: dict[object, accumulation.Watch]) -> None:
+    """There is no row to compare: a batch without tokens is no reason to fail, nor for a check."""
+    with kernels.fp16_accumulation():
+        for m, n, k in ((0, 5, 4), (3, 0, 4), (3, 5, 0)):
+            x, w = torch.randn(m, k).half(), torch.randn(n, k).half()
+            assert_equal(kernels.linear_fwd(x, w)[0], torch.zeros(m, n).half())
+            assert kernels.linear_dx(torch.randn(m, n).half(), w).shape == (m, k)
+
+
 def test_fp16_accumulation_gives_up_where_partial_sums_overflow(watches: dict[object, accumulation.Watch]) -> None:
     """A block's sum of 288,000 is infinite in fp16, though the whole is not; the input gradient of it as well."""
     x, w = torch.full((40, 64), 30.0).half(), torch.full((8, 64), 300.0).half()

@@ -154,7 +154,7 @@ def multiply(
         derivative: makes a's place dz.
         config: instead of the table's.
     """
-    if wanted() and derivative is None and (watch := watch_of(op, a, b)) is not None:
+    if wanted() and derivative is None and out.numel() and (watch := watch_of(op, a, b)) is not None:
         found = config_for(op, a.dtype, a.device, (a.shape[0], b.shape[1], a.shape[1]))
         given = config or for_alignment(found, a.dtype, (*a.stride(), *b.stride(), b.shape[1]))
         config = _in_half(given)
