@@ -19,6 +19,8 @@ from spu import kernels
 from spu.common import wire
 from spu.common.codecs import CODECS
 from spu.kernels import codec as codec_kernels
+from spu.kernels import launch
+from spu.kernels import optim as optim_kernels
 from spu.kernels.config import Config
 from spu.ops.reference import codec as reference_codec
 from spu.ops.reference import fused as reference_fused
@@ -246,6 +248,29 @@ def test_bias_correction_does_not_cancel(beta: float, count: float) -> None:
     kernels.adamw_(*state, torch.ones(1), torch.zeros(1), 1.0, 0.0, beta, 0.0, 0.0)
     expected = -((1 - beta**count) ** 0.5)
     assert abs(state[0][0].item() - expected) <= 4e-7 * abs(expected)
+
+
+def test_tables_that_a_graph_reads_outlive_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists that come later take their place there; a replay would read memory that is someone else's by then."""
+    kept: dict[int, Tensor] = {}
+    monkeypatch.setattr(launch, "_OF_GRAPHS", kept)
+    grad, header = torch.randn(5), bytes(64)
+
+    def run() -> None:
+        kernels.grad_sqnorm([grad])
+        kernels.pack(grad, "int8", header)
+
+    run()
+    work, where = optim_kernels._tables((5,), ((grad.data_ptr(),),), grad.device)
+    read = [work.sizes, work.blocks, *where, codec_kernels._header_on(header, grad.device)]
+    assert not kept, "outside a graph the caches have them"
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    run()
+    monkeypatch.undo()
+    for size in range(100):
+        kernels.grad_sqnorm([torch.randn(size + 6)])
+    assert optim_kernels._tables((5,), ((grad.data_ptr(),),), grad.device)[1].addresses is not where.addresses
+    assert {id(table) for table in kept.values()} == {id(table) for table in read}
 
 
 def test_grad_sqnorm_over_a_list() -> None:

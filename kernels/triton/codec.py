@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spu.kernels.arith import INTERPRET, narrow, widen
 from spu.kernels.kept import Launcher
-from spu.kernels.launch import POINTWISE, ceil_div
+from spu.kernels.launch import POINTWISE, ceil_div, keep_for_graphs
 
 HEADER_BYTES = 64
 ALIGN_BYTES = 64
@@ -281,6 +281,7 @@ def pack(x: Tensor, codec: str, header: bytes) -> Tensor:
     found, scales_bytes, payload_bytes = sections(numel, codec)
     wire = torch.empty(HEADER_BYTES + scales_bytes + payload_bytes, dtype=torch.uint8, device=x.device)
     head = _header_on(header, x.device)
+    keep_for_graphs(head)
     if numel == 0:
         return wire.copy_(head)
     flat = x.contiguous().view(-1)

@@ -20,6 +20,7 @@ STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INTERPRETED_PROGRAMS = 3  # of a persistent kernel on the CPU: more than one, so that programs share the tiles
 _STOOD_FOR: list[tuple[tuple[int, int], int]] = []  # capability and processors of the GPU that CPU tensors stand for
+_OF_GRAPHS: dict[int, Tensor] = {}
 _INTERPRETED = Config()
 _REGISTERS, _MOST_REGISTERS = 65536, 255  # of a multiprocessor, and of a thread
 ALIGN_BYTES = 16  # of an address or row that tensor descriptors and wide loads take
@@ -97,6 +98,20 @@ def config_for(op: str, dtype: torch.dtype, device: torch.device, shape: tuple[i
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda" if torch.cuda.is_initialized() else "cpu")
+
+
+def capturing(device: torch.device) -> bool:
+    """Tell whether launches on a device go into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graphs(*tables: Tensor) -> None:
+    """Keep tables of the launchers for good if a CUDA graph is captured: its replays read them, also when newer ones
+    have taken their place in a cache.
+    """
+    if capturing(tables[0].device):
+        for table_read in tables:
+            _OF_GRAPHS[table_read.data_ptr()] = table_read
 
 
 def for_alignment(config: Config, dtype: torch.dtype, strides: tuple[int, ...]) -> Config:

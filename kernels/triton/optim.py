@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spu.kernels.arith import narrow, widen
 from spu.kernels.kept import Launcher
-from spu.kernels.launch import POINTWISE, ceil_div
+from spu.kernels.launch import POINTWISE, capturing, ceil_div, keep_for_graphs
 
 SIZE = 1024
 TILES = 8  # of SIZE elements a program: the step's scalars are worked out once for them
@@ -189,13 +189,22 @@ def _where(addresses: tuple[tuple[int, ...], ...], device: torch.device, stream:
     return _Where(_sent(addresses, torch.int64, device), torch.zeros(1, dtype=torch.int32, device=device))
 
 
+def _tables(
+    sizes: tuple[int, ...], addresses: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[_Work, _Where]:
+    stream = _stream(device)
+    work, where = _work(sizes, device, stream), _where(addresses, device, stream)
+    keep_for_graphs(work.sizes, work.blocks, where.addresses, where.arrived)
+    return work, where
+
+
 def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the values on the device; the host does not wait for the copy, which only its own stream waits for.
 
     Raises:
         RuntimeError: while a CUDA graph is captured: the table would be filled by its replays alone.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(
             "adamw_ and grad_sqnorm keep a table of these tensors on the device, and it is not there yet: call them "
             "once with the same tensors on this stream before the capture"
@@ -260,8 +269,7 @@ def adamw_(
     sizes = tuple(param.numel() for param in params)
     if not any(sizes):
         return
-    here = params[0].device, _stream(params[0].device)
-    work, where = _work(sizes, *here), _where(addresses, *here)
+    work, where = _tables(sizes, addresses, params[0].device)
     copy: Any = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(params[0].dtype, tl.float32)
     factors = lr, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps, _log(beta1), _log(beta2)
     _ADAMW(
@@ -288,8 +296,7 @@ def grad_sqnorm(grads: Sequence[Tensor]) -> Tensor:
     if not any(sizes):
         return out.zero_()
     addresses = tuple((grad.data_ptr(),) for grad in dense)
-    here = out.device, _stream(out.device)
-    work, where = _work(sizes, *here), _where(addresses, *here)
+    work, where = _tables(sizes, addresses, out.device)
     parts = torch.empty(work.programs, dtype=torch.float64, device=out.device)
     _SQUARE_SUM(
         (work.programs,),
