@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python"
@@ -162,6 +165,20 @@ def test_the_map_names_every_room() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     for name in LEVEL:
         assert f"{name}/" in page or f"{name}.py" in page, name
+
+
+@pytest.mark.parametrize(
+    ("listing", "folder"),
+    [
+        ("python/spu/data/__init__.py", "python/spu/data"),
+        ("python/spu/train/__init__.py", "python/spu/train"),
+        ("kernels/README.md", "kernels/triton"),
+    ],
+)
+def test_a_list_of_files_is_whole(listing: str, folder: str) -> None:
+    text = (ROOT / listing).read_text()
+    listed = set(re.findall(r"[\w/]+\.py\b", text)) - {"__init__.py"}
+    assert listed == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
 
 
 def test_files_and_functions_are_short() -> None:

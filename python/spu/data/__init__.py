@@ -5,6 +5,8 @@ text.py                     how a text file is read
 jsonl.py, tables.py         rows of JSON Lines, of Parquet files and saved datasets
 rows.py, chat.py            rows as examples: what of them is trained
 example.py, tokenizer.py    a document before and after the tokenizer; text to token ids and back
+internlm2.py                InternLM2's tokenizer, without its remote code
+sentencepiece.py            its ``tokenizer.model``, without the package that made it
 stream.py, documents.py     text as tokens in one pass; documents as tokens in files
 store.py                    arrays that are made once and read where they lie
 packing.py, order.py        documents in rows of a fixed length; the order of an epoch
