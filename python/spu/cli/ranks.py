@@ -20,7 +20,7 @@ __all__ = ["device_lines_of_all", "doctor_lines_of_all"]
 _WAIT_S = 120  # for a process that does not come, or hangs
 
 
-def device_lines_of_all(spec: str, budget: str | None, refresh: bool = False) -> list[str]:
+def device_lines_of_all(spec: str, budget: str | None, refresh: bool) -> list[str]:
     """Return, in rank 0, the lines of ``spu devices`` for all processes, and none in the others; called in each.
 
     Raises:

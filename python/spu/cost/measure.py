@@ -143,7 +143,7 @@ def time_duplex(device: Device, streams: Streams | None = None) -> float:
     return min(1.0, max(0.5, alone / seconds(copies)))
 
 
-def time_update(devices: Sequence[Device], dtype: torch.dtype, state: str = "fp32") -> list[float]:
+def time_update(devices: Sequence[Device], dtype: torch.dtype, state: str) -> list[float]:
     """Return bytes per second that every device reaches in norm and AdamW with its state in a form.
 
     They are counted as `update_bytes` per parameter.

@@ -49,7 +49,7 @@ def content_of(files: Sequence[DataFile]) -> str:
 
 
 def tokenised_documents(
-    files: Sequence[DataFile], content: str, tokenizer: Tokenizer, say: Callable[[str], object] = print
+    files: Sequence[DataFile], content: str, tokenizer: Tokenizer, say: Callable[[str], object]
 ) -> Arrays:
     """Return the documents of files as tokens, from the cache where they are there.
 

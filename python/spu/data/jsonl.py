@@ -13,7 +13,7 @@ __all__ = ["jsonl_rows"]
 _AS_LINES = 'python -c "import json; [print(json.dumps(row)) for row in json.load(open({path!r}))]" > rows.jsonl'
 
 
-def jsonl_rows(path: str, label: str = "--data", seen: Callable[[int], object] = lambda size: None) -> Iterator[Row]:
+def jsonl_rows(path: str, label: str, seen: Callable[[int], object]) -> Iterator[Row]:
     """Yield the rows of a file, each with the place where it stands. Empty lines are passed over.
 
     Args:

@@ -56,7 +56,7 @@ def form_of(columns: Iterable[str], where: str) -> Form:
 
 
 def examples_of(
-    rows: Iterator[Row], tokenizer: Tokenizer, path: str, say: Callable[[str], object] = print
+    rows: Iterator[Row], tokenizer: Tokenizer, path: str, say: Callable[[str], object]
 ) -> Iterator[Example]:
     """Yield the examples of a table's rows.
 

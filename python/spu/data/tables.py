@@ -13,7 +13,7 @@ __all__ = ["dataset_rows", "parquet_rows"]
 _ROWS = 256  # that are read at once
 
 
-def parquet_rows(path: str, label: str = "--data") -> Iterator[Row]:
+def parquet_rows(path: str, label: str) -> Iterator[Row]:
     """Yield the rows of a Parquet file, each with the place where it stands; columns that are not used are not read.
 
     Raises:
@@ -36,7 +36,7 @@ def parquet_rows(path: str, label: str = "--data") -> Iterator[Row]:
         raise ValueError(f"{label} {path} is no whole Parquet file ({first_line(error)}): write it again") from error
 
 
-def dataset_rows(path: str, label: str = "--data") -> Iterator[Row]:
+def dataset_rows(path: str, label: str) -> Iterator[Row]:
     """Yield the rows of a folder that ``Dataset.save_to_disk`` has written.
 
     Raises:

@@ -114,7 +114,7 @@ def save_state(
     own: frozenset[int],
     meta: dict[str, Any],
     *,
-    frozen: bool = True,
+    frozen: bool,
 ) -> None:
     """Write a checkpoint of all stages, in rank 0: the tensors that one process would have written, in their order.
 

@@ -153,7 +153,7 @@ def _number(count: torch.Tensor | float) -> torch.Tensor:
     return torch.as_tensor(count, dtype=torch.float64, device="cpu")
 
 
-def shares_of(counts: Sequence[int], ignore_index: int = -100) -> list[torch.Tensor]:
+def shares_of(counts: Sequence[int], ignore_index: int) -> list[torch.Tensor]:
     """Return `target_weights` by the number of each microbatch's targets.
 
     Raises:

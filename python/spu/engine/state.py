@@ -92,7 +92,7 @@ class TrainingState:
         checkpoint.save(path, tensors=self.tensors, meta=whole)
 
 
-def training_state(built: BuiltStages, optimizers: Optimizers, *, frozen: bool = True) -> TrainingState:
+def training_state(built: BuiltStages, optimizers: Optimizers, *, frozen: bool) -> TrainingState:
     """Return the present state of stages; nothing is copied.
 
     Args:

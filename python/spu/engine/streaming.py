@@ -315,8 +315,8 @@ def streaming_units(
     residencies: Sequence[str],
     optimizers: Sequence[AdamW | MasterOptimizer | None],
     *,
-    host_updates: bool = False,
-    grads: torch.dtype = torch.float32,
+    host_updates: bool,
+    grads: torch.dtype,
 ) -> dict[int, Unit]:
     """Return what travels with each stage, without regions yet.
 

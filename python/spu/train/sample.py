@@ -42,8 +42,8 @@ def sample_text(
     tokenizer: Tokenizer,
     prompt: torch.Tensor,
     *,
-    tokens: int = 200,
-    seed: int = 0,
+    tokens: int,
+    seed: int,
     ends: Collection[int] = (),
 ) -> tuple[str, str]:
     """Return (prompt, continuation) as text; the same for the same arguments.

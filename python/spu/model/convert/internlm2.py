@@ -219,7 +219,7 @@ def _needless(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "output.weight"
 
 
-def load_internlm2(folder: Path, config: Any, *, later: bool = False) -> nn.Module:
+def load_internlm2(folder: Path, config: Any, *, later: bool) -> nn.Module:
     """Return an InternLM2 checkpoint as a Llama in fp32, whose attribute ``spu_checkpoint`` writes it back.
 
     Args:
