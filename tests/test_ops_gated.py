@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS
 from backend_params import every_backend
+from mlps import assert_only_needed, assert_sinks, saved_shapes, with_grads
 from numeric import assert_close_to_truth, assert_equal
 from torch import Tensor, nn
 
@@ -16,11 +17,6 @@ from spu import ops
 from spu.ops import schema
 from spu.precision import LossScaler, MainGrads
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-}
 NAMES = ("x", "w_gate", "w_up", "w_down")
 
 
@@ -31,13 +27,6 @@ def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: s
 def operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
     shapes = ((rows, k), (n, k), (n, k), (out, n))
     return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
-
-
-def with_grads(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, *args: Any) -> list[Tensor]:
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-    y = function(*leaves, *args)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def fp32_limits(tensors: list[Tensor], dy: Tensor, activation: str) -> list[Tensor]:
@@ -169,56 +158,17 @@ def test_non_finite_values_reach_all_that_they_should(backend: str, bad: float) 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1, 2, 3)])
 def test_only_what_is_needed(needed: tuple[int, ...]) -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    expected = with_grads(plain, tensors, dy)[1:]
-    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
-    ops.gated_mlp(*leaves).backward(dy)
-    for i, leaf in enumerate(leaves):
-        if i in needed:
-            torch.testing.assert_close(leaf.grad, expected[i], rtol=1e-4, atol=1e-5)
-        else:
-            assert leaf.grad is None
+    assert_only_needed(ops.gated_mlp, plain, operands(), torch.randn(17, 19), needed)
 
 
 def test_saves_three_tensors_for_the_backward() -> None:
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    tensors = operands()
-    weights = [nn.Parameter(w) for w in tensors[1:]]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ops.gated_mlp(tensors[0].requires_grad_(), *weights)
-    own = {w.untyped_storage().data_ptr() for w in weights}
-    assert sorted(tuple(t.shape) for p, t in saved.items() if p not in own) == [(17, 24), (17, 40), (17, 40)]
+    assert saved_shapes(ops.gated_mlp, operands()) == [(17, 24), (17, 40), (17, 40)]
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
-    x, *values = operands(64, 32, 48, 32, dtype=dtype)
-    weights = [nn.Parameter(v) for v in values]
-    truth = [v.double().requires_grad_() for v in values]
-    scaler = LossScaler(init_scale=2.0**13)
-    with MainGrads(weights) as grads, ops.use_backend(backend):
-        for _ in range(2):
-            scaler.begin_step()
-            grads.begin_step()
-            for scale in (1.0, 0.5):  # two microbatches into one buffer
-                loss = ops.gated_mlp(x, *weights).float().mean() * scale
-                scaler.scale(loss).backward()
-            assert scaler.found_inf().item() == 0
-        plain(x.double(), *truth).mean().mul(1.5).backward()
-        for name, weight, true in zip(NAMES[1:], weights, truth):
-            assert weight.grad.dtype == torch.float32
-            error = (weight.grad.double() - true.grad).abs().max() / true.grad.abs().max()
-            assert error < (5e-3 if dtype == torch.float16 else 1e-5), (name, float(error))
-        scaler.begin_step()
-        grads.begin_step()
-        scaler.scale(ops.gated_mlp(x * 30000, *weights).float().sum()).backward()
-        assert scaler.found_inf().item() == (1 if dtype == torch.float16 else 0)
+    assert_sinks(ops.gated_mlp, plain, operands(64, 32, 48, 32, dtype=dtype), NAMES[1:], backend, 30000)
 
 
 def test_autocast_computes_in_its_dtype() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
 from backend_params import every_backend
+from mlps import assert_only_needed, assert_sinks, saved_shapes, with_grads
 from numeric import assert_close_to_truth, assert_equal
-from torch import Tensor, nn
+from torch import Tensor
 
 from spu import ops
 from spu.ops import schema
-from spu.precision import LossScaler, MainGrads
 
 NAMES = ("x", "w_in", "b_in", "w_out", "b_out")
 
@@ -27,13 +26,6 @@ def plain(x: Tensor, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, activat
 def operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
     shapes = ((rows, k), (n, k), (n,), (out, n), (out,))
     return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
-
-
-def with_grads(function: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor, *args: Any) -> list[Tensor]:
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-    y = function(*leaves, *args)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
 @every_backend
@@ -145,15 +137,7 @@ def test_non_finite_values_reach_all_that_they_should(backend: str, bad: float) 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (3, 4), (1, 2), (0, 3), (0, 1, 2, 3, 4)])
 def test_only_what_is_needed(needed: tuple[int, ...], activation: str) -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    expected = with_grads(plain, tensors, dy, activation)[1:]
-    leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(tensors)]
-    ops.mlp(*leaves, activation).backward(dy)
-    for i, leaf in enumerate(leaves):
-        if i in needed:
-            torch.testing.assert_close(leaf.grad, expected[i], rtol=1e-4, atol=1e-5)
-        else:
-            assert leaf.grad is None
+    assert_only_needed(ops.mlp, plain, operands(), torch.randn(17, 19), needed, activation)
 
 
 def test_biases_may_be_absent() -> None:
@@ -168,44 +152,13 @@ def test_biases_may_be_absent() -> None:
 
 @pytest.mark.parametrize("activation", ops.MLP_ACTIVATIONS)
 def test_saves_two_tensors_for_the_backward(activation: str) -> None:
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    tensors = operands()
-    weights = [nn.Parameter(w) for w in tensors[1:]]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ops.mlp(tensors[0].requires_grad_(), *weights, activation)
-    own = {w.untyped_storage().data_ptr() for w in weights}
-    assert sorted(tuple(t.shape) for p, t in saved.items() if p not in own) == [(17, 24), (17, 40)]
+    assert saved_shapes(ops.mlp, operands(), activation) == [(17, 24), (17, 40)]
 
 
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
-    x, *values = operands(64, 32, 48, 32, dtype=dtype)
-    weights = [nn.Parameter(v) for v in values]
-    truth = [v.double().requires_grad_() for v in values]
-    scaler = LossScaler(init_scale=2.0**13)
-    with MainGrads(weights) as grads, ops.use_backend(backend):
-        for _ in range(2):
-            scaler.begin_step()
-            grads.begin_step()
-            for scale in (1.0, 0.5):  # two microbatches into one buffer
-                loss = ops.mlp(x, *weights).float().mean() * scale
-                scaler.scale(loss).backward()
-            assert scaler.found_inf().item() == 0
-        plain(x.double(), *truth).mean().mul(1.5).backward()
-        for name, weight, true in zip(NAMES[1:], weights, truth):
-            assert weight.grad.dtype == torch.float32
-            error = (weight.grad.double() - true.grad).abs().max() / true.grad.abs().max()
-            assert error < (5e-3 if dtype == torch.float16 else 1e-5), (name, float(error))
-        scaler.begin_step()
-        grads.begin_step()
-        scaler.scale(ops.mlp(x * 1e6, *weights).float().sum()).backward()
-        assert scaler.found_inf().item() == (1 if dtype == torch.float16 else 0)
+    assert_sinks(ops.mlp, plain, operands(64, 32, 48, 32, dtype=dtype), NAMES[1:], backend, 1e6)
 
 
 @every_backend
