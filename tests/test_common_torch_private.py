@@ -353,6 +353,19 @@ def test_arithmetic_of_optimizers() -> None:
     assert scale == 8.0
 
 
+@canary("carry", "carried", uses="forced backends in a GPU's backward")
+def test_a_value_belongs_to_its_thread() -> None:
+    """That the engine hands it to its own threads shows on a GPU alone; there torch's own graph trees rely on it."""
+    seen: list[Any] = [private.carried("spu test")]
+    private.carry("spu test", "a")
+    thread = threading.Thread(target=lambda: seen.append(private.carried("spu test")))
+    thread.start()
+    thread.join()
+    seen.append(private.carried("spu test"))
+    private.carry("spu test", None)
+    assert [*seen, private.carried("spu test")] == [None, None, "a", None]
+
+
 @canary("GENERIC_KEY", "is_generic_key_included", "include_generic_key", "without_generic_key", uses="random draws")
 def test_a_dispatch_key_of_our_own() -> None:
     assert not private.is_generic_key_included()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from numeric import assert_equal
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from spu import ops
+from spu.common import torch_private
 from spu.ops import dispatch, schema
 
 CPU_WORKS = ops.backends()["cpu"].available
@@ -159,6 +161,42 @@ def test_an_override_belongs_to_its_thread() -> None:
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+def test_autograds_own_threads_have_the_override_of_the_backward() -> None:
+    """A GPU's backward runs in a thread of autograd's, which torch gives what the calling thread carries. Layers that
+    were run again there, and hooks, took the automatic backend.
+    """
+    seen: list[str | None] = []
+
+    def autograds(own: object) -> None:
+        torch_private.carry(dispatch._CARRIED, own)
+        seen.append(ops.forced_backend())
+        seen.append(ops.choose_backend(torch.ones(1)))
+        torch_private.carry(dispatch._CARRIED, None)
+
+    for name in ("reference", "cpu") if CPU_WORKS else ("reference",):
+        with ops.use_backend("reference"), ops.use_backend(name):
+            thread = threading.Thread(target=autograds, args=(torch_private.carried(dispatch._CARRIED),))
+            thread.start()
+            thread.join()
+            assert seen[-2:] == [name, name]
+    assert torch_private.carried(dispatch._CARRIED) is None
+    assert dispatch._FORCING == []
+
+
+@pytest.mark.gpu
+def test_a_layer_that_is_run_again_on_a_gpu_has_the_override() -> None:
+    seen: list[str | None] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(ops.forced_backend())
+        return x.sin()
+
+    with ops.use_backend("reference"):
+        y = checkpoint(layer, torch.ones(2, device="cuda", requires_grad=True), use_reentrant=False)
+        y.sum().backward()
+    assert seen == ["reference", "reference"]
 
 
 @needs_cpu_backend

@@ -23,71 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = [
-    "CASTING_COPY",
-    "GENERIC_KEY",
-    "MODULE_HOOKS",
-    "MODULE_TABLES",
-    "RECURRENT",
-    "BelowAutograd",
-    "DropoutNd",
-    "FakeTensor",
-    "FakeTensorMode",
-    "Moved",
-    "NormBase",
-    "TorchDispatchMode",
-    "any_autocast",
-    "at_end_of_backward",
-    "backward_hooks",
-    "buffers_of",
-    "children_of",
-    "constant_when_traced",
-    "end_pool",
-    "fake_mode_active",
-    "flash_attention_for_cpu",
-    "foreach_add_",
-    "forward_mode_active",
-    "generators_equal",
-    "global_hook_tables",
-    "graph_task_id",
-    "grouped_mm",
-    "has_alias",
-    "has_global_module_hook",
-    "has_onednn_sums",
-    "has_step_hooks",
-    "include_generic_key",
-    "inner_of_compiled",
-    "is_fake",
-    "is_generic_key_included",
-    "is_view",
-    "legacy_reduction",
-    "operator_has_kernel",
-    "operator_names",
-    "packet_of",
-    "parameters_of",
-    "post_accumulate_hooks",
-    "pytree",
-    "running_node_number",
-    "saved_tensor_hooks",
-    "schema_of",
-    "sequence_number",
-    "set_hooks",
-    "set_tables",
-    "set_version",
-    "storage_id",
-    "swap_compiled_call",
-    "transformed",
-    "tree_leaves",
-    "tree_map",
-    "tree_map_only",
-    "unsafe_view",
-    "unscale_and_check_",
-    "unset_fake_temporarily",
-    "update_scale_",
-    "version",
-    "view_base",
-    "will_execute",
-    "without_generic_key",
-]
+    "CASTING_COPY", "GENERIC_KEY", "MODULE_HOOKS", "MODULE_TABLES", "RECURRENT", "BelowAutograd", "DropoutNd",
+    "FakeTensor", "FakeTensorMode", "Moved", "NormBase", "TorchDispatchMode", "any_autocast", "at_end_of_backward",
+    "backward_hooks", "buffers_of", "carried", "carry", "children_of", "constant_when_traced", "end_pool",
+    "fake_mode_active", "flash_attention_for_cpu", "foreach_add_", "forward_mode_active", "generators_equal",
+    "global_hook_tables", "graph_task_id", "grouped_mm", "has_alias", "has_global_module_hook", "has_onednn_sums",
+    "has_step_hooks", "include_generic_key", "inner_of_compiled", "is_fake", "is_generic_key_included", "is_view",
+    "legacy_reduction", "operator_has_kernel", "operator_names", "packet_of", "parameters_of",
+    "post_accumulate_hooks", "pytree", "running_node_number", "saved_tensor_hooks", "schema_of", "sequence_number",
+    "set_hooks", "set_tables", "set_version", "storage_id", "swap_compiled_call", "transformed", "tree_leaves",
+    "tree_map", "tree_map_only", "unsafe_view", "unscale_and_check_", "unset_fake_temporarily", "update_scale_",
+    "version", "view_base", "will_execute", "without_generic_key",
+]  # fmt: skip
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -124,6 +71,15 @@ def running_node_number() -> int | None:
 def saved_tensor_hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]] | None:
     """Return what packs and unpacks saved tensors now, if anything does. For: looking at a checkpoint's."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
+
+
+carry: Callable[[str, Any], None] = torch._C._stash_obj_in_tls
+"""Let the threads in which a backward of this thread runs find a value under a name. For: a forced backend."""
+
+
+def carried(name: str) -> Any:
+    """Return what ``carry`` has put under a name in this thread, or in the one whose backward it runs; else None."""
+    return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None
 
 
 # What the ops ask before they serve a call

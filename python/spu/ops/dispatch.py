@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spu.common import wire
 from spu.common.dtypes import STORAGE
-from spu.common.torch_private import constant_when_traced, operator_has_kernel
+from spu.common.torch_private import carried, carry, constant_when_traced, operator_has_kernel
 from spu.ops import cpu_table, schema
 from spu.ops.schema import BACKENDS, COMPOSED, COMPOSED_REFERENCE, SCHEMAS
 
@@ -220,6 +220,8 @@ class _Forced(threading.local):
 _REFERENCE = BackendStatus("reference", True, composed=COMPOSED_REFERENCE)
 _LOADERS = {"cpu": Loader(_load_cpu), "triton": Loader(_load_triton), "cuda": Loader(_load_cuda)}
 _FORCED = _Forced()
+_CARRIED = "spu backend"
+_FORCING: list[str] = []  # by threads now, and so perhaps for the backward that another one runs
 _FROM_ENVIRONMENT = os.environ.get("SPU_BACKEND") or None
 _AUTOMATIC: dict[tuple[torch.device, torch.dtype], str] = {}
 
@@ -244,12 +246,21 @@ def _check_name(name: str, origin: str) -> None:
         raise ValueError(f"{origin} names an unknown backend {name!r}: use one of {', '.join(map(repr, BACKENDS))}")
 
 
+@constant_when_traced
+def _callers() -> str | None:
+    """Return what is forced where the backward was started that this thread runs: a GPU's has a thread of its own, in
+    which layers are run again, and hooks.
+    """
+    return carried(_CARRIED) if _FORCING else None
+
+
 def forced_backend() -> str | None:
     """Return the backend forced in this thread or by ``SPU_BACKEND``; None means automatic.
 
-    Hand it to a worker thread and enter ``use_backend(name)`` there: the override is not inherited by threads.
+    Hand it to a worker thread and enter ``use_backend(name)`` there: the override is not inherited by threads, but for
+    those in which autograd runs a backward.
     """
-    return _FORCED.name or _FROM_ENVIRONMENT
+    return _FORCED.name or _callers() or _FROM_ENVIRONMENT
 
 
 @contextmanager
@@ -266,9 +277,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     _check_name(name, "use_backend()")
     _require(name)
     previous, _FORCED.name = _FORCED.name, name
+    _FORCING.append(name)
+    carry(_CARRIED, name)
     try:
         yield
     finally:
+        carry(_CARRIED, previous)
+        _FORCING.remove(name)
         _FORCED.name = previous
 
 
@@ -353,7 +368,7 @@ def choose_backend(
         RuntimeError, ValueError, TypeError: if a forced backend cannot serve it.
     """
     device, dtype = tensor.device, dtype or tensor.dtype
-    name = _FORCED.name or _FROM_ENVIRONMENT
+    name = _FORCED.name or _callers() or _FROM_ENVIRONMENT
     if name is not None:
         return _checked(name, device.type, dtype)
     if op and tensor.is_cuda and not torch.compiler.is_compiling():
