@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from pipelines import assert_equals_plain, batch, every_schedule, plain_pass, re
 from torch import nn
 
 from spu import LayerRandomness, StageError
+from spu.common import torch_private
+from spu.model import draws
 
 __all__ = ["reference"]
 
@@ -274,6 +277,59 @@ def test_torchs_attention_on_the_cpu_draws_nothing_itself() -> None:
         with pytest.raises(RuntimeError, match="do not support dropout"):  # else `_NO_DRAWS` is wrong
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.5)
     assert context.draws == 0
+
+
+def test_a_device_has_one_generator_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another name it had a second one with the same seed: a layer drew the same numbers twice."""
+    with LayerRandomness(0, 0, 0, "a"):
+        first, second = torch.rand(8, device="cpu:0"), torch.rand(8)
+    assert not torch.equal(first, second)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert draws._device_of((), {"device": "cuda"}) == torch.device("cuda:1")
+    assert draws._device_of((), {"device": torch.device("cuda:0")}) == torch.device("cuda:0")
+
+
+class OnGpu:
+    """A generator of the CPU that says it is a GPU's."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, seed: int) -> None:
+        self.real = torch.Generator().manual_seed(seed)
+
+    def get_state(self) -> torch.Tensor:
+        return self.real.get_state()
+
+    def set_state(self, state: torch.Tensor) -> None:
+        self.real.set_state(state)
+
+
+def test_a_gpus_default_generator_is_lent_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a training with fused dropout the user's own draws on the GPU were those of its last layer."""
+    default, own, expected = OnGpu(1), OnGpu(2), OnGpu(2)
+    before = default.get_state()
+    monkeypatch.setattr(draws, "_real", (torch.default_generator, (default,)))
+    drawn = [draws._from_default(own, torch.rand, (4,), {"generator": default.real}) for _ in range(2)]
+    assert_equal(torch.stack(drawn), torch.rand(8, generator=expected.real).view(2, 4))
+    assert_equal(default.get_state(), before)
+    assert_equal(own.get_state(), expected.get_state())
+
+
+def test_a_thread_of_the_users_draws_for_itself_while_a_gpus_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads the next batch found the generator of the layer whose backward ran in the state of its own."""
+    source, seen = LayerRandomness(0, 0, 0, "a"), []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(draws, "_ON_GPU", {0: source})
+
+    def look(autograds: bool) -> None:
+        torch_private.include_generic_key(autograds)  # as autograd does in its own threads
+        seen.append(draws._source())
+
+    for autograds in (False, True):
+        thread = threading.Thread(target=look, args=(autograds,))
+        thread.start()
+        thread.join()
+    assert seen == [None, source]
 
 
 def test_a_generator_of_ones_own_in_a_backward_is_refused() -> None:

@@ -47,7 +47,7 @@ _real: tuple[Any, ...] = ()  # torch's default generators while stand-ins are in
 
 def _source() -> Source | None:
     source = _CURRENT.source
-    if source is None and _ON_GPU:
+    if source is None and _ON_GPU and torch_private.is_generic_key_included():  # else a thread of somebody's own
         source = _ON_GPU.get(torch.cuda.current_device())
     return source
 
@@ -249,7 +249,18 @@ def _device_of(args: Any, kwargs: Any) -> torch.device:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
             return value[0].device
     device = kwargs.get("device")
-    return torch.device(device) if device is not None else torch.get_default_device()
+    return _indexed(torch.device(device) if device is not None else torch.get_default_device())
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Return a device as tensors on it name it: by another name it would have a second generator with the same seed,
+    and so the same numbers.
+    """
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _dropout(
@@ -283,7 +294,7 @@ def _rrelu(
 
 def _from_default(generator: torch.Generator, func: Any, args: Any, kwargs: Any) -> Any:
     # A fused kernel such as flash attention draws from the device's default generator alone. One stage worker owns a
-    # GPU, so lending that generator the state races with nobody. The CPU's default generator is shared.
+    # GPU, so lending that generator the state races with nobody; the user finds it as it was. The CPU's is shared.
     device = generator.device
     if device.type != "cuda":
         raise RuntimeError(
@@ -291,8 +302,10 @@ def _from_default(generator: torch.Generator, func: Any, args: Any, kwargs: Any)
             "use an attention implementation without fused dropout, or set that dropout to 0"
         )
     default = (_real[1] or torch.cuda.default_generators)[device.index or 0]
+    before = default.get_state()
     default.set_state(generator.get_state())
     try:
         return func(*args, **kwargs)
     finally:
         generator.set_state(default.get_state())
+        default.set_state(before)
