@@ -94,6 +94,7 @@ def test_a_wait_is_found(waits: list[str]) -> None:
         ("fp16", 1, None),
         ("fp32", 2, F.cross_entropy),
         ("fp16", 2, nn.CrossEntropyLoss(weight=torch.ones(11))),
+        ("fp32", 1, nn.CrossEntropyLoss(weight=torch.ones(11), label_smoothing=0.1)),
     ],
 )
 def test_a_step_waits_for_no_card(precision: str, devices: int, loss: Any, waits: list[str]) -> None:

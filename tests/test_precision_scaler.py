@@ -111,6 +111,12 @@ def test_owners_have_their_own_flags_and_found_inf_combines_them() -> None:
     assert combined.item() == 1, "an earlier answer does not change"
 
 
+def test_a_scaler_stays_where_it_was_made() -> None:
+    """"cuda" is the current device, which may be another one later: flags were gathered there, and the scale stayed."""
+    scaler = LossScaler(device="cpu:1")
+    assert scaler.device == scaler.found_inf().device == torch.device("cpu")
+
+
 def test_scopes_may_be_asked_for_by_several_threads() -> None:
     scaler, barrier = LossScaler(), threading.Barrier(4)
     found: list[ops.BackwardScope] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -168,10 +169,42 @@ def test_a_copy_from_the_host_does_not_wait_for_what_the_card_has_queued(
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(log, "side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "current"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     side = side_for(torch.device(source), torch.device(target), None)
     assert side is not None
     side.start(lambda: (), ())
     assert log == waits
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "entered"),
+    [
+        ("cpu", "cuda:1", ["cuda:1", "stream of cuda:1"]),
+        ("cuda:0", "cuda:1", ["cuda:0", "stream of cuda:1", "stream of cuda:0"]),
+    ],
+)
+def test_a_side_leaves_no_trace_on_the_threads_own_device(
+    source: str, target: str, entered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving a stream alone sets the device of before, which makes a context there: hundreds of megabytes of cuda:0
+    beside a training on the CPU and cuda:1.
+    """
+    log: list[str] = []
+    found: list[str] = []
+
+    @contextmanager
+    def enters(what: object) -> Iterator[None]:
+        found.append(what.name if isinstance(what, _Stream) else str(what))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(log, f"stream of {device}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "current"))
+    monkeypatch.setattr(torch.cuda, "stream", enters)
+    monkeypatch.setattr(torch.cuda, "device", enters)
+    side = side_for(torch.device(source), torch.device(target), None)
+    assert side is not None
+    side.start(lambda: (), ())
+    assert found == entered
 
 
 def test_between_cpus_the_sender_packs_by_itself() -> None:

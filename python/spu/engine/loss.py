@@ -144,12 +144,16 @@ def _classes(targets: torch.Tensor, setting: _Setting) -> Any:
         targets, counted = on_device(targets, weight.device), on_device(counted, weight.device)
     each = weight.detach().to(targets.device, torch.float64)[torch.where(counted, targets, 0)]
     total = torch.where(counted, each, 0.0).sum()
-    if setting("label_smoothing", 0.0) and not total > 0 and counted.any():
-        raise ValueError(
-            "all classes of a microbatch have weight 0 in loss_fn, but label_smoothing gives them a loss, which the "
-            "microbatch's own mean, over 0, cannot have: give these classes a small weight (1e-6), or ignore_index as "
-            "target, leave out label_smoothing, or take fewer microbatches"
-        )
+    if setting("label_smoothing", 0.0):
+        lost = ~(total > 0) & counted.any()
+        if lost.device.type != "cpu":  # the host would wait for it: the batch's loss is NaN then
+            return torch.where(lost, torch.nan, total)
+        if lost:
+            raise ValueError(
+                "all classes of a microbatch have weight 0 in loss_fn, but label_smoothing gives them a loss, which "
+                "the microbatch's own mean, over 0, cannot have: give these classes a small weight (1e-6), or "
+                "ignore_index as target, leave out label_smoothing, or take fewer microbatches"
+            )
     return total
 
 

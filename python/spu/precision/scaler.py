@@ -71,7 +71,7 @@ class LossScaler:
         if growth_interval < 1:
             raise ValueError(f"growth_interval must be at least 1, got {growth_interval}")
         self.enabled = enabled
-        self.device = torch.device(device)
+        self.device = _indexed(device)
         self.growth_factor = float(growth_factor)
         self.backoff_factor = float(backoff_factor)
         self.growth_interval = int(growth_interval)

@@ -81,6 +81,9 @@ class GpuSide:
             copying.wait_stream(torch.cuda.current_stream(self._gpus[0]))
         _used_by(copying, given)
         with contextlib.ExitStack() as streams:
+            # The device first: a stream alone, when it is left, makes a context on the thread's own device, and a CPU's
+            # worker may have another one.
+            streams.enter_context(torch.cuda.device(self._gpus[0]))
             for stream in reversed(self._streams):
                 streams.enter_context(torch.cuda.stream(stream))
             tree = task()
