@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +118,31 @@ def test_a_busy_cpu_leaves_what_is_remembered(
     monkeypatch.setattr(speed, "thread_time", lambda: 0.0)
     assert measure_device(cpus[0], refresh=True).busy
     assert measure_device(cpus[0]) == first
+
+
+@pytest.mark.parametrize("pair", [("cpu", "cuda:1"), ("cuda:1", "cpu"), ("cuda:0", "cuda:1")])
+def test_page_locked_memory_makes_no_context_on_another_gpu(
+    pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process without any, it made one of hundreds of megabytes on cuda:0, the thread's own."""
+    current, seen = ["cuda:0"], list[tuple[str, bool]]()
+
+    @contextlib.contextmanager
+    def on(device: object) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def ones(size: int, *, device: object, pin_memory: bool, dtype: torch.dtype) -> Any:
+        seen.append((current[-1], pin_memory))
+        return SimpleNamespace(copy_=lambda source: None)
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert speed._link_bandwidth(torch.device(pair[0]), torch.device(pair[1]), True) > 0
+    assert {device for device, _ in seen} == {"cuda:1"}
+    assert sum(pinned for _, pinned in seen) == ("cpu" in pair)
 
 
 def test_a_thread_that_waits_for_a_gpu_is_not_busy(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
 from spu.common.torch_private import pytree
+from spu.distributed.packed_stage import PackedStage
 from spu.distributed.wire import Leaf, Wire
 from spu.engine.crossing import arrive, depart
 from spu.ops import pack, unpack
@@ -44,6 +48,20 @@ def test_tensors_arrive_with_every_bit_and_their_strides() -> None:
         assert found[name].dtype == tree[name].dtype
     assert torch.equal(found["mask"][0], tree["mask"][0])
     assert found["mask"][1:] == (None, 3, "text")
+
+
+def test_a_message_without_tensors_leaves_from_the_stages_device() -> None:
+    """A stage whose input wants no gradient sends the one before it a message of nothing, which NCCL refused on the
+    host.
+    """
+    wire, spans = Wire([Leaf((2, 3), torch.float32, False)], None, 0), list[Any]()
+    card = SimpleNamespace(name="cuda:0", torch_device=torch.device("meta"))
+    gone = SimpleNamespace(index=1, device=card, backward=lambda *_, **__: [None])
+    stage = PackedStage(cast(Any, gone), wire, None, spans, defer=False)
+    stage.work = cast(Any, SimpleNamespace(scopes={1: None}, run_seed=0, step=0, first_microbatch=0))
+    sent = stage.backward(0, None)
+    assert sent is not None
+    assert (sent.device, sent.shape) == (torch.device("meta"), wire.example(train=True).shape)
 
 
 def test_a_view_arrives_as_one() -> None:

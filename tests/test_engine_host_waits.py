@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spu
 from spu.devices.manager import Device
+from spu.engine.channel import Exchange
 from spu.engine.local import Worker
+from spu.engine.skips import StageSkips
+from spu.ops.reference import codec
 
 CARD = torch.device("meta")
 _READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero}
@@ -120,6 +123,17 @@ def test_a_step_waits_for_no_card(precision: str, devices: int, loss: Any, waits
         assert {part.device for part in parts} == {CARD}
         assert trainer.scaler.device == CARD
     del first
+
+
+def test_a_wire_and_a_skip_to_a_card_wait_for_nothing(waits: list[str]) -> None:
+    """The reference's header, and what a stage on a CPU had stashed, waited for all that the card had queued."""
+    codec.pack(torch.zeros(100, device=CARD), "int8")
+    exchange = Exchange()
+    here, there = (StageSkips(exchange, 0, torch.device(kind), train=True) for kind in ("cpu", CARD))
+    here.stash("x", torch.ones(3, requires_grad=True) * 1.0)
+    here.send()
+    assert there.pop("x").device == CARD
+    assert waits == []
 
 
 @pytest.mark.gpu

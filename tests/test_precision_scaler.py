@@ -112,7 +112,7 @@ def test_owners_have_their_own_flags_and_found_inf_combines_them() -> None:
 
 
 def test_a_scaler_stays_where_it_was_made() -> None:
-    """"cuda" is the current device, which may be another one later: flags were gathered there, and the scale stayed."""
+    """The device "cuda" is the current one, later perhaps another: flags were gathered there, and the scale stayed."""
     scaler = LossScaler(device="cpu:1")
     assert scaler.device == scaler.found_inf().device == torch.device("cpu")
 

@@ -202,10 +202,12 @@ def _copy_bandwidth(device: torch.device) -> float:
 
 def _link_bandwidth(a: torch.device, b: torch.device, pinned: bool) -> float:
     pin = pinned and {a.type, b.type} == {"cpu", "cuda"}
-    source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu", dtype=torch.float32)
-    target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu", dtype=torch.float32)
     sync = b if b.type == "cuda" else a
-    return _LINK_BYTES / _median_seconds(lambda: target.copy_(source), sync, _SECONDS_EACH)
+    # Page-locked memory needs a context: else it would make one on this thread's own GPU, which may be another.
+    with torch.cuda.device(sync) if sync.type == "cuda" else contextlib.nullcontext():
+        source = torch.ones(_LINK_BYTES // 4, device=a, pin_memory=pin and a.type == "cpu", dtype=torch.float32)
+        target = torch.ones(_LINK_BYTES // 4, device=b, pin_memory=pin and b.type == "cpu", dtype=torch.float32)
+        return _LINK_BYTES / _median_seconds(lambda: target.copy_(source), sync, _SECONDS_EACH)
 
 
 def _loopback_bandwidth() -> float:

@@ -132,7 +132,7 @@ class PackedStage:
 
     def _sent(self, buffer: torch.Tensor) -> torch.Tensor:
         self.sent_bytes += buffer.nbytes
-        return buffer
+        return buffer.to(self.stage.device.torch_device)  # a message without tensors was on none; NCCL reads a GPU's
 
     def _summed(self, *, at_once: bool) -> AbstractContextManager[None]:
         if self._sums is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spu.common import torch_private
 from spu.engine.channel import Exchange
+from spu.engine.microbatch import move
 from spu.model.aliases import share_memory
 from spu.ops.cut import Cut, LeafCut, cut, cut_leaf
 
@@ -54,7 +55,7 @@ class StageSkips:
         sent: _Skip = self._exchange.take(key)
         if torch_private.version(sent.tensor) != sent.version:
             raise RuntimeError(_changed(name))
-        tensor = sent.tensor.to(self._device)
+        tensor = move(sent.tensor, self._device)
         if self._train and sent.requires_grad:
             tensor, self._taken[name] = cut_leaf(tensor, view=not sent.leaf) if sent.fixed else cut(tensor)
         if any(share_memory(tensor, leaf) for leaf in self.arrived if isinstance(leaf, Tensor)):
@@ -94,7 +95,7 @@ class StageSkips:
             key = ("skip gradient", name, self._microbatch)
             gradient = self._exchange.take(key) if self._exchange.has(key) else None
             if gradient is not None and tensor.requires_grad:
-                pairs.append((tensor, gradient.to(tensor.device)))
+                pairs.append((tensor, move(gradient, tensor.device)))
         return pairs
 
     def ends(self) -> list[Cut | LeafCut]:

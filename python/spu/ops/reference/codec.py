@@ -62,7 +62,8 @@ def pack(x: Tensor, codec: str) -> Tensor:
     found, numel = codec_of(codec), x.numel()
     out = torch.zeros(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8, device=x.device)
     head = bytearray(wire.header(x.shape, x.dtype, codec))
-    out[:HEADER_BYTES].copy_(torch.frombuffer(head, dtype=torch.uint8))
+    # From pageable memory the driver takes it at once, and the host need not wait for what the card has queued.
+    out[:HEADER_BYTES].copy_(torch.frombuffer(head, dtype=torch.uint8), non_blocking=True)
     flat = x.reshape(-1)
     start = HEADER_BYTES + scales_bytes(numel, found)
     payload = out[start : start + payload_bytes(numel, found)]
