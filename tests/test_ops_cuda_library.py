@@ -52,6 +52,12 @@ def test_tiles_are_those_that_are_compiled() -> None:
     assert set(cuda_library.tiles(90)) == {"large"}
 
 
+@pytest.mark.parametrize("capability", [(7, 0), (8, 7), (8, 8), (10, 3), (11, 0), (12, 1), (13, 0)], ids=str)
+def test_a_capability_of_its_own_has_the_tiles_of_the_nearest(capability: tuple[int, int]) -> None:
+    """Orin, GB300, Thor, GB10: telling the library its tiles is part of loading it."""
+    assert cuda_library.packed_tiles(capability) == cuda_library.packed_tiles((8, 0))
+
+
 def test_cublaslt_serves_large_products_of_sm_90_until_somebody_measures() -> None:
     packed = cuda_library.packed_tiles((9, 0))
     one_dtype = bytes([0, 0, 0, 2, 2])  # skinny, deep, small, medium, large

@@ -62,7 +62,7 @@ def derived(arch: int) -> Table:
         for dtype in _DTYPES:
             for shape_class in CLASSES:
                 small = "small" in known and op != "linear_dw" and shape_class not in ("medium", "large")
-                elsewhere = derive.config(arch, op, dtype, shape_class)
+                elsewhere = derive.config(derive.nearest(arch), op, dtype, shape_class)
                 config = elsewhere if elsewhere.kind == "cublaslt" else known["small" if small else "large"]
                 entries[f"{op}/{dtype}/{shape_class}"] = Entry(config)
     return Table(f"sm_{arch}", "derived", entries, {"note": "worked out, never measured"})
