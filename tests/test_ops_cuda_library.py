@@ -44,6 +44,14 @@ def test_a_library_without_code_for_a_card_is_unavailable_and_says_so(monkeypatc
     assert status.fix.startswith("SPU_CUDA_ARCHS=89 ")
 
 
+def test_what_to_build_for_is_what_the_build_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [(12, 1), (9, 0), (8, 7), (10, 3), (8, 6)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index])
+    assert cuda_library.wanted() == "86;90a;100;120"
+    assert not cuda_library.uncovered(cuda_library.wanted())
+
+
 def test_tiles_are_those_that_are_compiled() -> None:
     for arch in (75, 80, 86, 100):
         assert set(cuda_library.tiles(arch)) == {"large", "small"}

@@ -117,12 +117,15 @@ def uncovered(architectures: str) -> list[str]:
 
 
 def wanted() -> str:
-    """Return the value of SPU_CUDA_ARCHS for the devices here."""
-    known = {"90": "90a"}
-    found = {
-        f"{major}{minor}" for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    }
-    return ";".join(known.get(name, name) for name in sorted(found, key=int))
+    """Return the value of SPU_CUDA_ARCHS for the devices here: for one that is none of those that the build knows, the
+    nearest older one.
+    """
+    found = set()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        arch = 10 * major + minor
+        found.add(min(arch, derive.nearest(arch)))
+    return ";".join("90a" if arch == 90 else str(arch) for arch in sorted(found))
 
 
 def takes(op: str, shape: tuple[int, ...]) -> bool:
