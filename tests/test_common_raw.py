@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spu.common.raw import bytes_of, flat, write
-from spu.distributed.told import digest
+from spu.distributed.step_consistency import digest
 
 ONE = {
     "of a vector": torch.arange(1.0, 9.0)[::4][:1],

@@ -15,7 +15,7 @@ from test_distributed_ties import batch, make, steps
 
 from spu.checkpoint import CheckpointError
 from spu.ops import use_backend
-from spu.trainer import spread
+from spu.trainer import distributed
 
 
 def begin(place: Path, first: int) -> None:
@@ -82,7 +82,7 @@ def again(folder: str) -> Any:
         trainer.prepare(*batch(0))
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 1:
-                patch.setattr(spread, "load_training", lambda *_, opened, **more: opened().__enter__() and 1 / 0)
+                patch.setattr(distributed, "load_training", lambda *_, opened, **more: opened().__enter__() and 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     trainer.load("saved")
             else:

@@ -17,8 +17,8 @@ from spu.train import report
 from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
 from spu.train.defaults import with_defaults
 from spu.train.job import Job
-from spu.train.led import check_not_elsewhere, follow, leading
 from spu.train.loop import pipeline, train
+from spu.train.ranks import check_not_elsewhere, follow, leading
 from spu.train.results import draw_losses, is_finished
 from spu.train.resume import resume_config
 from spu.train.run_folder import find_folder, new_folder

@@ -23,12 +23,12 @@ if dist.is_available():  # pipelining imports it: once a group is there, the def
 
 from spu.common.raw import bytes_of
 from spu.devices.manager import Device, DeviceManager, Spec
-from spu.distributed.alike import HINTS
+from spu.distributed.collectives import added, gathered
+from spu.distributed.consistency import HINTS
 from spu.distributed.cores import described, share_of, where
-from spu.distributed.few import added, gathered
 from spu.distributed.meeting import found_store, meeting
 from spu.distributed.sockets import Connections
-from spu.distributed.told import check_told
+from spu.distributed.step_consistency import check_told
 
 __all__ = ["Job", "join", "leave"]
 
@@ -239,7 +239,7 @@ class Job:
 
         Args:
             values: fp64, of one dimension.
-            told: facts that travel with them: see `spu.distributed.told`.
+            told: facts that travel with them: see `spu.distributed.step_consistency`.
 
         Raises:
             ConnectionError: another process has ended, or no longer answers.

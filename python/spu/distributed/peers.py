@@ -13,9 +13,9 @@ from torch import nn
 from spu.distributed.job import Job
 from spu.distributed.shared_memory import shared_places
 from spu.distributed.shared_sums import SharedSums, place_bytes
+from spu.distributed.step_consistency import BATCH, FACTOR, RATES, digest, rates_digest
 from spu.distributed.sums import GradientSums, Sums
 from spu.distributed.ties import Ties
-from spu.distributed.told import BATCH, FACTOR, RATES, digest, rates_digest
 from spu.engine.build import BuiltStages
 
 __all__ = ["PipelinePeers"]

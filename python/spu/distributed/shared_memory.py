@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from spu.distributed.few import summed
+from spu.distributed.collectives import summed
 
 __all__ = ["shared_places"]
 

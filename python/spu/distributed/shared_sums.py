@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spu.distributed.few import summed
+from spu.distributed.collectives import summed
 
 __all__ = ["SharedSums", "place_bytes"]
 

@@ -25,7 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from spu.common import torch_private
-from spu.distributed.few import summed
+from spu.distributed.collectives import summed
 from spu.distributed.grad_wire import WIRES, Sending
 
 __all__ = ["GradientSums", "Sums"]

@@ -14,7 +14,7 @@ from spu.data.corpus import Corpus
 from spu.data.tokenizer import Tokenizer
 from spu.model.convert.decoder import save_decoder
 from spu.train.config import TrainConfig
-from spu.train.led import LeadingTrainer
+from spu.train.ranks import LeadingTrainer
 from spu.train.sample import SEARCHED, choose_prompt, end_tokens, sample_text
 from spu.trainer.trainer import ModelParallelTrainer
 

@@ -38,10 +38,10 @@ from spu.train.export import sample_of, save_from_all, save_model, take_exact
 from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
 from spu.train.keep import Checkpoints, disk_line
-from spu.train.led import LeadingTrainer, tell
 from spu.train.metrics import MetricsFile, last_saved, read_metrics, save_result, train_rows, validation_rows
 from spu.train.model import make_model
 from spu.train.progress import Progress, RunningMean, open_view, terminal_width
+from spu.train.ranks import LeadingTrainer, tell
 from spu.train.results import draw_losses, stopped_summary, summarise
 from spu.train.signals import Stopped, StopSignals
 from spu.train.tensorboard import TensorBoard

@@ -46,10 +46,10 @@ from spu.plan import Plan
 from spu.plan.check import used_devices
 from spu.precision import LossScaler
 from spu.settings import AUTO, TrainSettings
-from spu.trainer.lower import lower, with_advice
+from spu.trainer.distributed import Spread
 from spu.trainer.manual import Parts
 from spu.trainer.planner import WORTH, Planner
-from spu.trainer.spread import Spread
+from spu.trainer.retry import lower, with_advice
 
 __all__ = ["LastStep", "StagedModel"]
 

@@ -35,8 +35,8 @@ from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.trainer.arguments import check_arguments
 from spu.trainer.bridge import StageModule
+from spu.trainer.distributed import placed
 from spu.trainer.manual import Parts
-from spu.trainer.spread import placed
 from spu.trainer.staged import StagedModel
 
 __all__ = ["ModelParallelTrainer", "StepResult", "cross_entropy"]

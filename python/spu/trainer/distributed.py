@@ -16,13 +16,13 @@ from spu.common.dtypes import DTYPES
 from spu.common.product_cache import bound_product_caches
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
-from spu.distributed.alike import WEIGHTS, given_facts
-from spu.distributed.away import check_here, let_go
+from spu.distributed.consistency import WEIGHTS, given_facts
 from spu.distributed.engine import SCHEDULES, DistributedEngine
 from spu.distributed.gather import Far, gathered_samples, save_state, with_tensors
 from spu.distributed.job import Job
 from spu.distributed.lend import load_anywhere
 from spu.distributed.peers import PipelinePeers
+from spu.distributed.remote_layers import check_here, let_go
 from spu.distributed.wire import Leaf
 from spu.engine.base import base_record, sampled
 from spu.engine.build import BuiltStages, frozen_dtypes
@@ -113,7 +113,7 @@ class Spread:
 
         Args:
             layers: the model's.
-            given: the arguments of `spu.distributed.alike.given_facts`.
+            given: the arguments of `spu.distributed.consistency.given_facts`.
 
         Raises:
             ValueError: the processes have other models, settings, first batches or versions of torch.

@@ -11,7 +11,7 @@ import torch
 
 from spu import __version__
 from spu.common.torch_private import pytree
-from spu.distributed.told import BATCH as EACH_BATCH
+from spu.distributed.step_consistency import BATCH as EACH_BATCH
 from spu.engine.base import sampled
 
 __all__ = ["BATCH", "HINTS", "WEIGHTS", "described", "given_facts"]

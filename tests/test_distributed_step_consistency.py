@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spu.distributed.told import BATCH, FACTOR, RATES, check_told, digest, rates_digest
+from spu.distributed.step_consistency import BATCH, FACTOR, RATES, check_told, digest, rates_digest
 
 
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=70), st.data())

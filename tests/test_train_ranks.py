@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spu.cli.train import train_command
 from spu.model.convert.decoder import save_decoder
-from spu.train import led
+from spu.train import ranks
 from spu.train.config import RunOptions
 
 CONFIG = {
@@ -100,10 +100,10 @@ def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:
 def lose_a_rank() -> str:
     """Rank 0 finds in its work that a rank is lost; return what becomes of one that listens."""
     try:
-        with led.leading(20) as leads:
+        with ranks.leading(20) as leads:
             if leads:
                 raise ConnectionError("rank 0 exchanged gradients with ranks 1, 2, one of which no longer answers")
-            led.follow(None)  # type: ignore[arg-type]
+            ranks.follow(None)  # type: ignore[arg-type]
     except ConnectionError as error:
         return str(error)
     return "done"
@@ -117,7 +117,7 @@ def test_a_run_that_lost_a_process_is_no_end_for_the_others() -> None:
 def begin_elsewhere(folder: str) -> str:
     if dist.get_rank() == 1:
         exists = Path.exists
-        led.platform.node = lambda: "other"  # type: ignore[assignment]
+        ranks.platform.node = lambda: "other"  # type: ignore[assignment]
         Path.exists = lambda self: self.name == "config.json" or exists(self)  # type: ignore[method-assign, assignment]
     os.chdir(folder)
     try:

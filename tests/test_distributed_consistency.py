@@ -13,7 +13,7 @@ from ranks import in_ranks
 from torch import nn
 
 from spu import LossScaler, ModelParallelTrainer
-from spu.distributed.alike import described, given_facts
+from spu.distributed.consistency import described, given_facts
 
 CHANGES: dict[str, dict[str, Any]] = {
     "nothing": {},

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from ranks import in_ranks
 
-from spu.distributed.few import summed
+from spu.distributed.collectives import summed
 
 
 def add() -> tuple[list[float], list[float], float, int]:
