@@ -141,16 +141,17 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
         name, _, key = full.rpartition("/")
         by_name.setdefault(name, {})[key] = value
     for owned, optimizer in zip(built.owned, optimizers):
+        counts = _with_counts_beside(optimizer)
         for name, parameter in owned.items():
             entries = _entries(parameter, optimizer)
             for key in [key for key in entries if key not in MASTER_KEYS]:
                 del entries[key]
             for key, value in by_name.get(name, {}).items():
-                if isinstance(value, Stored):  # in memory of its own
-                    value = value.read()
-                    value = value.to(parameter.device) if value.dim() else value
-                elif isinstance(value, torch.Tensor):
-                    value = value.to(parameter.device if value.dim() else value.device, copy=True)
+                if isinstance(value, Stored | torch.Tensor):
+                    made = value.read() if isinstance(value, Stored) else value  # what is read has memory of its own
+                    beside = made.dim() or made.device.type != "cpu" or id(_target(parameter, optimizer)) in counts
+                    place = parameter.device if beside else made.device
+                    value = made.to(place, copy=made is value)
                 entries[key] = value
     inners = [inner for inner in map(_inner, optimizers) if inner]
     for index, inner in enumerate(inners):
@@ -258,10 +259,23 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def _with_counts_beside(optimizer: AdamW | MasterOptimizer | None) -> set[int]:
+    """Return the ids of tensors whose step count, of no dimension, lies on their own device: kernels read it there. In
+    torch's other optimizers it is the host's.
+    """
+    inner = _inner(optimizer)
+    groups = [] if inner is None else inner.param_groups
+    return {id(p) for group in groups if group.get("fused") or group.get("capturable") for p in group["params"]}
+
+
+def _target(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
+    return optimizer.target(parameter) if isinstance(optimizer, MasterOptimizer) else parameter
+
+
 def _entries(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> dict[str, Any]:
     """Return the optimizer's own state of a parameter, to read or to change."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, AdamW):
         return optimizer.state[parameter]
-    return optimizer.optimizer.state[optimizer.target(parameter)]
+    return optimizer.optimizer.state[_target(parameter, optimizer)]
