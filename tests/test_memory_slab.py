@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,6 +198,36 @@ def test_unused_parts_are_those_between_the_views() -> None:
     assert mapped.view(ALIGNMENT, ALIGNMENT).data_ptr() == a.data_ptr() - 5
     del a, b
     assert list(mapped.unused()) == [(0, 10 * ALIGNMENT)]
+
+
+def is_left_out_of_forks(address: int) -> bool:
+    """Of the mapping with this address, what /proc/self/smaps says of forks: "dc", do not copy."""
+    found = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = "here" if int(bounds[1], 16) <= address < int(bounds[2], 16) else ""
+        elif found and line.startswith("VmFlags:"):
+            return "dc" in line.split()
+    pytest.skip("this system does not tell what it does with mappings")
+
+
+def test_page_locked_memory_is_not_copied_into_forked_processes() -> None:
+    """Each of a loader's workers got a copy of all of it, which the machine had no room for."""
+    locked: list[int] = []
+    pinning = Pinning(
+        lambda address, size: "" if len(locked) < 2 and not locked.append(address) else "full", locked.remove
+    )
+    slab = Slab(3 * MB, pinning, [MB, MB, MB])
+    kept = slab.view(MB, MB).fill_(7)
+    at = kept.data_ptr()
+    assert [is_left_out_of_forks(at + offset) for offset in (-MB, 0, MB)] == [True, True, False]
+    if (child := os.fork()) == 0:
+        slab.close()
+        os._exit(len(locked))  # what the parent has locked stays so
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    slab.close(keep_viewed=True)
+    assert (locked, bool((kept == 7).all())) == ([], True)
+    assert not is_left_out_of_forks(at)
 
 
 def test_memory_is_page_locked_for_all_cards_by_the_one_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

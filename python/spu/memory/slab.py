@@ -110,7 +110,7 @@ class Slab:
         self.note = ""
         self._pid = os.getpid()
         self._pinning = pinning
-        self._registered: list[int] = []
+        self._registered: list[tuple[int, int]] = []  # where in the slab, and bytes
         self._mapped: Mapped | None = None
         if self.size == 0:
             return
@@ -140,8 +140,17 @@ class Slab:
                     f"{format_bytes(step)} the driver said {reason!r}. The rest is copied through a staging buffer"
                 )
                 return
-            self._registered.append(address + self.pinned_bytes)
+            self._registered.append((self.pinned_bytes, step))
+            self._give_to_forks(self.pinned_bytes, step, shared=False)
             self.pinned_bytes += step
+
+    def _give_to_forks(self, start: int, size: int, *, shared: bool) -> None:
+        """Let processes that are forked have these bytes, or not. Of page-locked memory Linux makes each of them, as a
+        loader's workers are, a copy of its own at once; before 5.9 the card could go on with pages that this process
+        had no more.
+        """
+        if self._mapped is not None and hasattr(mmap, "MADV_DONTFORK"):
+            self._mapped.advise(mmap.MADV_DOFORK if shared else mmap.MADV_DONTFORK, start, size)
 
     def view(self, start: int, size: int) -> Tensor:
         """Return bytes ``start`` to ``start + size`` as a uint8 tensor whose storage is these bytes and no more."""
@@ -179,15 +188,18 @@ class Slab:
         Args:
             keep_viewed: leave the bytes that tensors still view to them, until the last of these tensors is gone.
         """
-        mapped, self._mapped = self._mapped, None
+        mapped = self._mapped
         if mapped is None:
             return
-        if self._pid == os.getpid():  # a forked process has the memory, but not the driver
-            for address in self._registered:
-                assert self._pinning is not None
-                self._pinning.unregister(address)
-        self._registered, self.pinned_bytes = [], 0
-        mapped.close(mmap.MADV_DONTNEED, keep=keep_viewed)
+        forked = self._pid != os.getpid()  # and has neither the driver nor page-locked memory
+        address = mapped.view(0, self.size).data_ptr()
+        for start, size in () if forked else self._registered:
+            assert self._pinning is not None
+            self._pinning.unregister(address + start)
+            self._give_to_forks(start, size, shared=True)
+        self._registered, self.pinned_bytes, self._mapped = [], 0, None
+        with contextlib.suppress(OSError) if forked else contextlib.nullcontext():
+            mapped.close(mmap.MADV_DONTNEED, keep=keep_viewed)
 
     def __del__(self) -> None:
         # A slab that was not closed: what is viewed stays.
