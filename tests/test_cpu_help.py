@@ -111,6 +111,29 @@ def test_results_are_the_same_whoever_helps(dtype: torch.dtype, count: int) -> N
         until(lambda: C.helped() > before, look)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("threads", [2, 3, 5, 8])
+def test_results_are_the_same_on_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
+    """Threads take turns at pieces whose length is left to chance; products of few columns divide their rows too."""
+
+    def narrow() -> list[Tensor]:
+        torch.manual_seed(1)
+        x, weight = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(70, WIDTH).to(dtype)
+        dz, bias = torch.randn(ROWS, 70).to(dtype), torch.randn(70).to(dtype)
+        main, main_bias, found, one = torch.ones(70, WIDTH), torch.ones(70), torch.zeros(1), torch.ones(1)
+        OPS.linear_dw_db_.cpu(dz, x, main, main_bias, one * 0.5, found, True)
+        logits = OPS.linear_ce.cpu(x, torch.randn(600, WIDTH).to(dtype), torch.arange(ROWS) % 600, -100)
+        return [*OPS.linear.cpu(x, weight, bias, "silu", True), main, main_bias, found, *logits]
+
+    alone = [*results(dtype), *narrow()]
+    torch.set_num_threads(threads)
+    try:
+        for mine, theirs in zip(alone, [*results(dtype), *narrow()], strict=True):
+            assert_equal(theirs, mine)
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_several_share_at_once() -> None:
     alone = results(torch.float16)
     wrong: list[BaseException] = []

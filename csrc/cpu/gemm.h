@@ -31,6 +31,8 @@ constexpr int64_t kNS = 4096;
 constexpr int64_t kSharedFloats = int64_t{1} << 21;
 // Slots along k that the panels of A pack in turn.
 constexpr int64_t kTurn = 16;
+// Panels of A that a thread packs at a time: neighbours share lines.
+constexpr int64_t kLeastPanels = 4;
 // Below so many multiply-adds waking other threads costs more than it saves: torch's, and those of waiting stages.
 constexpr int64_t kParallelWork = int64_t{1} << 18, kSharedWork = int64_t{1} << 22;
 
@@ -51,7 +53,7 @@ struct Gemm {
   float* packed_a;
   float* shared_c;  // [ms rounded up, shared_ldc] when k takes several super-blocks, else null
   int64_t shared_ldc;
-  int64_t task_columns, column_tasks, task_rows;  // the grid of tasks
+  int64_t unit, units, row_tasks, task_rows;  // a task: some units of columns, and rows
 
   int64_t products() const { return p->b2 && !p->a2 ? 2 : 1; }  // C and its twin, side by side
   int64_t k_blocks() const { return ceil_div(ks, kc); }
@@ -179,26 +181,39 @@ static void row_block(const Gemm& g, const TaskColumns& t, const TaskRows& rows,
   }
 }
 
+// One task: units [u0, u1) of the columns, some rows.
+template <bool Pairs>
+static void run_task(const Gemm& g, int64_t u0, int64_t u1, int64_t rows_from) {
+  TaskColumns t = {};
+  t.j0 = u0 * g.unit;
+  t.columns = least(u1 * g.unit, g.ns) - t.j0;
+  t.panels = ceil_div(t.columns, kNR);
+  const int64_t r0 = rows_from, r1 = least(r0 + g.task_rows, g.a_panels() * g.mr);
+  const int64_t blocks = ceil_div(r1 - r0, g.whole_panels(kMC));
+  const int64_t most = ceil_div(ceil_div(r1 - r0, g.mr), blocks) * g.mr;
+  const int64_t columns = g.products() * t.panels * kNR;
+  const int64_t packed = g.products() * t.panels * panel_stride<kNR>(g.kc);
+  t.packed = cpu::workspace(cpu::kLocalB, (blocks > 1 ? g.k_blocks() : 1) * packed);
+  float* c = g.shared_c ? nullptr : cpu::workspace(cpu::kLocalC, most * columns);
+  for (int64_t i = r0; i < r1; i += most) {
+    TaskRows rows = {i, least(i + most, r1), c, columns};
+    if (g.shared_c) rows.ldc = g.shared_ldc, rows.c = g.shared_c + i * g.shared_ldc + g.products() * t.j0;
+    row_block<Pairs>(g, t, rows, i == r0, blocks == 1);
+  }
+}
+
+// Units [begin, end) of the columns, counted through the row tasks, in tasks of about equal length.
 template <bool Pairs>
 static void run_tasks(void* context, int64_t begin, int64_t end) {
   const Gemm& g = *static_cast<Gemm*>(context);
-  for (int64_t task = begin; task < end; ++task) {
-    TaskColumns t = {};
-    t.j0 = task % g.column_tasks * g.task_columns;
-    t.columns = least(g.task_columns, g.ns - t.j0);
-    t.panels = ceil_div(t.columns, kNR);
-    const int64_t r0 = task / g.column_tasks * g.task_rows, r1 = least(r0 + g.task_rows, g.a_panels() * g.mr);
-    const int64_t blocks = ceil_div(r1 - r0, g.whole_panels(kMC));
-    const int64_t most = ceil_div(ceil_div(r1 - r0, g.mr), blocks) * g.mr;
-    const int64_t columns = g.products() * t.panels * kNR;
-    const int64_t packed = g.products() * t.panels * panel_stride<kNR>(g.kc);
-    t.packed = cpu::workspace(cpu::kLocalB, (blocks > 1 ? g.k_blocks() : 1) * packed);
-    float* c = g.shared_c ? nullptr : cpu::workspace(cpu::kLocalC, most * columns);
-    for (int64_t i = r0; i < r1; i += most) {
-      TaskRows rows = {i, least(i + most, r1), c, columns};
-      if (g.shared_c) rows.ldc = g.shared_ldc, rows.c = g.shared_c + i * g.shared_ldc + g.products() * t.j0;
-      row_block<Pairs>(g, t, rows, i == r0, blocks == 1);
+  const int64_t most = kTaskColumns / g.products() / g.unit;
+  while (begin < end) {
+    const int64_t row = begin / g.units, first = row * g.units, last = least(end, first + g.units);
+    const int64_t each = ceil_div(last - begin, ceil_div(last - begin, most));
+    for (; begin < last; begin += each) {
+      run_task<Pairs>(g, begin - first, least(begin + each, last) - first, row * g.task_rows);
     }
+    begin = last;
   }
 }
 
@@ -214,15 +229,14 @@ static void empty_sums(const cpu::Product& p, const cpu::Epilogue& e) {
   }
 }
 
-// Splits the columns, and the rows only when there are fewer column tasks than threads.
+// Splits the columns, and the rows only where the threads could not take turns at the columns alone.
 static void plan_tasks(Gemm& g, int64_t threads) {
-  const int64_t most = kTaskColumns / g.products();
-  const int64_t tasks = ceil_div(ceil_div(g.ns, most), threads) * threads;
-  g.task_columns = g.e->kind == cpu::Epilogue::softmax_stats ? most : ceil_div(ceil_div(g.ns, tasks), kNR) * kNR;
-  g.column_tasks = ceil_div(g.ns, g.task_columns);
-  const bool whole = g.column_tasks >= threads || g.e->column_sums != nullptr;
-  const int64_t row_tasks = whole ? 1 : least(ceil_div(threads, g.column_tasks), g.a_panels());
-  g.task_rows = ceil_div(g.a_panels(), row_tasks) * g.mr;
+  g.unit = g.e->kind == cpu::Epilogue::softmax_stats ? kTaskColumns / g.products() : kNR;
+  g.units = ceil_div(g.ns, g.unit);
+  const bool whole = threads == 1 || g.units >= 2 * threads || g.e->column_sums;
+  g.row_tasks = whole ? 1 : least(ceil_div(2 * threads, g.units), g.a_panels());
+  g.task_rows = ceil_div(g.a_panels(), g.row_tasks) * g.mr;
+  g.row_tasks = ceil_div(g.a_panels() * g.mr, g.task_rows);
 }
 
 template <bool Pairs>
@@ -230,13 +244,13 @@ static void super_block(Gemm& g, int64_t threads) {
   g.kc = ceil_div(ceil_div(g.ks, ceil_div(g.ks, kKC)), kLanes) * kLanes;
   g.packed_a = cpu::workspace(cpu::kSharedA, g.k_blocks() * g.a_panels() * panel_stride<kMR>(g.kc));
   plan_tasks(g, threads);
-  const int64_t tasks = g.column_tasks * ceil_div(g.ms, g.task_rows);
+  const int64_t tasks = g.units * g.row_tasks;
   if (threads == 1) {
     pack_a<Pairs>(&g, 0, g.a_panels());
     run_tasks<Pairs>(&g, 0, tasks);
   } else {
-    cpu::parallel(g.a_panels(), threads, pack_a<Pairs>, &g);
-    cpu::parallel(tasks, threads, run_tasks<Pairs>, &g);
+    cpu::parallel({g.a_panels(), threads, kLeastPanels}, pack_a<Pairs>, &g);
+    cpu::parallel({tasks, threads}, run_tasks<Pairs>, &g);
   }
 }
 

@@ -195,7 +195,7 @@ static void run_tile_tasks(void* context, int64_t begin, int64_t end) {
 static void in_parallel(const TileGemm& g, int64_t count, cpu::RangeBody body) {
   void* context = const_cast<TileGemm*>(&g);
   if (g.threads == 1) return body(context, 0, count);
-  cpu::parallel(count, g.threads, body, context);
+  cpu::parallel({count, g.threads}, body, context);
 }
 
 // Groups of the super-block's columns that are packed at a time: those that the tasks' shares of L2 hold, in about

@@ -114,7 +114,7 @@ static void few_rows(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
   FewRows g = {&p, &e, choose_epilogue(e), a32};
   const int64_t groups = ceil_div(p.n, kDotColumns);
   if (threads == 1) return dot_task(&g, 0, groups);
-  cpu::parallel(groups, threads, dot_task, &g);
+  cpu::parallel({groups, threads}, dot_task, &g);
 }
 
 }  // namespace SPU_ISA_NS

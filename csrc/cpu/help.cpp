@@ -25,7 +25,7 @@ namespace cpu {
 namespace {
 
 struct Job {
-  int64_t count, piece;
+  int64_t count, parts, least;
   RangeBody body;
   void* context;
   std::atomic<int64_t> next{0};
@@ -34,13 +34,25 @@ struct Job {
 
   bool left() const { return next.load(std::memory_order_relaxed) < count; }
 
+  // Takes [*begin, *end): two thirds of the caller's share of what is left (guided self-scheduling: Polychronopoulos
+  // and Kuck, 1987), so that all end at about the same time, also on unlike cores and beside other programs.
+  bool take(int64_t* begin, int64_t* end) {
+    *begin = next.load(std::memory_order_relaxed);
+    do {
+      const int64_t left = (count - *begin + least - 1) / least;
+      if (left <= 0) return false;
+      const int64_t pieces = (2 * left + 3 * parts - 1) / (3 * parts);
+      *end = pieces < left ? *begin + pieces * least : count;
+    } while (!next.compare_exchange_weak(*begin, *end, std::memory_order_relaxed));
+    return true;
+  }
+
   // Returns how many pieces were left for the calling thread.
   int64_t work() {
-    for (int64_t done = 0;; ++done) {
-      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
-      if (begin >= count) return done;
+    for (int64_t done = 0, begin, end;; ++done) {
+      if (!take(&begin, &end)) return done;
       try {
-        body(context, begin, begin + piece < count ? begin + piece : count);
+        body(context, begin, end);
       } catch (...) {  // for want of memory: the one who shared the job raises it
         if (!failed.exchange(true)) error = std::current_exception();
         next.store(count, std::memory_order_relaxed);
@@ -130,9 +142,15 @@ int64_t lent_threads() {
   return lent.load(std::memory_order_relaxed);
 }
 
-bool share(int64_t count, int64_t piece, RangeBody body, void* context) {
+void in_turns(const Shares& shares, RangeBody body, void* context) {
+  Job job = {shares.count, shares.parts, shares.least, body, context};
+  job.work_on_own_threads();
+  if (job.failed) std::rethrow_exception(job.error);
+}
+
+bool share(const Shares& shares, RangeBody body, void* context) {
   if (lent_threads() == 0) return false;
-  Job job = {count, piece, body, context};
+  Job job = {shares.count, shares.parts, shares.least, body, context};
   Desk* found = nullptr;
   for (Desk& desk : desks) {
     Job* none = nullptr;

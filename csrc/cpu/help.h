@@ -11,10 +11,12 @@ namespace cpu {
 // torch threads of those that wait in help_until now.
 int64_t lent_threads();
 
-// Runs body(context, begin, end) over pieces of [0, count), each `piece` long, on the calling thread's torch threads
-// and on those that are lent. Which of them runs a piece is left to chance. False, and nothing done, if nobody can
-// help.
-bool share(int64_t count, int64_t piece, RangeBody body, void* context);
+// Runs body(context, begin, end) over pieces of [0, count) on the calling thread's torch threads. Which of them runs a
+// piece, and how long it is, is left to chance.
+void in_turns(const Shares& shares, RangeBody body, void* context);
+
+// The same on these and on those that are lent. False, and nothing done, if nobody can help.
+bool share(const Shares& shares, RangeBody body, void* context);
 
 // Pieces that waiting threads have done so far.
 int64_t helped();

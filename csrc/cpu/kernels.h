@@ -14,10 +14,15 @@
 namespace spu {
 namespace cpu {
 
-// Runs body(context, begin, end) over a partition of [0, count) on the calling thread's torch threads; on those of
-// waiting stages too, if `parts`, among how many it is to be divided, are more than its own.
+// [0, count), to be divided among `parts` threads, in pieces of at least so many.
+struct Shares {
+  int64_t count, parts, least = 1;
+};
+
+// Runs body(context, begin, end) over pieces of it on the calling thread's torch threads, which take one after another;
+// on those of waiting stages too, if the parts are more than its own.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
-void parallel(int64_t count, int64_t parts, RangeBody body, void* context);
+void parallel(const Shares& shares, RangeBody body, void* context);
 int64_t threads();
 
 // Scratch memory of the calling thread, 64-byte aligned, at least `floats` long, kept for the next call (up to a

@@ -77,14 +77,11 @@ void for_ranges(int64_t count, int64_t grain, const Body& body) {
     if (count > 0) body(int64_t{0}, count);
     return;
   }
-  if (count / grain >= kSharedGrains) {
-    const RangeBody one = [](void* context, int64_t begin, int64_t end) {
-      (*static_cast<const Body*>(context))(begin, end);
-    };
-    const int64_t parts = threads() + lent_threads(), piece = std::max(grain, (count + parts - 1) / parts);
-    if (share(count, piece, one, const_cast<Body*>(&body))) return;
-  }
-  torch::stable::parallel_for(0, count, grain, body);
+  const RangeBody one = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<const Body*>(context))(begin, end);
+  };
+  const int64_t parts = threads() + (count / grain >= kSharedGrains ? lent_threads() : 0);
+  parallel({count, parts, grain}, one, const_cast<Body*>(&body));
 }
 
 constexpr int64_t kGrain = 16384;

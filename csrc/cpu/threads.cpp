@@ -19,9 +19,10 @@ int64_t threads_for(const Product& p, int64_t least, int64_t shared) {
   return threads() + (p.m * p.n < shared / p.k ? 0 : lent_threads());
 }
 
-void parallel(int64_t count, int64_t parts, RangeBody body, void* context) {
-  if (parts > threads() && share(count, (count + parts - 1) / parts, body, context)) return;
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+void parallel(const Shares& shares, RangeBody body, void* context) {
+  if (shares.parts > threads() && share(shares, body, context)) return;
+  if (threads() == 1) return body(context, 0, shares.count);
+  in_turns(shares, body, context);
 }
 
 namespace {
