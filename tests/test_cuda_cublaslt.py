@@ -276,6 +276,26 @@ def test_strided_operands(stub: Stub) -> None:
     assert len(stub.calls("multiply")) == 3
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_layouts_that_no_other_kernel_has(sim: tuple[ModuleType, Stub], stub: Stub, dtype: torch.dtype) -> None:
+    """Also where the tiles name no library: on a card a plain FMA takes many times a tensor core's time."""
+    sim[0].set_tiles(0, LARGE)
+    x, w, dz, _ = make(16, 24, 32, dtype)
+    OPS.linear.cuda(x, w, None, "none", False), OPS.linear_dx.cuda(dz, w)
+    OPS.linear_dw_.cuda(dz, x, torch.empty(24, 32), scalar(1.0), scalar(0.0), False)
+    assert not stub.calls("multiply"), "laid out as a linear layer has them: the tiles' own"
+    target, grads = torch.arange(16), torch.ones(16)
+    losses, made = OPS.linear_ce_and_dz.cuda(x, w, target, grads, torch.empty(16, 24), -100)
+    assert [call["types"][2] for call in stub.calls("multiply")] == [CUDA_TYPES[torch.float32]]
+    expected = OPS.linear_ce_and_dz.reference(x, w, target, grads, torch.empty(16, 24), -100)
+    torch.testing.assert_close(losses, expected[0])
+    torch.testing.assert_close(made, expected[1])
+    columns = x.t().contiguous().t()
+    y, _ = OPS.linear.cuda(columns, w, None, "none", False)
+    assert_close_to_truth(y, x @ w.t(), x.double() @ w.double().t())
+    assert len(stub.calls("multiply")) == 2
+
+
 def test_the_gate_of_the_second_product(stub: Stub) -> None:
     x, w_gate, _, _ = make(5, 16, 24, torch.float16)
     w_up = w_gate.flip(0).contiguous()

@@ -114,7 +114,12 @@ void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& sc
   const Tile tile = known ? tile_for(g, capability) : Tile::large;
   if (tile == Tile::library && launch_gemm_library(g, stream, scratch)) return;
   const TensorCoreGemm kernel = known ? tensor_core_kernel(g, capability, tile) : nullptr;
-  if (kernel == nullptr) return launch_gemm_fma(g, stream);
+  if (kernel == nullptr) {
+    // Layouts that no kernel here is compiled for, such as that of a cross-entropy's fp32 logits, may be cuBLASLt's.
+    const bool other = known && tile != Tile::library && !laid_out(g);
+    if (!other || !launch_gemm_library(g, stream, scratch)) launch_gemm_fma(g, stream);
+    return;
+  }
   int device = 0, multiprocessors = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");

@@ -62,7 +62,7 @@ struct Gemm {
 
 // Launches the product on the stream. cuBLASLt where the tiles say so and it takes the product; tensor cores where the
 // device has them and a kernel for the type, and where A and B are laid out as torch's linear layer has them with
-// 16-byte aligned rows; plain FMA otherwise.
+// 16-byte aligned rows; in other layouts cuBLASLt where it takes them; plain FMA otherwise.
 void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& scratch);
 
 // gemm_fma.cu: any strides, any type.
