@@ -42,7 +42,7 @@ def pipeline(job: Job) -> tuple[str, Callable[[int], object]]:
         return trainer.step(*job.corpus.batch(config.seed, index, config.batch, config.seq)).loss
 
     stages, replicas = len(trainer.plan.stages), config.replicas
-    each = f" in each of {replicas} processes" if replicas > 1 else ""
+    each = f", {replicas} processes" if replicas > 1 else ""
     return f"{settings.schedule}, {stages} stages, {settings.microbatches} microbatches{each}", step
 
 
@@ -63,8 +63,9 @@ def second_rank() -> subprocess.Popen[str] | None:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     os.environ.update(address, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    os.environ.update(OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="none")
     torch.set_num_threads(1)
-    second = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
+    second = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
     return subprocess.Popen(
         [sys.executable, *sys.argv], env=second, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

@@ -24,6 +24,7 @@ WAYS = {
     "--reference": ("reference",),
     "one stage, all cores": ("pipeline", "devices=cpu", "microbatches=1"),
     "eight microbatches, 1f1b": ("pipeline", "microbatches=8", "schedule=1f1b"),
+    "two replicas": ("replicas",),
 }
 
 pytestmark = [
