@@ -213,6 +213,18 @@ def test_hyperthreads_of_one_core_stay_on_one_device(monkeypatch: pytest.MonkeyP
     assert [d.threads for d in found] == [2, 2]
 
 
+def test_devices_have_as_many_fast_and_small_cores_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_cpu(monkeypatch, 12)  # four fast cores of two hyperthreads each, then four small ones
+    monkeypatch.setattr(hostinfo, "_physical_core", lambda core: (0, core // 2 if core < 8 else core))
+    monkeypatch.setattr(hostinfo, "_numbers", lambda path: set(range(8, 12)))
+    found = DeviceManager().get_devices("cpu,cpu")
+    assert [d.cores for d in found] == [(0, 1, 2, 3, 8, 9), (4, 5, 6, 7, 10, 11)]
+    assert [d.threads for d in found] == [4, 4]
+    # Fewer of a kind than devices: in order.
+    found = DeviceManager().get_devices(["cpu"] * 6)
+    assert [d.cores for d in found] == [(2 * k, 2 * k + 1) for k in range(6)]
+
+
 def test_a_cpu_quota_is_shared_in_proportion_to_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 16)
     monkeypatch.setattr(devices, "effective_cores", lambda: 4)

@@ -166,3 +166,25 @@ def test_what_others_take_of_the_cores_is_counted_without_our_own_work(
     monkeypatch.setattr(hostinfo.time, "perf_counter", lambda: clock["now"])
     monkeypatch.setattr(hostinfo.time, "process_time", lambda: clock["own"])
     assert hostinfo.cores_of_others(1.0) == pytest.approx(1.5)
+
+
+def test_cores_of_one_speed_are_one_kind(host: Path) -> None:
+    assert hostinfo.core_kinds([2, 0, 1, 3]) == [[2, 0, 1, 3]]
+    for core, capacity in enumerate((1024, 1009, 1024, 1009)):  # some turn up a little higher
+        write(host / f"cpu/cpu{core}/cpu_capacity", f"{capacity}\n")
+    assert hostinfo.core_kinds([2, 0, 1, 3]) == [[2, 0, 1, 3]]
+    assert hostinfo.core_kinds([]) == []
+
+
+def test_kinds_are_told_by_capacity(host: Path) -> None:
+    for core, capacity in enumerate((250, 1024, 766, 250)):
+        write(host / f"cpu/cpu{core}/cpu_capacity", f"{capacity}\n")
+    assert hostinfo.core_kinds([0, 1, 2, 3]) == [[1], [2], [0, 3]]
+
+
+def test_kinds_are_told_by_counters_where_no_capacity_is_given(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostinfo, "_CPUS", host / "devices/system/cpu")
+    write(host / "devices/cpu_atom/cpus", "8-9,12\n")
+    assert hostinfo.core_kinds([0, 1, 8, 9, 12, 13]) == [[0, 1, 13], [8, 9, 12]]
+    write(host / "devices/cpu_atom/cpus", "what\n")
+    assert hostinfo.core_kinds([0, 8]) == [[0, 8]]

@@ -9,14 +9,23 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["cores_of_others", "cpu_model", "effective_cores", "host_memory", "physical_cores", "usable_cores"]
+__all__ = [
+    "core_kinds",
+    "cores_of_others",
+    "cpu_model",
+    "effective_cores",
+    "host_memory",
+    "physical_cores",
+    "usable_cores",
+]
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
+_ALIKE = 0.8  # of the fastest core's capacity
 # A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
 _NO_LIMIT = 1 << 60
 
@@ -85,6 +94,37 @@ def _physical_core(core: int) -> tuple[int, int]:
     topology = _CPUS / f"cpu{core}" / "topology"
     package, inner = _read_int(topology / "physical_package_id"), _read_int(topology / "core_id")
     return (package, inner) if package is not None and inner is not None else (0, core)
+
+
+def core_kinds(cores: Sequence[int]) -> list[list[int]]:
+    """Return cores in groups of about the same speed, the fastest first, each in the order given.
+
+    A processor may have fast cores and small ones. Linux gives each core's capacity where it schedules by it
+    (``cpu_capacity``, 1024 of the fastest); before that, Intel's small ones have counters of their own (``cpu_atom``).
+    """
+    small = _numbers(_CPUS.parent.parent / "cpu_atom" / "cpus")
+    speeds = {core: _read_int(_CPUS / f"cpu{core}" / "cpu_capacity") for core in cores}
+    if None in speeds.values():
+        speeds = {core: 512 if core in small else 1024 for core in cores}
+    kinds: list[list[int]] = []
+    fastest = 0
+    for speed in sorted({speed for speed in speeds.values() if speed is not None}, reverse=True):
+        alike = [core for core in cores if speeds[core] == speed]
+        if kinds and speed >= _ALIKE * fastest:  # of one kind, some may go a little faster
+            kinds[-1] += alike
+        else:
+            kinds.append(alike)
+            fastest = speed
+    return [sorted(kind, key=cores.index) for kind in kinds]
+
+
+def _numbers(path: Path) -> set[int]:
+    """Return the numbers in a file such as "0-3,8"; none where it is not to be read."""
+    try:
+        parts = [part.split("-") for part in path.read_text().strip().split(",") if part]
+        return {number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)}
+    except (OSError, ValueError):
+        return set()
 
 
 def cpu_model() -> str:

@@ -1,7 +1,8 @@
 """What hardware there is: devices, the cores a CPU device owns, and the memory each may use.
 
 A CPU device (``cpu:0``, ``cpu:1``, ...) is our name for a set of cores: torch itself knows one CPU. Devices of one list
-own disjoint cores, so that their stages run side by side. All of them share the host's memory, and so one budget.
+own disjoint cores, so that their stages run side by side, and as many of a processor's fast and small cores as each
+other, because a plan takes them for equal. All of them share the host's memory, and so one budget.
 
 The default budget is the memory available now less a reserve: a tenth of the host's memory (at least 1 GB) for the
 system and Python; a twentieth of a GPU's memory (at least 256 MiB) for the driver's context and the allocator's
@@ -10,7 +11,6 @@ fragments; never more than half of what is available. A container's memory limit
 
 from __future__ import annotations
 
-import itertools
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from decimal import Decimal
 import torch
 
 from spu.common.units import format_bytes, split_pairs
-from spu.devices.host import cpu_model, effective_cores, host_memory, physical_cores, usable_cores
+from spu.devices.host import core_kinds, cpu_model, effective_cores, host_memory, physical_cores, usable_cores
 
 __all__ = ["Device", "DeviceManager", "default_devices", "parse_bytes"]
 
@@ -290,11 +290,19 @@ def default_devices(spec: Spec, residency: str) -> Spec:
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
-    """Return ``parts`` disjoint runs of cores of about equal length; single cores in turn where there are fewer."""
+    """Return ``parts`` disjoint sets of cores, about as many of each kind in all: runs of neighbours. Single cores in
+    turn where there are fewer.
+    """
     if parts > len(cores):
         return [(cores[i % len(cores)],) for i in range(parts)]
-    bounds = [len(cores) * i // parts for i in range(parts + 1)] if parts else []
-    return [tuple(sorted(cores[start:end])) for start, end in itertools.pairwise(bounds)]
+    kinds = core_kinds(cores)
+    if any(len(kind) < parts for kind in kinds):
+        kinds = [cores]
+
+    def share(i: int) -> list[int]:
+        return [core for kind in kinds for core in kind[len(kind) * i // parts : len(kind) * (i + 1) // parts]]
+
+    return [tuple(sorted(share(i))) for i in range(parts)]
 
 
 def _assign_names(names: list[str], known: str) -> list[str]:
