@@ -166,6 +166,15 @@ def test_what_cannot_be_packed_is_exact() -> None:
     assert len(activations._free) == 8
 
 
+def test_an_input_with_a_tensor_of_another_device_stays() -> None:
+    """What a layer on a card had made on the host came back on the card."""
+    activations = ActivationStore.on(FakeStore(), [1 << 14], CPU)
+    own, other = torch.zeros(8), torch.zeros(4, device="meta")
+    assert activations.park((0, 0, 0), [own, other], [True, True], 0) is None
+    assert activations.counts.kept == 48
+    assert activations.park((0, 0, 0), [own], [True], 0) is not None
+
+
 @pytest.mark.parametrize("codec", [None, "int8", "fp16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_shapes_strides_and_sizes(codec: str | None, dtype: torch.dtype) -> None:

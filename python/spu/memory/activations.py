@@ -44,8 +44,8 @@ class Counts:
     Attributes:
         parked: what the parked tensors took on the device.
         stored: what they took below.
-        kept: of inputs that stayed on the device: no region was free or large enough, a layer hands its input on, or
-            elements of a tensor share their places.
+        kept: of inputs that stayed on the device: no region was free or large enough, a layer hands its input on,
+            elements of a tensor share their places, or one lies on another device.
     """
 
     parked: int = 0
@@ -57,7 +57,8 @@ class ActivationStore:
     """Holds the inputs of recomputed layers in a tier below, and brings them back in the order of the backward.
 
     Used by the thread of one rank, and by the backward that it waits for. An input for which no region is left, or
-    none is large enough, stays on the device: the backward is right all the same, and ``counts.kept`` tells.
+    none is large enough, stays on the device: the backward is right all the same, and ``counts.kept`` tells. So
+    does one with a tensor of another device.
 
     Args:
         store: the tier.
@@ -96,6 +97,7 @@ class ActivationStore:
             raise ValueError("an ActivationStore needs a region for every stage and microbatch, got none")
         self.counts = Counts()
         self.codec = codec
+        self._device = device
         self._free = sorted((size, region) for region, size in regions)
         self._way: Way
         if isinstance(store, HostStore):
@@ -145,6 +147,10 @@ class ActivationStore:
         if not tensors:
             return None
         bytes_before = sum(t.numel() * t.element_size() for t in tensors)
+        # One of the host's would come back to the card, after the host had written to a region that a card still reads.
+        if any(tensor.device != self._device for tensor in tensors):
+            self.counts.kept += bytes_before
+            return None
         pieces, sources = self._pieces(tensors, exact)
         stored = aligned(pieces[-1].offset + pieces[-1].nbytes)
         index = bisect_left(self._free, (stored, -1))
