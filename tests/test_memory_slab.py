@@ -202,8 +202,8 @@ def test_unused_parts_are_those_between_the_views() -> None:
 
 def is_left_out_of_forks(address: int) -> bool:
     """Of the mapping with this address, what /proc/self/smaps says of forks: "dc", do not copy."""
-    found = ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    found, smaps = "", Path("/proc/self/smaps")
+    for line in smaps.read_text().splitlines() if smaps.exists() else ():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             found = "here" if int(bounds[1], 16) <= address < int(bounds[2], 16) else ""
         elif found and line.startswith("VmFlags:"):

@@ -157,6 +157,9 @@ class _Stream:
     def wait_stream(self, other: object) -> None:
         self.log.append(f"{self.name} waits")
 
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for the {event}")
+
     def record_event(self) -> str:
         return "event"
 
@@ -205,6 +208,52 @@ def test_a_side_leaves_no_trace_on_the_threads_own_device(
     assert side is not None
     side.start(lambda: (), ())
     assert found == entered
+
+
+class _OnCard(torch.Tensor):
+    """A tensor that says it is a card's, and by which streams it is used."""
+
+    is_cuda = True
+
+    def record_stream(self, stream: _Stream) -> None:  # type: ignore[override]
+        stream.log.append(f"{self.called} is used by {stream.name}")
+
+
+def _on_card(name: str) -> torch.Tensor:
+    made = torch.zeros(1).as_subclass(_OnCard)
+    made.called = name  # type: ignore[attr-defined]
+    return made
+
+
+def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def enters(what: object) -> Iterator[None]:
+        log.append(f"in {getattr(what, 'name', what)}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream(log, f"side {device.index}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, f"current {device.index}"))
+    monkeypatch.setattr(torch.cuda, "stream", enters)
+    monkeypatch.setattr(torch.cuda, "device", enters)
+    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"), None)
+    assert side is not None
+
+    def task() -> list[torch.Tensor]:
+        log.append("copies")
+        return [_on_card("copy")]
+
+    ticket = side.start(task, [_on_card("original")])
+    ticket.arrive(torch.device("cuda:1"))
+    assert log == [
+        "side 0 waits",  # for what has been computed
+        "original is used by side 0",
+        *("in cuda:0", "in side 1", "in side 0", "copies"),
+        "side 0 waits",  # for the copy's end on the other card
+        "current 1 waits for the event",
+        "copy is used by current 1",
+    ]
 
 
 def test_between_cpus_the_sender_packs_by_itself() -> None:
