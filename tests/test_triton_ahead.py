@@ -177,3 +177,16 @@ def test_a_kernels_name_does_not_depend_on_those_named_before() -> None:
         for one in order:
             one.cache_key  # noqa: B018
         assert [one.cache_key for one in functions] == alone
+
+
+def test_a_product_behind_a_derivative_has_a_small_tile_where_rows_are_not_aligned() -> None:
+    """Its configuration is looked up before the derivative: the one of aligned rows would spill here."""
+    with ahead.recording(80, 108) as kept:
+        for inner, columns in ((8, 1280), (9, 1281)):
+            dy, weight = torch.empty(1664, inner).half(), torch.empty(inner, columns).half()
+            kernels.linear_dz_dx(dy, dy, weight, "silu")
+            kernels.linear_dx(dy, weight)
+    tiles = {dict(launch.constants)["BM"] for launch in kept if launch.name == "product_kernel"}
+    assert tiles == {128, 64}
+    large = [launch for launch in kept if dict(launch.constants).get("BM") == 128]
+    assert len(large) == 1, "of the aligned rows, the same in both ops"

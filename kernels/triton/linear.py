@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spu.kernels.config import Config
 from spu.kernels.finish import column_sums, dz_of, finish, finish_main_grad
-from spu.kernels.launch import check_activation, check_operands, check_sink, config_for, rows_of
+from spu.kernels.launch import check_activation, check_operands, check_sink, config_for, for_alignment, rows_of
 from spu.kernels.multiply import Derivative, Epilogue, add_column_sums, multiply
 
 
@@ -97,7 +97,10 @@ def linear_dz_dx(
         raise ValueError(f"dy {tuple(dy.shape)} and saved {tuple(saved.shape)} differ in shape")
     check_operands("dy, saved and weight", dy, saved, weight)
     rows = rows_of(dy)
-    config = config or config_for("linear_dz_dx", dy.dtype, dy.device, (rows.shape[0], weight.shape[1], dy.shape[-1]))
+    if config is None:
+        inner, columns = dy.shape[-1], weight.shape[1]
+        found = config_for("linear_dz_dx", dy.dtype, dy.device, (rows.shape[0], columns, inner))
+        config = for_alignment(found, dy.dtype, (inner, *weight.stride(), columns))
     if config.kind != "tile" or activation == "none" or weight.shape[1] == 0:  # without columns no tile would write dz
         dz = dz_of(dy, saved, activation)
         return dz, _input_gradient(dz, weight, None, config)
