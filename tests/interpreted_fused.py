@@ -267,8 +267,8 @@ def test_tables_that_a_graph_reads_outlive_their_caches(monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "capturing", lambda device: True)
     run()
     monkeypatch.undo()
-    for size in range(100):
-        kernels.grad_sqnorm([torch.randn(size + 6)])
+    for other in [torch.randn(6) for _ in range(100)]:  # all there at once: each at an address of its own
+        kernels.grad_sqnorm([other])
     assert optim_kernels._tables((5,), ((grad.data_ptr(),),), grad.device)[1].addresses is not where.addresses
     assert {id(table) for table in kept.values()} == {id(table) for table in read}
 
