@@ -24,7 +24,6 @@ __all__ = [
     "copy_in_",
     "gated_dh",
     "gated_dx",
-    "gated_dz",
     "gated_linear",
     "gated_mlp",
     "gated_mlp_add",
@@ -105,11 +104,6 @@ def gated_linear(
     gate, up = (linear(x, weight, None, "none", False)[0] for weight in (w_gate, w_up))
     h = fused.gate_up(wide(gate), wide(up), activation, x.dtype)
     return (h, gate, up) if keep else (h, x.new_empty(0), x.new_empty(0))
-
-
-def gated_dz(backend: str, dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the reference, which is pointwise."""
-    return fused.gated_dz(dh, gate, up, activation)  # type: ignore[no-any-return]
 
 
 def gated_dh(
@@ -262,7 +256,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "linear_dw_each_": linear_dw_each_,
     "linear_add": linear_add,
     "gated_linear": gated_linear,
-    "gated_dz": gated_dz,
+    "gated_dz": _reference(fused.gated_dz),
     "gated_dh": gated_dh,
     "gated_dx": gated_dx,
     "gated_mlp": gated_mlp,
