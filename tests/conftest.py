@@ -192,6 +192,12 @@ def thread_count() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(thread_count: None) -> None:
+    """Torch's operators run on one thread: the bits of a sum depend on how many there are."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a Python thread running: a pipeline worker must end with its trainer."""

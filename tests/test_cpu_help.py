@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from heads import one_thread
 from numeric import assert_equal
 from torch import Tensor
 
 from spu.engine.channel import Exchange
-
-__all__ = ["one_thread"]
 
 C = pytest.importorskip("test_cpu_kernels").C  # spu._C, or the library that test_cpu_isa.py has built
 

@@ -25,7 +25,6 @@ from heads import (
     linear,
     made,
     one_pass,
-    one_thread,
     stack,
     trainer,
 )
@@ -38,7 +37,7 @@ from spu.engine import head_loss
 from spu.engine.counted import counted_bytes
 from spu.engine.loss import cross_entropy, plain_cross_entropy
 
-__all__ = ["calls", "one_thread"]
+__all__ = ["calls"]
 
 
 def assert_within_bound(model: nn.Module, x: Any, y: Tensor, calls: list[torch.dtype], **settings: Any) -> None:

@@ -25,7 +25,6 @@ from heads import (
     linear,
     made,
     one_pass,
-    one_thread,
     stack,
     trainer,
 )
@@ -40,7 +39,7 @@ from spu.engine.stage import Stage
 from spu.model.layers import DrawKey, has_order, layers_by_tracing, model_layers
 from spu.ops.sink import BackwardScope
 
-__all__ = ["calls", "one_thread"]
+__all__ = ["calls"]
 
 
 def assert_plain(

@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from test_trainer_edits import batch, make, mlp, one_thread  # noqa: F401
+from test_trainer_edits import batch, make, mlp
 from torch import nn
 
 from spu import StageError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

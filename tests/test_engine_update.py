@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from test_trainer_edits import batch, make, mlp, one_thread  # noqa: F401
+from test_trainer_edits import batch, make, mlp
 from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.checkpoint.writing import CheckpointError
 from spu.engine import update
 from spu.optim.adamw import AdamW
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Makes:

@@ -21,13 +21,7 @@ from spu.model.convert.empty import meta_parameters  # noqa: E402
 from spu.model.deferred import defer  # noqa: E402
 from spu.nn import attention as hf_attention  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_inputs(kind: str):

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from numeric import assert_equal
 from pipelines import devices
-from test_regressions import batch, make, model_of, one_thread  # noqa: F401
+from test_regressions import batch, make, model_of
 from torch import nn
 
 from spu import ModelParallelTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_second_trainer_does_not_unscale_twice() -> None:

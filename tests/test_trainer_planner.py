@@ -30,10 +30,7 @@ from spu.plan import BudgetError, Plan
 from spu.settings import TrainSettings
 from spu.trainer.planner import Planner
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Rated(nn.Linear):
