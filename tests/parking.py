@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fake_store import FakeStore
 from numeric import assert_equal
-from pipelines import trainer
+from pipelines import WIDTH, trainer
 from torch import nn
 
 import spu
@@ -20,7 +20,6 @@ from spu.memory.activations import ActivationStore, Counts
 from spu.memory.store import Store
 
 CPU = torch.device("cpu")
-WIDTH = 16
 
 
 @contextlib.contextmanager
@@ -85,11 +84,6 @@ def assert_parked_equals_kept(model: nn.Module, x: Any, y: torch.Tensor, **setti
         assert_equal(a, b, f"result {index}")
     assert counts.parked > 0
     return counts
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
 class Fn(nn.Module):

@@ -19,6 +19,7 @@ import spu
 from spu import DeviceManager, LayerRandomness, ModelParallelTrainer
 
 # schedule, devices, stages on each
+WIDTH = 16  # of what is in the middle of a model
 SCHEDULES = [
     ("gpipe", 1, 1),
     ("gpipe", 3, 1),
@@ -70,6 +71,12 @@ def layers(seed: int = 0) -> list[nn.Module]:
     """A model in four parts, for `batch`."""
     torch.manual_seed(seed)
     return [nn.Linear(6, 16), nn.Sequential(nn.GELU(), nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 4)]
+
+
+def model_of(*middle: nn.Module) -> nn.Sequential:
+    """A model of :func:`batch`, with these layers of ``WIDTH`` in the middle."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
 def batch(rows: int = 8, width: int = 6, classes: int = 4, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import batch
+from pipelines import batch, model_of
 from pipelines import trainer as trainer_of
 from torch import nn
 
@@ -24,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make(model: nn.Module, stages: int = 2, **settings: Any) -> ModelParallelTrainer:
     return trainer_of(model, stages, microbatches=2, **settings)
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), *middle, nn.Linear(16, 4))
 
 
 def test_a_16_bit_model_resumes_bit_identically(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_store import FakeStore
-from parking import WIDTH, Fn, assert_parked_equals_kept, decoder, model_of, parked, results, token_loss, tokens
-from pipelines import batch, reference, trainer
+from parking import Fn, assert_parked_equals_kept, decoder, parked, results, token_loss, tokens
+from pipelines import WIDTH, batch, model_of, reference, trainer
 from torch import nn
 
 import spu

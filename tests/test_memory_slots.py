@@ -8,8 +8,8 @@ import pytest
 import torch
 from fake_store import FakeStore
 from numeric import assert_equal
-from parking import CPU, WIDTH, Fn, decoder, model_of, parked, results, token_loss, tokens
-from pipelines import batch, reference, trainer
+from parking import CPU, Fn, decoder, parked, results, token_loss, tokens
+from pipelines import WIDTH, batch, model_of, reference, trainer
 from torch import nn
 
 from spu import StageError

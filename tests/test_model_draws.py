@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import assert_equals_plain, batch, every_schedule, plain_pass, reference, trainer
+from pipelines import WIDTH, assert_equals_plain, batch, every_schedule, model_of, plain_pass, reference, trainer
 from torch import nn
 
 from spu import LayerRandomness, StageError
@@ -23,8 +23,6 @@ __all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 
-WIDTH = 16
-
 
 class Fn(nn.Module):
     def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -33,11 +31,6 @@ class Fn(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fn(x)
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
 def heads(x: torch.Tensor) -> torch.Tensor:

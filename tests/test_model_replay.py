@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from numeric import assert_equal
 from pipelines import (
+    WIDTH,
     assert_equals_plain,
     batch,
     every_schedule,
+    model_of,
     reference,
     some_schedules,
     trainer,
@@ -26,13 +28,6 @@ from spu import StageError
 __all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
-
-WIDTH = 16
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
 class Gain(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import assert_equals_plain, batch, reference, trainer
+from pipelines import WIDTH, assert_equals_plain, batch, model_of, reference, trainer
 from torch import nn
 
 from spu.model.spaces import spaces_of
@@ -17,13 +17,6 @@ from spu.model.spaces import spaces_of
 __all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
-
-WIDTH = 16
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
 class Notes:

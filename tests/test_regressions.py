@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import devices
+from pipelines import devices, model_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,11 +27,6 @@ def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make(model: Any, stages: int = 2, precision: str = "fp32", **settings: Any) -> ModelParallelTrainer:
     return ModelParallelTrainer(model, devices(stages), precision=precision, microbatches=2, **settings)
-
-
-def model_of(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), *middle, nn.Linear(16, 4))
 
 
 def assert_plain_gradients(model: nn.Module, stages: int, **settings: Any) -> None:
