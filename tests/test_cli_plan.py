@@ -116,6 +116,12 @@ def test_devices_that_are_not_here_are_declared_by_their_budget():
     assert not absent
 
 
+def test_sequences_that_the_model_has_no_positions_for_are_refused_as_in_train(tiny, tmp_path, capsys):
+    assert run("plan", "--model", str(tiny), "--seq", "100000", "--out", str(tmp_path / "plan.json")) == 2
+    assert "--seq 100000 is longer than the model's" in capsys.readouterr().err
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_absurd_numbers_end_in_one_line_or_a_refusal_that_counts(tiny, capsys):
     assert run("plan", "--model", str(tiny), "--budget", "cpu=64GB", "--seq", "100000000") == 2
     assert "--seq 100000000 must be a whole number from 1 to 1048576" in capsys.readouterr().err

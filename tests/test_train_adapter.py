@@ -24,6 +24,7 @@ from spu.cli.app import main  # noqa: E402
 from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
 from spu.model.merge import merge_adapter, write_parts  # noqa: E402
 from spu.train.adapter import base_of  # noqa: E402
+from spu.train.chat import load_trained  # noqa: E402
 from spu.train.config import TrainConfig  # noqa: E402
 from spu.train.model import make_model  # noqa: E402
 
@@ -239,6 +240,28 @@ def test_merging_wants_a_base_a_new_folder_and_a_run_with_adapters(
     assert spu("merge", "nowhere", "--runs", place / "runs", "--out", place / "new") == 2
     assert not (place / "new").exists()
     assert TrainConfig(lora=2).lora_kind == "lora"
+
+
+def test_an_adapter_is_added_to_no_weights_but_those_it_was_trained_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config alone makes random weights: of a run that began from a config, or of nobody."""
+    own, base = tmp_path / "runs" / "run", tmp_path / "base"
+    shutil.copytree(place / "runs" / "run", own)
+    shutil.copytree(place / "base", base)
+    record = json.loads((own / "config.json").read_text())
+    assert record["weights"]
+    record["settings"]["model"] = str(base)
+    (own / "config.json").write_text(json.dumps(record))
+    (base / "model.safetensors").unlink()
+    for model in (base, base / "config.json", "internlm2-1.8b"):
+        assert spu("merge", own / "adapter", "--model", model, "--out", tmp_path / "new") == 2
+        assert f"--model {model} has no weights" in capsys.readouterr().err
+    assert spu("merge", own, "--out", tmp_path / "new") == 2
+    assert f"began from the weights in {base}, which are gone" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="which are gone"):
+        load_trained(own)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

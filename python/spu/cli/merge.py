@@ -7,6 +7,7 @@ from pathlib import Path
 from spu.model.lora import CONFIG
 from spu.model.merge import merge_adapter
 from spu.train.adapter import base_of, merge_run
+from spu.train.model import has_weights
 from spu.train.run_folder import find_folder
 
 __all__ = ["merge_command"]
@@ -29,8 +30,12 @@ def merge_command(which: str, out: str, model: str | None, runs: str) -> None:
     if (Path(which) / CONFIG).is_file() or model is not None:
         if model is None:
             raise ValueError(f"{which} is an adapter: give the model that it was trained on with --model FOLDER")
+        if not has_weights(model):
+            raise ValueError(f"--model {model} has no weights to add an adapter to: give a folder with safetensors")
         merge_adapter(base_of(model, 0), which, out)
     else:
         folder = find_folder(runs, which, "spu merge")
-        merge_run(folder.read_config()[0], folder.path, out)
+        config, _ = folder.read_config()
+        folder.check_weights(config)
+        merge_run(config, folder.path, out)
     print(f"written: {out}; load it with AutoModelForCausalLM.from_pretrained({out!r})")

@@ -20,6 +20,7 @@ from spu.plan.search import search_plan
 from spu.settings import Settings
 from spu.train.adapter import lora_options
 from spu.train.config import PlanOptions, check_lora
+from spu.train.model import check_positions, load_config
 from spu.train.progress import terminal_width
 
 __all__ = ["declared_devices", "describe_machine", "plan_command"]
@@ -135,6 +136,7 @@ def plan_command(options: PlanOptions) -> Plan:
 
     if Path(options.out).is_dir():
         raise ValueError(f"--out {options.out} is a folder: give a file")
+    check_positions(load_config(options.model), options.seq)
     began = time.perf_counter()
     budget, tiers = split_budget(options.budget)
     devices, absent = declared_devices(options.devices, budget)

@@ -54,6 +54,7 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     if _is_run(folder):
         config, _ = RunFolder(folder).read_config()
         if (folder / ADAPTER).exists():
+            RunFolder(folder).check_weights(config)
             source, seed, adapter = config.model or "", config.seed, folder / ADAPTER
         elif (folder / "model").exists():
             source = str(folder / "model")

@@ -13,7 +13,7 @@ from spu.data.tokenizer import Tokenizer, make_tokenizer
 from spu.plan import Plan
 from spu.plan.plan import VERSION
 from spu.train.config import TrainConfig
-from spu.train.model import has_weights, load_config, most_positions
+from spu.train.model import check_positions, has_weights, load_config
 from spu.train.progress import View
 from spu.train.resume import check_not_shorter
 from spu.train.run_folder import RunFolder
@@ -56,13 +56,8 @@ class Job:
         vocabulary = model_config.get_text_config().vocab_size
         self.tokenizer = make_tokenizer(self.config.model, vocabulary, weights=has_weights(self.config.model))
         self._check_plan(model_config.get_text_config())
-        longest = most_positions(model_config)
-        if longest is not None and self.config.seq > longest:
-            source = f"the plan was made for {self.given_plan.model}: " if self.given_plan is not None else ""
-            raise ValueError(
-                f"{source}--seq {self.config.seq} is longer than the model's {longest} positions: "
-                f"give {longest} or less"
-            )
+        planned = f"the plan was made for {self.given_plan.model}: " if self.given_plan is not None else ""
+        check_positions(model_config, self.config.seq, planned)
         config = self.config
         self.corpus = make_corpus(
             config.data, self.tokenizer, config.seq, self.say, val_data=config.val_data, pack=config.pack

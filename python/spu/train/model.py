@@ -19,7 +19,15 @@ from spu.model.convert.decoder import load_decoder
 from spu.model.convert.internlm2 import MODEL_TYPE, load_internlm2
 from spu.train.config import DEFAULT_MODEL
 
-__all__ = ["default_config", "has_weights", "load_config", "make_model", "most_positions", "quiet_transformers"]
+__all__ = [
+    "check_positions",
+    "default_config",
+    "has_weights",
+    "load_config",
+    "make_model",
+    "most_positions",
+    "quiet_transformers",
+]
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -62,6 +70,13 @@ def most_positions(config: Any) -> int | None:
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return None if rope.get("rope_type") == "dynamic" else getattr(config, "max_position_embeddings", None)
+
+
+def check_positions(config: Any, seq: int, where: str = "") -> None:
+    """Raise ValueError for sequences that are longer than the model may have them."""
+    longest = most_positions(config)
+    if longest is not None and seq > longest:
+        raise ValueError(f"{where}--seq {seq} is longer than the model's {longest} positions: give {longest} or less")
 
 
 def has_weights(source: str | None) -> bool:

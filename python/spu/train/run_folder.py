@@ -10,6 +10,7 @@ from typing import Any
 
 from spu.common.files import write_json
 from spu.train.config import TrainConfig
+from spu.train.model import has_weights
 from spu.train.options import write_yaml
 
 __all__ = ["FORMAT", "RunFolder", "find_folder", "new_folder"]
@@ -65,7 +66,9 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig, corpus: dict[str, Any]) -> None:
         """Write config.json, with which the run goes on, and config.yaml, which begins another one like it."""
-        write_json(self / "config.json", {"format": FORMAT, "settings": config.to_json(), "corpus": corpus})
+        weights = self._began_from_weights() or has_weights(config.model)
+        record = {"format": FORMAT, "settings": config.to_json(), "corpus": corpus, "weights": weights}
+        write_json(self / "config.json", record)
         write_yaml(self / "config.yaml", config, f"spu train --config {self / 'config.yaml'} --name ANOTHER")
 
     def read_config(self) -> tuple[TrainConfig, dict[str, Any]]:
@@ -81,9 +84,24 @@ class RunFolder:
                 raise ValueError("not written by spu train")
             return TrainConfig.from_json(saved["settings"], partly=True), saved["corpus"]
         except FileNotFoundError:
-            raise ValueError(f"--resume {self.path}: no config.json there: give the name or folder of a run") from None
+            raise ValueError(f"{self.path}: no config.json there: give the name or folder of a run") from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"--resume {self.path}: {file.name} cannot be used ({error}): give another run") from error
+            raise ValueError(f"{self.path}: {file.name} cannot be used ({error}): give another run") from error
+
+    def _began_from_weights(self) -> bool:
+        try:
+            return bool(json.loads((self / "config.json").read_text(encoding="utf-8")).get("weights"))
+        except FileNotFoundError:
+            return False
+
+    def check_weights(self, config: TrainConfig) -> None:
+        """Raise ValueError if the weights that the run began from are gone: its config alone makes random ones, to
+        which its adapter does not belong.
+        """
+        if self._began_from_weights() and not has_weights(config.model):
+            raise ValueError(
+                f"{self.path} began from the weights in {config.model}, which are gone: put them back there"
+            )
 
     def check_new(self) -> None:
         """Raise ValueError if something is there already."""
