@@ -127,7 +127,7 @@ def _setting(value: Any) -> Any:
         hidden = {key: held for key, held in vars(value).items() if key.startswith("_")}  # of attention, of experts
         return value.to_json_string(use_diff=False), _setting(hidden)
     if isinstance(value, Context):  # of a transformers decoder: what its layers are called with
-        return Context, value._layers_name, value._as_tuple, _module(value._template, {})
+        return Context, value._layers_name, value._returns, _module(value._template, {})
     if isinstance(value, functools.partial):
         return _setting(value.func), _setting(value.args), tuple((k, _setting(v)) for k, v in value.keywords.items())
     if _is_part(value, "torch.nn."):

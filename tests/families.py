@@ -16,6 +16,9 @@ PLANNED = ("InternLM3", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2",
 PLANNED += ("Cohere", "Olmo2", "SmolLM3")
 # By their structure: positions, dropouts, norms or projections beside the layers, layers that return tuples, experts.
 BUILT = ("GPT2", "OPT", "GPTNeoX", "Bloom", "Falcon", "StableLm", "Mixtral", "Qwen3Moe")
+# Layers that carry a state along the sequence (Mamba's, linear attention), beside others or in them; two layers each.
+RECURRENT = ("Bamba", "FalconH1", "GraniteMoeHybrid", "Lfm2", "Mamba2", "NemotronH", "Qwen3Next")
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 
 # What a family's config calls otherwise, or has beside; dropouts are off, since each layer draws from its own seed.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -37,6 +40,37 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "intermediate_size_mlp": 48,
         "attn_temperature_tuning": False,
+    },
+    "Bamba": {"attn_layer_indices": [1], **_MAMBA},
+    "FalconH1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5, **_MAMBA},
+    "GraniteMoeHybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        **_MAMBA,
+    },
+    "Lfm2": {"full_attn_idxs": [1]},
+    "Mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4},
+    "NemotronH": {
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 4,
+    },
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
     },
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import BUILT, PLANNED, VOCABULARY, make_decoder
+from families import BUILT, PLANNED, RECURRENT, VOCABULARY, make_decoder
 from numeric import assert_equal
 from pipelines import reference, trainer
 
@@ -91,6 +91,14 @@ def assert_steps_equal(model: Any, parts: int, steps: int = STEPS, **settings: A
 def test_twenty_steps_equal_the_plain_models(family: str) -> None:
     parts = 2 if family in (*BUILT, "InternLM3", "Llama") else 1  # the others differ from Llama in their layers alone
     assert_steps_equal(make_decoder(family, num_hidden_layers=2, tie_word_embeddings=False), parts)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_families_with_a_state_equal_the_plain_models(family: str) -> None:
+    """Bamba's layers return two values, Falcon H1's head reads a factor of the base model, and Mamba 2's layers get no
+    positions, which the whole model keeps to itself.
+    """
+    assert_steps_equal(make_decoder(family, num_hidden_layers=2, tie_word_embeddings=False), 2, steps=8)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "OPT"])

@@ -51,12 +51,14 @@ class Context:
         base: the base model; it is not changed and none of its weights are kept.
         layers_name: name of its ModuleList of decoder layers.
         embed_name: name of its token embedding.
-        as_tuple: its layers return tuples.
+        returns: how many values its layers return; 0: the hidden state itself.
     """
 
-    def __init__(self, base: nn.Module, layers_name: str, embed_name: str, *, as_tuple: bool = False) -> None:
+    def __init__(self, base: nn.Module, layers_name: str, embed_name: str, *, returns: int = 0) -> None:
         self._layers_name = layers_name
-        self._as_tuple = as_tuple
+        self._returns = returns
+        self._kept_back: set[str] = set()
+        self._mixing: int | None = None
         self._template = self._make_shell(base, layers_name, embed_name)
         self._reset()
 
@@ -73,11 +75,24 @@ class Context:
         return self  # holds no weights and no state that a call could change: copies of a layer share it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_layers_name": self._layers_name, "_as_tuple": self._as_tuple, "_template": self._template}
+        kept = ("_layers_name", "_returns", "_kept_back", "_mixing", "_template")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def keep_back(self, name: str) -> None:
+        """Give the base model no input of this name: the model around it does not (Mamba 2: ``position_ids``)."""
+        self._kept_back.add(name)
+        self._last = threading.local()
+
+    def mixes(self, index: int) -> None:
+        """Note that a layer lets documents of a row see each other whatever mask it gets: its attention is not all that
+        it does along the row (Falcon H1's Mamba).
+        """
+        self._mixing = index if self._mixing is None else self._mixing
+        self._proved_apart = False
 
     def _make_shell(self, base: nn.Module, layers_name: str, embed_name: str) -> nn.Module:
         shell = copy_without_children(base)
@@ -85,7 +100,7 @@ class Context:
         object.__setattr__(shell, "_spu_log", log)
         for name, child in base.named_children():
             if name == layers_name:
-                layers = [Recorder(layer, i, self._as_tuple, log) for i, layer in enumerate(child.children())]
+                layers = [Recorder(layer, i, self._returns, log) for i, layer in enumerate(child.children())]
                 shell.add_module(name, nn.ModuleList(layers))
             elif next(child.parameters(), None) is not None or next(child.buffers(), None) is None:
                 if name != embed_name:
@@ -119,8 +134,8 @@ class Context:
         self, embeds: torch.Tensor, inputs: Inputs, real: dict[str, nn.Module] | None = None, training: bool = False
     ) -> tuple[list[torch.Tensor], list[LayerCall], torch.Tensor, list[Any]]:
         """Return as `run`, and then the calls of stand-ins and the indices of layers, in their order."""
-        rest = split_inputs(inputs)
-        rest = parting_documents({k: v for k, v in rest.items() if k != "input_ids"})
+        unwanted = {"input_ids", *self._kept_back}
+        rest = parting_documents({k: v for k, v in split_inputs(inputs).items() if k not in unwanted})
         with self._lock:
             shell = self._shell_on(embeds.device)
             buffers = [id(buffer) for buffer in shell.buffers()]
@@ -192,7 +207,7 @@ class Context:
             embeds = torch.zeros((), dtype=dtype, device=device).expand(shape)
             calls = self.run(embeds, inputs)[1] if lengths is None else self._by_lengths(embeds, given, lengths)
         if packed is not None and not self._proved_apart:
-            check_apart(calls, packed)
+            check_apart(calls, packed, self._mixing)
             self._proved_apart = True
         return calls
 

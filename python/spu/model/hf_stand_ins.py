@@ -10,7 +10,16 @@ from torch import nn
 
 from spu.common import torch_private
 
-__all__ = ["LayerCall", "Recorder", "Stand", "StandCall", "copy_without_children", "hidden_of", "unwrapped"]
+__all__ = [
+    "LayerCall",
+    "Recorder",
+    "Stand",
+    "StandCall",
+    "copy_without_children",
+    "hidden_of",
+    "plain_attributes",
+    "unwrapped",
+]
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -18,28 +27,26 @@ LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 class Recorder(nn.Module):
     """Replaces a decoder layer: returns its input and records its arguments.
 
-    Plain attributes of the layer (such as its attention type) are copied, because a base model's forward may read them.
+    It has the layer's plain attributes, such as its attention type.
 
     Args:
         layer: which it replaces.
         index: its place among the layers.
-        as_tuple: the layer returns a tuple whose first element is the hidden state.
+        returns: how many values the layer returns, the hidden state first; 0: the hidden state itself.
         log: gets the index when it is called.
     """
 
-    def __init__(self, layer: nn.Module, index: int, as_tuple: bool, log: list[Any]) -> None:
+    def __init__(self, layer: nn.Module, index: int, returns: int, log: list[Any]) -> None:
         super().__init__()
-        for key, value in vars(layer).items():
-            if not key.startswith("_") and isinstance(value, str | int | float | bool | type(None)):
-                setattr(self, key, value)
-        self._index, self._as_tuple, self._log = index, as_tuple, log
+        vars(self).update(plain_attributes(layer))
+        self._index, self._returns, self._log = index, returns, log
         self._calls: list[tuple[torch.Tensor, LayerCall]] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._log.append(self._index)
         hidden, rest, named = hidden_of(args, kwargs)
         self._calls.append((hidden, (rest, named)))
-        return (hidden,) if self._as_tuple else hidden
+        return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
 
     def take(self) -> tuple[torch.Tensor, LayerCall]:
         """Return the one call since the last `take`: (hidden state, (args, kwargs))."""
@@ -123,6 +130,15 @@ def unwrapped(module: Any) -> Any:
     while (inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None)) is not None:
         module = inner
     return module
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's numbers, texts and flags, which the forward of the model around it may read."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "training" and isinstance(value, str | int | float | bool | type(None))
+    }
 
 
 def copy_without_children(module: nn.Module) -> nn.Module:

@@ -149,8 +149,8 @@ def _watched(
         raise ValueError(f"{name} keeps its token embedding in {embedding}, not beside its layers; {ELSE}")
     width = unwrapped(getattr(holder, embedding)).embedding_dim
     problems: list[Exception] = []
-    for as_tuple in (False, True):
-        context = Context(holder, blocks, embedding, as_tuple=as_tuple)
+    for returns in (0, 1, 2):
+        context = Context(holder, blocks, embedding, returns=returns)
         try:
             return (context, *_order(name, context, width))
         except Exception as error:  # of the model's own code, given what its blocks do not return

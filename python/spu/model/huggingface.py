@@ -19,7 +19,7 @@ from spu.common.torch_private import version
 from spu.model.deferred import with_any_values
 from spu.model.hf_context import Context, Inputs, is_fake, split_inputs
 from spu.model.hf_proof import prove_split
-from spu.model.hf_stand_ins import LayerCall, copy_without_children, unwrapped
+from spu.model.hf_stand_ins import LayerCall, copy_without_children, plain_attributes, unwrapped
 from spu.model.hf_structure import WORKS, Structure, structure_of
 from spu.nn.attention import use_attention
 from spu.ops.linear import compute_dtype
@@ -93,6 +93,11 @@ class DecoderLayer(_Part):
         """Return the layer's other arguments, (positional, keywords)."""
         return self._context.layer_calls(x, inputs)[self.index]
 
+    @property
+    def context(self) -> Context:
+        """What makes its arguments, of all layers."""
+        return self._context
+
 
 class _BaseOutput(dict):
     """A base model's output, with the fields that a head needs; fields that only inference fills are None."""
@@ -107,10 +112,16 @@ class _BaseOutput(dict):
 
 
 class _Stub(nn.Module):
-    """Replaces the base model inside the head's shell: returns the hidden state it was made with."""
+    """Replaces the base model inside the head's shell: returns the hidden state it was made with.
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+    Args:
+        hidden: to return.
+        attributes: of the base model, which the head's code may read.
+    """
+
+    def __init__(self, hidden: torch.Tensor, attributes: dict[str, Any]) -> None:
         super().__init__()
+        vars(self).update(attributes)
         self._hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> _BaseOutput:
@@ -147,6 +158,7 @@ class Head(_Part):
         self.lm_head = model.get_submodule(found.head)
         self._after = found.after
         self._stand_ins = (found.holder, found.head)
+        self._attributes = plain_attributes(model.get_submodule(found.holder))
         # Not children: shells have no weights, and must not show up in state_dict, .to() or .half().
         paths = {path.rpartition(".")[0] for path in self._stand_ins} - {""}
         parents = {"", *paths, *(path[:i] for path in paths for i, c in enumerate(path) if c == ".")}
@@ -195,7 +207,7 @@ class Head(_Part):
         for path, shell in shells.items():
             if path:
                 _place(shells, path, shell)
-        for path, stand_in in zip(self._stand_ins, (_Stub(normed), lm_head), strict=True):
+        for path, stand_in in zip(self._stand_ins, (_Stub(normed, self._attributes), lm_head), strict=True):
             _place(shells, path, stand_in)
         ids = split_inputs(inputs)["input_ids"]
         return shells[""](input_ids=ids, use_cache=False, return_dict=True).logits  # type: ignore[no-any-return]

@@ -120,12 +120,15 @@ def parting_documents(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {key: value for key, value in inputs.items() if key != "attention_mask"}
 
 
-def check_apart(calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], place: tuple[int, int]) -> None:
+def check_apart(
+    calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], place: tuple[int, int], mixing: int | None = None
+) -> None:
     """Prove that no layer lets a document see the one before it.
 
     Args:
         calls: (arguments, keywords) of each layer.
         place: (row, first token) of a document behind another one.
+        mixing: a layer that is known to, whatever mask it gets.
 
     Raises:
         ValueError: a layer gets no mask, or one that does not hide the document before.
@@ -137,7 +140,7 @@ def check_apart(calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], place: 
             for value in (keywords.get("attention_mask"), *arguments)
             if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[-1] == value.shape[-2] > at
         ]
-        if not any(_hides(mask[min(row, len(mask) - 1)], at) for mask in masks):
+        if number == mixing or not any(_hides(mask[min(row, len(mask) - 1)], at) for mask in masks):
             raise ValueError(
                 f"layer {number} of this model would let documents that are packed in a row see each other: train with "
                 "--pack off (a row for each document), or give rows whose position_ids do not begin again"
