@@ -148,10 +148,10 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
                 del entries[key]
             for key, value in by_name.get(name, {}).items():
                 if isinstance(value, Stored | torch.Tensor):
-                    made = value.read() if isinstance(value, Stored) else value  # what is read has memory of its own
-                    beside = made.dim() or made.device.type != "cpu" or id(_target(parameter, optimizer)) in counts
-                    place = parameter.device if beside else made.device
-                    value = made.to(place, copy=made is value)
+                    held = value.read() if isinstance(value, Stored) else value  # what is read has memory of its own
+                    beside = held.dim() or held.device.type != "cpu" or id(_target(parameter, optimizer)) in counts
+                    place = parameter.device if beside else held.device
+                    value = held.to(place, copy=held is value)
                 entries[key] = value
     inners = [inner for inner in map(_inner, optimizers) if inner]
     for index, inner in enumerate(inners):

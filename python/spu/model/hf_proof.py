@@ -71,8 +71,9 @@ class _Comparison:
     def hook(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if self._busy:  # called by the part itself
             return
-        name, part = self._layers[index + 1]
-        hidden, *given = hidden_of(args, kwargs)
+        name: str = self._layers[index + 1][0]
+        part: Any = self._layers[index + 1][1]
+        hidden, rest, named = hidden_of(args, kwargs)
         if index != self._count:
             raise ValueError(f"{self._name} runs {name} out of order: {_ADVICE}")
         self._busy = True
@@ -80,14 +81,13 @@ class _Comparison:
             before = self._layers[0][1](self._inputs, self._inputs) if self.last is None else self.last
             if not (same(before, hidden) if self.last is None else before is hidden):
                 raise ValueError(f"{self._name} gives {name} other hidden states than the layer before made: {_ADVICE}")
-            if index == 0 and isinstance(self._inputs, dict):
-                alone = part.arguments(hidden, self._inputs)[1]  # type: ignore[operator]
-                for key in self._inputs.keys() & alone.keys() - given[1].keys():
-                    part.context.keep_back(key)  # type: ignore[union-attr]
-            self._check_arguments(name, part.arguments(hidden, self._inputs), given)  # type: ignore[operator]
+            if isinstance(self._inputs, dict):
+                for key in self._inputs.keys() & part.arguments(hidden, self._inputs)[1].keys() - named.keys():
+                    part.context.keep_back(key)
+            elif _mixes(part, hidden):
+                part.context.mixes(index)
+            self._check_arguments(name, part.arguments(hidden, self._inputs), (rest, named))
             returned = part(hidden, self._inputs)
-            if not isinstance(self._inputs, dict) and _mixes(part, hidden):
-                part.context.mixes(index)  # type: ignore[union-attr]
         finally:
             self._busy = False
         self.last = out[0] if isinstance(out, tuple | list) else out
