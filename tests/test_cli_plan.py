@@ -91,6 +91,10 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
         (("--model", "NONE"), "LlamaForCausalLM has no layers: its config's num_hidden_layers is 0, give 1 or more"),
         (("--model", "TEXT"), "Validation error for field 'hidden_size': TypeError: Field 'hidden_size' expected int"),
         (("--out", "."), "--out . is a folder: give a file"),
+        (("--out", "no/such/plan.json"), "--out no/such/plan.json: there is no folder no/such: make it"),
+        (("--picture", "no/such/plan.png"), "--picture no/such/plan.png: there is no folder no/such: make it"),
+        (("--picture", "plan.doc"), "--picture plan.doc: give a name that ends in .png, .svg, .pdf"),
+        (("--frozen", "--lora", "4"), "--frozen and --lora 4: adapters freeze the model themselves: give one of them"),
         (("--speed", "cuda:3=rtx3070"), "--speed names cuda:3; the devices are cpu:0"),
         (
             ("--model", "internlm2-1.8b", "--microbatches", "few"),

@@ -26,6 +26,7 @@ from spu.train.progress import terminal_width
 __all__ = ["declared_devices", "describe_machine", "plan_command"]
 
 _DECLARED = "declared; budget "
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def declared_devices(devices: str | None, budget: str | None) -> tuple[list[Device], set[str]]:
@@ -123,6 +124,19 @@ def with_tiers(machine: Machine, tiers: Tiers) -> Machine:
     )
 
 
+def _check_files(options: PlanOptions) -> None:
+    """Raise ValueError, before anything is measured, for files that could not be written at the end."""
+    for name, file in (("--out", options.out), ("--picture", options.picture)):
+        if file is None:
+            continue
+        if Path(file).is_dir():
+            raise ValueError(f"{name} {file} is a folder: give a file")
+        if not Path(file).parent.is_dir():
+            raise ValueError(f"{name} {file}: there is no folder {Path(file).parent}: make it, or give another")
+    if options.picture is not None and Path(options.picture).suffix.lower() not in _PICTURES:
+        raise ValueError(f"--picture {options.picture}: give a name that ends in {', '.join(_PICTURES)}")
+
+
 def plan_command(options: PlanOptions) -> Plan:
     """Plan, print, write.
 
@@ -134,8 +148,8 @@ def plan_command(options: PlanOptions) -> Plan:
     from spu.cost.head import device_type_of
     from spu.plan.show.explain import explain
 
-    if Path(options.out).is_dir():
-        raise ValueError(f"--out {options.out} is a folder: give a file")
+    _check_files(options)
+    check_lora(options)
     check_positions(load_config(options.model), options.seq)
     began = time.perf_counter()
     budget, tiers = split_budget(options.budget)
@@ -146,7 +160,6 @@ def plan_command(options: PlanOptions) -> Plan:
     machine = describe_machine(devices, absent, options.speed, options.precision)
     if not absent and options.speed is None and options.residency != "resident":
         machine = with_tiers(machine, tiers)
-    check_lora(options)
     layers = blueprint(options.model, lora_options(options))
     if options.frozen:
         freeze_matrices(layers)

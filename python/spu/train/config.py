@@ -240,6 +240,8 @@ def check_lora(options: TrainConfig | PlanOptions) -> None:
         value = getattr(options, name, None)
         if options.lora is None and value not in (None, 0.0, "lora"):
             raise ValueError(f"{option(name)} {value} is of adapters, and there are none: give --lora RANK with it")
+    if options.lora is not None and getattr(options, "frozen", False):
+        raise ValueError(f"--frozen and --lora {options.lora}: adapters freeze the model themselves: give one of them")
 
 
 def for_tokens_per_step(config: TrainConfig, tokens: int) -> dict[str, int]:
