@@ -15,7 +15,7 @@ VOCABULARY = 64
 PLANNED = ("InternLM3", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text", "Phi3", "Granite")
 PLANNED += ("Cohere", "Olmo2", "SmolLM3")
 # By their structure: positions, dropouts, norms or projections beside the layers, layers that return tuples, experts.
-BUILT = ("GPT2", "OPT", "GPTNeoX", "Bloom", "Falcon", "StableLm", "Mixtral", "Qwen3Moe")
+BUILT = ("GPT2", "OPT", "GPTNeoX", "Bloom", "Falcon", "StableLm", "Mixtral", "Qwen3Moe", "NanoChat")
 # Layers that carry a state along the sequence (Mamba's, linear attention), beside others or in them; two layers each.
 RECURRENT = ("Bamba", "FalconH1", "GraniteMoeHybrid", "Lfm2", "Mamba2", "NemotronH", "Qwen3Next")
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}

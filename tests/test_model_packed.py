@@ -17,7 +17,7 @@ LENGTHS = (7, 1, 12, 4)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])
 # transformers makes their masks without a look at position_ids, or takes none; a state goes on from one document to the
 # next, in Falcon H1 beside an attention whose mask keeps them apart
-NEVER_APART = ("Bloom", "OPT", *RECURRENT)
+NEVER_APART = ("Bloom", "OPT", "Mpt", "RecurrentGemma", *RECURRENT)
 
 
 def logits_of(parts: list[tuple[str, torch.nn.Module]], inputs: Any) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_a_document_changes_nothing_of_another(family: str, dtype: torch.dtype, 
     assert error <= 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("family", [*PLANNED, *BUILT, *RECURRENT])
+@pytest.mark.parametrize("family", [*PLANNED, *BUILT, *RECURRENT, "Mpt", "RecurrentGemma"])
 def test_every_family_keeps_documents_apart_or_is_refused(family: str) -> None:
     model = make_decoder(family, num_hidden_layers=2)
     parts = decoder_layers(model)

@@ -152,7 +152,7 @@ def _watched(
     for returns in (0, 1, 2):
         context = Context(holder, blocks, embedding, returns=returns)
         try:
-            return (context, *_order(name, context, width))
+            return (context, *_order(name, context, holder, width))
         except Exception as error:  # of the model's own code, given what its blocks do not return
             problems.append(error)
     first = next((e for e in problems if str(e).startswith(name)), problems[0])
@@ -161,7 +161,7 @@ def _watched(
     raise ValueError(f"{name} cannot be run without its layers: {first}; {ELSE}") from first
 
 
-def _order(name: str, context: Context, width: int) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+def _order(name: str, context: Context, holder: nn.Module, width: int) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     ids = torch.zeros((1, 4), dtype=torch.long, device="cpu")
     embeds = torch.zeros(1, 4, width, dtype=torch.float32, device="cpu")
     with torch.no_grad():
@@ -177,7 +177,9 @@ def _order(name: str, context: Context, width: int) -> tuple[tuple[str, ...], tu
     after = [entry for entry in log[last:] if isinstance(entry, StandCall)]
     names = [entry.name for entry in log if isinstance(entry, StandCall)]
     for stand in names:
-        if names.count(stand) > 1 or stand not in {entry.name for entry in (*before, *after)}:
+        uses = [sum(entry.name == stand for entry in entries) for entries in (before, after)]
+        bare = next(holder.get_submodule(stand).parameters(), None) is None  # both ends may have it (NanoChat's norm)
+        if sum(uses) != names.count(stand) or max(uses) > 1 or (all(uses) and not bare):
             raise ValueError(f"{name} runs {stand} between its layers, or more than once; {ELSE}")
     end = given[0]
     for entry in after:
