@@ -225,6 +225,18 @@ def test_devices_have_as_many_fast_and_small_cores_as_each_other(monkeypatch: py
     assert [d.cores for d in found] == [(2 * k, 2 * k + 1) for k in range(6)]
 
 
+@pytest.mark.parametrize(("fast", "parts", "sizes"), [(4, 3, [2, 3, 3]), (3, 2, [3, 3]), (5, 3, [3, 3, 4])])
+def test_devices_have_as_many_cores_as_each_other_where_no_kind_divides(
+    monkeypatch: pytest.MonkeyPatch, fast: int, parts: int, sizes: list[int]
+) -> None:
+    play_cpu(monkeypatch, 2 * fast)
+    monkeypatch.setattr(hostinfo, "_physical_core", lambda core: (0, core))
+    monkeypatch.setattr(hostinfo, "_numbers", lambda path: set(range(fast, 2 * fast)))
+    found = [d.cores for d in DeviceManager().get_devices(["cpu"] * parts)]
+    assert sorted(map(len, found)) == sizes
+    assert sorted(core for cores in found for core in cores) == list(range(2 * fast))
+
+
 def test_a_cpu_quota_is_shared_in_proportion_to_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     play_cpu(monkeypatch, 16)
     monkeypatch.setattr(devices, "effective_cores", lambda: 4)

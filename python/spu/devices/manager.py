@@ -11,6 +11,7 @@ fragments; never more than half of what is available. A container's memory limit
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -290,19 +291,23 @@ def default_devices(spec: Spec, residency: str) -> Spec:
 
 
 def _split_cores(cores: list[int], parts: int) -> list[tuple[int, ...]]:
-    """Return ``parts`` disjoint sets of cores, about as many of each kind in all: runs of neighbours. Single cores in
-    turn where there are fewer.
+    """Return ``parts`` disjoint sets of cores, about as many of each kind in all, and as many together: runs of
+    neighbours. Single cores in turn where there are fewer.
     """
     if parts > len(cores):
         return [(cores[i % len(cores)],) for i in range(parts)]
-    kinds = core_kinds(cores)
+    kinds = core_kinds(cores) if parts else []
     if any(len(kind) < parts for kind in kinds):
         kinds = [cores]
-
-    def share(i: int) -> list[int]:
-        return [core for kind in kinds for core in kind[len(kind) * i // parts : len(kind) * (i + 1) // parts]]
-
-    return [tuple(sorted(share(i))) for i in range(parts)]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for kind in kinds:
+        each, left = divmod(len(kind), parts)
+        # One more to those that have the fewest: three fast cores and three small ones are three and three.
+        more = sorted(range(parts), key=lambda i: (len(shares[i]), -i))[:left]
+        sizes = [each + (i in more) for i in range(parts)]
+        for share, end, size in zip(shares, itertools.accumulate(sizes), sizes, strict=True):
+            share += kind[end - size : end]
+    return [tuple(sorted(share)) for share in shares]
 
 
 def _assign_names(names: list[str], known: str) -> list[str]:
