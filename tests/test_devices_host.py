@@ -176,6 +176,15 @@ def test_cores_of_one_speed_are_one_kind(host: Path) -> None:
     assert hostinfo.core_kinds([]) == []
 
 
+def test_machines_of_one_name_are_told_apart(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostinfo.platform, "node", lambda: "localhost")
+    names = {hostinfo.machine_name()}
+    for boot in ("one", "another"):
+        write(host / "proc/sys/kernel/random/boot_id", f"{boot}\n")
+        names |= {hostinfo.machine_name(), hostinfo.machine_name()}
+    assert len(names) == 3
+
+
 def test_kinds_are_told_by_capacity(host: Path) -> None:
     for core, capacity in enumerate((250, 1024, 766, 250)):
         write(host / f"cpu/cpu{core}/cpu_capacity", f"{capacity}\n")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import in_ranks
 
+from spu.devices import host
 from spu.devices.host import physical_cores, usable_cores
 from spu.devices.manager import DeviceManager
 from spu.distributed import cores
@@ -92,6 +94,31 @@ def test_each_of_two_processes_is_bound_to_its_half_of_the_cores_and_given_back_
         assert inside == [list(half.cores), half.threads]
         assert after == before
         assert text.partition("; ")[0] == half.description.partition("; ")[0]
+
+
+@needs_two
+def test_what_was_given_back_is_left_alone(threads):
+    torch.set_num_threads(2)
+    before = os.sched_getaffinity(0)
+    share = cores.Share(DeviceManager().get_devices("cpu,cpu")[0], alone=True)
+    share.give_back()
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (2, before)
+    torch.set_num_threads(share.threads)  # which somebody wants now
+    share.give_back()
+    assert torch.get_num_threads() == share.threads
+
+
+def test_machines_of_one_name_share_no_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "threads_are_chosen", lambda: False)
+    monkeypatch.setattr(platform, "node", lambda: "localhost")
+    device, everyones = DeviceManager().get_devices("cpu")[0], []
+    for name in ("one", "another"):
+        boot = tmp_path / name / "sys/kernel/random/boot_id"
+        boot.parent.mkdir(parents=True)
+        boot.write_text(f"{name}\n")
+        monkeypatch.setattr(host, "_PROC", tmp_path / name)
+        everyones.append(cores.where(device))
+    assert [cores.my_turn(everyones, rank) for rank in range(2)] == [(0, 1), (0, 1)]
 
 
 @needs_two

@@ -18,6 +18,7 @@ __all__ = [
     "cpu_model",
     "effective_cores",
     "host_memory",
+    "machine_name",
     "physical_cores",
     "usable_cores",
 ]
@@ -125,6 +126,15 @@ def _numbers(path: Path) -> set[int]:
         return {number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)}
     except (OSError, ValueError):
         return set()
+
+
+def machine_name() -> str:
+    """Return what tells this machine from others, also from one of the same name."""
+    try:
+        boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{platform.node()} {boot}"
 
 
 def cpu_model() -> str:

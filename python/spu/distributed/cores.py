@@ -8,13 +8,12 @@ one process are. What somebody has chosen stays: see :func:`threads_are_chosen`.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from spu.devices.host import physical_cores, usable_cores
+from spu.devices.host import machine_name, physical_cores, usable_cores
 from spu.devices.manager import Device, DeviceManager
 from spu.devices.pin import pin_current_thread
 
@@ -40,7 +39,7 @@ def threads_are_chosen() -> bool:
 def where(device: Device) -> Where:
     """Return what a process tells the others: where it runs, with which cores."""
     shares = device.torch_device.type == "cpu" and not threads_are_chosen()
-    return platform.node(), tuple(sorted(usable_cores())) if shares else ()
+    return machine_name(), tuple(sorted(usable_cores())) if shares else ()
 
 
 def described(cores: str, budget: str) -> str:
@@ -73,6 +72,7 @@ class Share:
 
     def __init__(self, device: Device, *, alone: bool) -> None:
         self.cores, self.threads, self._which = device.cores if alone else (), device.threads, device.description
+        self._given_back = False
         self._threads_before = torch.get_num_threads()
         self._cores_before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
         if alone:
@@ -86,8 +86,10 @@ class Share:
 
     def give_back(self) -> None:
         """Undo it where it still holds; harmless when called twice."""
+        if self._given_back:
+            return
+        self._given_back = True
         if torch.get_num_threads() == self.threads:
             torch.set_num_threads(self._threads_before)
         if self.cores and self._cores_before and os.sched_getaffinity(0) == set(self.cores):
             os.sched_setaffinity(0, self._cores_before)
-        self.cores = ()

@@ -8,12 +8,12 @@ are measured only where ``transfer="auto"`` asks which of them are slow, and bet
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 from spu.common.dtypes import DTYPES
 from spu.cost.measure import time_packing
+from spu.devices.host import machine_name
 from spu.devices.manager import Device
 from spu.devices.speed import identity, measure_device
 from spu.distributed.job import Job
@@ -71,6 +71,5 @@ def _kind(device: Device) -> str:
 
 def _host() -> str:
     """Return what tells the machine from others, and the network that a process is in from others on it."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
     network = os.readlink("/proc/self/ns/net") if Path("/proc/self/ns/net").is_symlink() else ""
-    return f"{platform.node()} {boot.read_text().strip() if boot.exists() else ''} {network}"
+    return f"{machine_name()} {network}"
