@@ -70,6 +70,38 @@ def test_every_family_keeps_documents_apart_or_is_refused(family: str) -> None:
     assert torch.allclose(logits_of(parts, inputs)[:, 8:20], alone, rtol=0, atol=1e-5)
 
 
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no derivative")
+
+
+def test_layers_without_a_derivative_are_not_taken_for_such_that_keep_documents_apart() -> None:
+    model = make_decoder("FalconH1", num_hidden_layers=2)
+    for layer in model.model.layers:
+        layer.mamba.out_proj.register_forward_hook(lambda _, args, out: _Doubled.apply(out))
+    parts = decoder_layers(model)
+    ids = torch.randint(2, 64, (1, sum(LENGTHS)))
+    logits_of(parts, ids)
+    with pytest.raises(ValueError, match="layer 0 of this model would let documents"):
+        logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS[None]})
+
+
+def test_masks_of_long_rows_are_looked_at_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof of the split has rows of six tokens, in which a longer row's mask need not be like it."""
+    parts = decoder_layers(make_decoder("Llama"))
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(hf_context, "check_apart", lambda calls, place, mixing: seen.append(place))
+    ids = torch.randint(2, 64, (2, sum(LENGTHS)))
+    for _ in range(2):
+        logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS.expand(2, -1).clone()})
+    assert seen == [(0, LENGTHS[0])]
+
+
 def test_a_mask_that_hides_something_of_packed_rows_is_refused() -> None:
     parts = decoder_layers(make_decoder("Llama"))
     ids = torch.randint(64, (1, 6))

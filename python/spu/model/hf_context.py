@@ -87,11 +87,13 @@ class Context:
         self._kept_back.add(name)
         self._last = threading.local()
 
-    def mixes(self, index: int) -> None:
-        """Note that a layer lets documents of a row see each other whatever mask it gets: its attention is not all that
-        it does along the row (Falcon H1's Mamba).
+    def mixes(self, index: int, mixed: bool) -> None:
+        """Note whether a layer lets documents of a row see each other whatever mask it gets: its attention is not all
+        that it does along the row (Falcon H1's Mamba). The masks of the few tokens that tell it prove nothing of those
+        of longer rows, which are looked at when they come.
         """
-        self._mixing = index if self._mixing is None else self._mixing
+        if mixed and self._mixing is None:
+            self._mixing = index
         self._proved_apart = False
 
     def _make_shell(self, base: nn.Module, layers_name: str, embed_name: str) -> nn.Module:

@@ -84,8 +84,8 @@ class _Comparison:
             if isinstance(self._inputs, dict):
                 for key in self._inputs.keys() & part.arguments(hidden, self._inputs)[1].keys() - named.keys():
                     part.context.keep_back(key)
-            elif _mixes(part, hidden):
-                part.context.mixes(index)
+            else:
+                part.context.mixes(index, _mixes(part, hidden))
             self._check_arguments(name, part.arguments(hidden, self._inputs), (rest, named))
             returned = part(hidden, self._inputs)
         finally:
@@ -122,10 +122,10 @@ def _mixes(part: nn.Module, hidden: torch.Tensor) -> bool:
         second = part(row, inputs)[:, half:]
         weights = torch.linspace(-1, 1, second.numel(), dtype=torch.float32, device="cpu").view_as(second).to(second)
         (gradient,) = torch.autograd.grad(second, row, weights)
-    except Exception as error:  # without a mask, or positions: refused where such rows come
+    except Exception as error:  # without a mask, positions or a derivative: refused where such rows come
         if is_out_of_memory(error):
             raise
-        return False
+        return True
     return bool(gradient[:, :half].any())
 
 
