@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -89,6 +90,27 @@ def test_layers_without_a_derivative_are_not_taken_for_such_that_keep_documents_
     logits_of(parts, ids)
     with pytest.raises(ValueError, match="layer 0 of this model would let documents"):
         logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS[None]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_come_later_tell_nothing_of_documents(value: float, dtype: torch.dtype) -> None:
+    """A derivative of weights without values yet is no number, whatever the mask hides."""
+    ids = torch.randint(2, 64, (1, sum(LENGTHS)))
+    for family in ("Llama", "FalconH1"):
+        model = make_decoder(family, num_hidden_layers=2).to(dtype)
+        weights = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        parts = decoder_layers(model)
+        assert all(bool((p == value).all() or p.isnan().all()) for p in model.parameters())
+        model.load_state_dict(weights)
+        if family == "Llama":
+            assert logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS[None]}).isfinite().all()
+            continue
+        with pytest.raises(ValueError, match="layer 0 of this model would let documents"):
+            logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS[None]})
 
 
 def test_masks_of_long_rows_are_looked_at_when_they_come(monkeypatch: pytest.MonkeyPatch) -> None:

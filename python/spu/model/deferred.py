@@ -59,12 +59,16 @@ def defer(model: nn.Module, fill: Fill) -> None:
 
 
 @contextmanager
-def with_any_values(model: nn.Module) -> Iterator[None]:
+def with_any_values(model: nn.Module, *, everywhere: bool = False) -> Iterator[None]:
     """Give deferred parameters some values while the block runs, for what is true of a model whatever its weights are.
 
     They are views of one small memory, each from another place on; the rows of a larger one overlap in it.
+
+    Args:
+        model: whose.
+        everywhere: all plain parameters get some that hold floating-point numbers, also those that have values.
     """
-    waiting = [p for p in model.parameters() if is_absent(p)]
+    waiting = [p for p in model.parameters() if is_absent(p) or (everywhere and _is_plain(p))]
     rows = [p.shape[0] if p.dim() > 1 else 1 for p in waiting]
     inner = [p.numel() // count for p, count in zip(waiting, rows, strict=True)]
     size = max([min(_ANY, p.numel()) for p in waiting] + inner, default=0)
@@ -76,11 +80,16 @@ def with_any_values(model: nn.Module) -> Iterator[None]:
             strides = list(torch.empty(parameter.shape, device="meta", dtype=torch.float32).stride())
             if parameter.numel() > size:
                 strides[0] = (size - inner[place]) // rows[place]
-            parameter.data = values.to(parameter.dtype).as_strided(parameter.shape, strides, _APART * place)
+            own = values.to(parameter.device, parameter.dtype)
+            parameter.data = own.as_strided(parameter.shape, strides, _APART * place)
         yield
     finally:
         for parameter, stand_in in before:
             parameter.data = stand_in
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel() > 0
 
 
 class Reading:

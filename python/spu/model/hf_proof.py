@@ -17,6 +17,7 @@ from torch import nn
 from spu.common.errors import first_line
 from spu.common.out_of_memory import is_out_of_memory
 from spu.common.torch_private import swap_compiled_call
+from spu.model.deferred import with_any_values
 from spu.model.hf_context import Inputs, same
 from spu.model.hf_stand_ins import hidden_of
 
@@ -114,19 +115,29 @@ def _mixes(part: nn.Module, hidden: torch.Tensor) -> bool:
     them: by the derivative, which is exactly 0 where it does not. (Values differ by rounding where experts have other
     rows.)
     """
-    half = TOKENS // 2
-    ids = torch.zeros((1, TOKENS), dtype=torch.long, device=hidden.device)
-    inputs = {"input_ids": ids, "position_ids": torch.arange(half, device=hidden.device).repeat(2)[None]}
-    row = hidden[:1].detach().clone().requires_grad_()
+    row = hidden[:1].detach()
     try:
-        second = part(row, inputs)[:, half:]
-        weights = torch.linspace(-1, 1, second.numel(), dtype=torch.float32, device="cpu").view_as(second).to(second)
-        (gradient,) = torch.autograd.grad(second, row, weights)
+        gradient = _derivative(part, row)
+        if not gradient.isfinite().all():  # weights without values yet, or too large, tell nothing
+            with with_any_values(part, everywhere=True):
+                values = torch.linspace(-1, 1, row.numel(), dtype=torch.float32, device="cpu").view_as(row)
+                gradient = _derivative(part, values.to(row))
     except Exception as error:  # without a mask, positions or a derivative: refused where such rows come
         if is_out_of_memory(error):
             raise
         return True
-    return bool(gradient[:, :half].any())
+    return bool(gradient[:, : TOKENS // 2].any())
+
+
+def _derivative(part: nn.Module, row: torch.Tensor) -> torch.Tensor:
+    """Return that of a row's second document by its states [1, TOKENS, hidden]; its first one has as many tokens."""
+    half, row = TOKENS // 2, row.clone().requires_grad_()
+    ids = torch.zeros((1, TOKENS), dtype=torch.long, device=row.device)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(half, device=row.device).repeat(2)[None]}
+    second = part(row, inputs)[:, half:]
+    weights = torch.linspace(-1, 1, second.numel(), dtype=torch.float32, device="cpu").view_as(second).to(second)
+    (gradient,) = torch.autograd.grad(second, row, weights)
+    return gradient
 
 
 def _is_off(value: Any) -> bool:
