@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -228,6 +229,24 @@ def test_page_locked_memory_is_not_copied_into_forked_processes() -> None:
     slab.close(keep_viewed=True)
     assert (locked, bool((kept == 7).all())) == ([], True)
     assert not is_left_out_of_forks(at)
+
+
+def test_advice_is_for_whole_pages_and_may_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system with pages of 64 KB refuses it from within one, and the slab was not made."""
+    page, given = 1 << 16, set[int]()
+
+    def advise(self: Mapped, advice: int, start: int, size: int) -> None:
+        given.add(start)
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(Mapped, "advise", advise)
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
+    slab = Slab(
+        3 * page, Pinning(lambda address, size: "", lambda address: None), [page + ALIGNMENT, 2 * page - ALIGNMENT]
+    )
+    assert slab.pinned_bytes == slab.size
+    slab.close()
+    assert given == {0, page}
 
 
 def test_memory_is_page_locked_for_all_cards_by_the_one_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:

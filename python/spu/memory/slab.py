@@ -147,10 +147,14 @@ class Slab:
     def _give_to_forks(self, start: int, size: int, *, shared: bool) -> None:
         """Let processes that are forked have these bytes, or not. Of page-locked memory Linux makes each of them, as a
         loader's workers are, a copy of its own at once; before 5.9 the card could go on with pages that this process
-        had no more.
+        had no more. Whole pages (of 64 KB on some machines): a step may begin within one.
         """
         if self._mapped is not None and hasattr(mmap, "MADV_DONTFORK"):
-            self._mapped.advise(mmap.MADV_DOFORK if shared else mmap.MADV_DONTFORK, start, size)
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            with contextlib.suppress(OSError):  # the memory is as good without the advice
+                self._mapped.advise(
+                    mmap.MADV_DOFORK if shared else mmap.MADV_DONTFORK, first, min(start + size, self.size) - first
+                )
 
     def view(self, start: int, size: int) -> Tensor:
         """Return bytes ``start`` to ``start + size`` as a uint8 tensor whose storage is these bytes and no more."""
