@@ -261,6 +261,10 @@ def test_an_adapter_is_added_to_no_weights_but_those_it_was_trained_on(
     assert f"began from the weights in {base}, which are gone" in capsys.readouterr().err
     with pytest.raises(ValueError, match="which are gone"):
         load_trained(own)
+    shutil.copy(place / "base" / "model.safetensors", base)
+    (own / "config.json").write_text(json.dumps({**record, "weights": False}))
+    assert spu("merge", own, "--out", tmp_path / "new") == 2
+    assert f"began from random weights, and {base} has weights now" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 

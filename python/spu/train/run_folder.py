@@ -66,7 +66,8 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig, corpus: dict[str, Any]) -> None:
         """Write config.json, with which the run goes on, and config.yaml, which begins another one like it."""
-        weights = self._began_from_weights() or has_weights(config.model)
+        began = self._began_from_weights()
+        weights = has_weights(config.model) if began is None else began
         record = {"format": FORMAT, "settings": config.to_json(), "corpus": corpus, "weights": weights}
         write_json(self / "config.json", record)
         write_yaml(self / "config.yaml", config, f"spu train --config {self / 'config.yaml'} --name ANOTHER")
@@ -88,19 +89,26 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{self.path}: {file.name} cannot be used ({error}): give another run") from error
 
-    def _began_from_weights(self) -> bool:
+    def _began_from_weights(self) -> bool | None:
+        """Return whether the run did; None: there is none yet, or it has not noted it."""
         try:
-            return bool(json.loads((self / "config.json").read_text(encoding="utf-8")).get("weights"))
+            began = json.loads((self / "config.json").read_text(encoding="utf-8")).get("weights")
         except FileNotFoundError:
-            return False
+            return None
+        return None if began is None else bool(began)
 
     def check_weights(self, config: TrainConfig) -> None:
-        """Raise ValueError if the weights that the run began from are gone: its config alone makes random ones, to
-        which its adapter does not belong.
+        """Raise ValueError if the weights that the run began from are gone, or others are where it had random ones: its
+        adapter does not belong to what the model's folder makes now.
         """
-        if self._began_from_weights() and not has_weights(config.model):
+        began, there = self._began_from_weights(), has_weights(config.model)
+        if began and not there:
             raise ValueError(
                 f"{self.path} began from the weights in {config.model}, which are gone: put them back there"
+            )
+        if began is False and there:
+            raise ValueError(
+                f"{self.path} began from random weights, and {config.model} has weights now: move them elsewhere"
             )
 
     def check_new(self) -> None:
