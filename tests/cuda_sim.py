@@ -8,6 +8,7 @@ What stays unexecuted: ``gemm_mma.cu``, ``gemm_wgmma.cu`` and ``gemm_fusion.h``,
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.machinery
@@ -27,6 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc/cuda"
 TORCH = Path(torch.__file__).parent
+CUBLASLT = "libcublasLt.so.13"
 KERNELS = ("pointwise.cu", "codec.cu", "optim.cu", "gemm_fma.cu", "transfer.cu")
 OPS = ("gemm.cpp", "cublaslt.cpp", "gemm_library.cpp", "op_linear.cpp", "op_codec.cpp", "op_mlp.cpp",
        "op_multiply.cpp", "op_optim.cpp", "module.cpp")  # fmt: skip
@@ -67,6 +69,9 @@ def build(folder: Path) -> Path:
     library = folder / "_cuda.so"
     link = ["g++", "-shared", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ldl", "-o", str(library)]
     subprocess.run(link, check=True, capture_output=True, text=True)
+    named = ["-shared", "-fvisibility=default", f"-Wl,-soname,{CUBLASLT}", "-o", str(folder / CUBLASLT)]
+    source = str(ROOT / "tests/cuda_host/cublaslt_stub.cpp")
+    subprocess.run(["g++", *FLAGS, *named, source], check=True, capture_output=True, text=True)
     return library
 
 
@@ -83,19 +88,28 @@ def _built() -> Path:
     library = folder / "_cuda.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if not library.exists() or not (folder / CUBLASLT).exists():
             for old in folder.parent.iterdir():
                 if old != folder:
                     shutil.rmtree(old, ignore_errors=True)
             with tempfile.TemporaryDirectory() as work:
                 made = shutil.copy2(build(Path(work)), folder / "made.so")
+                shutil.copy2(Path(work) / CUBLASLT, folder)
             made.rename(library)
     return library
 
 
+def stand_in() -> Path:
+    """Return the path of what stands for cuBLASLt (``cuda_host/cublaslt_stub.cpp``) beside the library."""
+    return _built().parent / CUBLASLT
+
+
 @lru_cache(maxsize=1)
 def load() -> ModuleType:
-    """Build the library and load it, once a process: its ops cannot be registered twice."""
+    """Build the library and load it, once a process: its ops cannot be registered twice. The stand-in for cuBLASLt
+    comes first: the library looks for one once.
+    """
+    ctypes.CDLL(str(stand_in()))
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(_built()))
     spec = importlib.util.spec_from_loader("_cuda", loader)
     assert spec is not None
