@@ -92,10 +92,10 @@ def test_layers_without_a_derivative_are_not_taken_for_such_that_keep_documents_
         logits_of(parts, {"input_ids": ids, "position_ids": POSITIONS[None]})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_come_later_tell_nothing_of_documents(value: float, dtype: torch.dtype) -> None:
-    """A derivative of weights without values yet is no number, whatever the mask hides."""
+    """A derivative of weights without values yet is no number or 0, whatever the mask hides."""
     ids = torch.randint(2, 64, (1, sum(LENGTHS)))
     for family in ("Llama", "FalconH1"):
         model = make_decoder(family, num_hidden_layers=2).to(dtype)

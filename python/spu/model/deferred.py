@@ -16,7 +16,7 @@ from spu.common.torch_private import parameters_of
 
 __all__ = ["Reading", "bring", "brought", "defer", "fill_meta", "with_any_values"]
 
-_ANY = 1 << 26  # values that parameters share at most
+_ANY, _FEW = 1 << 26, 1 << 20  # values that parameters share at most; where those of one layer after another do
 _APART = 64  # values from the first one of a parameter to that of the next
 
 Fill = Callable[[Mapping[str, Tensor]], None]
@@ -71,17 +71,21 @@ def with_any_values(model: nn.Module, *, everywhere: bool = False) -> Iterator[N
     waiting = [p for p in model.parameters() if is_absent(p) or (everywhere and _is_plain(p))]
     rows = [p.shape[0] if p.dim() > 1 else 1 for p in waiting]
     inner = [p.numel() // count for p, count in zip(waiting, rows, strict=True)]
-    size = max([min(_ANY, p.numel()) for p in waiting] + inner, default=0)
+    most = _FEW if everywhere else _ANY
+    size = max([min(most, p.numel()) for p in waiting] + inner, default=0)
     draws = torch.Generator().manual_seed(0)
     values = torch.randn(size + _APART * len(waiting), generator=draws, dtype=torch.float32, device="cpu") / 20
+    made: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # parameters of one kind share it
     before = [(p, p.data) for p in waiting]
     try:
         for place, parameter in enumerate(waiting):
             strides = list(torch.empty(parameter.shape, device="meta", dtype=torch.float32).stride())
             if parameter.numel() > size:
                 strides[0] = (size - inner[place]) // rows[place]
-            own = values.to(parameter.device, parameter.dtype)
-            parameter.data = own.as_strided(parameter.shape, strides, _APART * place)
+            kind = parameter.device, parameter.dtype
+            if kind not in made:
+                made[kind] = values.to(*kind)
+            parameter.data = made[kind].as_strided(parameter.shape, strides, _APART * place)
         yield
     finally:
         for parameter, stand_in in before:

@@ -118,7 +118,7 @@ def _mixes(part: nn.Module, hidden: torch.Tensor) -> bool:
     row = hidden[:1].detach()
     try:
         gradient = _derivative(part, row)
-        if not gradient.isfinite().all():  # weights without values yet, or too large, tell nothing
+        if not gradient.isfinite().all() or _has_zeros(part):  # such weights tell nothing of those that come
             with with_any_values(part, everywhere=True):
                 values = torch.linspace(-1, 1, row.numel(), dtype=torch.float32, device="cpu").view_as(row)
                 gradient = _derivative(part, values.to(row))
@@ -127,6 +127,19 @@ def _mixes(part: nn.Module, hidden: torch.Tensor) -> bool:
             raise
         return True
     return bool(gradient[:, : TOKENS // 2].any())
+
+
+def _has_zeros(part: nn.Module) -> bool:
+    """Tell whether a weight is 0 in all elements, as some are before they are trained: nothing goes through it yet.
+
+    An adapter's may be, beside the weights of its layer.
+    """
+    adapted = [f"{name}." for name, module in part.named_modules() if hasattr(module, "base_layer")]
+    for name, weight in part.named_parameters():
+        beside = any(name.startswith(path) and not name.startswith(f"{path}base_layer.") for path in adapted)
+        if weight.is_floating_point() and not name.endswith("bias") and not beside and not weight.any():
+            return True
+    return False
 
 
 def _derivative(part: nn.Module, row: torch.Tensor) -> torch.Tensor:
