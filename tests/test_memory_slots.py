@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from torch import nn
 from spu import StageError
 from spu.common.codecs import parked_bytes
 from spu.memory.activations import ActivationStore
+from spu.memory.host_store import HostStore
 from spu.memory.slab import aligned
-from spu.memory.slots import Ring
+from spu.memory.slots import Homes, Ring
 from spu.memory.store import StoreError
 
 __all__ = ["reference"]
@@ -227,3 +230,73 @@ def test_bad_arguments() -> None:
         ActivationStore.on(FakeStore(), [1], torch.device("cuda:0"))
     with pytest.raises(ValueError, match="got none"):
         ActivationStore.on(FakeStore(), [], CPU)
+
+
+class _Late:
+    """A card's side: it copies when something waits for that, in the order in which it was asked to.
+
+    What it is given, it would keep until the host has seen the copy's end, long after the card's.
+    """
+
+    def __init__(self) -> None:
+        self.queued: list[_Copy] = []
+
+    def start(self, task: Callable[[], Any], given: Any) -> _Copy:
+        assert given == (), "memory of the stream that computes is no other stream's"
+        self.queued.append(_Copy(self, task))
+        return self.queued[-1]
+
+    def close(self) -> None:
+        pass
+
+
+class _Copy:
+    def __init__(self, side: _Late, task: Callable[[], Any]) -> None:
+        self.side, self.task, self.made = side, task, None
+
+    def arrive(self, target: torch.device) -> Any:
+        while self in self.side.queued:
+            first = self.side.queued.pop(0)
+            first.made, first.task = first.task(), None  # type: ignore[misc,assignment]
+        return self.made
+
+
+def test_a_card_far_behind_its_host_holds_as_many_inputs_as_were_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a whole step were in its memory: it was kept from use until the host had seen the ends of copies."""
+    store, side, memory = HostStore(), _Late(), list[str]()
+    monkeypatch.setattr("spu.memory.activations.side_for", lambda *_: side)
+    activations = ActivationStore.on(store, [4096] * 6, CPU)
+    assert isinstance(activations._way, Homes)
+    alive: list[weakref.ref[Any]] = []
+    places = []
+    for index in range(6):
+        tensor = torch.full((8,), float(index))
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        places.append(activations.park((1, index, 0), [tensor], [True], 0))
+        del tensor
+        held = [k for k, ref in enumerate(alive) if ref() is not None]
+        assert held == list(range(max(0, index - 1), index + 1))
+        assert len(side.queued) == len(held), "the memory of others may be used again: their copies have ended"
+    make = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: memory.append("made") or make(*a, **k))
+    for index, place in enumerate(places):
+        assert place is not None
+        assert torch.equal(place.tensors()[0], torch.full((8,), float(index)))
+        assert not any(ref() is not None for ref in alive), "the forward's have gone"
+        assert len(memory) == min(index + 2, 6), "this one's and the next one's, before they are copied"
+        activations.release(1, index)
+    assert not side.queued
+    store.close()
+
+
+def test_memory_of_an_input_that_is_not_needed_is_used_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, side = HostStore(), _Late()
+    monkeypatch.setattr("spu.memory.activations.side_for", lambda *_: side)
+    activations = ActivationStore.on(store, [4096] * 3, CPU)
+    first, *_ = [activations.park((1, index, 0), [torch.ones(8)], [True], 0) for index in range(3)]
+    assert first is not None
+    first.tensors()
+    assert len(side.queued) == 1  # the next one is on its way
+    activations.release(1, 1)
+    assert not side.queued
+    store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,14 @@ def test_activations_of_several_devices_are_counted_by_stage():
         len(stage.layer_names) - (k == 0) if k + 1 < len(plan.stages) else 0 for k, stage in enumerate(plan.stages)
     ]
     assert "activations below in int4" in plan.table()
+
+
+def test_an_input_inside_a_stage_that_is_wider_than_those_between_stages_is_counted():
+    """It comes back for its layer, and the next one beside it; two of those between stages were counted instead."""
+    widths = [1, 1, *[50, 1] * 4]
+    costs = [dataclasses.replace(layer(str(k), output=b * MB), input_bytes=a * MB)
+             for k, (a, b) in enumerate(itertools.pairwise(widths))]  # fmt: skip
+    costs[0] = dataclasses.replace(costs[0], param_count=2500, trained_count=2500)  # two others share a stage
+    plan = stream_on(costs, [1e12], activations="exact", host=2 * 10**9)
+    assert [stage.layers for stage in plan.stages][:3] == [(0, 1), (1, 3), (3, 5)]
+    assert 2 * 50 * MB < plan.streaming.tiers[0].peak_bytes < 4 * 50 * MB

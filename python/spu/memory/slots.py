@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from spu.transfer.side import Ticket as Crossing
 __all__ = ["Homes", "Piece", "Record", "Ring", "Way"]
 
 _HOST = torch.device("cpu")
+_LEAVING = 2  # inputs whose memory on the device is theirs yet while they are copied out: as planned
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,16 @@ class Piece:
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
         return span == numel_of(self.shape)
 
-    def copy_to(self, buffer: Tensor, device: torch.device) -> Tensor:
-        """Copy the piece from a slot to a device: as a wire, or as new memory for the tensor."""
+    def made(self, device: torch.device) -> Tensor | None:
+        """Return new memory of a device, for the wire or the tensor; None: a CPU unpacks from the slot itself."""
+        if self.codec is None:
+            return self._empty(device)
+        return None if device.type == "cpu" else torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+
+    def copy_to(self, buffer: Tensor, into: Tensor | None) -> Tensor:
+        """Copy the piece from a slot to what `made` has returned; return that."""
         memory = self.memory(buffer)
-        if self.codec is not None:  # a CPU unpacks from the slot itself
-            return memory if device.type == "cpu" else memory.to(device, non_blocking=True)
-        return self._empty(device).copy_(memory, non_blocking=True)
+        return memory if into is None else into.copy_(memory, non_blocking=True)
 
     def unpacked(self, arrived: Tensor) -> Tensor:
         """Return the tensor, from what `copy_to` returned."""
@@ -93,10 +99,14 @@ class Record:
             for piece, source in zip(self.pieces, sources, strict=True):
                 piece.memory(memory).copy_(source, non_blocking=True)
 
-    def copy_out(self, memory: Tensor, device: torch.device) -> list[Tensor]:
-        """Copy the pieces from the record's bytes to a device; for `unpacked`."""
+    def made(self, device: torch.device) -> list[Tensor | None]:
+        """Return new memory of a device for the pieces."""
+        return [piece.made(device) for piece in self.pieces]
+
+    def copy_out(self, memory: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+        """Copy the pieces from the record's bytes to what `made` has returned; for `unpacked`."""
         with torch.no_grad():
-            return [piece.copy_to(memory, device) for piece in self.pieces]
+            return [piece.copy_to(memory, own) for piece, own in zip(self.pieces, into, strict=True)]
 
     def unpacked(self, arrived: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors, from what `copy_out` returned."""
@@ -153,6 +163,10 @@ class Way(Protocol):
 class Homes:
     """The way to a store whose regions are host memory that the device reaches: nothing lies between.
 
+    All memory of a card is of the stream that computes, and that stream waits for a copy before the memory may be used
+    again. (`Tensor.record_stream` would keep it from use until the host has seen the copy's end. The host is far ahead
+    of the card: nearly all inputs of a step would be in memory at one time, or each request end in one to the driver.)
+
     Args:
         store: the host's memory; page-locked beside a GPU.
         device: at the other end.
@@ -167,14 +181,22 @@ class Homes:
         self._store, self._device, self._side = store, device, side
         self._leaving: dict[int, Crossing] = {}  # by the record's identity
         self._arriving: dict[int, Crossing] = {}
+        self._sources: deque[tuple[Crossing, list[Tensor]]] = deque()  # of copies that nothing has waited for
 
     def write(self, record: Record, sources: Sequence[Tensor]) -> None:
         """See `Way.write`."""
         home, own = self._store.home(record.region), list(sources)
         if self._side is None:
             record.copy_in(home, own)
-        else:
-            self._leaving[id(record)] = self._side.start(lambda: record.copy_in(home, own), own)
+            return
+        left = self._leaving[id(record)] = self._side.start(lambda: record.copy_in(home, own), ())
+        self._sources.append((left, own))
+        self._let_go(_LEAVING)
+
+    def _let_go(self, most: int) -> None:
+        """Let the device's memory that is copied out be used again, all but that of so many copies."""
+        while len(self._sources) > most:
+            self._sources.popleft()[0].arrive(self._device)
 
     def read(self, records: Sequence[Record]) -> None:
         """Do nothing: the device copies from the homes."""
@@ -182,31 +204,36 @@ class Homes:
     def begin(self, record: Record) -> None:
         """See `Way.begin`. The side copies a record out after it has copied it in."""
         if self._side is not None and id(record) not in self._arriving:
-            home = self._store.home(record.region)
-            self._arriving[id(record)] = self._side.start(lambda: record.copy_out(home, self._device), ())
+            home, made = self._store.home(record.region), record.made(self._device)
+            self._arriving[id(record)] = self._side.start(lambda: record.copy_out(home, made), ())
 
     def tensors(self, record: Record) -> list[Tensor]:
         """See `Way.tensors`."""
         self.begin(record)
         if self._side is None:
-            return record.unpacked(record.copy_out(self._store.home(record.region), self._device))
+            return record.unpacked(record.copy_out(self._store.home(record.region), record.made(self._device)))
         left = self._leaving.get(id(record))
         if left is not None:
             left.arrive(self._device)
-        return record.unpacked(self._arriving.pop(id(record)).arrive(self._device))
+        arrived = self._arriving.pop(id(record)).arrive(self._device)
+        self._let_go(0)  # with this one all that left before it has been copied
+        return record.unpacked(arrived)
 
     def drop(self, record: Record) -> None:
         """See `Way.drop`. Whatever is copied to its region next is copied after what is on its way now."""
         self._leaving.pop(id(record), None)
-        self._arriving.pop(id(record), None)
+        arriving = self._arriving.pop(id(record), None)
+        if arriving is not None:  # its memory is used again after the copy
+            arriving.arrive(self._device)
 
     def clear(self) -> None:
         """See `Way.clear`."""
-        for crossing in (*self._leaving.values(), *self._arriving.values()):
+        for crossing in (*self._leaving.values(), *self._arriving.values(), *(left for left, _ in self._sources)):
             with contextlib.suppress(Exception):  # the failure that is being cleared up is known
                 crossing.arrive(_HOST)
         self._leaving.clear()
         self._arriving.clear()
+        self._sources.clear()
 
 
 @dataclass(eq=False)
@@ -256,7 +283,7 @@ class Ring:
         """See `Way.tensors`."""
         slot = next(slot for slot in self._slots if slot.record is record)
         self._settle(slot)
-        return record.unpacked(record.copy_out(slot.buffer, _HOST))
+        return record.unpacked(record.copy_out(slot.buffer, record.made(_HOST)))
 
     def drop(self, record: Record) -> None:
         """See `Way.drop`."""

@@ -142,8 +142,10 @@ class Streamed:
         waiting = (self.microbatches - (self.ranks == 1)) * largest
         if self.activations != "keep":
             in_flight -= self.microbatches * sum(map(self._gone, range(rank, len(self.regions), self.ranks)))
-            # In the forward they wait for the next stage; an input is there when its layer runs again.
-            waiting += 2 * largest + (0 if self.on_gpu else self._way_bytes(rank))
+            # In the forward they wait for the next stage, and on a card until they are copied out; an input is there
+            # when its layer runs again, and on a card the next one comes meanwhile.
+            inputs = [size for stage in self._parked[rank :: self.ranks] for size, _ in stage]
+            waiting += 2 * max([largest, *inputs]) + (0 if self.on_gpu else self._way_bytes(rank))
         resident = sum(r.tied_sums for r in own) + (0 if self._streams else sum(r.own_weights for r in own))
         largest_region = max(max(r.weights * self._streams, r.grads, r.state) for r in own)
         checked = 0 if self.on_gpu else min(CHECKED, largest_region)
