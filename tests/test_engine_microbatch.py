@@ -88,7 +88,7 @@ def test_a_card_reads_no_memory_of_the_callers(monkeypatch: pytest.MonkeyPatch) 
         read.append((tensor, non_blocking))
         return tensor
 
-    monkeypatch.setattr(microbatch, "_in_page_locked_memory", lambda t: staged.append(t.clone()) or staged[-1])
+    monkeypatch.setattr(microbatch, "in_page_locked_memory", lambda t: staged.append(t.clone()) or staged[-1])
     monkeypatch.setattr(torch.Tensor, "to", to)
     batch = {"ids": torch.arange(6).view(2, 3), "mask": (torch.ones(3), "text")}
     wanted = torch.ones(2, requires_grad=True)

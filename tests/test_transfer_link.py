@@ -256,6 +256,29 @@ def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monke
     ]
 
 
+class _PageLocked(torch.Tensor):
+    """The caller's own batch: `pin_memory` returns it itself."""
+
+    def pin_memory(self, *_: object) -> torch.Tensor:  # type: ignore[override]
+        return self
+
+
+def test_a_card_reads_no_memory_of_the_callers_after_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that a stage of the CPU had handed on was read when the next batch was in its place."""
+    make = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory: make(tensor))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)  # later, as the card does
+    side = side_for(CPU, CPU, True)
+    assert side is not None
+    link = Link(torch.device("cuda:0"), None, side)
+    batch = torch.ones(4).as_subclass(_PageLocked)
+    message = link.send(batch)
+    arrived = message.arrive(CPU)
+    batch.fill_(7.0)
+    assert arrived.as_subclass(torch.Tensor).tolist() == [1.0] * 4
+    link.close()
+
+
 def test_between_cpus_the_sender_packs_by_itself() -> None:
     assert side_for(CPU, CPU, None) is None
     assert side_for(CPU, CPU, False) is None

@@ -1,11 +1,11 @@
-"""Modules on their way to another device."""
+"""Modules and tensors on their way to another device."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-__all__ = ["move_module"]
+__all__ = ["in_page_locked_memory", "move_module"]
 
 
 def move_module(module: nn.Module, device: torch.device) -> None:
@@ -23,3 +23,11 @@ def move_module(module: nn.Module, device: torch.device) -> None:
     finally:
         options.set_overwrite_module_params_on_conversion(before[0])
         options.set_swap_module_params_on_conversion(before[1])
+
+
+def in_page_locked_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a host's tensor in memory that torch keeps from reuse until a card has read it.
+
+    Also of one that lies in such memory (``pin_memory()`` returns that itself): whose it is may change it meanwhile.
+    """
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)

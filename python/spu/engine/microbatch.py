@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spu.common.moves import in_page_locked_memory
 from spu.common.torch_private import pytree
 from spu.engine.crossing import check_known
 from spu.model.packed import carry
@@ -185,7 +186,7 @@ def move(tree: Any, device: torch.device) -> Any:
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         plain = type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.requires_grad
         if device.type == "cuda" and tensor.device.type == "cpu" and plain:
-            tensor = _in_page_locked_memory(tensor)
+            tensor = in_page_locked_memory(tensor)
         return tensor.to(device, non_blocking=device.type != "cpu")
 
     # Most trees are a tensor, and to walk one costs more than to move it.
@@ -193,11 +194,6 @@ def move(tree: Any, device: torch.device) -> Any:
     if device.type != "cpu":
         carry(tree, there)
     return there
-
-
-def _in_page_locked_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in memory that torch keeps from reuse until a card has read it."""
-    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def unscaled_leaves(tree: Any) -> Any:

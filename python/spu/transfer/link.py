@@ -10,6 +10,7 @@ import torch
 
 from spu import ops
 from spu.common.dtypes import STORAGE
+from spu.common.moves import in_page_locked_memory
 from spu.common.torch_private import pytree
 from spu.common.wire import MAX_NDIM
 from spu.transfer.side import Side
@@ -96,7 +97,8 @@ class Link:
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._side is not None and tensor.is_cuda != (self.target.type == "cuda"):
-            source = tensor if tensor.is_cuda else tensor.pin_memory()  # only page-locked memory is copied beside
+            # Only page-locked memory is copied beside, and of the caller's own a stage of the CPU may hand on.
+            source = tensor if tensor.is_cuda else in_page_locked_memory(tensor)
             return source.to(self.target, non_blocking=True)  # who receives waits for the event
         # A copy to pageable host memory must have ended before the other thread reads it.
         return tensor.to(self.target, non_blocking=self.target.type != "cpu")
