@@ -268,18 +268,22 @@ class DeviceManager:
     def _cuda_device(self, name: str) -> Device:
         model, total = self._cuda[_index(name)]
         free, ours = _cuda_free(_index(name), total)
-        available, budget, how = free, self._budgets.get(name), "as given"
-        if budget is not None and free + ours < budget <= total:
+        budget, how = self._budgets.get(name), "as given"
+        reserve = _cuda_reserve(total, free if budget is None else free + ours)
+        if budget is not None and free + ours - reserve < budget <= total:
+            have = format_bytes(free + ours)
             warnings.warn(
-                f"budget {name}={format_bytes(budget)} is more than the {format_bytes(free + ours)} that are free: "
-                "the driver and other programs have the rest, so a plan may not fit. Without a budget it is what is "
-                "free, less a reserve",
+                f"budget {name}={format_bytes(budget)} is more than the {have} that are free: the driver and other "
+                "programs have the rest, so a plan may not fit. Without a budget it is what is free, less a reserve"
+                if free + ours < budget
+                else f"budget {name}={format_bytes(budget)} leaves {format_bytes(free + ours - budget)} of the {have} "
+                "that are free to what no plan counts, torch's fragments and the workspaces and kernels of libraries, "
+                f"so a plan may not fit. Without a budget {format_bytes(reserve)} are kept for it",
                 stacklevel=4,
             )
         if budget is None:
-            reserve = min(max(total // 20, 256 << 20), available // 2)
-            budget = available - reserve
-            how = f"{format_bytes(available)} available less {format_bytes(reserve)} kept for the driver"
+            budget = free - reserve
+            how = f"{format_bytes(free)} available less {format_bytes(reserve)} kept for the driver"
         text = f"{model}; budget {format_bytes(budget)}: {how}"
         return Device(name, torch.device(name), (), 1, total, budget, text)
 
@@ -359,6 +363,10 @@ def _cuda_free(index: int, total: int) -> tuple[int, int]:
         return total, 0
     ours = torch.cuda.memory_allocated(index)
     return free + torch.cuda.memory_reserved(index) - ours, ours
+
+
+def _cuda_reserve(total: int, available: int) -> int:
+    return min(max(total // 20, 256 << 20), available // 2)
 
 
 def _host_reserve(total: int, available: int) -> int:
