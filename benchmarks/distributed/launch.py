@@ -92,14 +92,13 @@ def ranks(
         RuntimeError: a rank failed, or did not end in time.
     """
     port = str(free_port())
-    cores = sorted(os.sched_getaffinity(0))
     running = []
     for rank, (prefix, own) in enumerate(places):
         environment = os.environ | own
         environment |= {"RANK": str(rank), "WORLD_SIZE": str(len(places)), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-        environment |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(places))}
-        pin = ["taskset", "-c", str(cores[rank % len(cores)])]
-        command = [*prefix, *pin, sys.executable, str(HERE / script), "--rank", *options]
+        # As torchrun leaves it; spu gives each rank its share of the cores.
+        environment |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(len(places)), "TORCHELASTIC_RUN_ID": "bench"}
+        command = [*prefix, sys.executable, str(HERE / script), "--rank", *options]
         out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.PIPE, text=True))
     try:

@@ -9,6 +9,8 @@
 #include <exception>
 #include <thread>
 
+#include "cpu/borrow.h"
+
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <pthread.h>
@@ -35,29 +37,37 @@ struct Job {
   bool left() const { return next.load(std::memory_order_relaxed) < count; }
 
   // Takes [*begin, *end): two thirds of the caller's share of what is left (guided self-scheduling: Polychronopoulos
-  // and Kuck, 1987), so that all end at about the same time, also on unlike cores and beside other programs.
-  bool take(int64_t* begin, int64_t* end) {
+  // and Kuck, 1987), so that all end at about the same time, also on unlike cores and beside other programs; or `one`
+  // piece, which ends soon.
+  bool take(int64_t* begin, int64_t* end, bool one) {
     *begin = next.load(std::memory_order_relaxed);
     do {
       const int64_t left = (count - *begin + least - 1) / least;
       if (left <= 0) return false;
-      const int64_t pieces = (2 * left + 3 * parts - 1) / (3 * parts);
+      const int64_t pieces = one ? 1 : (2 * left + 3 * parts - 1) / (3 * parts);
       *end = pieces < left ? *begin + pieces * least : count;
     } while (!next.compare_exchange_weak(*begin, *end, std::memory_order_relaxed));
     return true;
   }
 
+  // Tells whether something was left for the calling thread.
+  bool work_once(bool one) {
+    int64_t begin, end;
+    if (!take(&begin, &end, one)) return false;
+    try {
+      body(context, begin, end);
+    } catch (...) {  // for want of memory: the one who shared the job raises it
+      if (!failed.exchange(true)) error = std::current_exception();
+      next.store(count, std::memory_order_relaxed);
+    }
+    return true;
+  }
+
   // Returns how many pieces were left for the calling thread.
   int64_t work() {
-    for (int64_t done = 0, begin, end;; ++done) {
-      if (!take(&begin, &end)) return done;
-      try {
-        body(context, begin, end);
-      } catch (...) {  // for want of memory: the one who shared the job raises it
-        if (!failed.exchange(true)) error = std::current_exception();
-        next.store(count, std::memory_order_relaxed);
-      }
-    }
+    int64_t done = 0;
+    while (work_once(false)) ++done;
+    return done;
   }
 
   int64_t work_on_own_threads() {
@@ -86,44 +96,19 @@ std::atomic<int> asleep{0};
 // A step makes a product every millisecond or so: the next one is worth a short wait, a sleeper takes longer to wake.
 constexpr int kSpins = 2000;
 
-void pause_briefly() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
-void announce() {
-  events.fetch_add(1);
-#if defined(__linux__)
-  if (asleep.load() > 0) syscall(SYS_futex, &events, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
-#endif
-}
-
-void wait_for_change(uint32_t seen) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (events.load(std::memory_order_relaxed) != seen) return;
-    pause_briefly();
-  }
-#if defined(__linux__)
-  asleep.fetch_add(1);
-  syscall(SYS_futex, &events, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
-  asleep.fetch_sub(1);
-#endif
-}
-
-bool help_once() {
-  bool helped = false;
+// Calls work(job), which returns how many pieces it has done, for each job that has some left.
+template <class Work>
+bool help(const Work& work) {
+  int64_t helped = 0;
   for (Desk& desk : desks) {
     if (!desk.job.load(std::memory_order_relaxed)) continue;
     desk.inside.fetch_add(1);
     Job* job = desk.job.load();
-    if (job && job->left()) {
-      pieces_helped.fetch_add(job->work_on_own_threads());
-      helped = true;
-    }
+    if (job && job->left()) helped += work(*job);
     desk.inside.fetch_sub(1);
   }
-  return helped;
+  if (helped) pieces_helped.fetch_add(helped);
+  return helped > 0;
 }
 
 #if defined(__linux__)
@@ -138,8 +123,49 @@ void forget_threads() {
 
 }  // namespace
 
+void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+uint32_t changes() {
+  return events.load();
+}
+
+void announce_change() {
+  events.fetch_add(1);
+#if defined(__linux__)
+  if (asleep.load() > 0) syscall(SYS_futex, &events, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+#endif
+}
+
+void sleep_until_change(uint32_t seen) {
+#if defined(__linux__)
+  asleep.fetch_add(1);
+  syscall(SYS_futex, &events, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+  asleep.fetch_sub(1);
+#endif
+}
+
+void wait_for_change(uint32_t seen) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (events.load(std::memory_order_relaxed) != seen) return;
+    pause_briefly();
+  }
+  sleep_until_change(seen);
+}
+
+bool help_while(bool (*more)(void*), void* context) {
+  return help([&](Job& job) {
+    int64_t done = 0;
+    while (more(context) && job.work_once(true)) ++done;
+    return done;
+  });
+}
+
 int64_t lent_threads() {
-  return lent.load(std::memory_order_relaxed);
+  return lent.load(std::memory_order_relaxed) + borrowed_cores();
 }
 
 void in_turns(const Shares& shares, RangeBody body, void* context) {
@@ -159,7 +185,7 @@ bool share(const Shares& shares, RangeBody body, void* context) {
     break;
   }
   if (!found) return false;
-  announce();
+  announce_change();
   job.work_on_own_threads();
   found->job.store(nullptr);
   for (int i = 0; found->inside.load() > 0; ++i) {
@@ -183,16 +209,16 @@ uint32_t rings() {
 
 void ring() {
   bell.fetch_add(1);
-  announce();
+  announce_change();
 }
 
 void help_until(uint32_t more_than) {
   const int64_t own = threads();
   lent.fetch_add(own);
   for (;;) {
-    const uint32_t seen = events.load();
+    const uint32_t seen = changes();
     if (bell.load() != more_than) break;
-    if (!help_once()) wait_for_change(seen);
+    if (!help([](Job& job) { return job.work_on_own_threads(); })) wait_for_change(seen);
   }
   lent.fetch_sub(own);
 }

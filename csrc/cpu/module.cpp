@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/borrow.h"
 #include "cpu/help.h"
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
@@ -121,6 +122,33 @@ PyObject* helped(PyObject*, PyObject*) {
   return PyLong_FromLongLong(spu::cpu::helped());
 }
 
+PyObject* lend_cores(PyObject*, PyObject* arguments) {
+  unsigned long long words, count;
+  if (!PyArg_ParseTuple(arguments, "KK", &words, &count)) return nullptr;
+  spu::cpu::lend_cores(reinterpret_cast<spu::cpu::CoreWord*>(words), static_cast<int64_t>(count));
+  Py_RETURN_NONE;
+}
+
+PyObject* take_cores_back(PyObject*, PyObject* arguments) {
+  unsigned long long words, count;
+  if (!PyArg_ParseTuple(arguments, "KK", &words, &count)) return nullptr;
+  Py_BEGIN_ALLOW_THREADS spu::cpu::take_cores_back(reinterpret_cast<spu::cpu::CoreWord*>(words),
+                                                   static_cast<int64_t>(count));
+  Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
+PyObject* borrow_core(PyObject*, PyObject* arguments) {
+  unsigned long long word;
+  int core;
+  if (!PyArg_ParseTuple(arguments, "Ki", &word, &core)) return nullptr;
+  return PyBool_FromLong(spu::cpu::borrow_core(reinterpret_cast<spu::cpu::CoreWord*>(word), core));
+}
+
+PyObject* borrow_no_more(PyObject*, PyObject*) {
+  Py_BEGIN_ALLOW_THREADS spu::cpu::borrow_no_more();
+  Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS,
      "isa() -> str: the instruction set in use: 'amx', 'avx512bf16', 'avx512', 'avx2' or 'scalar'. SPU_CPU_ISA forces "
@@ -140,6 +168,15 @@ PyMethodDef methods[] = {
     {"help_until", help_until, METH_O,
      "help_until(seen): take part in the products of other threads until rings() is not `seen`."},
     {"helped", helped, METH_NOARGS, "helped() -> int: pieces of work that threads in help_until have done so far."},
+    {"lend_cores", lend_cores, METH_VARARGS,
+     "lend_cores(address, count): let other processes have this one's cores while it waits. Each has a uint32, 0 at "
+     "first, in memory that the processes share; `address` is the first one's."},
+    {"take_cores_back", take_cores_back, METH_VARARGS,
+     "take_cores_back(address, count): end lend_cores(); returns when who has a core has ended its piece of work."},
+    {"borrow_core", borrow_core, METH_VARARGS,
+     "borrow_core(address, core) -> bool: divide products with this core of another process too, while it is lent. The "
+     "memory must stay. False, and nothing done, where there are 64 already, or the system is not Linux."},
+    {"borrow_no_more", borrow_no_more, METH_NOARGS, "borrow_no_more(): end what borrow_core() began."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,

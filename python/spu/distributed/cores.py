@@ -58,8 +58,9 @@ def share_of(everyones: Sequence[Where], rank: int) -> Share | None:
     turn, count = my_turn(everyones, rank)
     if count == 1 or not everyones[rank][1]:
         return None
-    own = DeviceManager().get_devices(["cpu"] * count)[turn]
-    return Share(own, alone=count <= len(everyones[rank][1]))
+    every = DeviceManager().get_devices(["cpu"] * count)
+    alone = count <= len(everyones[rank][1])
+    return Share(every[turn], alone=alone, of_all=[device.cores for device in every] if count == len(everyones) else ())
 
 
 class Share:
@@ -68,9 +69,14 @@ class Share:
     Args:
         device: has the cores and the number of torch's threads.
         alone: no other process has these cores; else it is not bound to them: the system moves processes about.
+        of_all: each process's cores, by rank, where all are on this machine and share its cores.
+
+    Attributes:
+        of_all: the same; empty where processes are not alone on their cores.
     """
 
-    def __init__(self, device: Device, *, alone: bool) -> None:
+    def __init__(self, device: Device, *, alone: bool, of_all: Sequence[tuple[int, ...]] = ()) -> None:
+        self.of_all = of_all if alone else ()
         self.cores, self.threads, self._which = device.cores if alone else (), device.threads, device.description
         self._given_back = False
         self._threads_before = torch.get_num_threads()

@@ -125,7 +125,7 @@ class DistributedEngine:
                 stage.work = work
             try:
                 for each in ready.prompt:
-                    each.begin(parts)
+                    each.begin(parts, self._job.idle)
                 # A schedule cuts up targets for a loss, and the stage has made that already.
                 targets = torch.empty(parts, dtype=torch.float32, device="cpu") if last and work.train else None
                 ready.schedule.step(target=targets, return_outputs=False)

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from spu.devices.manager import Device, DeviceManager, Spec
 from spu.distributed.collectives import added, gathered
 from spu.distributed.consistency import HINTS
 from spu.distributed.cores import described, share_of, where
+from spu.distributed.lent_cores import lent_cores
 from spu.distributed.meeting import found_store, meeting
 from spu.distributed.sockets import Connections
 from spu.distributed.step_consistency import check_told
@@ -134,6 +136,9 @@ class Job:
         self._share = share_of(self.gathered(where(self.device)), self.rank)
         if self._share is not None:
             self.device = self._share.of(self.device)
+        self._lent = None
+        if self._share is not None and self._share.of_all:
+            self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
         everyones = self.gathered(_told(self.device))
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
 
@@ -246,12 +251,16 @@ class Job:
             ValueError: the processes differ in one, in every process.
         """
         facts = torch.stack([torch.as_tensor(fact, dtype=values.dtype, device=values.device) for fact in told.values()])
-        with self.exchanging("the end of a step", range(self.size)):
+        with self.exchanging("the end of a step", range(self.size)), self.idle():
             everyones = gathered(torch.cat([values, facts]))
         last = len(values)
         names = [dict(zip(told, own[last:].tolist(), strict=True)) for own in everyones]
         check_told(names, [rank % (self.size // self.replicas) for rank in range(self.size)], HINTS)
         return added([own[:last] for own in everyones])
+
+    def idle(self) -> AbstractContextManager[None]:
+        """Return a context in which this process only waits: others of its machine may have its cores meanwhile."""
+        return _BUSY if self._lent is None else self._lent
 
     @contextlib.contextmanager
     def exchanging(self, what: str, ranks: Iterable[int]) -> Iterator[None]:
@@ -292,6 +301,8 @@ class Job:
     def close(self) -> None:
         """Leave the process group, if it was joined here, and the cores; harmless when called twice."""
         self.let_go()
+        if self._lent is not None:
+            self._lent.close()
         if self._share is not None:
             self._share.give_back()
         if self._joined:
@@ -300,6 +311,7 @@ class Job:
 
 
 _JOBS: weakref.WeakSet[Job] = weakref.WeakSet()
+_BUSY = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ communicator run in the order in which they were posted: there a schedule's own 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -111,10 +113,11 @@ class PromptStage(DirectStage):
         self._parts = 0
         self._posted: dict[tuple[str, int], dist.Work] | None = None
         self._under_way: deque[dist.Work] = deque()
+        self._idle: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def begin(self, parts: int) -> None:
-        """Begin a run of so many microbatches."""
-        self._parts, self._posted = parts, None
+    def begin(self, parts: int, idle: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Begin a run of so many microbatches, whose messages are waited for in contexts from ``idle``."""
+        self._parts, self._posted, self._idle = parts, None, idle
         self._under_way.clear()
 
     def end(self) -> None:
@@ -181,7 +184,8 @@ class PromptStage(DirectStage):
         assert self._posted is not None
         posted = self._posted.pop((kind, part), None)
         if posted is not None:
-            posted.wait()
+            with self._idle():
+                posted.wait()
 
     def _receive(self, infos: Any, stage: int, tag: int) -> dist.Work:
         source = self.stage_index_to_group_rank[stage]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-__all__ = ["Aborted", "Exchange"]
+__all__ = ["Aborted", "Exchange", "helping_kernels"]
 
 
 class Aborted(Exception):
@@ -31,7 +31,7 @@ class Exchange:
         self._messages: dict[Hashable, Any] = {}
         self._aborted = False
         self._at_work = helpers
-        self._kernels = _helping_kernels() if helpers > 1 else None
+        self._kernels = helping_kernels() if helpers > 1 else None
 
     def put(self, key: Hashable, message: Any) -> None:
         with self._condition:
@@ -102,7 +102,7 @@ class Exchange:
         return len(self._messages)
 
 
-def _helping_kernels() -> Any:
+def helping_kernels() -> Any:
     """Return ``spu._C`` where a thread can wait in it, by a futex; None elsewhere, or where it was not built."""
     if sys.platform != "linux":
         return None
