@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from numeric import assert_equal
+from pipelines import WIDTH, batch, model_of, trainer
 from torch import nn
 
 from spu import ModelParallelTrainer, StageError, ops
@@ -225,7 +229,8 @@ def _on_card(name: str) -> torch.Tensor:
     return made
 
 
-def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def _two_cards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in the streams of two cards."""
     log: list[str] = []
 
     @contextmanager
@@ -237,6 +242,11 @@ def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monke
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, f"current {device.index}"))
     monkeypatch.setattr(torch.cuda, "stream", enters)
     monkeypatch.setattr(torch.cuda, "device", enters)
+    return log
+
+
+def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = _two_cards(monkeypatch)
     side = side_for(torch.device("cuda:0"), torch.device("cuda:1"), None)
     assert side is not None
 
@@ -248,12 +258,45 @@ def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monke
     ticket.arrive(torch.device("cuda:1"))
     assert log == [
         "side 0 waits",  # for what has been computed
-        "original is used by side 0",
         *("in cuda:0", "in side 1", "in side 0", "copies"),
         "side 0 waits",  # for the copy's end on the other card
         "current 1 waits for the event",
         "copy is used by current 1",
     ]
+
+
+def test_what_a_card_sends_is_in_memory_until_its_computations_wait_for_the_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most messages of a step were there: what a side had used was free when the host had seen its end."""
+    log = _two_cards(monkeypatch)
+    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"), None)
+    assert side is not None
+    alive: list[weakref.ref[Any]] = []
+    for _ in range(5):
+        sent = _on_card("original")
+        alive.append(weakref.ref(sent.untyped_storage()))
+        side.start(tuple, [sent])
+        del sent
+        held = [k for k, ref in enumerate(alive) if ref() is not None]
+        assert held == list(range(len(alive)))[-2:]
+        assert log.count("current 0 waits for the event") == len(alive) - len(held)
+    side.settle()  # a run ends
+    assert not any(ref() is not None for ref in alive)
+    assert log.count("current 0 waits for the event") == 5
+    side.start(tuple, [torch.zeros(1)])
+    side.settle()
+    assert log.count("current 0 waits for the event") == 5, "nothing of a card was sent"
+
+
+def test_a_run_ends_with_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank lets go of what it has sent, both ways."""
+    settled: list[str] = []
+    monkeypatch.setattr(Link, "settle", lambda link: settled.append(threading.current_thread().name))
+    x, y = batch()
+    with trainer(model_of(nn.Tanh(), nn.Linear(WIDTH, WIDTH)), 3, microbatches=2) as t:
+        t.forward_backward(x, y)
+    assert sorted(name.split("_")[0] for name in settled) == ["spu cpu:0", "spu cpu:1", "spu cpu:1", "spu cpu:2"]
 
 
 class _PageLocked(torch.Tensor):

@@ -114,6 +114,10 @@ class LocalEngine:
             side = None if same else side_for(here, there, beside)
             self._forward_links.append(Link(there, packed, side, activations=True))
             self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
+        self._sends: list[list[Link]] = [[] for _ in self._workers]  # of each rank
+        for before, (forward, backward) in enumerate(zip(self._forward_links, self._backward_links)):
+            self._sends[self.ranks[before]].append(forward)
+            self._sends[self.ranks[before + 1]].append(backward)
 
     def run(self, work: Round) -> Recording:
         """Run one schedule to its end and return what ran when. On cards the work has been handed over by then.
@@ -245,6 +249,8 @@ class LocalEngine:
                         residency.release(visit)
             finally:
                 residency.end()
+            for link in self._sends[rank]:
+                link.settle()
         exchange.leave()
 
     @staticmethod

@@ -73,6 +73,11 @@ class Link:
         """Return a message that has arrived with its packed tensors unpacked."""
         return pytree.tree_map_only(Packet, _unpack, message)
 
+    def settle(self) -> None:
+        """Keep nothing of what was sent, after a run's last message; called on the sender's thread."""
+        if self._side is not None:
+            self._side.settle()
+
     def close(self) -> None:
         """End the side; harmless when called twice."""
         if self._side is not None:

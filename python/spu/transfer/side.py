@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ class Side(Protocol):
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
         """Start ``task()``, which makes the tree to send from ``given``, computed or enqueued by this thread."""
 
+    def settle(self) -> None:
+        """Keep nothing of what was handed in: the last message of a run has left. Called by the thread that sends."""
+
     def close(self) -> None:
         """End it; harmless when called twice."""
 
@@ -51,12 +55,20 @@ class _GpuTicket:
         return self._tree
 
 
+_LEAVING = 2  # messages that a card still sends while it computes: as planned (`spu.plan.memory.WIRE_BUFFERS`)
+
+
 def _used_by(stream: torch.cuda.Stream, tree: Any) -> None:
-    """Keep the memory of these tensors from reuse until the stream has used them."""
+    """Keep the memory of these tensors from reuse until the stream has used them, and the host has seen that."""
+    for tensor in _on_cards(tree):
+        tensor.record_stream(stream)
+
+
+def _on_cards(tree: Any) -> Iterator[torch.Tensor]:
     for leaf in pytree.tree_leaves(tree):
         tensor = getattr(leaf, "wire", leaf)  # of a packet
         if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
-            tensor.record_stream(stream)
+            yield tensor
 
 
 class GpuSide:
@@ -64,6 +76,10 @@ class GpuSide:
 
     A copy between two GPUs is ordered with the current streams of both: with a side stream on each, it waits for
     neither's computations and holds neither up.
+
+    What a card sends stays in memory until its computations wait for the end of the copy, two messages later. With
+    ``record_stream`` it would until the host has seen that end: the host is far ahead of the card, and most messages of
+    a step would be in memory at one time. What arrives is kept so: when its memory is free, the receiver knows.
 
     Args:
         gpus: at the ends of the link, the sender first.
@@ -74,12 +90,12 @@ class GpuSide:
     def __init__(self, gpus: Sequence[torch.device], *, computed: bool = True) -> None:
         self._gpus, self._computed = list(gpus), computed
         self._streams = [torch.cuda.Stream(gpu) for gpu in self._gpus]
+        self._sources: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
 
     def start(self, task: Callable[[], Any], given: Any) -> Ticket:
-        copying = self._streams[0]
+        copying, computing = self._streams[0], torch.cuda.current_stream(self._gpus[0])
         if self._computed:
-            copying.wait_stream(torch.cuda.current_stream(self._gpus[0]))
-        _used_by(copying, given)
+            copying.wait_stream(computing)
         with contextlib.ExitStack() as streams:
             # The device first: a stream alone, when it is left, makes a context on the thread's own device, and a CPU's
             # worker may have another one.
@@ -89,7 +105,20 @@ class GpuSide:
             tree = task()
             for stream in self._streams[1:]:
                 copying.wait_stream(stream)
-            return _GpuTicket(tree, copying.record_event())
+            event = copying.record_event()
+        sources = [tensor.detach() for tensor in _on_cards(given)]
+        if sources:
+            self._sources.append((event, sources))
+            self._let_go(computing, _LEAVING)
+        return _GpuTicket(tree, event)
+
+    def settle(self) -> None:
+        self._let_go(torch.cuda.current_stream(self._gpus[0]), 0)
+
+    def _let_go(self, computing: torch.cuda.Stream, most: int) -> None:
+        """Let the memory of what was sent be used again by computations to come, all but that of so many messages."""
+        while len(self._sources) > most:
+            computing.wait_event(self._sources.popleft()[0])
 
     def close(self) -> None:
         pass
@@ -117,6 +146,9 @@ class HostSide:
         if self._process != os.getpid():
             self._begin()
         return _HostTicket(self._pool.submit(task))
+
+    def settle(self) -> None:
+        pass
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
