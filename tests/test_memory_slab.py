@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spu.memory import slab as slabs
 from spu.memory.mapped import Mapped
 from spu.memory.slab import Pinning, Slab, aligned, cuda_pinning, grouped
 from spu.memory.store import ALIGNMENT, StoreError
@@ -157,7 +158,8 @@ def test_page_locking_at_exact_size_and_back() -> None:
     assert driver.held == {}
 
 
-def test_where_page_locking_stops_the_rest_is_pageable_and_the_reason_is_told() -> None:
+def test_where_page_locking_stops_the_rest_is_pageable_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "SPARE_BYTES", MB)
     driver = Driver(5 * MB)
     slab = Slab(8 * MB, driver.pinning, [2 * MB, 2 * MB, 2 * MB, 2 * MB])
     assert slab.pinned_bytes == 4 * MB
@@ -168,6 +170,23 @@ def test_where_page_locking_stops_the_rest_is_pageable_and_the_reason_is_told() 
     assert not slab.is_pinned(0, 0)
     slab.view(0, 8 * MB).fill_(1)
     slab.close()
+    assert driver.held == {}
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(4 * MB + MB // 2, 2 * MB), (MB, 0)])
+def test_where_page_locking_stops_small_buffers_can_still_be_page_locked(
+    limit: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store took all that the system allowed, and the training stopped at the next batch."""
+    monkeypatch.setattr(slabs, "SPARE_BYTES", MB)
+    driver = Driver(limit)
+    slab = Slab(8 * MB, driver.pinning, [2 * MB, 2 * MB, 2 * MB, 2 * MB])
+    assert (slab.pinned_bytes, slab.is_pinned(0, 2 * MB)) == (kept, kept > 0)
+    assert "8.39 MB are page-locked" in slab.note
+    small = Slab(MB, driver.pinning)
+    assert small.note == ""
+    slab.close()
+    small.close()
     assert driver.held == {}
 
 
@@ -212,11 +231,13 @@ def is_left_out_of_forks(address: int) -> bool:
     pytest.skip("this system does not tell what it does with mappings")
 
 
-def test_page_locked_memory_is_not_copied_into_forked_processes() -> None:
+def test_page_locked_memory_is_not_copied_into_forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of a loader's workers got a copy of all of it, which the machine had no room for."""
     locked: list[int] = []
+    monkeypatch.setattr(slabs, "SPARE_BYTES", 1)
     pinning = Pinning(
-        lambda address, size: "" if len(locked) < 2 and not locked.append(address) else "full", locked.remove
+        lambda address, size: "" if (len(locked) < 2 or size == 1) and not locked.append(address) else "full",
+        locked.remove,
     )
     slab = Slab(3 * MB, pinning, [MB, MB, MB])
     kept = slab.view(MB, MB).fill_(7)

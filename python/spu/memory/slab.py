@@ -20,6 +20,10 @@ __all__ = ["Pinning", "Slab", "aligned", "cuda_pinning", "grouped"]
 STEP_BYTES = 256 << 20
 """Bytes that are page-locked at a time: few calls, and a limit is met after most of what it allows is locked."""
 
+SPARE_BYTES = 64 << 20
+"""Bytes that can still be page-locked where a slab met the limit: for small buffers, batches, and what crosses links.
+WSL 2 has such a limit, of about half of the memory, and torch has no other way for them."""
+
 
 def aligned(size: int, alignment: int = ALIGNMENT) -> int:
     """Return ``size`` rounded up to a multiple of ``alignment``."""
@@ -135,6 +139,7 @@ class Slab:
             if step == 0:
                 continue
             if reason := pinning.register(address + self.pinned_bytes, step):
+                self._leave_some(pinning, address, min(step, SPARE_BYTES))
                 self.note = (
                     f"{format_bytes(self.pinned_bytes)} of {format_bytes(self.size)} are page-locked: at the next "
                     f"{format_bytes(step)} the driver said {reason!r}. The rest is copied through a staging buffer"
@@ -143,6 +148,17 @@ class Slab:
             self._registered.append((self.pinned_bytes, step))
             self._give_to_forks(self.pinned_bytes, step, shared=False)
             self.pinned_bytes += step
+
+    def _leave_some(self, pinning: Pinning, address: int, size: int) -> None:
+        """Give the last step back unless others can still page-lock so many bytes."""
+        there = address + self.pinned_bytes
+        if not pinning.register(there, size):
+            pinning.unregister(there)
+        elif self._registered:
+            start, step = self._registered.pop()
+            pinning.unregister(address + start)
+            self._give_to_forks(start, step, shared=True)
+            self.pinned_bytes = start
 
     def _give_to_forks(self, start: int, size: int, *, shared: bool) -> None:
         """Let processes that are forked have these bytes, or not. Of page-locked memory Linux makes each of them, as a
