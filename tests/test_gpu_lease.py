@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 GPU = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
 
+import card_memory  # noqa: E402
 import lease  # noqa: E402
 import lease_carried  # noqa: E402
 import lease_lines  # noqa: E402
@@ -140,3 +142,26 @@ def test_a_package_for_another_python_is_left_out_and_half_a_package_refused(tmp
     (carry / "site" / "spu" / "_C.abi3.so").write_bytes(b"other")
     with pytest.raises(SystemExit, match="gpu-prepare"):
         lease_carried.unpacked(tmp_path, tmp_path / "into")
+
+
+def test_memory_of_a_card_is_asked_by_names_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but a card would tell, in the minutes for which there is one."""
+    asked: list[str] = []
+
+    class Stats(dict[str, int]):
+        def __missing__(self, key: str) -> int:
+            asked.append(key)
+            return 5
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: Stats())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    for name, value in {"memory_reserved": 30, "max_memory_reserved": 31, "max_memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    found = card_memory.card_memory()
+    assert (found["context_bytes"], found["reserved_bytes"], found["peak_bytes"]) == (10, 31, 20)
+    assert len(asked) == 4
+    doc = torch.cuda.memory.memory_stats.__doc__ or ""
+    for key in asked:
+        name, *of = key.split(".")
+        assert name in doc
+        assert all(part in doc for part in of)

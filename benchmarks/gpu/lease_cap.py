@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import torch
+from card_memory import card_memory
 from lease_lines import emit
 from lease_work import batches
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def _report(by: str, seconds: list[float], losses: list[float], tokens: int, dry
     step = steady[len(steady) // 2]
     row: dict[str, Any] = {"what": "cap", "by": by, "steps": len(losses), "step_s": step, "tokens_per_s": tokens / step}
     if not dry:
-        row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        row |= card_memory()
     emit({**row, "losses": losses, **more})
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from card_memory import card_memory
 
 from spu import DeviceManager, ModelParallelTrainer
 
@@ -113,8 +114,7 @@ def run(case: str, shape: dict[str, Any], rows: int, tokens: int, folder: str, d
         "parameters": count,
         "state_bytes": count * STATE_BYTES,
         "limit_bytes": LIMIT_BYTES if limited else None,
-        "peak_bytes": None if dry else torch.cuda.max_memory_allocated(0),
-        "reserved_bytes": None if dry else torch.cuda.max_memory_reserved(0),
+        **({} if dry else card_memory()),
         "predicted_peak_bytes": plan.predicted.peak_bytes[0],
         "predicted_step_s": plan.predicted.step_s,
         "step_s": sorted(seconds[2:])[len(seconds[2:]) // 2],  # the first two take the memory
