@@ -3,7 +3,8 @@
     python benchmarks/distributed/pipeline.py [--job main] [--mbit 0,1000,100] [--schedule 1f1b,zb] [--transfer int8]
 
 The peer has the same cut, the same stage modules on the same kernels (`spu.accelerate`), schedule, microbatches and
-optimizer; its activations and gradients cross as they are. Both live in the same two processes and take turns, so that
+optimizer; its activations and gradients cross as they are. Where a schedule splits the backward it has torch's own
+modules instead, which are faster there: torch computes both gradients of a fused layer each time it wants one. Both live in the same two processes and take turns, so that
 a machine that slows down slows both. What is printed is the median, over the turns, of the peer's time over spu's.
 ``--mbit 0`` is loopback as it is; other rates need root (see launch.py).
 """
@@ -22,13 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jobs import Job, batch, cut, layers, loss_fn, sizes
+from jobs import Block, Job, batch, cut, layers, loss_fn, sizes
 from launch import between, cpu, judged, ranks
 from torch import nn
 from torch.distributed import pipelining
 
 import spu
-from spu import LossScaler, ModelParallelTrainer
+from spu import LossScaler, ModelParallelTrainer, ops
 from spu.distributed.engine import SCHEDULES
 from spu.engine.build import to_precision
 from spu.model.layers import Layer
@@ -38,10 +39,22 @@ LR = 1e-3
 SCALE = {"init_scale": 1024.0, "growth_interval": 10**6}  # of fp16 losses: never changes here, so no step is left out
 
 
+class FusedBlock(Block):
+    """The same block by spu's ops; attention in fp32 is torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(rows, length, 3, self.heads, width // self.heads)
+        x = x + self.out(ops.attention(*qkv.unbind(2), causal=True).flatten(2))
+        return x + ops.gated_mlp(self.norm2(x), self.gate.weight, self.up.weight, self.down.weight)
+
+
 def fused(job: Job) -> list[nn.Module]:
     """Return the layers on spu's kernels, in fp32 too."""
     made = layers(job)
     for layer in made:
+        if isinstance(layer, Block):
+            layer.__class__ = FusedBlock
         spu.accelerate(layer)
     return made
 
@@ -50,7 +63,7 @@ class Peer:
     """A stage of torch.distributed.pipelining, its optimizer, and in fp16 a scaler."""
 
     def __init__(self, job: Job, schedule: str, end: int, rank: int) -> None:
-        made = fused(job)
+        made = layers(job) if schedule in ("zb", "zbv") else fused(job)
         if job.precision != "fp32":
             to_precision([Layer(str(k), module) for k, module in enumerate(made)], job.precision)
         self.part, self.rank = cut(made, end, rank), rank
