@@ -5,7 +5,8 @@
 The peer has the same cut, the same stage modules on the same kernels (`spu.accelerate`), schedule, microbatches and
 optimizer; its activations and gradients cross as they are. Where a schedule splits the backward it has torch's own
 modules instead, which are faster there: torch computes both gradients of a fused layer each time it wants one. Both
-live in the same two processes and take turns, so that a machine that slows down slows both. What is printed is the median, over the turns, of the peer's time over spu's.
+live in the same two processes and take turns, so that a machine that slows down slows both. What is printed is the
+median, over the turns, of the peer's time over spu's.
 ``--mbit 0`` is loopback as it is; other rates need root (see launch.py).
 """
 
