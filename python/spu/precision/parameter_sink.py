@@ -262,7 +262,7 @@ class ParameterSink:
                 )
             return self._outside(grad, returned=False) if self.adopted else grad
         if not has_foreign_hook(param):
-            return self._unscaled(grad, scope)
+            return self._in_dtype(grad, self._unscaled(grad, scope))
         # Others see the scaled gradient, also if their hooks come after this one: a node's run after all of a tensor's.
         task = graph_task_id()
 
@@ -270,10 +270,28 @@ class ParameterSink:
             if graph_task_id() != task:
                 return grads
             handle.remove()
-            return (self._unscaled(grads[0], scope),)
+            return (self._in_dtype(grads[0], self._unscaled(grads[0], scope)),)
 
         handle = node.register_prehook(unscale_at_last)
         return grad
+
+    @torch.no_grad()
+    def _in_dtype(self, grad: Tensor, value: Tensor) -> Tensor:
+        """Return what a hook may put in the place of a gradient, whose fp32 value is another tensor.
+
+        autograd lets no hook change a dtype, and has converted a gradient to ``grad_dtype`` only if that was set when
+        the backward began. A parameter that a fused op has adopted since, beside a use that is not fused, gets
+        the value here, and autograd adds 0 to it.
+        """
+        if value.dtype == grad.dtype:
+            return value
+        with self._lock:
+            param = self._parameter()
+            if param.grad is None:
+                param.grad = value
+            else:
+                param.grad.add_(value)
+        return torch.zeros_like(grad)
 
     @torch.no_grad()
     def _outside(self, grad: Tensor, returned: bool) -> Tensor:
