@@ -340,3 +340,42 @@ def test_a_sparse_gradient_through_the_scaler_and_in_a_master_optimizer() -> Non
         masters.step(grad_scale=torch.tensor([0.5]))
     assert_equal(dense.grad, torch.ones(3))
     assert_equal(masters.master(dense), torch.ones(3))
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["AdamW", "MasterOptimizer"])
+def test_bf16_gradients_of_bf16_parameters_are_taken(master: bool) -> None:
+    """A loop without a scaler gives them, and torch's optimizers take them."""
+    ours = [nn.Parameter(v.bfloat16()) for v in values()]
+    wide = [nn.Parameter(p.detach().float()) for p in ours]
+    make = (lambda p: MasterOptimizer(lambda t: torch.optim.SGD(t, lr=0.1), p)) if master else AdamW
+    optimizers = make(ours), make(wide)
+    for step in range(3):
+        for own, other in zip(ours, wide, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.float()
+        for optimizer in optimizers:
+            optimizer.step(grad_scale=torch.tensor([0.5]) if step == 1 else None)
+    for own, other in zip(ours, wide, strict=True):
+        assert own.grad.dtype == torch.bfloat16
+        assert_equal(optimizers[0].master(own), other.detach(), "master")
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("scaler_class", [GradScaler, torch.amp.GradScaler])
+def test_only_fused_tells_others_that_it_skips_by_itself(scaler_class: type, fused: bool | None) -> None:
+    """Lightning clips no gradients of an optimizer with that mark; torch's have it with ``fused=True`` alone."""
+    ours, torchs = nn.Linear(3, 2), nn.Linear(3, 2)
+    torchs.load_state_dict(ours.state_dict())
+    ends = []
+    for model, make in ((ours, AdamW), (torchs, torch.optim.AdamW)):
+        optimizer, scaler = make(model.parameters(), fused=fused), scaler_class("cpu", 4.0)
+        for factor in (1.0, float("inf"), 1.0):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.ones(1, 3)).sum() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        if make is AdamW:
+            copied = pickle.loads(pickle.dumps(optimizer))
+            assert copied._step_supports_amp_scaling is optimizer._step_supports_amp_scaling is bool(fused)
+        ends.append((scaler.get_scale(), *(p.detach() for p in model.parameters())))
+    torch.testing.assert_close(*ends)

@@ -32,6 +32,7 @@ __all__ = ["MASTER_KEYS", "AdamW", "MasterOptimizer", "clip_coefficient"]
 MASTER_KEYS = ("master", "correction")
 """Where a state keeps the fp32 value of a 16-bit parameter: one of them."""
 
+_KEPT = ("moments", "master_form", "_step_supports_amp_scaling")  # by copies and pickles
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # the moments, and whether they have a sign
 
 
@@ -56,21 +57,22 @@ class AdamW(torch.optim.Optimizer):
     fp32 parameters are updated directly; fp16 and bf16 ones through an fp32 master, whose value they receive rounded
     to nearest. Nothing in ``step`` waits for a device. Gradients are fp32 and are not changed. fp64 and complex
     parameters, with gradients of their own dtype, are stepped by plain torch operations; their moments have their
-    dtype.
+    dtype. A bf16 parameter's gradient may be in bf16, as torch makes it outside a scaler's loop.
 
     A 16-bit weight that somebody changes between steps (load_state_dict, a clamp, averaged weights) is followed,
     element by element. An fp32 master that no longer rounds to its weight becomes the weight. A correction has no bits
     to tell an old weight from a new one: it stays, so the master becomes a value at most half a unit in the weight's
     last place from what was written. ``set_master(param, param)`` makes it exactly that.
 
-    With a GradScaler (``spu``'s or torch's) it takes found_inf, and an unscaling that is still to do, from its
-    ``found_inf`` and ``grad_scale`` attributes, which ``GradScaler.step`` sets.
+    With ``spu.GradScaler``, and with torch's if ``fused=True``, it takes found_inf, and an unscaling still to do, from
+    attributes that ``GradScaler.step`` sets. Otherwise torch's waits for the flag, as for torch's optimizers.
 
     Args:
         params: parameters or groups, as for any torch optimizer.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         amsgrad, maximize, capturable, differentiable: refused, by name, unless False.
-        foreach, fused: torch's choices of an implementation; they change nothing here.
+        foreach, fused: torch's choices of an implementation; they change nothing in an update. ``fused=True`` lets
+            torch's GradScaler leave overflows to ``step``, and Lightning then refuses to clip, both as with torch's.
         moments: how the two moments are kept: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8 bits and a scale for 64 values),
             8, 4 or 2.1 bytes a parameter together. Those below fp32 are rounded stochastically, the same way at every
             run (``spu.ops.moments``). Where a second moment exceeds fp32 (gradients of some 1e20), an fp32 one is
@@ -85,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
         ValueError: for hyperparameters out of range.
     """
 
-    _step_supports_amp_scaling = True  # tells GradScaler.step that this class skips on its own
+    _step_supports_amp_scaling = False  # True leaves overflows to step, and tells others (Lightning) not to clip
     _loading: dict[str, Any] | None = None  # the state that load_state_dict is about
 
     def __init__(
@@ -124,13 +126,14 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._set_up(moments, master)
+        self._step_supports_amp_scaling = bool(fused)
 
     def _set_up(self, moments: str, master: str) -> None:
         self.moments, self.master_form = moments, master
         self._constants = Constants()
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps settings, state and groups alone
-        return super().__getstate__() | {"moments": self.moments, "master_form": self.master_form}
+        return super().__getstate__() | {name: getattr(self, name) for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -281,15 +284,15 @@ class AdamW(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, with gradients enabled.
             found_inf: fp32 [1]; if 1, nothing changes (neither values, moments nor step numbers).
             grad_scale: fp32 [1], multiplies every gradient (the clip coefficient).
-            bf16_grads: take gradients in bf16 as well: fp32 ones that have been rounded once, where they waited.
-                Without it they are refused: a sum that was made in bf16 has lost more.
+            bf16_grads: take gradients in bf16 whatever the parameter's dtype: fp32 ones that have been rounded once,
+                where they waited. Without it fp16 and fp32 parameters' are refused: a sum made in bf16 has lost more.
 
         Returns:
             The closure's result.
 
         Raises:
-            TypeError: for a gradient that is sparse, or not fp32 (an fp64 or complex parameter's: not of its dtype);
-                nothing has changed then.
+            TypeError: for a gradient that is sparse, or not fp32 (a bf16 parameter's: nor bf16; an fp64 or complex
+                parameter's: not of its dtype); nothing has changed then.
         """
         loss = None
         if closure is not None:

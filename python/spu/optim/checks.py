@@ -34,11 +34,11 @@ def control(name: str, value: Tensor | float | None) -> Tensor | None:
 
 
 def check_grad(param: Tensor, *, bf16: bool = False) -> Tensor:
-    """Return the parameter's gradient, dense and fp32, or in an fp64 or complex parameter's own dtype.
+    """Return the parameter's gradient: dense and fp32, in a bf16, fp64 or complex parameter's own dtype too.
 
     Args:
         param: has a gradient.
-        bf16: it may be in bf16 too.
+        bf16: it may be in bf16 whatever the parameter's dtype.
 
     Raises:
         TypeError: it is not; the message says what to do.
@@ -62,10 +62,11 @@ def check_grad(param: Tensor, *, bf16: bool = False) -> Tensor:
             f"a parameter of shape {tuple(param.shape)} is {param.dtype}: optimizers here step float16, bfloat16, "
             "float32, float64 and complex parameters"
         )
-    elif grad.dtype != torch.float32 and not (bf16 and grad.dtype == torch.bfloat16):
+    elif grad.dtype != torch.float32 and not (grad.dtype == torch.bfloat16 and (bf16 or param.dtype == torch.bfloat16)):
         raise TypeError(
             f"a {param.dtype} parameter of shape {tuple(param.shape)} has a {grad.dtype} gradient, but optimizers here "
-            "take fp32 main gradients: use spu.precision.MainGrads, or set param.grad_dtype = torch.float32 first"
+            "take fp32 ones: scale the loss with spu.GradScaler, which makes them, or set param.grad_dtype = "
+            "torch.float32 before the backward"
         )
     return grad
 

@@ -100,7 +100,7 @@ class MasterOptimizer:
 
         Args:
             found_inf: fp32 [1].
-            grad_scale: fp32 [1]; multiplies the gradients in place, as torch.nn.utils.clip_grad_norm_ does.
+            grad_scale: fp32 [1]; multiplies the fp32 gradients in place, as torch.nn.utils.clip_grad_norm_ does.
         """
         found_inf, grad_scale = control("found_inf", found_inf), control("grad_scale", grad_scale)
         if found_inf is not None and found_inf.item() != 0:
@@ -110,6 +110,8 @@ class MasterOptimizer:
             if grad is None:
                 target.grad = None
                 continue
+            if target is not param:
+                grad = grad.to(torch.float32)  # itself, or a bf16 parameter's of its dtype
             if grad_scale is not None:
                 grad.mul_(on_device(grad_scale, grad.device).squeeze(0))
             self._followed(param, target)

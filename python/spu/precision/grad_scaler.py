@@ -83,6 +83,17 @@ def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 param.grad = main if left is narrow else left.to(torch.float32)
 
 
+@contextmanager
+def _skipping_alone(optimizer: AdamW) -> Iterator[None]:
+    """Let torch's ``step`` leave an overflow to the optimizer, inside, and nobody else who asks for that."""
+    before = optimizer._step_supports_amp_scaling
+    optimizer._step_supports_amp_scaling = True
+    try:
+        yield
+    finally:
+        optimizer._step_supports_amp_scaling = before
+
+
 class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler for models with fused layers: an existing loop changes its import and nothing else.
 
@@ -206,7 +217,8 @@ class GradScaler(torch.amp.GradScaler):
         if ready and "closure" not in kwargs:
             self.unscale_(optimizer)
         if isinstance(optimizer, AdamW):
-            return super().step(optimizer, *args, **kwargs)
+            with _skipping_alone(optimizer):
+                return super().step(optimizer, *args, **kwargs)
         with _narrow_gradients(optimizer):
             return super().step(optimizer, *args, **kwargs)
 
