@@ -22,7 +22,7 @@ STEP_BYTES = 256 << 20
 
 SPARE_BYTES = 64 << 20
 """Bytes that can still be page-locked where a slab met the limit: for small buffers, batches, and what crosses links.
-WSL 2 has such a limit, of about half of the memory, and torch has no other way for them."""
+WSL 2 has such a limit, of half of the memory or 1 GB, and torch has no other way for them."""
 
 
 def aligned(size: int, alignment: int = ALIGNMENT) -> int:

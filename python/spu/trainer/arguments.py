@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import torch
 
 from spu.common.torch_private import inner_of_compiled
+from spu.devices.manager import Device
 from spu.devices.tiers import Tiers
 from spu.engine.make_optimizer import check_class
 from spu.plan import Plan
 from spu.precision import LossScaler
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "warn_of_emulation"]
+
+_WITH_BF16 = (8, 0)  # compute capability
 
 
 def check_arguments(
@@ -69,6 +74,21 @@ def check_arguments(
         raise TypeError(
             f"scaler is a {type(scaler).__name__}: give a spu.LossScaler, which stages in threads can share"
         )
+
+
+def warn_of_emulation(devices: Iterable[Device], precision: str) -> None:
+    """Warn of cards of this process that have no bf16: torch emulates it there, slower than fp32, and
+    ``torch.cuda.is_bf16_supported`` says that they have it.
+    """
+    for device in devices if precision == "bf16" else ():
+        if device.torch_device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device.torch_device)
+            if (major, minor) < _WITH_BF16:
+                warnings.warn(
+                    f"{device.name} has no bf16 (compute capability {major}.{minor}, bf16 begins at 8.0): products are "
+                    "emulated, slower than in fp32, where the card itself computes precision='fp16'",
+                    stacklevel=5,
+                )
 
 
 def _check_model(model: Any) -> None:

@@ -35,6 +35,7 @@ from spu.model.layers import Layer
 from spu.plan import Plan
 from spu.plan.machine import Machine
 from spu.settings import AUTO, TrainSettings
+from spu.trainer.arguments import warn_of_emulation
 from spu.trainer.rank_machine import measured_machine
 
 __all__ = ["Spread", "placed"]
@@ -60,6 +61,7 @@ def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread
     else:
         spread = Spread(devices, settings)
         found = spread.devices()
+    warn_of_emulation(found if spread is None else [spread.job.device], settings.precision)
     bound_product_caches([device.budget_bytes for device in found if device.torch_device.type == "cpu"])
     return found, spread
 
