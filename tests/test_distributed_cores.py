@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import in_ranks
 
+from spu import ModelParallelTrainer
 from spu.devices import host
 from spu.devices.host import physical_cores, usable_cores
-from spu.devices.manager import DeviceManager
+from spu.devices.manager import Device, DeviceManager
 from spu.distributed import cores
 from spu.distributed.job import Job
 
@@ -106,6 +108,55 @@ def test_what_was_given_back_is_left_alone(threads):
     torch.set_num_threads(share.threads)  # which somebody wants now
     share.give_back()
     assert torch.get_num_threads() == share.threads
+
+
+def forsaken() -> list[object]:
+    """Return this process's cores and threads: before a job, and after one whose other process ended meanwhile."""
+    os.environ.pop("MKL_NUM_THREADS", None)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+    torch.set_num_threads(1)
+    before, share, seen = [sorted(os.sched_getaffinity(0)), 1], cores.Share.__init__, []
+
+    def last(self: cores.Share, device: Device, **how: Any) -> None:
+        share(self, device, **how)
+        seen.append(sorted(os.sched_getaffinity(0)))
+        if dist.get_rank() == 1:
+            raise KeyboardInterrupt
+
+    cores.Share.__init__ = last  # type: ignore[method-assign]
+    try:
+        Job("cpu")
+    except KeyboardInterrupt:
+        dist.destroy_process_group()
+        return []
+    except ConnectionError:
+        return [before, seen, [sorted(os.sched_getaffinity(0)), torch.get_num_threads()]]
+    raise AssertionError("the job was made")
+
+
+@needs_two
+def test_a_job_that_could_not_be_made_leaves_no_cores_bound():
+    before, inside, after = in_ranks(2, forsaken)[0]
+    assert inside != [before[0]]
+    assert after == before
+
+
+def refused() -> list[object]:
+    """Return this process's cores and threads: before a trainer, and after one that was refused."""
+    os.environ.pop("MKL_NUM_THREADS", None)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+    torch.set_num_threads(1)
+    before = [sorted(os.sched_getaffinity(0)), torch.get_num_threads()]
+    for wrong in ({"tiers": "nonsense=3"}, {"tiers": f"disk={__file__}:1GB"}, {"loss_weight": "nonsense"}):
+        with pytest.raises(ValueError, match=r"nonsense|is a file"):
+            ModelParallelTrainer([torch.nn.Linear(2, 2)] * 2, engine="distributed", **wrong)
+    return [before, [sorted(os.sched_getaffinity(0)), torch.get_num_threads()]]
+
+
+@needs_two
+def test_a_refused_trainer_leaves_no_cores_bound():
+    for before, after in in_ranks(2, refused):
+        assert after == before
 
 
 def test_machines_of_one_name_share_no_cores(monkeypatch, tmp_path):

@@ -134,12 +134,17 @@ class Job:
                 self.alike, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
         self.device = _own_device(devices, self.rank)
         self._share = share_of(self.gathered(where(self.device)), self.rank)
-        if self._share is not None:
-            self.device = self._share.of(self.device)
         self._lent = None
-        if self._share is not None and self._share.of_all:
-            self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
-        everyones = self.gathered(_told(self.device))
+        with contextlib.ExitStack() as undone:  # of a job that nobody gets, nobody can close
+            if self._share is not None:
+                undone.callback(self._share.give_back)
+                self.device = self._share.of(self.device)
+                if self._share.of_all:
+                    self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
+            if self._lent is not None:
+                undone.callback(self._lent.close)
+            everyones = self.gathered(_told(self.device))
+            undone.pop_all()
         self.devices: list[Device] = [_Told(*told).device for told in everyones[: self.size // replicas]]
 
     def gathered(self, value: Any) -> list[Any]:

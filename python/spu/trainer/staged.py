@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,14 +80,14 @@ class StagedModel:
 
     Args:
         parts: the model.
-        where: the devices, in pipeline order, and the processes where the stages are in several.
+        where: gives the devices, in pipeline order, and the processes where the stages are in several.
         settings: of the training; the other arguments are the trainer's.
     """
 
     def __init__(
         self,
         parts: Parts,
-        where: tuple[Sequence[Device], Spread | None],
+        where: Callable[[], tuple[list[Device], Spread | None]],
         settings: TrainSettings,
         *,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None,
@@ -102,7 +102,6 @@ class StagedModel:
         report: Callable[[str], Any] | None,
     ) -> None:
         self._parts = parts
-        self.devices, self._spread = list(where[0]), where[1]
         self.settings = settings
         self.precision, self.accumulate = settings.precision, settings.accumulate
         self.loss_fn = cross_entropy if loss_fn is None else loss_fn
@@ -122,6 +121,8 @@ class StagedModel:
         self._planner: Planner | None = None
         self._runner: Runner | None = None
         self._last = LastStep()
+        self.tiers.check()
+        self.devices, self._spread = where()  # last: a trainer that nobody gets gives no cores back
 
     @property
     def plan(self) -> Plan | None:

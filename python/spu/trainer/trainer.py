@@ -108,7 +108,7 @@ class ModelParallelTrainer(StagedModel):
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
         super().__init__(
             Parts(model),
-            placed(devices, settings),
+            partial(placed, devices, settings),
             settings,
             loss_fn=loss_fn,
             raw_outputs=raw_outputs,
@@ -121,7 +121,6 @@ class ModelParallelTrainer(StagedModel):
             tiers=tiers if isinstance(tiers, Tiers) else parse_tiers(tiers or ""),
             report=report,
         )
-        self.tiers.check()
         self.shift = shift
         self.lr_schedule = lr_schedule
         self.seed = settings.seed
