@@ -8,7 +8,6 @@ and prints their seconds, so that the ways can take turns. The first line says h
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ports import free_port
 
 from spu.train import loop, plain
 from spu.train.adapter import make_trained_model
@@ -59,10 +59,8 @@ def second_rank() -> subprocess.Popen[str] | None:
     """Make this process the first of two, as torchrun does, and start the second; None in that one."""
     if "RANK" in os.environ:
         return None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    os.environ.update(address, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
     os.environ.update(OMP_NUM_THREADS="1", TORCHELASTIC_RUN_ID="none")
     torch.set_num_threads(1)
     second = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}

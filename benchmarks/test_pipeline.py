@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import pipeline_model as lm
 import pytest
 from goals import GOALS
+from ports import free_port
 from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, schedules
@@ -45,9 +45,7 @@ class Peer:
     def __init__(self, name: str, dtype: str) -> None:
         arguments: list[list[str]] = [[]]
         if name == "torch-pipelining":
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
+            port = str(free_port())
             arguments = [["0", port], ["1", port]]
         environment = {**os.environ, "OMP_NUM_THREADS": "2" if name == "two-threads" else "1"}
         self._ranks = [

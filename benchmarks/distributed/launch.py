@@ -11,14 +11,17 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["between", "cpu", "free_port", "judged", "ranks"]
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from ports import free_port
+
+__all__ = ["between", "cpu", "judged", "ranks"]
 
 HERE = Path(__file__).resolve().parent
 LATENCY = "50ms"  # that a packet may wait in the bucket's queue before it is dropped
@@ -29,12 +32,6 @@ def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _sh(*words: str) -> None:
