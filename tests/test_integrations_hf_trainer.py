@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from spu.integrations import SpuTrainer  # noqa: E402
+from spu.model.adapter_base import read_base  # noqa: E402
 
 __all__ = ["reference"]
 
@@ -218,6 +219,9 @@ def test_adapters_of_peft_train_and_are_saved_by_themselves(tmp_path: Path) -> N
     assert_near(ours, theirs, 1e-5)
     names = {path.name for path in (tmp_path / "b" / "checkpoint-6").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "spu", "trainer_state.json"} <= names
+    beside = read_base(tmp_path / "b" / "checkpoint-6")
+    assert beside is not None
+    beside.check_model(twin, "the twin")
     assert "model.safetensors" not in names
     loaded = peft.PeftModel.from_pretrained(decoder(), tmp_path / "b" / "checkpoint-6")
     for name, tensor in peft.get_peft_model_state_dict(loaded).items():

@@ -21,6 +21,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from spu.cli.app import main  # noqa: E402
+from spu.model.adapter_base import base_values, write_base  # noqa: E402
 from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
 from spu.model.merge import merge_adapter, write_parts  # noqa: E402
 from spu.train.adapter import base_of  # noqa: E402
@@ -124,7 +125,9 @@ def test_a_merged_run_is_what_peft_merges(place: Path, tmp_path: Path, dtype: to
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_run_of_a_config_alone_is_merged_with_its_tokenizer(place: Path, tmp_path: Path, tied: bool) -> None:
-    config, trained = tmp_path / "tiny.json", place / "runs" / "run" / "adapter"
+    config, trained = tmp_path / "tiny.json", tmp_path / "adapter"
+    shutil.copytree(place / "runs" / "run" / "adapter", trained)
+    (trained / "spu_base.json").unlink()  # of other weights, which serve here
     config.write_text(json.dumps({"model_type": "llama", **TINY, "tie_word_embeddings": tied}))
     merge_adapter(base_of(str(config), seed=7), trained, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.bytes").exists()
@@ -159,7 +162,9 @@ def test_parts_hold_little_at_a_time_and_their_index_names_them(tmp_path: Path) 
 def test_an_internlm2_checkpoint_is_merged_in_its_own_form(place: Path, tmp_path: Path) -> None:
     base, trained = tmp_path / "base", tmp_path / "adapter"
     write_checkpoint(base, shards=2)
-    add_adapters(make_model(str(base), 0), LoraOptions(rank=2), seed=1).save_pretrained(trained)
+    model = add_adapters(make_model(str(base), 0), LoraOptions(rank=2), seed=1)
+    model.save_pretrained(trained)
+    write_base(trained, base_values(model))
     tensors = load_file(trained / "adapter_model.safetensors")
     save_file(
         {name: torch.randn_like(tensor) for name, tensor in tensors.items()}, trained / "adapter_model.safetensors"
@@ -266,6 +271,32 @@ def test_an_adapter_is_added_to_no_weights_but_those_it_was_trained_on(
     assert spu("merge", own, "--out", tmp_path / "new") == 2
     assert f"began from random weights, and {base} has weights now" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_is_added_to_no_other_weights_of_the_same_shapes(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another training of the same base, or another seed: the merged model was of neither."""
+    own, base = tmp_path / "runs" / "run", tmp_path / "base"
+    shutil.copytree(place / "runs" / "run", own)
+    shutil.copytree(place / "base", base)
+    record = json.loads((own / "config.json").read_text())
+    record["settings"]["model"] = str(base)
+    (own / "config.json").write_text(json.dumps(record))
+    weights = load_file(base / "model.safetensors")
+    changed = "model.layers.1.self_attn.k_proj.weight"
+    weights[changed] = weights[changed].flip(0)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    said = f"adapter was trained beside other weights than those of {base}: {changed} differs"
+    for which in ([own], [own / "adapter", "--model", base]):
+        assert spu("merge", *which, "--out", tmp_path / "new") == 2
+        assert said in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir() if "new" in path.name] == []
+    with pytest.raises(ValueError, match=said):
+        load_trained(own)
+    (own / "adapter" / "spu_base.json").unlink()
+    load_trained(own)
+    assert spu("merge", own, "--out", tmp_path / "new") == 0
 
 
 @pytest.mark.parametrize("kind", ["pissa", "olora"])

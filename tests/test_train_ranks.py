@@ -86,7 +86,8 @@ def test_a_run_in_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pyte
         for name in ("model/model.safetensors", "model/config.json", "checkpoint/tensors.safetensors"):
             assert (runs / f"two{more}" / name).read_bytes() == (runs / f"one{more}" / name).read_bytes()
     adapter = "adapter/adapter_model.safetensors"
-    assert (runs / "two-lora" / adapter).read_bytes() == (runs / "one-lora" / adapter).read_bytes()
+    for kept in (adapter, "adapter/spu_base.json"):
+        assert (runs / "two-lora" / kept).read_bytes() == (runs / "one-lora" / kept).read_bytes()
 
 
 def test_bad_input_ends_every_process_with_one_message(tmp_path: Path) -> None:

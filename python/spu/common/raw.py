@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["bytes_of", "flat", "write"]
+__all__ = ["bytes_of", "flat", "some_of", "write"]
+
+_SOME = 64  # of all: they would be read from a disk
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,6 +22,12 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes in the order of its elements, uint8 [bytes]; the same memory if they lie so."""
     return flat(tensor.detach()).view(torch.uint8)
+
+
+def some_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return some of a tensor's elements, from its beginning to its end: [64 to 127], or all of fewer."""
+    elements = tensor.detach().reshape(-1)
+    return elements[torch.arange(0, elements.numel(), max(1, elements.numel() // _SOME), device=elements.device)]
 
 
 def write(tensor: torch.Tensor, values: torch.Tensor) -> None:

@@ -10,11 +10,9 @@ import torch
 
 from spu.checkpoint.writing import CheckpointError
 from spu.common.absent import is_absent
-from spu.common.raw import bytes_of
+from spu.common.raw import bytes_of, some_of
 
 __all__ = ["Sample", "base_record", "check_base", "sampled"]
-
-_SAMPLED = 64  # values of each tensor: all of them would be read from a disk at every save
 
 
 class Sample(NamedTuple):
@@ -32,9 +30,7 @@ def sampled(frozen: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
         if is_absent(tensor):
             found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), b"")
             continue
-        flat = tensor.reshape(-1)
-        some = flat[torch.arange(0, flat.numel(), max(1, flat.numel() // _SAMPLED), device=flat.device)]
-        values = bytes_of(some.cpu()).numpy().tobytes()
+        values = bytes_of(some_of(tensor).cpu()).numpy().tobytes()
         found[name] = Sample(tuple(tensor.shape), str(tensor.dtype), values)
     return found
 

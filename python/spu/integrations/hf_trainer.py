@@ -34,6 +34,7 @@ from spu.integrations.hf_refusals import (
     check_model,
     overridden,
 )
+from spu.model.adapter_base import base_values, write_base
 from spu.model.layers import is_adapted
 from spu.trainer.adapter import adapter_state
 from spu.trainer.halves import Halfway, begin_step, clip_now, end_step
@@ -312,7 +313,10 @@ class SpuTrainer(transformers.Trainer):  # type: ignore[misc]
             exact = adapter_state(engine)[1] if is_adapted(self._module) else engine.state_dict_for_model()
             exact = self._dtypes.state(exact)
         super()._save(output_dir, exact)
-        config = Path(str(output_dir or self.args.output_dir)) / "config.json"
+        place = Path(str(output_dir or self.args.output_dir))
+        if exact is not state_dict and is_adapted(self._module):
+            write_base(place, base_values(self._module))
+        config = place / "config.json"
         if exact is not state_dict and config.is_file():  # it says what the weights have while they train
             values = json.loads(config.read_text(encoding="utf-8"))
             assert self._dtypes is not None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.model.adapter_base import write_base
 from spu.model.layers import is_adapted
 
 __all__ = [
@@ -109,13 +110,16 @@ def check_adapted(model: Any) -> Any:
     return model
 
 
-def write_adapter(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_adapter(
+    model: Any, state: Mapping[str, torch.Tensor], folder: Path, base: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Write a ``PeftModel``'s adapters as its ``save_pretrained`` does; an older adapter there stays until the end.
 
     Args:
         model: the ``PeftModel``.
         state: its state, with the values to write.
-        folder: gets adapter_config.json and adapter_model.safetensors.
+        folder: gets adapter_config.json, adapter_model.safetensors and spu_base.json.
+        base: what is kept of the frozen weights, as `spu.model.adapter_base.base_values` returns it.
 
     Raises:
         ValueError: the folder holds something else, or cannot be written.
@@ -128,6 +132,7 @@ def write_adapter(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -
             shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
         model.save_pretrained(new, state_dict=dict(state))
+        write_base(new, base)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from spu.model.adapter_base import read_base
 from spu.model.convert.decoder import empty_decoder
 from spu.model.convert.internlm2 import MODEL_TYPE, Checkpoint, internlm2_config, layout_of
 from spu.model.convert.layout import check, fill, write_tensor
@@ -147,6 +148,7 @@ class _Adapter:
 
     def __init__(self, folder: Path, base: Base) -> None:
         self.config, tensors = read_adapter(folder)
+        self._beside, self._source = read_base(folder), base.source
         used = [name for name in _UNREAD if self.config.get(name)]
         if used:
             raise ValueError(f"{folder / CONFIG} sets {used[0]}, which is not merged here: use peft's merge_and_unload")
@@ -207,7 +209,13 @@ class _Adapter:
         return shape[::-1] if self.config.get("fan_in_fan_out") else shape
 
     def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a base tensor with what the adapter adds to it, in its own dtype."""
+        """Return a base tensor with what the adapter adds to it, in its own dtype.
+
+        Raises:
+            ValueError: it is another one than the adapter was trained beside.
+        """
+        if self._beside is not None:
+            self._beside.check(name, tensor, self._source)
         if name in self.whole:
             return self.whole[name].to(tensor.dtype)
         path, _, kind = name.rpartition(".")

@@ -14,6 +14,7 @@ import torch
 from spu.common.absent import is_absent
 from spu.data.tokenizer import FileTokenizer, Tokenizer, make_tokenizer
 from spu.devices.host import host_memory
+from spu.model.adapter_base import read_base
 from spu.model.deferred import bring
 from spu.train.adapter import ADAPTER
 from spu.train.model import has_weights, load_config, make_model
@@ -70,6 +71,9 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     if adapter is not None:
         model = _adapted(model, adapter)
     bring(model, dtypes=dtypes)
+    beside = None if adapter is None else read_base(adapter)
+    if beside is not None:
+        beside.check_model(model, named or "the default model", rounded=narrow)
     vocabulary = config.get_text_config().vocab_size
     return model.eval(), make_tokenizer(named, vocabulary, weights=has_weights(named))
 

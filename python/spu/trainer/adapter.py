@@ -9,6 +9,7 @@ import torch
 
 from spu.engine.joined import whole
 from spu.engine.state import exact_parameters
+from spu.model.adapter_base import base_values
 from spu.model.lora import check_adapted, write_adapter
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def save_adapter(trainer: ModelParallelTrainer, folder: str | Path) -> None:
     """Write the adapters that a trainer trains as ``PeftModel.save_pretrained`` does, in full precision.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` loads them. A folder that is there is replaced when the new one is
-    complete.
+    complete. Beside peft's files lies what the frozen weights were (`spu merge` and `spu chat` refuse others).
 
     Args:
         trainer: whose model is a ``PeftModel``; after :meth:`~ModelParallelTrainer.close` too.
-        folder: gets adapter_config.json and adapter_model.safetensors.
+        folder: gets adapter_config.json, adapter_model.safetensors and spu_base.json.
 
     Raises:
         TypeError: the model has no adapters.
@@ -58,5 +59,6 @@ def save_adapter(trainer: ModelParallelTrainer, folder: str | Path) -> None:
         RuntimeError: as ``state_dict_for_model``.
     """
     model, state = adapter_state(trainer)
+    beside = base_values(model) if trainer._spread is None else trainer._spread.beside
     if trainer._spread is None or trainer._spread.job.rank == 0:
-        write_adapter(model, state, Path(folder))
+        write_adapter(model, state, Path(folder), beside)

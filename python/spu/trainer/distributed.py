@@ -30,6 +30,7 @@ from spu.engine.joined import whole
 from spu.engine.loss import loss_part
 from spu.engine.optimizer_state import Optimizers
 from spu.engine.state import load_training, model_state, state_for_model
+from spu.model.adapter_base import base_values
 from spu.model.deferred import bring
 from spu.model.layers import Layer
 from spu.plan import Plan
@@ -73,6 +74,10 @@ class Spread:
         devices: this process's device, or "auto".
         settings: of the training.
 
+    Attributes:
+        job: the processes.
+        beside: what is kept of the frozen weights of all (`spu.model.adapter_base.base_values`), of the last state.
+
     Raises:
         ValueError: a setting that needs all stages in one process, or no processes are there.
     """
@@ -104,6 +109,7 @@ class Spread:
         self.job = Job(devices, replicas=settings.replicas, timeout_s=settings.wait_s)
         self._settings = settings
         self._own: frozenset[int] = frozenset()
+        self.beside: dict[str, dict[str, Any]] = {}
         self._peers: PipelinePeers | None = None
 
     def devices(self) -> list[Device]:
@@ -230,9 +236,12 @@ class Spread:
         self, model: nn.Module, built: BuiltStages, optimizers: Optimizers, *, trained: bool = False
     ) -> dict[str, Any]:
         """Return the model's state in rank 0, or what is trained of it, and nothing in the others; called in every
-        process.
+        process. With what is trained, :attr:`beside` is gathered.
         """
         state: dict[str, Any] = {}
+        if trained:
+            everyones = self.job.gathered(base_values(model))  # each process has the weights of its own stages
+            self.beside = {name: own for theirs in everyones for name, own in theirs.items()}
 
         def take(tensors: dict[str, Any]) -> str:
             if trained:
