@@ -140,7 +140,8 @@ class Job:
                 undone.callback(self._share.give_back)
                 self.device = self._share.of(self.device)
                 if self._share.of_all:
-                    self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
+                    with self.exchanging("where they lend cores", range(self.size)):
+                        self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
             if self._lent is not None:
                 undone.callback(self._lent.close)
             everyones = self.gathered(_told(self.device))
