@@ -92,3 +92,15 @@ def test_a_capture_that_fails_leaves_the_thread_in_its_own_stream(card: Card, er
         CudaCapture(CARD).record(work, [])
     assert (card.stream, card.capturing) == ("default", [])
     assert card.ended == ([(1, POOL)] if isinstance(error, RuntimeError) else [])  # torch has ended the other one
+
+
+def test_all_captures_of_a_stage_are_in_one_stream(card: Card) -> None:
+    """Each stream that multiplies has workspaces of cuBLAS, which torch keeps when the graph is gone."""
+    streams: list[Any] = []
+    make = CudaCapture.maker(CARD)
+    for _ in range(3):
+        made = make()
+        for _ in range(2):
+            made.record(lambda: streams.append(card.stream), [])
+    assert len(streams) == 6
+    assert len({id(stream) for stream in streams}) == 1

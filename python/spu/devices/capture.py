@@ -31,10 +31,29 @@ class Called:
 
 
 class CudaCapture:
-    """CUDA graphs in a memory pool of their own, captured on a side stream, replayed on the current one."""
+    """CUDA graphs in a memory pool of their own, captured on a side stream, replayed on the current one.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    Args:
+        device: the card.
+        stream: the side stream; default: a new one. torch keeps workspaces of cuBLAS and cuBLASLt, 8 to 32 MiB each,
+            for every thread and stream that has multiplied, also when the graph is gone: give all captures one stream.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = torch.cuda.Stream(device) if stream is None else stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def maker(device: torch.device) -> Callable[[], CudaCapture]:
+        """Return what makes captures on a card, all in one stream."""
+        made: list[torch.cuda.Stream] = []
+
+        def make() -> CudaCapture:
+            if not made:
+                made.append(torch.cuda.Stream(device))
+            return CudaCapture(device, made[0])
+
+        return make
 
     def record(self, work: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()

@@ -348,5 +348,5 @@ def graphs_for(
         if mode == "on":
             raise ValueError(f"graphs='on' cannot capture stage {stage.index}: {why}; use graphs='auto'")
         return None, why
-    capture = (lambda: CudaCapture(device)) if device.type == "cuda" else Called
+    capture: Callable[[], Capture] = CudaCapture.maker(device) if device.type == "cuda" else Called
     return StageGraphs(stage, capture, why_not, must=mode == "on"), ""
