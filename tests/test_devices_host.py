@@ -125,6 +125,7 @@ def test_hyperthreads_are_put_side_by_side_and_counted_once(host: Path) -> None:
     assert hostinfo.usable_cores() == [0, 2, 1, 3]
     assert hostinfo.physical_cores([0, 2]) == 1
     assert hostinfo.physical_cores([0, 1]) == 2
+    assert hostinfo.one_of_each_core([2, 0, 1, 3]) == [2, 1]
 
 
 def test_without_a_topology_every_core_is_its_own(host: Path) -> None:

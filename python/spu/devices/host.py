@@ -19,6 +19,7 @@ __all__ = [
     "effective_cores",
     "host_memory",
     "machine_name",
+    "one_of_each_core",
     "physical_cores",
     "usable_cores",
 ]
@@ -87,7 +88,15 @@ def _busy_ticks(cores: Iterable[str]) -> int:
 
 def physical_cores(cores: Iterable[int]) -> int:
     """Return how many physical cores these logical ones belong to."""
-    return len({_physical_core(core) for core in cores})
+    return len(one_of_each_core(cores))
+
+
+def one_of_each_core(cores: Iterable[int]) -> list[int]:
+    """Return the first of the logical cores of each physical one."""
+    found: dict[tuple[int, int], int] = {}
+    for core in cores:
+        found.setdefault(_physical_core(core), core)
+    return list(found.values())
 
 
 def _physical_core(core: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spu.devices.host import one_of_each_core
 from spu.distributed.shared_memory import shared_places
 from spu.engine.channel import helping_kernels
 
@@ -60,12 +61,13 @@ def lent_cores(group: dist.ProcessGroup, cores: Sequence[Sequence[int]]) -> Lent
 
     Args:
         group: processes of one machine.
-        cores: each one's, by rank.
+        cores: each one's, by rank; of hyperthreads one is lent.
 
     Returns:
         None where the kernels are not there, or memory cannot be shared.
     """
     kernels = helping_kernels()
+    cores = [one_of_each_core(own) for own in cores]
     places = shared_places(group, 4 * max(map(len, cores)), willing=kernels is not None)
     if kernels is None or places is None:
         return None
