@@ -320,3 +320,38 @@ def test_a_sequence_with_a_forward_of_its_own(reference: None, kind: type[nn.Seq
         assert (parameter.grad is None) == (gradient is None), name
         if gradient is not None:
             assert_equal(parameter.grad, gradient, name)
+
+
+class Wrapper(nn.Module):
+    """As scripts wrap a network that somebody else has written."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) * 2
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.usefixtures("reference")
+def test_a_wrapper_around_a_small_network_is_cut(depth: int) -> None:
+    """It counted as one layer: "2 devices for 1 layers"."""
+    torch.manual_seed(0)
+    net: nn.Module = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+    for _ in range(depth):
+        net = Wrapper(net)
+    assert_equals_plain(net, torch.randn(8, 6), torch.randint(4, (8,)), F.cross_entropy, 2)
+
+
+def test_where_there_are_too_few_layers_the_error_says_what_was_not_looked_into() -> None:
+    class Decides(Wrapper):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) if x.sum() > 0 else x @ self.net[0].weight.T
+
+    blocks = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    with (
+        trainer(Wrapper(Decides(blocks)), 2, microbatches=2) as t,
+        pytest.raises(ValueError, match=r"2 devices for 1 layer: .*at most 1 device \(module 'net' .*control flow"),
+    ):
+        t.prepare(torch.randn(8, 6), torch.randint(4, (8,)))

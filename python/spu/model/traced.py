@@ -38,7 +38,8 @@ def traced_layers(model: nn.Module, inputs: Any) -> list[tuple[str, Part]]:
     """Cut a model into consecutive layers, which together compute what it does, bit for bit.
 
     A layer begins at each module with parameters that the forward calls; what follows it up to the next one (sums,
-    activations, normalisations) is in it. Modules that are chains of modules are looked into.
+    activations, normalisations) is in it. Modules that are chains of modules are looked into; where that finds
+    one layer alone, as in a wrapper around a small network, others too.
 
     Args:
         model: called as ``model(*inputs)`` for a tuple and ``model(**inputs)`` for a dict, where its forward has such
@@ -48,18 +49,32 @@ def traced_layers(model: nn.Module, inputs: Any) -> list[tuple[str, Part]]:
     Raises:
         ValueError: the model cannot be cut so that it stays exact, or fails on this batch; says why.
     """
-    whole: set[str] = set()
+    whole: dict[str, str] = {}
     reason = ""
     for closed in (False, True):
         if closed:  # a last try: look into no module but the model
-            whole |= {name for name, _ in model.named_children()}
+            whole |= {name: "" for name, _ in model.named_children()}
         try:
             layers = _cut(model, inputs, whole)
             _check_same(model, layers, inputs)
+            if not closed and len(layers) == 1:
+                layers = _cut_further(model, inputs, layers)
+            inner = (f"module {name!r} is not looked into: {why}" for name, why in whole.items() if why)
+            layers[0][1].why_so_few = reason or next(inner, "")
             return layers
         except Untraceable as error:
             reason = str(error)
     raise ValueError(f"{type(model).__name__} cannot be cut into layers: {reason}; {_ELSE}")
+
+
+def _cut_further(model: nn.Module, inputs: Any, layers: list[tuple[str, Part]]) -> list[tuple[str, Part]]:
+    """Return the layers found by looking into every module where that is exact, else those given."""
+    try:
+        more = _cut(model, inputs, {}, all_the_way=True)
+        _check_same(model, more, inputs)
+    except Untraceable:
+        return layers
+    return more
 
 
 class _Call(nn.Module):
@@ -95,10 +110,10 @@ def _binds(model: nn.Module, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _cut(model: nn.Module, inputs: Any, whole: set[str]) -> list[tuple[str, Part]]:
+def _cut(model: nn.Module, inputs: Any, whole: dict[str, str], *, all_the_way: bool = False) -> list[tuple[str, Part]]:
     tree = InputTree(inputs)
-    graph, outputs, opened = _traced(model, tree, whole, training=True)
-    other, other_outputs, _ = _traced(model, tree, whole, training=False)
+    graph, outputs, opened = _traced(model, tree, whole, training=True, all_the_way=all_the_way)
+    other, other_outputs, _ = _traced(model, tree, whole, training=False, all_the_way=all_the_way)
     if _described(graph) != _described(other) or outputs != other_outputs:
         raise Untraceable(
             "its forward does something else in evaluation mode than in training (self.training): leave that to a "
@@ -142,23 +157,23 @@ def _complete(model: nn.Module, parts: list[Part]) -> None:
 
 
 def _traced(
-    model: nn.Module, tree: InputTree, whole: set[str], *, training: bool
+    model: nn.Module, tree: InputTree, whole: dict[str, str], *, training: bool, all_the_way: bool
 ) -> tuple[fx.Graph, Any, dict[str, nn.Module]]:
     """Return the graph, the arrangement of its outputs, and the modules that were looked into, by name.
 
-    ``whole`` is added to: names of modules that turned out not to be traceable inside.
+    ``whole`` is added to: names of modules that turned out not to be traceable inside, and why.
     """
     modes = [(module, module.training) for module in model.modules()]
     while True:
         call = _Call(model, tree)
-        tracer = Tracer(whole)
+        tracer = Tracer(whole, all_the_way)
         with untouched(model), tracer.unchanged(model):
             try:
                 for module, _ in modes:
                     module.training = training
                 graph = tracer.trace(call)
             except Retry as retry:
-                whole.add(retry.name)
+                whole[retry.name] = _where(retry.__cause__, model) if isinstance(retry.__cause__, Exception) else ""
                 continue
             except Untraceable:
                 raise

@@ -146,7 +146,12 @@ class Part(nn.Module):
         tree: of the first part, which is given the model's inputs: how these are arranged.
         outputs: of the last part, which returns the model's outputs: how these are arranged.
         watch: of the first part that is checked at every call.
+
+    Attributes:
+        why_so_few: of the first part: why there are not more parts, if something could not be looked into.
     """
+
+    why_so_few: str = ""
 
     def __init__(
         self,

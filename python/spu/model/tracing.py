@@ -6,7 +6,7 @@ import contextlib
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Tracer(fx.Tracer):
 
     Args:
         whole: names of the modules, in the model, that are not looked into.
+        all_the_way: look also into modules that are no chains (below), as far as their own code goes.
 
     Attributes:
         opened: modules that were looked into, by name.
@@ -45,9 +46,9 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, whole: set[str]) -> None:
+    def __init__(self, whole: Container[str], all_the_way: bool = False) -> None:
         super().__init__()
-        self._whole = whole
+        self._whole, self._all_the_way = whole, all_the_way
         self._thread = threading.get_ident()  # fx patches torch for all threads
         self._modes = _modes()
         self.opened: dict[str, nn.Module] = {}
@@ -56,7 +57,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Tell whether a module is called whole."""
         name = module_qualified_name.partition(".")[2]
-        return bool(name) and (name in self._whole or has_hooks(m) or _has_own_state(m) or not _is_opened(m))
+        closed = name in self._whole or has_hooks(m) or _has_own_state(m)
+        return bool(name) and (closed or not _is_opened(m, self._all_the_way))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a call of a module, or what it does if it is looked into."""
@@ -148,13 +150,15 @@ def is_chain(module: nn.Module) -> bool:
     return blocks > 1 or sum(any(True for _ in child.parameters()) for child in children) >= _LONG
 
 
-def _is_opened(module: nn.Module) -> bool:
+def _is_opened(module: nn.Module, all_the_way: bool) -> bool:
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential):
         return False
     if hasattr(type(module), "spu_plain"):  # fused, by a trainer or by the user
         return False
     if isinstance(module, torch.jit.ScriptModule) or torch_private.inner_of_compiled(module) is not None:
         return False
+    if all_the_way and sum(any(True for _ in child.parameters()) for child in module.children()) > 0:
+        return True
     return any(is_chain(part) for part in module.modules())
 
 

@@ -158,9 +158,11 @@ class Planner:
         devices, layers, each = len(self.devices), len(self.layers), self.settings.stages_per_rank
         if devices * each > layers:
             on_each = f" with {each} stages on each" if each > 1 else ""
+            why = next((text for layer in self.layers if (text := getattr(layer.module, "why_so_few", ""))), "")
+            most = layers // each
             raise ValueError(
-                f"{devices} devices{on_each} for {layers} layers: every stage needs a layer; "
-                f"pass at most {layers // each} devices"
+                f"{devices} devices{on_each} for {layers} layer{'s' * (layers != 1)}: every stage needs a layer; "
+                f"pass at most {most} device{'s' * (most != 1)}{why and f' ({why})'}"
             )
 
     def checked(self, plan: Plan, inputs: Any, targets: Any, *, measure: bool) -> Plan:
