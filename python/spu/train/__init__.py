@@ -9,7 +9,7 @@ In the order in which a run meets them:
     weights.py              where its weights are until its layers have their places
     job.py                  a run before it trains: all of the above, checked against each other
     lr.py, evaluate.py      the learning rate of a step; where the run is validated, and the mean over targets
-    loop.py                 prepare, the loop over steps, finish
+    loop.py, batches.py     prepare, the loop over steps, finish; the next batch, made while a card works
     ranks.py                the same in several processes, which rank 0 leads
     guard.py, signals.py    what ends a run early: a loss that is not finite or gets no lower; Ctrl-C and SIGTERM
     keep.py, resume.py      the checkpoints that are kept; what may differ where a run goes on

@@ -32,6 +32,7 @@ from spu.precision import LossScaler
 from spu.schedules import Timeline
 from spu.settings import TrainSettings
 from spu.train.adapter import keep_adapter, make_trained_model
+from spu.train.batches import Batches
 from spu.train.config import TrainConfig
 from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
 from spu.train.export import sample_of, save_from_all, save_model, take_exact
@@ -247,6 +248,7 @@ class Loop:
         self._val_loss: float | None = None
         self._tokens_per_s = 0.0
         self._plan, self._due = trainer.plan, False
+        self._batches = Batches(partial(job.corpus.batch, config.seed), config.batch, config.seq)
 
     def disk_line(self) -> str:
         """Return a line about the disk that the run takes."""
@@ -296,8 +298,10 @@ class Loop:
     def _train(self, step: int) -> StepResult:
         """Do one step and record it. Steps count from 1."""
         config, trainer = self.job.config, self.trainer
-        inputs, targets = self.job.corpus.batch(config.seed, step - 1, config.batch, config.seq)
+        inputs, targets = self._batches.take(step - 1)
         result = trainer.step(inputs, targets)
+        if step < self.steps:
+            self._batches.make(step)  # a card is still at work: whatever is read of the result waits for it
         if trainer.plan is not self._plan and trainer.plan is not None:
             self._plan = trainer.plan  # it has planned from measured times: the run goes on by the new plan
             self._plan.save(self.job.folder / "plan.json")
