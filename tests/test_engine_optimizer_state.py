@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -40,6 +41,35 @@ def test_a_step_count_lies_where_the_optimizer_reads_it(
     restore_optimizers(built, [optimizer], OptimizerState("AdamW", cast(Any, entries), [[{}]], [1]))
     state = optimizer.optimizer.state[optimizer.target(parameter)]
     assert (state["step"].device, state["exp_avg"].device) == (lies, to)
+
+
+MADE = {
+    "ASGD": (torch.optim.ASGD, {}), "NAdam": (torch.optim.NAdam, {}), "RAdam": (torch.optim.RAdam, {}),
+    "NAdam, capturable": (torch.optim.NAdam, {"capturable": True}), "Adagrad": (torch.optim.Adagrad, {}),
+    "Rprop": (torch.optim.Rprop, {}), "Adadelta": (torch.optim.Adadelta, {}), "Adamax": (torch.optim.Adamax, {}),
+    "Adafactor": (torch.optim.Adafactor, {}), "AdamW": (torch.optim.AdamW, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_loaded_lies_where_torch_makes_it(name: str) -> None:
+    """ASGD's `eta` and `mu` stayed on the host."""
+    make, settings = MADE[name]
+    own = nn.Parameter(torch.zeros(3, 2, device=CARD))
+    made, own.grad = make([own], **settings), torch.zeros_like(own)
+    with contextlib.suppress(Exception):  # a meta tensor has no values; the state is there by then
+        made.step()
+    parameter = nn.Parameter(torch.zeros(3, 2, device=CARD))
+    optimizer = MasterOptimizer(lambda tensors: make(tensors, **settings), [parameter])
+    entries = {f"p/{key}": torch.zeros(value.shape) for key, value in made.state[own].items()}
+    assert entries
+    built = cast(Any, SimpleNamespace(owned=[{"p": parameter}]))
+    state = OptimizerState(make.__name__, cast(Any, entries), [[{}]], [1])
+    restore_optimizers(built, [optimizer], state)
+    loaded = optimizer.optimizer.state[optimizer.target(parameter)]
+    assert {key: value.device for key, value in loaded.items()} == {
+        key: value.device for key, value in made.state[own].items()
+    }
 
 
 class OnCard(torch.Tensor):

@@ -29,6 +29,7 @@ __all__ = [
 Optimizers = Sequence[AdamW | MasterOptimizer | None]
 
 _OWN = ("params", "param_names", "initial_lr")
+_COUNTS = ("step", "mu_product")  # of no dimension; what else has none lies beside its parameter
 # What each group was made with: the trainer's argument, as the defaults are, until somebody changes it.
 _MADE: WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
 
@@ -141,7 +142,7 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
         name, _, key = full.rpartition("/")
         by_name.setdefault(name, {})[key] = value
     for owned, optimizer in zip(built.owned, optimizers):
-        counts = _with_counts_beside(optimizer)
+        beside = _with_counts_beside(optimizer)
         for name, parameter in owned.items():
             entries = _entries(parameter, optimizer)
             for key in [key for key in entries if key not in MASTER_KEYS]:
@@ -149,8 +150,9 @@ def restore_optimizers(built: BuiltStages, optimizers: Optimizers, state: Optimi
             for key, value in by_name.get(name, {}).items():
                 if isinstance(value, Stored | torch.Tensor):
                     held = value.read() if isinstance(value, Stored) else value  # what is read has memory of its own
-                    beside = held.dim() or held.device.type != "cpu" or id(_target(parameter, optimizer)) in counts
-                    place = parameter.device if beside else held.device
+                    counts = key in _COUNTS and id(_target(parameter, optimizer)) not in beside
+                    stays = counts and not held.dim() and held.device.type == "cpu"
+                    place = held.device if stays else parameter.device
                     value = held.to(place, copy=held is value)
                 entries[key] = value
     inners = [inner for inner in map(_inner, optimizers) if inner]
@@ -260,12 +262,14 @@ def _is_plain(value: Any) -> bool:
 
 
 def _with_counts_beside(optimizer: AdamW | MasterOptimizer | None) -> set[int]:
-    """Return the ids of tensors whose step count, of no dimension, lies on their own device: kernels read it there. In
-    torch's other optimizers it is the host's.
+    """Return the ids of tensors whose counts lie on their own device: kernels read them there, or it is torch's ASGD.
+    In torch's other optimizers they are the host's.
     """
     inner = _inner(optimizer)
     groups = [] if inner is None else inner.param_groups
-    return {id(p) for group in groups if group.get("fused") or group.get("capturable") for p in group["params"]}
+    if not isinstance(inner, torch.optim.ASGD):
+        groups = [group for group in groups if group.get("fused") or group.get("capturable")]
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def _target(parameter: nn.Parameter, optimizer: AdamW | MasterOptimizer | None) -> torch.Tensor:
