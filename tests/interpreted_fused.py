@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from spu.kernels.config import Config
 from spu.ops.reference import codec as reference_codec
 from spu.ops.reference import fused as reference_fused
 from spu.ops.reference import linear as reference_linear
+from spu.ops.reference import norm as reference_norm
 from spu.ops.reference import optimizer as reference_optimizer
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -285,3 +287,27 @@ def test_grad_sqnorm_over_a_list() -> None:
     grads[1][5] = float("nan")
     assert kernels.grad_sqnorm(grads).isnan()
     assert kernels.grad_sqnorm([torch.empty(0)]).item() == 0
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize(("dtype", "cols"), [(torch.float16, 8197), (torch.bfloat16, 8197), (torch.float32, 8197)])
+def test_gradients_of_rows_that_do_not_fit_the_registers(dtype: torch.dtype, cols: int, layer: bool) -> None:
+    """A row of more than 8192 is read twice in 16 bits: for its sums, and for its gradient."""
+    dy, dsum, x = (torch.randn(7, cols).to(dtype) for _ in range(3))
+    weight = torch.randn(cols).to(dtype)
+    mean, rstd = (t.contiguous() for t in (x.float().mean(1), 1 / x.float().std(1)))
+
+    def gradients(module: Any, *tensors: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor, ...]:
+        d, s, v, w, average, root = tensors
+        if layer:
+            return tuple(module.layer_norm_backward(d, s, v, w, average, root, *needs, needs[1]))
+        return tuple(module.rms_norm_backward(d, s, v, w, root, 0.0, False, *needs))
+
+    tensors = dy, dsum, x, weight, mean, rstd
+    truth = gradients(reference_norm, *(t.double() for t in tensors), needs=(True, True))
+    plain = gradients(reference_norm, *tensors, needs=(True, True))
+    made = gradients(kernels, *tensors, needs=(True, True))
+    for name, a, p, t in zip(("dx", "dw", "db"), made, plain, truth):
+        assert_close_to_truth(a, p, t, eps=torch.finfo(a.dtype).eps * float(t.abs().max()), name=name)
+    assert_equal(gradients(kernels, *tensors, needs=(True, False))[0], made[0], "dx alone")
+    assert_equal(gradients(kernels, *tensors, needs=(False, True))[1], made[1], "dw alone")

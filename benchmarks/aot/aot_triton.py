@@ -1,9 +1,9 @@
 """Compile every Triton kernel in every configuration of the tables, without a device; refuse what would run badly.
 
 ``python benchmarks/aot/aot_triton.py --arch 80 90`` prints one JSON line a kernel and ends with 1 if any breaks a rule:
-no spills (but for the named exceptions), shared memory within what a block may have, tensor-core instructions in 16-bit
-products, 16-byte accesses where memory is the limit, as many blocks a multiprocessor as a persistent grid has,
-contraction as asked for. ``--markdown FILE`` writes the page;
+no spills (but for the named exceptions), shared memory within what a block may have, two warps or more a scheduler and
+tensor-core instructions in 16-bit products, 16-byte accesses where memory is the limit, as many blocks a multiprocessor
+as a persistent grid has, contraction as asked for. ``--markdown FILE`` writes the page;
 ``--sample`` compiles a few of each.
 """
 
@@ -42,7 +42,9 @@ _PRODUCTS = ("product_kernel", "descriptor_kernel", "gated_linear_kernel", "gate
              "gated_dh_kernel", "gated_dh_descriptor_kernel", "gated_dx_kernel", "gated_dx_descriptor_kernel",
              "mlp_dz_kernel", "mlp_dz_descriptor_kernel", "linear_ce_kernel", "linear_ce_dz_kernel")  # fmt: skip
 _SAMPLE_LISTED = ("product_kernel", "descriptor_kernel", "linear_ce_kernel")
-# (kernel, architecture or 0 for all): how many bytes of stack are accepted there, and why.
+_LEAST_WARPS = 8  # of a product that waits for its tensor cores: two a scheduler
+_LONG_ROWS = (8192, norm.LARGEST_ROW)  # what takes the most registers is the longest row of each number of warps
+# (kernel, or kernel and label; architecture or 0 for all): how many bytes of stack are accepted there, and why.
 EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("product_kernel", 0): (16, "up to four words, put away before the loop and taken back after it"),
     ("descriptor_kernel", 100): (48, "with fp16 accumulation alone, from which these cards gain nothing"),
@@ -51,6 +53,9 @@ EXCEPTIONS: dict[tuple[str, int], tuple[int, str]] = {
     ("gated_dx_kernel", 120): (8, "two words, of fp32's skinny tile"),
     ("linear_ce_kernel", 90): (24, "up to six words, where it stores its logits; with Triton 3.6 two"),
     ("linear_ce_dz_kernel", 120): (8, "two words, of fp32's skinny tile"),
+    ("linear_ce_kernel", 120): (8, "two words, of the skinny tile where it stores its logits"),
+    ("norm_backward_kernel fp16 long", 0): (128, "LayerNorm's, of rows of 16,384, which need three sums at once"),
+    ("norm_backward_kernel fp32 long", 0): (512, "rows of 16,384 in fp32, of which no known model is trained"),
 }
 
 _FUSED = ("quantize_kernel",)  # in which the fused multiply-adds are written as such
@@ -59,7 +64,7 @@ _ACCESSES = {
     "adamw_kernel": (16, 16), "square_sum_kernel": (16, 0), "dz_kernel": (16, 16), "finish_kernel": (16, 8),
     "gated_dz_kernel": (16, 16), "mlp_finish_kernel": (16, 16), "column_sum_kernel": (16, 0),
     "logits_ce_kernel": (16, 0), "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 16),
-    "dequantize_kernel": (16, 16),
+    "dequantize_kernel": (16, 16), "norm_kernel": (16, 16), "norm_backward_kernel": (16, 16), "rotary_kernel": (16, 16),
 }  # fmt: skip
 
 
@@ -164,6 +169,19 @@ def _by_row(x: Tensor, one: Tensor) -> None:
         rows.rotary(heads, heads, angles, angles, interleaved, inverse)
 
 
+def _long(dtype: torch.dtype) -> None:
+    """Rows and heads as large as large models have them: a program holds them whole."""
+    for cols in _LONG_ROWS:
+        x, weight, by_row = _empty(64, cols, dtype=dtype), _empty(cols, dtype=dtype), _empty(64)
+        norm.rms_norm(x, x, weight, 1e-6, 0.0, True)
+        norm.rms_norm_backward(x, x, x, weight, by_row, 0.0, True, True, True)
+        norm.layer_norm(x, x, weight, weight, 1e-5)
+        norm.layer_norm_backward(x, x, x, weight, by_row, by_row, True, True, True)
+    heads, angles = _empty(2, 64, 64, 128, dtype=dtype).transpose(1, 2), _empty(1, 64, 128, dtype=dtype)
+    for interleaved in (False, True):
+        rows.rotary(heads, heads, angles, angles, interleaved, False)
+
+
 def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
     """Every launch of an architecture with a label; ``sample``: large shapes in fp16 and few pointwise kernels."""
     found: dict[Launch, str] = {}
@@ -172,6 +190,10 @@ def launches(arch: int, sample: bool = False) -> dict[Launch, str]:
         with ahead.recording(arch) as kept:
             _pointwise(dtype, sample)
         found |= {launch: DTYPE_NAMES[dtype] for launch in kept if launch not in found}
+        if not sample and dtype != torch.bfloat16:  # which is fp16 with other roundings
+            with ahead.recording(arch) as kept:
+                _long(dtype)
+            found |= {launch: f"{DTYPE_NAMES[dtype]} long" for launch in kept if launch not in found}
         for shape_class in ("large",) if sample else CLASSES:
             configs = {op: _row(capability, op, dtype, shape_class) for op in PRODUCTS}
             with ahead.recording(arch) as kept:
@@ -195,7 +217,8 @@ def _row(capability: tuple[int, int], op: str, dtype: torch.dtype, shape_class: 
 def faults(built: Built, label: str, most_registers: int = 0) -> list[str]:
     """Which rules a compiled kernel breaks. ``most_registers``: a thread's limit, if several blocks are to fit."""
     found = []
-    excused = max(EXCEPTIONS.get((built.name, arch), (0, ""))[0] for arch in (built.arch, 0))
+    cases = ((name, arch) for name in (built.name, f"{built.name} {label}") for arch in (built.arch, 0))
+    excused = max(EXCEPTIONS.get(case, (0, ""))[0] for case in cases)
     if built.spilled_bytes > excused:
         found.append(f"spills {built.spilled_bytes} bytes a thread")
     if built.shared_bytes > SHARED_BYTES[built.arch]:
@@ -203,6 +226,9 @@ def faults(built: Built, label: str, most_registers: int = 0) -> list[str]:
     wanted = _REGISTERS // (most_registers * built.threads) if most_registers else 1
     if built.blocks < wanted:
         found.append(f"{built.blocks} blocks fit a multiprocessor, its persistent grid has {wanted}")
+    warps = built.resident // 32
+    if built.name in _PRODUCTS and built.tensor_core in ("", "mma.sync") and warps < _LEAST_WARPS:
+        found.append(f"{warps} warps fit a multiprocessor: less than two for each of its schedulers")
     wide = label.startswith("fp32")
     if built.name in _PRODUCTS and not wide and not built.tensor_core:
         found.append("a 16-bit product without tensor-core instructions")

@@ -30,9 +30,10 @@ derived: `kernels/triton/derive.py`), compiled without a device with Triton {ver
 
 These are estimates from machine code, not measurements: they show what cannot be reached, and where to look first.
 
-The gate refuses spills (but for the exceptions named below), more shared memory than a block may have, 16-bit products
-without tensor-core instructions, accesses of less than 16 bytes in kernels that memory limits, and contraction of
-a * b + c where it was switched off. "ragged" are shapes and strides that are multiples of nothing.
+The gate refuses spills (but for the exceptions named below), more shared memory than a block may have, products of
+which fewer than two warps a scheduler fit a multiprocessor, 16-bit products without tensor-core instructions, accesses
+of less than 16 bytes in kernels that memory limits, and contraction of a * b + c where it was switched off. "ragged"
+are shapes and strides that are multiples of nothing, "long" rows of 8,192 and 16,384 elements and 64 heads.
 """
 
 

@@ -29,7 +29,8 @@ from triton.runtime.jit import JITFunction
 from spu.kernels.launch import standing_for
 from spu.kernels.limits import Limits, access_bytes, read
 
-_REGISTERS, _THREADS, _BLOCKS = 65536, {75: 1024, 86: 1536, 89: 1536, 120: 1536}, 32
+# Of a multiprocessor (CUDA C++ programming guide, compute capabilities); 2048 threads and 32 blocks elsewhere.
+_REGISTERS, _THREADS, _BLOCKS = 65536, {75: 1024, 86: 1536, 89: 1536, 120: 1536}, {75: 16, 86: 16, 89: 24, 120: 24}
 _SHARED_OF_A_MULTIPROCESSOR = {
     75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10,
 }  # fmt: skip
@@ -90,9 +91,10 @@ class Built:
     @property
     def blocks(self) -> int:
         """The blocks that fit a multiprocessor, by registers, shared memory and threads."""
-        shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // (self.shared_bytes + 1024)  # 1 KB is the system's
+        system = 0 if self.arch == 75 else 1024  # bytes of each block's shared memory
+        shared = _SHARED_OF_A_MULTIPROCESSOR[self.arch] // max(1, self.shared_bytes + system)
         registers = _REGISTERS // (-(-max(self.registers, 1) // 8) * 8 * self.threads)  # given out by eights
-        return min(shared, registers, self._most // self.threads, _BLOCKS)
+        return min(shared, registers, self._most // self.threads, _BLOCKS.get(self.arch, 32))
 
     @property
     def resident(self) -> int:

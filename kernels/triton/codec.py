@@ -331,9 +331,12 @@ def unpack(wire: Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -
         wire = wire.clone(memory_format=torch.contiguous_format)  # views of wider types need aligned bytes
     payload = wire[HEADER_BYTES + scales_bytes :].view(found.payload)
     if found.block:
-        grid = (ceil_div(numel, found.block * found.blocks_per_program),)
+        # fp32 takes twice the registers: on sm_75 they did not fit
+        blocks = found.blocks_per_program // (2 if dtype == torch.float32 else 1)
         scales = wire[HEADER_BYTES : HEADER_BYTES + scales_bytes].view(torch.float32)
-        _DEQUANTIZE(grid, (scales, payload, out), (numel, codec, found.block, found.blocks_per_program))
+        _DEQUANTIZE(
+            (ceil_div(numel, found.block * blocks),), (scales, payload, out), (numel, codec, found.block, blocks)
+        )
     else:
         grid = (ceil_div(numel, CONVERT_SIZE),)
         _CONVERT(grid, (payload, wire, wire, out), (numel, numel, False, CONVERT_SIZE, HEADER_BYTES))

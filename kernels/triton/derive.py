@@ -66,12 +66,13 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     if arch < 80:  # Triton has no tensor-core product there: cuBLAS's, with our epilogue
         return Config("torch")
     on_load = op == "linear_dz_dx" and shape_class in ("skinny", "small")
-    if op == "linear_dz_dx" and not on_load:
-        return of_triton(arch, "linear_dx", dtype, shape_class)
+    before = op == "linear_dz_dx" and not on_load  # in a pass before the product; a "tile" would apply it on load
+    op = "linear_dx" if before else op
     if dtype == "fp32":  # multiplied as fp32, on the ordinary units; descriptors load 16 bits only
         kind = "persistent" if op in _WALKED and shape_class in ("medium", "large") else "tile"
         return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, 2), op, shape_class)
-    rows, columns, inner, warps, stages = (_WIDE if SHARED_BYTES[arch] > 128 << 10 else _NARROW)[shape_class]
+    narrow = SHARED_BYTES[arch] < 128 << 10
+    rows, columns, inner, warps, stages = (_NARROW if narrow else _WIDE)[shape_class]
     if arch < _DESCRIPTORS_FROM:  # beside the accumulators of a wider tile its loads' addresses do not fit
         columns = min(columns, 128)
     if arch in _LARGE_DESCRIBED and op in _DESCRIBED and shape_class in ("medium", "large"):
@@ -79,6 +80,8 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         return Config("descriptor", rows, columns, inner, 8, warps, stages, blocks=_blocks(op, rows, columns))
     if op == "gated_linear":
         columns, stages = min(columns, 64), min(stages, 3)
+        if narrow and shape_class == "skinny":  # three operands: of a longer tile one program of 4 warps fits, not two
+            inner = 64
     if on_load:  # the left operand's derivative is worked out in registers
         return Config("tile", min(rows, 64), min(columns, 128), 32, 8, 8, 3)
     if op == "linear_ce":  # exponentials beside the accumulators
@@ -89,6 +92,8 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         return Config("tile", rows, min(columns, 128), inner, 8, warps, stages)
     # Programs that walk over tiles, where there are many: with descriptors where the hardware has them.
     kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
+    if kind == "persistent" and narrow and shape_class == "medium" and not before:
+        kind = "tile"  # 120 registers, two fit a multiprocessor; a program that walks takes up to 180
     blocks = _blocks(op, rows, columns) if kind == "descriptor" and arch in _LARGE_DESCRIBED else 1
     flat = kind == "descriptor" and arch == _FLATTENED and blocks == 1
     return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks, flat=flat)

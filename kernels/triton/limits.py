@@ -100,7 +100,8 @@ def _hottest(code: list[_Instruction]) -> list[_Instruction]:
 
 def _products(loop: list[_Instruction]) -> float:
     tensor = sum(one.stem in _TENSOR for one in loop)
-    return 1000.0 * tensor + sum(one.stem in ("FFMA", "FFMA2") for one in loop)
+    # Beside tensor cores fp32 does not count: an epilogue's would make the loop around theirs the hotter one.
+    return 1000.0 * tensor if tensor else float(sum(one.stem in ("FFMA", "FFMA2") for one in loop))
 
 
 def _peak_share(loop: list[_Instruction], arch: int) -> float:

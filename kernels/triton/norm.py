@@ -21,6 +21,7 @@ from spu.kernels.kept import Launcher
 from spu.kernels.launch import POINTWISE, STORAGE_DTYPES, ceil_div, programs_at_once, rows_of
 
 LARGEST_ROW = 16384  # elements, in one program's registers
+_KEPT_ROW = 8192  # elements; a longer row is read twice
 _SHARES = 2  # programs of the backward a multiprocessor
 
 
@@ -60,6 +61,44 @@ def norm_kernel(
     tl.store(y + at, narrow(v, y.dtype.element_ty), mask=inside)
 
 
+@triton.constexpr_function
+def is_long(size, dtype):
+    """Tell whether a row, its gradient and the sums for both parameters do not fit the registers at once; in 16 bits,
+    since a second reading of fp32 costs as much as what it saves.
+    """
+    return size > _KEPT_ROW and dtype != tl.float32
+
+
+@triton.jit
+def _scale(weight, col, inside, offset, WEIGHT: tl.constexpr, SIZE: tl.constexpr):
+    scale = tl.full((SIZE,), 1.0, tl.float32)
+    if WEIGHT:
+        scale = widen(tl.load(weight + col, mask=inside, other=0.0)) + offset
+    return scale
+
+
+@triton.jit
+def _normalised(dy, x, mean, root, row, at, inside, LAYER: tl.constexpr, USE: tl.constexpr):
+    """Return a row's gradient and the normalised row. USE: how a cache keeps them; what is read in two ways is read
+    twice.
+    """
+    d = widen(tl.load(dy + at, mask=inside, other=0.0, eviction_policy=USE))
+    n = widen(tl.load(x + at, mask=inside, other=0.0, eviction_policy=USE))
+    if LAYER:
+        n = tl.where(inside, n - tl.load(mean + row), 0.0)
+    return d, n * root
+
+
+@triton.jit
+def _means(g, n, cols, LAYER: tl.constexpr):
+    """Return the means of g * n and, for LAYER, of g."""
+    along = tl.math.div_rn(tl.sum(g * n, 0), tl.cast(cols, tl.float32))
+    shift = along
+    if LAYER:
+        shift = tl.math.div_rn(tl.sum(g, 0), tl.cast(cols, tl.float32))
+    return along, shift
+
+
 @triton.jit
 def norm_backward_kernel(
     dy, dsum, x, weight, mean, rstd, dx, dw, db, rows, cols, share, offset,
@@ -70,27 +109,30 @@ def norm_backward_kernel(
     first = tl.program_id(0) * share
     col = tl.arange(0, SIZE)
     inside = col < cols
-    scale = tl.full((SIZE,), 1.0, tl.float32)
-    if WEIGHT:
-        scale = widen(tl.load(weight + col, mask=inside, other=0.0)) + offset
+    LONG: tl.constexpr = is_long(SIZE, x.dtype.element_ty)
+    if not LONG:
+        scale = _scale(weight, col, inside, offset, WEIGHT, SIZE)
     sum_w, sum_b = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
     for row in range(first, tl.minimum(rows, first + share)):
         at = tl.cast(row, tl.int64) * cols + col
-        d = widen(tl.load(dy + at, mask=inside, other=0.0))
-        n = widen(tl.load(x + at, mask=inside, other=0.0))
         root = tl.load(rstd + row)
-        if LAYER:
-            n = tl.where(inside, n - tl.load(mean + row), 0.0)
-        n = n * root
+        if DX and LONG:
+            d, n = _normalised(dy, x, mean, root, row, at, inside, LAYER, "evict_last")
+            g = d * _scale(weight, col, inside, offset, WEIGHT, SIZE)
+            along, shift = _means(g, n, cols, LAYER)
+        d, n = _normalised(dy, x, mean, root, row, at, inside, LAYER, "")
         if DW:
             sum_w += d * (widen(narrow(n, x.dtype.element_ty)) if ROUNDED else n)
         if DB:
             sum_b += d
         if DX:
-            g = d * scale
-            along = tl.math.div_rn(tl.sum(g * n, 0), tl.cast(cols, tl.float32))
+            if LONG:
+                g = d * _scale(weight, col, inside, offset, WEIGHT, SIZE)
+            else:
+                g = d * scale
+                along, shift = _means(g, n, cols, LAYER)
             if LAYER:
-                g = g - tl.math.div_rn(tl.sum(g, 0), tl.cast(cols, tl.float32))
+                g = g - shift
             g = (g - n * along) * root
             if DSUM:
                 g = g + widen(tl.load(dsum + at, mask=inside, other=0.0))

@@ -41,26 +41,42 @@ def sum_rows_kernel(
 
 
 @triton.jit
+def _pairs(pointer, inside, half, ROWS: tl.constexpr, SIZE: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Return both [ROWS, SIZE] of the pairs that ``pointer`` begins: neighbours, which are loaded together, or half a
+    head apart.
+    """
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * SIZE)[None, :]
+        values = widen(tl.load(pointer + both, mask=inside & (both < 2 * half), other=0.0))
+        return tl.split(tl.reshape(values, (ROWS, SIZE, 2)))
+    else:
+        pair = tl.arange(0, SIZE)[None, :]
+        first = widen(tl.load(pointer + pair, mask=inside & (pair < half), other=0.0))
+        return first, widen(tl.load(pointer + pair + half, mask=inside & (pair < half), other=0.0))
+
+
+@triton.jit
 def _turn(
     x, out, cos, sin, heads, half, stride, out_stride,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Turn the heads of one token; cos and sin point to its row."""
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
-    inside = (head < heads) & (pair < half)
-    a = 2 * pair if INTERLEAVED else pair
-    b = a + 1 if INTERLEAVED else pair + half
-    start, out_start = head.to(tl.int64) * stride, head.to(tl.int64) * out_stride
-    x1 = widen(tl.load(x + start + a, mask=inside, other=0.0))
-    x2 = widen(tl.load(x + start + b, mask=inside, other=0.0))
-    c1 = widen(tl.load(cos + a, mask=pair < half, other=0.0))
-    c2 = widen(tl.load(cos + b, mask=pair < half, other=0.0))
-    s1 = widen(tl.load(sin + a, mask=pair < half, other=0.0))
-    s2 = widen(tl.load(sin + b, mask=pair < half, other=0.0))
+    head = tl.arange(0, HEADS)[:, None]
+    x += head.to(tl.int64) * stride
+    out += head.to(tl.int64) * out_stride
+    x1, x2 = _pairs(x, head < heads, half, HEADS, SIZE, INTERLEAVED)
+    c1, c2 = _pairs(cos, True, half, 1, SIZE, INTERLEAVED)
+    s1, s2 = _pairs(sin, True, half, 1, SIZE, INTERLEAVED)
     y1 = x1 * c1 + x2 * s2 if INVERSE else x1 * c1 - x2 * s1
     y2 = x2 * c2 - x1 * s1 if INVERSE else x2 * c2 + x1 * s2
-    tl.store(out + out_start + a, narrow(y1, out.dtype.element_ty), mask=inside)
-    tl.store(out + out_start + b, narrow(y2, out.dtype.element_ty), mask=inside)
+    pair, both = tl.arange(0, SIZE)[None, :], tl.arange(0, 2 * SIZE)[None, :]
+    if INTERLEAVED:
+        turned = narrow(tl.interleave(y1, y2), out.dtype.element_ty)
+        tl.store(out + both, turned, mask=(head < heads) & (both < 2 * half))
+    else:
+        inside = (head < heads) & (pair < half)
+        tl.store(out + pair, narrow(y1, out.dtype.element_ty), mask=inside)
+        tl.store(out + pair + half, narrow(y2, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
