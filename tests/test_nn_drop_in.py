@@ -154,6 +154,7 @@ RUNS: dict[str, Callable[[Module, Tensor], Any]] = {
     "autocast": autocast,
     "jit.trace": traced,
     "export": exported,
+    "gradients of export": lambda m, x: gradients(torch.export.export(m, (x,)).module(), x),
     "fx": lambda m, x: torch.fx.symbolic_trace(m)(x),
     "checkpoint": lambda m, x: torch.utils.checkpoint.checkpoint(m, x, use_reentrant=False),
     "inference": lambda m, x: torch.inference_mode()(m)(x).clone(),
