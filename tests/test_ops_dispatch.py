@@ -172,6 +172,8 @@ def test_autograds_own_threads_have_the_override_of_the_backward() -> None:
     def autograds(own: object) -> None:
         torch_private.carry(dispatch._CARRIED, own)
         seen.append(ops.forced_backend())
+        with ops.use_backend("reference"):  # what is forced inside ends there
+            pass
         seen.append(ops.choose_backend(torch.ones(1)))
         torch_private.carry(dispatch._CARRIED, None)
 

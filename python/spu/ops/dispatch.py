@@ -277,12 +277,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     _check_name(name, "use_backend()")
     _require(name)
     previous, _FORCED.name = _FORCED.name, name
+    before = carried(_CARRIED)  # in a GPU's backward what its caller forces, and not this thread
     _FORCING.append(name)
     carry(_CARRIED, name)
     try:
         yield
     finally:
-        carry(_CARRIED, previous)
+        carry(_CARRIED, before)
         _FORCING.remove(name)
         _FORCED.name = previous
 
