@@ -82,6 +82,16 @@ def test_two_programs_of_four_warps_fit_a_card_of_99_kilobytes() -> None:
             assert wanted * (held + 1024) <= 100 << 10, f"sm_{arch} {key}: {one}"
 
 
+def test_two_programs_of_a_medium_product_fit_a_card_of_99_kilobytes() -> None:
+    """A grid of one program a multiprocessor left half of its registers and shared memory empty."""
+    for arch in NARROW:
+        for op in ("linear", "linear_dx", "linear_dw"):
+            one = derive.config(arch, op, "fp16", "medium")
+            assert (one.kind, one.blocks) == (("descriptor", 2) if arch == 120 else ("tile", 1)), f"sm_{arch} {op}"
+            assert derive.config(arch, op, "fp16", "large").blocks == 1
+        assert derive.config(arch, "linear_dz_dx", "fp16", "medium").kind != "tile", "which applies it on load"
+
+
 def tight(arch: int, call: str) -> list[str]:
     """The faults of a launch that had one."""
     half, wide = torch.float16, torch.float32

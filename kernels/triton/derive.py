@@ -94,7 +94,8 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     kind = "tile" if shape_class == "small" else "descriptor" if arch >= _DESCRIPTORS_FROM else "persistent"
     if kind == "persistent" and narrow and shape_class == "medium" and not before:
         kind = "tile"  # 120 registers, two fit a multiprocessor; a program that walks takes up to 180
-    blocks = _blocks(op, rows, columns) if kind == "descriptor" and arch in _LARGE_DESCRIBED else 1
+    two = arch in _LARGE_DESCRIBED or shape_class == "medium"  # of sm_120's large tiles the sums alone are too many
+    blocks = _blocks(op, rows, columns) if kind == "descriptor" and two else 1
     flat = kind == "descriptor" and arch == _FLATTENED and blocks == 1
     return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks, flat=flat)
 
