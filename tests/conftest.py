@@ -198,6 +198,15 @@ def one_thread(thread_count: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def reference(one_thread: None) -> Iterator[None]:
+    """One thread and the reference backend: sums are then those of plain torch, bit for bit."""
+    from spu.ops import use_backend
+
+    with use_backend("reference"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a Python thread running: a pipeline worker must end with its trainer."""

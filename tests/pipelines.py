@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from torch.utils import _pytree as pytree
 import spu
 from spu import DeviceManager, LayerRandomness, ModelParallelTrainer
 
-# schedule, devices, stages on each
 WIDTH = 16  # of what is in the middle of a model
+# schedule, devices, stages on each
 SCHEDULES = [
     ("gpipe", 1, 1),
     ("gpipe", 3, 1),
@@ -36,16 +35,6 @@ some_schedules = pytest.mark.parametrize(("schedule", "ranks", "virtual"), SOME_
 with_and_without_recompute = pytest.mark.parametrize("recompute", [False, True])
 
 
-@pytest.fixture
-def reference() -> Iterator[None]:
-    """One thread and the reference backend: sums are then those of plain torch, bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with spu.use_backend("reference"):
-        yield
-    torch.set_num_threads(threads)
-
-
 def devices(count: int = 2) -> list[spu.Device]:
     """CPU devices with one thread each, as the plain run has."""
     return [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * count)]
@@ -54,17 +43,6 @@ def devices(count: int = 2) -> list[spu.Device]:
 def trainer(model: Any, ranks: int = 2, **settings: Any) -> ModelParallelTrainer:
     settings = {"precision": "fp32", "microbatches": 4} | settings
     return ModelParallelTrainer(model, devices(ranks), **settings)
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    """One thread, and no worker that outlives the test."""
-    threads, alive = torch.get_num_threads(), set(threading.enumerate())
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    left = [t.name for t in threading.enumerate() if t not in alive and t.name.startswith("spu")]
-    assert not left, f"leaked worker threads: {left}"
 
 
 def layers(seed: int = 0) -> list[nn.Module]:

@@ -25,14 +25,6 @@ needs_two = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def threads():
-    """Put back torch's number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
     ("environment", "count", "chosen"),
     [
@@ -45,7 +37,7 @@ def threads():
         ({"MKL_NUM_THREADS": "2"}, None, True),
     ],
 )
-def test_who_has_chosen_the_threads(monkeypatch, threads, environment, count, chosen):
+def test_who_has_chosen_the_threads(monkeypatch, environment, count, chosen):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -54,7 +46,7 @@ def test_who_has_chosen_the_threads(monkeypatch, threads, environment, count, ch
     assert cores.threads_are_chosen() is chosen
 
 
-def test_a_number_of_threads_that_is_not_that_of_the_cores_is_chosen(monkeypatch, threads):
+def test_a_number_of_threads_that_is_not_that_of_the_cores_is_chosen(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     own = usable_cores()
@@ -99,7 +91,7 @@ def test_each_of_two_processes_is_bound_to_its_half_of_the_cores_and_given_back_
 
 
 @needs_two
-def test_what_was_given_back_is_left_alone(threads):
+def test_what_was_given_back_is_left_alone():
     torch.set_num_threads(2)
     before = os.sched_getaffinity(0)
     share = cores.Share(DeviceManager().get_devices("cpu,cpu")[0], alone=True)

@@ -77,13 +77,9 @@ def all_cases(cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def local(cases: list[dict[str, Any]], count: int) -> list[Any]:
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        with use_backend("reference"):
-            return [steps("local", devices(count), **case) for case in cases]
-    finally:
-        torch.set_num_threads(threads)
+    with use_backend("reference"):
+        return [steps("local", devices(count), **case) for case in cases]
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, CASES), (4, [{"precision": "fp32", "schedule": "zb"}])])

@@ -68,28 +68,22 @@ def check_own_alone(trainer: ModelParallelTrainer) -> None:
         net.state_dict()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_any_number_of_processes_goes_on_from_any_other(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     (tmp_path / "local").mkdir()
     (tmp_path / "ranks").mkdir()
     wanted, found = [], []
-    try:
-        for index, count in enumerate((1, 3, 2)):
-            before, after = str(index) if index else "", str(index + 1)
-            state = "exact" if count == 2 else "fp32"
-            wanted.append(go_on("local", devices(count), str(tmp_path / "local"), before, after, state))
-            if count == 1:
-                own = go_on("local", devices(1), str(tmp_path / "ranks"), before, after, state)
-            else:
-                own, *others = in_ranks(
-                    count, go_on, "distributed", "auto", str(tmp_path / "ranks"), before, after, state
-                )
-                assert all(losses == own[0] for losses, _ in others)
-                assert all(state == {} for _, state in others)
-            found.append(own)
-    finally:
-        torch.set_num_threads(threads)
+    for index, count in enumerate((1, 3, 2)):
+        before, after = str(index) if index else "", str(index + 1)
+        state = "exact" if count == 2 else "fp32"
+        wanted.append(go_on("local", devices(count), str(tmp_path / "local"), before, after, state))
+        if count == 1:
+            own = go_on("local", devices(1), str(tmp_path / "ranks"), before, after, state)
+        else:
+            own, *others = in_ranks(count, go_on, "distributed", "auto", str(tmp_path / "ranks"), before, after, state)
+            assert all(losses == own[0] for losses, _ in others)
+            assert all(state == {} for _, state in others)
+        found.append(own)
     assert found == wanted
     assert wanted[0][0] != wanted[1][0]
     for one in (tmp_path / "local").iterdir():

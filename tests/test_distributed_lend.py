@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from pipelines import devices
 from ranks import in_ranks
@@ -41,19 +40,15 @@ def go_on(engine: str, places: Any, folder: str) -> Any:
         return found, os.path.exists("after")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_rank_0_has_is_read_by_all_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for rank in range(4):
-            (tmp_path / f"rank{rank}").mkdir()
-        begin(tmp_path / "rank0" / "saved", 0)
-        begin(tmp_path / "rank2" / "saved", 5)  # of another run
-        os.symlink(tmp_path / "rank0" / "saved", tmp_path / "rank3" / "saved")  # this one sees rank 0's
-        wanted, _ = go_on("local", devices(4), str(tmp_path / "rank0"))
-    finally:
-        torch.set_num_threads(threads)
+    for rank in range(4):
+        (tmp_path / f"rank{rank}").mkdir()
+    begin(tmp_path / "rank0" / "saved", 0)
+    begin(tmp_path / "rank2" / "saved", 5)  # of another run
+    os.symlink(tmp_path / "rank0" / "saved", tmp_path / "rank3" / "saved")  # this one sees rank 0's
+    wanted, _ = go_on("local", devices(4), str(tmp_path / "rank0"))
     assert wanted[0] == {"first": 0}
     everyones = in_ranks(4, go_on, "distributed", "auto", str(tmp_path))
     assert everyones == [(wanted, rank == 0) for rank in range(4)]  # written by rank 0, on its own disk
@@ -92,21 +87,17 @@ def again(folder: str) -> Any:
         return steps(trainer, 2, 3)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_load_that_has_failed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for rank in range(2):
-            (tmp_path / f"rank{rank}").mkdir()
-        begin(tmp_path / "rank0" / "saved", 0)
-        os.chdir(tmp_path / "rank0")
-        with use_backend("reference"), make("local", devices(2), 4, precision="fp16") as trainer:
-            trainer.prepare(*batch(0))
-            trainer.load("saved")
-            wanted = steps(trainer, 2, 3)
-    finally:
-        torch.set_num_threads(threads)
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    begin(tmp_path / "rank0" / "saved", 0)
+    os.chdir(tmp_path / "rank0")
+    with use_backend("reference"), make("local", devices(2), 4, precision="fp16") as trainer:
+        trainer.prepare(*batch(0))
+        trainer.load("saved")
+        wanted = steps(trainer, 2, 3)
     assert in_ranks(2, again, str(tmp_path)) == [wanted, wanted]
 
 

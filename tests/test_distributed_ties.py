@@ -88,12 +88,8 @@ def train(engine: str, places: Any, cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def local(cases: list[dict[str, Any]], count: int) -> list[Any]:
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        return train("local", devices(count), cases)
-    finally:
-        torch.set_num_threads(threads)
+    return train("local", devices(count), cases)
 
 
 CASES: list[dict[str, Any]] = [
@@ -131,25 +127,21 @@ def go_on(engine: str, places: Any, folder: str, before: str, after: str) -> Any
         return values, found
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_checkpoints_are_those_of_one_process_and_any_number_goes_on_from_them(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name in ("local", "ranks"):
         (tmp_path / name).mkdir()
-    try:
-        for index, count in enumerate((1, 3, 2, 1)):
-            before, after = str(index) if index else "", str(index + 1)
-            wanted = go_on("local", devices(count), str(tmp_path / "local"), before, after)
-            if count == 1:
-                everyones = [go_on("local", devices(1), str(tmp_path / "ranks"), before, after)]
-            else:
-                everyones = in_ranks(count, go_on, "distributed", "auto", str(tmp_path / "ranks"), before, after)
-            assert everyones[0] == wanted
-            assert all(theirs == wanted for theirs in everyones if not math.isnan(theirs[0][0][0]))
-            same = [tmp_path / name / after / "tensors.safetensors" for name in ("local", "ranks")]
-            assert same[0].read_bytes() == same[1].read_bytes()
-    finally:
-        torch.set_num_threads(threads)
+    for index, count in enumerate((1, 3, 2, 1)):
+        before, after = str(index) if index else "", str(index + 1)
+        wanted = go_on("local", devices(count), str(tmp_path / "local"), before, after)
+        if count == 1:
+            everyones = [go_on("local", devices(1), str(tmp_path / "ranks"), before, after)]
+        else:
+            everyones = in_ranks(count, go_on, "distributed", "auto", str(tmp_path / "ranks"), before, after)
+        assert everyones[0] == wanted
+        assert all(theirs == wanted for theirs in everyones if not math.isnan(theirs[0][0][0]))
+        same = [tmp_path / name / after / "tensors.safetensors" for name in ("local", "ranks")]
+        assert same[0].read_bytes() == same[1].read_bytes()
 
 
 def by_hand(engine: str, places: Any) -> Any:
@@ -185,13 +177,9 @@ def others_of_two() -> tuple[Any, list[str]]:
     return by_hand("distributed", "auto"), unusual()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_updates_of_the_users_own_and_what_is_refused() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        wanted = by_hand("local", devices(2))
-    finally:
-        torch.set_num_threads(threads)
+    wanted = by_hand("local", devices(2))
     for found, (hook, frozen) in in_ranks(2, others_of_two):
         assert found == wanted
         assert hook.startswith("0.weight is used in stages 0 and 1 and has a hook")

@@ -11,20 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from covering import covering
-from pipelines import (
-    SCHEDULES,
-    SOME_SCHEDULES,
-    assert_equals_plain,
-    batch,
-    reference,
-    trainer,
-    with_and_without_recompute,
-)
+from pipelines import SCHEDULES, SOME_SCHEDULES, assert_equals_plain, batch, trainer, with_and_without_recompute
 from torch import nn
 
 from spu import StageError, skips
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

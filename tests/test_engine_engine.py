@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pipelines import batch, every_schedule, reference, trainer
+from pipelines import batch, every_schedule, trainer
 from torch import nn
 
 from spu.common.tracker import Tally
@@ -19,8 +19,6 @@ from spu.engine.runner import Runner
 from spu.engine.stage import Stage
 from spu.model.layers import DrawKey
 from spu.schedules import Action
-
-__all__ = ["reference"]
 
 
 class SerialEngine:

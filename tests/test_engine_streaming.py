@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import devices, reference
+from pipelines import devices
 from streamed_runs import LAYERS, MIXED, MIXED_TIE, Done, Lazy, batches, make, model, trained
 from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.engine.engine import StageError
 from spu.memory.store import StoreError
-
-__all__ = ["reference"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checked_streams import CheckedStreams
-from pipelines import devices, reference
+from pipelines import devices
 from streamed_runs import Lazy, batches, make, model, trained
 from torch import nn
 
@@ -18,8 +18,6 @@ from spu.memory.host_store import HostStore
 from spu.memory.slab import Slab
 from spu.memory.unit import narrow, piece
 from spu.optim.adamw import AdamW
-
-__all__ = ["reference"]
 
 BF16 = torch.bfloat16
 

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import devices, reference
+from pipelines import devices
 from streamed_runs import model
 
 from spu import ModelParallelTrainer
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from checked_streams import CheckedStreams, Moment, watched
-from pipelines import reference
 from streamed_runs import MIXED, MIXED_TIE, Lazy, batches, make, model, trained
 from torch import nn
 
@@ -27,8 +26,6 @@ from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
 from spu.model.deferred import Reading, defer
 from spu.optim.adamw import AdamW
-
-__all__ = ["reference"]
 
 EXPECTED: dict[tuple[Any, ...], list[Any]] = {}  # of resident runs
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from memory_probe import measured_peaks
-from pipelines import devices, reference
+from pipelines import devices
 from streamed_runs import Lazy, batches, make, model, trained
 from torch import nn
 
@@ -19,8 +19,6 @@ from spu.engine.streaming import Streaming
 from spu.memory.host_store import HostStore
 from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
-
-__all__ = ["reference"]
 
 
 @pytest.mark.parametrize(

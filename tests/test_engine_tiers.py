@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import make_decoder
 from parking import decoder, token_loss, tokens
-from pipelines import reference, trainer
+from pipelines import trainer
 from torch import Tensor, nn
 
 import spu
@@ -20,8 +20,6 @@ from spu.engine import tiers
 from spu.memory.activations import Counts
 from spu.model.layers import Layer
 from spu.ops import backends, use_backend
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

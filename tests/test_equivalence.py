@@ -7,7 +7,6 @@ random context, and one leaf for each stage that uses a parameter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ import spu
 from spu import LayerRandomness, LossScaler, MainGrads, ModelParallelTrainer
 from spu.engine.build import to_precision
 from spu.model.layers import DrawKey, Layer, model_layers
+
+pytestmark = pytest.mark.usefixtures("reference")
 
 VOCAB, WIDTH, ROWS, LENGTH = 17, 12, 16, 5
 
@@ -74,15 +75,6 @@ PIPELINES = [
     ("layer_outer", 1, 4),
     ("layer_outer", 2, 2),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_reference() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with spu.use_backend("reference"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def plain_pass(

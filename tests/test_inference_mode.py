@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import (
-    batch,
-    every_schedule,
-    plain_pass,
-    reference,
-    trainer,
-    with_and_without_recompute,
-)
+from pipelines import batch, every_schedule, plain_pass, trainer, with_and_without_recompute
 from torch import nn
 from torch.nn import functional as F
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

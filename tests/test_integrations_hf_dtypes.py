@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import reference
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -20,8 +19,6 @@ from test_integrations_hf_trainer import Recorder, decoder, make  # noqa: E402
 
 from spu.integrations import SpuTrainer  # noqa: E402
 from spu.integrations.hf_dtypes import GivenDtypes, chosen_precision  # noqa: E402
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import reference
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 transformers = pytest.importorskip("transformers")
@@ -16,8 +15,6 @@ pytest.importorskip("accelerate")
 from test_integrations_hf_trainer import SMALL, Recorder, Rows, assert_near, decoder, make  # noqa: E402
 
 from spu.integrations import SpuTrainer  # noqa: E402
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 SHORT: dict[str, Any] = {"num_train_epochs": 1, "eval_strategy": "no"}

@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import reference
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from spu.integrations import SpuTrainer  # noqa: E402
 from spu.model.adapter_base import read_base  # noqa: E402
-
-__all__ = ["reference"]
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
 pytestmark = pytest.mark.usefixtures("reference")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from fake_store import FakeStore
 from parking import Fn, assert_parked_equals_kept, decoder, parked, results, token_loss, tokens
-from pipelines import WIDTH, batch, model_of, reference, trainer
+from pipelines import WIDTH, batch, model_of, trainer
 from torch import nn
 
 import spu
@@ -24,8 +24,6 @@ from spu import StageError
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.store import Store
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines import reference
 from streamed_runs import Lazy, batches, make, model
 from torch import nn
 
 from spu.engine.engine import StageError
-
-__all__ = ["reference"]
 
 
 @pytest.mark.parametrize("how", ["fill_", "another tensor", "another's stand-in"])

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from pipelines import batch, every_schedule, reference, trainer, with_and_without_recompute
+from pipelines import batch, every_schedule, trainer, with_and_without_recompute
 from torch import nn
 
 from spu import schedules
 from spu.engine.stage import Stage
 from spu.memory.residency import RESIDENT, Visit, visits_of
-
-__all__ = ["reference"]
 
 
 class Parked:

@@ -11,7 +11,7 @@ import torch
 from fake_store import FakeStore
 from numeric import assert_equal
 from parking import CPU, Fn, decoder, parked, results, token_loss, tokens
-from pipelines import WIDTH, batch, model_of, reference, trainer
+from pipelines import WIDTH, batch, model_of, trainer
 from torch import nn
 
 from spu import StageError
@@ -21,8 +21,6 @@ from spu.memory.host_store import HostStore
 from spu.memory.slab import aligned
 from spu.memory.slots import Homes, Ring
 from spu.memory.store import StoreError
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

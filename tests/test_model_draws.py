@@ -12,14 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import WIDTH, assert_equals_plain, batch, every_schedule, model_of, plain_pass, reference, trainer
+from pipelines import WIDTH, assert_equals_plain, batch, every_schedule, model_of, plain_pass, trainer
 from torch import nn
 
 from spu import LayerRandomness, StageError
 from spu.common import torch_private
 from spu.model import draws
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

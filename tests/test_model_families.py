@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from families import BUILT, PLANNED, RECURRENT, VOCABULARY, make_decoder
 from numeric import assert_equal
-from pipelines import reference, trainer
+from pipelines import trainer
 
 from spu.model.layers import Layer
 from spu.plan.layer_cost import LayerCost
 from spu.trainer import planner
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 ROWS, TOKENS, STEPS = 4, 8, 20

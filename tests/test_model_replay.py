@@ -15,7 +15,6 @@ from pipelines import (
     batch,
     every_schedule,
     model_of,
-    reference,
     some_schedules,
     trainer,
     with_and_without_recompute,
@@ -24,8 +23,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spu import StageError
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import WIDTH, assert_equals_plain, batch, model_of, reference, trainer
+from pipelines import WIDTH, assert_equals_plain, batch, model_of, trainer
 from torch import nn
 
 from spu.model.spaces import spaces_of
-
-__all__ = ["reference"]
 
 pytestmark = pytest.mark.usefixtures("reference")
 

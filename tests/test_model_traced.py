@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from covering import covering
 from numeric import assert_equal
-from pipelines import SCHEDULES, SOME_SCHEDULES, batch, reference, trainer
+from pipelines import SCHEDULES, SOME_SCHEDULES, batch, trainer
 from torch import nn
 
 from spu.engine.microbatch import as_dicts
 from spu.model.traced import arguments
-
-__all__ = ["reference"]
 
 
 class Block(nn.Module):

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pipelines import devices, reference
+from pipelines import devices
 from torch import nn
 
 from spu import ModelParallelTrainer
 
-__all__ = ["reference"]
 pytestmark = pytest.mark.usefixtures("reference")
 
 IDS = torch.randint(1, 64, (4, 10), generator=torch.Generator().manual_seed(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +13,13 @@ from numeric import assert_equal
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from spu import ops
 from spu.optim.adamw import AdamW, MasterOptimizer
 from spu.precision import GradScaler
 
+pytestmark = pytest.mark.usefixtures("reference")  # bit-equal to torch
+
 HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
 Pair = tuple[list[nn.Parameter], list[nn.Parameter], AdamW, torch.optim.AdamW]
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    with ops.use_backend("reference"):  # bit-equal to torch
-        yield
 
 
 def values(dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -245,12 +245,8 @@ def run_sequence(seed: int) -> int:
 
 
 @pytest.mark.parametrize("batch", range(10))
+@pytest.mark.usefixtures("one_thread")
 def test_random_sequences_are_decided_as_torch_decides_them(batch: int) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with use_backend("reference"):
-            compared = [run_sequence(seed) for seed in range(batch, SEQUENCES, 10)]
-    finally:
-        torch.set_num_threads(threads)
+    with use_backend("reference"):
+        compared = [run_sequence(seed) for seed in range(batch, SEQUENCES, 10)]
     assert sum(compared) > 2 * len(compared)

@@ -10,16 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, devices, layers, no_thread_left
+from pipelines import batch, devices, layers
 from torch import nn
 
 import spu
 from spu import LossScaler, ModelParallelTrainer
 from spu.checkpoint.writing import CheckpointError
 
-__all__ = ["no_thread_left"]
-
-pytestmark = pytest.mark.usefixtures("no_thread_left")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The step

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import devices, reference
+from pipelines import devices
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -21,8 +21,6 @@ from spu.common.absent import is_absent  # noqa: E402
 from spu.memory.disk_store import DiskStore  # noqa: E402
 from spu.model.convert.decoder import load_decoder, save_decoder  # noqa: E402
 from spu.model.layers import DrawKey, model_layers  # noqa: E402
-
-__all__ = ["reference"]
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, layers, no_thread_left
+from pipelines import batch, layers
 from torch import nn
 
 import spu
 from spu import DeviceManager, LossScaler, ModelParallelTrainer
 
-__all__ = ["no_thread_left"]
-
-pytestmark = pytest.mark.usefixtures("no_thread_left")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_by_hand(trainer: ModelParallelTrainer, x: torch.Tensor, *, detach: bool) -> torch.Tensor:

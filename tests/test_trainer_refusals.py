@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import batch, devices, layers, no_thread_left
+from pipelines import batch, devices, layers
 from torch import nn
 
 from spu import ModelParallelTrainer, StageError
 from spu.plan import BudgetError
 
-__all__ = ["no_thread_left"]
-
-pytestmark = pytest.mark.usefixtures("no_thread_left")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Fails(nn.Module):

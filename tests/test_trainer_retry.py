@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import batch, no_thread_left, reference, trainer
+from pipelines import batch, trainer
 from starved import Starved, StarvedLoss, starve
 from torch import nn
 
@@ -18,9 +18,7 @@ from spu import ModelParallelTrainer, StageError
 from spu.engine.loss_check import LossCheck
 from spu.plan import Plan
 
-__all__ = ["no_thread_left", "reference"]
-
-pytestmark = pytest.mark.usefixtures("reference", "no_thread_left")
+pytestmark = pytest.mark.usefixtures("reference")
 
 ROWS = 16
 

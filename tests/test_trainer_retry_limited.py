@@ -93,14 +93,12 @@ def streamed(own: nn.Module, folder: Path, **settings: Any) -> tuple[list[float]
         ({"graphs": 1}, {"microbatches": 2, "activations": "keep"}, {"microbatches": 2, "recompute": True}),
     ],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_a_streamed_model_goes_on_with_less(
     tmp_path: Path, limits: dict[str, int], first: dict[str, Any], then: dict[str, Any]
 ) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     expected, weights, _ = streamed(model(), tmp_path, **{"activations": "keep"} | then)
     found, others, trainer = streamed(model(**limits), tmp_path, **{"activations": "keep"} | first)
-    torch.set_num_threads(threads)
     assert trainer.plan is not None
     assert trainer.plan.streaming is not None
     assert trainer.plan.settings.microbatches == then["microbatches"]
@@ -137,11 +135,10 @@ def short_model(times: int) -> nn.Sequential:
         (2, {"residency": "auto"}, ['residency="streamed"', 'activations="exact"']),
     ],
 )
+@pytest.mark.usefixtures("one_thread")
 def test_the_tier_below_is_used_before_microbatches_are_made_smaller(
     tmp_path: Path, times: int, first: dict[str, Any], notches: list[str]
 ) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     settings = {"precision": "fp16", "lr": 1e-2, "max_grad_norm": 0.5, "recompute": True, "microbatches": 2}
     smaller = 4 if "microbatches=4" in notches else 2
     runs = []
@@ -155,7 +152,6 @@ def test_the_tier_below_is_used_before_microbatches_are_made_smaller(
                 losses = [trainer.step(x, y).loss for x, y in batches(4)]
                 trainer.flush()
                 runs.append((losses, trainer.state_dict_for_model()))
-    torch.set_num_threads(threads)
     (expected, weights), (found, others) = runs
     assert [text.split("from now on ")[1].split(",")[0] for text in said if "from now on" in text] == notches
     assert trainer.plan is not None
