@@ -1,4 +1,4 @@
-"""Runs of `spu train` in this process on a model of some thousand parameters: what tests of the loop share."""
+"""`spu` in this process, and its runs on a model of some thousand parameters: what tests of commands share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def make_place(folder: Path) -> Path:
     return folder
 
 
-def run(*arguments: str) -> int:
+def run(*arguments: object) -> int:
     """The exit code of `spu ARGUMENTS`."""
     with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
+        main([str(argument) for argument in arguments])
     return int(ended.value.code or 0)
 
 

@@ -16,7 +16,9 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from spu.cli.app import main
+from small_runs import rows, summary
+from small_runs import run as run_here
+
 from spu.train.metrics import read_metrics, train_rows
 
 TINY = {
@@ -31,20 +33,7 @@ TINY = {
     "attention_dropout": 0.1,  # its draws must not depend on where a run was cut
 }
 STEPS = 16
-SETTINGS = (
-    "--steps",
-    str(STEPS),
-    "--seq",
-    "16",
-    "--microbatches",
-    "2",
-    "--batch",
-    "2",
-    "--save-every",
-    "4",
-    "--evals",
-    "2",
-)
+SETTINGS = tuple(f"--steps {STEPS} --seq 16 --microbatches 2 --batch 2 --save-every 4 --evals 2".split())
 DEVICES = ("--devices", "cpu:0,cpu:1")
 
 
@@ -54,7 +43,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny.json").write_text(json.dumps(TINY))
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    code = run_here(folder, *new_run(folder, "whole"))
+    code = run_here(*new_run(folder, "whole"))
     assert code == 0
     return folder
 
@@ -63,13 +52,6 @@ def new_run(folder: Path, name: str, *more: str) -> list[str]:
     model, out = str(folder / "tiny.json"), str(folder / "runs")
     data = [] if "--data" in more else ["--data", str(folder / "text.txt")]
     return ["train", "--model", model, *data, "--out", out, "--name", name, *SETTINGS, *DEVICES, *more]
-
-
-def run_here(folder: Path, *arguments: str) -> int:
-    """Exit code of a command run in this process."""
-    with pytest.raises(SystemExit) as exit_info:
-        main(list(arguments))
-    return exit_info.value.code or 0
 
 
 def start(*arguments: str) -> subprocess.Popen:
@@ -92,14 +74,11 @@ def wait_for_steps(process: subprocess.Popen, metrics: Path, steps: int) -> None
 
 
 def losses(folder: Path, name: str) -> list[tuple[int, float, float]]:
-    rows = train_rows(read_metrics(folder / "runs" / name / "metrics.jsonl"))
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in train_rows(rows(folder, name))]
 
 
 def val_losses(folder: Path, name: str) -> list[float]:
-    summary = json.loads((folder / "runs" / name / "summary.json").read_text())
-    rows = read_metrics(folder / "runs" / name / "metrics.jsonl")
-    return [row["val_loss"] for row in rows if "val_loss" in row] + [summary["val_loss"]]
+    return [row["val_loss"] for row in [*rows(folder, name), summary(folder, name)] if "val_loss" in row]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -140,7 +119,7 @@ def test_ctrl_c_and_then_kill_minus_nine_and_going_on_gives_the_same_bits(place)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (run / "summary.json").exists(), "the run was over before it could be killed"
-    assert run_here(place, "train", "--resume", name, "--out", str(place / "runs")) == 0
+    assert run_here("train", "--resume", name, "--out", str(place / "runs")) == 0
     assert losses(place, name) == losses(place, "whole")
     assert val_losses(place, name) == val_losses(place, "whole")
 
@@ -150,7 +129,7 @@ def test_the_planner_chooses_and_places_again(place, capsys):
     arguments = new_run(place, "chosen", *options)
     at = arguments.index("--microbatches")
     del arguments[at : at + 2]
-    assert run_here(place, *arguments) == 0
+    assert run_here(*arguments) == 0
     output = capsys.readouterr().out
     assert "planned again: " in output
     rows = {line.split()[0] + " " + line.split()[1] for line in output.splitlines() if len(line.split()) > 2}
@@ -164,14 +143,14 @@ def test_the_planner_chooses_and_places_again(place, capsys):
 
 def test_resuming_a_finished_run_only_reports(place, capsys):
     before = snapshot(place / "runs" / "whole")
-    assert run_here(place, "train", "--resume", "whole", "--out", str(place / "runs")) == 0
+    assert run_here("train", "--resume", "whole", "--out", str(place / "runs")) == 0
     assert "run whole is complete" in capsys.readouterr().out
     assert snapshot(place / "runs" / "whole") == before
 
 
 def test_compare_trains_the_reference_once_and_prints_the_difference(place, capsys):
     arguments = [*new_run(place, "compared"), "--precision", "fp32", "--transfer", "none", "--steps", "6", "--compare"]
-    assert run_here(place, *arguments) == 0
+    assert run_here(*arguments) == 0
     output = capsys.readouterr().out
     assert "% in validation loss" in output
     run = place / "runs" / "compared"
@@ -181,7 +160,7 @@ def test_compare_trains_the_reference_once_and_prints_the_difference(place, caps
     theirs = train_rows(read_metrics(run / "reference_metrics.jsonl"))
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=5e-3)
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    assert run_here(place, "train", "--resume", str(run), "--compare") == 0
+    assert run_here("train", "--resume", str(run), "--compare") == 0
     assert "the reference of compared is there already" in capsys.readouterr().out
 
 
@@ -191,7 +170,7 @@ def test_fp32_pipeline_equals_plain_pytorch_on_the_same_batches(place):
     arguments = new_run(
         place, "fp32", "--model", str(place / "plain.json"), "--precision", "fp32", "--transfer", "none"
     )
-    assert run_here(place, *arguments, "--compare") == 0
+    assert run_here(*arguments, "--compare") == 0
     run = place / "runs" / "fp32"
     ours = train_rows(read_metrics(run / "metrics.jsonl"))
     theirs = train_rows(read_metrics(run / "reference_metrics.jsonl"))
@@ -207,7 +186,7 @@ def test_the_saved_model_is_the_trained_one_with_tied_embeddings_too(place):
     from spu.train.plain import evaluate
 
     (place / "tied.json").write_text(json.dumps({**TINY, "tie_word_embeddings": True}))
-    assert run_here(place, *new_run(place, "tied", "--model", str(place / "tied.json"), "--steps", "4")) == 0
+    assert run_here(*new_run(place, "tied", "--model", str(place / "tied.json"), "--steps", "4")) == 0
     corpus = make_corpus(str(place / "text.txt"), ByteTokenizer(), 16)
     for name in ("whole", "tied"):
         run = place / "runs" / name
@@ -217,7 +196,7 @@ def test_the_saved_model_is_the_trained_one_with_tied_embeddings_too(place):
 
 
 def test_reference_alone(place, capsys):
-    assert run_here(place, *new_run(place, "alone", "--steps", "3", "--reference")) == 0
+    assert run_here(*new_run(place, "alone", "--steps", "3", "--reference")) == 0
     assert "plain fp32: validation loss" in capsys.readouterr().out
     assert not (place / "runs" / "alone" / "checkpoint").exists()
 
@@ -225,7 +204,7 @@ def test_reference_alone(place, capsys):
 def test_a_trained_model_is_where_another_run_begins(place):
     weights = str(place / "runs" / "whole" / "model")
     arguments = new_run(place, "further", "--model", weights, "--steps", "2", "--lr", "1e-5", "--devices", "cpu")
-    assert run_here(place, *arguments) == 0
+    assert run_here(*arguments) == 0
     assert losses(place, "further")[0][1] < losses(place, "whole")[4][1]
 
 
@@ -233,7 +212,7 @@ def test_minutes_are_turned_into_steps_once(place):
     arguments = new_run(place, "timed", "--minutes", "0.02")
     where = arguments.index("--steps")
     del arguments[where : where + 2]
-    assert run_here(place, *arguments) == 0
+    assert run_here(*arguments) == 0
     settings = json.loads((place / "runs" / "timed" / "config.json").read_text())["settings"]
     assert settings["minutes"] is None
     assert settings["steps"] == len(losses(place, "timed")) >= 1
@@ -287,7 +266,7 @@ def test_bad_input_names_value_and_fix_and_writes_nothing(place, capsys, options
     files = {name: str(place / name) for name in ("MISSING", "EMPTY", "SHORT", "T5", "OPT")}
     files["DOCUMENTS"] = str(place / "DOCUMENTS.jsonl")
     before = snapshot(place)
-    code = run_here(place, *new_run(place, "bad", *(files.get(option, option) for option in options)))
+    code = run_here(*new_run(place, "bad", *(files.get(option, option) for option in options)))
     error = capsys.readouterr().err
     assert code == 2, error
     for part in expected:
@@ -311,7 +290,7 @@ def copy_run(place: Path, name: str) -> Path:
 
 def expect_refusal(place: Path, capsys, run: Path, *expected: str, more: tuple[str, ...] = ()) -> None:
     before = snapshot(run)
-    assert run_here(place, "train", "--resume", str(run), *more) == 2
+    assert run_here("train", "--resume", str(run), *more) == 2
     error = capsys.readouterr().err
     for part in expected:
         assert part in error
@@ -347,7 +326,7 @@ def test_a_run_is_not_resumed_as_another_one(place, capsys):
     config["settings"]["data"] = str(place / "text2.txt")
     (run / "config.json").write_text(json.dumps(config))
     expect_refusal(place, capsys, run, "text2.txt has changed since the run began")
-    assert run_here(place, "train", "--resume", "nowhere", "--out", str(place / "runs")) == 2
+    assert run_here("train", "--resume", "nowhere", "--out", str(place / "runs")) == 2
     assert "no such run" in capsys.readouterr().err
 
 
@@ -361,7 +340,7 @@ def test_nan_from_the_start_is_an_error(place, capsys):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    assert run_here(place, *new_run(place, "nan", "--model", str(broken))) == 2
+    assert run_here(*new_run(place, "nan", "--model", str(broken))) == 2
     error = capsys.readouterr().err
     assert "the loss is nan from the start (step 1)" in error
     assert "check the weights, --lr" in error
@@ -369,22 +348,22 @@ def test_nan_from_the_start_is_an_error(place, capsys):
 
 
 def test_bare_resume_takes_the_latest_run(tmp_path, capsys):
-    assert run_here(tmp_path, "train", "--out", str(tmp_path), "--resume") == 2
+    assert run_here("train", "--out", str(tmp_path), "--resume") == 2
     assert f"there is no run in {tmp_path}" in capsys.readouterr().err
 
 
 def test_doctor_and_devices_print_their_tables(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("SPU_CACHE", str(tmp_path))
-    assert run_here(tmp_path, "doctor") == 0
+    assert run_here("doctor") == 0
     output = capsys.readouterr().out
     assert "backend reference" in output
-    assert run_here(tmp_path, "devices", "--devices", "cpu:0,cpu:1") == 0
+    assert run_here("devices", "--devices", "cpu:0,cpu:1") == 0
     output = capsys.readouterr().out
     assert "cpu:1" in output
     assert "GFLOP/s" in output
     assert "cpu:0 -> cpu:1" in output
     assert "loopback, between two processes" in output
-    assert run_here(tmp_path, "devices", "--devices", "npu") == 2
+    assert run_here("devices", "--devices", "npu") == 2
     assert "'npu'" in capsys.readouterr().err
 
 

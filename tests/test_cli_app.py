@@ -6,7 +6,9 @@ import pytest
 
 typer = pytest.importorskip("typer")
 
-from spu.cli.app import guarded, main  # noqa: E402
+from small_runs import run  # noqa: E402
+
+from spu.cli.app import guarded  # noqa: E402
 from spu.engine.engine import StageError  # noqa: E402
 
 
@@ -55,9 +57,7 @@ def test_a_full_disk_is_said_with_its_path(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_bad_input_is_named(arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(list(arguments))
-    assert exit_info.value.code == 2
+    assert run(*arguments) == 2
     assert expected in capsys.readouterr().err
 
 
@@ -72,6 +72,5 @@ def test_bad_input_is_named(arguments: tuple[str, ...], expected: str, capsys: p
 def test_a_wrong_argument_names_the_help_of_its_command(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(arguments)
+    assert run(*arguments) == 2
     assert capsys.readouterr().err.strip().endswith(says)

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from spu.cli.app import main
+from small_runs import run
+
 from spu.cli.plan import declared_devices, plan_command
 from spu.plan import Plan
 from spu.train.config import PlanOptions
@@ -25,12 +26,6 @@ TINY = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return end.value.code or 0
 
 
 @pytest.fixture

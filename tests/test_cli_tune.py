@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("typer")
 
-from spu.cli.app import main
+from small_runs import run
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,7 @@ def test_bad_input_is_named_and_measures_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SPU_CACHE", str(tmp_path))
-    with pytest.raises(SystemExit) as exit_info:
-        main(["tune", *arguments])
-    assert exit_info.value.code == 2
+    assert run("tune", *arguments) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in expected), error
     assert not list(tmp_path.iterdir())
@@ -43,9 +41,7 @@ def test_bad_input_is_named_and_measures_nothing(
 
 def test_a_dry_run_lists_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("spu._C")
-    with pytest.raises(SystemExit) as exit_info:
-        main(["tune", "--device", "cuda:0", "--ops", "linear", "--dtypes", "bf16", "--dry"])
-    assert not exit_info.value.code
+    assert run("tune", "--device", "cuda:0", "--ops", "linear", "--dtypes", "bf16", "--dry") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines
     assert all(line.startswith("linear/bf16/") for line in lines)

@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from spu.cli.app import main
+from small_runs import run
+
 from spu.data import text as text_module
 from spu.data.corpus import make_corpus
 from spu.data.text import Text, open_text
@@ -101,9 +102,7 @@ def test_a_file_is_refused_with_its_name(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(64))
     with pytest.raises(ValueError, match=r"--data .*t.parquet is a Parquet file"):
         open_text(str(tmp_path / "t.parquet"))
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "--data", str(tmp_path / "t.parquet"), "--out", str(tmp_path / "runs")])
-    assert ended.value.code == 2
+    assert run("train", "--data", tmp_path / "t.parquet", "--out", tmp_path / "runs") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 

@@ -17,8 +17,8 @@ pytest.importorskip("typer")
 from internlm2 import CONFIG, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import run
 
-from spu.cli.app import main
 from spu.model.convert.shards import INDEX, Shards, write_shard
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -107,10 +107,7 @@ def test_damaged_checkpoints_are_refused_and_nothing_is_written(
     change, said = DAMAGES[damage]
     change(folder)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    arguments = ["train", "--model", folder, "--data", text, "--out", out, "--steps", 1, "--seq", 8]
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert ended.value.code == 2
+    assert run("train", "--model", folder, "--data", text, "--out", out, "--steps", 1, "--seq", 8) == 2
     error = capsys.readouterr().err.replace("\n", " ")
     assert re.search(said, error), error
     assert not out.exists()

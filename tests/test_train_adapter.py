@@ -19,8 +19,8 @@ pytest.importorskip("typer")
 from internlm2 import write_checkpoint  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from small_runs import run as spu  # noqa: E402
 
-from spu.cli.app import main  # noqa: E402
 from spu.model.adapter_base import base_values, write_base  # noqa: E402
 from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
 from spu.model.merge import merge_adapter, write_parts  # noqa: E402
@@ -40,12 +40,6 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-
-
-def spu(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")

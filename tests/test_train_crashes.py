@@ -14,40 +14,21 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from killed_runs import CONFIG
+from small_runs import losses, make_place, resume, train
 
 from spu.checkpoint import writing as checkpoint
-from spu.cli.app import main
-from spu.train.metrics import read_metrics, train_rows
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
+TWO = ("--evals", "1", "--devices", "cpu:0,cpu:1")
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    return tmp_path
-
-
-def train(place: Path, *more: str) -> int:
-    options = ["--model", str(place / "tiny.json"), "--data", str(place / "text.txt"), "--out", str(place / "runs")]
-    options += ["--seq", "8", "--microbatches", "2", "--batch", "2", "--evals", "1", "--devices", "cpu:0,cpu:1"]
-    return run("train", *options, "--no-sample", *more)
-
-
-def resume(place: Path, name: str, *more: str) -> int:
-    return run("train", "--out", str(place / "runs"), "--resume", name, "--no-sample", *more)
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return int(ended.value.code or 0)
+    return make_place(tmp_path)
 
 
 def steps(place: Path, name: str) -> list[int]:
-    return [row["step"] for row in train_rows(read_metrics(place / "runs" / name / "metrics.jsonl"))]
+    return [step for step, _ in losses(place, name)]
 
 
 @pytest.mark.timeout(600)  # half a minute of one core, and what a busy machine makes of that
@@ -69,7 +50,7 @@ def test_a_disk_that_is_a_file_is_one_line(place: Path, capsys: pytest.CaptureFi
     """It was a traceback, as was every other failure of a tier."""
     (place / "file").write_text("")
     budget = ("--budget", f"cpu=1GB,disk={place / 'file'}:1GB", "--residency", "streamed", "--devices", "cpu")
-    assert train(place, *budget, "--steps", "1", "--name", "r") == 1
+    assert train(place, "r", *TWO, *budget, "--steps", "1") == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"spu: error: {place / 'file'} cannot be made: File exists")
     assert not (place / "runs" / "r").exists()
@@ -78,7 +59,7 @@ def test_a_disk_that_is_a_file_is_one_line(place: Path, capsys: pytest.CaptureFi
 def test_a_run_killed_between_the_two_renames_of_a_save_goes_on(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(place, "--steps", "4", "--save-every", "2", "--name", "r") == 0
+    assert train(place, "r", *TWO, "--steps", "4", "--save-every", "2") == 0
     folder = place / "runs" / "r" / "checkpoint"
     new, old = checkpoint._leftovers(folder)
     shutil.copytree(folder, new)
@@ -90,7 +71,7 @@ def test_a_run_killed_between_the_two_renames_of_a_save_goes_on(
 
 
 def test_a_run_whose_checkpoint_is_gone_is_not_begun_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(place, "--steps", "4", "--save-every", "2", "--name", "r") == 0
+    assert train(place, "r", *TWO, "--steps", "4", "--save-every", "2") == 0
     shutil.rmtree(place / "runs" / "r" / "checkpoint")
     (place / "runs" / "r" / "summary.json").unlink()
     before = (place / "runs" / "r" / "metrics.jsonl").read_bytes()
@@ -101,21 +82,21 @@ def test_a_run_whose_checkpoint_is_gone_is_not_begun_again(place: Path, capsys: 
 
 def test_a_diverged_run_is_an_error_and_leaves_no_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It ended with exit code 0, a validation loss of null and a saved model."""
-    assert train(place, "--lr", "1e30", "--steps", "3", "--name", "r") == 2
+    assert train(place, "r", *TWO, "--lr", "1e30", "--steps", "3") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "the run diverged" in said
     assert "there is no checkpoint: start a new run with a smaller --lr than 1e+30" in said
     assert not (place / "runs" / "r" / "model").exists()
     assert not (place / "runs" / "r" / "summary.json").exists()
-    assert train(place, "--lr", "1e30", "--steps", "1", "--name", "one") == 2
+    assert train(place, "one", *TWO, "--lr", "1e30", "--steps", "1") == 2
     assert "the validation loss is not finite after step 1" in capsys.readouterr().err
-    assert train(place, "--lr", "1e30", "--steps", "3", "--reference", "--name", "plain") == 2
+    assert train(place, "plain", *TWO, "--lr", "1e30", "--steps", "3", "--reference") == 2
     assert "the reference diverged" in capsys.readouterr().err
 
 
 def test_a_good_checkpoint_and_model_outlive_a_divergence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(place, "--steps", "2", "--save-every", "1", "--name", "r") == 0
+    assert train(place, "r", *TWO, "--steps", "2", "--save-every", "1") == 0
     folder = place / "runs" / "r"
     file = folder / "config.json"
     file.write_text(file.read_text().replace('"lr": 0.002', '"lr": 1e30'))
@@ -128,7 +109,7 @@ def test_a_good_checkpoint_and_model_outlive_a_divergence(place: Path, capsys: p
 
 
 def test_a_run_is_made_longer_but_not_shorter(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(place, "--steps", "2", "--name", "r") == 0
+    assert train(place, "r", *TWO, "--steps", "2") == 0
     assert resume(place, "r", "--steps", "1") == 2
     assert "--steps 1: the run has 2 steps, which can be raised but not lowered" in capsys.readouterr().err
     assert resume(place, "r", "--steps", "4") == 0
@@ -142,6 +123,6 @@ def test_a_run_is_made_longer_but_not_shorter(place: Path, capsys: pytest.Captur
 
 
 def test_the_final_sample_can_be_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(place, "--steps", "1", "--name", "r") == 0
+    assert train(place, "r", *TWO, "--steps", "1") == 0
     assert "sample:" not in capsys.readouterr().out
     assert "sample" not in json.loads((place / "runs" / "r" / "summary.json").read_text())

@@ -18,9 +18,9 @@ pytest.importorskip("typer")
 
 from internlm2 import CONFIG, forward, write_checkpoint
 from safetensors.torch import load_file
+from small_runs import run
 from test_data_internlm2 import SENTENCES, make_folder
 
-from spu.cli.app import main
 from spu.data.tokenizer import FileTokenizer
 
 
@@ -37,10 +37,7 @@ def test_a_run_leaves_an_internlm2_checkpoint(tmp_path: Path) -> None:
     text.write_text("\n".join(SENTENCES * 20))
     arguments = ["train", "--model", source, "--data", text, "--out", tmp_path / "runs", "--name", "one"]
     arguments += ["--steps", 4, "--seq", 20, "--batch", 2, "--microbatches", 2, "--lr", 1e-2, "--precision", "fp32"]
-    arguments += ["--no-sample"]
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert not ended.value.code
+    assert run(*arguments, "--no-sample") == 0
     folder = tmp_path / "runs" / "one" / "model"
     assert json.loads((folder / "config.json").read_text()) == config | {"torch_dtype": "float32"}
     for name in ("tokenizer.model", "tokenizer_config.json", "configuration_internlm2.py"):
