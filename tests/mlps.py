@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from op_checks import Op, with_grads
 from torch import Tensor, nn
 
 from spu import ops
 from spu.precision import LossScaler, MainGrads
-
-Op = Callable[..., Tensor]
-
-
-def with_grads(function: Op, tensors: list[Tensor], dy: Tensor, *args: Any) -> list[Tensor]:
-    """The result and all gradients."""
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
-    y = function(*leaves, *args)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
 def assert_only_needed(op: Op, plain: Op, tensors: list[Tensor], dy: Tensor, needed: Sequence[int], *args: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_close_to_truth
+from op_checks import assert_registered, with_grads
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -25,13 +26,6 @@ def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, scale=scale, enable_gqa=True)
     return out.transpose(1, 2)
-
-
-def with_grads(function, tensors: list[Tensor], dout: Tensor, *args: object) -> list[Tensor]:
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves, *args)
-    out.backward(dout.to(out.dtype))
-    return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def operands(dtype: torch.dtype, tokens: int = 45, keys: int = 45) -> list[Tensor]:
@@ -83,12 +77,11 @@ def test_opcheck(backend: str) -> None:
     q, k, v = operands(torch.float16, 9, 9)
     forward = schema.overload("attention", backend)
     out, lse = forward(q, k, v, 0.5, True)
-    for name, arguments in [
-        ("attention", (q, k, v, 0.5, True)),
-        ("attention_backward", (out, q, k, v, out, lse, 0.5, True)),
-    ]:
-        results = torch.library.opcheck(schema.overload(name, backend), arguments)
-        assert set(results.values()) == {"SUCCESS"}, (name, results)
+    assert_registered(
+        backend,
+        ("attention", q, k, v, 0.5, True),
+        ("attention_backward", out, q, k, v, out, lse, 0.5, True),
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import gradients, leaves_of
 from test_ops_rotary import angles, plain
 from torch import Tensor
 
@@ -38,15 +39,6 @@ def plain_attention(x: Tensor, norm: Tensor, w: list[Tensor], b: list[Any], turn
     q, k = plain(q, k, *turn)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return x + F.linear(out.transpose(1, 2).flatten(2), w[3], b[3])
-
-
-def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    dy = torch.arange(y.numel()).view(y.shape).mul(0.7).cos().to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-def leaves_of(values: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [value.to(dtype).requires_grad_() for value in values]
 
 
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES, ids=str)

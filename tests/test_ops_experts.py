@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import gradients, leaves_of
 from torch import Tensor, nn
 
 from spu.common.flops import flop_formulas
-from spu.ops import backends, open_scope
+from spu.ops import GATED_ACTIVATIONS, backends, open_scope
 from spu.ops.experts import ExpertsForm, gated_experts
 from spu.ops.schema import overload
 from spu.ops.sink import BackwardScope
@@ -27,7 +29,6 @@ DTYPES = [
     (torch.bfloat16, torch.bfloat16),
 ]
 EXPERTS, WIDTH, HIDDEN, TOKENS, TOP = 5, 24, 20, 13, 2
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def routes(kind: str) -> Tensor:
@@ -65,21 +66,12 @@ def plain(x: Tensor, scores: Tensor, w_gate_up: Tensor, w_down: Tensor, ids: Ten
     return out
 
 
-def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    dy = torch.arange(y.numel()).view(y.shape).mul(0.7).cos().to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-
-
-def leaves_of(given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [value.to(dtype).requires_grad_() for value in given]
-
-
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["spread", "one for all", "one row", "nobody"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_results_and_gradients(wide: torch.dtype, narrow: torch.dtype, kind: str, backend: str) -> None:
     given, ids = [value.to(wide) for value in values()], routes(kind)
-    for activation in ACTIVATIONS if kind == "spread" else ("silu",):
+    for activation in GATED_ACTIVATIONS if kind == "spread" else ("silu",):
         leaves = leaves_of(given, wide)
         x, scores, *weights = leaves
         out = gated_experts(x, ids, scores, *weights, ExpertsForm(narrow, backend, activation))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
 from backend_params import every_backend
-from mlps import assert_only_needed, assert_sinks, saved_shapes, with_grads
+from mlps import assert_only_needed, assert_sinks, saved_shapes
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import assert_registered, with_grads
 from torch import Tensor, nn
 
 from spu import ops
@@ -186,15 +187,13 @@ def test_autocast_computes_in_its_dtype() -> None:
 def test_opcheck(backend: str) -> None:
     x, w_gate, w_up, w_down = operands(5, 4, 6, 3)
     dh = torch.randn(5, 6)
-    cases: dict[str, tuple[Any, ...]] = {
-        "gated_linear": (x, w_gate, w_up, "silu", True),
-        "gated_dz": (dh, torch.randn(5, 6), torch.randn(5, 6), "gelu"),
-        "gated_dx": (dh, torch.randn(5, 6), w_gate, w_up),
-        "gated_mlp": (*(t.clone().requires_grad_() for t in (x, w_gate, w_up, w_down)), "silu", True),
-    }
-    for name, arguments in cases.items():
-        results = torch.library.opcheck(schema.overload(name, backend), arguments)
-        assert set(results.values()) == {"SUCCESS"}, (name, results)
+    assert_registered(
+        backend,
+        ("gated_linear", x, w_gate, w_up, "silu", True),
+        ("gated_dz", dh, torch.randn(5, 6), torch.randn(5, 6), "gelu"),
+        ("gated_dx", dh, torch.randn(5, 6), w_gate, w_up),
+        ("gated_mlp", *(t.clone().requires_grad_() for t in (x, w_gate, w_up, w_down)), "silu", True),
+    )
 
 
 @pytest.mark.leaks_threads  # the compiler's

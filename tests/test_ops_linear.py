@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from activations import ACTIVATIONS
 from backend_params import every_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import assert_registered, with_grads
 from torch import Tensor, nn
 
 from spu import ops
@@ -17,35 +19,18 @@ from spu.ops import schema
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-def plain_act(z: Tensor, activation: str) -> Tensor:
-    return {
-        "none": lambda v: v,
-        "relu": F.relu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-        "silu": F.silu,
-    }[activation](z)
-
-
-def run(function, operands, dy):
-    """y and the gradients of all operands."""
-    leaves = [v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for v in operands]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-
 def compare(backend, dtype, activation, x, weight, bias, dy):
     """Forward and every gradient of the op within the bound; the truth is fp64 on the same (rounded) operands."""
     operands = [v.to(dtype) for v in (x, weight, bias) if v is not None]
     dy = dy.to(dtype)
 
     def plain(x, weight, bias=None):
-        return plain_act(F.linear(x, weight, bias), activation)
+        return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
     with ops.use_backend(backend):
-        ours = run(lambda x, w, b=None: ops.linear_act(x, w, b, activation), operands, dy)
-    peer = run(plain, operands, dy)
-    truth = run(plain, [v.double() for v in operands], dy.double())
+        ours = with_grads(lambda x, w, b=None: ops.linear_act(x, w, b, activation), operands, dy)
+    peer = with_grads(plain, operands, dy)
+    truth = with_grads(plain, [v.double() for v in operands], dy.double())
     for name, a, p, t in zip(["y", "dx", "dw", "db"], ours, peer, truth):
         # 2 units in the last place: the stored z and dz are roundings of their own, even where plain torch, which
         # rounds in other places, happens to be nearer.
@@ -62,8 +47,8 @@ def test_reference_fp32_has_plain_torchs_bits(activation: str, leading: tuple[in
     operands = [torch.randn(*leading, 33), torch.randn(17, 33), *([torch.randn(17)] if with_bias else [])]
     dy = torch.randn(*leading, 17)
     with ops.use_backend("reference"):
-        ours = run(lambda x, w, b=None: ops.linear_act(x, w, b, activation), operands, dy)
-    plain = run(lambda x, w, b=None: plain_act(F.linear(x, w, b), activation), operands, dy)
+        ours = with_grads(lambda x, w, b=None: ops.linear_act(x, w, b, activation), operands, dy)
+    plain = with_grads(lambda x, w, b=None: ACTIVATIONS[activation](F.linear(x, w, b)), operands, dy)
     for name, a, p in zip(["y", "dx", "dw", "db"], ours, plain):
         assert_equal(a, p, name)
 
@@ -146,7 +131,7 @@ def test_non_finite_values_stay_in_their_rows(backend: str, dtype: torch.dtype, 
     weight = torch.rand(37, 16).to(dtype) + 0.5
     with ops.use_backend(backend):
         y = ops.linear_act(x, weight, None, activation)
-    expected = plain_act(F.linear(x.double(), weight.double()), activation)
+    expected = ACTIVATIONS[activation](F.linear(x.double(), weight.double()))
     assert_equal(y.isnan(), expected.isnan(), "isnan(y)")
     assert_equal(y.isinf(), expected.isinf(), "isinf(y)")
 
@@ -158,7 +143,7 @@ def test_non_finite_gradients_are_passed_on(backend: str, activation: str) -> No
     dy = torch.ones(4, 3)
     dy[2, 1] = float("inf")
     with ops.use_backend(backend):
-        _, dx, dw, db = run(lambda x, w, b: ops.linear_act(x, w, b, activation), operands, dy)
+        _, dx, dw, db = with_grads(lambda x, w, b: ops.linear_act(x, w, b, activation), operands, dy)
     assert not torch.isfinite(dx[2]).any()
     assert torch.isfinite(dx[[0, 1, 3]]).all()
     assert not torch.isfinite(dw[1]).any()
@@ -233,8 +218,8 @@ def test_the_registered_derivative_equals_the_eager_one(backend: str) -> None:
             return schema.overload("linear", backend)(x, w, b, activation, keep)[0]
 
         with ops.use_backend(backend):
-            eager = run(lambda x, w, b, a=activation: ops.linear_act(x, w, b, a), [x, weight, bias], dy)
-        for name, ours, other in zip(["y", "dx", "dw", "db"], eager, run(registered, [x, weight, bias], dy)):
+            eager = with_grads(lambda x, w, b, a=activation: ops.linear_act(x, w, b, a), [x, weight, bias], dy)
+        for name, ours, other in zip(["y", "dx", "dw", "db"], eager, with_grads(registered, [x, weight, bias], dy)):
             assert_equal(ours, other, f"{name} ({activation})")
 
 
@@ -252,22 +237,20 @@ def test_meta_and_inference_mode() -> None:
 
 @every_backend
 def test_opcheck(backend: str) -> None:
-    def check(name: str, *arguments: object) -> None:
-        results = torch.library.opcheck(schema.overload(name, backend), arguments)
-        assert set(results.values()) == {"SUCCESS"}, (name, results)
-
     x = torch.randn(2, 3, 8, requires_grad=True)
     weight, bias = torch.randn(5, 8, requires_grad=True), torch.randn(5, requires_grad=True)
-    check("linear", x, weight, bias, "gelu", True)
-    check("linear", x, weight, None, "relu", False)
+    assert_registered(backend, ("linear", x, weight, bias, "gelu", True), ("linear", x, weight, None, "relu", False))
     dz, x = torch.randn(2, 3, 5).half(), torch.randn(2, 3, 8).half()
-    check("linear_dz", dz, torch.randn(2, 3, 5).half(), "silu")
-    check("linear_dx", dz, torch.randn(5, 8).half())
-    check("linear_dw", dz, x)
-    check("linear_db", dz)
     control = torch.full((1,), 0.5), torch.zeros(1)
-    check("linear_dw_", dz, x, torch.zeros(5, 8), *control, True)
-    check("linear_db_", dz, torch.zeros(5), *control, False)
+    assert_registered(
+        backend,
+        ("linear_dz", dz, torch.randn(2, 3, 5).half(), "silu"),
+        ("linear_dx", dz, torch.randn(5, 8).half()),
+        ("linear_dw", dz, x),
+        ("linear_db", dz),
+        ("linear_dw_", dz, x, torch.zeros(5, 8), *control, True),
+        ("linear_db_", dz, torch.zeros(5), *control, False),
+    )
 
 
 def compiled_and_eager_gradients(backend: str, compiler: str) -> None:

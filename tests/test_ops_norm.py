@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import with_grads
 from torch import Tensor, nn
 
 from spu import ops
@@ -38,13 +39,6 @@ def functions(kind: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     x = torch.randn(shape) * 2 + 0.5
     return [x.to(dtype), (1 + torch.randn(shape[-1]) / 4).to(dtype), torch.randn(shape[-1]).to(dtype)]
-
-
-def with_grads(function: Callable[..., Tensor], given: list[Tensor], dy: Tensor) -> list[Tensor | None]:
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in given]
-    y = function(*leaves)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
 
 
 def check_bound(backend: str, kind: str, given: list[Tensor], dy: Tensor) -> None:
