@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -219,6 +220,14 @@ def no_leaked_threads(request: pytest.FixtureRequest) -> Iterator[None]:
         if time.monotonic() > deadline:
             pytest.fail("threads outlive the test: " + ", ".join(t.name for t in leaked))
         time.sleep(0.02)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: a shell's background jobs inherit it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -57,6 +57,11 @@ def model_of(*middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, WIDTH), *middle, nn.Linear(WIDTH, 4))
 
 
+def mlp(*middle: nn.Module) -> nn.Sequential:
+    """The same with a tanh, where nothing else is given."""
+    return model_of(*(middle or (nn.Tanh(),)))
+
+
 def batch(rows: int = 8, width: int = 6, classes: int = 4, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, width, generator=generator), torch.randint(classes, (rows,), generator=generator)

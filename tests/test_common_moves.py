@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import batch
-from torch import Tensor, nn
+from pipelines import batch, mlp
+from torch import Tensor
 
 from spu import ModelParallelTrainer
 from spu.common.moves import move_module
@@ -26,14 +26,9 @@ def option(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], None]]:
     request.param(False)
 
 
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
 def test_parameters_are_the_same_objects(option: Callable[[bool], None]) -> None:
     option(True)
-    layers = model()
+    layers = mlp()
     before = list(layers.parameters())
     known = [weakref.ref(parameter) for parameter in before]  # which torch's swap refuses
     move_module(layers, torch.device("cpu"))
@@ -47,7 +42,7 @@ def test_a_trainer_finds_its_masters(option: Callable[[bool], None]) -> None:
     """Exact values are known by parameter: others were looked for, and rounded ones or another one's were taken."""
 
     def trained(on: bool) -> dict[str, Tensor]:
-        layers = model()
+        layers = mlp()
         option(on)
         with ModelParallelTrainer(
             layers, devices=["cpu:0", "cpu:1"], precision="bf16", lr=1e-5, microbatches=2

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from numeric import assert_equal
+from test_cpu_fused import values
 from test_cpu_kernels import DTYPES, OPS, scalar, variants
 from torch import Tensor
 
@@ -40,10 +41,6 @@ def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for name, rule in rules.items():
         _C.set_tile_rule(name, *rule)
-
-
-def values(*shape: int, dtype: torch.dtype) -> Tensor:
-    return (torch.randn(shape) / max(1, shape[-1]) ** 0.5).to(dtype)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from test_trainer_edits import batch, make, mlp
+from pipelines import batch, mlp
+from test_trainer_edits import make
 from torch import nn
 
 from spu import StageError

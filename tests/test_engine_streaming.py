@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,15 +251,7 @@ def test_evaluations_in_a_row_equal_the_resident_ones(
     assert results[0] == results[1]
 
 
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt: a shell's background jobs inherit it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interrupts")
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("wait", [1, 2, 7, 12, 18, 23, 25])
 def test_ctrl_c_within_a_flush_loses_no_update(reference: None, monkeypatch: pytest.MonkeyPatch, wait: int) -> None:
     """It comes while a read or a write is waited for, which is not done by then; the next flush has to know of it."""

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import batch, trainer
+from pipelines import batch, mlp, trainer
 from torch import nn
 
 from spu import ModelParallelTrainer
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
 def make(model: Any) -> ModelParallelTrainer:

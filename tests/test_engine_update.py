@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from test_trainer_edits import batch, make, mlp
+from pipelines import batch, mlp
+from test_trainer_edits import make
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -179,13 +180,6 @@ class Slow(AdamW):
             )
             time.sleep(0.1)
         return super().step(*args, **kwargs)
-
-
-@pytest.fixture
-def ctrl_c() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_an_update_that_ctrl_c_falls_into_is_whole(ctrl_c: None) -> None:

@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 import torch
 from numeric import assert_equal
-from pipelines import batch, every_schedule, plain_pass, trainer, with_and_without_recompute
+from pipelines import batch, every_schedule, mlp, plain_pass, trainer, with_and_without_recompute
 from torch import nn
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.usefixtures("reference")
-
-
-def model_of() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -25,16 +20,16 @@ def model_of() -> nn.Sequential:
 def test_a_trainer_may_be_used_under_it(mode: Any, precision: str, tmp_path: Any) -> None:
     """A first evaluate() made tensors of it that no later step could update."""
     x, y = batch()
-    with trainer(model_of(), precision=precision) as t:
+    with trainer(mlp(), precision=precision) as t:
         expected = [t.evaluate(x, y), t.step(x, y).loss, t.step(x, y).loss, t.evaluate(x, y)]
-    with trainer(model_of(), precision=precision) as t:
+    with trainer(mlp(), precision=precision) as t:
         with mode():
             found = [t.evaluate(x, y), t.step(x, y).loss]
             t.save(tmp_path / "c")
             t.load(tmp_path / "c")
         found += [t.step(x, y).loss, t.evaluate(x, y)]
     assert found == expected
-    with trainer(model_of(), precision=precision) as t:
+    with trainer(mlp(), precision=precision) as t:
         with mode():
             made, targets = x * 1, y + 0
             t.prepare(made, targets)
@@ -62,7 +57,7 @@ def test_a_first_layer_may_change_its_input_in_place(schedule: str, ranks: int, 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_input_that_wants_a_gradient_gets_one(ranks: int) -> None:
     x, y = batch()
-    model = model_of()
+    model = mlp()
     plain = copy.deepcopy(model)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with trainer(model, ranks) as t:

@@ -190,21 +190,16 @@ class Cell(nn.Module):
         return self.head(x) + F.linear(x, self.head.weight)
 
 
-def rows(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 6, generator=generator), torch.randint(4, (count,), generator=generator)
-
-
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.usefixtures("reference")
 def test_a_module_that_is_called_often_and_batch_norm(ranks: int) -> None:
     torch.manual_seed(0)
-    assert_equals_plain(Cell(), *rows(), F.cross_entropy, ranks, same_order=False)
+    assert_equals_plain(Cell(), *batch(), F.cross_entropy, ranks, same_order=False)
 
 
 @pytest.mark.usefixtures("reference")
 def test_optional_inputs_by_name_and_by_place() -> None:
-    x, y = rows()
+    x, y = batch()
     for inputs in ((x, torch.full((8, 1), 0.5)), {"x": x, "scale": torch.full((8, 1), 0.5)}, {"x": x, "scale": None}):
         torch.manual_seed(0)
         model = Cell()
@@ -222,11 +217,11 @@ def test_dropout_is_off_in_evaluation_and_the_same_for_every_number_of_stages() 
     for ranks in (1, 2, 3):
         torch.manual_seed(0)
         with trainer(Cell(0.5), ranks) as t:
-            losses.append([t.step(*rows()).loss for _ in range(3)] + [t.evaluate(*rows())])
+            losses.append([t.step(*batch()).loss for _ in range(3)] + [t.evaluate(*batch())])
     assert losses[0] == losses[1] == losses[2]
     torch.manual_seed(0)
     with trainer(Cell(), 1) as t:
-        assert t.step(*rows()).loss != losses[0][0]
+        assert t.step(*batch()).loss != losses[0][0]
 
 
 def test_a_checkpoint_goes_to_another_number_of_stages_and_the_names_are_the_models(tmp_path: Any) -> None:
@@ -275,14 +270,14 @@ def test_two_trainers_of_one_model_one_after_the_other() -> None:
 def test_a_checkpoint_of_a_module_in_several_stages(tmp_path: Any) -> None:
     torch.manual_seed(0)
     with trainer(Cell(), 3) as t:
-        t.step(*rows())
+        t.step(*batch())
         t.save(tmp_path / "saved")
-        expected = [t.step(*rows()).loss for _ in range(2)]
+        expected = [t.step(*batch()).loss for _ in range(2)]
     for ranks in (1, 3):
         with trainer(Cell(), ranks) as t:
-            t.prepare(*rows())
+            t.prepare(*batch())
             t.load(tmp_path / "saved")
-            assert [t.step(*rows()).loss for _ in range(2)] == pytest.approx(expected, rel=1e-6)
+            assert [t.step(*batch()).loss for _ in range(2)] == pytest.approx(expected, rel=1e-6)
 
 
 class Doubled(nn.Sequential):

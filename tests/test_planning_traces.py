@@ -14,18 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from object_graph import difference, fakes, snapshot
+from pipelines import batch as seeded_batch
 from torch import nn
 
 from spu import ModelParallelTrainer
 
 SEEN: list = []
 CACHE: dict = {}
+batch = functools.partial(seeded_batch, seed=1)
 LAST = None
-
-
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(8, 6, generator=g), torch.randint(4, (8,), generator=g)
 
 
 class Calls(nn.Module):

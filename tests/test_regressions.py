@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from typing import Any
@@ -11,22 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import devices, model_of
+from pipelines import batch, devices, model_of
+from pipelines import trainer as trainer_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spu import ModelParallelTrainer, StageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-def make(model: Any, stages: int = 2, precision: str = "fp32", **settings: Any) -> ModelParallelTrainer:
-    return ModelParallelTrainer(model, devices(stages), precision=precision, microbatches=2, **settings)
+make = functools.partial(trainer_of, microbatches=2)
 
 
 def assert_plain_gradients(model: nn.Module, stages: int, **settings: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import devices, model_of
-from test_regressions import batch, make
+from pipelines import batch, devices, model_of
+from test_regressions import make
 from torch import nn
 
 from spu import ModelParallelTrainer

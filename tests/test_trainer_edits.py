@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from pipelines import batch, mlp
+from pipelines import trainer as trainer_of
 from torch import nn
 
-from spu import DeviceManager, ModelParallelTrainer, StageError, ops
-
-
-def mlp(*middle: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), *(middle or (nn.Tanh(),)), nn.Linear(16, 4))
-
-
-def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, 6, generator=generator), torch.randint(4, (rows,), generator=generator)
-
-
-def make(model: Any, stages: int = 2, **settings: Any) -> ModelParallelTrainer:
-    devices = [dataclasses.replace(d, threads=1) for d in DeviceManager().get_devices(["cpu"] * stages)]
-    settings = {"precision": "bf16", "microbatches": 2, "lr": 1e-4} | settings
-    return ModelParallelTrainer(model, devices, **settings)
-
+from spu import StageError, ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+make = functools.partial(trainer_of, precision="bf16", microbatches=2, lr=1e-4)
 
 
 # Values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from memory_probe import measured_peaks
 from numeric import assert_equal
+from pipelines import batch as seeded_batch
 from pipelines import devices
 from torch import nn
 
@@ -32,6 +34,8 @@ from spu.trainer.planner import Planner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+batch = functools.partial(seeded_batch, classes=6, seed=1)
+
 
 class Rated(nn.Linear):
     """A linear layer that takes its time on one device."""
@@ -46,11 +50,6 @@ class Rated(nn.Linear):
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(layer for _ in range(4) for layer in (Rated(6, 6), nn.Tanh())))
-
-
-def batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(rows, 6, generator=generator), torch.randint(6, (rows,), generator=generator)
 
 
 @pytest.mark.parametrize(("slow", "more", "precision"), [("cpu:0", 1, "fp32"), ("cpu:1", 0, "fp16")])

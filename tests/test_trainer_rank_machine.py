@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pipelines import devices
+from pipelines import batch, devices
 from ranks import in_ranks
 from torch import nn
 
@@ -29,11 +29,6 @@ def model() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    draws = torch.Generator().manual_seed(1)
-    return torch.randn(8, 256, generator=draws), torch.randint(256, (8,), generator=draws)
-
-
 def steps(engine: str, places: Any, **settings: Any) -> tuple[Any, list[float]]:
     with (
         use_backend("reference"),
@@ -41,7 +36,7 @@ def steps(engine: str, places: Any, **settings: Any) -> tuple[Any, list[float]]:
             model(), places, engine=engine, precision="fp32", microbatches=4, lr=1e-2, **settings
         ) as trainer,
     ):
-        losses = [trainer.step(*batch()).loss for _ in range(2)]
+        losses = [trainer.step(*batch(width=256, classes=256, seed=1)).loss for _ in range(2)]
         assert trainer.plan is not None
         return ([stage.layers for stage in trainer.plan.stages], list(trainer.plan.codecs)), losses
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from numeric import assert_equal
 from starved import Starved, is_real, starve
+from streamed_runs import batches
 from torch import nn
 
 from spu import ModelParallelTrainer
@@ -68,12 +69,6 @@ def model(**limits: int) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(11, 16), nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1)), Starved(**limits),
                          nn.Linear(16, 11))  # fmt: skip
-
-
-def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(0, 11, (8, 5), generator=generator) for _ in range(2 * count)]
-    return list(zip(ids[::2], ids[1::2], strict=True))
 
 
 def streamed(own: nn.Module, folder: Path, **settings: Any) -> tuple[list[float], dict[str, Any], ModelParallelTrainer]:
