@@ -77,7 +77,8 @@ def _train(given: dict[str, Any], options: RunOptions, named: Collection[str]) -
             if not only_reference:
                 summary = _pipeline(job, signals)
             if options.compare or only_reference:
-                _stop_if_asked(signals)
+                if signals.asked is not None:
+                    raise Stopped("stopped before the reference; --resume with --compare goes on")
                 result = _reference(job, signals)
                 print(f"plain fp32: validation loss {result['val_loss']:.4f}, {result['tokens_per_s']:,.0f} tokens/s")
             if options.compare:
@@ -167,11 +168,6 @@ def _reference(job: Job, signals: StopSignals) -> dict[str, Any]:
         return known
     job.open_folder()
     return reference.train_reference(job.config, job.corpus, job.folder, signals)
-
-
-def _stop_if_asked(signals: StopSignals) -> None:
-    if signals.asked is not None:
-        raise Stopped("stopped before the reference; --resume with --compare goes on")
 
 
 def _load(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,11 @@ def flop_formulas() -> dict[Any, Any]:
     """Return, by op, functions of its arguments' shapes: for our registered ops, and for CPU attention."""
     formulas = {getattr(torch.ops.spu, name): made for name, made in _OURS.items() if hasattr(torch.ops.spu, name)}
     cpu_attention = torch_private.flash_attention_for_cpu()
-    return formulas if cpu_attention is None else {**formulas, cpu_attention: _torchs_attention}
+    return (
+        formulas
+        if cpu_attention is None
+        else {**formulas, cpu_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    )
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
@@ -28,28 +32,12 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * _rows(x) * weight[0] * weight[1]
 
 
-def _linear_dz_dx(dy: Shape, saved: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    return _linear(dy, weight)
-
-
 def _linear_dw(dz: Shape, x: Shape, *_: Any, **__: Any) -> int:
     return 2 * _rows(dz) * dz[-1] * x[-1]
 
 
-def _linear_each(x: Shape, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    return sum(_linear(x, weight) for weight in weights)
-
-
 def _linear_dw_each(dzs: Sequence[Shape], x: Shape, *_: Any, **__: Any) -> int:
     return sum(_linear_dw(dz, x) for dz in dzs)
-
-
-def _gated_linear(x: Shape, w_gate: Shape, *_: Any, **__: Any) -> int:
-    return 2 * _linear(x, w_gate)
-
-
-def _gated_dx(dgate: Shape, dup: Shape, w_gate: Shape, *_: Any, **__: Any) -> int:
-    return 2 * _linear(dgate, w_gate)
 
 
 def _gated_mlp(x: Shape, w_gate: Shape, w_up: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
@@ -60,29 +48,9 @@ def _mlp(x: Shape, w_in: Shape, b_in: Shape | None, w_out: Shape, *_: Any, **__:
     return _linear(x, w_in) + 2 * _rows(x) * w_out[0] * w_out[1]
 
 
-def _experts_mlp(x: Shape, ends: Shape, w_gate_up: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
-    return _rows(x) * (_linear((1,), w_gate_up[1:]) + _linear((1,), w_down[1:]))
-
-
-def _experts_dh(dy: Shape, ends: Shape, w_down: Shape, *_: Any, **__: Any) -> int:
-    return _linear(dy, w_down[1:])
-
-
-def _experts_dx(dgate: Shape, dup: Shape, ends: Shape, w_gate_up: Shape, *_: Any, **__: Any) -> int:
-    return _linear(dgate, w_gate_up[1:])
-
-
 def _attention(q: Shape, k: Shape, *_: Any, **__: Any) -> int:
     batch, tokens, heads, head_dim = q
     return 4 * batch * heads * tokens * k[1] * head_dim  # as torch counts: the causal mask saves nothing
-
-
-def _attention_backward(dout: Shape, q: Shape, k: Shape, *_: Any, **__: Any) -> int:
-    return _attention(q, k) * 5 // 2
-
-
-def _torchs_attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 def _rows(shape: Shape) -> int:
@@ -90,30 +58,30 @@ def _rows(shape: Shape) -> int:
     return math.prod(shape[:-1])
 
 
-_OURS = {
+_OURS: dict[str, Callable[..., int]] = {
     "linear": _linear,
     "linear_dx": _linear,
     "linear_dw": _linear_dw,
     "linear_dw_": _linear_dw,
-    "linear_dz_dx": _linear_dz_dx,
+    "linear_dz_dx": lambda dy, saved, weight, *_, **__: _linear(dy, weight),
     "linear_dw_db_": _linear_dw,
     "linear_add": _linear,
-    "linear_each": _linear_each,
+    "linear_each": lambda x, weights, *_, **__: sum(_linear(x, weight) for weight in weights),
     "linear_dw_each_": _linear_dw_each,
-    "gated_linear": _gated_linear,
-    "gated_dx": _gated_dx,
+    "gated_linear": lambda x, w_gate, *_, **__: 2 * _linear(x, w_gate),
+    "gated_dx": lambda dgate, dup, w_gate, *_, **__: 2 * _linear(dgate, w_gate),
     "gated_dh": _linear,
     "gated_mlp": _gated_mlp,
     "gated_mlp_add": _gated_mlp,
-    "experts_mlp": _experts_mlp,
-    "experts_dh": _experts_dh,
-    "experts_dx": _experts_dx,
+    "experts_mlp": lambda x, ends, w_gate_up, w_down, *_, **__: _linear(x, w_gate_up[1:]) + _linear(x, w_down[1:]),
+    "experts_dh": lambda dy, ends, w_down, *_, **__: _linear(dy, w_down[1:]),
+    "experts_dx": lambda dgate, dup, ends, w_gate_up, *_, **__: _linear(dgate, w_gate_up[1:]),
     "experts_dw": _linear_dw_each,
     "experts_dw_": _linear_dw_each,
     "mlp": _mlp,
     "mlp_dz": _linear,
     "attention": _attention,
-    "attention_backward": _attention_backward,
+    "attention_backward": lambda dout, q, k, *_, **__: _attention(q, k) * 5 // 2,
     "linear_ce": _linear,
     "linear_ce_dz": _linear,
     "linear_ce_and_dz": _linear,

@@ -176,7 +176,7 @@ def default(base: type[Options], name: str, value: Any, more: str = "") -> Any:
     """Return the field ``name`` of ``base`` with another default, and perhaps one more sentence about it, for a class
     that extends ``base``.
     """
-    kind = kind_of(_field_named(base, name))
+    kind = kind_of(next(field for field in dataclasses.fields(base) if field.name == name))
     return field_of(value, dataclasses.replace(kind, about=f"{kind.about} {more}") if more else kind)
 
 
@@ -189,10 +189,6 @@ def kind_of(field: dataclasses.Field[Any]) -> Kind:
 def field_of(default: Any, kind: Kind) -> Any:
     """Return a field of this kind; None is allowed where it is the default."""
     return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-def _field_named(options: type[Options], name: str) -> dataclasses.Field[Any]:
-    return next(field for field in dataclasses.fields(options) if field.name == name)
 
 
 def _refuse() -> Any:

@@ -258,7 +258,7 @@ class DistributedEngine:
             schedule = make(
                 made[0] if self._schedule in _ONE_STAGE else made,
                 parts,
-                loss_fn=_as_it_is if train else None,
+                loss_fn=(lambda output, _: output) if train else None,
                 scale_grads=False,
             )
         except ValueError as error:
@@ -288,10 +288,6 @@ class DistributedEngine:
         failed = StageError(stage.index, stage.device.name, done, lost)
         failed.__cause__ = lost
         return failed
-
-
-def _as_it_is(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return output
 
 
 def _within(form: _Form, known: _Form) -> bool:

@@ -54,7 +54,8 @@ def check_here(layers: Sequence[Layer]) -> None:
                     "one; make the model anew, and load() that trainer's checkpoint"
                 )
         for module in layer.module.modules():
-            _unguard(module)
+            for handle in _GUARDS.pop(module, ()):
+                handle.remove()
 
 
 def _guard(module: nn.Module) -> None:
@@ -63,11 +64,6 @@ def _guard(module: nn.Module) -> None:
             module.register_state_dict_pre_hook(_refuse_state),
             module.register_forward_pre_hook(_refuse_forward),
         ]
-
-
-def _unguard(module: nn.Module) -> None:
-    for handle in _GUARDS.pop(module, ()):
-        handle.remove()
 
 
 def _away(module: nn.Module) -> Iterator[str]:

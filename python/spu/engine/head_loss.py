@@ -75,7 +75,7 @@ def head_of(module: nn.Module) -> nn.Linear | None:
     head: nn.Module | None = module
     if isinstance(module, Head | Part):
         head = module.head
-    elif _is_sequence(module):
+    elif getattr(type(module), "spu_plain", type(module)) is nn.Sequential:
         head = next(reversed(children_of(module).values()), None)
     if not isinstance(head, nn.Linear) or type(head) not in (nn.Linear, Linear):
         return None
@@ -83,10 +83,6 @@ def head_of(module: nn.Module) -> nn.Linear | None:
         return None
     own = getattr(head, "activation", "none") != "none" or getattr(head, "spu_dtype", None) is not None
     return None if own or head.bias is not None or has_global_module_hook() else head
-
-
-def _is_sequence(module: nn.Module) -> bool:
-    return getattr(type(module), "spu_plain", type(module)) is nn.Sequential
 
 
 @dataclass

@@ -317,7 +317,7 @@ class LocalEngine:
             exchange.put(("F", stage.index + 1, index), self._forward_links[stage.index].send(output))
             return begin
         if work.keep_outputs:
-            work.outputs[index] = _detached(output)
+            work.outputs[index] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
         if work.targets is not None:
             assert work.weights is not None
             scope = work.scopes[stage.index] if work.scopes is not None else None
@@ -346,7 +346,3 @@ class LocalEngine:
         if not stage.is_first:  # (4) in docs/architecture.md, backwards
             exchange.put(("B", stage.index - 1, index), self._backward_links[stage.index - 1].send(gradients))
         return begin
-
-
-def _detached(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, tree)

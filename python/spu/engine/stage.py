@@ -155,7 +155,8 @@ class Stage:
             ends = [] if arrived is None else arrived.ends
             outputs = [] if self.is_last else pytree.tree_leaves(x)
             if self.activations is not None:
-                outputs = _without_values(outputs)
+                # All that a backward needs of a message: a gradient's place for each leaf.
+                outputs = [hollow(t) if isinstance(t, Tensor) and t.requires_grad else None for t in outputs]
             self._in_flight[key.microbatch] = _InFlight(ends, outputs, skips, randomness, from_outside)
         return x
 
@@ -312,11 +313,6 @@ class Stage:
         self._deferred.clear()
         if self.activations is not None:
             self.activations.clear()
-
-
-def _without_values(outputs: Iterable[Any]) -> list[Any]:
-    """Return what a backward needs of a message's leaves: a gradient's place for each."""
-    return [hollow(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in outputs]
 
 
 def _weighted(value: torch.Tensor, factor: float | torch.Tensor, outputs: Any) -> torch.Tensor:

@@ -226,7 +226,7 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
     if (
         torch_private.fake_mode_active()
         or torch.compiler.is_compiling()
-        or any(isinstance(a, FakeTensor) or _is_meta(a) for a in args)
+        or any(isinstance(a, FakeTensor) or (isinstance(a, torch.Tensor) and a.is_meta) for a in args)
     ):
         return True
     if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
@@ -236,10 +236,6 @@ def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
             given = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
             return given == 0.0
     return False
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "meta"
 
 
 def _device_of(args: Any, kwargs: Any) -> torch.device:

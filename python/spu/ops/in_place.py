@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from spu.common.torch_private import backward_hooks, post_accumulate_hooks
 from spu.ops import schema
-from spu.ops.sink import GradSink, accumulates, current_scope, sink_of, sinks_of
+from spu.ops.sink import GradSink, accumulates, current_scope, may_be_main_grad, sink_of, sinks_of
 
 __all__ = ["weight_sinks_of"]
 
@@ -31,7 +31,7 @@ _UNHELD = 2  # references to the Python object of a node that is made for the qu
 
 class _InPlace:
     """What fused ops ask of the `GradSink` of a matrix, or of experts' matrices: adds their gradient to ``grad``, which
-    `_may_add_to` has seen.
+    `_adds` has seen.
     """
 
     def __init__(self, grad: Tensor) -> None:
@@ -65,19 +65,6 @@ def _locked(grads: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
-def _may_add_to(grad: Tensor, param: Tensor) -> bool:
-    return (
-        type(grad) is Tensor
-        and grad.dtype == torch.float32
-        and grad.layout == torch.strided
-        and grad.is_cpu
-        and grad.is_contiguous()
-        and grad.shape == param.shape
-        and not grad.requires_grad
-        and not grad.is_inference()
-    )
-
-
 def _is_held(node: Any, place: int) -> bool:
     """Tell whether Python code holds the node that a node's input came from, and so may have hung hooks on it."""
     return sys.getrefcount(node.next_functions[place][0]) > _UNHELD
@@ -88,7 +75,10 @@ def _adds(node: Any, place: int, param: Tensor) -> bool:
     grad = param.grad
     return (
         grad is not None
-        and _may_add_to(grad, param)
+        and type(grad) is Tensor
+        and may_be_main_grad(grad, param)
+        and not grad.requires_grad
+        and not grad.is_inference()
         and not backward_hooks(param)
         and not post_accumulate_hooks(param)
         and sink_of(param) is None  # of a scope that this backward does not have: its hook sees to the gradient

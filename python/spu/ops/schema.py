@@ -9,7 +9,7 @@ that are defined here, so that an installation without a compiler has the same o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -197,29 +197,9 @@ def _fake_linear(
     return x.new_empty(shape), x.new_empty(shape if keep_preact else (0,))
 
 
-def _fake_unpack(buffer: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, codec: str) -> torch.Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device=buffer.device)
-
-
-def _fake_pack(x: torch.Tensor, codec: str) -> torch.Tensor:
-    return torch.empty(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8, device=x.device)
-
-
 def _fake_gated(x: torch.Tensor, w_gate: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (*x.shape[:-1], w_gate.shape[0]) if keep else (0,)
     return x.new_empty(shape), x.new_empty(shape)
-
-
-def _fake_gated_linear(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, activation: str, keep: bool
-) -> tuple[torch.Tensor, ...]:
-    return x.new_empty((*x.shape[:-1], w_gate.shape[0])), *_fake_gated(x, w_gate, keep)
-
-
-def _fake_gated_mlp(
-    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, activation: str, keep: bool
-) -> tuple[torch.Tensor, ...]:
-    return x.new_empty((*x.shape[:-1], w_down.shape[0])), *_fake_gated(x, w_gate, keep)
 
 
 def _fake_mlp(
@@ -287,18 +267,24 @@ FAKES: dict[str, Callable[..., Any]] = {
     "linear_each": lambda x, weights, biases: [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights],
     "linear_dw_each_": _fake_nothing,
     "unscale_": _fake_nothing,
-    "pack": _fake_pack,
-    "unpack": _fake_unpack,
+    "pack": lambda x, codec: x.new_empty(wire.wire_bytes(x.shape, x.dtype, codec), dtype=torch.uint8),
+    "unpack": lambda buffer, shape, dtype, codec: buffer.new_empty(tuple(shape), dtype=dtype),
     "pack_": _fake_nothing,
     "unpack_": _fake_nothing,
     "copy_in_": _fake_nothing,
     "adamw_": _fake_nothing,
     "grad_sqnorm": lambda grads: grads[0].new_empty((1,), dtype=torch.float64),
-    "gated_linear": _fake_gated_linear,
+    "gated_linear": lambda x, w_gate, w_up, activation, keep: (
+        x.new_empty((*x.shape[:-1], w_gate.shape[0])),
+        *_fake_gated(x, w_gate, keep),
+    ),
     "gated_dz": lambda dh, gate, up, activation: tuple(dh.new_empty(dh.shape) for _ in range(3)),
     "gated_dh": lambda dy, w_down, gate, up, activation: tuple(gate.new_empty(gate.shape) for _ in range(3)),
     "gated_dx": lambda dgate, dup, w_gate, w_up: dgate.new_empty((*dgate.shape[:-1], w_gate.shape[1])),
-    "gated_mlp": _fake_gated_mlp,
+    "gated_mlp": lambda x, w_gate, w_up, w_down, activation, keep: (
+        x.new_empty((*x.shape[:-1], w_down.shape[0])),
+        *_fake_gated(x, w_gate, keep),
+    ),
     "gated_mlp_add": lambda x, w_gate, w_up, w_down, activation, addend: (
         addend.new_empty((*x.shape[:-1], w_down.shape[0])),
         *_fake_gated(x, w_gate, True),

@@ -36,6 +36,7 @@ __all__ = [
     "detach_sink",
     "has_foreign_hook",
     "leave_to_norm",
+    "may_be_main_grad",
     "open_scope",
     "scoped",
     "sink_of",
@@ -331,6 +332,17 @@ def sink_of(param: Tensor) -> GradSink | None:
 
 def _is_own(hook: Callable[..., Any]) -> bool:
     return hasattr(getattr(hook, "__self__", None), "linear_weight")  # a method of a sink
+
+
+def may_be_main_grad(grad: Tensor, param: Tensor) -> bool:
+    """Tell whether a fused op can write a parameter's fp32 gradient into this tensor."""
+    return (
+        grad.dtype == torch.float32
+        and grad.layout == torch.strided
+        and grad.is_contiguous()
+        and grad.shape == param.shape
+        and grad.device == param.device
+    )
 
 
 def has_foreign_hook(param: Tensor) -> bool:

@@ -81,16 +81,6 @@ def _adaptive_terms(grad: Tensor, x: Tensor, *_: Any) -> int:
     return _terms(grad.shape[1:], x.shape[1:])
 
 
-def _unfold_terms(grad: Tensor, sizes: list[int], dim: int, size: int, step: int) -> int:
-    return _terms([size], [step])
-
-
-def _fold_terms(
-    columns: Tensor, out: list[int], size: list[int], dilation: list[int], pad: list[int], *rest: Any
-) -> int:
-    return _terms(size, rest[0])
-
-
 def _layer_norm(
     call: Call,
     dy: Tensor,
@@ -196,8 +186,8 @@ _KERNELS: dict[str, _Wide] = {
     "avg_pool3d_backward": _if_many(_pool_terms),
     "max_pool2d_with_indices_backward": _if_many(_pool_terms),
     "max_pool3d_with_indices_backward": _if_many(_pool_terms),
-    "unfold_backward": _if_many(_unfold_terms),
-    "col2im": _if_many(_fold_terms),
+    "unfold_backward": _if_many(lambda grad, sizes, dim, size, step: _terms([size], [step])),
+    "col2im": _if_many(lambda columns, out, size, dilation, pad, step: _terms(size, step)),
 }
 
 _LIBRARY = torch.library.Library("aten", "IMPL")

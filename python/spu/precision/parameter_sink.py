@@ -32,21 +32,10 @@ from spu.ops.sink import (
     current_scope,
     graph_task_id,
     has_foreign_hook,
+    may_be_main_grad,
 )
 
 __all__ = ["ParameterSink", "check_dense", "unscale_grad"]
-
-
-def _is_main_grad(grad: Tensor | None, param: Tensor) -> bool:
-    """Tell whether a fused op can write into this tensor."""
-    return (
-        grad is not None
-        and grad.dtype == torch.float32
-        and grad.layout == torch.strided
-        and grad.is_contiguous()
-        and grad.shape == param.shape
-        and grad.device == param.device
-    )
 
 
 def _now_or_later(param: Tensor, accumulate: Callable[..., None], *arguments: Any) -> None:
@@ -215,7 +204,7 @@ class ParameterSink:
         if param.grad_dtype != torch.float32:  # lost by module.half()
             param.grad_dtype = torch.float32
         buffer, self._buffer, self._took = self._buffer, None, True
-        if buffer is None or not _is_main_grad(buffer, param):
+        if buffer is None or not may_be_main_grad(buffer, param):
             return torch.empty(param.shape, dtype=torch.float32, device=param.device)
         return buffer
 
