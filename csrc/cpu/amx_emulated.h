@@ -8,8 +8,7 @@
 
 #include <stdlib.h>
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 struct EmulatedTile {
   alignas(64) vu row[kTileRows];
@@ -74,5 +73,4 @@ struct Tiles {
   ~Tiles() { emulated_shapes = false; }
 };
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

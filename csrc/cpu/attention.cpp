@@ -5,8 +5,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 // The kernels want the last dimension contiguous and take any strides of the others.
@@ -91,5 +90,4 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor dout, Tensor q, Ten
   return {dq, dk, dv};
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

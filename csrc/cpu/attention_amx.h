@@ -7,8 +7,7 @@
 
 #include "cpu/attention_amx_pack.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 SPU_INLINE int64_t key_panels(const QueryPanel& p) {
   return ceil_div(p.keys, kPanelRows);
@@ -214,5 +213,4 @@ static void tile_attention_backward(const cpu::Attention& a, int64_t begin, int6
   backward_on_tiles<Bf16>(a, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

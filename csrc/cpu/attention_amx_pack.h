@@ -8,8 +8,7 @@
 #include "cpu/attention_kernels.h"
 #include "cpu/gemm_amx.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 static_assert(kNR == kPanelRows, "a panel of queries is one of tiles");
 
@@ -109,5 +108,4 @@ static void pack_weights_left(uint16_t* out, const float* s, int64_t panels) {
   }
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

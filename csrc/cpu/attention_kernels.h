@@ -13,8 +13,7 @@
 #include "cpu/kernels.h"
 #include "math/elementary.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 SPU_INLINE const void* offset_by(const void* data, Type type, int64_t elements) {
   return static_cast<const char*>(data) + elements * (type == Type::fp32 ? 4 : 2);
@@ -334,5 +333,4 @@ static void attention_backward(const cpu::Attention& a, int64_t begin, int64_t e
   }
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -6,8 +6,7 @@
 #include "cpu/tensors.h"
 #include "torch/wire.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 Type payload_type(wire::Codec codec) {
@@ -92,5 +91,4 @@ Tensor unpack(Tensor wire_tensor, std::vector<int64_t> shape, ScalarType dtype, 
   return out;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

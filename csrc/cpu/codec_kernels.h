@@ -5,8 +5,7 @@
 #include "cpu/vec_codes.h"
 #include "math/codec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 template <class From, class To>
 static void convert_range(const From* src, To* dst, int64_t begin, int64_t end) {
@@ -138,5 +137,4 @@ static void int8_decode(Type type, void* x, int64_t numel, const float* scales, 
   return decode_typed<float>(x, numel, scales, codes, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -6,8 +6,7 @@
 #include "cpu/vec_codes.h"
 #include "math/codec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // 32 codes in [-7, 7] to 16 bytes, the first of each pair in the low four bits, and back.
 SPU_INLINE void join_nibbles(const int8_t* codes, uint8_t* bytes) {
@@ -178,5 +177,4 @@ static void small_decode(wire::Codec codec, Type type, void* x, int64_t numel, c
   return small_decode_format<Fp8<2, 15>>(type, x, numel, scales, codes, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

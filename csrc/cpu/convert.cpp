@@ -4,8 +4,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 bool is_storage(const Tensor& t) {
@@ -42,5 +41,4 @@ void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets) {
   }
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -7,8 +7,7 @@
 #include "cpu/products.h"
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 struct Logits {
@@ -168,5 +167,4 @@ Tensor linear_ce_dz(Tensor hidden, Tensor weight, Tensor target, Tensor lse, Ten
   return dz;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

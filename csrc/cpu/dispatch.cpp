@@ -26,8 +26,7 @@
 #define SPU_AMX SPU_X86
 #endif
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 #if !defined(SPU_EMULATE_AVX512)
@@ -173,5 +172,4 @@ const KernelTable& kernels() {
   return chosen;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -7,8 +7,7 @@
 #include "cpu/products.h"
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 Tensor integers(const char* op, const char* what, const Tensor& t) {
@@ -360,5 +359,4 @@ void experts_dw_sink(std::vector<Tensor> dzs, Tensor x, Tensor ends, Tensor main
   if (nonfinite) raise_found_inf(found_inf);
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

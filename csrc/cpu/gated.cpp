@@ -4,8 +4,7 @@
 #include "cpu/products.h"
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 void expect_pair(const char* op, const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
@@ -119,5 +118,4 @@ Tensor gated_dx(Tensor dgate, Tensor dup, Tensor w_gate, Tensor w_up) {
   return dx;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -5,8 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 template <math::Act A, class T>
 static void gated_range(const T* dh, const T* gate, const T* up, T* dgate, T* dup, T* h, int64_t begin, int64_t end) {
@@ -35,5 +34,4 @@ static void gated_backward(Type type, math::Act act, const cpu::GatedBackward& g
   gated_typed<float>(act, g, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -12,8 +12,7 @@
 #include "cpu/gemm_micro.h"
 #include "cpu/gemm_pack.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // A k-block of a B panel (kKC slots x kNR) stays in L1, or nearly: 256 slots of 32 columns are 32 KB. L2 holds the
 // k-block of a task's columns (kKC x kTaskColumns, 256 KB with AVX-512), the kFinishRows of A that it meets, and the C
@@ -304,5 +303,4 @@ static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   multiply<false>(p, e, threads);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

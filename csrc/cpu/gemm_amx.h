@@ -13,8 +13,7 @@
 #include "cpu/gemm_amx_shared.h"
 #include "cpu/gemm_epilogue.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // Steps of k (32 values) that a block of B in L2 has, by parts; a task's share of B in L2; rows of C that are
 // worked on while a k-block is there.
@@ -383,5 +382,4 @@ static void gemm(const cpu::Product& p, const cpu::Epilogue& e) {
   multiply_tiles<Chain::three>(g);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

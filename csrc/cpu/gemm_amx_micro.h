@@ -3,8 +3,7 @@
 
 #include "cpu/gemm_amx_pack.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // Which part of A meets which of B. One: bf16. Two: one side has two parts. Three: both have, without lo * lo. Four: in
 // full. The smallest products come first, and from one to the next only one side is loaded anew.
@@ -146,5 +145,4 @@ __attribute__((noinline)) static void add_tile_step(const uint16_t* a, const uin
   tile_store<2>(lower, stride), tile_store<3>(lower + kLanes, stride);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -10,8 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/transpose.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 constexpr int64_t kPanelRows = 2 * kTileRows;
 
@@ -163,5 +162,4 @@ static bool pack_steps(uint16_t* out, int64_t panel_values, const cpu::Operand& 
   return body(out, panel_values, x, r0, rows, k0, depth, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -5,8 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // One whole side of a product of the thread as it was packed for a call, all of it finite; uses: of its slot, when that
 // was done.
@@ -36,5 +35,4 @@ SPU_INLINE void keep_panels(int slot, int64_t call, const cpu::Operand& x, int64
   packed_side(slot) = {call, x.data, x.type, x.row, x.col, length, k, cpu::workspace_uses(slot), panels};
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -7,8 +7,7 @@
 #include "cpu/gemm_epilogue.h"
 #include "cpu/transpose.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 constexpr int64_t kDotRows = 4, kDotColumns = 64;
 
@@ -117,5 +116,4 @@ static void few_rows(const cpu::Product& p, const cpu::Epilogue& e, int64_t thre
   cpu::parallel({groups, threads}, dot_task, &g);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -6,8 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // What the rows of a block share is read once: a store to the results might change it, as far as the compiler knows.
 template <class T, class P>
@@ -237,5 +236,4 @@ static TileEpilogue choose_epilogue(const cpu::Epilogue& e) {
   return typed_epilogue<float>(e);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

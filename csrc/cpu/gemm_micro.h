@@ -18,8 +18,7 @@
 
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 constexpr int kMR = SPU_MR, kNV = SPU_NV, kNR = SPU_NV * kLanes;
 
@@ -114,5 +113,4 @@ struct MicroKernels<Pairs, std::integer_sequence<int, Rows...>> {
 template <bool Pairs>
 constexpr const MicroKernel (&kMicroKernels)[kMR] = MicroKernels<Pairs, std::make_integer_sequence<int, kMR>>::of;
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

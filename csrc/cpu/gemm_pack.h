@@ -6,8 +6,7 @@
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // Floats from one panel to the next. A panel narrower than a vector is stored with whole vectors whose excess the
 // next row overwrites; the slack takes the last one's.
@@ -243,5 +242,4 @@ static void pack(float* out, const cpu::Operand& x, int64_t r0, int64_t rows, in
   }
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

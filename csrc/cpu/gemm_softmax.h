@@ -7,8 +7,7 @@
 #include "cpu/gemm_tile.h"
 #include "math/elementary.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // The first n lanes from p, the others from `rest`.
 SPU_INLINE vf load_or(const float* p, int64_t n, vf rest) {
@@ -66,5 +65,4 @@ static void softmax_grad(const cpu::Epilogue& e, const Tile& t) {
   }
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -4,8 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // A block of C: rows x cols accumulators at c with leading dimension ldc, whose corner is (row, col) of C [m, n]; the
 // twin's accumulators at c2, where there is one.
@@ -67,5 +66,4 @@ SPU_INLINE void store_row(T* const (&out)[N], int64_t cols, Body body) {
   }
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

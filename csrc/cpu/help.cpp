@@ -22,8 +22,7 @@
 #include <immintrin.h>
 #endif
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 struct Job {
@@ -223,5 +222,4 @@ void help_until(uint32_t more_than) {
   lent.fetch_sub(own);
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -5,8 +5,7 @@
 
 #include "cpu/kernels.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 // torch threads of those that wait in help_until now, and cores that other processes lend (cpu/borrow.h).
 int64_t lent_threads();
@@ -37,5 +36,4 @@ uint32_t rings();
 void ring();
 void help_until(uint32_t more_than);
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -11,8 +11,7 @@
 #include "math/types.h"
 #include "math/wire.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 // [0, count), to be divided among `parts` threads, in pieces of at least so many.
 struct Shares {
@@ -256,5 +255,4 @@ const KernelTable& avx512_kernels();
 const KernelTable& avx512bf16_kernels();
 const KernelTable& amx_kernels();
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

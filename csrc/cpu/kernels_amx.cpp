@@ -16,8 +16,7 @@
 #include "cpu/attention_amx.h"
 #include "cpu/gemm_amx.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 KernelTable with_tiles() {
@@ -35,5 +34,4 @@ const KernelTable& amx_kernels() {
   static const KernelTable table = with_tiles();
   return table;
 }
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

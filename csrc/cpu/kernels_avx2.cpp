@@ -7,10 +7,8 @@
 #define SPU_VEC_AVX2
 #include "cpu/kernels_impl.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 const KernelTable& avx2_kernels() {
   return isa_avx2::kTable;
 }
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

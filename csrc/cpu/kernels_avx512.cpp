@@ -10,10 +10,8 @@
 #endif
 #include "cpu/kernels_impl.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 const KernelTable& avx512_kernels() {
   return isa_avx512::kTable;
 }
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -11,10 +11,8 @@
 #endif
 #include "cpu/kernels_impl.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 const KernelTable& avx512bf16_kernels() {
   return isa_avx512bf16::kTable;
 }
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

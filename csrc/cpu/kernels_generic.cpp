@@ -6,10 +6,8 @@
 #define SPU_NV 2
 #include "cpu/kernels_impl.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 const KernelTable& generic_kernels() {
   return isa_generic::kTable;
 }
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

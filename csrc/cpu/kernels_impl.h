@@ -13,8 +13,7 @@
 #include "cpu/row_kernels.h"
 #include "cpu/softmax_kernels.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 static const cpu::KernelTable kTable = {gemm,           finish,       attention, attention_backward, act_backward,
                                         gated_backward, column_sums,  norm,      norm_backward,      sum_rows,
@@ -22,5 +21,4 @@ static const cpu::KernelTable kTable = {gemm,           finish,       attention,
                                         small_encode,   small_decode, adamw,     square_sum,         add,
                                         cross_entropy,  SPU_ISA_NAME};
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -6,8 +6,7 @@
 #include "cpu/products.h"
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 Epilogue store_only(Type type, void* out) {
@@ -236,5 +235,4 @@ void unscale(Tensor grad, Tensor main_grad, Tensor inv_scale, Tensor found_inf, 
   out.finish();
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -10,8 +10,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 void advise_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -24,5 +23,4 @@ void advise_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

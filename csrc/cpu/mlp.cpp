@@ -3,8 +3,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums) {
@@ -35,5 +34,4 @@ std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved,
   return {dz, h, sums};
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

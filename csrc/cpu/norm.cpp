@@ -5,8 +5,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 // Sums over rows are made for blocks of rows, whatever the threads are, and added up in their order.
@@ -175,5 +174,4 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, std::optional<
   return backward("layer_norm_backward", n, dy, dsum, x, weight, mean, rstd, needs_dx, needs_dw, needs_db);
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

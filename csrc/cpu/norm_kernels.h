@@ -5,8 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // The lanes below n; the others are zero.
 SPU_INLINE vf below(vf v, int64_t n) {
@@ -160,5 +159,4 @@ static void norm_backward(const cpu::Norm& n, int64_t begin, int64_t end) {
   norm_backward_typed<float, float>(n, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

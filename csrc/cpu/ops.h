@@ -4,8 +4,7 @@
 #define SPU_LIBRARY cpu
 #include "torch/ops.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 // Products that share x, in turn: y_i = x weights_i^T + biases_i (none, or one each); main_grads_i (+)= inv_scale
 // dzs_i^T x.
@@ -71,5 +70,4 @@ void embedding_dw_sink(Tensor dy, Tensor ids, int64_t padding_idx, Tensor main_g
 // Heads first: q and k [batch, heads, tokens, head_dim].
 std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse);
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -6,8 +6,7 @@
 #include "cpu/tensors.h"
 #include "torch/adamw.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 // Partial sums over pieces of a fixed size are added in order: the result depends on no thread count.
@@ -66,5 +65,4 @@ Tensor grad_sqnorm(std::vector<Tensor> grads) {
   return out;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

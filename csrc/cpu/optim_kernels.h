@@ -3,8 +3,7 @@
 
 #include "cpu/optim_values.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // root / by as the division rounds it, from inv = 1 / by, as `quotient`. A core has one divider for vectors, which the
 // root and the update's own division keep busy for 40 cycles; this one would be 16 more, for which all else waits. The
@@ -144,5 +143,4 @@ static double square_sum(const float* x, int64_t begin, int64_t end) {
   return total;
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

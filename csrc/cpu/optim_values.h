@@ -8,8 +8,7 @@
 #include "math/masters.h"
 #include "math/moments.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 using math::Master;
 using math::Moments;
@@ -291,5 +290,4 @@ struct WithCorrection {
   }
 };
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -4,8 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 template <math::Act A, class T>
 static void act_backward_range(const T* dy, const T* saved, T* dz, int64_t begin, int64_t end) {
@@ -121,5 +120,4 @@ static void add(const float* x, const float* y, float* out, int64_t begin, int64
   if (i < end) store_some(out + i, load_some(x + i, end - i) + load_some(y + i, end - i), end - i);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

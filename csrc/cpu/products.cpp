@@ -11,8 +11,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 constexpr const char* kOps[] = {"linear", "linear_dx", "linear_dw", "gated_linear", "gated_dx", "linear_ce"};
@@ -205,5 +204,4 @@ const char* way_of(const char* op, const char* type, int64_t m, int64_t n, int64
   return way == &kTorch ? "torch" : way ? way->name : kernels().name;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

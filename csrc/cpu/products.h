@@ -4,8 +4,7 @@
 
 #include "cpu/kernels.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 enum class ProductOp { linear, linear_dx, linear_dw, gated_linear, gated_dx, linear_ce };
 
@@ -24,5 +23,4 @@ bool set_way(const char* op, const char* type, const char* shape_class, const ch
 // The way in use for a product; null for an unknown op or type.
 const char* way_of(const char* op, const char* type, int64_t m, int64_t n, int64_t k);
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

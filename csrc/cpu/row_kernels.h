@@ -5,8 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 template <bool Accumulate>
 SPU_INLINE vi add_scaled(float* out, vf sum, float inv_scale, int64_t left) {
@@ -129,5 +128,4 @@ static void rotary(const cpu::Rotary& r, int64_t begin, int64_t end) {
   rotary_of<float>(r, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -6,8 +6,7 @@
 
 #include "cpu/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 namespace {
 
 // Which rows of the gradient belong to each row of the weight that has any: those of the i-th, `targets[i]`, are
@@ -151,5 +150,4 @@ std::tuple<Tensor, Tensor> rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bo
   return {q_out, k_out};
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -5,8 +5,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // A lane adds up so many exponentials before they are added to the sum: its rounding grows with the sum of the two
 // lengths, not with their product.
@@ -73,5 +72,4 @@ static void cross_entropy(const cpu::CrossEntropy& c, int64_t begin, int64_t end
   cross_entropy_rows<float>(c, begin, end);
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -12,8 +12,7 @@
 #include "cpu/kernels.h"
 #include "torch/tensors.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 struct Matrix : MatrixView {
   Operand operand() const { return {data(), type, row, col}; }
@@ -86,5 +85,4 @@ void for_ranges(int64_t count, int64_t grain, const Body& body) {
 
 constexpr int64_t kGrain = 16384;
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -7,8 +7,7 @@
 #include "cpu/help.h"
 #include "cpu/kernels.h"
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 int64_t threads() {
   return static_cast<int64_t>(torch::stable::get_num_threads());
@@ -72,5 +71,4 @@ int64_t workspace_uses(int slot) {
   return buffers[slot].uses;
 }
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

@@ -8,8 +8,7 @@
 #define SPU_SHUFFLE_HALVES
 #endif
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // A kLanes x kLanes block: at distance d = kLanes/2 ... 1 rows i and i + d exchange the off-diagonal d x d blocks.
 // log2(kLanes) rounds of two-input shuffles.
@@ -91,5 +90,4 @@ SPU_INLINE void store_widened(float* p, vh16 v) {
 }
 #endif
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

@@ -3,8 +3,7 @@
 
 #include "cpu/vec.h"
 
-namespace spu {
-namespace SPU_ISA_NS {
+namespace spu::SPU_ISA_NS {
 
 // kLanes int8 codes to and from 32-bit lanes. GCC 12 converts such short byte vectors element by element.
 SPU_INLINE vi load_codes(const int8_t* p) {
@@ -115,5 +114,4 @@ SPU_INLINE void store_rounded(int8_t* p, const vf* v) {
 #endif
 }
 
-}  // namespace SPU_ISA_NS
-}  // namespace spu
+}  // namespace spu::SPU_ISA_NS

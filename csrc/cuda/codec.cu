@@ -4,8 +4,7 @@
 #include "cuda/codes.h"
 #include "math/codec.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 using wire::Codec;
@@ -185,5 +184,4 @@ void launch_unpack(Codec codec, Type type, const uint8_t* bytes, void* x, int64_
   });
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -7,8 +7,7 @@
 #include "cuda/types.h"
 #include "math/wire.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // Writes the whole wire: header, scales, payload, and zeros in the padding. `wire` may be pinned host memory, which
 // the device then fills by stores over the link, without a copy of its own.
@@ -18,5 +17,4 @@ void launch_pack(wire::Codec codec, Type type, const void* x, const wire::Header
 // Reads numel values out of a wire, which may lie in pinned host memory.
 void launch_unpack(wire::Codec codec, Type type, const uint8_t* wire, void* x, int64_t numel, cudaStream_t stream);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -3,8 +3,7 @@
 
 #include "cuda/vector.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // Codes i .. i + 8: one store of 8 or 4 bytes (i is a multiple of 8, the payload 64-byte aligned in the wire).
 template <int kBits>
@@ -43,5 +42,4 @@ SPU_DEVICE void load_codes(const uint8_t* payload, int64_t i, int64_t n, bool wi
   for (int j = 0; j < kVector; ++j) codes[j] = (word[j * kBits / 32] >> (j * kBits % 32)) & ((1u << kBits) - 1u);
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

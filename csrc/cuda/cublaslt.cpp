@@ -6,8 +6,7 @@
 
 #include <cstring>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace lt {
 namespace {
 
@@ -88,5 +87,4 @@ const std::string& absent() {
 }
 
 }  // namespace lt
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -12,8 +12,7 @@
 
 #include "cuda/device.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace lt {
 
 // Types that only the library looks into.
@@ -94,5 +93,4 @@ const Library* cublaslt();
 const std::string& absent();
 
 }  // namespace lt
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -5,8 +5,7 @@
 #if __has_include(<cublasLt.h>)
 #include <cublasLt.h>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace lt {
 
 #define SPU_SAME(ours, theirs) static_assert(static_cast<long>(ours) == static_cast<long>(theirs), #theirs)
@@ -46,7 +45,6 @@ SPU_SAME(offsetof(Heuristic, state), offsetof(cublasLtMatmulHeuristicResult_t, s
 #undef SPU_SAME
 
 }  // namespace lt
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda
 #endif
 #endif

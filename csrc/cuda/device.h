@@ -11,8 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -33,5 +32,4 @@ void launch(void (*kernel)(P...), dim3 blocks, dim3 threads, cudaStream_t stream
 }
 #endif
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

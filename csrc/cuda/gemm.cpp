@@ -8,8 +8,7 @@
 #include "cuda/gemm_tensor_core.h"
 #include "cuda/pointwise.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 bool aligned(const void* p) {
@@ -130,5 +129,4 @@ void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& sc
   if (g.saved != nullptr) launch_dz(g.type, g.act, g.out, g.saved, g.out, g.m * g.n, stream);
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

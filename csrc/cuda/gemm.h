@@ -16,8 +16,7 @@
 #include "cuda/types.h"
 #include "math/activation.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 enum class Form : int { forward = 0, dx = 1, dw = 2 };
 constexpr int kForms = 3, kTensorCoreTypes = 2;
@@ -68,5 +67,4 @@ void launch_gemm(const Gemm& g, int capability, cudaStream_t stream, Scratch& sc
 // gemm_fma.cu: any strides, any type.
 void launch_gemm_fma(const Gemm& g, cudaStream_t stream);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

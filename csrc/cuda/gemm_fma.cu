@@ -3,8 +3,7 @@
 #include "cuda/gemm.h"
 #include "cuda/vector.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 using math::Act;
@@ -122,5 +121,4 @@ void launch_gemm_fma(const Gemm& g, cudaStream_t stream) {
   with_type(g.type, [&](auto t) { launch(gemm_fma_kernel<decltype(t)::value>, blocks, kThreads, stream, g); });
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

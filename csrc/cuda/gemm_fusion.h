@@ -12,8 +12,7 @@
 #include "cuda/gemm.h"
 #include "math/activation.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace fusion {
 
 constexpr auto kNearest = cutlass::FloatRoundStyle::round_to_nearest;
@@ -96,8 +95,7 @@ struct RaiseFlag {
 };
 
 }  // namespace fusion
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda
 
 namespace cutlass {
 template <class T>

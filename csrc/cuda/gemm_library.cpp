@@ -13,8 +13,7 @@
 #include "cuda/cublaslt.h"
 #include "cuda/pointwise.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 constexpr uint64_t kWorkspaceBytes = 32 << 20;  // what NVIDIA advises for sm_90; from torch's allocator, for one launch
@@ -298,5 +297,4 @@ size_t library_plans() {
   return plans.size();
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

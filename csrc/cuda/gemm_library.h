@@ -3,8 +3,7 @@
 
 #include "cuda/gemm.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // Launches the product on the stream; false, with nothing launched, if there is no cuBLASLt or it takes no such
 // product: fp32 operands, rows that do not start at multiples of 16 bytes, a shape it has no algorithm for.
@@ -14,5 +13,4 @@ bool launch_gemm_library(const Gemm& g, cudaStream_t stream, Scratch& scratch, i
 // Algorithms are looked for once for each product's shape, layout and epilogue on a device, and kept: how many are.
 size_t library_plans();
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

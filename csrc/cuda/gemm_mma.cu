@@ -9,8 +9,7 @@
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 namespace evt = cutlass::epilogue::threadblock;
@@ -181,5 +180,4 @@ SPU_PRODUCT(bf16, small)
 #endif
 #endif
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

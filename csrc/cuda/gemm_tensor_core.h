@@ -26,8 +26,7 @@
   }                                                                                                        \
   SPU_REPORT_BLOCK(type, tile)
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 using TensorCoreGemm = bool (*)(const Gemm& g, int multiprocessors, cudaStream_t stream);
 
@@ -45,5 +44,4 @@ SPU_DECLARE(90, fp16);
 SPU_DECLARE(90, bf16);
 #undef SPU_DECLARE
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -10,8 +10,7 @@
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 namespace evt = cutlass::epilogue::fusion;
@@ -190,5 +189,4 @@ struct Product {
 SPU_PRODUCT(fp16, large)
 SPU_PRODUCT(bf16, large)
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

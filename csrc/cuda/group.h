@@ -7,8 +7,7 @@
 
 #include "cuda/vector.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 constexpr int kGroup = 48;         // tensors of a launch: what fits into the 4 KB of a kernel's parameters
 constexpr int64_t kPiece = 16384;  // values that one block works on
@@ -56,5 +55,4 @@ SPU_DEVICE int tensor_of_block(const Group<Item>& group) {
   return low;
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -5,8 +5,7 @@
 #include "cuda/transfer.h"
 #include "torch/wire.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 using wire::Codec;
@@ -101,5 +100,4 @@ void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets) {
   launch_copies(copies, on.stream());
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

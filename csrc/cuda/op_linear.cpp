@@ -3,8 +3,7 @@
 #include "cuda/pointwise.h"
 #include "cuda/tensors.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 void expect_pair(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
@@ -185,5 +184,4 @@ std::tuple<Tensor, Tensor, Tensor> gated_dz(Tensor dh, Tensor gate, Tensor up, T
   return {dgate, dup, h};
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -3,8 +3,7 @@
 #include "cuda/pointwise.h"
 #include "cuda/tensors.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // The derivative is in the product's epilogue by plain FMA and, for the gelu of the form with tanh, by cuBLASLt. After
 // a product by CUTLASS, which rounds, it is a pass in place; so are h and the sums always.
@@ -43,5 +42,4 @@ std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved,
   return {dz, h, sums};
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

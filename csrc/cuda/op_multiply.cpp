@@ -11,8 +11,7 @@
 #include "cuda/python.h"
 #include "cuda/runtime.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 // Memory on the current device.
@@ -106,5 +105,4 @@ PyObject* python_plans(PyObject*, PyObject*) {
   return PyLong_FromSize_t(library_plans());
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -4,8 +4,7 @@
 #include "cuda/tensors.h"
 #include "torch/adamw.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> masters,
            std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps, Tensor grad_scale,
            Tensor found_inf, double lr, double beta1, double beta2, double eps, double weight_decay) {
@@ -46,5 +45,4 @@ Tensor grad_sqnorm(std::vector<Tensor> grads) {
   return out;
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -4,8 +4,7 @@
 #define SPU_LIBRARY cuda
 #include "torch/ops.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 void pack_into(Tensor x, Text codec, Tensor wire);
 void unpack_into(Tensor wire, Text codec, Tensor out);
@@ -13,5 +12,4 @@ void copy_in(std::vector<Tensor> sources, std::vector<Tensor> targets);
 std::tuple<Tensor, Tensor, Tensor> mlp_dz(Tensor dy, Tensor w_out, Tensor saved, Text activation, bool needs_h,
                                           bool needs_sums);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -5,8 +5,7 @@
 #include "cuda/group.h"
 #include "math/adamw.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 template <class... P>
@@ -181,5 +180,4 @@ void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, do
   launch(total_kernel, 1, kThreads, stream, partial, done, out);
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -9,8 +9,7 @@
 #include "cuda/types.h"
 #include "math/moments.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 struct AdamWSettings {
   double lr, beta1, beta2, eps, weight_decay;
@@ -31,5 +30,4 @@ int64_t square_sum_pieces(const std::vector<Values1d>& tensors);
 // *out = the sum of the squares of all values, accumulated in fp64 in an order that depends on the sizes alone.
 void launch_square_sum(const std::vector<Values1d>& tensors, double* partial, double* out, cudaStream_t stream);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -3,8 +3,7 @@
 
 #include "cuda/vector.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 using math::Act;
@@ -281,5 +280,4 @@ void launch_convert(Type from, const void* src, Type to, void* dst, int64_t n, c
   });
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

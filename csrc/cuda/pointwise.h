@@ -8,8 +8,7 @@
 #include "cuda/types.h"
 #include "math/activation.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // dz = dy * act'(saved), n values, rounded once. saved is the pre-activation, or the output for relu. dy may be dz.
 void launch_dz(Type type, math::Act act, const void* dy, const void* saved, void* dz, int64_t n, cudaStream_t stream);
@@ -48,5 +47,4 @@ void launch_row_sums(const RowSums& sums, Scratch& scratch, cudaStream_t stream)
 // dst = src over n values, each of its own type.
 void launch_convert(Type from, const void* src, Type to, void* dst, int64_t n, cudaStream_t stream);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -4,12 +4,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 PyObject* python_multiply(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 PyObject* python_cublaslt(PyObject* module, PyObject* nothing);
 PyObject* python_plans(PyObject* module, PyObject* nothing);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -8,8 +8,7 @@
 
 #include "torch/checks.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
@@ -53,5 +52,4 @@ int OnDevice::capability() const {
   return 10 * major + minor;
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

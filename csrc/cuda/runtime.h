@@ -8,8 +8,7 @@
 
 #include "cuda/device.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // Torch's current stream on a device.
 cudaStream_t torch_stream(int device);
@@ -31,5 +30,4 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

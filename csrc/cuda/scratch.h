@@ -3,8 +3,7 @@
 
 #include <stdint.h>
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // Device memory for one op. Torch's allocator gives it: reused in the stream's order, and part of a CUDA graph that is
 // being captured.
@@ -15,5 +14,4 @@ struct Scratch {
   ~Scratch() = default;
 };
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -10,8 +10,7 @@
 #include "cuda/runtime.h"
 #include "torch/tensors.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 inline void expect_device(const char* op, const char* what, const Tensor& t, const Tensor& like) {
 #ifdef SPU_HOST_SIM
@@ -95,5 +94,4 @@ inline Matrix as_weight(const char* op, const Tensor& weight) {
   return as_matrix(op, "weight", weight);
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

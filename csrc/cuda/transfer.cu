@@ -3,8 +3,7 @@
 
 #include "cuda/group.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 namespace {
 
 template <Type From, Type To>
@@ -41,5 +40,4 @@ void launch_copies(const std::vector<Copy>& copies, cudaStream_t stream) {
   }
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

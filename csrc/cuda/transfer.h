@@ -8,8 +8,7 @@
 #include "cuda/device.h"
 #include "cuda/types.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 // numel values, dense on both sides; either may lie in pinned host memory, at its address on the device.
 struct Copy {
@@ -22,5 +21,4 @@ struct Copy {
 // One launch for up to kGroup copies of one pair of types.
 void launch_copies(const std::vector<Copy>& copies, cudaStream_t stream);
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -3,12 +3,10 @@
 
 #include "math/types.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 constexpr int size_of(Type type) {
   return type == Type::fp32 ? 4 : 2;
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

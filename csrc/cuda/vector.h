@@ -8,8 +8,7 @@
 #include "cuda/types.h"
 #include "math/half.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 #define SPU_DEVICE static __device__ __forceinline__
 #if defined(__CUDACC__)
@@ -165,5 +164,4 @@ void with_type(Type type, F f) {
   return f(TypeTag<Type::fp32>{});
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda

@@ -3,8 +3,7 @@
 
 #include "math/elementary.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 enum class Act : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
@@ -93,5 +92,4 @@ SPU_HD F activate_backward(F dy, F saved) {
   return dy;
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -5,8 +5,7 @@
 
 #include "math/hd.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 // The constants of a step, computed once in fp64 from the 1-based step number.
 struct AdamWStep {
@@ -61,5 +60,4 @@ SPU_HD AdamWState<F> adamw_step(AdamWState<F> s, F g, const AdamWStep& k) {
   return s;
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -3,8 +3,7 @@
 
 #include "math/hd.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 constexpr int kInt8Block = 64, kInt4Block = 32, kFp8Block = 64;
 constexpr float kInt4Largest = 7.0f, kE4m3Largest = 448.0f, kE5m2Largest = 57344.0f;
@@ -83,5 +82,4 @@ SPU_HD F fp8_value(typename Ops<F>::UInt code) {
   return O::from_bits(out | sign);
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -3,8 +3,7 @@
 
 #include "math/hd.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 // e^x = p 2^n. t = n + round_magic() holds n in its low bits, also where it is negative; NaN gives NaN for p.
 template <class F>
@@ -88,5 +87,4 @@ SPU_HD Normal<F> normal(F x) {
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

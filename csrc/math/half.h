@@ -5,8 +5,7 @@
 
 #include "math/hd.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 template <class F, class U = typename Ops<F>::UInt>
 SPU_HD F fp16_to_float(U h) {
@@ -50,5 +49,4 @@ SPU_HD U float_to_bf16(F x) {
   return x != x ? (U{} + 0x7fc0u) : rounded;
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -16,8 +16,7 @@
 #define SPU_HD_MEMBER static inline __attribute__((always_inline))
 #endif
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 // Rounds |x| < 2^22 to the nearest integer, ties to even, with the addition 1.5 * 2^23 (needs the default rounding
 // mode and no -ffast-math). The low bits of the sum's pattern are the integer in two's complement.
@@ -98,5 +97,4 @@ SPU_HD auto is_nonfinite(F x) -> decltype(x == x) {
   return !(abs(x) <= 3.402823466e+38f);
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -12,8 +12,7 @@
 #include "math/half.h"
 #include "math/hd.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 enum class Master : int { fp32 = 0, bits16 = 1, bits8 = 2 };
 
@@ -128,5 +127,4 @@ SPU_HD U master_noise(U noise) {
   return (noise >> 12) & 0xffu;
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -16,8 +16,7 @@
 #include "math/half.h"
 #include "math/wire.h"
 
-namespace spu {
-namespace math {
+namespace spu::math {
 
 enum class Moments : int { fp32 = 0, bf16 = 1, int8 = 2 };
 
@@ -129,5 +128,4 @@ SPU_HD F moment_value(U code) {
   return Ops<F>::from_bits(Signed ? magnitude | ((code & 0x80u) << 24) : magnitude);
 }
 
-}  // namespace math
-}  // namespace spu
+}  // namespace spu::math

@@ -5,8 +5,7 @@
 
 #include "math/hd.h"
 
-namespace spu {
-namespace wire {
+namespace spu::wire {
 
 enum class Codec : uint8_t { fp16 = 0, bf16 = 1, int8 = 2, int4 = 3, fp8_e4m3 = 4, fp8_e5m2 = 5 };
 
@@ -50,5 +49,4 @@ constexpr int64_t wire_bytes(int64_t numel, Codec codec) {
   return static_cast<int64_t>(sizeof(Header)) + scale_bytes(numel, codec) + padded(payload_bytes(numel, codec));
 }
 
-}  // namespace wire
-}  // namespace spu
+}  // namespace spu::wire

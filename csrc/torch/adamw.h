@@ -12,8 +12,7 @@
 #include "math/moments.h"
 #include "torch/checks.h"
 
-namespace spu {
-namespace lists {
+namespace spu::lists {
 
 // Dense stand-ins for the tensors of a call that are not; finish() writes back those that were to be changed.
 class Dense {
@@ -144,5 +143,4 @@ AdamWCall adamw_call(const AdamWLists& lists, Dense& dense, const ExpectDevice& 
   return call;
 }
 
-}  // namespace lists
-}  // namespace spu
+}  // namespace spu::lists

@@ -17,8 +17,7 @@
 #define SPU_OVERLOAD(library) "." SPU_OVERLOAD_OF(library)
 #define SPU_IMPL(m, name, function) (m).impl(name SPU_OVERLOAD(SPU_LIBRARY), TORCH_BOX(&function))
 
-namespace spu {
-namespace SPU_LIBRARY {
+namespace spu::SPU_LIBRARY {
 
 using torch::stable::Tensor;
 
@@ -62,5 +61,4 @@ void register_shared(Library& m) {
   SPU_IMPL(m, "grad_sqnorm", grad_sqnorm);
 }
 
-}  // namespace SPU_LIBRARY
-}  // namespace spu
+}  // namespace spu::SPU_LIBRARY

@@ -11,8 +11,7 @@
 #include "math/wire.h"
 #include "torch/checks.h"
 
-namespace spu {
-namespace wire {
+namespace spu::wire {
 
 inline Codec codec_of(const char* op, const std::string& name) {
   if (name == "fp16") return Codec::fp16;
@@ -63,5 +62,4 @@ inline void expect_wire(const char* op, const Tensor& buffer, int64_t numel, Cod
   }
 }
 
-}  // namespace wire
-}  // namespace spu
+}  // namespace spu::wire

@@ -1,8 +1,7 @@
 // The simulated device: no stream, no tensor cores.
 #include "cuda/runtime.h"
 
-namespace spu {
-namespace cuda {
+namespace spu::cuda {
 
 cudaStream_t torch_stream(int) {
   return nullptr;
@@ -14,5 +13,4 @@ int OnDevice::capability() const {
   return 0;
 }
 
-}  // namespace cuda
-}  // namespace spu
+}  // namespace spu::cuda
