@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,23 @@ def random_grads() -> list[Tensor]:
     return [torch.randn(shape) for shape in SHAPES]
 
 
+def step_all(*pairs: tuple[torch.optim.Optimizer, list[nn.Parameter]], turns: int = 1) -> None:
+    """Steps of several optimizers on the same gradients."""
+    for _ in range(turns):
+        grads = random_grads()
+        for optimizer, params in pairs:
+            set_grads(params, grads)
+            optimizer.step()
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """What a file gives back of it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def test_twenty_steps_in_fp32_are_torchs_bit_for_bit() -> None:
     params = parameters()
     others = twins(params)
@@ -46,11 +65,7 @@ def test_twenty_steps_in_fp32_are_torchs_bit_for_bit() -> None:
         for turn in range(20):
             for group in (*ours.param_groups, *theirs.param_groups):
                 group["lr"] = 3e-3 / (1 + turn)  # a schedule
-            grads = random_grads()
-            set_grads(params, grads)
-            set_grads(others, grads)
-            ours.step()
-            theirs.step()
+            step_all((ours, params), (theirs, others))
             for i, (a, b) in enumerate(zip(params, others)):
                 assert_equal(a.detach(), b.detach(), f"step {turn}, parameter {i}")
                 for key in ("exp_avg", "exp_avg_sq"):
@@ -64,12 +79,7 @@ def test_masters_follow_torch_in_fp32_and_parameters_follow_masters(backend: str
     others = twins(params)
     ours, theirs = AdamW(params, **HYPER), torch.optim.AdamW(others, **HYPER, foreach=False, fused=False)
     with ops.use_backend(backend):
-        for _ in range(20):
-            grads = random_grads()
-            set_grads(params, grads)
-            set_grads(others, grads)
-            ours.step()
-            theirs.step()
+        step_all((ours, params), (theirs, others), turns=20)
     for i, (a, b) in enumerate(zip(params, others)):
         master = ours.state[a].get("master", a).detach()
         assert ("master" in ours.state[a]) == (dtype != torch.float32)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from backend_params import every_backend
 from numeric import assert_equal
-from test_optim import HYPER, parameters, random_grads, set_grads
+from test_optim import HYPER, parameters, random_grads, saved, set_grads, step_all
 from torch import Tensor, nn
 
 from spu import ops
@@ -35,13 +34,6 @@ def halves(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
 def step_once(optimizer: AdamW, params: list[nn.Parameter], grads: list[Tensor]) -> None:
     set_grads(params, grads)
     optimizer.step()
-
-
-def saved(state: dict[str, object]) -> dict[str, object]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,9 +128,7 @@ def test_a_saved_state_continues_bit_for_bit(dtype: torch.dtype, master: str, mo
     for a, b in zip(params, again):
         split_again.set_master(b, optimizer.master(a))
     for _ in range(3):
-        grads = random_grads()
-        for one, own in ((optimizer, params), (loaded, others), (split_again, again)):
-            step_once(one, own, grads)
+        step_all((optimizer, params), (loaded, others), (split_again, again))
         for a, b, c in zip(params, others, again):
             for other, its in ((loaded, b), (split_again, c)):
                 assert_equal(its.detach(), a.detach(), "parameter")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from numeric import assert_equal
-from test_optim import SHAPES, parameters, random_grads, set_grads, twins
+from test_optim import SHAPES, parameters, random_grads, set_grads, step_all, twins
 from torch import Tensor
 
 from spu.optim.adamw import MasterOptimizer
@@ -49,12 +49,7 @@ def test_master_optimizer_state_continues_bit_for_bit() -> None:
     others = parameters(torch.float16)
     loaded = MasterOptimizer(sgd, others)
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for _ in range(2):
-        grads = random_grads()
-        set_grads(params, grads)
-        set_grads(others, grads)
-        optimizer.step()
-        loaded.step()
+    step_all((optimizer, params), (loaded, others), turns=2)
     for a, b in zip([*params, *optimizer.masters()], [*others, *loaded.masters()]):
         assert_equal(b.detach(), a.detach())
     with pytest.raises(ValueError, match=r"1 masters for 4 parameters"):

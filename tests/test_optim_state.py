@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from backend_params import every_backend
 from numeric import assert_equal
-from test_optim import HYPER, parameters, random_grads, set_grads, twins
+from test_optim import HYPER, parameters, random_grads, saved, set_grads, step_all, twins
 from torch import nn
 
 from spu import ops
@@ -36,26 +35,16 @@ def test_a_saved_state_continues_bit_for_bit(backend: str, dtype: torch.dtype) -
     params = parameters(dtype)
     optimizer = AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], **HYPER)
     with ops.use_backend(backend):
-        for _ in range(3):
-            set_grads(params, random_grads())
-            optimizer.step()
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
+        step_all((optimizer, params), turns=3)
         others = [nn.Parameter(p.detach().clone()) for p in params]
         loaded = AdamW([{"params": others[:2]}, {"params": others[2:]}])
-        loaded.load_state_dict(torch.load(file, weights_only=True))
+        loaded.load_state_dict(saved(optimizer.state_dict()))
         for a, b in zip(params, others):
             assert set(optimizer.state[a]) == set(loaded.state[b])
             for key, value in optimizer.state[a].items():
                 assert_equal(loaded.state[b][key], value, key)
                 assert loaded.state[b][key].data_ptr() != value.data_ptr()
-        for _ in range(3):
-            grads = random_grads()
-            set_grads(params, grads)
-            set_grads(others, grads)
-            optimizer.step()
-            loaded.step()
+        step_all((optimizer, params), (loaded, others), turns=3)
     for i, (a, b) in enumerate(zip(params, others)):
         assert_equal(b.detach(), a.detach(), f"parameter {i}")
 
@@ -65,13 +54,8 @@ def test_a_saved_state_continues_bit_for_bit(backend: str, dtype: torch.dtype) -
 def test_narrow_moments_are_saved_and_converted(moments: str, dtype: torch.dtype) -> None:
     params = parameters(dtype)
     optimizer = AdamW(params, **HYPER, moments=moments)
-    for _ in range(3):
-        set_grads(params, random_grads())
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
+    step_all((optimizer, params), turns=3)
+    state = saved(optimizer.state_dict())
     others = [nn.Parameter(p.detach().clone()) for p in params]
     same, wide = AdamW(others, **HYPER, moments=moments), AdamW(twins(params), **HYPER)
     same.load_state_dict(state)
@@ -86,12 +70,7 @@ def test_narrow_moments_are_saved_and_converted(moments: str, dtype: torch.dtype
             assert wide.state[c][key].dtype == torch.float32
             assert wide.state[c][key].shape == a.shape
             assert_equal(back.state[d][key], kept, f"{key}, there and back")
-    for _ in range(2):
-        grads = random_grads()
-        set_grads(params, grads)
-        set_grads(others, grads)
-        optimizer.step()
-        same.step()
+    step_all((optimizer, params), (same, others), turns=2)
     for a, b in zip(params, others):
         assert_equal(b.detach(), a.detach(), "goes on bit for bit")
 
