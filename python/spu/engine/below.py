@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from spu.common.moves import move_module
 from spu.common.torch_private import parameters_of
+from spu.devices.manager import Device
 from spu.engine.sharing import TiedUse
 from spu.model.layers import Layer
-
-if TYPE_CHECKING:
-    from spu.devices.manager import Device
 
 __all__ = ["CPU", "hosted_stages", "move_rest", "stage_weights", "weights_below"]
 

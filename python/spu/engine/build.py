@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from spu.common.absent import absent
 from spu.common.dtypes import DTYPES
 from spu.common.interrupts import delayed_interrupts
 from spu.common.moves import move_module
+from spu.devices.manager import Device
 from spu.engine.below import CPU, hosted_stages, move_rest, stage_weights, weights_below
 from spu.engine.loss import loss_part, move_loss
 from spu.engine.sharing import TiedUse, Twin, separate, untie
@@ -24,9 +25,6 @@ from spu.model.aliases import overlapping
 from spu.model.layers import Layer
 from spu.ops.convert import same_weights
 from spu.precision.dtypes import convert_state, state_dtypes
-
-if TYPE_CHECKING:
-    from spu.devices.manager import Device
 
 __all__ = [
     "BuiltStages",

@@ -6,11 +6,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from spu.common.tracker import Tally
+from spu.devices.manager import Device
 from spu.engine.build import BuiltStages
 from spu.engine.runner import Runner
 from spu.memory.activations import ActivationStore
@@ -18,9 +18,6 @@ from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.streamed import Streamed
 from spu.optim.adamw import AdamW, MasterOptimizer
-
-if TYPE_CHECKING:
-    from spu.devices.manager import Device
 
 __all__ = ["counted_bytes", "peak_bytes", "state_bytes"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from spu.common.torch_private import generators_equal
+from spu.engine.stage import Stage
 from spu.model.layers import Layer
 from spu.model.randomness import LOSS
-
-if TYPE_CHECKING:
-    from spu.engine.stage import Stage
 
 __all__ = ["check_generators", "generator_states", "named_generators", "set_generator_states"]
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,10 +28,8 @@ from spu.engine.peers import Peers
 from spu.engine.result import join_outputs, sum_losses
 from spu.engine.streaming import Streaming
 from spu.engine.update import Updater
+from spu.plan import Plan
 from spu.precision import LossScaler
-
-if TYPE_CHECKING:
-    from spu.plan import Plan
 
 __all__ = ["Pass", "Runner", "split_inputs"]
 

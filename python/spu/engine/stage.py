@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from spu.common.torch_private import pytree
+from spu.devices.manager import Device
 from spu.engine.apart import part_gradients
 from spu.engine.crossing import arrive, check_known, depart
 from spu.engine.head_loss import HeadInput, HeadLoss
@@ -28,9 +29,6 @@ from spu.model.randomness import LOSS, BackwardRandomness, LayerRandomness
 from spu.ops.cut import Cut, LeafCut, hollow, is_start
 from spu.ops.sink import BackwardScope, scoped
 from spu.skips import carried_by, current_carrier
-
-if TYPE_CHECKING:
-    from spu.devices.manager import Device
 
 __all__ = ["Stage"]
 

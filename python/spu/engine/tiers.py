@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,10 +32,8 @@ from spu.memory.unit import Unit, allocated
 from spu.model.layers import Layer
 from spu.nn.experts import multiplies_by_ours
 from spu.optim.adamw import AdamW, MasterOptimizer
+from spu.plan import Plan
 from spu.precision import MainGrads
-
-if TYPE_CHECKING:
-    from spu.plan import Plan
 
 __all__ = ["converting", "open_streaming", "park_again", "spare_heap", "stream"]
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from spu.common.units import columns, format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from spu.plan.plan import Plan
-    from spu.schedules import Timeline
+from spu.plan.plan import Plan
+from spu.schedules import Timeline
 
 __all__ = ["comparison", "replanned"]
 

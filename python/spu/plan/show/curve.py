@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from spu.plan.in_flight import Held, words_of_peak
+from spu.plan.plan import Plan
 from spu.schedules import Action
-
-if TYPE_CHECKING:
-    from spu.plan.plan import Plan
 
 __all__ = ["memory_curve", "peak_moment"]
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from spu.common.units import format_bytes, format_seconds
+from spu.plan.machine import Machine
+from spu.plan.plan import Plan
 from spu.plan.show.curve import peak_moment
-
-if TYPE_CHECKING:
-    from spu.plan.machine import Machine
-    from spu.plan.plan import Plan
 
 __all__ = ["explain"]
 
