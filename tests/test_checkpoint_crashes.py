@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import save_step, step_at
+from together import together
 
 from spu.checkpoint import writing as checkpoint
 from spu.checkpoint.writing import CheckpointError, load
@@ -260,11 +261,7 @@ def test_savers_and_loaders_at_once_never_see_half_a_checkpoint(path: Path) -> N
         lambda i: step_at(path),
         lambda i: step_at(path),
     ]
-    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(partial(work, job) for job in jobs))
     assert not failures, failures[0]
     assert step_at(path) in (17, 27)
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint"]

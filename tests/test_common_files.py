@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from together import together
 
 from spu.common.files import write_atomically, write_json
 
@@ -47,10 +48,6 @@ def test_threads_that_write_one_path_leave_one_of_their_files(tmp_path: Path) ->
         for _ in range(10):
             write_atomically(path, text)
 
-    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    together(*(partial(write, text) for text in texts))
     assert path.read_text() in texts
     assert list(tmp_path.iterdir()) == [path]

@@ -10,7 +10,6 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
 from numeric import assert_close_to_truth, assert_equal
+from together import together
 from torch import Tensor
 
 
@@ -324,11 +324,7 @@ def test_two_python_threads_at_once() -> None:
                 if not torch.equal(a, b):
                     wrong.append("differs")
 
-    workers = [threading.Thread(target=work) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    together(work, work)
     assert not wrong
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
+from functools import partial
 
 import pytest
 import torch
+from together import together
 
 transformers = pytest.importorskip("transformers")
 
@@ -164,11 +165,7 @@ def test_stages_in_threads_do_not_disturb_each_other():
             if not torch.equal(logits, expected[which]):
                 failures.append(f"batch {which}")
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(partial(work, k) for k in range(4)))
     assert not failures
 
 

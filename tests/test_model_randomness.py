@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from together import together
 
 from spu import LayerRandomness
 from spu.model.randomness import layer_seed
@@ -45,11 +46,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     def work(name: str) -> None:
         found[name].extend(draws(0, 0, 0, name) for _ in range(50))
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(partial(work, name) for name in expected))
     for name, values in found.items():
         for value in values:
             assert_equal(value, expected[name], name)

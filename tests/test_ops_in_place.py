@@ -4,7 +4,6 @@ what autograd's own addition shows.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from numeric import assert_equal
 from ranks import in_ranks
+from together import together
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
@@ -277,11 +277,7 @@ def test_threads_lose_no_addition() -> None:
         for _ in range(50):
             linear_act(x, weight).sum().backward()
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*[run] * 4)
     assert_equal(weight.grad, torch.full((WIDTH, WIDTH), 200.0 * ROWS))
 
 

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from backend_params import every_backend
 from numeric import assert_equal
+from together import together
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,11 +148,7 @@ def test_concurrent_backwards_keep_their_own_scopes() -> None:
         if recorder.scopes != [scope] * 40:
             failures.append(f"thread {i}: {len(recorder.scopes)} scopes, foreign ones among them")
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(partial(work, i) for i in range(4)))
     assert not failures, failures
     assert not sink_module._SCOPES
     gc.collect()

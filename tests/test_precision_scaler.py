@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from numeric import assert_equal
+from together import together
 
 from spu import ops
 from spu.precision import LossScaler
@@ -125,11 +126,7 @@ def test_scopes_may_be_asked_for_by_several_threads() -> None:
         barrier.wait()
         found.append(scaler.scope(owner="shared"))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*[ask] * 4)
     assert all(scope is found[0] for scope in found)
 
 

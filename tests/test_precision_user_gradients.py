@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
+from together import together
 from torch import Tensor, nn
 
 import spu
@@ -245,11 +246,7 @@ def test_two_threads_add_to_the_same_parameters(backend: str) -> None:
 
     for turn in range(2):
         main_grads.begin_step()
-        threads = [threading.Thread(target=run) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        together(*[run] * 4)
         found = [p.grad.clone() for p in net.parameters()]
         main_grads.begin_step()
         (net(x).square().mean() * 100).backward()
