@@ -87,6 +87,6 @@ def test_a_training_whose_rows_have_other_lengths_each_step_does_not_grow(monkey
         "for step in range(120):\n"
         "    ids = torch.randint(64, (8, random.Random(step).randint(16, 256)))\n"
         "    trainer.step(ids, ids)\n"
-        "    print(held()) if step in (39, 119) else None\n",
+        "    print(held()) if step in (39, 119) else None\n"
     )
     assert late - early < 12 << 20  # 136 MB with torch's own caches

@@ -49,7 +49,7 @@ def test_products_of_many_shapes_do_not_grow_a_process_with_a_budget(monkeypatch
         "before = held()\n"
         "for rows in range(100, 350):\n"
         "    x[:rows] @ w\n"
-        "print(held() - before)\n",
+        "print(held() - before)\n"
     )
     assert run.code == 0, run.errors
     assert int(run.output) < 80 * MB

@@ -106,8 +106,7 @@ OUTPUTS = [same_twice, whole_and_part, part_and_whole, reshaped, detached, in_a_
 
 
 @pytest.mark.parametrize(
-    ("make", "middle", "schedule", "recompute"),
-    covering(OUTPUTS, (nn.Identity, Relu), SOME_SCHEDULES, (False, True)),
+    ("make", "middle", "schedule", "recompute"), covering(OUTPUTS, (nn.Identity, Relu), SOME_SCHEDULES, (False, True))
 )
 def test_outputs_that_share_memory(
     make: Callable[..., Any], middle: type[nn.Module], schedule: tuple[str, int, int], recompute: bool

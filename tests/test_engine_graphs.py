@@ -242,10 +242,7 @@ def test_a_layer_that_reads_a_value_runs_eagerly_or_is_named(monkeypatch: pytest
 
 
 def test_recomputed_layers_that_draw_are_named() -> None:
-    with (
-        trainer("on", recompute=[1]) as made,
-        pytest.raises(spu.StageError, match="draw .* are recomputed"),
-    ):
+    with trainer("on", recompute=[1]) as made, pytest.raises(spu.StageError, match="draw .* are recomputed"):
         made.step(*batch(0))
 
 

@@ -35,11 +35,7 @@ STEP = AdamW.step
 
 @pytest.mark.parametrize(
     ("precision", "residency", "host", "clip"),
-    [
-        ("fp16", "streamed", False, 0.1),
-        ("fp32", "offloaded", False, None),
-        ("fp16", "offloaded", True, None),
-    ],
+    [("fp16", "streamed", False, 0.1), ("fp32", "offloaded", False, None), ("fp16", "offloaded", True, None)],
 )
 def test_trains_as_a_resident_run_whose_gradients_are_rounded(
     reference: None, monkeypatch: pytest.MonkeyPatch, precision: str, residency: str, host: bool, clip: float | None

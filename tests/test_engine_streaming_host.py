@@ -49,11 +49,7 @@ def streaming_of(trainer: ModelParallelTrainer) -> Streaming:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch,
-    store: Any,
-    streams: CheckedStreams,
-    residency: Any = "streamed",
-    **how: Any,
+    monkeypatch: pytest.MonkeyPatch, store: Any, streams: CheckedStreams, residency: Any = "streamed", **how: Any
 ) -> list[Any]:
     """Train with streams that check themselves."""
     own = model(True)

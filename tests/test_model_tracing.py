@@ -94,10 +94,7 @@ class Doubled(torch.autograd.Function):
 def test_what_a_trace_cannot_hold_is_refused_by_name(what: str, reason: str) -> None:
     model = Stateful(what) if what == "state" else Bad(what)
     state = copy.deepcopy(vars(model))
-    with (
-        trainer(model) as t,
-        pytest.raises(ValueError, match=f"cannot be cut into layers: .*{reason}.*as a list"),
-    ):
+    with trainer(model) as t, pytest.raises(ValueError, match=f"cannot be cut into layers: .*{reason}.*as a list"):
         t.step(*rows())
     assert (model.calls, model.training) == (state["calls"], True)
     assert model.total == 0

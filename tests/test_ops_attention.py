@@ -78,9 +78,7 @@ def test_opcheck(backend: str) -> None:
     forward = schema.overload("attention", backend)
     out, lse = forward(q, k, v, 0.5, True)
     assert_registered(
-        backend,
-        ("attention", q, k, v, 0.5, True),
-        ("attention_backward", out, q, k, v, out, lse, 0.5, True),
+        backend, ("attention", q, k, v, 0.5, True), ("attention_backward", out, q, k, v, out, lse, 0.5, True)
     )
 
 

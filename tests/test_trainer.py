@@ -86,13 +86,7 @@ def test_clipping_uses_one_norm_over_all_stages(stages: int) -> None:
     x, y = batch()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
     with ModelParallelTrainer(
-        model,
-        devices(stages),
-        precision="fp32",
-        microbatches=2,
-        optimizer=torch.optim.SGD,
-        lr=0.5,
-        max_grad_norm=0.05,
+        model, devices(stages), precision="fp32", microbatches=2, optimizer=torch.optim.SGD, lr=0.5, max_grad_norm=0.05
     ) as trainer:
         result = trainer.step(x, y)
     F.cross_entropy(plain(x), y).backward()

@@ -150,10 +150,7 @@ def test_few_rows_in_the_first_batch_are_said() -> None:
 def test_a_budget_that_is_too_small_is_refused_before_the_model_is_touched() -> None:
     model = nn.Sequential(*layers())
     small = [dataclasses.replace(d, budget_bytes=2000) for d in devices(2)]
-    with (
-        ModelParallelTrainer(model, small, microbatches=2) as trainer,
-        pytest.raises(BudgetError, match="short"),
-    ):
+    with ModelParallelTrainer(model, small, microbatches=2) as trainer, pytest.raises(BudgetError, match="short"):
         trainer.step(*batch())
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

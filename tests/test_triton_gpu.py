@@ -15,21 +15,11 @@ from torch import Tensor, nn
 from spu import kernels, ops
 from spu.common import wire
 from spu.common.codecs import CODECS
-from spu.ops.reference import (
-    codec as reference_codec,
-)
-from spu.ops.reference import (
-    fused as reference_fused,
-)
-from spu.ops.reference import (
-    linear as reference,
-)
-from spu.ops.reference import (
-    norm as reference_norm,
-)
-from spu.ops.reference import (
-    optimizer as reference_optimizer,
-)
+from spu.ops.reference import codec as reference_codec
+from spu.ops.reference import fused as reference_fused
+from spu.ops.reference import linear as reference
+from spu.ops.reference import norm as reference_norm
+from spu.ops.reference import optimizer as reference_optimizer
 
 pytestmark = pytest.mark.gpu
 

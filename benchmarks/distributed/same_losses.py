@@ -40,11 +40,7 @@ FORMS = {
     "2 x 2 ranks": (2, 2, "distributed"),
 }
 LIKE = {"2 ranks": "2 local", "4 ranks": "4 local", "2 x 2 ranks": "2 local"}  # with a tied weight
-RESUMES = [
-    ["1 process", "3 local", "2 local"],
-    ["2 ranks", "1 process", "4 ranks"],
-    ["2 x 2 ranks", "1 process"],
-]
+RESUMES = [["1 process", "3 local", "2 local"], ["2 ranks", "1 process", "4 ranks"], ["2 x 2 ranks", "1 process"]]
 
 
 def train(given: argparse.Namespace) -> None:

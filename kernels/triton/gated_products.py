@@ -10,16 +10,7 @@ import triton
 import triton.language as tl
 
 from spu.kernels.arith import activate, backprop, dot, narrow, widen
-from spu.kernels.tiles import (
-    add_described,
-    add_product,
-    describe,
-    described_tile,
-    halves,
-    is_wide,
-    start_of,
-    tile_at,
-)
+from spu.kernels.tiles import add_described, add_product, describe, described_tile, halves, is_wide, start_of, tile_at
 
 
 @triton.jit

@@ -33,11 +33,7 @@ POINTWISE: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 def options(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Return Triton's compile options of a product."""
-    found = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": dtype == torch.float32,
-    }
+    found = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": dtype == torch.float32}
     registers = _REGISTERS // (config.blocks * 32 * config.num_warps) // 8 * 8  # given out by eights
     return found | ({"maxnreg": registers} if config.blocks > 1 and registers <= _MOST_REGISTERS else {})
 

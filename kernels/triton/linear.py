@@ -47,9 +47,7 @@ def linear_fwd(
     y = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     preact = torch.empty_like(y) if keep_preact else y.new_empty(0)
     epilogue = Epilogue(
-        bias=None if bias is None else bias.contiguous(),
-        activation=activation,
-        preact=preact if keep_preact else None,
+        bias=None if bias is None else bias.contiguous(), activation=activation, preact=preact if keep_preact else None
     )
     multiply("linear", rows_of(x), weight.t(), y, epilogue, config=config)
     return y, preact
@@ -174,13 +172,7 @@ def linear_dw_(
 
 
 def linear_dw_db_(
-    dz: Tensor,
-    x: Tensor,
-    main_grad: Tensor,
-    bias_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    accumulate: bool,
+    dz: Tensor, x: Tensor, main_grad: Tensor, bias_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool
 ) -> None:
     """Compute ``linear_dw_`` and its bias gradient, with the arguments of the op's schema."""
     linear_dw_(dz, x, main_grad, inv_scale, found_inf, accumulate, bias_grad)

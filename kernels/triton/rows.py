@@ -103,13 +103,7 @@ _SUM_ROWS, _ROTARY = Launcher(sum_rows_kernel, POINTWISE), Launcher(rotary_kerne
 
 
 def embedding_dw_(
-    dy: Tensor,
-    ids: Tensor,
-    padding_idx: int,
-    main_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    accumulate: bool,
+    dy: Tensor, ids: Tensor, padding_idx: int, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool
 ) -> None:
     """Compute main_grad [V, C] (+)= inv_scale * the sum, for each entry, of the rows of dy [..., C] with its id.
 

@@ -162,11 +162,7 @@ class Footprint:
         started = self.tally.live
         work = Traffic()
         self.tally.restart()
-        with (
-            MemoryTracker(self.tally),
-            work,
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
+        with MemoryTracker(self.tally), work, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = self.form.run(self.layer, x)
         return (self.tally.live - started, self.tally.peak - started, work.moved_bytes), out
 

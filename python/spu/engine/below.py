@@ -35,11 +35,7 @@ def stage_weights(parts: Sequence[Layer]) -> list[nn.Parameter]:
 
 
 def weights_below(
-    stages: Sequence[Sequence[nn.Parameter]],
-    tied: Sequence[TiedUse],
-    residencies: Sequence[str],
-    *,
-    host_updates: bool,
+    stages: Sequence[Sequence[nn.Parameter]], tied: Sequence[TiedUse], residencies: Sequence[str], *, host_updates: bool
 ) -> list[dict[int, nn.Parameter]]:
     """Return, by id, the weights of each stage that lie below its device and come for its visits.
 

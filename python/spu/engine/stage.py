@@ -102,14 +102,7 @@ class Stage:
         return list(self._parameters)
 
     def forward(
-        self,
-        x: Any,
-        inputs: Any,
-        key: DrawKey,
-        *,
-        train: bool,
-        skips: StageSkips | None = None,
-        whole: bool = True,
+        self, x: Any, inputs: Any, key: DrawKey, *, train: bool, skips: StageSkips | None = None, whole: bool = True
     ) -> Any:
         """Run one microbatch and remember what its backward needs.
 

@@ -20,15 +20,7 @@ from torch import nn
 from spu.model.adapter_base import write_base
 from spu.model.layers import is_adapted
 
-__all__ = [
-    "CONFIG",
-    "WEIGHTS",
-    "LoraOptions",
-    "add_adapters",
-    "check_adapted",
-    "read_adapter",
-    "write_adapter",
-]
+__all__ = ["CONFIG", "WEIGHTS", "LoraOptions", "add_adapters", "check_adapted", "read_adapter", "write_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head

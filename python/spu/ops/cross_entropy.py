@@ -102,11 +102,7 @@ def _gradients(ctx: Any, dloss: Tensor, backend: str) -> tuple[Tensor | None, Te
     return spread(ctx, hidden, weight, backend, list(_chunks(hidden, weight, hidden.element_size())), dz_of)
 
 
-def _losses_and_dz(
-    backend: str,
-    given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int],
-    dz: Tensor,
-) -> Tensor:
+def _losses_and_dz(backend: str, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int], dz: Tensor) -> Tensor:
     """Return the losses of ``linear_ce_and_dz(*given)`` and write its gradient to ``dz``, which may be the logits'."""
     if has_kernel("linear_ce_and_dz_", backend):
         *rows, ignore_index = given

@@ -40,10 +40,7 @@ def tiles(arch: int) -> dict[str, Config]:
     if arch == 90:
         return {"large": Config("tile", 128, 128, 64, 1, 8, 6)}
     inner, stages = (64, 4) if arch >= 80 else (32, 2)
-    return {
-        "large": Config("tile", 128, 128, 32, 8, 4, stages),
-        "small": Config("tile", 64, 64, inner, 8, 4, stages),
-    }
+    return {"large": Config("tile", 128, 128, 32, 8, 4, stages), "small": Config("tile", 64, 64, inner, 8, 4, stages)}
 
 
 def candidates(arch: int, op: str) -> list[Config]:

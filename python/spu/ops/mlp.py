@@ -108,12 +108,7 @@ _MLP = FusedOp("mlp", "mlp", 5, _save, _gradients, partial(_operands, to=narrowe
 
 
 def _check(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    dtype: torch.dtype | None,
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, dtype: torch.dtype | None
 ) -> None:
     """Check the arguments, weights as [N, K] and [M, N]."""
     if not (

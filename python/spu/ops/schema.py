@@ -15,27 +15,13 @@ from typing import Any
 import torch
 
 from spu.common import wire
-from spu.ops.reference import (
-    attention as reference_attention,
-)
-from spu.ops.reference import (
-    codec as reference_codec,
-)
-from spu.ops.reference import (
-    composed,
-)
-from spu.ops.reference import (
-    fused as reference_fused,
-)
-from spu.ops.reference import (
-    linear as reference,
-)
-from spu.ops.reference import (
-    norm as reference_norm,
-)
-from spu.ops.reference import (
-    optimizer as reference_optimizer,
-)
+from spu.ops.reference import attention as reference_attention
+from spu.ops.reference import codec as reference_codec
+from spu.ops.reference import composed
+from spu.ops.reference import fused as reference_fused
+from spu.ops.reference import linear as reference
+from spu.ops.reference import norm as reference_norm
+from spu.ops.reference import optimizer as reference_optimizer
 
 __all__ = [
     "BACKENDS",

@@ -99,9 +99,6 @@ def check_fits(plan: Plan, devices: Sequence[Device], rows: int, tokens: int, ti
                 f"the plan needs {format_bytes(peak)} on {name}, whose budget is {format_bytes(budget)}: plan again, "
                 "or give it more"
             )
-    for what, planned, given in (
-        ("rows", plan.rows, rows),
-        ("tokens", plan.tokens, tokens),
-    ):
+    for what, planned, given in (("rows", plan.rows, rows), ("tokens", plan.tokens, tokens)):
         if 0 < planned < given:
             raise ValueError(f"the plan is for microbatches of {planned} {what}, these have {given}: plan again")

@@ -112,12 +112,7 @@ class ParameterSink:
             bias_sink.linear_bias(dz, backend)
 
     def _accumulate(
-        self,
-        param: Tensor,
-        scope: BackwardScope,
-        op: Callable[..., None],
-        operands: tuple[Any, ...],
-        backend: str,
+        self, param: Tensor, scope: BackwardScope, op: Callable[..., None], operands: tuple[Any, ...], backend: str
     ) -> None:
         with self._lock:
             into = self._target(param, self._settle(param, scope))

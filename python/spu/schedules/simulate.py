@@ -29,11 +29,7 @@ class FlatSchedule(NamedTuple):
 
 
 def simulate(
-    actions: Actions,
-    durations: Durations,
-    transfers: float | Sequence[float] = 0.0,
-    *,
-    backend: str = "auto",
+    actions: Actions, durations: Durations, transfers: float | Sequence[float] = 0.0, *, backend: str = "auto"
 ) -> Timeline:
     """Run a schedule on a clock: every action starts as soon as its rank is free and its inputs have arrived.
 

@@ -140,11 +140,7 @@ class Timeline:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, for a JSON file."""
-        return {
-            "stages": self.stages,
-            "ranks": list(self.ranks),
-            "spans": [list(span) for span in self.spans],
-        }
+        return {"stages": self.stages, "ranks": list(self.ranks), "spans": [list(span) for span in self.spans]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timeline:

@@ -38,13 +38,7 @@ def end_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
 
 
 def sample_text(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: torch.Tensor,
-    *,
-    tokens: int,
-    seed: int,
-    ends: Collection[int] = (),
+    model: nn.Module, tokenizer: Tokenizer, prompt: torch.Tensor, *, tokens: int, seed: int, ends: Collection[int] = ()
 ) -> tuple[str, str]:
     """Return (prompt, continuation) as text; the same for the same arguments.
 

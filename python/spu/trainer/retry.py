@@ -49,13 +49,7 @@ class Lower:
 
 
 def lower(
-    planner: Planner,
-    plan: Plan,
-    rows: int,
-    attempt: Attempt,
-    take: Callable[[Plan], None],
-    *,
-    batch_is_cut: bool,
+    planner: Planner, plan: Plan, rows: int, attempt: Attempt, take: Callable[[Plan], None], *, batch_is_cut: bool
 ) -> Lower:
     """Take the next notch below a plan, and return it.
 

@@ -162,11 +162,7 @@ class Checkpoint:
         return Checkpoint(json.loads(files["config.json"]), files, order, shards.metadata, dtype)
 
     def save(
-        self,
-        model: Any,
-        folder: Path,
-        dtype: torch.dtype | None = None,
-        values: Mapping[str, Tensor] | None = None,
+        self, model: Any, folder: Path, dtype: torch.dtype | None = None, values: Mapping[str, Tensor] | None = None
     ) -> None:
         """Write a model as the checkpoint was, in the dtype of the model's parameters or another one.
 

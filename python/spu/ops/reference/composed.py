@@ -179,13 +179,7 @@ def linear_ce_dz(
 
 
 def linear_ce_and_dz(
-    backend: str,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    grad_rows: Tensor,
-    logits: Tensor,
-    ignore_index: int,
+    backend: str, hidden: Tensor, weight: Tensor, target: Tensor, grad_rows: Tensor, logits: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Compute ``linear_ce_and_dz_`` with new memory for the gradient."""
     dz = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)

@@ -104,11 +104,7 @@ def _target_logits(logits: Tensor, target: Tensor, kept: Tensor) -> Tensor:
 
 
 def cross_entropy_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    product: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, product: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Compute ``linear_ce`` with the wide logits of some rows made by ``product(hidden, weight)``."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -183,13 +179,7 @@ def cross_entropy_and_dz(logits: Tensor, target: Tensor, grad_rows: Tensor, igno
 
 @exact
 def linear_ce_and_dz_(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    grad_rows: Tensor,
-    logits: Tensor,
-    dz: Tensor,
-    ignore_index: int,
+    hidden: Tensor, weight: Tensor, target: Tensor, grad_rows: Tensor, logits: Tensor, dz: Tensor, ignore_index: int
 ) -> Tensor:
     """Return the loss of ``linear_ce`` and write dz of ``linear_ce_dz`` to dz [R, V], for which logits are made once.
 

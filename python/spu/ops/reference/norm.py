@@ -135,13 +135,7 @@ def layer_norm_backward(
 
 
 def embedding_dw_(
-    dy: Tensor,
-    ids: Tensor,
-    padding_idx: int,
-    main_grad: Tensor,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    accumulate: bool,
+    dy: Tensor, ids: Tensor, padding_idx: int, main_grad: Tensor, inv_scale: Tensor, found_inf: Tensor, accumulate: bool
 ) -> None:
     """Compute main_grad [V, C] (+)= inv_scale * the sum, for each entry, of the rows of dy [..., C] with its id, in
     fp32 and in their order; those with ``padding_idx`` are left out (-1: none).

@@ -106,13 +106,7 @@ def adamw_plain(
 
 
 def _adamw_on_host(
-    target: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    grad_scale: Tensor,
-    *hyper: float,
+    target: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, grad_scale: Tensor, *hyper: float
 ) -> None:
     count, (lr, beta1, beta2, eps, weight_decay) = step.item(), hyper
     target.mul_(1 - lr * weight_decay)

@@ -40,10 +40,7 @@ _CATEGORIES = {
 
 
 def draw_timeline(
-    timeline: Timeline,
-    path: str | os.PathLike[str],
-    title: str = "pipeline",
-    predicted: Timeline | None = None,
+    timeline: Timeline, path: str | os.PathLike[str], title: str = "pipeline", predicted: Timeline | None = None
 ) -> None:
     """Draw a timeline as a picture; the file's ending decides the format (png, svg, pdf).
 
