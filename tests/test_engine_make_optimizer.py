@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, layers, reference, trainer  # noqa: F401
+from pipelines import batch, layers, trainer
 from torch import Tensor, nn
 
 from spu.checkpoint.writing import CheckpointError

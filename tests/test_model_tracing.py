@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import reference, trainer  # noqa: F401
+from pipelines import trainer
 from test_model_traced import plain_pass, rows
 from torch import nn
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, layers, reference, trainer  # noqa: F401
+from pipelines import batch, layers, trainer
 from torch import nn
 
 from spu import ModelParallelTrainer

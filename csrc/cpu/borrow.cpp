@@ -18,8 +18,7 @@
 #include <unistd.h>
 #endif
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 #if defined(__linux__)
 
@@ -149,5 +148,4 @@ int64_t borrowed_cores() {
 
 #endif
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu

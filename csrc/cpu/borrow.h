@@ -5,8 +5,7 @@
 
 #include <atomic>
 
-namespace spu {
-namespace cpu {
+namespace spu::cpu {
 
 // Whose a core is now, in memory that the processes share.
 using CoreWord = std::atomic<uint32_t>;
@@ -24,5 +23,4 @@ void borrow_no_more();
 // How many of them are lent and free now.
 int64_t borrowed_cores();
 
-}  // namespace cpu
-}  // namespace spu
+}  // namespace spu::cpu
