@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from activations import ACTIVATIONS
 from op_checks import Op, with_grads
 from torch import Tensor, nn
 
 from spu import ops
 from spu.precision import LossScaler, MainGrads
+
+
+def plain_mlp(x: Tensor, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, activation: str = "gelu") -> Tensor:
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_in, b_in)), w_out, b_out)
+
+
+def mlp_operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
+    shapes = ((rows, k), (n, k), (n,), (out, n), (out,))
+    return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
+
+
+def plain_gated(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu") -> Tensor:
+    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
+def gated_operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
+    shapes = ((rows, k), (n, k), (n, k), (out, n))
+    return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the two: the op, the same in plain torch, its operands and their names, and its activations."""
+
+    op: Op
+    plain: Op
+    operands: Callable[..., list[Tensor]]
+    names: tuple[str, ...]
+    activations: Sequence[str]
+
+
+MLP = Form(ops.mlp, plain_mlp, mlp_operands, ("x", "w_in", "b_in", "w_out", "b_out"), ops.MLP_ACTIVATIONS)
+GATED = Form(ops.gated_mlp, plain_gated, gated_operands, ("x", "w_gate", "w_up", "w_down"), ops.GATED_ACTIVATIONS)
 
 
 def assert_only_needed(op: Op, plain: Op, tensors: list[Tensor], dy: Tensor, needed: Sequence[int], *args: Any) -> None:

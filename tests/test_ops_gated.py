@@ -1,15 +1,13 @@
-"""gated_mlp: values and gradients against truth on every backend, sinks, autocast, compile, and what is refused."""
+"""gated_mlp: values and gradients against truth on every backend, and what is refused; more in test_ops_mlp.py."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS
 from backend_params import every_backend
-from mlps import assert_only_needed, assert_sinks, saved_shapes
+from mlps import GATED, assert_only_needed, saved_shapes
 from numeric import assert_close_to_truth, assert_equal
 from op_checks import assert_registered, with_grads
 from torch import Tensor, nn
@@ -18,16 +16,7 @@ from spu import ops
 from spu.ops import schema
 from spu.precision import LossScaler, MainGrads
 
-NAMES = ("x", "w_gate", "w_up", "w_down")
-
-
-def plain(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, activation: str = "silu") -> Tensor:
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
-
-
-def operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
-    shapes = ((rows, k), (n, k), (n, k), (out, n))
-    return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
+NAMES, plain, operands = GATED.names, GATED.plain, GATED.operands
 
 
 def fp32_limits(tensors: list[Tensor], dy: Tensor, activation: str) -> list[Tensor]:
@@ -93,20 +82,6 @@ def test_the_limits_of_fp32_hold_for_plain_torch_and_see_one_lost_term() -> None
         assert ((value.double() - exact).abs() > limit).float().mean() > 0.9
 
 
-def test_fp32_reference_is_bit_equal_to_plain_torch() -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    with ops.use_backend("reference"):
-        ours = with_grads(ops.gated_mlp, tensors, dy)
-    for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, tensors, dy)):
-        assert_equal(a, b, name)
-
-
-@pytest.mark.parametrize("activation", ops.GATED_ACTIVATIONS)
-def test_gradcheck(activation: str) -> None:
-    tensors = [t.requires_grad_() for t in operands(3, 4, 5, 2, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda *t: ops.gated_mlp(*t, activation), tensors)
-
-
 @every_backend
 def test_one_rounding_of_h(backend: str) -> None:
     """The composed op may round gate and up first, as plain torch does; h is never worse than that."""
@@ -117,17 +92,6 @@ def test_one_rounding_of_h(backend: str) -> None:
     for value, weight in ((gate, w_gate), (up, w_up)):
         assert_close_to_truth(value, F.linear(x, weight), x.double() @ weight.double().t())
     assert [t.numel() for t in schema.overload("gated_linear", backend)(x, w_gate, w_up, "silu", False)[1:]] == [0, 0]
-
-
-@every_backend
-@pytest.mark.parametrize("shape", [(4, 5, 24), (24,), (0, 24), (2, 0, 24)])
-def test_any_leading_dimensions(backend: str, shape: tuple[int, ...]) -> None:
-    _, *weights = operands()
-    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 19)
-    with ops.use_backend(backend):
-        ours = with_grads(ops.gated_mlp, [x, *weights], dy)
-    for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, [x, *weights], dy)):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", rtol=1e-4, atol=1e-5)
 
 
 @every_backend
@@ -167,23 +131,6 @@ def test_saves_three_tensors_for_the_backward() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
-    assert_sinks(ops.gated_mlp, plain, operands(64, 32, 48, 32, dtype=dtype), NAMES[1:], backend, 30000)
-
-
-def test_autocast_computes_in_its_dtype() -> None:
-    tensors = operands()
-    leaves = [t.requires_grad_() for t in tensors]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.gated_mlp(*leaves)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
-    assert_equal(y.detach(), ops.gated_mlp(*(t.detach().bfloat16() for t in tensors)), "y")
-
-
-@every_backend
 def test_opcheck(backend: str) -> None:
     x, w_gate, w_up, w_down = operands(5, 4, 6, 3)
     dh = torch.randn(5, 6)
@@ -194,14 +141,6 @@ def test_opcheck(backend: str) -> None:
         ("gated_dx", dh, torch.randn(5, 6), w_gate, w_up),
         ("gated_mlp", *(t.clone().requires_grad_() for t in (x, w_gate, w_up, w_down)), "silu", True),
     )
-
-
-@pytest.mark.leaks_threads  # the compiler's
-def test_compiles_whole() -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    compiled = torch.compile(ops.gated_mlp, fullgraph=True, backend="aot_eager")
-    for a, b in zip(with_grads(compiled, tensors, dy), with_grads(ops.gated_mlp, tensors, dy)):
-        assert_equal(a, b)
 
 
 def test_checkpointing_keeps_sinks() -> None:

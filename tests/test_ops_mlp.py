@@ -1,32 +1,81 @@
-"""mlp: values and gradients against truth on every backend, sinks, what is kept, and what is refused."""
+"""mlp: values and gradients against truth on every backend, what is kept, what is refused; and gated_mlp beside it."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from activations import ACTIVATIONS
 from backend_params import every_backend
-from mlps import assert_only_needed, assert_sinks, saved_shapes
+from mlps import GATED, MLP, Form, assert_only_needed, assert_sinks, saved_shapes
 from numeric import assert_close_to_truth, assert_equal
 from op_checks import assert_registered, with_grads
-from torch import Tensor
 
 from spu import ops
 from spu.ops import schema
 
-NAMES = ("x", "w_in", "b_in", "w_out", "b_out")
+NAMES, plain, operands = MLP.names, MLP.plain, MLP.operands
+both = pytest.mark.parametrize("form", [MLP, GATED], ids=["mlp", "gated"])
 
 
-def plain(x: Tensor, w_in: Tensor, b_in: Any, w_out: Tensor, b_out: Any, activation: str = "gelu") -> Tensor:
-    return F.linear(ACTIVATIONS[activation](F.linear(x, w_in, b_in)), w_out, b_out)
+@both
+def test_fp32_reference_is_bit_equal_to_plain_torch(form: Form) -> None:
+    tensors, dy = form.operands(), torch.randn(17, 19)
+    for activation in form.activations:
+        with ops.use_backend("reference"):
+            ours = with_grads(form.op, tensors, dy, activation)
+        for name, a, b in zip(("y", *form.names), ours, with_grads(form.plain, tensors, dy, activation)):
+            assert_equal(a, b, f"{name} ({activation})")
 
 
-def operands(rows: int = 17, k: int = 24, n: int = 40, out: int = 19, **options: Any) -> list[Tensor]:
-    shapes = ((rows, k), (n, k), (n,), (out, n), (out,))
-    return [(torch.randn(shape) / shape[-1] ** 0.5).to(**options) for shape in shapes]
+@both
+def test_gradcheck(form: Form) -> None:
+    tensors = [t.requires_grad_() for t in form.operands(3, 4, 5, 2, dtype=torch.float64)]
+    for activation in form.activations:
+        assert torch.autograd.gradcheck(lambda *t, name=activation: form.op(*t, name), tensors)
+
+
+@both
+@every_backend
+@pytest.mark.parametrize("shape", [(4, 5, 24), (24,), (0, 24), (2, 0, 24)])
+def test_any_leading_dimensions(backend: str, shape: tuple[int, ...], form: Form) -> None:
+    _, *weights = form.operands()
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 19)
+    with ops.use_backend(backend):
+        ours = with_grads(form.op, [x, *weights], dy)
+    for name, a, b in zip(("y", *form.names), ours, with_grads(form.plain, [x, *weights], dy)):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("form", "large"), [(MLP, 1e6), (GATED, 30000)], ids=["mlp", "gated"])
+def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype, form: Form, large: float) -> None:
+    assert_sinks(form.op, form.plain, form.operands(64, 32, 48, 32, dtype=dtype), form.names[1:], backend, large)
+
+
+@both
+@pytest.mark.leaks_threads  # the compiler's
+def test_compiles_whole(form: Form) -> None:
+    tensors, dy = form.operands(), torch.randn(17, 19)
+    compiled = torch.compile(form.op, fullgraph=True, backend="aot_eager")
+    for a, b in zip(with_grads(compiled, tensors, dy), with_grads(form.op, tensors, dy)):
+        assert_equal(a, b)
+
+
+@both
+def test_autocast_converts_first(form: Form) -> None:
+    leaves = [t.requires_grad_() for t in form.operands()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = form.op(*leaves)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+    assert_equal(y.detach(), form.op(*(t.detach().bfloat16() for t in leaves)), "y")
+
+
+def test_a_dtype_converts_first() -> None:
+    given = operands()
+    assert_equal(ops.mlp(*given, dtype=torch.bfloat16), ops.mlp(*(t.bfloat16() for t in given)), "y in a dtype")
 
 
 @every_backend
@@ -44,21 +93,6 @@ def test_error_bound(backend: str, dtype: torch.dtype, activation: str, rows: in
     for name, value, theirs, true in zip(("y", *NAMES), ours, torchs, truth):
         eps = max(300, rows) * 2.0**-24 * float(true.abs().max()) if dtype == torch.float32 else None
         assert_close_to_truth(value, theirs, true, eps=eps, name=name)
-
-
-def test_fp32_reference_is_bit_equal_to_plain_torch() -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    for activation in ops.MLP_ACTIVATIONS:
-        with ops.use_backend("reference"):
-            ours = with_grads(ops.mlp, tensors, dy, activation)
-        for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, tensors, dy, activation)):
-            assert_equal(a, b, f"{name} ({activation})")
-
-
-@pytest.mark.parametrize("activation", ops.MLP_ACTIVATIONS)
-def test_gradcheck(activation: str) -> None:
-    tensors = [t.requires_grad_() for t in operands(3, 4, 5, 2, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda *t: ops.mlp(*t, activation), tensors)
 
 
 @every_backend
@@ -89,17 +123,6 @@ def test_the_sums_do_not_depend_on_the_number_of_threads() -> None:
     for other in made[1:]:
         for name, a, b in zip(("dz", "h", "sums"), other, made[0]):
             assert_equal(a, b, name)
-
-
-@every_backend
-@pytest.mark.parametrize("shape", [(4, 5, 24), (24,), (0, 24), (2, 0, 24)])
-def test_any_leading_dimensions(backend: str, shape: tuple[int, ...]) -> None:
-    _, *weights = operands()
-    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 19)
-    with ops.use_backend(backend):
-        ours = with_grads(ops.mlp, [x, *weights], dy)
-    for name, a, b in zip(("y", *NAMES), ours, with_grads(plain, [x, *weights], dy)):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", rtol=1e-4, atol=1e-5)
 
 
 @every_backend
@@ -154,12 +177,6 @@ def test_saves_two_tensors_for_the_backward(activation: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_sinks_take_unscaled_fp32_gradients(backend: str, dtype: torch.dtype) -> None:
-    assert_sinks(ops.mlp, plain, operands(64, 32, 48, 32, dtype=dtype), NAMES[1:], backend, 1e6)
-
-
-@every_backend
 def test_opcheck(backend: str) -> None:
     tensors = operands(5, 4, 6, 3)
     assert_registered(
@@ -167,24 +184,6 @@ def test_opcheck(backend: str) -> None:
         ("mlp", *(t.clone().requires_grad_() for t in tensors), "silu", True),
         ("mlp_dz", torch.randn(5, 3), tensors[3], torch.randn(5, 6), "gelu", True, True),
     )
-
-
-@pytest.mark.leaks_threads  # the compiler's
-def test_compiles_whole() -> None:
-    tensors, dy = operands(), torch.randn(17, 19)
-    compiled = torch.compile(ops.mlp, fullgraph=True, backend="aot_eager")
-    for a, b in zip(with_grads(compiled, tensors, dy), with_grads(ops.mlp, tensors, dy)):
-        assert_equal(a, b)
-
-
-def test_autocast_and_a_dtype_convert_first() -> None:
-    leaves = [t.requires_grad_() for t in operands()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.mlp(*leaves)
-    y.float().sum().backward()
-    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
-    assert_equal(y.detach(), ops.mlp(*(t.detach().bfloat16() for t in leaves)), "y")
-    assert_equal(ops.mlp(*leaves, dtype=torch.bfloat16).detach(), y.detach(), "y in a dtype")
 
 
 def test_what_does_not_fit_is_named() -> None:
