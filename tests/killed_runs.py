@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tiny_models import BYTES
+
 from spu.cli.app import main
 from spu.train.metrics import read_metrics, train_rows
 
@@ -26,16 +28,7 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "spu.trainer.trainer",
     "spu.train.loop", "spu.train.results",
 )  # fmt: skip
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
+CONFIG = {**BYTES, "hidden_size": 8, "intermediate_size": 8}
 
 
 def kill_before(number: int) -> None:

@@ -18,20 +18,11 @@ pytest.importorskip("transformers")
 
 from small_runs import rows, summary
 from small_runs import run as run_here
+from tiny_models import BYTES
 
 from spu.train.metrics import read_metrics, train_rows
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "attention_dropout": 0.1,  # its draws must not depend on where a run was cut
-}
+TINY = {**BYTES, "num_hidden_layers": 3, "attention_dropout": 0.1}  # draws that must not depend on where a run was cut
 STEPS = 16
 SETTINGS = tuple(f"--steps {STEPS} --seq 16 --microbatches 2 --batch 2 --save-every 4 --evals 2".split())
 DEVICES = ("--devices", "cpu:0,cpu:1")

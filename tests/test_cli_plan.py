@@ -10,22 +10,13 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from small_runs import run
+from tiny_models import BYTES
 
 from spu.cli.plan import declared_devices, plan_command
 from spu.plan import Plan
 from spu.train.config import PlanOptions
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+TINY = {**BYTES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "tie_word_embeddings": False}
 
 
 @pytest.fixture

@@ -35,28 +35,30 @@ def test_memory_without_a_container_is_the_systems(host: Path) -> None:
     assert hostinfo.host_memory() == (32 * GB, 20 * GB)
 
 
-def test_a_v2_limit_binds_and_its_page_cache_counts_as_available(host: Path) -> None:
-    write(host / "proc/self/cgroup", "0::/user/job\n")
-    write(host / "cgroup/user/job/memory.max", f"{8 * GB}\n")
-    write(host / "cgroup/user/job/memory.current", f"{5 * GB}\n")
-    write(host / "cgroup/user/job/memory.stat", f"anon 1\ninactive_file {2 * GB}\nfile 3\n")
-    write(host / "cgroup/user/memory.max", "max\n")
-    assert hostinfo.host_memory() == (8 * GB, 5 * GB)
-
-
-def test_a_parents_v2_limit_binds_too(host: Path) -> None:
-    write(host / "proc/self/cgroup", "0::/user/job\n")
-    write(host / "cgroup/user/job/memory.max", "max\n")
-    write(host / "cgroup/user/memory.max", f"{6 * GB}\n")
-    assert hostinfo.host_memory() == (6 * GB, 6 * GB)
-
-
-def test_inside_a_container_the_root_group_is_read(host: Path) -> None:
+V2_LIMITS: dict[str, tuple[str, dict[str, str], tuple[int, int]]] = {
+    "the page cache counts as available": (
+        "/user/job",
+        {
+            "user/job/memory.max": f"{8 * GB}",
+            "user/job/memory.current": f"{5 * GB}",
+            "user/job/memory.stat": f"anon 1\ninactive_file {2 * GB}\nfile 3",
+            "user/memory.max": "max",
+        },
+        (8 * GB, 5 * GB),
+    ),
+    "a parent's": ("/user/job", {"user/job/memory.max": "max", "user/memory.max": f"{6 * GB}"}, (6 * GB, 6 * GB)),
     # The path in /proc/self/cgroup can be the host's, which the container cannot see.
-    write(host / "proc/self/cgroup", "0::/docker/0123\n")
-    write(host / "cgroup/memory.max", f"{4 * GB}\n")
-    write(host / "cgroup/memory.current", f"{GB}\n")
-    assert hostinfo.host_memory() == (4 * GB, 3 * GB)
+    "the root group": ("/docker/0123", {"memory.max": f"{4 * GB}", "memory.current": f"{GB}"}, (4 * GB, 3 * GB)),
+    "a full container's": ("/", {"memory.max": f"{4 * GB}", "memory.current": f"{5 * GB}"}, (4 * GB, 0)),
+}
+
+
+@pytest.mark.parametrize(("group", "files", "expected"), V2_LIMITS.values(), ids=V2_LIMITS)
+def test_a_v2_limit_binds(host: Path, group: str, files: dict[str, str], expected: tuple[int, int]) -> None:
+    write(host / "proc/self/cgroup", f"0::{group}\n")
+    for name, text in files.items():
+        write(host / "cgroup" / name, f"{text}\n")
+    assert hostinfo.host_memory() == expected
 
 
 def test_a_v1_limit_binds_and_its_no_limit_does_not(host: Path) -> None:
@@ -68,13 +70,6 @@ def test_a_v1_limit_binds_and_its_no_limit_does_not(host: Path) -> None:
     write(limit.with_name("memory.usage_in_bytes"), f"{2 * GB}\n")
     write(limit.with_name("memory.stat"), f"total_inactive_file {GB}\n")
     assert hostinfo.host_memory() == (3 * GB, 2 * GB)
-
-
-def test_a_container_that_is_full_has_nothing_available(host: Path) -> None:
-    write(host / "proc/self/cgroup", "0::/\n")
-    write(host / "cgroup/memory.max", f"{4 * GB}\n")
-    write(host / "cgroup/memory.current", f"{5 * GB}\n")
-    assert hostinfo.host_memory() == (4 * GB, 0)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "0::", "a:b", "::::"])
