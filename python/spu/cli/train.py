@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from spu.cli.placed import planned_settings
+from spu.common.files import read_object
 from spu.common.launched import in_several_processes
 from spu.common.options import AUTO
 from spu.cost.blueprint import config_names
@@ -150,9 +150,9 @@ def _with_step(given: dict[str, Any], options: RunOptions, resume: str | None) -
 
 def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:
     """Train, or take the summary of a run that is complete."""
-    finished = None if job.new else _load(job.folder / "summary.json")
+    finished = {} if job.new else read_object(job.folder / "summary.json")
     steps = job.config.planned_steps()
-    if finished is not None and finished.get("planned_steps", finished.get("steps")) == steps and is_finished(finished):
+    if finished and finished.get("planned_steps", finished.get("steps")) == steps and is_finished(finished):
         print(f"run {job.folder.name} is complete; --steps with a larger number goes on")
     else:
         finished = train(job, signals)
@@ -162,17 +162,9 @@ def _pipeline(job: Job, signals: StopSignals) -> dict[str, Any]:
 
 def _reference(job: Job, signals: StopSignals) -> dict[str, Any]:
     """Train the reference, or take its result if it is there."""
-    known = _load(job.folder / reference.RESULT)
-    if known is not None and known.get("key") == reference.reference_key(job.config, job.corpus):
+    known = read_object(job.folder / reference.RESULT)
+    if known.get("key") == reference.reference_key(job.config, job.corpus):
         print(f"the reference of {job.folder.name} is there already")
         return known
     job.open_folder()
     return reference.train_reference(job.config, job.corpus, job.folder, signals)
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "write_atomically", "write_json"]
+__all__ = ["cache_directory", "read_object", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -40,6 +40,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         TypeError: if JSON cannot hold it; nothing was written.
     """
     write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the object that a JSON file holds; an empty one where it cannot be read, or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def cache_directory() -> Path:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from spu.common.files import read_object
 from spu.data.sentencepiece import SentencePieces, fast_tokenizer, read_sentencepieces
 
 __all__ = ["CHAT_TEMPLATE", "internlm2_tokenizer", "is_internlm2"]
@@ -31,11 +32,7 @@ CHAT_TEMPLATE = (
 
 def is_internlm2(folder: Path) -> bool:
     """Tell whether a folder has InternLM2's config beside a sentencepiece model."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == "internlm2" and (folder / _MODEL).is_file()
+    return read_object(folder / "config.json").get("model_type") == "internlm2" and (folder / _MODEL).is_file()
 
 
 def internlm2_tokenizer(folder: Path) -> Any:

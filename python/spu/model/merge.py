@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from spu.common.files import read_object
 from spu.model.adapter_base import read_base
 from spu.model.convert.decoder import empty_decoder
 from spu.model.convert.internlm2 import MODEL_TYPE, Checkpoint, internlm2_config, layout_of
@@ -78,7 +79,7 @@ def base_of_files(folder: str | Path) -> Base:
     from safetensors import SafetensorError, safe_open
 
     place = Path(folder)
-    if _is_internlm2(place):
+    if read_object(place / "config.json").get("model_type") == MODEL_TYPE:  # its tensors have other names and shapes
         return _base_of_internlm2(place)
     files = sorted(place.glob("*.safetensors"))
     if not files or not (place / "config.json").is_file():
@@ -105,15 +106,6 @@ def base_of_files(folder: str | Path) -> Base:
 
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     return Base(str(folder), shapes, bool(config.get("tie_word_embeddings", False)), save)
-
-
-def _is_internlm2(folder: Path) -> bool:
-    """Tell whether a folder holds a checkpoint of InternLM2, whose tensors have other names and shapes."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
 def _base_of_internlm2(folder: Path) -> Base:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from spu.common.absent import is_absent
+from spu.common.files import read_object
 from spu.data.tokenizer import FileTokenizer, Tokenizer, make_tokenizer
 from spu.devices.host import host_memory
 from spu.model.adapter_base import read_base
@@ -52,7 +52,7 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
         ValueError: neither of them, or a run that has not ended; says what is missing.
     """
     source, seed, adapter = str(folder), 0, None
-    if _is_run(folder):
+    if read_object(folder / "config.json").get("format") == FORMAT:
         config, _ = RunFolder(folder).read_config()
         if (folder / ADAPTER).exists():
             RunFolder(folder).check_weights(config)
@@ -86,14 +86,6 @@ def _room() -> int:
 def _narrow(config: Any) -> torch.dtype:
     """Return the 16-bit dtype that a model's files have, or bf16."""
     return torch.float16 if getattr(config, "dtype", None) in (torch.float16, "float16") else torch.bfloat16
-
-
-def _is_run(folder: Path) -> bool:
-    try:
-        value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("format") == FORMAT
 
 
 def _adapted(model: Any, adapter: Path) -> Any:
