@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import trainer
-from test_model_traced import plain_pass, rows
+from pipelines import batch, trainer
+from test_model_traced import plain_pass
 from torch import nn
 
 from spu.cost.count import model_costs
@@ -95,7 +95,7 @@ def test_what_a_trace_cannot_hold_is_refused_by_name(what: str, reason: str) -> 
     model = Stateful(what) if what == "state" else Bad(what)
     state = copy.deepcopy(vars(model))
     with trainer(model) as t, pytest.raises(ValueError, match=f"cannot be cut into layers: .*{reason}.*as a list"):
-        t.step(*rows())
+        t.step(*batch())
     assert (model.calls, model.training) == (state["calls"], True)
     assert model.total == 0
 
@@ -115,7 +115,7 @@ class Within(nn.Module):
 @pytest.mark.usefixtures("reference")
 def test_a_module_in_which_a_trace_would_not_be_exact_is_one_layer(what: str) -> None:
     torch.manual_seed(0)
-    model, (x, y) = Within(what), rows()
+    model, (x, y) = Within(what), batch()
     plain = copy.deepcopy(model).eval()
     with trainer(model, recompute=False) as t:
         with torch.no_grad():  # each microbatch decides for itself
@@ -133,9 +133,9 @@ def test_a_module_in_which_a_trace_would_not_be_exact_is_one_layer(what: str) ->
 
 def test_costs_of_the_layers_add_up_to_the_models() -> None:
     model = Bad("")
-    layers = layers_by_tracing(model, rows(2)[0])
+    layers = layers_by_tracing(model, batch(2)[0])
     assert [layer.name for layer in layers] == ["first", "second"]
-    costs, _ = model_costs(layers, rows(2)[0], torch.float32)
+    costs, _ = model_costs(layers, batch(2)[0], torch.float32)
     assert sum(cost.param_count for cost in costs) == sum(p.numel() for p in model.parameters())
     assert sum(cost.forward_flops for cost in costs) == 2 * 2 * (6 * 8 + 8 * 4)
 
@@ -143,15 +143,15 @@ def test_costs_of_the_layers_add_up_to_the_models() -> None:
 def test_a_value_that_was_recorded_must_stay() -> None:
     model = Bad("")
     with trainer(model) as t:
-        t.step(*rows())
+        t.step(*batch())
         model.scale = 2.0
         with pytest.raises(Exception, match="'scale' was changed after this trainer prepared"):
-            t.step(*rows())
+            t.step(*batch())
         model.scale = 1.0
-        t.step(*rows())
+        t.step(*batch())
         handle = model.register_forward_hook(lambda *_: None)
         with pytest.raises(RuntimeError, match="the model .* has a hook"):
-            t.step(*rows())
+            t.step(*batch())
         handle.remove()
 
 
@@ -163,9 +163,9 @@ def test_a_hook_on_the_model_and_parts_by_hand_are_refused() -> None:
             list(t.modules())
         model.register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="it has a hook"):
-            t.step(*rows())
+            t.step(*batch())
     with pytest.raises(ValueError, match="fails on the first batch"), trainer(Bad("")) as t:
-        t.step(torch.randn(8, 5), rows()[1])
+        t.step(torch.randn(8, 5), batch()[1])
 
 
 class Scaled(nn.Module):
@@ -191,7 +191,7 @@ class Scaled(nn.Module):
 @pytest.mark.usefixtures("reference")
 def test_buffers_between_modules_and_state_that_nothing_uses(recompute: bool, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model, (x, y) = Scaled(), rows()
+    model, (x, y) = Scaled(), batch()
     plain = copy.deepcopy(model)
     with trainer(model, recompute=recompute) as t:
         for _ in range(2):
