@@ -26,6 +26,7 @@ def model() -> nn.Sequential:
         nn.Linear(8, 8),
         nn.GELU(),
         nn.Linear(8, 8),
+        nn.BatchNorm1d(8),  # in a later stage: nothing runs before the first step that it would count
         nn.Linear(8, 3),
     )
 
@@ -46,6 +47,7 @@ def go_on(engine: str, places: Any, folder: str, before: str, after: str, state:
         if engine == "distributed":
             check_own_alone(trainer)
         whole = trainer.state_dict_for_model()
+        assert not whole or whole["6.num_batches_tracked"] == 8 * int(after)  # of 4 microbatches, twice
         return losses, {name: tensor.tolist() for name, tensor in whole.items()}
 
 
