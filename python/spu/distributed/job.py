@@ -140,6 +140,7 @@ class Job:
                 undone.callback(self._share.give_back)
                 self.device = self._share.of(self.device)
                 if self._share.of_all:
+                    assert dist.group.WORLD is not None
                     with self.exchanging("where they lend cores", range(self.size)):
                         self._lent = lent_cores(dist.group.WORLD, self._share.of_all)
             if self._lent is not None:

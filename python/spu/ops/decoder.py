@@ -79,9 +79,9 @@ class AttentionWeights(NamedTuple):
 
 
 def _leaves(ctx: Any, given: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return those of an op's tensors whose gradients may go to a sink; tensors that were not given are left out."""
+    """Return those of an op's tensors whose gradients may go to a sink, None for the others."""
     needs = ctx.needs_input_grad[1:]
-    return [t if need and t.is_leaf else None for t, need in zip(given, needs, strict=False) if t is not None]
+    return [t if t is not None and need and t.is_leaf else None for t, need in zip(given, needs, strict=False)]
 
 
 def _norm(x: Tensor, weight: Tensor, form: GatedForm | AttentionForm) -> tuple[Tensor, Tensor]:
@@ -272,9 +272,7 @@ class _AttentionHalf(Function):
         x, norm_weight, rstd, normed, q, k, v, out, cos, sin, wo, *rest = ctx.saved_tensors
         sums, kept = rest[: ctx.sums], rest[ctx.sums :]
         form, needs, backend = ctx.form, ctx.needs_input_grad, ctx.form.backend
-        norm_sink, *found = weight_sinks_of(ctx, ctx.parameters, backend)
-        edges = iter(found)
-        sinks = [next(edges) if dtype else None for dtype in ctx.dtypes]
+        norm_sink, *sinks = weight_sinks_of(ctx, ctx.parameters, backend)
         d = narrowed(dy, form.dtype)
         grads = _Gradients(backend, sinks, needs[2:10], ctx.dtypes)
         grads.add(3, [d], out.flatten(2))

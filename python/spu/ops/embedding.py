@@ -48,7 +48,7 @@ class _Embedding(Function):
             return None, None, None, None
         refuse_derivatives_of_backward("embedding", dy)
         (ids,), (entries, padding_idx, backend) = ctx.saved_tensors, ctx.how
-        (sink,) = sinks_of(ctx, (ctx.parameter,), first=0)
+        (sink,) = sinks_of(ctx, (ctx.parameter,))
         if sink is not None:
             sink.embedding_weight(dy, ids, padding_idx, backend)
             return None, None, None, None

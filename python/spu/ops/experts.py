@@ -115,7 +115,7 @@ class _Experts(Function):
             dscores = schema.overload("rows_dot", form.backend)(dout, y, routed.places).to(dtypes[1])
         if gate is None:
             return None, dscores, None, None, None, None
-        sinks = weight_sinks_of(ctx, ctx.parameters, form.backend, 2)
+        sinks = weight_sinks_of(ctx, ctx.parameters, form.backend)
         rows_sum = schema.overload("rows_sum", form.backend)
         of_rows = scores.to(torch.float32).flatten()[routed.uses][:, None]
         dy = rows_sum(dout, routed.tokens, of_rows, form.dtype)

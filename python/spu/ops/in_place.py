@@ -20,7 +20,15 @@ from torch.autograd.graph import increment_version
 
 from spu.common.torch_private import backward_hooks, post_accumulate_hooks
 from spu.ops import schema
-from spu.ops.sink import GradSink, accumulates, current_scope, may_be_main_grad, sink_of, sinks_of
+from spu.ops.sink import (
+    GradSink,
+    accumulates,
+    current_scope,
+    may_be_main_grad,
+    place_of,
+    sink_of,
+    sinks_of,
+)
 
 __all__ = ["weight_sinks_of"]
 
@@ -70,39 +78,38 @@ def _is_held(node: Any, place: int) -> bool:
     return sys.getrefcount(node.next_functions[place][0]) > _UNHELD
 
 
-def _adds(node: Any, place: int, param: Tensor) -> bool:
+def _adds(node: Any, param: Tensor) -> bool:
     """Tell whether autograd would add to the ``grad`` of an fp32 matrix, and nothing else would see what."""
     grad = param.grad
-    return (
-        grad is not None
-        and type(grad) is Tensor
-        and may_be_main_grad(grad, param)
-        and not grad.requires_grad
-        and not grad.is_inference()
-        and not backward_hooks(param)
-        and not post_accumulate_hooks(param)
-        and sink_of(param) is None  # of a scope that this backward does not have: its hook sees to the gradient
-        and not _is_held(node, place)
-        and accumulates(node.next_functions[place][0])
-    )
+    if (
+        grad is None
+        or type(grad) is not Tensor
+        or not may_be_main_grad(grad, param)
+        or grad.requires_grad
+        or grad.is_inference()
+        or backward_hooks(param)
+        or post_accumulate_hooks(param)
+        or sink_of(param) is not None  # of a scope that this backward does not have: its hook sees to the gradient
+    ):
+        return False
+    place = place_of(node, param)
+    return not _is_held(node, place) and accumulates(node.next_functions[place][0])
 
 
-def weight_sinks_of(
-    node: Any, parameters: Sequence[Tensor | None], backend: str, first: int = 1
-) -> list[GradSink | None]:
+def weight_sinks_of(node: Any, parameters: Sequence[Tensor | None], backend: str) -> list[GradSink | None]:
     """Return ``sinks_of`` inside a scope. Outside, return for each fp32 matrix on a CPU, or experts' matrices in one
     parameter, what adds to the ``grad`` that it has, None for all else: vectors, other devices, and the reference
     backend, which adds up as autograd does.
     """
     if current_scope() is not None:
-        return sinks_of(node, parameters, first)
+        return sinks_of(node, parameters)
     found: list[GradSink | None] = [None for _ in parameters]
     if backend == "reference" or torch.is_anomaly_enabled():
         return found
     for i, param in enumerate(parameters):
         if param is None or type(param) not in (nn.Parameter, Tensor) or param.dim() not in (2, 3):
             continue
-        if param.dtype == torch.float32 and param.is_cpu and _adds(node, first + i, param):
+        if param.dtype == torch.float32 and param.is_cpu and _adds(node, param):
             assert param.grad is not None
             found[i] = cast(GradSink, _InPlace(param.grad))
     return found

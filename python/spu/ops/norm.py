@@ -83,8 +83,8 @@ class _Norm(Function):
         y, *statistics, total = _computed(x, weight, bias, residual, form)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if residual is None else total, weight, *statistics)
-        ctx.form, ctx.vectors = form, (weight is not None, bias is not None)
-        ctx.parameters = [t if t.requires_grad and t.is_leaf else None for t in (weight, bias) if t is not None]
+        ctx.form = form
+        ctx.parameters = [t if t is not None and t.requires_grad and t.is_leaf else None for t in (weight, bias)]
         return y, None if residual is None else total
 
     @staticmethod
@@ -94,10 +94,9 @@ class _Norm(Function):
         refuse_derivatives_of_backward("layer_norm" if ctx.form.layer else "rms_norm", dy)
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         dx, dw, db = _gradients(ctx, dy, dsum, needs_x or needs_residual, needs_weight, needs_bias)
-        sinks = iter(sinks_of(ctx, ctx.parameters))  # of the tensors that were given: others have no edge
         vectors: list[Tensor | None] = []
-        for given, needed, grad in zip(ctx.vectors, (needs_weight, needs_bias), (dw, db), strict=True):
-            sink = next(sinks) if given else None
+        sinks = sinks_of(ctx, ctx.parameters)
+        for sink, needed, grad in zip(sinks, (needs_weight, needs_bias), (dw, db), strict=True):
             if sink is not None:
                 sink.summed(grad, ctx.form.backend)
             vectors.append(grad if needed and sink is None else None)

@@ -38,6 +38,7 @@ __all__ = [
     "leave_to_norm",
     "may_be_main_grad",
     "open_scope",
+    "place_of",
     "scoped",
     "sink_of",
     "sinks_of",
@@ -363,7 +364,15 @@ def accumulates(node: Any) -> bool:
         return False
 
 
-def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> list[GradSink | None]:
+def place_of(node: Any, param: Tensor) -> int:
+    """Return the place of a leaf among ``node.next_functions``, which has none for what was given as None."""
+    for place, (edge, _) in enumerate(node.next_functions):
+        if getattr(edge, "variable", None) is param:
+            return place
+    raise AssertionError("not an input of this node")
+
+
+def sinks_of(node: Any, parameters: Sequence[Tensor | None]) -> list[GradSink | None]:
     """Return the sink that takes each parameter's gradient in a fused op's backward; None: the op returns it to
     autograd.
 
@@ -372,16 +381,19 @@ def sinks_of(node: Any, parameters: Sequence[Tensor | None], first: int = 1) -> 
 
     Args:
         node: the op's ``ctx``.
-        parameters: leaves among the op's tensor inputs, in their order.
-        first: the place of the first of them.
+        parameters: leaves among the op's tensor inputs that may have a gradient, and None.
     """
     scope = current_scope()
     if scope is None:
         return [None for _ in parameters]
     edges = None if scope.whole else node.next_functions
     found: list[GradSink | None] = []
-    for i, param in enumerate(parameters, first):
-        if param is None or (edges is not None and not accumulates(edges[i][0])) or has_foreign_hook(param):
+    for param in parameters:
+        if (
+            param is None
+            or (edges is not None and not accumulates(edges[place_of(node, param)][0]))
+            or has_foreign_hook(param)
+        ):
             found.append(None)
         else:
             found.append(_SINKS.get(param) or (scope.adopt and scope.adopt(param)))
