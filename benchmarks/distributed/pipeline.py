@@ -3,10 +3,8 @@
     python benchmarks/distributed/pipeline.py [--job main] [--mbit 0,1000,100] [--schedule 1f1b,zb] [--transfer int8]
 
 The peer has the same cut, the same stage modules on the same kernels (`spu.accelerate`), schedule, microbatches and
-optimizer; its activations and gradients cross as they are. Where a schedule splits the backward it has torch's own
-modules instead, which are faster there: torch computes both gradients of a fused layer each time it wants one. Both
-live in the same two processes and take turns, so that a machine that slows down slows both. What is printed is the
-median, over the turns, of the peer's time over spu's.
+optimizer; its activations and gradients cross as they are. Both live in the same two processes and take turns, so that
+a machine that slows down slows both. What is printed is the median, over the turns, of the peer's time over spu's.
 ``--mbit 0`` is loopback as it is; other rates need root (see launch.py).
 """
 
@@ -64,7 +62,7 @@ class Peer:
     """A stage of torch.distributed.pipelining, its optimizer, and in fp16 a scaler."""
 
     def __init__(self, job: Job, schedule: str, end: int, rank: int) -> None:
-        made = layers(job) if schedule in ("zb", "zbv") else fused(job)
+        made = fused(job)
         if job.precision != "fp32":
             to_precision([Layer(str(k), module) for k, module in enumerate(made)], job.precision)
         self.part, self.rank = cut(made, end, rank), rank
