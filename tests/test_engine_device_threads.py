@@ -6,7 +6,7 @@ import pytest
 import torch
 from device_threads import device_threads
 from parking import assert_parked_equals_kept, decoder, results, token_loss, tokens
-from pipelines import WIDTH, batch, model_of, reference
+from pipelines import WIDTH, batch, model_of
 from torch import nn
 
 from spu.skips import pop, stash
