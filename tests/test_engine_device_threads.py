@@ -11,7 +11,7 @@ from torch import nn
 
 from spu.skips import pop, stash
 
-__all__ = ["device_threads", "reference"]
+__all__ = ["device_threads"]
 
 pytestmark = pytest.mark.usefixtures("reference", "device_threads")
 
