@@ -71,6 +71,14 @@ def where(x: Tensor, b: Tensor) -> Tensor:
     return torch.where(x > 0, x, b[0]).softmax(-1) + (x * b[1]) / b[1]
 
 
+def volume(w: Tensor) -> Tensor:
+    return torch.linalg.slogdet(w)[1] + torch.logdet(w) + w.det()
+
+
+def solved(x: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    return x @ torch.linalg.solve_triangular(w.tril(-1) + b, b, upper=False)
+
+
 def encoder(**how: Any) -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **how)
 
@@ -106,6 +114,11 @@ MODELS: dict[str, Callable[[], list[nn.Module]]] = {
     "spectral norm": lambda: [nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))],
     "weight norm": lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))],
     "prelu": lambda: [nn.PReLU()],
+    "orthogonal": lambda: [nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))],
+    "determinant": lambda: [
+        Fn(lambda x, b, w: x * volume(w + 2 * b), torch.eye(8), torch.linspace(-0.1, 0.1, 64).view(8, 8))
+    ],
+    "triangular": lambda: [Fn(solved, torch.eye(8), torch.linspace(-0.3, 0.3, 64).view(8, 8))],
 }
 
 
@@ -118,6 +131,7 @@ def test_16_bits_come_as_close_to_fp32_as_autocast(name: str, precision: str) ->
     plain, cast = copy.deepcopy(model), copy.deepcopy(model)
     with make(model, precision=precision) as trainer:
         loss, outputs = trainer.forward_backward(x, y)
+        gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
         evaluated = trainer.evaluate(x, y)
     expected = torch.cat([plain(part) for part in x.chunk(2)])
     error = (outputs.float() - expected).norm() / expected.norm()
@@ -132,7 +146,13 @@ def test_16_bits_come_as_close_to_fp32_as_autocast(name: str, precision: str) ->
     assert loss.item() == pytest.approx(F.cross_entropy(expected.flatten(0, 1), y.flatten()).item(), rel=near)
     plain.eval()
     assert evaluated == pytest.approx(F.cross_entropy(plain(x).flatten(0, 1), y.flatten()).item(), rel=near)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    plain.train()
+    plain.zero_grad()
+    F.cross_entropy(expected.flatten(0, 1), y.flatten()).backward()
+    assert len(gradients) == len(list(model.parameters()))
+    largest = max(p.grad.abs().max().item() for p in plain.parameters())
+    for gradient, parameter in zip(gradients, plain.parameters(), strict=True):
+        assert (gradient - parameter.grad).abs().max() <= 32 * torch.finfo(DTYPES[precision]).eps * largest
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from spu.common import torch_private
+from spu.common.dtypes import HALVES
 from spu.common.torch_private import pytree
 
 __all__ = ["convert_state", "is_mixed", "products_in", "state_dtypes"]
@@ -64,6 +67,8 @@ def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):  # its short cut in evaluation wants one dtype everywhere
             return True
+        if _names_of(type(part)) & _FP32_NAMES:
+            return True
         own = (
             t
             for t in (*torch_private.parameters_of(part).values(), *torch_private.buffers_of(part).values())
@@ -72,6 +77,28 @@ def is_mixed(module: nn.Module, dtype: torch.dtype) -> bool:
         if not isinstance(part, _NORMS) and any(t.is_floating_point() and t.dtype != dtype for t in own):
             return True
     return False
+
+
+@lru_cache(maxsize=4096)
+def _names_of(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the names that the code of a module's class uses, and that of the functions which it calls by name."""
+    names: set[str] = set()
+    seen: set[CodeType] = set()
+    bases = [base for base in cls.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    left = [f for base in bases for f in vars(base).values() if isinstance(f, FunctionType)]
+    while left:
+        function = left.pop()
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            if code in seen:
+                continue
+            seen.add(code)
+            names.update(code.co_names)
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+            called = [function.__globals__.get(name) for name in code.co_names]
+            left += [f for f in called if isinstance(f, FunctionType) and not f.__module__.startswith("torch")]
+    return frozenset(names)
 
 
 @contextmanager
@@ -92,10 +119,11 @@ def products_in(dtype: torch.dtype, mixed: bool, given: Any) -> Iterator[None]:
 
 
 class _Widening(TorchFunctionMode):
-    """Makes operations that want their tensors in one dtype, and that autocast leaves alone, take the widest of them.
+    """Makes operations that want their tensors in one dtype, and that autocast leaves alone, take the widest of them,
+    and some of matrices fp32, as autocast does with their like.
 
     Under autocast 16-bit parameters do not exist, so that these meet fp32 alone. It costs 1 us an operation, and is
-    entered only where dtypes are mixed.
+    entered only where dtypes are mixed, or a module's code has the name of such an operation.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,6 +131,8 @@ class _Widening(TorchFunctionMode):
         if func in torch_private.RECURRENT:  # torch's fp16 LSTM takes no fp32 input under autocast on a CPU
             dtype = args[2][0].dtype if isinstance(args[2], (tuple, list)) else args[3][0].dtype
             args, kwargs = _cast((args, kwargs), dtype)
+        elif func in _WANT_FP32:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _widened, (args, kwargs))
         elif func in _WANT_ONE_DTYPE:
             dtypes = {t.dtype for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
             floats = [dtype for dtype in dtypes if dtype.is_floating_point]
@@ -115,6 +145,20 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 
 
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+# Without 16-bit kernels, but for matrix_exp, whose values (fp16) and gradients (bf16: a fifth off) are wrong there.
+_FP32_NAMES = frozenset(
+    ("matrix_exp", "det", "logdet", "slogdet", "lu", "lu_factor", "lu_factor_ex", "solve_triangular", "matrix_norm")
+)
+_WANT_FP32 = frozenset(
+    getattr(place, name)
+    for place in (torch, torch.Tensor, torch.linalg)
+    for name in _FP32_NAMES
+    if hasattr(place, name)
+)
 _WANT_ONE_DTYPE = frozenset(
     {
         *(F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.bilinear, F.embedding_bag, F.prelu),
