@@ -91,12 +91,9 @@ class Wire:
         return self._read(buffer)[0]
 
     def _bytes_of(self, leaf: Leaf) -> int:
-        if self._packs(leaf):
-            return wire_bytes(leaf.shape, leaf.dtype, self.codec or "")
+        if self.codec is not None and _packable(leaf) and leaf.requires_grad:
+            return wire_bytes(leaf.shape, leaf.dtype, self.codec)
         return torch.Size(leaf.shape).numel() * leaf.dtype.itemsize
-
-    def _packs(self, tensor: Leaf | torch.Tensor) -> bool:
-        return self.codec is not None and _packable(tensor) and tensor.requires_grad
 
     def _write(
         self, tensors: Sequence[torch.Tensor | None], layout: Layout | None, *, activations: bool

@@ -294,7 +294,7 @@ class Streamed:
         slot = self._slot_of[unit.index]
         held = self._held[slot] == unit.index
         if not must:
-            buffer_lacks = self._host is None and updates and not self._buffer_is_free()
+            buffer_lacks = self._host is None and updates and self._turn in self._buffer_of.values()
             if (not held and self._is_used(slot, unit)) or self._owner_waits(unit) or buffer_lacks:
                 return False
         tickets = self._arriving.setdefault(unit.index, [])
@@ -334,10 +334,6 @@ class Streamed:
         """Tell whether a deferred update of a unit has still to be begun (where the host updates) or prepared."""
         started = self._updating if self._host is not None else self._buffer_of
         return self._work.pending(unit.index) and unit.index not in started
-
-    def _buffer_is_free(self) -> bool:
-        """Tell whether the next buffer is in nobody's use."""
-        return self._turn not in self._buffer_of.values()
 
     def _take_buffer(self, unit: Unit) -> int:
         index = self._turn

@@ -166,7 +166,10 @@ def has_order(model: Any) -> bool:
         return not _has_own_forward(model)
     if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList) or is_adapted(model):
         return True
-    return _is_hugging_face(model) and not _is_without_plan(model)
+    if not _is_hugging_face(model):
+        return False
+    # With neither, it is an encoder classifier.
+    return bool(getattr(model.config, "base_model_pp_plan", None)) or model.get_output_embeddings() is not None
 
 
 def _has_own_forward(model: nn.Sequential) -> bool:
@@ -246,8 +249,3 @@ def _is_hugging_face(model: nn.Module) -> bool:
     from spu.model import huggingface
 
     return huggingface.is_decoder(model)
-
-
-def _is_without_plan(model: Any) -> bool:
-    """Tell whether a transformers model is neither a language model nor has a pipeline plan (an encoder classifier)."""
-    return not getattr(model.config, "base_model_pp_plan", None) and model.get_output_embeddings() is None

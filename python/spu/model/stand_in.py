@@ -113,11 +113,7 @@ class _Copier:
 def _quiet(hook: Any) -> Any:
     """Return the hook if it is a library's, else one that does nothing."""
     module = getattr(hook, "__module__", None) or type(hook).__module__
-    return hook if module.split(".")[0] in _LIBRARIES else _do_nothing
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+    return hook if module.split(".")[0] in _LIBRARIES else lambda *args, **kwargs: None
 
 
 @contextlib.contextmanager
