@@ -64,7 +64,7 @@ _ACCESSES = {
     "adamw_kernel": (16, 16), "square_sum_kernel": (16, 0), "dz_kernel": (16, 16), "finish_kernel": (16, 8),
     "gated_dz_kernel": (16, 16), "mlp_finish_kernel": (16, 16), "column_sum_kernel": (16, 0),
     "logits_ce_kernel": (16, 0), "logits_dz_kernel": (16, 16), "convert_kernel": (16, 16), "quantize_kernel": (16, 16),
-    "dequantize_kernel": (16, 16), "norm_kernel": (16, 16), "norm_backward_kernel": (16, 16), "rotary_kernel": (16, 16),
+    "dequantize_kernel": (16, 16), "norm_kernel": (16, 16), "norm_backward_kernel": (16, 16), "rotary_kernel": (8, 8),
 }  # fmt: skip
 
 
