@@ -1,4 +1,5 @@
 """The equivalence fuzzer: random models, losses and trainers against plain PyTorch, for some time or number of cases.
+Every fourth case is a loop of one's own around an accelerated model.
 
     python tests/fuzz.py --seconds 60 --seed 0           # as many cases as fit, from seed 0 on
     python tests/fuzz.py --cases 20000 --processes 2
@@ -20,12 +21,13 @@ import warnings
 
 import torch
 from fuzz_case import draw_case, run_case
+from fuzz_loop import run_loop
 
 
 def attempt(seed: int) -> tuple[int, str, str]:
     """(seed, outcome, traceback of a failure)."""
     try:
-        return seed, run_case(seed), ""
+        return seed, run_loop(seed) if seed % 4 == 3 else run_case(seed), ""
     except Exception as error:
         return seed, f"FAILED: {type(error).__name__}: {error}", traceback.format_exc()
 
@@ -81,7 +83,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.only is not None:
         _quiet()
-        print(draw_case(given.only)[0])
+        print("a loop" if given.only % 4 == 3 else draw_case(given.only)[0])
         _, outcome, trace = attempt(given.only)
         print(trace or outcome)
         return int(bool(trace))
