@@ -138,3 +138,55 @@ def test_a_weight_that_is_used_without_a_fused_op_too(dtype: torch.dtype, hook: 
     ours = gradients(spu.GradScaler("cpu", 256.0), dtype)
     for i, (truth, other, found) in enumerate(zip(exact, plain, ours, strict=True)):
         assert (found - truth).abs().max() <= 2 * (other - truth).abs().max() + 1e-4 * truth.abs().max(), i
+
+
+class Foreign(torch.optim.Optimizer):
+    """As other libraries write Adam, with or without mixing dtypes, or a momentum."""
+
+    def __init__(self, params: Any, kind: str) -> None:
+        super().__init__(params, {"lr": 0.01} if kind == "momentum" else {"lr": 0.01, "eps": 1e-8})
+        self.kind = kind
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["kept"] = torch.zeros_like(p, dtype=torch.float32 if self.kind == "wide" else p.dtype)
+                if self.kind == "momentum":
+                    p.sub_(state["kept"].mul_(0.9).add_(p.grad), alpha=group["lr"])
+                    continue
+                p.mul_(0.999)
+                if self.kind == "lerp":
+                    state["kept"].lerp_(p.grad.square(), 0.1)
+                else:
+                    state["kept"].addcmul_(p.grad, p.grad, value=0.1)
+                p.sub_(p.grad / (state["kept"].sqrt() + group["eps"]), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kind", ["wide", "momentum", "narrow", "lerp"])
+def test_another_librarys_optimizer_trains_fp16_parameters_or_is_undone(kind: str) -> None:
+    """schedulefree's AdamW made every weight infinite; timm's failed in a kernel, some of its weights moved."""
+    torch.manual_seed(1)
+    model = spu.accelerate(nn.Linear(4, 2)).half()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer, scaler = Foreign(model.parameters(), kind), spu.GradScaler("cpu", 64.0)
+
+    def step(factor: float) -> None:
+        optimizer.zero_grad()
+        scaler.scale(model(X.half()).float().square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(float("inf"))  # skipped: there is nothing to see yet
+    if kind in ("wide", "momentum"):
+        for _ in range(3):
+            step(1.0)
+        assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(p.isfinite().all() for p in model.parameters())
+        return
+    with pytest.raises(TypeError, match=r"Foreign cannot update float16 .*use spu.optim.AdamW"):
+        step(1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(optimizer.state.values())

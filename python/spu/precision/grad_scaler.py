@@ -49,6 +49,47 @@ def _as_optimizer(params: list[Tensor]) -> Any:
     return SimpleNamespace(param_groups=[{"params": params}])
 
 
+def _not_in_fp16(optimizer: torch.optim.Optimizer) -> TypeError:
+    return TypeError(
+        f"{type(optimizer).__name__} cannot update float16 parameters from their fp32 gradients: use spu.optim.AdamW, "
+        "which keeps an fp32 master of each, or keep the parameters in fp32"
+    )
+
+
+@contextmanager
+def _tried_in_fp16(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Look at what another library's optimizer does with fp16 parameters in its first step, and undo it if need be.
+
+    Raises:
+        TypeError: it mixes dtypes that do not mix; or it divides (it has an ``eps``) by what it keeps in fp16, where
+            squares of gradients below 2e-4 are 0, and 1e-8 is too.
+    """
+    params = [p for p in _parameters(optimizer) if p.dtype == torch.float16 and p.grad is not None]
+    known = type(optimizer).__module__.startswith("torch.optim")
+    if known or not params or any(optimizer.state.get(param) for param in params):
+        yield
+        return
+    before = [param.detach().clone() for param in params]
+
+    def undo() -> None:
+        for param, value in zip(params, before, strict=True):
+            param.data.copy_(value)
+            optimizer.state.pop(param, None)
+
+    try:
+        yield
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        undo()
+        raise _not_in_fp16(optimizer) from error
+    divides = any(group.get("eps") for group in optimizer.param_groups)
+    kept = [v for p in params for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor) and v.numel() > 1]
+    if divides and any(value.dtype == torch.float16 for value in kept):
+        undo()
+        raise _not_in_fp16(optimizer)
+
+
 @contextmanager
 def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Give bf16 parameters bf16 gradients inside, rounded once from the fp32 ones, which come back at the end.
@@ -64,16 +105,14 @@ def _narrow_gradients(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         if param.dtype == torch.bfloat16:
             handed.append((param, main, main.to(torch.bfloat16)))
         elif isinstance(optimizer, _NOT_IN_FP16) or getattr(optimizer, "defaults", {}).get("fused"):
-            raise TypeError(
-                f"{type(optimizer).__name__} cannot update float16 parameters from their fp32 gradients: use "
-                "spu.optim.AdamW, which keeps an fp32 master of each, or keep the parameters in fp32"
-            )
+            raise _not_in_fp16(optimizer)
     for param, _, narrow in handed:
         param.grad = None
         param.grad_dtype = torch.bfloat16
         param.grad = narrow
     try:
-        yield
+        with _tried_in_fp16(optimizer):
+            yield
     finally:
         for param, main, narrow in handed:
             left = param.grad
@@ -210,7 +249,7 @@ class GradScaler(torch.amp.GradScaler):
         the device. Other optimizers than ``spu.optim.AdamW`` find bf16 gradients in bf16 parameters, as in plain torch.
 
         Raises:
-            TypeError: fp16 parameters and an optimizer of torch's that cannot update them.
+            TypeError: fp16 parameters and an optimizer that cannot update them.
         """
         # Not left to an optimizer that unscales by itself: it cannot know which gradients are unscaled already.
         ready = self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
