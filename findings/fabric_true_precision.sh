@@ -7,7 +7,7 @@
 # where 257 is 256, and buffers of such numbers with the weights. And each floating-point tensor among its outputs goes to the
 # default dtype, whatever it was: what the module computed in fp64 with care comes out in fp32. So with "64-true", which is
 # chosen for a comparison in fp64, the loss is computed from outputs that were rounded to fp32, unless the default dtype was
-# changed as well; differences of gradients below 1e-7 are noise.
+# changed as well.
 #
 # Seen, "bf16-true": a target of 257 in a dictionary is 256 inside, a buffer too, an fp64 output is fp32 outside; "64-true":
 # weights fp64, output fp32, 1 + 1e-9 comes out as 1

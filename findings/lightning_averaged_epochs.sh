@@ -3,9 +3,8 @@
 #
 # With swa_epoch_start=3 of 6 epochs one expects the mean of the weights after epochs 3, 4, 5 and 6. The callback takes the
 # weights at the beginning of each of these epochs, so that it has those after 2, 3, 4 and 5. What epoch 6 trains is nowhere:
-# the average replaces the weights when the training ends. Epoch 2 was still at the schedule's own, larger rate. With
-# swa_epoch_start=6 the result is the model after epoch 5, not averaged with anything, and the epoch at the averaging rate was
-# for nothing.
+# the average replaces the weights when the training ends. Epoch 2 was still at the schedule's own rate. With swa_epoch_start=6
+# the result is the model after epoch 5, not averaged with anything, and the epoch at the averaging rate was for nothing.
 #
 # Seen, a weight that is -2, -4, -6, -8, -10, -12 after its 6 epochs: swa_epoch_start=3 gives -7 (one expects -9), 5 gives -9
 # (-11), 6 gives -10 (-12)
