@@ -42,6 +42,24 @@ def test_predicted_peaks_are_those_of_the_tensors_themselves(precision, recomput
         assert 0.98 * peak <= predicted[name] <= 1.05 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
 
 
+@pytest.mark.parametrize("schedule", ["zb", "zbv"])
+def test_a_decoders_deferred_weight_gradients_keep_what_is_planned(schedule: str) -> None:
+    """The gradient of a layer's input was taken off what the layer keeps, where it is freed: 0.4 to 1.2% too little."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=2
+    )
+    config.use_cache = False
+    decoder, ids = transformers.AutoModelForCausalLM.from_config(config), torch.randint(0, 512, (8, 128))
+    settings = {"precision": "fp16", "recompute": False, "schedule": schedule, "microbatches": 4}
+    with ModelParallelTrainer(decoder, ["cpu:0", "cpu:1"], **settings) as trainer:
+        measured = measured_peaks(trainer, (ids, ids.roll(1, 1)))
+        predicted = dict(zip(trainer.plan.devices, trainer.plan.predicted.peak_bytes))
+    for name, peak in measured.items():
+        assert peak <= predicted[name] <= 1.05 * peak, f"{name}: predicted {predicted[name]}, measured {peak}"
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_tied_parameter_is_planned_once(stages):
     tied = nn.Sequential(nn.Embedding(4096, 16), nn.Linear(16, 16), nn.Linear(16, 4096, bias=False))

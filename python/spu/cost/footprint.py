@@ -193,9 +193,10 @@ class Footprint:
         """Run a backward that defers weight gradients."""
         deferred: list[Callable[[], None]] = []
         x = following(self.x)
-        inputs, base, own = Tally(), self.tally.live, Traffic()
-        # The gradient of the input is still there, but belongs to the layer before: its output's gradient, or a wire.
-        passed_on = tensor_bytes([t for t in tensors_in(x) if t.requires_grad])
+        inputs, passed_on, base, own = Tally(), Tally(), self.tally.live, Traffic()
+        # Where a graph that is kept leads to the input, its gradient is still there, but belongs to the layer before:
+        # its output's gradient, or a wire.
+        _on_gradients(x, passed_on.add)
         tree_map_only(torch.Tensor, inputs.add, x)  # no loop: its variable would hold the last one
         with MemoryTracker(self.tally):
             out = self.form.run(self.layer, x)
@@ -210,10 +211,16 @@ class Footprint:
                 return _Split()
             finally:
                 del out, roots, x
-            left = max(self.tally.live - base - passed_on, 0)
+            left = max(self.tally.live - base - passed_on.live, 0)
             found = _Split(self.tally.peak - kept, left, inputs.live > 0, own.deferred_flops)
             deferred.clear()
         return found
+
+
+def _on_gradients(value: Any, call: Callable[[torch.Tensor], None]) -> None:
+    for tensor in tensors_in(value):
+        if tensor.requires_grad:
+            tensor.register_hook(call)
 
 
 class _Split(NamedTuple):
