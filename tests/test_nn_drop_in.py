@@ -345,6 +345,7 @@ def test_compiled_and_scripted_modules() -> None:
 
 def test_what_cannot_be_differentiated_is_refused() -> None:
     _, ours = twins("sequential")
+    spu.accelerate(ours, precision="bf16")
     x = torch.randn(3, WIDTH, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"linear_act has no second derivative.*spu\.restore\(model\)"):
         torch.autograd.grad(ours(x).sum(), x, create_graph=True)

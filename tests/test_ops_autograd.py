@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from op_calls import Ops
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import spu
 from spu.ops.sink import BackwardScope, open_scope
@@ -76,18 +75,6 @@ def test_a_scope_that_is_not_leaves_gradients_that_were_asked_for_to_who_asks() 
     (gradient,) = torch.autograd.grad(loss, [first])
     assert gradient.abs().sum() > 0
     assert all(parameter.grad is None for parameter in (first, *others))
-
-
-class Ops(TorchDispatchMode):
-    """Keeps the names of ops, those of backwards too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
 
 
 def every_kind() -> list[tuple[str, nn.Module, Tensor]]:
@@ -155,7 +142,7 @@ def test_several_backwards_add_up_whichever_weights_there_are(kind: str, precisi
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backward_computes_what_it_is_asked_for(kind: str) -> None:
     module, x = next((module, x) for name, module, x in every_kind() if name == kind)
-    ours, x = spu.accelerate(module), x.requires_grad_()
+    ours, x = spu.accelerate(module, precision="bf16"), x.requires_grad_()
     weights, loss = list(ours.parameters()), ours(x).square().mean()
     with Ops() as of_all:
         dx, *dws = torch.autograd.grad(loss, [x, *weights], retain_graph=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spu.common.torch_private import MODULE_HOOKS, has_global_module_hook
 from spu.nn.attention import register_attention
+from spu.nn.fp32 import PAIR, by_torch
 from spu.nn.linear import Linear, fused_linear, torch_linear
 from spu.nn.table import ACTIVATIONS, LIBRARIES, Block, GatedBlock, PairBlock, TransposedLinear
 from spu.ops import GATED_ACTIVATIONS
@@ -36,6 +37,9 @@ __all__ = [
     "unwatched",
     "watched_globally",
 ]
+
+
+_GATED = 1 << 24  # multiply-adds of a gate's product from which the whole block as one op pays in fp32
 
 
 def from_library(cls: type) -> bool:
@@ -116,7 +120,8 @@ class FusedGated(FusedBlock):
         if not fits or activation not in GATED_ACTIVATIONS or watched_globally():
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
         gate, up, down = (layer.weight for layer in layers)
-        if not (takes(x, gate, up, down) and x.dtype.is_floating_point and gate.dtype.is_floating_point):
+        fits = takes(x, gate, up, down) and x.dtype.is_floating_point and gate.dtype.is_floating_point
+        if not fits or by_torch(x, (gate, up, down), self.spu_dtype, x.numel() * gate.shape[0], _GATED):
             return self.spu_plain.forward(self, x)  # type: ignore[no-any-return]
         y = fused_gated_mlp(x, gate, up, down, str(activation), compute_dtype(x, self.spu_dtype))
         return y if self.spu_dtype is None else y.to(x.dtype)
@@ -136,6 +141,8 @@ def _run_mlp(first: nn.Module, activation: str, second: object, x: Tensor) -> Te
     if not takes(x, *parameters) or not all(t is None or t.dtype.is_floating_point for t in (x, *parameters)):
         return None
     w_in, b_in, w_out, b_out = parameters
+    if by_torch(x, parameters, dtype, 2 * x.numel() * w_in.shape[1 if transposed else 0], PAIR):
+        return None
     y = fused_mlp(x, w_in, b_in, w_out, b_out, activation, compute_dtype(x, dtype), transposed)
     return y if dtype is None else y.to(x.dtype)
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spu.nn.fp32 import by_torch
 from spu.ops import embedding
+from spu.ops.plain import takes
 
 __all__ = ["Embedding"]
 
@@ -29,4 +31,7 @@ class Embedding(nn.Embedding):
         else:  # TorchScript compiles the branch that it takes, and no more
             if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
                 return super().forward(input)
-            return embedding(input, self.weight, self.padding_idx)
+            weight = self.weight
+            if takes(input, weight) and by_torch(weight, (weight,), weight.dtype, 0, 1):
+                return F.embedding(input, weight, self.padding_idx)
+            return embedding(input, weight, self.padding_idx)

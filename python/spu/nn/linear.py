@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spu.nn.fp32 import NEVER, PAIR, by_torch
 from spu.ops import ACTIVATIONS
 from spu.ops.linear import fused_linear_act, torch_linear_act
 from spu.ops.plain import plain, takes
@@ -79,11 +80,15 @@ def fused_linear(module: nn.Module, x: Tensor, activation: str, transposed: bool
         transposed: the weight is [in, out].
 
     Returns:
-        None where torch's own ops must serve: for what ``ops.plain`` names, and complex and integer layers.
+        None where torch's own ops must serve: for what ``ops.plain`` names, and complex and integer layers. Where they
+        are faster (`spu.nn.fp32`), their result.
     """
     weight, bias, dtype = module.weight, module.bias, getattr(module, "spu_dtype", None)
     if not (takes(x, weight, bias) and x.dtype.is_floating_point and weight.dtype.is_floating_point):  # type: ignore
         return None
+    work = x.numel() * weight.shape[1 if transposed else 0]  # type: ignore[index, operator]
+    if by_torch(x, (weight, bias), dtype, work, NEVER if activation == "none" else PAIR):  # type: ignore[arg-type]
+        return torch_activation(F.linear(x, weight.t() if transposed else weight, bias), activation)  # type: ignore
     y = fused_linear_act(x, weight, bias, activation, dtype, transposed)  # type: ignore[arg-type]
     return y if dtype is None else y.to(x.dtype)
 

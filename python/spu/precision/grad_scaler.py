@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import OptState
 from spu.common import torch_private
 from spu.common.dtypes import HALVES
 from spu.ops import grad_sqnorm
+from spu.ops.adopters import will_adopt
 from spu.ops.sink import BackwardScope, GradSink, attach_sink, open_scope, sink_of
 from spu.optim.adamw import AdamW
 from spu.precision.parameter_sink import ParameterSink, unscale_grad
@@ -153,6 +154,8 @@ class GradScaler(torch.amp.GradScaler):
     def _prepare(self) -> None:
         self._root: BackwardScope | None = None
         self._root_of: tuple[Tensor, int] | None = None  # the scale that it was made for, and its version
+        if self._enabled:
+            will_adopt(self)
 
     def scale(self, outputs: Any) -> Any:
         """Return outputs * scale, as torch's; backwards from the result know the scale."""
