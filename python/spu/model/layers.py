@@ -169,7 +169,8 @@ def has_order(model: Any) -> bool:
     if not _is_hugging_face(model):
         return False
     # With neither, it is an encoder classifier.
-    return bool(getattr(model.config, "base_model_pp_plan", None)) or model.get_output_embeddings() is not None
+    planned = getattr(model.config, "base_model_pp_plan", None)
+    return bool(planned) or model.get_output_embeddings() is not None  # type: ignore[operator]
 
 
 def _has_own_forward(model: nn.Sequential) -> bool:
