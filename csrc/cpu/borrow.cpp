@@ -28,7 +28,7 @@ enum State : uint32_t { kOwn = 0, kLent = 1, kTaken = 2, kWanted = 3 };
 
 constexpr int64_t kMost = 64;           // threads of a process on others' cores: each is woken for each product
 constexpr int64_t kWaitNs = 5'000'000;  // for a piece's end; it takes a tenth of a millisecond
-constexpr int kSpins = 200, kAwake = 100000;
+constexpr int kTries = 200, kAwake = 100000;
 
 CoreWord* words[kMost];
 std::atomic<int64_t> borrowed{0};
@@ -53,7 +53,7 @@ void stay(CoreWord* word, uint32_t seen) {
   for (int i = 1; word->load(std::memory_order_relaxed) == kLent; ++i) {
     if (changes() != seen) return;
     pause_briefly();
-    if (i % kSpins == 0) sched_yield();  // its owner may be back
+    if (i % kTries == 0) sched_yield();  // its owner may be back
     if (i == kAwake) break;
   }
   sleep_until_change(seen);
@@ -80,10 +80,10 @@ void forget() {  // a forked process has none of the threads
   borrowed.store(0);
 }
 
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget);
+[[maybe_unused]] const int forgetting = pthread_atfork(nullptr, nullptr, forget);
 
 void take_back(CoreWord* word) {
-  for (int i = 0; i < kSpins; ++i) {
+  for (int i = 0; i < kTries; ++i) {
     if (change(word, kLent, kOwn) || word->load() == kOwn) return;
     change(word, kTaken, kWanted);
     pause_briefly();
