@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import spu
 from spu import ops
+from spu.ops import adopters
 from spu.precision.main_grads import MainGrads
 
 pytestmark = pytest.mark.skipif(not ops.backends()["cpu"].available, reason="spu._C is not built")
@@ -25,10 +27,15 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_other_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other tests may be alive."""
+    monkeypatch.setattr(adopters, "_ADOPTERS", weakref.WeakSet())
+
+
 @pytest.fixture(params=LAYERS)
 def twins(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Tensor]:
     """A layer, the same one accelerated, and an input."""
-    gc.collect()  # scalers of other tests
     torch.manual_seed(0)
     plain = LAYERS[request.param]()
     x = torch.randint(8, (4, 5)) if request.param == "embedding" else torch.randn(4, 5, 8)
@@ -79,7 +86,6 @@ def test_fused_ops_serve_what_needs_them(twins: tuple[nn.Module, nn.Module, Tens
 
 
 def test_large_work_is_fused() -> None:
-    gc.collect()
     x = torch.randn(512, 1024)
     assert "spu::mlp" in ours_of(spu.accelerate(nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 8))), x)
     wide = spu.accelerate(nn.Linear(1024, 1024))
@@ -96,7 +102,6 @@ def test_a_parametrized_weight_is_computed_once() -> None:
 
 
 def test_second_derivatives_are_torchs() -> None:
-    gc.collect()
     found = []
     for accelerated in (False, True):
         torch.manual_seed(0)
