@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-_GATED = 1 << 24  # multiply-adds of a gate's product from which the whole block as one op pays in fp32
+_GATED = 1 << 26  # multiply-adds of a gate's product from which the whole block as one op pays in fp32
 
 
 def from_library(cls: type) -> bool:
