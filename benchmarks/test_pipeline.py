@@ -24,6 +24,7 @@ from typing import Any
 import pipeline_model as lm
 import pytest
 from goals import GOALS
+from host_side import HostSide
 from ports import free_port
 from torch import nn
 
@@ -198,9 +199,9 @@ def test_packing_beside_cpu_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = x[:, :64].contiguous(), y[:, :64].contiguous()
     with contextlib.ExitStack() as stack:
         trainers = []
-        for beside in (None, True):
+        for make in (side_for, HostSide):
             with monkeypatch.context() as patch:
-                patch.setattr(local, "side_for", lambda here, there, _, beside=beside: side_for(here, there, beside))
+                patch.setattr(local, "side_for", make)
                 trainers.append(stack.enter_context(make_trainer("fp32", 2, transfer="int8")))
                 trainers[-1].prepare(x, y)
         took = [[trainer.step(x, y).seconds for trainer in trainers] for _ in range(ROUNDS + 1)][1:]

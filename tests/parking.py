@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,16 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer
-from spu.memory.activations import ActivationStore, Counts
+from spu.memory.activations import ActivationStore, Counts, activation_regions
 from spu.memory.store import Store
 
 CPU = torch.device("cpu")
+
+
+def activations_in(
+    store: Store, sizes: Sequence[int], codec: str | None = None, device: torch.device = CPU
+) -> ActivationStore:
+    return ActivationStore(store, activation_regions(store, sizes), device, codec=codec)
 
 
 @contextlib.contextmanager
@@ -30,11 +36,10 @@ def parked(
     *,
     size: int = 1 << 14,
     count: int = 100,
-    **how: Any,
 ) -> Iterator[ActivationStore]:
     """The trainer, prepared, with its activations in a store; nothing is left in it at the end."""
     assert t._runner is not None
-    activations = ActivationStore.on(store, [size] * count, CPU, codec=codec, **how)
+    activations = activations_in(store, [size] * count, codec)
     for stage in t._runner.built.stages:
         stage.activations = activations
     try:

@@ -15,12 +15,13 @@ from functools import partial
 
 import pytest
 import torch
+from host_side import HostSide
 from torch import nn
 
 from spu import DeviceManager, ModelParallelTrainer, StageError, schedules
-from spu.engine import runner
+from spu.engine import local
 from spu.engine.channel import Aborted, Exchange
-from spu.engine.local import LocalEngine, Worker
+from spu.engine.local import Worker
 from spu.engine.stage import Stage
 from spu.model.layers import DrawKey
 from spu.precision import parameter_sink
@@ -80,10 +81,7 @@ def test_stages_run_side_by_side_in_the_schedules_order(schedule: str) -> None:
 
 def test_what_a_stage_waits_for_is_no_work_of_its(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that runs beside the stages' work is waited for before the action begins."""
-    engine = partial(LocalEngine, beside=True)
-    monkeypatch.setattr(
-        runner.Runner.__init__, "__kwdefaults__", runner.Runner.__init__.__kwdefaults__ | {"engine": engine}
-    )
+    monkeypatch.setattr(local, "side_for", HostSide)
     copy = Link._copy
 
     def slow(self: Link, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,12 @@ import pytest
 import torch
 from fake_store import FakeStore
 from numeric import assert_equal
-from parking import CPU, Fn, decoder, parked, results, token_loss, tokens
+from parking import Fn, activations_in, decoder, parked, results, token_loss, tokens
 from pipelines import WIDTH, batch, model_of, trainer
 from torch import nn
 
 from spu import StageError
 from spu.common.codecs import parked_bytes
-from spu.memory.activations import ActivationStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import aligned
 from spu.memory.slots import Homes, Ring
@@ -47,7 +46,7 @@ def test_the_ring_does_not_grow_and_reads_are_ahead() -> None:
 
 def test_reads_begin_before_they_are_needed() -> None:
     store = FakeStore()
-    activations = ActivationStore.on(store, [4096] * 8, CPU, slots=3)
+    activations = activations_in(store, [4096] * 8)
     places = [activations.park((1, index, 0), [torch.full((8,), float(index))], [True], 0) for index in range(6)]
     assert store.counts["read"] == 0
     for index, place in enumerate(places):
@@ -148,7 +147,7 @@ def test_shapes_that_depend_on_values_are_refused_where_they_change(keeps: Calla
 
 def test_what_cannot_be_packed_is_exact() -> None:
     """Infinite values, masks, wide dtypes, and tensors that a codec would not make smaller."""
-    activations = ActivationStore.on(FakeStore(), [1 << 17] * 8, CPU, codec="int8")
+    activations = activations_in(FakeStore(), [1 << 17] * 8, "int8")
     wide = torch.randn(64, 64)
     infinite = wide.clone()
     infinite[3, 4] = torch.inf
@@ -169,7 +168,7 @@ def test_what_cannot_be_packed_is_exact() -> None:
 
 def test_an_input_with_a_tensor_of_another_device_stays() -> None:
     """What a layer on a card had made on the host came back on the card."""
-    activations = ActivationStore.on(FakeStore(), [1 << 14], CPU)
+    activations = activations_in(FakeStore(), [1 << 14])
     own, other = torch.zeros(8), torch.zeros(4, device="meta")
     assert activations.park((0, 0, 0), [own, other], [True, True], 0) is None
     assert activations.counts.kept == 48
@@ -189,7 +188,7 @@ def test_shapes_strides_and_sizes(codec: str | None, dtype: torch.dtype) -> None
         base.permute(2, 0, 1)[::2],
     ):
         size = parked_bytes(tensor.numel(), tensor.element_size(), codec)
-        activations = ActivationStore.on(FakeStore(), [size], CPU, codec=codec)
+        activations = activations_in(FakeStore(), [size], codec)
         place = activations.park((0, 0, 0), [tensor], [False], 0)
         assert place is not None, "the region is as large as was said"
         assert activations.counts.stored <= aligned(size)
@@ -213,7 +212,7 @@ def test_an_input_of_several_tensors_has_room(codec: str | None) -> None:
     """Even where the values alone fill the region."""
     tensors = [torch.randn(numel) for numel in (3, 1, 5131, 1000, 7, 2)]
     assert sum(map(len, tensors)) * 4 == 6 * 4096
-    activations = ActivationStore.on(FakeStore(), [parked_bytes(6 * 1024, 4, codec)], CPU, codec=codec)
+    activations = activations_in(FakeStore(), [parked_bytes(6 * 1024, 4, codec)], codec)
     place = activations.park((0, 0, 0), tensors, [False] * 6, 0)
     assert place is not None
     assert [found.shape for found in place.tensors()] == [tensor.shape for tensor in tensors]
@@ -221,13 +220,11 @@ def test_an_input_of_several_tensors_has_room(codec: str | None) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="unknown codec 'int3'"):
-        ActivationStore.on(FakeStore(), [1], CPU, codec="int3")
-    with pytest.raises(ValueError, match="slots is 1"):
-        ActivationStore.on(FakeStore(), [1], CPU, slots=1)
+        activations_in(FakeStore(), [1], "int3")
     with pytest.raises(ValueError, match=r"cuda:0 wait in the host's memory: give a HostStore"):
-        ActivationStore.on(FakeStore(), [1], torch.device("cuda:0"))
+        activations_in(FakeStore(), [1], device=torch.device("cuda:0"))
     with pytest.raises(ValueError, match="got none"):
-        ActivationStore.on(FakeStore(), [], CPU)
+        activations_in(FakeStore(), [])
 
 
 class _Late:
@@ -263,7 +260,7 @@ def test_a_card_far_behind_its_host_holds_as_many_inputs_as_were_planned(monkeyp
     """Those of a whole step were in its memory: it was kept from use until the host had seen the ends of copies."""
     store, side, memory = HostStore(), _Late(), list[str]()
     monkeypatch.setattr("spu.memory.activations.side_for", lambda *_: side)
-    activations = ActivationStore.on(store, [4096] * 6, CPU)
+    activations = activations_in(store, [4096] * 6)
     assert isinstance(activations._way, Homes)
     alive: list[weakref.ref[Any]] = []
     places = []
@@ -290,7 +287,7 @@ def test_a_card_far_behind_its_host_holds_as_many_inputs_as_were_planned(monkeyp
 def test_memory_of_an_input_that_is_not_needed_is_used_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     store, side = HostStore(), _Late()
     monkeypatch.setattr("spu.memory.activations.side_for", lambda *_: side)
-    activations = ActivationStore.on(store, [4096] * 3, CPU)
+    activations = activations_in(store, [4096] * 3)
     first, *_ = [activations.park((1, index, 0), [torch.ones(8)], [True], 0) for index in range(3)]
     assert first is not None
     first.tensors()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_side import HostSide
 from numeric import assert_equal
 from pipelines import WIDTH, batch, model_of, trainer
 from torch import nn
@@ -18,7 +19,6 @@ from torch import nn
 from spu import ModelParallelTrainer, StageError, ops
 from spu.engine import local
 from spu.transfer import Link, side_for
-from spu.transfer.side import HostSide
 
 CPU = torch.device("cpu")
 
@@ -177,7 +177,7 @@ def test_a_copy_from_the_host_does_not_wait_for_what_the_card_has_queued(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "current"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    side = side_for(torch.device(source), torch.device(target), None)
+    side = side_for(torch.device(source), torch.device(target))
     assert side is not None
     side.start(lambda: (), ())
     assert log == waits
@@ -208,7 +208,7 @@ def test_a_side_leaves_no_trace_on_the_threads_own_device(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(log, "current"))
     monkeypatch.setattr(torch.cuda, "stream", enters)
     monkeypatch.setattr(torch.cuda, "device", enters)
-    side = side_for(torch.device(source), torch.device(target), None)
+    side = side_for(torch.device(source), torch.device(target))
     assert side is not None
     side.start(lambda: (), ())
     assert found == entered
@@ -247,7 +247,7 @@ def _two_cards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_streams_wait_both_ways_and_memory_is_kept_until_both_have_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
     log = _two_cards(monkeypatch)
-    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"), None)
+    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"))
     assert side is not None
 
     def task() -> list[torch.Tensor]:
@@ -270,7 +270,7 @@ def test_what_a_card_sends_is_in_memory_until_its_computations_wait_for_the_copy
 ) -> None:
     """Most messages of a step were there: what a side had used was free when the host had seen its end."""
     log = _two_cards(monkeypatch)
-    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"), None)
+    side = side_for(torch.device("cuda:0"), torch.device("cuda:1"))
     assert side is not None
     alive: list[weakref.ref[Any]] = []
     for _ in range(5):
@@ -311,9 +311,7 @@ def test_a_card_reads_no_memory_of_the_callers_after_the_step(monkeypatch: pytes
     make = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory: make(tensor))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)  # later, as the card does
-    side = side_for(CPU, CPU, True)
-    assert side is not None
-    link = Link(torch.device("cuda:0"), None, side)
+    link = Link(torch.device("cuda:0"), None, HostSide())
     batch = torch.ones(4).as_subclass(_PageLocked)
     message = link.send(batch)
     arrived = message.arrive(CPU)
@@ -322,19 +320,16 @@ def test_a_card_reads_no_memory_of_the_callers_after_the_step(monkeypatch: pytes
     link.close()
 
 
-def test_between_cpus_the_sender_packs_by_itself() -> None:
-    assert side_for(CPU, CPU, None) is None
-    assert side_for(CPU, CPU, False) is None
-    side = side_for(CPU, CPU, True)
-    assert isinstance(side, HostSide)
-    side.close()
+def test_between_cpus_and_within_a_card_the_sender_packs_by_itself() -> None:
+    assert side_for(CPU, CPU) is None
+    assert side_for(torch.device("cuda:0"), torch.device("cuda:0")) is None
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb"])
 def test_a_pipeline_with_sides_trains_to_the_same_bits(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
-    for beside in (None, True):
-        monkeypatch.setattr(local, "side_for", lambda here, there, _, beside=beside: side_for(here, there, beside))
+    for make in (side_for, HostSide):
+        monkeypatch.setattr(local, "side_for", make)
         torch.manual_seed(0)
         layers = [nn.Linear(8, 8) for _ in range(4)]
         x, y = torch.randn(8, 8), torch.randint(8, (8,))

@@ -77,9 +77,8 @@ class LocalEngine:
         stages: in pipeline order.
         ranks: the rank of each stage, by default one each; stages of one rank are on one device.
         codecs: how tensors are packed over each boundary, None or "none" for not at all; one name for all. Between two
-            stages of one rank nothing is packed or copied.
-        beside: packing and copying run beside the stages' work: None: if a GPU is at one end of a link; True or False
-            for all links between two ranks. See `spu.transfer.side`.
+            stages of one rank nothing is packed or copied. Beside a GPU, both run beside the stages' work
+            (`spu.transfer.side`).
         backend: a forced kernel backend, or None for automatic choice; handed to the workers here because context
             variables do not reach other threads.
     """
@@ -90,7 +89,6 @@ class LocalEngine:
         ranks: Sequence[int] | None = None,
         *,
         codecs: Sequence[str | None] | str | None = None,
-        beside: bool | None = None,
         backend: str | None = None,
     ) -> None:
         self.stages = list(stages)
@@ -111,9 +109,9 @@ class LocalEngine:
             same = self.ranks[before] == self.ranks[before + 1]
             packed = None if codec == "none" or same else codec
             here, there = (self.stages[s].device.torch_device for s in (before, before + 1))
-            side = None if same else side_for(here, there, beside)
-            self._forward_links.append(Link(there, packed, side, activations=True))
-            self._backward_links.append(Link(here, packed, None if same else side_for(there, here, beside)))
+            sides = (None, None) if same else (side_for(here, there), side_for(there, here))
+            self._forward_links.append(Link(there, packed, sides[0], activations=True))
+            self._backward_links.append(Link(here, packed, sides[1]))
         self._sends: list[list[Link]] = [[] for _ in self._workers]  # of each rank
         for before, (forward, backward) in enumerate(zip(self._forward_links, self._backward_links)):
             self._sends[self.ranks[before]].append(forward)

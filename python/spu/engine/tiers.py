@@ -19,11 +19,11 @@ from spu.engine.build import BuiltStages
 from spu.engine.hosted import host_updated, in_turn, pinning_for
 from spu.engine.stage import Stage
 from spu.engine.streaming import Share, Streaming, streaming_units
-from spu.memory.activations import ActivationStore
+from spu.memory.activations import ActivationStore, activation_regions
 from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
-from spu.memory.slab import Slab, aligned
+from spu.memory.slab import Slab
 from spu.memory.spill import spilled
 from spu.memory.store import Region, Store
 from spu.memory.streamed import Streamed
@@ -250,7 +250,7 @@ def _laid_out(
     units, _ = allocated(units, store)
     if inputs:
         memory = HostStore(pinning_for(stages[0].device.torch_device))
-        _park(stages, memory, _regions(memory, inputs), activations)
+        _park(stages, memory, activation_regions(memory, inputs), activations)
     return units
 
 
@@ -276,7 +276,7 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
             device = built.stages[rank].device.torch_device
             folder = tiers.disk if device.type == "cpu" else None
             stores.append(HostStore(pinning_for(device)) if folder is None else DiskStore(folder))
-            regions.append(_regions(stores[-1], [size for own in sizes[rank::count] for size in own]))
+            regions.append(activation_regions(stores[-1], [size for own in sizes[rank::count] for size in own]))
     except BaseException:
         for store in stores:
             store.close()
@@ -286,12 +286,6 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
     for rank, (store, found) in enumerate(zip(stores, regions)):
         _park(built.stages[rank::count], store, found, how.activations)
     streaming.park_in(stores)
-
-
-def _regions(store: Store, sizes: Sequence[int]) -> list[tuple[Region, int]]:
-    """Return new regions of a store for inputs of layers, with their bytes."""
-    sizes = [aligned(size) for size in sizes]
-    return list(zip(store.allocate([f"activation {k}" for k in range(len(sizes))], sizes), sizes, strict=True))
 
 
 def _park(

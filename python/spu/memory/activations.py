@@ -16,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,9 @@ from spu.memory.slots import Homes, Piece, Record, Ring, Way
 from spu.memory.store import Region, Store
 from spu.transfer.side import side_for
 
-__all__ = ["ActivationStore", "Counts", "Place"]
+__all__ = ["ActivationStore", "Counts", "Place", "activation_regions"]
+
+_SLOTS = 3  # inputs that are on their way between a CPU and a store at one time
 
 Place = tuple[int, int, int]
 """Whose input it is: the stage's index, the microbatch's number, the layer's position in the stage."""
@@ -53,6 +54,20 @@ class Counts:
     kept: int = 0
 
 
+def activation_regions(store: Store, sizes: Sequence[int]) -> list[tuple[Region, int]]:
+    """Return regions of a store in which nothing is allocated yet, each with its bytes, for inputs of layers.
+
+    Args:
+        store: the tier.
+        sizes: bytes of the regions, of any size; see `spu.common.codecs.parked_bytes`.
+
+    Raises:
+        StoreError: there is no room for them.
+    """
+    sizes = [aligned(size) for size in sizes]
+    return list(zip(store.allocate([f"activation {k}" for k in range(len(sizes))], sizes), sizes, strict=True))
+
+
 class ActivationStore:
     """Holds the inputs of recomputed layers in a tier below, and brings them back in the order of the backward.
 
@@ -66,8 +81,6 @@ class ActivationStore:
         device: where the stages compute.
         codec: what packs values that need a gradient; None: they come back bit for bit. What needs none, what is
             smaller as it is, and (on a CPU, where it is known) what would not be finite, is never packed.
-        slots: of a CPU: how many inputs are on their way at one time.
-        beside: copies run beside the device's work: None: if it is a GPU; see `spu.transfer.side_for`.
 
     Attributes:
         counts: what it has done so far.
@@ -76,7 +89,7 @@ class ActivationStore:
         region_bytes: bytes of all regions.
 
     Raises:
-        ValueError: an unknown codec, fewer than two slots, no region, or a GPU above anything but the host's memory.
+        ValueError: an unknown codec, no region, or a GPU above anything but the host's memory.
     """
 
     def __init__(
@@ -86,13 +99,9 @@ class ActivationStore:
         device: torch.device,
         *,
         codec: str | None = None,
-        slots: int = 3,
-        beside: bool | None = None,
     ) -> None:
         if codec is not None:
             codec_of(codec)
-        if slots < 2:
-            raise ValueError(f"slots is {slots}: at least 2 are needed, one that is read while the other is used")
         if not regions:
             raise ValueError("an ActivationStore needs a region for every stage and microbatch, got none")
         self.counts = Counts()
@@ -101,34 +110,15 @@ class ActivationStore:
         self._free = sorted((size, region) for region, size in regions)
         self._way: Way
         if isinstance(store, HostStore):
-            self._way = Homes(store, device, side_for(device, torch.device("cpu"), beside))
+            self._way = Homes(store, device, side_for(device, torch.device("cpu")))
         elif device.type == "cpu":
-            self._way = Ring(store, slots, self._free[-1][0])
+            self._way = Ring(store, _SLOTS, self._free[-1][0])
         else:
             raise ValueError(f"activations of {device} wait in the host's memory: give a HostStore, not {store!r}")
         self.slot_bytes = self._way.size_bytes
         self.region_bytes = sum(size for _, size in regions)
         self._records: dict[Place, Record] = {}
         self._order: list[tuple[int, int, int]] = []  # of `_turn`
-
-    @classmethod
-    def on(
-        cls, store: Store, sizes: Sequence[int], device: torch.device, *, codec: str | None = None, **how: Any
-    ) -> ActivationStore:
-        """Return one with regions of its own.
-
-        Args:
-            store: one in which nothing is allocated yet.
-            sizes: bytes of the regions, of any size; see `spu.common.codecs.parked_bytes`.
-            device, codec, how: as for the class.
-
-        Raises:
-            StoreError: there is no room for them.
-            ValueError: as for the class.
-        """
-        sizes = [aligned(size) for size in sizes]
-        found = store.allocate([f"activation {index}" for index in range(len(sizes))], sizes)
-        return cls(store, list(zip(found, sizes, strict=True)), device, codec=codec, **how)
 
     def park(
         self, place: Place, tensors: Sequence[Tensor], exact: Sequence[bool], staying_bytes: int

@@ -1,24 +1,22 @@
-"""Packing and copying beside the stages' own work: on a side stream of a GPU, or in a thread of the host.
+"""Packing and copying beside the stages' own work, on a side stream of a GPU.
 
 A GPU computes on its current stream. The copy runs on a stream of its own, which waits for the work enqueued so far on
 the current one; the receiver waits for the event at its end. Neither worker waits in between. On a CPU the cores belong
-to the stages, so a thread beside them only takes turns with them: it exists for tests, and to measure just that.
+to the stages: a thread beside them would only take turns with them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 
 from spu.common.torch_private import pytree
 
-__all__ = ["GpuSide", "HostSide", "Side", "Ticket", "side_for"]
+__all__ = ["GpuSide", "Side", "Ticket", "side_for"]
 
 
 class Ticket(Protocol):
@@ -124,45 +122,9 @@ class GpuSide:
         pass
 
 
-class _HostTicket:
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
-
-    def arrive(self, target: torch.device) -> Any:
-        return self._future.result()
-
-
-class HostSide:
-    """A thread of the host; a forked process starts its own."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._process = os.getpid()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="spu link")
-
-    def start(self, task: Callable[[], Any], given: Any) -> Ticket:
-        if self._process != os.getpid():
-            self._begin()
-        return _HostTicket(self._pool.submit(task))
-
-    def settle(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def side_for(source: torch.device, target: torch.device, beside: bool | None) -> Side | None:
-    """Return the side of a link from ``source`` to ``target``; None if the sender itself copies.
-
-    Args:
-        beside: None: if a GPU is at one end; True: always; False: never.
+def side_for(source: torch.device, target: torch.device) -> Side | None:
+    """Return the side of a link from ``source`` to ``target``; None where the sender itself copies: between CPUs, and
+    within a device.
     """
-    if beside is False or (source == target and beside is None):
-        return None
     gpus = [end for end in (source, target) if end.type == "cuda"]
-    if gpus:
-        return GpuSide(gpus, computed=source.type == "cuda")
-    return HostSide() if beside else None
+    return GpuSide(gpus, computed=source.type == "cuda") if gpus and source != target else None
