@@ -20,8 +20,9 @@ from goals import GOALS
 from spu import DeviceManager, ModelParallelTrainer
 from spu.common.codecs import parked_bytes
 from spu.engine.counted import counted_bytes
-from spu.memory.activations import ActivationStore, activation_regions
+from spu.memory.activations import ActivationStore
 from spu.memory.disk_store import DiskStore
+from spu.memory.unit import allocated
 
 ROUNDS = 5
 BLOCKS, LENGTH = lm.LAYERS // 2, lm.LENGTH // 2
@@ -50,9 +51,8 @@ class Run:
             codec = None if mode == "exact" else mode
             each = parked_bytes(BOUNDARY_BYTES // 4, 4, codec)
             sizes = [each] * (len(layers) - 2) * lm.MICROBATCHES
-            self.activations = ActivationStore(
-                self.store, activation_regions(self.store, sizes), torch.device("cpu"), codec=codec
-            )
+            _, regions = allocated({}, self.store, sizes)
+            self.activations = ActivationStore(self.store, regions, torch.device("cpu"), codec=codec)
             for stage in self.runner.built.stages:
                 stage.activations = self.activations
 

@@ -16,8 +16,9 @@ from torch import nn
 
 import spu
 from spu import ModelParallelTrainer
-from spu.memory.activations import ActivationStore, Counts, activation_regions
+from spu.memory.activations import ActivationStore, Counts
 from spu.memory.store import Store
+from spu.memory.unit import allocated
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 def activations_in(
     store: Store, sizes: Sequence[int], codec: str | None = None, device: torch.device = CPU
 ) -> ActivationStore:
-    return ActivationStore(store, activation_regions(store, sizes), device, codec=codec)
+    return ActivationStore(store, allocated({}, store, sizes)[1], device, codec=codec)
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ class Gate:
     def __init__(self) -> None:
         self.open, self.entered, self.log = threading.Event(), threading.Event(), list[str]()
 
-    def work(self, name: str) -> Callable[[int, int], None]:
-        def run(thread: int, piece: int) -> None:
+    def work(self, name: str) -> Callable[[int], None]:
+        def run(piece: int) -> None:
             self.entered.set()
             assert self.open.wait(20)
             self.log.append(f"{name}{piece}")
@@ -53,20 +53,20 @@ def test_reads_in_order_writes_in_order_and_these_in_turns() -> None:
 def test_two_threads_work_on_one_request() -> None:
     meet = threading.Barrier(2)
     threads = IOThreads("store", 2)
-    threads.submit(lambda thread, piece: meet.wait(20) and None, 2).wait()
+    threads.submit(lambda piece: meet.wait(20) and None, 2).wait()
     threads.close()
 
 
 def test_a_request_of_nothing_is_done() -> None:
     threads = IOThreads("store", 1)
-    threads.submit(lambda thread, piece: None, 0).wait()
+    threads.submit(lambda piece: None, 0).wait()
     threads.close()
 
 
 def test_a_failure_is_told_at_wait_and_stops_what_is_queued_and_what_comes() -> None:
     gate, threads = Gate(), IOThreads("store", 1)
 
-    def fail(thread: int, piece: int) -> None:
+    def fail(piece: int) -> None:
         gate.entered.set()
         assert gate.open.wait(20)
         raise StoreError("no disk")
@@ -88,7 +88,7 @@ def test_a_failure_is_told_at_wait_and_stops_what_is_queued_and_what_comes() -> 
 
 def test_any_exception_in_a_thread_is_a_store_error_at_wait() -> None:
     threads = IOThreads("the disk", 1)
-    request = threads.submit(lambda thread, piece: 1 / piece and None, 1)
+    request = threads.submit(lambda piece: 1 / piece and None, 1)
     with pytest.raises(StoreError, match="the disk: ZeroDivisionError"):
         request.wait()
     threads.close()
@@ -98,7 +98,7 @@ def test_close_finishes_what_is_queued_and_refuses_what_comes() -> None:
     done: list[int] = []
     threads = IOThreads("store", 1)
 
-    def run(thread: int, piece: int) -> None:
+    def run(piece: int) -> None:
         time.sleep(0.01)
         done.append(piece)
 
@@ -143,7 +143,7 @@ def test_what_a_request_holds_is_let_go_when_it_is_done() -> None:
             self.gone.set()
 
     held, threads = Held(), IOThreads("store", 1)
-    request = threads.submit(lambda thread, piece, held=held: None, 1)
+    request = threads.submit(lambda piece, held=held: None, 1)
     del held
     request.wait()
     assert Held.gone.wait(20)
@@ -191,7 +191,7 @@ def test_the_program_ends_with_requests_in_flight(end: str) -> None:
         "import os, time\n"
         "from spu.memory.io_threads import IOThreads\n"
         "threads = IOThreads('store', 2)\n"
-        "threads.submit(lambda thread, piece: time.sleep(0.05), 100_000)\n"
+        "threads.submit(lambda piece: time.sleep(0.05), 100_000)\n"
         f"{end}\n"
     )
     start = time.monotonic()

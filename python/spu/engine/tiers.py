@@ -19,7 +19,7 @@ from spu.engine.build import BuiltStages
 from spu.engine.hosted import host_updated, in_turn, pinning_for
 from spu.engine.stage import Stage
 from spu.engine.streaming import Share, Streaming, streaming_units
-from spu.memory.activations import ActivationStore, activation_regions
+from spu.memory.activations import ActivationStore
 from spu.memory.device_store import DeviceStore
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
@@ -250,7 +250,7 @@ def _laid_out(
     units, _ = allocated(units, store)
     if inputs:
         memory = HostStore(pinning_for(stages[0].device.torch_device))
-        _park(stages, memory, activation_regions(memory, inputs), activations)
+        _park(stages, memory, allocated({}, memory, inputs)[1], activations)
     return units
 
 
@@ -276,7 +276,8 @@ def park_again(plan: Plan, tiers: Tiers, built: BuiltStages, streaming: Streamin
             device = built.stages[rank].device.torch_device
             folder = tiers.disk if device.type == "cpu" else None
             stores.append(HostStore(pinning_for(device)) if folder is None else DiskStore(folder))
-            regions.append(activation_regions(stores[-1], [size for own in sizes[rank::count] for size in own]))
+            inputs = [size for own in sizes[rank::count] for size in own]
+            regions.append(allocated({}, stores[-1], inputs)[1])
     except BaseException:
         for store in stores:
             store.close()

@@ -30,7 +30,7 @@ from spu.memory.slots import Homes, Piece, Record, Ring, Way
 from spu.memory.store import Region, Store
 from spu.transfer.side import side_for
 
-__all__ = ["ActivationStore", "Counts", "Place", "activation_regions"]
+__all__ = ["ActivationStore", "Counts", "Place"]
 
 _SLOTS = 3  # inputs that are on their way between a CPU and a store at one time
 
@@ -54,20 +54,6 @@ class Counts:
     kept: int = 0
 
 
-def activation_regions(store: Store, sizes: Sequence[int]) -> list[tuple[Region, int]]:
-    """Return regions of a store in which nothing is allocated yet, each with its bytes, for inputs of layers.
-
-    Args:
-        store: the tier.
-        sizes: bytes of the regions, of any size; see `spu.common.codecs.parked_bytes`.
-
-    Raises:
-        StoreError: there is no room for them.
-    """
-    sizes = [aligned(size) for size in sizes]
-    return list(zip(store.allocate([f"activation {k}" for k in range(len(sizes))], sizes), sizes, strict=True))
-
-
 class ActivationStore:
     """Holds the inputs of recomputed layers in a tier below, and brings them back in the order of the backward.
 
@@ -77,7 +63,8 @@ class ActivationStore:
 
     Args:
         store: the tier.
-        regions: of the store, each with its bytes; one is needed for every layer's input of every microbatch.
+        regions: of the store, each with its bytes (`spu.memory.unit.allocated`); one is needed for every layer's input
+            of every microbatch.
         device: where the stages compute.
         codec: what packs values that need a gradient; None: they come back bit for bit. What needs none, what is
             smaller as it is, and (on a CPU, where it is known) what would not be finite, is never packed.

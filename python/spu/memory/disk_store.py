@@ -26,6 +26,9 @@ __all__ = ["PIECE_BYTES", "DiskStore"]
 PIECE_BYTES = 8 << 20
 """Bytes of a transfer, and of what one checksum covers."""
 
+# That transfer at once. Two keep a disk busy; a third does while one waits for the interpreter's lock.
+_THREADS = 3
+
 # Frees the blocks of the file under a mapping; elsewhere than on Linux they stay until the mapping ends.
 _REMOVE = getattr(mmap, "MADV_REMOVE", mmap.MADV_DONTNEED)
 
@@ -39,7 +42,6 @@ class DiskStore:
     Args:
         folder: where the file is made; it must exist.
         limit_bytes: the most that the file may take; None for what is free.
-        threads: that transfer at once. Two keep a disk busy; a third does while one waits for the interpreter's lock.
         direct: False uses the page cache though direct I/O may be possible.
 
     Attributes:
@@ -47,14 +49,11 @@ class DiskStore:
         note: why they do not; "" otherwise.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], limit_bytes: int | None = None, *, threads: int = 3, direct: bool = True
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], limit_bytes: int | None = None, *, direct: bool = True) -> None:
         self.folder = Path(folder)
         self.direct = False
         self.note = ""
         self._limit = limit_bytes
-        self._thread_count = threads
         self._ask_direct = direct
         self._pid = os.getpid()
         self._closed = False
@@ -80,7 +79,7 @@ class DiskStore:
             )
         file = DiskFile(self.folder, layout.size, direct=self._ask_direct)
         self.direct, self.note = file.direct, file.note
-        self._parts = _Parts(layout, file, self._thread_count)
+        self._parts = _Parts(layout, file)
         return list(range(len(layout.sizes)))
 
     def read(self, region: Region, into: Tensor) -> Request:
@@ -98,8 +97,8 @@ class DiskStore:
             raise ValueError(f"{parts.layout.names[region]} may be changed at its home; call hidden() first")
         data: Bytes = tensor.detach().numpy()
 
-        def run(thread: int, piece: int) -> None:
-            work(parts, thread, region, piece, data)
+        def run(piece: int) -> None:
+            work(parts, region, piece, data)
 
         return parts.threads.submit(run, -(-len(data) // PIECE_BYTES), write=write)
 
@@ -179,7 +178,7 @@ class DiskStore:
 class _Parts:
     """What a store has once its regions are known, and what a thread does with one piece of one of them."""
 
-    def __init__(self, layout: Layout, file: DiskFile, threads: int) -> None:
+    def __init__(self, layout: Layout, file: DiskFile) -> None:
         self.layout = layout
         self.file = file
         counts = [-(-size // PIECE_BYTES) for size in layout.sizes]
@@ -189,7 +188,7 @@ class _Parts:
         self.bounce = Slab(largest)  # one for all threads: it is for the ends of short transfers, and for `take_all`
         self._bounce: Bytes = self.bounce.view(0, largest).numpy()
         self._bounce_free = threading.Lock()
-        self.threads = IOThreads(str(file.folder), threads)
+        self.threads = IOThreads(str(file.folder), _THREADS)
 
     def _place(self, region: Region, piece: int) -> tuple[int, int, int]:
         """Return the number of a region's piece among all, its place in the file and its bytes."""
@@ -197,7 +196,7 @@ class _Parts:
         size = min(PIECE_BYTES, self.layout.sizes[region] - at)
         return self._first_piece[region] + piece, self.layout.starts[region] + at, size
 
-    def read_piece(self, thread: int, region: Region, piece: int, data: Bytes) -> None:
+    def read_piece(self, region: Region, piece: int, data: Bytes) -> None:
         number, at, size = self._place(region, piece)
         wanted = data[piece * PIECE_BYTES :][:size]
         if not self._sums.written(number):
@@ -210,7 +209,7 @@ class _Parts:
                 self._get(region, number, at, whole)
                 wanted[:] = whole[: len(wanted)]
 
-    def write_piece(self, thread: int, region: Region, piece: int, data: Bytes) -> None:
+    def write_piece(self, region: Region, piece: int, data: Bytes) -> None:
         number, at, size = self._place(region, piece)
         given = data[piece * PIECE_BYTES :][:size]
         if len(given) == size:
@@ -248,7 +247,7 @@ class _Parts:
     def take_all(self, region: Region) -> Request:
         """Start to take checksums of what the file holds now."""
 
-        def run(thread: int, piece: int) -> None:
+        def run(piece: int) -> None:
             number, at, size = self._place(region, piece)
             with self._bounce_free:
                 self._sums.set(number, self._load(region, at, self._bounce[:size]))
@@ -263,4 +262,4 @@ class _Parts:
         )
 
 
-_PieceWork = Callable[[_Parts, int, Region, int, Bytes], None]
+_PieceWork = Callable[[_Parts, Region, int, Bytes], None]

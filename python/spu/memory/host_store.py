@@ -70,12 +70,10 @@ class HostStore:
         layout, slab, threads = self._open()
         layout.check(region, tensor)
         size = tensor.numel()
-        if size == 0:
-            return threads.submit(_nothing, 0)
         here = slab.view(layout.starts[region], size)
         source, target = (tensor, here) if write else (here, tensor)
 
-        def run(thread: int, piece: int) -> None:
+        def run(piece: int) -> None:
             # Not Tensor.copy_: it would wake a team of threads of its own for every copying thread.
             at = piece * PIECE_BYTES
             ctypes.memmove(target.data_ptr() + at, source.data_ptr() + at, min(PIECE_BYTES, size - at))
@@ -116,7 +114,3 @@ class HostStore:
         threads = getattr(self, "_threads", None)
         if threads is not None:  # the slab goes when the last copy is done
             threads.release()
-
-
-def _nothing(thread: int, piece: int) -> None:
-    """Do nothing: the only piece of an empty request."""

@@ -23,14 +23,14 @@ class Request:
     """A ticket: pieces 0, 1, ... of one read or write.
 
     Args:
-        run: does piece k on thread t when called with (t, k). It raises what goes wrong, as a `StoreError`.
+        run: does piece k when called with k. It raises what goes wrong, as a `StoreError`.
         pieces: how many.
     """
 
     __slots__ = ("_done", "_failure", "_next", "_open", "_pid", "_pieces", "_run")
 
-    def __init__(self, run: Callable[[int, int], None], pieces: int) -> None:
-        self._run: Callable[[int, int], None] | None = run
+    def __init__(self, run: Callable[[int], None], pieces: int) -> None:
+        self._run: Callable[[int], None] | None = run
         self._pieces = pieces
         self._next = 0  # pieces that a thread has taken
         self._open = pieces  # pieces that are not done
@@ -88,9 +88,7 @@ class IOThreads:
         self._failure = ""
         self._stopping = False
         self._changed = threading.Condition()
-        self._threads = [
-            threading.Thread(target=self._work, args=(k,), name=f"spu-io-{k}", daemon=True) for k in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._work, name=f"spu-io-{k}", daemon=True) for k in range(threads)]
         for thread in self._threads:
             thread.start()
         _RUNNING.add(self)
@@ -106,7 +104,7 @@ class IOThreads:
         if self._stopping:
             raise StoreError(f"{self._name} is closed")
 
-    def submit(self, run: Callable[[int, int], None], pieces: int, *, write: bool = False) -> Request:
+    def submit(self, run: Callable[[int], None], pieces: int, *, write: bool = False) -> Request:
         """Queue a request and return it; ``run`` and ``pieces`` are those of `Request`."""
         self.check()
         request = Request(run, pieces)
@@ -131,7 +129,7 @@ class IOThreads:
             queue.popleft()
         return request, piece
 
-    def _work(self, thread: int) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while (taken := self._take()) is None:
@@ -142,7 +140,7 @@ class IOThreads:
             run, failure = request._run, ""
             assert run is not None
             try:
-                run(thread, piece)
+                run(piece)
             except BaseException as error:
                 failure = str(error) if isinstance(error, StoreError) else f"{self._name}: {error!r}"
             with self._changed:

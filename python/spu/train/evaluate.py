@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
+from spu.engine.microbatch import count_targets
 from spu.train.config import TrainConfig
 
 __all__ = ["count", "curve_windows", "is_eval_step", "mean_over_targets", "perplexity"]
 
-IGNORED = -100  # a target without a loss
 _LARGEST = 700.0  # nats; exp of more is no double
 
 
 def count(targets: torch.Tensor) -> int:
     """Return how many targets have a loss."""
-    return int((targets != IGNORED).sum())
+    return int(count_targets(targets))
 
 
 def mean_over_targets(

@@ -10,6 +10,7 @@ from typing import Any
 
 from spu.checkpoint import writing
 from spu.checkpoint.copies import keep_copy
+from spu.common.units import format_bytes
 from spu.train.metrics import MetricsFile, validation_rows
 from spu.train.run_folder import RunFolder
 from spu.trainer.trainer import ModelParallelTrainer
@@ -133,11 +134,7 @@ def disk_line(folder: RunFolder, trained: int, parameters: int, *, keep: int, be
     kept = keep + best
     need, free = (kept + 1) * one + 4 * parameters, shutil.disk_usage(folder.path).free
     kept_ones = (
-        f"{kept} checkpoint{'s' if kept > 1 else ''} of {_size(one)}, another while it is written, and the model"
+        f"{kept} checkpoint{'s' if kept > 1 else ''} of {format_bytes(one)}, another while it is written, and the model"
     )
-    line = f"disk: up to {_size(need)} in {folder.path}: {kept_ones}; {_size(free)} are free"
+    line = f"disk: up to {format_bytes(need)} in {folder.path}: {kept_ones}; {format_bytes(free)} are free"
     return line if free > need else f"{line}: make room, or give a smaller --keep or another --out"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
