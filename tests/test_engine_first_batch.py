@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SMALL
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
 from spu import ModelParallelTrainer  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 IDS = torch.randint(64, (8, 9), generator=torch.Generator().manual_seed(0))
 
 

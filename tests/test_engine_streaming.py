@@ -17,6 +17,7 @@ from torch import nn
 from spu import ModelParallelTrainer
 from spu.engine.engine import StageError
 from spu.memory.store import StoreError
+from spu.memory.streams import HostStreams
 
 
 @pytest.mark.parametrize(
@@ -100,10 +101,12 @@ def test_between_steps_reading_gives_nan_and_writing_raises(reference: None, mon
     assert not any(module._state_dict_pre_hooks for module in own.modules())
 
 
-def test_a_skipped_step_changes_and_moves_nothing(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streams", [None, HostStreams()], ids=["alone", "beside a device"])
+def test_a_skipped_step_changes_and_moves_nothing(
+    reference: None, monkeypatch: pytest.MonkeyPatch, streams: HostStreams | None
+) -> None:
     own, store = model(), Lazy()
-    trainer = make(monkeypatch, own, store, precision="fp16")
-    trainer.scaler = trainer.scaler
+    trainer = make(monkeypatch, own, store, precision="fp16", streams=streams)
     x, y = batches(1)[0]
     with torch.no_grad():
         own[1][0].weight.fill_(6e4)  # type: ignore[index]
@@ -111,24 +114,34 @@ def test_a_skipped_step_changes_and_moves_nothing(reference: None, monkeypatch: 
     assert trainer.step(x, y).skipped
     before = store.read_bytes, store.written_bytes
     trainer.flush()
-    assert (store.read_bytes, store.written_bytes) == before
+    assert streams is not None or (store.read_bytes, store.written_bytes) == before
     assert own[1][0].weight.eq(torch.tensor(6e4, dtype=torch.float16)).all()  # type: ignore[index]
     trainer.close()
 
 
-@pytest.mark.parametrize("after", [0, 5, 13, 21, 30, 38])
-def test_a_failing_store_stops_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    own, store = model(), Lazy()
-    trainer = make(monkeypatch, own, store, precision="fp32")
+FAILING: dict[str, tuple[int, dict[str, Any], list[int]]] = {
+    "alone": (1, {}, [0, 5, 13, 21, 30, 38]),
+    "beside a device": (1, {"streams": HostStreams()}, [0, 5, 13, 21, 34]),
+    "several": (2, {"devices": devices(2), "virtual": 3}, [0, 4, 9, 15]),
+}
+"""How many devices, their settings, and after how many transfers the last one's store fails."""
+
+
+@pytest.mark.parametrize(("how", "after"), [(how, after) for how in FAILING for after in FAILING[how][2]])
+def test_a_failing_store_stops_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, how: str, after: int) -> None:
+    count, settings, _ = FAILING[how]
+    own, stores = model(), [Lazy() for _ in range(count)]
+    trainer = make(monkeypatch, own, stores, precision="fp32", **settings)
     x, y = batches(1)[0]
     trainer.step(x, y)
-    store.fails_after = after
+    stores[-1].fails_after = after
     with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
-        for _ in range(3):
+        for _ in range(4):
             trainer.step(x, y)
     with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
         trainer.state_dict_for_model()
     trainer.close()
+    assert all(store.closed for store in stores)
 
 
 def test_an_optimizer_of_unknown_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,23 +209,25 @@ def test_a_checkpoint_goes_from_a_streamed_run_to_a_resident_one_and_back(
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("activations", ["keep", "exact"])
-def test_a_plan_that_streams_is_run_from_a_disk(
-    reference: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, activations: str
-) -> None:
+def test_a_plan_that_streams_is_run_from_a_disk(reference: None, tmp_path: Path, activations: str, count: int) -> None:
     results = []
-    plain = {"residency": "resident", "schedule": "layer_outer", "virtual": LAYERS}
+    plain = {"residency": "resident", "schedule": "layer_outer", "virtual": LAYERS if count == 1 else 2}
     for settings in (plain, {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "activations": activations}):
-        own = model(tied=True)
         trainer = ModelParallelTrainer(
-            own, devices(1), microbatches=4, lr=1e-2, recompute=True, max_grad_norm=0.1, state="exact", **settings
-        )
+            model(tied=count == 1), devices(count), microbatches=4, lr=1e-2, recompute=True, max_grad_norm=0.1,
+            state="exact", **settings,
+        )  # fmt: skip
         losses = [trainer.step(x, y).loss for x, y in batches(4)]
-        results.append((losses, trainer.state_dict_for_model()))
-        assert (trainer.plan.streaming is None) == (settings is plain)  # type: ignore[union-attr]
+        plan = trainer.plan
+        assert plan is not None
+        assert (plan.streaming is None) == (settings is plain)
+        results.append((losses, trainer.state_dict_for_model(), [stage.layers for stage in plan.stages]))
         trainer.close()
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1].values(), results[1][1].values(), strict=True))
+    assert count == 1 or results[0][2] == results[1][2]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,7 +22,6 @@ from spu.memory import changes, slab
 from spu.memory.disk_store import DiskStore
 from spu.memory.host_store import HostStore
 from spu.memory.slab import Pinning
-from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
 from spu.model.deferred import Reading, defer
 from spu.optim.adamw import AdamW
@@ -213,35 +212,6 @@ def test_an_update_that_fails_ends_the_step(reference: None, monkeypatch: pytest
     fails.clear()
     trainer.close()
     assert own[1][0].weight.isfinite().all()  # type: ignore[index]
-
-
-@pytest.mark.parametrize("after", [0, 5, 13, 21, 34])
-def test_a_failing_disk_ends_the_step(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    own, store = model(), Lazy()
-    trainer = make(monkeypatch, own, store, precision="fp32", streams=HostStreams())
-    (x, y), *_ = batches(1)
-    trainer.step(x, y)
-    store.fails_after = after
-    with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
-        for _ in range(3):
-            trainer.step(x, y)
-        trainer.flush()
-    with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
-        trainer.state_dict_for_model()
-    trainer.close()
-
-
-def test_a_skipped_step_changes_nothing(reference: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = model()
-    trainer = make(monkeypatch, own, HostStore(), precision="fp16", streams=HostStreams())
-    (x, y), *_ = batches(1)
-    with torch.no_grad():
-        own[1][0].weight.fill_(6e4)  # type: ignore[index]
-        own[1][2].weight.fill_(6e4)  # type: ignore[index]
-    assert trainer.step(x, y).skipped
-    trainer.flush()
-    assert own[1][0].weight.eq(torch.tensor(6e4, dtype=torch.float16)).all()  # type: ignore[index]
-    trainer.close()
 
 
 @pytest.mark.timeout(60)

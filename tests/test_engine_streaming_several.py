@@ -14,10 +14,8 @@ from streamed_runs import Lazy, batches, make, model, trained
 from torch import nn
 
 from spu import ModelParallelTrainer
-from spu.engine.engine import StageError
 from spu.engine.streaming import Streaming
 from spu.memory.host_store import HostStore
-from spu.memory.store import StoreError
 from spu.memory.streams import HostStreams
 
 
@@ -66,44 +64,9 @@ def test_an_evaluation_reads_a_weight_once_and_on_one_device(
             assert store.read_bytes == sum(units[k].weight_bytes for k in read if k % count == rank) > 0
 
 
-@pytest.mark.parametrize("after", [0, 4, 9, 15])
-def test_a_failing_store_stops_both(reference: None, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    own, stores = model(), [Lazy(), Lazy()]
-    trainer = make(monkeypatch, own, stores, devices=devices(2), virtual=3, precision="fp32")
-    x, y = batches(1)[0]
-    trainer.step(x, y)
-    stores[1].fails_after = after
-    with pytest.raises((StageError, StoreError, RuntimeError), match="failed"):
-        for _ in range(4):
-            trainer.step(x, y)
-    with pytest.raises((StageError, StoreError, RuntimeError), match="fail"):
-        trainer.state_dict_for_model()
-    trainer.close()
-    assert all(store.closed for store in stores)
-
-
 def test_a_parameter_of_stages_on_several_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"stages 0 and 5 share a parameter \(11, 16\), and are on several devices"):
         make(monkeypatch, model(tied=True), [Lazy(), Lazy()], devices=devices(2), virtual=3)
-
-
-@pytest.mark.parametrize("activations", ["keep", "exact"])
-def test_a_plan_for_two_devices_is_run_from_a_disk(reference: None, tmp_path: Path, activations: str) -> None:
-    results = []
-    streamed = {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "activations": activations}
-    for settings in (streamed, {"residency": "resident", "schedule": "layer_outer", "virtual": 2}):
-        own = model()
-        trainer = ModelParallelTrainer(own, devices(2), microbatches=4, lr=1e-2, recompute=True, **settings)
-        losses = [trainer.step(x, y).loss for x, y in batches(3)]
-        plan = trainer.plan
-        assert plan is not None
-        cuts = [stage.layers for stage in plan.stages]
-        results.append((cuts, losses, *trainer.state_dict_for_model().values()))
-        assert (plan.streaming is not None) == (settings is streamed)
-        trainer.close()
-    assert results[0][:2] == results[1][:2]
-    assert all(torch.equal(a, b) for a, b in zip(results[0][2:], results[1][2:], strict=True))
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

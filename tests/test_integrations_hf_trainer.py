@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -18,15 +19,7 @@ from spu.model.adapter_base import read_base  # noqa: E402
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
 pytestmark = pytest.mark.usefixtures("reference")
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
+SMALL: dict[str, Any] = {**tiny_models.SMALL, "max_position_embeddings": 32, "pad_token_id": 0}
 
 
 def decoder(**more: Any) -> Any:

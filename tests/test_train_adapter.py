@@ -20,6 +20,7 @@ from internlm2 import write_checkpoint  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from small_runs import run as spu  # noqa: E402
+from tiny_models import BYTES  # noqa: E402
 
 from spu.model.adapter_base import base_values, write_base  # noqa: E402
 from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
@@ -30,16 +31,6 @@ from spu.train.config import TrainConfig  # noqa: E402
 from spu.train.model import make_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # its bars start a monitor thread that never ends
-TINY: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model in 16 bits, a text, and a run of two steps in runs/run."""
     folder = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).bfloat16()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BYTES)).bfloat16()
     model.save_pretrained(folder / "base")
     (folder / "base" / "tokenizer.bytes").write_text("bytes")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
@@ -122,7 +113,7 @@ def test_a_run_of_a_config_alone_is_merged_with_its_tokenizer(place: Path, tmp_p
     config, trained = tmp_path / "tiny.json", tmp_path / "adapter"
     shutil.copytree(place / "runs" / "run" / "adapter", trained)
     (trained / "spu_base.json").unlink()  # of other weights, which serve here
-    config.write_text(json.dumps({"model_type": "llama", **TINY, "tie_word_embeddings": tied}))
+    config.write_text(json.dumps({**BYTES, "tie_word_embeddings": tied}))
     merge_adapter(base_of(str(config), seed=7), trained, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.bytes").exists()
     theirs = peft.PeftModel.from_pretrained(make_model(str(config), 7), trained).merge_and_unload()
@@ -196,7 +187,7 @@ def spoilt(place: Path, folder: Path, how: str) -> tuple[Path, Path]:
     if how == "other names":
         transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2)).save_pretrained(base)
     elif how == "other sizes":
-        other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, "hidden_size": 32}))
+        other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**BYTES, "hidden_size": 32}))
         other.save_pretrained(base)
     elif how == "patterns":
         (own / "adapter_config.json").write_text(json.dumps({**values, "rank_pattern": {"q_proj": 8}}))
@@ -241,17 +232,23 @@ def test_merging_wants_a_base_a_new_folder_and_a_run_with_adapters(
     assert TrainConfig(lora=2).lora_kind == "lora"
 
 
-def test_an_adapter_is_added_to_no_weights_but_those_it_was_trained_on(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A config alone makes random weights: of a run that began from a config, or of nobody."""
+def copied(place: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """A run and its base model, elsewhere, and what its config.json has."""
     own, base = tmp_path / "runs" / "run", tmp_path / "base"
     shutil.copytree(place / "runs" / "run", own)
     shutil.copytree(place / "base", base)
     record = json.loads((own / "config.json").read_text())
-    assert record["weights"]
     record["settings"]["model"] = str(base)
     (own / "config.json").write_text(json.dumps(record))
+    return own, base, record
+
+
+def test_an_adapter_is_added_to_no_weights_but_those_it_was_trained_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config alone makes random weights: of a run that began from a config, or of nobody."""
+    own, base, record = copied(place, tmp_path)
+    assert record["weights"]
     (base / "model.safetensors").unlink()
     for model in (base, base / "config.json", "internlm2-1.8b"):
         assert spu("merge", own / "adapter", "--model", model, "--out", tmp_path / "new") == 2
@@ -271,12 +268,7 @@ def test_an_adapter_is_added_to_no_other_weights_of_the_same_shapes(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Another training of the same base, or another seed: the merged model was of neither."""
-    own, base = tmp_path / "runs" / "run", tmp_path / "base"
-    shutil.copytree(place / "runs" / "run", own)
-    shutil.copytree(place / "base", base)
-    record = json.loads((own / "config.json").read_text())
-    record["settings"]["model"] = str(base)
-    (own / "config.json").write_text(json.dumps(record))
+    own, base, _ = copied(place, tmp_path)
     weights = load_file(base / "model.safetensors")
     changed = "model.layers.1.self_attn.k_proj.weight"
     weights[changed] = weights[changed].flip(0)

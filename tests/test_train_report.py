@@ -99,7 +99,7 @@ def test_plain_view_prints_about_twenty_lines(capsys):
     assert lines[-1].startswith("train x 200/200 loss 2.500 val 2.400 scale 65536 skipped 1 1,234 tokens/s left")
 
 
-def test_rich_view_shows_the_numbers():
+def rich_text(title, total, width, progress, note=""):
     import io
 
     from rich.console import Console
@@ -107,29 +107,25 @@ def test_rich_view_shows_the_numbers():
     from spu.train.progress import RichView
 
     text = io.StringIO()
-    view = RichView("train x", 10, 0, Console(file=text, force_terminal=True, width=140))
-    view.update(Progress(5, 2.5, 1234.5, 65536.0, 1))
-    view.say("a note [with brackets]")
+    view = RichView(title, total, 0, Console(file=text, force_terminal=True, width=width))
+    view.update(progress)
+    view.say(note)
     view.stop()
+    return text.getvalue()
+
+
+def test_rich_view_shows_the_numbers():
+    text = rich_text("train x", 10, 140, Progress(5, 2.5, 1234.5, 65536.0, 1), "a note [with brackets]")
     for expected in ("train x", "5/10", "loss 2.500 scale 65536 skipped 1 1,234 tokens/s", "a note [with brackets]"):
-        assert expected in text.getvalue()
+        assert expected in text
 
 
 def test_rich_view_fits_90_columns():
     """Everything in it was cut to an ellipsis."""
-    import io
-
-    from rich.console import Console
-
-    from spu.train.progress import RichView
-
-    text = io.StringIO()
-    view = RichView("train wikitext-2", 400, 0, Console(file=text, force_terminal=True, width=90))
-    view.update(Progress(5, 2.5, 12345.5, 65536.0, 0, 2.75))
-    view.stop()
+    text = rich_text("train wikitext-2", 400, 90, Progress(5, 2.5, 12345.5, 65536.0, 0, 2.75))
     for expected in ("train wikitext-2", "5/400", "loss 2.500 val 2.750 12,346 tokens/s", "left"):
-        assert expected in text.getvalue()
-    assert "\u2026" not in text.getvalue()
+        assert expected in text
+    assert "\u2026" not in text
 
 
 def test_folders_are_never_reused(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from pipelines import devices
 
@@ -22,16 +23,7 @@ from spu.memory.disk_store import DiskStore  # noqa: E402
 from spu.model.convert.decoder import load_decoder, save_decoder  # noqa: E402
 from spu.model.layers import DrawKey, model_layers  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "attention_bias": True,
-    "pad_token_id": None,
-}
+SMALL: dict[str, Any] = {**tiny_models.SMALL, "num_key_value_heads": 1, "attention_bias": True, "pad_token_id": None}
 ROWS, STEPS, LR = 4, 2, 0.01
 IDS = torch.randint(64, (ROWS, 9), generator=torch.Generator().manual_seed(5))
 LABELS = IDS.clone()

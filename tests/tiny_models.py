@@ -22,6 +22,10 @@ BYTES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 """The config of a Llama whose tokens are bytes."""
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+"""What the configs of small decoders have in common."""
 TINY: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 16,
