@@ -110,7 +110,7 @@ def plain_pass(
 def in_16_bits(model: nn.Sequential, precision: str) -> list[Layer]:
     """A plain model's layers, converted in place as the trainer's are."""
     layers = model_layers(model)
-    to_precision(layers, precision)
+    to_precision(layers, precision, {})
     return layers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,11 @@ from pipelines import batch, devices, model_of
 from test_regressions import make
 from torch import nn
 
+import spu
 from spu import ModelParallelTrainer
+from spu.memory import spill
+from spu.memory.store import StoreError
+from spu.nn import is_accelerated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +58,42 @@ def test_a_second_trainer_finds_the_ties(keep: bool) -> None:
     assert model[2].weight is model[0].weight
     if keep:
         first.close()
+
+
+@pytest.mark.parametrize("fails", ["the disk", "the optimizer"])
+def test_a_prepare_that_fails_leaves_exact_values_and_the_users_own_fused_layers(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk left rounded weights, from which the next trainer trained; and what the user had fused was undone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(3)))
+    spu.accelerate(model[0])
+    exact = [parameter.detach().clone() for parameter in model.parameters()]
+    settings: dict[str, Any] = {"residency": "streamed", "tiers": f"disk={tmp_path}:1GB", "loss_fn": nn.MSELoss()}
+    x, made = torch.randn(8, 1024), spill._Spill._new
+
+    def optimizer(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        raise StoreError("no room")
+
+    def full(self: Any, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        if model[0].weight.dtype == torch.bfloat16:  # one is converted
+            raise StoreError("no room")
+        return made(self, shape, dtype)
+
+    with monkeypatch.context() as patch:
+        if fails == "the disk":
+            patch.setattr(spill._Spill, "_new", full)
+        else:
+            settings["optimizer"] = optimizer
+        with (
+            pytest.raises(StoreError, match="no room"),
+            ModelParallelTrainer(model, "cpu:0", precision="bf16", **settings) as trainer,
+        ):
+            trainer.prepare(x, x)
+    assert [is_accelerated(layer) for layer in model] == [True, False, False]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for parameter, value in zip(model.parameters(), exact, strict=True):
+        assert_equal(parameter, value)
 
 
 def test_a_prepare_that_fails_leaves_the_ties() -> None:

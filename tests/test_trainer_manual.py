@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_equal
-from pipelines import batch, layers
+from pipelines import batch, devices, layers
 from torch import nn
 
 import spu
 from spu import DeviceManager, LossScaler, ModelParallelTrainer
+from spu.trainer import manual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +47,21 @@ def test_the_idiom_gives_every_part_its_true_gradient(spec: object, detach: bool
         assert_equal(mine.grad, theirs.grad)
     assert [id(p) for p in trainer.parameters()] == [id(p) for p in ours]
     trainer.close()
+
+
+def test_parts_that_could_not_all_be_placed_are_placed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call handed out those that had been placed, and a loop ran without the others."""
+    trainer, placed = ModelParallelTrainer([nn.Linear(4, 4), nn.Linear(4, 4)], devices(2)), list[nn.Module]()
+
+    def move(module: nn.Module, device: torch.device) -> None:
+        placed.append(module)
+        if len(placed) == 2:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(manual, "move_module", move)
+    with pytest.raises(MemoryError, match="no room"):
+        trainer.modules()
+    assert len(list(trainer.modules())) == 2
 
 
 def test_the_bridge_carries_the_loss_scale() -> None:

@@ -213,7 +213,7 @@ class _Chain:
                 kind = kind_of(layer.module, x)
                 if self._kinds.count(kind) < _OF_A_KIND:
                     own = dataclasses.replace(layer, module=layer_copy(layer.module))
-                    to_precision([own], precision, fused=fused)
+                    to_precision([own], precision, {}, fused=fused)
                     _give_values(own.module)
                     own.module.to(device.torch_device)
                     self.pieces.append((own, x, index))

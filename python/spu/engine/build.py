@@ -99,9 +99,14 @@ class BuiltStages:
 
     def unfuse(self) -> None:
         """Give linear layers and blocks their own classes back, except those that the user had fused before."""
-        while self.fused:
-            with contextlib.suppress(ValueError):  # its class has been changed since
-                spu_nn.restore(self.fused.pop())
+        _unfuse(self.fused)
+
+
+def _unfuse(modules: list[nn.Module]) -> None:
+    """Give the parts of these modules their own classes back, and empty the list."""
+    while modules:
+        with contextlib.suppress(ValueError):  # its class has been changed since
+            spu_nn.restore(modules.pop())
 
 
 def frozen_dtypes(layers: Sequence[Layer], precision: str) -> dict[int, torch.dtype]:
@@ -116,12 +121,13 @@ def frozen_dtypes(layers: Sequence[Layer], precision: str) -> dict[int, torch.dt
 def to_precision(
     layers: Sequence[Layer],
     precision: str,
+    masters: dict[int, torch.Tensor],
     *,
     fused: bool = False,
     away: Collection[int] = (),
     empty: Collection[int] = (),
-) -> dict[int, torch.Tensor]:
-    """Convert floating-point parameters in place, and return the fp32 values that rounding lost.
+) -> None:
+    """Convert floating-point parameters in place.
 
     `spu.precision.dtypes` says which parameters keep fp32 or their own dtype. In a 16-bit precision, linear layers also
     become :class:`spu.nn.Linear`, whose backward knows the loss scale, and layers run their products in that precision.
@@ -129,18 +135,16 @@ def to_precision(
     Args:
         layers: the model.
         precision: "fp16", "bf16" or "fp32".
+        masters: gets, before anything is rounded, the fp32 values of trainable parameters that become 16-bit, by
+            parameter id: so `undo_precision` can put them back also where a disk is full half-way.
         fused: let linear layers become :class:`spu.nn.Linear` in fp32 too: schedules that defer weight
             gradients need it, since plain autograd computes both gradients of a layer at once.
         away: ids of parameters whose values are in other processes.
         empty: ids of parameters that have memory and no values yet.
-
-    Returns:
-        parameter id -> fp32 master, for trainable parameters that are 16-bit now and had another dtype before.
     """
     dtype = DTYPES[precision]
     modules = [layer.module for layer in layers]
     dtypes = state_dtypes(modules, dtype)
-    masters: dict[int, torch.Tensor] = {}
     for parameter in {id(p): p for module in modules for p in module.parameters()}.values():
         becomes = dtypes.get(id(parameter), parameter.dtype)
         if id(parameter) in away:
@@ -154,7 +158,6 @@ def to_precision(
         layer.products = dtype if dtype.itemsize == 2 else None
         if dtype.itemsize == 2 or fused:
             spu_nn.accelerate(layer.module)
-    return masters
 
 
 def restore_masters(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
@@ -194,11 +197,17 @@ def check_parameters(layers: Sequence[Layer]) -> None:
         )
 
 
-def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor]) -> None:
-    """Give rounded parameters their fp32 values back, and linear layers their own class, if training never began."""
+def undo_precision(layers: Sequence[Layer], masters: dict[int, torch.Tensor], fused: list[nn.Module]) -> None:
+    """Give rounded parameters their fp32 values back, and layers their own classes, if training never began.
+
+    Args:
+        layers: the model.
+        masters: from `to_precision`, also one that failed.
+        fused: what `unfused` returned before it; emptied.
+    """
+    _unfuse(fused)
     for layer in layers:
         layer.products = None
-        spu_nn.restore(layer.module)
         for parameter in layer.module.parameters():
             if id(parameter) in masters:
                 parameter.data = masters[id(parameter)]

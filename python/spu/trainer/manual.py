@@ -38,7 +38,7 @@ class Parts:
     @property
     def given(self) -> Any:
         """The model, or the list of parts."""
-        return self._model or self._added
+        return self._added if self._model is None else self._model
 
     @property
     def layers(self) -> list[Layer]:
@@ -94,11 +94,12 @@ class Parts:
     def modules(self, devices: Sequence[Device]) -> Iterator[StageModule]:
         """Yield the parts on their devices, in order, to be called by hand; the first call places them."""
         if not self._stage_modules:
-            bridge = Bridge()
+            bridge, made = Bridge(), list[StageModule]()
             for index, (layer, device) in enumerate(zip(self.layers, _place(self.layers, devices))):
                 move_module(layer.module, device.torch_device)
                 self.placed = True
-                self._stage_modules.append(StageModule(layer.module, index, device.torch_device, bridge))
+                made.append(StageModule(layer.module, index, device.torch_device, bridge))
+            self._stage_modules = made
         return iter(self._stage_modules)
 
 

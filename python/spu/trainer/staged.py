@@ -168,14 +168,15 @@ class StagedModel:
             fused = schedules.splits_backward(plan.settings.schedule)
             if plan.streaming is None:  # else what is trained, too, is read to where it will be
                 read.read_trained()
-            with converting(plan, self.tiers):
-                masters = to_precision(layers, self.precision, fused=fused, away=away, empty=read.waiting) | taken_over
-            restore_masters(layers, taken_over)
+            masters: dict[int, torch.Tensor] = {}
             try:
-                self._runner = self._build(plan, lambda built: built.masters.update(masters))
+                with converting(plan, self.tiers):
+                    to_precision(layers, self.precision, masters, fused=fused, away=away, empty=read.waiting)
+                restore_masters(layers, taken_over)
+                self._runner = self._build(plan, lambda built: built.masters.update(masters | taken_over))
                 read.read_rest(partial(give_value, self._runner.built, self._runner.updater.optimizers))
             except BaseException:
-                undo_precision(layers, masters)
+                undo_precision(layers, masters | taken_over, self._fused)
                 raise
             self._plan, self._planner, self._parts.placed = plan, planner, True
         return plan
@@ -282,8 +283,7 @@ class StagedModel:
         runner, plan, planner = self._prepared(), self._plan, self._planner
         assert plan is not None
         assert planner is not None
-        lost = runner.attempt.put_back()
-        updater = runner.updater
+        lost, updater = runner.attempt.put_back(), runner.updater
         tier_failed = updater.streaming is not None and (updater.streaming.broken or updater.streaming.failed)
         if updater.broken or updater.closed or tier_failed:
             raise failure
