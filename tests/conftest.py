@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,13 @@ def what_stays_is_not_looked_through() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_other_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a GradScaler lives, fp32 layers are fused (`spu.nn.fp32`): those of other tests must not choose here."""
+    if "spu.ops.adopters" in sys.modules:
+        monkeypatch.setattr(sys.modules["spu.ops.adopters"], "_ADOPTERS", weakref.WeakSet())
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -128,7 +128,7 @@ def _gradients(model: nn.Module, way: str, loss: Loss, r: random.Random) -> Sequ
 
 
 WAYS = ["plain", "plain", "asked for", "hooks", "inputs", "forwards between", "checkpointed"]
-PRECISIONS = [None, None, None, "bf16", "fp16"]
+PRECISIONS = [None, None, None, "bf16", "fp16", "fp32"]
 
 
 def run_loop(seed: int) -> str:
@@ -140,7 +140,8 @@ def run_loop(seed: int) -> str:
     r = random.Random(seed)
     torch.manual_seed(seed)
     plain = draw_model(r)
-    precision, way = r.choice(PRECISIONS), r.choice(WAYS)
+    precision, way, autocast = r.choice(PRECISIONS), r.choice(WAYS), r.random() < 0.3
+    narrow = precision in ("bf16", "fp16") or autocast
     ids, targets = torch.randint(CLASSES, (3, 5)), torch.randint(CLASSES, (3, 5))
     ours, truth = copy.deepcopy(plain), copy.deepcopy(plain).double()
     spu.accelerate(ours, precision=precision)
@@ -153,8 +154,10 @@ def run_loop(seed: int) -> str:
         return value if model is truth else scaler.scale(value)
 
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    mine, want = (_gradients(model, way, loss, random.Random(seed)) for model in (ours, truth))
-    with torch.autocast("cpu", dtype, enabled=precision is not None):
+    want = _gradients(truth, way, loss, random.Random(seed))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        mine = _gradients(ours, way, loss, random.Random(seed))
+    with torch.autocast("cpu", dtype, enabled=narrow):
         theirs = _gradients(plain, way, loss, random.Random(seed))
     scale = SCALE if precision == "fp16" else 1.0
     if way != "asked for":  # which are returned scaled
@@ -166,6 +169,7 @@ def run_loop(seed: int) -> str:
             continue
         a, c = a / scale, c / scale
         error, usual = ((found.double() - b).norm() / b.norm() for found in (a, c))
-        bound = max(3e-2, 3 * usual) if precision else max(2e-5, 4 * usual)
-        assert error <= bound, f"{way} in {precision}: gradient {i} is off by {error:.1e}, plain torch's by {usual:.1e}"
+        bound = max(3e-2, 3 * usual) if narrow else max(2e-5, 4 * usual)
+        how = f"{way} in {precision}{' under autocast' if autocast else ''}"
+        assert error <= bound, f"{how}: gradient {i} is off by {error:.1e}, plain torch's by {usual:.1e}"
     return "loop"

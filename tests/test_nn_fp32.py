@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 import spu
 from spu import ops
-from spu.ops import adopters
 from spu.precision.main_grads import MainGrads
 
 pytestmark = pytest.mark.skipif(not ops.backends()["cpu"].available, reason="spu._C is not built")
@@ -27,12 +25,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_other_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of other tests may be alive."""
-    monkeypatch.setattr(adopters, "_ADOPTERS", weakref.WeakSet())
-
-
 @pytest.fixture(params=LAYERS)
 def twins(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Tensor]:
     """A layer, the same one accelerated, and an input."""
@@ -40,6 +32,12 @@ def twins(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module, Tensor]
     plain = LAYERS[request.param]()
     x = torch.randint(8, (4, 5)) if request.param == "embedding" else torch.randn(4, 5, 8)
     return plain, spu.accelerate(copy.deepcopy(plain)), x
+
+
+def gated() -> nn.Module:
+    """A gated MLP of a class that accelerate knows."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    return llama.LlamaMLP(llama.LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2))  # type: ignore[no-any-return]
 
 
 def ours_of(model: nn.Module, x: Tensor) -> list[str]:
@@ -114,3 +112,15 @@ def test_second_derivatives_are_torchs() -> None:
         found.append([p.grad for p in model.parameters()][:3])
     for mine, want in zip(*found, strict=True):
         torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize("name", ["linear", "pair", "mlp", "gated"])
+def test_a_precision_of_fp32_holds_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]() if name in LAYERS else gated()
+    model, x = spu.accelerate(layer, precision="fp32"), torch.randn(4, 8)
+    want = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, want)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spu.common.torch_private import MODULE_HOOKS, has_global_module_hook
@@ -22,6 +23,7 @@ from spu.ops.gated import fused_gated_mlp
 from spu.ops.linear import compute_dtype
 from spu.ops.mlp import fused_mlp
 from spu.ops.plain import takes
+from spu.ops.reference.linear import torch_activation
 
 __all__ = [
     "MIXINS",
@@ -128,8 +130,8 @@ class FusedGated(FusedBlock):
 
 
 def _run_mlp(first: nn.Module, activation: str, second: object, x: Tensor) -> Tensor | None:
-    """Compute second(activation(first(x))) in one op; None where ``second`` is no linear layer that may be part of it,
-    or torch's own ops must serve. ``first`` is one.
+    """Compute second(activation(first(x))) in one op, or by torch's where they are faster; None where ``second`` is no
+    linear layer that may be part of it, or torch's own modules must serve. ``first`` is one.
     """
     if not is_linear(second):
         return None
@@ -142,7 +144,8 @@ def _run_mlp(first: nn.Module, activation: str, second: object, x: Tensor) -> Te
         return None
     w_in, b_in, w_out, b_out = parameters
     if by_torch(x, parameters, dtype, 2 * x.numel() * w_in.shape[1 if transposed else 0], PAIR):
-        return None
+        hidden = torch_activation(F.linear(x, w_in.t() if transposed else w_in, b_in), activation)
+        return F.linear(hidden, w_out.t() if transposed else w_out, b_out)
     y = fused_mlp(x, w_in, b_in, w_out, b_out, activation, compute_dtype(x, dtype), transposed)
     return y if dtype is None else y.to(x.dtype)
 

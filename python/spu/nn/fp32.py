@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, compiler
 
+from spu.common.torch_private import any_autocast
 from spu.ops.adopters import may_adopt
 from spu.ops.dispatch import forced_backend
-from spu.ops.linear import compute_dtype
 from spu.ops.plain import fake
 from spu.ops.sink import sink_of
 
@@ -37,15 +37,20 @@ def by_torch(x: Tensor, parameters: Sequence[Tensor | None], dtype: torch.dtype 
 
     Args:
         x, parameters: the layer's, of which ``spu.ops.plain.takes`` is true.
-        dtype: of the computation, as ``spu.ops.linear.compute_dtype`` takes it.
+        dtype: of the computation; None: autocast's, or the tensors' own.
         work: its products' multiply-adds.
         least: from which on the fused op is faster.
     """
     if x.dtype is not torch.float32 or work >= least or not x.is_cpu or not torch.is_grad_enabled():
         return False
-    if compiler.is_compiling() or may_adopt() or compute_dtype(x, dtype) not in (None, torch.float32):
+    if dtype not in (None, torch.float32) or (any_autocast() and torch.is_autocast_enabled("cpu")):
+        return False  # torch's ops would narrow under autocast, whatever dtype was asked for
+    if compiler.is_compiling() or may_adopt() or forced_backend() is not None or fake(x):
         return False
-    return forced_backend() is None and not fake(x) and all(p is None or _is_torchs(p) for p in parameters)
+    for parameter in parameters:  # noqa: SIM110 (all() over a generator takes twice as long)
+        if parameter is not None and not _is_torchs(parameter):
+            return False
+    return True
 
 
 def _is_torchs(parameter: Tensor) -> bool:
