@@ -61,6 +61,23 @@ def test_large_models_are_saved_in_several_files(tmp_path: Path, monkeypatch: py
         assert_equal(ours, theirs, name)
 
 
+@pytest.mark.parametrize("sizes", [(30_000, 1 << 30), (1 << 30, 30_000)], ids=["fewer files", "more files"])
+def test_a_second_save_leaves_nothing_of_the_first(
+    sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that went on with another --export-dtype, say: spu chat, or transformers, loaded the first weights."""
+    for size in sizes:
+        monkeypatch.setattr("spu.model.convert.decoder._FILE_BYTES", size)
+        model = make_decoder("Llama", num_hidden_layers=2, tie_word_embeddings=False)
+        torch.nn.init.constant_(model.lm_head.weight, size)
+        save_decoder(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    read = load_decoder(tmp_path, load_config(str(tmp_path)))
+    for name, parameter in model.named_parameters():
+        assert_equal(loaded.get_parameter(name), parameter, name)
+        assert_equal(read.get_parameter(name), parameter, name)
+
+
 def test_checkpoints_of_the_base_model_and_with_old_tables_are_read(tmp_path: Path) -> None:
     """As gpt2 on the hub: no "transformer." before the names, no head, and masks that no model has any more."""
     model = make_decoder("GPT2", num_hidden_layers=2, tie_word_embeddings=True)

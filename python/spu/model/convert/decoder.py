@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from spu.model.deferred import defer
 __all__ = ["empty_decoder", "load_decoder", "save_decoder"]
 
 _OLD_TABLES = re.compile(r"(rotary_emb|rotary_pos_emb|rope)\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _FILE_BYTES = 4 << 30
 _COPIED = "100MB"  # of files that the safetensors package writes
 _EXPERTS = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))  # of an expert: gate, up, down
@@ -99,6 +100,7 @@ def save_decoder(
     if _renames(model, tensors) or len(dtypes) != 1 or dtypes.isdisjoint(DTYPE_NAMES):
         if values is None:
             folder.mkdir(parents=True, exist_ok=True)
+            _forget_others(folder, ())
             model.save_pretrained(folder, max_shard_size=_COPIED)
         return values is None
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,12 +116,22 @@ def save_decoder(
         size = sum(stored.numel for stored in layout.values()) * dtype.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _forget_others(folder, {*files, *((INDEX,) if len(files) > 1 else ())})
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     return True
+
+
+def _forget_others(folder: Path, written: Collection[str]) -> None:
+    """Remove an earlier save's weights that lie in other files: who reads the folder would take those for the model's,
+    transformers one file rather than several, and spu several.
+    """
+    for file in folder.iterdir():
+        if file.name not in written and _WEIGHTS.fullmatch(file.name):
+            file.unlink()
 
 
 def _in_files(layout: Layout, dtype: torch.dtype) -> dict[str, list[str]]:
