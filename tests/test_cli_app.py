@@ -48,6 +48,15 @@ def test_a_full_disk_is_said_with_its_path(capsys: pytest.CaptureFixture[str]) -
     assert "runs/one: No space left on device: check the path and the room on it" in capsys.readouterr().err
 
 
+def test_a_full_disk_without_a_path_is_said_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(typer.Exit):
+        guarded(command)
+    assert capsys.readouterr().err.startswith("spu: error: No space left on device: check")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

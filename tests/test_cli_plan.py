@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +97,14 @@ def test_bad_input_is_named(arguments, reason, tmp_path, capfd):
     speed = () if "--speed" in arguments else ("--speed", "cpu=1GFLOPS")
     assert run("plan", "--budget", "cpu=8GB", "--out", str(tmp_path / "p.json"), *arguments, *speed) == 2
     assert reason in capfd.readouterr().err
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_anything_is_measured(tmp_path, capfd, monkeypatch):
+    """On a read-only file system the plan was made, and then named a file that nobody knew."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr("spu.cli.plan.describe_machine", None)
+    assert run("plan", "--budget", "cpu=8GB", "--out", str(tmp_path / "p.json")) == 2
+    assert "p.json cannot be written: give a file in a folder that can be" in capfd.readouterr().err
 
 
 def test_devices_that_are_not_here_are_declared_by_their_budget():

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from together import together
 
-from spu.common.files import write_atomically, write_json
+from spu.common.files import naming, write_atomically, write_json
+from spu.train.metrics import MetricsFile
 
 
 def test_a_file_is_replaced_with_the_permissions_of_new_files_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -30,11 +31,12 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytes
     write_json(path, {"a": 1})
 
     def fail(*_: Any) -> None:
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as raised:
         write_json(path, {"a": 2})
+    assert raised.value.filename == str(path)
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -51,3 +53,16 @@ def test_threads_that_write_one_path_leave_one_of_their_files(tmp_path: Path) ->
     together(*(partial(write, text) for text in texts))
     assert path.read_text() in texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path) -> None:
+    """A write knows its file by number: the command said `error: : No space left on device`."""
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as raised:
+        MetricsFile(full).append(step=1)
+    assert raised.value.filename == str(full)
+    with pytest.raises(FileNotFoundError) as missing, naming("other"):
+        open(tmp_path / "none")  # noqa: SIM115
+    assert missing.value.filename == str(tmp_path / "none")

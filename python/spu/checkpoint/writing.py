@@ -300,8 +300,10 @@ def _write(directory: Path, tensors: Mapping[str, torch.Tensor | Elsewhere], met
         _write_bytes(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync_directory(directory)
         _sync_directory(directory.parent)
-    except OSError:
+    except OSError as error:
         shutil.rmtree(directory, ignore_errors=True)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(directory)
         raise
 
 

@@ -71,7 +71,8 @@ def guarded(command: Callable[[], None]) -> None:
         if lost or (isinstance(error, StageError) and isinstance(error.__cause__, ConnectionError)):
             _fail(f"error: {error}", 1)
         if isinstance(error, OSError):
-            _fail(f"error: {error.filename or ''}: {error.strerror or error}: check the path and the room on it", 1)
+            where = "" if error.filename is None else f"{error.filename}: "
+            _fail(f"error: {where}{error.strerror or error}: check the path and the room on it", 1)
         raise
 
 

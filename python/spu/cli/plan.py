@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -133,6 +134,8 @@ def _check_files(options: PlanOptions) -> None:
             raise ValueError(f"{name} {file} is a folder: give a file")
         if not Path(file).parent.is_dir():
             raise ValueError(f"{name} {file}: there is no folder {Path(file).parent}: make it, or give another")
+        if not os.access(file if Path(file).exists() else Path(file).parent, os.W_OK):
+            raise ValueError(f"{name} {file} cannot be written: give a file in a folder that can be")
     if options.picture is not None and Path(options.picture).suffix.lower() not in _PICTURES:
         raise ValueError(f"--picture {options.picture}: give a name that ends in {', '.join(_PICTURES)}")
 

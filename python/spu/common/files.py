@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_directory", "read_object", "write_atomically", "write_json"]
+__all__ = ["cache_directory", "naming", "read_object", "write_atomically", "write_json"]
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an OSError from within a path if it has none: a full disk shows in a write, which knows no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
@@ -17,7 +30,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     The folder must exist. Processes and threads may write to one path at once: the last one to finish wins.
 
     Raises:
-        OSError: if it cannot be written; the old file at ``path`` is unchanged.
+        OSError: if it cannot be written; it has ``path``, and the old file there is unchanged.
     """
     place = Path(path)
     part = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}.new")
@@ -27,8 +40,11 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, place)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # of a file system that cannot be written, missing or not
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # the file beside it is nobody's business
+            raise type(error)(error.errno, error.strerror, str(place)) from error
         raise
 
 

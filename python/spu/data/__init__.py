@@ -2,7 +2,8 @@
 
 files.py                    which files are meant, and what each is
 text.py                     how a text file is read
-jsonl.py, tables.py         rows of JSON Lines, of Parquet files and saved datasets
+jsonl.py, delimited.py      rows of JSON Lines, and of CSV files
+tables.py                   those of Parquet files and saved datasets
 rows.py, chat.py            rows as examples: what of them is trained
 example.py, tokenizer.py    a document before and after the tokenizer; text to token ids and back
 internlm2.py                InternLM2's tokenizer, without its remote code

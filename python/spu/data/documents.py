@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from spu.data.delimited import csv_rows
 from spu.data.example import Example, Tokens
-from spu.data.files import DATASET, JSONL, PARQUET, DataFile
+from spu.data.files import CSV, DATASET, JSONL, PARQUET, DataFile
 from spu.data.jsonl import jsonl_rows
 from spu.data.rows import Row, examples_of
 from spu.data.store import Arrays, Writer, kept_arrays
@@ -136,6 +137,8 @@ def _examples(
         rows = parquet_rows(file.path, file.label)
     elif file.kind == DATASET:
         rows = dataset_rows(file.path, file.label)
+    elif file.kind == CSV:
+        rows = csv_rows(file.path, file.label)
     else:
         rows = jsonl_rows(file.path, file.label, progress.add)
     for example in examples_of(rows, tokenizer, file.path, say):

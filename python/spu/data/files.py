@@ -9,8 +9,11 @@ from pathlib import Path
 
 __all__ = ["DataFile", "find_files"]
 
-TEXT, JSONL, PARQUET, DATASET = "text", "jsonl", "parquet", "dataset"
-_ENDINGS = {".txt": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET, ".pq": PARQUET}
+TEXT, JSONL, CSV, PARQUET, DATASET = "text", "jsonl", "csv", "parquet", "dataset"
+_ENDINGS = {
+    ".txt": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET, ".pq": PARQUET, ".csv": CSV, ".tsv": CSV,
+}  # fmt: skip
+_NAMED = {".json": JSONL}  # where it is named: in a folder such a file may as well be a configuration
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class DataFile:
 
     Attributes:
         path: of it.
-        kind: "text", "jsonl", "parquet" or "dataset".
+        kind: "text", "jsonl", "csv", "parquet" or "dataset".
         label: the option that named it, for messages.
     """
 
@@ -74,7 +77,7 @@ def _hidden(path: Path) -> bool:
 
 def _kind_of(path: Path) -> str:
     """Return what a file is by its ending; one without a known ending is text, if it is no Parquet file."""
-    known = _ENDINGS.get(path.suffix.lower())
+    known = (_ENDINGS | _NAMED).get(path.suffix.lower())
     if known is not None:
         return known
     try:

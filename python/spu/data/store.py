@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from spu.common.files import cache_directory, write_json
+from spu.common.files import cache_directory, naming, write_json
 
 __all__ = ["Arrays", "Writer", "kept_arrays"]
 
@@ -97,11 +97,8 @@ def kept_arrays(made_from: Mapping[str, Any], make: Callable[[Writer], Mapping[s
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        writer = Writer(part)
-        try:
+        with naming(place.parent), contextlib.closing(Writer(part)) as writer:
             writer.finish(make(writer))
-        finally:
-            writer.close()
         _put(part, place)
     finally:
         shutil.rmtree(part, ignore_errors=True)

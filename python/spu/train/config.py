@@ -77,7 +77,7 @@ class TrainConfig(TrainSettings):
 
     model: str | None = text(None, "Folder or config.json of a Hugging Face decoder. Default: a 3M InternLM3.")
     data: tuple[str, ...] | None = texts(
-        "Text, .jsonl or .parquet files, patterns or folders of them; several times. Default: Python's language "
+        "Text, .jsonl, .csv or .parquet files, patterns or folders of them; several times. Default: Python's language "
         "reference."
     )
     val_data: tuple[str, ...] | None = texts("The same, to validate with. Default: a twentieth of the data.")

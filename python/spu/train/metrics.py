@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spu.common.files import write_atomically, write_json
+from spu.common.files import naming, write_atomically, write_json
 
 __all__ = ["MetricsFile", "last_saved", "read_metrics", "save_result", "train_rows", "validation_rows"]
 
@@ -38,7 +38,7 @@ class MetricsFile:
 
     def append(self, **row: Any) -> None:
         row = {key: _finite(value) for key, value in row.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._also is not None:
             self._also(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from spu.common.files import naming
 from spu.train.metrics import train_rows, validation_rows
 from spu.train.progress import RunningMean
 
@@ -65,7 +66,8 @@ def draw_loss(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         figure.tight_layout()
-        figure.savefig(path)
+        with naming(path):
+            figure.savefig(path)
     finally:
         pyplot.close(figure)
 

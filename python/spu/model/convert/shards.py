@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spu.common.files import naming
 from spu.common.raw import bytes_of
 
 __all__ = ["DTYPE_NAMES", "INDEX", "PIECE_BYTES", "SINGLE", "Entry", "Shards", "write_shard"]
@@ -194,7 +195,7 @@ def write_shard(
     text += b" " * (-len(text) % 8)
     part = file.with_name(f".{file.name}.part")
     try:
-        with part.open("wb") as opened:
+        with naming(file), part.open("wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
             for name, _ in tensors:
                 for values in pieces(name):

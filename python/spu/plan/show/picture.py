@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from spu.common.files import naming
 from spu.common.units import format_bytes, format_seconds
 from spu.plan.show.colors import FAINT, FILL, IDLE, INK, OTHER_FILL, OTHER_INK, TEXT, WORDS
 from spu.plan.show.curve import memory_curve
@@ -78,7 +79,8 @@ def draw_timeline(
     _head(figure, f"{title}: {timeline.stages} stages, {count} microbatches")
     handles = {label: bar for axis in axes for bar, label in zip(*axis.get_legend_handles_labels())}
     axes[0].legend(handles.values(), handles, loc="lower right", ncols=9, **_legend(1.0))
-    figure.savefig(os.fspath(path), facecolor="white")
+    with naming(path):
+        figure.savefig(os.fspath(path), facecolor="white")
 
 
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
@@ -109,7 +111,8 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     _dress(middle, [*ranks, *moving], "seconds of one run of the schedule, predicted")
     middle.legend(loc="lower right", ncols=5, **_legend(1.0))
     _draw_curves(bottom, plan)
-    figure.savefig(os.fspath(path), facecolor="white")
+    with naming(path):
+        figure.savefig(os.fspath(path), facecolor="white")
 
 
 def _new_figure(height: float) -> Figure:

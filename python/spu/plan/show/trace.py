@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from spu.common.files import naming
 from spu.plan.show.colors import WORDS
 from spu.schedules import Timeline
 
@@ -24,7 +25,8 @@ def write_trace(timeline: Timeline, path: str | os.PathLike[str], predicted: Tim
     events = _events(timeline, 0, "measured" if predicted is not None else "pipeline")
     if predicted is not None:
         events += _events(predicted, 1, "predicted")
-    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+    with naming(path):
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 def _events(timeline: Timeline, process: int, name: str) -> list[dict[str, Any]]:
