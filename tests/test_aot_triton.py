@@ -65,6 +65,9 @@ def test_what_the_gate_refuses() -> None:
         assert aot_triton.faults(more, label) == [f"spills {kept + 8} bytes a thread"]
     short = dataclasses.replace(PRODUCT, name="norm_backward_kernel", spilled_bytes=8)
     assert aot_triton.faults(short, "fp32") == ["spills 8 bytes a thread"], "the exception is for long rows"
+    narrow = dataclasses.replace(PRODUCT, name="dequantize_kernel", tensor_core="", widest_load=8)
+    assert aot_triton.faults(narrow, "fp32") == [], "int4's codes are an eighth of the values"
+    assert aot_triton.faults(narrow, "fp16") == ["the widest load is of 8 bytes, 16 are possible"]
     too_large = dataclasses.replace(asynchronous, shared_bytes=100 << 10)
     assert aot_triton.faults(too_large, "fp16 skinny")[0].endswith(f"a block may have {99 << 10}")
 
@@ -98,10 +101,12 @@ def tight(arch: int, call: str) -> list[str]:
     x, w = torch.empty(64, 1024, dtype=half), torch.empty(768, 1024, dtype=half)
     with ahead.recording(arch) as kept:
         if call == "fp32":
-            wire = kernels.pack(torch.empty(512, 768), "int8", bytes(64))
-            kernels.unpack(wire, (512, 768), wide, "int8")
-        elif call == "fp16 skinny":
-            kernels.gated_linear(x, w, w, "silu")
+            for codec in ("int8", "int4"):
+                wire = kernels.pack(torch.empty(512, 768), codec, bytes(64))
+                kernels.unpack(wire, (512, 768), wide, codec)
+        elif call.endswith("skinny"):
+            dtype = wide if call.startswith("fp32") else half
+            kernels.gated_linear(x.to(dtype), w.to(dtype), w.to(dtype), "silu")
         else:
             rows, weight = torch.empty(8, 16384, dtype=half), torch.empty(16384, dtype=half)
             kernels.rms_norm_backward(rows, rows, rows, weight, torch.empty(8), 0.0, True, True, True)
@@ -109,9 +114,9 @@ def tight(arch: int, call: str) -> list[str]:
 
 
 @pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize(("arch", "call"), [(75, "fp32"), (86, "fp16 skinny"), (86, "fp16")])
+@pytest.mark.parametrize(("arch", "call"), [(75, "fp32"), (80, "fp32 skinny"), (86, "fp16 skinny"), (86, "fp16")])
 def test_launches_that_did_not_fit(arch: int, call: str) -> None:
-    """A wire in fp32 took two words too many on sm_75, a skinny gated pair all shared memory for 4 warps on sm_86, and
-    the gradient of a long row 16 words too many. The whole matrix: `make aot`.
+    """A wire in fp32 took two words too many on sm_75, a gated pair in fp32 four on sm_80, a skinny gated pair all
+    shared memory for 4 warps on sm_86, and the gradient of a long row 16 words too many. The whole: `make aot`.
     """
     assert tight(arch, call) == []

@@ -70,7 +70,8 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     op = "linear_dx" if before else op
     if dtype == "fp32":  # multiplied as fp32, on the ordinary units; descriptors load 16 bits only
         kind = "persistent" if op in _WALKED and shape_class in ("medium", "large") else "tile"
-        return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, 2), op, shape_class)
+        stages = 3 if op == "gated_linear" and arch == 80 else 2  # of two the compiler there takes all 255 registers
+        return _split(Config(kind, 64, 64, 16 if on_load else 32, 8, 8, stages), op, shape_class)
     narrow = SHARED_BYTES[arch] < 128 << 10
     rows, columns, inner, warps, stages = (_NARROW if narrow else _WIDE)[shape_class]
     if arch < _DESCRIPTORS_FROM:  # beside the accumulators of a wider tile its loads' addresses do not fit
