@@ -12,6 +12,8 @@ from pipelines import batch, every_schedule, mlp, plain_pass, trainer, with_and_
 from torch import nn
 from torch.nn import functional as F
 
+import spu
+
 pytestmark = pytest.mark.usefixtures("reference")
 
 
@@ -35,6 +37,50 @@ def test_a_trainer_may_be_used_under_it(mode: Any, precision: str, tmp_path: Any
             t.prepare(made, targets)
         assert [t.evaluate(made, targets), t.step(made, targets).loss, t.step(made, targets).loss] == expected[:3]
         t.forward_backward(made, targets)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("residency", ["offloaded", "streamed"])
+def test_a_state_may_be_taken_out_of_a_tier_under_it(residency: str, precision: str, tmp_path: Any) -> None:
+    """Saving and closing run deferred updates: tensors made there could not be trained, or not even be shown."""
+    x, y = batch()
+    settings = {"precision": precision, "residency": residency, "tiers": f"disk={tmp_path}:100MB"}
+    with trainer(mlp(), 1, **settings) as t:
+        expected = [t.step(x, y).loss for _ in range(4)]
+    model = mlp()
+    t = trainer(model, 1, **settings)
+    found = [t.step(x, y).loss]
+    with torch.inference_mode():
+        state = t.state_dict_for_model()
+        t.save(tmp_path / "c")
+    found += [t.step(x, y).loss, t.step(x, y).loss]
+    with torch.inference_mode():
+        t.load(tmp_path / "c")
+    assert all(map(torch.equal, state.values(), t.state_dict_for_model().values()))
+    assert [t.step(x, y).loss for _ in range(2)] == expected[1:3]
+    found.append(t.step(x, y).loss)
+    with torch.inference_mode():
+        t.close()
+    assert found == expected
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_a_trainer_or_a_scaler_may_be_made_under_it() -> None:
+    """The loss scale is changed in place in every step."""
+    model, (x, y) = mlp(), batch()
+    with torch.inference_mode():
+        scaler, made = spu.LossScaler(growth_interval=1), trainer(model, precision="fp16")
+        late = spu.LossScaler(growth_interval=1)
+        late.scale(x.mean())
+    with trainer(mlp(), precision="fp16") as t, made:
+        assert [made.step(x, y).loss for _ in range(2)] == [t.step(x, y).loss for _ in range(2)]
+    for each in (scaler, late):
+        leaf = torch.ones(3, requires_grad=True)
+        each.begin_step()
+        each.scale(leaf.sum()).backward()
+        each.update()
+        assert leaf.grad is not None
+        assert each.get_scale() == 2 * leaf.grad[0].item() == 2.0**17
 
 
 @with_and_without_recompute

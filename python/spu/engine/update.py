@@ -141,6 +141,7 @@ class Updater:
         if self.closed:
             raise RuntimeError("this trainer was closed, or another one has taken over its model: make a new trainer")
 
+    @torch.inference_mode(False)  # what was made under it could not be trained, or shown again
     def show(self, *, grads: bool = False) -> None:
         """Run deferred updates and give streamed parameters their values, and their gradients if asked."""
         if self.streaming is not None:

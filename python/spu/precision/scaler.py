@@ -51,6 +51,7 @@ class LossScaler:
         ValueError: for factors that cannot work.
     """
 
+    @torch.inference_mode(False)  # its tensors change in every step, in place, whatever it was made under
     def __init__(
         self,
         init_scale: float = 2.0**16,
@@ -80,6 +81,7 @@ class LossScaler:
         self._scopes: dict[tuple[torch.device, str], BackwardScope] = {}
         self._family = object()
 
+    @torch.inference_mode(False)
     def to(self, device: str | torch.device) -> LossScaler:
         """Keep the scale on another device from now on; return this scaler. Scopes stay where they are."""
         self.device = _indexed(device)
@@ -87,6 +89,7 @@ class LossScaler:
         self._growth_tracker = self._growth_tracker.to(self.device)
         return self
 
+    @torch.inference_mode(False)
     def scope(self, device: str | torch.device | None = None, owner: str = "") -> BackwardScope:
         """Return the scope of ``owner`` on ``device`` (default: the scaler's): the same tensors in every step."""
         key = (_indexed(self.device if device is None else device), owner)
