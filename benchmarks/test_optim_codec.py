@@ -1,4 +1,4 @@
-"""AdamW, gradient norm and codecs: memory-bound, so each is a share of the copy ceiling."""
+"""Gradient norm and codecs: memory-bound, so each is a share of the copy ceiling."""
 
 from __future__ import annotations
 
@@ -14,41 +14,6 @@ OPS = torch.ops.spu
 PARAMETERS = 1 << 23
 VALUES = 1 << 25  # 64 MB of fp16
 INT8 = {"ceiling": 0.6, "torch": 50.0}
-
-
-def test_adamw_fp16(measure: Measure) -> None:
-    """Unscaled main gradient in; clip, step and 16-bit copy-out in one pass: 4 reads, 3 fp32 writes and one of fp16."""
-    master = torch.randn(PARAMETERS)
-    param, grad = master.half(), torch.randn(PARAMETERS)
-    m, v, one = torch.zeros_like(grad), torch.zeros_like(grad), torch.ones(1)
-    found = torch.zeros(1)
-    lists = [[tensor] for tensor in (param, grad, master, m, v, one)]
-
-    def step() -> None:
-        OPS.adamw_.cpu(*lists, one, found, 1e-3, 0.9, 0.999, 1e-8, 0.01)
-
-    measure(
-        "AdamW step", f"{PARAMETERS} fp16", "spu fp16", step, bytes_=30 * PARAMETERS, intensity=16 / 30,
-        targets={"ceiling": 0.85, "torch fused": 1.5},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["fused", "foreach"])
-def test_adamw_torch(measure: Measure, kind: str) -> None:
-    """The same work on fp32 masters: GradScaler's unscaling and check, clip_grad_norm_, the step, the copy."""
-    master = torch.nn.Parameter(torch.randn(PARAMETERS))
-    param = master.detach().half()
-    master.grad = torch.randn(PARAMETERS)
-    optimizer = torch.optim.AdamW([master], lr=1e-3, fused=kind == "fused", foreach=kind == "foreach")
-    one, found = torch.ones(1), torch.zeros(1)
-
-    def step() -> None:
-        torch._amp_foreach_non_finite_check_and_unscale_([master.grad], found, one)
-        torch.nn.utils.clip_grad_norm_([master], 1e9)
-        optimizer.step()
-        param.copy_(master.detach())
-
-    measure("AdamW step", f"{PARAMETERS} fp16", f"torch {kind}", step, bytes_=30 * PARAMETERS)
 
 
 @pytest.mark.parametrize("peer", ["spu", "torch"])
