@@ -14,6 +14,7 @@ from spu.common.errors import first_line
         (ValueError("of field 'size':\n    expected int\nthree"), "of field 'size': expected int"),
         (ValueError("of nothing:"), "of nothing:"),
         (ValueError(""), "ValueError"),
+        (ValueError(" \n"), "ValueError"),
         (KeyError("nope"), "KeyError: 'nope'"),
     ],
 )

@@ -17,6 +17,14 @@ from spu.ops import use_backend
 from spu.trainer import distributed
 
 
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each process, which stands for its own disk."""
+    monkeypatch.chdir(tmp_path)
+    for rank in range(4):
+        (tmp_path / f"rank{rank}").mkdir()
+
+
 def begin(place: Path, first: int) -> None:
     """A checkpoint of two steps of one process."""
     with use_backend("reference"), make("local", devices(1), 4, precision="fp16") as trainer:
@@ -41,10 +49,7 @@ def go_on(engine: str, places: Any, folder: str) -> Any:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_rank_0_has_is_read_by_all_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for rank in range(4):
-        (tmp_path / f"rank{rank}").mkdir()
+def test_what_rank_0_has_is_read_by_all_and_nothing_else(tmp_path: Path) -> None:
     begin(tmp_path / "rank0" / "saved", 0)
     begin(tmp_path / "rank2" / "saved", 5)  # of another run
     os.symlink(tmp_path / "rank0" / "saved", tmp_path / "rank3" / "saved")  # this one sees rank 0's
@@ -54,10 +59,7 @@ def test_what_rank_0_has_is_read_by_all_and_nothing_else(tmp_path: Path, monkeyp
     assert everyones == [(wanted, rank == 0) for rank in range(4)]  # written by rank 0, on its own disk
 
 
-def test_what_rank_0_cannot_read_is_told_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
+def test_what_rank_0_cannot_read_is_told_in_every_process(tmp_path: Path) -> None:
     begin(tmp_path / "rank1" / "saved", 0)
     for text in in_ranks(2, go_on, "distributed", "auto", str(tmp_path)):
         assert text.startswith("rank 0 has no checkpoint at saved, which it reads for all, and rank 1 has one")
@@ -88,10 +90,7 @@ def again(folder: str) -> Any:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_load_that_has_failed_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
+def test_a_load_that_has_failed_can_be_repeated(tmp_path: Path) -> None:
     begin(tmp_path / "rank0" / "saved", 0)
     os.chdir(tmp_path / "rank0")
     with use_backend("reference"), make("local", devices(2), 4, precision="fp16") as trainer:
@@ -110,10 +109,7 @@ def another_model(folder: str) -> str:
         return str(raised.value)
 
 
-def test_a_load_that_fails_in_rank_0_ends_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for rank in range(2):
-        (tmp_path / f"rank{rank}").mkdir()
+def test_a_load_that_fails_in_rank_0_ends_the_others_wait(tmp_path: Path) -> None:
     begin(tmp_path / "rank0" / "saved", 0)
     first, second = in_ranks(2, another_model, str(tmp_path))
     assert first.startswith("the checkpoint is of another model")

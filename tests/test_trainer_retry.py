@@ -123,6 +123,19 @@ def test_the_user_is_told() -> None:
     assert "rounding of sums" in said[0]
 
 
+def test_after_a_notch_that_runs_out_of_memory_itself_comes_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = ModelParallelTrainer._go_on_by
+
+    def fails(self: ModelParallelTrainer, plan: Plan) -> None:
+        if plan.settings.microbatches == 2:  # recompute=True
+            raise MemoryError  # Python's own says nothing more
+        go_on(self, plan)
+
+    monkeypatch.setattr(ModelParallelTrainer, "_go_on_by", fails)
+    _, made = trained(model(rows=4), microbatches=2)
+    assert made.plan.settings.microbatches == 4
+
+
 def test_with_retry_off_it_fails_as_any_stage() -> None:
     own = model(rows=4)
     with trainer(own, microbatches=2, retry=False) as made:

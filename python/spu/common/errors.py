@@ -10,6 +10,6 @@ def first_line(error: BaseException) -> str:
     there is none, or only a key.
     """
     name = type(error).__name__
-    lines = (str(error) or name).strip().splitlines()
+    lines = (str(error).strip() or name).splitlines()
     text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{name}: {text}" if isinstance(error, KeyError) else text

@@ -36,7 +36,6 @@ def check_loss(model: Any, *, counted: bool) -> None:
     """
     name = type(model).__name__
     with hushed(), hooks_off(model), untouched(model, values=True), torch.inference_mode(False):
-        mode = {module: module.training for module in model.modules()}
         model.train()  # a term may be added in training alone
         try:
             _compare(name, model, counted)
@@ -45,9 +44,6 @@ def check_loss(model: Any, *, counted: bool) -> None:
                 raise
             why = first_line(error)
             raise ValueError(f"{name} cannot be asked for its loss on a few tokens: {why}; {_ADVICE}") from error
-        finally:
-            for module, training in mode.items():
-                module.training = training
 
 
 _ADVICE = "use spu.ModelParallelTrainer with loss_fn=, or spu.accelerate(model) with transformers.Trainer"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spu.common.errors import first_line
 from spu.model.adapter_base import write_base
 from spu.model.layers import is_adapted
 
@@ -90,8 +91,7 @@ def add_adapters(model: nn.Module, options: LoraOptions, seed: int = 0) -> Any:
         try:
             adapted = _peft().get_peft_model(model, options.config())
         except (ValueError, TypeError) as error:
-            text = str(error).strip().splitlines()[0]
-            raise ValueError(f"{type(model).__name__} cannot have these adapters: {text}") from error
+            raise ValueError(f"{type(model).__name__} cannot have these adapters: {first_line(error)}") from error
     return adapted.train(model.training)
 
 

@@ -20,17 +20,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from spu.common import torch_private
 from spu.common.dtypes import HALVES
+from spu.common.errors import first_line
 from spu.common.torch_private import pytree
-from spu.model.traced_part import InputTree, Part, Watch
+from spu.model.traced_part import NORMS, InputTree, Part, Watch
 from spu.model.tracing import Retry, Tracer, Untraceable
 from spu.model.untouched import untouched
 from spu.precision.dtypes import products_in
 
 __all__ = ["traced_layers"]
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, torch_private.NormBase)
 _ELSE = "give the trainer its layers as a list, each an nn.Module that takes what the one before returns"
 
 
@@ -163,13 +162,12 @@ def _traced(
 
     ``whole`` is added to: names of modules that turned out not to be traceable inside, and why.
     """
-    modes = [(module, module.training) for module in model.modules()]
     while True:
         call = _Call(model, tree)
         tracer = Tracer(whole, all_the_way)
         with untouched(model), tracer.unchanged(model):
             try:
-                for module, _ in modes:
+                for module in model.modules():
                     module.training = training
                 graph = tracer.trace(call)
             except Retry as retry:
@@ -179,9 +177,6 @@ def _traced(
                 raise
             except Exception as error:
                 raise Untraceable(_where(error, model)) from error
-            finally:
-                for module, mode in modes:
-                    module.training = mode
         if tracer.problem:
             raise Untraceable(tracer.problem)
         return graph, call.outputs, tracer.opened
@@ -189,7 +184,7 @@ def _traced(
 
 def _where(error: Exception, model: nn.Module) -> str:
     """Return an error's first line, and the last line of a user's code that led to it."""
-    text = (str(error) or type(error).__name__).strip().splitlines()[0]
+    text = first_line(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     frames = [f for f in frames if not f.filename.startswith(__file__.rpartition("/")[0])]
     return f"{text} (line {frames[-1].lineno} of {frames[-1].filename}, in {frames[-1].name})" if frames else text
@@ -208,7 +203,7 @@ def _groups(graph: fx.Graph, model: nn.Module) -> Iterator[tuple[str, list[fx.No
         if node.op == "call_module":
             path = str(node.target).partition(".")[2]
             module = model.get_submodule(path)
-            begins = any(True for _ in module.parameters()) and not isinstance(module, _NORMS)
+            begins = any(True for _ in module.parameters()) and not isinstance(module, NORMS)
             if begins and has_parameters:
                 yield name, own
                 name, own, has_parameters = "", [], False
@@ -240,15 +235,10 @@ def _check_same(model: nn.Module, layers: list[tuple[str, Part]], inputs: Any) -
         return x
 
     def run(function: Callable[[Any], Any]) -> Any:
-        modules = [(module, module.training) for module in model.modules()]
         with untouched(model, values=True), torch.no_grad(), _products(model):
-            try:
-                for module, _ in modules:
-                    module.training = False
-                return function(pytree.tree_map_only(torch.Tensor, few, inputs))
-            finally:
-                for module, mode in modules:
-                    module.training = mode
+            for module in model.modules():
+                module.training = False
+            return function(pytree.tree_map_only(torch.Tensor, few, inputs))
 
     try:
         expected, spec = pytree.tree_flatten(run(plain))

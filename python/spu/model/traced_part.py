@@ -13,9 +13,9 @@ from spu.common import torch_private
 from spu.common.torch_private import pytree
 from spu.model.tracing import Untraceable, atoms_of
 
-__all__ = ["InputTree", "Part", "Watch"]
+__all__ = ["NORMS", "InputTree", "Part", "Watch"]
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, torch_private.NormBase)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, torch_private.NormBase)
 
 
 class InputTree:
@@ -85,7 +85,7 @@ class _Holder(torch_private.Moved):
             Untraceable: it would not stay the same tensor in both.
         """
         if name in torch_private.parameters_of(owner):
-            if isinstance(owner, _NORMS):
+            if isinstance(owner, NORMS):
                 raise Untraceable(f"its forward uses {path!r} of a normalisation without calling it")
             self.register_parameter(name, torch_private.parameters_of(owner)[name])
             return

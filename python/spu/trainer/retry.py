@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spu.common.errors import first_line
 from spu.common.out_of_memory import is_out_of_memory
 from spu.engine.attempt import Attempt
 from spu.engine.microbatch import batch_rows
@@ -73,7 +74,7 @@ def lower(
         except Exception as error:
             if not isinstance(error, ValueError | StoreError) and not is_out_of_memory(error):
                 raise
-            advice.append(f"{label}: {str(error).splitlines()[0]}")
+            advice.append(f"{label}: {first_line(error)}")
     return Lower(None, advice=tuple(advice))
 
 
