@@ -18,7 +18,7 @@ def test_time_bubble_work_and_bytes_stand_side_by_side():
     assert lines[1].endswith("+100.0%")
     assert any(line.split()[:2] == ["cpu:1", "works"] and line.endswith("+0.0%") for line in lines)
     assert any(line.split() == ["cpu:0", "peak", "100", "B", "110", "B", "+10.0%"] for line in lines)
-    assert lines[-2].endswith("with Python and libraries")
+    assert lines[-2].endswith("with Python, libraries and files")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**TWO, "budget": "cpu=1GB"}, 2, "1f1b"),
         ({**TWO, "virtual": 2, "schedule": "interleaved"}, 2, "interleaved"),
         ({**TWO, "residency": "streamed", "budget": "cpu=1GB"}, 2, "1f1b"),
+        ({"batch": 4, "budget": "cpu=1GB"}, 2, "1f1b"),
+        ({"batch": 4, "budget": "cpu=1GB,disk=/tmp:9GB"}, 1, "1f1b"),  # one device, with all cores
+        ({"batch": 4, "budget": "cpu=1GB,disk=/tmp:9GB", "residency": "resident"}, 2, "1f1b"),
     ],
 )
 def test_cpus_get_few_microbatches_and_no_bubble(given: dict[str, Any], microbatches: int, schedule: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from spu import ModelParallelTrainer
 from spu.train.config import TrainConfig
-from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
+from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity, watched
 
 
 @pytest.mark.parametrize(("steps", "evals", "points"), [(768, 10, 10), (5, 10, 5), (7, 3, 3), (1, 1, 1)])
@@ -19,6 +20,14 @@ def test_validation_points_are_as_many_as_asked_and_end_with_the_last_step(steps
     found = [done for done in range(1, steps + 1) if is_eval_step(TrainConfig(evals=evals), done, steps)]
     assert len(found) == points
     assert found[-1] == steps
+
+
+def test_a_long_validation_says_how_long_the_rest_takes(monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 0.0, 20.0, 40.0, 60.0]).__next__)
+    pauses = []
+    assert list(watched("abcd", lambda: pauses.append(1))) == list("abcd")
+    assert len(pauses) == 4
+    assert capsys.readouterr().out == "validating: 2 of 4 batches, 0:40 left\n"
 
 
 def test_or_every_so_many_steps():

@@ -24,6 +24,7 @@ from spu.train import loop
 from spu.train.keep import Checkpoints, disk_line
 from spu.train.metrics import MetricsFile, read_metrics
 from spu.train.run_folder import RunFolder
+from spu.trainer.trainer import ModelParallelTrainer
 
 
 def saving(step: int) -> SimpleNamespace:
@@ -172,6 +173,32 @@ def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path: Path, monkeypatc
     assert "run r is complete" in capsys.readouterr().out
     assert run("train", "--resume", "auto", "--out", str(place / "runs")) == 2
     assert "--resume auto needs the run's --name" in capsys.readouterr().err
+
+
+def test_the_last_validation_stops_between_its_batches_and_is_made_up_for(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It may take minutes, in which a signal went unheard."""
+    place = make_place(tmp_path)
+    common = ("--steps", "2", "--evals", "1", "--resume", "auto")
+    assert train(place, "whole", *common) == 0
+    seen = []
+    evaluated = ModelParallelTrainer.evaluate
+
+    def signalled(self: ModelParallelTrainer, *batch):
+        seen.append(batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluated(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_validate", lambda self, step: None)
+        patch.setattr(ModelParallelTrainer, "evaluate", signalled)
+        assert train(place, "r", *common) == 0
+    assert len(seen) == 1
+    assert "stopped after step 2 of 2, saved; go on with --resume" in capsys.readouterr().err
+    assert summary(place, "r")["finished"] is False
+    assert train(place, "r", *common) == 0
+    again, whole = summary(place, "r"), summary(place, "whole")
+    assert again["finished"] is True
+    assert again["val_loss"] == whole["val_loss"]
 
 
 def test_a_run_of_epochs_is_made_longer_by_more_of_them(tmp_path: Path, capsys) -> None:

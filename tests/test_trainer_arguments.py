@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_devices import GB, play_cpu, play_gpus
 
+from spu.devices.tiers import Tiers
 from spu.settings import TrainSettings
 from spu.trainer.distributed import placed
 
@@ -23,6 +24,6 @@ def test_a_card_without_bf16_is_named(precision: str, named: list[str], monkeypa
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        placed("cuda:0,cuda:1,cpu", TrainSettings(precision=precision))
+        placed("cuda:0,cuda:1,cpu", TrainSettings(precision=precision), Tiers())
     texts = [str(each.message) for each in found]
     assert [text.split()[0] for text in texts if "has no bf16 (compute capability 7.5" in text] == named

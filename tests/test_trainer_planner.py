@@ -25,7 +25,9 @@ from spu.cost import measure
 from spu.cost.measure import time_layers
 from spu.devices.manager import DeviceManager
 from spu.devices.tiers import parse_tiers
+from spu.engine import build
 from spu.engine.loss import cross_entropy
+from spu.engine.stage import Stage
 from spu.memory.streams import HostStreams
 from spu.model.layers import parts_as_layers
 from spu.plan import BudgetError, Plan
@@ -132,6 +134,32 @@ def test_layers_of_a_kind_are_timed_twice_and_every_layer_and_the_loss_get_secon
     for row in rows:
         assert len({row[0], row[2], row[3], row[4]}) == 1
         assert min(row[-1]) > 0
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_timing_holds_no_more_than_a_stage_would(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are made in the precision, never first in fp32, and once where the devices can read the same ones."""
+    monkeypatch.setattr(measure, "_SHARED_BYTES", 0 if large else 1 << 40)
+    converted: list[torch.dtype] = []
+    places: list[set[int]] = []
+
+    def to_precision(layers: Any, *rest: Any, **options: Any) -> None:
+        converted.extend(p.dtype for layer in layers for p in layer.module.parameters())
+        build.to_precision(layers, *rest, **options)
+
+    class Noted(Stage):
+        def __init__(self, index: int, layers: Any, device: Any, **options: Any) -> None:
+            super().__init__(index, layers, device, **options)
+            places.append({p.data_ptr() for layer in layers for p in layer.module.parameters()})
+
+    monkeypatch.setattr(measure, "to_precision", to_precision)
+    monkeypatch.setattr(measure, "Stage", Noted)
+    layers = parts_as_layers([nn.Linear(6, 6), nn.Linear(6, 6)])
+    time_layers(layers, *batch(), devices(), cross_entropy, precision="fp16", repeats=1)
+    assert set(converted) == {torch.float16}
+    assert len(set().union(*places)) == (4 if large else 8)
+    assert not set().union(*places) & {p.data_ptr() for layer in layers for p in layer.module.parameters()}
+    assert all(p.dtype == torch.float32 for layer in layers for p in layer.module.parameters())
 
 
 class Noting(nn.Linear):

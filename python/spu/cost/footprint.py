@@ -249,7 +249,13 @@ class _NoModules(contextlib.nullcontext[None]):
     parents = ("Global",)
 
 
-def layer_copy(module: Any, mode: FakeTensorMode | None = None, dtypes: dict[int, torch.dtype] | None = None) -> Any:
+def layer_copy(
+    module: Any,
+    mode: FakeTensorMode | None = None,
+    dtypes: dict[int, torch.dtype] | None = None,
+    *,
+    share_parameters: bool = False,
+) -> Any:
     """Return a stand-in for a module, or for a method of one, on fake tensors or on copies of its own tensors.
 
     Args:
@@ -257,6 +263,8 @@ def layer_copy(module: Any, mode: FakeTensorMode | None = None, dtypes: dict[int
         mode: of the fake tensors; None: real ones.
         dtypes: by id, of parameters and buffers in training; default: a module's as they are. Other tensors are
             replaced where they want gradients.
+        share_parameters: let real parameters have the memory of the module's own, which nobody may write meanwhile.
+            Those of TorchScript are copied.
     """
     if dtypes is None:
         dtypes = {id(t): t.dtype for t in itertools.chain(module.parameters(), module.buffers())}
@@ -266,7 +274,8 @@ def layer_copy(module: Any, mode: FakeTensorMode | None = None, dtypes: dict[int
             return source
         dtype = dtypes.get(id(source), source.dtype)
         if mode is None:
-            made = source.detach().to(dtype, copy=True)
+            shared = share_parameters and isinstance(source, nn.Parameter)
+            made = source.detach().to(dtype, copy=not shared)
         else:
             made = fake_tensor(mode, source, dtype)
         return made.requires_grad_(source.requires_grad)

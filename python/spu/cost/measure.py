@@ -7,6 +7,7 @@ pipeline whose other stages work too.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from spu import ops
+from spu.common.dtypes import DTYPES
 from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
 from spu.cost.count import kind_of
@@ -37,6 +39,7 @@ from spu.optim.adamw import AdamW
 from spu.optim.forms import FORMS
 from spu.plan.memory import update_bytes
 from spu.precision import MainGrads
+from spu.precision.dtypes import state_dtypes
 from spu.skips import carried_by
 
 __all__ = ["time_disk", "time_duplex", "time_layers", "time_packing", "time_update"]
@@ -47,6 +50,7 @@ _REGIONS, _REGION_BYTES = 4, 16 << 20  # of a disk that is timed
 _LINK_BYTES = 32 << 20  # of each of two copies at a time
 _PACKED = 1 << 18  # values of the tensor that is packed
 _OF_A_KIND = 2  # layers of a kind that are run; the weights of a single one would stay in the cache
+_SHARED_BYTES = 1 << 28  # of parameters from which a host's devices read the same ones: no cache holds them
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
 
 
@@ -88,7 +92,8 @@ def time_layers(
         def body(device: Device, start: Callable[[], object]) -> list[Seconds]:
             hush()
             own_loss = layer_copy(loss_fn, dtypes={})
-            return _Bench(chain, device, sample, targets, own_loss).seconds(start, repeats, watched)
+            bench = _Bench(chain, device, device is devices[0], sample, targets, own_loss)
+            return bench.seconds(start, repeats, watched)
 
         found = side_by_side(devices, body)
     return [[*(chain.of_layer(own, k) for k in range(len(layers))), own[-1]] for own in found]
@@ -212,7 +217,8 @@ class _Chain:
             for index, layer in enumerate(layers):
                 kind = kind_of(layer.module, x)
                 if self._kinds.count(kind) < _OF_A_KIND:
-                    own = dataclasses.replace(layer, module=layer_copy(layer.module))
+                    # Copied in the precision: an fp32 copy can be more than the memory that the model trains in.
+                    own = dataclasses.replace(layer, module=layer_copy(layer.module, dtypes=_dtypes(layer, precision)))
                     to_precision([own], precision, {}, fused=fused)
                     _give_values(own.module)
                     own.module.to(device.torch_device)
@@ -223,10 +229,21 @@ class _Chain:
                 x = outputs[kind]
         self.last = x
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of the copies' parameters."""
+        return sum(p.numel() * p.element_size() for layer, *_ in self.pieces for p in layer.module.parameters())
+
     def of_layer(self, seconds: Sequence[Seconds], index: int) -> Seconds:
         """Return the mean of the seconds of those pieces that are of the layer's kind."""
         own = [s for s, (*_, k) in zip(seconds, self.pieces) if self._kinds[k] == self._kinds[index]]
         return statistics.fmean(s[0] for s in own), statistics.fmean(s[1] for s in own)
+
+
+def _dtypes(layer: Layer, precision: str) -> dict[int, torch.dtype]:
+    """Return what parameters and buffers of a layer become in a precision, by id."""
+    own = itertools.chain(layer.module.parameters(), layer.module.buffers())
+    return {id(t): t.dtype for t in own} | state_dtypes([layer.module], DTYPES[precision])
 
 
 @torch.no_grad()
@@ -245,16 +262,26 @@ def _give_values(module: torch.nn.Module) -> None:
 
 
 class _Bench:
-    """A chain on one device, to be run several times."""
+    """A chain on one device, to be run several times.
 
-    def __init__(self, chain: _Chain, device: Device, inputs: Any, targets: Any, loss_fn: Any) -> None:
+    Args:
+        chain: of copies.
+        device: where to run them.
+        own: run them themselves: they are on this device, and nobody else does. Else copies of them.
+        inputs, targets, loss_fn: as `time_layers` takes them.
+    """
+
+    def __init__(self, chain: _Chain, device: Device, own: bool, inputs: Any, targets: Any, loss_fn: Any) -> None:
         self.device = device
         here = device.torch_device
         self._stages = []
+        shared = here.type == "cpu" and chain.parameter_bytes >= _SHARED_BYTES
         for layer, _, index in chain.pieces:
-            own = dataclasses.replace(layer, module=layer_copy(layer.module).to(here))
+            mine = layer
+            if not own:
+                mine = dataclasses.replace(layer, module=layer_copy(layer.module, share_parameters=shared).to(here))
             # The input of the model's first layer wants no gradient.
-            self._stages.append(Stage(min(index, 1), [own], device, is_last=False, loss_fn=loss_fn))
+            self._stages.append(Stage(min(index, 1), [mine], device, is_last=False, loss_fn=loss_fn))
         self._empty = Stage(1, [], device, is_last=False, loss_fn=loss_fn)
         self._loss = Stage(1, [], device, is_last=True, loss_fn=loss_fn)
         self._given = [move(x, here) for _, x, _ in chain.pieces]

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 
 import torch
 
@@ -288,9 +289,13 @@ class DeviceManager:
         return Device(name, torch.device(name), (), 1, total, budget, text)
 
 
-def default_devices(spec: Spec, residency: str) -> Spec:
-    """Return ``spec``, where "auto" is one device with all cores if layers are to be streamed and there is no GPU."""
-    streams = residency in ("offloaded", "streamed")
+def default_devices(spec: Spec, residency: str, disk: Path | None = None) -> Spec:
+    """Return ``spec``, where "auto" is one device with all cores if layers are to be streamed and there is no GPU.
+
+    Also where they may be streamed, from ``disk``: with the few microbatches that little memory leaves, two halves wait
+    for each other.
+    """
+    streams = residency in ("offloaded", "streamed") or (residency == "auto" and disk is not None)
     return "cpu" if streams and isinstance(spec, str) and spec == "auto" and not torch.cuda.is_available() else spec
 
 

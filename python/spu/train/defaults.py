@@ -50,8 +50,8 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _devices(config: TrainConfig) -> list[Device]:
-    budget, _ = split_budget(config.budget)
-    found = DeviceManager(budget).get_devices(default_devices(config.devices, config.residency))
+    budget, tiers = split_budget(config.budget)
+    found = DeviceManager(budget).get_devices(default_devices(config.devices, config.residency, tiers.disk))
     if config.engine != "distributed":
         return found
     return found[:1] * max(1, int(os.environ.get("WORLD_SIZE", "1")) // config.replicas)  # one in each process

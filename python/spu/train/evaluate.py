@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from spu.engine.microbatch import count_targets
 from spu.train.config import TrainConfig
+from spu.train.progress import clock
 
-__all__ = ["count", "curve_windows", "is_eval_step", "mean_over_targets", "perplexity"]
+__all__ = ["count", "curve_windows", "is_eval_step", "mean_over_targets", "perplexity", "watched"]
 
+_B = TypeVar("_B")
+_SAY_S = 30.0
 _LARGEST = 700.0  # nats; exp of more is no double
 
 
@@ -41,6 +45,18 @@ def mean_over_targets(
     if not targets_seen:
         raise ValueError("no target of the validation data counts in the loss: all are masked")
     return total / targets_seen
+
+
+def watched(batches: Sequence[_B], pause: Callable[[], object]) -> Iterator[_B]:
+    """Yield the batches; call ``pause`` before each, and say every half minute how long the rest takes."""
+    begin = said = time.monotonic()
+    for done, batch in enumerate(batches):
+        pause()
+        now = time.monotonic()
+        if now - said >= _SAY_S:
+            said, left = now, (now - begin) / done * (len(batches) - done)
+            print(f"validating: {done:,} of {len(batches):,} batches, {clock(left)} left", flush=True)
+        yield batch
 
 
 def perplexity(loss: float) -> float:

@@ -34,7 +34,7 @@ from spu.settings import TrainSettings
 from spu.train.adapter import keep_adapter, make_trained_model
 from spu.train.batches import Batches
 from spu.train.config import TrainConfig
-from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity
+from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, perplexity, watched
 from spu.train.export import sample_of, save_from_all, save_model, take_exact
 from spu.train.guard import Guard, Patience, diverged
 from spu.train.job import Job
@@ -49,7 +49,7 @@ from spu.train.tensorboard import TensorBoard
 from spu.train.weights import beside_disk
 from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
-__all__ = ["Loop", "evaluate", "make_trainer", "pipeline", "settle_steps", "train"]
+__all__ = ["Loop", "make_trainer", "pipeline", "settle_steps", "train"]
 
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
@@ -75,7 +75,7 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
         finally:
             loop.close()
         exported = loop.choose_weights()
-        val_loss = evaluate(trainer, job.corpus.validation_batches(job.config.batch, job.config.seq))
+        val_loss = loop.validate_whole(signals)
         if not math.isfinite(val_loss):
             raise diverged(job, "validation loss", exported)
         summary = summarise(job, trainer, parameters, val_loss, loop.timelines, loop.done, exported)
@@ -147,7 +147,7 @@ def pipeline(
     distributed = config.engine == "distributed"
     devices: Any = config.devices
     if not distributed or config.devices != AUTO or budget:
-        devices = manager.get_devices(default_devices(config.devices, config.residency))
+        devices = manager.get_devices(default_devices(config.devices, config.residency, tiers.disk))
         if all(device.torch_device.type != "cpu" for device in devices):
             tiers = dataclasses.replace(tiers, host_bytes=manager.host_budget())
     return (LeadingTrainer if distributed and say is not None else ModelParallelTrainer)(
@@ -270,16 +270,8 @@ class Loop:
             for step in range(self.done + 1, self.steps + 1):
                 result = self._train(step)
                 best = self._validate(step) if is_eval_step(self.job.config, step, self.steps) else None
-                view.update(
-                    Progress(
-                        step,
-                        self._shown.add(result.loss),
-                        self._tokens_per_s,
-                        result.loss_scale,
-                        self._skipped,
-                        self._val_loss,
-                    )
-                )
+                shown = self._shown.add(result.loss)
+                view.update(Progress(step, shown, self._tokens_per_s, result.loss_scale, self._skipped, self._val_loss))
                 last = step == self.steps or self._patience.spent
                 asked = signals.asked  # read once: of a signal that comes from here on the next step takes notice
                 self._save_if_due(step, best, last=last, stop=asked is not None)
@@ -327,7 +319,7 @@ class Loop:
 
     def _validate(self, step: int) -> float | None:
         """Validate and record it; return the loss if its weights are to be kept as the best."""
-        self._val_loss = evaluate(self.trainer, self._validation)
+        self._val_loss = mean_over_targets(self.trainer.evaluate, self._validation)
         self._metrics.append(step=step, val_loss=self._val_loss, perplexity=perplexity(self._val_loss))
         self._patience.add(self._val_loss)
         return self._val_loss if self._checkpoints.improves(self._val_loss) else None
@@ -347,16 +339,24 @@ class Loop:
     def _stop(self, step: int, signum: int) -> None:
         """Note in summary.json that the run is not finished, and raise Stopped."""
         kept = "not saved, since its loss is not finite" if self._due else "saved"
-        save_result(
-            self.job.folder / "summary.json",
-            stopped_summary(self.job, step, signal.Signals(signum).name, not self._due),
-        )
+        summary = stopped_summary(self.job, step, signal.Signals(signum).name, not self._due)
+        save_result(self.job.folder / "summary.json", summary)
         raise Stopped(f"stopped after step {step} of {self.steps}, {kept}; go on with --resume {self.job.folder.path}")
 
     def close(self) -> None:
         """Close what was opened beside the metrics."""
         if self._board is not None:
             self._board.close()
+
+    def validate_whole(self, signals: StopSignals) -> float:
+        """Return the mean loss over the whole validation set; between its batches a signal may stop it, as a step."""
+
+        def pause() -> None:
+            if signals.asked is not None:
+                self._stop(self.done, signals.asked)
+
+        batches = self.job.corpus.validation_batches(self.job.config.batch, self.job.config.seq)
+        return mean_over_targets(self.trainer.evaluate, watched(batches, pause))
 
     def choose_weights(self) -> int:
         """Give the trainer the weights that are exported; return the step after which they were so."""
@@ -365,11 +365,6 @@ class Loop:
             return self.done
         self.trainer.load(best[1])
         return best[0]
-
-
-def evaluate(trainer: ModelParallelTrainer, batches: list[tuple[Any, Any]]) -> float:
-    """Return the mean loss over all targets of ``batches`` that are not -100, on the pipeline."""
-    return mean_over_targets(trainer.evaluate, batches)
 
 
 def _finish(job: Job, model: nn.Module, summary: dict[str, Any], room: int, *, written: bool) -> None:

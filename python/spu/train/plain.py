@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from spu.settings import Settings
 from spu.train import progress as console
 from spu.train.adapter import make_trained_model
 from spu.train.config import PLACEMENT, WATCHING, TrainConfig
-from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets
+from spu.train.evaluate import count, curve_windows, is_eval_step, mean_over_targets, watched
 from spu.train.metrics import MetricsFile, save_result
 from spu.train.run_folder import RunFolder
 from spu.train.signals import Stopped, StopSignals
@@ -52,7 +53,7 @@ def mean_loss(model: nn.Module, inputs: Any, targets: torch.Tensor) -> torch.Ten
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
-def evaluate(model: nn.Module, batches: list[tuple[Any, torch.Tensor]]) -> float:
+def evaluate(model: nn.Module, batches: Iterable[tuple[Any, torch.Tensor]]) -> float:
     """Return the mean loss over all targets of ``batches`` that are not -100."""
     model.eval()
     with torch.no_grad():
@@ -96,6 +97,11 @@ def train_step(
     return {"loss": loss, "grad_norm": norm, "tokens_per_s": speed}
 
 
+def _check(signals: StopSignals, step: int) -> None:
+    if signals.asked is not None:
+        raise Stopped(f"reference stopped at step {step}; it starts over next time")
+
+
 def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, signals: StopSignals) -> dict[str, Any]:
     """Train and validate; write reference.json and reference_metrics.jsonl into the run's folder.
 
@@ -122,9 +128,9 @@ def train_reference(config: TrainConfig, corpus: Corpus, folder: RunFolder, sign
             view.update(console.Progress(step + 1, shown.add(row["loss"]), row["tokens_per_s"]))
             if is_eval_step(config, step + 1, steps):
                 metrics.append(step=step + 1, val_loss=evaluate(model, curve))
-            if signals.asked is not None:
-                raise Stopped(f"reference stopped at step {step + 1}; it starts over next time")
-    val_loss = evaluate(model, corpus.validation_batches(config.batch, config.seq))
+            _check(signals, step + 1)
+    whole = corpus.validation_batches(config.batch, config.seq)
+    val_loss = evaluate(model, watched(whole, lambda: _check(signals, steps)))
     if not math.isfinite(val_loss):
         raise ValueError(
             f"the reference diverged: its validation loss is {val_loss} after {steps} steps; it was not written: start "

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
-__all__ = ["PlainView", "Progress", "RichView", "RunningMean", "View", "open_view", "terminal_width"]
+__all__ = ["PlainView", "Progress", "RichView", "RunningMean", "View", "clock", "open_view", "terminal_width"]
 
 _LINES = 20  # plain lines of a whole run
 _WIDE = 130  # columns that everything needs; below, the bar and the time spent are left out
@@ -63,7 +63,7 @@ class PlainView:
             return
         spent = time.monotonic() - self._begin
         left = spent / max(1, progress.step - self._first) * (self._total - progress.step)
-        self.say(f"{self._title} {progress.step}/{self._total} {_describe(progress)} left {_clock(left)}")
+        self.say(f"{self._title} {progress.step}/{self._total} {_describe(progress)} left {clock(left)}")
 
     def say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -115,7 +115,8 @@ def _describe(progress: Progress, brief: bool = False) -> str:
     return " ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return minutes and seconds, and hours where there are some: 2:05, 1:02:05."""
     whole = max(0, round(seconds))
     return (
         f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -16,6 +16,7 @@ from spu.common.dtypes import DTYPES
 from spu.common.product_cache import bound_product_caches
 from spu.cost.boundary import layer_outputs
 from spu.devices.manager import Device, DeviceManager, Spec, default_devices
+from spu.devices.tiers import Tiers
 from spu.distributed.consistency import WEIGHTS, given_facts
 from spu.distributed.engine import SCHEDULES, DistributedEngine
 from spu.distributed.gather import Far, gathered_samples, save_state, with_tensors
@@ -42,7 +43,7 @@ from spu.trainer.rank_machine import measured_machine
 __all__ = ["Spread", "placed"]
 
 
-def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread | None]:
+def placed(devices: Spec, settings: TrainSettings, tiers: Tiers) -> tuple[list[Device], Spread | None]:
     """Return a trainer's devices, in pipeline order, and the processes where its stages are in several.
 
     Raises:
@@ -58,7 +59,7 @@ def placed(devices: Spec, settings: TrainSettings) -> tuple[list[Device], Spread
             raise ValueError(
                 f"replicas={settings.replicas} is for engine='distributed': leave it out, or give that too"
             )
-        found, spread = DeviceManager().get_devices(default_devices(devices, settings.residency)), None
+        found, spread = DeviceManager().get_devices(default_devices(devices, settings.residency, tiers.disk)), None
     else:
         spread = Spread(devices, settings)
         found = spread.devices()

@@ -106,9 +106,10 @@ class ModelParallelTrainer(StagedModel):
         kinds = {"loss_fn": loss_fn, "lr_schedule": lr_schedule, "report": report, "model": model, "tiers": tiers}
         check_arguments(optimizer, lr, plan, scaler, **kinds)
         settings = TrainSettings.given(settings, keywords, "ModelParallelTrainer")
+        tiers = tiers if isinstance(tiers, Tiers) else parse_tiers(tiers or "")
         super().__init__(
             Parts(model),
-            partial(placed, devices, settings),
+            partial(placed, devices, settings, tiers),
             settings,
             loss_fn=loss_fn,
             raw_outputs=raw_outputs,
@@ -118,7 +119,7 @@ class ModelParallelTrainer(StagedModel):
             scaler=scaler,
             plan=plan,
             measure=measure,
-            tiers=tiers if isinstance(tiers, Tiers) else parse_tiers(tiers or ""),
+            tiers=tiers,
             report=report,
         )
         self.shift = shift

@@ -82,7 +82,9 @@ def _memory_rows(plan: Plan, measured: Mapping[str, int]) -> list[tuple[str, str
     rows = [_row(f"{name} peak", peak, found, format_bytes) for name, peak, found in both]
     cpus = [peak for name, peak in predicted.items() if name.startswith("cpu")]
     if "cpu" in measured and cpus:
-        rows.append(("cpu peak", format_bytes(sum(cpus)), format_bytes(measured["cpu"]), "with Python and libraries"))
+        rows.append(
+            ("cpu peak", format_bytes(sum(cpus)), format_bytes(measured["cpu"]), "with Python, libraries and files")
+        )
     return rows
 
 
