@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 typer = pytest.importorskip("typer")
 
 from small_runs import run  # noqa: E402
 
+from spu import __main__  # noqa: E402
 from spu.cli.app import guarded  # noqa: E402
+from spu.cli.panels import PANELS, panel_of  # noqa: E402
+from spu.cli.words import as_options  # noqa: E402
 from spu.engine.engine import StageError  # noqa: E402
+from spu.train.config import PlanOptions, RunOptions, TrainConfig  # noqa: E402
 
 
 def test_what_a_stage_refuses_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,3 +89,38 @@ def test_a_wrong_argument_names_the_help_of_its_command(
 ) -> None:
     assert run(*arguments) == 2
     assert capsys.readouterr().err.strip().endswith(says)
+
+
+def test_every_option_has_one_group_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """They were one list of seventy, in the order of the code."""
+    names = {field.name for options in (TrainConfig, RunOptions, PlanOptions) for field in options.own_first()}
+    assert sorted(" ".join(PANELS.values()).split()) == sorted(names)
+    assert panel_of("lr") == "Learning"
+    assert run("train", "--help") == 0
+    shown = capsys.readouterr().out
+    places = [shown.find(f"─ {panel} ─") for panel in PANELS]
+    assert places[0] > 0
+    assert places == sorted(places)
+
+
+def test_what_would_fit_is_said_in_options() -> None:
+    """`spu plan` said grads="bf16", which no command takes."""
+    for said, wanted in (
+        ('grads="bf16"\n  state="exact"', "--grads bf16\n  --state exact"),
+        ("recompute=True and microbatches=16 (of the same", "--recompute on and --microbatches 16 (of the same"),
+        ("recompute=False size=3 state=x", "--recompute off size=3 state=x"),
+    ):
+        assert as_options(said) == wanted
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It was a traceback."""
+
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.__import__", pressed)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "spu: interrupted\n"

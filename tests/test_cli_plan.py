@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from small_runs import run
 from tiny_models import BYTES
 
-from spu.cli.plan import declared_devices, plan_command
+from spu.cli.plan import _train_command, declared_devices, plan_command
 from spu.plan import Plan
 from spu.train.config import PlanOptions
 
@@ -44,7 +44,8 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
     options = ("--devices", "cpu:0,cpu:1", "--speed", "cpu=1GFLOPS", "--same-order", "--schedule", "1f1b")
     made = run("plan", "--model", str(tiny), *options, "--batch", "4", "--seq", "16", "--out", str(plan))
     assert made == 0, capfd.readouterr().err
-    assert "tiny" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert f"train with it: spu train --model {tiny} --data FILE --plan {plan}\n" in out
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     train = (
         "train",
@@ -65,6 +66,13 @@ def test_a_plan_is_written_and_trained_by(tiny, tmp_path, capfd):
     assert trained.predicted.basis == "measured"
     assert run(*train, "--plan", str(plan), "--name", "b", "--schedule", "gpipe") == 2
     assert "was made for 1f1b: leave the option out, or plan again" in capfd.readouterr().err
+
+
+def test_the_command_for_a_plan_names_weights_and_adapters() -> None:
+    """It trained 1.8 billion random parameters on the default text, where adapters were planned."""
+    options = PlanOptions(lora=16, lora_targets="q_proj", budget="cpu=32GB", out="p.json")
+    said = "spu train --model FOLDER --data FILE --plan p.json --lora 16 --lora-targets q_proj --budget cpu=32GB"
+    assert _train_command(options) == said
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
         (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "spu = spu.cli.app:main" in archive.read(points).decode()
+        assert "spu = spu.__main__:main" in archive.read(points).decode()
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert "Requires-Dist: torch>=2.11" in required, required
     assert not any(name in line for line in required for name in ("pybind11", "ninja", "transformers", "triton"))
@@ -343,5 +343,5 @@ def test_import_is_light(tmp_path: Path) -> None:
 
 def test_console_script() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="spu")
-    assert entry.value == "spu.cli.app:main"
+    assert entry.value == "spu.__main__:main"
     assert callable(entry.load())

@@ -115,6 +115,20 @@ def test_a_step_of_more_tokens_has_more_microbatches_of_the_same_size():
 
 
 @pytest.mark.parametrize(
+    "where",
+    [{"budget": "cpu=1GB,disk=spill:1GB"}, {"budget": "cuda:0=8GB,cpu=32GB"}, {"residency": "streamed"}],
+)
+def test_a_step_of_more_tokens_may_be_streamed(where):
+    """It had several runs of the schedule, which a streamed model refuses: the guide's own run on 8 GB could not."""
+    config = TrainConfig(batch=8, microbatches=4, seq=16, **where)
+    step = for_tokens_per_step(config, 300)
+    assert step == {"batch": 24, "accumulate": 1, "microbatches": 12}
+    assert for_tokens_per_step(dataclasses.replace(config, **step), 300) == step, "a run goes on as it began"
+    own = dataclasses.replace(config, batch=16, accumulate=2)
+    assert for_tokens_per_step(own, 500) == {"batch": 32, "accumulate": 4}, "the user's own choice"
+
+
+@pytest.mark.parametrize(
     ("words", "meant"),
     [
         (["train", "--sample", "off", "--name", "off"], ["train", "--no-sample", "--name", "off"]),

@@ -192,6 +192,11 @@ class Settings(Options):
         return self.microbatches
 
     @property
+    def microbatches_in_words(self) -> str:
+        """Their number for sentences: "1 microbatch", "8 microbatches"."""
+        return f"{self.microbatches} microbatch{'' if self.microbatches == 1 else 'es'}"
+
+    @property
     def parts(self) -> int:
         """Into how many microbatches a batch is cut at least."""
         return self.accumulate * (self.microbatches if isinstance(self.microbatches, int) else 1)

@@ -14,6 +14,8 @@ except ImportError:  # the library works without its command line
     packages = "'typer>=0.12' 'rich>=13' 'transformers>=5.0' 'pyyaml>=6'"
     sys.exit(f"spu: the command line needs more packages: pip install {packages}")
 
+from spu.cli.panels import PANELS, panel_of
+from spu.cli.words import as_options
 from spu.common.elsewhere import meant_by
 from spu.common.launched import in_several_processes
 from spu.common.options import SWITCH, Options, kind_of
@@ -60,11 +62,11 @@ def guarded(command: Callable[[], None]) -> None:
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
             _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
         if isinstance(error, ValueError):
-            _fail(f"error: {error}", BAD_INPUT)
+            _fail(f"error: {as_options(str(error))}", BAD_INPUT)
         from spu.engine.engine import StageError  # imports torch
 
         if isinstance(error, StageError) and isinstance(error.__cause__, ValueError):
-            _fail(f"error: {error.__cause__}", BAD_INPUT)
+            _fail(f"error: {as_options(str(error.__cause__))}", BAD_INPUT)
         if isinstance(error, StoreError) or isinstance(error.__cause__, StoreError):
             _fail(f"error: {error}", 1)
         lost = isinstance(error, (ConnectionError, TimeoutError)) and error.errno is None  # a process, no path
@@ -89,13 +91,18 @@ def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[.
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         made = []
-        for field in (field for options in classes for field in options.own_first()):
+        places = {name: place for place, name in enumerate(" ".join(PANELS.values()).split())}
+        fields = [field for options in classes for field in options.own_first()]
+        for field in sorted(fields, key=lambda field: places.get(field.name, len(places))):
             kind, flag = kind_of(field), option(field.name)
             start = "" if field.default is None or field.default is False else f"  ({kind.shown(field.default)})"
             kinds: Any = bool if kind.is_flag else list[str] if kind.many else str
             names = f"{flag}/--no-{flag[2:]}" if kind.is_flag else flag
             metavar = None if kind.is_flag else kind.metavar
-            shown = typer.Option(names, help=kind.help + start, metavar=metavar, show_default=False)
+            panel = panel_of(field.name)
+            shown = typer.Option(
+                names, help=kind.help + start, metavar=metavar, show_default=False, rich_help_panel=panel
+            )
             annotation = Annotated[kinds | None, shown]
             made.append(
                 inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -110,7 +117,7 @@ def takes(*classes: type[Options]) -> Callable[[Callable[..., None]], Callable[.
 @app.command()
 @takes(TrainConfig, RunOptions)
 def train(**given: Any) -> None:
-    """Train a decoder on a text, in a pipeline over the devices, into runs/NAME."""
+    """Train or fine-tune a decoder on your data, over the devices that there are, into runs/NAME."""
 
     def command() -> None:
         from spu.cli.train import train_command

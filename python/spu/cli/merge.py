@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spu.common.files import read_object
+from spu.model.convert.internlm2 import MODEL_TYPE
 from spu.model.lora import CONFIG
 from spu.model.merge import merge_adapter
 from spu.train.adapter import base_of, merge_run
@@ -38,4 +40,11 @@ def merge_command(which: str, out: str, model: str | None, runs: str) -> None:
         config, _ = folder.read_config()
         folder.check_weights(config)
         merge_run(config, folder.path, out)
-    print(f"written: {out}; load it with AutoModelForCausalLM.from_pretrained({out!r})")
+    print(f"written: {out}; {_loaded_with(out)}")
+
+
+def _loaded_with(out: str) -> str:
+    """Return how a merged model is loaded; transformers has no InternLM2 of its own, and runs the code beside it."""
+    if read_object(Path(out) / "config.json").get("model_type") == MODEL_TYPE:
+        return f"what loads its base model loads it; try it with: spu chat {out}"
+    return f"load it with AutoModelForCausalLM.from_pretrained({out!r})"

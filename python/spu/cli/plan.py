@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from spu.common.units import split_pairs
+from spu.cost.blueprint import config_names
 from spu.devices.host import host_memory
 from spu.devices.manager import Device, DeviceManager, parse_bytes
 from spu.devices.speed import measure_device, measure_link
@@ -20,7 +21,7 @@ from spu.plan.machine import Machine, make_machine, read_speeds
 from spu.plan.search import search_plan
 from spu.settings import Settings
 from spu.train.adapter import lora_options
-from spu.train.config import PlanOptions, check_lora
+from spu.train.config import PlanOptions, check_lora, option
 from spu.train.model import check_positions, load_config
 from spu.train.progress import terminal_width
 
@@ -140,6 +141,19 @@ def _check_files(options: PlanOptions) -> None:
         raise ValueError(f"--picture {options.picture}: give a name that ends in {', '.join(_PICTURES)}")
 
 
+def _train_command(options: PlanOptions) -> str:
+    """Return the command that trains by the plan. What has no weights would be trained from random ones, and a model by
+    its name or with adapters is meant to have some: its folder is then to be filled in."""
+    named, weights = options.model in config_names(), any(Path(options.model).glob("*.safetensors"))
+    model = "FOLDER" if named or (options.lora is not None and not weights) else options.model
+    words = ["spu train --model", model, "--data FILE --plan", options.out]
+    for name in ("lora", "lora_kind", "lora_targets", "budget"):
+        value = getattr(options, name)
+        if value not in (None, "lora"):
+            words.append(f"{option(name)} {value}")
+    return " ".join(words)
+
+
 def plan_command(options: PlanOptions) -> Plan:
     """Plan, print, write.
 
@@ -182,11 +196,8 @@ def plan_command(options: PlanOptions) -> Plan:
     lines = explain(plan, machine, parameters, time.perf_counter() - began, terminal_width())
     print("\n".join(lines), flush=True)
     plan.save(options.out)
-    given = f" --budget {options.budget}" if options.budget else ""
-    lora = "" if options.lora is None else f" --lora {options.lora}"
     where = " (where these devices are)" if absent else ""
-    command = f"spu train --model {options.model} --plan {options.out}{lora}{given}"
-    print(f"written: {options.out}; train with it{where}: {command}")
+    print(f"written: {options.out}; train with it{where}: {_train_command(options)}")
     if options.picture is not None:
         from spu.plan.show.picture import draw_plan
 

@@ -14,7 +14,7 @@ from spu.cost.blueprint import config_names
 from spu.plan import Plan
 from spu.train import plain as reference
 from spu.train import report
-from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step
+from spu.train.config import PLACEMENT, RunOptions, TrainConfig, for_tokens_per_step, option
 from spu.train.defaults import with_defaults
 from spu.train.job import Job
 from spu.train.loop import pipeline, train
@@ -134,15 +134,16 @@ def _make_job(given: dict[str, Any], options: RunOptions, named: Collection[str]
 
 
 def _with_step(given: dict[str, Any], options: RunOptions, resume: str | None) -> dict[str, Any]:
-    """Return the settings with ``batch`` and ``accumulate`` from --tokens-per-step, and say what they are."""
+    """Return the settings with the step's size from --tokens-per-step, and say what they are."""
     tokens = options.tokens_per_step
     assert tokens is not None
     config = TrainConfig(**given) if resume is None else find_folder(options.out, resume).read_config()[0]
     step = for_tokens_per_step(config, tokens)
-    parts = step["accumulate"] * config.parts // config.accumulate
+    one = config.parts // config.accumulate
+    parts = step["accumulate"] * step.get("microbatches", one)
     print(
         f"a step of {step['batch'] * config.seq:,} tokens: {step['batch']} sequences in {parts} microbatches "
-        f"(--batch {step['batch']} --accumulate {step['accumulate']})",
+        f"({' '.join(f'{option(name)} {value}' for name, value in step.items())})",
         flush=True,
     )
     return {**given, **step}

@@ -225,7 +225,7 @@ class StreamingRequest:
             f"{format_bytes(needs[name].budget_bytes)}"
             for name, short in lacking.items()
         ]
-        how = f"{near.residency} through {through}, {s.microbatches} microbatches, {s.precision}, state {s.state}"
+        how = f"{near.residency} through {through}, {s.microbatches_in_words}, {s.precision}, state {s.state}"
         how += f", grads {s.grads}"
         text = "\n  ".join([f"no plan fits the budgets ({how}); the nearest one is short:", *lines])
         text += "\n  ".join(["\nwhat would fit:", *fixes])

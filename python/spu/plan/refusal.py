@@ -104,7 +104,7 @@ def _state_line(request: Request) -> str:
 
 def _headline(request: Request) -> str:
     s = request.settings
-    how = f"{s.schedule}, {s.microbatches} microbatches, {s.precision}"
+    how = f"{s.schedule}, {s.microbatches_in_words}, {s.precision}"
     how += ", activations kept" if s.recompute.mode in ("none", "given") else ", recompute"
     if request.fixed is None:
         return f"no plan fits the budgets ({how}); the nearest one is short:"

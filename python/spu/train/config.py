@@ -245,9 +245,10 @@ def check_lora(options: TrainConfig | PlanOptions) -> None:
 
 
 def for_tokens_per_step(config: TrainConfig, tokens: int) -> dict[str, int]:
-    """Return ``batch`` and ``accumulate`` of steps with at least ``tokens`` tokens.
+    """Return ``batch``, ``accumulate`` and ``microbatches`` of steps with at least ``tokens`` tokens.
 
-    A step becomes more runs of the schedule, each as now: as many sequences, in as many microbatches.
+    A step becomes more runs of the schedule, each as now: as many sequences, in as many microbatches. Where layers may
+    be streamed it becomes one run of more microbatches: a stage comes in for all of a step's at once.
 
     Raises:
         ValueError: the batch is not made of equal runs.
@@ -259,7 +260,15 @@ def for_tokens_per_step(config: TrainConfig, tokens: int) -> dict[str, int]:
             "give a --batch that is, or leave --accumulate out"
         )
     runs = -(-tokens // (rows * config.seq))
+    if _may_stream(config) and config.accumulate == 1 and isinstance(config.microbatches, int):
+        return {"batch": runs * rows, "accumulate": 1, "microbatches": runs * config.microbatches}
     return {"batch": runs * rows, "accumulate": runs}
+
+
+def _may_stream(config: TrainConfig) -> bool:
+    """Tell whether the settings name a tier below a device, or ask for one."""
+    names = {part.split("=")[0].strip().lower().split(":")[0] for part in (config.budget or "").split(",")}
+    return config.residency in ("offloaded", "streamed") or "disk" in names or {"cuda", "cpu"} <= names
 
 
 def check_step_size(batch: int, seq: int) -> None:

@@ -97,7 +97,7 @@ def _draw_pipeline(job: Job, trainer: ModelParallelTrainer, timelines: Sequence[
     typical = sorted(timelines, key=lambda timeline: timeline.makespan)[len(timelines) // 2]
     predicted = trainer.predicted_timeline()
     assert trainer.plan is not None
-    how = f"{trainer.plan.settings.schedule}, {trainer.plan.settings.microbatches} microbatches"
+    how = f"{trainer.plan.settings.schedule}, {trainer.plan.settings.microbatches_in_words}"
     title = f"{job.folder.name}: a typical step's pipeline, {how}"
     draw_timeline(typical, job.folder / "timeline.png", title, predicted)
     write_trace(typical, job.folder / "trace.json")

@@ -199,7 +199,7 @@ class Checkpoint:
                 _write_json(folder / INDEX, index | {"metadata": {"total_size": size}})
 
 
-_SMALL = (".json", ".model", ".txt", ".py", ".jinja")
+_SMALL = (".json", ".model", ".txt", ".py", ".jinja", ".bytes")
 _SMALL_BYTES = 64 << 20
 
 

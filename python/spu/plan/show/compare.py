@@ -43,7 +43,7 @@ def replanned(before: Plan, after: Plan) -> str:
     ] and before.settings.schedule == after.settings.schedule:
         return f"planned again: the stages stay, {format_seconds(after.predicted.step_s)} a step"
     cuts = [", ".join(f"{s.device} {s.layers[1] - s.layers[0]}" for s in plan.stages) for plan in (before, after)]
-    how = f"{after.settings.schedule}, {after.settings.microbatches} microbatches"
+    how = f"{after.settings.schedule}, {after.settings.microbatches_in_words}"
     return f"planned again: layers {cuts[0]} -> {cuts[1]}; {how}; {format_seconds(after.predicted.step_s)} a step"
 
 

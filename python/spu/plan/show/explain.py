@@ -32,7 +32,7 @@ def explain(
     runs = f", {plan.settings.accumulate} times" if plan.settings.accumulate > 1 else ""
     lines = [
         f"{plan.model or 'the model'}{size} fits.",
-        f"A step is {plan.settings.microbatches} microbatches of {shape}{runs}; order {plan.settings.schedule}: "
+        f"A step is {plan.settings.microbatches_in_words} of {shape}{runs}; order {plan.settings.schedule}: "
         f"{_SCHEDULES.get(plan.settings.schedule, 'a schedule of its own')}.",
         "",
         plan.table(width),

@@ -97,7 +97,7 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     top, middle, bottom = figure.subplots(3, 1, height_ratios=heights)
     p, s = plan.predicted, plan.settings
     step = f"{format_seconds(p.step_s)} a step, {100 * p.idle_share:.0f}% idle ({p.basis})"
-    _head(figure, f"{plan.model or 'plan'}: {s.schedule}, {s.microbatches} microbatches, {s.precision}; {step}")
+    _head(figure, f"{plan.model or 'plan'}: {s.schedule}, {s.microbatches_in_words}, {s.precision}; {step}")
     if streaming is None:
         _draw_bytes(top, plan)
     else:

@@ -31,7 +31,7 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
     """
     s = plan.settings
     how = [
-        f"{s.schedule}, {s.microbatches} microbatches",
+        f"{s.schedule}, {s.microbatches_in_words}",
         *([f"{s.accumulate} times per step"] if s.accumulate > 1 else []),
         s.precision,
         _recompute(plan),
