@@ -7,6 +7,8 @@ What a hot path calls is the private function itself under a public name: a wrap
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -73,7 +75,27 @@ def saved_tensor_hooks() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any],
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[no-any-return]
 
 
-carry: Callable[[str, Any], None] = torch._C._stash_obj_in_tls
+def _owning(stash: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """Return ``stash`` as a function that takes a reference to what it keeps, and has given it back with the next.
+
+    torch 2.11 takes none and gives one back all the same, so that a value was freed while others still had it.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    stash("spu probe", probe)
+    if sys.getrefcount(probe) > before:
+        return stash
+    take = ctypes.pythonapi.Py_IncRef
+    take(ctypes.py_object(probe))
+
+    def owned(name: str, value: Any) -> None:
+        take(ctypes.py_object(value))
+        stash(name, value)
+
+    return owned
+
+
+carry: Callable[[str, Any], None] = _owning(torch._C._stash_obj_in_tls)
 """Let the threads in which a backward of this thread runs find a value under a name. For: a forced backend."""
 
 
