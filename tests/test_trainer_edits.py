@@ -291,6 +291,20 @@ def test_a_loss_without_a_graph_and_a_frozen_model_are_errors() -> None:
 # What the caller has switched on
 
 
+@pytest.mark.parametrize(("precision", "around"), [("fp16", torch.bfloat16), ("bf16", torch.float16)])
+def test_a_16_bit_training_under_autocast_of_the_other_kind(precision: str, around: torch.dtype) -> None:
+    """Torch refuses to join outputs in fp16 under autocast for bf16."""
+    x, y = batch()
+    with make(mlp(), precision=precision, lr=0.0, loss_fn=lambda out, target: F.cross_entropy(out, target)) as trainer:
+        plain = trainer.step(x, y)
+        with torch.autocast("cpu", around):
+            result = trainer.step(x, y)
+            assert trainer.evaluate(x, y) == pytest.approx(plain.loss, rel=1e-2)
+            outputs = trainer.forward_backward(x, y)[1]
+    assert result.loss == pytest.approx(plain.loss, rel=1e-2)
+    assert outputs.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 def test_autocast_and_a_backend_around_a_call_reach_the_workers() -> None:
     """Both are settings of the calling thread, and were ignored."""
     model = mlp()

@@ -18,7 +18,7 @@ from torch import nn
 from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
 from spu.engine.loss import Weighing, loss_of
-from spu.engine.microbatch import batch_rows
+from spu.engine.microbatch import batch_rows, join_rows
 from spu.model.randomness import LayerRandomness
 from spu.model.untouched import untouched
 
@@ -181,7 +181,7 @@ def _joined(seen: list[tuple[Any, Any]]) -> tuple[Any, Any] | None:
         if all(_has(leaf, rows) for leaf, rows in zip(column, sizes)):
             if len({leaf.shape[1:] for leaf in column}) > 1:
                 return None
-            joined.append(torch.cat(column))
+            joined.append(join_rows(*column))
         elif isinstance(column[0], torch.Tensor) and not all(torch.equal(leaf, column[0]) for leaf in column):
             return None  # a value of each microbatch's own, such as a router's loss
         else:

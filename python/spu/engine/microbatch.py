@@ -11,6 +11,7 @@ from spu.common.moves import in_page_locked_memory
 from spu.common.torch_private import pytree
 from spu.engine.crossing import check_known
 from spu.model.packed import carry
+from spu.ops.reference.linear import exact
 from spu.ops.sink import current_scope
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "count_each",
     "count_targets",
     "elements",
+    "join_rows",
     "move",
     "shares_of",
     "split_batch",
@@ -83,6 +85,12 @@ def batch_rows(batch: Any) -> int:
     """Return the batch size: dimension 0 of the first tensor that has one; 1 if there is none."""
     leaves = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim())
     return next((leaf.shape[0] for leaf in leaves), 1)
+
+
+@exact
+def join_rows(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    """Return the tensors of microbatches as one, in their dtype: autocast refuses to join fp16 where it is for bf16."""
+    return torch.cat((first, *rest))
 
 
 def at_least(batch: Any, rows: int) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from spu.common.torch_private import pytree
 from spu.devices.clock import Elapsed
+from spu.engine.microbatch import join_rows
 
 __all__ = ["StepResult", "join_outputs", "sum_losses"]
 
@@ -70,5 +71,5 @@ def join_outputs(outputs: list[Any]) -> Any:
     columns = [pytree.tree_flatten(output) for output in outputs]
     spec = columns[0][1]
     leaves = [list(column) for column in zip(*(leaves for leaves, _ in columns))]
-    joined = [torch.cat(c) if isinstance(c[0], torch.Tensor) and c[0].dim() else c for c in leaves]
+    joined = [join_rows(*c) if isinstance(c[0], torch.Tensor) and c[0].dim() else c for c in leaves]
     return pytree.tree_unflatten(joined, spec)
