@@ -183,11 +183,13 @@ def main() -> int:
         if path.stat().st_size > 200_000:
             print(f"{path.stat().st_size / 1e6:8.1f} MB {path.relative_to(CARRY)}")
     carried, tree = sum(path.stat().st_size for path in files_of(CARRY)), travelling()
-    if wrong := counts.get("wrong"):
+    wrong = counts.get("wrong") or []
+    if wrong:
         print(f"not recorded or not compiled, left to the card: {wrong}")
     print(f"carry {carried / 2**20:.1f} MiB and the tree {tree / 2**20:.1f} MiB of {MOST_BYTES >> 20} MiB; "
           f"{counts.get('compiled', 'the same')} kernels; {time.monotonic() - began:.0f} s")  # fmt: skip
-    return int(carried + tree > MOST_BYTES)
+    crashed = any("recording ended" in str(text) for text in wrong)  # all kernels of a source: minutes on the card
+    return int(crashed or carried + tree > MOST_BYTES)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
-# Without 16-bit kernels, but for matrix_exp, whose values (fp16) and gradients (bf16: a fifth off) are wrong there.
+# Without 16-bit kernels, but for matrix_exp, whose values and gradients are wrong there (findings/matrix_exp_16bit.sh).
 _FP32_NAMES = frozenset(
     ("matrix_exp", "det", "logdet", "slogdet", "lu", "lu_factor", "lu_factor_ex", "solve_triangular", "matrix_norm")
 )
