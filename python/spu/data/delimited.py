@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
 
 from spu.data.rows import Row
@@ -22,7 +21,7 @@ def csv_rows(path: str, label: str) -> Iterator[Row]:
         ValueError: a file that is not UTF-8; a column without a name or with another one's; a row with more or fewer
             fields than columns, or with a quote that is not closed; names the line.
     """
-    limit = csv.field_size_limit(sys.maxsize)  # a field is a whole text
+    limit = csv.field_size_limit(2**31 - 1)  # a field is a whole text; what a C long holds everywhere
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             first = file.readline()
