@@ -75,6 +75,18 @@ def test_a_tied_parameter_is_planned_once(stages):
     assert planned - gradients == pytest.approx(held, abs=64)  # a step's count is 4 bytes
 
 
+def test_state_that_is_below_counts_for_no_device(tmp_path):
+    """Stand-ins say how large they would be; one of them, a megabyte of a large vocabulary, was counted."""
+    model = nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 16), nn.Linear(16, 500))
+    ids = torch.randint(0, 500, (2, 4))
+    settings = {"residency": "streamed", "state": "compact", "precision": "fp16", "microbatches": 1}
+    with ModelParallelTrainer(model, ["cpu"], tiers=f"disk={tmp_path}:1GB", **settings) as trainer:
+        trainer.step(ids, ids)
+        runner = trainer._runner
+        (held,) = state_bytes(runner.built, runner.updater.optimizers, [0] * len(runner.built.stages))
+    assert held < 16 * 5 + 16  # a step's number for each parameter, and single values
+
+
 def test_budgets_for_a_tied_parameter_are_enough_where_it_is_counted_once():
     tied = nn.Sequential(nn.Embedding(512, 16), nn.Linear(16, 16), nn.Linear(16, 512, bias=False))
     tied[2].weight = tied[0].weight

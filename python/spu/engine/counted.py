@@ -86,7 +86,9 @@ def state_bytes(
             tensors += optimizer.tensors()
         elif optimizer is not None:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-        storages[rank].update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
+        # Not the stand-ins of what is below, which all are at address 0 and say how large they would be.
+        here = (t.untyped_storage() for t in tensors if not t.is_meta)
+        storages[rank].update({storage.data_ptr(): storage.nbytes() for storage in here})
     return [sum(own.values()) for own in storages]
 
 
