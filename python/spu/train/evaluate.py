@@ -53,7 +53,7 @@ def watched(batches: Sequence[_B], pause: Callable[[], object]) -> Iterator[_B]:
     for done, batch in enumerate(batches):
         pause()
         now = time.monotonic()
-        if now - said >= _SAY_S:
+        if done and now - said >= _SAY_S:
             said, left = now, (now - begin) / done * (len(batches) - done)
             print(f"validating: {done:,} of {len(batches):,} batches, {clock(left)} left", flush=True)
         yield batch
