@@ -56,6 +56,10 @@ void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
+void torch_add_mm(const Tensor& a, const Tensor& b, const Tensor& sums) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sums.get(), sums.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
 // torch.set_float32_matmul_precision may let fp32 products round their operands to fewer bits, at any time. No stable
 // interface tells, but a small product does: 1 + 2^-12 has a bit that neither bf16 nor TF32 keeps. A thread makes its
 // operands once: the question is asked before every product of torch's.
@@ -129,8 +133,8 @@ InPlace in_place(const Epilogue& e) {
   return place;
 }
 
-// By torch's fp32 product into fp32 sums, then the epilogue; a chained product (a2) is made apart and added to the
-// first's sums. False where that cannot serve: nothing is done then.
+// By torch's fp32 product into fp32 sums, then the epilogue; a chained product (a2) is added to the first's sums. False
+// where that cannot serve: nothing is done then.
 bool by_torch(const Product& p, const Epilogue& e) {
   const bool second = p.b2 != nullptr, chained = p.a2 != nullptr, wide = p.b.type == Type::fp32;
   if (!dense_lines(p.a) || !dense_lines(p.b) || p.k == 0) return false;
@@ -140,20 +144,19 @@ bool by_torch(const Product& p, const Epilogue& e) {
   const InPlace place = in_place(e);
   const int64_t fit = kBlockSums / p.n, most = fit > kBlockRows ? fit : kBlockRows;
   const int64_t rows = p.m < most || (wide && place.done && !second) ? p.m : most;
-  const bool own = !place.c, own2 = second && !place.c2;  // in the workspace
+  const bool own = !place.c, own2 = second && !chained && !place.c2;  // in the workspace
   float* const room = own || own2 ? workspace(kSharedC, (own + own2) * rows * p.n) : nullptr;
   const KernelTable& k = kernels();
   for (int64_t r = 0; r < p.m; r += rows) {
     const int64_t count = p.m - r < rows ? p.m - r : rows;
     float* const c = own ? room : place.c + r * p.n;
-    float* const c2 = !second ? c : own2 ? room + own * rows * p.n : place.c2 + r * p.n;
-    const Tensor a = widened(rows_of(p.a, r), count, p.k, kSharedA);
-    torch_mm(a, b, matrix(c, count, p.n, p.n, 1));
-    if (second) {
-      torch_mm(chained ? widened(rows_of(*p.a2, r), count, p.k, kSharedA) : a, b2, matrix(c2, count, p.n, p.n, 1));
-    }
+    float* const c2 = !second || chained ? c : own2 ? room + own * rows * p.n : place.c2 + r * p.n;
+    const Tensor a = widened(rows_of(p.a, r), count, p.k, kSharedA), sums = matrix(c, count, p.n, p.n, 1);
+    torch_mm(a, b, sums);
     if (chained) {
-      for_ranges(count * p.n, kGrain, [&](int64_t begin, int64_t end) { k.add(c, c2, c, begin, end); });
+      torch_add_mm(widened(rows_of(*p.a2, r), count, p.k, kSharedA), b2, sums);
+    } else if (second) {
+      torch_mm(a, b2, matrix(c2, count, p.n, p.n, 1));
     }
     if (place.done) continue;
     for_ranges(count, kGrain / (p.n + 1) + 1, [&](int64_t begin, int64_t end) {
