@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 
+from spu.common.absent import absent
 from spu.common.moves import move_module
 from spu.common.torch_private import parameters_of
 from spu.devices.manager import Device
 from spu.engine.sharing import TiedUse
 from spu.model.layers import Layer
 
-__all__ = ["CPU", "hosted_stages", "move_rest", "stage_weights", "weights_below"]
+__all__ = ["CPU", "hosted_stages", "leave_empty", "move_rest", "stage_weights", "weights_below"]
 
 CPU = torch.device("cpu")
 
@@ -85,6 +86,20 @@ def weights_below(
                 )
         result.append(found)
     return result
+
+
+def leave_empty(empty: Collection[int], weights: Iterable[nn.Parameter]) -> None:
+    """Put stand-ins in the place of weights that have memory and no values yet, before they move to a store.
+
+    A store begins with zeros: copying memory without values there would write every byte of a disk's file once more.
+
+    Args:
+        empty: ids of such weights.
+        weights: those that move.
+    """
+    for weight in weights:
+        if id(weight) in empty:
+            weight.data = absent(weight.shape, weight.dtype)
 
 
 def move_rest(parts: Sequence[Layer], below: dict[int, nn.Parameter], device: torch.device) -> None:

@@ -51,6 +51,7 @@ class BuiltStages:
         away: the trainable parameters of stages in other processes, by name.
         others: stages left out by `only`.
         masters: fp32 values of 16-bit parameters from before they were rounded, by parameter id.
+        empty: ids of parameters that have memory and no values yet: their files are read where they will be.
     """
 
     stages: list[Stage]
@@ -58,9 +59,15 @@ class BuiltStages:
     tied: list[TiedUse]
     twins: list[Twin] = field(default_factory=list)
     masters: dict[int, torch.Tensor] = field(default_factory=dict)
+    empty: Collection[int] = ()
     fused: list[nn.Module] = field(default_factory=list)
     away: dict[str, nn.Parameter] = field(default_factory=dict)
     others: list[Stage] = field(default_factory=list)
+
+    def begin(self, masters: dict[int, torch.Tensor], empty: Collection[int]) -> None:
+        """Take fp32 values by parameter id, and the ids of what has no values; before the optimizers are made."""
+        self.masters.update(masters)
+        self.empty = empty
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,11 +86,22 @@ def make_optimizer(
     return made
 
 
-def set_masters(optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: dict[int, torch.Tensor]) -> None:
-    """Set the masters now, not at the first step: a checkpoint may be loaded before it."""
+def set_masters(
+    optimizer: AdamW, parameters: Iterable[nn.Parameter], masters: dict[int, torch.Tensor], empty: Collection[int] = ()
+) -> None:
+    """Set the masters now, not at the first step: a checkpoint may be loaded before it.
+
+    Args:
+        optimizer: of the parameters.
+        parameters: those in 16 bits have masters.
+        masters: fp32 values by parameter id; those of the parameters are taken out.
+        empty: ids of parameters whose values come later, master and all; what these have here is not written.
+    """
     for parameter in parameters:
         if parameter.dtype.itemsize == 2:
-            optimizer.set_master(parameter, masters.pop(id(parameter), parameter))
+            value = masters.pop(id(parameter), parameter)
+            if id(parameter) not in empty:
+                optimizer.set_master(parameter, value)
 
 
 def _without_masters(made: MasterOptimizer, parameters: Sequence[nn.Parameter]) -> AdamW | MasterOptimizer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spu import ops
 from spu.common.interrupts import delayed_interrupts
-from spu.engine.below import weights_below
+from spu.engine.below import leave_empty, weights_below
 from spu.engine.build import BuiltStages
 from spu.engine.sharing import TiedUse
 from spu.engine.waiting import Waiting, refuse_stand_ins
@@ -28,8 +28,7 @@ from spu.precision import MainGrads
 
 __all__ = ["DeferredUpdate", "Share", "Streaming", "add_tied", "streaming_units"]
 
-_OPEN: dict[int, Store] = {}
-"""Stores of what is not closed: the parts of a dropped trainer end in any order, and it has values to give back."""
+_OPEN: dict[int, Store] = {}  # what is not closed: parts of a dropped trainer end in any order; it has values to give
 
 _LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 _Entry = tuple[Sequence[int], torch.dtype, Callable[[Tensor], None], Callable[[], Tensor | None]]
@@ -126,6 +125,7 @@ class Streaming:
 
     def fill(self, stage: int) -> None:
         """Move a stage's weights and state below; see `Streamed.fill`."""
+        leave_empty(self._built.empty, [_parameter(e) for each in self.units[stage].weights for e in each.entries])
         next(each for each in self.residencies if stage in each.units).fill(self.units[stage])
 
     def park_in(self, stores: Sequence[Store]) -> None:

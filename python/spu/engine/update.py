@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -99,10 +99,12 @@ class Updater:
         if make_streaming is not None:
             self.streaming = make_streaming(built, self.optimizers, self._main_grads)
         for index, (owned, made) in enumerate(zip(built.owned, self.optimizers)):
+            empty: Collection[int] = ()
             if self.streaming is not None and index in self.streaming:
                 self.streaming.fill(index)
-            if isinstance(made, AdamW):
-                set_masters(made, owned.values(), built.masters)
+                empty = built.empty
+            if isinstance(made, AdamW):  # a streamed stage's have their places already
+                set_masters(made, owned.values(), built.masters, empty)
         self.closed = False
         for module in _modules(built):
             _UPDATERS[module] = weakref.ref(self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spu.common.absent import absent, reads_as_nan
+from spu.common.absent import absent, is_absent, reads_as_nan
 from spu.memory.slab import aligned
 from spu.memory.store import Region, Store
 
@@ -72,10 +72,13 @@ class Piece:
 
         Args:
             memory: uint8 [bytes].
-            zeroed: it holds zeros, so that those do not have to be written.
+            zeroed: it holds zeros, so that those do not have to be written. What has no values yet (a stand-in of
+                `spu.common.absent`, until its file is read) is left as zeros, too.
         """
         for entry in self.entries:
             view, present = entry.view(memory), entry.get()
+            if zeroed and present is not None and is_absent(present):
+                present = None
             if present is None and not zeroed:
                 view.zero_()
             elif present is not None and not _same_place(present, view):

@@ -173,7 +173,7 @@ class StagedModel:
                 with converting(plan, self.tiers):
                     to_precision(layers, self.precision, masters, fused=fused, away=away, empty=read.waiting)
                 restore_masters(layers, taken_over)
-                self._runner = self._build(plan, lambda built: built.masters.update(masters | taken_over))
+                self._runner = self._build(plan, lambda built: built.begin(masters | taken_over, read.waiting))
                 read.read_rest(partial(give_value, self._runner.built, self._runner.updater.optimizers))
             except BaseException:
                 undo_precision(layers, masters | taken_over, self._fused)
