@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipelines import devices
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spu
+from spu.common import file_memory
 from spu.common.absent import is_absent
 from spu.model import deferred
 from spu.model.convert.decoder import load_decoder, save_decoder
@@ -108,9 +110,13 @@ def test_a_model_is_deferred_again_where_what_it_was_read_for_fails(folder: Path
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("where", ["in two stages", "below, on a disk"])
 def test_weights_that_are_read_last_train_as_those_of_a_whole_model(
-    where: str, precision: str, tied: bool, state: str, tmp_path: Path
+    where: str, precision: str, tied: bool, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the slab that they stay in, the fp32 and the 16-bit weights had been in memory once more."""
+    written: list[int] = []
+    monkeypatch.setattr(file_memory, "LEAST_BYTES", 1)
+    pwrite = os.pwrite
+    monkeypatch.setattr(file_memory.os, "pwrite", lambda *args: (written.append(args[2]), pwrite(*args))[1])
     config = LlamaConfig(**CONFIG.to_dict() | {"tie_word_embeddings": tied})
     torch.manual_seed(0)
     save_decoder(LlamaForCausalLM(config), tmp_path / "base")
@@ -131,6 +137,7 @@ def test_weights_that_are_read_last_train_as_those_of_a_whole_model(
     assert losses == theirs
     assert values.keys() == others.keys()
     assert all(torch.equal(values[name], others[name]) for name in values)
+    assert bool(written) == ("disk" in where)
 
 
 @pytest.mark.parametrize("state", ["fp32", "exact"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spu.common.file_memory import backed
 from spu.common.units import format_bytes, format_bytes_up
 from spu.memory.checksum import checksum, compiled
 from spu.memory.store import ALIGNMENT, StoreError
@@ -153,6 +154,10 @@ class DiskFile:
     def map(self) -> mmap.mmap:
         """Return a shared mapping of the whole file; it keeps the file when this object is closed."""
         return mmap.mmap(self._fd, self.size)
+
+    def backs(self, mapped: object, address: int) -> None:
+        """Let `copy_in` write to this file where memory from ``address`` on is its mapping, while ``mapped`` lives."""
+        backed(mapped, address, self.size, self._fd)
 
     def close(self) -> None:
         """Close the file; its blocks are free when no mapping holds them. Harmless when called twice."""

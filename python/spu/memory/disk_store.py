@@ -111,6 +111,7 @@ class DiskStore:
         if self._mapped is None and parts.layout.size:
             try:
                 self._mapped = Mapped(parts.file.map())
+                parts.file.backs(self._mapped, self._mapped.view(0, parts.layout.size).data_ptr())
             except (OSError, ValueError) as error:
                 raise StoreError(f"{self.folder}: the file cannot be mapped: {error}") from error
         self._looked_at.add(region)

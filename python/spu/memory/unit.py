@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spu.common.absent import absent, is_absent, reads_as_nan
+from spu.common.file_memory import copy_in
 from spu.memory.slab import aligned
 from spu.memory.store import Region, Store
 
@@ -82,7 +83,7 @@ class Piece:
             if present is None and not zeroed:
                 view.zero_()
             elif present is not None and not _same_place(present, view):
-                view.copy_(present)
+                copy_in(view, present)
             entry.put(view)
 
     def strays(self, memory: Tensor) -> list[tuple[Entry, Tensor]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spu.common.file_memory import copy_in
 from spu.common.interrupts import stop_if_asked
 from spu.model.convert.shards import PIECE_BYTES, Shards
 
@@ -119,7 +120,7 @@ class _Place:
             count = min(values.numel(), run.count - self._done)
             first = run.first + self._done
             if run.parameter in self._tensors:
-                self._tensors[run.parameter].view(-1)[first : first + count].copy_(values[:count])
+                copy_in(self._tensors[run.parameter].view(-1)[first : first + count], values[:count])
             values, self._done = values[count:], self._done + count
             if self._done == run.count:
                 self._runs.pop(0)
