@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spu import ops
+from spu.common.errors import kind_and_line
 from spu.common.torch_private import pytree
 from spu.devices.capture import Called, Capture, CudaCapture
 from spu.engine.capturable import digest, doubt, lacks_room, refusal
@@ -124,7 +125,7 @@ class StageGraphs:
             try:
                 self._record(kind, given, weight, key, scope, autocast)
             except Exception as error:  # whatever a model's code raises where it may not wait for the card
-                self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", error)
+                self._give_up(kind_and_line(error), error)
                 return None
         return self._replay(kind, given, weight, key)
 

@@ -18,7 +18,7 @@ from torch import nn
 from spu.common import torch_private
 from spu.common.torch_private import MODULE_TABLES, buffers_of, children_of, parameters_of
 from spu.model.layers import Layer
-from spu.model.spaces import Space, spaces_of
+from spu.model.spaces import Space, dotted, spaces_of
 
 __all__ = ["TiedUse", "Twin", "separate", "untie"]
 
@@ -102,7 +102,7 @@ class Twin:
                     mine.copy_(buffer)
                 for module in (original, twin):
                     held = buffers_of(module)[key]
-                    self._buffers.append((_join(name, key), module, held, _version(held)))
+                    self._buffers.append((dotted(name, key), module, held, _version(held)))
         # Both have the same dicts, lists and objects.
         self._held = [(space, _contents(space)) for space in spaces_of(self.module) if space.key]
 
@@ -120,24 +120,20 @@ class Twin:
         for name, module, before in self._attributes:
             after = vars(module)
             changed += [
-                _join(name, key)
+                dotted(name, key)
                 for key in after
                 if key not in MODULE_TABLES and before.get(key, self) is not after[key]
             ]
         for space, held in self._held:
             now = _contents(space)
             if list(now) != list(held) or any(now[k][0] is not held[k][0] or now[k][1] != held[k][1] for k in now):
-                changed.append(_join(space.path, space.key))
+                changed.append(dotted(space.path, space.key))
         if changed:
             raise RuntimeError(_has_state(self.layer.name, changed[0]))
 
     def restore(self) -> None:
         """Give the layer its own module back; harmless when called twice."""
         self.layer.module = self.module
-
-
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
 
 
 def _version(buffer: torch.Tensor | None) -> int:
@@ -176,7 +172,7 @@ def separate(placed: Sequence[Sequence[Layer]]) -> list[Twin]:
             for name in foreign:
                 module = layer.module.get_submodule(name)
                 if isinstance(module, torch_private.NormBase) and module.track_running_stats and module.training:
-                    raise ValueError(_has_state(layer.name, _join(name, "running_mean")))
+                    raise ValueError(_has_state(layer.name, dotted(name, "running_mean")))
             if foreign:
                 shared.append(layer)
             stage_of.update((id(m), stage) for _, m in modules if id(m) not in stage_of)

@@ -28,6 +28,7 @@ from spu.engine.optimizer_state import (
     optimizer_state,
     restore_optimizers,
 )
+from spu.model.spaces import dotted
 from spu.optim.adamw import AdamW, MasterOptimizer
 
 __all__ = [
@@ -286,7 +287,7 @@ def _extra_states(built: BuiltStages) -> dict[str, nn.Module]:
         for layer in stage.parts:
             for name, module in layer.module.named_modules():
                 if type(module).get_extra_state is not nn.Module.get_extra_state:
-                    found[layer.name_of(f"{name}._extra_state" if name else "_extra_state")] = module
+                    found[layer.name_of(dotted(name, "_extra_state"))] = module
     return found
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from spu.common import torch_private
 from spu.engine.build import BuiltStages
 from spu.model.layers import Layer
+from spu.model.spaces import dotted
 
 __all__ = ["StructureCheck"]
 
@@ -166,12 +167,8 @@ def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b))
 
 
-def _join(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
 def _named(name: str, key: str, layer: Layer | None) -> str:
-    return _join(name, key) if layer is None else layer.name_of(_join(name, key))
+    return dotted(name, key) if layer is None else layer.name_of(dotted(name, key))
 
 
 def _modules(model: Any, built: BuiltStages) -> Iterator[tuple[str, nn.Module, Layer | None]]:

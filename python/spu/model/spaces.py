@@ -18,7 +18,7 @@ from torch import nn
 
 from spu.common import torch_private
 
-__all__ = ["Space", "is_installed", "is_library", "spaces_of"]
+__all__ = ["Space", "dotted", "is_installed", "is_library", "spaces_of"]
 
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "transformers", "triton", "spu"}
 _INSTALLED = ("site-packages", "dist-packages")
@@ -26,6 +26,11 @@ _CONTAINERS = (dict, list, set, collections.deque)
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device})
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST = 10_000  # entries of a layer's containers and objects: a layer that reaches more holds data, which stays
+
+
+def dotted(path: str, key: str) -> str:
+    """Return a name below a module's path, which is "" for the layer's own."""
+    return f"{path}.{key}" if path else key
 
 
 class Space:

@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from spu.common import torch_private
 from spu.common.torch_private import pytree
+from spu.model.spaces import dotted
 from spu.model.tracing import Untraceable, atoms_of
 
 __all__ = ["NORMS", "InputTree", "Part", "Watch"]
@@ -65,7 +66,7 @@ class Watch:
             if now != before:
                 key = next(k for k in {**before, **now} if now.get(k, self) != before.get(k, self))
                 raise RuntimeError(
-                    f"{f'{name}.{key}' if name else key!r} was changed after this trainer prepared, which has recorded "
+                    f"{dotted(name, key)!r} was changed after this trainer prepared, which has recorded "
                     "the model's forward with the value of then: undo it, or save() the trainer, make a new one for "
                     "the model as it is now, prepare() and load()"
                 )

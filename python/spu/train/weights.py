@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -28,9 +27,16 @@ def may_wait(config: TrainConfig) -> bool:
     """
     if config.lora is not None and config.lora_kind == "dora":
         return False
-    limited = resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
-    return not limited or config.engine == "distributed" or _spill_folder(config) is None
+    return not _data_is_limited() or config.engine == "distributed" or _spill_folder(config) is None
 
 
 def _spill_folder(config: TrainConfig) -> Path | None:
     return None if config.residency == "resident" else split_budget(config.budget)[1].disk
+
+
+def _data_is_limited() -> bool:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return False
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY

@@ -21,6 +21,7 @@ import torch
 
 from spu import __version__
 from spu.common.dtypes import DTYPES
+from spu.common.errors import kind_and_line
 from spu.kernels import table
 from spu.kernels.config import CLASSES, PRODUCTS, Entry, Table, arch_name
 from spu.tune.backends import LAYERS, layer_of
@@ -69,7 +70,7 @@ def _best(op: str, dtype: str, shape_class: str, device: torch.device, arch: int
         except Exception as error:  # a configuration that does not fit is no candidate; anything else is said
             if context_is_gone(error, device):
                 raise
-            notes.append(f"  {config}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            notes.append(f"  {config}: {kind_and_line(error)}")
             continue
         if best is None or best.time_us is None or took < best.time_us:
             best = Entry(config, "triton", took)
@@ -203,7 +204,7 @@ class _Run:
             except Exception as error:
                 if context_is_gone(error, device):
                     raise
-                self._say(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                self._say(f"  {name}: {kind_and_line(error)}")
                 times[name] = float("inf")
         best = min(times, key=lambda name: times[name])
         self._entries[key] = dataclasses.replace(entry, backend=best, layer_us=times)
