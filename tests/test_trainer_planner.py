@@ -187,6 +187,30 @@ def test_weights_without_values_are_timed_with_some() -> None:
     assert not any(bool(parameter.any()) for layer in layers for parameter in layer.module.parameters())
 
 
+def test_large_weights_without_values_are_timed_in_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a 7B model's embedding, head and two blocks took more than its streamed training may hold."""
+    monkeypatch.setattr(measure, "_SHARED_WEIGHT_BYTES", 1)
+    places: dict[int, list[int]] = {}
+
+    class Noted(Stage):
+        def __init__(self, index: int, layers: Any, device: Any, **options: Any) -> None:
+            super().__init__(index, layers, device, **options)
+            for weight in (p for layer in layers for p in layer.module.parameters() if p.dim() > 1):
+                places.setdefault(weight.untyped_storage().data_ptr(), []).append(weight.untyped_storage().nbytes())
+
+    monkeypatch.setattr(measure, "Stage", Noted)
+    layers = parts_as_layers([Noting(6, 5000), Noting(5000, 6), nn.Linear(6, 6)])
+    for layer in layers[:2]:
+        for parameter in layer.module.parameters():
+            parameter.data.zero_()
+    kept = layers[2].module.weight.detach().clone()
+    time_layers(layers, *batch(), devices(1), cross_entropy, precision="fp32", repeats=1)
+    assert sorted(map(len, places.values())) == [1, 2]
+    assert all(NOTED.get() for _ in range(NOTED.qsize()))
+    assert torch.equal(layers[2].module.weight, kept)
+    assert not any(bool(p.any()) for layer in layers[:2] for p in layer.module.parameters())
+
+
 # Layers that move between tiers
 
 

@@ -50,6 +50,8 @@ _REGIONS, _REGION_BYTES = 4, 16 << 20  # of a disk that is timed
 _LINK_BYTES = 32 << 20  # of each of two copies at a time
 _PACKED = 1 << 18  # values of the tensor that is packed
 _OF_A_KIND = 2  # layers of a kind that are run; the weights of a single one would stay in the cache
+_SHARED_WEIGHT_BYTES = 1 << 20  # of a weight that lies in the copies' common memory if it has no values
+_PERIOD = 8191  # a prime
 _SHARED_BYTES = 1 << 28  # of parameters from which a host's devices read the same ones: no cache holds them
 _AT_LEAST_S, _MOST = 0.5, 40  # seconds and runs of a chain: quick layers are timed more often
 
@@ -211,6 +213,7 @@ class _Chain:
         self.stashed: dict[str, torch.Tensor] = {}
         self._kinds: list[Any] = []  # of each layer
         outputs: dict[Any, Any] = {}
+        shared: dict[torch.dtype, torch.Tensor] = {}
         x = move(sample, device.torch_device)
         whole = x
         with torch.no_grad(), carried_by(DetachedSkips(None, self.stashed)):
@@ -220,7 +223,7 @@ class _Chain:
                     # Copied in the precision: an fp32 copy can be more than the memory that the model trains in.
                     own = dataclasses.replace(layer, module=layer_copy(layer.module, dtypes=_dtypes(layer, precision)))
                     to_precision([own], precision, {}, fused=fused)
-                    _give_values(own.module)
+                    _give_values(own.module, shared)
                     own.module.to(device.torch_device)
                     self.pieces.append((own, x, index))
                     fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)  # a layer may change its input in place
@@ -247,18 +250,35 @@ def _dtypes(layer: Layer, precision: str) -> dict[int, torch.dtype]:
 
 
 @torch.no_grad()
-def _give_values(module: torch.nn.Module) -> None:
+def _give_values(module: torch.nn.Module, shared: dict[torch.dtype, torch.Tensor]) -> None:
     """Give weights that are zero, as all are that wait in their files, values to compute with: a processor whose power
     is its limit multiplies zeros faster.
+
+    Large ones lie in one memory for all copies: beside two layers, embedding and head can be more than a streamed
+    training holds at a time.
+
+    Args:
+        module: a copy.
+        shared: that memory by dtype; what is too small is replaced.
     """
-    for weight in (p.data for p in module.parameters() if p.is_floating_point() and p.numel()):
-        if weight.dim() < 2 and not weight.any():
-            weight.fill_(0.5)
-        elif weight.dim() > 1 and not weight[0].any():
-            row = torch.linspace(-0.02, 0.02, weight.shape[-1], dtype=torch.float32, device="cpu")
-            factors = torch.linspace(0.5, 1.5, len(weight), dtype=torch.float32, device="cpu")
-            weight.copy_(row.expand_as(weight))
-            weight.mul_(factors.view(-1, *(1,) * (weight.dim() - 1)).to(weight))
+    for weight in (p for p in module.parameters() if p.is_floating_point() and p.numel()):
+        if weight.dim() < 2:
+            if not weight.any():
+                weight.fill_(0.5)
+        elif not weight[0].any():
+            if weight.nbytes < _SHARED_WEIGHT_BYTES or not weight.is_contiguous():
+                weight.copy_(_values(weight.numel(), weight.dtype).view_as(weight))
+                continue
+            if weight.dtype not in shared or shared[weight.dtype].numel() < weight.numel():
+                shared[weight.dtype] = _values(weight.numel(), weight.dtype)
+            weight.data = shared[weight.dtype][: weight.numel()].view_as(weight)
+
+
+def _values(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``count`` values of a weight's size, which no two rows of a common width share."""
+    made = torch.empty(-(-count // _PERIOD) * _PERIOD, dtype=dtype, device="cpu")
+    made.view(-1, _PERIOD).copy_(torch.linspace(-0.03, 0.03, _PERIOD, dtype=torch.float32, device="cpu"))
+    return made[:count]
 
 
 class _Bench:

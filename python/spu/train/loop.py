@@ -51,6 +51,7 @@ from spu.trainer.trainer import ModelParallelTrainer, StepResult
 
 __all__ = ["Loop", "make_trainer", "pipeline", "settle_steps", "train"]
 
+_MANY = 1_000_000_000  # weights that take minutes to prepare
 TIMELINES = 50  # last steps among which the typical one is looked for: any single step may have been disturbed
 
 
@@ -67,6 +68,10 @@ def train(job: Job, signals: StopSignals) -> dict[str, Any]:
     with beside_disk(job.config):
         model = make_trained_model(job.config, later=True)
     parameters = sum(p.numel() for p in model.parameters())
+    if parameters >= _MANY:
+        job.say(
+            f"preparing {parameters / 1e9:.1f} billion weights: layers are checked and timed, then the files are read"
+        )
     with make_trainer(job, model) as trainer:
         loop = Loop(job, trainer, _prepare(job, trainer))
         print(loop.disk_line(), flush=True)
