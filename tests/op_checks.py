@@ -31,6 +31,19 @@ def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
+def nodes(result: Tensor, *names: str) -> list[str]:
+    """Return the nodes of a graph that have one of these names, sorted."""
+    found, seen, left = [], set(), [result.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.append(type(node).__name__)
+        left += [edge for edge, _ in node.next_functions]
+    return sorted(name for name in found if name in names)
+
+
 def assert_registered(backend: str, *cases: tuple[Any, ...]) -> None:
     """Schema, fake kernel and derivative of a backend's overloads hold for (name, arguments ...)."""
     for name, *arguments in cases:

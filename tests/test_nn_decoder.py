@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import make_decoder
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import nodes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,17 +33,9 @@ def decoder(family: str = "Llama", **options: Any) -> Any:
     return make_decoder(family, **{"num_hidden_layers": 2, "head_dim": 8, "use_cache": False, **options})
 
 
-def nodes(loss: Tensor) -> list[str]:
+def halves(loss: Tensor) -> list[str]:
     """Return the names of the halves' nodes in a graph."""
-    found, seen, left = [], set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found.append(type(node).__name__)
-        left += [edge for edge, _ in node.next_functions]
-    return sorted(name for name in found if name in ("_AttentionHalfBackward", "_GatedHalfBackward"))
+    return nodes(loss, "_AttentionHalfBackward", "_GatedHalfBackward")
 
 
 WHOLE = ["_AttentionHalfBackward"] * 2 + ["_GatedHalfBackward"] * 2  # of two layers
@@ -102,8 +95,8 @@ def test_a_16_bit_model_has_the_parts_results_to_the_bit_and_gradients_as_close(
     plain = decoder(family)
     fused = spu.accelerate(copy.deepcopy(plain).to(dtype))
     parts = by_parts(spu.accelerate(copy.deepcopy(plain).to(dtype)))
-    assert nodes(loss_of(fused)) == WHOLE
-    assert not nodes(loss_of(parts))
+    assert halves(loss_of(fused)) == WHOLE
+    assert not halves(loss_of(parts))
     loss, grads = trained(fused)
     expected, expected_grads = trained(parts)
     assert_equal(loss, expected)
@@ -128,7 +121,7 @@ def test_rows_of_documents_and_padded_rows_have_the_parts_results_to_the_bit_too
     results = []
     for model in (spu.accelerate(copy.deepcopy(plain)), by_parts(spu.accelerate(copy.deepcopy(plain))), plain.double()):
         loss = loss_of(model, ids, **given)
-        assert bool(nodes(loss)) == (not results)
+        assert bool(halves(loss)) == (not results)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert_equal(results[0][0], results[1][0])
@@ -144,7 +137,7 @@ def test_an_fp32_model_is_as_close_to_the_truth_as_plain_torch_in_16_bits(family
     model = spu.accelerate(copy.deepcopy(plain), NAMES[dtype] if how == "precision" else None)
     autocast = dtype if how == "autocast" else None
     with torch.autocast("cpu", dtype=autocast) if autocast else nullcontext():
-        assert nodes(loss_of(model)) == WHOLE
+        assert halves(loss_of(model)) == WHOLE
     loss, grads = trained(model, autocast)
     expected, expected_grads = trained(copy.deepcopy(plain), dtype)
     truth, true_grads = trained(copy.deepcopy(plain).double())
@@ -221,24 +214,24 @@ REASONS: dict[str, Callable[[Any], Any]] = {
 def test_a_layer_that_is_watched_or_changed_runs_its_parts(reason: str) -> None:
     model = spu.accelerate(decoder().to(torch.bfloat16))
     REASONS[reason](model)
-    assert nodes(loss_of(model)) == WHOLE[1:3]  # the other layer's
+    assert halves(loss_of(model)) == WHOLE[1:3]  # the other layer's
 
 
 def test_calls_that_are_no_plain_training_run_the_parts() -> None:
     model = spu.accelerate(decoder().to(torch.bfloat16))
     mask = torch.ones_like(IDS)
     mask[0, :4] = 0
-    assert not nodes(loss_of(model, attention_mask=mask))
-    assert not nodes(model(IDS, use_cache=True).logits.sum())
-    assert nodes(model(IDS, use_cache=False).logits.sum()) == WHOLE
+    assert not halves(loss_of(model, attention_mask=mask))
+    assert not halves(model(IDS, use_cache=True).logits.sum())
+    assert halves(model(IDS, use_cache=False).logits.sum()) == WHOLE
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert not nodes(loss_of(model))
+    assert not halves(loss_of(model))
     handle.remove()
     with spu.ops.use_backend("reference"):
-        assert not nodes(loss_of(model))
-    assert not nodes(loss_of(spu.accelerate(decoder())))  # fp32
-    assert not nodes(loss_of(spu.accelerate(decoder(attn_implementation="eager").to(torch.bfloat16))))
-    assert nodes(loss_of(model)) == WHOLE
+        assert not halves(loss_of(model))
+    assert not halves(loss_of(spu.accelerate(decoder())))  # fp32
+    assert not halves(loss_of(spu.accelerate(decoder(attn_implementation="eager").to(torch.bfloat16))))
+    assert halves(loss_of(model)) == WHOLE
 
 
 def test_recorded_states_are_those_of_the_parts() -> None:
@@ -254,7 +247,7 @@ def test_frozen_parameters(frozen: str) -> None:
     whole = trained(copy.deepcopy(model))[1]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("k_proj" in name if frozen.startswith("all") else frozen not in name)
-    assert nodes(loss_of(model)) == WHOLE
+    assert halves(loss_of(model)) == WHOLE
     grads = trained(model)[1]
     assert any(grad is None for grad in grads.values())
     for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import make_decoder
 from numeric import assert_close_to_truth, assert_equal
+from op_checks import nodes
 from torch import Tensor, nn
 
 import spu
@@ -40,17 +41,9 @@ def experts_of(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 
 
-def nodes(loss: Tensor) -> int:
+def mixtures(loss: Tensor) -> int:
     """Return how many mixtures of a graph are one node."""
-    found, seen, left = 0, set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found += type(node).__name__ == "_ExpertsBackward"
-        left += [edge for edge, _ in node.next_functions]
-    return found
+    return len(nodes(loss, "_ExpertsBackward"))
 
 
 def loss_of(model: Any) -> Tensor:
@@ -113,8 +106,8 @@ def test_a_model_has_gradients_as_close_to_the_truth_as_torchs(family: str, dtyp
     others = spu.accelerate(copy.deepcopy(plain))
     for module in experts_of(others):
         module.act_fn.register_forward_hook(lambda *_: None)  # somebody looks
-    assert nodes(loss_of(fused)) == 2
-    assert nodes(loss_of(others)) == 0
+    assert mixtures(loss_of(fused)) == 2
+    assert mixtures(loss_of(others)) == 0
     loss, grads = trained(fused)
     expected, expected_grads = trained(others)
     assert loss == pytest.approx(expected.item(), rel=4 * torch.finfo(dtype).eps)
@@ -174,12 +167,12 @@ def test_torchs_own_serve_where_the_op_does_not(change: Callable[[Any], None]) -
     ALL_EXPERTS_FUNCTIONS["mine"] = lambda self, x, ids, scores: x * 2
     x, scores = torch.randn(9, 32).half(), torch.rand(9, 2).half().requires_grad_()
     ids = torch.rand(9, 4).topk(2).indices
-    assert nodes(fused(x, ids, scores)) == 1
+    assert mixtures(fused(x, ids, scores)) == 1
     try:
         for module in (plain, fused):
             change(module)
         y = fused(x, ids, scores)
-        assert nodes(y) == 0
+        assert mixtures(y) == 0
         assert_equal(y, plain(x, ids, scores))
     finally:
         del ALL_EXPERTS_FUNCTIONS["mine"]
@@ -188,8 +181,8 @@ def test_torchs_own_serve_where_the_op_does_not(change: Callable[[Any], None]) -
 def test_the_reference_backend_leaves_them_to_torch() -> None:
     model = spu.accelerate(decoder())
     with use_backend("reference"):
-        assert nodes(loss_of(model)) == 0
-    assert nodes(loss_of(model)) == 2
+        assert mixtures(loss_of(model)) == 0
+    assert mixtures(loss_of(model)) == 2
 
 
 def test_frozen_experts_and_a_router_that_alone_is_trained() -> None:
@@ -197,7 +190,7 @@ def test_frozen_experts_and_a_router_that_alone_is_trained() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mlp.gate." in name)
     _, grads = trained(model)
-    assert nodes(loss_of(model)) == 2
+    assert mixtures(loss_of(model)) == 2
     for name, grad in grads.items():
         assert (grad is not None) == ("mlp.gate." in name)
         assert grad is None or grad.abs().max() > 0
