@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from spu.common.errors import first_line
@@ -27,11 +27,8 @@ def parquet_rows(path: str, label: str) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             columns = _checked(file.schema_arrow, f"{label} {path}")
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{label} {path}, row {number}", row
+            batches = file.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False)
+            yield from _named(batches, f"{label} {path}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{label} {path} is no whole Parquet file ({first_line(error)}): write it again") from error
 
@@ -54,15 +51,18 @@ def dataset_rows(path: str, label: str) -> Iterator[Row]:
             raise ValueError(f"{label} {path} has the parts {', '.join(table)}: give one, e.g. {path}/{some}")
         columns = _checked(table.features.arrow_schema, f"{label} {path}")
         table = table.select_columns(columns).with_format("arrow")
-        number = 0
-        for start in range(0, len(table), _ROWS):
-            for row in table[start : start + _ROWS].to_pylist():
-                number += 1
-                yield f"{label} {path}, row {number}", row
+        pieces = (table[start : start + _ROWS] for start in range(0, len(table), _ROWS))
+        yield from _named(pieces, f"{label} {path}")
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise ValueError(
             f"{label} {path} is no whole dataset ({first_line(error)}): save it again with save_to_disk"
         ) from error
+
+
+def _named(pieces: Iterable[Any], where: str) -> Iterator[Row]:
+    rows = (row for piece in pieces for row in piece.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{where}, row {number}", row
 
 
 def _checked(schema: Any, where: str) -> list[str]:
