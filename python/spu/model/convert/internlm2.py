@@ -171,7 +171,7 @@ class Checkpoint:
         """
         parameters: Mapping[str, Tensor] = values or dict(model.named_parameters(remove_duplicate=False))
         layout, dtype = layout_of(model), dtype or next(model.parameters()).dtype
-        self.write(folder, layout, partial(_written, layout, parameters), dtype)
+        self.write(folder, layout, lambda name: write_tensor(layout[name], parameters), dtype)
 
     def write(
         self, folder: Path, layout: Layout, pieces: Callable[[str], Iterator[Tensor]], dtype: torch.dtype
@@ -201,10 +201,6 @@ class Checkpoint:
 
 _SMALL = (".json", ".model", ".txt", ".py", ".jinja", ".bytes")
 _SMALL_BYTES = 64 << 20
-
-
-def _written(layout: Layout, parameters: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
-    return write_tensor(layout[name], parameters)
 
 
 def _write_json(file: Path, value: Any) -> None:
