@@ -16,6 +16,7 @@ from spu.common.interrupts import delayed_interrupts
 from spu.common.torch_private import pytree
 from spu.engine.attempt import Attempt
 from spu.engine.build import BuiltStages
+from spu.engine.embeddings import check_embeddings
 from spu.engine.engine import Engine, Recording, Round
 from spu.engine.generators import check_generators
 from spu.engine.graphs import graphs_for
@@ -96,6 +97,9 @@ class Runner:
         self._check = LossCheck(built.stages[-1].loss_fn, weighing)
         try:
             check_generators(built.stages)
+            planned = plan.settings.parts
+            if (planned if peers is None else peers.parts(planned)) > 1:
+                check_embeddings([*built.stages, *built.others])
             captures, self._why_eager = graphs_for(
                 built.stages[-1],
                 self._actions[self._ranks[-1]],
