@@ -137,6 +137,21 @@ def test_weights_that_have_no_room_in_fp32_stay_in_the_16_bits_of_their_files(
         assert adapted(torch.arange(4)[None]).logits.isfinite().all()
 
 
+def test_weights_that_have_no_room_at_all_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system ended the process without a word: 15.5 GB of a 7B model in 6 GB."""
+    whole, _ = load_trained(folder)
+    needed = 2 * sum(p.numel() for p in whole.parameters())
+    monkeypatch.setattr(chat, "bring", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(chat, "_room", lambda: (needed - 1) * 9 // 10)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert run("chat", str(folder)) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}: the weights take" in said
+    assert "in 16 bits" in said
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_is_talked_to_by_its_name_with_its_adapter_if_it_has_one(
     tmp_path: Path, lora: bool, monkeypatch, capsys

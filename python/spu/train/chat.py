@@ -12,6 +12,7 @@ import torch
 
 from spu.common.absent import is_absent
 from spu.common.files import read_object
+from spu.common.units import format_bytes, format_bytes_up
 from spu.data.tokenizer import FileTokenizer, Tokenizer, make_tokenizer
 from spu.devices.host import host_memory
 from spu.model.adapter_base import read_base
@@ -49,7 +50,7 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     Weights are in fp32; where the memory that is free is too small for it, those of files stay in 16 bits.
 
     Raises:
-        ValueError: neither of them, or a run that has not ended; says what is missing.
+        ValueError: neither of them, a run that has not ended, or no room for it; says what is missing.
     """
     source, seed, adapter = str(folder), 0, None
     if read_object(folder / "config.json").get("format") == FORMAT:
@@ -68,6 +69,8 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
     config = load_config(named)
     narrow = 4 * sum(p.numel() for p in model.parameters()) > _room()
     dtypes = {id(p): _narrow(config) for p in model.parameters() if is_absent(p)} if narrow else {}
+    if narrow:
+        _check_room(model, folder)
     if adapter is not None:
         model = _adapted(model, adapter)
     bring(model, dtypes=dtypes)
@@ -81,6 +84,17 @@ def load_trained(folder: Path) -> tuple[Any, Tokenizer]:
 def _room() -> int:
     """Return the bytes of memory that weights may take; the rest is for the answer's keys and values."""
     return host_memory()[1] * 9 // 10
+
+
+def _check_room(model: Any, folder: Path) -> None:
+    """Raise ValueError if weights of files do not fit the free memory in 16 bits: the system would end the process."""
+    needed = sum(p.numel() * (2 if is_absent(p) else p.element_size()) for p in model.parameters())
+    free = _room() * 10 // 9
+    if needed > free:
+        raise ValueError(
+            f"{folder}: the weights take {format_bytes_up(needed)} of memory in 16 bits, and {format_bytes(free)} are "
+            "free: answers are drawn in memory alone; use a machine with more (spu merge writes one folder for it)"
+        )
 
 
 def _narrow(config: Any) -> torch.dtype:
