@@ -25,6 +25,7 @@ from spu.cost.footprint import DetachedSkips, layer_copy
 from spu.devices.manager import Device
 from spu.devices.pin import call_pinned, side_by_side
 from spu.engine.build import to_precision
+from spu.engine.head_loss import ends_in_loss
 from spu.engine.microbatch import move
 from spu.engine.stage import Stage
 from spu.memory.disk_store import DiskStore
@@ -87,7 +88,8 @@ def time_layers(
         def prepared() -> _Chain:
             hush()
             with watched():
-                return _Chain(layers, sample, devices[0], precision, fused)
+                joined = targets is not None and ends_in_loss(layers[-1].module, loss_fn)
+                return _Chain(layers, sample, devices[0], precision, fused, joined)
 
         chain = call_pinned(devices[0], prepared)
 
@@ -205,11 +207,15 @@ class _Chain:
     Attributes:
         pieces: (layer, its input, the layer's index in the model).
         stashed: tensors of skips.
-        last: the model's output.
+        joined: the last layer is a piece that makes its loss itself, without logits, as the last stage does.
+        last: the model's output; if ``joined``, what the last layer gets.
     """
 
-    def __init__(self, layers: Sequence[Layer], sample: Any, device: Device, precision: str, fused: bool) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], sample: Any, device: Device, precision: str, fused: bool, joined: bool
+    ) -> None:
         self.pieces: list[tuple[Layer, Any, int]] = []
+        self.joined = False
         self.stashed: dict[str, torch.Tensor] = {}
         self._kinds: list[Any] = []  # of each layer
         outputs: dict[Any, Any] = {}
@@ -226,6 +232,10 @@ class _Chain:
                     _give_values(own.module, shared)
                     own.module.to(device.torch_device)
                     self.pieces.append((own, x, index))
+                    self.joined = joined and index == len(layers) - 1
+                    if self.joined:  # in fp32 the logits can be larger than all else
+                        self._kinds.append(kind)
+                        break
                     fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)  # a layer may change its input in place
                     outputs[kind] = own.run(fresh, whole if own.wants_inputs else None, _KEY)
                 self._kinds.append(kind)
@@ -301,7 +311,8 @@ class _Bench:
             if not own:
                 mine = dataclasses.replace(layer, module=layer_copy(layer.module, share_parameters=shared).to(here))
             # The input of the model's first layer wants no gradient.
-            self._stages.append(Stage(min(index, 1), [mine], device, is_last=False, loss_fn=loss_fn))
+            is_last = chain.joined and index == chain.pieces[-1][2]
+            self._stages.append(Stage(min(index, 1), [mine], device, is_last=is_last, loss_fn=loss_fn))
         self._empty = Stage(1, [], device, is_last=False, loss_fn=loss_fn)
         self._loss = Stage(1, [], device, is_last=True, loss_fn=loss_fn)
         self._given = [move(x, here) for _, x, _ in chain.pieces]
@@ -342,12 +353,15 @@ class _Bench:
         for stage, x in zip(stages, [*self._given, self._last]):
             fresh = pytree.tree_map_only(torch.Tensor, torch.clone, x)
             begin = _now(self.device)
-            outputs.append(stage.forward(fresh, self._whole if stage.wants_inputs else None, _KEY, train=True))
+            whole = self._whole if stage.wants_inputs else None
+            outputs.append(stage.forward(fresh, whole, _KEY, train=True, whole=not stage.is_last))
             forward.append(_now(self.device) - begin)
-        loss = self._run_loss()
+        joined = next((pair for pair in zip(stages, outputs, strict=True) if pair[0].is_last), None)
+        loss = self._run_loss() if joined is None else (self._loss_of(*joined), 0.0)
         backward = []
         for stage, out in zip(reversed(stages), reversed(outputs)):
-            made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in pytree.tree_leaves(out)]
+            leaves = [] if stage.is_last else pytree.tree_leaves(out)  # a loss's gradient is its scale
+            made = [torch.full_like(t, 1e-4) if isinstance(t, torch.Tensor) else None for t in leaves]
             begin = _now(self.device)
             stage.backward(made, _KEY, self._scope)
             backward.append(_now(self.device) - begin)
@@ -359,10 +373,16 @@ class _Bench:
             return 0.0, 0.0
         begin = _now(self.device)
         out = self._loss.forward(self._last, None, _KEY, train=True)
-        self._loss.loss(out, self._targets, torch.ones((), dtype=torch.float32, device="cpu"), _KEY, self._scope)
+        self._loss_of(self._loss, out)
         middle = _now(self.device)
         self._loss.backward(None, _KEY, self._scope)
         return middle - begin, _now(self.device) - middle
+
+    def _loss_of(self, stage: Stage, out: Any) -> float:
+        """Make a stage's loss; return its seconds."""
+        begin = _now(self.device)
+        stage.loss(out, self._targets, torch.ones((), dtype=torch.float32, device="cpu"), _KEY, self._scope)
+        return _now(self.device) - begin
 
 
 _KEY = DrawKey(0, 0, 1)

@@ -37,7 +37,7 @@ from spu.ops.dispatch import choose_backend
 from spu.ops.linear import compute_dtype
 from spu.ops.plain import takes
 
-__all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "head_of", "worth_bytes"]
+__all__ = ["WORTH_BYTES", "HeadInput", "HeadLoss", "ends_in_loss", "head_of", "worth_bytes"]
 
 WORTH_BYTES = 16 << 20
 """Bytes of a microbatch's logits in fp32 from which on they are left out, where products are of 16 bits.
@@ -83,6 +83,11 @@ def head_of(module: nn.Module) -> nn.Linear | None:
         return None
     own = getattr(head, "activation", "none") != "none" or getattr(head, "spu_dtype", None) is not None
     return None if own or head.bias is not None or has_global_module_hook() else head
+
+
+def ends_in_loss(module: nn.Module, loss_fn: Any) -> bool:
+    """Tell whether a last layer and a loss may be computed together, without logits, where these are large."""
+    return plain_cross_entropy(loss_fn) is not None and head_of(module) is not None
 
 
 @dataclass
