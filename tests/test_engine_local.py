@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -38,18 +39,20 @@ class Sleep(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(self.seconds)
-        return _SleepBackward.apply(x * self.scale, 2 * self.seconds)
+        return _Calls.apply(x * self.scale, lambda: time.sleep(2 * self.seconds))
 
 
-class _SleepBackward(torch.autograd.Function):
+class _Calls(torch.autograd.Function):
+    """Hands its input on, and calls a function in the backward."""
+
     @staticmethod
-    def forward(ctx, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
+    def forward(ctx, x: torch.Tensor, function: Callable[[], None]) -> torch.Tensor:
+        ctx.function = function
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
+        ctx.function()
         return gradient, None
 
 
@@ -114,28 +117,14 @@ class Fails(nn.Module):
         self.calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.where == "forward":
-            self.maybe_fail()
-        return _FailsBackward.apply(self.linear(x), self)
+        self.maybe_fail("forward")
+        return _Calls.apply(self.linear(x), lambda: self.maybe_fail("backward"))
 
-    def maybe_fail(self) -> None:
-        self.calls += 1
-        if self.calls == 4:
+    def maybe_fail(self, where: str) -> None:
+        self.calls += where == self.where
+        if where == self.where and self.calls == 4:
             self.failed_at = time.perf_counter()
             raise ArithmeticError("seeded failure")
-
-
-class _FailsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: Fails) -> torch.Tensor:
-        ctx.layer = layer
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if ctx.layer.where == "backward":
-            ctx.layer.maybe_fail()
-        return gradient, None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +153,7 @@ def test_a_failure_in_any_action_stops_everything_at_once(
 
         def linear_dw_(dz: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor, *rest, **how) -> None:
             if threading.current_thread().name.startswith(f"spu cpu:{rank}"):
-                failing.maybe_fail()
+                failing.maybe_fail("weight")
             real(dz, x, main_grad, *rest, **how)
 
         monkeypatch.setattr(parameter_sink, "linear_dw_", linear_dw_)
