@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ typer = pytest.importorskip("typer")
 from small_runs import run  # noqa: E402
 
 from spu import __main__  # noqa: E402
+from spu.checkpoint import CheckpointError  # noqa: E402
 from spu.cli.app import guarded  # noqa: E402
 from spu.cli.panels import PANELS, panel_of  # noqa: E402
 from spu.cli.words import as_options  # noqa: E402
@@ -52,6 +54,18 @@ def test_a_full_disk_is_said_with_its_path(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(typer.Exit):
         guarded(command)
     assert "runs/one: No space left on device: check the path and the room on it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(28, 1), (5, 1), (20, 2)])  # no space, an I/O error; not a folder
+def test_a_checkpoint_that_the_disk_does_not_take_is_no_bad_input(code: int, exit_code: int) -> None:
+    """A scheduler that starts a run again after 1 gave it up: the code was 2, of bad input."""
+
+    def command() -> None:
+        raise CheckpointError("checkpoint runs/one/checkpoint: writing failed") from OSError(code, os.strerror(code))
+
+    with pytest.raises(typer.Exit) as exit_info:
+        guarded(command)
+    assert exit_info.value.exit_code == exit_code
 
 
 def test_a_full_disk_without_a_path_is_said_without_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,7 @@ def test_what_is_far_from_its_prediction_is_said_with_what_to_do(basis: str, tim
     plan = dataclasses.replace(PLAN, predicted=dataclasses.replace(PLAN.predicted, basis=basis))
     last = comparison(plan, plan.timeline(), times * plan.predicted.step_s)[-1]
     assert last.startswith(says) if says else " works" in last
+    assert ("--replan, or trainer.replan()" in last) == says.startswith("A step")  # for the command's users too
 
 
 def test_memory_over_time_holds_what_is_in_flight():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import sys
@@ -25,6 +26,8 @@ from spu.train.options import read_options
 __all__ = ["app", "chat", "devices", "doctor", "guarded", "main", "merge", "options", "plan", "takes", "train", "tune"]
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+_DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)  # may go well when there is room
 
 app = typer.Typer(
     name="spu",
@@ -62,7 +65,9 @@ def guarded(command: Callable[[], None]) -> None:
         if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("spu"):
             _fail(f"the package {error.name} is missing: pip install {error.name}", BAD_INPUT)
         if isinstance(error, ValueError):
-            _fail(f"error: {as_options(str(error))}", BAD_INPUT)
+            cause = error.__cause__  # a checkpoint that could not be written is no bad input
+            disk = isinstance(cause, OSError) and cause.errno in _DISK_FAILED
+            _fail(f"error: {as_options(str(error))}", 1 if disk else BAD_INPUT)
         from spu.engine.engine import StageError  # imports torch
 
         if isinstance(error, StageError) and isinstance(error.__cause__, ValueError):

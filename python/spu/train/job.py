@@ -64,8 +64,8 @@ class Job:
         )
         if self.corpus.top >= vocabulary:
             raise ValueError(
-                f"--model {config.model}: its tokenizer gives token {self.corpus.top}, its vocabulary has "
-                f"{vocabulary}; give files that belong together"
+                f"--model {config.model}: its tokenizer gives token {self.corpus.top}, and vocab_size in its "
+                f"config.json is {vocabulary}: give a tokenizer and a config that belong together"
             )
         saved = self.saved_corpus
         if saved is not None and saved["sha256"] != self.corpus.sha256:

@@ -61,7 +61,7 @@ def _remarks(plan: Plan, step_s: float) -> list[str]:
     }
     return [
         f"A step took {step_s / max(predicted, 1e-9):.2g} times its predicted time: {why.get(basis, basis)}. "
-        "trainer.replan() (replan=True) plans again from what this step took."
+        "To plan again from what a step took: --replan, or trainer.replan()."
     ]
 
 
