@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 typer = pytest.importorskip("typer")
 
+from chat_models import chat_tokenizer, tiny_llama  # noqa: E402
 from small_runs import run  # noqa: E402
 
 from spu import __main__  # noqa: E402
@@ -138,3 +140,16 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(monkeypatch: pytest.Mo
         __main__.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "spu: interrupted\n"
+
+
+def test_a_tokenizer_and_a_config_of_two_models_are_said_with_both_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`its tokenizer gives token 12, its vocabulary has 10` did not say whose vocabulary."""
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_llama(10).config.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sat . " * 200)
+    data = ("--data", tmp_path / "text.txt", "--out", tmp_path / "runs", "--name", "one")
+    assert run("train", "--model", tmp_path / "model", *data, "--seq", 8, "--steps", 1) == 2
+    assert "gives token 14, and vocab_size in its config.json is 10: give" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
