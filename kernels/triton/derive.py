@@ -78,7 +78,7 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
         columns = min(columns, 128)
     if arch in _LARGE_DESCRIBED and op in _DESCRIBED and shape_class in ("medium", "large"):
         columns = 128 if op == "gated_linear" else columns  # two accumulators and two weight tiles
-        return Config("descriptor", rows, columns, inner, 8, warps, stages, blocks=_blocks(op, rows, columns))
+        return Config("descriptor", rows, columns, inner, 8, warps, stages, blocks=_blocks(arch, op, rows, columns))
     if op == "gated_linear":
         columns, stages = min(columns, 64), min(stages, 3)
         if narrow and shape_class == "skinny":  # three operands: of a longer tile one program of 4 warps fits, not two
@@ -86,7 +86,9 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     if on_load:  # the left operand's derivative is worked out in registers
         return Config("tile", min(rows, 64), min(columns, 128), 32, 8, 8, 3)
     if op == "linear_ce":  # exponentials beside the accumulators
-        columns, warps = min(columns, 128), 4 if shape_class == "small" else warps
+        columns = min(columns, 128)
+        if shape_class == "small":
+            warps = 8 if arch == 100 else 4
     if op in ("gated_linear", "linear_ce") or shape_class in ("skinny", "deep"):
         return _split(Config("tile", rows, columns, inner, 8, warps, stages), op, shape_class)
     if op in ("gated_dh", "gated_dx", "mlp_dz"):
@@ -96,15 +98,17 @@ def of_triton(arch: int, op: str, dtype: str, shape_class: str) -> Config:
     if kind == "persistent" and narrow and shape_class == "medium" and not before:
         kind = "tile"  # 120 registers, two fit a multiprocessor; a program that walks takes up to 180
     two = arch in _LARGE_DESCRIBED or shape_class == "medium"  # of sm_120's large tiles the sums alone are too many
-    blocks = _blocks(op, rows, columns) if kind == "descriptor" and two else 1
+    blocks = _blocks(arch, op, rows, columns) if kind == "descriptor" and two else 1
     flat = kind == "descriptor" and arch == _FLATTENED and blocks == 1
     return Config(kind, rows, columns, inner, 8, warps, stages, blocks=blocks, flat=flat)
 
 
-def _blocks(op: str, rows: int, columns: int) -> int:
+def _blocks(arch: int, op: str, rows: int, columns: int) -> int:
     """Return how many programs of 3 stages share a multiprocessor: with one alone, its tensor cores wait for each
-    epilogue."""
-    return 2 if rows * columns <= 128 * 128 and op not in ("gated_linear", "gated_dh", "mlp_dz") else 1
+    epilogue. On sm_100 exponentials beside sums that come from the tensor cores' memory take more than 128 registers.
+    """
+    alone = ("gated_linear", "gated_dh", "mlp_dz", "linear_ce" if arch == 100 else "")
+    return 2 if rows * columns <= 128 * 128 and op not in alone else 1
 
 
 def _split(tile: Config, op: str, shape_class: str) -> Config:
