@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spu import ModelParallelTrainer
 from spu.engine.engine import StageError
-from spu.engine.loss import weighing_of
+from spu.engine.loss import OnRawOutputs, weighing_of
 from spu.engine.loss_check import LossCheck
 from spu.ops import linear_cross_entropy
 
@@ -274,14 +274,53 @@ def test_equal_losses_of_all_microbatches_do_not_hide_wrong_weights() -> None:
         check.end()
 
 
+@pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 8.0, 11.0, 12.0, 14.0])
-def test_gradients_that_fp16_can_hardly_hold_are_no_evidence(margin: float) -> None:
+def test_gradients_that_fp16_can_hardly_hold_are_no_evidence(margin: float, raw: bool) -> None:
     """A model that has learnt its data: the whole batch's gradients are rounded where a microbatch's are not yet."""
     targets = torch.arange(64) % 4
     logits = (margin * F.one_hot(targets) + 0.5 * torch.randn(64, 4, generator=torch.Generator().manual_seed(0))).half()
-    check = LossCheck(lambda o, t: F.cross_entropy(o.float(), t), weighing_of(lambda o, t: None))
+
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o.float(), t)
+
+    check = LossCheck(OnRawOutputs(loss) if raw else loss, weighing_of(loss))
     assert check.begin(8)
     for outputs, labels in zip(logits.split(8), targets.split(8), strict=True):
+        check.add(outputs, labels)
+    check.end()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_wrong_share_of_a_small_term_is_found_in_every_precision(dtype: torch.dtype) -> None:
+    """The rounding of 16-bit outputs hid it: their gradients were compared to 2% and 10%."""
+
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o, t) + 0.0005 * o.square().sum()  # the second term adds up over rows
+
+    check = LossCheck(loss, weighing_of(loss))
+    assert check.begin(4)
+    for outputs, labels in zip(
+        torch.randn(16, 4, generator=torch.Generator().manual_seed(0)).to(dtype).split(4),
+        (torch.arange(16) % 4).split(4),
+    ):
+        check.add(outputs, labels)
+    with pytest.raises(ValueError, match="or its rows act on other microbatches"):
+        check.end()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_that_rounds_to_16_bits_itself_is_trained(dtype: torch.dtype) -> None:
+    """Of three microbatches: a third of a rounded gradient is not the rounded gradient of a third of the loss."""
+
+    def loss(o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o.to(dtype), t)
+
+    check = LossCheck(loss, weighing_of(loss))
+    assert check.begin(3)
+    for outputs, labels in zip(
+        torch.randn(18, 4, generator=torch.Generator().manual_seed(0)).split(6), (torch.arange(18) % 4).split(6)
+    ):
         check.add(outputs, labels)
     check.end()
 

@@ -37,6 +37,7 @@ __all__ = [
     "move_loss",
     "plain_cross_entropy",
     "weighing_of",
+    "widened",
 ]
 
 SUM = "sum"  # a loss_weight: losses of microbatches add up as they are
@@ -61,10 +62,14 @@ def loss_of(loss_fn: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: 
 
     16-bit outputs are converted to fp32: a sum over rows would overflow, or stop growing, in 16 bits.
     """
-    if not isinstance(loss_fn, OnRawOutputs):
-        alone = isinstance(outputs, torch.Tensor)
-        outputs = _wide(outputs) if alone else pytree.tree_map_only(torch.Tensor, _wide, outputs)
-    return loss_fn(outputs, targets)
+    return loss_fn(widened(loss_fn, outputs), targets)
+
+
+def widened(loss_fn: Any, outputs: Any) -> Any:
+    """Return a model's outputs as a loss is given them: 16-bit ones in fp32, unless it takes them raw."""
+    if isinstance(loss_fn, OnRawOutputs):
+        return outputs
+    return _wide(outputs) if isinstance(outputs, torch.Tensor) else pytree.tree_map_only(torch.Tensor, _wide, outputs)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

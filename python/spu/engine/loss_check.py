@@ -9,7 +9,8 @@ the loss's state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
-from spu.engine.loss import Weighing, loss_of
+from spu.engine.loss import Weighing, loss_of, widened
 from spu.engine.microbatch import batch_rows, join_rows
 from spu.model.randomness import LayerRandomness
 from spu.model.untouched import untouched
@@ -35,7 +36,7 @@ _UNCHECKED = (
     "whether loss_fn may be computed by microbatches could not be checked ({why}): each microbatch is weighed by its "
     "counted targets. Say what the mean divides by with loss_weight=function of the targets, or loss_weight='sum'"
 )
-_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative, of outputs in 16 bits; others: 1e-3
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative, of a loss that rounds to 16 bits; others: 1e-3
 
 
 class LossCheck:
@@ -108,8 +109,9 @@ class LossCheck:
                 torch.enable_grad(),
                 LayerRandomness(0, 0, 0, "loss") as draws,
             ):
-                parts = [self._gradient(*part) for part in seen]
-                together = self._gradient(*whole)
+                dtypes = set[torch.dtype]()
+                parts = [self._gradient(*part, dtypes) for part in seen]
+                together = self._gradient(*whole, dtypes)
         except Exception as error:  # not made for these rows: there is no loss of the whole batch to compare with
             self._warn(f"calling it on some rows of the whole batch raised {type(error).__name__}: {error}")
             return
@@ -119,8 +121,7 @@ class LossCheck:
             self._warn("it draws random numbers")
         if draws.draws or not together.isfinite().all():
             return
-        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(whole[0]) if isinstance(leaf, torch.Tensor)}
-        allowed = max(_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes) * together.norm()
+        allowed = max((_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes), default=1e-3) * together.norm()
         least = max((_least(dtype) for dtype in dtypes if dtype.is_floating_point), default=0.0)
         own = together.split([len(part) for part in parts])
         for index, (part, share, wanted) in enumerate(zip(parts, shares, own, strict=True)):
@@ -134,20 +135,48 @@ class LossCheck:
             warnings.warn(_UNCHECKED.format(why=why), stacklevel=2)
         self._warned = True
 
-    def _gradient(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """Return the loss's gradient in all outputs that have rows, fp64 [rows, elements]."""
+    def _gradient(self, outputs: Any, targets: Any, dtypes: set[torch.dtype]) -> torch.Tensor:
+        """Return the loss's gradient in all outputs that have rows, fp64 [rows, elements].
+
+        They are what the loss is given (fp32, unless it takes raw outputs), so that what a check allows for 16 bits is
+        allowed only where the loss itself rounds to them. The dtypes that the gradient goes through join ``dtypes``.
+        """
         rows = batch_rows(targets)
         leaves, spec = pytree.tree_flatten(outputs)
         leaves = [
-            leaf.clone().requires_grad_(leaf.is_floating_point()) if _has(leaf, rows) else leaf for leaf in leaves
+            widened(self._loss_fn, leaf).clone().requires_grad_(leaf.is_floating_point()) if _has(leaf, rows) else leaf
+            for leaf in leaves
         ]
         wanted = [leaf for leaf in leaves if _has(leaf, rows) and leaf.requires_grad]
         loss = loss_of(self._loss_fn, pytree.tree_unflatten(leaves, spec), targets)
-        found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        dtypes.update(leaf.dtype for leaf in wanted)
+        with _noted(loss, dtypes):
+            found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         return torch.cat(
             [gradient.double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None] for gradient in found],
             1,
         )
+
+
+@contextmanager
+def _noted(loss: torch.Tensor, dtypes: set[torch.dtype]) -> Iterator[None]:
+    """Let a backward of ``loss`` add the dtypes of all gradients between to ``dtypes``."""
+
+    def note(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        dtypes.update(gradient.dtype for gradient in gradients if gradient is not None)
+
+    nodes, seen, hooks = [loss.grad_fn], set[Any](), []
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node.next_functions and node not in seen:  # a leaf may be a parameter, which stays
+            seen.add(node)
+            hooks.append(node.register_prehook(note))
+            nodes.extend(edge for edge, _ in node.next_functions)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _least(dtype: torch.dtype) -> float:
