@@ -50,8 +50,11 @@ def test_values_within_a_factor_of_their_blocks_largest_keep_their_size(signed: 
 def test_special_values() -> None:
     values = torch.rand(5 * 64).view(5, 64)
     values[0, 3], values[1, 5], values[2], values[3] = float("nan"), float("inf"), 0.0, 1e-40
+    values[1, 6] = 0.0
+    assert bool(kept(values, "int8", True)[:2].isnan().all()), "a block is lost as a whole, and says so"
     got = kept(values, "int8", False)
-    assert bool(got[:2].isnan().all()), "a block with a value that is not finite is lost as a whole, and says so"
+    assert bool(got[0].isnan().all())
+    assert bool((got[1] == float("inf")).all()), "a square may overflow, and moves nothing then"
     assert_equal(got[2:4], torch.zeros(2, 64))
     assert bool((got[4] > 0).all())
     tiny = torch.full((64,), 1e-12)

@@ -87,6 +87,25 @@ def test_bf16_gradients_are_widened_exactly(backend: str, masters: str | None, m
 
 
 @every_backend
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", [1, 64, 200])
+def test_a_gradient_whose_square_overflows_moves_nothing(backend: str, moments: str, size: int) -> None:
+    """As in fp32, where the second moment is infinite. 8-bit moments became NaN, and the weights at the next step."""
+    weights = torch.nn.Parameter(torch.randn(size))
+    before = weights.detach().clone()
+    optimizer = AdamW([weights], lr=0.1, moments=moments, weight_decay=0.0)
+    with ops.use_backend(backend):
+        for large in (True, False, False):
+            weights.grad = torch.ones(size)
+            weights.grad[size // 2] = 1e30 if large else 1.0
+            optimizer.step()
+    assert bool(weights.isfinite().all())
+    assert weights[size // 2] == before[size // 2]
+    if size == 200:  # blocks of 64 values have one scale
+        assert bool((weights != before)[-8:].all())
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_changed_weights_are_taken_and_the_others_keep_their_low_bits(backend: str, dtype: torch.dtype) -> None:
     """The master's old value came back at the next update: a clamp, a load_state_dict, averaged weights were undone."""

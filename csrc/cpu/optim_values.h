@@ -101,7 +101,9 @@ struct Moment<Moments::int8, Signed> {
   void read_all(int blocks, vf* x) const {
     for (int b = 0; b < blocks; ++b, x += kMomentVectors) {
       const uint8_t* from = codes + b * math::kMomentBlock;
-      if (any_byte_without(Signed ? 0x7f : 0xff, from)) {
+      if (!Signed && infinite(scales[b])) {  // also where a tail has no codes: 0 * infinity would be NaN
+        for (int i = 0; i < kMomentVectors; ++i) x[i] = O::splat(scales[b]);
+      } else if (any_byte_without(Signed ? 0x7f : 0xff, from)) {
         read_block<true>(from, O::splat(scales[b]), x);
       } else {
         read_block<false>(from, O::splat(scales[b]), x);
@@ -116,13 +118,15 @@ struct Moment<Moments::int8, Signed> {
         top =
             max_u(top, Signed ? O::bits(x[i]) & 0x7fffffffu : O::bits(x[i]));  // as block_absmax; squares have no sign
       }
-      scales[b] = math::moment_scale(math::Ops<float>::from_bits(max_lane(top)));
+      scales[b] = math::moment_scale<Signed>(math::Ops<float>::from_bits(max_lane(top)));
     }
     for (int b = 0; b < blocks; ++b, x += kMomentVectors, noise += kMomentVectors) {
       const float scale = scales[b];
       uint8_t* to = codes + b * math::kMomentBlock;
       if (!(scale > 0.0f)) {
         memset(to, 0, math::kMomentBlock);
+      } else if (!Signed && infinite(scale)) {
+        memset(to, math::MomentCode<false>::kMost, math::kMomentBlock);
       } else if (!(SPU_EXACT_FMA && scale >= kLeastExactScale && write_block<true>(to, scale, x, noise))) {
         write_block<false>(to, scale, x, noise);
       }
@@ -130,6 +134,7 @@ struct Moment<Moments::int8, Signed> {
   }
 
  private:
+  static bool infinite(float scale) { return math::Ops<float>::bits(scale) == 0x7f800000u; }
   template <bool Zeros>
   static void read_block(const uint8_t* from, vf scale, vf* x) {
 #pragma GCC unroll 16

@@ -57,11 +57,14 @@ SPU_DEVICE void store_moment(void* moment, const Place& p, const Values& x, cons
     top = other > top ? other : top;
   }
   if (p.i >= p.end) return;
-  const float scale = math::moment_scale(math::Ops<float>::from_bits(top));
+  const float scale = math::moment_scale<Signed>(math::Ops<float>::from_bits(top));
   if (p.i % math::kMomentBlock == 0) static_cast<float*>(moment)[p.i / math::kMomentBlock] = scale;
   uint32_t codes[kVector] = {};
   if (scale > 0.0f) {
-    for (int j = 0; j < kVector; ++j) codes[j] = math::moment_code<Signed, float>(x.v[j], scale, noise[j]);
+    const bool infinite = !Signed && top == 0x7f800000u;
+    for (int j = 0; j < kVector; ++j) {
+      codes[j] = infinite ? math::MomentCode<Signed>::kMost : math::moment_code<Signed, float>(x.v[j], scale, noise[j]);
+    }
   }
   store_codes<8>(static_cast<uint8_t*>(moment) + math::moment_scale_bytes(p.numel), p.i, p.end, p.wide, codes);
 }

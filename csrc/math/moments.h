@@ -78,8 +78,12 @@ struct MomentCode {
   static constexpr uint32_t kSmallest = (kBase + 1) << kDrop;        // the pattern of code 1
 };
 
+// Squares leave fp32 where gradients do not yet: a block with an infinite one is infinite as a whole, with the code of
+// 1 for each value. An infinite second moment moves nothing, as in fp32; NaN, as of any other value that is not finite,
+// would reach the weights.
+template <bool Signed>
 SPU_HD float moment_scale(float absmax) {
-  return block_scale(absmax, 1.0f);
+  return !Signed && Ops<float>::bits(absmax) == 0x7f800000u ? absmax : block_scale(absmax, 1.0f);
 }
 
 // The code, without its sign, of a magnitude in units of its scale, which is its block's moment_scale and greater than

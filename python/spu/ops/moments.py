@@ -127,9 +127,11 @@ def stored_moment(values: Tensor, moments: str, bits: Tensor | None = None, *, s
     bits = torch.full_like(flat, 0x8000, dtype=torch.int64) if bits is None else bits.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK)).view(-1, _BLOCK)
     scales = blocks.abs().amax(1) if flat.numel() else blocks.new_zeros(0)  # NaN if the block has one
-    scales = torch.where(scales < _LEAST_SCALE, 0.0, torch.where(scales.isfinite(), scales, torch.nan))
+    held = scales.isfinite() if signed else ~scales.isnan()  # squares of finite gradients may be infinite
+    scales = torch.where(scales < _LEAST_SCALE, 0.0, torch.where(held, scales, torch.nan))
     spread = scales.repeat_interleave(_BLOCK)[: flat.numel()]
-    codes = torch.where(spread > 0, _codes(flat / spread, bits, signed), 0).to(torch.uint8)
+    codes = torch.where(spread > 0, _codes(flat / spread, bits, signed), 0)
+    codes = torch.where(spread.isinf(), _format(signed)[1], codes).to(torch.uint8)
     head = scales.view(torch.uint8)
     padding = head.new_zeros(_scale_bytes(flat.numel()) - head.numel())
     return torch.cat((head, padding, codes))
