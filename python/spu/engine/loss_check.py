@@ -9,13 +9,14 @@ the loss's state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from spu.common import torch_private
 from spu.common.quiet import hushed
 from spu.common.torch_private import pytree
 from spu.engine.loss import Weighing, loss_of, widened
@@ -31,6 +32,12 @@ _REFUSAL = (
     "but counts {found:.4g} in the whole batch's loss, or its rows act on other microbatches, or it is NaN. "
     "Say what the mean divides by with loss_weight=function of the targets (for class weights: "
     "lambda y: weight[y].sum()), or loss_weight='sum' for a loss that adds up over rows; or train with microbatches=1"
+)
+_OWN = (
+    "loss_fn cannot be computed by microbatches as it is: its parameter of shape {shape} gets another gradient from "
+    "{parts} microbatches (of norm {found:.4g}) than from the whole batch ({wanted:.4g}). A term of parameters alone, "
+    "such as a penalty, counts once for each microbatch where losses add up (reduction='sum'): leave it to the "
+    "optimizer's weight_decay, return a mean, or train with microbatches=1"
 )
 _UNCHECKED = (
     "whether loss_fn may be computed by microbatches could not be checked ({why}): each microbatch is weighed by its "
@@ -110,13 +117,13 @@ class LossCheck:
                 LayerRandomness(0, 0, 0, "loss") as draws,
             ):
                 dtypes = set[torch.dtype]()
-                parts = [self._gradient(*part, dtypes) for part in seen]
-                together = self._gradient(*whole, dtypes)
+                parts, own_parts = zip(*(self._gradients(*part, dtypes) for part in seen), strict=True)
+                together, own_together = self._gradients(*whole, dtypes)
         except Exception as error:  # not made for these rows: there is no loss of the whole batch to compare with
             self._warn(f"calling it on some rows of the whole batch raised {type(error).__name__}: {error}")
             return
         shares = self._weighing.shares([targets for _, targets in seen])
-        parts = [part if share != 0 else torch.zeros_like(part) for part, share in zip(parts, shares, strict=True)]
+        parts = tuple(part if share != 0 else torch.zeros_like(part) for part, share in zip(parts, shares, strict=True))
         if draws.draws:
             self._warn("it draws random numbers")
         if draws.draws or not together.isfinite().all():
@@ -129,17 +136,21 @@ class LossCheck:
             if not (wanted - part * share.to(part)).norm() <= allowed + rounding:  # NaN too
                 found = float((wanted * part).sum() / (part * part).sum())
                 raise ValueError(_REFUSAL.format(index=index, share=float(share), found=found))
+        _check_own(own_parts, own_together, [float(share) for share in shares], dtypes)
 
     def _warn(self, why: str) -> None:
         if not self._warned:
             warnings.warn(_UNCHECKED.format(why=why), stacklevel=2)
         self._warned = True
 
-    def _gradient(self, outputs: Any, targets: Any, dtypes: set[torch.dtype]) -> torch.Tensor:
-        """Return the loss's gradient in all outputs that have rows, fp64 [rows, elements].
+    def _gradients(
+        self, outputs: Any, targets: Any, dtypes: set[torch.dtype]
+    ) -> tuple[torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
+        """Return the loss's gradients in all outputs that have rows, fp64 [rows, elements], and in small parameters.
 
-        They are what the loss is given (fp32, unless it takes raw outputs), so that what a check allows for 16 bits is
-        allowed only where the loss itself rounds to them. The dtypes that the gradient goes through join ``dtypes``.
+        The outputs are what the loss is given (fp32, unless it takes raw outputs), so that what a check allows for 16
+        bits is allowed only where the loss itself rounds to them. The dtypes that the gradient goes through join
+        ``dtypes``.
         """
         rows = batch_rows(targets)
         leaves, spec = pytree.tree_flatten(outputs)
@@ -150,33 +161,69 @@ class LossCheck:
         wanted = [leaf for leaf in leaves if _has(leaf, rows) and leaf.requires_grad]
         loss = loss_of(self._loss_fn, pytree.tree_unflatten(leaves, spec), targets)
         dtypes.update(leaf.dtype for leaf in wanted)
-        with _noted(loss, dtypes):
-            found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-        return torch.cat(
-            [gradient.double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None] for gradient in found],
-            1,
-        )
+        with _noted(loss, dtypes) as reached:
+            own = [leaf for leaf in reached if not any(leaf is other for other in wanted)]
+            found = torch.autograd.grad(loss, [*wanted, *own], allow_unused=True, materialize_grads=True)
+        of_rows = [
+            gradient.double().flatten(1) if gradient.dim() > 1 else gradient.double()[:, None]
+            for gradient in found[: len(wanted)]
+        ]
+        return torch.cat(of_rows, 1), dict(zip(own, found[len(wanted) :], strict=True))
 
 
 @contextmanager
-def _noted(loss: torch.Tensor, dtypes: set[torch.dtype]) -> Iterator[None]:
-    """Let a backward of ``loss`` add the dtypes of all gradients between to ``dtypes``."""
+def _noted(loss: torch.Tensor, dtypes: set[torch.dtype]) -> Iterator[list[torch.Tensor]]:
+    """Let a backward of ``loss`` add the dtypes of all gradients between to ``dtypes``.
+
+    Yields:
+        The leaves that it reaches, but for large ones, and those with hooks, which are not to be called.
+    """
 
     def note(gradients: tuple[torch.Tensor | None, ...]) -> None:
         dtypes.update(gradient.dtype for gradient in gradients if gradient is not None)
 
-    nodes, seen, hooks = [loss.grad_fn], set[Any](), []
+    nodes, seen, hooks, leaves = [loss.grad_fn], set[Any](), [], []
     while nodes:
         node = nodes.pop()
-        if node is not None and node.next_functions and node not in seen:  # a leaf may be a parameter, which stays
-            seen.add(node)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, torch.Tensor):  # no hook on its node, which may outlive this loss
+            if leaf.numel() * leaf.element_size() <= _BYTES and not torch_private.backward_hooks(leaf):
+                leaves.append(leaf)
+        else:
             hooks.append(node.register_prehook(note))
             nodes.extend(edge for edge, _ in node.next_functions)
     try:
-        yield
+        yield leaves
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_own(
+    parts: Sequence[dict[torch.Tensor, torch.Tensor]],
+    together: dict[torch.Tensor, torch.Tensor],
+    shares: Sequence[float],
+    dtypes: set[torch.dtype],
+) -> None:
+    """Raise ValueError if a parameter's gradients in microbatches, each times its share, do not add up."""
+    for leaf, wanted in together.items():
+        if not any(leaf in part for part in parts):  # made by each call
+            continue
+        scaled = [
+            part[leaf].double() * share for part, share in zip(parts, shares, strict=True) if share and leaf in part
+        ]
+        found = torch.stack([torch.zeros_like(wanted, dtype=torch.float64), *scaled]).sum(0)
+        size = sum(float(one.norm()) for one in scaled) + float(wanted.norm())
+        allowed = max(_TOLERANCE.get(dtype, 1e-3) for dtype in {leaf.dtype, *dtypes}) * size
+        if size < float("inf") and not (found - wanted).norm() <= allowed + _least(leaf.dtype) * leaf.numel() ** 0.5:
+            raise ValueError(
+                _OWN.format(
+                    shape=tuple(leaf.shape), parts=len(parts), found=float(found.norm()), wanted=float(wanted.norm())
+                )
+            )
 
 
 def _least(dtype: torch.dtype) -> float:
