@@ -182,7 +182,7 @@ def _noted(loss: torch.Tensor, dtypes: set[torch.dtype]) -> Iterator[list[torch.
     def note(gradients: tuple[torch.Tensor | None, ...]) -> None:
         dtypes.update(gradient.dtype for gradient in gradients if gradient is not None)
 
-    nodes, seen, hooks, leaves = [loss.grad_fn], set[Any](), [], []
+    nodes, seen, hooks, leaves = [loss.grad_fn], set[Any](), list[Any](), list[torch.Tensor]()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
