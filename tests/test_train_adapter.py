@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from small_runs import run as spu  # noqa: E402
 from tiny_models import BYTES  # noqa: E402
 
 from spu.model.adapter_base import base_values, write_base  # noqa: E402
-from spu.model.lora import LoraOptions, add_adapters  # noqa: E402
+from spu.model.lora import LoraOptions, add_adapters, write_adapter  # noqa: E402
 from spu.model.merge import merge_adapter, write_parts  # noqa: E402
 from spu.train.adapter import base_of  # noqa: E402
 from spu.train.chat import load_trained  # noqa: E402
@@ -310,3 +311,26 @@ def test_an_adapter_that_took_its_part_out_of_the_base_is_not_added_to_the_whole
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     assert spu("merge", tmp_path / "plain", "--model", base, "--out", tmp_path / "merged") == 0
     torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size")
+def test_a_disk_that_takes_no_merged_model_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a traceback of safetensors, whose errors are no OSError."""
+    import resource
+
+    base, run = place / "base", place / "runs" / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        ended = spu("merge", run, "--out", place / "full")
+        model = add_adapters(make_model(str(base), 0), LoraOptions(rank=64), seed=1)
+        with pytest.raises(ValueError, match=r"full-adapter: \[Errno 27\] .*give a folder with room"):
+            write_adapter(model, model.state_dict(), place / "full-adapter", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "File too large" in said[0]
+    assert said[0].endswith(": give a folder with room")
+    assert not [left for left in place.iterdir() if "full" in left.name]

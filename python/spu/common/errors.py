@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "kind_and_line"]
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["disk_errors", "first_line", "kind_and_line"]
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Raise the safetensors package's own error of a file that the system refused as the OSError that it hides.
+
+    Args:
+        path: what is written, for the message.
+
+    Raises:
+        OSError: with the system's number (``ENOSPC``, ``EFBIG``, ...) and ``path``.
+    """
+    try:
+        yield
+    except Exception as error:
+        # its type is no OSError, and the number is in the text alone: "I/O error: ... (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spu.common.errors import first_line
+from spu.common.errors import disk_errors, first_line
 from spu.model.adapter_base import write_base
 from spu.model.layers import is_adapted
 
@@ -123,7 +123,8 @@ def write_adapter(
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
-        model.save_pretrained(new, state_dict=dict(state))
+        with disk_errors(new):
+            model.save_pretrained(new, state_dict=dict(state))
         write_base(new, base)
         if folder.exists():
             folder.rename(old)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from spu.common.errors import disk_errors
 from spu.common.files import read_object
 from spu.model.adapter_base import read_base
 from spu.model.convert.decoder import empty_decoder
@@ -265,7 +266,11 @@ def merge_adapter(base: Base, adapter: str | Path, out: str | Path) -> None:
 
 
 def write_parts(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], part_bytes: int = PART_BYTES) -> None:
-    """Write tensors into files of about ``part_bytes``, at least one in each, and their index."""
+    """Write tensors into files of about ``part_bytes``, at least one in each, and their index.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     from safetensors.torch import save_file
 
     part: dict[str, torch.Tensor] = {}
@@ -273,7 +278,9 @@ def write_parts(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], part_
     total = 0
 
     def flush() -> None:
-        save_file(part, folder / f"part-{len(names)}", metadata={"format": "pt"})
+        file = folder / f"part-{len(names)}"
+        with disk_errors(file):
+            save_file(part, file, metadata={"format": "pt"})
         names.append(list(part))
         part.clear()
 
