@@ -266,6 +266,44 @@ def test_what_the_device_alone_knows_reaches_the_host(reference: None, monkeypat
     assert not torch.equal(results[0]["1.0.weight"], fresh[1][0].weight)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("below", ["host", "disk"])
+def test_of_weights_that_stayed_what_was_trained_comes_alone(
+    reference: None, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    """An adapter's update below took the frozen weights beside it to the device again."""
+
+    def adapted() -> nn.Sequential:
+        own = model()
+        for name in ("0.weight", "1.0.weight", "3.0.bias"):
+            own.get_parameter(name).requires_grad_(False)
+        return own
+
+    wanted, own = adapted(), adapted()
+    seen = trained(make(monkeypatch, wanted, None, **SETTINGS), wanted)
+    new_store: Any = {"host": HostStore, "disk": Lazy}[below]
+    trainer = make(monkeypatch, own, new_store(), slots=5, streams=HostStreams(), **SETTINGS)
+    residency = streaming_of(trainer).residencies[0]
+    bring, came = residency.store.bring, list[Any]()  # type: ignore[attr-defined]
+
+    def counted(slot: int, parts: Any, update: Any = None) -> Any:
+        came.extend(parts)
+        return bring(slot, parts, update)
+
+    monkeypatch.setattr(residency.store, "bring", counted)
+    brought = []
+    for x, y in batches(3):
+        came.clear()
+        trainer.step(x, y)
+        brought.append(sorted(part.region for part in came))
+    changed = {piece.region for unit in residency.units.values() for piece in unit.written}
+    left = residency.units[0], residency.units[5]  # which share a slot
+    assert brought[2] == sorted({*changed, *(piece.region for unit in left for piece in unit.weights)})
+    trainer.close()
+    own = adapted()
+    again = make(monkeypatch, own, new_store(), slots=5, streams=HostStreams(), **SETTINGS)
+    assert same(trained(again, own), seen)
+
+
 def test_a_weight_that_a_resident_stage_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     residency = ["streamed"] * 5 + ["resident"]
     with pytest.raises(ValueError, match="used by a resident stage too"):

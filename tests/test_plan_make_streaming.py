@@ -52,6 +52,29 @@ def test_every_tier_holds_what_is_counted_by_hand():
     assert s.link_in_bytes == s.link_out_bytes == 0
 
 
+def test_more_memory_is_more_slots_from_which_nothing_comes_again():
+    """Two to four slots were all that a plan took, whatever the budget."""
+    few, more, most = (
+        stream(layers(24, params=1_000_000), budget=MB * size, disk=(1e6, 1e6)).streaming for size in (50, 70, 1000)
+    )
+    assert 4 <= few.slots < more.slots < most.slots == 24
+    weights, other = page(2_000_000), 24 * (page(4_000_000) + page(12_000_000))
+    for s in (few, more, most):
+        assert s.disk_read_bytes == 2 * (24 - s.slots) * weights + other
+        assert s.tiers[0].peak_bytes <= s.tiers[0].budget_bytes
+    assert stream(layers(24, params=1_000_000), flops=1e9).streaming.slots == 2  # nothing to gain: computing is all
+
+
+def test_below_a_gpu_what_was_trained_comes_to_weights_that_stayed():
+    """The host has updated it; the frozen rest of a stage is in its slot."""
+    adapted = [dataclasses.replace(cost, trained_count=1000) for cost in layers(12, params=1_000_000)]
+    for budget in (25 * MB, 1000 * MB):
+        s = stream_on(adapted, [1e15], budget=budget).streaming
+        whole, trained = page(2 * 999_000) + page(2 * 1000), page(2 * 1000)
+        assert s.link_in_bytes == 2 * (12 - s.slots) * whole + s.slots * trained
+    assert s.slots == 12
+
+
 def test_bf16_gradients_take_half_the_room_below_and_none_less_on_the_device():
     wide, half = (stream(layers(6, params=100_000), grads=grads) for grads in ("fp32", "bf16"))
     assert wide.streaming.tiers[1].peak_bytes - half.streaming.tiers[1].peak_bytes == 6 * (
@@ -71,7 +94,7 @@ def test_a_slow_disk_is_the_step_and_a_fast_one_is_hidden():
     assert f is not None
     assert s.bottleneck == "disk"
     assert s.seconds["disk"] == pytest.approx((s.disk_read_bytes + s.disk_written_bytes) / 1e6)
-    assert s.seconds["disk"] <= slow.predicted.step_s < 1.1 * s.seconds["disk"]
+    assert 0.999 * s.seconds["disk"] <= slow.predicted.step_s < 1.1 * s.seconds["disk"]
     assert f.bottleneck == "compute"
     # 8 layers x 4 microbatches of forward, recompute and backward: 4e9 FLOP at 1e12 a second; 38 bytes an update
     assert f.seconds["compute"] == pytest.approx(8 * 4 * 4e-3 + 8 * 100_000 * 38 / 1e12, rel=0.01)
@@ -79,7 +102,7 @@ def test_a_slow_disk_is_the_step_and_a_fast_one_is_hidden():
     assert s.limit_s == s.seconds["disk"]
     # A step of 800 tokens is hidden by the fast disk and not by the slow one: from so many tokens each would be.
     assert 0 < f.hidden_tokens < 800 < s.hidden_tokens
-    assert s.hidden_tokens == pytest.approx(1000 * f.hidden_tokens, rel=0.02)
+    assert 900 * f.hidden_tokens < s.hidden_tokens < 1001 * f.hidden_tokens  # with more slots less is to be hidden
 
 
 def test_offloaded_weights_stay_and_states_move():
@@ -207,7 +230,7 @@ def test_frozen_and_trained_weights_have_regions_of_their_own():
 @pytest.mark.parametrize("residency", ["streamed", "offloaded"])
 def test_a_tied_weight_waits_once_and_its_second_gradient_stays_on_the_device(residency):
     """It was counted twice on the disk, and its gradient from the later stage nowhere."""
-    costs = layers(6, params=200_000)
+    costs = layers(4, params=200_000)
     apart = stream(costs, residency=residency).streaming
     costs[-1] = dataclasses.replace(costs[-1], ties=((0, 100_000, 100_000),))
     tied = stream(costs, residency=residency).streaming

@@ -301,7 +301,8 @@ class Streamed:
         if self._host is not None:
             if updates or not held:
                 self._held[slot] = unit.index
-                parts = [Part(piece.region, piece.bytes, memory) for piece, memory in self._weights(unit)]
+                come = {piece.region for piece in (unit.written if held else unit.weights)}
+                parts = [Part(p.region, p.bytes, memory) for p, memory in self._weights(unit) if p.region in come]
                 tickets.append(self._host.bring(slot, parts, self._host_update(unit) if updates else None))
                 self._updating.update([unit.index] if updates else [])
             return True

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamingRequest", "grouped", "predict_streaming"]
 
 _SLOTS = (2, 3, 4)
+_WIDENED = 6  # ways, the fastest with few slots, that are tried with more
 
 
 def grouped(layers: Sequence[LayerCost]) -> list[range]:
@@ -119,7 +120,7 @@ class StreamingRequest:
         return (["host"] if on_gpu and host else []) + (["disk"] if disk and (host or not on_gpu) else [])
 
     def cases(self) -> Iterator[Streamed]:
-        """Yield every way that the settings allow, the simplest first."""
+        """Yield every way that the settings allow, with few slots, the simplest first."""
         s = self.settings
         residencies = ("offloaded", "streamed") if s.residency == AUTO else (s.residency,)
         activations = ("keep", "exact") if s.activations == AUTO else (s.activations,)
@@ -206,6 +207,10 @@ class StreamingRequest:
     def best(self) -> Streamed | None:
         """Return the fastest way that fits every tier; of equally fast ones the simplest."""
         fitting = [case for case in self.cases() if not case.lacking]
+        fastest = sorted((case for case in fitting if case.residency == "streamed"), key=lambda case: case.step_s)
+        ways = {(case.placed.parts, case.placed.recomputed, case.activations): case for case in reversed(fastest)}
+        several = sorted(ways.values(), key=lambda case: case.step_s)[:_WIDENED]
+        fitting += itertools.chain.from_iterable(map(_with_more_slots, several))
         return min(fitting, key=lambda case: float(f"{case.step_s:.2e}"), default=None)
 
     def refusal(self, most: int | None = None) -> BudgetError:
@@ -256,6 +261,20 @@ class StreamingRequest:
             finer = replace(self, layers=layers, loss=shrunk(self.loss, factor))
             label = f"microbatches={count} (of the same batch, so each 1/{factor} as large)"
             yield label, replace(finer, settings=replace(s, microbatches=count))
+
+
+def _with_more_slots(case: Streamed) -> Iterator[Streamed]:
+    """Yield a streamed way with more slots in steps of a quarter, as far as they fit and stages have none of their own.
+
+    What is in a slot when its stage's next visit comes is not fetched again: slots are what more memory is good for.
+    """
+    stages, slots = len(case.placed.parts) // case.ranks, case.slots
+    for state_slots in (1, 2):
+        more = replace(case, slots=max(slots, 4), state_slots=state_slots)
+        while more.slots < stages and not more.lacking:
+            more = replace(more, slots=min(stages, more.slots + more.slots // 4))
+            if not more.lacking:
+                yield more
 
 
 def predict_streaming(

@@ -198,9 +198,10 @@ class Streamed:
         """Bytes (link in, link out, read, written) of every visit in a step: forwards, then backwards in reverse."""
         count, result = len(self.regions), []
         for k, r in enumerate(self.regions):  # with the last step's update
-            host, trained = self.on_gpu and r.grads > 0, r.grads > 0  # the host updates the weights below
-            fetched = r.weights if self._fetched(k, True) else 0 if self._streams else r.trained
-            read = (r.weights if host else fetched if self._streams else 0) + trained * (r.grads + r.state)
+            host, trained = self.on_gpu and r.grads > 0, r.grads > 0
+            # What the host has updated below comes, though the weights that do not change be in their slot.
+            fetched = r.weights if self._fetched(k, True) else aligned(r.trained) if host else 0
+            read = fetched + trained * (r.grads + r.state)
             written = trained * (r.state + (r.trained if self._streams or host else 0))
             result.append(self._moved(k, fetched, 0, read, written, left=self._below[k]))
         for k in reversed(range(count)):
@@ -210,9 +211,7 @@ class Streamed:
         return result
 
     def _fetched(self, stage: int, forward: bool) -> bool:
-        """Whether a stage's weights come for a visit: those of the visits just before are still in their slots."""
-        if forward and self.on_gpu and self.regions[stage].grads:
-            return self._streams  # the host has updated them since
+        """Whether all of a stage's weights come for a visit: those of the visits just before are in their slots."""
         turn, count = stage // self.ranks, len(self.regions) // self.ranks
         there = range(self.slots) if forward else range(count - self.slots, count)
         return self._streams and turn not in there
