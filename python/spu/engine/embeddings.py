@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from spu.engine.stage import Stage
 
@@ -45,7 +45,7 @@ def check_embeddings(stages: Sequence[Stage]) -> None:
                 )
 
 
-def _holds(module: nn.Module, weight: nn.Parameter) -> bool:
+def _holds(module: nn.Module, weight: Tensor) -> bool:
     """Tell whether a module itself holds a parameter."""
     return any(parameter is weight for parameter in module.parameters(recurse=False))
 
