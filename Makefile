@@ -67,6 +67,7 @@ bench-ranks: $(VENV)/.bench
 	-$(BIN)/python benchmarks/distributed/pipeline.py $(ARGS)
 	-$(BIN)/python benchmarks/distributed/pipeline.py --job thin --schedule 1f1b --transfer int8
 	-$(BIN)/python benchmarks/distributed/pipeline.py --job wire --schedule 1f1b --transfer int8
+	-$(BIN)/python benchmarks/distributed/pipeline.py --job bulk --schedule 1f1b --transfer int8
 	-$(BIN)/python benchmarks/distributed/data_parallel.py
 	-$(BIN)/python benchmarks/distributed/same_losses.py
 	-$(BIN)/python benchmarks/distributed/kills.py

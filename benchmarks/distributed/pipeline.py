@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--transfer", default="none,int8")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--rank", action="store_true", help="(this is one of the two)")
-    parser.add_argument("--job", type=sizes, default="main", help="a name (main, thin, wire), or sizes as JSON")
+    parser.add_argument("--job", type=sizes, default="main", help="a name (main, thin, wire, bulk), or sizes as JSON")
     given = parser.parse_args()
     if given.rank:
         for row in turns(Job(**given.job), given.schedule, given.transfer, given.turns):
