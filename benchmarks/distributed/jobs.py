@@ -48,8 +48,9 @@ JOBS: dict[str, dict[str, Any]] = {
     "wire": {"width": 64, "blocks": 2, "rows": 32, "length": 128, "vocabulary": 64, "microbatches": 4},
     "bulk": {"width": 64, "blocks": 2, "rows": 128, "length": 128, "vocabulary": 64, "microbatches": 4},
 }
-"""By name; all but "main" have little work for each byte that crosses, as cards have that are faster than a core. A
-message of "wire" is so small that its fixed cost is two fifths of what int8 saves at 1 Gbit/s; "bulk" has four times as much.
+"""By name; all but "main" have little work for each byte that crosses, as cards have that are faster than a core. The
+fixed cost of a message of "wire" is two fifths of what int8 saves at 1 Gbit/s; messages of "bulk" are four times as
+large.
 """
 
 
