@@ -91,6 +91,22 @@ def test_what_a_crash_has_cut_short_is_made_up_for(tmp_path: Path, no_sync: None
     assert read_metrics(metrics.path)[-1] == {"step": 2, "saved": True, "best": True}
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_a_checkpoint_that_a_crash_left_out_of_the_metrics_is_noted(tmp_path: Path, no_sync: None, best: bool) -> None:
+    """One of thirty killed runs had it: killed after the save, before its row."""
+    folder, metrics = RunFolder(tmp_path), MetricsFile(tmp_path / "metrics.jsonl")
+    whole: list[object] = [{"step": 1, "val_loss": 4.0}, {"step": 1, "saved": True} | ({"best": True} if best else {})]
+    metrics.append(step=1, val_loss=4.0)
+    Checkpoints(folder, metrics, [], done=0, keep=1, best=best).save(saving(1), 1, 4.0 if best else None)
+    assert read_metrics(metrics.path) == whole
+    metrics.append(step=2, val_loss=5.0)
+    saving(2).save(folder.checkpoint)
+    whole += [{"step": 2, "val_loss": 5.0}, {"step": 2, "saved": True}]
+    for _ in range(2):  # once
+        Checkpoints(folder, metrics, read_metrics(metrics.path), done=2, keep=1, best=best)
+        assert read_metrics(metrics.path) == whole
+
+
 def test_a_copy_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writing.save(tmp_path / "a", tensors={"w": torch.ones(3)}, meta={"k": 1})
     (tmp_path / ".b.new").mkdir()  # left by a crash

@@ -11,7 +11,7 @@ from typing import Any
 from spu.checkpoint import writing
 from spu.checkpoint.copies import keep_copy
 from spu.common.units import format_bytes
-from spu.train.metrics import MetricsFile, validation_rows
+from spu.train.metrics import MetricsFile, last_saved, validation_rows
 from spu.train.run_folder import RunFolder
 from spu.trainer.trainer import ModelParallelTrainer
 
@@ -56,7 +56,7 @@ class Checkpoints:
         chosen &= {_step_of(path) for path in self._kept(_BEST)}
         self.best_loss = min((loss for step, loss in losses.items() if step in chosen), default=math.inf)
         if done:
-            self._catch_up(done, losses.get(done, math.nan))
+            self._catch_up(done, losses.get(done, math.nan), noted=last_saved(rows) >= done)
 
     def _clear(self, done: int) -> None:
         """Remove what a crash left half made, and checkpoints of later steps, if an earlier one was put in place."""
@@ -68,13 +68,15 @@ class Checkpoints:
         for path in self._kept(_BEST)[:-1]:
             shutil.rmtree(path)
 
-    def _catch_up(self, done: int, val_loss: float) -> None:
-        """Keep the checkpoint that the run goes on with, if a crash came between saving and keeping it."""
+    def _catch_up(self, done: int, val_loss: float, *, noted: bool) -> None:
+        """Keep the checkpoint that the run goes on with, and note it, if a crash came between saving it and that."""
         writing.settle(self._folder.checkpoint)
         if self._keep > 1 and not self._place(_STEP, done).exists():
             keep_copy(self._folder.checkpoint, self._place(_STEP, done))
         if self.improves(val_loss):
             self._keep_best(done, val_loss)
+        elif not noted:
+            self._metrics.append(step=done, saved=True)
 
     def improves(self, val_loss: float) -> bool:
         """Tell whether weights of this validation loss are to be saved as the best."""
